@@ -1,0 +1,99 @@
+"""Every key with its default. A recipe imports this and assigns over it."""
+
+from ml_collections import ConfigDict
+from ml_collections.config_dict import placeholder
+
+
+def get_config() -> ConfigDict:
+    c = ConfigDict()
+    c.seed = 0
+    c.model = dict(
+        name="mmdit",
+        depth=24,
+        width=placeholder(int),  # 64 * depth, as in the paper, unless given
+        num_heads=placeholder(int),  # depth, unless given
+        patch=2,
+        channels=16,
+        mlp_ratio=4,
+        qk_norm=True,
+        dual_blocks=0,  # the first 13 in SD3.5-medium
+        weight_sets=2,  # 3 keeps CLIP's and T5's tokens apart (paper 5.2.3)
+        text_split=77,  # where the third weight set begins
+        pos_size=192,  # side of the position table, in tokens
+        pos_base=64,  # tokens that span the 16 units of the table's scale
+        context_dim=4096,
+        pooled_dim=2048,
+        dtype="bfloat16",
+        remat="full",
+        attention="xla",
+    )
+    c.text = dict(
+        name="precomputed",  # context and pooled come with the records
+        length=154,
+        dropout=0.464,  # each encoder by itself (paper 5.3.3, appendix B.3)
+        width=128,  # the rest belongs to the trainable byte tower
+        depth=2,
+        num_heads=4,
+        words=16,
+    )
+    c.image = dict(autoencoder="latents", height=256, width=256)
+    c.flow = dict(
+        path="rf",
+        density="logit_normal",
+        mean=0.0,
+        std=1.0,
+        mode_scale=1.29,
+        shift=1.0,
+    )
+    c.optim = dict(
+        name="adamw",
+        lr=1e-4,
+        b1=0.9,
+        b2=0.999,
+        eps=1e-15,  # with qk-norm, what keeps bfloat16 stable (paper 5.3.2)
+        weight_decay=0.0,
+        clip=1.0,
+        schedule="constant",
+        warmup=1_000,
+        accumulate=1,
+    )
+    c.ema = dict(decay=0.99, every=100)  # paper, appendix B.3
+    c.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)  # -1: what is left
+    c.data = dict(name="records", path="", batch_size=1024, threads=4, prefetch=8)
+    c.train = dict(
+        steps=500_000,
+        log_every=50,
+        eval_every=5_000,
+        sample_every=5_000,
+    )
+    c.checkpoint = dict(every=1_000, keep=3, keep_every=50_000)
+    c.sample = dict(
+        prompt="",
+        prompts_file="",
+        negative="",
+        steps=28,
+        solver="euler",
+        grid="released",
+        shift=3.0,
+        cfg=5.0,
+        cfg_start=0.0,  # guidance acts for t in [cfg_start, cfg_stop]
+        cfg_stop=1.0,
+        rescale=0.0,
+        seed=0,
+        per_prompt=1,
+        batch_size=64,
+        weights="ema",
+    )
+    c.eval = dict(examples=1_024, scores=("val_loss",))
+    return c
+
+
+def shrink(c: ConfigDict) -> None:
+    """Any recipe in half a minute on a laptop: the same code, the smallest shapes."""
+    c.model.update(depth=2, width=64, num_heads=2, pos_size=16, dtype="float32")
+    c.data.batch_size = 8
+    c.optim.warmup = 2
+    c.train.update(steps=10, log_every=1, eval_every=5, sample_every=5)
+    c.checkpoint.every = 5
+    c.sample.update(steps=4)
+    c.eval.examples = 16

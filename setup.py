@@ -1,0 +1,47 @@
+"""Package and extras; `make quickstart` and `make test` install what they need."""
+
+from setuptools import find_packages, setup
+
+TORCH = ["torch==2.13.0"]  # tests and `compare` only: training never imports it
+TEST = [
+    "beartype>=0.20",
+    "chex>=0.1.90",
+    "pytest>=8",
+    "pytest-xdist>=3.6",
+    "ruff>=0.8",
+    "scipy>=1.13",
+]
+
+setup(
+    name="sd3-jax",
+    version="0.1.0",
+    description="Stable Diffusion 3 in pure-functional JAX for TPU pods",
+    python_requires=">=3.11",
+    packages=find_packages(include=["sd3_jax*", "configs*"]),
+    install_requires=[
+        "array_record>=0.8",
+        "etils[epath]>=1.10",
+        "flax>=0.12",
+        "grain>=0.2.14",
+        "jax>=0.10",
+        "jaxtyping>=0.3",
+        "matplotlib>=3.9",
+        "ml_collections>=1.0",
+        "numpy>=2.0",
+        "optax>=0.2.6",
+        "orbax-checkpoint>=0.12.4",
+        "pillow>=11",
+        "rich>=13",
+        "safetensors>=0.5",
+        "scikit-learn>=1.5",
+        "tensorboardX>=2.6",
+        "transformers>=5.0",
+    ],
+    extras_require={
+        "tpu": ["jax[tpu]>=0.10"],
+        "cuda": ["jax[cuda12]>=0.10"],
+        "torch": TORCH,
+        "test": TEST,
+    },
+    entry_points={"console_scripts": ["sd3-jax=sd3_jax.main:main"]},
+)

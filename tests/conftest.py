@@ -1,0 +1,30 @@
+"""Eight virtual devices, a shared compilation cache, checked array annotations."""
+
+import os
+from pathlib import Path
+
+# Before jax is imported. NPROC sizes XLA's thread pool: with fewer threads than
+# virtual devices, collectives in flight starve each other and deadlock.
+os.environ.setdefault("NPROC", "16")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ["XLA_FLAGS"] = " ".join(
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_force_host_platform_device_count=8",
+        "--xla_cpu_collective_call_terminate_timeout_seconds=60",
+    ]
+)
+CACHE = Path(__file__).parent / ".cache" / "jax"
+os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE))
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import jax  # noqa: E402
+import pytest  # noqa: E402
+from jaxtyping import install_import_hook  # noqa: E402
+
+install_import_hook("sd3_jax", "beartype.beartype")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
