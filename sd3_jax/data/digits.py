@@ -1,0 +1,207 @@
+"""The embedded set: scikit-learn's digit scans, coloured and composed, with captions.
+
+Three kinds of picture: "a red seven"; "a red seven left of a blue three" (binding);
+'the number "42" in green' (typography). Example i is a pure function of (seed, i).
+"""
+
+import functools
+import re
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from sklearn.datasets import load_digits
+
+COLOURS = {
+    "red": (1, 0, 0),
+    "green": (0, 1, 0),
+    "blue": (0, 0, 1),
+    "yellow": (1, 1, 0),
+    "cyan": (0, 1, 1),
+    "magenta": (1, 0, 1),
+}
+DIGITS = "zero one two three four five six seven eight nine".split()
+RELATIONS = ("left of", "right of", "above", "below")
+KINDS = ("single", "pair", "number")
+SPLITS = ("train", "tune", "test")
+SIDE = 8  # of a scan, in pixels
+
+
+class Thing(NamedTuple):
+    """A coloured digit."""
+
+    colour: str
+    digit: int
+
+    def __str__(self):
+        return f"a {self.colour} {DIGITS[self.digit]}"
+
+
+class Scene(NamedTuple):
+    """What a caption says: things, first in reading order, and how they stand."""
+
+    kind: str
+    things: tuple[Thing, ...]
+    relation: str = ""
+
+    def __str__(self):
+        if self.kind == "single":
+            return str(self.things[0])
+        if self.kind == "pair":
+            return f"{self.things[0]} {self.relation} {self.things[1]}"
+        text = "".join(str(thing.digit) for thing in self.things)
+        return f'the number "{text}" in {self.things[0].colour}'
+
+    def placed(self) -> tuple[tuple[Thing, ...], str]:
+        """The things from left to right or top to bottom, and the axis they lie on."""
+        axis = "y" if self.relation in ("above", "below") else "x"
+        swap = self.relation in ("right of", "below")
+        return self.things[::-1] if swap else self.things, axis
+
+
+def parse(caption: str) -> Scene | None:
+    """The scene a caption describes, or None if it is not of the three kinds."""
+    thing = rf"a ({'|'.join(COLOURS)}) ({'|'.join(DIGITS)})"
+    if m := re.fullmatch(thing, caption):
+        return Scene("single", (Thing(m[1], DIGITS.index(m[2])),))
+    if m := re.fullmatch(rf"{thing} ({'|'.join(RELATIONS)}) {thing}", caption):
+        first, second = Thing(m[1], DIGITS.index(m[2])), Thing(m[4], DIGITS.index(m[5]))
+        return Scene("pair", (first, second), m[3])
+    if m := re.fullmatch(rf'the number "(\d\d)" in ({"|".join(COLOURS)})', caption):
+        return Scene("number", tuple(Thing(m[2], int(d)) for d in m[1]))
+    return None
+
+
+@functools.cache
+def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
+    """Scans as (n, 8, 8) float32 in [0, 1] and their digits; one in five held out."""
+    data = load_digits()
+    mine = (np.arange(len(data.target)) % 5 == 0) == held_out
+    return (data.images[mine] / 16).astype(np.float32), data.target[mine]
+
+
+@functools.cache
+def splits() -> tuple[dict, dict]:
+    """Split of every pair, put into one order first, and of every two-digit number.
+
+    "A left of B" and "B right of A" are one picture and so one key. Of the pairs one
+    in ten is for tuning and one in ten for the scores; of the numbers likewise, each in
+    all its colours.
+    """
+    rng = np.random.default_rng(2403_03206)
+    things = [Thing(c, d) for c in COLOURS for d in range(10)]
+    pairs = [(a, b, axis) for a in things for b in things for axis in "xy"]
+    numbers = [f"{n:02d}" for n in range(100)]
+
+    def assign(keys):
+        order = rng.permutation(len(keys))
+        part = {k: SPLITS[max(0, 2 - 10 * i // len(keys))] for i, k in enumerate(order)}
+        return {key: part[i] for i, key in enumerate(keys)}
+
+    return assign(pairs), assign(numbers)
+
+
+def split_of(scene: Scene) -> str:
+    """The split a scene belongs to; single digits are in training, all of them."""
+    pairs, numbers = splits()
+    if scene.kind == "pair":
+        (first, second), axis = scene.placed()
+        return pairs[first, second, axis]
+    if scene.kind == "number":
+        return numbers["".join(str(thing.digit) for thing in scene.things)]
+    return "train"
+
+
+def scenes(kind: str, split: str) -> list[Scene]:
+    """Every scene of a kind in a split, in a fixed order; singles are in any split."""
+    things = [Thing(c, d) for c in COLOURS for d in range(10)]
+    if kind == "single":
+        return [Scene(kind, (a,)) for a in things]
+    if kind == "pair":
+        every = [
+            Scene(kind, (a, b), r) for a in things for b in things for r in RELATIONS
+        ]
+    else:
+        every = [
+            Scene(kind, (Thing(c, n // 10), Thing(c, n % 10)))
+            for c in COLOURS
+            for n in range(100)
+        ]
+    return [scene for scene in every if split_of(scene) == split]
+
+
+@dataclass(frozen=True)
+class Digits:
+    """Compositions on a height x width canvas, kinds drawn by the weights of `mix`.
+
+    `held_out` takes scans that training never shows; captions are always of the
+    training split.
+    """
+
+    height: int = 16
+    width: int = 16
+    mix: tuple[float, ...] = (0.2, 0.5, 0.3)
+    seed: int = 0
+    held_out: bool = False
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
+        """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
+        chosen = [self.scene(*row) for row in draws(self.seed, indices, 2)]
+        rows = draws(self.seed + 1, indices, 6)
+        image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
+        return {"image": image, "caption": [str(scene) for scene in chosen]}
+
+    def scene(self, kind: float, which: float) -> Scene:
+        at = np.searchsorted(np.cumsum(self.mix) / np.sum(self.mix), kind, "right")
+        choices = _scenes(KINDS[at])
+        return choices[int(which * len(choices))]
+
+    def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
+        """The scene in somebody's handwriting; u holds six uniform numbers."""
+        things, axis = scene.placed()
+        canvas = np.zeros((self.height, self.width, 3), np.float32)
+        for i, (thing, where) in enumerate(zip(things, self.places(scene, axis, u))):
+            ink = _handwriting(self.held_out)[thing.digit]
+            ink = ink[int(u[i] * len(ink))]
+            y, x = where
+            patch = canvas[y : y + SIDE, x : x + SIDE]
+            np.maximum(patch, ink[..., None] * COLOURS[thing.colour], out=patch)
+        return np.rint(canvas * 255).astype(np.uint8)
+
+    def places(self, scene: Scene, axis: str, u: np.ndarray) -> list[tuple[int, int]]:
+        """Upper left corners: a single anywhere, two abreast, a little out of line."""
+        free = np.array([self.height, self.width]) - SIDE
+        if len(scene.things) == 1:
+            return [tuple((u[2:4] * (free + 1)).astype(int))]
+        along, across = (0, 1) if axis == "y" else (1, 0)
+        at = np.zeros((2, 2), int)
+        at[1, along] = free[along]
+        slack = min(4, free[across])
+        start = (free[across] - slack) // 2
+        same = scene.kind == "number"
+        at[:, across] = start + (u[[2, 2 if same else 3]] * (slack + 1)).astype(int)
+        return [tuple(place) for place in at]
+
+
+@functools.cache
+def _scenes(kind: str) -> list[Scene]:
+    return scenes(kind, "train")
+
+
+@functools.cache
+def _handwriting(held_out: bool) -> list[np.ndarray]:
+    images, labels = scans(held_out)
+    return [images[labels == digit] for digit in range(10)]
+
+
+def draws(seed: int, indices: np.ndarray, n: int) -> np.ndarray:
+    """n uniform numbers in [0, 1) for each index, by splitmix64: no state to resume."""
+    with np.errstate(over="ignore"):
+        z = np.asarray(indices, np.uint64)[:, None] * np.uint64(n)
+        z = z + np.arange(n, dtype=np.uint64) + np.uint64(seed) * np.uint64(2**40 + 1)
+        for _ in range(2):
+            z = z + np.uint64(0x9E3779B97F4A7C15)
+            z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+            z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+            z = z ^ (z >> np.uint64(31))
+    return (z >> np.uint64(11)).astype(np.float64) / 2.0**53

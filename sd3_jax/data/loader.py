@@ -1,0 +1,49 @@
+"""Batches for the steps of a run: step -> rows, a pure function, read ahead by grain."""
+
+import grain
+import numpy as np
+
+from sd3_jax.data import tokenizers
+
+STEPS = 2**31 - 1  # more than any run has
+
+
+class Loader:
+    """This process's rows of each global batch, from step `start` on.
+
+    `source.batch(indices)` gives the examples with these indices. Example step *
+    batch_size + row is row `row` of step `step`, whatever the number of processes and
+    threads, so a run is resumed, on any hosts, by its step alone.
+    """
+
+    def __init__(
+        self,
+        source,
+        *,
+        batch_size: int,
+        rows: slice,
+        text_length: int,
+        start: int = 0,
+        threads: int = 2,
+        prefetch: int = 8,
+    ):
+        local = np.arange(rows.start, rows.stop)
+
+        def load(step: int) -> dict[str, np.ndarray]:
+            batch = source.batch(step * batch_size + local)
+            captions = batch.pop("caption", None)
+            if captions is not None:
+                ids = [tokenizers.byte_ids(c, text_length) for c in captions]
+                batch["ids_bytes"] = np.stack(ids)
+            return batch
+
+        steps = grain.MapDataset.range(STEPS).map(load)
+        options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
+        self._batches = iter(steps.to_iter_dataset(options))
+        self._batches.set_state({"next_index": start})
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._batches)

@@ -1,0 +1,34 @@
+"""Noise in the shape of precomputed records: for benchmarks, plans and tiny recipes."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), all normal."""
+
+    height: int
+    width: int
+    channels: int
+    text_length: int
+    context_dim: int
+    pooled_dim: int
+    seed: int = 0
+
+    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        rows = [self.example(int(i)) for i in indices]
+        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def example(self, i: int) -> dict[str, np.ndarray]:
+        rng = np.random.default_rng((self.seed, i))
+        shapes = {
+            "latents": (self.height // 8, self.width // 8, self.channels),
+            "context": (self.text_length, self.context_dim),
+            "pooled": (self.pooled_dim,),
+        }
+        return {
+            name: rng.standard_normal(shape, np.float32)
+            for name, shape in shapes.items()
+        }

@@ -1,0 +1,54 @@
+"""Forward processes x_t = a_t x0 + b_t noise: t = 0 is data, t = 1 noise (paper, 2).
+
+A path is also how x_t and a velocity become x0 and noise again.
+"""
+
+from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
+
+from jaxtyping import Array, Float, Shaped
+
+Batch = Float[Array, "b ..."]
+Times = Float[Array, " b"]
+
+
+@runtime_checkable
+class Path(Protocol):
+    """What losses and solvers ask of a forward process."""
+
+    def coefficients(self, t: Array) -> tuple[Array, Array]: ...
+    def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
+    def velocity(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
+    def x0(self, xt: Batch, v: Batch, t: Times) -> Batch: ...
+    def noise(self, xt: Batch, v: Batch, t: Times) -> Batch: ...
+
+
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """Straight lines: x_t = (1 - t) x0 + t noise (paper, eq 13)."""
+
+    def coefficients(self, t: Array) -> tuple[Array, Array]:
+        return 1 - t, t
+
+    def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch:
+        t = expand(t, x0)
+        return (1 - t) * x0 + t * noise
+
+    def velocity(self, x0: Batch, noise: Batch, t: Times) -> Batch:
+        """dx_t/dt for given x0 and noise: what the network regresses."""
+        return noise - x0
+
+    def x0(self, xt: Batch, v: Batch, t: Times) -> Batch:
+        return xt - expand(t, xt) * v
+
+    def noise(self, xt: Batch, v: Batch, t: Times) -> Batch:
+        return xt + (1 - expand(t, xt)) * v
+
+
+RF = RectifiedFlow()
+PATHS = {"rf": RectifiedFlow}
+
+
+def expand(t: Shaped[Array, " b"], x: Batch) -> Shaped[Array, "b ..."]:
+    """t with axes of size 1 behind, to broadcast against x."""
+    return t.reshape(t.shape + (1,) * (x.ndim - 1))

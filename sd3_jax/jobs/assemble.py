@@ -1,0 +1,171 @@
+"""From a config to the things it names; below this, nobody sees a config."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding
+from sd3_jax.data import tokenizers
+from sd3_jax.data.digits import Digits
+from sd3_jax.data.loader import Loader
+from sd3_jax.data.synthetic import Synthetic
+from sd3_jax.diffusion import timesteps
+from sd3_jax.diffusion.paths import PATHS
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.models import flops
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.models.t5 import ByteTower
+from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines.latents import AUTOENCODERS, Autoencoder
+from sd3_jax.training import objectives
+from sd3_jax.training.checkpoint import restore_params
+
+
+class Parts(NamedTuple):
+    """What a config describes, built; nothing here holds an array."""
+
+    denoiser: nn.Module
+    autoencoder: Autoencoder
+    objective: objectives.Objective
+    shape: tuple[int, int, int]  # of one image's latents
+    flops: float  # of one image's forward pass
+
+
+def parts(config: ConfigDict) -> Parts:
+    denoiser, autoencoder = mmdit(config.model), AUTOENCODERS[config.image.autoencoder]
+    sides = (config.image.height, config.image.width)
+    shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
+    objective = objectives.flow_matching(
+        denoiser,
+        text_model(config),
+        autoencoder,
+        path=PATHS[config.flow.path](),
+        density=timesteps.make(
+            config.flow.density,
+            mean=config.flow.mean,
+            std=config.flow.std,
+            mode_scale=config.flow.mode_scale,
+            shift=config.flow.shift,
+        ),
+        dropout=config.text.dropout,
+        example=example(config),
+    )
+    bytewise = config.text.name == "bytes"
+    tokens = config.text.words if bytewise else config.text.length
+    image_flops = flops.mmdit(
+        denoiser,
+        height=shape[0],
+        width=shape[1],
+        text=tokens,
+        text_dim=config.model.context_dim,
+    )
+    return Parts(denoiser, autoencoder, objective, shape, image_flops)
+
+
+def mmdit(model: ConfigDict) -> MMDiT:
+    fields = {k: v for k, v in model.items() if k in MMDiT.__dataclass_fields__}
+    fields["width"] = model.width or 64 * model.depth
+    fields["num_heads"] = model.num_heads or model.depth
+    fields["dtype"] = jnp.dtype(model.dtype)
+    del fields["name"]  # linen's, not ours
+    return MMDiT(**fields)
+
+
+def text_model(config: ConfigDict) -> prompts.TextModel:
+    text = config.text
+    if text.name == "precomputed":
+        return prompts.precomputed()
+    tower = ByteTower(
+        depth=text.depth,
+        width=text.width,
+        num_heads=text.num_heads,
+        words=text.words,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    return prompts.trained(tower)
+
+
+def source(config: ConfigDict, *, held_out: bool = False):
+    """The training examples, or those set apart for validation."""
+    seed = config.seed + (2**31 if held_out else 0)
+    size = dict(height=config.image.height, width=config.image.width)
+    if config.data.name == "digits":
+        mix = tuple(config.data.mix)
+        return Digits(**size, mix=mix, seed=seed, held_out=held_out)
+    if config.data.name == "synthetic":
+        return Synthetic(
+            **size,
+            channels=config.model.channels,
+            text_length=config.text.length,
+            context_dim=config.model.context_dim,
+            pooled_dim=config.model.pooled_dim,
+            seed=seed,
+        )
+    raise UserError(
+        f'config.data.name = "{config.data.name}"'
+        f"{nearest(config.data.name, ('digits', 'synthetic'))}"
+    )
+
+
+def loader(config: ConfigDict, rows: slice, *, start: int = 0, held_out: bool = False):
+    return Loader(
+        source(config, held_out=held_out),
+        batch_size=config.data.batch_size,
+        rows=rows,
+        text_length=config.text.length,
+        start=start,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def example(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch, without its examples."""
+    b, height, width = config.data.batch_size, config.image.height, config.image.width
+    if config.data.name == "digits":
+        shapes = {
+            "image": ((b, height, width, 3), np.uint8),
+            "ids_bytes": ((b, config.text.length), np.int32),
+        }
+    else:
+        model = config.model
+        shapes = {
+            "latents": ((b, height // 8, width // 8, model.channels), np.float32),
+            "context": ((b, config.text.length, model.context_dim), np.float32),
+            "pooled": ((b, model.pooled_dim), np.float32),
+        }
+    return {name: jax.ShapeDtypeStruct(*shape) for name, shape in shapes.items()}
+
+
+def token_ids(config: ConfigDict, captions: list[str]) -> dict[str, np.ndarray]:
+    """The captions as a batch's ids, for the text model of a recipe to encode."""
+    if config.text.name != "bytes":
+        raise UserError(
+            f'config.text.name = "{config.text.name}": prompts need a text encoder, and'
+            ' this recipe reads embeddings that were computed before; wanted "bytes"'
+        )
+    ids = [tokenizers.byte_ids(caption, config.text.length) for caption in captions]
+    return {"ids_bytes": np.stack(ids)}
+
+
+def checkpoints(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir) / "checkpoints"
+
+
+def trained_params(config: ConfigDict, made: Parts, workdir: str, mesh: Mesh):
+    """The newest checkpoint's weights, straight into their shardings, and its step."""
+    boxed = jax.eval_shape(made.objective.init, jax.random.key(0))
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        nn.meta.unbox(boxed),
+        sharding.shardings(boxed, mesh),
+    )
+    return restore_params(checkpoints(workdir), abstract, which=config.sample.weights)

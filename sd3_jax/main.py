@@ -1,0 +1,125 @@
+"""The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
+
+import importlib
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+
+from sd3_jax.cli import parse, usage
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import JOBS
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Exit codes: 0 done, 1 a fault of ours, 2 a mistake of the user's, 130 Ctrl-C."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv:
+        print(usage(), file=sys.stderr)
+        return 2
+    try:
+        job, config, workdir = parse(argv)
+        set_up_logging()
+        join_processes()
+        importlib.import_module(JOBS[job].module).run(config, workdir)
+        return 0
+    except UserError as error:
+        print("sd3-jax: error:", *str(error).split(), file=sys.stderr)
+        code = 2
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:
+        if not joined():
+            raise
+        traceback.print_exc()
+        code = 1
+    if joined():  # at exit jax waits for its peers, and they for our collectives
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
+
+
+def set_up_logging() -> None:
+    """INFO from us and from the root logger, warnings from everyone else, to stderr."""
+    handler = logging.StreamHandler()
+    ours = ("root", "sd3_jax")
+    handler.addFilter(
+        lambda record: (
+            record.levelno >= logging.WARNING or record.name.split(".")[0] in ours
+        )
+    )
+    form = "%(asctime)s %(levelname).1s %(message)s"
+    logging.basicConfig(
+        level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[handler]
+    )
+
+
+def join_processes() -> None:
+    """jax.distributed.initialize, if SD3_* or jax's own detection says there are peers.
+
+    SD3_COORDINATOR (host:port), SD3_NUM_PROCESSES and SD3_PROCESS_ID describe a run by
+    hand; SD3_INIT_S, SD3_HEARTBEAT_S and SD3_SHUTDOWN_S bound its waits in seconds.
+    """
+    peers = described_peers()
+    waits = dict(
+        initialization_timeout=whole("SD3_INIT_S", 300, low=1),
+        heartbeat_timeout_seconds=whole("SD3_HEARTBEAT_S", 60, low=1),
+        shutdown_timeout_seconds=whole("SD3_SHUTDOWN_S", 30, low=1),
+    )
+    import jax  # no earlier: help and mistakes are not to wait for it
+
+    if peers:
+        jax.distributed.initialize(
+            **peers, **waits, cluster_detection_method="deactivate"
+        )
+    elif detected_processes() > 1:
+        jax.distributed.initialize(**waits)
+
+
+def joined() -> bool:
+    return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
+
+
+def described_peers() -> dict:
+    names = ("SD3_COORDINATOR", "SD3_NUM_PROCESSES", "SD3_PROCESS_ID")
+    absent = [name for name in names if not os.environ.get(name)]
+    if len(absent) == len(names):
+        return {}
+    if absent:
+        raise UserError(f"{absent[0]} is not set: {', '.join(names)} go together")
+    address = os.environ["SD3_COORDINATOR"]
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdecimal():
+        raise UserError(f"SD3_COORDINATOR = {address}: wanted host:port")
+    count = whole("SD3_NUM_PROCESSES", low=1)
+    index = whole("SD3_PROCESS_ID", low=0, high=count - 1)
+    return dict(coordinator_address=address, num_processes=count, process_id=index)
+
+
+def whole(name, default=None, *, low, high=2**31 - 1):
+    """An environment variable that holds an integer."""
+    text = os.environ.get(name, str(default))
+    if not text.isdecimal() or not low <= int(text) <= high:
+        raise UserError(f"{name} = {text}: wanted an integer in [{low}, {high}]")
+    return int(text)
+
+
+def detected_processes() -> int:
+    """How many processes jax sees: on a TPU pod, under Slurm, Open MPI, Kubernetes.
+
+    `initialize` alone will not do: in a Slurm step of one task it hides all GPUs
+    but one.
+    """
+    from jax._src.clusters import ClusterEnv  # no public name
+
+    for cluster in ClusterEnv._cluster_types:  # in jax's order of preference
+        if not cluster.opt_in_only_method and cluster.is_env_present():
+            return cluster.get_process_count()
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

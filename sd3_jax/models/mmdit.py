@@ -1,0 +1,289 @@
+"""MMDiT: separate weights for image and text, one joint attention (paper, sec. 4)."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from sd3_jax.models.attention import attention
+from sd3_jax.models.layers import (
+    Dense,
+    Embedder,
+    Mlp,
+    RmsNorm,
+    layer_norm,
+    modulate,
+    patchify,
+    positions,
+    timestep_features,
+    unpatchify,
+    zeros,
+)
+
+REMAT = {
+    "none": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": jax.checkpoint_policies.nothing_saveable,
+}
+
+
+class MMDiT(nn.Module):
+    """The denoiser: a noised latent, its time and its text to a velocity.
+
+    `dual_blocks` first blocks add an attention among the image tokens alone (MMDiT-X,
+    SD3.5-medium). `weight_sets=3` gives the text tokens from `text_split` on, T5's,
+    weights of their own (sec. 5.2.3). A variable pos_embed (1, pos_size^2, width) in
+    the collection "buffers", where given, replaces the position table's formula.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    patch: int = 2
+    channels: int = 16
+    mlp_ratio: int = 4
+    qk_norm: bool = True
+    dual_blocks: int = 0
+    weight_sets: int = 2
+    text_split: int = 77
+    pos_size: int = 192
+    pos_base: int = 64
+    dtype: DTypeLike = jnp.bfloat16
+    remat: str = "full"
+    unroll: int = 1  # blocks a turn of the scan; all of them on a CPU, where it is dear
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        context: Float[Array, "b l k"],
+        pooled: Float[Array, "b e"],
+    ) -> Float[Array, "b h w c"]:
+        _, h, w, _ = xt.shape
+        x = Dense(
+            self.width, (None, "embed"), dtype=self.dtype, name="patch_embed"
+        )(patchify(xt, self.patch))
+        x = x + self.position_table(h // self.patch, w // self.patch).astype(x.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        text = Dense(
+            self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
+        )(context)
+        t = Embedder(self.width, dtype=self.dtype, name="time_embed")(
+            timestep_features(t)
+        )
+        y = Embedder(self.width, dtype=self.dtype, name="pooled_embed")(pooled)
+        c = nn.silu(t + y)  # (b, d), what every adaLN reads
+
+        split = () if self.weight_sets == 2 else (self.text_split,)
+        streams = (x, *jnp.split(text, split, axis=1))
+        streams = self.stack(self.dual_blocks, "dual_blocks", dual=True)(streams, c)
+        plain = self.depth - 1 - self.dual_blocks
+        streams = self.stack(plain, "blocks")(streams, c)
+        x, *_ = self.block(pre_only=True, name="last_block")(streams, c)
+
+        shift, scale = Modulation(2, self.width, self.dtype, name="final_adaln")(c)
+        x = modulate(layer_norm(x), shift, scale)
+        out = self.patch**2 * self.channels
+        x = Dense(
+            out, ("embed", None), init=zeros, dtype=self.dtype, name="final"
+        )(x)
+        return unpatchify(x, self.patch, h, w).astype(jnp.float32)
+
+    def position_table(self, h: int, w: int) -> Array:
+        if not self.has_variable("buffers", "pos_embed"):
+            return positions(h, w, self.width, size=self.pos_size, base=self.pos_base)
+        table = self.get_variable("buffers", "pos_embed")
+        table = table.reshape(self.pos_size, self.pos_size, self.width)
+        top, left = (self.pos_size - h) // 2, (self.pos_size - w) // 2
+        return table[top : top + h, left : left + w].reshape(h * w, self.width)
+
+    def block(self, **kwargs):
+        return Block(
+            self.width,
+            self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+            **kwargs,
+        )
+
+    def stack(self, length: int, name: str, **kwargs):
+        """`length` blocks in one scan: the compiled program does not grow with depth."""
+        if length == 0:
+            return lambda streams, c: streams
+
+        def body(block, streams, c):
+            return block(streams, c), None
+
+        if self.remat != "none":
+            body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=False)
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=length,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        block = self.block(**kwargs, name=name)
+        return lambda streams, c: scan(block, streams, c)[0]
+
+
+class Block(nn.Module):
+    """Modulate each stream, attend over all of them together, add, and the MLPs."""
+
+    width: int
+    num_heads: int
+    mlp_ratio: int = 4
+    qk_norm: bool = True
+    dual: bool = False
+    pre_only: bool = False  # the last block: text gives keys and values, then ends
+    dtype: DTypeLike = jnp.bfloat16
+    attention: str = "xla"
+
+    @nn.compact
+    def __call__(
+        self, streams: Sequence[Float[Array, "b _ d"]], c: Float[Array, "b d"]
+    ) -> tuple[Float[Array, "b _ d"], ...]:
+        made = [self.stream(i) for i in range(len(streams))]
+        opened = [stream.open(x, c) for stream, x in zip(made, streams)]
+        going = [i for i, stream in enumerate(made) if not stream.pre_only]
+        q = jnp.concatenate([opened[i].q for i in going], axis=1)
+        k = jnp.concatenate([o.k for o in opened], axis=1)  # (b, n + l, heads, d/heads)
+        v = jnp.concatenate([o.v for o in opened], axis=1)
+        q = nn.with_logical_constraint(q, ("batch", "tokens", "heads", None))
+        joint = attention(q, k, v, kernel=self.attention)
+        ends = np.cumsum([streams[i].shape[1] for i in going])
+        parts = jnp.split(joint, ends[:-1], axis=1)
+        return tuple(
+            made[i].close(streams[i], part, opened[i]) for i, part in zip(going, parts)
+        )
+
+    def stream(self, i: int) -> "Stream":
+        return Stream(
+            self.width,
+            self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            qk_norm=self.qk_norm,
+            dual=self.dual and i == 0,
+            pre_only=self.pre_only and i > 0,
+            dtype=self.dtype,
+            attention=self.attention,
+            name=("image", "text", "text2")[i],
+        )
+
+
+class Opened(NamedTuple):
+    """What a stream brings to the joint attention, and what it keeps for afterwards."""
+
+    q: Array
+    k: Array
+    v: Array
+    modulation: Sequence[Array]
+    dual: Array | None
+
+
+class Stream(nn.Module):
+    """One modality's weights in a block; adaLN's chunks in the released order."""
+
+    width: int
+    num_heads: int
+    mlp_ratio: int
+    qk_norm: bool
+    dual: bool
+    pre_only: bool
+    dtype: DTypeLike
+    attention: str
+
+    def setup(self):
+        chunks = 2 if self.pre_only else 9 if self.dual else 6
+        self.adaln = Modulation(chunks, self.width, dtype=self.dtype)
+        self.attn = Projections(**self.projections(out=not self.pre_only))
+        if self.dual:
+            self.attn2 = Projections(**self.projections(out=True))
+        if not self.pre_only:
+            self.mlp = Mlp(self.mlp_ratio, dtype=self.dtype)
+
+    def projections(self, out: bool) -> dict:
+        return dict(
+            width=self.width,
+            num_heads=self.num_heads,
+            qk_norm=self.qk_norm,
+            out=out,
+            dtype=self.dtype,
+        )
+
+    def open(self, x: Array, c: Array) -> Opened:
+        modulation = self.adaln(c)
+        normed = layer_norm(x)
+        q, k, v = self.attn.qkv(modulate(normed, *modulation[:2]))
+        dual = None
+        if self.dual:  # among the image tokens alone, from the same normed x
+            shift, scale, gate = modulation[6:]
+            own = self.attn2.qkv(modulate(normed, shift, scale))
+            own = attention(*own, kernel=self.attention)
+            dual = gate[:, None] * self.attn2.project(own)
+        return Opened(q, k, v, modulation, dual)
+
+    def close(self, x: Array, joint: Array, opened: Opened) -> Array:
+        gate_attn, shift, scale, gate_mlp = opened.modulation[2:6]
+        x = x + gate_attn[:, None] * self.attn.project(joint)
+        if opened.dual is not None:
+            x = x + opened.dual
+        h = self.mlp(modulate(layer_norm(x), shift, scale))
+        return x + gate_mlp[:, None] * h
+
+
+class Modulation(nn.Module):
+    """adaLN's linear layer: c to `chunks` vectors, all zero at the start."""
+
+    chunks: int
+    width: int
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b d"]) -> Sequence[Float[Array, "b d"]]:
+        axes = ("embed", None, None)
+        linear = Dense(
+            (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
+        )
+        return jnp.unstack(linear(c), axis=1)
+
+
+class Projections(nn.Module):
+    """Into q, k and v, RMS-normed head by head where `qk_norm`, and out of attention."""
+
+    width: int
+    num_heads: int
+    qk_norm: bool
+    out: bool = True
+    dtype: DTypeLike = jnp.bfloat16
+
+    def setup(self):
+        size = self.width // self.num_heads
+        heads = (3, self.num_heads, size)
+        axes = ("embed", None, "heads", None)
+        self.to_qkv = Dense(heads, axes, dtype=self.dtype)
+        if self.qk_norm:
+            self.norm_q = RmsNorm()
+            self.norm_k = RmsNorm()
+        if self.out:
+            axes = ("heads", None, "embed")
+            self.to_out = Dense(self.width, axes, dtype=self.dtype)
+
+    def qkv(self, x: Float[Array, "b n d"]) -> Sequence[Float[Array, "b n a k"]]:
+        q, k, v = jnp.unstack(self.to_qkv(x), axis=-3)
+        return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
+
+    def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
+        return self.to_out(x)

@@ -1,0 +1,159 @@
+"""T5 1.1 encoder (Raffel et al. 2020; Shazeer 2020), and a small one on bytes."""
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from sd3_jax.models.attention import attention
+from sd3_jax.models.layers import Dense, RmsNorm, normal
+
+PAD, END, SPACE = 0, 1, 35  # ByT5's ids: byte b is b + 3
+
+
+class T5Encoder(nn.Module):
+    """Token ids to states: pre-norm blocks, gated GELU, one relative-position bias.
+
+    Every token is attended to, padding as well, unless `mask` says otherwise; the
+    released models give none.
+    """
+
+    vocab: int
+    depth: int
+    width: int
+    num_heads: int
+    head_size: int
+    mlp: int
+    buckets: int = 32
+    max_distance: int = 128
+    unroll: int = 1
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "b l"], mask: Array | None = None
+    ) -> Float[Array, "b l d"]:
+        init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
+        table = self.param("embedding", init, (self.vocab, self.width))
+        x = jnp.take(table, ids, axis=0).astype(self.dtype)
+
+        init = nn.with_logical_partitioning(normal(0.02), (None, "heads"))
+        bias = self.param("relative_bias", init, (self.buckets, self.num_heads))
+        buckets = relative_buckets(ids.shape[1], self.buckets, self.max_distance)
+        bias = bias[buckets].transpose(2, 0, 1)[None]  # (1, heads, l, l)
+        if mask is not None:
+            bias = jnp.where(mask[:, None, None, :], bias, -1e9)
+
+        def body(block, x, bias):
+            return block(x, bias), None
+
+        scan = nn.scan(
+            body,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.depth,
+            unroll=self.unroll,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        block = T5Block(
+            self.num_heads, self.head_size, self.mlp, self.dtype, name="blocks"
+        )
+        x, _ = scan(block, x, bias)
+        return RmsNorm(name="norm")(x)
+
+
+class T5Block(nn.Module):
+    num_heads: int
+    head_size: int
+    mlp: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b l d"], bias: Array) -> Float[Array, "b l d"]:
+        d = x.shape[-1]
+
+        def dense(features, axes, name):
+            return Dense(features, axes, bias=False, dtype=self.dtype, name=name)
+
+        h = RmsNorm(name="norm_attn")(x)
+        heads = (3, self.num_heads, self.head_size)
+        qkv = dense(heads, ("embed", None, "heads", None), "to_qkv")(h)
+        h = attention(*jnp.unstack(qkv, axis=-3), bias=bias, scale=1.0)
+        x = x + dense(d, ("heads", None, "embed"), "to_out")(h)
+
+        h = RmsNorm(name="norm_mlp")(x)
+        gate, h = jnp.unstack(
+            dense((2, self.mlp), ("embed", None, "mlp"), "wi")(h), axis=-2
+        )
+        h = nn.gelu(gate, approximate=True) * h
+        return x + dense(d, ("mlp", "embed"), "wo")(h)
+
+
+def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
+    """Bucket of each (query, key) pair: near distances exact, far ones logarithmic."""
+    distance = np.arange(length)[None] - np.arange(length)[:, None]
+    half, exact = buckets // 2, buckets // 4
+    sign = np.where(distance > 0, half, 0)
+    distance = np.abs(distance)
+    ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
+    far = ratio / np.log(np.float32(max_distance) / np.float32(exact))
+    far = exact + (far * np.float32(half - exact)).astype(np.int32)
+    return sign + np.where(distance < exact, distance, np.minimum(far, half - 1))
+
+
+class ByteTower(nn.Module):
+    """ByT5 ids to one context vector a word and a pooled one, small enough to train.
+
+    The states of a word's bytes are averaged, as a picture's words are what it is made
+    of, and the joint attention then sees ten tokens instead of forty.
+    """
+
+    depth: int
+    width: int
+    num_heads: int
+    words: int
+    context_dim: int
+    pooled_dim: int
+    unroll: int = 1
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "b l"]
+    ) -> tuple[Float[Array, "b w k"], Float[Array, "b e"]]:
+        size = self.width // self.num_heads
+        encoder = T5Encoder(
+            vocab=384,
+            depth=self.depth,
+            width=self.width,
+            num_heads=self.num_heads,
+            head_size=size,
+            mlp=2 * self.width,
+            unroll=self.unroll,
+            dtype=self.dtype,
+            name="encoder",
+        )
+        states = encoder(ids, ids != PAD).astype(jnp.float32)
+        member = words(ids, self.words).astype(jnp.float32)  # (b, words, l)
+        count = member.sum(-1, keepdims=True)
+        x = jnp.einsum("bwl,bld->bwd", member, states) / jnp.maximum(count, 1)
+        whole = x.sum(1) / jnp.maximum((count > 0).sum(1), 1)
+        context = Dense(
+            self.context_dim, ("embed", None), dtype=self.dtype, name="context"
+        )(x)
+        context = context * (count > 0)
+        pooled = Dense(
+            self.pooled_dim, ("embed", None), dtype=self.dtype, name="pooled"
+        )(whole)
+        return context, pooled
+
+
+def words(ids: Int[Array, "b l"], most: int) -> Array:
+    """Which bytes make up which word: (b, most, l) booleans; spaces separate words."""
+    letter = (ids != PAD) & (ids != END) & (ids != SPACE)
+    starts = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
+    index = jnp.cumsum(starts, -1) - 1
+    return (index[:, None] == jnp.arange(most)[:, None]) & letter[:, None]

@@ -1,0 +1,120 @@
+"""Images as people see them: pixels from floats, contact sheets, PNG files."""
+
+import io
+import itertools
+import math
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+from sd3_jax.metrics import write_whole
+
+PAPER, INK = (255, 255, 255), (72, 76, 84)
+TILE, SHEET = 96, 4096  # pixels: a tile's least height and width, a sheet's most width
+LINES = 4  # of a caption
+
+
+def to_uint8(images: Float[ndarray, "*shape"]) -> UInt8[ndarray, "*shape"]:
+    """[-1, 1] to 0…255: clamped, the nearest integer, halves to the even one."""
+    pixels = np.asarray(images, np.float32) * 127.5 + 127.5
+    if np.isnan(pixels).any():
+        bad = np.isnan(pixels).mean()
+        raise ValueError(f"{bad:.1%} of the pixels are NaN: sample in float32")
+    return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
+
+
+def grid(
+    images: UInt8[ndarray, "n h w 3"],
+    *,
+    columns: int | None = None,
+    scale: int | float | None = None,
+    captions: list[str] | None = None,
+) -> Image.Image:
+    """A contact sheet, row by row; without `columns` about square.
+
+    Without `scale` tiny images grow by a whole factor to tiles of at least 96 px, and
+    only a sheet wider than 4096 px shrinks, to no less than 256 px a tile.
+    """
+    n, h, w = images.shape[:3]
+    if captions is not None and len(captions) != n:
+        raise ValueError(f"{len(captions)} captions for {n} images")
+    columns = min(columns or math.ceil(math.sqrt(n)), n) or 1
+    tiles = [_resize(image, scale or _scale(h, w, columns)) for image in images]
+    width, height = tiles[0].size if tiles else (TILE, TILE)
+    gap = min(max(width // 12, 8), 24)
+    font = ImageFont.load_default(min(max(width // 16, 11), 26))
+    line = math.ceil(1.3 * font.size)
+    texts = [_wrap(text, font, width) for text in captions or [""] * n]
+    rows = [range(i, min(i + columns, n)) for i in range(0, n, columns)]
+    most = [max(len(texts[i]) for i in row) for row in rows]  # lines of caption
+    heights = [height + gap + (k and k * line + gap // 2) for k in most]
+    sheet = Image.new("RGB", (gap + columns * (width + gap), gap + sum(heights)), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for row, y in zip(rows, itertools.accumulate(heights, initial=gap)):
+        for x, i in zip(itertools.count(gap, width + gap), row):
+            sheet.paste(tiles[i], (x, y))
+            for j, text in enumerate(texts[i]):
+                place = x, y + height + gap // 3 + j * line
+                draw.text(place, text, fill=INK, font=font)
+    return sheet
+
+
+def save_png(
+    image: Image.Image | UInt8[ndarray, "h w 3"],
+    path: epath.PathLike,
+    *,
+    info: dict[str, str] | None = None,
+) -> None:
+    """A whole PNG or none, at any path of epath; `info` becomes its text chunks."""
+    image = Image.fromarray(image) if isinstance(image, ndarray) else image
+    chunks = PngInfo()
+    for name, text in (info or {}).items():
+        chunks.add_text(name, text)
+    buffer = io.BytesIO()
+    image.save(buffer, "png", pnginfo=chunks)
+    write_whole(path, buffer.getvalue())
+
+
+def _scale(h, w, columns):
+    if min(h, w) < TILE:
+        return math.ceil(TILE / min(h, w))
+    return min(1.0, max(SHEET / (columns * w), 256 / min(h, w)))
+
+
+def _resize(image, scale):
+    image = Image.fromarray(image)
+    size = max(1, round(image.width * scale)), max(1, round(image.height * scale))
+    whole = float(scale).is_integer()  # then every pixel becomes the same square
+    how = Image.Resampling.NEAREST if whole else Image.Resampling.LANCZOS
+    return image.resize(size, how)
+
+
+def _wrap(text, font, width):
+    """Lines no wider than `width`; a word that is gets cut, and so does a long text."""
+    lines = [""]
+    for word in text.split():
+        for piece in _pieces(word, font, width):
+            longer = f"{lines[-1]} {piece}".strip()
+            if font.getlength(longer) <= width:
+                lines[-1] = longer
+            else:
+                lines.append(piece)
+    if len(lines) > LINES:
+        last = lines[LINES - 1]
+        while last and font.getlength(last + "…") > width:
+            last = last[:-1]
+        lines = [*lines[: LINES - 1], last.rstrip() + "…"]
+    return [line for line in lines if line]
+
+
+def _pieces(word, font, width):
+    while word:
+        end = len(word)
+        while end > 1 and font.getlength(word[:end]) > width:
+            end -= 1
+        yield word[:end]
+        word = word[end:]

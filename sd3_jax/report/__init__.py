@@ -1,0 +1,1 @@
+"""The report as text: plots to SVG, tables and figures to one HTML page."""

@@ -1,0 +1,165 @@
+"""Curves as inline SVG. Colours are the page's CSS variables, so dark mode works."""
+
+import hashlib
+import io
+import re
+
+import matplotlib
+import numpy as np
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+# Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
+SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
+CSS = {SOFT: "var(--soft)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
+STYLE = {
+    "svg.fonttype": "none",
+    "font.size": 8.5,
+    "text.color": SOFT,
+    "axes.edgecolor": RULE,
+    "axes.labelcolor": SOFT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.spines.left": False,
+    "axes.grid": True,
+    "axes.grid.axis": "y",
+    "axes.axisbelow": True,
+    "grid.color": RULE,
+    "grid.linewidth": 0.7,
+    "xtick.color": RULE,
+    "ytick.color": RULE,
+    "xtick.labelcolor": SOFT,
+    "ytick.labelcolor": SOFT,
+    "ytick.major.size": 0,
+    "xtick.major.size": 3,
+    "lines.solid_capstyle": "round",
+    "lines.solid_joinstyle": "round",
+    "legend.frameon": False,
+    "legend.labelcolor": SOFT,
+}
+METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
+FEW = 40  # points: up to here each is marked, beyond it they may be smoothed
+
+
+def over_steps(
+    steps: list[int],
+    values: list[float],
+    *,
+    window: int,
+    frame: tuple[float, float],
+) -> str:
+    """A curve over training steps, and if `window` > 1 a smooth one over it."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        _curve(axes, np.asarray(steps), np.asarray(values, float), window)
+        axes.set_ylim(*frame)
+        axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        axes.xaxis.set_major_formatter(FuncFormatter(_thousands(max(steps))))
+        return _svg(figure)
+
+
+def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
+    """Loss over t, a curve for each step of `curves`: the last in colour."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        *early, last = sorted(curves)
+        for i, step in enumerate(early):
+            shade = 0.25 + 0.5 * (i + 1) / len(early)
+            label = f"step {step:,}"
+            axes.plot(*curves[step], color=SOFT, alpha=shade, lw=1.2, label=label)
+        label = f"step {last:,}"
+        axes.plot(*curves[last], color=ACCENT, lw=1.8, marker="o", ms=3, label=label)
+        axes.set_xlim(0, 1)
+        axes.set_xlabel("t (0 is data, 1 is noise)")
+        axes.legend(fontsize=8, handlelength=1.2)
+        return _svg(figure)
+
+
+def window_for(n: int) -> int:
+    """Over how many of n points to smooth."""
+    return 1 if n <= FEW else max(5, n // 30)
+
+
+def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, float]:
+    """The least and the greatest y; if `clip`, a few wild points do not flatten all."""
+    low, high = 0.0 if zero else min(values), max(values)
+    if clip and (usual := float(np.quantile(values, 0.99))) > low:
+        high = usual if high - low > 1.5 * (usual - low) else high
+    pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
+    return low if zero else low - pad, high + 2 * pad
+
+
+def _panel():
+    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+    FigureCanvasSVG(figure)
+    figure.patch.set_alpha(0)
+    axes = figure.add_subplot()
+    axes.patch.set_alpha(0)
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:,g}"))
+    return figure, axes
+
+
+def _curve(axes, steps, values, window):
+    if window > 1:
+        axes.plot(*_thin(steps, values), color=ACCENT, lw=0.7, alpha=0.28)
+        axes.plot(*_smooth(steps, values, window), color=ACCENT, lw=1.7)
+    else:
+        mark = dict(marker="o", ms=3.2) if len(steps) <= FEW else {}
+        axes.plot(*_thin(steps, values), color=ACCENT, lw=1.6, **mark)
+
+
+def _smooth(steps, values, width, most=400):
+    """At `most` places the interquartile mean of a window: no spike shows in it.
+
+    At the start, where curves fall steeply, the window is narrow enough to be centred.
+    """
+    centres = np.unique(np.linspace(0, len(steps) - 1, most).astype(int))
+    reach = np.minimum(centres, width // 2)
+    windows = [values[i - r : i + r + 1] for i, r in zip(centres, reach)]
+    finite = [np.sort(window[np.isfinite(window)]) for window in windows]
+    middle = [w[len(w) // 4 : len(w) - len(w) // 4] for w in finite]
+    return steps[centres], [w.mean() if len(w) else np.nan for w in middle]
+
+
+def _thin(steps, values, most=600):
+    """At most 2·most points: each bin's least and greatest, so no spike is lost."""
+    if len(steps) <= 2 * most:
+        return steps, values
+    kept = []
+    for part in np.array_split(np.arange(len(steps)), most):
+        finite = part[np.isfinite(values[part])]
+        if len(finite):
+            low, high = finite[values[finite].argmin()], finite[values[finite].argmax()]
+            kept += sorted({low, high})
+        else:
+            kept.append(part[0])  # a gap stays a gap
+    return steps[kept], values[kept]
+
+
+def _thousands(most):
+    if most < 10_000:
+        return lambda x, _: f"{x:,g}"
+    return lambda x, _: f"{x / 1000:,g}k" if x else "0"
+
+
+def _svg(figure):
+    """Only the <svg> element: short, and with ids that are unique on the page."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r"font-family: [^;]+; ", "", svg)  # the page's own
+    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
+    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # viewBox stays
+    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    used = set(re.findall(r"#([\w.-]+)", svg))
+    name = lambda match: f' id="{own}-{match[1]}"' if match[1] in used else ""
+    svg = re.sub(r' id="([^"]+)"', name, svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", svg)
+    for stand_in, css in CSS.items():
+        svg = svg.replace(stand_in, css)
+    return svg

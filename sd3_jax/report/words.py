@@ -1,0 +1,96 @@
+"""Numbers, dates and scores as people read them; what is missing is a dash."""
+
+import math
+from datetime import datetime
+from typing import Any
+
+DASH = "–"
+
+
+def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
+    """The value if it is a finite number: what JSON holds may be anything."""
+    number = isinstance(value, int | float) and math.isfinite(value)
+    return float(value) if number else otherwise
+
+
+def entries(scores: dict, name: str) -> list[dict]:
+    """scores["scores"] or scores["prompts"], without what is no entry."""
+    found = scores.get(name)
+    return [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+
+
+def scored_at(scores: dict) -> str:
+    step, weights = scores.get("step"), scores.get("weights")
+    at = f"step {step:,}" if isinstance(step, int) else "a step that is not recorded"
+    return f"Scores at {at}" + (f", {weights} weights" if weights else "")
+
+
+def score_lines(scores: dict) -> list[str]:
+    """The table of scores for a terminal."""
+    rows = entries(scores, "scores")
+    if not rows:
+        return ["No scores yet: the evaluate job writes them."]
+    width = max(len(str(row.get("name", DASH))) for row in rows)
+    lines = [scored_at(scores)]
+    for row in rows:
+        name, number = str(row.get("name", DASH)), score(row.get("score"))
+        tail = f"{interval(row):>13}  n = {count(row.get('n'))}"
+        lines.append(f"  {name:<{width}}  {number:>7}  {tail}")
+    return lines
+
+
+def score(value: Any) -> str:
+    value = finite(value)
+    return DASH if math.isnan(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
+
+
+def interval(entry: dict) -> str:
+    low, high = score(entry.get("low")), score(entry.get("high"))
+    return DASH if DASH in (low, high) else f"{low} – {high}"
+
+
+def count(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else DASH
+
+
+# A figure and its unit
+
+
+def plain(value: float) -> tuple[str, str]:
+    return f"{value:.4g}", ""
+
+
+def percent(value: float) -> tuple[str, str]:
+    return f"{100 * value:.3g}", "%"
+
+
+def rate(value: float) -> tuple[str, str]:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}", "images/s"
+
+
+def milliseconds(value: float) -> tuple[str, str]:
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}", "ms"
+
+
+def tflops(value: float) -> tuple[str, str]:
+    return f"{value:.3g}", "TFLOP/s"
+
+
+def big(value: float) -> tuple[str, str]:
+    for size, unit in ((1e9, "billion"), (1e6, "million"), (1e3, "thousand")):
+        if value >= size:
+            return f"{value / size:.3g}", unit
+    return f"{value:g}", ""
+
+
+def duration(seconds: float) -> tuple[str, str]:
+    minutes, hours = seconds / 60, seconds / 3600
+    if hours >= 48:
+        return f"{hours / 24:.1f}", "days"
+    if hours >= 1:
+        return f"{int(hours)}:{int(minutes) % 60:02}", "h"
+    return (f"{minutes:.1f}", "min") if minutes >= 1 else (f"{seconds:.0f}", "s")
+
+
+def date(moment: datetime) -> str:
+    return f"{moment.day} {moment:%B %Y}"

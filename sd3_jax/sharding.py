@@ -1,0 +1,148 @@
+"""The only mesh, the only logical-to-mesh rules, and batches onto the mesh."""
+
+import logging
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from sd3_jax.errors import UserError
+
+AXES = ("data", "fsdp", "context", "tensor")
+BATCH = ("data", "fsdp")
+RULES = (
+    ("batch", BATCH),
+    ("tokens", "context"),
+    ("embed", "fsdp"),
+    ("vocab", None),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+)
+LARGE = 2**20  # elements; a weight of as many is never replicated in silence
+log = logging.getLogger(__name__)
+
+
+def make_mesh(
+    data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, *, devices=None
+) -> Mesh:
+    """A mesh over all devices; -1 for one axis takes what the others leave."""
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, context, tensor]
+    if -1 in sizes:
+        known = math.prod(size for size in sizes if size != -1)
+        if len(devices) % known:
+            raise UserError(
+                f"config.mesh = {_spell(sizes)}: {known} does not divide"
+                f" {len(devices)} devices"
+            )
+        sizes[sizes.index(-1)] = len(devices) // known
+    if math.prod(sizes) != len(devices):
+        raise UserError(
+            f"config.mesh = {_spell(sizes)} makes {math.prod(sizes)} devices, there are"
+            f" {len(devices)}; set one axis to -1 to take what the others leave"
+        )
+    # Explicit is make_mesh's default and refuses what the partitioner is to solve.
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+
+
+def _spell(sizes):
+    return ", ".join(f"{axis}={size}" for axis, size in zip(AXES, sizes))
+
+
+def shardings(boxed, mesh: Mesh):
+    """NamedShardings for an abstract tree whose leaves carry logical axis names.
+
+    An axis that a mesh axis does not divide is replicated; for a large weight that is
+    an error, which names the sizes that would do.
+    """
+
+    def leaf(path, x):
+        names = x.names if isinstance(x, nn.LogicallyPartitioned) else ()
+        shape = jax.tree.leaves(x)[0].shape
+        spec = nn.logical_to_mesh_axes(names, RULES) if names else PartitionSpec()
+        fitting = [
+            axes if size % _product(mesh, axes) == 0 else None
+            for size, axes in zip(shape, spec)
+        ]
+        if fitting != list(spec):
+            _refuse_or_note(jax.tree_util.keystr(path), shape, spec, mesh)
+        return NamedSharding(mesh, PartitionSpec(*fitting))
+
+    box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+    return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=box)
+
+
+def _product(mesh: Mesh, axes) -> int:
+    axes = (axes,) if isinstance(axes, str) else axes or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def _refuse_or_note(name, shape, spec, mesh):
+    wanted = ", ".join(
+        f"{size} by {axes}={_product(mesh, axes)}"
+        for size, axes in zip(shape, spec)
+        if size % _product(mesh, axes)
+    )
+    if math.prod(shape) >= LARGE:
+        raise UserError(
+            f"config.mesh: weight {name} of shape {shape} does not divide: {wanted};"
+            f" choose a divisor, and give the rest of the devices to config.mesh.data"
+        )
+    log.info("%s of shape %s is replicated: %s does not divide", name, shape, wanted)
+
+
+def like_params(tree, params, sharded, mesh: Mesh):
+    """Shardings for a tree such as optimizer state: a leaf that ends in a parameter's
+    path and has its shape is sharded as that parameter, any other replicated."""
+    known = {
+        _names(path): (leaf.shape, s)
+        for (path, leaf), s in zip(
+            jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded)
+        )
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def leaf(path, x):
+        names = _names(path)
+        for i in range(len(names)):
+            shape, sharding = known.get(names[i:], (None, None))
+            if shape == x.shape:
+                return sharding
+        return replicated
+
+    return jax.tree_util.tree_map_with_path(leaf, tree)
+
+
+def _names(path) -> tuple[str, ...]:
+    return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
+def local_rows(mesh: Mesh, batch_size: int) -> slice:
+    """The rows of a global batch that this process's devices hold."""
+    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    if batch_size % shards:
+        near = max(shards, round(batch_size / shards) * shards)
+        raise UserError(
+            f"config.data.batch_size = {batch_size}: wanted a multiple of data x fsdp ="
+            f" {shards}, such as {near}"
+        )
+    rows = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map(
+        (batch_size,)
+    )
+    spans = [index[0].indices(batch_size)[:2] for index in rows.values()]
+    return slice(min(a for a, _ in spans), max(b for _, b in spans))
+
+
+def put(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int):
+    """This process's rows of a batch to global arrays, sharded over data and fsdp."""
+    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    return {
+        name: jax.make_array_from_process_local_data(
+            sharding, rows, (batch_size, *rows.shape[1:])
+        )
+        for name, rows in batch.items()
+    }

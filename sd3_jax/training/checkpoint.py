@@ -1,0 +1,282 @@
+"""One atomic, asynchronous save of {state, data position, config}, and the way back.
+
+Orbax writes and reads a step; which steps exist and which stay is decided here: a
+step is a folder named by its number which holds commit_success.txt, nothing else is.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, Literal
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from orbax.checkpoint import v1 as ocp
+
+from sd3_jax.errors import UserError
+
+COMMIT = "commit_success.txt"  # orbax writes it last
+TMP = ".orbax-checkpoint-tmp"  # what a killed save leaves behind
+LISTED = 10  # leaves named in an error, at most
+
+
+# Orbax logs pages of traceback for what it also raises; here that becomes one line.
+logging.getLogger("absl").addFilter(
+    lambda record: not ("orbax" in record.pathname and record.exc_info)
+)
+
+
+class UnreadableCheckpoint(UserError):
+    """A complete step whose files are damaged; an earlier step may be sound."""
+
+
+class Checkpoints:
+    """The steps of one run: saved when due, pruned by policy, restored with checks.
+
+    Every process makes the same calls with the same steps. Use it as a context
+    manager: leaving waits for the save in flight and reports its failure.
+    """
+
+    def __init__(
+        self,
+        directory: epath.PathLike,
+        *,
+        every: int,
+        keep: int,
+        keep_every: int | None,
+    ):
+        if min(every, keep, keep_every or 1) < 1:
+            raise UserError("checkpoint.every, keep and keep_every must be at least 1")
+        self.directory = _absolute(directory)
+        self._every, self._keep, self._keep_every = every, keep, keep_every
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._saving: Future | None = None
+        self._asked, self._preempted = -1, False
+        if jax.process_index() == 0:
+            with _explained(f"cannot write checkpoints to {self.directory}"):
+                _prepare(self.directory)
+        self._last = self.latest() or 0
+
+    def latest(self) -> int | None:
+        """The newest complete step; process 0 looks, all processes get its answer."""
+        return _latest(self.directory)
+
+    def save(
+        self, step: int, state: Any, data: dict, config: dict, *, force: bool = False
+    ) -> bool:
+        """Start a save if one is due; call it at every step.
+
+        It returns once the state is on the host, so donating it right after is safe.
+        """
+        preempted = self.reached_preemption(step)
+        if 0 < step < self._last:
+            raise UserError(
+                f"{self.directory} holds step {self._last} and this run is at {step}: "
+                "continue from the newest step, or write to another directory"
+            )
+        if self._saving is not None and self._saving.done():
+            self.wait()
+        due = force or preempted or step % self._every == 0
+        if step < 1 or step == self._last or not due:
+            return False
+        self.wait()
+        # A copy now: orbax writes JSON later, when the caller's may have moved on.
+        data, config = json.loads(json.dumps([data, config]))
+        items = {"state": state, "data": data, "config": config}
+        path = self.directory / str(step)
+        with _explained(f"saving {path} failed"), _context():
+            response = ocp.save_checkpointables_async(path, items, overwrite=True)
+        self._last = step
+        self._saving = self._thread.submit(self._finish, path, response)
+        return True
+
+    def restore(self, abstract_state: Any, step: int | None = None):
+        """(state, data, config) of a step (the newest), laid out as abstract_state."""
+        self.wait()
+        path = _find(self.directory, step)
+        _compare(path, abstract_state)
+        items = _load(path, {"state": abstract_state, "data": None, "config": None})
+        return items["state"], items["data"], items["config"]
+
+    def reached_preemption(self, step: int) -> bool:
+        """Whether all processes agreed to stop here; it stays true once it was."""
+        if step != self._asked:  # the answer is true for one step only
+            self._asked = step
+            self._preempted |= multihost_utils.reached_preemption_sync_point(step)
+        return self._preempted
+
+    def wait(self) -> None:
+        """Until the save in flight is durable; raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.close()
+        except UserError as e:
+            if error is None:
+                raise
+            error.add_note(str(e))  # what came first is what the user must see
+
+    def _finish(self, path: epath.Path, response) -> None:
+        with _explained(f"saving {path} failed"):
+            response.result()
+        if jax.process_index() == 0:
+            try:
+                self._prune(int(path.name))
+            except OSError as e:  # a folder too many is no reason to lose a run
+                logging.warning("cannot delete old steps in %s: %s", path.parent, e)
+
+    def _prune(self, saved: int) -> None:
+        steps = _steps(self.directory)
+        if saved not in steps:  # the file system is behind: prune next time
+            return
+        kept = set(steps[-self._keep :])
+        kept |= {s for s in steps if self._keep_every and s % self._keep_every == 0}
+        for step in _numbered(self.directory):
+            if step < steps[-1] and step not in kept:
+                path = self.directory / str(step)
+                (path / COMMIT).unlink(missing_ok=True)  # first: half a step is none
+                path.rmtree()
+
+
+def restore_params(
+    directory: epath.PathLike,
+    abstract: Any,
+    *,
+    which: Literal["ema", "params"] = "ema",
+    step: int | None = None,
+) -> tuple[Any, int]:
+    """(weights, step), reading nothing else of the state."""
+    path = _find(_absolute(directory), step)
+    _compare(path, {which: abstract}, only=which)
+    items = _load(path, {"state": {which: abstract}}, partial=True)
+    return items["state"][which], int(path.name)
+
+
+def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
+    """The config a step was trained with; tuples have become lists."""
+    return _load(_find(_absolute(directory), step), {"config": None})["config"]
+
+
+def _absolute(directory: epath.PathLike) -> epath.Path:
+    name = os.fspath(directory)
+    if "://" not in name:  # gs://, s3://
+        name = os.path.abspath(os.path.expanduser(name))
+    return epath.Path(name)
+
+
+def _prepare(directory: epath.Path) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for path in directory.iterdir():
+        if path.name.endswith(TMP):
+            path.rmtree()
+    probe = directory / "write_probe"  # now, rather than a thousand steps later
+    probe.write_text("")
+    probe.unlink()
+
+
+def _numbered(directory: epath.Path) -> list[int]:
+    if not directory.exists():
+        return []
+    names = (path.name for path in directory.iterdir())
+    return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
+
+
+def _steps(directory: epath.Path) -> list[int]:
+    """Complete steps, oldest first."""
+    return [s for s in _numbered(directory) if (directory / str(s) / COMMIT).exists()]
+
+
+def _latest(directory: epath.Path) -> int | None:
+    newest = 0
+    if jax.process_index() == 0:
+        with _explained(f"cannot read checkpoints in {directory}"):
+            newest = max(_steps(directory), default=0)
+    return int(multihost_utils.broadcast_one_to_all(np.int32(newest))) or None
+
+
+def _find(directory: epath.Path, step: int | None) -> epath.Path:
+    step = _latest(directory) if step is None else step
+    if step is None:
+        raise UserError(f"there is no complete checkpoint in {directory}")
+    path = directory / str(step)
+    if not (path / COMMIT).exists():
+        steps = ", ".join(map(str, _steps(directory)[-LISTED:])) or "none"
+        raise UserError(f"{path} is not a complete checkpoint; complete steps: {steps}")
+    return path
+
+
+def _compare(path: epath.Path, abstract: Any, *, only: str | None = None) -> None:
+    """Names, dtypes and shapes before any read: orbax would cast in silence."""
+    with _explained(f"cannot read {path}", UnreadableCheckpoint), _context():
+        stored = ocp.metadata(path, "state").metadata
+    if not jax.tree.leaves(stored):  # what orbax makes of damaged metadata
+        raise UnreadableCheckpoint(f"cannot read {path}: what it holds is damaged")
+    found = _described(stored if only is None else {only: stored.get(only, {})})
+    wanted = _described(abstract)
+    missing = [f"{n} is not stored" for n in wanted if n not in found]
+    extra = [f"{n} is stored but not wanted" for n in found if n not in wanted]
+    both = [n for n in wanted if n in found and wanted[n] != found[n]]
+    differ = [f"{n} is {found[n]}, wanted {wanted[n]}" for n in both]
+    if wrong := missing + extra + differ:
+        listed = "; ".join(wrong[:LISTED]) + (" ..." if len(wrong) > LISTED else "")
+        raise UserError(
+            f"{path} does not fit: {len(missing)} missing, {len(extra)} extra, "
+            f"{len(differ)} of another dtype or shape: {listed}"
+        )
+
+
+def _described(tree: Any) -> dict[str, str]:
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+
+
+def _load(path: epath.Path, abstract: dict, *, partial: bool = False) -> dict:
+    with (
+        _explained(f"cannot read {path}", UnreadableCheckpoint),
+        _context(partial=partial),
+    ):
+        return ocp.load_checkpointables(path, abstract)
+
+
+def _context(*, partial: bool = False) -> ocp.Context:
+    """Orbax's settings: data and config are JSON files, whatever their leaves are."""
+    registry = ocp.handlers.local_registry()
+    for name in ("data", "config"):
+        registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
+    context = ocp.Context()
+    context.checkpointables.registry = registry
+    context.async_options.create_directories_asynchronously = False  # fail at once
+    context.pytree.loading.partial_load = partial
+    return context
+
+
+@contextlib.contextmanager
+def _explained(what: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Any failure inside as one line; orbax puts the truth into the cause."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as e:
+        truth = e.__cause__ or e
+        reason = " ".join(str(truth).split())[:300]
+        raise kind(f"{what}: {type(truth).__name__}: {reason}") from e

@@ -1,0 +1,80 @@
+"""What is minimised: init(key) -> params, loss(params, key, batch, frozen)."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from sd3_jax.diffusion.losses import flow_loss, loss_at
+from sd3_jax.diffusion.paths import Path
+from sd3_jax.diffusion.timesteps import Density
+from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines.latents import Autoencoder
+from sd3_jax.pipelines.prompts import Conditioning, TextModel
+
+
+class Objective(NamedTuple):
+    """A loss for make_train_step, and the velocity that sampling follows.
+
+    `init(key)` gives boxed params; `loss(params, key, batch, frozen)` a scalar and
+    metrics; `loss_at(params, key, batch, t)` the mean error at times t (b,), nothing
+    dropped; `encode(params, batch)` the text; `velocity(params)` v(x, t, cond).
+    """
+
+    init: Callable[[Array], dict]
+    loss: Callable[..., tuple[Array, dict]]
+    loss_at: Callable[..., Array]
+    encode: Callable[[dict, dict], Conditioning]
+    velocity: Callable[[dict], Callable]
+
+
+def flow_matching(
+    denoiser: nn.Module,
+    text: TextModel,
+    autoencoder: Autoencoder,
+    *,
+    path: Path,
+    density: Density,
+    dropout: float,
+    example: dict,
+) -> Objective:
+    """Rectified flow on latents, the text's encoders dropped one by one.
+
+    `example` is a batch, or its shapes, from which the parameters get theirs.
+    """
+
+    def init(key):
+        batch = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), example)
+        denoiser_key, text_key = jax.random.split(key)
+        text_params = text.init(text_key, batch)
+        cond = text.encode(nn.meta.unbox(text_params), batch)
+        x0 = autoencoder.encode(batch)
+        params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
+        return {"denoiser": params, "text": text_params}
+
+    def velocity(params):
+        return lambda x, t, cond: denoiser.apply(
+            {"params": params["denoiser"]}, x, t, *cond
+        )
+
+    def encode(params, batch):
+        return text.encode(params["text"], batch)
+
+    def loss(params, key, batch, frozen):
+        drop_key, flow_key = jax.random.split(key)
+        cond = encode(params, batch)
+        cond = prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
+        v = lambda xt, t: velocity(params)(xt, t, cond)
+        x0 = autoencoder.encode(batch)
+        value, _ = flow_loss(flow_key, v, x0, density=density, path=path)
+        return value, {}
+
+    def at(params, key, batch, t):
+        cond = encode(params, batch)
+        v = lambda xt, t: velocity(params)(xt, t, cond)
+        return loss_at(key, v, autoencoder.encode(batch), t, path=path)[0]
+
+    return Objective(init, loss, at, encode, velocity)

@@ -1,0 +1,76 @@
+"""One step for every objective: gradients, optimizer, moving average."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+
+from sd3_jax.training.state import TrainState
+
+
+def make_train_step(
+    loss: Callable,
+    tx: optax.GradientTransformation,
+    *,
+    ema_decay: float,
+    ema_every: int = 1,
+    accumulate: int = 1,
+) -> Callable:
+    """step(state, key, batch, frozen) -> (state, metrics), for
+    loss(params, key, batch, frozen) -> (scalar, metrics of scalars).
+
+    A step never advances a key: its own is folded in from state.step, so a resumed run
+    draws what the unbroken one would have.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+
+    def step(state: TrainState, key: Array, batch: dict, frozen: dict):
+        key = jax.random.fold_in(key, state.step)
+        if accumulate == 1:
+            (value, metrics), grads = gradient(state.params, key, batch, frozen)
+        else:
+            value, metrics, grads = accumulated(state.params, key, batch, frozen)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = moving_average(state.ema, params, state.step + 1, ema_decay, ema_every)
+        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
+        return TrainState(state.step + 1, params, ema, opt_state), metrics
+
+    def accumulated(params, key, batch, frozen):
+        """The mean over `accumulate` parts of the batch, one after another."""
+
+        def part(total, i_rows):
+            i, rows = i_rows
+            (value, metrics), grads = gradient(
+                params, jax.random.fold_in(key, i), rows, frozen
+            )
+            return jax.tree.map(jnp.add, total, (value, metrics, grads)), None
+
+        # Row r goes to part r % accumulate, which leaves every row on its device.
+        rows = jax.tree.map(
+            lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
+        )
+        (value, metrics), grads = jax.eval_shape(
+            gradient, params, key, jax.tree.map(lambda x: x[0], rows), frozen
+        )
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads)
+        )
+        total, _ = jax.lax.scan(part, zeros, (jnp.arange(accumulate), rows))
+        return jax.tree.map(lambda x: x / accumulate, total)
+
+    return step
+
+
+def moving_average(ema, params, step: Array, decay: float, every: int):
+    """ema += (1 - decay) (params - ema), once every `every` steps.
+
+    Early on the decay is (1 + n) / (10 + n) at the n-th time, so that a short run's
+    average does not remember its initialisation.
+    """
+    n = (step // every).astype(jnp.float32)
+    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
+    rate = jnp.where(step % every == 0, rate, 0.0)
+    return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)

@@ -1,0 +1,185 @@
+"""Which values a config may hold: ranges and choices by key, then relations."""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from sd3_jax.errors import ConfigError, near
+
+FACTOR = {"latents": 8, "kl16": 8, "pixels": 1}  # image pixels along a latent's side
+MODE_SCALE = 2 / (math.pi - 2)  # beyond it u -> t is not monotone (paper, sec. 3.1)
+
+
+def validate(config: ConfigDict) -> None:
+    """Raise a ConfigError that names the first value out of place; absent keys pass."""
+    values = dict(flatten(config))
+    for rule, keys in RULES:
+        for key in keys.split():
+            value = values.get(key)
+            if value is not None and not rule.holds(value):
+                raise complaint(key, value, rule.wanted, rule.choices)
+
+    if "model.depth" in values:  # the defaults of what is left open, as in the paper
+        for key, default in (("model.width", 64), ("model.num_heads", 1)):
+            if key in values and values[key] is None:
+                values[key] = default * values["model.depth"]
+    for relation, *keys in RELATIONS:
+        if all(values.get(key) is not None for key in keys):
+            wanted = relation(*(values[key] for key in keys))
+            if wanted:
+                raise complaint(keys[0], values[keys[0]], wanted)
+
+
+def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every group, as a dict, and every leaf, by its dotted key."""
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield prefix + name, value.to_dict()
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def complaint(key, value, wanted, choices=()):
+    guess = near(str(value), choices)
+    hint = f'; did you mean "{guess}"?' if guess else ""
+    value = f'"{value}"' if isinstance(value, str) else value
+    return ConfigError(f"config.{key} = {value}: wanted {wanted}{hint}")
+
+
+class Rule(NamedTuple):
+    holds: Any  # of a value; nan is in no range
+    wanted: str
+    choices: tuple[str, ...] = ()
+
+
+def integer(low, high=math.inf, also=()):
+    is_int = lambda x: isinstance(x, int) and not isinstance(x, bool)
+    ends = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
+    other = "".join(f" or {x}" for x in also)
+    return Rule(
+        lambda x: is_int(x) and (low <= x <= high or x in also),
+        f"an integer {ends}{other}",
+    )
+
+
+def number(wanted, holds):
+    is_number = lambda x: isinstance(x, int | float) and not isinstance(x, bool)
+    return Rule(lambda x: is_number(x) and holds(x), wanted)
+
+
+def one_of(*choices):
+    names = ", ".join(map(str, choices))
+    return Rule(lambda x: x in choices, f"one of {names}", tuple(map(str, choices)))
+
+
+POSITIVE = integer(1)
+COUNT = integer(0)
+SEED = integer(0, 2**32 - 1)  # jax keeps 32 bits and drops the rest in silence
+AXIS = integer(1, also=(-1,))
+FINITE = number("a finite number", math.isfinite)
+RATE = number("a finite number > 0", lambda x: 0 < x < math.inf)
+WEIGHT = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
+CLIP = number("a number > 0 (inf: none)", lambda x: x > 0)
+BELOW_ONE = number("a number in [0, 1)", lambda x: 0 <= x < 1)
+UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
+NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
+
+RULES = (
+    (SEED, "seed sample.seed"),
+    (NAME, "model.name text.name flow.path data.name"),
+    (POSITIVE, "model.depth model.width model.num_heads model.patch model.channels"),
+    (POSITIVE, "model.text_split model.pos_size model.pos_base"),
+    (POSITIVE, "model.context_dim model.pooled_dim"),
+    (COUNT, "model.dual_blocks"),
+    (RATE, "model.mlp_ratio"),
+    (one_of(2, 3), "model.weight_sets"),
+    (one_of("float32", "bfloat16", "float16"), "model.dtype"),
+    (one_of("none", "dots", "full"), "model.remat"),
+    (one_of("xla", "dot_product"), "model.attention"),
+    (POSITIVE, "text.length text.width text.depth text.num_heads text.words"),
+    (BELOW_ONE, "text.dropout"),
+    (one_of(*FACTOR), "image.autoencoder"),
+    (POSITIVE, "image.height image.width"),
+    (one_of("uniform", "logit_normal", "mode", "cosmap"), "flow.density"),
+    (FINITE, "flow.mean flow.mode_scale"),
+    (RATE, "flow.std flow.shift"),
+    (one_of("adamw", "muon"), "optim.name"),
+    (one_of("constant", "cosine"), "optim.schedule"),
+    (RATE, "optim.lr optim.eps"),
+    (BELOW_ONE, "optim.b1 optim.b2 ema.decay"),
+    (WEIGHT, "optim.weight_decay"),
+    (CLIP, "optim.clip"),
+    (COUNT, "optim.warmup"),
+    (POSITIVE, "optim.accumulate ema.every"),
+    (AXIS, "mesh.data mesh.fsdp mesh.context mesh.tensor"),
+    (POSITIVE, "data.batch_size"),
+    (COUNT, "data.threads data.prefetch"),
+    (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
+    (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
+    (POSITIVE, "sample.steps sample.per_prompt sample.batch_size"),
+    (one_of("euler", "heun", "dpmpp_2m"), "sample.solver"),
+    (one_of("linear", "shifted", "released"), "sample.grid"),
+    (one_of("ema", "params"), "sample.weights"),
+    (RATE, "sample.shift"),
+    (WEIGHT, "sample.cfg"),
+    (UNIT, "sample.cfg_start sample.cfg_stop sample.rescale"),
+    (POSITIVE, "eval.examples"),
+)
+
+
+def side(pixels, autoencoder, patch, pos_size):
+    unit = FACTOR[autoencoder] * patch
+    if pixels > unit * pos_size:
+        return f"at most {unit * pos_size}, config.model.pos_size = {pos_size} tokens"
+    if pixels % unit:
+        made = f"{FACTOR[autoencoder]} pixels a latent, {patch} latents a patch"
+        return f"a multiple of {unit} ({made}); the nearest is {multiple(pixels, unit)}"
+
+
+def divisible(by):
+    return lambda x, unit: (
+        x % unit
+        and f"a multiple of config.{by} = {unit}; the nearest is {multiple(x, unit)}"
+    )
+
+
+def multiple(x, unit):
+    """The multiple of unit nearest to x, and not 0."""
+    return max(1, round(x / unit)) * unit
+
+
+def dual_blocks(blocks, depth):
+    if blocks > depth - 1:
+        return f"at most {depth - 1}, one less than config.model.depth = {depth}"
+
+
+def mode_scale(scale, density):
+    if density == "mode" and not -1 <= scale <= MODE_SCALE:
+        return f"a number in [-1, {MODE_SCALE:.4f}] for the density mode"
+
+
+def interval(start, stop):
+    if start > stop:
+        return f"at most config.sample.cfg_stop = {stop}"
+
+
+def one_rest(mesh):
+    if list(mesh.values()).count(-1) > 1:
+        return "-1, what is left, for one axis at most"
+
+
+# The function says what is wanted of the first key, given the others, or nothing.
+RELATIONS = (
+    (side, "image.height", "image.autoencoder", "model.patch", "model.pos_size"),
+    (side, "image.width", "image.autoencoder", "model.patch", "model.pos_size"),
+    (divisible("model.num_heads"), "model.width", "model.num_heads"),
+    (divisible("text.num_heads"), "text.width", "text.num_heads"),
+    (divisible("optim.accumulate"), "data.batch_size", "optim.accumulate"),
+    (dual_blocks, "model.dual_blocks", "model.depth"),
+    (mode_scale, "flow.mode_scale", "flow.density"),
+    (interval, "sample.cfg_start", "sample.cfg_stop"),
+    (one_rest, "mesh"),
+)

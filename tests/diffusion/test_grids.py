@@ -1,0 +1,54 @@
+import numpy as np
+import pytest
+
+from sd3_jax.diffusion import grids
+
+# 28 steps at shift 3, as the released models are sampled.
+HEAD = [1, 0.98738, 0.97411, 0.96013]
+TAIL = [0.27805, 0.19983, 0.11091, 0.00893, 0]
+
+
+def test_released_has_the_published_digits():
+    t = grids.released(28, 3.0)
+    np.testing.assert_allclose(t[:4], HEAD, atol=5e-6)
+    np.testing.assert_allclose(t[-5:], TAIL, atol=5e-6)
+
+
+@pytest.mark.parametrize("steps", [2, 8, 50])
+def test_released_always_ends_at_the_doubly_shifted_t(steps):
+    once = 3 * 0.001 / (1 + 2 * 0.001)
+    twice = 3 * once / (1 + 2 * once)
+    np.testing.assert_allclose(grids.released(steps, 3.0)[-2], twice, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", grids.GRIDS)
+@pytest.mark.parametrize("steps", [1, 2, 28, 1000])
+@pytest.mark.parametrize("shift", [0.3, 1.0, 3.0])
+def test_falls_from_1_to_0(name, steps, shift):
+    t = grids.make(name, steps, shift)
+    assert t.shape == (steps + 1,) and t.dtype == np.float32
+    assert t[0] == 1 and t[-1] == 0 and (np.diff(t) < 0).all()
+
+
+def test_shifted_by_1_is_linear():
+    np.testing.assert_array_equal(grids.shifted(28, 1.0), grids.linear(28))
+    np.testing.assert_allclose(grids.linear(4), [1, 0.75, 0.5, 0.25, 0])
+
+
+def test_shifted_has_the_digits_of_the_formula():
+    np.testing.assert_allclose(grids.shifted(4, 3.0), [1, 0.9, 0.75, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    "name, steps, shift, message",
+    [
+        ("karras", 28, 3.0, "grid: got 'karras', want one of linear, shifted, .*"),
+        ("linear", 0, 1.0, "steps: got 0, want a whole number >= 1"),
+        ("released", 28, 0.0, "shift: got 0.0, want a finite number > 0"),
+        ("shifted", 28, np.inf, "shift: got inf, want a finite number > 0"),
+        ("shifted", 28, 1e9, "shift: got .*, want one that keeps 28 .*"),
+    ],
+)
+def test_make_explains_a_bad_value(name, steps, shift, message):
+    with pytest.raises(ValueError, match=f"^{message}$"):
+        grids.make(name, steps, shift)

@@ -1,0 +1,414 @@
+"""The command line: every mistake is one line, said before jax is imported."""
+
+import logging
+import os
+import shlex
+import subprocess
+import sys
+import textwrap
+
+import multiprocess
+import pytest
+from ml_collections import ConfigDict
+
+from configs import base
+from sd3_jax import cli, main
+from sd3_jax.errors import ConfigError, UserError
+from sd3_jax.jobs import JOBS, Job
+from sd3_jax.validate import RELATIONS, RULES, flatten, validate
+
+ROOT = cli.ROOT
+RECIPES = {
+    "toy": """
+        '''A toy.
+
+        More about it.'''
+        from configs import base
+        VARIANTS = ("tiny", "small")
+        def get_config(variant=""):
+            c = base.get_config()
+            c.extra = dict(sizes=(1, 2), scales=[0.5], note="a b")
+            if variant:
+                base.shrink(c)
+            return c
+        """,
+    "broken": "x = 1\ny = [1, 2\n",
+    "raises": "import math\nimport nothing_of_the_kind\n",
+    "late": "def get_config():\n    return {}['a key']\n",
+    "empty": "x = 1\n",
+    "none": "def get_config():\n    pass\n",
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """A working folder that holds a few recipes, good and bad, and stand-in jobs."""
+    (tmp_path / "configs").mkdir()
+    for name, text in RECIPES.items():
+        path = tmp_path / "configs" / f"{name}.py"
+        path.write_text(textwrap.dedent(text).lstrip())
+    (tmp_path / "file").write_text("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    return tmp_path
+
+
+def parse(*flags, job="train", recipe="configs/toy.py:tiny"):
+    return main.parse([job, f"--config={recipe}", "--workdir=runs/a", *flags])
+
+
+# What is right
+
+
+def test_parse_gives_the_job_the_locked_config_and_the_workdir(here):
+    job, config, workdir = parse("--config.optim.lr=1", "--config.data.batch_size", "4")
+    assert (job, workdir) == ("train", str(here / "runs" / "a"))
+    assert (config.optim.lr, config.data.batch_size) == (1.0, 4)
+    assert config.is_locked and config.optim.is_locked
+
+
+@pytest.mark.parametrize(
+    ("flag", "value"),
+    [
+        ("optim.lr=1e-3", 1e-3),
+        ("optim.lr=1", 1.0),
+        ("model.width=192", 192),  # a placeholder
+        ("mesh.fsdp=-1", -1),
+        ("model.qk_norm=false", False),
+        ("model.qk_norm=True", True),
+        ("sample.prompt='a = b'", "'a = b'"),  # quotes are the shell's
+        ("sample.negative=--no", "--no"),
+        ("eval.scores=val_loss,fid", ("val_loss", "fid")),
+        ("eval.scores=('val_loss',)", ("val_loss",)),
+        ("eval.scores=", ()),
+        ("extra.sizes=(3, 4, 5)", (3, 4, 5)),
+        ("extra.sizes=[3]", (3,)),
+        ("extra.sizes=3,4", (3, 4)),
+        ("extra.scales=1,2", [1.0, 2.0]),
+    ],
+)
+def test_a_value_is_read_as_its_key_s_type(here, flag, value):
+    config = parse(f"--config.{flag}", recipe="configs/toy.py").config
+    got = dict(flatten(config))[flag.partition("=")[0]]
+    assert got == value and type(got) is type(value)
+
+
+def test_flags_come_in_any_order_and_workdir_may_be_a_bucket():
+    argv = "--config.seed=3 --workdir gs://b/x --config configs/base.py sample"
+    job, config, workdir = main.parse(argv.split())
+    assert (job, config.seed, workdir) == ("sample", 3, "gs://b/x")
+
+
+def test_a_recipe_outside_any_configs_folder_imports_base(here, monkeypatch):
+    away = here / "a" / "b" / "mine.py"
+    away.parent.mkdir(parents=True)
+    away.write_text("from configs.base import get_config\n")
+    assert parse(recipe=str(away)).config.seed == 0
+    monkeypatch.chdir(away.parent)  # the package's own recipes, from anywhere
+    assert parse(recipe="configs/base.py").config.seed == 0
+
+
+def test_help_prints_each_key_as_the_flag_that_sets_it(here, capsys):
+    with pytest.raises(SystemExit) as stop:
+        parse("--help", "--config.sample.prompt=a red fox", recipe="configs/toy.py")
+    lines = capsys.readouterr().out.splitlines()
+    assert stop.value.code == 0
+    assert "  --config.model.width=<int>" in lines
+    assert "  --config.sample.prompt='a red fox'" in lines
+    flags = [line for line in lines if line.startswith("  --") and "<" not in line]
+    config = parse(*(shlex.split(flag)[0] for flag in flags)).config
+    assert config.sample.prompt == "a red fox" and config.extra.sizes == (1, 2)
+
+
+# What is wrong
+
+TOY = "--config=configs/toy.py"
+MISTAKES = [
+    (TOY, "no job train sample evaluate report"),
+    ("trian", 'job "trian"', '"train"'),
+    ("train", "--config="),
+    ("train {toy}", "--workdir="),
+    ("train {toy} --workdir=file", "file wanted folder"),
+    ("train {toy} --workdir=file/deeper", "file wanted folder"),
+    ("train {toy} --wokrdir=a", "--wokrdir", '"--workdir"'),
+    ("train {toy} -config=a", "-config", '"--config"'),
+    ("train {toy} --optim.lr=1", "--optim.lr", '"--config.optim.lr"'),
+    ("train {toy} --confg.optim.lr=1", "--confg.", '"--config.optim.lr"'),
+    ("train {toy} --workdir=a optim.lr=1", "optim.lr=1", "did you forget --?"),
+    ("train {toy} --workdir=a --workdir=b", "twice a b"),
+    ("train {toy} --config.seed=1 --config.seed 2", "twice 1 2 config.seed"),
+    ("train {toy} --config.seed", "--config.seed no value"),
+    ("train {toy} --config.seed --workdir=a", "--config.seed no value"),
+    ("train --config=configs/tooy.py", "configs/tooy.py not found", '"configs/toy.py"'),
+    ("train --config=toy", "toy not found", '"configs/toy.py"'),
+    ("train --config=configs", "configs not found"),
+    ("train {toy}:tinny", "configs/toy.py variant", '"tiny"'),
+    ("train {toy}:big", "variant tiny, small"),
+    ("train --config=configs/base.py:tiny", 'variant "tiny" none'),
+    ("train --config=configs/broken.py", "configs/broken.py:2 SyntaxError"),
+    (
+        "train --config=configs/raises.py",
+        "configs/raises.py:2 ModuleNotFoundError nothing_of_the_kind",
+    ),
+    ("train --config=configs/late.py", "configs/late.py:2 KeyError 'a key'"),
+    ("train --config=configs/empty.py", "configs/empty.py get_config"),
+    ("train {toy} --config.mesh.data=-1", "config.mesh = -1 for one axis at most"),
+    ("train --config=configs/none.py", "configs/none.py NoneType ConfigDict"),
+]
+KEYS = [
+    ("optim.learning_rate=1", '"config.optim.lr"'),
+    ("lr=1", '"config.optim.lr"'),
+    ("optimizer.lr=1", '"config.optim.lr"'),
+    ("train.batch_size=1", '"config.data.batch_size"'),
+    ("data.batch=1", '"config.data.batch_size"'),
+    ("model.heads=1", '"config.model.num_heads"'),
+    ("optim.nesterov=1", "config.optim has lr warmup"),
+    ("nothing.here=1", "config has model optim"),
+    ("seed.x=1", "unknown key config.seed.x"),
+    ("sample=1", "config.sample is a group solver"),
+    ("=1", "unknown key config."),
+]
+VALUES = [
+    ("data.batch_size=2.5", "wanted int"),
+    ("data.batch_size=1e3", "wanted int", '"1000"'),
+    ("data.batch_size=", "wanted int"),
+    ("data.batch_size=None", "wanted int"),
+    ("data.batch_size=0", "config.data.batch_size = 0: wanted an integer >= 1"),
+    ("data.batch_size=-8", "an integer >= 1"),
+    ("data.batch_size=10 --config.optim.accumulate=4", "a multiple of 4 nearest is 8"),
+    ("model.width=1.5", "wanted int"),
+    ("model.width=100", "num_heads = 24 nearest is 96"),
+    ("model.depth=0", "an integer >= 1"),
+    ("model.dual_blocks=24", "at most 23 config.model.depth = 24"),
+    ("model.weight_sets=4", "one of 2, 3"),
+    ("model.remat=ful", '"full"'),
+    ("model.qk_norm=yes", "true or false"),
+    ("model.qk_norm=1", "true or false"),
+    ("extra.sizes=1,2.5", "wanted tuple"),
+    ("optim.lr=fast", "wanted float"),
+    ("optim.lr=nan", "a finite number > 0"),
+    ("optim.lr=inf", "a finite number > 0"),
+    ("optim.lr=0", "a finite number > 0"),
+    ("optim.name=AdmaW", '"adamw"'),
+    ("optim.schedule=cos", "constant cosine"),
+    ("optim.b2=1", "[0, 1)"),
+    ("text.dropout=1.0", "[0, 1)"),
+    ("seed=-1", "in [0, 4294967295]"),
+    ("seed=4294967296", "in [0, 4294967295]"),
+    ("image.height=250", "a multiple of 16 nearest is 256"),
+    ("image.width=1", "a multiple of 16 nearest is 16"),
+    ("image.height=4096", "at most 3072 config.model.pos_size"),
+    ("image.width=255 --config.image.autoencoder=pixels", "a multiple of 2 is 256"),
+    ("image.autoencoder=vae", "latents kl16 pixels"),
+    ("flow.density=normal", '"logit_normal"'),
+    ("flow.mode_scale=2 --config.flow.density=mode", "[-1, 1.7519]"),
+    ("mesh.tensor=0", "an integer >= 1 or -1"),
+    ("sample.solver=eular", 'config.sample.solver = "eular"', '"euler"'),
+    ("sample.grid=karras", "linear, shifted, released"),
+    ("sample.weights=model", "ema, params"),
+    ("sample.steps=0", "an integer >= 1"),
+    ("sample.cfg=-1", "a finite number >= 0"),
+    ("sample.cfg=inf", "a finite number >= 0"),
+    ("sample.cfg_start=0.9 --config.sample.cfg_stop=0.5", "at most 0.5"),
+]
+
+
+def cases():
+    for argv, *wanted in MISTAKES:
+        yield argv.format(toy=TOY), wanted
+    for flag, *wanted in KEYS + VALUES:
+        name = flag.partition("=")[0]
+        yield f"train {TOY} --workdir=a --config.{flag}", [f"config.{name}", *wanted]
+
+
+@pytest.mark.parametrize(("argv", "wanted"), cases(), ids=lambda x: str(x)[-40:])
+def test_a_mistake_is_one_line_and_exit_code_2(here, capsys, argv, wanted):
+    assert main.main(argv.split(" ")) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("sd3-jax: error: ")
+    for words in wanted:
+        assert words in line or all(word in line for word in words.split()), line
+
+
+def test_absent_keys_pass_and_wrong_types_in_a_recipe_do_not():
+    validate(ConfigDict())
+    with pytest.raises(ConfigError, match="batch_size = True: wanted an integer"):
+        validate(ConfigDict(dict(data=dict(batch_size=True))))
+    with pytest.raises(ConfigError, match='lr = "1": wanted a finite number'):
+        validate(ConfigDict(dict(optim=dict(lr="1"))))
+
+
+def test_every_rule_is_about_a_key_that_exists():
+    known = {key for key, _ in flatten(base.get_config())}
+    ruled = {key for _, keys in RULES for key in keys.split()}
+    related = {key for _, *keys in RELATIONS for key in keys}
+    assert ruled | related <= known
+    validate(base.get_config())
+
+
+def test_the_choices_are_those_of_the_code():
+    from sd3_jax.diffusion import grids, solvers, timesteps
+    from sd3_jax.models import attention, mmdit
+
+    choices = {key: rule.choices for rule, keys in RULES for key in keys.split()}
+    for key, table in {
+        "model.remat": mmdit.REMAT,
+        "model.attention": attention.KERNELS,
+        "flow.density": timesteps.DENSITIES,
+        "sample.solver": solvers.SOLVERS,
+        "sample.grid": grids.GRIDS,
+    }.items():
+        assert set(choices[key]) == set(table), key
+
+
+# Running
+
+
+def stand_in(monkeypatch, folder, body):
+    (folder / "stand_in.py").write_text(f"def run(config, workdir):\n    {body}\n")
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.setitem(JOBS, "train", Job("a stand-in", "stand_in"))
+    monkeypatch.delitem(sys.modules, "stand_in", raising=False)
+
+
+def run():
+    return main.main(["train", f"{TOY}:tiny", "--workdir=runs/a"])
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "err"),
+    [
+        ("print(config.train.steps, workdir)", 0, ""),
+        ("raise KeyboardInterrupt", 130, ""),
+        (
+            "from sd3_jax.errors import UserError; raise UserError('no\\nweights')",
+            2,
+            "sd3-jax: error: no weights\n",
+        ),
+    ],
+)
+def test_main_runs_the_job(here, monkeypatch, capsys, body, code, err):
+    stand_in(monkeypatch, here, body)
+    assert run() == code
+    page = capsys.readouterr()
+    assert page.err == err
+    assert page.out == (f"10 {here}/runs/a\n" if code == 0 else "")
+
+
+def test_a_fault_of_ours_keeps_its_traceback(here, monkeypatch):
+    stand_in(monkeypatch, here, "1 / 0")
+    with pytest.raises(ZeroDivisionError):
+        run()
+
+
+def test_only_our_logging_is_informative(monkeypatch, capsys):
+    monkeypatch.setattr(logging.root, "handlers", [])
+    monkeypatch.setattr(logging.root, "level", logging.WARNING)
+    main.set_up_logging()
+    for name in ("sd3_jax.jobs.train", None, "absl", "orbax", "jax._src"):
+        logging.getLogger(name).info("info of %s", name)
+    logging.getLogger("orbax").warning("careful")
+    err = capsys.readouterr().err
+    assert err.count("info of") == 2 and "careful" in err
+    assert "sd3_jax.jobs.train" in err
+
+
+def shell(code, **env):
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **env},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [(["--help"], 0), ([], 2), (["train", TOY, "--config.lr=1"], 2)],
+)
+def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
+    process = shell(
+        "import sys\nfrom sd3_jax.main import main\n"
+        f"try: code = main({argv})\nexcept SystemExit as stop: code = stop.code\n"
+        "print('jax' in sys.modules)\nsys.exit(code)"
+    )
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert out.endswith("False\n") and "Traceback" not in err
+    page = out if code == 0 else err
+    if argv[:1] != ["train"]:
+        assert all(word in page for word in ("usage:", *JOBS, "A toy.", "--config.KEY"))
+        assert "More about it" not in page and "base.py" not in page
+
+
+def test_python_m_runs_main(here):
+    process = subprocess.run(
+        [sys.executable, "-m", "sd3_jax.main", "trian"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 2
+    assert process.stderr == (
+        'sd3-jax: error: unknown job "trian"; did you mean "train"?\n'
+    )
+
+
+# Many processes
+
+
+@pytest.mark.parametrize(
+    ("env", "wanted"),
+    [
+        ({"SD3_COORDINATOR": "a:1"}, "SD3_NUM_PROCESSES is not set"),
+        ({"SD3_COORDINATOR": "a"}, "SD3_COORDINATOR = a: wanted host:port"),
+        ({"SD3_NUM_PROCESSES": "0"}, "SD3_NUM_PROCESSES = 0: wanted an integer"),
+        ({"SD3_PROCESS_ID": "2"}, r"SD3_PROCESS_ID = 2: wanted an integer in \[0, 1\]"),
+        ({"SD3_HEARTBEAT_S": "1.5"}, "SD3_HEARTBEAT_S = 1.5: wanted an integer"),
+    ],
+)
+def test_a_wrong_environment_is_the_user_s_mistake(monkeypatch, env, wanted):
+    right = dict(SD3_COORDINATOR="a:1", SD3_NUM_PROCESSES="2", SD3_PROCESS_ID="0")
+    for name, value in (env if "not set" in wanted else {**right, **env}).items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UserError, match=wanted):
+        main.join_processes()
+
+
+def test_jax_s_own_detection_counts_processes(monkeypatch):
+    assert main.detected_processes() == 1
+    for name in ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID"):
+        monkeypatch.setenv(f"SLURM_{name}", "0")
+    monkeypatch.setenv("SLURM_NTASKS", "4")
+    assert main.detected_processes() == 4
+
+
+@pytest.mark.parametrize(
+    ("fault", "code", "err"),
+    [
+        ("UserError('no such weights')", 2, "sd3-jax: error: no such weights\n"),
+        ("ValueError('a bug')", 1, "ValueError: a bug\n"),
+    ],
+)
+def test_a_failing_process_leaves_at_once(here, fault, code, err):
+    """Without os._exit it would wait for its peer until the shutdown barrier ends."""
+    (here / "job.py").write_text(
+        "import jax, os, time\nfrom sd3_jax.errors import UserError\n"
+        "def run(config, workdir):\n"
+        "    assert jax.distributed.is_initialized()\n"
+        "    if os.environ['SD3_PROCESS_ID'] == '1':\n"
+        f"        raise {fault}\n"
+        "    time.sleep(120)\n"
+    )
+    program = (
+        "import sys\nfrom sd3_jax import main\n"
+        "main.JOBS['train'] = main.JOBS['train']._replace(module='job')\n"
+        "sys.exit(main.main(sys.argv[1:]))"
+    )
+    flags = ["train", f"--config={here}/configs/toy.py:tiny", f"--workdir={here}"]
+    env = dict(PYTHONPATH=f"{ROOT}:{here}", SD3_SHUTDOWN_S="100")
+    with multiprocess.start(["-c", program, *flags], env=env) as (waiting, failing):
+        assert failing.wait(60) == code
+        assert waiting.poll() is None
+        assert multiprocess.result(failing).stderr.endswith(err)

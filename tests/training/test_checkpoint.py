@@ -1,0 +1,307 @@
+import contextlib
+import json
+import resource
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import multiprocess
+import pytest
+from checkpoint_worker import (
+    CONFIG,
+    POLICY,
+    abstract_state,
+    assert_bits,
+    make_state,
+)
+from jax.sharding import PartitionSpec as P
+
+from sd3_jax.errors import UserError
+from sd3_jax.training import checkpoint
+from sd3_jax.training.checkpoint import Checkpoints
+
+WORKER = Path(__file__).with_name("checkpoint_worker.py")
+
+
+def write(directory, *steps, **policy):
+    """Save each step with its number as seed, and wait for each."""
+    abstract = abstract_state()
+    with Checkpoints(directory, **(POLICY | policy)) as checkpoints:
+        for step in steps:
+            state = make_state(abstract, step)
+            checkpoints.save(step, state, {"next_step": step}, CONFIG)
+            checkpoints.wait()
+    return abstract
+
+
+def steps_of(directory):
+    return sorted(int(path.name) for path in directory.iterdir())
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A directory with step 3, to be read only."""
+    directory = tmp_path_factory.mktemp("saved")
+    write(directory, 3)
+    return directory
+
+
+def test_restores_every_bit_and_says_nothing(tmp_path, capfd):
+    abstract = write(tmp_path, 3)
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        state, data, config = checkpoints.restore(abstract)
+    assert_bits(state, abstract, seed=3)
+    assert (data, config) == ({"next_step": 3}, CONFIG)
+    assert capfd.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "devices, spec", [(4, P("fsdp")), (2, P(None, "fsdp")), (1, P())]
+)
+def test_restores_onto_another_mesh(saved, devices, spec):
+    abstract = abstract_state(devices, spec=spec)
+    with Checkpoints(saved, **POLICY) as checkpoints:
+        state, _, _ = checkpoints.restore(abstract, step=3)
+    assert_bits(state, abstract, seed=3)
+
+
+@pytest.mark.parametrize("which", ["ema", "params"])
+def test_restores_weights_alone(saved, which):
+    abstract = abstract_state(2)
+    weights, step = checkpoint.restore_params(
+        saved, getattr(abstract, which), which=which
+    )
+    whole, _, _ = Checkpoints(saved, **POLICY).restore(abstract)
+    for a, b in zip(*map(jax.tree.leaves, (weights, getattr(whole, which)))):
+        assert step == 3 and a.sharding == b.sharding
+        assert jax.device_get(a).tobytes() == jax.device_get(b).tobytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts bytes in /proc")
+def test_weights_alone_cost_their_own_bytes(tmp_path):
+    abstract = abstract_state(width=1 << 15)
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        checkpoints.save(1, make_state(abstract, 1), {}, {})
+    read = lambda: int(Path("/proc/self/io").read_text().split()[1])
+    before = read()
+    jax.block_until_ready(checkpoint.restore_params(tmp_path, abstract.ema))
+    size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.ema))
+    assert size < read() - before < 1.5 * size  # the state has four times as much
+
+
+def test_buffers_may_be_donated_right_after_save(tmp_path, key):
+    sharding = abstract_state().params["head"]["kernel"].sharding
+    draw = jax.jit(lambda k: jax.random.normal(k, (1 << 20,)), out_shardings=sharding)
+    negate = jax.jit(lambda x: -x, donate_argnums=0)
+    state = {"x": draw(key)}  # in buffers that XLA owns
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        checkpoints.save(1, state, {}, {})
+        for _ in range(3):
+            state = jax.tree.map(negate, state)
+        jax.block_until_ready(state)
+        abstract = {"x": jax.ShapeDtypeStruct((1 << 20,), "float32", sharding=sharding)}
+        restored, _, _ = checkpoints.restore(abstract)
+    assert (restored["x"] == draw(key)).all()
+
+
+def test_later_changes_of_data_do_not_reach_the_save(tmp_path):
+    abstract = abstract_state()
+    data = {"next_step": 1}
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        checkpoints.save(1, make_state(abstract, 1), data, {})
+        data["next_step"] = 2
+        assert checkpoints.restore(abstract)[1] == {"next_step": 1}
+
+
+def test_keeps_the_newest_and_every_nth(tmp_path):
+    write(tmp_path, *range(1, 10), keep=2, keep_every=4)
+    assert steps_of(tmp_path) == [4, 8, 9]
+
+
+def test_saves_when_due_and_never_before_step_1(tmp_path):
+    state = {"x": jax.numpy.ones(3)}
+    with Checkpoints(tmp_path, every=2, keep=9, keep_every=None) as checkpoints:
+        save = lambda step, **kw: checkpoints.save(step, state, {}, {}, **kw)
+        assert [save(s) for s in (-2, 0, 1, 2, 3, 4)] == [False] * 3 + [
+            True,
+            False,
+            True,
+        ]
+        assert not save(-1, force=True) and not save(0, force=True)
+        assert save(5, force=True) and not save(5, force=True)
+        checkpoints.wait()
+        with pytest.raises(UserError, match="holds step 5 and this run is at 3"):
+            save(3)
+
+
+@pytest.mark.parametrize("policy", [dict(every=0), dict(keep=0), dict(keep_every=-1)])
+def test_policy_must_be_positive(tmp_path, policy):
+    with pytest.raises(UserError, match="at least 1"):
+        Checkpoints(tmp_path, **(POLICY | policy))
+
+
+def test_incomplete_steps_do_not_count(tmp_path):
+    abstract = write(tmp_path, 4)
+    (tmp_path / "7").mkdir()  # empty
+    shutil.copytree(tmp_path / "4", tmp_path / "6")  # rsync had not finished
+    (tmp_path / "6" / checkpoint.COMMIT).unlink()
+    (tmp_path / f"8{checkpoint.TMP}").mkdir()  # a killed save
+    with Checkpoints(tmp_path, every=1, keep=1, keep_every=None) as checkpoints:
+        assert checkpoints.latest() == 4
+        assert not (tmp_path / f"8{checkpoint.TMP}").exists()
+        assert_bits(checkpoints.restore(abstract)[0], abstract, seed=4)
+        with pytest.raises(UserError, match="6 is not a complete .* steps: 4"):
+            checkpoints.restore(abstract, step=6)
+        for step in (5, 6):  # keep=1 must count neither 6 nor 7 as the newest
+            checkpoints.save(step, make_state(abstract, step), {}, CONFIG)
+            checkpoints.wait()
+            assert checkpoints.latest() == step
+        assert_bits(checkpoints.restore(abstract)[0], abstract, seed=6)
+    assert steps_of(tmp_path) == [6, 7]
+
+
+def test_no_checkpoint_is_told(tmp_path):
+    with pytest.raises(UserError, match="no complete checkpoint in .*nowhere"):
+        checkpoint.saved_config(tmp_path / "nowhere")
+
+
+def test_config_can_be_read_alone(saved):
+    assert checkpoint.saved_config(saved) == CONFIG
+    assert checkpoint.saved_config(saved, step=3) == CONFIG
+
+
+def test_mismatch_names_the_leaves(saved):
+    abstract = abstract_state()
+    kernel = abstract.params["head"]["kernel"]
+    params = {"head": {"kernel": kernel.update(dtype="bfloat16")}, "new": kernel}
+    with pytest.raises(UserError) as error:
+        Checkpoints(saved, **POLICY).restore(abstract.replace(params=params))
+    message = str(error.value)
+    assert "1 missing, 2 extra, 1 of another dtype or shape" in message
+    assert "params/new is not stored" in message
+    assert "params/block/bias is stored but not wanted" in message
+    assert "params/head/kernel is float32[16, 24], wanted bfloat16[16, 24]" in message
+
+
+def test_mismatch_is_one_line_of_at_most_ten_names(saved):
+    with pytest.raises(UserError) as error:
+        Checkpoints(saved, **POLICY).restore(abstract_state(width=32))
+    message = str(error.value)
+    assert "0 missing, 0 extra, 12 of another dtype or shape" in message
+    assert message.count("wanted") == 10 and "\n" not in message
+
+
+def test_weights_are_compared_too(saved):
+    with pytest.raises(UserError, match="3 of another dtype or shape"):
+        checkpoint.restore_params(saved, abstract_state(width=32).ema)
+
+
+@pytest.mark.parametrize(
+    "file", ["state/_METADATA", "state/manifest.ocdbt", "data/data.json"]
+)
+def test_damage_is_told_in_one_line(tmp_path, file):
+    abstract = write(tmp_path, 3)
+    (tmp_path / "3" / file).write_text("")
+    with pytest.raises(checkpoint.UnreadableCheckpoint) as error:
+        Checkpoints(tmp_path, **POLICY).restore(abstract)
+    message = str(error.value)
+    assert str(tmp_path / "3") in message and "\n" not in message and len(message) < 500
+
+
+@contextlib.contextmanager
+def full_disk():
+    """No file may grow beyond 10 kB."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+def test_full_disk_ends_the_next_save(tmp_path, capfd):
+    abstract = write(tmp_path, 1)
+    state = make_state(abstract_state(width=1 << 12), 2)
+    checkpoints = Checkpoints(tmp_path, **POLICY)
+    with full_disk():
+        assert checkpoints.save(2, state, {}, CONFIG)
+        with pytest.raises(UserError) as error:
+            checkpoints.save(3, state, {}, CONFIG)
+    message = str(error.value)
+    assert f"saving {tmp_path / '2'} failed" in message and "\n" not in message
+    assert capfd.readouterr().err == ""
+    assert checkpoints.latest() == 1
+    assert_bits(checkpoints.restore(abstract)[0], abstract, seed=1)
+    assert checkpoints.save(4, state, {}, CONFIG)
+    checkpoints.close()
+    assert checkpoints.latest() == 4
+
+
+def test_close_reports_a_failed_save(tmp_path):
+    state = make_state(abstract_state(width=1 << 12), 1)
+    with full_disk(), pytest.raises(UserError, match=f"saving {tmp_path}/1 failed"):
+        with Checkpoints(tmp_path, **POLICY) as checkpoints:
+            checkpoints.save(1, state, {}, {})
+
+
+def test_the_first_error_is_the_one_shown(tmp_path):
+    state = make_state(abstract_state(width=1 << 12), 1)
+    with full_disk(), pytest.raises(ZeroDivisionError) as error:
+        with Checkpoints(tmp_path, **POLICY) as checkpoints:
+            checkpoints.save(1, state, {}, {})
+            raise ZeroDivisionError
+    assert f"saving {tmp_path}/1 failed" in error.value.__notes__[0]
+
+
+def test_a_vanished_directory_is_told_at_once(tmp_path):
+    directory = tmp_path / "run"
+    checkpoints = Checkpoints(directory, **POLICY)
+    directory.rmdir()
+    directory.write_text("")
+    with pytest.raises(UserError, match=f"saving {directory}/1 failed"):
+        checkpoints.save(1, {"x": jax.numpy.ones(3)}, {}, {})
+
+
+def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write checkpoints to .*file"):
+        Checkpoints(tmp_path / "file", **POLICY)
+
+
+def test_killed_while_saving_leaves_the_step_before(tmp_path):
+    (process,) = multiprocess.run([WORKER, "die", tmp_path], processes=1, devices=8)
+    assert process.returncode == -9, process.stderr
+    assert (tmp_path / f"2{checkpoint.TMP}").exists()
+    abstract = write(tmp_path)  # opens and closes
+    assert steps_of(tmp_path) == [1]
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        state, data, _ = checkpoints.restore(abstract)
+        assert_bits(state, abstract, seed=1)
+        assert data == {"next_step": 1}
+        assert checkpoints.save(2, make_state(abstract, 2), {}, CONFIG)
+    assert checkpoints.latest() == 2
+
+
+def answers(results):
+    """The last line each process printed; gloo prints before it."""
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr
+    return [json.loads(r.stdout.splitlines()[-1]) for r in results]
+
+
+def test_two_processes_restore_and_save(tmp_path):
+    write(tmp_path, 3)
+    results = multiprocess.run([WORKER, "exchange", tmp_path])
+    expected = dict(latest=3, data={"next_step": 3}, config=CONFIG, saved=True)
+    assert answers(results) == [expected, expected]
+    abstract = abstract_state(4)
+    with Checkpoints(tmp_path, **POLICY) as checkpoints:
+        assert checkpoints.latest() == 5
+        assert_bits(checkpoints.restore(abstract)[0], abstract, seed=5)
+
+
+def test_preempted_processes_save_the_same_step(tmp_path):
+    results = multiprocess.run([WORKER, "preempt", tmp_path])
+    a, b = answers(results)
+    assert a == b and a["saved"] and a["step"] > 5
+    assert steps_of(tmp_path) == [a["step"]]
