@@ -25,6 +25,7 @@ def get_config() -> ConfigDict:
         pooled_dim=2048,
         dtype="bfloat16",
         remat="full",
+        unroll=1,  # blocks a turn of the scan; on a CPU all of them, which is faster
         attention="xla",
     )
     c.text = dict(
@@ -55,16 +56,24 @@ def get_config() -> ConfigDict:
         clip=1.0,
         schedule="constant",
         warmup=1_000,
+        muon_lr=0.02,  # of the matrices that muon takes; the rest have lr
         accumulate=1,
     )
     c.ema = dict(decay=0.99, every=100)  # paper, appendix B.3
     c.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)  # -1: what is left
-    c.data = dict(name="records", path="", batch_size=1024, threads=4, prefetch=8)
+    c.data = dict(
+        name="synthetic",
+        batch_size=1024,
+        threads=4,
+        prefetch=8,
+        mix=(0.2, 0.5, 0.3),  # of single digits, pairs and numbers in "digits"
+    )
     c.train = dict(
         steps=500_000,
         log_every=50,
         eval_every=5_000,
         sample_every=5_000,
+        prompts=(),  # painted at every sample_every, and by sample without a prompt
     )
     c.checkpoint = dict(every=1_000, keep=3, keep_every=50_000)
     c.sample = dict(
@@ -84,13 +93,22 @@ def get_config() -> ConfigDict:
         batch_size=64,
         weights="ema",
     )
-    c.eval = dict(examples=1_024, scores=("val_loss",))
-    return c
+    c.eval = dict(
+        examples=1_024,  # held out, for the validation loss
+        scores=("val_loss",),
+        pictures=240,  # of each kind and split, for "digits"
+        split="test",  # prompts to report; choose settings by those of "tune"
+        few_steps=5,
+    )
+    return c.lock()
 
 
 def shrink(c: ConfigDict) -> None:
     """Any recipe in half a minute on a laptop: the same code, the smallest shapes."""
-    c.model.update(depth=2, width=64, num_heads=2, pos_size=16, dtype="float32")
+    c.model.update(depth=2, width=64, num_heads=2, dual_blocks=0, dtype="float32")
+    c.model.update(context_dim=64, pooled_dim=32, pos_size=16, text_split=5)
+    c.image.update(height=min(c.image.height, 64), width=min(c.image.width, 64))
+    c.text.update(length=min(c.text.length, 24), width=32, num_heads=2, depth=1)
     c.data.batch_size = 8
     c.optim.warmup = 2
     c.train.update(steps=10, log_every=1, eval_every=5, sample_every=5)

@@ -121,6 +121,11 @@ def _names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis over data and fsdp, the others whole."""
+    return NamedSharding(mesh, PartitionSpec(BATCH))
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices hold."""
     shards = math.prod(mesh.shape[axis] for axis in BATCH)
@@ -130,16 +135,14 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
             f"config.data.batch_size = {batch_size}: wanted a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
-    rows = NamedSharding(mesh, PartitionSpec(BATCH)).addressable_devices_indices_map(
-        (batch_size,)
-    )
+    rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
     spans = [index[0].indices(batch_size)[:2] for index in rows.values()]
     return slice(min(a for a, _ in spans), max(b for _, b in spans))
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int):
     """This process's rows of a batch to global arrays, sharded over data and fsdp."""
-    sharding = NamedSharding(mesh, PartitionSpec(BATCH))
+    sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(
             sharding, rows, (batch_size, *rows.shape[1:])

@@ -147,7 +147,7 @@ class Digits:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
         chosen = [self.scene(*row) for row in draws(self.seed, indices, 2)]
-        rows = draws(self.seed + 1, indices, 6)
+        rows = draws(self.seed + 1, indices, 4)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}
 
@@ -157,7 +157,7 @@ class Digits:
         return choices[int(which * len(choices))]
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
-        """The scene in somebody's handwriting; u holds six uniform numbers."""
+        """The scene in somebody's handwriting; u holds four uniform numbers."""
         things, axis = scene.placed()
         canvas = np.zeros((self.height, self.width, 3), np.float32)
         for i, (thing, where) in enumerate(zip(things, self.places(scene, axis, u))):
@@ -169,18 +169,14 @@ class Digits:
         return np.rint(canvas * 255).astype(np.uint8)
 
     def places(self, scene: Scene, axis: str, u: np.ndarray) -> list[tuple[int, int]]:
-        """Upper left corners: a single anywhere, two abreast, a little out of line."""
+        """Upper left corners, in steps of half a scan: a single anywhere, two abreast
+        or one above the other, at the canvas's ends."""
+        step = SIDE // 2
         free = np.array([self.height, self.width]) - SIDE
+        y, x = (u[2:4] * (free // step + 1)).astype(int) * step
         if len(scene.things) == 1:
-            return [tuple((u[2:4] * (free + 1)).astype(int))]
-        along, across = (0, 1) if axis == "y" else (1, 0)
-        at = np.zeros((2, 2), int)
-        at[1, along] = free[along]
-        slack = min(4, free[across])
-        start = (free[across] - slack) // 2
-        same = scene.kind == "number"
-        at[:, across] = start + (u[[2, 2 if same else 3]] * (slack + 1)).astype(int)
-        return [tuple(place) for place in at]
+            return [(y, x)]
+        return [(y, 0), (y, free[1])] if axis == "x" else [(0, x), (free[0], x)]
 
 
 @functools.cache

@@ -1,90 +1,73 @@
-"""GenEval in small: what digits, of what colour, stand where in a picture."""
+"""GenEval and typography in small: the share of pictures that show what was asked."""
 
-import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from sklearn.svm import SVC
 
-from sd3_jax.data.digits import COLOURS, SIDE, Scene, Thing, scans
+from sd3_jax.data import digits
+from sd3_jax.data.digits import Digits, Scene
+from sd3_jax.evals.reader import matches
 
-INK = 0.25  # a pixel of less is paper
-
-
-class Found(NamedTuple):
-    """A digit the scorer saw, and the centre of its box as (y, x)."""
-
-    thing: Thing
-    centre: tuple[float, float]
+NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
 
 
-def matches(scene: Scene, image: np.ndarray) -> bool:
-    """Whether a picture u8 (h, w, 3) shows the scene: things, colours and places."""
-    found = detect(image)
-    things, axis = scene.placed()
-    if tuple(f.thing for f in found) != things:
-        return False
-    if len(found) == 1:
-        return True
-    dy, dx = (b - a for a, b in zip(found[0].centre, found[1].centre))
-    return dx > abs(dy) if axis == "x" else dy > abs(dx)
+class Score(NamedTuple):
+    """The share of n pictures that are right, and its 95 % (Wilson) interval."""
+
+    name: str
+    score: float
+    n: int
+    low: float
+    high: float
 
 
-def detect(image: np.ndarray) -> list[Found]:
-    """One or two digits, from left to right or top to bottom."""
-    ink = image.max(-1) / 255.0
-    return [_read(image, ink, box) for box in _boxes(ink > INK)]
+def score(name: str, right: Sequence[bool]) -> Score:
+    n, p, z = len(right), float(np.mean(right)), 1.96
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return Score(name, p, n, float(centre - half), float(centre + half))
 
 
-def _boxes(dark: np.ndarray) -> list[tuple[slice, slice]]:
-    """The ink's bounding box, cut in the canvas's middle where it is too long for one."""
-    box = _bounds(dark)
-    if box is None:
-        return []
-    sizes = [s.stop - s.start for s in box]
-    axis = int(np.argmax(sizes))
-    if sizes[axis] <= SIDE + 1:
-        return [box]
-    cut = dark.shape[axis] // 2
-    first, second = dark.copy(), dark.copy()
-    np.moveaxis(first, axis, 0)[cut:] = False
-    np.moveaxis(second, axis, 0)[:cut] = False
-    return [b for b in (_bounds(first), _bounds(second)) if b is not None]
+def some(kind: str, split: str, count: int) -> list[Scene]:
+    """`count` scenes of a kind and split in a fixed mixed order, round and round."""
+    every = digits.scenes(kind, split)
+    order = np.random.default_rng(1).permutation(len(every))
+    return [every[order[i % len(every)]] for i in range(count)]
 
 
-def _bounds(dark: np.ndarray) -> tuple[slice, slice] | None:
-    if not dark.any():
-        return None
-    rows, columns = (np.flatnonzero(dark.any(1 - axis)) for axis in (0, 1))
-    return slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
+def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
+    """Each scene painted once, each from noise of its own, and looked at."""
+    images = paint([str(scene) for scene in scenes], list(range(len(scenes))))
+    return [matches(scene, image) for scene, image in zip(scenes, images)]
 
 
-def _read(image: np.ndarray, ink: np.ndarray, box: tuple[slice, slice]) -> Found:
-    digit = int(reader().predict(_centred(ink[box])[None])[0])
-    centre = tuple((s.start + s.stop) / 2 for s in box)
-    return Found(Thing(_colour(image[box]), digit), centre)
+def ceiling(height: int, width: int, kind: str, count: int) -> Score:
+    """The scorer on real pictures, of scans that it was not fitted to."""
+    mix = tuple(float(k == kind) for k in digits.KINDS)
+    batch = Digits(height, width, mix, held_out=True).batch(np.arange(count))
+    right = [
+        matches(digits.parse(caption), image)
+        for caption, image in zip(batch["caption"], batch["image"])
+    ]
+    return score(f"scorer on real {NAMES[kind]}", right)
 
 
-def _colour(pixels: np.ndarray) -> str:
-    """The colour nearest in direction to the sum of the ink."""
-    total = pixels.reshape(-1, 3).astype(np.float64).sum(0)
-    total /= np.linalg.norm(total) + 1e-9
-    near = {c: total @ np.array(rgb) / np.linalg.norm(rgb) for c, rgb in COLOURS.items()}
-    return max(near, key=near.get)
+def variety(paint: Callable, scenes: Sequence[Scene], *, each: int = 8) -> float:
+    """How far apart the pictures of one prompt are, with real ones as 1.
+
+    The mean distance between two pictures of a caption, over the mean distance between
+    two compositions of it from real scans: 0 is one picture again and again.
+    """
+    captions = [str(scene) for scene in scenes for _ in range(each)]
+    images = paint(captions, list(range(len(captions))))
+    real = Digits(*images.shape[1:3], held_out=True)
+    u = digits.draws(0, np.arange(len(captions)), 4)
+    drawn = [real.draw(scenes[i // each], u[i]) for i in range(len(captions))]
+    return _spread(images, each) / _spread(np.stack(drawn), each)
 
 
-def _centred(ink: np.ndarray) -> np.ndarray:
-    """The ink in the middle of an empty cell, flattened: where it stood is forgotten."""
-    cell = np.zeros((SIDE, SIDE))
-    ink = ink[:SIDE, :SIDE]
-    y, x = ((SIDE - n) // 2 for n in ink.shape)
-    cell[y : y + ink.shape[0], x : x + ink.shape[1]] = ink
-    return cell.ravel()
-
-
-@functools.cache
-def reader() -> SVC:
-    """A digit classifier fitted on training scans only."""
-    images, labels = scans(held_out=False)
-    cells = [_centred(ink[_bounds(ink > INK)]) for ink in images]
-    return SVC(C=10, gamma=0.04).fit(np.stack(cells), labels)
+def _spread(images: np.ndarray, each: int) -> float:
+    x = images.reshape(-1, each, np.prod(images.shape[1:])).astype(np.float64)
+    apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
+    return float(apart.sum() / (len(x) * each * (each - 1)))

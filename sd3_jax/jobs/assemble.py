@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax import sharding, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
@@ -88,6 +88,7 @@ def text_model(config: ConfigDict) -> prompts.TextModel:
         words=text.words,
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
+        unroll=config.model.unroll,
         dtype=jnp.dtype(config.model.dtype),
     )
     return prompts.trained(tower)
@@ -165,7 +166,7 @@ def trained_params(config: ConfigDict, made: Parts, workdir: str, mesh: Mesh):
     boxed = jax.eval_shape(made.objective.init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        nn.meta.unbox(boxed),
+        tree.unbox(boxed),
         sharding.shardings(boxed, mesh),
     )
     return restore_params(checkpoints(workdir), abstract, which=config.sample.weights)

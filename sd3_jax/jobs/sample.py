@@ -25,7 +25,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = assemble.parts(config)
         params, step = assemble.trained_params(config, parts, workdir, mesh)
-        each = [caption for caption in captions for _ in range(config.sample.per_prompt)]
+        each = [
+            caption for caption in captions for _ in range(config.sample.per_prompt)
+        ]
         numbers = list(range(config.sample.per_prompt)) * len(captions)
         images = Painter(config, parts, mesh)(params, each, numbers)
     if jax.process_index() == 0:

@@ -1,25 +1,25 @@
 """Train, or go on from the last checkpoint: the same call does either."""
 
-import contextlib
 import json
 import logging
 import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import linen as nn
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+import sd3_jax
 from sd3_jax import pictures, sharding
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble
-from sd3_jax.jobs.sample import Painter
+from sd3_jax.jobs.paint import Painter
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, write_whole
 from sd3_jax.training import optimizer
 from sd3_jax.training.checkpoint import Checkpoints
-from sd3_jax.training.state import abstract_state, init_state
+from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
@@ -37,40 +37,44 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 class Training:
     """The loop and what it needs; all that must survive a crash is in the state."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, mesh):
+    def __init__(self, config: ConfigDict, workdir: epath.Path, mesh: Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.batch_size = config.data.batch_size
         self.rows = sharding.local_rows(mesh, self.batch_size)
         self.key = jax.random.key(config.seed)
         self.parts = assemble.parts(config)
-        self.tx, self.rate = optimizer.make(**config.optim, steps=config.train.steps)
+        optim = config.optim.to_dict()
+        accumulate = optim.pop("accumulate")
+        self.tx, self.rate = optimizer.make(**optim, steps=config.train.steps)
         step = make_train_step(
             self.parts.objective.loss,
             self.tx,
             ema_decay=config.ema.decay,
             ema_every=config.ema.every,
-            accumulate=config.accumulate,
+            accumulate=accumulate,
         )
         self.step = jax.jit(step, donate_argnums=0)
-        self.loss_at = jax.jit(self.parts.objective.loss_at)
+        self.validation = Validation(config, self.parts, mesh)
+        self.painter = Painter(config, self.parts, mesh)
 
     def run(self) -> None:
-        config = self.config
-        with Checkpoints(
-            assemble.checkpoints(self.workdir), **config.checkpoint
-        ) as checkpoints:
+        train = self.config.train
+        folder = assemble.checkpoints(self.workdir)
+        with Checkpoints(folder, **self.config.checkpoint) as checkpoints:
             state, start = self.restore_or_init(checkpoints)
             self.describe(state)
-            examples = assemble.loader(config, self.rows, start=start)
+            if start >= train.steps:
+                log.info("%s has all of its %d steps", self.workdir, train.steps)
+                return
             with Metrics(
                 self.workdir,
-                total_steps=config.train.steps,
+                total_steps=train.steps,
                 start_step=start,
                 process_index=jax.process_index(),
             ) as metrics:
-                self.loop(state, start, examples, checkpoints, metrics)
+                self.loop(state, start, checkpoints, metrics)
 
-    def restore_or_init(self, checkpoints: Checkpoints):
+    def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
         init_params = self.parts.objective.init
         abstract = abstract_state(self.key, init_params, self.tx, self.mesh)
@@ -82,45 +86,117 @@ class Training:
         log.info("goes on from step %d of %s", data["next_step"], self.workdir)
         return state, data["next_step"]
 
-    def loop(self, state, start: int, examples, checkpoints, metrics) -> None:
-        config, clock = self.config, Clock()
-        for step in range(start + 1, config.train.steps + 1):
+    def describe(self, state: TrainState) -> None:
+        """config.json and run.json, for people and for the report."""
+        count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
+        parameters = {name: count(tree) for name, tree in state.params.items()}
+        about = {
+            "parameters": sum(parameters.values()),
+            "parameters_by_model": parameters,
+            "forward_flops_per_image": self.parts.flops,
+            "devices": jax.device_count(),
+            "device_kind": jax.devices()[0].device_kind,
+            "processes": jax.process_count(),
+            "mesh": dict(self.mesh.shape),
+            "versions": {"sd3_jax": sd3_jax.__version__, "jax": jax.__version__},
+        }
+        log.info(
+            "%d parameters (%s) on %d x %s",
+            about["parameters"],
+            ", ".join(f"{name} {n}" for name, n in parameters.items()),
+            about["devices"],
+            about["device_kind"],
+        )
+        if jax.process_index() == 0:
+            for name, value in ("config", self.config.to_dict()), ("run", about):
+                text = json.dumps(value, indent=2)
+                write_whole(self.workdir / f"{name}.json", text.encode())
+
+    def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
+        """One step ahead of the device: step n is given before n - 1 is waited for."""
+        train, clock, since = self.config.train, Clock(), start
+        examples = assemble.loader(self.config, self.rows, start=start)
+        config = self.config.to_dict()
+        compiled, values = self.compiled(state), None
+        clock.reset()
+        for step in range(start + 1, train.steps + 1):
+            last = step == train.steps
+            due = lambda every: last or step % every == 0
             with clock.wait():
                 batch = next(examples)
             batch = sharding.put(batch, self.mesh, self.batch_size)
-            state, values = self.step(state, self.key, batch, {})
-            due = lambda every: step % every == 0 or step == config.train.steps
-            if step == start + 1:
-                jax.block_until_ready(state)  # compiling is no part of a step's time
-                clock.reset()
-            elif due(config.train.log_every):
-                self.log(metrics, clock, step, values, start)
-            pause = due(config.train.eval_every) or due(config.train.sample_every)
-            if due(config.train.eval_every):
-                self.evaluate(metrics, step, state)
-            if due(config.train.sample_every):
+            before = values
+            state, values = compiled(state, self.key, batch, {})
+            jax.block_until_ready(before)
+            if due(train.log_every):
+                jax.block_until_ready(values)
+                self.log(metrics, clock, step, step - since, values)
+                since = step
+            if due(train.eval_every):
+                metrics.write(step, "val", self.validation(state.ema))
+            if due(train.sample_every) and train.prompts:
                 self.sample(metrics, step, state)
-            last = step == config.train.steps
-            checkpoints.save(
-                step, state, {"next_step": step}, config.to_dict(), force=last
-            )
+            checkpoints.save(step, state, {"next_step": step}, config, force=last)
             if checkpoints.reached_preemption(step):
-                log.info("told to stop: saved step %d", step)
+                log.info("told to stop: step %d is saved", step)
                 break
-            if pause:
+            if due(train.eval_every) or due(train.sample_every):
                 clock.reset()
+                since = step
 
-    def log(self, metrics: Metrics, clock: Clock, step: int, values, start: int):
-        steps = min(self.config.train.log_every, step - start - 1)
-        values = {name: float(value) for name, value in values.items()}
-        images, device = steps * self.batch_size, jax.devices()[0]
-        peak = PEAK_TFLOPS.get(device.device_kind)
+    def compiled(self, state: TrainState):
+        """The step's program, ahead of time: no step's time has a compilation in it."""
+        begin = time.perf_counter()
+        placed = sharding.batch_sharding(self.mesh)
+        batch = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+            assemble.example(self.config),
+        )
+        program = self.step.lower(state, self.key, batch, {}).compile()
+        log.info("compiled the step in %.1f s", time.perf_counter() - begin)
+        return program
+
+    def log(self, metrics, clock: Clock, step: int, steps: int, values) -> None:
+        images = steps * self.batch_size
         rates = clock.summary(
             steps,
             images,
             flops=3 * self.parts.flops * images,
             devices=jax.device_count(),
-            peak=peak,
+            peak=PEAK_TFLOPS.get(jax.devices()[0].device_kind),
         )
-        values["lr"] = float(self.rate(step - 1))
-        metrics.write(step, "train", values | rates)
+        values = {name: float(value) for name, value in values.items()}
+        lr = float(self.rate(step - 1))
+        metrics.write(step, "train", {**values, "lr": lr, **rates})
+
+    def sample(self, metrics: Metrics, step: int, state: TrainState) -> None:
+        """The recipe's prompts, always from the same noise: a picture's development."""
+        captions = list(self.config.train.prompts)
+        images = self.painter(state.ema, captions, [0] * len(captions))
+        path = f"samples/step_{step:08d}.png"
+        if jax.process_index() == 0:
+            (self.workdir / "samples").mkdir(parents=True, exist_ok=True)
+            sheet = pictures.grid(images, columns=8)
+            pictures.save_png(sheet, self.workdir / path)
+        metrics.write(step, "samples", {"path": path, "prompts": captions})
+
+
+class Validation:
+    """The mean loss at each of eight times, on the same held-out examples each time."""
+
+    def __init__(self, config: ConfigDict, parts: assemble.Parts, mesh: Mesh):
+        self.config, self.mesh = config, mesh
+        self.key = jax.random.key(config.seed + 1)
+        self.program = jax.jit(
+            lambda params, key, batch, t: parts.objective.loss_at(
+                params, key, batch, jnp.broadcast_to(t, config.data.batch_size)
+            )
+        )
+
+    def __call__(self, params: dict) -> dict[str, float]:
+        size = self.config.data.batch_size
+        rows = sharding.local_rows(self.mesh, size)
+        batches = assemble.loader(self.config, rows, held_out=True)
+        count = max(1, self.config.eval.examples // size)
+        some = (sharding.put(next(batches), self.mesh, size) for _ in range(count))
+        return dict(val_loss(self.program, params, self.key, some))

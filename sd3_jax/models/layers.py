@@ -123,9 +123,9 @@ class Embedder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b k"]) -> Float[Array, "b d"]:
         init = normal(0.02)
-        h = Dense(
-            self.width, (None, "embed"), init=init, dtype=self.dtype, name="fc1"
-        )(x)
+        h = Dense(self.width, (None, "embed"), init=init, dtype=self.dtype, name="fc1")(
+            x
+        )
         h = nn.silu(h)
         return Dense(
             self.width, ("embed", None), init=init, dtype=self.dtype, name="fc2"

@@ -68,9 +68,9 @@ class MMDiT(nn.Module):
         pooled: Float[Array, "b e"],
     ) -> Float[Array, "b h w c"]:
         _, h, w, _ = xt.shape
-        x = Dense(
-            self.width, (None, "embed"), dtype=self.dtype, name="patch_embed"
-        )(patchify(xt, self.patch))
+        x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(
+            patchify(xt, self.patch)
+        )
         x = x + self.position_table(h // self.patch, w // self.patch).astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "tokens", None))
         text = Dense(
@@ -92,9 +92,7 @@ class MMDiT(nn.Module):
         shift, scale = Modulation(2, self.width, self.dtype, name="final_adaln")(c)
         x = modulate(layer_norm(x), shift, scale)
         out = self.patch**2 * self.channels
-        x = Dense(
-            out, ("embed", None), init=zeros, dtype=self.dtype, name="final"
-        )(x)
+        x = Dense(out, ("embed", None), init=zeros, dtype=self.dtype, name="final")(x)
         return unpatchify(x, self.patch, h, w).astype(jnp.float32)
 
     def position_table(self, h: int, w: int) -> Array:

@@ -5,16 +5,16 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sd3_jax.models.attention import attention
 from sd3_jax.models.layers import Dense, RmsNorm, normal
 
-PAD, END, SPACE = 0, 1, 35  # ByT5's ids: byte b is b + 3
+PAD = 0  # of ByT5's ids; 1 ends, and byte b is b + 3
 
 
 class T5Encoder(nn.Module):
-    """Token ids to states: pre-norm blocks, gated GELU, one relative-position bias.
+    """Token ids to states.
 
     Every token is attended to, padding as well, unless `mask` says otherwise; the
     released models give none.
@@ -26,6 +26,34 @@ class T5Encoder(nn.Module):
     num_heads: int
     head_size: int
     mlp: int
+    unroll: int = 1
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(
+        self, ids: Int[Array, "b l"], mask: Bool[Array, "b l"] | None = None
+    ) -> Float[Array, "b l d"]:
+        init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
+        table = self.param("embedding", init, (self.vocab, self.width))
+        x = jnp.take(table, ids, axis=0).astype(self.dtype)
+        return T5Stack(
+            self.depth,
+            self.num_heads,
+            self.head_size,
+            self.mlp,
+            unroll=self.unroll,
+            dtype=self.dtype,
+            name="stack",
+        )(x, mask)
+
+
+class T5Stack(nn.Module):
+    """Pre-norm blocks that share one relative-position bias, and the last norm."""
+
+    depth: int
+    num_heads: int
+    head_size: int
+    mlp: int
     buckets: int = 32
     max_distance: int = 128
     unroll: int = 1
@@ -33,15 +61,11 @@ class T5Encoder(nn.Module):
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "b l"], mask: Array | None = None
+        self, x: Float[Array, "b l d"], mask: Bool[Array, "b l"] | None = None
     ) -> Float[Array, "b l d"]:
-        init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
-        table = self.param("embedding", init, (self.vocab, self.width))
-        x = jnp.take(table, ids, axis=0).astype(self.dtype)
-
-        init = nn.with_logical_partitioning(normal(0.02), (None, "heads"))
+        init = nn.with_logical_partitioning(normal(0.5), (None, "heads"))
         bias = self.param("relative_bias", init, (self.buckets, self.num_heads))
-        buckets = relative_buckets(ids.shape[1], self.buckets, self.max_distance)
+        buckets = relative_buckets(x.shape[1], self.buckets, self.max_distance)
         bias = bias[buckets].transpose(2, 0, 1)[None]  # (1, heads, l, l)
         if mask is not None:
             bias = jnp.where(mask[:, None, None, :], bias, -1e9)
@@ -105,10 +129,11 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class ByteTower(nn.Module):
-    """ByT5 ids to one context vector a word and a pooled one, small enough to train.
+    """ByT5 ids to a context vector for each word and a pooled one; small, to be trained.
 
-    The states of a word's bytes are averaged, as a picture's words are what it is made
-    of, and the joint attention then sees ten tokens instead of forty.
+    A layer on the bytes learns to spell, `depth` more on the words learn what belongs
+    to what: the average of its bytes' states is a word. The joint attention then sees
+    eight tokens instead of forty.
     """
 
     depth: int
@@ -124,36 +149,48 @@ class ByteTower(nn.Module):
     def __call__(
         self, ids: Int[Array, "b l"]
     ) -> tuple[Float[Array, "b w k"], Float[Array, "b e"]]:
-        size = self.width // self.num_heads
-        encoder = T5Encoder(
+        narrow = self.width // 2
+        spelling = T5Encoder(
             vocab=384,
-            depth=self.depth,
-            width=self.width,
+            depth=1,
+            width=narrow,
             num_heads=self.num_heads,
-            head_size=size,
+            head_size=narrow // self.num_heads,
+            mlp=2 * narrow,
+            dtype=self.dtype,
+            name="spelling",
+        )(ids, ids != PAD)
+        member = words(ids, self.words).astype(self.dtype)  # (b, words, l)
+        count = member.sum(-1, keepdims=True)
+        x = jnp.einsum("bwl,bld->bwd", member, spelling) / jnp.maximum(count, 1)
+        x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="widen")(x)
+        there = count[..., 0] > 0
+        x = T5Stack(
+            depth=self.depth,
+            num_heads=self.num_heads,
+            head_size=self.width // self.num_heads,
             mlp=2 * self.width,
             unroll=self.unroll,
             dtype=self.dtype,
-            name="encoder",
-        )
-        states = encoder(ids, ids != PAD).astype(jnp.float32)
-        member = words(ids, self.words).astype(jnp.float32)  # (b, words, l)
-        count = member.sum(-1, keepdims=True)
-        x = jnp.einsum("bwl,bld->bwd", member, states) / jnp.maximum(count, 1)
-        whole = x.sum(1) / jnp.maximum((count > 0).sum(1), 1)
+            name="grammar",
+        )(x, there)
+        x = x * there[..., None]
+        whole = x.sum(1) / jnp.maximum(there.sum(1), 1)[:, None]
         context = Dense(
             self.context_dim, ("embed", None), dtype=self.dtype, name="context"
         )(x)
-        context = context * (count > 0)
         pooled = Dense(
             self.pooled_dim, ("embed", None), dtype=self.dtype, name="pooled"
         )(whole)
-        return context, pooled
+        return context * there[..., None], pooled
 
 
-def words(ids: Int[Array, "b l"], most: int) -> Array:
-    """Which bytes make up which word: (b, most, l) booleans; spaces separate words."""
-    letter = (ids != PAD) & (ids != END) & (ids != SPACE)
-    starts = letter & ~jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
-    index = jnp.cumsum(starts, -1) - 1
-    return (index[:, None] == jnp.arange(most)[:, None]) & letter[:, None]
+def words(ids: Int[Array, "b l"], most: int) -> Bool[Array, "b w l"]:
+    """Which bytes make up which word: runs of letters, every other mark by itself."""
+    byte = ids - 3
+    lower = byte | 32
+    letter = ((lower >= ord("a")) & (lower <= ord("z"))) | (byte >= 128)
+    mark = (byte > ord(" ")) & ~letter
+    before = jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
+    index = jnp.cumsum(mark | (letter & ~before), -1) - 1
+    return (index[:, None] == jnp.arange(most)[:, None]) & (letter | mark)[:, None]

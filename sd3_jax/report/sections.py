@@ -155,7 +155,9 @@ def samples_over_training(workdir: epath.Path, rows: list[Row]) -> str:
         which = "" if len(lists) == 1 else f" at step {step:,}"
         summary = f"The prompts{which}, row by row"
         prompts.append(page.details(summary, page.prompts(texts), open=len(texts) < 17))
-    text = f"{few}Click a grid to see it large, and again to come back."
+    text = (
+        f"{few}All from the same noise. A click on a grid enlarges it, another ends it."
+    )
     return page.section(title, page.note(text), page.film(frames), *prompts)
 
 

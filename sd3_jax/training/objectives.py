@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from sd3_jax import tree
 from sd3_jax.diffusion.losses import flow_loss, loss_at
 from sd3_jax.diffusion.paths import Path
 from sd3_jax.diffusion.timesteps import Density
@@ -50,7 +51,7 @@ def flow_matching(
         batch = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), example)
         denoiser_key, text_key = jax.random.split(key)
         text_params = text.init(text_key, batch)
-        cond = text.encode(nn.meta.unbox(text_params), batch)
+        cond = text.encode(tree.unbox(text_params), batch)
         x0 = autoencoder.encode(batch)
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}

@@ -3,11 +3,10 @@
 import jax
 import jax.numpy as jnp
 import optax
-from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from sd3_jax import sharding
+from sd3_jax import sharding, tree
 
 
 @struct.dataclass
@@ -20,7 +19,7 @@ class TrainState:
 
 def init_state(key: Array, init_params, tx: optax.GradientTransformation):
     """A new state; `init_params(key)` gives params, boxed or not."""
-    params = nn.meta.unbox(init_params(key))
+    params = tree.unbox(init_params(key))
     ema = jax.tree.map(jnp.copy, params)
     return TrainState(jnp.zeros((), jnp.int32), params, ema, tx.init(params))
 
@@ -28,7 +27,7 @@ def init_state(key: Array, init_params, tx: optax.GradientTransformation):
 def abstract_state(key: Array, init_params, tx, mesh) -> TrainState:
     """init_state's shapes and dtypes, each with its sharding on the mesh."""
     boxed = jax.eval_shape(init_params, key)
-    params = nn.meta.unbox(boxed)
+    params = tree.unbox(boxed)
     sharded = sharding.shardings(boxed, mesh)
     state = jax.eval_shape(lambda key: init_state(key, init_params, tx), key)
     placed = sharding.like_params(state, params, sharded, mesh)

@@ -1,0 +1,112 @@
+"""Score a workdir's newest checkpoint; the table is printed and kept in scores.json."""
+
+import json
+
+import jax
+from etils import epath
+from flax import linen as nn
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding
+from sd3_jax.data.digits import KINDS
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.evals import compose
+from sd3_jax.jobs import assemble
+from sd3_jax.jobs.paint import Painter
+from sd3_jax.jobs.train import Validation
+from sd3_jax.metrics import write_whole
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Runs config.eval.scores: "val_loss" and, for pictures of digits, "digits"."""
+    for name in config.eval.scores:
+        if name not in SCORES:
+            raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
+    workdir = epath.Path(workdir)
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        parts = assemble.parts(config)
+        params, step = assemble.trained_params(config, parts, workdir, mesh)
+        settings = config.sample.to_dict() | config.eval.to_dict()
+        result = {"step": step, "weights": config.sample.weights, "settings": settings}
+        for name in config.eval.scores:
+            result |= SCORES[name](config, parts, mesh, params)
+    if jax.process_index() == 0:
+        write_whole(workdir / "scores.json", json.dumps(result, indent=2).encode())
+        print(*lines(result), sep="\n")
+
+
+def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
+    return {"val_loss": Validation(config, parts, mesh)(params)}
+
+
+def digits(config: ConfigDict, parts, mesh, params) -> dict:
+    """Single digits, pairs and numbers that the recipe's mix has, seen and held out."""
+    if config.data.name != "digits":
+        raise UserError(
+            f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
+            f'name = "{config.data.name}"; wanted "digits" there, or other scores'
+        )
+    count = config.eval.pictures
+    painter = Painter(config, parts, mesh)
+    paint = lambda captions, numbers: painter(params, captions, numbers)
+    few = config.copy_and_resolve_references()
+    few.sample.steps = config.eval.few_steps
+    hasty = Painter(few, parts, mesh)
+    paint_few = lambda captions, numbers: hasty(params, captions, numbers)
+
+    scores, by_prompt = [], []
+
+    def judge(name, paint, kind, split):
+        scenes = compose.some(kind, split, count)
+        right = compose.judge(paint, scenes)
+        scores.append(compose.score(name, right)._asdict())
+        by_prompt.extend(
+            {"prompt": str(scene), "score": float(ok), "n": 1, "split": name}
+            for scene, ok in zip(scenes, right)
+        )
+
+    kinds = [kind for kind, share in zip(KINDS, config.data.mix) if share > 0]
+    for kind in kinds:
+        name = compose.NAMES[kind]
+        if kind == "single":
+            judge(name, paint, kind, "train")
+            continue
+        judge(f"{name}, seen", paint, kind, "train")
+        judge(f"{name}, held out", paint, kind, config.eval.split)
+        steps = config.eval.few_steps
+        judge(f"{name}, held out, {steps} steps", paint_few, kind, config.eval.split)
+    for kind in kinds:
+        scenes = compose.some(kind, "train", 16)
+        row = {"name": f"variety of {compose.NAMES[kind]}", "n": len(scenes)}
+        scores.append(row | {"score": compose.variety(paint, scenes)})
+        ceiling = compose.ceiling(config.image.height, config.image.width, kind, 1_000)
+        scores.append(ceiling._asdict())
+    return {"scores": scores, "prompts": merged(by_prompt)}
+
+
+def merged(rows: list[dict]) -> list[dict]:
+    """One row a prompt and split, its pictures counted together."""
+    grouped = {}
+    for row in rows:
+        grouped.setdefault((row["split"], row["prompt"]), []).append(row["score"])
+    return [
+        {"prompt": prompt, "split": split, "score": sum(x) / len(x), "n": len(x)}
+        for (split, prompt), x in grouped.items()
+    ]
+
+
+SCORES = {"val_loss": val_loss, "digits": digits}
+
+
+def lines(result: dict) -> list[str]:
+    """What evaluate prints: the scores, then the validation loss by t."""
+    rows = result.get("scores", [])
+    wide = max((len(row["name"]) for row in rows), default=0)
+    text = []
+    for row in rows:
+        span = f"  [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else " " * 16
+        text.append(f"{row['name']:<{wide}}  {row['score']:6.3f}{span}  n={row['n']}")
+    for name, value in result.get("val_loss", {}).items():
+        text.append(f"validation {name}: {value:.4f}")
+    return text
