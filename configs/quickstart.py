@@ -1,8 +1,8 @@
 """One coloured digit on an 8 x 8 canvas: train, sample and score in five minutes.
 
     make quickstart
-    python -m sd3_jax.main train --config=configs/quickstart.py --workdir=runs/quickstart
-    python -m sd3_jax.main sample --config=configs/quickstart.py \
+    sd3-jax train --config=configs/quickstart.py --workdir=runs/quickstart
+    sd3-jax sample --config=configs/quickstart.py \
         --config.sample.prompt="a blue four" --workdir=runs/quickstart
 
 A 2.4 M-parameter MMDiT; "single digits" should score 0.95 or more.

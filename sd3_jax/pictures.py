@@ -96,7 +96,7 @@ def _resize(image, scale):
 def _wrap(text, font, width):
     """Lines no wider than `width`; a word that is gets cut, and so does a long text."""
     lines = [""]
-    for word in text.split():
+    for word in text[: LINES * width].split():  # no glyph is narrower than a pixel
         for piece in _pieces(word, font, width):
             longer = f"{lines[-1]} {piece}".strip()
             if font.getlength(longer) <= width:
@@ -113,7 +113,7 @@ def _wrap(text, font, width):
 
 def _pieces(word, font, width):
     while word:
-        end = len(word)
+        end = min(len(word), width)
         while end > 1 and font.getlength(word[:end]) > width:
             end -= 1
         yield word[:end]

@@ -147,7 +147,7 @@ class Digits:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
         chosen = [self.scene(*row) for row in draws(self.seed, indices, 2)]
-        rows = draws(self.seed + 1, indices, 4)
+        rows = draws(self.seed + 1, indices, 2)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}
 
@@ -157,26 +157,22 @@ class Digits:
         return choices[int(which * len(choices))]
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
-        """The scene in somebody's handwriting; u holds four uniform numbers."""
+        """The scene in somebody's handwriting; u holds two uniform numbers."""
         things, axis = scene.placed()
         canvas = np.zeros((self.height, self.width, 3), np.float32)
-        for i, (thing, where) in enumerate(zip(things, self.places(scene, axis, u))):
-            ink = _handwriting(self.held_out)[thing.digit]
-            ink = ink[int(u[i] * len(ink))]
-            y, x = where
+        for thing, which, (y, x) in zip(things, u, self.places(scene, axis)):
+            hands = _handwriting(self.held_out)[thing.digit]
+            ink = hands[int(which * len(hands))]
             patch = canvas[y : y + SIDE, x : x + SIDE]
             np.maximum(patch, ink[..., None] * COLOURS[thing.colour], out=patch)
         return np.rint(canvas * 255).astype(np.uint8)
 
-    def places(self, scene: Scene, axis: str, u: np.ndarray) -> list[tuple[int, int]]:
-        """Upper left corners, in steps of half a scan: a single anywhere, two abreast
-        or one above the other, at the canvas's ends."""
-        step = SIDE // 2
-        free = np.array([self.height, self.width]) - SIDE
-        y, x = (u[2:4] * (free // step + 1)).astype(int) * step
+    def places(self, scene: Scene, axis: str) -> list[tuple[int, int]]:
+        """Upper left corners: one in the middle, or two at the ends of an axis."""
+        y, x = (self.height - SIDE) // 2, (self.width - SIDE) // 2
         if len(scene.things) == 1:
             return [(y, x)]
-        return [(y, 0), (y, free[1])] if axis == "x" else [(0, x), (free[0], x)]
+        return [(y, 0), (y, 2 * x)] if axis == "x" else [(0, x), (2 * y, x)]
 
 
 @functools.cache

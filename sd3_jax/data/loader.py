@@ -1,4 +1,4 @@
-"""Batches for the steps of a run: step -> rows, a pure function, read ahead by grain."""
+"""Batches for a run's steps: step -> rows, a pure function, read ahead by grain."""
 
 import grain
 import numpy as np

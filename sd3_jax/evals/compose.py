@@ -62,7 +62,7 @@ def variety(paint: Callable, scenes: Sequence[Scene], *, each: int = 8) -> float
     captions = [str(scene) for scene in scenes for _ in range(each)]
     images = paint(captions, list(range(len(captions))))
     real = Digits(*images.shape[1:3], held_out=True)
-    u = digits.draws(0, np.arange(len(captions)), 4)
+    u = digits.draws(0, np.arange(len(captions)), 2)
     drawn = [real.draw(scenes[i // each], u[i]) for i in range(len(captions))]
     return _spread(images, each) / _spread(np.stack(drawn), each)
 

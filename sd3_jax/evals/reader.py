@@ -37,7 +37,7 @@ def detect(image: np.ndarray) -> list[Found]:
 
 
 def _boxes(dark: np.ndarray) -> list[tuple[slice, slice]]:
-    """The ink's bounding box, cut in the canvas's middle where it is too long for one."""
+    """The ink's bounding box, cut at the canvas's middle if too long for one."""
     box = _bounds(dark)
     if box is None:
         return []

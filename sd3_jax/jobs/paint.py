@@ -1,4 +1,4 @@
-"""Prompts to pictures by one compiled program: what sample, train and evaluate share."""
+"""Prompts to pictures by one compiled program, for sample, train and evaluate."""
 
 from collections.abc import Sequence
 

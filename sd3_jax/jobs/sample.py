@@ -81,7 +81,7 @@ def save(config, workdir, step, captions, numbers, images) -> None:
             "settings": {k: v for k, v in settings.items() if "prompt" not in k},
         }
         info = {"prompt": caption, "sd3_jax": json.dumps(line)}
-        pictures.save_png(enlarged(image), folder / name, info=info)
+        pictures.save_png(pictures.grid(image[None]), folder / name, info=info)
         lines.append(json.dumps(line, ensure_ascii=False) + "\n")
     write_whole(workdir / "samples.jsonl", "".join(lines).encode())
     sheet = pictures.grid(images, columns=min(len(images), 8), captions=captions)

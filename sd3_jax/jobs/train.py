@@ -76,15 +76,17 @@ class Training:
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
-        init_params = self.parts.objective.init
-        abstract = abstract_state(self.key, init_params, self.tx, self.mesh)
+        abstract = self.abstract()
         if checkpoints.latest() is None:
             placed = jax.tree.map(lambda x: x.sharding, abstract)
-            init = lambda key: init_state(key, init_params, self.tx)
+            init = lambda key: init_state(key, self.parts.objective.init, self.tx)
             return jax.jit(init, out_shardings=placed)(self.key), 0
         state, data, _ = checkpoints.restore(abstract)
         log.info("goes on from step %d of %s", data["next_step"], self.workdir)
         return state, data["next_step"]
+
+    def abstract(self) -> TrainState:
+        return abstract_state(self.key, self.parts.objective.init, self.tx, self.mesh)
 
     def describe(self, state: TrainState) -> None:
         """config.json and run.json, for people and for the report."""
@@ -121,26 +123,29 @@ class Training:
         clock.reset()
         for step in range(start + 1, train.steps + 1):
             last = step == train.steps
-            due = lambda every: last or step % every == 0
+            log_now, validate_now, sample_now = (
+                last or step % every == 0
+                for every in (train.log_every, train.eval_every, train.sample_every)
+            )
             with clock.wait():
                 batch = next(examples)
             batch = sharding.put(batch, self.mesh, self.batch_size)
             before = values
             state, values = compiled(state, self.key, batch, {})
             jax.block_until_ready(before)
-            if due(train.log_every):
+            if log_now:
                 jax.block_until_ready(values)
                 self.log(metrics, clock, step, step - since, values)
                 since = step
-            if due(train.eval_every):
+            if validate_now:
                 metrics.write(step, "val", self.validation(state.ema))
-            if due(train.sample_every) and train.prompts:
+            if sample_now and train.prompts:
                 self.sample(metrics, step, state)
             checkpoints.save(step, state, {"next_step": step}, config, force=last)
             if checkpoints.reached_preemption(step):
                 log.info("told to stop: step %d is saved", step)
                 break
-            if due(train.eval_every) or due(train.sample_every):
+            if validate_now or sample_now:
                 clock.reset()
                 since = step
 

@@ -115,7 +115,7 @@ class MMDiT(nn.Module):
         )
 
     def stack(self, length: int, name: str, **kwargs):
-        """`length` blocks in one scan: the compiled program does not grow with depth."""
+        """`length` blocks in one scan: the program does not grow with depth."""
         if length == 0:
             return lambda streams, c: streams
 
@@ -259,7 +259,7 @@ class Modulation(nn.Module):
 
 
 class Projections(nn.Module):
-    """Into q, k and v, RMS-normed head by head where `qk_norm`, and out of attention."""
+    """Into q, k and v, RMS-normed by head where `qk_norm`, and out of attention."""
 
     width: int
     num_heads: int

@@ -129,7 +129,7 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class ByteTower(nn.Module):
-    """ByT5 ids to a context vector for each word and a pooled one; small, to be trained.
+    """ByT5 ids to a context vector a word and a pooled one; small, to be trained.
 
     A layer on the bytes learns to spell, `depth` more on the words learn what belongs
     to what: the average of its bytes' states is a word. The joint attention then sees

@@ -1,0 +1,40 @@
+# make quickstart: train, sample, score and report, from nothing but Python 3.11
+# make test: what CI runs
+
+PYTHON ?= python3
+VENV ?= .venv
+RUN ?= runs/quickstart
+SD3 = $(VENV)/bin/sd3-jax
+
+.PHONY: quickstart digits test lint clean
+
+quickstart: $(VENV)/installed
+	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
+	$(SD3) sample --config=configs/quickstart.py --workdir=$(RUN)
+	$(SD3) evaluate --config=configs/quickstart.py --workdir=$(RUN)
+	$(SD3) report --config=configs/quickstart.py --workdir=$(RUN)
+
+digits: $(VENV)/installed
+	$(SD3) train --config=configs/digits.py --workdir=runs/digits
+	$(SD3) evaluate --config=configs/digits.py --workdir=runs/digits
+	$(SD3) report --config=configs/digits.py --workdir=runs/digits
+
+test: $(VENV)/installed-test lint
+	$(VENV)/bin/python -m pytest
+
+lint: $(VENV)/installed-test
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --upgrade pip
+	$(VENV)/bin/pip install --quiet --editable .
+	touch $@
+
+$(VENV)/installed-test: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) runs tests/.cache

@@ -1,0 +1,25 @@
+"""SD3.5-medium (MMDiT-X): 2.2 B parameters, dual attention in the first 13 blocks.
+
+    sd3-jax train --config=configs/sd35_medium.py --workdir=gs://BUCKET/RUN
+    sd3-jax train --config=configs/sd35_medium.py:tiny --workdir=runs/tiny
+    ... :512, :1024                                   # pixels a side
+
+256 pixels, batch 4096, 500k steps, logit-normal(0, 1) (Esser et al. 2024, sec. 5.3);
+higher resolutions shift the times, by 3 at 1024.
+"""
+
+from configs import base
+
+VARIANTS = ("tiny", "256", "512", "1024")
+
+
+def get_config(variant: str = ""):
+    c = base.get_config()
+    c.model.update(depth=24, qk_norm=True, dual_blocks=13, pos_size=384)
+    c.optim.update(lr=1e-4, warmup=1_000, eps=1e-15)
+    c.data.batch_size = 4096
+    if variant in ("256", "512", "1024"):
+        base.resolution(c, int(variant))
+    if variant == "tiny":
+        base.shrink(c)
+    return c

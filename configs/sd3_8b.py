@@ -1,0 +1,25 @@
+"""The paper's largest: 8.1 B parameters, depth 38, with qk-norm.
+
+    sd3-jax train --config=configs/sd3_8b.py --workdir=gs://BUCKET/RUN
+    sd3-jax train --config=configs/sd3_8b.py:tiny --workdir=runs/tiny
+    ... :512, :1024                                   # pixels a side
+
+256 pixels, batch 4096, 500k steps, logit-normal(0, 1) (Esser et al. 2024, sec. 5.3);
+higher resolutions shift the times, by 3 at 1024.
+"""
+
+from configs import base
+
+VARIANTS = ("tiny", "256", "512", "1024")
+
+
+def get_config(variant: str = ""):
+    c = base.get_config()
+    c.model.update(depth=38, qk_norm=True, dual_blocks=0, pos_size=192)
+    c.optim.update(lr=1e-4, warmup=1_000, eps=1e-15)
+    c.data.batch_size = 4096
+    if variant in ("256", "512", "1024"):
+        base.resolution(c, int(variant))
+    if variant == "tiny":
+        base.shrink(c)
+    return c

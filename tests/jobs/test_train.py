@@ -1,0 +1,213 @@
+"""Training end to end on the tiny recipe: meshes, processes, kills, samples, scores."""
+
+import json
+
+import jax
+import multiprocess
+import numpy as np
+import pytest
+from flax import linen as nn
+from orbax.checkpoint import v1 as ocp
+from PIL import Image
+
+from configs import quickstart
+from sd3_jax import main, metrics, sharding
+from sd3_jax.errors import UserError
+from sd3_jax.jobs.train import Training
+
+TINY = "--config=configs/quickstart.py:tiny"
+
+
+def losses(workdir):
+    rows = metrics.read(workdir)
+    return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def five_steps(workdir, devices, **axes):
+    config = quickstart.get_config("tiny")
+    config.train.update(steps=5, eval_every=100, sample_every=100, prompts=())
+    config.mesh.update(axes)
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
+    workdir.mkdir(exist_ok=True)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        Training(config, workdir, mesh).run()
+    return losses(workdir)
+
+
+@pytest.fixture(scope="session")
+def one_device(tmp_path_factory):
+    return five_steps(tmp_path_factory.mktemp("one"), 1)
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        dict(data=8, fsdp=1),
+        dict(fsdp=8),
+        dict(data=2, fsdp=4),
+        dict(fsdp=4, tensor=2),
+        dict(data=2, fsdp=1, context=2, tensor=2),
+    ],
+    ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()),
+)
+def test_losses_do_not_depend_on_the_mesh(tmp_path, one_device, axes):
+    np.testing.assert_allclose(five_steps(tmp_path, 8, **axes), one_device, rtol=1e-5)
+
+
+def test_two_processes_train_as_one(tmp_path, one_device):
+    results = multiprocess.run(
+        [
+            "-m", "sd3_jax.main", "train", TINY, f"--workdir={tmp_path}",
+            "--config.train.steps=5", "--config.train.eval_every=100",
+            "--config.train.sample_every=100", "--config.mesh.data=2",
+        ],
+        processes=2,
+        devices=4,
+    )  # fmt: skip
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
+    np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+
+
+def train(workdir, **env):
+    args = ["tests/jobs/train_worker.py", "train", TINY, f"--workdir={workdir}"]
+    flags = ["--config.train.steps=20", "--config.train.eval_every=100"]
+    return multiprocess.run(args + flags, processes=1, devices=1, env=env)[0]
+
+
+def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
+    """Parameters, average, optimizer state and every loss: equal to the last bit."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    assert train(whole).returncode == 0
+    assert train(killed, KILL_AT="13").returncode == -9
+    assert not (killed / "checkpoints" / "20").exists()
+    resumed = train(killed)
+    assert resumed.returncode == 0 and "goes on from step" in resumed.stderr
+    assert losses(killed) == losses(whole)
+    states = [
+        ocp.load_checkpointables(str(w / "checkpoints" / "20"), {"state": None})[
+            "state"
+        ]
+        for w in (whole, killed)
+    ]
+    leaves = [jax.tree_util.tree_leaves_with_path(state) for state in states]
+    assert len(leaves[0]) == len(leaves[1]) > 100
+    for (path, a), (_, b) in zip(*leaves):
+        assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    flags = ["--config.train.steps=4", "--config.train.eval_every=2"]
+    assert main.main(["train", TINY, f"--workdir={workdir}", *flags]) == 0
+    return workdir
+
+
+def test_training_leaves_what_the_report_reads(trained):
+    assert json.loads((trained / "run.json").read_text())["parameters"] > 10_000
+    assert json.loads((trained / "config.json").read_text())["model"]["depth"] == 2
+    rows = metrics.read(trained)
+    val = [row for row in rows if row["kind"] == "val"]
+    assert [row["step"] for row in val] == [2, 4] and "loss_t0.0625" in val[0]
+    sheets = [row["path"] for row in rows if row["kind"] == "samples"]
+    assert sheets and all((trained / path).is_file() for path in sheets)
+    assert main.main(["report", TINY, f"--workdir={trained}"]) == 0
+    assert (trained / "report.html").stat().st_size > 10_000
+
+
+def test_a_finished_run_has_nothing_to_do(trained):
+    flags = ["--config.train.steps=4"]
+    before = (trained / "metrics.jsonl").read_bytes()
+    assert main.main(["train", TINY, f"--workdir={trained}", *flags]) == 0
+    assert (trained / "metrics.jsonl").read_bytes() == before
+
+
+def test_sample_paints_a_prompt_and_a_file_of_prompts(trained, tmp_path, capsys):
+    sample = ["sample", TINY, f"--workdir={trained}"]
+    assert main.main([*sample, "--config.sample.prompt=a blue four"]) == 0
+    alone = Image.open(trained / "samples" / "0000-a-blue-four.png")
+    assert alone.text["prompt"] == "a blue four"
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("a red one\n\n  a blue four \na green ../../x\n")
+    assert main.main([*sample, f"--config.sample.prompts_file={prompts}"]) == 0
+    lines = (trained / "samples.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt"] for row in rows] == [
+        "a red one",
+        "a blue four",
+        "a green ../../x",
+    ]
+    assert all((trained / row["file"]).parent == trained / "samples" for row in rows)
+    company = Image.open(trained / rows[1]["file"])
+    np.testing.assert_array_equal(np.asarray(company), np.asarray(alone))
+    assert (trained / "samples.png").is_file()
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--config.sample.prompts_file=no/such.txt", "no such file"),
+        ("--config.eval.scores=('dogits',)", 'did you mean "digits"'),
+    ],
+)
+def test_mistakes_are_one_line(trained, capsys, flag, words):
+    job = "sample" if "sample" in flag else "evaluate"
+    assert main.main([job, TINY, f"--workdir={trained}", flag]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sd3-jax: error:") and words in error
+
+
+def test_sampling_before_training_says_so(tmp_path, capsys):
+    code = main.main(
+        ["sample", TINY, f"--workdir={tmp_path}", "--config.sample.prompt=a"]
+    )
+    assert code == 2 and str(tmp_path) in capsys.readouterr().err
+
+
+def test_evaluate_scores_every_kind(trained, capsys):
+    flags = ["--config.eval.pictures=6", "--config.sample.steps=2"]
+    assert main.main(["evaluate", TINY, f"--workdir={trained}", *flags]) == 0
+    scores = json.loads((trained / "scores.json").read_text())
+    names = [row["name"] for row in scores["scores"]]
+    assert "single digits" in names and "scorer on real single digits" in names
+    assert "single digits" in capsys.readouterr().out
+    assert {row["prompt"] for row in scores["prompts"]} and "loss" in scores["val_loss"]
+
+
+def test_a_mesh_that_does_not_fit_is_explained():
+    with pytest.raises(UserError, match="makes 6 devices, there are 8"):
+        sharding.make_mesh(data=3, fsdp=2)
+    with pytest.raises(UserError, match="3 does not divide 8"):
+        sharding.make_mesh(data=3)
+    mesh = sharding.make_mesh(data=2)
+    with pytest.raises(UserError, match="wanted a multiple of data x fsdp = 8"):
+        sharding.local_rows(mesh, 12)
+
+
+def test_a_large_weight_that_does_not_divide_is_refused():
+    mesh = sharding.make_mesh(fsdp=8)
+    boxed = lambda shape: {
+        "w": nn.LogicallyPartitioned(
+            jax.ShapeDtypeStruct(shape, float), ("embed", None)
+        )
+    }
+    with pytest.raises(UserError, match="2436 by fsdp=8"):
+        sharding.shardings(boxed((2436, 4096)), mesh)
+    assert not any(sharding.shardings(boxed((12, 4)), mesh)["w"].spec)
+
+
+def test_state_is_sharded_from_birth():
+    config = quickstart.get_config("tiny")
+    mesh = sharding.make_mesh(fsdp=8)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        training = Training(config, None, mesh)
+        abstract = training.abstract()
+    moments = jax.tree_util.tree_leaves_with_path(abstract.opt_state)
+    params = jax.tree_util.tree_leaves_with_path(abstract.params)
+    specs = {str(path[-6:]): x.sharding.spec for path, x in params}
+    assert sum("fsdp" in str(spec) for spec in specs.values()) > len(specs) / 2
+    tailed = [x.sharding.spec for path, x in moments if x.ndim]
+    assert len(tailed) == 2 * len(params)
+    assert sorted(map(str, tailed)) == sorted(
+        2 * [str(x.sharding.spec) for _, x in params]
+    )

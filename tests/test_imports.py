@@ -1,0 +1,55 @@
+"""Imports point down the house (ARCHITECTURE.md), and PyTorch is not in it."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+BELOW = ["errors", "tree", "metrics", "pictures", "sharding"]
+MAY = {
+    "diffusion": [],
+    "models": [],
+    "data": [],
+    "pipelines": ["models", "diffusion", "data", *BELOW],
+    "training": ["pipelines", "models", "diffusion", *BELOW],
+    "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
+    "report": ["errors", "metrics", "pictures"],
+    "jobs": None,  # anything
+}
+
+
+def imported(path: Path) -> set[str]:
+    """The second names of the sd3_jax modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+    return {name.split(".")[1] for name in names if name.startswith("sd3_jax.")}
+
+
+def test_imports_point_down():
+    for package, allowed in MAY.items():
+        for path in (ROOT / "sd3_jax" / package).glob("*.py"):
+            used = imported(path) - {package}
+            assert allowed is None or used <= set(allowed), (path.name, used)
+
+
+def test_configs_stop_at_the_door():
+    door = {"jobs", "cli.py", "validate.py", "main.py"}
+    for path in (ROOT / "sd3_jax").rglob("*.py"):
+        if path.relative_to(ROOT / "sd3_jax").parts[0] not in door:
+            assert "ConfigDict" not in path.read_text(), path
+
+
+def test_every_job_imports_without_pytorch():
+    code = (
+        "import sys\n"
+        "for name in ('torch', 'diffusers', 'tensorflow'): sys.modules[name] = None\n"
+        "import importlib\n"
+        "from sd3_jax.jobs import JOBS\n"
+        "for job in JOBS.values(): importlib.import_module(job.module)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
