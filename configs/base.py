@@ -69,6 +69,7 @@ def get_config() -> ConfigDict:
         threads=4,
         prefetch=8,
         mix=(0.2, 0.5, 0.3),  # of single digits, pairs and numbers in "digits"
+        easy=0,  # its first examples tell pairs from left to right, top to bottom
     )
     c.train = dict(
         steps=500_000,

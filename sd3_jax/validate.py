@@ -91,7 +91,7 @@ RULES = (
     (SEED, "seed sample.seed"),
     (NAME, "model.name text.name flow.path data.name"),
     (POSITIVE, "model.depth model.width model.num_heads model.patch model.channels"),
-    (POSITIVE, "model.text_split model.pos_size model.pos_base"),
+    (POSITIVE, "model.text_split model.pos_size model.pos_base model.unroll"),
     (POSITIVE, "model.context_dim model.pooled_dim"),
     (COUNT, "model.dual_blocks"),
     (RATE, "model.mlp_ratio"),
@@ -107,8 +107,8 @@ RULES = (
     (FINITE, "flow.mean flow.mode_scale"),
     (RATE, "flow.std flow.shift"),
     (one_of("adamw", "muon"), "optim.name"),
-    (one_of("constant", "cosine"), "optim.schedule"),
-    (RATE, "optim.lr optim.eps"),
+    (one_of("constant", "cosine", "linear"), "optim.schedule"),
+    (RATE, "optim.lr optim.muon_lr optim.eps"),
     (BELOW_ONE, "optim.b1 optim.b2 ema.decay"),
     (WEIGHT, "optim.weight_decay"),
     (CLIP, "optim.clip"),
@@ -116,7 +116,7 @@ RULES = (
     (POSITIVE, "optim.accumulate ema.every"),
     (AXIS, "mesh.data mesh.fsdp mesh.context mesh.tensor"),
     (POSITIVE, "data.batch_size"),
-    (COUNT, "data.threads data.prefetch"),
+    (COUNT, "data.threads data.prefetch data.easy"),
     (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
     (POSITIVE, "sample.steps sample.per_prompt sample.batch_size"),
@@ -126,7 +126,8 @@ RULES = (
     (RATE, "sample.shift"),
     (WEIGHT, "sample.cfg"),
     (UNIT, "sample.cfg_start sample.cfg_stop sample.rescale"),
-    (POSITIVE, "eval.examples"),
+    (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
+    (one_of("tune", "test"), "eval.split"),
 )
 
 

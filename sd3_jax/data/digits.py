@@ -58,6 +58,12 @@ class Scene(NamedTuple):
         swap = self.relation in ("right of", "below")
         return self.things[::-1] if swap else self.things, axis
 
+    def ordered(self) -> "Scene":
+        """The same picture, told from left to right or from top to bottom."""
+        things, axis = self.placed()
+        relation = self.relation and {"x": "left of", "y": "above"}[axis]
+        return Scene(self.kind, things, relation)
+
 
 def parse(caption: str) -> Scene | None:
     """The scene a caption describes, or None if it is not of the three kinds."""
@@ -134,19 +140,24 @@ def scenes(kind: str, split: str) -> list[Scene]:
 class Digits:
     """Compositions on a height x width canvas, kinds drawn by the weights of `mix`.
 
-    `held_out` takes scans that training never shows; captions are always of the
-    training split.
+    The first `easy` examples tell every pair from left to right or from top to bottom;
+    after them the words say in which order. `held_out` takes scans that training never
+    shows; captions are always of the training split.
     """
 
     height: int = 16
     width: int = 16
     mix: tuple[float, ...] = (0.2, 0.5, 0.3)
+    easy: int = 0
     seed: int = 0
     held_out: bool = False
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
-        chosen = [self.scene(*row) for row in draws(self.seed, indices, 2)]
+        chosen = [
+            self.scene(*row).ordered() if index < self.easy else self.scene(*row)
+            for index, row in zip(indices, draws(self.seed, indices, 2))
+        ]
         rows = draws(self.seed + 1, indices, 2)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}

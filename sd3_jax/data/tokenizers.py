@@ -1,9 +1,12 @@
 """Captions to token ids, without files where the tokenizer needs none."""
 
 import functools
+import os
 
 import numpy as np
-from transformers import ByT5Tokenizer
+
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
+from transformers import ByT5Tokenizer  # noqa: E402
 
 
 @functools.cache

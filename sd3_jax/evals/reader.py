@@ -76,7 +76,7 @@ def _colour(pixels: np.ndarray) -> str:
 
 
 def _centred(ink: np.ndarray) -> np.ndarray:
-    """The ink in the middle of an empty cell, flattened: where it stood is forgotten."""
+    """The ink in the middle of an empty cell, flattened; where it stood is lost."""
     cell = np.zeros((SIDE, SIDE))
     ink = ink[:SIDE, :SIDE]
     y, x = ((SIDE - n) // 2 for n in ink.shape)

@@ -99,8 +99,9 @@ def source(config: ConfigDict, *, held_out: bool = False):
     seed = config.seed + (2**31 if held_out else 0)
     size = dict(height=config.image.height, width=config.image.width)
     if config.data.name == "digits":
+        easy = 0 if held_out else config.data.easy
         mix = tuple(config.data.mix)
-        return Digits(**size, mix=mix, seed=seed, held_out=held_out)
+        return Digits(**size, mix=mix, easy=easy, seed=seed, held_out=held_out)
     if config.data.name == "synthetic":
         return Synthetic(
             **size,

@@ -81,24 +81,6 @@ def test_remat_and_unrolling_change_nothing(key, options):
     chex.assert_trees_all_close(ours, theirs, rtol=2e-5, atol=2e-5)
 
 
-def test_a_scan_is_a_loop_over_its_blocks(key):
-    """The stacked weights, applied one block after another, give what the scan gives."""
-    model, params, args = made(key)
-    block = Block(32, 2, dtype=jnp.float32)
-    streams = [jax.random.normal(key, (2, n, 32)) for n in (16, 6)]
-    c = jax.random.normal(key, (2, 32))
-    scanned = MMDiT.stack  # the method under test, bound below
-
-    def run(module, streams, c):
-        return scanned(module, 2, "blocks")(tuple(streams), c)
-
-    whole = model.apply({"params": params}, streams, c, method=run)
-    for i in range(2):
-        one = jax.tree.map(lambda x: x[i], params["blocks"])
-        streams = block.apply({"params": one}, streams, c)
-    chex.assert_trees_all_close(whole, tuple(streams), rtol=1e-5, atol=1e-5)
-
-
 def test_text_ends_in_the_last_block(key):
     _, params, _ = made(key)
     assert set(params["last_block"]["text"]) == {"adaln", "attn"}
@@ -130,9 +112,9 @@ def test_every_input_is_used(key):
     model, params, args = made(key)
     out = lambda *a: model.apply({"params": params}, *a)
     base = out(*args)
-    for i in range(4):
+    for i in range(len(args)):
         moved = [a + 0.3 if j == i else a for j, a in enumerate(args)]
-        assert not np.allclose(out(*moved), base, atol=1e-3), i
+        assert not np.allclose(out(*moved), base, atol=1e-3)
 
 
 def test_positions_follow_the_released_table():
