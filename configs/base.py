@@ -118,8 +118,9 @@ def resolution(c: ConfigDict, side: int) -> None:
 
 def shrink(c: ConfigDict) -> None:
     """Any recipe in half a minute on a laptop: the same code, the smallest shapes."""
-    c.model.update(depth=2, width=64, num_heads=2, dual_blocks=0, dtype="float32")
+    c.model.update(depth=2, width=32, num_heads=2, dual_blocks=0, dtype="float32")
     c.model.update(context_dim=64, pooled_dim=32, pos_size=16, text_split=5)
+    c.model.update(unroll=1, remat="none")
     c.image.update(height=min(c.image.height, 64), width=min(c.image.width, 64))
     c.text.update(length=min(c.text.length, 24), width=32, num_heads=2, depth=1)
     c.data.batch_size = 8

@@ -27,7 +27,7 @@ def matches(scene: Scene, image: np.ndarray) -> bool:
     if len(found) == 1:
         return True
     dy, dx = (b - a for a, b in zip(found[0].centre, found[1].centre))
-    return dx > abs(dy) if axis == "x" else dy > abs(dx)
+    return bool(dx > abs(dy) if axis == "x" else dy > abs(dx))
 
 
 def detect(image: np.ndarray) -> list[Found]:

@@ -53,7 +53,10 @@ class Training:
             ema_every=config.ema.every,
             accumulate=accumulate,
         )
-        self.step = jax.jit(step, donate_argnums=0)
+        init = self.parts.objective.init
+        self.abstract = abstract_state(self.key, init, self.tx, mesh)
+        self.placed = jax.tree.map(lambda x: x.sharding, self.abstract)
+        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
         self.validation = Validation(config, self.parts, mesh)
         self.painter = Painter(config, self.parts, mesh)
 
@@ -76,17 +79,12 @@ class Training:
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
-        abstract = self.abstract()
         if checkpoints.latest() is None:
-            placed = jax.tree.map(lambda x: x.sharding, abstract)
             init = lambda key: init_state(key, self.parts.objective.init, self.tx)
-            return jax.jit(init, out_shardings=placed)(self.key), 0
-        state, data, _ = checkpoints.restore(abstract)
+            return jax.jit(init, out_shardings=self.placed)(self.key), 0
+        state, data, _ = checkpoints.restore(self.abstract)
         log.info("goes on from step %d of %s", data["next_step"], self.workdir)
         return state, data["next_step"]
-
-    def abstract(self) -> TrainState:
-        return abstract_state(self.key, self.parts.objective.init, self.tx, self.mesh)
 
     def describe(self, state: TrainState) -> None:
         """config.json and run.json, for people and for the report."""

@@ -37,6 +37,8 @@ def make(
 
 
 def constant(warmup, steps):
+    if warmup == 0:  # optax takes no steps to mean that it never starts
+        return optax.constant_schedule(1.0)
     return optax.linear_schedule(0.0, 1.0, warmup)
 
 

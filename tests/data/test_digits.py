@@ -68,7 +68,8 @@ def test_scans_held_out_are_other_scans():
 
 
 def test_an_example_is_a_function_of_seed_and_index():
-    whole, part = Digits(16, 16).batch(np.arange(40)), Digits(16, 16).batch([17, 31])
+    canvas = Digits(16, 16)
+    whole, part = canvas.batch(np.arange(40)), canvas.batch(np.array([17, 31]))
     np.testing.assert_array_equal(whole["image"][[17, 31]], part["image"])
     assert [whole["caption"][i] for i in (17, 31)] == part["caption"]
     other = Digits(16, 16, seed=1).batch(np.arange(40))
@@ -76,7 +77,7 @@ def test_an_example_is_a_function_of_seed_and_index():
 
 
 def test_the_picture_is_what_the_caption_says():
-    batch = Digits(16, 16, mix=(0, 1, 0)).batch(np.arange(200))
+    batch = Digits(16, 16, mix=(0.0, 1.0, 0.0)).batch(np.arange(200))
     for caption, image in zip(batch["caption"], batch["image"]):
         scene = parse(caption)
         (first, second), axis = scene.placed()

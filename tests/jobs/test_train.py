@@ -6,6 +6,7 @@ import jax
 import multiprocess
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 from orbax.checkpoint import v1 as ocp
 from PIL import Image
@@ -24,6 +25,7 @@ def losses(workdir):
 
 
 def five_steps(workdir, devices, **axes):
+    workdir = epath.Path(workdir)
     config = quickstart.get_config("tiny")
     config.train.update(steps=5, eval_every=100, sample_every=100, prompts=())
     config.mesh.update(axes)
@@ -200,8 +202,7 @@ def test_state_is_sharded_from_birth():
     config = quickstart.get_config("tiny")
     mesh = sharding.make_mesh(fsdp=8)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        training = Training(config, None, mesh)
-        abstract = training.abstract()
+        abstract = Training(config, epath.Path("unused"), mesh).abstract
     moments = jax.tree_util.tree_leaves_with_path(abstract.opt_state)
     params = jax.tree_util.tree_leaves_with_path(abstract.params)
     specs = {str(path[-6:]): x.sharding.spec for path, x in params}

@@ -131,5 +131,5 @@ def test_muon_makes_a_stacked_blocks_updates_orthogonal(key):
     for matrix in (q, out, fc1):
         s = jnp.linalg.svd(matrix, compute_uv=False)
         assert s.max() / s.min() < 6  # of the gradient's the ratio is far larger
-    adam = updates["patch_embed"]["kernel"]
-    np.testing.assert_allclose(jnp.abs(adam), 1e-2, rtol=1e-3)  # Adam's first step
+    adam = jnp.abs(updates["patch_embed"]["kernel"])
+    np.testing.assert_allclose(adam, adam[0, 0], rtol=1e-3)  # Adam's first step
