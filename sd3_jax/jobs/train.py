@@ -122,7 +122,7 @@ class Training:
         for step in range(start + 1, train.steps + 1):
             last = step == train.steps
             log_now, validate_now, sample_now = (
-                last or step % every == 0
+                step % every == 0 or (last and every <= train.steps)
                 for every in (train.log_every, train.eval_every, train.sample_every)
             )
             with clock.wait():

@@ -65,6 +65,7 @@ def test_two_processes_train_as_one(tmp_path, one_device):
         ],
         processes=2,
         devices=4,
+        timeout=400,
     )  # fmt: skip
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
     np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
@@ -73,7 +74,7 @@ def test_two_processes_train_as_one(tmp_path, one_device):
 def train(workdir, **env):
     args = ["tests/jobs/train_worker.py", "train", TINY, f"--workdir={workdir}"]
     flags = ["--config.train.steps=20", "--config.train.eval_every=100"]
-    return multiprocess.run(args + flags, processes=1, devices=1, env=env)[0]
+    return multiprocess.run(args + flags, processes=1, devices=1, env=env, timeout=300)[0]
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
