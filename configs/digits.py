@@ -1,6 +1,6 @@
 """Binding and typography in small: coloured digits, pairs and numbers on 16 x 16.
 
-    sd3-jax train --config=configs/digits.py --workdir=runs/digits    # 2 cores: 17 min
+    sd3-jax train --config=configs/digits.py --workdir=runs/digits    # 2 cores: 12 min
     sd3-jax evaluate --config=configs/digits.py --workdir=runs/digits
 
 Captions such as "a red seven left of a blue three" and 'the number "42" in green'; a

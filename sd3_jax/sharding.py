@@ -6,6 +6,7 @@ import math
 import jax
 import numpy as np
 from flax import linen as nn
+from jax._src import distributed
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
@@ -119,6 +120,17 @@ def like_params(tree, params, sharded, mesh: Mesh):
 
 def _names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
+def meet(place: str, *, minutes: float = 30) -> None:
+    """Wait until every process is here.
+
+    Hosts do not compile equally fast, and the first collective of the one that is ahead
+    gives up after half a minute on CPUs.
+    """
+    if jax.process_count() > 1:  # jax's public barriers are collectives themselves
+        client = distributed.global_state.client
+        client.wait_at_barrier(place, timeout_in_ms=int(60_000 * minutes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

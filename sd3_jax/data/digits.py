@@ -169,11 +169,14 @@ class Digits:
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
         """The scene in somebody's handwriting; u holds two uniform numbers."""
+        hands = [_handwriting(self.held_out)[t.digit] for t in scene.placed()[0]]
+        return self.compose(scene, [h[int(v * len(h))] for h, v in zip(hands, u)])
+
+    def compose(self, scene: Scene, inks: list[np.ndarray]) -> np.ndarray:
+        """The scene in these scans (8, 8), given from left to right or downward."""
         things, axis = scene.placed()
         canvas = np.zeros((self.height, self.width, 3), np.float32)
-        for thing, which, (y, x) in zip(things, u, self.places(scene, axis)):
-            hands = _handwriting(self.held_out)[thing.digit]
-            ink = hands[int(which * len(hands))]
+        for thing, ink, (y, x) in zip(things, inks, self.places(scene, axis)):
             patch = canvas[y : y + SIDE, x : x + SIDE]
             np.maximum(patch, ink[..., None] * COLOURS[thing.colour], out=patch)
         return np.rint(canvas * 255).astype(np.uint8)

@@ -1,12 +1,13 @@
 """GenEval and typography in small: the share of pictures that show what was asked."""
 
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from sd3_jax.data import digits
-from sd3_jax.data.digits import Digits, Scene
+from sd3_jax.data.digits import Digits, Scene, Thing
 from sd3_jax.evals.reader import matches
 
 NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
@@ -42,8 +43,18 @@ def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
     return [matches(scene, image) for scene, image in zip(scenes, images)]
 
 
+def read_scans(height: int, width: int) -> Score:
+    """The scorer on every scan that it was not fitted to, once."""
+    canvas, colours = Digits(height, width), itertools.cycle(digits.COLOURS)
+    right = []
+    for ink, digit, colour in zip(*digits.scans(held_out=True), colours):
+        scene = Scene("single", (Thing(colour, int(digit)),))
+        right.append(matches(scene, canvas.compose(scene, [ink])))
+    return score("scorer on real scans", right)
+
+
 def ceiling(height: int, width: int, kind: str, count: int) -> Score:
-    """The scorer on real pictures, of scans that it was not fitted to."""
+    """The scorer on real compositions, of scans that it was not fitted to."""
     mix = tuple(float(k == kind) for k in digits.KINDS)
     batch = Digits(height, width, mix, held_out=True).batch(np.arange(count))
     right = [

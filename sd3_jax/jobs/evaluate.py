@@ -80,8 +80,11 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
         scenes = compose.some(kind, "train", 16)
         row = {"name": f"variety of {compose.NAMES[kind]}", "n": len(scenes)}
         scores.append(row | {"score": compose.variety(paint, scenes)})
-        ceiling = compose.ceiling(config.image.height, config.image.width, kind, 1_000)
-        scores.append(ceiling._asdict())
+        sides = config.image.height, config.image.width
+        if kind == "single":
+            scores.append(compose.read_scans(*sides)._asdict())
+        else:
+            scores.append(compose.ceiling(*sides, kind, 1_000)._asdict())
     return {"scores": scores, "prompts": merged(by_prompt)}
 
 

@@ -157,6 +157,7 @@ class Training:
         )
         program = self.step.lower(state, self.key, batch, {}).compile()
         log.info("compiled the step in %.1f s", time.perf_counter() - begin)
+        sharding.meet("compiled the step")
         return program
 
     def log(self, metrics, clock: Clock, step: int, steps: int, values) -> None:

@@ -9,7 +9,8 @@ from sd3_jax.evals.reader import detect, matches
 
 
 def test_it_reads_held_out_scans():
-    assert compose.ceiling(8, 8, "single", 2_000).score >= 0.98
+    whole = compose.read_scans(8, 8)
+    assert whole.n == 360 and whole.score >= 0.98
     assert compose.ceiling(16, 16, "pair", 1_000).score >= 0.93  # two to read
     assert compose.ceiling(16, 16, "number", 1_000).score >= 0.93
 

@@ -74,7 +74,9 @@ def test_two_processes_train_as_one(tmp_path, one_device):
 def train(workdir, **env):
     args = ["tests/jobs/train_worker.py", "train", TINY, f"--workdir={workdir}"]
     flags = ["--config.train.steps=20", "--config.train.eval_every=100"]
-    return multiprocess.run(args + flags, processes=1, devices=1, env=env, timeout=300)[0]
+    return multiprocess.run(args + flags, processes=1, devices=1, env=env, timeout=300)[
+        0
+    ]
 
 
 def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
@@ -172,7 +174,7 @@ def test_evaluate_scores_every_kind(trained, capsys):
     assert main.main(["evaluate", TINY, f"--workdir={trained}", *flags]) == 0
     scores = json.loads((trained / "scores.json").read_text())
     names = [row["name"] for row in scores["scores"]]
-    assert "single digits" in names and "scorer on real single digits" in names
+    assert "single digits" in names and "scorer on real scans" in names
     assert "single digits" in capsys.readouterr().out
     assert {row["prompt"] for row in scores["prompts"]} and "loss" in scores["val_loss"]
 
