@@ -27,7 +27,8 @@ RECIPES = {
         VARIANTS = ("tiny", "small")
         def get_config(variant=""):
             c = base.get_config()
-            c.extra = dict(sizes=(1, 2), scales=[0.5], note="a b")
+            with c.unlocked():
+                c.extra = dict(sizes=(1, 2), scales=[0.5], note="a b")
             if variant:
                 base.shrink(c)
             return c

@@ -104,6 +104,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     flags = ["--config.train.steps=4", "--config.train.eval_every=2"]
+    flags += ["--config.train.sample_every=2"]
     assert main.main(["train", TINY, f"--workdir={workdir}", *flags]) == 0
     return workdir
 
