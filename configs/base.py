@@ -106,6 +106,20 @@ def get_config() -> ConfigDict:
     return c.lock()
 
 
+PRETRAINING = ("tiny", "256", "512", "1024")
+
+
+def pretraining(c: ConfigDict, variant: str) -> ConfigDict:
+    """What the paper's sizes share: rate, batch, and a variant's pixels a side."""
+    c.optim.update(lr=1e-4, warmup=1_000)
+    c.data.batch_size = 4096
+    if variant == "tiny":
+        shrink(c)
+    elif variant:
+        resolution(c, int(variant))
+    return c
+
+
 def resolution(c: ConfigDict, side: int) -> None:
     """Square images of `side` pixels; times shifted as at 1024, 3, in between by size.
 

@@ -11,8 +11,8 @@ A 2.4 M-parameter MMDiT; "single digits" should score 0.95 or more.
 from configs import base
 
 VARIANTS = ("tiny",)
-COLOURS = ("red", "green", "blue", "yellow", "cyan", "magenta")
-DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight")
+COLOURS = ("red", "green", "blue", "yellow")  # of the prompts painted on the way
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven")
 
 
 def get_config(variant: str = ""):
@@ -26,7 +26,7 @@ def get_config(variant: str = ""):
     c.ema.update(decay=0.995, every=1)
     c.data.update(name="digits", batch_size=64, mix=(1.0, 0.0, 0.0))
     c.train.update(steps=1_200, log_every=50, eval_every=400, sample_every=200)
-    c.train.prompts = tuple(f"a {c} {d}" for c in COLOURS[:4] for d in DIGITS[:8])
+    c.train.prompts = tuple(f"a {c} {d}" for c in COLOURS for d in DIGITS)
     c.checkpoint.update(every=400)
     c.sample.update(steps=20, grid="shifted", cfg=2.0)
     c.eval.update(scores=("digits", "val_loss"))

@@ -10,16 +10,11 @@ higher resolutions shift the times, by 3 at 1024.
 
 from configs import base
 
-VARIANTS = ("tiny", "256", "512", "1024")
+VARIANTS = base.PRETRAINING
 
 
 def get_config(variant: str = ""):
     c = base.get_config()
     c.model.update(depth=38, qk_norm=True, dual_blocks=0, pos_size=192)
-    c.optim.update(lr=1e-4, warmup=1_000, eps=1e-15)
-    c.data.batch_size = 4096
-    if variant in ("256", "512", "1024"):
-        base.resolution(c, int(variant))
-    if variant == "tiny":
-        base.shrink(c)
-    return c
+    c.optim.eps = 1e-15
+    return base.pretraining(c, variant)
