@@ -2,8 +2,10 @@
 
 from setuptools import find_packages, setup
 
-TORCH = ["torch==2.13.0"]  # tests and `compare` only: training never imports it
+# Tests and `compare` only: nothing that trains or samples imports it.
+TORCH = ["torch==2.13.0", "diffusers>=0.42"]
 TEST = [
+    *TORCH,
     "beartype>=0.20",
     "chex>=0.1.90",
     "pytest>=8",
@@ -23,9 +25,11 @@ setup(
         "etils[epath]>=1.10",
         "flax>=0.12",
         "grain>=0.2.14",
+        "huggingface_hub>=0.30",
         "jax>=0.10",
         "jaxtyping>=0.3",
         "matplotlib>=3.9",
+        "ml_dtypes>=0.5",
         "ml_collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.6",

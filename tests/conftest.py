@@ -23,7 +23,7 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Not training: a TrainState holds arrays, and as often their shapes or shardings.
-CHECKED = "diffusion models data pipelines evals metrics pictures report".split()
+CHECKED = "diffusion models data pipelines evals metrics pictures report weights".split()
 install_import_hook([f"sd3_jax.{name}" for name in CHECKED], "beartype.beartype")
 
 

@@ -1,12 +1,20 @@
-"""Captions to token ids, without files where the tokenizer needs none."""
+"""Captions to token ids: bytes, which need no file, and the released models' own."""
 
 import functools
+import logging
 import os
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+from etils import epath
+from jaxtyping import Int
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
+
+log = logging.getLogger(__name__)
+FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
 @functools.cache
@@ -21,3 +29,53 @@ def byte_ids(caption: str, length: int) -> np.ndarray:
         return np.zeros(length, np.int32)
     ids = _byt5()(caption, max_length=length, truncation=True, padding="max_length")
     return np.array(ids["input_ids"], np.int32)
+
+
+def load(folder: epath.PathLike) -> dict[str, Any]:
+    """The tokenizers that a diffusers folder holds, by encoder; none is no error."""
+    from transformers import CLIPTokenizer, T5TokenizerFast
+
+    kinds = {"clip_l": CLIPTokenizer, "clip_g": CLIPTokenizer, "t5": T5TokenizerFast}
+    found = {}
+    for name, kind in kinds.items():
+        path = epath.Path(folder) / FOLDERS[name]
+        if path.is_dir() and any(path.iterdir()):
+            try:
+                found[name] = kind.from_pretrained(os.fspath(path))
+            except (OSError, ValueError, KeyError) as error:
+                reason = str(error).splitlines()[0]
+                raise ValueError(f"{path}: not a tokenizer: {reason}") from error
+    return found
+
+
+def save(found: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
+    """Into a diffusers folder; what its model_index.json is to say of them."""
+    index = {}
+    for name, place in FOLDERS.items():
+        index[place] = [None, None]
+        if name in found:
+            found[name].save_pretrained(os.fspath(epath.Path(folder) / place))
+            index[place] = ["transformers", type(found[name]).__name__]
+    return index
+
+
+def clip_ids(
+    tokenizer: Any, texts: Sequence[str], length: int
+) -> Int[np.ndarray, "b l"]:
+    """As CLIP's encoders read them, cut or padded by the tokenizer's own rule."""
+    return _ids(tokenizer, texts, length, "CLIP")
+
+
+def t5_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarray, "b l"]:
+    return _ids(tokenizer, texts, length, "T5")
+
+
+def _ids(tokenizer, texts, length, what):
+    options = dict(padding="max_length", max_length=length, truncation=True)
+    ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
+    whole = tokenizer(list(texts))["input_ids"]
+    for row in whole:
+        if len(row) > length:
+            lost = tokenizer.decode(row[length - 1 : -1])
+            log.warning("%s reads %d tokens, not: %s", what, length, lost[:200])
+    return ids

@@ -174,6 +174,16 @@ def positions(h: int, w: int, width: int, *, size: int, base: int) -> Array:
     return jnp.concatenate([columns, rows], -1).reshape(h * w, width)
 
 
+def crop(table: Float[Array, "1 p d"], h: int, w: int) -> Float[Array, "n d"]:
+    """The centre h x w of a stored square table, as (h * w, d)."""
+    size = math.isqrt(table.shape[1])
+    if h > size or w > size:
+        raise ValueError(f"{h}x{w} tokens do not fit a table of {size}x{size}")
+    top, left = (size - h) // 2, (size - w) // 2
+    table = table.reshape(size, size, -1)
+    return table[top : top + h, left : left + w].reshape(h * w, -1)
+
+
 def axis_table(n: int, width: int, size: int, base: int) -> Array:
     top = (size - n) // 2
     place = (np.arange(top, top + n) - (size - base) // 2) * (16.0 / base)

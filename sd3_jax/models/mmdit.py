@@ -17,6 +17,7 @@ from sd3_jax.models.layers import (
     Embedder,
     Mlp,
     RmsNorm,
+    crop,
     layer_norm,
     modulate,
     patchify,
@@ -66,7 +67,17 @@ class MMDiT(nn.Module):
         t: Float[Array, " b"],
         context: Float[Array, "b l k"],
         pooled: Float[Array, "b e"],
+        *,
+        residuals: Float[Array, "r b n d"] | None = None,
+        residual_last: bool = False,
+        skip: Sequence[int] = (),
     ) -> Float[Array, "b h w c"]:
+        """The velocity at (xt, t).
+
+        Of ControlNet's r residuals, block i adds number int(i / (depth / r)). The last
+        block adds none unless `residual_last`: diffusers leaves it out, the released
+        code does not. Blocks in `skip` change nothing (skip-layer guidance).
+        """
         _, h, w, _ = xt.shape
         x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(
             patchify(xt, self.patch)
@@ -84,10 +95,14 @@ class MMDiT(nn.Module):
 
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
-        streams = self.stack(self.dual_blocks, "dual_blocks", dual=True)(streams, c)
-        plain = self.depth - 1 - self.dual_blocks
-        streams = self.stack(plain, "blocks")(streams, c)
-        x, *_ = self.block(pre_only=True, name="last_block")(streams, c)
+        last, dual = self.depth - 1, self.dual_blocks
+        for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
+            blocks = self.stack(layers, name, skip, dual=name == "dual_blocks")
+            streams = blocks(streams, c, residuals)
+        block = self.block(pre_only=True, name="last_block")
+        x = streams[0] if last in skip else block(streams, c)[0]
+        if residual_last and residuals is not None:
+            x = x + residuals[-1].astype(x.dtype)
 
         shift, scale = Modulation(2, self.width, self.dtype, name="final_adaln")(c)
         x = modulate(layer_norm(x), shift, scale)
@@ -98,10 +113,7 @@ class MMDiT(nn.Module):
     def position_table(self, h: int, w: int) -> Array:
         if not self.has_variable("buffers", "pos_embed"):
             return positions(h, w, self.width, size=self.pos_size, base=self.pos_base)
-        table = self.get_variable("buffers", "pos_embed")
-        table = table.reshape(self.pos_size, self.pos_size, self.width)
-        top, left = (self.pos_size - h) // 2, (self.pos_size - w) // 2
-        return table[top : top + h, left : left + w].reshape(h * w, self.width)
+        return crop(self.get_variable("buffers", "pos_embed"), h, w)
 
     def block(self, **kwargs):
         return Block(
@@ -114,27 +126,48 @@ class MMDiT(nn.Module):
             **kwargs,
         )
 
-    def stack(self, length: int, name: str, **kwargs):
-        """`length` blocks in one scan: the program does not grow with depth."""
-        if length == 0:
-            return lambda streams, c: streams
+    def stack(self, layers: range, name: str, skip: Sequence[int], **kwargs):
+        """Blocks in one scan: the program does not grow with depth."""
+        if not layers:
+            return lambda streams, c, residuals: streams
 
-        def body(block, streams, c):
-            return block(streams, c), None
+        def body(block, streams, layer, c, residuals):
+            keep, source = layer
+            if keep is None:
+                streams = block(streams, c)
+            else:
+                streams = nn.cond(
+                    keep, lambda b, s: b(s, c), lambda b, s: s, block, streams
+                )
+            if source is not None:
+                x, *texts = streams
+                streams = (x + residuals[source].astype(x.dtype), *texts)
+            return streams, None
 
         if self.remat != "none":
             body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=False)
         scan = nn.scan(
             body,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "intermediates": 0},
             split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=length,
+            in_axes=(0, nn.broadcast, nn.broadcast),
+            length=len(layers),
             unroll=self.unroll,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
         block = self.block(**kwargs, name=name)
-        return lambda streams, c: scan(block, streams, c)[0]
+        keep = jnp.array([i not in skip for i in layers]) if skip else None
+
+        def run(streams, c, residuals):
+            source = None
+            if residuals is not None:
+                span = self.depth / len(
+                    residuals
+                )  # a float: 16 residuals for 38 blocks
+                source = jnp.array([int(i / span) for i in layers])
+            return scan(block, streams, (keep, source), c, residuals)[0]
+
+        return run
 
 
 class Block(nn.Module):

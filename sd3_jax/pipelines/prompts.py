@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Float, Int, Key
 
 
 class Conditioning(NamedTuple):
@@ -54,6 +54,65 @@ def drop(
         context = context.at[at].multiply(keep[:, None, None].astype(context.dtype))
         pooled = pooled.at[:, part.pooled].multiply(keep[:, None])
     return Conditioning(context, pooled)
+
+
+class TextModels(NamedTuple):
+    """The released text encoders; one that is left out is None, and zeros."""
+
+    clip_l: nn.Module | None
+    clip_g: nn.Module | None
+    t5: nn.Module | None
+
+
+def encode_released(
+    models: TextModels,
+    variables: dict,
+    ids: dict[str, Int[Array, "b _"]],
+    *,
+    clip_skip: int = 0,
+    context_dim: int = 4096,
+    pooled_dim: int = 2048,
+    length: int = 256,
+) -> Conditioning:
+    """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads.
+
+    Of a CLIP its penultimate states, L's and G's side by side on channels and filled up
+    with zeros to T5's width; then T5's states on the token axis (appendix B.2). Without
+    T5 `length` zero tokens take their place: there is no mask, so their number matters.
+    """
+    b = len(next(iter(ids.values())))
+    states, pooled = [], []
+    for name in ("clip_l", "clip_g"):
+        module = getattr(models, name)
+        if module is not None:
+            hidden, vector = module.apply(
+                variables[name], ids[f"ids_{name}"], clip_skip=clip_skip
+            )
+            states.append(hidden)
+            pooled.append(vector)
+    if models.clip_l is None and models.clip_g is not None:  # L's channels come first
+        missing = pooled_dim - pooled[0].shape[-1]
+        states.insert(0, jnp.zeros((*states[0].shape[:2], missing), states[0].dtype))
+        pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
+    dtype = next(m for m in models if m is not None).dtype
+    if not states:
+        states, pooled = [jnp.zeros((b, 77, 0), dtype)], [jnp.zeros((b, 0), dtype)]
+    clip = filled(jnp.concatenate(states, -1), context_dim, "context_dim")
+    if models.t5 is None:
+        long = jnp.zeros((b, length, context_dim), clip.dtype)
+    else:
+        long = models.t5.apply(variables["t5"], ids["ids_t5"])
+    context = jnp.concatenate([clip, long.astype(clip.dtype)], axis=1)
+    vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
+    return Conditioning(context, vector)
+
+
+def filled(x: Array, size: int, what: str) -> Array:
+    """Zeros behind the last axis, to `size`; a negative pad would cut in silence."""
+    missing = size - x.shape[-1]
+    if missing < 0:
+        raise ValueError(f"{what} {size}: the text encoders give {x.shape[-1]}")
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 class TextModel(NamedTuple):

@@ -1,0 +1,1 @@
+"""Parameter tree to parameter tree: published files to ours, and back."""

@@ -1,0 +1,235 @@
+"""Tensors of safetensors files, read and written one at a time, at any path of epath.
+
+The header is checked before a byte of a tensor is believed; the library's reader maps
+whole files, which neither a bucket nor a bound on memory allows.
+"""
+
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import NamedTuple
+
+import ml_dtypes
+import numpy as np
+from etils import epath
+
+from sd3_jax.errors import UserError
+
+DTYPES = {
+    "F64": np.float64,
+    "F32": np.float32,
+    "F16": np.float16,
+    "BF16": ml_dtypes.bfloat16,
+    "F8_E4M3": ml_dtypes.float8_e4m3fn,
+    "F8_E5M2": ml_dtypes.float8_e5m2,
+    "I64": np.int64,
+    "I32": np.int32,
+    "I16": np.int16,
+    "I8": np.int8,
+    "U8": np.uint8,
+    "BOOL": np.bool_,
+}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+HEADER = 100 * 2**20  # bytes, the most that the format allows
+PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+SHARD = 10**10  # bytes, of a file in a folder, as diffusers writes them
+
+
+class Tensor(NamedTuple):
+    """Where a tensor lies and what it is; `read()` brings it."""
+
+    path: epath.Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    start: int  # bytes from the start of the file
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def read(self) -> np.ndarray:
+        x = np.empty(self.shape, self.dtype)
+        with self.path.open("rb") as file:
+            file.seek(self.start)
+            data = memoryview(x.reshape(-1).view(np.uint8))
+            while len(data):
+                count = file.readinto(data)
+                if not count:
+                    raise UserError(f"{self.path}: ends within a tensor")
+                data = data[count:]
+        return x
+
+
+Tensors = dict[str, Tensor]
+
+
+def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
+    """The tensors of one file by name, and its metadata."""
+    path = epath.Path(path)
+    try:
+        with path.open("rb") as file:
+            length = path.stat().length
+            first = file.read(8)
+            refuse_pickle(path, first)
+            size = int.from_bytes(first, "little")
+            if len(first) < 8 or size > min(HEADER, length - 8):
+                raise _damaged(path, f"a header of {size} bytes in a file of {length}")
+            text = file.read(size)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    try:
+        header = json.loads(text)
+        metadata = header.pop("__metadata__", {})
+        tensors = {k: _tensor(path, v, 8 + size) for k, v in header.items()}
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        raise _damaged(path, f"its header: {error}") from None
+    end = 8 + size
+    for tensor in sorted(tensors.values(), key=lambda x: (x.start, x.size)):
+        if tensor.start != end:
+            raise _damaged(path, "tensors overlap or leave a gap")
+        end += tensor.size
+    if end != length:
+        raise _damaged(path, f"{length} bytes, its header says {end}")
+    return tensors, metadata if isinstance(metadata, dict) else {}
+
+
+def refuse_pickle(path: epath.Path, first: bytes) -> None:
+    if first.startswith(PICKLES):
+        raise UserError(
+            f"{path} is a pickle, whatever it is called, and loading one may run code;"
+            " wanted a safetensors file: huggingface.co/spaces/safetensors/convert, or"
+            " safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
+        )
+
+
+def _tensor(path, entry, base) -> Tensor:
+    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
+    start, end = entry["data_offsets"]
+    whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
+    tensor = Tensor(path, dtype, shape, base + start)
+    if not whole or end - start != tensor.size:
+        raise ValueError(f"{dtype}{list(shape)} does not take bytes {start} to {end}")
+    return tensor
+
+
+def _damaged(path, what) -> UserError:
+    return UserError(f"{path}: not a safetensors file, or a damaged one: {what}")
+
+
+def open_folder(folder: epath.PathLike) -> Tensors:
+    """The tensors of a component's folder: one file, or those that its index lists.
+
+    Of several precisions ("variants") the unnamed one counts, else the first.
+    """
+    folder = epath.Path(folder)
+    files = sorted((path.name for path in folder.iterdir()), key=_variant)
+    indexes = [name for name in files if _is_index(name)]
+    whole = [f for f in files if f.endswith(".safetensors") and "-of-" not in f]
+    if whole and not (indexes and _variant(indexes[0]) < _variant(whole[0])):
+        return open_file(folder / whole[0])[0]
+    if indexes:
+        return _open_indexed(folder, indexes[0])
+    for name in files:
+        if name.endswith((".bin", ".pth", ".pt", ".ckpt")):
+            refuse_pickle(folder / name, PICKLES[0])
+    raise UserError(f"{folder}: holds no .safetensors file")
+
+
+def _variant(name: str) -> tuple[int, str]:
+    """To sort by: model.safetensors, and its index, before model.fp16.safetensors."""
+    return name.replace(".index", "").replace(".json", "").count("."), name
+
+
+def _is_index(name: str) -> bool:
+    return name.endswith(".json") and ".safetensors.index" in name
+
+
+def _open_indexed(folder: epath.Path, index: str) -> Tensors:
+    try:
+        where = json.loads((folder / index).read_text())["weight_map"]
+        names = sorted(set(where.values()))
+        if any(not name or epath.Path(name).name != name for name in names):
+            raise ValueError("names a file outside its folder")
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{folder / index}: not an index: {error}") from None
+    tensors = {}
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / index} names {name}, which is not there")
+        tensors |= open_file(folder / name)[0]
+    if missing := [key for key in where if key not in tensors]:
+        raise UserError(f"{folder / index}: {missing[0]} is in none of its files")
+    return tensors
+
+
+class Entry(NamedTuple):
+    """A tensor to be written; `data()` is asked for when its turn comes."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    data: Callable[[], np.ndarray]
+
+    @property
+    def size(self) -> int:
+        return math.prod(self.shape) * np.dtype(self.dtype).itemsize
+
+
+def write_file(
+    path: epath.PathLike,
+    entries: Mapping[str, Entry],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """One file, a tensor at a time; it has its name only when it is whole."""
+    path = epath.Path(path)
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for key, entry in entries.items():
+        header[key] = {
+            "dtype": NAMES[np.dtype(entry.dtype)],
+            "shape": list(entry.shape),
+            "data_offsets": [end, end + entry.size],
+        }
+        end += entry.size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.parent / f"{path.name}.partial"
+    with partial.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little"))
+        file.write(text)
+        for key, entry in entries.items():
+            x = entry.data()
+            if x.shape != tuple(entry.shape):
+                raise ValueError(f"{key}: {x.shape} is to be written as {entry.shape}")
+            x = np.ascontiguousarray(x, dtype=entry.dtype).reshape(-1)
+            file.write(memoryview(x.view(np.uint8)))
+    partial.rename(path)
+
+
+def write_folder(
+    folder: epath.PathLike, entries: Mapping[str, Entry], stem: str, shard: int = SHARD
+) -> None:
+    """`stem`.safetensors; beyond `shard` bytes several, with their index."""
+    folder = epath.Path(folder)
+    shards = list(_shards(entries.items(), shard))
+    if len(shards) == 1:
+        write_file(folder / f"{stem}.safetensors", dict(shards[0]))
+        return
+    where = {}
+    for i, part in enumerate(shards, 1):
+        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+        write_file(folder / name, dict(part))
+        where |= {key: name for key, _ in part}
+    total = {"total_size": sum(entry.size for entry in entries.values())}
+    index = json.dumps({"metadata": total, "weight_map": where}, indent=2)
+    (folder / f"{stem}.safetensors.index.json").write_text(index)
+
+
+def _shards(entries: Iterable, most: int) -> Iterator[list]:
+    part, size = [], 0
+    for key, entry in entries:
+        if part and size + entry.size > most:
+            yield part
+            part, size = [], 0
+        part.append((key, entry))
+        size += entry.size
+    yield part

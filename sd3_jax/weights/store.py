@@ -1,0 +1,58 @@
+"""A released model in our own format: an orbax tree a component, and bundle.json.
+
+What it holds lies as the mesh of the next run wants it, with no names to translate.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from sd3_jax.errors import UserError
+
+FILE = "bundle.json"
+VERSION = 1
+
+
+def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None:
+    """Every component's variables, and the configurations; all processes call."""
+    path = epath.Path(path)
+    with _explained(f"cannot write {path}"):
+        for name, tree in variables.items():
+            ocp.save_pytree(path / name, tree, overwrite=True)
+        if jax.process_index() == 0:
+            head = {"version": VERSION, "components": configs}
+            (path / FILE).write_text(json.dumps(head, indent=2))
+
+
+def configs(path: epath.PathLike) -> dict[str, dict]:
+    """The configurations of the components that a folder holds."""
+    path = epath.Path(path) / FILE
+    try:
+        head = json.loads(path.read_text())
+        version, components = head["version"], dict(head["components"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error!r}") from None
+    if version > VERSION:
+        raise UserError(f"{path}: version {version}, this code reads up to {VERSION}")
+    return components
+
+
+def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
+    """A component's variables, in the shardings and dtypes of `abstract`."""
+    with _explained(f"cannot read {path}/{name}"):
+        return ocp.load_pytree(epath.Path(path) / name, abstract)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        truth = error.__cause__ or error
+        reason = " ".join(str(truth).split())[:300]
+        raise UserError(f"{what}: {type(truth).__name__}: {reason}") from error

@@ -1,0 +1,156 @@
+"""A file's tensors straight into their shardings, and leaves back to tensors.
+
+A process holds its own shards, one leaf of them twice while it moves to the devices,
+and one tensor of the file.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Sharding
+
+from sd3_jax.errors import UserError
+from sd3_jax.weights.names import Piece
+from sd3_jax.weights.safetensors import Entry, Tensors
+
+LISTED = 10  # names in an error, at most
+
+
+def check(
+    tensors: Mapping[str, Any],
+    pieces: Sequence[Piece],
+    *,
+    what: str,
+    ignored: Sequence[str] = (),
+) -> None:
+    """Every tensor is used and every parameter covered, or the error lists them.
+
+    `ignored` are ends of names that a file may have and nothing reads.
+    """
+    wanted = {p.key: p.file_shape for p in pieces if p.key is not None}
+    missing = [f"{k} is missing" for k in wanted if k not in tensors]
+    extra = [
+        f"{k} is not known"
+        for k in tensors
+        if k not in wanted and not k.endswith(tuple(ignored))
+    ]
+    shapes = [
+        f"{k} is {list(tensors[k].shape)}, wanted {list(shape)}"
+        for k, shape in wanted.items()
+        if k in tensors and tuple(tensors[k].shape) != shape
+    ]
+    if wrong := missing + extra + shapes:
+        listed = "; ".join(wrong[:LISTED]) + (" …" if len(wrong) > LISTED else "")
+        raise UserError(
+            f"{what}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
+            f" of another shape: {listed}"
+        )
+
+
+def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
+    """The tree that `abstract` describes: shapes, dtypes and shardings."""
+    by_leaf = {k: list(p) for k, p in groupby(pieces, key=lambda piece: piece.path)}
+
+    def leaf(path, x):
+        names = tuple(str(getattr(k, "key", k)) for k in path)
+        return _load_leaf(tensors, x, by_leaf[names])
+
+    return jax.tree_util.tree_map_with_path(leaf, abstract)
+
+
+def _load_leaf(tensors, leaf, pieces) -> jax.Array:
+    sharding: Sharding = leaf.sharding
+    places = sharding.addressable_devices_indices_map(leaf.shape)
+    bounds = {
+        device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
+        for device, index in places.items()
+    }
+    buffers = {
+        bound: np.empty([stop - start for start, stop in bound], leaf.dtype)
+        for bound in bounds.values()
+    }
+    for piece in pieces:
+        selections = {b: _overlap(piece.index, b) for b in buffers}
+        if not any(selections.values()):
+            continue  # another process's layers
+        part = (
+            piece.fill() if piece.key is None else piece.read(tensors[piece.key].read())
+        )
+        for bound, selection in selections.items():
+            if selection:
+                into, of = selection
+                buffers[bound][into] = _cast(part[of], leaf.dtype)
+    shards = []
+    while bounds:
+        device, bound = bounds.popitem()
+        shards.append(jax.device_put(buffers[bound], device))
+        shards[-1].block_until_ready()
+        if bound not in bounds.values():
+            del buffers[bound]
+    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
+    """Where in a shard a piece goes and which of it, or None if nowhere."""
+    index = index + (slice(None),) * (len(bound) - len(index))
+    into, of = [], []
+    for i, (start, stop) in zip(index, bound):
+        if isinstance(i, slice):
+            into.append(slice(None))
+            of.append(slice(start, stop))
+        elif start <= i < stop:
+            into.append(i - start)
+        else:
+            return None
+    return tuple(into), tuple(of)
+
+
+def _cast(x: np.ndarray, dtype) -> np.ndarray:
+    """To `dtype`; eight bits go by float32, numpy knowing no shorter way."""
+    return x.astype(np.float32) if x.dtype.itemsize == 1 else x
+
+
+def entries(
+    variables: Any, pieces: Sequence[Piece], dtype: Any = None
+) -> dict[str, Entry]:
+    """What a file is to hold. Every process must ask each for its data, in order."""
+    leaves = {
+        tuple(str(getattr(k, "key", k)) for k in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
+    }
+    host: dict[tuple, np.ndarray] = {}
+
+    def data(piece):
+        if piece.path not in host:
+            host.clear()  # one leaf at a time
+            host[piece.path] = fetch(leaves[piece.path])
+        return piece.write(host[piece.path][piece.index])
+
+    return {
+        p.key: Entry(
+            np.dtype(dtype or leaves[p.path].dtype),
+            p.file_shape,
+            lambda p=p: data(p),
+        )
+        for p in pieces
+        if p.key is not None
+    }
+
+
+def part(variables: Any, piece: Piece) -> np.ndarray:
+    """The part of our tree that a piece is, on this host."""
+    leaf = variables
+    for name in piece.path:
+        leaf = leaf[name]
+    return fetch(leaf)[piece.index]
+
+
+def fetch(x: jax.Array) -> np.ndarray:
+    """A whole array on this host, from wherever its shards are."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return multihost_utils.process_allgather(x, tiled=True)
+    return np.asarray(x)
