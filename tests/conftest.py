@@ -23,9 +23,10 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Not training: a TrainState holds arrays, and as often their shapes or shardings.
-CHECKED = "diffusion models data pipelines evals metrics pictures report"
-CHECKED = [*CHECKED.split(), "weights"]
-install_import_hook([f"sd3_jax.{name}" for name in CHECKED], "beartype.beartype")
+CHECKED = "diffusion models weights data pipelines evals metrics pictures report"
+install_import_hook(
+    [f"sd3_jax.{name}" for name in CHECKED.split()], "beartype.beartype"
+)
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
-"""The t's a solver visits: float32, steps + 1 of them, strictly from 1 down to 0."""
+"""The t's a solver visits: float32, steps + 1 of them, falling from noise to 0."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 from jaxtyping import Float32
@@ -30,10 +31,82 @@ def released(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
     return np.append(t, 0).astype(np.float32)
 
 
+def flow(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
+    """diffusers' for its multistep solvers on flows: from just below 1, to a large t
+    and then 0."""
+    t = timesteps.shift(np.linspace(0.999, 0, steps + 1)[:-1], shift)
+    return np.append(t, 0).astype(np.float32)
+
+
+def dynamic(steps: int, mu: float) -> Float32[np.ndarray, " n"]:
+    """diffusers' dynamic shifting, by exp(mu)."""
+    t = timesteps.shift(np.linspace(1, 1 / 1000, steps), math.exp(mu))
+    return np.append(t, 0).astype(np.float32)
+
+
+def linear_mu(
+    tokens: int,
+    *,
+    base: tuple[int, float] = (256, 0.5),
+    most: tuple[int, float] = (4096, 1.15),
+) -> float:
+    """mu by the image's tokens, on the line through (tokens, mu) `base` and `most`."""
+    (n0, mu0), (n1, mu1) = base, most
+    return mu0 + (mu1 - mu0) * (tokens - n0) / (n1 - n0)
+
+
+def custom(sigmas: Sequence[float], shift: float) -> Float32[np.ndarray, " n"]:
+    """The t's that are given, shifted as any, then 0."""
+    t = np.asarray(sigmas, np.float64)
+    falls = t.ndim == 1 and t.size > 0 and bool((np.diff(t) < 0).all())
+    inside = falls and bool(0 < t[-1] and t[0] <= 1)
+    require(
+        inside, "sigmas", list(sigmas), "numbers that fall, from 1 at most, above 0"
+    )
+    return np.append(timesteps.shift(t, shift), 0).astype(np.float32)
+
+
+def strength(
+    grid: Float32[np.ndarray, " n"], strength: float
+) -> Float32[np.ndarray, " m"]:
+    """The last `strength` of the steps: what is left of them for a given image."""
+    steps = len(grid) - 1
+    require(0 < strength <= 1, "strength", strength, "a number in (0, 1]")
+    start = int(max(steps - min(steps * strength, steps), 0))
+    least = f"at least {1 / steps:.3g}, a step of {steps}"
+    require(start < steps, "strength", strength, least)
+    return grid[start:]
+
+
+def skip_window(
+    grid: Float32[np.ndarray, " n"], start: float, stop: float
+) -> tuple[np.float32, np.float32]:
+    """[low, high] in t of the steps i of n with n start < i < n stop."""
+    n = len(grid) - 1
+    return _window(grid, [n * start < i < n * stop for i in range(n)])
+
+
+def control_window(
+    grid: Float32[np.ndarray, " n"], start: float, stop: float
+) -> tuple[np.float32, np.float32]:
+    """[low, high] in t of the steps i of n with i / n >= start, (i + 1) / n <= stop."""
+    n = len(grid) - 1
+    keep = [not (i / n < start or (i + 1) / n > stop) for i in range(n)]
+    return _window(grid, keep)
+
+
+def _window(grid, keep):
+    chosen = grid[:-1][np.array(keep, bool)]
+    if not chosen.size:
+        return np.float32(2), np.float32(-1)  # no t is in it
+    return chosen.min(), chosen.max()
+
+
 GRIDS = {
     "linear": lambda steps, shift: linear(steps),
     "shifted": shifted,
     "released": released,
+    "flow": flow,
 }
 
 

@@ -2,7 +2,8 @@
 
 All take (velocity, x, grid), hold x in float32 and return it at grid[-1], which at
 t = 0 is the x0 estimate; or, asked for the trajectory, x at every t of the grid.
-Only dpmpp_2m looks at the path. None evaluates the velocity at t = 0.
+Only the multistep ones look at the path. None evaluates the velocity at t = 0. Where
+`after` is given, x = after(x, t, number of the step) follows every step to t.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from sd3_jax.diffusion.paths import RF, Batch, Path
 
 Velocity = Callable[[Array, Array], Array]
 Grid = Float[Array | np.ndarray, " n"]
+After = Callable[[Array, Array, Array], Array]
 Solution = Batch | Float[Array, "n b ..."]
 
 
@@ -26,12 +28,13 @@ def euler(
     *,
     path: Path = RF,
     trajectory: bool = False,
+    after: After | None = None,
 ) -> Solution:
     def step(x, _, t, t_next):
         return x + (t_next - t) * velocity(x, _times(t, x)), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _scan(step, x, None, (grid[:-1], grid[1:]), trajectory)
+    return _scan(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after)
 
 
 def heun(
@@ -41,6 +44,7 @@ def heun(
     *,
     path: Path = RF,
     trajectory: bool = False,
+    after: After | None = None,
 ) -> Solution:
     """Second order by the mean slope; a step to t = 0 is Euler's."""
 
@@ -55,7 +59,7 @@ def heun(
         return x + dt * (v + v_next) / 2, None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _scan(step, x, None, (grid[:-1], grid[1:]), trajectory)
+    return _scan(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after)
 
 
 def dpmpp_2m(
@@ -65,6 +69,7 @@ def dpmpp_2m(
     *,
     path: Path = RF,
     trajectory: bool = False,
+    after: After | None = None,
 ) -> Solution:
     """DPM-Solver++(2M) (Lu et al. 2022) as the released code has it.
 
@@ -85,20 +90,64 @@ def dpmpp_2m(
         return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
 
     x0_last = jnp.zeros(x.shape, jnp.float32)
-    return _scan(step, x, x0_last, (grid[:-1], keep, gain, slope), trajectory)
+    steps = grid[:-1], keep, gain, slope
+    return _scan(step, x, x0_last, grid, steps, trajectory, after)
 
 
-SOLVERS = {"euler": euler, "heun": heun, "dpmpp_2m": dpmpp_2m}
+def dpmpp_2m_flow(
+    velocity: Velocity,
+    x: Batch,
+    grid: Grid,
+    *,
+    path: Path = RF,
+    trajectory: bool = False,
+    after: After | None = None,
+) -> Solution:
+    """DPM-Solver++(2M) with lambda = log a_t / b_t, as diffusers runs it on flows.
+
+    Its first and last steps are of first order, and so is any from t = 1, where lambda
+    is infinite. The network is given t itself; diffusers cuts 1000 t to a whole number.
+    """
+    grid = jnp.asarray(grid, jnp.float32)
+    a, b = path.coefficients(grid)
+    keep = b[1:] / b[:-1]
+    gain = a[1:] - keep * a[:-1]
+    inner = (a > 0) & (b > 0)  # elsewhere lambda is infinite
+    lambda_ = jnp.log(jnp.where(inner, a, 1)) - jnp.log(jnp.where(inner, b, 1))
+    h = jnp.diff(lambda_)
+    second = inner[2:] & inner[1:-1] & inner[:-2]
+    slope = jnp.where(second, h[1:] / jnp.where(second, 2 * h[:-1], 1), 0)
+    slope = jnp.pad(slope, (1, 0))
+
+    def step(x, x0_last, t, keep, gain, slope):
+        t = _times(t, x)
+        x0 = path.x0(x, velocity(x, t), t)
+        return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
+
+    x0_last = jnp.zeros(x.shape, jnp.float32)
+    steps = grid[:-1], keep, gain, slope
+    return _scan(step, x, x0_last, grid, steps, trajectory, after)
 
 
-def _scan(step, x, memory, steps, trajectory):
-    """(x, memory) = step(x, memory, *s) for each s of steps."""
+SOLVERS = {
+    "euler": euler,
+    "heun": heun,
+    "dpmpp_2m": dpmpp_2m,
+    "dpmpp_2m_flow": dpmpp_2m_flow,
+}
+
+
+def _scan(step, x, memory, grid, steps, trajectory, after):
+    """(x, memory) = step(x, memory, *s) for each s of steps, and x = after(...)."""
 
     def body(carry, s):
+        i, t_next, *s = s
         x, memory = step(*carry, *s)
+        x = x if after is None else after(x, t_next, i)
         return (x, memory), x if trajectory else None
 
     x = x.astype(jnp.float32)
+    steps = jnp.arange(len(grid) - 1), grid[1:], *steps
     (last, _), xs = jax.lax.scan(body, (x, memory), steps)
     return jnp.concatenate([x[None], xs]) if trajectory else last
 

@@ -52,15 +52,15 @@ class VAE(nn.Module):
         return self.decode(posterior(self.encode(image))[0])
 
 
-def posterior(moments: Float[Array, "b h w k"]) -> tuple[Array, Array]:
-    """(mean, std), each (b, h, w, k / 2)."""
+def posterior(moments: Float[Array, "*b h w k"]) -> tuple[Array, Array]:
+    """(mean, std), each (*b, h, w, k / 2)."""
     mean, logvar = jnp.split(moments, 2, axis=-1)
     return mean, jnp.exp(0.5 * jnp.clip(logvar, *LOGVAR))
 
 
 def sample(
-    key: Key[Array, ""], moments: Float[Array, "b h w k"]
-) -> Float[Array, "b h w c"]:
+    key: Key[Array, ""], moments: Float[Array, "*b h w k"]
+) -> Float[Array, "*b h w c"]:
     mean, std = posterior(moments)
     return mean + std * jax.random.normal(key, mean.shape, mean.dtype)
 

@@ -9,26 +9,60 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import guidance
+from sd3_jax.diffusion.paths import RF
+from sd3_jax.pipelines.latents import to_rgb
 from sd3_jax.pipelines.prompts import Conditioning
+
+Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 def generate(
     velocity: Callable[[Array, Array, Conditioning], Array],
-    keys: Key[Array, " b"],
+    keys: Key[Array, " b"] | None,
     cond: Conditioning,
     uncond: Conditioning,
     *,
     shape: tuple[int, int, int],
-    grid: Float[np.ndarray, " n"],
+    grid: Float[np.ndarray | Array, " n"],
     solver: Callable,
-    scale: float,
-    interval: tuple[float, float] = (0.0, 1.0),
-    rescale: float = 0.0,
+    scale: guidance.Number,
+    interval: tuple[guidance.Number, guidance.Number] = (0.0, 1.0),
+    rescale: guidance.Number = 0.0,
+    skip: guidance.Skip | None = None,
+    noise: Float[Array, "b h w c"] | None = None,
+    x0: Float[Array, "b h w c"] | None = None,
+    mask: Float[Array, "b h w 1"] | None = None,
+    preview: Preview | None = None,
 ) -> Float[Array, "b h w c"]:
-    """Latents of `shape` (h, w, c), each from its own key, so a picture is the same
-    alone and in a batch; the solver runs down the grid of t's under CFG."""
-    noise = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))(keys)
+    """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
+
+    Each has noise of its own key, so a picture is the same alone and in a batch, or
+    that of `noise`. With `x0` it starts from that picture, noised to grid[0]; where
+    `mask` is 0, x0 is put back after every step, noised as far as the rest. `preview`
+    is called on the host as preview(step, t, rgb (b, h, w, 3)) after each step.
+    """
+    if noise is None:
+        draw = lambda key: jax.random.normal(key, shape, jnp.float32)
+        noise = jax.vmap(draw)(keys)
     guided = guidance.cfg(
-        velocity, cond, uncond, scale=scale, interval=interval, rescale=rescale
+        velocity,
+        cond,
+        uncond,
+        scale=scale,
+        interval=interval,
+        rescale=rescale,
+        skip=skip,
     )
-    return solver(guided, noise, grid)
+    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
+
+    def after(x, t, step):
+        if mask is not None:
+            x = (1 - mask) * at(t) + mask * x
+        if preview is not None:
+            # Not ordered: on several devices jax knows no order of callbacks.
+            jax.debug.callback(preview, step, t, to_rgb(x))
+        return x
+
+    start = noise if x0 is None else at(jnp.asarray(grid)[0])
+    idle = mask is None and preview is None
+    return solver(guided, start, grid, after=None if idle else after)

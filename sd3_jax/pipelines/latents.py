@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
+from jaxtyping import Float
 
 from sd3_jax.errors import UserError
 
@@ -18,6 +19,32 @@ class Autoencoder(NamedTuple):
     factor: int
     encode: Callable[[dict], Array]
     decode: Callable[[Array], Array]
+
+
+# The released code's, for previews: sixteen channels of latents to red, green and blue.
+TO_RGB = (
+    (-0.0645, 0.0177, 0.1052),
+    (0.0028, 0.0312, 0.0650),
+    (0.1848, 0.0762, 0.0360),
+    (0.0944, 0.0360, 0.0889),
+    (0.0897, 0.0506, -0.0364),
+    (-0.0020, 0.1203, 0.0284),
+    (0.0855, 0.0118, 0.0283),
+    (-0.0539, 0.0658, 0.1047),
+    (-0.0057, 0.0116, 0.0700),
+    (-0.0412, 0.0281, -0.0039),
+    (0.1106, 0.1171, 0.1220),
+    (-0.0248, 0.0682, -0.0481),
+    (0.0815, 0.0846, 0.1207),
+    (-0.0120, -0.0055, -0.0867),
+    (-0.0749, -0.0634, -0.0456),
+    (-0.1418, -0.1457, -0.1259),
+)
+
+
+def to_rgb(latents: Float[Array, "b h w 16"]) -> Float[Array, "b h w 3"]:
+    """A rough picture in [0, 1] of scaled latents, without the autoencoder."""
+    return jnp.clip((latents @ jnp.array(TO_RGB) + 1) / 2, 0, 1)
 
 
 def _image(batch):

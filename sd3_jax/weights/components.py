@@ -17,10 +17,11 @@ from jax.sharding import Mesh
 from sd3_jax import sharding, tree
 from sd3_jax.errors import UserError
 from sd3_jax.models.clip import ClipText
+from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import T5Encoder
 from sd3_jax.models.vae import VAE
-from sd3_jax.weights import mmdit, text, vae
+from sd3_jax.weights import controlnet, mmdit, text, vae
 from sd3_jax.weights.names import Group
 
 Shapes = Mapping[str, Any]  # tensors by name, of which only .shape is looked at
@@ -50,7 +51,7 @@ def abstract(
     """The part's variables as shapes with shardings; nothing is allocated."""
     args = component.example(module, config)
     boxed = jax.eval_shape(module.init, jax.random.key(0), *args)
-    if isinstance(module, MMDiT):
+    if isinstance(module, MMDiT | ControlNet):
         table = (1, module.pos_size**2, module.width)
         boxed["buffers"] = {"pos_embed": Shape(table, jnp.float32)}
     return jax.tree.map(
@@ -319,6 +320,16 @@ COMPONENTS = {
         ignored=text.IGNORED,
     ),
 }
+CONTROLNET = Component(
+    "controlnet",
+    "",
+    "controlnet_blocks.0.weight",
+    controlnet.detect,
+    controlnet.build,
+    controlnet.example,
+    controlnet.table,
+    "diffusion_pytorch_model",
+)
 
 
 def released_name(config: dict) -> str:

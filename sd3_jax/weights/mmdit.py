@@ -53,19 +53,33 @@ FINAL = Row(
 )
 
 
-def ends(patch: int):
-    """What comes before the blocks and after them."""
+def positions_row(patch: int, original: str = "x_embedder.proj") -> tuple[Row, Row]:
+    """The table of positions, which files hold, and the embedding of patches."""
+    table = "pos_embed" if original else ""
+    return (
+        Row("pos_embed", "pos_embed.pos_embed", table, AS_IS),
+        Row("patch_embed", "pos_embed.proj", original, patches(patch)),
+    )
+
+
+def time_and_pooled() -> tuple[Row, ...]:
     time, text = (
         f"time_text_embed.{name}_embedder.linear_" for name in ("timestep", "text")
     )
     return (
-        Row("pos_embed", "pos_embed.pos_embed", "pos_embed", AS_IS),
-        Row("patch_embed", "pos_embed.proj", "x_embedder.proj", patches(patch)),
-        Row("context_embed", "context_embedder"),
         Row("time_embed/fc1", f"{time}1", "t_embedder.mlp.0"),
         Row("time_embed/fc2", f"{time}2", "t_embedder.mlp.2"),
         Row("pooled_embed/fc1", f"{text}1", "y_embedder.mlp.0"),
         Row("pooled_embed/fc2", f"{text}2", "y_embedder.mlp.2"),
+    )
+
+
+def ends(patch: int) -> tuple[Row, ...]:
+    """What comes before the blocks and after them."""
+    return (
+        *positions_row(patch),
+        Row("context_embed", "context_embedder"),
+        *time_and_pooled(),
         FINAL,
         Row("final", "proj_out", "final_layer.linear"),
     )

@@ -8,14 +8,14 @@ from pathlib import Path
 import jax
 import multiprocess
 import pytest
-from checkpoint_worker import (
+from jax.sharding import PartitionSpec as P
+from training.checkpoint_worker import (
     CONFIG,
     POLICY,
     abstract_state,
     assert_bits,
     make_state,
 )
-from jax.sharding import PartitionSpec as P
 
 from sd3_jax.errors import UserError
 from sd3_jax.training import checkpoint

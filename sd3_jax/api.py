@@ -1,0 +1,168 @@
+"""What `import sd3_jax` offers: load a released model, make pictures, look inside.
+
+    bundle = sd3_jax.load("sd3.5_medium/", dtype="bfloat16")
+    images = sd3_jax.generate(bundle, ["a red fox"], height=1024, width=1024)
+
+Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; images
+are float in [0, 1].
+"""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float
+
+from sd3_jax import sharding
+from sd3_jax.diffusion import grids
+from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.errors import UserError
+from sd3_jax.pipelines import bundle as bundles
+from sd3_jax.pipelines import programs, request
+from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.pipelines.export import save
+from sd3_jax.pipelines.request import ControlInput, Texts
+
+__all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
+__all__ += ["generate", "load", "load_control", "save"]
+OUTPUTS = ("images", "latents")
+
+
+def load(
+    path_or_hub_name: str,
+    mesh: Mesh | None = None,
+    dtype: str = "bfloat16",
+    *,
+    tokenizers_from: str = "",
+) -> Bundle:
+    """A released model, sharded over `mesh` as it streams in; all devices by default.
+
+    See pipelines.bundle.load for what may be named. An error lists what is missing,
+    extra or of another shape.
+    """
+    mesh = sharding.make_mesh() if mesh is None else mesh
+    return bundles.load(
+        path_or_hub_name, mesh=mesh, dtype=dtype, tokenizers_from=tokenizers_from
+    )
+
+
+def load_control(path_or_hub_name: str, bundle: Bundle) -> ControlBundle:
+    """A ControlNet of either style: a diffusers folder or one .safetensors file."""
+    return bundles.load_control(path_or_hub_name, bundle)
+
+
+def generate(
+    bundle: Bundle,
+    prompts: Texts,
+    *,
+    negative_prompts: Texts | None = None,
+    height: int | None = None,
+    width: int | None = None,
+    steps: int = 28,
+    guidance: float = 5.0,
+    seed: int | Sequence[int] = 0,
+    solver: str = "euler",
+    max_sequence_length: int = 256,
+    images_per_prompt: int = 1,
+    latents: Float[Array | np.ndarray, "b h w c"] | None = None,
+    image: Float[Array | np.ndarray, "b _ _ _"] | None = None,
+    mask: Float[Array | np.ndarray, "b H W 1"] | None = None,
+    strength: float = 0.6,
+    control: ControlInput | Sequence[ControlInput] | None = None,
+    skip_layers: Sequence[int] | None = None,
+    skip_scale: float = 2.8,
+    skip_start: float = 0.01,
+    skip_stop: float = 0.2,
+    guidance_interval: tuple[float, float] = (0.0, 1.0),
+    guidance_rescale: float = 0.0,
+    grid: str | None = None,
+    shift: float | None = None,
+    mu: float | None = None,
+    sigmas: Sequence[float] | None = None,
+    clip_skip: int = 0,
+    preview: Callable[[int, float, np.ndarray], None] | None = None,
+    output: str = "images",
+) -> Float[Array, "b _ _ _"]:
+    """Pictures (b, height, width, 3) in [0, 1], or their latents; p0, p0, p1, p1, …
+
+    A picture depends on its prompt, its seed and its number among `images_per_prompt`,
+    not on the company it is made in. Prompts may be what encode_prompts gives. A
+    `guidance` of 1 is none. `latents` is the noise to start from. `image`, in [0, 1] or
+    as latents, is changed for the last `strength` of the steps; with a `mask` only
+    where that is 1. `skip_layers` are left out of a third velocity, which is steered
+    away from at the steps i of n with n skip_start < i < n skip_stop. The t's are the
+    scheduler's that came with the model; `grid`, `shift`, `mu` (its logarithm) or
+    `sigmas`, shifted as well, replace them. `preview(i, t, rgb)` sees a rough picture
+    after each step; a program is compiled for each such function.
+    """
+    request.choose("solver", solver, list(SOLVERS))
+    request.choose("output", output, OUTPUTS)
+    guided = guidance != 1
+    given = image if image is not None else latents
+    shape = request.size(bundle, height, width, given)
+    cond, uncond = request.encoded(
+        bundle,
+        prompts,
+        negative_prompts,
+        length=max_sequence_length,
+        per_prompt=images_per_prompt,
+        clip_skip=clip_skip,
+        guided=guided,
+    )
+    rows = cond.pooled.shape[0]
+    spread = lambda x, what: request.rows_of(x, rows, images_per_prompt, what)
+    noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
+        request.image_keys(prompts, seed, images_per_prompt)
+    )
+    times = request.times(
+        bundle,
+        grid=grid,
+        solver=solver,
+        steps=steps,
+        shift=shift,
+        mu=mu,
+        sigmas=sigmas,
+        shape=shape,
+    )
+    noise = x0 = None
+    if latents is not None:
+        noise = request.latents_of(bundle, spread(latents, "latents"), None, shape)
+    if image is not None:
+        times = grids.strength(times, strength)
+        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
+    if mask is not None:
+        if image is None:
+            raise UserError("mask without image: wanted both, the picture to repaint")
+        mask = spread(request.latent_mask(mask, shape, bundle.factor), "mask")
+    skipped = request.layers(bundle, skip_layers) if guided else ()
+    inputs = programs.Inputs(
+        keys=noise_keys if noise is None else None,
+        cond=cond,
+        uncond=uncond,
+        grid=times,
+        scale=np.float32(guidance),
+        interval=tuple(map(np.float32, guidance_interval)),
+        rescale=np.float32(guidance_rescale),
+        skip_scale=np.float32(skip_scale) if skipped else None,
+        skip_window=grids.skip_window(times, skip_start, skip_stop)
+        if skipped
+        else None,
+        noise=noise,
+        x0=x0,
+        mask=mask,
+    )
+    plan = programs.Plan(
+        bundle.part("denoiser"), solver, shape, guided, skipped, preview
+    )
+    control = [control] if isinstance(control, ControlInput) else control or ()
+    nets, acting = request.controls_of(
+        bundle, control, times, shape, rows, images_per_prompt
+    )
+    place = lambda x: programs.place(x, bundle.mesh)
+    with programs.on(bundle.mesh):
+        latents = programs.sample(
+            plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
+        )
+    return latents if output == "latents" else bundle.decode(latents)

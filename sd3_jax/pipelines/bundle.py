@@ -1,0 +1,260 @@
+"""A released model as one thing: modules, their variables, tokenizers, settings."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh
+from jaxtyping import Float, Int, Key
+
+from sd3_jax import tree
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.pipelines import programs, sources
+from sd3_jax.pipelines.prompts import Conditioning, TextModels
+from sd3_jax.weights import components
+from sd3_jax.weights.components import COMPONENTS
+
+log = logging.getLogger(__name__)
+SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": False}  # where no file says
+DTYPES = ("float32", "bfloat16")
+TEXT = ("clip_l", "clip_g", "t5")
+
+
+class Prompt(NamedTuple):
+    """A prompt of its own for each encoder; what is None is as the first."""
+
+    clip_l: str
+    clip_g: str | None = None
+    t5: str | None = None
+
+
+@dataclass(frozen=True, repr=False)
+class Bundle:
+    """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
+
+    `configs` are those of diffusers and transformers, "scheduler" is one of them;
+    `variables` are linen's, of `dtype`, sharded over `mesh`. What a file lacks is in
+    none of the dictionaries: a text encoder left out is zeros to the denoiser.
+    """
+
+    modules: dict[str, nn.Module]
+    variables: dict[str, dict]
+    configs: dict[str, dict]
+    tokenizers: dict[str, Any]
+    mesh: Mesh
+    dtype: str
+    source: str = ""
+    file_dtypes: dict[str, str] = field(default_factory=dict)  # as they were stored
+    _memo: dict = field(default_factory=dict, compare=False)
+
+    def __repr__(self) -> str:
+        config = self.configs.get("denoiser")
+        name = "" if config is None else components.released_name(config) + "; "
+        mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
+        parts = ", ".join(self.modules)
+        return f"Bundle({name}{parts}; {self.dtype}; mesh {mesh}; {self.source})"
+
+    def encode_prompts(
+        self,
+        prompts: Sequence[str | Prompt],
+        max_sequence_length: int = 256,
+        *,
+        clip_skip: int = 0,
+    ) -> Conditioning:
+        """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0."""
+        models = TextModels(*(self.modules.get(name) for name in TEXT))
+        if not any(models):
+            raise UserError(f"{self.source} has no text encoder: wanted embeddings")
+        ids = self.token_ids(prompts, max_sequence_length)
+        variables = {name: self.variables.get(name) for name in TEXT}
+        with programs.on(self.mesh):
+            return programs.encode_prompts(
+                models,
+                variables,
+                programs.place(ids, self.mesh),
+                clip_skip=clip_skip,
+                context_dim=self.configs["denoiser"]["joint_attention_dim"],
+                pooled_dim=self.configs["denoiser"]["pooled_projection_dim"],
+                length=max_sequence_length,
+            )
+
+    def velocity(
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        t: Float[Array | np.ndarray, " b"],
+        context: Float[Array | np.ndarray, "b l k"],
+        pooled: Float[Array | np.ndarray, "b e"],
+        *,
+        skip_layers: Sequence[int] = (),
+    ) -> Float[Array, "b h w c"]:
+        """v = noise - x0 at time t, 1 being noise."""
+        module, variables = self.part("denoiser"), self.variables["denoiser"]
+        args = programs.place((latents, t, context, pooled), self.mesh)
+        with programs.on(self.mesh, args):
+            return programs.velocity(module, variables, *args, skip=tuple(skip_layers))
+
+    def encode_image(
+        self,
+        images: Float[Array | np.ndarray, "b H W 3"],
+        key: Key[Array, "*b"] | None = None,
+        *,
+        shift: float | None = None,
+    ) -> Float[Array, "b h w c"]:
+        """Latents of images in [0, 1]: a draw of the posterior; without key, its mean.
+
+        Of one key all rows are drawn together, of a key for each row each by itself.
+        `shift` replaces the autoencoder's own.
+        """
+        module, variables = self.part("vae"), self.variables["vae"]
+        scale = self.latent_scale | ({} if shift is None else {"shift": shift})
+        images, key = programs.place((images, key), self.mesh)
+        with programs.on(self.mesh, images):
+            return programs.encode_image(module, variables, images, key, **scale)
+
+    def decode(
+        self, latents: Float[Array | np.ndarray, "b h w c"]
+    ) -> Float[Array, "b H W 3"]:
+        """Latents to images in [0, 1]."""
+        module, variables = self.part("vae"), self.variables["vae"]
+        latents = programs.place(latents, self.mesh)
+        with programs.on(self.mesh, latents):
+            return programs.decode(module, variables, latents, **self.latent_scale)
+
+    def token_ids(
+        self, prompts: Sequence[str | Prompt], length: int
+    ) -> dict[str, Int[np.ndarray, "b _"]]:
+        """What encode_prompts reads, by encoder: "ids_clip_l" and so on."""
+        if not 1 <= length <= 512:
+            raise UserError(f"max_sequence_length {length}: wanted 1 to 512")
+        full = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
+        ids = {}
+        for i, name in enumerate(TEXT):
+            if name not in self.modules:
+                continue
+            if name not in self.tokenizers:
+                raise UserError(
+                    f"{self.source} has no tokenizer for {name}: wanted"
+                    " tokenizers_from=FOLDER, a diffusers folder or a hub name"
+                )
+            texts = [p.clip_l if p[i] is None else p[i] for p in full]
+            tokenizer = self.tokenizers[name]
+            if name == "t5":
+                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length)
+            else:
+                most = self.modules[name].length
+                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most)
+        return ids
+
+    @property
+    def scheduler(self) -> dict:
+        return SCHEDULER | self.configs.get("scheduler", {})
+
+    @property
+    def latent_scale(self) -> dict[str, float]:
+        """What takes the autoencoder's latents to the denoiser's."""
+        config = self.configs["vae"]
+        return {
+            "scaling": config.get("scaling_factor", 1.0),
+            "shift": config.get("shift_factor") or 0.0,
+        }
+
+    @property
+    def factor(self) -> int:
+        """Pixels along a latent's side."""
+        return 2 ** (len(self.part("vae").channels) - 1) if "vae" in self.modules else 8
+
+    def part(self, name: str) -> nn.Module:
+        if name not in self.modules:
+            raise UserError(
+                f"{self.source or 'the bundle'} has no {name}, only"
+                f" {', '.join(self.modules)}; name a file that has one after a comma"
+            )
+        return self.modules[name]
+
+    def fingerprint(self) -> str:
+        """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
+        if "fingerprint" not in self._memo:
+            self._memo["fingerprint"] = tree.fingerprint(self.variables)
+        return self._memo["fingerprint"]
+
+
+def load(
+    source: str,
+    *,
+    mesh: Mesh,
+    dtype: str = "bfloat16",
+    tokenizers_from: str = "",
+    only: Sequence[str] = tuple(COMPONENTS),
+) -> Bundle:
+    """A diffusers folder, an original .safetensors file, our own folder or a hub name.
+
+    Several, with commas between, add up: a transformer's file and those of its text
+    encoders. `only` are the components wanted. Single files hold no tokenizers:
+    `tokenizers_from` is a folder or hub name that does.
+    """
+    if dtype not in DTYPES:
+        raise UserError(
+            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
+        )
+    paths = [sources.resolve(each.strip()) for each in str(source).split(",")]
+    modules, variables, configs, found = {}, {}, {}, {}
+    for path in paths:
+        for name, part in sources.parts(path).items():
+            configs[name] = part.config
+            if name in only:
+                found[name] = part
+    for name, part in found.items():
+        component = COMPONENTS[name]
+        module = component.build(part.config, jnp.dtype(dtype))
+        shapes = components.abstract(component, module, part.config, mesh, dtype)
+        modules[name], variables[name] = module, part.read(component, module, shapes)
+    if "denoiser" in modules:
+        log.info("%s", components.released_name(configs["denoiser"]))
+    words = tokenizers.load(
+        sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
+    )
+    stored = {name: part.dtype for name, part in found.items()}
+    return Bundle(modules, variables, configs, words, mesh, dtype, source, stored)
+
+
+class ControlBundle(NamedTuple):
+    """A ControlNet with its weights and its configuration, which is diffusers'."""
+
+    module: ControlNet
+    variables: dict
+    config: dict
+
+
+def load_control(source: str, bundle: Bundle) -> ControlBundle:
+    """A diffusers folder, one .safetensors file or a hub name, for this bundle.
+
+    A single-stream net takes the embedding of patches from the bundle's denoiser.
+    """
+    component, path = components.CONTROLNET, sources.resolve(source)
+    part = sources.control(path)
+    module = component.build(part.config, jnp.dtype(bundle.dtype))
+    denoiser = bundle.part("denoiser")
+    if module.width != denoiser.width and module.borrowed:
+        raise UserError(
+            f"{path}: a ControlNet of width {module.width} for a denoiser of width"
+            f" {denoiser.width}: wanted the same"
+        )
+    shapes = components.abstract(
+        component, module, part.config, bundle.mesh, bundle.dtype
+    )
+    if not module.borrowed:
+        return ControlBundle(module, part.read(component, module, shapes), part.config)
+    del shapes["buffers"], shapes["params"]["patch_embed"]
+    variables = part.read(component, module, shapes)
+    theirs = bundle.variables["denoiser"]
+    variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
+    if "buffers" in theirs:
+        variables["buffers"] = theirs["buffers"]
+    return ControlBundle(module, variables, part.config)

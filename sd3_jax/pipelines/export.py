@@ -1,0 +1,94 @@
+"""A bundle to files: a diffusers folder, an original single file, or our own."""
+
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.pipelines.sources import INDEX
+from sd3_jax.weights import names, safetensors, store, stream
+from sd3_jax.weights.components import COMPONENTS
+
+LAYOUTS = (*names.LAYOUTS, "orbax")
+
+
+def save(
+    bundle: Bundle, path: epath.PathLike, layout: str, *, dtype: str | None = None
+) -> None:
+    """A diffusers folder, an original single file or our own; all processes call it.
+
+    Without `dtype` each component keeps the one that it had in the file it came from.
+    """
+    path = epath.Path(path)
+    kept = lambda name: dtype or bundle.file_dtypes.get(name, bundle.dtype)
+    if layout == "orbax":
+        cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
+        cast = {k: cast(tree, kept(k)) for k, tree in bundle.variables.items()}
+        store.save(path, cast, bundle.configs)
+    elif layout == "diffusers":
+        for name in bundle.modules:
+            component = COMPONENTS[name]
+            found = _entries(bundle, name, layout, kept(name))
+            folder = path / component.folder
+            _write(safetensors.write_folder, folder, found, component.stem)
+        if jax.process_index() == 0:
+            _save_side_files(bundle, path)
+    elif layout == "original":
+        found = {}
+        for name in bundle.modules:
+            for key, entry in _entries(bundle, name, layout, kept(name)).items():
+                found[COMPONENTS[name].prefix + key] = entry
+        metadata = {"sd3_jax": json.dumps(bundle.configs)}
+        _write(safetensors.write_file, path, found, metadata)
+    else:
+        raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+
+
+def _entries(bundle: Bundle, name: str, layout: str, dtype: str):
+    component, variables = COMPONENTS[name], bundle.variables[name]
+    pieces = names.pieces(variables, component.table(bundle.modules[name]), layout)
+    for piece in pieces:
+        if piece.key is None and not np.array_equal(
+            stream.part(variables, piece), piece.fill()
+        ):
+            raise UserError(
+                f"{name}: the {layout} layout has no {'/'.join(piece.path[1:])}, and"
+                " these weights have one of their own; wanted the diffusers layout"
+            )
+    return stream.entries(variables, pieces, jnp.dtype(dtype))
+
+
+def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
+    """By process 0; the others take their part in gathering each tensor."""
+    if jax.process_index() == 0:
+        write(path, found, *rest)
+    else:
+        for entry in found.values():
+            entry.data()
+
+
+def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
+    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **bundle.scheduler}
+    folders = {"scheduler/scheduler_config.json": scheduler}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    for name, component in COMPONENTS.items():
+        kind = [None, None]
+        if name in bundle.modules:
+            config = bundle.configs[name]
+            folders[f"{component.folder}/config.json"] = config
+            if "_class_name" in config:
+                kind = ["diffusers", config["_class_name"]]
+            else:
+                kind = ["transformers", config["architectures"][0]]
+        index[component.folder] = kind
+    index |= tokenizers.save(bundle.tokenizers, path)
+    for file, value in (*folders.items(), (INDEX, index)):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_text(json.dumps(value, indent=2))

@@ -1,0 +1,186 @@
+"""What a path or a hub name holds of a released model, by component."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+from etils import epath
+
+from sd3_jax.errors import UserError
+from sd3_jax.weights import names, safetensors, store, stream
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
+
+log = logging.getLogger(__name__)
+INDEX = "model_index.json"
+# The names without a variant are whole; fp16 ones would come as well.
+WANTED = ("*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", INDEX)
+UNWANTED = ("*fp16*", "*.bin")
+
+
+class Part(NamedTuple):
+    """One component as a path holds it: `read(component, module, shapes)` brings it."""
+
+    read: Callable
+    config: dict
+    dtype: str = "float32"  # of most of its tensors
+
+
+def resolve(source: str) -> epath.Path:
+    """The path that is meant: as it is, or a hub's repository, downloaded."""
+    path = epath.Path(source).expanduser() if source else None
+    if path is not None and path.exists():
+        return path
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(".safetensors"):
+        raise UserError(f'weights "{source}": no such file, folder or hub name')
+    import huggingface_hub
+
+    try:
+        folder = huggingface_hub.snapshot_download(
+            source, allow_patterns=WANTED, ignore_patterns=UNWANTED
+        )
+    except Exception as error:  # its errors have no common base
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+        raise UserError(
+            f'weights "{source}": no such path, and it cannot be had from the hub:'
+            f" {reason}"
+        ) from None
+    return epath.Path(folder)
+
+
+def parts(path: epath.Path) -> dict[str, Part]:
+    """What a path holds: by component, a function that loads it and its config."""
+    if not path.is_dir():
+        return _original(path)
+    if (path / INDEX).exists():
+        return _diffusers(path)
+    if (path / store.FILE).exists():
+        return _stored(path)
+    files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
+    if (path / "config.json").exists():
+        return _component_folder(path)
+    if len(files) != 1:
+        raise UserError(
+            f"{path}: wanted a diffusers folder ({INDEX}), one of ours ({store.FILE})"
+            f" or one .safetensors file; it has {len(files)} of those"
+        )
+    return _original(files[0])
+
+
+def _original(path: epath.Path) -> dict[str, Part]:
+    tensors, metadata = safetensors.open_file(path)
+    known = _json(path, metadata.get("sd3_jax", "{}"))  # what shapes cannot tell
+    found = {}
+    for name, prefix in _prefixes(tensors):
+        own = {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)}
+        try:
+            config = known.get(name) or COMPONENTS[name].detect(own)
+        except (KeyError, ValueError, IndexError) as error:
+            raise UserError(f"{path}: {name} is not whole: {error}") from None
+        found[name] = _part(own, config, f"{path}: {name}", "original")
+    if "scheduler" in known:
+        found["scheduler"] = Part(None, known["scheduler"])
+    if not found:
+        few = ", ".join(list(tensors)[:3])
+        raise UserError(f"{path}: not a model of this family; it holds {few}, …")
+    log.info("%s holds %s", path.name, ", ".join(n for n in found if n in COMPONENTS))
+    return found
+
+
+def _prefixes(tensors: safetensors.Tensors) -> list[tuple[str, str]]:
+    """The components in a single file, and what their names there begin with."""
+    whole = [
+        (n, c.prefix) for n, c in COMPONENTS.items() if c.prefix + c.mark in tensors
+    ]
+    if whole:
+        return whole
+    alone = [name for name, c in COMPONENTS.items() if c.mark in tensors]
+    if "clip_l" in alone:  # both CLIPs have the same names
+        width = tensors[COMPONENTS["clip_l"].mark].shape[0]
+        alone.remove("clip_l" if width > 1024 else "clip_g")
+    return [(name, "") for name in alone]
+
+
+def _diffusers(path: epath.Path) -> dict[str, Part]:
+    index = _json(path / INDEX, (path / INDEX).read_text())
+    found = {}
+    for name, component in COMPONENTS.items():
+        folder = path / component.folder
+        listed = (index.get(component.folder) or [None])[0] is not None
+        if not listed:
+            continue
+        if not (folder / "config.json").exists():
+            raise UserError(
+                f"{path / INDEX} names {component.folder}, which lacks its config.json"
+            )
+        found[name] = _from_folder(component, folder)
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        found["scheduler"] = Part(None, _json(scheduler, scheduler.read_text()))
+    return found
+
+
+def _component_folder(path: epath.Path) -> dict[str, Part]:
+    config = _json(path / "config.json", (path / "config.json").read_text())
+    kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
+    wide = config.get("hidden_size", 0) > 1024
+    name = {
+        "SD3Transformer2DModel": "denoiser",
+        "AutoencoderKL": "vae",
+        "CLIPTextModelWithProjection": "clip_g" if wide else "clip_l",
+        "T5EncoderModel": "t5",
+    }.get(kind)
+    if name is None:
+        raise UserError(f"{path}: config.json is of {kind or 'nothing known'}")
+    return {name: _from_folder(COMPONENTS[name], path)}
+
+
+def control(path: epath.Path) -> Part:
+    """A ControlNet's folder in diffusers' layout, or its single file in either."""
+    if path.is_dir():
+        if not (path / "config.json").exists():
+            raise UserError(f"{path}: wanted a ControlNet's folder, with config.json")
+        return _from_folder(CONTROLNET, path)
+    tensors, _ = safetensors.open_file(path)
+    if CONTROLNET.mark not in tensors:
+        raise UserError(f"{path}: not a ControlNet of this family")
+    fused = any(key.endswith(".attn.qkv.weight") for key in tensors)
+    layout = "original" if fused else "diffusers"
+    return _part(tensors, CONTROLNET.detect(tensors), str(path), layout)
+
+
+def _from_folder(component, folder: epath.Path) -> Part:
+    config = _json(folder / "config.json", (folder / "config.json").read_text())
+    config = config.get("text_config", config)  # of a whole CLIP
+    return _part(safetensors.open_folder(folder), config, str(folder), "diffusers")
+
+
+def _part(tensors: safetensors.Tensors, config: dict, what: str, layout: str) -> Part:
+    def read(component, module, shapes):
+        pieces = names.pieces(shapes, component.table(module), layout)
+        stream.check(tensors, pieces, what=what, ignored=component.ignored)
+        return stream.load(tensors, shapes, pieces)
+
+    sizes = Counter()
+    for tensor in tensors.values():
+        sizes[tensor.dtype.name] += tensor.size
+    return Part(read, config, sizes.most_common(1)[0][0] if sizes else "float32")
+
+
+def _stored(path: epath.Path) -> dict[str, Part]:
+    def reader(name):
+        return lambda component, module, shapes: store.load(path, name, shapes)
+
+    return {name: Part(reader(name), c) for name, c in store.configs(path).items()}
+
+
+def _json(path, text: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: wanted a JSON object")
+    return value
