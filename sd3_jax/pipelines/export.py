@@ -52,16 +52,18 @@ def save(
 
 def _entries(bundle: Bundle, name: str, layout: str, dtype: str):
     component, variables = COMPONENTS[name], bundle.variables[name]
-    pieces = names.pieces(variables, component.table(bundle.modules[name]), layout)
-    for piece in pieces:
-        if piece.key is None and not np.array_equal(
-            stream.part(variables, piece), piece.fill()
-        ):
-            raise UserError(
-                f"{name}: the {layout} layout has no {'/'.join(piece.path[1:])}, and"
-                " these weights have one of their own; wanted the diffusers layout"
-            )
+    module = bundle.modules[name]
+    pieces = names.pieces(variables, component.table(module), layout)
+    if any(_own(variables, piece) for piece in pieces):
+        pieces = names.pieces(variables, component.fuller(module), layout)
     return stream.entries(variables, pieces, jnp.dtype(dtype))
+
+
+def _own(variables: dict, piece: names.Piece) -> bool:
+    """Whether weights are not those that a layout without them stands for."""
+    if piece.key is not None:
+        return False
+    return not np.array_equal(stream.part(variables, piece), piece.fill())
 
 
 def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:

@@ -73,13 +73,14 @@ def _original(path: epath.Path) -> dict[str, Part]:
     tensors, metadata = safetensors.open_file(path)
     known = _json(path, metadata.get("sd3_jax", "{}"))  # what shapes cannot tell
     found = {}
-    for name, prefix in _prefixes(tensors):
+    for name, prefix in _prefixes(tensors, path.name):
         own = {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)}
         try:
             config = known.get(name) or COMPONENTS[name].detect(own)
         except (KeyError, ValueError, IndexError) as error:
             raise UserError(f"{path}: {name} is not whole: {error}") from None
-        found[name] = _part(own, config, f"{path}: {name}", "original")
+        ours = name in known
+        found[name] = _part(own, config, f"{path}: {name}", "original", ours)
     if "scheduler" in known:
         found["scheduler"] = Part(None, known["scheduler"])
     if not found:
@@ -89,7 +90,7 @@ def _original(path: epath.Path) -> dict[str, Part]:
     return found
 
 
-def _prefixes(tensors: safetensors.Tensors) -> list[tuple[str, str]]:
+def _prefixes(tensors: safetensors.Tensors, file: str) -> list[tuple[str, str]]:
     """The components in a single file, and what their names there begin with."""
     whole = [
         (n, c.prefix) for n, c in COMPONENTS.items() if c.prefix + c.mark in tensors
@@ -99,7 +100,8 @@ def _prefixes(tensors: safetensors.Tensors) -> list[tuple[str, str]]:
     alone = [name for name, c in COMPONENTS.items() if c.mark in tensors]
     if "clip_l" in alone:  # both CLIPs have the same names
         width = tensors[COMPONENTS["clip_l"].mark].shape[0]
-        alone.remove("clip_l" if width > 1024 else "clip_g")
+        big = width > 1024 or re.search("clip_?g|bigg", file.lower())
+        alone.remove("clip_l" if big else "clip_g")
     return [(name, "") for name in alone]
 
 
@@ -157,9 +159,19 @@ def _from_folder(component, folder: epath.Path) -> Part:
     return _part(safetensors.open_folder(folder), config, str(folder), "diffusers")
 
 
-def _part(tensors: safetensors.Tensors, config: dict, what: str, layout: str) -> Part:
+def _part(
+    tensors: safetensors.Tensors,
+    config: dict,
+    what: str,
+    layout: str,
+    ours: bool = False,
+) -> Part:
     def read(component, module, shapes):
         pieces = names.pieces(shapes, component.table(module), layout)
+        if ours and component.fuller is not None:
+            fuller = names.pieces(shapes, component.fuller(module), layout)
+            whole = all(piece.key in tensors for piece in fuller)
+            pieces = fuller if whole else pieces
         stream.check(tensors, pieces, what=what, ignored=component.ignored)
         return stream.load(tensors, shapes, pieces)
 

@@ -32,6 +32,7 @@ class Component(NamedTuple):
 
     `mark` is a tensor that only this part has, by which it is found. `build(config,
     dtype)` makes the module, `example(module, config)` arguments for its init.
+    `fuller` is the table of a single file of ours that holds what published ones lack.
     """
 
     folder: str
@@ -43,6 +44,7 @@ class Component(NamedTuple):
     table: Callable[[nn.Module], list[Group]]
     stem: str = "model"
     ignored: Sequence[str] = ()
+    fuller: Callable[[nn.Module], list[Group]] | None = None
 
 
 def abstract(
@@ -298,7 +300,8 @@ COMPONENTS = {
         detect_clip_l,
         *CLIP,
         text.clip_l_table,
-        ignored=text.IGNORED,
+        ignored=(*text.IGNORED, text.PROJECTION),
+        fuller=text.clip_table,
     ),
     "clip_g": Component(
         "text_encoder_2",

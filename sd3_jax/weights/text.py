@@ -8,6 +8,7 @@ from sd3_jax.weights.names import AS_IS, MERGING, Group, Row
 
 # Ends of names that files may hold and no model reads.
 IGNORED = ("encoder.embed_tokens.weight", "position_ids", "logit_scale")
+PROJECTION = "text_projection.weight"  # of CLIP-L, in an original file: not read either
 
 
 def clip_table(model: ClipText, *, projected: bool = True) -> list[Group]:

@@ -15,7 +15,7 @@ KINDS = {
     "sd35_large": dict(qk_norm="rms_norm"),
 }
 ROOT = Path(__file__).parents[1] / ".cache" / "miniature"
-VERSION = "1"  # of what is below: another makes the folders anew
+VERSION = "2"  # of what is below: another makes the folders anew
 
 
 def folder(kind: str) -> Path:
@@ -108,4 +108,8 @@ def t5():
         num_heads=3,
         feed_forward_proj="gated-gelu",
     )
-    return convert.randomise(transformers.T5EncoderModel(config), seed=5)
+    model = convert.randomise(transformers.T5EncoderModel(config), seed=5)
+    with torch.no_grad():  # T5 does not divide by the root of the head's size
+        for block in model.encoder.block:
+            block.layer[0].SelfAttention.q.weight.mul_(config.d_kv**-0.5)
+    return model
