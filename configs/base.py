@@ -9,6 +9,10 @@ from ml_collections.config_dict import placeholder
 def get_config() -> ConfigDict:
     c = ConfigDict()
     c.seed = 0
+    c.weights = (
+        ""  # a folder, file or hub name of released weights, commas add; "": ours
+    )
+    c.tokenizers = ""  # a folder or hub name that has them, where the weights have none
     c.model = dict(
         name="mmdit",
         depth=24,
@@ -95,6 +99,12 @@ def get_config() -> ConfigDict:
         per_prompt=1,
         batch_size=64,
         weights="ema",
+        max_length=256,  # T5's tokens; these and what follows are for released weights
+        clip_skip=0,
+        skip_layers=(),  # skip-layer guidance; 7, 8, 9 for SD3.5-medium
+        skip_scale=2.8,
+        skip_start=0.01,
+        skip_stop=0.2,
     )
     c.eval = dict(
         examples=1_024,  # held out, for the validation loss

@@ -7,6 +7,7 @@ Each write is one flat JSON line. JSON has no NaN and no infinity: they are writ
 import contextlib
 import json
 import math
+import os
 import sys
 import time
 from collections.abc import Iterator, Mapping
@@ -53,8 +54,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         if not self.silent:
             _forget(self.workdir / FILE, after=self.start_step)
-            remote = "://" in str(self.workdir)
-            self._log = (_ObjectLog if remote else _FileLog)(self.workdir / FILE)
+            self._log = open_log(self.workdir / FILE)
             watch = _Bar if sys.stderr.isatty() else _Lines
             self._watch = watch(self.total_steps, self.start_step)
         return self
@@ -141,8 +141,18 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_bytes(data)
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(OSError, AttributeError):  # an object store has none
+            os.fsync(file.fileno())
     part.replace(path)
+
+
+def open_log(path: epath.PathLike) -> "_FileLog | _ObjectLog":
+    """What lines are appended to, at any path of epath: append(text), close()."""
+    remote = "://" in os.fspath(path)
+    return (_ObjectLog if remote else _FileLog)(epath.Path(path))
 
 
 class _FileLog:

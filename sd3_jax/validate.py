@@ -85,6 +85,9 @@ WEIGHT = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
 CLIP = number("a number > 0 (inf: none)", lambda x: x > 0)
 BELOW_ONE = number("a number in [0, 1)", lambda x: 0 <= x < 1)
 UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
+LAYERS = Rule(
+    lambda x: all(COUNT.holds(i) for i in x), "layers by number, 0 being the first"
+)
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
 
 RULES = (
@@ -126,6 +129,11 @@ RULES = (
     (RATE, "sample.shift"),
     (WEIGHT, "sample.cfg"),
     (UNIT, "sample.cfg_start sample.cfg_stop sample.rescale"),
+    (UNIT, "sample.skip_start sample.skip_stop"),
+    (FINITE, "sample.skip_scale"),
+    (integer(1, 512), "sample.max_length"),
+    (COUNT, "sample.clip_skip"),
+    (LAYERS, "sample.skip_layers"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
     (one_of("tune", "test"), "eval.split"),
 )

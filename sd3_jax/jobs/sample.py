@@ -1,96 +1,232 @@
-"""Prompts to PNGs from a workdir's checkpoint, with a line of JSON for each."""
+"""Prompts to PNGs, with a line of JSON for each: of a workdir's checkpoint, or of
+released weights. A killed job goes on where it was."""
 
 import hashlib
+import io
 import json
+import logging
 import re
 import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import numpy as np
 from etils import epath
 from flax import linen as nn
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
+from PIL import Image
 
-from sd3_jax import pictures, sharding
-from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble
+from sd3_jax import metrics, pictures, sharding, tree
+from sd3_jax.jobs import assemble, prompt_lines, sheet
 from sd3_jax.jobs.paint import Painter
+from sd3_jax.jobs.prompt_lines import Task
+from sd3_jax.jobs.released import ReleasedPainter
 from sd3_jax.metrics import write_whole
+
+log = logging.getLogger(__name__)
+LINES = "samples.jsonl"
+SHOWN = 64  # pictures on samples.png; samples.html has all
+# Settings that only released weights heed.
+UNUSED = "max_length clip_skip skip_layers skip_scale skip_start skip_stop".split()
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl and samples.png."""
+    """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
-    captions = read_prompts(config, workdir)
+    tasks = prompt_lines.tasks(config)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = assemble.parts(config)
-        params, step = assemble.trained_params(config, parts, workdir, mesh)
-        each = [
-            caption for caption in captions for _ in range(config.sample.per_prompt)
-        ]
-        numbers = list(range(config.sample.per_prompt)) * len(captions)
-        images = Painter(config, parts, mesh)(params, each, numbers)
+        make = released if config.weights else trained
+        paint, facts = make(config, workdir, mesh)
+        lines = [describe(task, facts) for task in tasks]
+        done = recorded(workdir, lines)
+        if any(done):
+            log.info("%d of %d pictures are there already", sum(done), len(tasks))
+        with Lines(workdir, [x for x, there in zip(lines, done) if there]) as written:
+            for batch, size in batches(tasks, config.sample.batch_size, mesh):
+                left = [i for i, task in enumerate(batch) if not done[task.index]]
+                if not left:
+                    continue
+                began = time.monotonic()
+                images = paint(filled(batch, size))[left]
+                fresh = [lines[batch[i].index] for i in left]
+                pixels = config.image.autoencoder == "pixels" and not config.weights
+                save(workdir, fresh, images, enlarged=pixels)
+                sharding.meet(f"sample/{fresh[0]['file']}")  # all are on disk
+                written.extend(fresh)
+                pace = (time.monotonic() - began) / len(left)
+                count = len(written.lines)
+                log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if jax.process_index() == 0:
-        save(config, workdir, step, each, numbers, images)
+        finish(workdir, lines)
 
 
-def read_prompts(config: ConfigDict, workdir: epath.Path) -> list[str]:
-    """config.sample.prompt, or the lines of prompts_file, or those of the recipe."""
-    sample = config.sample
-    if sample.prompt and sample.prompts_file:
-        raise UserError(
-            "config.sample.prompt and config.sample.prompts_file are both given; wanted"
-            " one of them"
-        )
-    if sample.prompt:
-        return [sample.prompt]
-    if not sample.prompts_file:
-        if not config.train.prompts:
-            raise UserError(
-                "no prompt: wanted --config.sample.prompt=TEXT or"
-                " --config.sample.prompts_file=FILE, one prompt a line"
-            )
-        return list(config.train.prompts)
-    path = epath.Path(sample.prompts_file)
-    if not path.is_file():
-        raise UserError(f"config.sample.prompts_file = {path}: no such file")
+def trained(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
+    """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
+    parts = assemble.parts(config)
+    params, step = assemble.trained_params(config, parts, workdir, mesh)
+    facts = {"step": step, "weights": tree.fingerprint(params)}
+    painters = {}
+
+    def paint(rows: Sequence[Task]) -> np.ndarray:
+        group = rows[0].group
+        if group not in painters:
+            config = rows[0].config
+            painters[group] = Painter(config, assemble.parts(config), mesh)
+        captions = [task.caption for task in rows]
+        return painters[group](params, captions, [task.number for task in rows])
+
+    return paint, facts
+
+
+def released(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
+    painter = ReleasedPainter(config, mesh)
+    return painter, {"weights": painter.bundle.fingerprint()}
+
+
+def filled(batch: Sequence[Task], size: int) -> list[Task]:
+    """The batch, again from its start where it is too small for the program."""
+    return [batch[i % len(batch)] for i in range(size)]
+
+
+def describe(task: Task, facts: dict) -> dict:
+    """The picture's line. Of released weights `seed` is what generate() takes."""
+    own_checkpoint = "step" in facts
+    unused = UNUSED if own_checkpoint else ()
+    settings = {k: v for k, v in task.settings.items() if k not in unused}
+    return {
+        "file": f"samples/{task.index:04d}-{slug(task.caption)}.png",
+        "prompt": task.prompt if isinstance(task.prompt, str) else list(task.prompt),
+        "number": task.number,
+        "seed": settings.pop("seed") + (0 if own_checkpoint else task.number),
+        **facts,
+        "settings": settings,
+    }
+
+
+def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
+    """Which pictures are there and are what they would be; as process 0 sees them."""
+    done = np.zeros(len(lines), bool)
+    if jax.process_index() == 0:
+        known = {}
+        if (workdir / LINES).is_file():
+            for text in (workdir / LINES).read_text(encoding="utf-8").splitlines():
+                line = parsed(text)  # a job killed as it wrote leaves half a line
+                known[line.get("file")] = line
+        for i, line in enumerate(lines):
+            path = workdir / line["file"]
+            if known.get(line["file"]) == line:
+                done[i] = path.is_file()
+            else:  # painted, but killed before its line was written
+                done[i] = path.is_file() and embedded(path) == line
+    return multihost_utils.broadcast_one_to_all(done).tolist()
+
+
+def parsed(text: str) -> dict:
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"config.sample.prompts_file = {path}: not UTF-8 at byte {error.start}"
-        ) from None
-    captions = [line.strip() for line in lines if line.strip()]
-    if not captions:
-        raise UserError(f"config.sample.prompts_file = {path}: holds no prompt")
-    return captions
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
-def save(config, workdir, step, captions, numbers, images) -> None:
-    folder = workdir / "samples"
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = config.sample.to_dict()
-    lines = []
-    for i, (caption, number, image) in enumerate(zip(captions, numbers, images)):
-        name = f"{i:04d}-{slug(caption)}.png"
-        line = {
-            "file": f"samples/{name}",
-            "prompt": caption,
-            "number": int(number),
-            "step": step,
-            "settings": {k: v for k, v in settings.items() if "prompt" not in k},
+def embedded(path: epath.Path) -> dict:
+    """The line that a PNG holds of itself."""
+    try:
+        with Image.open(io.BytesIO(path.read_bytes())) as image:
+            return parsed(image.text["sd3_jax"])
+    except (OSError, KeyError, AttributeError, SyntaxError, ValueError):
+        return {}
+
+
+def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], int]]:
+    """Tasks of one shape and one set of settings together, and the program's size.
+
+    A job that goes on paints the batches of the unbroken one, to the last bit.
+    """
+    groups: dict[tuple, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group, []).append(task)
+    for group in groups.values():
+        size = batch_size(len(group), most, mesh)
+        for start in range(0, len(group), size):
+            yield group[start : start + size], size
+
+
+def batch_size(n: int, most: int, mesh) -> int:
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    return min(max(shards, most // shards * shards), -(-n // shards) * shards)
+
+
+def save(
+    workdir: epath.Path, lines: list[dict], images: np.ndarray, *, enlarged: bool
+) -> None:
+    """This process's share of the pictures; of a few pixels `enlarged` to be seen."""
+    (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    mine = slice(jax.process_index(), None, jax.process_count())
+    for line, image in list(zip(lines, images))[mine]:
+        text = line["prompt"]
+        info = {
+            "prompt": text if isinstance(text, str) else text[0],
+            "sd3_jax": json.dumps(line),
         }
-        info = {"prompt": caption, "sd3_jax": json.dumps(line)}
-        pictures.save_png(pictures.grid(image[None]), folder / name, info=info)
-        lines.append(json.dumps(line, ensure_ascii=False) + "\n")
-    write_whole(workdir / "samples.jsonl", "".join(lines).encode())
-    sheet = pictures.grid(images, columns=min(len(images), 8), captions=captions)
-    pictures.save_png(sheet, workdir / "samples.png")
+        shown = pictures.grid(image[None]) if enlarged else image
+        pictures.save_png(shown, workdir / line["file"], info=info)
+
+
+class Lines:
+    """samples.jsonl, with the lines it begins with; process 0's pen."""
+
+    def __init__(self, workdir: epath.Path, lines: list[dict]):
+        self.path, self.lines = workdir / LINES, lines
+
+    def __enter__(self) -> "Lines":
+        if jax.process_index() == 0:
+            write_whole(self.path, self.text(self.lines).encode())
+            self.log = metrics.open_log(self.path)
+        return self
+
+    def __exit__(self, *_) -> None:
+        if jax.process_index() == 0:
+            self.log.close()
+
+    def extend(self, lines: list[dict]) -> None:
+        self.lines.extend(lines)
+        if jax.process_index() == 0:
+            self.log.append(self.text(lines))
+
+    @staticmethod
+    def text(lines: list[dict]) -> str:
+        return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+
+
+def finish(workdir: epath.Path, lines: list[dict]) -> None:
+    """The lines in order, and two contact sheets."""
+    write_whole(workdir / LINES, Lines.text(lines).encode())
+    write_whole(workdir / "samples.html", sheet.html(lines).encode())
+    there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
+    first = [line for line in lines if there(line)][:SHOWN]
+    images = [np.asarray(Image.open(io.BytesIO(read(workdir, x)))) for x in first]
+    shape = images[0].shape
+    alike = [i for i, image in enumerate(images) if image.shape == shape]
+    captions = [str(first[i]["prompt"]) for i in alike]
+    together = pictures.grid(
+        np.stack([images[i] for i in alike]),
+        columns=min(len(alike), 8),
+        captions=captions,
+    )
+    pictures.save_png(together, workdir / "samples.png")
     for line in lines[:8]:
-        print(workdir / json.loads(line)["file"])
+        print(workdir / line["file"])
     if len(lines) > 8:
-        print(f"… {len(lines)} pictures, all on {workdir / 'samples.png'}")
+        print(f"… {len(lines)} pictures, all on {workdir / 'samples.html'}")
     sys.stdout.flush()
+
+
+def read(workdir: epath.Path, line: dict) -> bytes:
+    return (workdir / line["file"]).read_bytes()
 
 
 def slug(caption: str) -> str:

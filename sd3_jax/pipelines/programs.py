@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -49,9 +50,21 @@ def place(tree: Any, mesh: Mesh) -> Any:
             return x
         split = getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
         spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
-        return jax.device_put(x, NamedSharding(mesh, spec))
+        return _put(x, NamedSharding(mesh, spec))
 
     return jax.tree.map(leaf, tree)
+
+
+def _put(x: Any, where: NamedSharding) -> Array:
+    """Also onto devices of other processes, which have the same x."""
+    if isinstance(x, Array) and not x.is_fully_addressable:
+        return x  # it came from a program, and the next takes it as it lies
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
 @functools.partial(

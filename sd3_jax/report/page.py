@@ -11,7 +11,7 @@ from PIL import Image
 from sd3_jax.report.style import CSS
 
 # Nothing may be fetched and nothing may run, whatever a prompt says.
-POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+POLICY = "default-src 'none'; img-src {}; style-src 'unsafe-inline'"
 
 
 UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what image raises
@@ -21,10 +21,12 @@ class Html(str):
     """Text that is markup already."""
 
 
-def document(title: str, *parts: str) -> str:
+def document(title: str, *parts: str, images: str = "data:") -> str:
+    """`images` is where pictures may come from; by default from the page itself."""
+    policy = POLICY.format(images)
     head = [
         '<meta charset="utf-8">',
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">',
+        f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         f"<title>{escape(title)}</title>",
         f"<style>{CSS}</style>",

@@ -1,0 +1,48 @@
+"""The contact sheet of a sampling job: samples.html, beside the pictures it shows."""
+
+from urllib.parse import quote
+
+from sd3_jax.report import page
+
+STYLE = """
+main { max-width: none }
+.sheet { display: grid; gap: 1rem;
+  grid-template-columns: repeat(auto-fill, minmax(12rem, 1fr)) }
+.sheet figure { margin: 0 }
+.sheet img { width: 100%; height: auto; border-radius: 4px; image-rendering: auto }
+.sheet figcaption { font-size: .8rem; overflow-wrap: anywhere }
+.sheet small { opacity: .7 }
+"""
+
+
+def html(lines: list[dict]) -> str:
+    """A page of all pictures by prompt; they are loaded as they come into sight."""
+    weights = sorted({str(line["weights"]) for line in lines})
+    shared = page.note(f"{len(lines)} pictures · weights {', '.join(weights)}")
+    figures = page.join(map(figure, lines))
+    return page.document(
+        "Samples",
+        page.Html(f"<style>{STYLE}</style>"),
+        page.element("h1", "Samples"),
+        shared,
+        page.element("div", figures, class_="sheet"),
+        images="file: 'self' https: http:",
+    )
+
+
+def figure(line: dict) -> page.Html:
+    settings = line["settings"]
+    prompt = line["prompt"]
+    prompt = prompt if isinstance(prompt, str) else " | ".join(prompt)
+    told = (
+        f"seed {line['seed']} · {settings['steps']} steps of {settings['solver']} ·"
+        f" cfg {settings['cfg']:g} · {settings['width']} × {settings['height']}"
+    )
+    file = quote(line["file"])
+    picture = page.element("img", src=file, alt=prompt, loading="lazy")
+    caption = page.element("figcaption", prompt, page.Html("<br>"), small(told))
+    return page.element("figure", page.element("a", picture, href=file), caption)
+
+
+def small(text: str) -> page.Html:
+    return page.element("small", text)

@@ -1,0 +1,133 @@
+"""sample with released weights: files of prompts, processes, kills."""
+
+import json
+import time
+
+import multiprocess
+import numpy as np
+import pytest
+from parity import miniature
+from PIL import Image
+
+from sd3_jax import main
+
+TINY = "--config=configs/released.py:tiny"
+
+
+def flags(workdir, prompts, **keys):
+    keys = {"sample.prompts_file": prompts} | keys
+    return [
+        TINY,
+        f"--workdir={workdir}",
+        f"--config.weights={miniature.folder('sd35_medium')}",
+        *(f"--config.{key}={value}" for key, value in keys.items()),
+    ]
+
+
+def lines(workdir):
+    text = (workdir / "samples.jsonl").read_text()
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def pixels(workdir):
+    return [np.asarray(Image.open(workdir / line["file"])) for line in lines(workdir)]
+
+
+@pytest.fixture(scope="module")
+def forty(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "forty.txt"
+    path.write_text("".join(f"the fox, number {i}\n" for i in range(40)))
+    return path
+
+
+def test_a_killed_job_of_two_processes_ends_as_the_unbroken_one(tmp_path, forty):
+    run = lambda workdir: ["-m", "sd3_jax.main", "sample", *flags(workdir, forty)]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    results = multiprocess.run(run(whole), processes=2, devices=4, timeout=300)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
+    with multiprocess.start(run(killed), processes=2, devices=4) as cluster:
+        deadline = time.monotonic() + 200
+        while len(list(killed.glob("samples/*.png"))) < 12:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        multiprocess.kill(cluster)
+    painted = {p: p.stat().st_mtime_ns for p in killed.glob("samples/*.png")}
+    assert 12 <= len(painted) < 40
+    assert not (killed / "samples.html").exists()
+    results = multiprocess.run(run(killed), processes=2, devices=4, timeout=300)
+    assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
+    assert "are there already" in results[0].stderr
+    assert {p: p.stat().st_mtime_ns for p in painted} == painted  # none was redone
+    assert lines(killed) == lines(whole)
+    assert len({line["file"] for line in lines(whole)}) == 40
+    assert {p.name for p in (killed / "samples").iterdir()} == {
+        line["file"].split("/")[1] for line in lines(whole)
+    }
+    for a, b in zip(pixels(killed), pixels(whole)):
+        np.testing.assert_array_equal(a, b)
+    page = (whole / "samples.html").read_text()
+    assert page.count("<img") == 40 and "number 39" in page
+
+
+def test_lines_with_settings_of_their_own(tmp_path, caplog):
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        '{"prompt": "a red fox", "seed": 7, "cfg": 1.0, "per_prompt": 2}',
+        '{"prompt": "a red fox", "seed": 8, "cfg": 1.0}',
+        '{"prompt": ["a", "red", "fox"], "height": 48, "negative": "blue"}',
+        "",
+        '{"prompt": "a fox", "hight": 48}',
+        '{"prompt": "a fox", "height": 50}',
+        '{"prompt": "a fox", "steps": "many"}',
+        "{not json",
+        '{"prompt": "a fox", "solver": "eular"}',
+    ]
+    prompts.write_text("\n".join(rows))
+    assert main.main(["sample", *flags(tmp_path / "run", prompts)]) == 0
+    found = lines(tmp_path / "run")
+    assert [line["seed"] for line in found] == [7, 8, 8, 0]
+    assert found[3]["prompt"] == ["a", "red", "fox"]
+    images = pixels(tmp_path / "run")
+    assert [image.shape for image in images] == [(64, 64, 3)] * 3 + [(48, 64, 3)]
+    assert np.abs(images[1].astype(int) - images[2]).max() <= 1  # one prompt, one seed
+    assert np.abs(images[0].astype(int) - images[1]).max() > 8
+    told = "\n".join(caplog.messages)
+    for words in (
+        'prompts.jsonl:5: unknown "hight"; did you mean "height"?',
+        "prompts.jsonl:6: config.image.height = 50: wanted a multiple of 16",
+        'prompts.jsonl:7: steps "many": wanted int',
+        "prompts.jsonl:8: not JSON",
+        'prompts.jsonl:9: config.sample.solver = "eular"',
+    ):
+        assert words in told, told
+
+
+def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty):
+    three = tmp_path / "three.txt"
+    three.write_text("a fox\nfoxes\nred foxes\n")
+    run = lambda **keys: main.main(["sample", *flags(tmp_path / "run", three, **keys)])
+    when = lambda: [p.stat().st_mtime_ns for p in (tmp_path / "run").glob("*/*.png")]
+    assert run() == 0
+    before, first = when(), pixels(tmp_path / "run")
+    assert run() == 0 and when() == before
+    assert run(**{"sample.seed": 1}) == 0
+    assert set(when()).isdisjoint(before)
+    assert (pixels(tmp_path / "run")[0] != first[0]).any()
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("weights", "no/such/file.safetensors", "no such file, folder or hub name"),
+        ("image.height", "400", "at most 256"),
+        ("sample.skip_layers", "9", "skip_layers 9: wanted layers from 0 to 3"),
+        ("model.dtype", "float16", "float16 overflows in T5-XXL"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, forty, key, value, words):
+    args = flags(tmp_path, forty, **{key: value})
+    if key == "weights":
+        args = [arg for arg in args if "sd35_medium" not in arg]
+    assert main.main(["sample", *args]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sd3-jax: error:") and words in error
