@@ -18,7 +18,8 @@ DEFAULTS = {  # steps, cfg
 VARIANTS = (*DEFAULTS, "tiny")
 
 
-def get_config(variant: str = "sd35_medium"):
+def get_config(variant: str = ""):
+    variant = variant or "sd35_medium"
     c = base.get_config()
     c.image.update(height=1024, width=1024)
     c.sample.update(grid="released", shift=3.0, solver="euler", batch_size=8)
