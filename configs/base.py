@@ -106,6 +106,11 @@ def get_config() -> ConfigDict:
         skip_start=0.01,
         skip_stop=0.2,
     )
+    c.convert = dict(
+        to="diffusers",  # or "original", a single file, or "orbax", our own
+        out="",  # a new path; "": in workdir
+        dtype="",  # float32, float16 or bfloat16; "": every tensor as it was
+    )
     c.eval = dict(
         examples=1_024,  # held out, for the validation loss
         scores=("val_loss",),

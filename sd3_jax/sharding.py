@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax._src import distributed
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from sd3_jax import tree
 from sd3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -96,11 +97,11 @@ def _refuse_or_note(name, shape, spec, mesh):
     log.info("%s of shape %s is replicated: %s does not divide", name, shape, wanted)
 
 
-def like_params(tree, params, sharded, mesh: Mesh):
+def like_params(like, params, sharded, mesh: Mesh):
     """Shardings for a tree such as optimizer state: a leaf that ends in a parameter's
     path and has its shape is sharded as that parameter, any other replicated."""
     known = {
-        _names(path): (leaf.shape, s)
+        tree.names(path): (leaf.shape, s)
         for (path, leaf), s in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded)
         )
@@ -108,18 +109,14 @@ def like_params(tree, params, sharded, mesh: Mesh):
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def leaf(path, x):
-        names = _names(path)
+        names = tree.names(path)
         for i in range(len(names)):
             shape, sharding = known.get(names[i:], (None, None))
             if shape == x.shape:
                 return sharding
         return replicated
 
-    return jax.tree_util.tree_map_with_path(leaf, tree)
-
-
-def _names(path) -> tuple[str, ...]:
-    return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+    return jax.tree_util.tree_map_with_path(leaf, like)
 
 
 def meet(place: str, *, minutes: float = 30) -> None:

@@ -16,6 +16,11 @@ def unbox(tree):
     return jax.tree.map(bare, tree, is_leaf=boxed)
 
 
+def names(path) -> tuple[str, ...]:
+    """A path of jax.tree_util as plain strings."""
+    return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
 def fingerprint(tree) -> str:
     """Twelve hexadecimal digits of every leaf's name, shape, dtype and bits.
 

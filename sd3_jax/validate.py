@@ -71,7 +71,7 @@ def number(wanted, holds):
 
 
 def one_of(*choices):
-    names = ", ".join(map(str, choices))
+    names = ", ".join(map(str, choices)).lstrip(", ")
     return Rule(lambda x: x in choices, f"one of {names}", tuple(map(str, choices)))
 
 
@@ -134,6 +134,8 @@ RULES = (
     (integer(1, 512), "sample.max_length"),
     (COUNT, "sample.clip_skip"),
     (LAYERS, "sample.skip_layers"),
+    (one_of("diffusers", "original", "orbax"), "convert.to"),
+    (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
     (one_of("tune", "test"), "eval.split"),
 )

@@ -14,5 +14,9 @@ JOBS = {
     ),
     "sample": Job("turn prompts into pictures", "sd3_jax.jobs.sample"),
     "evaluate": Job("score a checkpoint", "sd3_jax.jobs.evaluate"),
+    "convert": Job(
+        "write weights in another layout: diffusers, original or orbax",
+        "sd3_jax.jobs.convert",
+    ),
     "report": Job("plot what WORKDIR holds, as one page", "sd3_jax.jobs.report"),
 }

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
@@ -23,7 +24,7 @@ from sd3_jax.weights.components import COMPONENTS
 
 log = logging.getLogger(__name__)
 SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": False}  # where no file says
-DTYPES = ("float32", "bfloat16")
+DTYPES = ("float32", "bfloat16", "stored")
 TEXT = ("clip_l", "clip_g", "t5")
 
 
@@ -51,7 +52,7 @@ class Bundle:
     mesh: Mesh
     dtype: str
     source: str = ""
-    file_dtypes: dict[str, str] = field(default_factory=dict)  # as they were stored
+    file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     _memo: dict = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -197,31 +198,46 @@ def load(
 
     Several, with commas between, add up: a transformer's file and those of its text
     encoders. `only` are the components wanted. Single files hold no tokenizers:
-    `tokenizers_from` is a folder or hub name that does.
+    `tokenizers_from` is a folder or hub name that does. The dtype "stored" leaves all
+    as it is in the files, for writing it again.
     """
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     paths = [sources.resolve(each.strip()) for each in str(source).split(",")]
-    modules, variables, configs, found = {}, {}, {}, {}
+    modules, variables, configs, stored, found = {}, {}, {}, {}, {}
     for path in paths:
         for name, part in sources.parts(path).items():
             configs[name] = part.config
-            if name in only:
+            if name in only and part.read is not None:
                 found[name] = part
+    compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
-        module = component.build(part.config, jnp.dtype(dtype))
-        shapes = components.abstract(component, module, part.config, mesh, dtype)
+        module = component.build(part.config, compute)
+        shapes = components.abstract(component, module, part.config, mesh, compute)
+        stored[name] = part.dtypes(component, module, shapes)
+        if dtype == "stored":
+            shapes = _retyped(shapes, stored[name])
         modules[name], variables[name] = module, part.read(component, module, shapes)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     words = tokenizers.load(
         sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
     )
-    stored = {name: part.dtype for name, part in found.items()}
     return Bundle(modules, variables, configs, words, mesh, dtype, source, stored)
+
+
+def _retyped(shapes, dtypes):
+    """The shapes with the dtypes that their paths have."""
+
+    def leaf(path, x):
+        return jax.ShapeDtypeStruct(
+            x.shape, jnp.dtype(dtypes[tree.names(path)]), sharding=x.sharding
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 class ControlBundle(NamedTuple):

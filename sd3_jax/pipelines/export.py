@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
+from sd3_jax import tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.pipelines.bundle import Bundle
@@ -23,18 +24,20 @@ def save(
 ) -> None:
     """A diffusers folder, an original single file or our own; all processes call it.
 
-    Without `dtype` each component keeps the one that it had in the file it came from.
+    Without `dtype` every tensor keeps the one that it had in the file it came from.
     """
     path = epath.Path(path)
-    kept = lambda name: dtype or bundle.file_dtypes.get(name, bundle.dtype)
     if layout == "orbax":
-        cast = lambda tree, dtype: jax.tree.map(lambda x: x.astype(dtype), tree)
-        cast = {k: cast(tree, kept(k)) for k, tree in bundle.variables.items()}
-        store.save(path, cast, bundle.configs)
+        variables = {}
+        for name, leaves in bundle.variables.items():
+            kept = _dtype_of(bundle, name, dtype)
+            cast = lambda at, x, kept=kept: x.astype(kept(tree.names(at)))
+            variables[name] = jax.tree_util.tree_map_with_path(cast, leaves)
+        store.save(path, variables, bundle.configs)
     elif layout == "diffusers":
         for name in bundle.modules:
             component = COMPONENTS[name]
-            found = _entries(bundle, name, layout, kept(name))
+            found = _entries(bundle, name, layout, dtype)
             folder = path / component.folder
             _write(safetensors.write_folder, folder, found, component.stem)
         if jax.process_index() == 0:
@@ -42,7 +45,7 @@ def save(
     elif layout == "original":
         found = {}
         for name in bundle.modules:
-            for key, entry in _entries(bundle, name, layout, kept(name)).items():
+            for key, entry in _entries(bundle, name, layout, dtype).items():
                 found[COMPONENTS[name].prefix + key] = entry
         metadata = {"sd3_jax": json.dumps(bundle.configs)}
         _write(safetensors.write_file, path, found, metadata)
@@ -50,13 +53,18 @@ def save(
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
 
 
-def _entries(bundle: Bundle, name: str, layout: str, dtype: str):
+def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
+    stored = bundle.file_dtypes.get(name, {})
+    return lambda path: jnp.dtype(dtype or stored.get(path, bundle.dtype))
+
+
+def _entries(bundle: Bundle, name: str, layout: str, dtype: str | None):
     component, variables = COMPONENTS[name], bundle.variables[name]
     module = bundle.modules[name]
     pieces = names.pieces(variables, component.table(module), layout)
     if any(_own(variables, piece) for piece in pieces):
         pieces = names.pieces(variables, component.fuller(module), layout)
-    return stream.entries(variables, pieces, jnp.dtype(dtype))
+    return stream.entries(variables, pieces, _dtype_of(bundle, name, dtype))
 
 
 def _own(variables: dict, piece: names.Piece) -> bool:

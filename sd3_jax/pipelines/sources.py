@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections import Counter
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -21,11 +20,12 @@ UNWANTED = ("*fp16*", "*.bin")
 
 
 class Part(NamedTuple):
-    """One component as a path holds it: `read(component, module, shapes)` brings it."""
+    """One component as a path holds it: `read(component, module, shapes)` brings it,
+    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path."""
 
     read: Callable
     config: dict
-    dtype: str = "float32"  # of most of its tensors
+    dtypes: Callable
 
 
 def resolve(source: str) -> epath.Path:
@@ -82,7 +82,7 @@ def _original(path: epath.Path) -> dict[str, Part]:
         ours = name in known
         found[name] = _part(own, config, f"{path}: {name}", "original", ours)
     if "scheduler" in known:
-        found["scheduler"] = Part(None, known["scheduler"])
+        found["scheduler"] = Part(None, known["scheduler"], None)
     if not found:
         few = ", ".join(list(tensors)[:3])
         raise UserError(f"{path}: not a model of this family; it holds {few}, …")
@@ -120,7 +120,7 @@ def _diffusers(path: epath.Path) -> dict[str, Part]:
         found[name] = _from_folder(component, folder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        found["scheduler"] = Part(None, _json(scheduler, scheduler.read_text()))
+        found["scheduler"] = Part(None, _json(scheduler, scheduler.read_text()), None)
     return found
 
 
@@ -166,26 +166,34 @@ def _part(
     layout: str,
     ours: bool = False,
 ) -> Part:
-    def read(component, module, shapes):
-        pieces = names.pieces(shapes, component.table(module), layout)
+    def pieces(component, module, shapes):
+        table = component.table
         if ours and component.fuller is not None:
             fuller = names.pieces(shapes, component.fuller(module), layout)
-            whole = all(piece.key in tensors for piece in fuller)
-            pieces = fuller if whole else pieces
-        stream.check(tensors, pieces, what=what, ignored=component.ignored)
-        return stream.load(tensors, shapes, pieces)
+            if all(piece.key in tensors for piece in fuller):
+                table = component.fuller
+        found = names.pieces(shapes, table(module), layout)
+        stream.check(tensors, found, what=what, ignored=component.ignored)
+        return found
 
-    sizes = Counter()
-    for tensor in tensors.values():
-        sizes[tensor.dtype.name] += tensor.size
-    return Part(read, config, sizes.most_common(1)[0][0] if sizes else "float32")
+    def read(component, module, shapes):
+        return stream.load(tensors, shapes, pieces(component, module, shapes))
+
+    def dtypes(component, module, shapes):
+        return stream.dtypes(tensors, pieces(component, module, shapes))
+
+    return Part(read, config, dtypes)
 
 
 def _stored(path: epath.Path) -> dict[str, Part]:
-    def reader(name):
-        return lambda component, module, shapes: store.load(path, name, shapes)
+    def part(name, config):
+        return Part(
+            lambda component, module, shapes: store.load(path, name, shapes),
+            config,
+            lambda component, module, shapes: store.dtypes(path, name),
+        )
 
-    return {name: Part(reader(name), c) for name, c in store.configs(path).items()}
+    return {name: part(name, config) for name, config in store.configs(path).items()}
 
 
 def _json(path, text: str) -> dict:

@@ -88,6 +88,28 @@ def detect_denoiser(x: Shapes) -> dict:
     }
 
 
+def denoiser_config(
+    model: MMDiT, *, sample_size: int, context_dim: int, pooled_dim: int
+) -> dict:
+    """diffusers' configuration of a model of ours, the inverse of build_denoiser."""
+    return {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": sample_size,
+        "patch_size": model.patch,
+        "in_channels": model.channels,
+        "num_layers": model.depth,
+        "attention_head_dim": model.width // model.num_heads,
+        "num_attention_heads": model.num_heads,
+        "joint_attention_dim": context_dim,
+        "caption_projection_dim": model.width,
+        "pooled_projection_dim": pooled_dim,
+        "out_channels": model.channels,
+        "pos_embed_max_size": model.pos_size,
+        "dual_attention_layers": list(range(model.dual_blocks)),
+        "qk_norm": "rms_norm" if model.qk_norm else None,
+    }
+
+
 def build_denoiser(config: dict, dtype: Any) -> MMDiT:
     dual = list(config.get("dual_attention_layers") or ())
     heads, size = config["num_attention_heads"], config["attention_head_dim"]

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from sd3_jax import tree
+
 LAYOUTS = ("diffusers", "original")
 # What a module's parameters are called in a file, after the module's name.
 SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
@@ -124,7 +126,7 @@ def pieces(variables: Any, groups: Sequence[Group], layout: str) -> list[Piece]:
     }
     made = []
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        names = tuple(str(getattr(k, "key", k)) for k in path)
+        names = tree.names(path)
         module, parameter = "/".join(names[1:-1]), names[-1]
         bare = "/".join(names[1:])
         group, row = rows[bare] if bare in rows else rows[module]

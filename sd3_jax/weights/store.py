@@ -26,20 +26,36 @@ def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None
             ocp.save_pytree(path / name, tree, overwrite=True)
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
+            head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
             (path / FILE).write_text(json.dumps(head, indent=2))
+
+
+def _dtypes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): x.dtype.name for path, x in leaves}
+
+
+def dtypes(path: epath.PathLike, name: str) -> dict[tuple[str, ...], str]:
+    """How each leaf of a component is stored, by its path."""
+    stored = _head(epath.Path(path) / FILE)["dtypes"][name]
+    return {tuple(leaf.split("/")): dtype for leaf, dtype in stored.items()}
 
 
 def configs(path: epath.PathLike) -> dict[str, dict]:
     """The configurations of the components that a folder holds."""
-    path = epath.Path(path) / FILE
+    return _head(epath.Path(path) / FILE)["components"]
+
+
+def _head(path: epath.Path) -> dict:
     try:
         head = json.loads(path.read_text())
-        version, components = head["version"], dict(head["components"])
+        version, _ = head["version"], (dict(head["components"]), dict(head["dtypes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error!r}") from None
     if version > VERSION:
         raise UserError(f"{path}: version {version}, this code reads up to {VERSION}")
-    return components
+    return head
 
 
 def load(path: epath.PathLike, name: str, abstract: Any) -> Any:

@@ -4,20 +4,28 @@ A process holds its own shards, one leaf of them twice while it moves to the dev
 and one tensor of the file.
 """
 
-from collections.abc import Mapping, Sequence
+import math
+import os
+from concurrent.futures import ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Sharding
 
+from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.weights.names import Piece
 from sd3_jax.weights.safetensors import Entry, Tensors
 
 LISTED = 10  # names in an error, at most
+READERS=int(os.environ.get('READERS','4'))
+ALIGNMENT = 64  # bytes, XLA's for memory that is not its own
 
 
 def check(
@@ -56,7 +64,7 @@ def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
     by_leaf = {k: list(p) for k, p in groupby(pieces, key=lambda piece: piece.path)}
 
     def leaf(path, x):
-        names = tuple(str(getattr(k, "key", k)) for k in path)
+        names = tree.names(path)
         return _load_leaf(tensors, x, by_leaf[names])
 
     return jax.tree_util.tree_map_with_path(leaf, abstract)
@@ -70,20 +78,24 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
         for device, index in places.items()
     }
     buffers = {
-        bound: np.empty([stop - start for start, stop in bound], leaf.dtype)
+        bound: _aligned([stop - start for start, stop in bound], leaf.dtype)
         for bound in bounds.values()
     }
-    for piece in pieces:
+
+    def bring(piece):
         selections = {b: _overlap(piece.index, b) for b in buffers}
         if not any(selections.values()):
-            continue  # another process's layers
+            return  # another process's layers
         part = (
             piece.fill() if piece.key is None else piece.read(tensors[piece.key].read())
         )
         for bound, selection in selections.items():
             if selection:
                 into, of = selection
-                buffers[bound][into] = _cast(part[of], leaf.dtype)
+                _copy(buffers[bound][(*into, ...)], part[of])
+
+    with ThreadPoolExecutor(READERS) as pool:
+        list(pool.map(bring, pieces))
     shards = []
     while bounds:
         device, bound = bounds.popitem()
@@ -92,6 +104,14 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
         if bound not in bounds.values():
             del buffers[bound]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
+    """An empty array that XLA's CPU backend takes for a device's without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    raw = np.empty(size + ALIGNMENT, np.uint8)
+    start = -raw.ctypes.data % ALIGNMENT
+    return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
@@ -109,17 +129,44 @@ def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
     return tuple(into), tuple(of)
 
 
+TILE=int(os.environ.get("TILE","128"))
+def _copy(into, part):
+    part=_cast(part,None)
+    if not TILE or into.ndim<1:
+        into[...]=part
+        return
+    for i in range(0, into.shape[-1], TILE):
+        into[..., i : i + TILE] = part[..., i : i + TILE]
+
+
 def _cast(x: np.ndarray, dtype) -> np.ndarray:
     """To `dtype`; eight bits go by float32, numpy knowing no shorter way."""
     return x.astype(np.float32) if x.dtype.itemsize == 1 else x
 
 
+def dtypes(tensors: Tensors, pieces: Sequence[Piece]) -> dict[tuple[str, ...], str]:
+    """The dtype of each leaf's tensors in the file, the widest if they differ.
+
+    A leaf that the file lacks is as most others are.
+    """
+    found: dict[tuple, set] = {}
+    for piece in pieces:
+        dtype = {tensors[piece.key].dtype} if piece.key is not None else set()
+        found.setdefault(piece.path, set()).update(dtype)
+    widest = {k: max(v, key=lambda d: d.itemsize) for k, v in found.items() if v}
+    usual = Counter(widest.values()).most_common(1)[0][0]
+    return {path: widest.get(path, usual).name for path in found}
+
+
 def entries(
-    variables: Any, pieces: Sequence[Piece], dtype: Any = None
+    variables: Any, pieces: Sequence[Piece], dtype_of: Callable[[tuple], Any]
 ) -> dict[str, Entry]:
-    """What a file is to hold. Every process must ask each for its data, in order."""
+    """What a file is to hold, each leaf in the dtype that its path has.
+
+    Every process must ask each entry for its data, in order.
+    """
     leaves = {
-        tuple(str(getattr(k, "key", k)) for k in path): leaf
+        tree.names(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
     }
     host: dict[tuple, np.ndarray] = {}
@@ -132,7 +179,7 @@ def entries(
 
     return {
         p.key: Entry(
-            np.dtype(dtype or leaves[p.path].dtype),
+            jnp.dtype(dtype_of(p.path)),
             p.file_shape,
             lambda p=p: data(p),
         )

@@ -1,0 +1,78 @@
+"""Released weights from one layout to another, or a workdir's checkpoint to either."""
+
+import logging
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import assemble, released
+from sd3_jax.models import layers
+from sd3_jax.pipelines import export
+from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.weights import components
+
+log = logging.getLogger(__name__)
+OUT = {"diffusers": "diffusers", "original": "model.safetensors", "orbax": "orbax"}
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Writes config.convert.out, or workdir/{diffusers, model.safetensors, orbax}."""
+    layout, dtype = config.convert.to, config.convert.dtype or None
+    out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
+    mesh = sharding.make_mesh(**config.mesh)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        if config.weights:
+            bundle = released.load(config, mesh, dtype="stored")
+        else:
+            bundle = trained(config, epath.Path(workdir), mesh)
+        export.save(bundle, out, layout, dtype=dtype)
+    if jax.process_index() == 0:
+        print(f"{out}: {', '.join(bundle.modules)} in the {layout} layout")
+
+
+def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
+    """The denoiser of the newest checkpoint; its positions, a formula to us, are a
+    table in a file."""
+    parts = assemble.parts(config)
+    model = parts.denoiser
+    if model.weight_sets != 2:
+        raise UserError(
+            f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"
+            " 2"
+        )
+    if model.mlp_ratio != 4:
+        raise UserError(
+            f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
+        )
+    params, step = assemble.trained_params(config, parts, workdir, mesh)
+    log.info("step %d of %s", step, workdir)
+    size = model.pos_size
+    table = layers.positions(size, size, model.width, size=size, base=model.pos_base)
+    variables = {
+        "params": params["denoiser"],
+        "buffers": {"pos_embed": jnp.asarray(table, jnp.float32)[None]},
+    }
+    config_ = components.denoiser_config(
+        model,
+        sample_size=parts.shape[0],
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    scheduler = {"shift": float(config.sample.shift)}
+    return Bundle(
+        {"denoiser": model},
+        {"denoiser": variables},
+        {"denoiser": config_, "scheduler": scheduler},
+        {},
+        mesh,
+        "float32",
+        str(workdir),
+    )

@@ -1,0 +1,110 @@
+"""convert: between layouts, and from a training checkpoint to what PyTorch reads."""
+
+import diffusers
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from parity import convert, miniature
+
+import sd3_jax
+from configs import quickstart
+from sd3_jax import main, sharding
+from sd3_jax.jobs import assemble
+
+TINY = "--config=configs/released.py:tiny"
+
+
+def run(workdir, *flags, recipe=TINY):
+    return main.main(["convert", recipe, f"--workdir={workdir}", *flags])
+
+
+def test_from_layout_to_layout_and_back(tmp_path):
+    source = miniature.folder("sd35_large")
+    step = lambda name, source, to: run(
+        tmp_path,
+        f"--config.weights={source}",
+        f"--config.convert.to={to}",
+        f"--config.convert.out={tmp_path / name}",
+        f"--config.tokenizers={miniature.folder('sd35_large')}",
+    )
+    assert step("a.safetensors", source, "original") == 0
+    assert step("b", tmp_path / "a.safetensors", "orbax") == 0
+    assert step("c", tmp_path / "b", "diffusers") == 0
+    for file in source.glob("*/*.safetensors"):
+        theirs = safetensors.torch.load_file(file)
+        ours = safetensors.torch.load_file(tmp_path / "c" / file.relative_to(source))
+        assert theirs.keys() == ours.keys()
+        assert all(torch.equal(theirs[key], ours[key]) for key in theirs), file
+    diffusers.StableDiffusion3Pipeline.from_pretrained(tmp_path / "c")
+
+
+def test_a_dtype_of_ones_own(tmp_path):
+    flags = [f"--config.weights={miniature.folder('sd3_medium')}"]
+    flags += ["--config.convert.to=original", "--config.convert.dtype=float16"]
+    assert run(tmp_path, *flags) == 0
+    found = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    assert {x.dtype for x in found.values()} == {torch.float16}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained")
+    flags = ["--config.train.steps=2", "--config.train.sample_every=100"]
+    recipe = "--config=configs/quickstart.py:tiny"
+    assert main.main(["train", recipe, f"--workdir={workdir}", *flags]) == 0
+    return workdir, recipe
+
+
+def test_what_we_trained_runs_in_pytorch(trained):
+    """The positions, a formula here, must be the table that diffusers is given."""
+    workdir, recipe = trained
+    assert run(workdir, recipe=recipe) == 0
+    folder = workdir / "diffusers" / "transformer"
+    theirs = diffusers.SD3Transformer2DModel.from_pretrained(folder).eval()
+    config = quickstart.get_config("tiny")
+    made = assemble.parts(config)
+    mesh = sharding.make_mesh()
+    params, _ = assemble.trained_params(config, made, workdir, mesh)
+    draw = np.random.default_rng(0).standard_normal
+    h, w, c = made.shape
+    shapes = (
+        (2, h, w, c),
+        (2, 5, config.model.context_dim),
+        (2, config.model.pooled_dim),
+    )
+    xt, context, pooled = (draw(shape).astype(np.float32) for shape in shapes)
+    t = np.array([0.3, 0.9], np.float32)
+    args = map(jnp.asarray, (xt, t, context, pooled))
+    ours = made.denoiser.apply({"params": params["denoiser"]}, *args)
+    with torch.no_grad():
+        wanted = theirs(
+            torch.tensor(xt).permute(0, 3, 1, 2),
+            timestep=torch.tensor(t) * 1000,
+            encoder_hidden_states=torch.tensor(context),
+            pooled_projections=torch.tensor(pooled),
+        ).sample.permute(0, 2, 3, 1)
+    assert convert.error(ours, wanted) < 1e-4
+    bundle = sd3_jax.load(str(workdir / "diffusers"), dtype="float32")
+    again = bundle.velocity(xt, t, context, pooled)
+    assert convert.error(again, np.asarray(ours)) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        ("--config.convert.to=diffuser", 'did you mean "diffusers"'),
+        ("--config.convert.dtype=int8", "wanted one of float32, float16, bfloat16"),
+        ("--config.convert.out=configs", "exists; wanted a new path"),
+    ],
+)
+def test_mistakes_are_one_line(tmp_path, capsys, flag, words):
+    assert run(tmp_path, "--config.weights=x/y", flag) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sd3-jax: error:") and words in error
+
+
+def test_without_a_checkpoint(tmp_path, capsys):
+    assert run(tmp_path, recipe="--config=configs/quickstart.py:tiny") == 2
+    assert "no complete checkpoint" in capsys.readouterr().err
