@@ -111,6 +111,11 @@ def get_config() -> ConfigDict:
         out="",  # a new path; "": in workdir
         dtype="",  # float32, float16 or bfloat16; "": every tensor as it was
     )
+    c.compare = dict(
+        prompts=("a red fox in the rain", "Foxes, 3 of them!", ""),
+        tolerance=1e-4,  # of a standard deviation, for any layer in float32
+        bfloat16=2.0,  # times PyTorch's own error
+    )
     c.eval = dict(
         examples=1_024,  # held out, for the validation loss
         scores=("val_loss",),

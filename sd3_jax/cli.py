@@ -46,6 +46,8 @@ def parse(argv: Sequence[str]) -> Call:
         finish(usage())
     if job is None and asked is None:
         raise UserError(f"no job given: wanted one of {', '.join(JOBS)}")
+    if job is not None:
+        recipe, workdir = recipe or JOBS[job].recipe, workdir or JOBS[job].workdir
     if not recipe:
         raise UserError("no recipe given: wanted --config=configs/RECIPE.py[:VARIANT]")
     config = load(recipe)

@@ -3,9 +3,12 @@
 import importlib
 import logging
 import os
+import platform
 import sys
 import traceback
+import zlib
 from collections.abc import Sequence
+from pathlib import Path
 
 from sd3_jax.cli import parse, usage
 from sd3_jax.errors import UserError
@@ -13,7 +16,8 @@ from sd3_jax.jobs import JOBS
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a fault of ours, 2 a mistake of the user's, 130 Ctrl-C."""
+    """Exit codes: 0 done, 1 a fault of ours or the job's own verdict, 2 a mistake of
+    the user's, 130 Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print(usage(), file=sys.stderr)
@@ -21,9 +25,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         job, config, workdir = parse(argv)
         set_up_logging()
+        keep_programs()
         join_processes()
-        importlib.import_module(JOBS[job].module).run(config, workdir)
-        return 0
+        return importlib.import_module(JOBS[job].module).run(config, workdir) or 0
     except UserError as error:
         print("sd3-jax: error:", *str(error).split(), file=sys.stderr)
         code = 2
@@ -55,6 +59,19 @@ def set_up_logging() -> None:
     logging.basicConfig(
         level=logging.INFO, format=form, datefmt="%H:%M:%S", handlers=[handler]
     )
+
+
+def keep_programs() -> None:
+    """Compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR is set (or empty).
+
+    A folder for each kind of host: XLA compiles for its very processor.
+    """
+    flags = Path("/proc/cpuinfo")
+    lines = flags.read_text().splitlines() if flags.is_file() else []
+    own = [line for line in lines if line.startswith(("model name", "flags"))][:2]
+    kind = f"{zlib.crc32(' '.join([platform.machine(), *own]).encode()):08x}"
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "sd3_jax" / kind))
 
 
 def join_processes() -> None:

@@ -126,7 +126,7 @@ RULES = (
     (one_of("euler", "heun", "dpmpp_2m", "dpmpp_2m_flow"), "sample.solver"),
     (one_of("linear", "shifted", "released", "flow"), "sample.grid"),
     (one_of("ema", "params"), "sample.weights"),
-    (RATE, "sample.shift"),
+    (RATE, "sample.shift compare.tolerance compare.bfloat16"),
     (WEIGHT, "sample.cfg"),
     (UNIT, "sample.cfg_start sample.cfg_stop sample.rescale"),
     (UNIT, "sample.skip_start sample.skip_stop"),

@@ -16,6 +16,7 @@ MAY = {
     "training": ["pipelines", "models", "diffusion", *BELOW],
     "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
     "report": ["errors", "metrics", "pictures"],
+    "parity": ["pipelines", "models", "diffusion", "data", "weights", *BELOW],
     "jobs": None,  # anything
 }
 

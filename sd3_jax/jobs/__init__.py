@@ -4,8 +4,12 @@ from typing import NamedTuple
 
 
 class Job(NamedTuple):
+    """`recipe` and `workdir` are what it takes where the flags are left out."""
+
     help: str
     module: str
+    recipe: str = ""
+    workdir: str = ""
 
 
 JOBS = {
@@ -17,6 +21,12 @@ JOBS = {
     "convert": Job(
         "write weights in another layout: diffusers, original or orbax",
         "sd3_jax.jobs.convert",
+    ),
+    "compare": Job(
+        "lay PyTorch's numbers beside ours, layer by layer",
+        "sd3_jax.jobs.compare",
+        recipe="configs/compare.py",
+        workdir="runs/compare",
     ),
     "report": Job("plot what WORKDIR holds, as one page", "sd3_jax.jobs.report"),
 }

@@ -107,26 +107,39 @@ class Bundle:
         key: Key[Array, "*b"] | None = None,
         *,
         shift: float | None = None,
+        tile: int | None = None,
     ) -> Float[Array, "b h w c"]:
         """Latents of images in [0, 1]: a draw of the posterior; without key, its mean.
 
         Of one key all rows are drawn together, of a key for each row each by itself.
-        `shift` replaces the autoencoder's own.
+        `shift` replaces the autoencoder's own. `tile` pixels square at a time take
+        less memory; by design the latents then differ from those of the whole.
         """
         module, variables = self.part("vae"), self.variables["vae"]
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
         images, key = programs.place((images, key), self.mesh)
         with programs.on(self.mesh, images):
-            return programs.encode_image(module, variables, images, key, **scale)
+            return programs.encode_image(
+                module, variables, images, key, **scale, tile=tile
+            )
 
     def decode(
-        self, latents: Float[Array | np.ndarray, "b h w c"]
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        *,
+        tile: int | None = None,
     ) -> Float[Array, "b H W 3"]:
-        """Latents to images in [0, 1]."""
+        """Latents to images in [0, 1].
+
+        `tile` pixels square at a time, for large images: it takes less memory, and by
+        design the images differ from those decoded whole.
+        """
         module, variables = self.part("vae"), self.variables["vae"]
         latents = programs.place(latents, self.mesh)
         with programs.on(self.mesh, latents):
-            return programs.decode(module, variables, latents, **self.latent_scale)
+            return programs.decode(
+                module, variables, latents, **self.latent_scale, tile=tile
+            )
 
     def token_ids(
         self, prompts: Sequence[str | Prompt], length: int

@@ -33,13 +33,14 @@ def generate(
     x0: Float[Array, "b h w c"] | None = None,
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
-) -> Float[Array, "b h w c"]:
+) -> Float[Array, "*n b h w c"]:
     """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
 
     Each has noise of its own key, so a picture is the same alone and in a batch, or
     that of `noise`. With `x0` it starts from that picture, noised to grid[0]; where
     `mask` is 0, x0 is put back after every step, noised as far as the rest. `preview`
-    is called on the host as preview(step, t, rgb (b, h, w, 3)) after each step.
+    is called on the host as preview(step, t, rgb (b, h, w, 3)) after each step. Of a
+    solver that gives its trajectory all n latents are returned.
     """
     if noise is None:
         draw = lambda key: jax.random.normal(key, shape, jnp.float32)

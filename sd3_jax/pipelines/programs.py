@@ -20,7 +20,7 @@ from sd3_jax import sharding
 from sd3_jax.diffusion import guidance
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.models import vae
-from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines import prompts, tiles
 from sd3_jax.pipelines.control import Control, controlled
 from sd3_jax.pipelines.generate import generate
 from sd3_jax.pipelines.prompts import Conditioning
@@ -97,10 +97,13 @@ def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
     return denoiser.apply(variables, x, t, context, pooled, skip=skip)
 
 
-@functools.partial(jax.jit, static_argnames=("module",))
-def encode_image(module, variables, images, key, *, scaling, shift) -> Array:
+@functools.partial(jax.jit, static_argnames=("module", "tile"))
+def encode_image(
+    module, variables, images, key, *, scaling, shift, tile: int | None = None
+) -> Array:
     """Images in [0, 1] to latents: of a key a draw of the posterior, else its mean."""
-    moments = module.apply(variables, 2 * images - 1, method="encode")
+    run = _by_tiles(module, variables, "encode", tile)
+    moments = run(2 * images - 1)
     if key is None:
         z = vae.posterior(moments)[0]
     else:
@@ -108,12 +111,23 @@ def encode_image(module, variables, images, key, *, scaling, shift) -> Array:
     return vae.to_latents(z, scaling=scaling, shift=shift)
 
 
-@functools.partial(jax.jit, static_argnames=("module",))
-def decode(module, variables, latents, *, scaling, shift) -> Array:
+@functools.partial(jax.jit, static_argnames=("module", "tile"))
+def decode(
+    module, variables, latents, *, scaling, shift, tile: int | None = None
+) -> Array:
     """Latents to images in [0, 1]."""
     z = vae.from_latents(latents, scaling=scaling, shift=shift)
-    images = module.apply(variables, z, method="decode")
+    images = _by_tiles(module, variables, "decode", tile)(z)
     return jnp.clip(images / 2 + 0.5, 0, 1)
+
+
+def _by_tiles(module, variables, method, tile):
+    """The autoencoder's method, whole where tile is None."""
+    run = functools.partial(module.apply, variables, method=method)
+    if tile is None:
+        return run
+    factor = 2 ** (len(module.channels) - 1)
+    return functools.partial(getattr(tiles, method), run, tile=tile, factor=factor)
 
 
 class Plan(NamedTuple):

@@ -77,6 +77,50 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         return _svg(figure)
 
 
+def by_layer(curves: dict[str, list[float]]) -> str:
+    """Errors of each part's layers, first to last, on a logarithmic scale."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        for i, (name, values) in enumerate(curves.items()):
+            place = np.linspace(0, 1, len(values)) if len(values) > 1 else [0.5]
+            shade = 0.35 + 0.5 * i / max(1, len(curves) - 1)
+            look = (
+                dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, alpha=shade)
+            )
+            mark = "oovs^D*"[i % 7]
+            axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
+        axes.set_xticks([0, 1], ["first layer", "last"])
+        axes.legend(fontsize=7, handlelength=1.4, ncols=2)
+        return _svg(figure)
+
+
+def over_steps_log(curves: dict[str, list[float]]) -> str:
+    """Errors after each step, on a logarithmic scale; the first curve in colour."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        for i, (name, values) in enumerate(curves.items()):
+            steps = np.arange(1, len(values) + 1)
+            look = dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, lw=1.2)
+            line = "-" if i < 2 else "--"
+            axes.plot(
+                steps, _positive(values), line, marker="o", ms=3, label=name, **look
+            )
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.set_xlabel("step")
+        axes.legend(fontsize=8, handlelength=1.6)
+        return _svg(figure)
+
+
+def _positive(values):
+    """What a logarithmic axis can show; equal to the last bit is a gap."""
+    values = np.asarray(values, float)
+    return np.where(values > 0, values, np.nan)
+
+
 def window_for(n: int) -> int:
     """Over how many of n points to smooth."""
     return 1 if n <= FEW else max(5, n // 30)

@@ -1,14 +1,13 @@
 """A file's tensors straight into their shardings, and leaves back to tensors.
 
-A process holds its own shards, one leaf of them twice while it moves to the devices,
-and one tensor of the file.
+A process holds its own shards, READERS tensors of the file and, where devices have
+memory of their own, one leaf of its shards while that moves there.
 """
 
 import math
-import os
-from concurrent.futures import ThreadPoolExecutor
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import groupby
 from typing import Any
 
@@ -24,8 +23,8 @@ from sd3_jax.weights.names import Piece
 from sd3_jax.weights.safetensors import Entry, Tensors
 
 LISTED = 10  # names in an error, at most
-READERS=int(os.environ.get('READERS','4'))
-ALIGNMENT = 64  # bytes, XLA's for memory that is not its own
+READERS = 4  # threads, a tensor each; numpy reads, turns and casts without the GIL
+ALIGNMENT = 64  # bytes; XLA's CPU devices copy host memory that is less aligned
 
 
 def check(
@@ -92,10 +91,10 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
         for bound, selection in selections.items():
             if selection:
                 into, of = selection
-                _copy(buffers[bound][(*into, ...)], part[of])
+                buffers[bound][into] = _cast(part[of], leaf.dtype)
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(bring, pieces))
+        list(pool.map(bring, pieces))  # each fills a part of its own
     shards = []
     while bounds:
         device, bound = bounds.popitem()
@@ -107,7 +106,7 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """An empty array that XLA's CPU backend takes for a device's without a copy."""
+    """Empty, for device_put: a CPU's devices take it as it is, replicas share it."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
     start = -raw.ctypes.data % ALIGNMENT
@@ -127,16 +126,6 @@ def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
         else:
             return None
     return tuple(into), tuple(of)
-
-
-TILE=int(os.environ.get("TILE","128"))
-def _copy(into, part):
-    part=_cast(part,None)
-    if not TILE or into.ndim<1:
-        into[...]=part
-        return
-    for i in range(0, into.shape[-1], TILE):
-        into[..., i : i + TILE] = part[..., i : i + TILE]
 
 
 def _cast(x: np.ndarray, dtype) -> np.ndarray:

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 
 from sd3_jax import tree
+from sd3_jax.parity.miniature import randomise  # noqa: F401
 from sd3_jax.weights import names
 
 
@@ -28,23 +29,6 @@ def from_torch(variables, table, state_dict, layout="diffusers", ignore=()):
     assert not unused, sorted(unused)[:10]
     assert not any(np.isnan(x).any() for x in jax.tree.leaves(leaves))
     return leaves
-
-
-def randomise(module, seed=0):
-    """Every parameter of a torch module anew: none is zero, none is one."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    draw = lambda p: torch.randn(p.shape, generator=generator)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            if p.ndim > 1:
-                p.copy_(draw(p) * p[0].numel() ** -0.5)
-            elif name.endswith("bias"):
-                p.copy_(0.2 * draw(p))
-            else:
-                p.copy_(1 + 0.3 * draw(p))
-    return module
 
 
 def error(ours, theirs) -> float:

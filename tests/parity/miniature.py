@@ -1,25 +1,25 @@
-"""Miniature pipelines of the three published kinds, as diffusers saves them to disk."""
+"""The miniature pipelines as folders, made once and kept in the tests' cache."""
 
 import os
 import shutil
 from pathlib import Path
 
-import diffusers
-import torch
-import transformers
-from parity import convert, tiny_tokenizers
+from sd3_jax.parity import tiny_tokenizers  # noqa: F401
+from sd3_jax.parity.miniature import (  # noqa: F401
+    KINDS,
+    clip,
+    pipeline,
+    t5,
+    transformer,
+    vae,
+)
 
-KINDS = {
-    "sd3_medium": dict(),
-    "sd35_medium": dict(qk_norm="rms_norm", dual_attention_layers=(0, 1)),
-    "sd35_large": dict(qk_norm="rms_norm"),
-}
 ROOT = Path(__file__).parents[1] / ".cache" / "miniature"
-VERSION = "2"  # of what is below: another makes the folders anew
+VERSION = "2"  # of the pipelines: another makes the folders anew
 
 
 def folder(kind: str) -> Path:
-    """A diffusers folder, made once and kept in the tests' cache."""
+    """A diffusers folder of the kind."""
     path = ROOT / f"{kind}-{VERSION}"
     if not path.exists():
         partial = Path(f"{path}.{os.getpid()}")
@@ -29,87 +29,3 @@ def folder(kind: str) -> Path:
         except OSError:  # another process was first
             shutil.rmtree(partial)
     return path
-
-
-def pipeline(kind: str, scratch: Path) -> diffusers.StableDiffusion3Pipeline:
-    """Heads of 64 wide, as the original layout has them; no parameter is 0 or 1."""
-    torch.manual_seed(0)
-    parts = dict(
-        transformer=transformer(**KINDS[kind]),
-        vae=vae(),
-        text_encoder=clip("quick_gelu", seed=2),
-        text_encoder_2=clip("gelu", seed=3),
-        text_encoder_3=t5(),
-    )
-    tiny_tokenizers.save(scratch)
-    words = {
-        name: transformers.AutoTokenizer.from_pretrained(scratch / name)
-        for name in ("tokenizer", "tokenizer_2", "tokenizer_3")
-    }
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    return diffusers.StableDiffusion3Pipeline(**parts, **words, scheduler=scheduler)
-
-
-def transformer(**options):
-    model = diffusers.SD3Transformer2DModel(
-        sample_size=32,
-        num_layers=4,
-        attention_head_dim=64,
-        num_attention_heads=1,
-        joint_attention_dim=160,
-        caption_projection_dim=64,
-        pooled_projection_dim=128,
-        pos_embed_max_size=24,
-        **options,
-    )
-    return convert.randomise(model, seed=1)
-
-
-def vae():
-    model = diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(32, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=16,
-        norm_num_groups=32,
-        sample_size=64,
-        scaling_factor=1.5305,
-        shift_factor=0.0609,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-    return convert.randomise(model, seed=4)
-
-
-def clip(activation: str, seed: int):
-    config = transformers.CLIPTextConfig(
-        vocab_size=tiny_tokenizers.CLIP_VOCAB,
-        hidden_size=64,
-        intermediate_size=96,
-        projection_dim=64,
-        num_hidden_layers=3,
-        num_attention_heads=1,
-        hidden_act=activation,
-        eos_token_id=2,  # as in the published files
-        bos_token_id=0,
-        pad_token_id=1,
-    )
-    return convert.randomise(transformers.CLIPTextModelWithProjection(config), seed)
-
-
-def t5():
-    config = transformers.T5Config(
-        vocab_size=tiny_tokenizers.T5_VOCAB,
-        d_model=160,
-        d_kv=16,
-        d_ff=192,
-        num_layers=2,
-        num_heads=3,
-        feed_forward_proj="gated-gelu",
-    )
-    model = convert.randomise(transformers.T5EncoderModel(config), seed=5)
-    with torch.no_grad():  # T5 does not divide by the root of the head's size
-        for block in model.encoder.block:
-            block.layer[0].SelfAttention.q.weight.mul_(config.d_kv**-0.5)
-    return model

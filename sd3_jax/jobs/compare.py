@@ -1,0 +1,132 @@
+"""Our numbers beside PyTorch's: every layer, in float32 and bfloat16, and the drift of
+whole trajectories. Exit code 1 where one departs."""
+
+import importlib.util
+import json
+import logging
+from collections.abc import Iterator
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.metrics import write_whole
+from sd3_jax.report import parity as report
+
+log = logging.getLogger(__name__)
+FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> int:
+    """Writes workdir/compare.json and compare.html; without weights it compares small
+    random models of each published kind."""
+    absent = [x for x in ("torch", "diffusers") if importlib.util.find_spec(x) is None]
+    if absent:
+        raise UserError(
+            f"compare runs PyTorch beside us, and {absent[0]} is not installed; wanted"
+            ' pip install -e ".[torch]"'
+        )
+    if jax.process_count() > 1:
+        raise UserError("compare runs in one process")
+    workdir = epath.Path(workdir)
+    workdir.mkdir(parents=True, exist_ok=True)
+    with jax.default_matmul_precision("highest"):
+        models = [measure(config, *source) for source in sources(config, workdir)]
+    limits = {"float32": config.compare.tolerance, "bfloat16": config.compare.bfloat16}
+    result = {"tolerance": limits, "models": models}
+    first = [model["first_departure"] for model in models]
+    result["passed"] = not any(first)
+    write_whole(workdir / "compare.json", json.dumps(result, indent=1).encode())
+    write_whole(workdir / "compare.html", report.html(result, workdir).encode())
+    print(*lines(result), workdir / "compare.html", sep="\n")
+    return 0 if result["passed"] else 1
+
+
+def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]]:
+    """(path, what to call it)"""
+    if config.weights:
+        yield config.weights, ""
+        return
+    from sd3_jax.parity import miniature
+
+    for kind in miniature.KINDS:
+        folder = workdir / "models" / kind
+        if not (folder / "model_index.json").exists():
+            miniature.pipeline(kind, folder).save_pretrained(folder)
+        yield str(folder), f"{kind}, small and random"
+
+
+def measure(config: ConfigDict, source: str, name: str) -> dict:
+    from sd3_jax.parity import compare
+
+    settings = compare.Settings(
+        prompts=tuple(config.compare.prompts),
+        height=config.image.height,
+        width=config.image.width,
+        length=config.sample.max_length,
+        steps=config.sample.steps,
+        scale=config.sample.cfg,
+        seed=config.seed,
+    )
+    mesh = sharding.make_mesh(**config.mesh)
+    subject = compare.Subject(source, config.tokenizers, settings, mesh)
+    name = name or subject.name
+    found, first = {}, None
+    for part, rows in compare.parts(subject):
+        log.info("%s: %s, %d layers", name, part, len(rows))
+        found[part] = [plain(row) for row in rows]
+    made = {"name": name, "source": source, "parts": found}
+    whole = {"denoiser", "vae", "scheduler"} <= {*subject.configs, "scheduler"}
+    if whole and set(compare.bundles.TEXT) & set(subject.configs):
+        drift = compare.drift(subject)
+        rows = [plain(row) for row in (*drift.rows, drift.picture)]
+        found["trajectory"] = rows
+        made |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
+    for part, rows in found.items():
+        away = [row for row in rows if departs(config, row)]
+        if away and first is None:
+            first = {"part": part, **away[0]}
+    return made | {"first_departure": first}
+
+
+def plain(row) -> dict:
+    gaps = {name: getattr(row, name)._asdict() for name in row._fields[1:]}
+    return {"layer": row.layer, **gaps}
+
+
+def departs(config: ConfigDict, row: dict) -> bool:
+    """By the largest error in float32; in bfloat16 by far more than PyTorch's own."""
+    limit = config.compare.bfloat16 * row["theirs"]["relative"] + FLOOR
+    wide = row["float32"]["largest"] <= config.compare.tolerance
+    return not (wide and row["bfloat16"]["relative"] <= limit)
+
+
+def lines(result: dict) -> list[str]:
+    """What is printed: a line for each part, and what departs first."""
+    text = []
+    for model in result["models"]:
+        text.append(model["name"])
+        text.append(f"  {'':12} layers  float32  worst at{'':19} bfloat16 (PyTorch's)")
+        for part, rows in model["parts"].items():
+            worst = max(rows, key=lambda row: row["float32"]["largest"])
+            half = max(rows, key=lambda row: row["bfloat16"]["relative"])
+            text.append(
+                f"  {part:12} {len(rows):6}  {worst['float32']['largest']:.1e}  "
+                f"{worst['layer']:27} {half['bfloat16']['relative']:.1e}"
+                f" ({half['theirs']['relative']:.1e})"
+            )
+        if first := model["first_departure"]:
+            text.append(
+                f"  departs first in {first['part']} at {first['layer']}: float32"
+                f" {first['float32']['largest']:.1e}, bfloat16"
+                f" {first['bfloat16']['relative']:.1e}"
+            )
+    limit = result["tolerance"]
+    verdict = "all within" if result["passed"] else "NOT all within"
+    text.append(
+        f"{verdict} {limit['float32']:.0e} of a standard deviation in float32 and"
+        f" {limit['bfloat16']:g} times PyTorch's own error in bfloat16"
+    )
+    return text

@@ -1,0 +1,107 @@
+"""The autoencoder tile by tile, for pictures whose activations memory cannot hold.
+
+Tiles, overlaps and blends are those of diffusers' `AutoencoderKL.enable_tiling`. Each
+tile is normalised and attends by itself, so the result is not that of the whole.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jaxtyping import Float
+
+
+def encode(
+    run: Callable[[Array], Array],
+    images: Float[Array, "b H W 3"],
+    *,
+    tile: int,
+    factor: int,
+    overlap: float = 0.25,
+) -> Float[Array, "b h w k"]:
+    """Moments of images; `run` maps tiles (b, H, W, 3) to (b, H/factor, W/factor, k).
+
+    A tile is `tile` pixels high and wide, of which `factor` lie along a latent's side.
+    """
+    size, stride = _in_latents(tile, factor, overlap)
+    if max(images.shape[1:3]) <= tile:
+        return run(images)
+    parts = _parts(run, images, factor * size, factor * stride)
+    return _join(parts, size - stride, stride)
+
+
+def decode(
+    run: Callable[[Array], Array],
+    latents: Float[Array, "b h w c"],
+    *,
+    tile: int,
+    factor: int,
+    overlap: float = 0.25,
+) -> Float[Array, "b H W 3"]:
+    """Images of latents; `run` maps tiles (b, h, w, c) to (b, factor*h, factor*w, 3)."""
+    size, stride = _in_latents(tile, factor, overlap)
+    if max(latents.shape[1:3]) <= size:
+        return run(latents)
+    parts = _parts(run, latents, size, stride)
+    return _join(parts, factor * (size - stride), factor * stride)
+
+
+def _in_latents(tile, factor, overlap):
+    """The side of a tile, and the way from one tile to the next."""
+    if tile < factor or tile % factor:
+        raise ValueError(f"tile {tile}: wanted a multiple of {factor}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"overlap {overlap}: wanted at least 0 and less than 1")
+    size = tile // factor
+    # Where this rounds, diffusers gives pictures of a wrong size: nothing to equal.
+    return size, size - int(size * overlap)
+
+
+def _parts(run, x, size, stride):
+    """Rows of what `run` makes of each tile; those at the far edges are smaller."""
+    height, width = x.shape[1:3]
+    rows = [[(i, j) for j in range(0, width, stride)] for i in range(0, height, stride)]
+    alike = {}  # corners by the shape of their tiles
+    for i, j in sum(rows, []):
+        shape = min(size, height - i), min(size, width - j)
+        alike.setdefault(shape, []).append((i, j))
+    done = {}
+    for shape, corners in alike.items():
+        done |= zip(corners, _in_turn(run, x, shape, corners))
+    return [[done[corner] for corner in row] for row in rows]
+
+
+def _in_turn(run, x, shape, corners):
+    """(n, b, h, w, k): the memory of one tile, and the program of one, for them all."""
+    b, _, _, c = x.shape
+
+    def one(corner):
+        return run(jax.lax.dynamic_slice(x, (0, *corner, 0), (b, *shape, c)))
+
+    return jax.lax.map(one, jnp.array(corners))
+
+
+def _join(parts, overlap, keep):
+    """The whole, each part blended into what those above and to its left became."""
+    rows, above = [], None
+    for row in parts:
+        done = []
+        for j, part in enumerate(row):
+            if above:
+                part = _blend(above[j], part, overlap, axis=1)
+            if done:
+                part = _blend(done[-1], part, overlap, axis=2)
+            done.append(part)
+        rows.append(jnp.concatenate([p[:, :keep, :keep] for p in done], axis=2))
+        above = done
+    return jnp.concatenate(rows, axis=1)
+
+
+def _blend(before, after, overlap, axis):
+    """`after`, its first `overlap` lines along the axis a ramp from the last of before."""
+    n = min(overlap, before.shape[axis], after.shape[axis])
+    _, end = jnp.split(before, [before.shape[axis] - n], axis)
+    start, rest = jnp.split(after, [n], axis)
+    ramp = (jnp.arange(n) / n).reshape(-1, *[1] * (after.ndim - 1 - axis))
+    return jnp.concatenate([(1 - ramp) * end + ramp * start, rest], axis)
