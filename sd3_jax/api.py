@@ -80,7 +80,7 @@ def generate(
     grid: str | None = None,
     shift: float | None = None,
     mu: float | None = None,
-    sigmas: Sequence[float] | None = None,
+    sigmas: Sequence[float] | np.ndarray | None = None,
     clip_skip: int = 0,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     output: str = "images",

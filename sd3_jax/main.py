@@ -72,6 +72,7 @@ def keep_programs() -> None:
     kind = f"{zlib.crc32(' '.join([platform.machine(), *own]).encode()):08x}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "sd3_jax" / kind))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
 def join_processes() -> None:

@@ -147,7 +147,7 @@ def times(
     steps: int,
     shift: float | None,
     mu: float | None,
-    sigmas: Sequence[float] | None,
+    sigmas: Sequence[float] | np.ndarray | None,
     shape: tuple,
 ) -> Float[np.ndarray, " n"]:
     """The t's to visit, by the model's own scheduler where the caller is silent."""
@@ -163,7 +163,7 @@ def times(
             return grids.dynamic(steps, mu)
         shift = math.exp(mu)
     if sigmas is not None:
-        return grids.custom(sigmas, shift)
+        return grids.custom([float(t) for t in sigmas], shift)
     usual = "flow" if solver == "dpmpp_2m_flow" else "released"
     return grids.make(grid or usual, steps, shift)
 
