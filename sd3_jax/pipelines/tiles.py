@@ -39,7 +39,7 @@ def decode(
     factor: int,
     overlap: float = 0.25,
 ) -> Float[Array, "b H W 3"]:
-    """Images of latents; `run` maps tiles (b, h, w, c) to (b, factor*h, factor*w, 3)."""
+    """Images of latents; `run` maps (b, h, w, c) to (b, factor*h, factor*w, 3)."""
     size, stride = _in_latents(tile, factor, overlap)
     if max(latents.shape[1:3]) <= size:
         return run(latents)
@@ -99,7 +99,7 @@ def _join(parts, overlap, keep):
 
 
 def _blend(before, after, overlap, axis):
-    """`after`, its first `overlap` lines along the axis a ramp from the last of before."""
+    """`after`, whose first `overlap` lines fade in over the last ones of `before`."""
     n = min(overlap, before.shape[axis], after.shape[axis])
     _, end = jnp.split(before, [before.shape[axis] - n], axis)
     start, rest = jnp.split(after, [n], axis)
