@@ -75,14 +75,15 @@ class Bundle:
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
         variables = {name: self.variables.get(name) for name in TEXT}
+        sizes = self.configs.get("denoiser", {})
         with programs.on(self.mesh):
             return programs.encode_prompts(
                 models,
                 variables,
                 programs.place(ids, self.mesh),
                 clip_skip=clip_skip,
-                context_dim=self.configs["denoiser"]["joint_attention_dim"],
-                pooled_dim=self.configs["denoiser"]["pooled_projection_dim"],
+                context_dim=sizes.get("joint_attention_dim", 4096),
+                pooled_dim=sizes.get("pooled_projection_dim", 2048),
                 length=max_sequence_length,
             )
 

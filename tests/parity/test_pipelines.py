@@ -1,16 +1,19 @@
 """Whole runs of 8 steps against diffusers, from the same noise, in float32."""
 
+import dataclasses
+
 import diffusers
 import jax
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.pipelines import stable_diffusion_3 as theirs
 from parity import convert, miniature
 
 import sd3_jax
-from sd3_jax import sharding
+from sd3_jax import errors, sharding
 from sd3_jax.pipelines.prompts import Conditioning
 
 PROMPTS = ["a red fox in the rain", "Red! FOX, the 2nd"]
@@ -144,7 +147,7 @@ def test_inpainting(pair, strength):
     np.testing.assert_allclose(found[kept], np.asarray(x0)[kept], atol=1e-5)
 
 
-def control_net(pipe, kind):
+def control_net(pipe, kind, **more):
     """A ControlNet of the pipeline's sizes, as it is published."""
     c = pipe.transformer.config
     shared = dict(
@@ -171,7 +174,7 @@ def control_net(pipe, kind):
             force_zeros_for_pooled_projection=False,
         ),
     }
-    net = diffusers.SD3ControlNetModel(**shared, **options[kind])
+    net = diffusers.SD3ControlNetModel(**shared, **options[kind], **more)
     return convert.randomise(net, seed=7)
 
 
@@ -214,6 +217,67 @@ def test_control_nets(pair, kinds, tmp_path):
     found = sd3_jax.generate(bundle, PROMPTS, **run, control=control)
     assert convert.error(found, nhwc(wanted.images)) < 1e-4
     assert convert.error(sd3_jax.generate(bundle, PROMPTS, **run), found) > 1e-2
+
+
+def test_a_control_net_that_repaints(pair, tmp_path):
+    """Seventeen channels: the picture left, and where it is left."""
+    pipe, bundle = pair
+    net = control_net(pipe, "joint", extra_conditioning_channels=1)
+    net.save_pretrained(tmp_path)
+    mask = np.zeros((1, 64, 96, 1), np.float32)
+    mask[:, 16:48, 8:80] = 1
+    painted = diffusers.StableDiffusion3ControlNetInpaintingPipeline(
+        **pipe.components, controlnet=net
+    )
+    painted.set_progress_bar_config(disable=True)
+    wanted = painted(
+        **THEIRS,
+        control_image=nchw(2 * IMAGE[:1] - 1),
+        control_mask=nchw(mask),
+        controlnet_conditioning_scale=0.8,
+        latents=nchw(NOISE),
+        output_type="latent",
+    )
+    net = sd3_jax.load_control(str(tmp_path), bundle)
+    control = sd3_jax.ControlInput(net, IMAGE[:1], 0.8, mask=mask)
+    run = dict(OURS, latents=NOISE, output="latents")
+    found = sd3_jax.generate(bundle, PROMPTS, **run, control=control)
+    assert convert.error(found, nhwc(wanted.images)) < 1e-4
+    with pytest.raises(errors.UserError, match="wanted a mask"):
+        control = control._replace(mask=None)
+        sd3_jax.generate(bundle, PROMPTS, **run, control=control)
+
+
+def original_names(state):
+    """A single-stream net's tensors as its original file has them."""
+    renamed = {}
+    for key, x in state.items():
+        for old, new in (
+            ("attn.to_out.0", "attn.proj"),
+            ("ff.net.0.proj", "mlp.fc1"),
+            ("ff.net.2", "mlp.fc2"),
+            ("norm1.linear", "adaLN_modulation.1"),
+        ):
+            key = key.replace(old, new)
+        if ".to_q." in key:
+            parts = [state[key.replace("to_q", f"to_{c}")] for c in "qkv"]
+            renamed[key.replace("to_q", "qkv")] = torch.cat(parts)
+        elif ".to_k." not in key and ".to_v." not in key:
+            renamed[key] = x
+    return renamed
+
+
+def test_a_control_net_in_its_original_file(pair, tmp_path):
+    pipe, bundle = pair
+    net = control_net(pipe, "single")
+    net.save_pretrained(tmp_path / "folder")
+    path = tmp_path / "depth.safetensors"
+    safetensors.torch.save_file(original_names(net.state_dict()), path)
+    one, other = (
+        sd3_jax.load_control(str(x), bundle) for x in (tmp_path / "folder", path)
+    )
+    assert one.module == dataclasses.replace(other.module, pos_size=one.module.pos_size)
+    jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
 
 
 def test_embeddings_and_several_images_of_a_prompt(pair):

@@ -157,3 +157,43 @@ def test_what_people_call_it(model):
     }
     if name in called:
         assert components.released_name(config).startswith(called[name])
+
+
+CONTROL_NETS = {
+    "joint": dict(num_layers=12, num_attention_heads=24, caption_projection_dim=1536),
+    "of SD3.5-medium": dict(
+        num_layers=12,
+        num_attention_heads=24,
+        caption_projection_dim=1536,
+        pos_embed_max_size=384,
+        qk_norm="rms_norm",
+        dual_attention_layers=tuple(range(12)),
+    ),
+    "single-stream": dict(
+        num_layers=19,
+        num_attention_heads=38,
+        joint_attention_dim=None,
+        caption_projection_dim=2048,
+        pos_embed_max_size=None,
+        pos_embed_type=None,
+        use_pos_embed=False,
+        force_zeros_for_pooled_projection=False,
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", CONTROL_NETS)
+def test_control_nets_are_ours_one_to_one(kind):
+    options = {"pos_embed_max_size": 192} | CONTROL_NETS[kind]
+    with torch.device("meta"):
+        theirs = diffusers.SD3ControlNetModel(**options)
+    component, config = components.CONTROLNET, dict(theirs.config)
+    module = component.build(config, jnp.bfloat16)
+    mesh = sharding.make_mesh(fsdp=2, data=4)
+    ours = components.abstract(component, module, config, mesh, "bfloat16")
+    if module.borrowed:
+        del ours["buffers"], ours["params"]["patch_embed"]
+    found = shapes_of(component, module, ours, "diffusers")
+    assert found == {k: v.shape for k, v in theirs.state_dict().items()}
+    tensors = {k: torch.empty(v, device="meta") for k, v in found.items()}
+    assert component.build(component.detect(tensors), jnp.bfloat16) == module
