@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 from parity import convert, miniature
 from parity.test_vae import SIZES, nchw, nhwc, variables
 
@@ -28,7 +29,10 @@ SHAPES = {
 def theirs():
     model = miniature.vae().eval().requires_grad_(False)
     model.enable_tiling()
-    return model
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would spin for the cores that JAX's are on
+    yield model
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
