@@ -20,7 +20,7 @@ digits: $(VENV)/installed
 	$(SD3) report --config=configs/digits.py --workdir=runs/digits
 
 test: $(VENV)/installed-test lint
-	$(VENV)/bin/python -m pytest
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

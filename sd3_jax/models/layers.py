@@ -1,5 +1,6 @@
 """The layers every denoiser and text tower is made of; weights carry logical axes."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -43,12 +44,45 @@ class Dense(nn.Module):
 
         kernel_init = nn.with_logical_partitioning(kernel_init, tuple(self.axes))
         kernel = self.param("kernel", kernel_init, (*shape, *out))
-        y = contract(x.astype(self.dtype), kernel.astype(self.dtype), inputs)
+        kernel = sharded_gradient(kernel.astype(self.dtype), tuple(self.axes))
+        y = contract(x.astype(self.dtype), kernel, inputs)
         if self.bias:
             bias_init = nn.with_logical_partitioning(zeros, tuple(self.axes[inputs:]))
             bias = self.param("bias", bias_init, tuple(out))
             y = y + bias.astype(self.dtype)
         return y
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def sharded_gradient(x: Array, axes: tuple[str | None, ...]) -> Array:
+    """x, whose gradient is sharded by its logical axes where it is made.
+
+    In the loop over layers XLA would else sum some gradients whole, by all-reduce, and
+    cut them only when the loop is done.
+    """
+    return x
+
+
+sharded_gradient.defvjp(
+    lambda x, axes: (x, None),
+    lambda axes, _, g: (nn.with_logical_constraint(g, axes),),
+)
+
+
+@jax.custom_vjp
+def gathered_gradient(x: Array) -> Array:
+    """x, whose gradient every device has whole.
+
+    For a linear map of few rows (adaLN's, one a picture): with all of them a device
+    makes its shard of the weights' gradient by itself, and the rows are smaller.
+    """
+    return x
+
+
+gathered_gradient.defvjp(
+    lambda x: (x, None),
+    lambda _, g: (nn.with_logical_constraint(g, (None,) * g.ndim),),
+)
 
 
 def contract(x: Array, kernel: Array, inputs: int) -> Array:

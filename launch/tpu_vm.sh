@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# One TPU slice as a TPU VM: the same job on all of its hosts.
+#
+#   launch/tpu_vm.sh create|setup|stop|status|logs|delete [--dry-run]
+#   launch/tpu_vm.sh run [--dry-run] JOB --config=… --workdir=…
+#
+# Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE and RUNTIME_VERSION, and
+# PROVISIONING (on-demand, spot, reserved); to run, TPU_GENERATION (v5e v5p v6e tpu7x);
+# for logs, WORKER (0).
+
+set -euo pipefail
+# shellcheck source=launch/common.sh
+source "$(dirname "$0")/common.sh"
+require TPU_NAME ZONE PROJECT
+
+vm() { # VERB WHAT FLAGS…
+  run gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT"
+}
+
+every() { # a command for all hosts
+  vm ssh "$TPU_NAME" --worker=all --command="$1"
+}
+
+create() {
+  require ACCELERATOR_TYPE RUNTIME_VERSION
+  local kind
+  kind=$(provisioning)
+  vm create "$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" \
+    --version="$RUNTIME_VERSION" ${kind:+"$kind"}
+}
+
+setup() {
+  pack
+  vm scp "$PACKED/sd3_jax.tgz" "$TPU_NAME:sd3_jax.tgz" --worker=all
+  every "$(remote_setup)"
+}
+
+job() {
+  (($#)) || usage
+  generation
+  every "$(remote_start "$@")"
+}
+
+verb=${1:-}
+shift || true
+case $verb in
+  create | setup) "$verb" ;;
+  run) job "$@" ;;
+  stop) every "$(remote_stop)" ;;
+  status) every "$(remote_status)" ;;
+  logs)
+    vm ssh "$TPU_NAME" --worker="${WORKER:-0}" --command="tail -n 100 -F job.log"
+    ;;
+  delete) vm delete "$TPU_NAME" --quiet ;;
+  *) usage ;;
+esac

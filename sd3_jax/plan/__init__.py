@@ -1,0 +1,1 @@
+"""What a program would do on a TPU slice that is not there: compiled, not run."""

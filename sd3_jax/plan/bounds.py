@@ -1,0 +1,81 @@
+"""How fast a compiled program could be at most, by what each of its parts must do.
+
+Three floors: matrix products at the peak rate, HBM traffic, and bytes between chips.
+The largest binds. Model FLOPs are analytic (paper sec. 12 of our notes: 2 a
+multiply-add, three times the forward pass for training).
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.plan.hlo import Collective
+from sd3_jax.plan.slices import Generation
+
+
+class Work(NamedTuple):
+    """FLOPs of one image's forward pass: in linear maps, and in attention as it is
+    run, of padded lengths."""
+
+    linear: float
+    attention: float
+    padded: float
+
+
+class Compute(NamedTuple):
+    """Seconds of one image's training step on one device, by what they are for."""
+
+    linear: float
+    recomputed: float  # linear maps run again in the backward pass
+    attention: float  # as the model counts it, at full rate
+    kernel: float  # the backward kernel's own product of queries and keys
+    padding: float
+    narrow: float  # heads narrower than the matrix unit
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def compute(work: Work, chip: Generation, *, head: int, again: float) -> Compute:
+    """`again`: the share of the linear maps that remat runs a second time, and of the
+    attention's forward pass if it is 1.
+
+    Attention is two products of equal size; its backward pass is four, and a fused
+    kernel makes a fifth, the first one once more. Each has a side as wide as a head,
+    which fills only that part of the matrix unit.
+    """
+    linear = 3 * work.linear / chip.peak
+    recomputed = again * work.linear / chip.peak
+    one = work.attention / 2 / chip.peak
+    plain, fifth = 6 * one, 1 * one + (2 * one if again >= 1 else 0)
+    stretch = work.padded / work.attention
+    fill = min(1.0, head / chip.matrix)
+    padding = (plain + fifth) * (stretch - 1)
+    narrow = (plain + fifth) * stretch * (1 / fill - 1)
+    return Compute(linear, recomputed, plain, fifth, padding, narrow)
+
+
+def wire(collectives: Sequence[Collective]) -> dict[str, float]:
+    """Bytes that a device sends in a step, by the axes they go along."""
+    found: dict[str, float] = {}
+    for x in collectives:
+        name = " x ".join(x.axes) or "none"
+        found[name] = found.get(name, 0.0) + x.total
+    return found
+
+
+def least_wire(params: int, shards: int, copies: int) -> float:
+    """Bytes a device must send: weights in bfloat16 gathered twice and gradients
+    scattered once over `shards`, and what is left summed over `copies` of them."""
+    ring = 3 * 2 * params * (shards - 1) / shards
+    return ring + 2 * 2 * params / shards * (copies - 1) / copies
+
+
+def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:
+    """A forward pass's FLOPs apart; `padded` is the length that the kernel sees."""
+    d, both = model.width, tokens + text
+    joint = 4 * d * ((model.depth - 1) * both**2 + tokens * both)
+    dual = model.dual_blocks * 4 * d * tokens**2
+    longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
+    return Work(total - joint - dual, joint + dual, longer + dual)

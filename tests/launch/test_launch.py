@@ -1,0 +1,538 @@
+"""The launchers: their commands, their JobSet, their flags, and what runs locally."""
+
+import importlib.util
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import multiprocess
+import pytest
+import yaml
+
+from sd3_jax import metrics
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = ROOT / "launch"
+CRD = ROOT.parent / "shared" / "jobset-crd.yaml"
+SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
+JOB = ["train", "--config=configs/sd3_2b.py", "--config.sample.prompt=a red fox"]
+TOLD = "-m sd3_jax.main train --config=configs/sd3_2b.py '--config.sample.prompt=a"
+
+
+def shell(script, *args, timeout=60, **variables):
+    """A script's result, in an environment that names nothing but the variables."""
+    kept = ("PATH", "HOME", "JAX_COMPILATION_CACHE_DIR", "XLA_FLAGS")
+    return subprocess.run(
+        ["bash", str(LAUNCH / script), *map(str, args)],
+        env={name: os.environ[name] for name in kept if name in os.environ} | variables,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def test_shellcheck():
+    tool = Path(sys.executable).with_name("shellcheck")
+    told = [str(tool), "--external-sources", *map(str, SCRIPTS)]
+    done = subprocess.run(told, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    for script in SCRIPTS:
+        text = script.read_text()
+        assert script.name == "common.sh" or "\nset -euo pipefail\n" in text, script
+
+
+# Commands
+
+VM = dict(TPU_NAME="box", ZONE="zone-a", PROJECT="mine")
+QUEUED = dict(QUEUED_RESOURCE="box", ZONE="zone-a", PROJECT="mine")
+KIND = dict(ACCELERATOR_TYPE="v6e-16", RUNTIME_VERSION="v2-alpha-tpuv6e")
+V6E = dict(TPU_GENERATION="v6e")
+GKE = dict(CLUSTER="big", PROJECT="mine", IMAGE="registry/sd3:1", **V6E)
+XPK = dict(ZONE="zone-a", WORKLOAD="sd3", TPU_TYPE="v6e-256", **GKE)
+TOOLKIT = dict(LOCATION="here", JOB_NAME="sd3", COMPUTE_TYPE="ct6e-standard-4t", **GKE)
+PLACE = "--zone=zone-a --project=mine"
+CASES = [  # script, arguments, variables, what the dry run prints
+    ("tpu_vm.sh", ["create"], VM | KIND, "tpu-vm create box --accelerator-type=v6e-16"),
+    ("tpu_vm.sh", ["setup"], VM, "tpu-vm scp"),
+    ("tpu_vm.sh", ["run", *JOB], VM | V6E, "tpu-vm ssh box --worker=all '--command="),
+    ("tpu_vm.sh", ["run", *JOB], VM | V6E, "TPU_GENERATION=v6e JOB_CODE=../job.code"),
+    ("tpu_vm.sh", ["stop"], VM, "kill -TERM"),
+    ("tpu_vm.sh", ["status"], VM, "echo running"),
+    ("tpu_vm.sh", ["logs"], VM, "--worker=0 '--command=tail -n 100 -F job.log'"),
+    ("tpu_vm.sh", ["delete"], VM, f"tpu-vm delete box --quiet {PLACE}"),
+    (
+        "queued_resources.sh",
+        ["create"],
+        QUEUED | KIND | dict(NODE_COUNT="2", PROVISIONING="spot"),
+        "queued-resources create box --node-prefix=box --node-count=2 --spot"
+        " --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e " + PLACE,
+    ),
+    ("queued_resources.sh", ["wait"], QUEUED, "queued-resources describe box"),
+    ("queued_resources.sh", ["run", *JOB], QUEUED | V6E, "ssh box --node=all --worker"),
+    ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND | V6E, "--node-id=box"),
+    ("queued_resources.sh", ["delete"], QUEUED, "delete box --force --quiet " + PLACE),
+    (
+        "xpk.sh",
+        JOB,
+        XPK,
+        "xpk workload create --cluster=big --zone=zone-a --project=mine --workload=sd3"
+        " --tpu-type=v6e-256 --num-slices=1 --docker-image=registry/sd3:1",
+    ),
+    ("xpk.sh", JOB, XPK, "'--command=TPU_GENERATION=v6e launch/job.sh python -m sd3"),
+    (
+        "cluster_toolkit.sh",
+        JOB,
+        TOOLKIT | dict(TOPOLOGY="4x4", NUM_SLICES="2", QUEUE="ours"),
+        "gcluster job submit --cluster=big --location=here --project=mine --name=sd3"
+        " --compute-type=ct6e-standard-4t --topology=4x4 --num-slices=2"
+        " --image=registry/sd3:1 --restarts=10 --queue=ours",
+    ),
+    (
+        "slurm.sbatch",
+        JOB,
+        dict(SLURM_GPUS_PER_NODE="h100:8"),
+        "srun --ntasks-per-node=8 --cpus-per-task=1 --gpu-bind=none"
+        f" --kill-on-bad-exit=1 launch/job.sh .venv/bin/python {TOLD}",
+    ),
+    ("local_two_process.sh", [], dict(PORT="5"), "SD3_COORDINATOR=127.0.0.1:5"),
+    ("job.sh", JOB, V6E, "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304"),
+]
+
+
+@pytest.mark.parametrize("script, args, variables, command", CASES)
+def test_a_dry_run_prints_the_command(script, args, variables, command):
+    done = shell(script, "--dry-run", *args, **variables)
+    assert done.returncode == 0, done.stderr
+    assert command in done.stdout
+    if args[-3:] == JOB:  # the job's flags survive the quoting
+        unquoted = done.stdout.replace("'\\''", "'")
+        assert "train --config=configs/sd3_2b.py" in unquoted
+        assert "'--config.sample.prompt=a red fox'" in unquoted
+
+
+@pytest.mark.parametrize(
+    "script, args, variables",
+    [
+        ("tpu_vm.sh", ["create"], VM | KIND),
+        ("tpu_vm.sh", ["run", *JOB], VM | V6E),
+        ("queued_resources.sh", ["create"], QUEUED | KIND),
+        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND | V6E),
+        ("xpk.sh", JOB, XPK),
+        ("cluster_toolkit.sh", JOB, TOOLKIT | dict(TOPOLOGY="4x4")),
+        ("slurm.sbatch", JOB, dict(SLURM_GPUS_PER_NODE="8")),
+    ],
+)
+def test_an_unset_variable_is_named(script, args, variables):
+    for name in variables:
+        rest = {key: value for key, value in variables.items() if key != name}
+        done = shell(script, "--dry-run", *args, **rest)
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.strip().endswith(f"{script}: {name} is not set")
+
+
+def test_other_mistakes():
+    assert (
+        "wanted v5e, v5p"
+        in shell("xpk.sh", *JOB, **XPK | {"TPU_GENERATION": "v4"}).stderr
+    )
+    wrong = VM | KIND | {"PROVISIONING": "cheap"}
+    assert "wanted on-demand, spot" in shell("tpu_vm.sh", "create", **wrong).stderr
+    done = shell("tpu_vm.sh", "dance", **VM)
+    assert done.returncode == 2 and "create|setup|stop" in done.stderr
+
+
+# What the hosts are told, on a machine that plays host
+
+
+def program(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    path.chmod(0o755)
+
+
+@pytest.fixture
+def host(tmp_path):
+    """Variables with which `gcloud … --command=X` runs X in a folder of ours."""
+    home = tmp_path / "home"
+    shutil.copytree(LAUNCH, home / "sd3_jax" / "launch")
+    program(
+        tmp_path / "bin" / "gcloud",
+        "#!/bin/bash\nfor word; do\n"
+        "[[ $word != --command=* ]] || told=${word#*=}\ndone\n"
+        f'cd {home} && bash -c "$told"\n',
+    )
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    yield VM | V6E | dict(PATH=path, HOME=str(home))
+    if (home / "job.pid").exists():
+        shell("tpu_vm.sh", "stop", **VM, PATH=path)
+
+
+def settled(host, running="running"):
+    for _ in range(100):
+        status = shell("tpu_vm.sh", "status", **host).stdout.strip()
+        if status != running:
+            return status
+        time.sleep(0.1)
+    return status
+
+
+def test_a_host_runs_one_job_and_stops_it(host):
+    home = Path(host["HOME"])
+    python = home / "sd3_jax" / ".venv" / "bin" / "python"
+    program(python, '#!/bin/bash\necho "$LIBTPU_INIT_ARGS" "$@"\nexec sleep 60\n')
+    assert settled(host) == "none"
+    assert shell("tpu_vm.sh", "run", *JOB, **host).returncode == 0
+    assert settled(host, "none") == "running"
+    again = shell("tpu_vm.sh", "run", *JOB, **host)
+    assert again.returncode == 1 and "a job is running" in again.stderr
+    assert shell("tpu_vm.sh", "stop", **host).returncode == 0
+    assert settled(host) == "none"
+    log = (home / "job.log").read_text()
+    assert "vmem_limit_kib=98304" in log and "--config.sample.prompt=a red fox" in log
+
+
+def test_a_host_tells_how_its_job_ended(host):
+    python = Path(host["HOME"]) / "sd3_jax" / ".venv" / "bin" / "python"
+    program(python, "#!/bin/bash\nexit 7\n")
+    shell("tpu_vm.sh", "run", *JOB, **host)
+    assert settled(host) == "exit 7"
+
+
+SAVES = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda *_: (print("saved", flush=True), sys.exit(0)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_job_told_to_stop_is_not_done():
+    """Training saves and ends with 0, which is not to be taken for done."""
+    told = [
+        "bash",
+        LAUNCH / "job.sh",
+        "bash",
+        "-c",
+        f"{sys.executable} -c '{SAVES}'; :",
+    ]
+    with subprocess.Popen(told, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout.readline() == "saved\n"
+        assert job.wait(10) == 143
+
+
+CLOUD = """#!/bin/bash
+# The next line of the script is the answer to the question that it begins with.
+echo "$4 ${*##*.tgz}" >>calls
+[[ $4 == describe ]] && asked=state
+[[ $4 == ssh && $* == *--node=0* ]] && asked=job
+[[ ${asked:-} ]] || exit 0
+read -r kind answer <script
+sed -i 1d script
+[[ $kind == "$asked" ]] || { echo "asked $asked, not $kind" >>wrong; exit 1; }
+[[ $answer != absent ]] || { echo "NOT_FOUND" >&2; exit 1; }
+echo "$answer"
+"""
+
+
+def resume(folder, *answers):
+    """The exit code of `resume`, and gcloud's verbs, where Google answers like this."""
+    program(folder / "gcloud", CLOUD)
+    (folder / "script").write_text("\n".join(answers) + "\n")
+    done = subprocess.run(
+        ["bash", LAUNCH / "queued_resources.sh", "resume", *JOB],
+        env=QUEUED
+        | KIND
+        | V6E
+        | dict(PATH=f"{folder}:{os.environ['PATH']}", POLL_S="0"),
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert not (folder / "wrong").exists() and not (folder / "script").read_text()
+    calls = (folder / "calls").read_text().splitlines()
+    changes = [
+        c.split()[0] for c in calls if "describe" not in c and "--node=0" not in c
+    ]
+    return done.returncode, changes
+
+
+def test_resume_outlives_preemption(tmp_path):
+    code, verbs = resume(
+        tmp_path,
+        "state absent",  # created
+        "state WAITING_FOR_RESOURCES",
+        *("state ACTIVE", "job none"),  # set up and started
+        *("state ACTIVE", "job running"),
+        "state SUSPENDED",  # deleted
+        "state absent",  # created
+        *("state ACTIVE", "job none"),  # set up and started
+        *("state ACTIVE", "job exit 134"),  # a peer was lost: started again
+        *("state ACTIVE", "job exit 143"),  # told to stop
+        *("state ACTIVE", "job exit 0"),
+    )
+    start, again = ["scp", "ssh", "ssh", "ssh"], ["ssh", "ssh"]
+    assert code == 0
+    assert verbs == ["create", *start, "delete", "create", *start, *again, *again]
+
+
+def test_resume_ends_with_a_mistake_of_the_users(tmp_path):
+    assert resume(tmp_path, "state ACTIVE", "job exit 2") == (2, [])
+
+
+# GKE
+
+RENDER = ["--name=sd3", "--image=registry/sd3:1"]
+V5E = ["--accelerator=tpu-v5-lite-podslice", "--topology=16x16", "--slices=2"]
+V5P = ["--accelerator=tpu-v5p-slice", "--topology=4x4x8", "--queue=ours"]
+TRICKY = "python -m sd3_jax.main train --config.sample.prompt=\"a: 'fox' $HOME\" # é"
+
+
+def render(*flags, command=TRICKY):
+    script = [sys.executable, LAUNCH / "gke" / "render.py", *RENDER]
+    told = [*script, *flags, f"--command={command}"]
+    return subprocess.run(told, capture_output=True, text=True)
+
+
+def manifest(*flags):
+    done = render(*flags)
+    assert done.returncode == 0, done.stderr
+    return yaml.safe_load(done.stdout)
+
+
+def closed(schema):
+    """A schema that refuses unknown fields, as the API server's strict validation."""
+    if isinstance(schema, dict):
+        schema = {key: closed(value) for key, value in schema.items()}
+        if isinstance(schema.get("properties"), dict) and "type" in schema:
+            schema.setdefault("additionalProperties", False)
+    return schema
+
+
+def test_the_jobset_obeys_its_definition():
+    if not CRD.exists():
+        pytest.skip(f"no JobSet definition at {CRD}")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    versions = yaml.load(CRD.read_text(), loader)["spec"]["versions"]
+    schema = {v["name"]: v["schema"]["openAPIV3Schema"] for v in versions}["v1alpha2"]
+    validator = jsonschema.Draft202012Validator(closed(schema))
+    for flags in (V5E, V5P):
+        made = manifest(*flags)
+        assert made["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
+        validator.validate(made)
+    made["spec"]["replicatedJobs"][0]["template"]["spec"]["paralelism"] = 1
+    assert not validator.is_valid(made)
+
+
+@pytest.mark.parametrize(
+    "flags, slices, vms, generation", [(V5E, 2, 64, "v5e"), (V5P, 1, 32, "v5p")]
+)
+def test_the_jobset_has_a_pod_for_every_vm(flags, slices, vms, generation):
+    made = manifest(*flags)
+    (group,) = made["spec"]["replicatedJobs"]
+    job = group["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    (fails,) = [r for r in job["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
+    assert group["replicas"] == slices
+    assert job["parallelism"] == job["completions"] == vms
+    assert container["resources"]["limits"] == {"google.com/tpu": 4}
+    assert container["args"] == [TRICKY]
+    assert container["env"] == [{"name": "TPU_GENERATION", "value": generation}]
+    assert [port["containerPort"] for port in container["ports"]] == [8471, 8080]
+    assert fails["onExitCodes"]["values"] == [42, *range(127, 256)]
+    assert fails["onExitCodes"]["containerName"] == container["name"]
+    assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] in flags[1]
+    labels = {"kueue.x-k8s.io/queue-name": "ours"} if flags is V5P else None
+    assert made["metadata"].get("labels") == labels
+
+
+@pytest.mark.parametrize(
+    "flags, flag",
+    [
+        ([*V5E, "--chips-per-vm=3"], "--chips-per-vm 3 does not divide 16x16's 256"),
+        ([*V5E, "--topology=16by16"], "--topology 16by16"),
+        ([*V5E, "--name=SD3"], "--name SD3"),
+        ([*V5E, "--retry=many"], "--retry many"),
+        ([*V5E, "--accelerator=tpu-v9"], "--accelerator"),
+    ],
+)
+def test_render_names_a_wrong_flag(flags, flag):
+    done = render(*flags)
+    assert done.returncode == 2 and flag in done.stderr and done.stdout == ""
+
+
+def test_images_hold_what_they_copy_and_what_runs():
+    for name, extra in (("tpu", "[tpu]"), ("gpu", "[cuda]")):
+        text = (LAUNCH / f"Dockerfile.{name}").read_text()
+        copied = [line.split()[1:-1] for line in text.splitlines() if "COPY" in line]
+        assert all((ROOT / path).exists() for paths in copied for path in paths)
+        assert f'".{extra}"' in text
+        entry = text.partition("ENTRYPOINT ")[2]
+        assert json.loads(entry) == ["python", "-m", "sd3_jax.main"]
+
+
+# Flags
+
+COMPILE = """
+import sys
+import jax, jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+topology = topologies.get_topology_desc(platform="tpu", topology_name=sys.argv[1])
+over = NamedSharding(Mesh(topology.devices, "x"), PartitionSpec("x"))
+x = jax.ShapeDtypeStruct((2048, 2048), jnp.bfloat16, sharding=over)
+jax.jit(lambda x, w: x @ w, out_shardings=over).lower(x, x).compile()  # all-gathers w
+"""
+TOPOLOGIES = {
+    "v5e": "v5e:2x2",
+    "v5p": "v5:2x2x1",
+    "v6e": "v6e:2x2",
+    "tpu7x": "tpu7x:2x2x1",
+}
+
+
+def compiles(generation, flags):
+    told = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", LIBTPU_INIT_ARGS=flags)
+    told |= dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_COMPILATION_CACHE_DIR="")
+    return subprocess.run(
+        [sys.executable, "-c", COMPILE, TOPOLOGIES[generation]],
+        env=os.environ | told,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+@pytest.mark.parametrize("generation", TOPOLOGIES)
+def test_libtpu_accepts_the_flags(generation):
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    told = f". {LAUNCH}/flags/{generation}.env && echo $LIBTPU_INIT_ARGS"
+    flags = subprocess.check_output(["bash", "-euc", told], text=True).strip()
+    assert flags.count("--xla") == len(flags.split()) > 5
+    done = compiles(generation, flags)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_libtpu_refuses_an_unknown_flag():
+    """Or the test above shows nothing."""
+    if importlib.util.find_spec("libtpu") is None:
+        pytest.skip("libtpu is not installed")
+    done = compiles("v5e", "--xla_tpu_no_such_flag=true")
+    assert done.returncode != 0 and "no_such_flag" in done.stderr
+
+
+# Two processes
+
+TINY = "--config=configs/quickstart.py:tiny"
+QUICK = " ".join(  # compilation is most of the time
+    [
+        os.environ.get("XLA_FLAGS", ""),
+        "--xla_backend_optimization_level=0",
+        "--xla_llvm_disable_expensive_passes=true",
+    ]
+)
+
+
+def left(mark) -> list[str]:
+    """Processes with this in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode(errors="replace")
+        except OSError:  # it ended meanwhile
+            continue
+        if str(mark) in words:
+            found.append(words)
+    return found
+
+
+def test_two_processes_train_and_none_is_left(tmp_path):
+    flags = [TINY, f"--workdir={tmp_path}", "--config.train.steps=3"]
+    flags += ["--config.model.depth=1", "--config.mesh.fsdp=1"]
+    flags += ["--config.mesh.data=8"]  # refused unless there are eight devices
+    variables = dict(PYTHON=sys.executable, XLA_FLAGS=QUICK)
+    done = shell("local_two_process.sh", *flags, **variables, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [row for row in metrics.read(tmp_path) if row["kind"] == "train"]
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert not left(tmp_path)
+
+
+ONE_FAILS = """
+import os, sys, time
+time.sleep(0.5)
+sys.exit(7) if os.environ["SD3_PROCESS_ID"] == "1" else time.sleep(60)
+"""
+
+
+def test_when_one_of_two_fails_the_other_is_killed(tmp_path):
+    python = tmp_path / "python"
+    program(python, f"#!{sys.executable}\n{ONE_FAILS}")
+    begin = time.monotonic()
+    done = shell("local_two_process.sh", PYTHON=str(python), PORT="5")
+    assert done.returncode == 7 and time.monotonic() - begin < 20
+    assert not left(python)
+
+
+# Preflight
+
+
+def test_preflight_passes_on_two_hosts(tmp_path):
+    told = [LAUNCH / "preflight.py", TINY, f"--workdir={tmp_path}"]
+    first, second = multiprocess.run([*told, "--config.mesh.fsdp=8"])
+    assert first.returncode == second.returncode == 0, first.stdout + first.stderr
+    lines = [line for line in first.stdout.splitlines() if line.startswith("ok ")]
+    assert [line.split()[1] for line in lines] == [*preflight().CHECKS]
+    assert not list(tmp_path.iterdir())
+
+
+def test_preflight_fails_on_one_host_with_the_line(tmp_path):
+    told = [sys.executable, LAUNCH / "preflight.py", TINY, f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [*told, "--config.mesh.data=3"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("FAIL")]
+    assert "mesh" in line and "3 does not divide" in line
+
+
+def preflight():
+    path = LAUNCH / "preflight.py"
+    spec = importlib.util.spec_from_file_location("preflight", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize(
+    "name, told",
+    [
+        ("devices", dict(devices=3)),
+        ("mesh", dict(mesh="config.mesh does not fit")),
+        ("code", dict(code="other")),
+        ("config", dict(config="other")),
+        ("versions", dict(versions="jax 0.1")),
+        ("flags", dict(flags="other")),
+        ("workdir", dict(workdir="not writable")),
+        ("clocks", dict(clock=31.0)),
+        ("space", dict(free=4)),
+    ],
+)
+def test_preflight_tells_of_the_odd_host(name, told):
+    good = dict(host="a", index=0, devices=4, kind="TPU", mesh="", code="c", config="d")
+    good |= dict(versions="jax 0.2", flags="e", workdir="", free=9, need=5, clock=0.0)
+    checks = preflight().CHECKS
+    odd = good | told | dict(index=1)
+    wrong = {key for key, check in checks.items() if check([good, odd])[0]}
+    assert wrong == {name}
+    assert not any(check([good, good])[0] for check in checks.values())
