@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         dtype="bfloat16",
         remat="full",
         unroll=1,  # blocks a turn of the scan; on a CPU all of them, which is faster
-        attention="xla",
+        attention="auto",  # by platform; xla, dot_product (cuDNN) or splash (TPU)
     )
     c.text = dict(
         name="precomputed",  # context and pooled come with the records
@@ -110,6 +110,11 @@ def get_config() -> ConfigDict:
         to="diffusers",  # or "original", a single file, or "orbax", our own
         out="",  # a new path; "": in workdir
         dtype="",  # float32, float16 or bfloat16; "": every tensor as it was
+    )
+    c.plan = dict(
+        slices=("v5e-256",),  # v5p-128, v6e-256, tpu7x-128, …
+        per_chip=0,  # images; 0: as data.batch_size says
+        hlo=False,  # keep the compiled programs' text
     )
     c.compare = dict(
         prompts=("a red fox in the rain", "Foxes, 3 of them!", ""),

@@ -28,5 +28,9 @@ JOBS = {
         recipe="configs/compare.py",
         workdir="runs/compare",
     ),
+    "plan": Job(
+        "compile the step for TPU slices that are not there, and say what bounds it",
+        "sd3_jax.jobs.plan",
+    ),
     "report": Job("plot what WORKDIR holds, as one page", "sd3_jax.jobs.report"),
 }

@@ -3,9 +3,12 @@
 import json
 import logging
 import time
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
@@ -34,6 +37,48 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         Training(config, workdir, mesh).run()
 
 
+class Program(NamedTuple):
+    """The step that a config means on a mesh, and the state it takes: not one array."""
+
+    parts: assemble.Parts
+    tx: optax.GradientTransformation
+    rate: Callable  # of learning, by step
+    abstract: TrainState  # shapes with shardings
+    step: Callable  # jitted
+
+    @property
+    def placed(self) -> TrainState:
+        return jax.tree.map(lambda x: x.sharding, self.abstract)
+
+
+def program(config: ConfigDict, mesh: Mesh) -> Program:
+    parts = assemble.parts(config)
+    optim = config.optim.to_dict()
+    accumulate = optim.pop("accumulate")
+    tx, rate = optimizer.make(**optim, steps=config.train.steps)
+    step = make_train_step(
+        parts.objective.loss,
+        tx,
+        ema_decay=config.ema.decay,
+        ema_every=config.ema.every,
+        accumulate=accumulate,
+    )
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    abstract = abstract_state(key, parts.objective.init, tx, mesh)
+    placed = jax.tree.map(lambda x: x.sharding, abstract)
+    step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
+    return Program(parts, tx, rate, abstract, step)
+
+
+def example(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
+    """A batch's shapes, on the mesh."""
+    placed = sharding.batch_sharding(mesh)
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
+        assemble.example(config),
+    )
+
+
 class Training:
     """The loop and what it needs; all that must survive a crash is in the state."""
 
@@ -42,21 +87,9 @@ class Training:
         self.batch_size = config.data.batch_size
         self.rows = sharding.local_rows(mesh, self.batch_size)
         self.key = jax.random.key(config.seed)
-        self.parts = assemble.parts(config)
-        optim = config.optim.to_dict()
-        accumulate = optim.pop("accumulate")
-        self.tx, self.rate = optimizer.make(**optim, steps=config.train.steps)
-        step = make_train_step(
-            self.parts.objective.loss,
-            self.tx,
-            ema_decay=config.ema.decay,
-            ema_every=config.ema.every,
-            accumulate=accumulate,
-        )
-        init = self.parts.objective.init
-        self.abstract = abstract_state(self.key, init, self.tx, mesh)
-        self.placed = jax.tree.map(lambda x: x.sharding, self.abstract)
-        self.step = jax.jit(step, donate_argnums=0, out_shardings=(self.placed, None))
+        made = program(config, mesh)
+        self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
+        self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         self.validation = Validation(config, self.parts, mesh)
         self.painter = Painter(config, self.parts, mesh)
 
@@ -150,15 +183,11 @@ class Training:
     def compiled(self, state: TrainState):
         """The step's program, ahead of time: no step's time has a compilation in it."""
         begin = time.perf_counter()
-        placed = sharding.batch_sharding(self.mesh)
-        batch = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
-            assemble.example(self.config),
-        )
-        program = self.step.lower(state, self.key, batch, {}).compile()
+        batch = example(self.config, self.mesh)
+        compiled = self.step.lower(state, self.key, batch, {}).compile()
         log.info("compiled the step in %.1f s", time.perf_counter() - begin)
         sharding.meet("compiled the step")
-        return program
+        return compiled
 
     def log(self, metrics, clock: Clock, step: int, steps: int, values) -> None:
         images = steps * self.batch_size

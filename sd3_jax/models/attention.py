@@ -1,9 +1,14 @@
 """Softmax attention: one function, the kernels behind it by name."""
 
+import difflib
+
 import jax
 import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
+
+from sd3_jax.models import splash as tpu
+from sd3_jax.models.layers import platform
 
 
 def attention(
@@ -13,11 +18,28 @@ def attention(
     *,
     bias: Float[Array, "#b #a #n m"] | None = None,
     scale: float | None = None,
-    kernel: str = "xla",
+    kernel: str = "auto",
 ) -> Float[Array, "b n a k"]:
     """softmax(q k^T * scale + bias) v for each of the `a` heads; scale 1/sqrt(k)."""
+    if kernel not in KERNELS:
+        near = difflib.get_close_matches(kernel, KERNELS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f'attention kernel "{kernel}": wanted one of {", ".join(KERNELS)};'
+            f' did you mean "{near}"?'
+        )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return KERNELS[kernel](q, k, v, bias, scale)
+
+
+def auto(q, k, v, bias, scale):
+    return KERNELS[choose(q, k, bias)](q, k, v, bias, scale)
+
+
+def choose(q, k, bias) -> str:
+    """The platform's kernel; XLA's with a bias, for few tokens or a head over 512."""
+    if bias is not None or min(q.shape[1], k.shape[1]) < 128 or q.shape[-1] > 512:
+        return "xla"
+    return {"tpu": "splash", "gpu": "dot_product"}.get(platform(), "xla")
 
 
 def xla(q, k, v, bias, scale):
@@ -31,8 +53,24 @@ def xla(q, k, v, bias, scale):
 
 
 def dot_product(q, k, v, bias, scale):
-    """jax.nn.dot_product_attention, which picks cuDNN on a GPU that has it."""
-    return jax.nn.dot_product_attention(q, k, v, bias, scale=scale)
+    """jax.nn.dot_product_attention: cuDNN's where it can, which JAX does not look up.
+
+    That is on NVIDIA's GPUs in half precision, with heads of at most 128. With a bias
+    cuDNN refuses odd lengths and some broadcasts.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    cudnn = fits and tpu.device_kind().startswith("NVIDIA")
+    implementation = "cudnn" if cudnn else "xla"
+    return jax.nn.dot_product_attention(
+        q, k, v, bias, scale=scale, implementation=implementation
+    )
 
 
-KERNELS = {"xla": xla, "dot_product": dot_product}
+def splash(q, k, v, bias, scale):
+    if bias is not None:
+        raise ValueError('attention kernel "splash" takes no bias; use "xla"')
+    return tpu.splash(q, k, v, scale)
+
+
+KERNELS = {"auto": auto, "xla": xla, "dot_product": dot_product, "splash": splash}

@@ -18,6 +18,7 @@ from sd3_jax.models.layers import (
     Mlp,
     RmsNorm,
     crop,
+    gathered_gradient,
     layer_norm,
     modulate,
     patchify,
@@ -58,7 +59,7 @@ class MMDiT(nn.Module):
     dtype: DTypeLike = jnp.bfloat16
     remat: str = "full"
     unroll: int = 1  # blocks a turn of the scan; all of them on a CPU, where it is dear
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -180,7 +181,7 @@ class Block(nn.Module):
     dual: bool = False
     pre_only: bool = False  # the last block: text gives keys and values, then ends
     dtype: DTypeLike = jnp.bfloat16
-    attention: str = "xla"
+    attention: str = "auto"
 
     @nn.compact
     def __call__(
@@ -288,7 +289,10 @@ class Modulation(nn.Module):
         linear = Dense(
             (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
         )
-        return jnp.unstack(linear(c), axis=1)
+        vectors = linear(c)  # (b, chunks, d)
+        if len(c) <= self.width:
+            vectors = gathered_gradient(vectors)
+        return jnp.unstack(vectors, axis=1)
 
 
 class Projections(nn.Module):

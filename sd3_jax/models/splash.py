@@ -1,0 +1,127 @@
+"""Splash attention, the TPU's fused kernel: no buffer of heads x queries x keys."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+from jax.sharding import PartitionSpec
+
+from sd3_jax.models.layers import platform
+
+LANES = 128
+MOST = {  # the largest block that compiles, forward and backward, for heads of 64
+    "TPU v5 lite": 1408,
+    "TPU v5": 1408,
+    "TPU v6 lite": 1536,
+    "TPU7x": 1536,
+}
+FUSED = 6  # blocks of keys up to which backward is one kernel
+
+
+def splash(
+    q: Array, k: Array, v: Array, scale: float, *, most: int | None = None
+) -> Array:
+    """softmax(q k^T * scale) v, on every shard of the current mesh by itself.
+
+    A shard has some of the rows, heads and queries, and all of their keys. Lengths are
+    padded to whole blocks of at most `most`; keys of padding are masked, its queries
+    cut off.
+    """
+    spec, parts = sharded(q.shape)
+    most = most or largest(q)
+    n, m = q.shape[1], k.shape[1]
+    rows, columns = block(-(-n // parts), most), block(m, most)
+    local = functools.partial(attend, rows=rows, columns=columns, keys=m)
+    if spec is not None:
+        whole = PartitionSpec(spec[0], None, spec[2])
+        # The kernel does not say over which axes what it returns varies.
+        local = jax.shard_map(
+            local, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False
+        )
+    q = pad(q * scale, rows * parts)  # splash does not scale
+    return local(q, pad(k, columns), pad(v, columns))[:, :n]
+
+
+def sharded(shape) -> tuple[PartitionSpec | None, int]:
+    """Mesh axes of rows, queries and heads where these divide, and shards of queries.
+
+    Queries are padded, and thus always divide.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None, 1
+    axes = nn.logical_to_mesh_axes(("batch", "tokens", "heads"))
+    names = [(a,) if isinstance(a, str) else a or () for a in axes]
+    rows, parts, heads = (math.prod(mesh.shape[a] for a in name) for name in names)
+    batch = axes[0] if shape[0] % rows == 0 else None
+    return PartitionSpec(
+        batch, axes[1], axes[2] if shape[2] % heads == 0 else None
+    ), parts
+
+
+def largest(q: Array) -> int:
+    """The largest block for q's dtype and size of head on this generation of TPUs."""
+    if q.shape[-1] > LANES:
+        return 512  # the autoencoder's one head
+    return min(MOST.get(device_kind(), 1024), 4096 // q.dtype.itemsize)
+
+
+def device_kind() -> str:
+    """The kind of device that the program being traced is for, as layers.platform."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.devices()[0] if mesh.empty else mesh.abstract_device).device_kind
+
+
+def block(n: int, most: int) -> int:
+    """All of n, or the block from 512 to `most` that pads it least, the larger first.
+
+    The kernel wants multiples of 128.
+    """
+    if n <= most:
+        return -(-n // LANES) * LANES
+    return min(range(min(512, most), most + 1, LANES), key=lambda s: (-n % s, -s))
+
+
+def pad(x: Array, multiple: int) -> Array:
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+
+
+def attend(
+    q: Array, k: Array, v: Array, *, rows: int, columns: int, keys: int
+) -> Array:
+    """One device's share; from `keys` on, k and v are padding."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, a, n, k)
+    heads, n, m = *q.shape[1:3], k.shape[2]
+    # One backward kernel makes 5 products of a block and not 7, but writes dq once a
+    # block of keys: with 24 heads and 4250 tokens about 100 MB more an image.
+    fused = m // columns <= FUSED
+    sizes = kernel.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=None if fused else rows,
+        block_kv_dq=None if fused else columns,
+        use_fused_bwd_kernel=fused,
+    )
+    call = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((n, m))] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        interpret=platform() == "cpu",
+    )
+    ids = None
+    if keys < m:
+        padding = (jnp.arange(m) >= keys).astype(jnp.int32)
+        ids = kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)
+    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids).swapaxes(1, 2)
