@@ -110,8 +110,10 @@ def lowered(config: ConfigDict, made: train.Program, mesh: Mesh):
 
 
 def too_large(error: Exception) -> str:
-    """ "21.30G of 15.75G", as the compiler tells it."""
-    told = re.search(r"Used ([\d.]+[KMGT]) of ([\d.]+[KMGT]) hbm", str(error))
+    """As the compiler tells it: "21.30G of 15.75G"."""
+    size = r"([\d.]+[KMGT])"
+    forms = rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size}"
+    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
     if told is None:
         raise error
     return f"{told[1]} of {told[2]}"

@@ -77,7 +77,7 @@ def computations(text: str) -> dict[str, list[Instruction]]:
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
             current = found.setdefault("" if head[1] else head[2], [])
-        elif line.startswith("}"):
+        elif line == "}":  # a kernel's own description may begin a line so
             current = None
         elif current is not None and " = " in line:
             current.append(_instruction(line))

@@ -47,6 +47,9 @@ ENTRY %main.9 (p.9: bf16[64,32], g.9: f32[1024]) -> f32[256] {
   %p.9 = bf16[64,32]{1,0} parameter(0)
   %g.9 = f32[1024]{0} parameter(1)
   %loop.9 = (s32[], bf16[64,32]{1,0}) while(%t.9), condition=%cond.5, body=%body.5
+  %kernel.9 = bf16[64,32]{1,0} custom-call(%p.9), backend_config={"config":
+"xprof_metadata":"{}"
+}}, metadata={op_name="kernel"}
   %sum.9 = f32[1024]{0} all-reduce(%g.9), channel_id=7, replica_groups=mesh['data'=2,'fsdp'=4] {'data','fsdp'}, to_apply=%region_0.1
   ROOT %part.9 = f32[256]{0} fusion(%sum.9), kind=kCustom, calls=%all-reduce-scatter.3
 }
