@@ -100,7 +100,10 @@ RULES = (
     (RATE, "model.mlp_ratio"),
     (one_of(2, 3), "model.weight_sets"),
     (one_of("float32", "bfloat16", "float16"), "model.dtype"),
-    (one_of("none", "dots", "full"), "model.remat"),
+    (
+        one_of("none", "mlp", "attention", "offload", "dots", "full"),
+        "model.remat",
+    ),
     (one_of("auto", "xla", "dot_product", "splash"), "model.attention"),
     (POSITIVE, "text.length text.width text.depth text.num_heads text.words"),
     (BELOW_ONE, "text.dropout"),

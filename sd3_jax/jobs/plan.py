@@ -20,6 +20,7 @@ from sd3_jax import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import train
 from sd3_jax.metrics import write_whole
+from sd3_jax.models import splash
 from sd3_jax.plan import bounds, hlo, slices
 from sd3_jax.plan.slices import Slice
 
@@ -32,6 +33,7 @@ ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
     "TPU_STDERR_LOG_LEVEL": "4",
     "TPU_MIN_LOG_LEVEL": "4",
 }
+AGAIN = {"attention": 1 / 3, "offload": 1 / 3, "full": 1.0}  # fc1 is 4 of 12 d^2
 COLUMNS = {
     "slice": "slice",
     "batch": "batch/chip",
@@ -140,10 +142,12 @@ def floors(config, made: train.Program, each: Slice, mesh: Mesh, text: str) -> d
     h, w, _ = made.parts.shape
     tokens, words = h * w // model.patch**2, config.text.length
     total = made.parts.flops
-    padded = -(-(tokens + words) // 512) * 512
+    both = tokens + words
+    size = splash.block(both, splash.MOST[chip.kind])
+    padded = -(-both // size) * size
     work = bounds.work(model, tokens=tokens, text=words, padded=padded, total=total)
     images = config.data.batch_size / each.devices
-    again = {"none": 0.0, "dots": 0.0, "full": 1.0}[model.remat]
+    again = AGAIN.get(model.remat, 0.0)
     head = model.width // model.num_heads
     compute = bounds.compute(work, chip, head=head, again=again)
     found = hlo.collectives(text, mesh.shape)

@@ -5,6 +5,7 @@ import difflib
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
 
 from sd3_jax.models import splash as tpu
@@ -49,7 +50,7 @@ def xla(q, k, v, bias, scale):
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(logits).astype(v.dtype)
-    return jnp.einsum("banm,bmak->bnak", weights, v)
+    return checkpoint_name(jnp.einsum("banm,bmak->bnak", weights, v), "attention")
 
 
 def dot_product(q, k, v, bias, scale):
@@ -62,9 +63,10 @@ def dot_product(q, k, v, bias, scale):
     fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     cudnn = fits and tpu.device_kind().startswith("NVIDIA")
     implementation = "cudnn" if cudnn else "xla"
-    return jax.nn.dot_product_attention(
+    found = jax.nn.dot_product_attention(
         q, k, v, bias, scale=scale, implementation=implementation
     )
+    return checkpoint_name(found, "attention")
 
 
 def splash(q, k, v, bias, scale):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -143,7 +144,8 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         d = x.shape[-1]
         h = Dense(self.ratio * d, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
-        h = nn.with_logical_constraint(h, ("batch", "tokens", "mlp"))  # (b, n, ratio*d)
+        h = checkpoint_name(h, "mlp")  # (b, n, ratio*d)
+        h = nn.with_logical_constraint(h, ("batch", "tokens", "mlp"))
         h = nn.gelu(h, approximate=True)
         return Dense(d, ("mlp", "embed"), dtype=self.dtype, name="fc2")(h)
 

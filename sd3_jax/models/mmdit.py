@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
@@ -28,10 +29,22 @@ from sd3_jax.models.layers import (
     zeros,
 )
 
-REMAT = {
-    "none": None,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "full": jax.checkpoint_policies.nothing_saveable,
+# A block's products except fc1's, of four times the width. Those out of attention and
+# fc2 are wanted by their gates' gradients.
+KEPT = ("qkv", "attention", "projected", "fed")
+policies = jax.checkpoint_policies
+REMAT = {  # by what is kept of a block for its backward pass
+    "none": None,  # all
+    "mlp": policies.save_only_these_names(*KEPT, "mlp"),
+    "attention": policies.save_only_these_names(*KEPT),
+    "offload": policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[],
+        names_which_can_be_offloaded=[*KEPT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
+    "dots": policies.dots_with_no_batch_dims_saveable,
+    "full": policies.nothing_saveable,  # nothing
 }
 
 
@@ -273,7 +286,7 @@ class Stream(nn.Module):
         if opened.dual is not None:
             x = x + opened.dual
         h = self.mlp(modulate(layer_norm(x), shift, scale))
-        return x + gate_mlp[:, None] * h
+        return x + gate_mlp[:, None] * checkpoint_name(h, "fed")
 
 
 class Modulation(nn.Module):
@@ -317,8 +330,9 @@ class Projections(nn.Module):
             self.to_out = Dense(self.width, axes, dtype=self.dtype)
 
     def qkv(self, x: Float[Array, "b n d"]) -> Sequence[Float[Array, "b n a k"]]:
-        q, k, v = jnp.unstack(self.to_qkv(x), axis=-3)
+        qkv = checkpoint_name(self.to_qkv(x), "qkv")
+        q, k, v = jnp.unstack(qkv, axis=-3)
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 
     def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
-        return self.to_out(x)
+        return checkpoint_name(self.to_out(x), "projected")

@@ -64,8 +64,9 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             made = _collective(kind, x, mesh, counts[name], name)
             channel = re.search(r"channel_id=(\d+)", x.rest)
             key = channel[1] if channel else f"{name}/{x.name}"
-            # A collective fused with several matrix products has an entry in each.
-            if key not in seen or made.total > seen[key].total:
+            # One that runs beside several matrix products, some of them in loops of
+            # their own, has an entry in each; it starts once.
+            if key not in seen or made.total < seen[key].total:
                 seen[key] = made
     return list(seen.values())
 
