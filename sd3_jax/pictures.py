@@ -63,6 +63,11 @@ def grid(
     return sheet
 
 
+def enlarged(image: UInt8[ndarray, "h w 3"]) -> Image.Image:
+    """A tiny image grown by a whole factor to at least 96 px, as on a sheet."""
+    return _resize(image, max(1, math.ceil(TILE / min(image.shape[:2]))))
+
+
 def save_png(
     image: Image.Image | UInt8[ndarray, "h w 3"],
     path: epath.PathLike,

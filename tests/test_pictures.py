@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from sd3_jax.pictures import grid, save_png, to_uint8
+from sd3_jax.pictures import enlarged, grid, save_png, to_uint8
 
 
 def test_rounding_is_to_the_nearest_and_halves_to_even():
@@ -76,3 +76,12 @@ def test_png_keeps_pixels_and_info(tmp_path):
 def test_an_empty_sheet_is_a_picture():
     buffer = io.BytesIO()
     grid(np.zeros((0, 8, 8, 3), np.uint8)).save(buffer, "png")
+
+
+def test_tiny_images_grow_whole():
+    image = np.arange(8 * 10 * 3, dtype=np.uint8).reshape(8, 10, 3)
+    grown = np.asarray(enlarged(image))
+    assert grown.shape == (96, 120, 3)
+    np.testing.assert_array_equal(grown[::12, ::12], image)
+    large = np.zeros((200, 100, 3), np.uint8)
+    assert enlarged(large).size == (100, 200)

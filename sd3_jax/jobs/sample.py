@@ -172,7 +172,7 @@ def save(
             "prompt": text if isinstance(text, str) else text[0],
             "sd3_jax": json.dumps(line),
         }
-        shown = pictures.grid(image[None]) if enlarged else image
+        shown = pictures.enlarged(image) if enlarged else image
         pictures.save_png(shown, workdir / line["file"], info=info)
 
 
