@@ -135,9 +135,14 @@ def batch_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
+def batch_shards(mesh: Mesh) -> int:
+    """Into how many parts a batch's rows are cut."""
+    return _product(mesh, BATCH)
+
+
 def local_rows(mesh: Mesh, batch_size: int) -> slice:
     """The rows of a global batch that this process's devices hold."""
-    shards = math.prod(mesh.shape[axis] for axis in BATCH)
+    shards = batch_shards(mesh)
     if batch_size % shards:
         near = max(shards, round(batch_size / shards) * shards)
         raise UserError(

@@ -78,20 +78,9 @@ def dpmpp_2m(
     """
     grid = jnp.asarray(grid, jnp.float32)
     a, b = path.coefficients(grid)
-    keep = b[1:] / b[:-1]
-    gain = a[1:] - keep * a[:-1]
     h = -jnp.diff(jnp.log(jnp.where(b > 0, b, 1)))  # a last one to b = 0 is not used
     slope = jnp.where(b[2:] > 0, h[1:] / (2 * h[:-1]), 0)
-    slope = jnp.pad(slope, (1, 0))
-
-    def step(x, x0_last, t, keep, gain, slope):
-        t = _times(t, x)
-        x0 = path.x0(x, velocity(x, t), t)
-        return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
-
-    x0_last = jnp.zeros(x.shape, jnp.float32)
-    steps = grid[:-1], keep, gain, slope
-    return _scan(step, x, x0_last, grid, steps, trajectory, after)
+    return _multistep(velocity, x, grid, slope, path, trajectory, after)
 
 
 def dpmpp_2m_flow(
@@ -110,23 +99,12 @@ def dpmpp_2m_flow(
     """
     grid = jnp.asarray(grid, jnp.float32)
     a, b = path.coefficients(grid)
-    keep = b[1:] / b[:-1]
-    gain = a[1:] - keep * a[:-1]
     inner = (a > 0) & (b > 0)  # elsewhere lambda is infinite
     lambda_ = jnp.log(jnp.where(inner, a, 1)) - jnp.log(jnp.where(inner, b, 1))
     h = jnp.diff(lambda_)
     second = inner[2:] & inner[1:-1] & inner[:-2]
     slope = jnp.where(second, h[1:] / jnp.where(second, 2 * h[:-1], 1), 0)
-    slope = jnp.pad(slope, (1, 0))
-
-    def step(x, x0_last, t, keep, gain, slope):
-        t = _times(t, x)
-        x0 = path.x0(x, velocity(x, t), t)
-        return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
-
-    x0_last = jnp.zeros(x.shape, jnp.float32)
-    steps = grid[:-1], keep, gain, slope
-    return _scan(step, x, x0_last, grid, steps, trajectory, after)
+    return _multistep(velocity, x, grid, slope, path, trajectory, after)
 
 
 SOLVERS = {
@@ -135,6 +113,22 @@ SOLVERS = {
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_flow": dpmpp_2m_flow,
 }
+
+
+def _multistep(velocity, x, grid, slope, path, trajectory, after):
+    """Each step to the x0 estimate, from the second on extrapolated by its `slope`."""
+    a, b = path.coefficients(grid)
+    keep = b[1:] / b[:-1]
+    gain = a[1:] - keep * a[:-1]
+
+    def step(x, x0_last, t, keep, gain, slope):
+        t = _times(t, x)
+        x0 = path.x0(x, velocity(x, t), t)
+        return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
+
+    x0_last = jnp.zeros(x.shape, jnp.float32)
+    steps = grid[:-1], keep, gain, jnp.pad(slope, (1, 0))
+    return _scan(step, x, x0_last, grid, steps, trajectory, after)
 
 
 def _scan(step, x, memory, grid, steps, trajectory, after):

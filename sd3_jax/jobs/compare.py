@@ -78,8 +78,8 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
         log.info("%s: %s, %d layers", name, part, len(rows))
         found[part] = [plain(row) for row in rows]
     made = {"name": name, "source": source, "parts": found}
-    whole = {"denoiser", "vae", "scheduler"} <= {*subject.configs, "scheduler"}
-    if whole and set(compare.bundles.TEXT) & set(subject.configs):
+    known = set(subject.configs)
+    if {"denoiser", "vae"} <= known and known & set(compare.bundles.TEXT):
         drift = compare.drift(subject)
         rows = [plain(row) for row in (*drift.rows, drift.picture)]
         found["trajectory"] = rows

@@ -16,6 +16,12 @@ from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.generate import generate
 
 
+def batch_size(n: int, most: int, mesh: Mesh) -> int:
+    """For n pictures: at most `most`, and enough to give every shard a row."""
+    shards = sharding.batch_shards(mesh)
+    return min(max(shards, most // shards * shards), -(-n // shards) * shards)
+
+
 class Painter:
     """Pictures of prompts as config.sample says; compiled once for a batch size."""
 
@@ -30,7 +36,7 @@ class Painter:
 
         The same caption and number give the same picture in whatever company.
         """
-        size = self.batch_size(len(captions))
+        size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
         done = []
         for start in range(0, len(captions), size):
             rows = np.arange(start, start + size) % len(captions)  # the last is filled
@@ -41,12 +47,6 @@ class Painter:
             image = self.program(params, sharding.put(batch, self.mesh, size))
             done.append(multihost_utils.process_allgather(image, tiled=True))
         return pictures.to_uint8(np.concatenate(done)[: len(captions)])
-
-    def batch_size(self, n: int) -> int:
-        """At most what is configured, and enough to give every shard a row."""
-        shards = self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-        most = max(shards, self.config.sample.batch_size // shards * shards)
-        return min(most, -(-n // shards) * shards)
 
     def paint(self, params: dict, batch: dict) -> jax.Array:
         """A batch's ids and numbers to images in [-1, 1]."""

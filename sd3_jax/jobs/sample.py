@@ -20,7 +20,7 @@ from PIL import Image
 
 from sd3_jax import metrics, pictures, sharding, tree
 from sd3_jax.jobs import assemble, prompt_lines, sheet
-from sd3_jax.jobs.paint import Painter
+from sd3_jax.jobs.paint import Painter, batch_size
 from sd3_jax.jobs.prompt_lines import Task
 from sd3_jax.jobs.released import ReleasedPainter
 from sd3_jax.metrics import write_whole
@@ -153,11 +153,6 @@ def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], in
         size = batch_size(len(group), most, mesh)
         for start in range(0, len(group), size):
             yield group[start : start + size], size
-
-
-def batch_size(n: int, most: int, mesh) -> int:
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
-    return min(max(shards, most // shards * shards), -(-n // shards) * shards)
 
 
 def save(

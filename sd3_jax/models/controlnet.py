@@ -8,16 +8,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sd3_jax.models.layers import (
-    Dense,
-    Embedder,
-    crop,
-    patchify,
-    positions,
-    timestep_features,
-    zeros,
-)
-from sd3_jax.models.mmdit import Block
+from sd3_jax.models.layers import Dense, patchify, zeros
+from sd3_jax.models.mmdit import Block, condition, position_table
 
 
 class ControlNet(nn.Module):
@@ -62,13 +54,10 @@ class ControlNet(nn.Module):
         embed = lambda x, init, name: Dense(
             self.width, (None, "embed"), dtype=self.dtype, name=name, **init
         )(patchify(x, self.patch))
-        x = embed(xt, {}, "patch_embed") + self.position_table(h, w).astype(self.dtype)
+        x = embed(xt, {}, "patch_embed") + position_table(self, h, w).astype(self.dtype)
         x = x + embed(hint, {"init": zeros}, "hint_embed")
         x = nn.with_logical_constraint(x, ("batch", "tokens", None))
-        t = Embedder(self.width, dtype=self.dtype, name="time_embed")(
-            timestep_features(t)
-        )
-        y = Embedder(self.width, dtype=self.dtype, name="pooled_embed")(pooled)
+        c = condition(t, pooled, self.width, self.dtype)
         streams = (x,)
         if self.joint:
             text = Dense(
@@ -79,14 +68,9 @@ class ControlNet(nn.Module):
         for name, length in ("dual_blocks", dual), ("blocks", self.depth - dual):
             if length:
                 stack = self.stack(length, name, dual=name == "dual_blocks")
-                streams, residuals = stack(streams, nn.silu(t + y))
+                streams, residuals = stack(streams, c)
                 found.append(residuals)
         return jnp.concatenate(found) * jnp.asarray(scale, x.dtype)
-
-    def position_table(self, h: int, w: int) -> Array:
-        if not self.has_variable("buffers", "pos_embed"):
-            return positions(h, w, self.width, size=self.pos_size, base=self.pos_base)
-        return crop(self.get_variable("buffers", "pos_embed"), h, w)
 
     def stack(self, length: int, name: str, **kwargs):
         scan = nn.scan(

@@ -96,16 +96,12 @@ class MMDiT(nn.Module):
         x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(
             patchify(xt, self.patch)
         )
-        x = x + self.position_table(h // self.patch, w // self.patch).astype(x.dtype)
+        x = x + position_table(self, h // self.patch, w // self.patch).astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "tokens", None))
         text = Dense(
             self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
         )(context)
-        t = Embedder(self.width, dtype=self.dtype, name="time_embed")(
-            timestep_features(t)
-        )
-        y = Embedder(self.width, dtype=self.dtype, name="pooled_embed")(pooled)
-        c = nn.silu(t + y)  # (b, d), what every adaLN reads
+        c = condition(t, pooled, self.width, self.dtype)
 
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
@@ -123,11 +119,6 @@ class MMDiT(nn.Module):
         out = self.patch**2 * self.channels
         x = Dense(out, ("embed", None), init=zeros, dtype=self.dtype, name="final")(x)
         return unpatchify(x, self.patch, h, w).astype(jnp.float32)
-
-    def position_table(self, h: int, w: int) -> Array:
-        if not self.has_variable("buffers", "pos_embed"):
-            return positions(h, w, self.width, size=self.pos_size, base=self.pos_base)
-        return crop(self.get_variable("buffers", "pos_embed"), h, w)
 
     def block(self, **kwargs):
         return Block(
@@ -182,6 +173,22 @@ class MMDiT(nn.Module):
             return scan(block, streams, (keep, source), c, residuals)[0]
 
         return run
+
+
+def condition(
+    t: Float[Array, " b"], pooled: Float[Array, "b e"], width: int, dtype: DTypeLike
+) -> Float[Array, "b d"]:
+    """What every adaLN reads; the submodules are those of the module that calls."""
+    t = Embedder(width, dtype=dtype, name="time_embed")(timestep_features(t))
+    y = Embedder(width, dtype=dtype, name="pooled_embed")(pooled)
+    return nn.silu(t + y)
+
+
+def position_table(model: nn.Module, h: int, w: int) -> Float[Array, "n d"]:
+    """The centre of the table that the model's variables hold, else by its formula."""
+    if not model.has_variable("buffers", "pos_embed"):
+        return positions(h, w, model.width, size=model.pos_size, base=model.pos_base)
+    return crop(model.get_variable("buffers", "pos_embed"), h, w)
 
 
 class Block(nn.Module):

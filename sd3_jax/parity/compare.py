@@ -67,7 +67,6 @@ class Subject:
         self.configs = {
             name: part.config for name, part in sources.parts(self.path).items()
         }
-        self.draw = np.random.default_rng(settings.seed)
 
     @property
     def name(self) -> str:
@@ -84,10 +83,13 @@ class Subject:
             only=only,
         )
 
+    def theirs(self, name: str) -> torch.nn.Module:
+        return theirs.component(self.path, name, self.configs[name])
+
     @functools.cached_property
     def ids(self) -> dict[str, np.ndarray]:
-        bundle = self.load("float32", *bundles.TEXT)
-        return bundle.token_ids(self.settings.prompts, self.settings.length)
+        s, bundle = self.settings, self.load("float32")  # no weights
+        return bundle.token_ids(s.prompts, s.length, encoders=self.configs)
 
     def images(self) -> np.ndarray:
         """Smooth, as pictures are: few waves of random colours, in [-1, 1]."""
@@ -113,7 +115,7 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
     for name in COMPONENTS:
         if name not in subject.configs:
             continue
-        module = theirs.component(subject.path, name, subject.configs[name])
+        module = subject.theirs(name)
         labels = HALVES if name == "vae" else {name: (name, None)}
         cases = {label: CASES[name](subject, label) for label in labels}
         wide = {
@@ -237,17 +239,20 @@ def drift(subject: Subject) -> Drift:
     s, noise = subject.settings, subject.latents(1, seed=1)
     texts = [s.prompts[0], ""]
     narrow = {}
-    scheduler = bundles.SCHEDULER | subject.configs.get("scheduler", {})
-    for dtype in (torch.float32, BF16):
-        cond, uncond = _their_text(subject, texts, dtype)
-        modules = [
-            theirs.component(subject.path, name, subject.configs[name]).to(dtype)
-            for name in ("denoiser", "vae")
-        ]
+    scheduler = bundles.scheduler_of(subject.configs)
+    conds = _their_text(subject, texts)
+    modules = [subject.theirs(name) for name in ("denoiser", "vae")]
+    for dtype, (cond, uncond) in conds.items():
         narrow[dtype] = theirs.trajectory(
-            *modules, scheduler, cond, uncond, noise, steps=s.steps, scale=s.scale
+            *(module.to(dtype) for module in modules),
+            scheduler,
+            cond,
+            uncond,
+            noise,
+            steps=s.steps,
+            scale=s.scale,
         )
-        del modules
+    del modules
     found = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
     (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
     rows = [
@@ -261,7 +266,7 @@ def drift(subject: Subject) -> Drift:
     ]
     ours, ours_half = found["float32"][1], found["bfloat16"][1]
     ends = (gap(ours, picture), gap(ours_half, picture), gap(half_picture, picture))
-    grid = _grid(subject, noise.shape)
+    grid = _grid(subject)
     pictures = {"ours": ours[0], "theirs": picture[0], "ours, bfloat16": ours_half[0]}
     return Drift(grid[1:].tolist(), rows, Row("picture", *ends), pictures)
 
@@ -269,20 +274,22 @@ def drift(subject: Subject) -> Drift:
 DTYPES = ("float32", "bfloat16")
 
 
-def _grid(subject: Subject, shape) -> np.ndarray:
-    scheduler = bundles.SCHEDULER | subject.configs.get("scheduler", {})
-    return grids.make("released", subject.settings.steps, scheduler["shift"])
+def _grid(subject: Subject) -> np.ndarray:
+    shift = bundles.scheduler_of(subject.configs)["shift"]
+    return grids.make("released", subject.settings.steps, shift)
 
 
-def _their_text(subject: Subject, texts: list[str], dtype: torch.dtype):
-    modules = {
-        name: theirs.component(subject.path, name, subject.configs[name]).to(dtype)
-        for name in bundles.TEXT
-        if name in subject.configs
-    }
-    words = subject.load("float32").tokenizers
-    context, pooled = theirs.encoded(modules, words, texts, subject.settings.length)
-    return (context[:1], pooled[:1]), (context[1:], pooled[1:])
+def _their_text(subject: Subject, texts: list[str]) -> dict:
+    """(cond, uncond) by dtype."""
+    names = [name for name in bundles.TEXT if name in subject.configs]
+    modules = {name: subject.theirs(name) for name in names}
+    words, length = subject.load("float32").tokenizers, subject.settings.length
+    found = {}
+    for dtype in (torch.float32, BF16):
+        modules = {name: module.to(dtype) for name, module in modules.items()}
+        context, pooled = theirs.encoded(modules, words, texts, length)
+        found[dtype] = (context[:1], pooled[:1]), (context[1:], pooled[1:])
+    return found
 
 
 def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +298,7 @@ def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray
     both = bundle.encode_prompts(texts, s.length)
     cond, uncond = (Conditioning(*(x[i : i + 1] for x in both)) for i in (0, 1))
     bundle = subject.load(dtype, "denoiser", "vae")
-    module, grid = bundle.modules["denoiser"], _grid(subject, noise.shape)
+    module, grid = bundle.modules["denoiser"], _grid(subject)
 
     @jax.jit
     def run(variables, cond, uncond, noise):

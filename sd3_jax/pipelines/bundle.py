@@ -1,7 +1,7 @@
 """A released model as one thing: modules, their variables, tokenizers, settings."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -23,7 +23,14 @@ from sd3_jax.weights import components
 from sd3_jax.weights.components import COMPONENTS
 
 log = logging.getLogger(__name__)
-SCHEDULER = {"shift": 3.0, "use_dynamic_shifting": False}  # where no file says
+SCHEDULER = {  # where no file says
+    "shift": 3.0,
+    "use_dynamic_shifting": False,
+    "base_image_seq_len": 256,
+    "base_shift": 0.5,
+    "max_image_seq_len": 4096,
+    "max_shift": 1.15,
+}
 DTYPES = ("float32", "bfloat16", "stored")
 TEXT = ("clip_l", "clip_g", "t5")
 
@@ -143,15 +150,23 @@ class Bundle:
             )
 
     def token_ids(
-        self, prompts: Sequence[str | Prompt], length: int
+        self,
+        prompts: Sequence[str | Prompt],
+        length: int,
+        *,
+        encoders: Container[str] | None = None,
     ) -> dict[str, Int[np.ndarray, "b _"]]:
-        """What encode_prompts reads, by encoder: "ids_clip_l" and so on."""
+        """What encode_prompts reads, by encoder: "ids_clip_l" and so on.
+
+        Of the `encoders` named, whose weights need not be here; by default those here.
+        """
+        encoders = self.modules if encoders is None else encoders
         if not 1 <= length <= 512:
             raise UserError(f"max_sequence_length {length}: wanted 1 to 512")
         full = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         ids = {}
         for i, name in enumerate(TEXT):
-            if name not in self.modules:
+            if name not in encoders:
                 continue
             if name not in self.tokenizers:
                 raise UserError(
@@ -163,13 +178,13 @@ class Bundle:
             if name == "t5":
                 ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length)
             else:
-                most = self.modules[name].length
+                most = self.configs[name]["max_position_embeddings"]
                 ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most)
         return ids
 
     @property
     def scheduler(self) -> dict:
-        return SCHEDULER | self.configs.get("scheduler", {})
+        return scheduler_of(self.configs)
 
     @property
     def latent_scale(self) -> dict[str, float]:
@@ -198,6 +213,11 @@ class Bundle:
         if "fingerprint" not in self._memo:
             self._memo["fingerprint"] = tree.fingerprint(self.variables)
         return self._memo["fingerprint"]
+
+
+def scheduler_of(configs: Mapping[str, dict]) -> dict:
+    told = configs.get("scheduler", {})
+    return SCHEDULER | {k: v for k, v in told.items() if v is not None}
 
 
 def load(

@@ -43,7 +43,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
     Every process gives the same, whole arrays.
     """
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = sharding.batch_shards(mesh)
 
     def leaf(x):
         if isinstance(x, jax.core.Tracer):

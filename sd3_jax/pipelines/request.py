@@ -155,9 +155,8 @@ def times(
     shift = scheduler["shift"] if shift is None else shift
     if mu is not None or (grid is None and scheduler["use_dynamic_shifting"]):
         tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
-        base = scheduler.get("base_image_seq_len", 256), scheduler.get("base_shift")
-        most = scheduler.get("max_image_seq_len", 4096), scheduler.get("max_shift")
-        base, most = (base[0], base[1] or 0.5), (most[0], most[1] or 1.15)
+        base = scheduler["base_image_seq_len"], scheduler["base_shift"]
+        most = scheduler["max_image_seq_len"], scheduler["max_shift"]
         mu = grids.linear_mu(tokens, base=base, most=most) if mu is None else mu
         if sigmas is None:
             return grids.dynamic(steps, mu)

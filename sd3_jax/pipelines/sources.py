@@ -106,7 +106,7 @@ def _prefixes(tensors: safetensors.Tensors, file: str) -> list[tuple[str, str]]:
 
 
 def _diffusers(path: epath.Path) -> dict[str, Part]:
-    index = _json(path / INDEX, (path / INDEX).read_text())
+    index = _read(path / INDEX)
     found = {}
     for name, component in COMPONENTS.items():
         folder = path / component.folder
@@ -120,12 +120,12 @@ def _diffusers(path: epath.Path) -> dict[str, Part]:
         found[name] = _from_folder(component, folder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        found["scheduler"] = Part(None, _json(scheduler, scheduler.read_text()), None)
+        found["scheduler"] = Part(None, _read(scheduler), None)
     return found
 
 
 def _component_folder(path: epath.Path) -> dict[str, Part]:
-    config = _json(path / "config.json", (path / "config.json").read_text())
+    config = _read(path / "config.json")
     kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
     wide = config.get("hidden_size", 0) > 1024
     name = {
@@ -154,7 +154,7 @@ def control(path: epath.Path) -> Part:
 
 
 def _from_folder(component, folder: epath.Path) -> Part:
-    config = _json(folder / "config.json", (folder / "config.json").read_text())
+    config = _read(folder / "config.json")
     config = config.get("text_config", config)  # of a whole CLIP
     return _part(safetensors.open_folder(folder), config, str(folder), "diffusers")
 
@@ -194,6 +194,10 @@ def _stored(path: epath.Path) -> dict[str, Part]:
         )
 
     return {name: part(name, config) for name, config in store.configs(path).items()}
+
+
+def _read(path: epath.Path) -> dict:
+    return _json(path, path.read_text())
 
 
 def _json(path, text: str) -> dict:

@@ -1,8 +1,8 @@
 """How fast a compiled program could be at most, by what each of its parts must do.
 
-Three floors: matrix products at the peak rate, HBM traffic, and bytes between chips.
-The largest binds. Model FLOPs are analytic (paper sec. 12 of our notes: 2 a
-multiply-add, three times the forward pass for training).
+Two floors: matrix products at the peak rate, and bytes between chips; the larger
+binds. Model FLOPs are analytic: 2 a multiply-add, three times the forward pass for
+training.
 """
 
 from collections.abc import Sequence

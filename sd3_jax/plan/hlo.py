@@ -21,7 +21,7 @@ SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {
     for kind in ("s", "u", "f")
     for bits in (2, 4, 8, 16, 32, 64)
 }
-CALLS = re.compile(r"\b(?:calls|body|to_apply|async_execution_thread)=%?([\w.\-]+)")
+CALLS = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.\-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
@@ -196,7 +196,8 @@ def _collective(kind, x: Instruction, mesh, count, place) -> Collective:
     if kind == "all-reduce":
         wire = 2 * whole * ring
     elif kind == "reduce-scatter":
-        wire = whole * ring * (1 if "all-reduce(" in f"{x.opcode}(" else size)
+        parts = 1 if x.opcode.startswith("all-reduce") else size  # its type is one part
+        wire = whole * ring * parts
     elif kind == "collective-permute":
         wire = whole
     else:

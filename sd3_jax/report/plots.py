@@ -89,8 +89,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
             )
             mark = "oovs^D*"[i % 7]
             axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
+        _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
         axes.legend(fontsize=7, handlelength=1.4, ncols=2)
         return _svg(figure)
@@ -107,12 +106,16 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
             axes.plot(
                 steps, _positive(values), line, marker="o", ms=3, label=name, **look
             )
-        axes.set_yscale("log")
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
+        _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
         axes.legend(fontsize=8, handlelength=1.6)
         return _svg(figure)
+
+
+def _logarithmic(axes):
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
 
 
 def _positive(values):

@@ -9,12 +9,10 @@ from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.weights.mmdit import DUAL, IMAGE, TEXT, positions_row, time_and_pooled
 from sd3_jax.weights.names import Group, Row, patches
 
-# The original single-stream file has diffusers' names outside the blocks, and in them
-# those of the released code.
-ORIGINAL = "transformer_blocks.{}"
-
 
 def table(model: ControlNet) -> list[Group]:
+    """The original single-stream file has diffusers' names outside the blocks, and in
+    them those of the released code."""
     ends = (
         *(row._replace(original="") for row in time_and_pooled()),
         Row("hint_embed", "pos_embed_input.proj", kind=patches(model.patch)),
@@ -29,7 +27,7 @@ def table(model: ControlNet) -> list[Group]:
         row._replace(original=row.original.removeprefix("x_block.")) for row in IMAGE
     )
     blocks = image + TEXT if model.joint else image
-    files = ("transformer_blocks.{}", ORIGINAL)
+    files = ("transformer_blocks.{}",) * 2
     zero = (Row("zero", ""),)
     groups = [Group("", "", "", ends)]
     for ours, rows, layers in (
@@ -77,7 +75,7 @@ def detect(x: Any) -> dict:
     joint = x.get("context_embedder.weight")
     table = x.get("pos_embed.pos_embed")
     dual = {int(k.split(".")[1]) for k in x if ".attn2." in k}
-    config = {
+    return {
         "_class_name": "SD3ControlNetModel",
         "sample_size": 128,
         "patch_size": patch,
@@ -99,4 +97,3 @@ def detect(x: Any) -> dict:
         "qk_norm": "rms_norm" if any(".norm_q." in k for k in x) else None,
         "force_zeros_for_pooled_projection": joint is not None,
     }
-    return config
