@@ -52,10 +52,14 @@ def cfg(
 
     def guided(x: Batch, t: Times) -> Batch:
         v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
-        v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
-        v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)
-        v = jnp.where(expand((start <= t) & (t <= stop), x), v, v_c)
-        return v if skip is None else v + away(skip, x, t, v_c)
+        with jax.named_scope("guidance"):
+            v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
+            v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)
+            v = jnp.where(expand((start <= t) & (t <= stop), x), v, v_c)
+        if skip is None:
+            return v
+        with jax.named_scope("skip_guidance"):
+            return v + away(skip, x, t, v_c)
 
     def away(skip: Skip, x: Batch, t: Times, v_c: Batch) -> Batch:
         low, high = skip.window

@@ -136,7 +136,8 @@ def _scan(step, x, memory, grid, steps, trajectory, after):
 
     def body(carry, s):
         i, t_next, *s = s
-        x, memory = step(*carry, *s)
+        with jax.named_scope("solver"):
+            x, memory = step(*carry, *s)
         x = x if after is None else after(x, t_next, i)
         return (x, memory), x if trajectory else None
 

@@ -66,11 +66,14 @@ def flow_matching(
 
     def loss(params, key, batch, frozen):
         drop_key, flow_key = jax.random.split(key)
-        cond = encode(params, batch)
-        cond = prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
+        with jax.named_scope("text"):
+            cond = encode(params, batch)
+            cond = prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
+        with jax.named_scope("autoencoder"):
+            x0 = autoencoder.encode(batch)
         v = lambda xt, t: velocity(params)(xt, t, cond)
-        x0 = autoencoder.encode(batch)
-        value, _ = flow_loss(flow_key, v, x0, density=density, path=path)
+        with jax.named_scope("loss"):
+            value, _ = flow_loss(flow_key, v, x0, density=density, path=path)
         return value, {}
 
     def at(params, key, batch, t):

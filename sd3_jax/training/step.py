@@ -32,11 +32,16 @@ def make_train_step(
             (value, metrics), grads = gradient(state.params, key, batch, frozen)
         else:
             value, metrics, grads = accumulated(state.params, key, batch, frozen)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        ema = moving_average(state.ema, params, state.step + 1, ema_decay, ema_every)
-        metrics = {"loss": value, "grad_norm": optax.global_norm(grads), **metrics}
-        return TrainState(state.step + 1, params, ema, opt_state), metrics
+        with jax.named_scope("optimizer"):
+            updates, opt_state = tx.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        now = state.step + 1
+        with jax.named_scope("ema"):
+            ema = moving_average(state.ema, params, now, ema_decay, ema_every)
+        with jax.named_scope("grad_norm"):
+            norm = optax.global_norm(grads)
+        metrics = {"loss": value, "grad_norm": norm, **metrics}
+        return TrainState(now, params, ema, opt_state), metrics
 
     def accumulated(params, key, batch, frozen):
         """The mean over `accumulate` parts of the batch, one after another."""

@@ -1,6 +1,7 @@
 """Training end to end on the tiny recipe: meshes, processes, kills, samples, scores."""
 
 import json
+import re
 
 import jax
 import multiprocess
@@ -14,7 +15,8 @@ from PIL import Image
 from configs import quickstart
 from sd3_jax import main, metrics, sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs.train import Training
+from sd3_jax.jobs.paint import Painter
+from sd3_jax.jobs.train import Training, example, program
 
 TINY = "--config=configs/quickstart.py:tiny"
 
@@ -216,3 +218,32 @@ def test_state_is_sharded_from_birth():
     assert sorted(map(str, tailed)) == sorted(
         2 * [str(x.sharding.spec) for _, x in params]
     )
+
+
+def scopes(lowered) -> str:
+    return "\n".join(re.findall(r'loc\("([^"]*)"', lowered.as_text(debug_info=True)))
+
+
+def test_a_profile_will_name_every_part_of_the_programs():
+    config = quickstart.get_config("tiny")
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        made, batch = program(config, mesh), example(config, mesh)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        step = scopes(made.step.lower(made.abstract, key, batch, {}))
+        batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
+        paint = Painter(config, made.parts, mesh).program
+        painted = scopes(paint.lower(made.abstract.ema, batch))
+    forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
+    for name in (
+        *(f"{way}MMDiT/{part}/" for way in (forward, backward)
+          for part in ("while/body", "last_block/image.open/attn.qkv/to_qkv")),
+        # What is scanned is a function, named from its own beginning.
+        "blocks.body/blocks/image.open/attn.qkv/to_qkv/",
+        "blocks.body/blocks/text.close/mlp/fc1/",
+        f"{forward}square", "jit(step)/jvp(text)/ByteTower/",
+        "jit(step)/optimizer/", "jit(step)/ema/", "jit(step)/grad_norm/",
+    ):  # fmt: skip
+        assert name in step, name
+    for name in "solver/", "solver/MMDiT/last_block/", "guidance/":
+        assert name in painted, name
