@@ -83,6 +83,10 @@ def get_config() -> ConfigDict:
         prompts=(),  # painted at every sample_every, and by sample without a prompt
     )
     c.checkpoint = dict(every=1_000, keep=3, keep_every=50_000)
+    c.profile = dict(
+        start=0,  # the first step of an xprof trace in workdir/profile; 0: no trace
+        steps=3,
+    )
     c.sample = dict(
         prompt="",
         prompts_file="",

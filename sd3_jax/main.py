@@ -5,6 +5,7 @@ import logging
 import os
 import platform
 import sys
+import time
 import traceback
 import zlib
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from sd3_jax.jobs import JOBS
 def main(argv: Sequence[str] | None = None) -> int:
     """Exit codes: 0 done, 1 a fault of ours or the job's own verdict, 2 a mistake of
     the user's, 130 Ctrl-C."""
+    os.environ["SD3_BEGAN"] = str(time.time())  # train's start-up has imports in it
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print(usage(), file=sys.stderr)

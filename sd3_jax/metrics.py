@@ -232,6 +232,8 @@ class _Bar:
 
 
 def _words(kind, values):
+    if kind == "goodput":
+        return [f"goodput {values['productive']:.1%}"]
     if kind != "train":
         shown = [f"{name} {value:.4g}" for name, value in _numbers(values).items()]
         return [kind, *shown[:4], *(v for v in values.values() if isinstance(v, str))]

@@ -125,6 +125,8 @@ RULES = (
     (COUNT, "data.threads data.prefetch data.easy"),
     (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
+    (COUNT, "profile.start"),
+    (POSITIVE, "profile.steps"),
     (POSITIVE, "sample.steps sample.per_prompt sample.batch_size"),
     (one_of("euler", "heun", "dpmpp_2m", "dpmpp_2m_flow"), "sample.solver"),
     (one_of("linear", "shifted", "released", "flow"), "sample.grid"),
@@ -175,6 +177,11 @@ def mode_scale(scale, density):
         return f"a number in [-1, {MODE_SCALE:.4f}] for the density mode"
 
 
+def reached(start, steps):
+    if start > steps:
+        return f"at most config.train.steps = {steps} (0: no trace)"
+
+
 def interval(start, stop):
     if start > stop:
         return f"at most config.sample.cfg_stop = {stop}"
@@ -194,6 +201,7 @@ RELATIONS = (
     (divisible("optim.accumulate"), "data.batch_size", "optim.accumulate"),
     (dual_blocks, "model.dual_blocks", "model.depth"),
     (mode_scale, "flow.mode_scale", "flow.density"),
+    (reached, "profile.start", "train.steps"),
     (interval, "sample.cfg_start", "sample.cfg_stop"),
     (one_rest, "mesh"),
 )

@@ -17,6 +17,7 @@ from configs import base
 from sd3_jax import metrics
 from sd3_jax.errors import UserError
 from sd3_jax.report import page, sections, words
+from sd3_jax.training import goodput
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -40,6 +41,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         sections.scores(scores),
         sections.training(rows),
         sections.validation(rows),
+        sections.goodput(goodput.table(rows)),
         sections.samples_over_training(workdir, rows),
         sections.settings(settings, default, facts),
         page.element("footer", f"{workdir} · written {words.date(datetime.now(UTC))}"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -19,9 +20,11 @@ from sd3_jax import pictures, sharding
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble
 from sd3_jax.jobs.paint import Painter
-from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, write_whole
+from sd3_jax.jobs.trace import Trace
+from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
 from sd3_jax.training import optimizer
 from sd3_jax.training.checkpoint import Checkpoints
+from sd3_jax.training.goodput import Goodput
 from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
 
@@ -30,11 +33,12 @@ log = logging.getLogger(__name__)
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Leaves metrics.jsonl, samples/, checkpoints/ and config.json in workdir."""
+    goodput = Goodput(float(os.environ.pop("SD3_BEGAN", time.time())))  # see main
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        Training(config, workdir, mesh).run()
+        Training(config, workdir, mesh, goodput).run()
 
 
 class Program(NamedTuple):
@@ -82,8 +86,16 @@ def example(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
 class Training:
     """The loop and what it needs; all that must survive a crash is in the state."""
 
-    def __init__(self, config: ConfigDict, workdir: epath.Path, mesh: Mesh):
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: epath.Path,
+        mesh: Mesh,
+        goodput: Goodput | None = None,
+    ):
         self.config, self.workdir, self.mesh = config, workdir, mesh
+        self.goodput = goodput or Goodput()
+        self.settings = config.to_dict()
         self.batch_size = config.data.batch_size
         self.rows = sharding.local_rows(mesh, self.batch_size)
         self.key = jax.random.key(config.seed)
@@ -102,13 +114,19 @@ class Training:
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)
                 return
+            first = jax.process_index() == 0
+            if first:  # before Metrics drops the lines of what will be done again
+                self.goodput.go_on(read(self.workdir), start)
             with Metrics(
                 self.workdir,
                 total_steps=train.steps,
                 start_step=start,
                 process_index=jax.process_index(),
             ) as metrics:
+                metrics.write(start, "goodput", self.goodput.line())
                 self.loop(state, start, checkpoints, metrics)
+        if first:
+            print(self.goodput.words())
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
@@ -141,44 +159,70 @@ class Training:
             about["device_kind"],
         )
         if jax.process_index() == 0:
-            for name, value in ("config", self.config.to_dict()), ("run", about):
+            for name, value in ("config", self.settings), ("run", about):
                 text = json.dumps(value, indent=2)
                 write_whole(self.workdir / f"{name}.json", text.encode())
 
     def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
         """One step ahead of the device: step n is given before n - 1 is waited for."""
-        train, clock, since = self.config.train, Clock(), start
+        train, goodput, since = self.config.train, self.goodput, start
         examples = assemble.loader(self.config, self.rows, start=start)
-        config = self.config.to_dict()
-        compiled, values = self.compiled(state), None
-        clock.reset()
-        for step in range(start + 1, train.steps + 1):
-            last = step == train.steps
-            log_now, validate_now, sample_now = (
-                step % every == 0 or (last and every <= train.steps)
-                for every in (train.log_every, train.eval_every, train.sample_every)
-            )
-            with clock.wait():
-                batch = next(examples)
-            batch = sharding.put(batch, self.mesh, self.batch_size)
-            before = values
-            state, values = compiled(state, self.key, batch, {})
-            jax.block_until_ready(before)
-            if log_now:
-                jax.block_until_ready(values)
-                self.log(metrics, clock, step, step - since, values)
-                since = step
-            if validate_now:
-                metrics.write(step, "val", self.validation(state.ema))
-            if sample_now and train.prompts:
-                self.sample(metrics, step, state)
-            checkpoints.save(step, state, {"next_step": step}, config, force=last)
-            if checkpoints.reached_preemption(step):
-                log.info("told to stop: step %d is saved", step)
-                break
-            if validate_now or sample_now:
-                clock.reset()
-                since = step
+        with goodput.spend("compile"):
+            compiled, values = self.compiled(state), None
+        goodput.turn("productive")
+        clock = Clock()
+        with self.trace(start) as trace:
+            for step in range(start + 1, train.steps + 1):
+                last = step == train.steps
+                log_now, validate_now, sample_now = (
+                    step % every == 0 or (last and every <= train.steps)
+                    for every in (train.log_every, train.eval_every, train.sample_every)
+                )
+                pause = validate_now or sample_now or trace.ends(step)
+                trace.begin(step, values)
+                with jax.profiler.StepTraceAnnotation("train", step_num=step):
+                    with goodput.spend("data_wait"), clock.wait():
+                        batch = next(examples)
+                    batch = sharding.put(batch, self.mesh, self.batch_size)
+                    before = values
+                    state, values = compiled(state, self.key, batch, {})
+                    jax.block_until_ready(before)
+                if log_now or pause:
+                    jax.block_until_ready(values)
+                if log_now:
+                    self.log(metrics, clock, step, step - since, values)
+                    since = step
+                with goodput.spend("evaluation"):
+                    if trace.ends(step):
+                        trace.stop()
+                    if validate_now:
+                        metrics.write(step, "val", self.validation(state.ema))
+                    if sample_now and train.prompts:
+                        self.sample(metrics, step, state)
+                with goodput.spend("checkpoint"):
+                    saved, stop = self.save(step, state, checkpoints)
+                if saved or validate_now or last or stop:
+                    metrics.write(step, "goodput", goodput.line(finished=last))
+                if stop:
+                    log.info("told to stop: step %d is saved", step)
+                    break
+                if pause:
+                    clock.reset()
+                    since = step
+
+    def trace(self, start: int) -> Trace:
+        folder, total = self.workdir / "profile", self.config.train.steps
+        return Trace(folder, **self.config.profile, done=start, total=total)
+
+    def save(self, step: int, state, checkpoints: Checkpoints) -> tuple[bool, bool]:
+        """Whether it saved, and whether the run is to stop: all is on disk then."""
+        last = step == self.config.train.steps
+        data = {"next_step": step}
+        saved = checkpoints.save(step, state, data, self.settings, force=last)
+        stop = checkpoints.reached_preemption(step)
+        if last or stop:
+            checkpoints.wait()
+        return saved, stop
 
     def compiled(self, state: TrainState):
         """The step's program, ahead of time: no step's time has a compilation in it."""

@@ -140,6 +140,25 @@ def validation(rows: list[Row]) -> str:
     return page.section("Validation", page.panels(figures))
 
 
+def goodput(kinds: list[tuple[str, float, float]]) -> str:
+    """Where the time went: (kind, share, seconds) each, restarts included."""
+    title = "Where the time went"
+    if not kinds:
+        return page.section(title, page.note("No goodput was logged."))
+    head = {"kind": "", "0 to 1": "bar", "share": "number", "time": "number"}
+    table = [
+        [
+            name,
+            page.bar(share, 0.0, share),
+            " ".join(words.percent(share)),
+            " ".join(words.duration(seconds)),
+        ]
+        for name, share, seconds in kinds
+    ]
+    text = "Of the run's whole life. Lost is what a restart did again, or waited for."
+    return page.section(title, page.note(text), page.table(head, table))
+
+
 def samples_over_training(workdir: epath.Path, rows: list[Row]) -> str:
     """The grids drawn on the way, with their prompts."""
     title = "Samples over training"

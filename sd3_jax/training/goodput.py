@@ -30,7 +30,7 @@ class Goodput:
     - lost: from the save that a later life goes on from until that life's start. It is
       the steps that are done again, what was spent on them, and the time in which
       nothing ran; but not the time after the last step of all, if more are asked for.
-      A life that ended before its first line is lost to the last second.
+      A life that ended before its first line is lost whole, the first of all unseen.
 
     A life carries the sums in its lines; the next one reads them, see `go_on`.
     """

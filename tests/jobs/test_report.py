@@ -79,6 +79,9 @@ def make_run(workdir, *, steps=6_000):
                 sheet = pictures.grid(draw(np.exp(-step / 900)), captions=prompts)
                 pictures.save_png(sheet, workdir / path)
                 log.write(step, "samples", dict(path=path, prompts=prompts))
+                shares = dict(productive=0.75, compile=0.125, lost=0.125)
+                seconds = {f"{kind}_s": 640 * x for kind, x in shares.items()}
+                log.write(step, "goodput", shares | seconds)
             if step % 2_000 == 0:
                 row = dict(reader=0.98 - 0.4 * np.exp(-step / 1500))
                 log.write(step, "score", row)
@@ -173,6 +176,8 @@ def test_it_shows_scores_settings_prompts_and_what_was_not_finite(workdir, capsy
     assert "optim.warmup" in checker.text and "Not finite: 1 of 600" in checker.text
     assert checker.text.index(PROMPTS[0]) > 0
     assert page.count("<img") == 8 and page.count("<svg") == 7
+    for words in ("productive75 %8.0 min", "lost12.5 %1.3 min"):
+        assert words in checker.text
     out = capsys.readouterr().out
     assert str(workdir / "report.html") in out and "single digits" in out
 
@@ -190,7 +195,10 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "scores.json").write_text('{"scores": [{"score": nu')
     (tmp_path / "samples.png").write_bytes(b"no picture")
     _, checker = written(tmp_path)
-    for words in ("no samples.png", "no scores.json", "no config.json", "is not there"):
+    for words in (
+        *("no samples.png", "no scores.json", "no config.json", "is not there"),
+        "No goodput was logged",
+    ):
         assert words in checker.text
     assert "No finite value of “loss”" in checker.text
     assert "Not recorded: parameters" in checker.text

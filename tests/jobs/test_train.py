@@ -17,6 +17,7 @@ from sd3_jax import main, metrics, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.train import Training, example, program
+from sd3_jax.training.goodput import KINDS
 
 TINY = "--config=configs/quickstart.py:tiny"
 
@@ -24,6 +25,15 @@ TINY = "--config=configs/quickstart.py:tiny"
 def losses(workdir):
     rows = metrics.read(workdir)
     return [row["loss"] for row in rows if row["kind"] == "train"]
+
+
+def goodput(workdir):
+    """The last line, whose shares are all of the time."""
+    rows = metrics.read(workdir)
+    *_, line = (row for row in rows if row["kind"] == "goodput")
+    assert abs(sum(line[kind] for kind in KINDS) - 1) < 1e-6
+    seconds = sum(line[f"{kind}_s"] for kind in KINDS)
+    return line | {"seconds": seconds, "first": rows[0]["time"]}
 
 
 def five_steps(workdir, devices, **axes):
@@ -64,6 +74,7 @@ def test_two_processes_train_as_one(tmp_path, one_device):
             "-m", "sd3_jax.main", "train", TINY, f"--workdir={tmp_path}",
             "--config.train.steps=5", "--config.train.eval_every=100",
             "--config.train.sample_every=100", "--config.mesh.data=2",
+            "--config.profile.start=4",
         ],
         processes=2,
         devices=4,
@@ -71,6 +82,9 @@ def test_two_processes_train_as_one(tmp_path, one_device):
     )  # fmt: skip
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
     np.testing.assert_allclose(losses(tmp_path), one_device, rtol=1e-5)
+    traces = (tmp_path / "profile/plugins/profile/step_00000004").glob("*.xplane.pb")
+    assert sorted(path.name[:2] for path in traces) == ["0.", "1."]
+    assert [r.stdout.count("goodput") for r in results] == [1, 0]
 
 
 def train(workdir, **env):
@@ -90,6 +104,12 @@ def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
     resumed = train(killed)
     assert resumed.returncode == 0 and "goes on from step" in resumed.stderr
     assert losses(killed) == losses(whole)
+    unbroken, broken = goodput(whole), goodput(killed)
+    assert unbroken["lost"] == 0 < broken["lost"] and broken["restarts"] == 1
+    assert all(line["productive"] > 0 < line["compile"] for line in (unbroken, broken))
+    lived = broken["time"] - broken["first"]  # and the first life's start-up
+    assert lived < broken["seconds"] < lived + broken["start_up_s"]
+    assert resumed.stdout.startswith("goodput ") and "lost 0.0 %" not in resumed.stdout
     states = [
         ocp.load_checkpointables(str(w / "checkpoints" / "20"), {"state": None})[
             "state"
@@ -106,7 +126,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained")
     flags = ["--config.train.steps=4", "--config.train.eval_every=2"]
-    flags += ["--config.train.sample_every=2"]
+    flags += ["--config.train.sample_every=2", "--config.profile.start=3"]
     assert main.main(["train", TINY, f"--workdir={workdir}", *flags]) == 0
     return workdir
 
@@ -119,8 +139,17 @@ def test_training_leaves_what_the_report_reads(trained):
     assert [row["step"] for row in val] == [2, 4] and "loss_t0.0625" in val[0]
     sheets = [row["path"] for row in rows if row["kind"] == "samples"]
     assert sheets and all((trained / path).is_file() for path in sheets)
+    line = goodput(trained)
+    assert line["step"] == 4 and line["finished"] and line["evaluation"] > 0
     assert main.main(["report", TINY, f"--workdir={trained}"]) == 0
     assert (trained / "report.html").stat().st_size > 10_000
+    assert "start-up" in (trained / "report.html").read_text()
+
+
+def test_training_leaves_a_trace_of_steps_with_names(trained):
+    (path,) = (trained / "profile").glob("plugins/profile/step_00000003/*.xplane.pb")
+    trace = path.read_bytes()
+    assert all(name in trace for name in (b"train", b"step_num", b"last_block"))
 
 
 def test_a_finished_run_has_nothing_to_do(trained):
