@@ -1,11 +1,9 @@
 """Splash attention, the TPU's fused kernel: no buffer of heads x queries x keys."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
@@ -13,8 +11,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_mask as masks,
 )
-from jax.sharding import PartitionSpec
 
+from sd3_jax.models import shards
 from sd3_jax.models.layers import platform
 
 LANES = 128
@@ -36,36 +34,14 @@ def splash(
     padded to whole blocks of at most `most`; keys of padding are masked, its queries
     cut off.
     """
-    spec, parts = sharded(q.shape)
+    spec, parts, _ = shards.attending(q.shape)
     most = most or largest(q)
     n, m = q.shape[1], k.shape[1]
     rows, columns = block(-(-n // parts), most), block(m, most)
     local = functools.partial(attend, rows=rows, columns=columns, keys=m)
-    if spec is not None:
-        whole = PartitionSpec(spec[0], None, spec[2])
-        # The kernel does not say over which axes what it returns varies.
-        local = jax.shard_map(
-            local, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False
-        )
     q = pad(q * scale, rows * parts)  # splash does not scale
-    return local(q, pad(k, columns), pad(v, columns))[:, :n]
-
-
-def sharded(shape) -> tuple[PartitionSpec | None, int]:
-    """Mesh axes of rows, queries and heads where these divide, and shards of queries.
-
-    Queries are padded, and thus always divide.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return None, 1
-    axes = nn.logical_to_mesh_axes(("batch", "tokens", "heads"))
-    names = [(a,) if isinstance(a, str) else a or () for a in axes]
-    rows, parts, heads = (math.prod(mesh.shape[a] for a in name) for name in names)
-    batch = axes[0] if shape[0] % rows == 0 else None
-    return PartitionSpec(
-        batch, axes[1], axes[2] if shape[2] % heads == 0 else None
-    ), parts
+    out = shards.on_each(local, spec)(q, pad(k, columns), pad(v, columns))
+    return out[:, :n]
 
 
 def largest(q: Array) -> int:

@@ -115,6 +115,30 @@ def test_padding_of_the_published_lengths(most):
     assert block(410, most) == 512 and block(4250, most) == 896
 
 
+@pytest.mark.parametrize("dtype", NEAR)
+def test_long_sequences_are_attended_to_by_blocks(key, monkeypatch, dtype):
+    given = draw(key, 150, 200, dtype)
+    wanted = both(kernel("xla"), *given)
+    whole = 4 * 2 * 2 * 150 * 200
+    monkeypatch.setattr(kernels, "LIMIT", whole // 7 + 1)  # blocks of 22, and 4 over
+    blocks = jax.jit(lambda *given: both.__wrapped__(kernel("xla"), *given))
+    close(blocks(*given), wanted, dtype)
+    sizes = dict(data=1, fsdp=2, context=2, tensor=2)
+    with (
+        jax.set_mesh(sharding.make_mesh(**sizes)),
+        nn.logical_axis_rules(sharding.RULES),
+    ):
+        close(blocks(*given), wanted, dtype)
+
+
+def test_the_logits_of_long_sequences_are_never_whole(key, monkeypatch):
+    q, k, v, g = draw(key, 4096, 4096, b=1, a=1)
+    monkeypatch.setattr(kernels, "LIMIT", 2**20)
+    run = jax.jit(lambda *given: both.__wrapped__(kernel("xla"), *given))
+    memory = run.lower(q, k, v, g).compile().memory_analysis()
+    assert memory.temp_size_in_bytes < 2**24 < 4 * 4096**2
+
+
 # A mesh
 
 MESHES = [

@@ -1,0 +1,54 @@
+"""The current mesh as the models see it, and attention on each of its shards."""
+
+import math
+from collections.abc import Callable
+
+import jax
+from flax import linen as nn
+from jax.sharding import PartitionSpec
+
+
+def parts(*names: str | None) -> list[int]:
+    """Into how many parts the mesh cuts an array of these logical axes."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return [1] * len(names)
+    return [_product(mesh, axes) for axes in _axes(*names)]
+
+
+def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
+    """Mesh axes of rows, queries and heads (b, n, a, k), and how many parts these make:
+    of the queries, and of rows and heads together.
+
+    Queries take every axis by which rows and heads do not divide: they are padded, and
+    thus always do.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None, 1, 1
+    rows, heads = _axes("batch", "heads")
+    rows = rows if shape[0] % _product(mesh, rows) == 0 else ()
+    heads = heads if shape[2] % _product(mesh, heads) == 0 else ()
+    rest = tuple(axis for axis in mesh.axis_names if axis not in rows + heads)
+    others = _product(mesh, rows + heads)
+    return PartitionSpec(rows, rest, heads), mesh.size // others, others
+
+
+def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
+    """attend(q, k, v) on every shard by itself, with all keys of its rows and heads."""
+    if spec is None:
+        return attend
+    whole = PartitionSpec(spec[0], None, spec[2])
+    # A Pallas kernel does not say over which axes what it returns varies.
+    return jax.shard_map(
+        attend, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False
+    )
+
+
+def _axes(*names: str | None) -> list[tuple[str, ...]]:
+    found = nn.logical_to_mesh_axes(names)
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in found]
+
+
+def _product(mesh, axes: tuple[str, ...]) -> int:
+    return math.prod(mesh.shape[axis] for axis in axes)
