@@ -17,6 +17,8 @@ BATCH = ("data", "fsdp")
 RULES = (
     ("batch", BATCH),
     ("tokens", "context"),
+    ("height", AXES),  # where the rows of a batch do not take theirs
+    ("height", ("context", "tensor")),
     ("embed", "fsdp"),
     ("vocab", None),
     ("heads", "tensor"),

@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from sd3_jax.models import shards
 from sd3_jax.models.attention import attention
 from sd3_jax.models.layers import (
     Dense,
@@ -97,7 +98,7 @@ class MMDiT(nn.Module):
             patchify(xt, self.patch)
         )
         x = x + position_table(self, h // self.patch, w // self.patch).astype(x.dtype)
-        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        x = cut(x)
         text = Dense(
             self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
         )(context)
@@ -210,13 +211,15 @@ class Block(nn.Module):
         made = [self.stream(i) for i in range(len(streams))]
         opened = [stream.open(x, c) for stream, x in zip(made, streams)]
         going = [i for i, stream in enumerate(made) if not stream.pre_only]
-        q = jnp.concatenate([opened[i].q for i in going], axis=1)
-        k = jnp.concatenate([o.k for o in opened], axis=1)  # (b, n + l, heads, d/heads)
-        v = jnp.concatenate([o.v for o in opened], axis=1)
-        q = nn.with_logical_constraint(q, ("batch", "tokens", "heads", None))
-        joint = attention(q, k, v, kernel=self.attention)
-        ends = np.cumsum([streams[i].shape[1] for i in going])
-        parts = jnp.split(joint, ends[:-1], axis=1)
+        k = jnp.concatenate([whole(o.k) for o in opened], axis=1)
+        v = jnp.concatenate([whole(o.v) for o in opened], axis=1)  # (b, n+l, heads, k)
+        queries = [opened[i].q for i in going]
+        if shards.parts("tokens") == [1]:
+            joint = attention(jnp.concatenate(queries, 1), k, v, kernel=self.attention)
+            ends = np.cumsum([q.shape[1] for q in queries])
+            parts = jnp.split(joint, ends[:-1], axis=1)
+        else:  # joined, they would all change devices, by two all-to-alls a block
+            parts = [attention(q, k, v, kernel=self.attention) for q in queries]
         return tuple(
             made[i].close(streams[i], part, opened[i]) for i, part in zip(going, parts)
         )
@@ -233,6 +236,16 @@ class Block(nn.Module):
             attention=self.attention,
             name=("image", "text", "text2")[i],
         )
+
+
+def cut(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Tokens over the mesh's context axis."""
+    return nn.with_logical_constraint(x, ("batch", "tokens", None))
+
+
+def whole(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+    """Keys or values, of which every query wants all."""
+    return nn.with_logical_constraint(x, ("batch", None, "heads", None))
 
 
 class Opened(NamedTuple):
@@ -282,18 +295,18 @@ class Stream(nn.Module):
         dual = None
         if self.dual:  # among the image tokens alone, from the same normed x
             shift, scale, gate = modulation[6:]
-            own = self.attn2.qkv(modulate(normed, shift, scale))
-            own = attention(*own, kernel=self.attention)
+            q2, k2, v2 = self.attn2.qkv(modulate(normed, shift, scale))
+            own = attention(q2, whole(k2), whole(v2), kernel=self.attention)
             dual = gate[:, None] * self.attn2.project(own)
         return Opened(q, k, v, modulation, dual)
 
     def close(self, x: Array, joint: Array, opened: Opened) -> Array:
         gate_attn, shift, scale, gate_mlp = opened.modulation[2:6]
-        x = x + gate_attn[:, None] * self.attn.project(joint)
+        x = cut(x + gate_attn[:, None] * self.attn.project(joint))
         if opened.dual is not None:
             x = x + opened.dual
         h = self.mlp(modulate(layer_norm(x), shift, scale))
-        return x + gate_mlp[:, None] * checkpoint_name(h, "fed")
+        return cut(x + gate_mlp[:, None] * checkpoint_name(h, "fed"))
 
 
 class Modulation(nn.Module):
@@ -338,6 +351,8 @@ class Projections(nn.Module):
 
     def qkv(self, x: Float[Array, "b n d"]) -> Sequence[Float[Array, "b n a k"]]:
         qkv = checkpoint_name(self.to_qkv(x), "qkv")
+        axes = ("batch", "tokens", None, "heads", None)
+        qkv = nn.with_logical_constraint(qkv, axes)
         q, k, v = jnp.unstack(qkv, axis=-3)
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 

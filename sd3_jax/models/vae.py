@@ -9,6 +9,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Key
 
+from sd3_jax.models import shards
 from sd3_jax.models.attention import attention
 from sd3_jax.models.layers import Dense, zeros
 
@@ -85,7 +86,7 @@ class Encoder(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b H W 3"]) -> Float[Array, "b h w k"]:
         conv = lambda out, name, **kw: Conv(out, dtype=self.dtype, name=name, **kw)
-        h = conv(self.channels[0], "conv_in")(x)
+        h = conv(self.channels[0], "conv_in")(spread(x))
         for i, out in enumerate(self.channels):
             for j in range(self.layers):
                 name = f"down_{i}_resnet_{j}"
@@ -109,7 +110,7 @@ class Decoder(nn.Module):
     @nn.compact
     def __call__(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
         conv = lambda out, name: Conv(out, dtype=self.dtype, name=name)
-        h = conv(self.channels[-1], "conv_in")(z)
+        h = conv(self.channels[-1], "conv_in")(spread(z))
         h = Middle(self.groups, self.mid_attention, self.dtype, name="mid")(h)
         for i, out in enumerate(reversed(self.channels)):
             for j in range(self.layers):
@@ -164,6 +165,7 @@ class SelfAttention(nn.Module):
         axes = (None, None, "embed")  # one head, as wide as the channels
         dense = lambda name: Dense((1, c), axes, dtype=self.dtype, name=name)
         q, k, v = (dense(name)(h) for name in ("to_q", "to_k", "to_v"))
+        q, k, v = spread(q), spread(k, height=None), spread(v, height=None)
         h = attention(q, k, v).reshape(b, height, width, c)
         return x + Dense(c, ("embed", None), dtype=self.dtype, name="to_out")(h)
 
@@ -192,7 +194,20 @@ class Conv(nn.Module):
             "SAME" if self.stride == 1 else "VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return y + bias.astype(self.dtype)
+        return spread(y + bias.astype(self.dtype))
+
+
+def spread(x: Float[Array, "b h *_"], *, height: str | None = "height") -> Array:
+    """Height over the mesh's axes that the batch leaves, so that memory is shared.
+
+    It leaves all where its rows do not divide, such as a single large picture's. The
+    convolutions then exchange the lines at the borders of the shards.
+    """
+    rows = "batch" if len(x) % shards.parts("batch")[0] == 0 else None
+    axes = (rows, height, *[None] * (x.ndim - 2))
+    if x.shape[1] % shards.parts(*axes)[1]:
+        return x
+    return nn.with_logical_constraint(x, axes)
 
 
 class GroupNorm(nn.Module):
