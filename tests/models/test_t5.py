@@ -4,8 +4,11 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
+from sd3_jax import sharding
 from sd3_jax.models.t5 import ByteTower, T5Stack, relative_buckets, words
+from sd3_jax.weights import components
 
 
 def ids(*captions, length=40):
@@ -51,3 +54,20 @@ def test_the_tower_tells_captions_apart_by_order(key):
     chex.assert_shape([context, pooled], [(3, 8, 24), (3, 20)])
     assert not np.allclose(context[0, 1:3], context[1, 5:7], atol=1e-3)
     chex.assert_trees_all_equal(context[:, 7], jnp.zeros((3, 24)))  # no eighth word
+
+
+XXL = dict(
+    vocab_size=32_128, num_layers=24, d_model=4096, num_heads=64, d_kv=64, d_ff=10_240
+)
+
+
+@pytest.mark.parametrize("sizes", [dict(fsdp=4), dict(fsdp=2, tensor=2)], ids=str)
+def test_no_large_weight_of_t5_xxl_is_on_every_device(sizes):
+    component = components.COMPONENTS["t5"]
+    config = XXL | {"feed_forward_proj": "gated-gelu"}
+    mesh = sharding.make_mesh(**sizes, devices=jax.devices()[:4])
+    module = component.build(config, jnp.bfloat16)
+    shapes = components.abstract(component, module, config, mesh, jnp.bfloat16)
+    for path, x in jax.tree_util.tree_leaves_with_path(shapes):
+        whole = x.sharding.shard_shape(x.shape) == x.shape
+        assert x.size < sharding.LARGE or not whole, path
