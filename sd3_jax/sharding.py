@@ -7,6 +7,7 @@ import jax
 import numpy as np
 from flax import linen as nn
 from jax._src import distributed
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sd3_jax import tree
@@ -32,7 +33,7 @@ log = logging.getLogger(__name__)
 def make_mesh(
     data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, *, devices=None
 ) -> Mesh:
-    """A mesh over all devices; -1 for one axis takes what the others leave."""
+    """A mesh over all devices, of all slices; -1 takes what the other axes leave."""
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, context, tensor]
     if -1 in sizes:
@@ -48,9 +49,32 @@ def make_mesh(
             f"config.mesh = {_spell(sizes)} makes {math.prod(sizes)} devices, there are"
             f" {len(devices)}; set one axis to -1 to take what the others leave"
         )
-    # Explicit is make_mesh's default and refuses what the partitioner is to solve.
-    types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=types, devices=devices)
+    # Explicit refuses what the partitioner is to solve.
+    return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def arrange(sizes: list[int], devices) -> np.ndarray:
+    """Neighbours along every axis but data, which alone crosses from slice to slice.
+
+    An axis may take a part of one of the torus's: 128 of 16 x 16.
+    """
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if slices == 1:
+        return mesh_utils.create_device_mesh(
+            sizes, devices, allow_split_physical_axes=True
+        )
+    data, *rest = sizes
+    if data % slices:
+        raise UserError(
+            f"config.mesh.data = {data}: it alone crosses from slice to slice, and"
+            f" there are {slices}; wanted a multiple of {slices}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (data // slices, *rest),
+        (slices, *(1 for _ in rest)),
+        devices,
+        allow_split_physical_axes=True,
+    )
 
 
 def _spell(sizes):

@@ -10,7 +10,7 @@ from jaxtyping import Float
 
 from sd3_jax.models import shards
 from sd3_jax.models import splash as tpu
-from sd3_jax.models.layers import platform
+from sd3_jax.models.shards import platform
 
 LIMIT = 2**28  # bytes of float32 logits that "xla" makes at once; more are no faster
 

@@ -1,6 +1,5 @@
 """The layers every denoiser and text tower is made of; weights carry logical axes."""
 
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,6 +11,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
+
+from sd3_jax.models.linear import linear
 
 zeros = nn.initializers.zeros
 xavier = nn.initializers.xavier_uniform()
@@ -45,67 +46,13 @@ class Dense(nn.Module):
 
         kernel_init = nn.with_logical_partitioning(kernel_init, tuple(self.axes))
         kernel = self.param("kernel", kernel_init, (*shape, *out))
-        kernel = sharded_gradient(kernel.astype(self.dtype), tuple(self.axes))
-        y = contract(x.astype(self.dtype), kernel, inputs)
+        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
+        y = linear(x, kernel, tuple(self.axes), inputs)
         if self.bias:
             bias_init = nn.with_logical_partitioning(zeros, tuple(self.axes[inputs:]))
             bias = self.param("bias", bias_init, tuple(out))
             y = y + bias.astype(self.dtype)
         return y
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def sharded_gradient(x: Array, axes: tuple[str | None, ...]) -> Array:
-    """x, whose gradient is sharded by its logical axes where it is made.
-
-    In the loop over layers XLA would else sum some gradients whole, by all-reduce, and
-    cut them only when the loop is done.
-    """
-    return x
-
-
-sharded_gradient.defvjp(
-    lambda x, axes: (x, None),
-    lambda axes, _, g: (nn.with_logical_constraint(g, axes),),
-)
-
-
-@jax.custom_vjp
-def gathered_gradient(x: Array) -> Array:
-    """x, whose gradient every device has whole.
-
-    For a linear map of few rows (adaLN's, one a picture): with all of them a device
-    makes its shard of the weights' gradient by itself, and the rows are smaller.
-    """
-    return x
-
-
-gathered_gradient.defvjp(
-    lambda x: (x, None),
-    lambda _, g: (nn.with_logical_constraint(g, (None,) * g.ndim),),
-)
-
-
-def contract(x: Array, kernel: Array, inputs: int) -> Array:
-    """Contract the last `inputs` axes of x with the first of the kernel.
-
-    XLA's CPU backend is 1.3 to 1.9 times slower at the backward of (b, n, d) @ (d, e)
-    than at that of one flat matrix product. Elsewhere, and over a mesh, the axes stay
-    apart: merging them would cost a sharded program its shardings.
-    """
-    mesh = jax.sharding.get_abstract_mesh()
-    if platform() == "cpu" and (mesh.empty or mesh.size == 1):
-        rows = math.prod(kernel.shape[:inputs])
-        y = x.reshape(-1, rows) @ kernel.reshape(rows, -1)
-        return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
-    axes = tuple(range(x.ndim - inputs, x.ndim)), tuple(range(inputs))
-    return jax.lax.dot_general(x, kernel, (axes, ((), ())))
-
-
-def platform() -> str:
-    """What the program being traced is for: the mesh's platform, else the default."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
 
 
 class RmsNorm(nn.Module):

@@ -16,6 +16,17 @@ def parts(*names: str | None) -> list[int]:
     return [_product(mesh, axes) for axes in _axes(*names)]
 
 
+def mesh_axes(name: str) -> tuple[str, ...]:
+    """Of a logical one."""
+    return _axes(name)[0]
+
+
+def platform() -> str:
+    """What the program being traced is for: the mesh's platform, else the default."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
     """Mesh axes of rows, queries and heads (b, n, a, k), and how many parts these make:
     of the queries, and of rows and heads together.

@@ -13,7 +13,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 )
 
 from sd3_jax.models import shards
-from sd3_jax.models.layers import platform
+from sd3_jax.models.shards import platform
 
 LANES = 128
 MOST = {  # the largest block that compiles, forward and backward, for heads of 64
