@@ -1,12 +1,13 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
 # make test: what CI runs
+# make plan: the large recipes compiled for TPU slices, without a TPU; half an hour
 
 PYTHON ?= python3
 VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits test lint clean
+.PHONY: quickstart digits plan test lint clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -18,6 +19,9 @@ digits: $(VENV)/installed
 	$(SD3) train --config=configs/digits.py --workdir=runs/digits
 	$(SD3) evaluate --config=configs/digits.py --workdir=runs/digits
 	$(SD3) report --config=configs/digits.py --workdir=runs/digits
+
+plan: $(VENV)/installed-test
+	$(VENV)/bin/python benchmarks/plan.py
 
 test: $(VENV)/installed-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile

@@ -116,8 +116,12 @@ def get_config() -> ConfigDict:
         dtype="",  # float32, float16 or bfloat16; "": every tensor as it was
     )
     c.plan = dict(
-        slices=("v5e-256",),  # v5p-128, v6e-256, tpu7x-128, …
-        per_chip=0,  # images; 0: as data.batch_size says
+        slices=("v5e-256",),  # v5p-128, v6e-256, tpu7x-128, …; 2xv5e-256 are two
+        job="train",  # or sample: text encoders, denoising, decoding
+        per_chip=0,  # images; 0: as data.batch_size or sample.batch_size says
+        search=False,  # over mesh, images a chip and remat, of the recipe's batch
+        tries=4,  # programs that a search compiles for a slice, at most
+        flags="launch/flags",  # the compiler's, by generation; "": its defaults
         hlo=False,  # keep the compiled programs' text
     )
     c.compare = dict(
@@ -142,6 +146,7 @@ def pretraining(c: ConfigDict, variant: str) -> ConfigDict:
     """What the paper's sizes share: rate, batch, and a variant's pixels a side."""
     c.optim.update(lr=1e-4, warmup=1_000)
     c.data.batch_size = 4096
+    c.model.remat = "attention"  # what benchmarks/plan.md has room for
     if variant == "tiny":
         shrink(c)
     elif variant:

@@ -17,4 +17,6 @@ def get_config(variant: str = ""):
     c = base.get_config()
     c.model.update(depth=38, qk_norm=True, dual_blocks=0, pos_size=192)
     c.optim.eps = 1e-15
+    if variant != "tiny":
+        c.mesh.data = 4  # 2432 is 2^7 x 19; in groups of 64 gradients are scattered
     return base.pretraining(c, variant)

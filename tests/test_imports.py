@@ -17,6 +17,7 @@ MAY = {
     "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
     "report": ["errors", "metrics", "pictures"],
     "parity": ["pipelines", "models", "diffusion", "data", "weights", *BELOW],
+    "plan": ["models", *BELOW],
     "jobs": None,  # anything
 }
 

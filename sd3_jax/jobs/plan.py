@@ -1,41 +1,32 @@
-"""What a run would be on TPU slices that are not there: its own step, compiled by the
-TPU's own compiler for each."""
+"""What a run would be on TPU slices that are not there: its own programs, compiled by
+the TPU's own compiler for each."""
 
 import json
 import logging
 import math
-import os
-import re
-import time
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from etils import epath
 from flax import linen as nn
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sd3_jax import sharding
-from sd3_jax.errors import UserError
-from sd3_jax.jobs import train
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.jobs import plan_sampling, train
 from sd3_jax.metrics import write_whole
 from sd3_jax.models import splash
-from sd3_jax.plan import bounds, hlo, slices
+from sd3_jax.plan import aot, bounds, chart, hlo, search, slices
 from sd3_jax.plan.slices import Slice
 
 log = logging.getLogger(__name__)
-ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
-    "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_STDERR_LOG_LEVEL": "4",
-    "TPU_MIN_LOG_LEVEL": "4",
-}
-AGAIN = {"attention": 1 / 3, "offload": 1 / 3, "full": 1.0}  # fc1 is 4 of 12 d^2
 COLUMNS = {
     "slice": "slice",
+    "program": "program",
+    "spelt": "mesh",
+    "remat": "remat",
     "batch": "batch/chip",
     "arguments": "args GB",
     "temporaries": "temp GB",
@@ -43,148 +34,235 @@ COLUMNS = {
     "capacity": "of GB",
     "tflop": "TFLOP/chip",
     "compute": "compute ms",
+    "memory": "HBM ms",
     "links": "links ms",
     "mfu": "bound MFU",
     "rate": "images/s/chip",
     "binds": "binds",
 }
+FLOORS = ("compute", "memory", "links")
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Prints a row a slice; writes workdir/plan.json, and plan-SLICE.hlo if asked."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    jax.config.update("jax_platforms", "cpu")
+    """Prints a row a slice and program; leaves plan.json, plan.png, and the programs'
+    text if asked, in workdir."""
+    aot.prepare()
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    found = [slices.find(name) for name in config.plan.slices]
-    rows = [plan(config, each, workdir) for each in found]
-    write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
-    print(*table(rows), workdir / "plan.json", sep="\n")
+    if config.plan.job not in JOBS:
+        raise UserError(
+            f'config.plan.job = "{config.plan.job}"{nearest(config.plan.job, JOBS)}'
+        )
+    rows = []
+    for each in [slices.find(name) for name in config.plan.slices]:
+        for row in JOBS[config.plan.job](config, each, workdir):
+            rows.append(row)
+            write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
+    write_whole(workdir / "plan.png", chart.draw(rows))
+    print(*table(rows), *map(told, rows), sep="\n")
+    print(workdir / "plan.json", workdir / "plan.png", sep="\n")
     return 0
 
 
-def plan(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str, Any]:
-    """A slice's row: what the compiled step needs, and what bounds it."""
-    devices = topology(each)
-    mesh = sharding.make_mesh(**config.mesh, devices=devices)
+def training(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
+    """One row: of the config as it is, or of the best that `search` finds."""
+    if not config.plan.search:
+        return [train_row(config, each, workdir)]
+    batch = config.data.batch_size
+    if batch % each.chips:
+        raise UserError(
+            f"config.data.batch_size = {batch}: wanted a multiple of the {each.chips}"
+            f" chips of {each.name}"
+        )
+    made = sized(config, each)
+    rows: list[dict] = []
+    for candidate, estimate in search.ordered(batch=batch, **made):
+        best = max((row.get("mfu", 0.0) for row in rows), default=0.0)
+        if len(rows) == config.plan.tries or estimate.mfu <= best:
+            break
+        keys = candidate.keys(batch, each.chips)
+        changed = config.copy_and_resolve_references()
+        changed.update_from_flattened_dict(keys)
+        changed.plan.per_chip = 0
+        row = train_row(changed, each, workdir)
+        recipe = " ".join(f"--config.{k}={v}" for k, v in keys.items())
+        rows.append(row | {"batch": candidate.per_chip, "recipe": recipe})
+        log.info("%s: %s: %s", each.name, recipe, row.get("mfu", row.get("needs")))
+    return sorted(rows, key=lambda row: -row.get("mfu", 0.0))[:1]
+
+
+def sized(config: ConfigDict, each: Slice) -> dict:
+    """What a search knows without compiling anything."""
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        made = train.program(config, mesh)
+    params = parameters(made.abstract.params)
+    model, work = work_of(config, made.parts, each)
+    return dict(
+        model=model, each=each, params=params, work=work, total=made.parts.flops
+    )
+
+
+def work_of(config: ConfigDict, parts, each: Slice):
+    model = parts.denoiser
+    h, w, _ = parts.shape
+    tokens, words = h * w // model.patch**2, config.text.length
+    size = splash.block(tokens + words, splash.MOST[each.generation.kind])
+    padded = -(-(tokens + words) // size) * size
+    return model, bounds.work(
+        model, tokens=tokens, text=words, padded=padded, total=parts.flops
+    )
+
+
+def parameters(tree) -> int:
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str, Any]:
+    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(each))
     config = config.copy_and_resolve_references()
     if config.plan.per_chip:
         config.data.batch_size = config.plan.per_chip * each.chips
-    row = {
-        "slice": each.name,
-        "mesh": dict(mesh.shape),
-        "batch": config.data.batch_size / each.chips,
-        "capacity": each.generation.hbm / slices.GB,
-    }
+    accumulate = config.optim.accumulate
+    images = config.data.batch_size / each.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         made = train.program(config, mesh)
-        begin = time.perf_counter()
-        try:
-            compiled = lowered(config, made, mesh).compile()
-        except jax.errors.JaxRuntimeError as error:
-            return row | {"needs": too_large(error)}
-        row["seconds"] = round(time.perf_counter() - begin, 1)
-    log.info("%s compiled in %.0f s", each.name, row["seconds"])
-    text = compiled.as_text()
-    if config.plan.hlo:
-        write_whole(workdir / f"plan-{each.name}.hlo", text.encode())
-    return row | memory(compiled) | floors(config, made, each, mesh, text)
+        sharding.local_rows(mesh, config.data.batch_size)
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        placed = NamedSharding(mesh, PartitionSpec())
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
+        program = lambda: made.step.lower(
+            made.abstract, key, train.example(config, mesh), {}
+        )
+        model, work = work_of(config, made.parts, each)
+        again = search.AGAIN.get(model.remat, 0.0)
+        head = model.width // model.num_heads
+        compute = bounds.training(work, each.generation, head=head, again=again)
+        case = Case(
+            "train",
+            program,
+            {k: v * images for k, v in compute._asdict().items()},
+            3 * made.parts.flops * images,
+            images,
+        )
+        row = planned(config, each, mesh, case, workdir)
+    params = parameters(made.abstract.params)
+    # Every part of an accumulated batch gathers and scatters anew.
+    least = accumulate * bounds.least_wire(
+        params, mesh.shape["fsdp"], mesh.shape["data"]
+    )
+    row |= {"parameters": params, "remat": model.remat}
+    row["batch"] = config.data.batch_size / accumulate / each.chips
+    if "needs" not in row and least:
+        row["sent_over_least"] = sum(row["sent_bytes"].values()) / least
+    return row
 
 
-def topology(each: Slice):
+class Case(NamedTuple):
+    """A program and what it must do on a device."""
+
+    name: str
+    lower: Callable
+    seconds: dict[str, float] | None  # of compute, by what for; None: as XLA counts
+    flops: float  # of the model alone; 0: as XLA counts
+    images: float
+
+
+def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, Any]:
+    """A program's row: what it needs, and what bounds it."""
+    row = {
+        "slice": each.name,
+        "program": case.name,
+        "mesh": dict(mesh.shape),
+        "spelt": " ".join(f"{k} {n}" for k, n in mesh.shape.items() if n > 1),
+        "remat": "",
+        "batch": case.images * each.generation.devices,
+        "capacity": each.generation.hbm / slices.GB,
+    }
+    lowered = case.lower()
     try:
-        return topologies.get_topology_desc(
-            platform="tpu", topology_name=each.topology
-        ).devices
-    except Exception as error:
-        reason = str(error).splitlines()[0][:200]
-        raise UserError(
-            f"no TPU compiler for {each.topology} ({reason}); wanted pip install libtpu"
-        ) from None
-
-
-def lowered(config: ConfigDict, made: train.Program, mesh: Mesh):
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    placed = NamedSharding(mesh, PartitionSpec())
-    key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
-    return made.step.lower(made.abstract, key, train.example(config, mesh), {})
-
-
-def too_large(error: Exception) -> str:
-    """As the compiler tells it: "21.30G of 15.75G"."""
-    size = r"([\d.]+[KMGT])"
-    forms = rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size}"
-    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
-    if told is None:
-        raise error
-    return f"{told[1]} of {told[2]}"
-
-
-def memory(compiled) -> dict[str, float]:
-    """GB of a device."""
-    m = compiled.memory_analysis()
-    sizes = {
-        "arguments": m.argument_size_in_bytes,
-        "temporaries": m.temp_size_in_bytes,
-        "peak": m.argument_size_in_bytes
-        + m.temp_size_in_bytes
-        + m.output_size_in_bytes
-        - m.alias_size_in_bytes
-        + m.generated_code_size_in_bytes,
-    }
-    return {name: size / slices.GB for name, size in sizes.items()}
-
-
-def floors(config, made: train.Program, each: Slice, mesh: Mesh, text: str) -> dict:
-    """What a step takes at least, in ms, and which of it binds."""
-    model, chip = made.parts.denoiser, each.generation
-    h, w, _ = made.parts.shape
-    tokens, words = h * w // model.patch**2, config.text.length
-    total = made.parts.flops
-    both = tokens + words
-    size = splash.block(both, splash.MOST[chip.kind])
-    padded = -(-both // size) * size
-    work = bounds.work(model, tokens=tokens, text=words, padded=padded, total=total)
-    images = config.data.batch_size / each.devices
-    again = AGAIN.get(model.remat, 0.0)
-    head = model.width // model.num_heads
-    compute = bounds.compute(work, chip, head=head, again=again)
-    found = hlo.collectives(text, mesh.shape)
+        made = aot.compile(lowered, aot.flags(config.plan.flags, each))
+    except aot.TooLarge as error:
+        return row | {"needs": str(error)}
+    log.info("%s: %s compiled in %.0f s", each.name, case.name, made.seconds)
+    if config.plan.hlo:
+        name = f"plan-{each.name}-{case.name}.hlo"
+        write_whole(workdir / name, made.text.encode())
+    chip = each.generation
+    flops = case.flops or made.flops
+    seconds = case.seconds or {"linear": flops / chip.peak}
+    found = hlo.collectives(made.text, mesh.shape)
     sent = bounds.wire(found)
-    params = sum(math.prod(x.shape) for x in jax.tree.leaves(made.abstract.params))
-    copies = mesh.shape["data"]
-    least = bounds.least_wire(params, mesh.shape["fsdp"], copies)
-    times = {
-        "compute": 1e3 * images * compute.total,
-        "links": 1e3 * sum(sent.values()) / chip.link_rate,
+    outside = "data" if each.slices > 1 else None
+    links = {
+        axes: 1e3 * n / (chip.slice_rate if axes == outside else chip.link_rate)
+        for axes, n in sent.items()
     }
-    binds = max(times, key=times.get)
+    times = {
+        "compute": 1e3 * sum(seconds.values()),
+        "memory": 1e3 * hlo.traffic(made.text) / chip.hbm_rate,
+        "links": sum(links.values()),
+    }
+    binds = max(FLOORS, key=times.get)
     step = times[binds] / 1e3
-    return {
-        "parameters": params,
-        "tflop": 3 * total * images * chip.devices / 1e12,
-        **times,
-        "shares": {k: v * images * 1e3 for k, v in compute._asdict().items()},
+    gathered = [x for x in found if x.kind in ("all-gather", "collective-permute")]
+    beside = sum(x.total for x in gathered if x.asynchronous)
+    row |= made.memory | times
+    return row | {
+        "seconds": round(made.seconds, 1),
+        "tflop": flops * chip.devices / 1e12,
+        "shares": {k: 1e3 * v for k, v in seconds.items()},
         "sent_bytes": sent,
-        "sent_over_least": sum(sent.values()) / least if least else None,
-        "mfu": 3 * total * images / chip.peak / step,
-        "rate": images * chip.devices / step,
+        "links_by_axis": links,
+        "all_reduced": sum(x.total for x in found if x.kind == "all-reduce"),
+        "gathers_overlapped": beside / max(sum(x.total for x in gathered), 1),
+        "mfu": flops / chip.peak / step,
+        "rate": case.images * chip.devices / step,
         "binds": binds,
     }
+
+
+def sampled(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
+    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder."""
+    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(each))
+    per_chip = config.plan.per_chip
+    images = per_chip * each.chips if per_chip else config.sample.batch_size
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        return [
+            planned(config, each, mesh, Case(*case), workdir)
+            for case in plan_sampling.cases(config, each, mesh, images)
+        ]
+
+
+JOBS = {"train": training, "sample": sampled}
 
 
 def table(rows: list[dict]) -> list[str]:
     cells = [list(COLUMNS.values())]
     for row in rows:
         if "needs" in row:
-            told = f"does not fit: needs {row['needs']} HBM"
-            cells.append([row["slice"], f"{row['batch']:g}", told])
+            cells.append([shown(row[name]) for name in list(COLUMNS)[:5]])
+            cells[-1].append(f"does not fit: needs {row['needs']} HBM")
         else:
             cells.append([shown(row[name]) for name in COLUMNS])
-    columns = [[row[i] for row in cells if len(row) > 3] for i in range(len(COLUMNS))]
-    wide = [max(map(len, column)) for column in columns]
+    whole = [row for row in cells if len(row) == len(COLUMNS)]
+    wide = [
+        max(len(row[i]) for row in (cells if i < 5 else whole))
+        for i in range(len(COLUMNS))
+    ]
     return ["  ".join(f"{cell:>{n}}" for cell, n in zip(row, wide)) for row in cells]
+
+
+def told(row: dict) -> str:
+    """What a row's time is for, and the recipe's keys that a search found."""
+    name = f"{row['slice']} {row['program']}"
+    recipe = f"\n  {row['recipe']}" if "recipe" in row else ""
+    if "needs" in row:
+        return name + ": does not fit" + recipe
+    shares = [f"{k} {v / row['compute']:.0%}" for k, v in row["shares"].items() if v]
+    links = [f"{k} {v:.3g} ms" for k, v in row["links_by_axis"].items() if v > 0.005]
+    beside = f"gathers overlapped {row['gathers_overlapped']:.0%}"
+    return f"{name}: {', '.join([*shares, *links, beside])}{recipe}"
 
 
 def shown(value) -> str:

@@ -1,8 +1,8 @@
 """How fast a compiled program could be at most, by what each of its parts must do.
 
-Two floors: matrix products at the peak rate, and bytes between chips; the larger
-binds. Model FLOPs are analytic: 2 a multiply-add, three times the forward pass for
-training.
+Three floors: matrix products at the peak rate, bytes in and out of HBM, and bytes
+between chips; the largest binds. Model FLOPs are analytic: 2 a multiply-add, three
+times the forward pass for training.
 """
 
 from collections.abc import Sequence
@@ -20,15 +20,16 @@ class Work(NamedTuple):
     linear: float
     attention: float
     padded: float
+    tokens: int  # of image and text
 
 
 class Compute(NamedTuple):
-    """Seconds of one image's training step on one device, by what they are for."""
+    """Seconds of one image on one device, by what they are for."""
 
     linear: float
     recomputed: float  # linear maps run again in the backward pass
     attention: float  # as the model counts it, at full rate
-    kernel: float  # the backward kernel's own product of queries and keys
+    kernel: float  # the attention kernel's backward makes one product once more
     padding: float
     narrow: float  # heads narrower than the matrix unit
 
@@ -37,23 +38,33 @@ class Compute(NamedTuple):
         return sum(self)
 
 
-def compute(work: Work, chip: Generation, *, head: int, again: float) -> Compute:
-    """`again`: the share of the linear maps that remat runs a second time, and of the
-    attention's forward pass if it is 1.
+def training(work: Work, chip: Generation, *, head: int, again: float) -> Compute:
+    """Of a step. `again`: the share of the linear maps that remat runs a second time,
+    and of the attention's forward pass if it is 1.
 
     Attention is two products of equal size; its backward pass is four, and a fused
     kernel makes a fifth, the first one once more. Each has a side as wide as a head,
     which fills only that part of the matrix unit.
     """
-    linear = 3 * work.linear / chip.peak
-    recomputed = again * work.linear / chip.peak
-    one = work.attention / 2 / chip.peak
-    plain, fifth = 6 * one, 1 * one + (2 * one if again >= 1 else 0)
+    one = work.attention / 2
+    fifth = one + (2 * one if again >= 1 else 0)
+    return _compute(
+        work, chip, head, 3 * work.linear, again * work.linear, 6 * one, fifth
+    )
+
+
+def forward(work: Work, chip: Generation, *, head: int) -> Compute:
+    """Of one call of the model."""
+    return _compute(work, chip, head, work.linear, 0.0, work.attention, 0.0)
+
+
+def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute:
     stretch = work.padded / work.attention
     fill = min(1.0, head / chip.matrix)
-    padding = (plain + fifth) * (stretch - 1)
-    narrow = (plain + fifth) * stretch * (1 / fill - 1)
-    return Compute(linear, recomputed, plain, fifth, padding, narrow)
+    padding = (attention + kernel) * (stretch - 1)
+    narrow = (attention + kernel) * stretch * (1 / fill - 1)
+    parts = (linear, recomputed, attention, kernel, padding, narrow)
+    return Compute(*(flops / chip.peak for flops in parts))
 
 
 def wire(collectives: Sequence[Collective]) -> dict[str, float]:
@@ -78,4 +89,4 @@ def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> 
     joint = 4 * d * ((model.depth - 1) * both**2 + tokens * both)
     dual = model.dual_blocks * 4 * d * tokens**2
     longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
-    return Work(total - joint - dual, joint + dual, longer + dual)
+    return Work(total - joint - dual, joint + dual, longer + dual, both)

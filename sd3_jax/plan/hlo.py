@@ -21,7 +21,13 @@ SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {
     for kind in ("s", "u", "f")
     for bits in (2, 4, 8, 16, 32, 64)
 }
-CALLS = re.compile(r"\b(?:calls|body|to_apply)=%?([\w.\-]+)")
+VIEWS = {  # they move nothing, or what they move is counted where it happens
+    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
+    *("while", "conditional", "call", "partition-id", "opt-barrier", "domain"),
+    *("copy-done", "async-done", "async-update", "custom-call-done"),
+}
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+CALLS = re.compile(r"\b(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
 BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
@@ -52,6 +58,13 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
     """`mesh` are the axes' sizes, in the order of the devices."""
     found = computations(text)
     counts = executions(found)
+    started = {
+        name
+        for code in found.values()
+        for x in code
+        if x.opcode == "async-start"
+        for name in _within(x, found)
+    }
     seen: dict[str, Collective] = {}
     for name, instructions in found.items():
         for x in instructions:
@@ -62,12 +75,18 @@ def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
             if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
                 kind = "reduce-scatter"
             made = _collective(kind, x, mesh, counts[name], name)
+            if name in started:  # on a SparseCore
+                made = made._replace(asynchronous=True)
             channel = re.search(r"channel_id=(\d+)", x.rest)
-            key = channel[1] if channel else f"{name}/{x.name}"
+            told = channel and channel[1] != "1"  # all of shard_map's have this one
+            key = channel[1] if told else f"{name}/{x.name}"
             # One that runs beside several matrix products, some of them in loops of
             # their own, has an entry in each; it starts once.
-            if key not in seen or made.total < seen[key].total:
-                seen[key] = made
+            if key in seen:
+                least = min(made, seen[key], key=lambda x: x.total)
+                beside = made.asynchronous or seen[key].asynchronous
+                made = least._replace(asynchronous=beside)
+            seen[key] = made
     return list(seen.values())
 
 
@@ -100,9 +119,86 @@ def _instruction(line: str) -> Instruction:
     return Instruction(name.removeprefix("%"), kind, opcode, rest)
 
 
-def executions(found: Mapping[str, list[Instruction]]) -> Counter:
-    """How often a step runs each computation."""
-    calls = {name: list(_calls(found, code)) for name, code in found.items()}
+def traffic(text: str) -> float:
+    """Bytes that a step reads and writes in HBM: of every operation outside fusions its
+    operands and what it makes, and of slices only what is taken or put."""
+    found = computations(text)
+    counts = executions(found, fused=False)
+    return sum(
+        counts[name] * sum(_moved(code, found))
+        for name, code in found.items()
+        if counts[name]
+    )
+
+
+def _moved(code: list[Instruction], found) -> Iterator[float]:
+    made = {x.name: x.type for x in code}
+    for x in code:
+        if x.opcode in VIEWS or x.opcode.endswith("-done"):
+            continue
+        given = [made.get(name, "") for name in _operands(x)]
+        if x.opcode.endswith("-start"):  # of a copy or slice: (operand, result, …)
+            results = [_in_hbm(a) for a in ARRAY.findall(x.type)]
+            yield sum(results[1:2]) + min(sum(results[1:2]) or 0, _hbm(given))
+        elif x.opcode == "dynamic-slice":
+            yield 2 * _hbm([x.type])
+        elif x.opcode == "dynamic-update-slice":
+            yield 2 * _hbm(given[1:2])
+        elif x.opcode == "fusion":
+            inside = found.get(CALLS.findall(x.rest)[0], [])
+            yield _by_fusion(x, inside, given)
+        else:
+            yield _hbm([x.type]) + _hbm(given)
+
+
+def _by_fusion(x: Instruction, inside: list[Instruction], given: list[str]) -> float:
+    """A slice of an operand is all that is read of it, and one put in its place all
+    that is written."""
+    total, put = 0.0, 0.0
+    types = {y.name: y.type for y in inside}
+    users = defaultdict(list)
+    for y in inside:
+        for name in _operands(y):
+            users[name].append(y)
+    for y in inside:
+        if y.opcode == "parameter":
+            place = int(y.rest.partition(")")[0])
+            read = _hbm(given[place : place + 1])
+            reached = _through(users[y.name], users)
+            if reached and all(u.opcode == "dynamic-slice" for u in reached):
+                read = min(read, sum(_hbm([u.type], any_space=True) for u in reached))
+            elif any(u.opcode == "dynamic-update-slice" for u in reached):
+                updates = [_operands(u)[1] for u in reached if "update" in u.opcode]
+                size = _hbm([types.get(n, "") for n in updates], any_space=True)
+                read, put = 0.0, put + max(_hbm([x.type]) and read - size, 0.0)
+            total += read
+    return total + max(_hbm([x.type]) - put, 0.0)
+
+
+def _through(found: list[Instruction], users) -> list[Instruction]:
+    """Past bitcasts."""
+    return [
+        z
+        for y in found
+        for z in (_through(users[y.name], users) if y.opcode == "bitcast" else [y])
+    ]
+
+
+def _hbm(types: list[str], *, any_space: bool = False) -> float:
+    arrays = [a for t in types for a in ARRAY.findall(t)]
+    return sum(_bytes(*a[:2]) if any_space else _in_hbm(a) for a in arrays)
+
+
+def _in_hbm(array: tuple[str, str, str]) -> float:
+    kind, sides, layout = array
+    return 0.0 if re.search(r"S\([1-9]", layout) else _bytes(kind, sides)
+
+
+def executions(
+    found: Mapping[str, list[Instruction]], *, fused: bool = True
+) -> Counter:
+    """How often a step runs each computation, without `fused` those in memory only."""
+    calls = {name: list(_calls(found, code, fused)) for name, code in found.items()}
     counts: Counter = Counter({"": 1})
     order, done = [], set()
 
@@ -121,12 +217,14 @@ def executions(found: Mapping[str, list[Instruction]]) -> Counter:
     return counts
 
 
-def _calls(found, code) -> Iterator[tuple[str, int]]:
+def _calls(found, code, fused: bool) -> Iterator[tuple[str, int]]:
     for x in code:
         if x.opcode == "while":
             body = re.search(r"body=%?([\w.\-]+)", x.rest)[1]
             yield body, trips(x, found)
-        elif x.opcode in ("fusion", "call", "async-start", "custom-call"):
+        elif x.opcode == "call" or (
+            fused and x.opcode in ("fusion", "async-start", "custom-call")
+        ):
             for callee in CALLS.findall(x.rest):
                 if callee in found:
                     yield callee, 1
@@ -165,6 +263,14 @@ def trips(loop: Instruction, found: Mapping[str, list[Instruction]]) -> int:
     steps = _numbers(body)
     added = [] if moved is None or moved.opcode != "add" else _operands(moved)
     return math.ceil(bound / next((steps[n] for n in added if n in steps), 1))
+
+
+def _within(x: Instruction, found) -> Iterator[str]:
+    """The computations that an operation calls, and those which they call."""
+    for name in CALLS.findall(x.rest):
+        yield name
+        for inner in found.get(name, ()):
+            yield from _within(inner, found)
 
 
 def _numbers(code: list[Instruction]) -> dict[str, int]:

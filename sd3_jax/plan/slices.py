@@ -13,7 +13,8 @@ from sd3_jax.errors import UserError, nearest
 
 class Generation(NamedTuple):
     """Per JAX device: FLOP/s in bfloat16, bytes of HBM as the compiler counts them,
-    bytes/s of HBM and out of its links, and the width of the matrix unit."""
+    bytes/s of HBM, out of its links, and to other slices, and the width of the matrix
+    unit."""
 
     topology: str
     kind: str  # jax.Device.device_kind
@@ -25,6 +26,7 @@ class Generation(NamedTuple):
     named: int = 1  # what the slice's name counts for each chip
     devices: int = 1  # JAX devices a chip
     dims: int = 2
+    slice_rate: float = 6.25e9  # of a host's 200 Gb/s network its four chips' share
 
 
 GB = 2**30
@@ -73,9 +75,24 @@ SOLID = {
 
 class Slice(NamedTuple):
     name: str
+    kind: str  # the generation's name
     generation: Generation
-    chips: int
-    topology: str  # as libtpu names it
+    chips: int  # of all slices
+    shape: tuple[int, ...]  # chips along each axis of the torus
+    slices: int = 1
+
+    @property
+    def topology(self) -> str:
+        """As libtpu names it."""
+        return f"{self.generation.topology}:{'x'.join(map(str, self.shape))}"
+
+    @property
+    def wrap(self) -> tuple[bool, bool, bool]:
+        """Which axes close to a ring: of a solid all or none, of a flat one those of
+        16. Without them the compiler turns gathers into sums of whole weights."""
+        if len(self.shape) == 3:
+            return (all(n % 4 == 0 for n in self.shape),) * 3
+        return (*(n == 16 for n in self.shape), False)
 
     @property
     def devices(self) -> int:
@@ -83,17 +100,19 @@ class Slice(NamedTuple):
 
 
 def find(name: str) -> Slice:
-    """ "v5e-256", "v5p-128", "v6e-256" or "tpu7x-128"."""
-    told = re.fullmatch(r"([a-z0-9]+)-(\d+)", name)
-    if told is None or told[1] not in GENERATIONS:
+    """ "v5e-256", "v5p-128", "v6e-256" or "tpu7x-128"; "2xv5e-256" is two of them."""
+    told = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name)
+    if told is None or told[2] not in GENERATIONS or told[1] == "0":
         known = [f"{g}-128" for g in GENERATIONS]
         raise UserError(f'config.plan.slices: "{name}"{nearest(name, known)}')
-    made = GENERATIONS[told[1]]
+    made = GENERATIONS[told[2]]
     shapes = FLAT if made.dims == 2 else SOLID
-    chips, rest = divmod(int(told[2]), made.named)
+    chips, rest = divmod(int(told[3]), made.named)
     if rest or chips not in shapes:
-        sizes = [f"{told[1]}-{n * made.named}" for n in shapes]
+        sizes = [f"{told[2]}-{n * made.named}" for n in shapes]
         raise UserError(
             f'config.plan.slices: "{name}": wanted one of {", ".join(sizes)}'
         )
-    return Slice(name, made, chips, f"{made.topology}:{shapes[chips]}")
+    count = int(told[1] or 1)
+    shape = tuple(int(n) for n in shapes[chips].split("x"))
+    return Slice(name, told[2], made, count * chips, shape, count)

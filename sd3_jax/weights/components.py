@@ -51,8 +51,8 @@ def abstract(
     component: Component, module: nn.Module, config: dict, mesh: Mesh, dtype: Any
 ) -> dict:
     """The part's variables as shapes with shardings; nothing is allocated."""
-    args = component.example(module, config)
-    boxed = jax.eval_shape(module.init, jax.random.key(0), *args)
+    example = lambda: component.example(module, config)
+    boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *example()))
     if isinstance(module, MMDiT | ControlNet):
         table = (1, module.pos_size**2, module.width)
         boxed["buffers"] = {"pos_embed": Shape(table, jnp.float32)}

@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -38,20 +39,25 @@ def planned(tmp_path_factory):
     done = plan(workdir)
     assert done.returncode == 0, done.stderr[-2000:]
     (row,) = json.loads((workdir / "plan.json").read_text())
-    return row, done.stdout, (workdir / "plan-v5e-16.hlo").read_text()
+    png = (workdir / "plan.png").read_bytes()
+    return row, done.stdout, png, (workdir / "plan-v5e-16-train.hlo").read_text()
 
 
 def test_a_row(planned):
-    row, printed, _ = planned
+    row, printed, png, _ = planned
     assert row["mesh"] == {"data": 1, "fsdp": 16, "context": 1, "tensor": 1}
     assert row["batch"] == 4 and 0 < row["peak"] < row["capacity"]
-    assert 0 < row["mfu"] < 1 and row["binds"] in ("compute", "links")
-    assert "v5e-16" in printed and "bound MFU" in printed
+    assert 0 < row["mfu"] < 1
+    assert max(("compute", "memory", "links"), key=row.get) == row["binds"]
+    assert sum(row["shares"].values()) == pytest.approx(row["compute"])
+    assert sum(row["links_by_axis"].values()) == pytest.approx(row["links"])
+    assert "v5e-16" in printed and "bound MFU" in printed and "padding 3%" in printed
+    assert png.startswith(b"\x89PNG")
 
 
 def test_gradients_leave_the_layers_scattered(planned):
     """At most a tenth of their bytes by all-reduce, and no more sent than FSDP must."""
-    row, _, text = planned
+    row, _, _, text = planned
     from sd3_jax.plan import hlo
 
     found = hlo.collectives(text, row["mesh"])
@@ -59,6 +65,14 @@ def test_gradients_leave_the_layers_scattered(planned):
     summed = sum(x.total for x in back if x.kind == "all-reduce")
     assert summed <= 0.1 * sum(x.total for x in back)
     assert row["sent_over_least"] <= 1.15
+    assert row["gathers_overlapped"] > 0.75  # beside matrix products, or rings in them
+
+
+def test_no_buffer_of_heads_x_tokens_x_tokens(planned):
+    tokens = {256 + 154, 512}  # as they are, and as the kernel pads them
+    for sides in re.findall(r"\[([\d,]+)\]", planned[3]):
+        long = [n for n in sides.split(",") if int(n) in tokens]
+        assert len(long) < 2, sides
 
 
 def test_what_does_not_fit_is_a_row(tmp_path):

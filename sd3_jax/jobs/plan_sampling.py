@@ -1,0 +1,171 @@
+"""The programs that `sample` runs with released weights, as shapes on a mesh."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding
+from sd3_jax.jobs import assemble
+from sd3_jax.models import flops, splash
+from sd3_jax.pipelines import programs
+from sd3_jax.pipelines.prompts import Conditioning, TextModels
+from sd3_jax.plan import bounds
+from sd3_jax.plan.slices import Slice
+from sd3_jax.weights import components
+
+CLIP = dict(vocab_size=49408, max_position_embeddings=77)
+CONFIGS = {  # of the encoders and the autoencoder that all released models share
+    "clip_l": CLIP
+    | dict(
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        hidden_act="quick_gelu",
+        projection_dim=768,
+        eos_token_id=2,
+    ),
+    "clip_g": CLIP
+    | dict(
+        hidden_size=1280,
+        intermediate_size=5120,
+        num_hidden_layers=32,
+        num_attention_heads=20,
+        hidden_act="gelu",
+        projection_dim=1280,
+        eos_token_id=2,
+    ),
+    "t5": dict(
+        vocab_size=32128,
+        d_model=4096,
+        d_kv=64,
+        d_ff=10240,
+        num_layers=24,
+        num_heads=64,
+        feed_forward_proj="gated-gelu",
+        is_gated_act=True,
+        dense_act_fn="gelu_new",
+        relative_attention_num_buckets=32,
+        relative_attention_max_distance=128,
+    ),
+    "vae": dict(
+        block_out_channels=[128, 256, 512, 512],
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ),
+}
+SCALE = dict(scaling=1.5305, shift=0.0609)
+WORDS = 77  # CLIP's tokens, in front of T5's
+
+
+def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[tuple]:
+    """Name, lowering, seconds of compute by what for, model FLOPs and images, all of a
+    device."""
+    share = images / each.devices
+    guided = config.sample.cfg != 1
+    yield text(config, mesh, images, guided, share)
+    yield denoise(config, each, mesh, images, guided, share)
+    yield decode(config, mesh, images, share)
+
+
+def part(name: str, mesh: Mesh, dtype):
+    component = components.COMPONENTS[name]
+    module = component.build(CONFIGS[name], dtype)
+    return module, components.abstract(component, module, CONFIGS[name], mesh, dtype)
+
+
+def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    """As programs.place puts an array: over the batch's axes where these divide it."""
+    split = shape and shape[0] % sharding.batch_shards(mesh) == 0
+    spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+
+
+def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
+    """Prompts, and as many negative ones where there is guidance."""
+    dtype, count = jnp.dtype(config.model.dtype), images * (1 + guided)
+    made = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g", "t5")}
+    lengths = {"clip_l": WORDS, "clip_g": WORDS, "t5": config.sample.max_length}
+    ids = {f"ids_{k}": rows(mesh, (count, n), np.int32) for k, n in lengths.items()}
+    total = sum(
+        2 * count_of(variables) * lengths[name] for name, (_, variables) in made.items()
+    )
+    lower = lambda: programs.encode_prompts.lower(
+        TextModels(*(module for module, _ in made.values())),
+        {name: variables for name, (_, variables) in made.items()},
+        ids,
+        clip_skip=0,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+        length=config.sample.max_length,
+    )
+    return "text", lower, None, total * share * (1 + guided), share
+
+
+def count_of(variables: dict) -> int:
+    """Parameters that multiply every token: tables of embeddings are only read."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    named = [(jax.tree_util.keystr(path), x.size) for path, x in leaves]
+    return sum(size for path, size in named if "embed" not in path)
+
+
+def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: float):
+    """The whole loop of steps, as one program."""
+    s, model = config.sample, assemble.mmdit(config.model)
+    sides = config.image.height // 8, config.image.width // 8
+    words = WORDS + s.max_length
+    component = components.COMPONENTS["denoiser"]
+    told = components.denoiser_config(
+        model,
+        sample_size=sides[0],
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    module = component.build(told, model.dtype).clone(attention=model.attention)
+    variables = components.abstract(component, module, told, mesh, model.dtype)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    scalar = lambda: rows(mesh, (), np.float32)
+    cond = Conditioning(
+        rows(mesh, (images, words, config.model.context_dim), model.dtype),
+        rows(mesh, (images, config.model.pooled_dim), model.dtype),
+    )
+    inputs = programs.Inputs(
+        keys=rows(mesh, key.shape, key.dtype),
+        cond=cond,
+        uncond=cond,
+        grid=rows(mesh, (s.steps + 1,), np.float32),
+        scale=scalar(),
+        interval=(scalar(), scalar()),
+        rescale=scalar(),
+    )
+    shape = (*sides, model.channels)
+    plan = programs.Plan(module, s.solver, shape, guided)
+    h, w = sides
+    total = flops.mmdit(
+        module, height=h, width=w, text=words, text_dim=config.model.context_dim
+    )
+    tokens = h * w // model.patch**2
+    size = splash.block(tokens + words, splash.MOST[each.generation.kind])
+    padded = -(-(tokens + words) // size) * size
+    work = bounds.work(module, tokens=tokens, text=words, padded=padded, total=total)
+    calls = s.steps * (1 + guided) * share
+    head = module.width // module.num_heads
+    compute = bounds.forward(work, each.generation, head=head)
+    seconds = {k: v * calls for k, v in compute._asdict().items()}
+    lower = lambda: programs.sample.lower(plan, variables, inputs)
+    return "denoise", lower, seconds, total * calls, share
+
+
+def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
+    """Latents to images; its FLOPs are XLA's count, which is exact for convolutions."""
+    module, variables = part("vae", mesh, jnp.dtype(config.model.dtype))
+    sides = config.image.height // 8, config.image.width // 8
+    latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
+    lower = lambda: programs.decode.lower(module, variables, latents, **SCALE)
+    return "decode", lower, None, 0.0, share

@@ -1,0 +1,110 @@
+"""The TPU's own compiler, run for slices that are not there."""
+
+import os
+import re
+import tempfile
+import time
+from typing import NamedTuple
+
+import jax
+from etils import epath
+from jax.experimental import topologies
+
+from sd3_jax.errors import UserError
+from sd3_jax.plan.slices import GB, Slice
+
+ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may plan at once
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "4",
+    "TPU_MIN_LOG_LEVEL": "4",
+}
+
+
+class TooLarge(Exception):
+    """As the compiler tells it: "21.30G of 15.75G"."""
+
+
+class Compiled(NamedTuple):
+    """A program's text, after all of XLA's passes, and its memory on a device in GB."""
+
+    text: str
+    memory: dict[str, float]
+    seconds: float
+    flops: float  # of a device, as XLA counts: loops once, kernels of ours as nothing
+
+
+def prepare() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+
+
+def devices(each: Slice) -> list:
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=each.topology,
+            wrap=each.wrap,
+            num_slices=each.slices,
+        ).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"no TPU compiler for {each.topology} ({reason}); wanted pip install libtpu"
+        ) from None
+
+
+def flags(folder: str, each: Slice) -> dict[str, str]:
+    """Those that launch/ would start the job with."""
+    if not folder:
+        return {}
+    path = epath.Path(folder) / f"{each.kind}.env"
+    if not path.exists():
+        raise UserError(
+            f'config.plan.flags = "{folder}": there is no {path}; wanted the folder'
+            ' launch/flags of the repository, or "" for the compiler\'s defaults'
+        )
+    return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", path.read_text()))
+
+
+def compile(lowered, options: dict[str, str]) -> Compiled:
+    """Raises TooLarge where it does not fit."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        # Of programs that use the SparseCores as_text() fails, the dump does not.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            made = lowered.compile(compiler_options=options | dump)
+        except jax.errors.JaxRuntimeError as error:
+            raise TooLarge(too_large(error)) from None
+        (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
+        text = path.read_text()
+    seconds = time.perf_counter() - begin
+    flops = made.cost_analysis().get("flops", 0.0)
+    return Compiled(text, memory(made), seconds, flops)
+
+
+def too_large(error: Exception) -> str:
+    size = r"([\d.]+[KMGT])"
+    forms = rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size}"
+    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
+    if told is None:
+        raise error
+    return f"{told[1]} of {told[2]}"
+
+
+def memory(compiled) -> dict[str, float]:
+    m = compiled.memory_analysis()
+    sizes = {
+        "arguments": m.argument_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "peak": m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.generated_code_size_in_bytes,
+    }
+    return {name: size / GB for name, size in sizes.items()}
