@@ -119,7 +119,7 @@ def get_config() -> ConfigDict:
         slices=("v5e-256",),  # v5p-128, v6e-256, tpu7x-128, …; 2xv5e-256 are two
         job="train",  # or sample: text encoders, denoising, decoding
         per_chip=0,  # images; 0: as data.batch_size or sample.batch_size says
-        search=False,  # over mesh, images a chip and remat, of the recipe's batch
+        search=True,  # without per_chip: over mesh, images a chip and remat
         tries=4,  # programs that a search compiles for a slice, at most
         flags="launch/flags",  # the compiler's, by generation; "": its defaults
         hlo=False,  # keep the compiled programs' text

@@ -21,6 +21,11 @@ def names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
+def count(tree) -> int:
+    """Numbers in all leaves."""
+    return sum(x.size for x in jax.tree.leaves(tree))
+
+
 def fingerprint(tree) -> str:
     """Twelve hexadecimal digits of every leaf's name, shape, dtype and bits.
 

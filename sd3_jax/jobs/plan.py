@@ -3,7 +3,6 @@ the TPU's own compiler for each."""
 
 import json
 import logging
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax import sharding, tree
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.jobs import plan_sampling, train
 from sd3_jax.metrics import write_whole
@@ -25,6 +24,7 @@ log = logging.getLogger(__name__)
 COLUMNS = {
     "slice": "slice",
     "program": "program",
+    "billions": "params B",
     "spelt": "mesh",
     "remat": "remat",
     "batch": "batch/chip",
@@ -32,6 +32,7 @@ COLUMNS = {
     "temporaries": "temp GB",
     "peak": "peak GB",
     "capacity": "of GB",
+    "tflop_of_all": "TFLOP",
     "tflop": "TFLOP/chip",
     "compute": "compute ms",
     "memory": "HBM ms",
@@ -40,6 +41,7 @@ COLUMNS = {
     "rate": "images/s/chip",
     "binds": "binds",
 }
+KNOWN = list(COLUMNS).index("batch") + 1  # columns of a row that does not fit, too
 FLOORS = ("compute", "memory", "links")
 
 
@@ -65,14 +67,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
 
 
 def training(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
-    """One row: of the config as it is, or of the best that `search` finds."""
-    if not config.plan.search:
+    """One row: of the best that a search finds, or of the config as it is."""
+    if config.plan.per_chip or not config.plan.search:
         return [train_row(config, each, workdir)]
     batch = config.data.batch_size
     if batch % each.chips:
         raise UserError(
             f"config.data.batch_size = {batch}: wanted a multiple of the {each.chips}"
-            f" chips of {each.name}"
+            f" chips of {each.name}, or config.plan.per_chip"
         )
     made = sized(config, each)
     rows: list[dict] = []
@@ -96,7 +98,7 @@ def sized(config: ConfigDict, each: Slice) -> dict:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         made = train.program(config, mesh)
-    params = parameters(made.abstract.params)
+    params = tree.count(made.abstract.params)
     model, work = work_of(config, made.parts, each)
     return dict(
         model=model, each=each, params=params, work=work, total=made.parts.flops
@@ -112,10 +114,6 @@ def work_of(config: ConfigDict, parts, each: Slice):
     return model, bounds.work(
         model, tokens=tokens, text=words, padded=padded, total=parts.flops
     )
-
-
-def parameters(tree) -> int:
-    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str, Any]:
@@ -144,14 +142,14 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
             {k: v * images for k, v in compute._asdict().items()},
             3 * made.parts.flops * images,
             images,
+            tree.count(made.abstract.params),
         )
         row = planned(config, each, mesh, case, workdir)
-    params = parameters(made.abstract.params)
     # Every part of an accumulated batch gathers and scatters anew.
     least = accumulate * bounds.least_wire(
-        params, mesh.shape["fsdp"], mesh.shape["data"]
+        case.parameters, mesh.shape["fsdp"], mesh.shape["data"]
     )
-    row |= {"parameters": params, "remat": model.remat}
+    row["remat"] = model.remat
     row["batch"] = config.data.batch_size / accumulate / each.chips
     if "needs" not in row and least:
         row["sent_over_least"] = sum(row["sent_bytes"].values()) / least
@@ -166,6 +164,7 @@ class Case(NamedTuple):
     seconds: dict[str, float] | None  # of compute, by what for; None: as XLA counts
     flops: float  # of the model alone; 0: as XLA counts
     images: float
+    parameters: int
 
 
 def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, Any]:
@@ -173,6 +172,8 @@ def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, A
     row = {
         "slice": each.name,
         "program": case.name,
+        "parameters": case.parameters,
+        "billions": case.parameters / 1e9,
         "mesh": dict(mesh.shape),
         "spelt": " ".join(f"{k} {n}" for k, n in mesh.shape.items() if n > 1),
         "remat": "",
@@ -211,6 +212,7 @@ def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, A
     return row | {
         "seconds": round(made.seconds, 1),
         "tflop": flops * chip.devices / 1e12,
+        "tflop_of_all": flops * each.devices / 1e12,
         "shares": {k: 1e3 * v for k, v in seconds.items()},
         "sent_bytes": sent,
         "links_by_axis": links,
@@ -241,13 +243,13 @@ def table(rows: list[dict]) -> list[str]:
     cells = [list(COLUMNS.values())]
     for row in rows:
         if "needs" in row:
-            cells.append([shown(row[name]) for name in list(COLUMNS)[:5]])
+            cells.append([shown(row[name]) for name in list(COLUMNS)[:KNOWN]])
             cells[-1].append(f"does not fit: needs {row['needs']} HBM")
         else:
             cells.append([shown(row[name]) for name in COLUMNS])
     whole = [row for row in cells if len(row) == len(COLUMNS)]
     wide = [
-        max(len(row[i]) for row in (cells if i < 5 else whole))
+        max(len(row[i]) for row in (cells if i < KNOWN else whole))
         for i in range(len(COLUMNS))
     ]
     return ["  ".join(f"{cell:>{n}}" for cell, n in zip(row, wide)) for row in cells]

@@ -8,7 +8,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax import sharding, tree
 from sd3_jax.jobs import assemble
 from sd3_jax.models import flops, splash
 from sd3_jax.pipelines import programs
@@ -65,8 +65,8 @@ WORDS = 77  # CLIP's tokens, in front of T5's
 
 
 def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[tuple]:
-    """Name, lowering, seconds of compute by what for, model FLOPs and images, all of a
-    device."""
+    """Name, lowering, then of a device seconds of compute by what for, model FLOPs and
+    images, and all parameters."""
     share = images / each.devices
     guided = config.sample.cfg != 1
     yield text(config, mesh, images, guided, share)
@@ -105,7 +105,8 @@ def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float
         pooled_dim=config.model.pooled_dim,
         length=config.sample.max_length,
     )
-    return "text", lower, None, total * share * (1 + guided), share
+    size = sum(tree.count(variables) for _, variables in made.values())
+    return "text", lower, None, total * share * (1 + guided), share, size
 
 
 def count_of(variables: dict) -> int:
@@ -159,7 +160,8 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
     compute = bounds.forward(work, each.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: programs.sample.lower(plan, variables, inputs)
-    return "denoise", lower, seconds, total * calls, share
+    size = tree.count(variables["params"])
+    return "denoise", lower, seconds, total * calls, share, size
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
@@ -168,4 +170,4 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     sides = config.image.height // 8, config.image.width // 8
     latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
     lower = lambda: programs.decode.lower(module, variables, latents, **SCALE)
-    return "decode", lower, None, 0.0, share
+    return "decode", lower, None, 0.0, share, tree.count(variables)

@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import pictures, sharding
+from sd3_jax import pictures, sharding, tree
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble
 from sd3_jax.jobs.paint import Painter
@@ -139,8 +139,7 @@ class Training:
 
     def describe(self, state: TrainState) -> None:
         """config.json and run.json, for people and for the report."""
-        count = lambda tree: sum(x.size for x in jax.tree.leaves(tree))
-        parameters = {name: count(tree) for name, tree in state.params.items()}
+        parameters = {name: tree.count(x) for name, x in state.params.items()}
         about = {
             "parameters": sum(parameters.values()),
             "parameters_by_model": parameters,

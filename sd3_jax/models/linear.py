@@ -102,8 +102,10 @@ def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
             count = 1
         dw = dot(a, b, range(count), range(count))  # (embed, ...)
         dw = dw.reshape(pieces, -1, *dw.shape[1:])
+        if shards.platform() == "cpu":  # where XLA aborts at these sums in bfloat16
+            dw = dw.astype(jnp.float32)
         dw = jax.lax.psum_scatter(dw, over, scatter_dimension=0)
-        return jax.lax.psum(dw, copies)
+        return jax.lax.psum(dw, copies).astype(x.dtype)
 
     dw = jax.shard_map(
         local,

@@ -43,6 +43,18 @@ def test_the_gradient_is_the_plain_ones(name, sizes):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["fc1", "qkv", "out"])
+def test_bfloat16_is_summed(name):
+    shape, kernel, axes, inputs = MAPS[name]
+    x, kernel = jnp.ones(shape, jnp.bfloat16), jnp.ones(kernel, jnp.bfloat16)
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    total = lambda x, k: linear.linear(x, k, axes, inputs).sum()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        found = jax.jit(jax.grad(total, 1))(x, kernel)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found.astype(jnp.float32), 48.0)  # 8 x 6 rows of ones
+
+
 def test_the_gradient_leaves_in_pieces():
     mesh = sharding.make_mesh(data=2, fsdp=4)
     shape, kernel, axes, inputs = MAPS["qkv"]
