@@ -40,6 +40,7 @@ def prepare() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # no client could read it
 
 
 def devices(each: Slice) -> list:
@@ -67,7 +68,8 @@ def flags(folder: str, each: Slice) -> dict[str, str]:
             f'config.plan.flags = "{folder}": there is no {path}; wanted the folder'
             ' launch/flags of the repository, or "" for the compiler\'s defaults'
         )
-    return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", path.read_text()))
+    text = re.sub(r"(?m)^#.*", "", path.read_text())
+    return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
 
 
 def compile(lowered, options: dict[str, str]) -> Compiled:
