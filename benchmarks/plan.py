@@ -14,22 +14,21 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "plan"
-ATTENTION = "model.remat=attention"
 ROWS = {  # recipe and slice: what config.plan and the recipe are told
-    "sd3_8b:1024 v5p-128": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_8b:1024 v6e-256": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_8b:1024 v5e-256": ("plan.per_chip=1", "mesh.data=4", ATTENTION),
-    "sd3_2b:256 v5e-16": ("plan.per_chip=8", ATTENTION),
-    "sd3_2b:1024 v5p-128": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_2b:1024 v6e-256": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_8b:1024 tpu7x-128": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd35_medium:1024 v5p-128": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_8b:512 v6e-256": ("plan.per_chip=8", "mesh.data=4", ATTENTION),
-    "sd3_8b:256 v5e-256": ("plan.per_chip=4", "mesh.data=4", ATTENTION),
-    "sd3_2b:512 v5e-256": ("plan.per_chip=4", "mesh.data=8", ATTENTION),
-    "sd35_medium:256 v5e-16": ("plan.per_chip=8", ATTENTION),
-    "sd35_medium:512 v5e-256": ("plan.per_chip=4", "mesh.data=8", ATTENTION),
-    "sd3_2b:256 2xv5e-16": ("plan.per_chip=8", "mesh.data=2", ATTENTION),
+    "sd3_8b:1024 v5p-128": ("plan.per_chip=4",),
+    "sd3_8b:1024 v6e-256": ("plan.per_chip=4",),
+    "sd3_8b:1024 v5e-256": ("plan.per_chip=1",),
+    "sd3_2b:256 v5e-16": ("plan.per_chip=8",),
+    "sd3_2b:1024 v5p-128": ("plan.per_chip=4", "mesh.data=4"),
+    "sd3_2b:1024 v6e-256": ("plan.per_chip=4", "mesh.data=4"),
+    "sd3_8b:1024 tpu7x-128": ("plan.per_chip=4",),
+    "sd35_medium:1024 v5p-128": ("plan.per_chip=4", "mesh.data=4"),
+    "sd3_8b:512 v6e-256": ("plan.per_chip=8",),
+    "sd3_8b:256 v5e-256": ("plan.per_chip=4",),
+    "sd3_2b:512 v5e-256": ("plan.per_chip=4", "mesh.data=8"),
+    "sd35_medium:256 v5e-16": ("plan.per_chip=8",),
+    "sd35_medium:512 v5e-256": ("plan.per_chip=4", "mesh.data=8"),
+    "sd3_2b:256 2xv5e-16": ("plan.per_chip=8", "mesh.data=2"),
 }
 COLUMNS = {  # of the table, and of a row of plan.json
     "mesh": lambda x: x["spelt"],

@@ -139,6 +139,8 @@ RULES = (
     (integer(1, 512), "sample.max_length"),
     (COUNT, "sample.clip_skip plan.per_chip"),
     (LAYERS, "sample.skip_layers"),
+    (one_of("train", "sample"), "plan.job"),
+    (POSITIVE, "plan.tries"),
     (one_of("diffusers", "original", "orbax"), "convert.to"),
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),

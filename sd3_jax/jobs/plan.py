@@ -3,8 +3,7 @@ the TPU's own compiler for each."""
 
 import json
 import logging
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 from etils import epath
@@ -13,11 +12,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from sd3_jax import sharding, tree
-from sd3_jax.errors import UserError, nearest
-from sd3_jax.jobs import plan_sampling, train
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import assemble, plan_sampling, train
 from sd3_jax.metrics import write_whole
-from sd3_jax.models import splash
 from sd3_jax.plan import aot, bounds, chart, hlo, search, slices
+from sd3_jax.plan.aot import Case
 from sd3_jax.plan.slices import Slice
 
 log = logging.getLogger(__name__)
@@ -51,10 +50,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     aot.prepare()
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
-    if config.plan.job not in JOBS:
-        raise UserError(
-            f'config.plan.job = "{config.plan.job}"{nearest(config.plan.job, JOBS)}'
-        )
     rows = []
     for each in [slices.find(name) for name in config.plan.slices]:
         for row in JOBS[config.plan.job](config, each, workdir):
@@ -85,10 +80,9 @@ def training(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]
         keys = candidate.keys(batch, each.chips)
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(keys)
-        changed.plan.per_chip = 0
         row = train_row(changed, each, workdir)
         recipe = " ".join(f"--config.{k}={v}" for k, v in keys.items())
-        rows.append(row | {"batch": candidate.per_chip, "recipe": recipe})
+        rows.append(row | {"recipe": recipe})
         log.info("%s: %s: %s", each.name, recipe, row.get("mfu", row.get("needs")))
     return sorted(rows, key=lambda row: -row.get("mfu", 0.0))[:1]
 
@@ -99,20 +93,24 @@ def sized(config: ConfigDict, each: Slice) -> dict:
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         made = train.program(config, mesh)
     params = tree.count(made.abstract.params)
-    model, work = work_of(config, made.parts, each)
     return dict(
-        model=model, each=each, params=params, work=work, total=made.parts.flops
+        model=made.parts.denoiser,
+        each=each,
+        params=params,
+        work=work_of(config, made.parts, each),
+        total=made.parts.flops,
     )
 
 
-def work_of(config: ConfigDict, parts, each: Slice):
-    model = parts.denoiser
+def work_of(config: ConfigDict, parts: assemble.Parts, each: Slice) -> bounds.Work:
     h, w, _ = parts.shape
-    tokens, words = h * w // model.patch**2, config.text.length
-    size = splash.block(tokens + words, splash.MOST[each.generation.kind])
-    padded = -(-(tokens + words) // size) * size
-    return model, bounds.work(
-        model, tokens=tokens, text=words, padded=padded, total=parts.flops
+    return bounds.work_on(
+        each.generation,
+        parts.denoiser,
+        height=h,
+        width=w,
+        text=config.text.length,
+        total=parts.flops,
     )
 
 
@@ -132,7 +130,7 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
         program = lambda: made.step.lower(
             made.abstract, key, train.example(config, mesh), {}
         )
-        model, work = work_of(config, made.parts, each)
+        model, work = made.parts.denoiser, work_of(config, made.parts, each)
         again = search.AGAIN.get(model.remat, 0.0)
         head = model.width // model.num_heads
         compute = bounds.training(work, each.generation, head=head, again=again)
@@ -154,17 +152,6 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     if "needs" not in row and least:
         row["sent_over_least"] = sum(row["sent_bytes"].values()) / least
     return row
-
-
-class Case(NamedTuple):
-    """A program and what it must do on a device."""
-
-    name: str
-    lower: Callable
-    seconds: dict[str, float] | None  # of compute, by what for; None: as XLA counts
-    flops: float  # of the model alone; 0: as XLA counts
-    images: float
-    parameters: int
 
 
 def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, Any]:
@@ -231,7 +218,7 @@ def sampled(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
     images = per_chip * each.chips if per_chip else config.sample.batch_size
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         return [
-            planned(config, each, mesh, Case(*case), workdir)
+            planned(config, each, mesh, case, workdir)
             for case in plan_sampling.cases(config, each, mesh, images)
         ]
 

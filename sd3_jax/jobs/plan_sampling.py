@@ -5,68 +5,24 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding, tree
+from sd3_jax import tree
 from sd3_jax.jobs import assemble
-from sd3_jax.models import flops, splash
+from sd3_jax.models import flops
 from sd3_jax.pipelines import programs
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.plan import bounds
+from sd3_jax.plan.aot import Case
 from sd3_jax.plan.slices import Slice
 from sd3_jax.weights import components
+from sd3_jax.weights.released import CONFIGS
 
-CLIP = dict(vocab_size=49408, max_position_embeddings=77)
-CONFIGS = {  # of the encoders and the autoencoder that all released models share
-    "clip_l": CLIP
-    | dict(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        hidden_act="quick_gelu",
-        projection_dim=768,
-        eos_token_id=2,
-    ),
-    "clip_g": CLIP
-    | dict(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        hidden_act="gelu",
-        projection_dim=1280,
-        eos_token_id=2,
-    ),
-    "t5": dict(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-        is_gated_act=True,
-        dense_act_fn="gelu_new",
-        relative_attention_num_buckets=32,
-        relative_attention_max_distance=128,
-    ),
-    "vae": dict(
-        block_out_channels=[128, 256, 512, 512],
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    ),
-}
-SCALE = dict(scaling=1.5305, shift=0.0609)
 WORDS = 77  # CLIP's tokens, in front of T5's
 
 
-def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[tuple]:
-    """Name, lowering, then of a device seconds of compute by what for, model FLOPs and
-    images, and all parameters."""
+def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[Case]:
     share = images / each.devices
     guided = config.sample.cfg != 1
     yield text(config, mesh, images, guided, share)
@@ -81,10 +37,7 @@ def part(name: str, mesh: Mesh, dtype):
 
 
 def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
-    """As programs.place puts an array: over the batch's axes where these divide it."""
-    split = shape and shape[0] % sharding.batch_shards(mesh) == 0
-    spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=programs.placement(shape, mesh))
 
 
 def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
@@ -106,7 +59,7 @@ def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float
         length=config.sample.max_length,
     )
     size = sum(tree.count(variables) for _, variables in made.values())
-    return "text", lower, None, total * share * (1 + guided), share, size
+    return Case("text", lower, None, total * share * (1 + guided), share, size)
 
 
 def count_of(variables: dict) -> int:
@@ -151,17 +104,16 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
     total = flops.mmdit(
         module, height=h, width=w, text=words, text_dim=config.model.context_dim
     )
-    tokens = h * w // model.patch**2
-    size = splash.block(tokens + words, splash.MOST[each.generation.kind])
-    padded = -(-(tokens + words) // size) * size
-    work = bounds.work(module, tokens=tokens, text=words, padded=padded, total=total)
+    work = bounds.work_on(
+        each.generation, module, height=h, width=w, text=words, total=total
+    )
     calls = s.steps * (1 + guided) * share
     head = module.width // module.num_heads
     compute = bounds.forward(work, each.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: programs.sample.lower(plan, variables, inputs)
     size = tree.count(variables["params"])
-    return "denoise", lower, seconds, total * calls, share, size
+    return Case("denoise", lower, seconds, total * calls, share, size)
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
@@ -169,5 +121,7 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     module, variables = part("vae", mesh, jnp.dtype(config.model.dtype))
     sides = config.image.height // 8, config.image.width // 8
     latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
-    lower = lambda: programs.decode.lower(module, variables, latents, **SCALE)
-    return "decode", lower, None, 0.0, share, tree.count(variables)
+    vae = CONFIGS["vae"]
+    scale = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"])
+    lower = lambda: programs.decode.lower(module, variables, latents, **scale)
+    return Case("decode", lower, None, 0.0, share, tree.count(variables))

@@ -9,7 +9,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from sd3_jax.models.layers import Dense, patchify, zeros
-from sd3_jax.models.mmdit import Block, condition, position_table
+from sd3_jax.models.mmdit import Block, condition, cut, position_table
 
 
 class ControlNet(nn.Module):
@@ -56,7 +56,7 @@ class ControlNet(nn.Module):
         )(patchify(x, self.patch))
         x = embed(xt, {}, "patch_embed") + position_table(self, h, w).astype(self.dtype)
         x = x + embed(hint, {"init": zeros}, "hint_embed")
-        x = nn.with_logical_constraint(x, ("batch", "tokens", None))
+        x = cut(x)
         c = condition(t, pooled, self.width, self.dtype)
         streams = (x,)
         if self.joint:

@@ -52,7 +52,7 @@ def largest(q: Array) -> int:
 
 
 def device_kind() -> str:
-    """The kind of device that the program being traced is for, as layers.platform."""
+    """The kind of device that the program being traced is for, as shards.platform."""
     mesh = jax.sharding.get_abstract_mesh()
     return (jax.devices()[0] if mesh.empty else mesh.abstract_device).device_kind
 

@@ -43,16 +43,20 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
     Every process gives the same, whole arrays.
     """
-    shards = sharding.batch_shards(mesh)
 
     def leaf(x):
         if isinstance(x, jax.core.Tracer):
             return x
-        split = getattr(x, "ndim", 0) > 0 and x.shape[0] % shards == 0
-        spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
-        return _put(x, NamedSharding(mesh, spec))
+        return _put(x, placement(getattr(x, "shape", ()), mesh))
 
     return jax.tree.map(leaf, tree)
+
+
+def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where `place` puts an array of this shape."""
+    split = len(shape) > 0 and shape[0] % sharding.batch_shards(mesh) == 0
+    spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
+    return NamedSharding(mesh, spec)
 
 
 def _put(x: Any, where: NamedSharding) -> Array:

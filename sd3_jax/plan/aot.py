@@ -4,6 +4,7 @@ import os
 import re
 import tempfile
 import time
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -25,6 +26,17 @@ ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
 
 class TooLarge(Exception):
     """As the compiler tells it: "21.30G of 15.75G"."""
+
+
+class Case(NamedTuple):
+    """A program and what it must do on a device."""
+
+    name: str
+    lower: Callable
+    seconds: dict[str, float] | None  # of compute, by what for; None: as XLA counts
+    flops: float  # of the model alone; 0: as XLA counts
+    images: float
+    parameters: int
 
 
 class Compiled(NamedTuple):

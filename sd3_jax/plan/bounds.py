@@ -8,6 +8,7 @@ times the forward pass for training.
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from sd3_jax.models import splash
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.plan.hlo import Collective
 from sd3_jax.plan.slices import Generation
@@ -81,6 +82,16 @@ def least_wire(params: int, shards: int, copies: int) -> float:
     scattered once over `shards`, and what is left summed over `copies` of them."""
     ring = 3 * 2 * params * (shards - 1) / shards
     return ring + 2 * 2 * params / shards * (copies - 1) / copies
+
+
+def work_on(
+    chip: Generation, model: MMDiT, *, height: int, width: int, text: int, total: float
+) -> Work:
+    """Of latents of this height and width, in the kernel's blocks for this chip."""
+    tokens = height * width // model.patch**2
+    size = splash.block(tokens + text, splash.MOST[chip.kind])
+    padded = -(-(tokens + text) // size) * size
+    return work(model, tokens=tokens, text=text, padded=padded, total=total)
 
 
 def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:

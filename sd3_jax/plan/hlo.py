@@ -24,7 +24,7 @@ SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {
 VIEWS = {  # they move nothing, or what they move is counted where it happens
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
     *("while", "conditional", "call", "partition-id", "opt-barrier", "domain"),
-    *("copy-done", "async-done", "async-update", "custom-call-done"),
+    "async-update",  # and whatever ends in -done
 }
 ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
 CALLS = re.compile(r"\b(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
@@ -138,8 +138,8 @@ def _moved(code: list[Instruction], found) -> Iterator[float]:
             continue
         given = [made.get(name, "") for name in _operands(x)]
         if x.opcode.endswith("-start"):  # of a copy or slice: (operand, result, …)
-            results = [_in_hbm(a) for a in ARRAY.findall(x.type)]
-            yield sum(results[1:2]) + min(sum(results[1:2]) or 0, _hbm(given))
+            result = sum(_in_hbm(a) for a in ARRAY.findall(x.type)[1:2])
+            yield result + min(result, _hbm(given))
         elif x.opcode == "dynamic-slice":
             yield 2 * _hbm([x.type])
         elif x.opcode == "dynamic-update-slice":

@@ -10,9 +10,8 @@ from sd3_jax.plan.slices import Slice
 # Of a block: what is kept of each token for the backward pass, in widths of bfloat16
 # (attention's heads of 64 lie in 128 lanes), and what share of its linear maps is run
 # again: fc1 is 4 of 12 d^2.
-KEPT = {"none": 12, "mlp": 12, "attention": 8, "dots": 10, "offload": 1, "full": 1}
+KEPT = {"mlp": 12, "attention": 8, "full": 1}  # what is searched
 AGAIN = {"attention": 1 / 3, "offload": 1 / 3, "full": 1.0}
-SEARCHED = ("mlp", "attention", "full")
 STATE = 16  # bytes a parameter: it, its average, and two moments, in float32
 ROOM = 0.75  # of HBM; gathered weights and a block's own work want the rest
 
@@ -63,7 +62,7 @@ def candidates(each: Slice, batch: int, width: int) -> Iterator[Candidate]:
         per_chip = 1
         while per_chip <= share:
             if batch % (per_chip * each.chips) == 0:
-                for remat in SEARCHED:
+                for remat in KEPT:
                     yield Candidate(data, fsdp, per_chip, remat)
             per_chip *= 2
 

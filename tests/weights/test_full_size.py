@@ -10,6 +10,7 @@ from diffusers.loaders import single_file_utils
 
 from sd3_jax import sharding
 from sd3_jax.weights import components, names, text
+from sd3_jax.weights.released import CONFIGS
 
 COUNTS = {
     "sd3_medium": 2_028_328_000,
@@ -35,59 +36,20 @@ def transformer(layers, table, **options):
     )
 
 
-def clip(**options):
-    config = transformers.CLIPTextConfig(vocab_size=49408, eos_token_id=2, **options)
-    return transformers.CLIPTextModelWithProjection(config)
-
-
-def t5():
-    config = transformers.T5Config(
-        vocab_size=32128,
-        d_model=4096,
-        d_kv=64,
-        d_ff=10240,
-        num_layers=24,
-        num_heads=64,
-        feed_forward_proj="gated-gelu",
-    )
-    return transformers.T5EncoderModel(config)
-
-
-def vae():
-    return diffusers.AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(128, 256, 512, 512),
-        layers_per_block=2,
-        latent_channels=16,
-        use_quant_conv=False,
-        use_post_quant_conv=False,
-    )
-
-
 MODELS = {
     "sd3_medium": lambda: transformer(24, 192),
     "sd35_medium": lambda: transformer(
         24, 384, qk_norm="rms_norm", dual_attention_layers=tuple(range(13))
     ),
     "sd35_large": lambda: transformer(38, 192, qk_norm="rms_norm"),
-    "vae": vae,
-    "clip_l": lambda: clip(
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=12,
-        num_attention_heads=12,
-        projection_dim=768,
+    "vae": lambda: diffusers.AutoencoderKL(**CONFIGS["vae"]),
+    "clip_l": lambda: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**CONFIGS["clip_l"])
     ),
-    "clip_g": lambda: clip(
-        hidden_size=1280,
-        intermediate_size=5120,
-        num_hidden_layers=32,
-        num_attention_heads=20,
-        hidden_act="gelu",
-        projection_dim=1280,
+    "clip_g": lambda: transformers.CLIPTextModelWithProjection(
+        transformers.CLIPTextConfig(**CONFIGS["clip_g"])
     ),
-    "t5": t5,
+    "t5": lambda: transformers.T5EncoderModel(transformers.T5Config(**CONFIGS["t5"])),
 }
 
 
