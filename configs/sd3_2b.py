@@ -11,7 +11,7 @@ Planned (benchmarks/plan.md; bounds, not measured), images a chip, GB of HBM, MF
 
     256   v5e-16   --config.mesh.fsdp=16    8    5.2 of 15.8   0.82
     1024  v5p-128  --config.mesh.data=4     4   14.4 of 95.7   0.63
-    1024  v6e-256  --config.mesh.data=4     4   13.2 of 31.2   0.42
+    1024  v6e-256  --config.mesh.data=4     4   13.3 of 31.2   0.42
 
 `sd3-jax plan --config=configs/sd3_2b.py:512` finds them for any slice, with the
 accumulation that a batch of 4096 needs.

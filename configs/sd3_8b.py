@@ -11,7 +11,7 @@ Planned (benchmarks/plan.md; bounds, not measured), images a chip, GB of HBM, MF
 
     1024  v5e-256   1   10.7 of 15.8   0.69
     1024  v5p-128   4   41.3 of 95.7   0.69
-    1024  v6e-256   4   29.9 of 31.2   0.49
+    1024  v6e-256   4   30.2 of 31.2   0.49
 
 `sd3-jax plan --config=configs/sd3_8b.py:512` finds them for any slice, with the
 accumulation that a batch of 4096 needs.
