@@ -25,7 +25,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import cli, main, sharding
+from sd3_jax import cli, hosts, main, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import assemble
 from sd3_jax.training import optimizer
@@ -73,7 +73,7 @@ def facts(config: ConfigDict, workdir: epath.Path) -> dict:
         free=free(workdir),
         need=need - held(assemble.checkpoints(workdir)),
     )
-    sharding.meet("the clocks")  # so that all read theirs at once
+    hosts.meet("the clocks")  # so that all read theirs at once
     return told | dict(clock=time.time())
 
 
@@ -127,10 +127,10 @@ def place(workdir: epath.Path) -> str:
         mine.write_text("written")
     except Exception as error:  # of whichever file system
         wrong = f"not writable: {type(error).__name__}"
-    sharding.meet("the marks are written")
+    hosts.meet("the marks are written")
     if not wrong and not mark(0).exists():
         wrong = "not shared: process 0's file is not there"
-    sharding.meet("the marks are seen")
+    hosts.meet("the marks are seen")
     if mine.exists():
         mine.unlink()
     return wrong

@@ -12,6 +12,10 @@ class ConfigError(UserError, ValueError):
     """A recipe, a key or a value that cannot be."""
 
 
+class RunFailed(Exception):
+    """A run that cannot go on, and not by the user's mistake: one line, exit code 1."""
+
+
 def near(given: str, choices: Iterable[str]) -> str | None:
     """The choice that was probably meant, if any is close."""
     spelling = {choice.lower(): choice for choice in choices}

@@ -1,6 +1,8 @@
 """The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
+import hashlib
 import importlib
+import importlib.metadata
 import logging
 import os
 import platform
@@ -11,9 +13,12 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from sd3_jax.cli import parse, usage
-from sd3_jax.errors import UserError
+from sd3_jax.cli import Call, parse, usage
+from sd3_jax.errors import RunFailed, UserError
 from sd3_jax.jobs import JOBS
+from sd3_jax.validate import flatten
+
+PACKAGES = "jax jaxlib flax optax orbax-checkpoint grain numpy".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,27 +30,52 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(usage(), file=sys.stderr)
         return 2
     try:
-        job, config, workdir = parse(argv)
+        call = parse(argv)
         set_up_logging()
         keep_programs()
         join_processes()
-        return importlib.import_module(JOBS[job].module).run(config, workdir) or 0
-    except UserError as error:
-        print("sd3-jax: error:", *str(error).split(), file=sys.stderr)
-        code = 2
+        return run(call)
+    except (UserError, RunFailed) as error:
+        reason = " ".join(str(error).split())
+        code = 2 if isinstance(error, UserError) else 1
+        print("sd3-jax: error:", reason, file=sys.stderr)
+        for note in getattr(error, "__notes__", ()):
+            print("sd3-jax: error:", *note.split(), file=sys.stderr)
     except KeyboardInterrupt:
-        code = 130
-    except Exception:
+        reason, code = "interrupted", 130
+    except Exception as error:
         if not joined():
             raise
         traceback.print_exc()
-        code = 1
-    if joined():  # at exit jax waits for its peers, and they for our collectives
-        logging.shutdown()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
+        reason, code = f"{type(error).__name__}: {error}", 1
+    if joined():
+        from sd3_jax import watch
+
+        watch.leave(reason, code)
     return code
+
+
+def run(call: Call) -> int:
+    """The job, once all processes have said that they are about to do the same."""
+    from sd3_jax import hosts, watch  # no earlier: help and mistakes are not to
+    # wait for jax
+
+    with watch.watching():
+        if joined():
+            hosts.agree("code or config", statement(call))
+        job = importlib.import_module(JOBS[call.job].module)
+        return job.run(call.config, call.workdir) or 0
+
+
+def statement(call: Call) -> dict:
+    """What must be the same in every process, flat."""
+    values = {f"config.{k}": v for k, v in flatten(call.config) if type(v) is not dict}
+    versions = {name: importlib.metadata.version(name) for name in PACKAGES}
+    code = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        code.update(path.read_bytes())
+    about = {"job": call.job, "workdir": call.workdir, "sd3_jax": code.hexdigest()[:12]}
+    return about | versions | values
 
 
 def set_up_logging() -> None:
@@ -86,7 +116,7 @@ def join_processes() -> None:
     peers = described_peers()
     waits = dict(
         initialization_timeout=whole("SD3_INIT_S", 300, low=1),
-        heartbeat_timeout_seconds=whole("SD3_HEARTBEAT_S", 60, low=1),
+        heartbeat_timeout_seconds=whole("SD3_HEARTBEAT_S", 30, low=1),
         shutdown_timeout_seconds=whole("SD3_SHUTDOWN_S", 30, low=1),
     )
     import jax  # no earlier: help and mistakes are not to wait for it

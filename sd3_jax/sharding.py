@@ -6,7 +6,6 @@ import math
 import jax
 import numpy as np
 from flax import linen as nn
-from jax._src import distributed
 from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -143,17 +142,6 @@ def like_params(like, params, sharded, mesh: Mesh):
         return replicated
 
     return jax.tree_util.tree_map_with_path(leaf, like)
-
-
-def meet(place: str, *, minutes: float = 30) -> None:
-    """Wait until every process is here.
-
-    Hosts do not compile equally fast, and the first collective of the one that is ahead
-    gives up after half a minute on CPUs.
-    """
-    if jax.process_count() > 1:  # jax's public barriers are collectives themselves
-        client = distributed.global_state.client
-        client.wait_at_barrier(place, timeout_in_ms=int(60_000 * minutes))
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:

@@ -1,6 +1,7 @@
 """Trees of parameters."""
 
 import hashlib
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,26 +27,54 @@ def count(tree) -> int:
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
-def fingerprint(tree) -> str:
-    """Twelve hexadecimal digits of every leaf's name, shape, dtype and bits.
+class Print(NamedTuple):
+    """Of a leaf: a word of all its bits, and how many values are NaN or infinite."""
 
-    Each bit pattern is multiplied by an odd number of its place and the products added
-    modulo 2^32, on the devices: no mesh and no order of addition changes the sum.
+    word: int
+    strange: int
+
+
+def fingerprints(tree) -> dict[str, Print]:
+    """By a leaf's name, parts joined by "/".
+
+    Every bit pattern is mixed with its place and the results are added modulo 2^32, on
+    the devices: no mesh and no order of addition changes the sum. The mixing is one to
+    one, so that a change of a single value always shows.
     """
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    sums = jax.jit(lambda leaves: jnp.stack([*map(_bits, leaves)]))
-    digest = hashlib.sha256(np.asarray(sums([x for _, x in leaves])).tobytes())
+    table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    rows = zip(leaves, table)
+    return {name(path): Print(*map(int, row)) for (path, _), row in rows}
+
+
+def fingerprint(tree) -> str:
+    """Twelve hexadecimal digits of every leaf's name, shape, dtype and bits."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    words = [x.word for x in fingerprints(tree).values()]
+    digest = hashlib.sha256(np.array(words, np.uint32).tobytes())
     for path, x in leaves:
         digest.update(f"{jax.tree_util.keystr(path)}{x.dtype}{x.shape}".encode())
     return digest.hexdigest()[:12]
 
 
-def _bits(x: Array) -> Array:
+@jax.jit
+def _prints(leaves: list[Array]) -> Array:
+    return jnp.stack([*map(_print, leaves)])
+
+
+@jax.jit  # traced once for all leaves of a shape
+def _print(x: Array) -> Array:
     kind = {2: jnp.uint16, 4: jnp.uint32, 1: jnp.uint8}[x.dtype.itemsize]
-    bits = jax.lax.bitcast_convert_type(x, kind).astype(jnp.uint32)
+    strange = jnp.zeros((), jnp.uint32)
+    if jnp.issubdtype(x.dtype, jnp.floating):
+        strange = jnp.sum(~jnp.isfinite(x), dtype=jnp.uint32)
+    x = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
         at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
         place = place * jnp.uint32(size) + at
     place = place * jnp.uint32(0x9E3779B1)  # golden: spreads the places over all bits
-    return jnp.sum(bits * (place | 1), dtype=jnp.uint32)
+    word = (x.astype(jnp.uint32) ^ place) * jnp.uint32(0x85EBCA6B)
+    word = word ^ (word >> 15)  # lest flips of two high bits cancel
+    return jnp.stack([jnp.sum(word, dtype=jnp.uint32), strange])

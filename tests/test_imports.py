@@ -6,11 +6,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BELOW = ["errors", "tree", "metrics", "pictures", "sharding"]
+BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts"]
 MAY = {
     "diffusion": [],
     "models": [],
-    "data": [],
+    "data": ["errors"],
     "weights": ["models", *BELOW],
     "pipelines": ["models", "diffusion", "data", "weights", *BELOW],
     "training": ["pipelines", "models", "diffusion", *BELOW],

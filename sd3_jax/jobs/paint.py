@@ -8,7 +8,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import pictures, sharding
+from sd3_jax import pictures, sharding, watch
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.jobs import assemble
@@ -39,6 +39,7 @@ class Painter:
         size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
         done = []
         for start in range(0, len(captions), size):
+            watch.expect("a batch of pictures", watch.LONG)
             rows = np.arange(start, start + size) % len(captions)  # the last is filled
             batch = assemble.token_ids(self.config, [captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)

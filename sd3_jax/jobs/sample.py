@@ -18,7 +18,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sd3_jax import metrics, pictures, sharding, tree
+from sd3_jax import hosts, lock, metrics, pictures, sharding, tree, watch
 from sd3_jax.jobs import assemble, prompt_lines, sheet
 from sd3_jax.jobs.paint import Painter, batch_size
 from sd3_jax.jobs.prompt_lines import Task
@@ -44,21 +44,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         done = recorded(workdir, lines)
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
-        with Lines(workdir, [x for x, there in zip(lines, done) if there]) as written:
+        known = [x for x, there in zip(lines, done) if there]
+        with lock.held(workdir, "sample"), Lines(workdir, known) as written:
             for batch, size in batches(tasks, config.sample.batch_size, mesh):
                 left = [i for i, task in enumerate(batch) if not done[task.index]]
                 if not left:
                     continue
                 began = time.monotonic()
+                watch.expect("a batch of pictures", watch.LONG)
                 images = paint(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, enlarged=pixels)
-                sharding.meet(f"sample/{fresh[0]['file']}")  # all are on disk
+                hosts.meet(f"sample/{fresh[0]['file']}")  # all are on disk
                 written.extend(fresh)
                 pace = (time.monotonic() - began) / len(left)
                 count = len(written.lines)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
+    watch.expect("the contact sheets", watch.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
 

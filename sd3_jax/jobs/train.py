@@ -1,5 +1,6 @@
 """Train, or go on from the last checkpoint: the same call does either."""
 
+import contextlib
 import json
 import logging
 import os
@@ -16,14 +17,19 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import pictures, sharding, tree
+from sd3_jax import hosts, lock, pictures, sharding, tree, watch
 from sd3_jax.evals.val_loss import val_loss
-from sd3_jax.jobs import assemble
+from sd3_jax.jobs import assemble, resume
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.trace import Trace
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
 from sd3_jax.training import optimizer
-from sd3_jax.training.checkpoint import Checkpoints
+from sd3_jax.training.checkpoint import (
+    Checkpoints,
+    UnreadableCheckpoint,
+    saved_config,
+)
+from sd3_jax.training.faults import NonFinite
 from sd3_jax.training.goodput import Goodput
 from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
@@ -35,9 +41,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Leaves metrics.jsonl, samples/, checkpoints/ and config.json in workdir."""
     goodput = Goodput(float(os.environ.pop("SD3_BEGAN", time.time())))  # see main
     workdir = epath.Path(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
+    watch.expect("the start of the run", watch.LONG)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with (
+        lock.held(workdir, "train"),
+        jax.set_mesh(mesh),
+        nn.logical_axis_rules(sharding.RULES),
+    ):
         Training(config, workdir, mesh, goodput).run()
 
 
@@ -102,13 +112,18 @@ class Training:
         made = program(config, mesh)
         self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
+        self.source = assemble.source(config).identity()
         self.validation = Validation(config, self.parts, mesh)
         self.painter = Painter(config, self.parts, mesh)
+        self.settled = 0  # the newest step that was looked at
 
     def run(self) -> None:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
+        hosts.agree("data", {"data": self.source})
+        hosts.heed_sigterm()
         with Checkpoints(folder, **self.config.checkpoint) as checkpoints:
+            checkpoints.require_space(self.abstract)
             state, start = self.restore_or_init(checkpoints)
             self.describe(state)
             if start >= train.steps:
@@ -130,12 +145,22 @@ class Training:
 
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
+        allowed = self.config.train.skip_nonfinite
         if checkpoints.latest() is None:
+            self.nonfinite = NonFinite(allowed)
             init = lambda key: init_state(key, self.parts.objective.init, self.tx)
             return jax.jit(init, out_shardings=self.placed)(self.key), 0
-        state, data, _ = checkpoints.restore(self.abstract)
-        log.info("goes on from step %d of %s", data["next_step"], self.workdir)
-        return state, data["next_step"]
+        saved = {}
+        with contextlib.suppress(UnreadableCheckpoint):  # restore will see to it
+            saved = saved_config(checkpoints.directory)
+        resume.compare(self.workdir, saved, self.config)
+        state, data, saved = checkpoints.restore(self.abstract)
+        resume.compare(self.workdir, saved, self.config)
+        resume.compare_data(self.workdir, data.get("source"), self.source, self.config)
+        step = data["next_step"]
+        self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
+        log.info("goes on from step %d of %s", step, self.workdir)
+        return state, step
 
     def describe(self, state: TrainState) -> None:
         """config.json and run.json, for people and for the report."""
@@ -166,12 +191,14 @@ class Training:
         """One step ahead of the device: step n is given before n - 1 is waited for."""
         train, goodput, since = self.config.train, self.goodput, start
         examples = assemble.loader(self.config, self.rows, start=start)
+        watch.expect("compiling the step", watch.LONG)
         with goodput.spend("compile"):
             compiled, values = self.compiled(state), None
         goodput.turn("productive")
         clock = Clock()
         with self.trace(start) as trace:
             for step in range(start + 1, train.steps + 1):
+                watch.expect(f"step {step}", train.stuck_after)
                 last = step == train.steps
                 log_now, validate_now, sample_now = (
                     step % every == 0 or (last and every <= train.steps)
@@ -185,9 +212,9 @@ class Training:
                     batch = sharding.put(batch, self.mesh, self.batch_size)
                     before = values
                     state, values = compiled(state, self.key, batch, {})
-                    jax.block_until_ready(before)
-                if log_now or pause:
-                    jax.block_until_ready(values)
+                    self.settle(step - 1, before, examples, metrics)
+                if log_now or pause or checkpoints.due(step, force=last):
+                    self.settle(step, values, examples, metrics)
                 if log_now:
                     self.log(metrics, clock, step, step - since, values)
                     since = step
@@ -198,6 +225,7 @@ class Training:
                         metrics.write(step, "val", self.validation(state.ema))
                     if sample_now and train.prompts:
                         self.sample(metrics, step, state)
+                watch.expect(f"the save after step {step}", train.stuck_after)
                 with goodput.spend("checkpoint"):
                     saved, stop = self.save(step, state, checkpoints)
                 if saved or validate_now or last or stop:
@@ -216,12 +244,36 @@ class Training:
     def save(self, step: int, state, checkpoints: Checkpoints) -> tuple[bool, bool]:
         """Whether it saved, and whether the run is to stop: all is on disk then."""
         last = step == self.config.train.steps
-        data = {"next_step": step}
-        saved = checkpoints.save(step, state, data, self.settings, force=last)
+        skipped = self.nonfinite.skipped
+        data = {"next_step": step, "skipped": skipped, "source": self.source}
+        saved = checkpoints.save(
+            step, state, data, self.settings, force=last, finite=True
+        )
+        if saved:
+            self.nonfinite.last_saved = step
         stop = checkpoints.reached_preemption(step)
         if last or stop:
             checkpoints.wait()
         return saved, stop
+
+    def settle(self, step: int, values, examples, metrics: Metrics) -> None:
+        """Wait for a step, and see that it made an update; once for each step."""
+        if values is None or step == self.settled:
+            return
+        self.settled = step
+        loss, norm = map(float, jax.device_get((values["loss"], values["grad_norm"])))
+        if not self.nonfinite.is_one(step, loss, norm):
+            return
+        names = examples.names(step - 1)
+        words = self.nonfinite.words(step, loss, norm, names)
+        log.warning("%s", words)
+        about = {"loss": loss, "grad_norm": norm, "skipped": self.nonfinite.skipped}
+        metrics.write(step, "nonfinite", about)
+        if jax.process_index() == 0:
+            text = json.dumps({"step": step, "words": words, "batch": names}, indent=1)
+            path = self.workdir / "nonfinite" / f"step_{step:08d}.json"
+            write_whole(path, text.encode())
+        self.nonfinite.stop_beyond(words)
 
     def compiled(self, state: TrainState):
         """The step's program, ahead of time: no step's time has a compilation in it."""
@@ -229,7 +281,7 @@ class Training:
         batch = example(self.config, self.mesh)
         compiled = self.step.lower(state, self.key, batch, {}).compile()
         log.info("compiled the step in %.1f s", time.perf_counter() - begin)
-        sharding.meet("compiled the step")
+        hosts.meet("compiled the step")
         return compiled
 
     def log(self, metrics, clock: Clock, step: int, steps: int, values) -> None:
@@ -274,5 +326,10 @@ class Validation:
         rows = sharding.local_rows(self.mesh, size)
         batches = assemble.loader(self.config, rows, held_out=True)
         count = max(1, self.config.eval.examples // size)
-        some = (sharding.put(next(batches), self.mesh, size) for _ in range(count))
+
+        def put(_):
+            watch.expect("a batch of validation", watch.LONG)
+            return sharding.put(next(batches), self.mesh, size)
+
+        some = map(put, range(count))
         return dict(val_loss(self.program, params, self.key, some))

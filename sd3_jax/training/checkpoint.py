@@ -1,7 +1,8 @@
 """One atomic, asynchronous save of {state, data position, config}, and the way back.
 
-Orbax writes and reads a step; which steps exist and which stay is decided here: a
-step is a folder named by its number which holds commit_success.txt, nothing else is.
+Orbax writes and reads a step; which steps exist, which stay and which are sound is
+decided here: a step is a folder named by its number which holds commit_success.txt,
+nothing else is. One that is damaged is set aside, and the step before it counts.
 """
 
 import contextlib
@@ -9,31 +10,31 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
 import jax
-import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint import v1 as ocp
 
-from sd3_jax.errors import UserError
+from sd3_jax import hosts, tree
+from sd3_jax.errors import RunFailed, UserError
+from sd3_jax.training import seal
+from sd3_jax.training.seal import LISTED, UnreadableCheckpoint
 
 COMMIT = "commit_success.txt"  # orbax writes it last
 TMP = ".orbax-checkpoint-tmp"  # what a killed save leaves behind
-LISTED = 10  # leaves named in an error, at most
+DAMAGED = "damaged-"  # what a step's folder is called once it is set aside
+JSON = ("data", "config", "about")
+log = logging.getLogger(__name__)
 
 
 # Orbax logs pages of traceback for what it also raises; here that becomes one line.
 logging.getLogger("absl").addFilter(
     lambda record: not ("orbax" in record.pathname and record.exc_info)
 )
-
-
-class UnreadableCheckpoint(UserError):
-    """A complete step whose files are damaged; an earlier step may be sound."""
 
 
 class Checkpoints:
@@ -67,14 +68,29 @@ class Checkpoints:
         """The newest complete step; process 0 looks, all processes get its answer."""
         return _latest(self.directory)
 
+    def require_space(self, abstract_state: Any) -> None:
+        """Refuse to start where two more saves of such a state have no room."""
+        leaves = jax.tree.leaves(abstract_state)
+        size = sum(x.size * x.dtype.itemsize for x in leaves)
+        hosts.first(lambda: _require_space(self.directory, 2 * size))
+
     def save(
-        self, step: int, state: Any, data: dict, config: dict, *, force: bool = False
+        self,
+        step: int,
+        state: Any,
+        data: dict,
+        config: dict,
+        *,
+        force: bool = False,
+        finite: bool = False,
     ) -> bool:
         """Start a save if one is due; call it at every step.
 
         It returns once the state is on the host, so donating it right after is safe.
+        What it started is durable after `wait`. With `finite`, a state that holds a NaN
+        or an infinity is refused (RunFailed): nothing good can come after it.
         """
-        preempted = self.reached_preemption(step)
+        due = self.due(step, force=force)
         if 0 < step < self._last:
             raise UserError(
                 f"{self.directory} holds step {self._last} and this run is at {step}: "
@@ -82,33 +98,55 @@ class Checkpoints:
             )
         if self._saving is not None and self._saving.done():
             self.wait()
-        due = force or preempted or step % self._every == 0
-        if step < 1 or step == self._last or not due:
+        if not due:
             return False
         self.wait()
         # A copy now: orbax writes JSON later, when the caller's may have moved on.
         data, config = json.loads(json.dumps([data, config]))
-        items = {"state": state, "data": data, "config": config}
         path = self.directory / str(step)
+        prints = tree.fingerprints(state)
+        if finite and (names := [k for k, x in prints.items() if x.strange]):
+            raise RunFailed(
+                f"step {step} is not saved, {len(names)} of its leaves hold NaN or"
+                f" infinities: {', '.join(names[:LISTED])}; the newest saved step is"
+                f" {self._last}"
+            )
+        about = seal.about(prints, data, config)
+        items = {"state": state, "data": data, "config": config, "about": about}
         with _explained(f"saving {path} failed"), _context():
+            if jax.process_index() == 0 and not self.directory.exists():
+                raise FileNotFoundError(f"{self.directory} has vanished")
             response = ocp.save_checkpointables_async(path, items, overwrite=True)
         self._last = step
         self._saving = self._thread.submit(self._finish, path, response)
         return True
 
+    def due(self, step: int, *, force: bool = False) -> bool:
+        """Whether `save` would save this step; process 0 says it for all."""
+        wanted = self.reached_preemption(step) or force or step % self._every == 0
+        return wanted and 0 < step != self._last
+
     def restore(self, abstract_state: Any, step: int | None = None):
-        """(state, data, config) of a step (the newest), laid out as abstract_state."""
+        """(state, data, config) of a step (the newest), laid out as abstract_state.
+
+        Every value is compared with its fingerprint. Without `step`, one that is
+        damaged is set aside and the one before is taken, if there is one.
+        """
         self.wait()
-        path = _find(self.directory, step)
-        _compare(path, abstract_state)
-        items = _load(path, {"state": abstract_state, "data": None, "config": None})
-        return items["state"], items["data"], items["config"]
+        while True:
+            path = _find(self.directory, step)
+            found, fault = _attempt(_restore, path, abstract_state)
+            if fault is None:
+                return found
+            if step is not None or not self._earlier(path):
+                raise fault
+            self._set_aside(path, fault)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to stop here; it stays true once it was."""
         if step != self._asked:  # the answer is true for one step only
             self._asked = step
-            self._preempted |= multihost_utils.reached_preemption_sync_point(step)
+            self._preempted |= hosts.told_to_stop(step)
         return self._preempted
 
     def wait(self) -> None:
@@ -134,9 +172,35 @@ class Checkpoints:
                 raise
             error.add_note(str(e))  # what came first is what the user must see
 
+    def _earlier(self, path: epath.Path) -> bool:
+        steps = hosts.first(lambda: _steps(self.directory))
+        return any(step < int(path.name) for step in steps)
+
+    def _set_aside(self, path: epath.Path, fault: UserError) -> None:
+        """Under another name, so that it is no step, but lost it is not."""
+
+        def rename() -> str:
+            with _explained(f"cannot set {path} aside"):
+                names = {x.name for x in self.directory.iterdir()}
+                name, i = f"{DAMAGED}{path.name}", 1
+                while name in names:
+                    name, i = f"{DAMAGED}{path.name}-{i + 1}", i + 1
+                if "://" in os.fspath(path):  # there, no folder is renamed at once
+                    (path / COMMIT).unlink(missing_ok=True)
+                path.rename(self.directory / name)
+                (self.directory / name / "damaged.txt").write_text(f"{fault}\n")
+                return name
+
+        name = hosts.first(rename)
+        self._last = self.latest() or 0
+        log.warning(
+            "%s: it is now %s, and step %d is the newest", fault, name, self._last
+        )
+
     def _finish(self, path: epath.Path, response) -> None:
         with _explained(f"saving {path} failed"):
             response.result()
+            seal.write_sums(path, jax.process_index(), jax.process_count())
         if jax.process_index() == 0:
             try:
                 self._prune(int(path.name))
@@ -163,11 +227,22 @@ def restore_params(
     which: Literal["ema", "params"] = "ema",
     step: int | None = None,
 ) -> tuple[Any, int]:
-    """(weights, step), reading nothing else of the state."""
-    path = _find(_absolute(directory), step)
-    _compare(path, {which: abstract}, only=which)
-    items = _load(path, {"state": {which: abstract}}, partial=True)
-    return items["state"][which], int(path.name)
+    """(weights, step), reading nothing else of the state; values are checked.
+
+    Without `step`, the newest that is sound: a damaged one is told of and passed over.
+    """
+    directory = _absolute(directory)
+    first = int(_find(directory, step).name)
+    steps = [s for s in hosts.first(lambda: _steps(directory)) if s <= first]
+    for number in reversed(steps):
+        path = directory / str(number)
+        weights, fault = _attempt(_restore_part, path, abstract, which)
+        if fault is None:
+            return weights, number
+        if step is not None or number == steps[0]:
+            raise fault
+        log.warning("%s: an earlier step is taken", fault)
+    raise UserError(f"there is no complete checkpoint in {directory}")
 
 
 def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
@@ -205,11 +280,11 @@ def _steps(directory: epath.Path) -> list[int]:
 
 
 def _latest(directory: epath.Path) -> int | None:
-    newest = 0
-    if jax.process_index() == 0:
+    def look() -> int | None:
         with _explained(f"cannot read checkpoints in {directory}"):
-            newest = max(_steps(directory), default=0)
-    return int(multihost_utils.broadcast_one_to_all(np.int32(newest))) or None
+            return max(_steps(directory), default=None)
+
+    return hosts.first(look)
 
 
 def _find(directory: epath.Path, step: int | None) -> epath.Path:
@@ -221,6 +296,72 @@ def _find(directory: epath.Path, step: int | None) -> epath.Path:
         steps = ", ".join(map(str, _steps(directory)[-LISTED:])) or "none"
         raise UserError(f"{path} is not a complete checkpoint; complete steps: {steps}")
     return path
+
+
+def _attempt(read, path: epath.Path, *args) -> tuple[Any, UnreadableCheckpoint | None]:
+    """(what it reads, None), or (None, the fault that some process met)."""
+    found = fault = None
+    try:
+        found = read(path, *args)
+    except UnreadableCheckpoint as error:
+        fault = error
+    if not hosts.all_well(fault is None) and fault is None:
+        fault = UnreadableCheckpoint(f"{path} is damaged: another process says so")
+    return (found, None) if fault is None else (None, fault)
+
+
+def _restore(path: epath.Path, abstract: Any) -> tuple[Any, dict, dict]:
+    seal.check_files(path)
+    about = _about(path)
+    _compare(path, abstract)
+    items = _load(path, {"state": abstract, "data": None, "config": None})
+    if about:
+        seal.check_about(path, about, items["data"], items["config"])
+        seal.check_leaves(path, about, items["state"])
+        _note_differences(path, about)
+    return items["state"], items["data"], items["config"]
+
+
+def _restore_part(path: epath.Path, abstract: Any, which: str) -> Any:
+    seal.check_files(path, largest=seal.SMALL)
+    about = _about(path)
+    _compare(path, {which: abstract}, only=which)
+    part = _load(path, {"state": {which: abstract}}, partial=True)["state"]
+    if about:
+        seal.check_leaves(path, about, part)
+    return part[which]
+
+
+def _about(path: epath.Path) -> dict:
+    """What the step says of itself; {} of one that is older than this file."""
+    if not (path / "about").exists():
+        return {}
+    about = _load(path, {"about": None})["about"]
+    if not isinstance(about, dict) or not isinstance(about.get("fingerprints"), dict):
+        raise UnreadableCheckpoint(f"{path} is damaged: about")
+    seal.refuse_newer(path, about)
+    return about
+
+
+def _note_differences(path: epath.Path, about: dict) -> None:
+    if lines := list(hosts.differing(about["made"], seal.circumstances())):
+        log.info(
+            "%s was saved under other circumstances than now (%s): what follows agrees"
+            " with the unbroken run to rounding, not to the bit",
+            path,
+            "; ".join(lines),
+        )
+
+
+def _require_space(directory: epath.Path, wanted: int) -> None:
+    if "://" in os.fspath(directory):
+        return
+    free = shutil.disk_usage(directory).free
+    if free < wanted:
+        raise UserError(
+            f"{directory} has {free / 1e9:.3g} GB free: wanted {wanted / 1e9:.3g} GB,"
+            " room for two checkpoints; free some, or write to another workdir"
+        )
 
 
 def _compare(path: epath.Path, abstract: Any, *, only: str | None = None) -> None:
@@ -258,9 +399,9 @@ def _load(path: epath.Path, abstract: dict, *, partial: bool = False) -> dict:
 
 
 def _context(*, partial: bool = False) -> ocp.Context:
-    """Orbax's settings: data and config are JSON files, whatever their leaves are."""
+    """Orbax's settings: what is not the state is JSON, whatever its leaves are."""
     registry = ocp.handlers.local_registry()
-    for name in ("data", "config"):
+    for name in JSON:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
     context = ocp.Context()
     context.checkpointables.registry = registry
@@ -274,7 +415,7 @@ def _explained(what: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Any failure inside as one line; orbax puts the truth into the cause."""
     try:
         yield
-    except UserError:
+    except (UserError, RunFailed):
         raise
     except Exception as e:
         truth = e.__cause__ or e

@@ -22,7 +22,8 @@ def make_train_step(
     loss(params, key, batch, frozen) -> (scalar, metrics of scalars).
 
     A step never advances a key: its own is folded in from state.step, so a resumed run
-    draws what the unbroken one would have.
+    draws what the unbroken one would have. Where loss or gradient is not finite the
+    step counts but changes nothing else: one NaN would poison Adam's moments for good.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
@@ -40,8 +41,11 @@ def make_train_step(
             ema = moving_average(state.ema, params, now, ema_decay, ema_every)
         with jax.named_scope("grad_norm"):
             norm = optax.global_norm(grads)
+        finite = jnp.isfinite(value) & jnp.isfinite(norm)
+        keep = lambda new, old: jnp.where(finite, new, old)
+        new, old = (params, ema, opt_state), (state.params, state.ema, state.opt_state)
         metrics = {"loss": value, "grad_norm": norm, **metrics}
-        return TrainState(now, params, ema, opt_state), metrics
+        return TrainState(now, *jax.tree.map(keep, new, old)), metrics
 
     def accumulated(params, key, batch, frozen):
         """The mean over `accumulate` parts of the batch, one after another."""

@@ -133,3 +133,32 @@ def test_muon_makes_a_stacked_blocks_updates_orthogonal(key):
         assert s.max() / s.min() < 6  # of the gradient's the ratio is far larger
     adam = jnp.abs(updates["patch_embed"]["kernel"])
     np.testing.assert_allclose(adam, adam[0, 0], rtol=1e-3)  # Adam's first step
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("poison", [jnp.nan, jnp.inf, 1e30])  # 1e30 squared is inf
+def test_a_step_that_is_not_finite_changes_nothing(key, poison, accumulate):
+    init, batch = problem(key)
+    tx, _ = optimizer.make(**OPTIM)
+    made = make_train_step(linear_loss, tx, ema_decay=0.9, accumulate=accumulate)
+    step = jax.jit(made)
+    before, _ = step(init_state(key, init, tx), key, batch, {})
+    bad = batch | {"x": batch["x"].at[3, 1].set(poison)}
+    after, metrics = step(before, key, bad, {})
+    assert not np.isfinite(metrics["loss"]) or not np.isfinite(metrics["grad_norm"])
+    assert after.step == before.step + 1  # the next draws other noise
+    chex.assert_trees_all_equal(after.replace(step=before.step), before)
+    again, metrics = step(after, key, batch, {})
+    assert np.isfinite(metrics["loss"])
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(again))
+
+
+def test_a_gradient_that_is_not_finite_counts_too(key):
+    def loss(params, key, batch, frozen):
+        return jnp.sum(jnp.sqrt(params["w"])), {}  # 0, whose derivative is infinite
+
+    tx = optax.adam(0.1)
+    state = init_state(key, lambda _: {"w": jnp.zeros(2)}, tx)
+    after, metrics = make_train_step(loss, tx, ema_decay=0.9)(state, key, {}, {})
+    assert metrics["loss"] == 0 and np.isinf(metrics["grad_norm"])
+    chex.assert_trees_all_equal(after.replace(step=0), state.replace(step=0))

@@ -1,0 +1,148 @@
+"""Processes as one: they start alike, wait with bounds, and end together.
+
+What goes between them here goes through jax's coordination service, not the devices:
+it works before the first program, beside a running one, and when a peer is stuck.
+"""
+
+import itertools
+import json
+import signal
+import threading
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+from jax._src import distributed  # its client has no public name
+from jax.experimental import multihost_utils
+
+from sd3_jax.errors import UserError
+
+ENDED = "sd3_jax/ended"
+_turn = itertools.count()  # every process makes the same calls in the same order
+_told = threading.Event()  # by SIGTERM, in a run of one process
+
+
+def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
+    """function() of process 0; its answer (JSON), or UserError, is everyone's."""
+    if jax.process_count() == 1:
+        return function()
+    client, key = distributed.global_state.client, f"sd3_jax/first/{next(_turn)}"
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": function()}
+        except UserError as error:
+            client.key_value_set(key, json.dumps({"error": str(error)}))
+            raise
+        client.key_value_set(key, json.dumps(answer))
+        return answer["value"]
+    answer = json.loads(_get(key, seconds, "process 0's answer"))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
+    """Refuse, in every process, if one states something else than process 0.
+
+    `statement` is flat JSON. Two hosts that run different programs compute nonsense,
+    and as long as their collectives match in silence.
+    """
+    count = jax.process_count()
+    if count == 1:
+        return
+    client, turn = distributed.global_state.client, f"sd3_jax/agree/{next(_turn)}"
+    mine = json.dumps(statement, sort_keys=True, default=str)
+    client.key_value_set(f"{turn}/{jax.process_index()}", mine)
+    texts = [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
+    ours, *others = map(json.loads, texts)
+    for index, other in enumerate(others, 1):
+        if differences := list(differing(ours, other)):
+            raise UserError(
+                f"processes 0 and {index} have different {what}: "
+                + "; ".join(differences[:5])
+                + (f"; and {len(differences) - 5} more" if differences[5:] else "")
+            )
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]):
+    """`key: x and y`, for each key that is not in both with the same value."""
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key, "nothing"), b.get(key, "nothing")
+        if x != y:
+            yield f"{key}: {x} and {y}"
+
+
+def all_well(well: bool, *, seconds: float = 600) -> bool:
+    """Whether it is so in every process."""
+    count = jax.process_count()
+    if count == 1:
+        return well
+    client, turn = distributed.global_state.client, f"sd3_jax/well/{next(_turn)}"
+    client.key_value_set(f"{turn}/{jax.process_index()}", "yes" if well else "no")
+    answers = [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
+    return "no" not in answers
+
+
+def meet(place: str, *, minutes: float = 30) -> None:
+    """Wait until every process is here.
+
+    Hosts do not compile equally fast, and the first collective of the one that is ahead
+    gives up after half a minute on CPUs.
+    """
+    if jax.process_count() > 1:  # jax's public barriers are collectives themselves
+        client = distributed.global_state.client
+        client.wait_at_barrier(place, timeout_in_ms=int(60_000 * minutes))
+
+
+def told_to_stop(step: int) -> bool:
+    """Whether SIGTERM came to some process and all are to stop after this very step.
+
+    To be asked at every step: jax says it of one step only.
+    """
+    if distributed.global_state.client is None:
+        return _told.is_set()
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+def heed_sigterm() -> None:
+    """In a run of one process; else jax's own handler, in C++, tells the others."""
+    _told.clear()
+    alone = distributed.global_state.client is None
+    if alone and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: _told.set())
+
+
+def tell_end(reason: str, code: int) -> None:
+    """Let the other processes know that this one ends, and why; they end as well."""
+    client = distributed.global_state.client
+    if client is not None:
+        note = json.dumps([jax.process_index(), reason, code])
+        try:
+            client.key_value_set(f"{ENDED}/{jax.process_index()}", note)
+        except Exception:  # the service is gone: its process has ended before
+            pass
+
+
+def ended() -> tuple[int, str, int] | None:
+    """(process, reason, exit code) of another process that told its end."""
+    client = distributed.global_state.client
+    if client is None:
+        return None
+    try:
+        notes = [json.loads(text) for _, text in client.key_value_dir_get(ENDED)]
+    except Exception:  # jax itself ends this process if the service is gone
+        return None
+    others = [note for note in notes if note[0] != jax.process_index()]
+    return tuple(others[0]) if others else None
+
+
+def leads_others() -> bool:
+    return distributed.global_state.client is not None and jax.process_index() == 0
+
+
+def _get(key: str, seconds: float, who: str) -> str:
+    client = distributed.global_state.client
+    try:
+        return client.blocking_key_value_get(key, int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"waited {seconds:g} s for {who} ({key})") from error

@@ -1,0 +1,77 @@
+"""Going on with a run: what may differ from its settings so far, and what must not."""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from sd3_jax.errors import ConfigError, UserError, nearest
+
+log = logging.getLogger(__name__)
+# Keys and groups that change how a run is done, written or looked at, not what it
+# computes beyond rounding; and train.steps, which is there to be raised.
+FREE = (
+    *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
+    *("convert", "plan", "compare"),
+    *("data.threads", "data.prefetch", "data.bad_records"),
+    *("model.remat", "model.unroll", "model.attention"),
+)
+
+
+def compare(where: Any, saved: dict, config: ConfigDict) -> None:
+    """UserError if a setting differs that is neither FREE nor in train.changes."""
+    given, declared = config.to_dict(), tuple(config.train.changes)
+    known = {key for key, _ in _flat(given)}
+    groups = {key.partition(".")[0] for key in known}
+    for name in declared:
+        if name not in known | groups:
+            raise ConfigError(
+                f'config.train.changes: no key "{name}"{nearest(name, known | groups)}'
+            )
+    differ = list(_differences(saved, given))
+    spell = lambda rows: "; ".join(
+        f"config.{key} was {json.dumps(old)}, is {json.dumps(new)}"
+        for key, old, new in rows
+    )
+    if refused := [row for row in differ if not _within(row[0], FREE + declared)]:
+        keys = ",".join(key for key, _, _ in refused)
+        raise UserError(
+            f"{where} was trained with other settings: {spell(refused)}. To go on with"
+            f" the new ones say so, --config.train.changes={keys}; else give back the"
+            " old ones, or another workdir"
+        )
+    if differ:
+        log.info("goes on with other settings: %s", spell(differ))
+
+
+def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
+    """UserError if the run's examples were others, under the same settings."""
+    same = saved is None or json.loads(json.dumps(given)) == saved
+    if not same and "data" not in config.train.changes:
+        raise UserError(
+            f"{where} was trained on other examples: {json.dumps(saved)}, now"
+            f" {json.dumps(given)}. Bring those back, or go on with these and say so:"
+            " --config.train.changes=data"
+        )
+
+
+def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
+    """Keys that only one of them has are of another version of this code."""
+    old, new = (dict(_flat(json.loads(json.dumps(x)))) for x in (old, new))
+    for key in new:
+        if key in old and old[key] != new[key]:
+            yield key, old[key], new[key]
+
+
+def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _within(key: str, names: Sequence[str]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in names)

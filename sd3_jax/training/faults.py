@@ -1,0 +1,40 @@
+"""Steps whose loss or gradient is not finite: told of, and skipped or the run's end."""
+
+import math
+
+from sd3_jax.errors import RunFailed
+
+
+class NonFinite:
+    """Counts a run's steps without an update; see make_train_step, which makes none.
+
+    `skipped` of `allowed` are behind us, in earlier lives too.
+    """
+
+    def __init__(self, allowed: int, skipped: int = 0, last_saved: int = 0):
+        self.allowed, self.skipped, self.last_saved = allowed, skipped, last_saved
+        self.last_good = last_saved
+
+    def is_one(self, step: int, loss: float, grad_norm: float) -> bool:
+        """Whether the step made no update."""
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.last_good = step
+            return False
+        self.skipped += 1
+        return True
+
+    def words(self, step: int, loss: float, grad_norm: float, names: list[str]) -> str:
+        shown = ", ".join(names[:4]) + (", …" if names[4:] else "")
+        return (
+            f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: no update was"
+            f" made; last good step {self.last_good}, last saved step"
+            f" {self.last_saved}; its batch: {shown}"
+        )
+
+    def stop_beyond(self, words: str) -> None:
+        """RunFailed once there were more than are allowed."""
+        if self.skipped > self.allowed:
+            raise RunFailed(
+                f"{words}; {self.skipped} such steps, and config.train.skip_nonfinite ="
+                f" {self.allowed}"
+            )
