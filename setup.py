@@ -10,6 +10,7 @@ TEST = [
     *TORCH,
     "beartype>=0.20",
     "chex>=0.1.90",
+    "hypothesis>=6",
     "jsonschema>=4",
     *PLAN,
     "pytest>=8",

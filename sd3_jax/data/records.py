@@ -1,0 +1,251 @@
+"""One example as bytes: a safetensors blob whose metadata says what it holds.
+
+A record describes itself: its format and version, the caption, what it was made from,
+and a checksum of all that and of the tensors. `decode` believes none of it unchecked.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+import safetensors
+from safetensors.numpy import save
+
+from sd3_jax.errors import UserError
+
+FORMAT, VERSION = "sd3_jax.record", 1
+TENSORS = {"latents": "h w c", "context": "l d", "pooled": "e"}
+DTYPES = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
+NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
+NEEDED = ("format", "version", "caption", "source", "checksum")
+KNOWN = (*NEEDED, "size", "crop")
+
+RECORD = 64 * 2**20  # bytes, at most; 2048 x 2048 pixels in float32 take 10 MB
+HEADER = 2**20  # bytes of it
+SIDE = 2**20  # of a tensor, or of an image in pixels
+CAPTION = 8_192  # characters; what follows them is cut
+SOURCE = 1_024
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # category Cc, less \t and \n
+
+
+class BadRecord(UserError):
+    """A record that is not what this code reads: where, which field, what it wanted."""
+
+
+class Record(NamedTuple):
+    """Latents (h, w, c) as the denoiser sees them, context (l, d) and pooled (e,).
+
+    Each in float32, bfloat16 or float16.
+    """
+
+    tensors: dict[str, np.ndarray]
+    source: str  # what it was made from: an address or a number, never opened
+    caption: str | bytes | None = ""
+    size: tuple[int, int] | None = None  # height and width of the original, in pixels
+    crop: tuple[int, int, int, int] | None = None  # top, left, height, width of it
+
+
+def encode(record: Record) -> bytes:
+    """The record's bytes, its caption cleaned; what `decode` refuses is a BadRecord."""
+    where = f"record of {_show(record.source)}"
+    try:
+        metadata = {"format": FORMAT, "version": str(VERSION), "source": record.source}
+        metadata["caption"] = clean(record.caption)
+        for name in ("size", "crop"):
+            if (value := getattr(record, name)) is not None:
+                metadata[name] = json.dumps(value)
+        for name, x in record.tensors.items():
+            if x.dtype not in NAMES:
+                raise ValueError(
+                    f"{name}: dtype {x.dtype}, wanted one of {_all(NAMES)}"
+                )
+        tensors = {k: np.asarray(x, order="C") for k, x in record.tensors.items()}
+        metadata["checksum"] = _checksum(tensors, metadata)
+        data = save(tensors, metadata)
+    except (ValueError, TypeError) as error:
+        raise BadRecord(f"{where}: {error}") from None
+    decode(data, where)
+    return data
+
+
+def decode(data: bytes, where: str) -> Record:
+    """The record that `encode` made these bytes of; else a BadRecord, at `where`."""
+    try:
+        return _decode(data)
+    except ValueError as error:
+        raise BadRecord(f"{where}: {error}") from None
+
+
+def clean(caption: str | bytes | None) -> str:
+    """A caption as it is kept; ValueError if it is no text, which UTF-8 could spell.
+
+    None, nothing and white space are "", the unconditional caption. Control characters
+    other than newline and tab become spaces. After 8,192 characters it is cut.
+    """
+    if caption is None:
+        return ""
+    try:
+        text = caption.decode() if isinstance(caption, bytes) else caption
+        text.encode()  # which a lone surrogate does not survive
+    except UnicodeError as error:
+        raise ValueError(f"caption: not UTF-8: {error.reason}") from None
+    text = CONTROL.sub(" ", text[:CAPTION])
+    return "" if text.isspace() else text
+
+
+def _decode(data):
+    header, metadata = _header(data)
+    _check_version(metadata)
+    _check_names(metadata, NEEDED, KNOWN)
+    _check_names(header, TENSORS, TENSORS)
+    for name, entry in header.items():
+        _check_entry(name, entry)
+    try:
+        read = safetensors.deserialize(data)
+    except safetensors.SafetensorError as error:
+        raise ValueError(f"not a record: {error}") from None
+    tensors = {
+        name: np.frombuffer(x["data"], DTYPES[x["dtype"]]).reshape(x["shape"])
+        for name, x in read
+    }
+    found = _checksum(tensors, metadata)
+    if found != metadata["checksum"]:
+        wanted = _show(metadata["checksum"])
+        raise ValueError(f"checksum: its bytes have {_show(found)}, it says {wanted}")
+    for name, x in tensors.items():
+        whole = np.isfinite(x.astype(np.float32))
+        if not whole.all():
+            count = whole.size - np.count_nonzero(whole)
+            raise ValueError(f"{name}: {count} of {x.size} values are nan or infinite")
+    size, crop = _place(metadata)
+    source = _source(metadata["source"])
+    return Record(tensors, source, clean(metadata["caption"]), size, crop)
+
+
+def _header(data) -> tuple[dict, dict[str, str]]:
+    """The tensors' entries, of which nothing is known yet, and the metadata: texts."""
+    if not 8 <= len(data) <= RECORD:
+        raise ValueError(f"not a record: {len(data)} bytes, wanted 8 to {RECORD}")
+    size, most = int.from_bytes(data[:8], "little"), min(HEADER, len(data) - 8)
+    if size > most:
+        raise ValueError(
+            f"not a record: a header of {size} bytes, wanted at most {most}"
+        )
+    try:
+        text = bytes(data[8 : 8 + size]).decode()
+        header = json.loads(text, object_pairs_hook=_unique)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not a record: its header: {error}") from None
+    metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
+    if not isinstance(metadata, dict):
+        raise ValueError("not a record: its header has no metadata")
+    for name, value in metadata.items():
+        if not isinstance(value, str):
+            raise ValueError(f"{_show(name)}: {_show(value)}, wanted text")
+    return header, metadata
+
+
+def _unique(pairs):
+    made = dict(pairs)
+    if len(made) < len(pairs):
+        raise ValueError("it has a name twice")
+    return made
+
+
+def _check_version(metadata):
+    name, version = metadata.get("format"), metadata.get("version", "")
+    if name != FORMAT:
+        given = "none" if name is None else _show(name)
+        raise ValueError(f'not a record: format {given}, wanted "{FORMAT}"')
+    if not re.fullmatch("[1-9][0-9]{0,8}", version):
+        raise ValueError(f'version: {_show(version)}, wanted "{VERSION}"')
+    if int(version) > VERSION:
+        raise ValueError(f"version {version} is newer than this code's, {VERSION}")
+
+
+def _check_names(found, needed, known):
+    for name in needed:
+        if name not in found:
+            raise ValueError(f"{name}: missing")
+    for name in found:
+        if name not in known:
+            raise ValueError(f"{_show(name)}: unknown, wanted one of {_all(known)}")
+
+
+def _check_entry(name, entry):
+    if not isinstance(entry, dict):
+        raise ValueError(f"{name}: {_show(entry)}, wanted a tensor's entry")
+    dtype, shape, axes = entry.get("dtype"), entry.get("shape"), TENSORS[name]
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise ValueError(f"{name}: dtype {_show(dtype)}, wanted one of {_all(DTYPES)}")
+    wanted = f"({axes}), each in [1, {SIDE}]"
+    if not _whole(shape, len(axes.split()), low=1):
+        raise ValueError(f"{name}: shape {_show(shape)}, wanted {wanted}")
+
+
+def _place(metadata):
+    """Size and crop, of which the one holds the other."""
+    size, crop = (_numbers(metadata, name, n) for name, n in (("size", 2), ("crop", 4)))
+    if size and 0 in size:
+        raise ValueError(f"size: {_show(size)}, wanted pixels, at least 1")
+    if crop and size is None:
+        raise ValueError("size: missing, and a crop is of something")
+    if crop:
+        (top, left, height, width), (h, w) = crop, size
+        if not (height and width and top + height <= h and left + width <= w):
+            raise ValueError(f"crop: {_show(crop)}, wanted a part of {_show(size)}")
+    return size, crop
+
+
+def _numbers(metadata, name, count):
+    if name not in metadata:
+        return None
+    try:
+        value = json.loads(metadata[name])
+    except (ValueError, RecursionError):
+        value = None
+    if not _whole(value, count, low=0):
+        given = _show(metadata[name])
+        raise ValueError(f"{name}: {given}, wanted {count} integers in [0, {SIDE}]")
+    return tuple(value)
+
+
+def _whole(values, count, low):
+    """Whether a list from JSON is of so many integers in [low, SIDE]."""
+    return (
+        isinstance(values, list)
+        and len(values) == count
+        and all(type(x) is int and low <= x <= SIDE for x in values)
+    )
+
+
+def _source(text):
+    line = not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
+    if not (line and text.strip() and len(text) <= SOURCE):
+        wanted = f"1 to {SOURCE} characters, none for control"
+        raise ValueError(f"source: {_show(text)}, wanted {wanted}")
+    return text
+
+
+def _checksum(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> str:
+    """sha256 of what a record says and holds, in one order however it is laid out."""
+    said = {k: v for k, v in metadata.items() if k != "checksum"}
+    kinds = {k: (NAMES[x.dtype], x.shape) for k, x in tensors.items()}
+    made = hashlib.sha256(json.dumps([said, kinds], sort_keys=True).encode())
+    for _, x in sorted(tensors.items()):
+        made.update(x.reshape(-1).view(np.uint8))
+    return f"sha256:{made.hexdigest()}"
+
+
+def _show(value: Any) -> str:
+    """For a message: on one line, harmless to a terminal, and short."""
+    text = ascii(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _all(names):
+    return ", ".join(map(str, names))
