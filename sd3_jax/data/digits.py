@@ -6,8 +6,8 @@ Three kinds of picture: "a red seven"; "a red seven left of a blue three" (bindi
 
 import functools
 import re
-from dataclasses import dataclass
-from typing import NamedTuple
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 from sklearn.datasets import load_digits
@@ -161,6 +161,14 @@ class Digits:
         rows = draws(self.seed + 1, indices, 2)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """The examples with these indices, for messages: "digits:104"."""
+        return [f"digits:{int(i)}" for i in indices]
+
+    def identity(self) -> dict[str, Any]:
+        """What data this is, flat and short."""
+        return {"name": "digits", **asdict(self), "mix": list(self.mix)}
 
     def scene(self, kind: float, which: float) -> Scene:
         at = np.searchsorted(np.cumsum(self.mix) / np.sum(self.mix), kind, "right")

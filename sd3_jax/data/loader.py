@@ -4,6 +4,7 @@ import grain
 import numpy as np
 
 from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError
 
 STEPS = 2**31 - 1  # more than any run has
 
@@ -27,6 +28,7 @@ class Loader:
         threads: int = 2,
         prefetch: int = 8,
     ):
+        self._source, self._batch_size = source, batch_size
         local = np.arange(rows.start, rows.stop)
 
         def load(step: int) -> dict[str, np.ndarray]:
@@ -46,4 +48,17 @@ class Loader:
         return self
 
     def __next__(self) -> dict[str, np.ndarray]:
-        return next(self._batches)
+        try:
+            return next(self._batches)
+        except UserError as error:
+            error.__notes__ = []  # grain's, on the frames of the traceback
+            raise
+
+    def names(self, step: int) -> list[str]:
+        """Every example of a global batch, by name, in the order of its rows.
+
+        Step 0 has the first batch, so step n's is the one that a run's n + 1st update
+        is made from, whatever step this loader started at.
+        """
+        first = step * self._batch_size
+        return self._source.names(np.arange(first, first + self._batch_size))

@@ -1,6 +1,7 @@
 """Noise in the shape of precomputed records: for benchmarks, plans and tiny recipes."""
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 
@@ -20,6 +21,14 @@ class Synthetic:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = [self.example(int(i)) for i in indices]
         return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
+    def names(self, indices: np.ndarray) -> list[str]:
+        """The examples with these indices, for messages: "synthetic:104"."""
+        return [f"synthetic:{int(i)}" for i in indices]
+
+    def identity(self) -> dict[str, Any]:
+        """What data this is, flat and short."""
+        return {"name": "synthetic", **asdict(self)}
 
     def example(self, i: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, i))

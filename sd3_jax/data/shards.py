@@ -1,0 +1,166 @@
+"""Shards: files of records, which are whole or have no name, and how one is opened.
+
+A shard is an ArrayRecord file with a record a group, so that any record is one read.
+"""
+
+import logging
+import os
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from array_record.python.array_record_module import (
+    ArrayRecordReader,
+    ArrayRecordWriter,
+)
+from etils import epath
+
+from sd3_jax.data import records
+from sd3_jax.data.records import Record
+from sd3_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+OPENERS = 32  # threads that look at the shards at start
+
+
+class Writer:
+    """One shard, which has its name only once it is whole; an exception leaves none.
+
+    with Writer("train-00000.arecord") as shard:
+        shard.write(Record(...))
+    """
+
+    def __init__(self, path: epath.PathLike):
+        self.path, self.count = epath.Path(path), 0
+        self._partial = self.path.parent / f"{self.path.name}.partial"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise self._failed(error.strerror or error) from None
+        self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1")
+
+    def write(self, record: Record) -> None:
+        """Add a record; a BadRecord if `decode` would refuse it."""
+        data = records.encode(record)
+        try:
+            self._writer.write(data)
+        except RuntimeError as error:
+            raise self._failed(error) from None
+        self.count += 1
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, kind, error, trace):
+        try:
+            self._writer.close()
+            if kind is None:
+                self._name_it()
+        except RuntimeError as fault:  # a full disk, say
+            if kind is None:
+                raise self._failed(fault) from None
+        finally:
+            self._partial.unlink(missing_ok=True)
+
+    def _name_it(self):
+        if not self.count:
+            raise self._failed("no record was written to it")
+        found = inspect(os.fspath(self._partial)).count
+        if found != self.count:
+            raise self._failed(f"{found} of {self.count} records are in it")
+        if "://" not in os.fspath(self._partial):  # a bucket's files are whole or not
+            with open(self._partial, "rb") as file:
+                os.fsync(file.fileno())
+        self._partial.replace(self.path)
+
+    def _failed(self, why) -> UserError:
+        return UserError(f"{self.path}: cannot be written: {why}")
+
+
+class Shard(NamedTuple):
+    """A file that can be read, and the number of its first record among all."""
+
+    path: str
+    file: Any  # equal for two names of one file
+    bytes: int
+    count: int
+    start: int = 0
+
+
+def expand(pattern: str) -> list[str]:
+    """The file of that name, or else what the glob matches, sorted; or a UserError."""
+    path = epath.Path(pattern).expanduser()
+    parts = path.parts
+    magic = [i for i, part in enumerate(parts) if re.search(r"[*?[]", part)]
+    if not magic or path.exists():
+        return [os.fspath(path)]
+    if any("**" in part for part in parts):
+        raise UserError(
+            f"{pattern}: wanted a glob without **, one of files in a folder"
+        )
+    root = epath.Path(*parts[: magic[0]])
+    found = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
+    if not found:
+        raise UserError(f"{pattern}: matches no file")
+    return found
+
+
+def open_all(paths: Sequence[str]) -> list[Shard]:
+    """Every shard, looked at; a UserError if one cannot be read or comes twice."""
+    with ThreadPoolExecutor(OPENERS) as threads:
+        looked_at = list(threads.map(inspect, paths))
+    shards, before, start = [], {}, 0
+    for shard in looked_at:
+        if shard.file in before:
+            other = before[shard.file]
+            also = "" if other == shard.path else f", also as {other}"
+            raise UserError(f"{shard.path}: the same shard is listed twice{also}")
+        before[shard.file] = shard.path
+        shards.append(shard._replace(start=start))
+        start += shard.count
+    return shards
+
+
+def inspect(path: str) -> Shard:
+    """A shard's size and count of records; a UserError if it is none, or holds none."""
+    try:
+        if epath.Path(path).is_dir():
+            raise UserError(f"{path}: is a folder, wanted a shard, or a glob of them")
+        size = epath.Path(path).stat().length
+    except OSError as error:
+        reason = error.strerror or "no such file"
+        raise UserError(f"{path}: cannot be read: {reason}") from None
+    if not size:
+        raise UserError(f"{path}: has 0 bytes, wanted a shard of records")
+    reader = open_shard(path)
+    count, options = reader.num_records(), reader.writer_options_string() or ""
+    reader.close()
+    if not count:
+        raise UserError(f"{path}: holds 0 records")
+    if "group_size:1," not in options:
+        log.warning("%s: slow to read, for it was not written with group_size:1", path)
+    return Shard(path, _file(path), size, count)
+
+
+def open_shard(path: str) -> ArrayRecordReader:
+    """ArrayRecord opens anything, and says of what it cannot read: 0 records."""
+    options = "readahead_buffer_size:0,max_parallelism:0"  # for one record at a time
+    reader = ArrayRecordReader(path, options, file_reader_buffer_size=2**15)
+    if not reader.ok():
+        reason = "its index is missing"
+        try:
+            reader.close()
+        except RuntimeError as error:
+            reason = str(error)
+        raise UserError(f"{path}: not a shard, or a truncated or damaged one: {reason}")
+    return reader
+
+
+def _file(path: str) -> Any:
+    if "://" in path:
+        return path
+    found = os.stat(path)
+    if found.st_ino:
+        return found.st_dev, found.st_ino
+    return os.path.realpath(path)
