@@ -74,6 +74,10 @@ def get_config() -> ConfigDict:
         prefetch=8,
         mix=(0.2, 0.5, 0.3),  # of single digits, pairs and numbers in "digits"
         easy=0,  # its first examples tell pairs from left to right, top to bottom
+        records=(),  # for "records": shards, or globs of them (sd3_jax/data/records.py)
+        weights=(),  # how often each of these is drawn from; (): all are one set
+        held_out=(),  # shards for validation only, or globs of them
+        bad_records=0.0,  # the share of records that may be bad, and are passed over
     )
     c.train = dict(
         steps=500_000,

@@ -89,6 +89,11 @@ LAYERS = Rule(
     lambda x: all(COUNT.holds(i) for i in x), "layers by number, 0 being the first"
 )
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
+PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
+WEIGHTS = Rule(
+    lambda x: all(map(RATE.holds, x)),
+    "finite numbers > 0; a set that is not to be drawn from is left out",
+)
 
 RULES = (
     (SEED, "seed sample.seed"),
@@ -115,7 +120,7 @@ RULES = (
     (one_of("adamw", "muon"), "optim.name"),
     (one_of("constant", "cosine", "linear"), "optim.schedule"),
     (RATE, "optim.lr optim.muon_lr optim.eps"),
-    (BELOW_ONE, "optim.b1 optim.b2 ema.decay"),
+    (BELOW_ONE, "optim.b1 optim.b2 ema.decay data.bad_records"),
     (WEIGHT, "optim.weight_decay"),
     (CLIP, "optim.clip"),
     (COUNT, "optim.warmup"),
@@ -123,6 +128,8 @@ RULES = (
     (AXIS, "mesh.data mesh.fsdp mesh.context mesh.tensor"),
     (POSITIVE, "data.batch_size"),
     (COUNT, "data.threads data.prefetch data.easy"),
+    (PATHS, "data.records data.held_out"),
+    (WEIGHTS, "data.weights"),
     (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
     (COUNT, "profile.start"),
@@ -189,6 +196,20 @@ def interval(start, stop):
         return f"at most config.sample.cfg_stop = {stop}"
 
 
+def weighted(weights, paths):
+    if weights and len(weights) != len(paths):
+        return f"none, or one for each of config.data.records, which are {len(paths)}"
+
+
+def stored(what):
+    """Of a key that says where something comes from, if it comes with the records."""
+    return lambda given, data: (
+        data == "records"
+        and given != what
+        and f'"{what}", which config.data.name = "records" has'
+    )
+
+
 def one_rest(mesh):
     if list(mesh.values()).count(-1) > 1:
         return "-1, what is left, for one axis at most"
@@ -196,6 +217,8 @@ def one_rest(mesh):
 
 # The function says what is wanted of the first key, given the others, or nothing.
 RELATIONS = (
+    (stored("precomputed"), "text.name", "data.name"),
+    (stored("latents"), "image.autoencoder", "data.name"),
     (side, "image.height", "image.autoencoder", "model.patch", "model.pos_size"),
     (side, "image.width", "image.autoencoder", "model.patch", "model.pos_size"),
     (divisible("model.num_heads"), "model.width", "model.num_heads"),
@@ -206,4 +229,5 @@ RELATIONS = (
     (reached, "profile.start", "train.steps"),
     (interval, "sample.cfg_start", "sample.cfg_stop"),
     (one_rest, "mesh"),
+    (weighted, "data.weights", "data.records"),
 )

@@ -1,5 +1,6 @@
 """From a config to the things it names; below this, nobody sees a config."""
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -14,6 +15,7 @@ from sd3_jax import sharding, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
+from sd3_jax.data.mixture import Records
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.diffusion import timesteps
 from sd3_jax.diffusion.paths import PATHS
@@ -95,7 +97,11 @@ def text_model(config: ConfigDict) -> prompts.TextModel:
 
 
 def source(config: ConfigDict, *, held_out: bool = False):
-    """The training examples, or those set apart for validation."""
+    """The training examples, or those set apart for validation.
+
+    Making it looks at every shard of records, held out ones too, and at the first
+    record: a UserError then, before anything is compiled.
+    """
     seed = config.seed + (2**31 if held_out else 0)
     size = dict(height=config.image.height, width=config.image.width)
     if config.data.name == "digits":
@@ -111,10 +117,86 @@ def source(config: ConfigDict, *, held_out: bool = False):
             pooled_dim=config.model.pooled_dim,
             seed=seed,
         )
+    if config.data.name == "records":
+        found = stored(config, held_out=held_out)
+        if not held_out:
+            check_held_out(config, found)
+        return found
     raise UserError(
         f'config.data.name = "{config.data.name}"'
-        f"{nearest(config.data.name, ('digits', 'synthetic'))}"
+        f"{nearest(config.data.name, ('digits', 'synthetic', 'records'))}"
     )
+
+
+def stored(config: ConfigDict, *, held_out: bool) -> Records:
+    """Records of the recipe's shapes, as many as a batch, or a validation, takes."""
+    data, size = config.data, config.data.batch_size
+    key, paths, weights = "data.records", data.records, data.weights
+    least, by = size, f"of config.data.batch_size = {size}"
+    if held_out:
+        key, paths, weights = "data.held_out", data.held_out, ()
+        least = max(1, config.eval.examples // size) * size
+        by = f"for validation by config.eval.examples = {config.eval.examples}"
+    try:
+        found = Records(
+            tuple(paths),
+            weights=tuple(weights),
+            shapes={name: x.shape[1:] for name, x in example(config).items()},
+            bad_records=data.bad_records,
+            seed=config.seed,
+        )
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+    for one in found.sets:
+        share = one.weight / sum(other.weight for other in found.sets)
+        wanted = math.ceil(least * share - 1e-6)
+        if len(one.numbers) < wanted:
+            raise UserError(
+                f"config.{key}: {one.name}: {len(one.numbers)} records, wanted at least"
+                f" {wanted}, its part {by}"
+            )
+    for name, x in found.first.tensors.items():
+        if x.shape != found.shapes[name]:
+            raise UserError(
+                f"config.{key}: {found.shards[0].path}: {name} of {by_x(x.shape)}, the"
+                f" recipe's are {by_x(found.shapes[name])}: {MADE[name](config, x)}"
+            )
+    return found
+
+
+def by_x(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
+
+
+MADE = {  # what makes the shapes of the recipe, and what of the records
+    "latents": lambda c, x: (
+        f"config.image.height x width = {c.image.height} x {c.image.width}, config."
+        f"model.channels = {c.model.channels}; the records were made at"
+        f" {8 * x.shape[0]} x {8 * x.shape[1]}"
+    ),
+    "context": lambda c, x: (
+        f"config.text.length = {c.text.length}, config.model.context_dim ="
+        f" {c.model.context_dim}"
+    ),
+    "pooled": lambda c, x: f"config.model.pooled_dim = {c.model.pooled_dim}",
+}
+
+
+def check_held_out(config: ConfigDict, trained_on: Records) -> None:
+    """Validation, if a run comes to it, has records, and training has none of them."""
+    if not config.data.held_out:
+        if config.train.eval_every > config.train.steps:
+            return
+        raise UserError(
+            "config.data.held_out = (): wanted shards for validation, or config.train."
+            f"eval_every over config.train.steps = {config.train.steps}"
+        )
+    files = {shard.file for shard in trained_on.shards}
+    for shard in stored(config, held_out=True).shards:
+        if shard.file in files:
+            raise UserError(
+                f"config.data.held_out: {shard.path} is one of config.data.records too"
+            )
 
 
 def loader(config: ConfigDict, rows: slice, *, start: int = 0, held_out: bool = False):
