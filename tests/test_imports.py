@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts"]
+BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts", "outside"]
 MAY = {
     "diffusion": [],
     "models": [],
-    "data": ["errors"],
+    "data": ["errors", "outside"],
     "weights": ["models", *BELOW],
     "pipelines": ["models", "diffusion", "data", "weights", *BELOW],
     "training": ["pipelines", "models", "diffusion", *BELOW],
     "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
-    "report": ["errors", "metrics", "pictures"],
+    "report": ["data", "errors", "metrics", "pictures"],
     "parity": ["pipelines", "models", "diffusion", "data", "weights", *BELOW],
     "plan": ["models", *BELOW],
     "jobs": None,  # anything

@@ -1,0 +1,155 @@
+"""Pictures from outside hands to RGB: three formats, bounded before they are decoded.
+
+Each mode has its rule, and what has none is refused. Colour profiles are not applied.
+"""
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from etils import epath
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image, ImageFile
+
+from sd3_jax.errors import UserError
+from sd3_jax.outside import shown
+
+FORMATS = ("JPEG", "PNG", "WEBP")
+BYTES = 2**27  # of a file
+PIXELS = 2**26  # 8192 x 8192
+SIDE = 16  # pixels, at least: what an autoencoder and a patch make one token of
+ASPECT = 8  # at most: beyond it no crop to a bucket leaves what a caption tells
+SCANS = 256  # of a progressive JPEG, which has about ten; each costs a whole pass
+UPRIGHT = {  # by EXIF's orientation, from 2 on
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+class BadImage(UserError):
+    """A picture that is not taken: where, what it is, what was wanted."""
+
+
+def read(
+    source: bytes | epath.PathLike, where: str = "image"
+) -> UInt8[ndarray, "h w 3"]:
+    """A photograph upright and in RGB, transparency over white; or a BadImage.
+
+    `where` is what the message calls bytes; a path speaks for itself.
+    """
+    if not isinstance(source, bytes):
+        where, source = str(source), _bytes(epath.Path(source))
+    picture = open_header(source, where)
+    width, height = picture.size
+    if min(width, height) < SIDE or max(width, height) > ASPECT * min(width, height):
+        raise BadImage(
+            f"{shown(where)}: {width} x {height} pixels; wanted sides of {SIDE} or more"
+            f" and at most {ASPECT}:1"
+        )
+    return pixels(picture, where)
+
+
+def open_header(
+    data: bytes, where: str = "image", formats: Sequence[str] = FORMATS
+) -> Image.Image:
+    """The picture, its size and format within bounds and nothing of it decoded."""
+    if len(data) > BYTES:
+        raise BadImage(f"{shown(where)}: {len(data)} bytes; wanted at most {BYTES}")
+    try:
+        picture = Image.open(io.BytesIO(data), formats=tuple(formats))
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged header can raise most things
+        kind = f"of a kind other than {', '.join(formats)}, or damaged"
+        known = isinstance(error, Image.UnidentifiedImageError)
+        raise _bad(where, kind if known else error) from None
+    if picture.width * picture.height > PIXELS:
+        raise _bad(where, f"{picture.width} x {picture.height} pixels")
+    # A JPEG that holds several pictures (MPO) begins with the photograph itself.
+    if getattr(picture, "is_animated", False) and picture.format != "MPO":
+        raise _bad(where, f"animated, {picture.n_frames} frames")
+    scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 0
+    if scans > SCANS:
+        raise _bad(where, f"a JPEG of {scans} scans, each a pass over all pixels")
+    return picture
+
+
+def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"]:
+    """An opened picture decoded, whole, turned as its EXIF says and brought to RGB."""
+    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library made of it
+    try:
+        picture.load()
+    except MemoryError:
+        raise
+    except Exception as error:  # so can damaged data
+        raise _bad(where, error) from None
+    if picture.mode not in TO_RGB:
+        raise _bad(where, f"of mode {picture.mode}, which has no rule")
+    upright = UPRIGHT.get(_orientation(picture))
+    rgb = TO_RGB[picture.mode](picture)
+    return np.array(rgb if upright is None else rgb.transpose(upright))
+
+
+def _bytes(path: epath.Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file.read(BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in its name
+        reason = getattr(error, "strerror", None) or error
+        raise BadImage(f"{shown(path)}: cannot be read: {shown(reason)}") from None
+
+
+def _bad(where, what) -> BadImage:
+    what = str(what) or type(what).__name__
+    return BadImage(
+        f"{shown(where)}: {shown(what, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f" animated, of at most {PIXELS >> 20} megapixels"
+    )
+
+
+def _orientation(picture) -> int:
+    try:
+        return picture.getexif().get(0x0112, 1)
+    except Exception:  # many photographs have broken EXIF; then as it is stored
+        return 1
+
+
+# By mode: what Pillow would do in silence, clip sixteen bits and drop alpha, we do not.
+
+
+def _opaque(picture):
+    """Colours as they are, one of which may stand for transparent (PNG's tRNS)."""
+    key = picture.info.get("transparency")
+    if key is None:
+        return picture.convert("RGB")
+    return _over_white(picture.convert("RGBA"))
+
+
+def _over_white(picture):
+    rgba = picture.convert("RGBA")
+    white = Image.new("RGB", picture.size, "white")
+    white.paste(rgba.convert("RGB"), mask=rgba.getchannel("A"))
+    return white
+
+
+def _sixteen_bits(picture):
+    values = np.asarray(picture).astype(np.uint32)
+    grey = ((values + 128) // 257).astype(np.uint8)
+    grey[values == picture.info.get("transparency", -1)] = 255
+    return Image.fromarray(grey).convert("RGB")
+
+
+TO_RGB = {
+    **dict.fromkeys(("1", "L", "P", "RGB"), _opaque),
+    **dict.fromkeys(("LA", "PA", "RGBA"), _over_white),
+    # Inverted in every JPEG, as Adobe writes it; Pillow reads it so, as browsers do.
+    "CMYK": lambda picture: picture.convert("RGB"),
+    "YCbCr": lambda picture: picture.convert("RGB"),
+    "I;16": _sixteen_bits,
+}

@@ -1,0 +1,193 @@
+"""Samples out of WebDataset's tars, of which nothing is ever extracted.
+
+Not by tarfile: before 3.11.14 a negative size turns it in circles, and still a damaged
+header is the end to it, every member is kept and a long name read however long.
+"""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Collection, Iterator
+from itertools import groupby
+from typing import BinaryIO, NamedTuple
+
+from etils import epath
+
+from sd3_jax.errors import UserError
+from sd3_jax.outside import shown
+
+log = logging.getLogger(__name__)
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "json")
+MEMBER = 2**27  # bytes of one member, at most
+TOTAL = 2**35  # bytes of all that is taken from one tar
+NAME = 255  # characters
+LONG = 2**20  # bytes of what precedes a member with a long name
+BLOCK = 512
+FOLDER = "folder"
+KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device"}
+KINDS |= {"5": FOLDER, "6": "FIFO", "S": "sparse file", "0": "", "7": "", "\0": ""}
+BARE = "123456"  # types that no data follows, whatever size they give
+
+
+class BadTar(UserError):
+    """A tar that cannot be gone on with: which, at which member, and why."""
+
+
+class Member(NamedTuple):
+    key: str  # a label with its folder, never a path
+    extension: str  # in lower case, without the first dot
+    data: bytes
+
+
+def members(
+    path: epath.PathLike,
+    *,
+    skipped: Counter[str] | None = None,
+    extensions: Collection[str] = EXTENSIONS,
+    member: int = MEMBER,
+    total: int = TOTAL,
+) -> Iterator[Member]:
+    """A tar's files in order; `skipped` counts the others by reason, one of each is
+    logged. A tar that is damaged or cut off is a BadTar once its end is reached."""
+    path, skipped = epath.Path(path), Counter() if skipped is None else skipped
+    told = {FOLDER}
+    try:
+        with path.open("rb") as file:
+            for name, kind, start, size in _entries(file, path):
+                key, extension = _split(name)
+                reason = kind or _unfit(name, key)
+                if not reason and extension not in extensions:
+                    reason = "another extension"
+                if not reason and size > member:
+                    reason = f"more than {member} bytes"
+                if reason:
+                    skipped[reason] += 1
+                    if reason not in told:
+                        log.warning("%s: skips %s: %s", path, shown(name), reason)
+                    told.add(reason)
+                    continue
+                total -= size
+                if total < 0:
+                    raise _bad(path, name, "with it, more than is taken from one tar")
+                file.seek(start)
+                yield Member(key, extension, _read(file, size, path, name))
+    except OSError as error:
+        raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def samples(
+    path: epath.PathLike, *, skipped: Counter[str] | None = None, **options
+) -> Iterator[tuple[str, dict[str, bytes]]]:
+    """(key, {extension: data}) of members that follow each other with one key."""
+    skipped = Counter() if skipped is None else skipped
+    found, seen = members(path, skipped=skipped, **options), set()
+    for key, group in groupby(found, key=lambda each: each.key):
+        sample = {}
+        for each in group:
+            if key in seen or each.extension in sample:
+                skipped["a name that came before"] += 1
+            else:
+                sample[each.extension] = each.data
+        seen.add(key)
+        if sample:
+            yield key, sample
+
+
+def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
+    """(name, what it is or "" for a file, start, size), of which nothing is read."""
+    length, at, name, told = path.stat().length, 0, "its start", {}
+    while True:
+        file.seek(at)
+        block = file.read(BLOCK)
+        if len(block) < BLOCK:
+            raise _bad(path, name, "cut off after it")
+        if not any(block):
+            return
+        kind, size = chr(block[156]), _octal(block[124:136])
+        if size is None or _octal(block[148:156]) != _checksum(block):
+            hint = "" if at else "; wanted a plain tar, not a compressed one"
+            raise _bad(path, name, f"no tar header after it{hint}")
+        at += BLOCK
+        if kind not in "xgLK":  # which only tell of the member after them
+            name, size = told.get("path", _name(block)), told.get("size", size)
+            if kind == "S" and block[482]:
+                raise _bad(path, name, "a sparse file in many pieces")
+            size = 0 if kind in BARE else size
+        if at + size > length:
+            raise _bad(path, name, f"{size} bytes, of which {max(0, length - at)} came")
+        if kind in "xL":
+            if size > LONG:
+                raise _bad(path, name, f"a name of {size} bytes after it")
+            text = _read(file, size, path, name)
+            told |= _pax(text) if kind == "x" else {"path": _text(text)}
+        elif kind not in "gK":
+            what = KINDS.get(kind, "unknown type")
+            what = FOLDER if name.endswith("/") and not what else what
+            yield name, told.get("kind", what), at, size
+            told = {}
+        at += -(-size // BLOCK) * BLOCK
+
+
+def _octal(field: bytes) -> int | None:
+    if field[0] == 0x80:  # GNU's way with large ones
+        return int.from_bytes(field[1:])
+    digits = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
+    return int(digits[1] or b"0", 8) if digits else None
+
+
+def _checksum(block: bytes) -> int:
+    return sum(block) - sum(block[148:156]) + 8 * ord(" ")
+
+
+def _name(block: bytes) -> str:
+    parts = [block[:100]]
+    if block[257:263] == b"ustar\0" and block[345]:
+        parts = [block[345:500], *parts]
+    return "/".join(map(_text, parts))
+
+
+def _pax(text: bytes) -> dict:
+    """What the next member's records, each "length name=value", say that matters."""
+    found = {}
+    while record := re.match(rb"(\d{1,7}) ([^=]+)=", text):
+        name, value = record[2], text[record.end() : int(record[1]) - 1]
+        text = text[max(int(record[1]), record.end()) :]
+        if name == b"path":
+            found["path"] = value.decode(errors="surrogateescape")
+        elif name == b"size" and re.fullmatch(rb"\d{1,18}", value):
+            found["size"] = int(value)
+        elif name.startswith(b"GNU.sparse"):
+            found["kind"] = KINDS["S"]
+    return found
+
+
+def _text(field: bytes) -> str:
+    return field.split(b"\0")[0].decode(errors="surrogateescape")
+
+
+def _split(name: str) -> tuple[str, str]:
+    """WebDataset's: the first dot of the last part is where the extension begins."""
+    *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
+    stem, _, extension = last.partition(".")
+    return "/".join([*folders, stem]) if stem else "", extension.lower()
+
+
+def _unfit(name: str, key: str) -> str:
+    """Why a name cannot be a label, if so: what others take for a path, or garbage."""
+    leads = name.startswith("/") or ".." in re.split(r"[/\\]", name)
+    if leads or re.match(r"[A-Za-z]:[/\\]", name):
+        return "a name that leads out of its folder"
+    if len(name) > NAME or not name.isprintable() or "\\" in name or not key:
+        return "an odd name"
+    return ""
+
+
+def _read(file, size, path, name) -> bytes:
+    data = file.read(size)
+    if len(data) < size:
+        raise _bad(path, name, f"{size} bytes, of which {len(data)} came")
+    return data
+
+
+def _bad(path, name, what) -> BadTar:
+    return BadTar(f"{path}: at {shown(name)}: {what}")

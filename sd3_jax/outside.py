@@ -1,0 +1,50 @@
+"""What comes from outside hands: JSON without its loopholes, text fit for a message."""
+
+import json
+import math
+from typing import Any
+
+
+def parse_json(text: str | bytes) -> Any:
+    """json.loads, for which a name twice, NaN, infinity and depth are errors too."""
+    text = text.decode() if isinstance(text, bytes) else text
+    try:
+        return json.loads(
+            text,
+            object_pairs_hook=_unique,
+            parse_constant=_no_number,
+            parse_float=_finite,
+        )
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def shown(value: Any, most: int = 80) -> str:
+    """On one line: what does not print, or turns the line round, is escaped."""
+    text = str(value)
+    ends = "…" if len(text) > most else ""
+    return "".join(map(_printed, text[:most])) + ends
+
+
+def _printed(c: str) -> str:
+    return c if c.isprintable() else c.encode("unicode_escape").decode()
+
+
+def _unique(pairs: list) -> dict:
+    made = {}
+    for name, value in pairs:
+        if name in made:
+            raise ValueError(f'"{shown(name)}" stands twice')
+        made[name] = value
+    return made
+
+
+def _no_number(name: str) -> None:
+    raise ValueError(f"{name} is no JSON")
+
+
+def _finite(text: str) -> float:
+    value = float(text)  # 1e999 is infinite
+    if not math.isfinite(value):
+        raise ValueError(f"{shown(text)} is too large")
+    return value
