@@ -55,6 +55,12 @@ def read(
     return pixels(picture, where)
 
 
+def read_own(path: epath.PathLike) -> tuple[UInt8[ndarray, "h w 3"], dict[str, str]]:
+    """A PNG that we wrote, of any shape, and the texts in it; or a BadImage."""
+    picture = open_header(_bytes(epath.Path(path)), str(path), ["PNG"])
+    return pixels(picture, str(path)), dict(picture.text)
+
+
 def open_header(
     data: bytes, where: str = "image", formats: Sequence[str] = FORMATS
 ) -> Image.Image:

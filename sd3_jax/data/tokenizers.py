@@ -10,6 +10,8 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from sd3_jax.outside import shown
+
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
 
@@ -73,9 +75,10 @@ def t5_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarray,
 def _ids(tokenizer, texts, length, what):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
-    whole = tokenizer(list(texts))["input_ids"]
-    for row in whole:
-        if len(row) > length:
-            lost = tokenizer.decode(row[length - 1 : -1])
-            log.warning("%s reads %d tokens, not: %s", what, length, lost[:200])
+    whole = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
+    if cut := [row for row in whole if len(row) > length]:
+        lost = shown(tokenizer.decode(cut[0][length - 1 : -1]), 200)
+        counts = length, len(cut), len(whole), max(map(len, cut))
+        told = "%s reads %d tokens: cuts %d of %d prompts, of %d at most; not read: %s"
+        log.warning(told, what, *counts, lost)
     return ids

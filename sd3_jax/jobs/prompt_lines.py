@@ -2,16 +2,23 @@
 
 import json
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from sd3_jax.data import texts
 from sd3_jax.errors import ConfigError, UserError, nearest
+from sd3_jax.outside import parse_json, shown
 from sd3_jax.validate import validate
 
 log = logging.getLogger(__name__)
+FILE = 2**24  # bytes of a file of prompts, at most
+PICTURES = 10**6  # of a job, at most
+MOST = {"per_prompt": 10_000, "steps": 1_000}  # of a line
+TOLD = 20  # lines that make no sense, of which the log tells one by one
 # What a line of a .jsonl may say of its picture besides "prompt", and where the config
 # has it.
 SAMPLE = (
@@ -48,9 +55,14 @@ class Task(NamedTuple):
 
 def tasks(config: ConfigDict) -> list[Task]:
     """Of config.sample.prompt, or prompts_file, or the recipe's own prompts."""
+    found = list(_prompts(config))
+    count = sum(own.sample.per_prompt for _, own in found)
+    if count > PICTURES:
+        raise UserError(f"{count} pictures: wanted at most {PICTURES}")
     made = []
-    for prompt, own in _prompts(config):
+    for prompt, own in found:
         settings = {name: _at(own, key) for name, key in OWN.items()}
+        settings["negative"] = texts.checked(settings["negative"], "negative")
         for number in range(settings.pop("per_prompt")):
             made.append(Task(len(made), prompt, number, own, settings))
     return made
@@ -64,7 +76,7 @@ def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
             " one of them"
         )
     if sample.prompt:
-        return [(sample.prompt, config)]
+        return [(texts.checked(sample.prompt, "config.sample.prompt"), config)]
     if sample.prompts_file:
         return _lines(config, epath.Path(sample.prompts_file))
     if not config.train.prompts:
@@ -72,7 +84,8 @@ def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
             "no prompt: wanted --config.sample.prompt=TEXT or"
             " --config.sample.prompts_file=FILE, one prompt a line"
         )
-    return [(prompt, config) for prompt in config.train.prompts]
+    name = "config.train.prompts"
+    return [(texts.checked(text, name), config) for text in config.train.prompts]
 
 
 def _lines(config: ConfigDict, path: epath.Path) -> list[tuple[Any, ConfigDict]]:
@@ -81,56 +94,89 @@ def _lines(config: ConfigDict, path: epath.Path) -> list[tuple[Any, ConfigDict]]
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     try:
-        lines = path.read_bytes().decode("utf-8-sig").splitlines()
+        with path.open("rb") as file:
+            data = file.read(FILE + 1)
+        if len(data) > FILE:
+            raise UserError(f"{name}: wanted at most {FILE} bytes")
+        lines = re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+    read = _object if path.suffix == ".jsonl" else _text
     found, bad = [], []
-    read = _object if path.suffix == ".jsonl" else lambda line, config: (line, config)
     for number, line in enumerate(lines, 1):
         try:
             if line.strip():
                 found.append(read(line.strip(), config))
         except UserError as error:
-            log.warning("%s:%d: %s: not painted", path, number, error)
             bad.append(str(number))
+            if len(bad) <= TOLD:
+                reason = shown(error, 300)
+                log.warning("%s:%d: %s: not painted", path, number, reason)
     if not found:
         raise UserError(f"{name}: holds no prompt" + (" that can be read" * bool(bad)))
     if bad:
-        log.warning("%s: of %d lines not painted: %s", path, len(lines), ", ".join(bad))
+        told = ", ".join(bad[:TOLD]) + (", …" if bad[TOLD:] else "")
+        counts = len(bad), len(found) + len(bad)
+        log.warning("%s: %d of %d lines are not painted: %s", path, *counts, told)
     return found
+
+
+def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:
+    return texts.checked(line), config
 
 
 def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
     """{"prompt": …} with settings of its own, checked as the config itself is."""
     try:
-        given = json.loads(line)
+        given = parse_json(line)
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(given, dict) or "prompt" not in given:
         raise UserError('wanted {"prompt": TEXT, …}')
-    prompt = given.pop("prompt")
-    texts = [prompt] if isinstance(prompt, str) else prompt
-    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-        raise UserError("prompt: wanted a text, or one for each encoder")
-    if len(texts) not in (1, 3) or not texts[0].strip():
-        raise UserError("prompt: wanted a text, or three, for CLIP-L, CLIP-G and T5")
+    prompt = _prompt(given.pop("prompt"))
     own = config.copy_and_resolve_references()
     for name, value in given.items():
         if name not in OWN:
-            raise UserError(f'unknown "{name}"{nearest(name, ("prompt", *OWN))}')
+            raise UserError(f'unknown "{shown(name)}"{nearest(name, ("prompt", *OWN))}')
         group, key = OWN[name].split(".")
         try:
-            if isinstance(value, bool):  # Python would take it for a number
-                raise TypeError
-            own[group][key] = tuple(value) if isinstance(value, list) else value
-        except (TypeError, ValueError):
+            own[group][key] = _plain(value)
+        except (TypeError, ValueError, OverflowError):
             wanted = own[group].get_type(key).__name__
-            raise UserError(f"{name} {json.dumps(value)}: wanted {wanted}") from None
+            told = f"{name} {shown(json.dumps(value))}: wanted {wanted}"
+            raise UserError(told) from None
     try:
         validate(own)
     except ConfigError as error:
         raise UserError(str(error)) from None
-    return (texts[0] if len(texts) == 1 else tuple(texts)), own
+    for name, most in MOST.items():
+        if own.sample[name] > most:
+            raise UserError(f"{name} {own.sample[name]}: wanted at most {most}")
+    last = own.sample.seed + own.sample.per_prompt - 1
+    if last >= 2**32:
+        raise UserError(f"seed {last}, of the last picture: wanted below {2**32}")
+    own.sample.negative = texts.checked(own.sample.negative, "negative")
+    return prompt, own
+
+
+def _prompt(given: Any) -> str | tuple[str, ...]:
+    found = [given] if isinstance(given, str) else given
+    if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
+        raise UserError("prompt: wanted a text, or one for each encoder")
+    if len(found) not in (1, 3) or not found[0].strip():
+        raise UserError("prompt: wanted a text, or three, for CLIP-L, CLIP-G and T5")
+    found = tuple(map(texts.checked, found))
+    return found[0] if len(found) == 1 else found
+
+
+def _plain(value: Any) -> Any:
+    """A number, a text or numbers; true would pass for 1, null for any type."""
+    many = value if isinstance(value, list) else [value]
+    if any(x is None or isinstance(x, bool | dict | list) for x in many):
+        raise TypeError
+    return tuple(value) if isinstance(value, list) else value
 
 
 def _at(config: ConfigDict, key: str) -> Any:

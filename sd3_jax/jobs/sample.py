@@ -2,7 +2,6 @@
 released weights. A killed job goes on where it was."""
 
 import hashlib
-import io
 import json
 import logging
 import re
@@ -16,14 +15,15 @@ from etils import epath
 from flax import linen as nn
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
-from PIL import Image
 
 from sd3_jax import hosts, lock, metrics, pictures, sharding, tree, watch
+from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.jobs import assemble, prompt_lines, sheet
 from sd3_jax.jobs.paint import Painter, batch_size
 from sd3_jax.jobs.prompt_lines import Task
 from sd3_jax.jobs.released import ReleasedPainter
 from sd3_jax.metrics import write_whole
+from sd3_jax.outside import parse_json
 
 log = logging.getLogger(__name__)
 LINES = "samples.jsonl"
@@ -39,6 +39,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
+        if make is trained:
+            tell_cut(tasks, config.text.length)
         paint, facts = make(config, workdir, mesh)
         lines = [describe(task, facts) for task in tasks]
         done = recorded(workdir, lines)
@@ -84,6 +86,15 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, di
     return paint, facts
 
 
+def tell_cut(tasks: Sequence[Task], length: int) -> None:
+    """How many prompts the text model of bytes does not read to their end."""
+    sizes = [len(task.caption.encode()) for task in tasks]
+    cut = sum(size >= length for size in sizes)  # the end is a byte as well
+    if cut:
+        told = "%d of %d prompts are cut to %d bytes, the longest has %d"
+        log.warning(told, cut, len(sizes), length - 1, max(sizes))
+
+
 def released(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
     painter = ReleasedPainter(config, mesh)
     return painter, {"weights": painter.bundle.fingerprint()}
@@ -113,11 +124,12 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
     """Which pictures are there and are what they would be; as process 0 sees them."""
     done = np.zeros(len(lines), bool)
     if jax.process_index() == 0:
-        known = {}
+        text = b""
         if (workdir / LINES).is_file():
-            for text in (workdir / LINES).read_text(encoding="utf-8").splitlines():
-                line = parsed(text)  # a job killed as it wrote leaves half a line
-                known[line.get("file")] = line
+            text = (workdir / LINES).read_bytes()
+        # A job killed as it wrote leaves half a line, or half a letter.
+        found = map(parsed, text.decode(errors="replace").split("\n"))
+        known = {str(line.get("file")): line for line in found}
         for i, line in enumerate(lines):
             path = workdir / line["file"]
             if known.get(line["file"]) == line:
@@ -129,7 +141,7 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
 
 def parsed(text: str) -> dict:
     try:
-        value = json.loads(text)
+        value = parse_json(text)
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
@@ -138,9 +150,8 @@ def parsed(text: str) -> dict:
 def embedded(path: epath.Path) -> dict:
     """The line that a PNG holds of itself."""
     try:
-        with Image.open(io.BytesIO(path.read_bytes())) as image:
-            return parsed(image.text["sd3_jax"])
-    except (OSError, KeyError, AttributeError, SyntaxError, ValueError):
+        return parsed(read_own(path)[1]["sd3_jax"])
+    except (KeyError, BadImage):
         return {}
 
 
@@ -206,7 +217,7 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     write_whole(workdir / "samples.html", sheet.html(lines).encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
     first = [line for line in lines if there(line)][:SHOWN]
-    images = [np.asarray(Image.open(io.BytesIO(read(workdir, x)))) for x in first]
+    images = [read_own(workdir / line["file"])[0] for line in first]
     shape = images[0].shape
     alike = [i for i, image in enumerate(images) if image.shape == shape]
     captions = [str(first[i]["prompt"]) for i in alike]
@@ -221,10 +232,6 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     if len(lines) > 8:
         print(f"… {len(lines)} pictures, all on {workdir / 'samples.html'}")
     sys.stdout.flush()
-
-
-def read(workdir: epath.Path, line: dict) -> bytes:
-    return (workdir / line["file"]).read_bytes()
 
 
 def slug(caption: str) -> str:

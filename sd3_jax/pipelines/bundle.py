@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Key
 
 from sd3_jax import tree
-from sd3_jax.data import tokenizers
+from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.pipelines import programs, sources
@@ -173,13 +173,13 @@ class Bundle:
                     f"{self.source} has no tokenizer for {name}: wanted"
                     " tokenizers_from=FOLDER, a diffusers folder or a hub name"
                 )
-            texts = [p.clip_l if p[i] is None else p[i] for p in full]
+            own = [texts.checked(p.clip_l if p[i] is None else p[i]) for p in full]
             tokenizer = self.tokenizers[name]
             if name == "t5":
-                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length)
+                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, own, length)
             else:
                 most = self.configs[name]["max_position_embeddings"]
-                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most)
+                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most)
         return ids
 
     @property
@@ -249,8 +249,12 @@ def load(
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
-        module = component.build(part.config, compute)
-        shapes = components.abstract(component, module, part.config, mesh, compute)
+        try:
+            module = component.build(part.config, compute)
+            shapes = components.abstract(component, module, part.config, mesh, compute)
+        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
+            reason = f"{name} cannot be made from its configuration: {error!r}"
+            raise UserError(f"{source}: {reason}") from error
         stored[name] = part.dtypes(component, module, shapes)
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])

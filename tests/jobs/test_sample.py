@@ -6,10 +6,12 @@ import time
 import multiprocess
 import numpy as np
 import pytest
+from etils import epath
 from parity import miniature
 from PIL import Image
 
-from sd3_jax import main
+from sd3_jax import main, pictures
+from sd3_jax.jobs import sample
 
 TINY = "--config=configs/released.py:tiny"
 
@@ -131,3 +133,22 @@ def test_mistakes_are_one_line(tmp_path, capsys, forty, key, value, words):
     assert main.main(["sample", *args]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sd3-jax: error:") and words in error
+
+
+def test_what_a_workdir_holds_is_not_believed(tmp_path):
+    """Half a letter, a line that is no line, pictures that are none."""
+    names = [f"samples/{i}.png" for i in range(4)]
+    wanted = [{"file": name, "prompt": "ü"} for name in names]
+    for line in wanted[:2]:
+        pictures.save_png(
+            np.zeros((8, 80, 3), np.uint8),  # no photograph would be of this shape
+            tmp_path / line["file"],
+            info={"sd3_jax": json.dumps(line)},
+        )
+    (tmp_path / names[2]).write_bytes((tmp_path / names[1]).read_bytes()[:60])
+    (tmp_path / names[3]).write_bytes(b"\x89PNG\r\n\x1a\n")
+    odd = ['{"file": [1]}', "[" * 100_000, "3", json.dumps(wanted[0])]
+    torn = json.dumps(wanted[1], ensure_ascii=False).encode().partition(b"\xbc")[0]
+    (tmp_path / "samples.jsonl").write_bytes("\n".join(odd).encode() + b"\n" + torn)
+    path = epath.Path(tmp_path)
+    assert sample.recorded(path, wanted) == [True, True, False, False]

@@ -1,0 +1,29 @@
+"""Prompts as people give them, made fit for tokenizers, file names and pages."""
+
+import re
+
+from sd3_jax.errors import UserError
+from sd3_jax.outside import shown
+
+LENGTH = 8_192  # characters, many times what any encoder reads
+LINES = re.compile("[\t\n\v\f\r\x85\u2028\u2029]")
+REFUSED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
+
+
+def checked(text: str, name: str = "prompt") -> str:
+    """The text on one line; else a UserError: one too long, or no text at all.
+
+    Tabs and the ends of lines become spaces. Other control characters, and halves of
+    surrogate pairs, which UTF-8 cannot spell, come of broken files: they are refused.
+    Marks of direction stay, for they are part of what is said; pages do without.
+    Nothing is what a guided velocity is steered away from: the empty prompt is allowed.
+    """
+    if len(text) > LENGTH:
+        raise UserError(f"{name}: {len(text)} characters; wanted at most {LENGTH}")
+    text = LINES.sub(" ", text)
+    if bad := REFUSED.search(text):
+        raise UserError(
+            f"{name}: {shown(bad[0])} at character {bad.start() + 1}; wanted text"
+            " without control characters"
+        )
+    return text
