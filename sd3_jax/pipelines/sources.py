@@ -1,6 +1,5 @@
 """What a path or a hub name holds of a released model, by component."""
 
-import json
 import logging
 import re
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from typing import NamedTuple
 from etils import epath
 
 from sd3_jax.errors import UserError
+from sd3_jax.outside import parse_json, shown
 from sd3_jax.weights import names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
@@ -62,6 +62,7 @@ def parts(path: epath.Path) -> dict[str, Part]:
     if (path / "config.json").exists():
         return _component_folder(path)
     if len(files) != 1:
+        safetensors.refuse_pickles(path)
         raise UserError(
             f"{path}: wanted a diffusers folder ({INDEX}), one of ours ({store.FILE})"
             f" or one .safetensors file; it has {len(files)} of those"
@@ -76,8 +77,9 @@ def _original(path: epath.Path) -> dict[str, Part]:
     for name, prefix in _prefixes(tensors, path.name):
         own = {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)}
         try:
-            config = known.get(name) or COMPONENTS[name].detect(own)
-        except (KeyError, ValueError, IndexError) as error:
+            told = known.get(name)
+            config = told if isinstance(told, dict) else COMPONENTS[name].detect(own)
+        except (LookupError, ValueError, ArithmeticError) as error:
             raise UserError(f"{path}: {name} is not whole: {error}") from None
         ours = name in known
         found[name] = _part(own, config, f"{path}: {name}", "original", ours)
@@ -110,8 +112,8 @@ def _diffusers(path: epath.Path) -> dict[str, Part]:
     found = {}
     for name, component in COMPONENTS.items():
         folder = path / component.folder
-        listed = (index.get(component.folder) or [None])[0] is not None
-        if not listed:
+        listed = index.get(component.folder)
+        if not isinstance(listed, list) or listed[:1] in ([], [None]):
             continue
         if not (folder / "config.json").exists():
             raise UserError(
@@ -126,8 +128,10 @@ def _diffusers(path: epath.Path) -> dict[str, Part]:
 
 def _component_folder(path: epath.Path) -> dict[str, Part]:
     config = _read(path / "config.json")
-    kind = config.get("_class_name") or (config.get("architectures") or [""])[0]
-    wide = config.get("hidden_size", 0) > 1024
+    kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
+    kind = str(kind[0] if isinstance(kind, list) else kind)
+    size = config.get("hidden_size")
+    wide = isinstance(size, int) and size > 1024
     name = {
         "SD3Transformer2DModel": "denoiser",
         "AutoencoderKL": "vae",
@@ -135,7 +139,7 @@ def _component_folder(path: epath.Path) -> dict[str, Part]:
         "T5EncoderModel": "t5",
     }.get(kind)
     if name is None:
-        raise UserError(f"{path}: config.json is of {kind or 'nothing known'}")
+        raise UserError(f"{path}: config.json is of {shown(kind)}, not known")
     return {name: _from_folder(COMPONENTS[name], path)}
 
 
@@ -197,12 +201,15 @@ def _stored(path: epath.Path) -> dict[str, Part]:
 
 
 def _read(path: epath.Path) -> dict:
-    return _json(path, path.read_text())
-
-
-def _json(path, text: str) -> dict:
     try:
-        value = json.loads(text)
+        return _json(path, path.read_bytes())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def _json(path, text: str | bytes) -> dict:
+    try:
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from None
     if not isinstance(value, dict):

@@ -7,13 +7,14 @@ whole files, which neither a bucket nor a bound on memory allows.
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import ml_dtypes
 import numpy as np
 from etils import epath
 
 from sd3_jax.errors import UserError
+from sd3_jax.outside import parse_json, shown
 
 DTYPES = {
     "F64": np.float64,
@@ -30,9 +31,15 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-HEADER = 100 * 2**20  # bytes, the most that the format allows
+HEADER = 16 * 2**20  # bytes, at most: room for 100,000 tensors, where ours have 2,000
+NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
 PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 SHARD = 10**10  # bytes, of a file in a folder, as diffusers writes them
+LISTED = 10  # missing files in an error, at most
+# The bits, sign aside, from which on a float is infinite or NaN; E4M3 has no infinity.
+BEYOND = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
+BEYOND |= {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 
 
 class Tensor(NamedTuple):
@@ -78,10 +85,14 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     try:
-        header = json.loads(text)
+        header = parse_json(text)
+        if not isinstance(header, dict):
+            raise ValueError("wanted a JSON object")
         metadata = header.pop("__metadata__", {})
-        tensors = {k: _tensor(path, v, 8 + size) for k, v in header.items()}
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+        if not _texts(metadata):
+            raise ValueError("__metadata__: wanted texts by name")
+        tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
+    except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
     end = 8 + size
     for tensor in sorted(tensors.values(), key=lambda x: (x.start, x.size)):
@@ -90,7 +101,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
         end += tensor.size
     if end != length:
         raise _damaged(path, f"{length} bytes, its header says {end}")
-    return tensors, metadata if isinstance(metadata, dict) else {}
+    return tensors, metadata
 
 
 def refuse_pickle(path: epath.Path, first: bytes) -> None:
@@ -102,14 +113,44 @@ def refuse_pickle(path: epath.Path, first: bytes) -> None:
         )
 
 
-def _tensor(path, entry, base) -> Tensor:
-    dtype, shape = np.dtype(DTYPES[entry["dtype"]]), tuple(entry["shape"])
-    start, end = entry["data_offsets"]
-    whole = all(type(n) is int and n >= 0 for n in (*shape, start, end))
-    tensor = Tensor(path, dtype, shape, base + start)
-    if not whole or end - start != tensor.size:
-        raise ValueError(f"{dtype}{list(shape)} does not take bytes {start} to {end}")
+def refuse_pickles(folder: epath.Path) -> None:
+    """For a folder in which nothing else was found."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLED:
+            refuse_pickle(path, PICKLES[0])
+
+
+def _tensor(path, key, entry, base) -> Tensor:
+    """What the header says of a tensor; a name that prints is safe in any message."""
+    if len(key) > NAME or not key.isprintable():
+        raise ValueError(f'"{shown(key)}": wanted a name of {NAME} that print')
+    if not isinstance(entry, dict):
+        raise ValueError(f"{key}: wanted its dtype, shape and data_offsets")
+    name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if not isinstance(name, str) or name not in DTYPES:
+        raise ValueError(f"{key}: dtype {shown(name)}, wanted {', '.join(DTYPES)}")
+    if not _counts(shape) or len(shape) > AXES or not _addressable(shape):
+        raise ValueError(f"{key}: shape {shown(shape)}, wanted {AXES} sizes at most")
+    if not _counts(offsets) or len(offsets) != 2:
+        raise ValueError(f"{key}: data_offsets {shown(offsets)}, wanted start and end")
+    start, end = offsets
+    tensor = Tensor(path, np.dtype(DTYPES[name]), tuple(shape), base + start)
+    if end - start != tensor.size:
+        raise ValueError(f"{key}: {name} {shape} does not take bytes {start} to {end}")
     return tensor
+
+
+def _counts(x: Any) -> bool:  # true is no 1
+    return isinstance(x, list) and all(type(n) is int and n >= 0 for n in x)
+
+
+def _addressable(shape: list[int]) -> bool:
+    """An empty array may not have just any other axis either, in numpy."""
+    return math.prod(max(n, 1) for n in shape) < 2**59
+
+
+def _texts(x: Any) -> bool:
+    return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
 
 
 def _damaged(path, what) -> UserError:
@@ -129,9 +170,7 @@ def open_folder(folder: epath.PathLike) -> Tensors:
         return open_file(folder / whole[0])[0]
     if indexes:
         return _open_indexed(folder, indexes[0])
-    for name in files:
-        if name.endswith((".bin", ".pth", ".pt", ".ckpt")):
-            refuse_pickle(folder / name, PICKLES[0])
+    refuse_pickles(folder)
     raise UserError(f"{folder}: holds no .safetensors file")
 
 
@@ -146,20 +185,46 @@ def _is_index(name: str) -> bool:
 
 def _open_indexed(folder: epath.Path, index: str) -> Tensors:
     try:
-        where = json.loads((folder / index).read_text())["weight_map"]
+        where = parse_json((folder / index).read_bytes())["weight_map"]
+        if not _texts(where):
+            raise ValueError("weight_map: wanted files by tensor")
         names = sorted(set(where.values()))
-        if any(not name or epath.Path(name).name != name for name in names):
+        if any(not _neighbour(name) for name in names):
             raise ValueError("names a file outside its folder")
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / index}: not an index: {error}") from None
+    if missing := [name for name in names if not (folder / name).exists()]:
+        listed = ", ".join(missing[:LISTED]) + (", …" if missing[LISTED:] else "")
+        raise UserError(
+            f"{folder / index} names {len(names)} files, of which {len(missing)} are"
+            f" not there: {listed}"
+        )
     tensors = {}
     for name in names:
-        if not (folder / name).exists():
-            raise UserError(f"{folder / index} names {name}, which is not there")
-        tensors |= open_file(folder / name)[0]
-    if missing := [key for key in where if key not in tensors]:
-        raise UserError(f"{folder / index}: {missing[0]} is in none of its files")
+        own = open_file(folder / name)[0]
+        tensors |= {k: x for k, x in own.items() if where.get(k, name) == name}
+    if absent := [key for key in where if key not in tensors]:
+        raise UserError(
+            f"{folder / index}: {len(absent)} tensors are not in the files that it"
+            f" names for them, {shown(absent[0])} first"
+        )
     return tensors
+
+
+def _neighbour(name: str) -> bool:
+    plain = name.endswith(".safetensors") and name.isprintable()
+    return plain and epath.Path(name).name == name
+
+
+def finite(x: np.ndarray) -> bool:
+    """Whether nothing in it is NaN or infinite; by the bits, as quick as a copy."""
+    beyond = BEYOND.get(NAMES[x.dtype])
+    if beyond is None:
+        return True
+    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
+    number = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # all but the sign
+    starts = range(0, bits.size, 2**18)  # what stays in a core's cache
+    return all((bits[i : i + 2**18] & number).max() < beyond for i in starts)
 
 
 class Entry(NamedTuple):

@@ -13,6 +13,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sd3_jax.errors import UserError
+from sd3_jax.outside import parse_json
 
 FILE = "bundle.json"
 VERSION = 1
@@ -49,11 +50,12 @@ def configs(path: epath.PathLike) -> dict[str, dict]:
 
 def _head(path: epath.Path) -> dict:
     try:
-        head = json.loads(path.read_text())
+        head = parse_json(path.read_bytes())
         version, _ = head["version"], (dict(head["components"]), dict(head["dtypes"]))
+        newer = version > VERSION
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error!r}") from None
-    if version > VERSION:
+    if newer:
         raise UserError(f"{path}: version {version}, this code reads up to {VERSION}")
     return head
 

@@ -19,6 +19,7 @@ from jax.sharding import Sharding
 
 from sd3_jax import tree
 from sd3_jax.errors import UserError
+from sd3_jax.weights import safetensors
 from sd3_jax.weights.names import Piece
 from sd3_jax.weights.safetensors import Entry, Tensors
 
@@ -85,9 +86,7 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
         selections = {b: _overlap(piece.index, b) for b in buffers}
         if not any(selections.values()):
             return  # another process's layers
-        part = (
-            piece.fill() if piece.key is None else piece.read(tensors[piece.key].read())
-        )
+        part = piece.fill() if piece.key is None else piece.read(_read(tensors, piece))
         for bound, selection in selections.items():
             if selection:
                 into, of = selection
@@ -103,6 +102,14 @@ def _load_leaf(tensors, leaf, pieces) -> jax.Array:
         if bound not in bounds.values():
             del buffers[bound]
     return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+
+
+def _read(tensors, piece) -> np.ndarray:
+    x = tensors[piece.key].read()
+    if not safetensors.finite(x):
+        path = tensors[piece.key].path
+        raise UserError(f"{path}: {piece.key} holds values that are NaN or infinite")
+    return x
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:

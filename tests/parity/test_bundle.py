@@ -291,6 +291,34 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert "proj_out.weight is [63, 64], wanted [64, 64]" in message
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_weights_that_are_no_numbers_are_named(tmp_path, value):
+    def change(state):
+        state["proj_out.weight"] = state["proj_out.weight"].copy()
+        state["proj_out.weight"][1, 2] = value
+
+    words = "proj_out.weight holds values that are NaN or infinite"
+    with pytest.raises(UserError, match=f"safetensors: {words}"):
+        load(damaged(tmp_path, change))
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        ("num_layers", None, "denoiser cannot be made from its configuration"),
+        ("patch_size", "two", "denoiser cannot be made"),
+        ("dual_attention_layers", 3, "denoiser cannot be made"),
+        ("_class_name", ["a", {}], "config.json is of"),
+    ],
+)
+def test_a_configuration_that_lies(tmp_path, key, value, words):
+    path = damaged(tmp_path, lambda state: None) / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=words):
+        load(tmp_path)
+
+
 def test_no_more_than_ten_names(tmp_path):
     def change(state):
         for key in [k for k in state if "attn.to_q" in k or "ff.net" in k]:
