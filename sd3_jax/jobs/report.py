@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def _object(path):
     """What a JSON file holds, or {} if there is none or it holds something else."""
     try:
-        value = json.loads(path.read_text())
-    except (OSError, ValueError):
+        value = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}

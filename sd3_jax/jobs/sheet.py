@@ -26,7 +26,7 @@ def html(lines: list[dict]) -> str:
         page.element("h1", "Samples"),
         shared,
         page.element("div", figures, class_="sheet"),
-        images="file: 'self' https: http:",
+        images="'self' file:",
     )
 
 

@@ -1,24 +1,35 @@
 """HTML by small functions: plain text goes in and is escaped, Html comes out."""
 
 import base64
+import html
 import io
 import math
+import re
 from collections.abc import Iterable
-from html import escape
 
 from PIL import Image
 
+from sd3_jax.data.images import open_header, pixels
 from sd3_jax.report.style import CSS
 
-# Nothing may be fetched and nothing may run, whatever a prompt says.
-POLICY = "default-src 'none'; img-src {}; style-src 'unsafe-inline'"
-
-
-UNREADABLE = (OSError, ValueError, Image.DecompressionBombError)  # what image raises
+# Nothing may be fetched, run or sent, whatever a prompt says.
+POLICY = (
+    "default-src 'none'; img-src {}; style-src 'unsafe-inline'; base-uri 'none';"
+    " form-action 'none'"
+)
+# What HTML and UTF-8 cannot hold, and marks that turn the text after them round.
+UNFIT = re.compile(
+    "[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff"
+    "\ufdd0-\ufdef\ufffe\uffff]"
+)
 
 
 class Html(str):
     """Text that is markup already."""
+
+
+def escape(text: str) -> str:
+    return html.escape(UNFIT.sub("\ufffd", text))
 
 
 def document(title: str, *parts: str, images: str = "data:") -> str:
@@ -106,12 +117,11 @@ def panels(figures: Iterable[str]) -> Html:
 
 def image(data: bytes, alt: str, *, limit: int) -> Html:
     """The picture itself, inside the page: made smaller if above `limit` bytes."""
-    picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP"))
-    picture.load()
-    kind = picture.format.lower()
+    picture = open_header(data, alt)
+    rgb, kind = pixels(picture, alt), picture.format.lower()
     if len(data) > limit:
-        data, kind = _shrink(picture.convert("RGB"), limit), "webp"
-    width, height = picture.size
+        data, kind = _shrink(Image.fromarray(rgb), limit), "webp"
+    height, width = rgb.shape[:2]
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     size = f'width="{width}" height="{height}"'
     return Html(f'<img src="{uri}" alt="{escape(alt)}" {size}>')

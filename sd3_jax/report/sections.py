@@ -12,6 +12,7 @@ from typing import Any
 from etils import epath
 
 from sd3_jax import metrics
+from sd3_jax.data.images import BadImage
 from sd3_jax.report import page, plots, words
 
 FRAMES = 9  # sample grids shown, of however many there are
@@ -261,7 +262,7 @@ def _image(workdir, path, alt, limit):
         return NOTHING
     try:
         return page.image((workdir / path).read_bytes(), alt, limit=limit)
-    except page.UNREADABLE:
+    except (OSError, ValueError, BadImage):  # ValueError: no name of a file
         return NOTHING
 
 
