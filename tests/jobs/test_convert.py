@@ -105,6 +105,17 @@ def test_mistakes_are_one_line(tmp_path, capsys, flag, words):
     assert error.startswith("sd3-jax: error:") and words in error
 
 
+@pytest.mark.parametrize("job", ["convert", "sample"])
+@pytest.mark.parametrize("name", ["model.ckpt", "model.safetensors", "."])
+def test_a_pickle_is_refused_with_the_way_out(tmp_path, capsys, job, name):
+    file = tmp_path / ("pytorch_model.bin" if name == "." else name)
+    file.write_bytes(b"\x80\x02}q\x00.")
+    flags = [f"--config.weights={tmp_path / name}", "--config.sample.prompt=a fox"]
+    assert main.main([job, TINY, f"--workdir={tmp_path / 'run'}", *flags]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"{file} is a pickle" in error and "wanted a safetensors file" in error
+
+
 def test_without_a_checkpoint(tmp_path, capsys):
     assert run(tmp_path, recipe="--config=configs/quickstart.py:tiny") == 2
     assert "no complete checkpoint" in capsys.readouterr().err

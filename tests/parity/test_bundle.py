@@ -379,6 +379,8 @@ def test_a_file_of_something_else(tmp_path):
         (dict(max_sequence_length=513), "max_sequence_length 513: wanted 1 to 512"),
         (dict(seed=-1), "seed -1"),
         (dict(negative_prompts=["a", "b", "c"]), "3 negative prompts for 2"),
+        (dict(negative_prompts="\ud800"), "prompt: .ud800 at character 1"),
+        (dict(negative_prompts=8193 * "a"), "prompt: 8193 characters"),
         (dict(skip_layers=[4]), "skip_layers 4: wanted layers from 0 to 3"),
         (dict(mask=np.zeros((1, 64, 64, 1))), "mask without image"),
         (dict(images_per_prompt=0), "images_per_prompt 0"),
