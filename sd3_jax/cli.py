@@ -9,6 +9,7 @@ import functools
 import importlib.util
 import operator
 import os
+import re
 import shlex
 import sys
 import traceback
@@ -24,6 +25,7 @@ from sd3_jax.validate import flatten, validate
 
 ROOT = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
 FLAGS = ("--config", "--workdir", "--help")
+BUCKETS = ("gs://", "s3://", "az://", "hf://")  # which epath knows
 
 
 class Call(NamedTuple):
@@ -136,8 +138,13 @@ def nearest_flag(name):
 def check_workdir(workdir):
     if not workdir:
         raise UserError("no workdir given: wanted --workdir=DIR")
-    if "://" in workdir:
+    if workdir.startswith(BUCKETS):
         return workdir
+    if match := re.match("([A-Za-z0-9]+):/+(.+)", workdir):  # as a path, ./gs:/…
+        scheme, rest = f"{match[1]}://", match[2]
+        hint = f'; did you mean "{scheme}{rest}"?' if scheme in BUCKETS else ""
+        wanted = f"wanted a folder, or a bucket of {', '.join(BUCKETS)}"
+        raise UserError(f"--workdir={workdir}: {wanted}{hint}")
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
     for part in (path, *path.parents):
         if os.path.isfile(part):
@@ -166,7 +173,25 @@ def load(recipe: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ConfigError(f"{name}: get_config gave {kind}, wanted a ConfigDict")
+    refuse_strays(name, config)
     return config.lock()
+
+
+def refuse_strays(name: str, config: ConfigDict) -> None:
+    """A recipe has base's keys, which jobs read, and groups of its own if it likes.
+
+    Any other key would be read by nobody.
+    """
+    from configs import base  # the recipe's, where it has one of its own
+
+    ours, theirs = base.get_config(), leaves(config)
+    known = leaves(ours)
+    for key in sorted(set(theirs) - set(known)):
+        head, _, rest = key.partition(".")
+        if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
+            raise ConfigError(f"{name}: {unknown(ours, key, known)}")
+    for key in sorted(set(known) - set(theirs)):
+        raise ConfigError(f"{name}: no key config.{key}: wanted all of configs/base.py")
 
 
 def find(name):

@@ -246,6 +246,10 @@ def load(
             configs[name] = part.config
             if name in only and part.read is not None:
                 found[name] = part
+    where = sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
+    words = tokenizers.load(where)
+    for name, tokenizer in words.items():
+        check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
@@ -261,10 +265,19 @@ def load(
         modules[name], variables[name] = module, part.read(component, module, shapes)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
-    words = tokenizers.load(
-        sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
-    )
     return Bundle(modules, variables, configs, words, mesh, dtype, source, stored)
+
+
+def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
+    """A tokenizer's size against its encoder's: ids of another model are other words,
+    and beyond the embedding's rows NaN."""
+    rows = config.get("vocab_size")
+    spare = 128 if name == "t5" else 0  # rows that its embedding has without a word
+    if isinstance(rows, int) and not rows - spare <= tokens <= rows:
+        raise UserError(
+            f"{where}: its tokenizer for {name} has {tokens} tokens, the encoder {rows}"
+            " rows: wanted the tokenizer of the same model (config.tokenizers)"
+        )
 
 
 def _retyped(shapes, dtypes):
