@@ -85,6 +85,9 @@ def get_config() -> ConfigDict:
         eval_every=5_000,
         sample_every=5_000,
         prompts=(),  # painted at every sample_every, and by sample without a prompt
+        skip_nonfinite=0,  # steps without an update that a run may have; then it stops
+        stuck_after=900.0,  # seconds for a step or a save; then the run is ended
+        changes=(),  # keys in which a run may differ from what it was so far
     )
     c.checkpoint = dict(every=1_000, keep=3, keep_every=50_000)
     c.profile = dict(

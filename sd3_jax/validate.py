@@ -76,6 +76,7 @@ def one_of(*choices):
 
 
 POSITIVE = integer(1)
+STEPS = integer(1, 2**31 - 1)  # the state counts them in 32 bits
 COUNT = integer(0)
 SEED = integer(0, 2**32 - 1)  # jax keeps 32 bits and drops the rest in silence
 AXIS = integer(1, also=(-1,))
@@ -89,6 +90,11 @@ LAYERS = Rule(
     lambda x: all(COUNT.holds(i) for i in x), "layers by number, 0 being the first"
 )
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
+TEXTS = Rule(lambda x: all(isinstance(i, str) for i in x), "texts, with commas between")
+MIX = Rule(
+    lambda x: len(x) == 3 and all(map(WEIGHT.holds, x)) and sum(x) > 0,
+    "three finite numbers >= 0, not all 0: of single digits, pairs and numbers",
+)
 PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
 WEIGHTS = Rule(
     lambda x: all(map(RATE.holds, x)),
@@ -97,7 +103,10 @@ WEIGHTS = Rule(
 
 RULES = (
     (SEED, "seed sample.seed"),
-    (NAME, "model.name text.name flow.path data.name"),
+    (NAME, "data.name"),
+    (one_of("mmdit"), "model.name"),
+    (one_of("bytes", "precomputed"), "text.name"),
+    (one_of("rf"), "flow.path"),
     (POSITIVE, "model.depth model.width model.num_heads model.patch model.channels"),
     (POSITIVE, "model.text_split model.pos_size model.pos_base model.unroll"),
     (POSITIVE, "model.context_dim model.pooled_dim"),
@@ -130,9 +139,13 @@ RULES = (
     (COUNT, "data.threads data.prefetch data.easy"),
     (PATHS, "data.records data.held_out"),
     (WEIGHTS, "data.weights"),
-    (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
+    (MIX, "data.mix"),
+    (STEPS, "train.steps"),
+    (POSITIVE, "train.log_every train.eval_every train.sample_every"),
+    (TEXTS, "train.prompts train.changes eval.scores plan.slices compare.prompts"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
-    (COUNT, "profile.start"),
+    (COUNT, "profile.start train.skip_nonfinite"),
+    (RATE, "train.stuck_after"),
     (POSITIVE, "profile.steps"),
     (POSITIVE, "sample.steps sample.per_prompt sample.batch_size"),
     (one_of("euler", "heun", "dpmpp_2m", "dpmpp_2m_flow"), "sample.solver"),
@@ -201,13 +214,40 @@ def weighted(weights, paths):
         return f"none, or one for each of config.data.records, which are {len(paths)}"
 
 
-def stored(what):
-    """Of a key that says where something comes from, if it comes with the records."""
-    return lambda given, data: (
-        data == "records"
-        and given != what
-        and f'"{what}", which config.data.name = "records" has'
-    )
+READS = {  # what text.name and image.autoencoder must be to read data.name
+    "digits": ("bytes", "pixels"),
+    "synthetic": ("precomputed", "latents"),
+    "records": ("precomputed", "latents"),
+}
+
+
+def read_from(place, *sources):
+    """Of a key that says how examples are read, if they are of one of these."""
+
+    def relation(given, data):
+        wanted = READS[data][place] if data in sources else given
+        if given != wanted:
+            return f'"{wanted}", which config.data.name = "{data}" has'
+
+    return relation
+
+
+def known(data, text):
+    if data not in READS and text == "bytes":
+        return f"one of {', '.join(READS)}"
+
+
+def canvas(side, data):
+    if data == "digits" and side < 8:
+        return "at least 8, a digit's side"
+
+
+def split(at, sets, text, length, words):
+    tokens = words if text == "bytes" else length
+    if sets == 3 and at >= tokens:
+        return (
+            f"less than the {tokens} tokens of text, for config.model.weight_sets = 3"
+        )
 
 
 def one_rest(mesh):
@@ -217,8 +257,8 @@ def one_rest(mesh):
 
 # The function says what is wanted of the first key, given the others, or nothing.
 RELATIONS = (
-    (stored("precomputed"), "text.name", "data.name"),
-    (stored("latents"), "image.autoencoder", "data.name"),
+    (read_from(0, "records"), "text.name", "data.name"),
+    (read_from(1, "records"), "image.autoencoder", "data.name"),
     (side, "image.height", "image.autoencoder", "model.patch", "model.pos_size"),
     (side, "image.width", "image.autoencoder", "model.patch", "model.pos_size"),
     (divisible("model.num_heads"), "model.width", "model.num_heads"),
@@ -230,4 +270,14 @@ RELATIONS = (
     (interval, "sample.cfg_start", "sample.cfg_stop"),
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
+    (known, "data.name", "text.name"),
+    (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
+    (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
+    (canvas, "image.height", "data.name"),
+    (canvas, "image.width", "data.name"),
+    (
+        split,
+        *("model.text_split", "model.weight_sets"),
+        *("text.name", "text.length", "text.words"),
+    ),
 )
