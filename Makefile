@@ -1,5 +1,6 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
 # make test: what CI runs
+# make chaos: faults thrown at real runs, and what was lost; ten minutes at most
 # make plan: the large recipes compiled for TPU slices, without a TPU; half an hour
 
 PYTHON ?= python3
@@ -7,7 +8,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits plan test lint clean
+.PHONY: quickstart digits plan chaos test lint clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -22,6 +23,9 @@ digits: $(VENV)/installed
 
 plan: $(VENV)/installed-test
 	$(VENV)/bin/python benchmarks/plan.py
+
+chaos: $(VENV)/installed-test
+	$(VENV)/bin/python tests/chaos.py $(SEED)
 
 test: $(VENV)/installed-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
