@@ -167,9 +167,7 @@ def term_alone(rng: random.Random, folder: Path) -> Outcome:
     root = Path(__file__).parents[1]
     env["PYTHONPATH"] = str(root)
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    with subprocess.Popen(
-        args, env=env, cwd=root, stderr=subprocess.DEVNULL
-    ) as process:
+    with subprocess.Popen(args, env=env, cwd=root, **quiet) as process:
         wait_for(workdir, rng.randint(1, STEPS // 2), ())
         process.terminate()
         code = process.wait(LONGEST)

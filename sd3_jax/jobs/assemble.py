@@ -199,9 +199,17 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
             )
 
 
-def loader(config: ConfigDict, rows: slice, *, start: int = 0, held_out: bool = False):
+def loader(
+    config: ConfigDict,
+    rows: slice,
+    *,
+    start: int = 0,
+    held_out: bool = False,
+    made=None,
+) -> Loader:
+    """This process's rows; `made` is the source, if it has been made."""
     return Loader(
-        source(config, held_out=held_out),
+        made or source(config, held_out=held_out),
         batch_size=config.data.batch_size,
         rows=rows,
         text_length=config.text.length,

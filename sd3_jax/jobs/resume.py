@@ -48,8 +48,7 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
 
 def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
     """UserError if the run's examples were others, under the same settings."""
-    same = saved is None or json.loads(json.dumps(given)) == saved
-    if not same and "data" not in config.train.changes:
+    if saved not in (None, given) and "data" not in config.train.changes:
         raise UserError(
             f"{where} was trained on other examples: {json.dumps(saved)}, now"
             f" {json.dumps(given)}. Bring those back, or go on with these and say so:"

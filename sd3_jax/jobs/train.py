@@ -112,7 +112,8 @@ class Training:
         made = program(config, mesh)
         self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
-        self.source = assemble.source(config).identity()
+        self.examples = assemble.source(config)
+        self.source = json.loads(json.dumps(self.examples.identity()))
         self.validation = Validation(config, self.parts, mesh)
         self.painter = Painter(config, self.parts, mesh)
         self.settled = 0  # the newest step that was looked at
@@ -190,7 +191,9 @@ class Training:
     def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
         """One step ahead of the device: step n is given before n - 1 is waited for."""
         train, goodput, since = self.config.train, self.goodput, start
-        examples = assemble.loader(self.config, self.rows, start=start)
+        examples = assemble.loader(
+            self.config, self.rows, start=start, made=self.examples
+        )
         watch.expect("compiling the step", watch.LONG)
         with goodput.spend("compile"):
             compiled, values = self.compiled(state), None
