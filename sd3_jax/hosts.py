@@ -4,11 +4,12 @@ What goes between them here goes through jax's coordination service, not the dev
 it works before the first program, beside a running one, and when a peer is stuck.
 """
 
+import contextlib
 import itertools
 import json
 import signal
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -104,12 +105,19 @@ def told_to_stop(step: int) -> bool:
     return multihost_utils.reached_preemption_sync_point(step)
 
 
-def heed_sigterm() -> None:
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[None]:
     """In a run of one process; else jax's own handler, in C++, tells the others."""
     _told.clear()
     alone = distributed.global_state.client is None
-    if alone and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    if not alone or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def tell_end(reason: str, code: int) -> None:

@@ -1,5 +1,6 @@
 """The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
+import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -35,24 +36,32 @@ def main(argv: Sequence[str] | None = None) -> int:
         keep_programs()
         join_processes()
         return run(call)
-    except (UserError, RunFailed) as error:
-        reason = " ".join(str(error).split())
-        code = 2 if isinstance(error, UserError) else 1
-        print("sd3-jax: error:", reason, file=sys.stderr)
-        for note in getattr(error, "__notes__", ()):
-            print("sd3-jax: error:", *note.split(), file=sys.stderr)
     except KeyboardInterrupt:
         reason, code = "interrupted", 130
     except Exception as error:
-        if not joined():
+        code = 2 if by_user(error) else 1
+        if code == 2 or isinstance(error, RunFailed):
+            reason = " ".join(str(error).split())
+            for line in (reason, *getattr(error, "__notes__", ())):
+                print("sd3-jax: error:", *line.split(), file=sys.stderr)
+        elif joined():
+            reason = f"{type(error).__name__}: {error}"
+            traceback.print_exc()
+        else:
             raise
-        traceback.print_exc()
-        reason, code = f"{type(error).__name__}: {error}", 1
     if joined():
         from sd3_jax import watch
 
         watch.leave(reason, code)
     return code
+
+
+def by_user(error: Exception) -> bool:
+    """Whether the user can put it right: a mistake of theirs, or a full disk."""
+    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    return isinstance(error, UserError) or (
+        isinstance(error, OSError) and error.errno in full
+    )
 
 
 def run(call: Call) -> int:

@@ -163,9 +163,9 @@ def term_alone(rng: random.Random, folder: Path) -> Outcome:
     """SIGTERM to a run of one process, which jax's service knows nothing of."""
     workdir = folder / "alone"
     args = [sys.executable, WORKER, *FLAGS, f"--workdir={workdir}"]
-    env = {k: v for k, v in os.environ.items() if not k.startswith("SD3_")}
     root = Path(__file__).parents[1]
-    env["PYTHONPATH"] = str(root)
+    env = multiprocess.environment(processes=1, devices=1)  # the same flags of XLA's
+    env = {k: v for k, v in env.items() if not k.startswith("SD3_")}
     quiet = dict(stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     with subprocess.Popen(args, env=env, cwd=root, **quiet) as process:
         wait_for(workdir, rng.randint(1, STEPS // 2), ())

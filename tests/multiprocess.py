@@ -63,7 +63,7 @@ def start(
 ) -> Iterator[list[subprocess.Popen]]:
     """The running processes, to be signalled; none outlives the block."""
     args = [args] if isinstance(args, str | Path) else list(args)
-    shared = _environment(processes, devices) | dict(env or {})
+    shared = environment(processes, devices) | dict(env or {})
     cluster = []
     with contextlib.ExitStack() as stack:
         stack.callback(kill, cluster)
@@ -102,7 +102,8 @@ def result(process: subprocess.Popen) -> subprocess.CompletedProcess:
     return subprocess.CompletedProcess(process.args, process.returncode, *texts)
 
 
-def _environment(processes: int, devices: int) -> dict[str, str]:
+def environment(processes: int, devices: int) -> dict[str, str]:
+    """What all processes of a cluster have in common."""
     cache = str(ROOT / "tests" / ".cache" / "jax")  # as in conftest.py
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     count = f"--xla_force_host_platform_device_count={devices}"

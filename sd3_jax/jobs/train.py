@@ -122,8 +122,10 @@ class Training:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
         hosts.agree("data", {"data": self.source})
-        hosts.heed_sigterm()
-        with Checkpoints(folder, **self.config.checkpoint) as checkpoints:
+        with (
+            hosts.heeding_sigterm(),
+            Checkpoints(folder, **self.config.checkpoint) as checkpoints,
+        ):
             checkpoints.require_space(self.abstract)
             state, start = self.restore_or_init(checkpoints)
             self.describe(state)
@@ -151,12 +153,13 @@ class Training:
             self.nonfinite = NonFinite(allowed)
             init = lambda key: init_state(key, self.parts.objective.init, self.tx)
             return jax.jit(init, out_shardings=self.placed)(self.key), 0
-        saved = {}
+        newest = {}
         with contextlib.suppress(UnreadableCheckpoint):  # restore will see to it
-            saved = saved_config(checkpoints.directory)
-        resume.compare(self.workdir, saved, self.config)
+            newest = saved_config(checkpoints.directory)
+        resume.compare(self.workdir, newest, self.config)
         state, data, saved = checkpoints.restore(self.abstract)
-        resume.compare(self.workdir, saved, self.config)
+        if saved != newest:
+            resume.compare(self.workdir, saved, self.config)
         resume.compare_data(self.workdir, data.get("source"), self.source, self.config)
         step = data["next_step"]
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)

@@ -299,37 +299,58 @@ def _find(directory: epath.Path, step: int | None) -> epath.Path:
 
 
 def _attempt(read, path: epath.Path, *args) -> tuple[Any, UnreadableCheckpoint | None]:
-    """(what it reads, None), or (None, the fault that some process met)."""
+    """(what it reads, None), or (None, the fault): the same in every process."""
+    try:
+        return read(path, *args), None
+    except UnreadableCheckpoint as error:
+        return None, error
+
+
+def _together(path: epath.Path, read) -> Any:
+    """What it reads; if that fails in one process, it fails in all.
+
+    A process that met damage would else be missed in the next collective.
+    """
     found = fault = None
     try:
-        found = read(path, *args)
+        found = read()
     except UnreadableCheckpoint as error:
         fault = error
-    if not hosts.all_well(fault is None) and fault is None:
-        fault = UnreadableCheckpoint(f"{path} is damaged: another process says so")
-    return (found, None) if fault is None else (None, fault)
+    if not hosts.all_well(fault is None):
+        raise fault or UnreadableCheckpoint(f"{path} is damaged: a peer says so")
+    return found
 
 
 def _restore(path: epath.Path, abstract: Any) -> tuple[Any, dict, dict]:
-    seal.check_files(path)
-    about = _about(path)
+    _together(path, lambda: seal.check_files(path))  # each reads a share of them
+    about = _together(path, lambda: _about(path))
     _compare(path, abstract)
-    items = _load(path, {"state": abstract, "data": None, "config": None})
+
+    def read():
+        items = _load(path, {"state": abstract, "data": None, "config": None})
+        if about:
+            seal.check_about(path, about, items["data"], items["config"])
+            seal.check_leaves(path, about, items["state"])
+        return items
+
+    items = _together(path, read)
     if about:
-        seal.check_about(path, about, items["data"], items["config"])
-        seal.check_leaves(path, about, items["state"])
         _note_differences(path, about)
     return items["state"], items["data"], items["config"]
 
 
 def _restore_part(path: epath.Path, abstract: Any, which: str) -> Any:
-    seal.check_files(path, largest=seal.SMALL)
-    about = _about(path)
+    _together(path, lambda: seal.check_files(path, largest=seal.SMALL))
+    about = _together(path, lambda: _about(path))
     _compare(path, {which: abstract}, only=which)
-    part = _load(path, {"state": {which: abstract}}, partial=True)["state"]
-    if about:
-        seal.check_leaves(path, about, part)
-    return part[which]
+
+    def read():
+        part = _load(path, {"state": {which: abstract}}, partial=True)["state"]
+        if about:
+            seal.check_leaves(path, about, part)
+        return part[which]
+
+    return _together(path, read)
 
 
 def _about(path: epath.Path) -> dict:

@@ -1,6 +1,6 @@
 """What the checkpoint tests save, and the processes they start to save it.
 
-python tests/training/checkpoint_worker.py {exchange,preempt,die} DIRECTORY
+python tests/training/checkpoint_worker.py {exchange,fall_back,preempt,die} DIRECTORY
 """
 
 import json
@@ -95,6 +95,18 @@ def exchange(directory: Path) -> dict:
     return dict(latest=latest, data=data, config=config, saved=saved)
 
 
+def fall_back(directory: Path) -> dict:
+    """Step 2 is damaged: all processes go back to step 1, and one sets it aside."""
+    with checkpoint.Checkpoints(directory, **POLICY) as checkpoints:
+        abstract = abstract_state()
+        state, data, _ = checkpoints.restore(abstract)
+        assert_bits(state, abstract, seed=1)
+        saved = checkpoints.save(2, make_state(abstract, 2), {"next_step": 2}, CONFIG)
+    state, data, _ = checkpoints.restore(abstract)
+    assert_bits(state, abstract, seed=2)
+    return dict(data=data, saved=saved)
+
+
 def preempt(directory: Path) -> dict:
     """Process 1 is told to go at step 5: all save the same later step, and stop."""
     state = make_state(abstract_state(), 0)
@@ -131,5 +143,5 @@ if __name__ == "__main__":
         heartbeat_timeout_seconds=int(os.environ["SD3_HEARTBEAT_S"]),
         shutdown_timeout_seconds=int(os.environ["SD3_SHUTDOWN_S"]),
     )
-    verb = {"exchange": exchange, "preempt": preempt, "die": die}[sys.argv[1]]
+    verb = globals()[sys.argv[1]]
     print(json.dumps(verb(Path(sys.argv[2]))))

@@ -300,6 +300,19 @@ def test_two_processes_restore_and_save(tmp_path):
         assert_bits(checkpoints.restore(abstract)[0], abstract, seed=5)
 
 
+@pytest.mark.parametrize("part", ["state/ocdbt.process_0/d/*", "about/data.json"])
+def test_two_processes_go_back_together(tmp_path, part):
+    write(tmp_path, 1, 2)
+    (path,) = (tmp_path / "2").glob(part)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 4
+    path.write_bytes(data)
+    results = multiprocess.run([WORKER, "fall_back", tmp_path])
+    expected = dict(data={"next_step": 2}, saved=True)
+    assert answers(results) == [expected, expected]
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "damaged-2"}
+
+
 def test_preempted_processes_save_the_same_step(tmp_path):
     results = multiprocess.run([WORKER, "preempt", tmp_path])
     a, b = answers(results)
