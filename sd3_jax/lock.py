@@ -49,8 +49,8 @@ class Lock:
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take()
-        except OSError as error:
-            reason = error.strerror or error
+        except (OSError, ImportError) as error:  # gs:// needs its own package
+            reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot write to {self.path.parent}: {reason}") from None
 
     def _take(self) -> None:

@@ -1,5 +1,6 @@
 """The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
+import contextlib
 import errno
 import hashlib
 import importlib
@@ -8,10 +9,11 @@ import logging
 import os
 import platform
 import sys
+import threading
 import time
 import traceback
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3_jax.cli import Call, parse, usage
@@ -57,10 +59,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def by_user(error: Exception) -> bool:
-    """Whether the user can put it right: a mistake of theirs, or a full disk."""
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
+    """Whether the user can put it right: a mistake of theirs, or their disk's."""
+    names = "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR".split()
+    disk = [getattr(errno, name) for name in names]
     return isinstance(error, UserError) or (
-        isinstance(error, OSError) and error.errno in full
+        isinstance(error, OSError) and error.errno in disk
     )
 
 
@@ -122,20 +125,45 @@ def join_processes() -> None:
     SD3_COORDINATOR (host:port), SD3_NUM_PROCESSES and SD3_PROCESS_ID describe a run by
     hand; SD3_INIT_S, SD3_HEARTBEAT_S and SD3_SHUTDOWN_S bound its waits in seconds.
     """
-    peers = described_peers()
+    peers, seconds = described_peers(), whole("SD3_INIT_S", 300, low=1)
     waits = dict(
-        initialization_timeout=whole("SD3_INIT_S", 300, low=1),
+        initialization_timeout=seconds + 60,  # jax aborts then; `bounded` says why
         heartbeat_timeout_seconds=whole("SD3_HEARTBEAT_S", 30, low=1),
         shutdown_timeout_seconds=whole("SD3_SHUTDOWN_S", 30, low=1),
     )
     import jax  # no earlier: help and mistakes are not to wait for it
 
     if peers:
-        jax.distributed.initialize(
-            **peers, **waits, cluster_detection_method="deactivate"
+        where = "process {process_id} of {num_processes}, at {coordinator_address}"
+        with bounded(seconds, where.format(**peers)):
+            jax.distributed.initialize(
+                **peers, **waits, cluster_detection_method="deactivate"
+            )
+    elif (count := detected_processes()) > 1:
+        with bounded(seconds, f"one of {count} processes"):
+            jax.distributed.initialize(**waits)
+
+
+@contextlib.contextmanager
+def bounded(seconds: int, who: str) -> Iterator[None]:
+    """End this process, in one line, if its peers have not come by then."""
+
+    def give_up():
+        print(
+            f"sd3-jax: error: SD3_INIT_S = {seconds}: not all processes came within so"
+            f" many seconds; this is {who}: start them all, with one address",
+            file=sys.stderr,
+            flush=True,
         )
-    elif detected_processes() > 1:
-        jax.distributed.initialize(**waits)
+        os._exit(2)
+
+    timer = threading.Timer(seconds, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
 
 
 def joined() -> bool:

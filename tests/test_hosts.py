@@ -1,5 +1,8 @@
 """Processes that differ, fail or stand still: all end, soon, and say why."""
 
+import subprocess
+import sys
+
 import multiprocess
 import pytest
 
@@ -42,3 +45,22 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(verb):
     assert f"process 1 has ended, so this one does: {reason}" in waiting.stderr
     if verb == "stuck":  # the stacks say where
         assert "hosts_worker.py" in other.stderr and "in stuck" in other.stderr
+
+
+@pytest.mark.parametrize("index", ["0", "1"])
+def test_a_process_whose_peers_do_not_come_says_so(index, tmp_path):
+    """Process 0 waits for the other, process 1 for an address where nobody is."""
+    env = multiprocess.environment(2, 1) | {"SD3_PROCESS_ID": index, "SD3_INIT_S": "3"}
+    args = ["train", "--config=configs/quickstart.py:tiny", f"--workdir={tmp_path}"]
+    done = subprocess.run(
+        [sys.executable, "-m", "sd3_jax.main", *args],
+        cwd=multiprocess.ROOT,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2
+    line = done.stderr.splitlines()[-1]
+    assert line.startswith("sd3-jax: error: SD3_INIT_S = 3: not all processes came")
+    assert f"process {index} of 2, at 127.0.0.1" in line

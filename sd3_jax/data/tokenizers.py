@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
@@ -46,7 +47,7 @@ def load(folder: epath.PathLike) -> dict[str, Any]:
                 found[name] = kind.from_pretrained(os.fspath(path))
             except (OSError, ValueError, KeyError) as error:
                 reason = str(error).splitlines()[0]
-                raise ValueError(f"{path}: not a tokenizer: {reason}") from error
+                raise UserError(f"{path}: not a tokenizer: {reason}") from error
     return found
 
 

@@ -20,13 +20,14 @@ from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.diffusion import timesteps
 from sd3_jax.diffusion.paths import PATHS
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.jobs import resume
 from sd3_jax.models import flops
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import ByteTower
 from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.latents import AUTOENCODERS, Autoencoder
 from sd3_jax.training import objectives
-from sd3_jax.training.checkpoint import restore_params
+from sd3_jax.training.checkpoint import restore_params, saved_config
 
 
 class Parts(NamedTuple):
@@ -260,4 +261,7 @@ def trained_params(config: ConfigDict, made: Parts, workdir: str, mesh: Mesh):
         tree.unbox(boxed),
         sharding.shardings(boxed, mesh),
     )
-    return restore_params(checkpoints(workdir), abstract, which=config.sample.weights)
+    folder = checkpoints(workdir)
+    params, step = restore_params(folder, abstract, which=config.sample.weights)
+    resume.warn(workdir, saved_config(folder, step), config)
+    return params, step

@@ -18,6 +18,7 @@ FREE = (
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
 )
+MADE = ("model", "text", "image.autoencoder", "flow.path")
 
 
 def compare(where: Any, saved: dict, config: ConfigDict) -> None:
@@ -31,19 +32,26 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
                 f'config.train.changes: no key "{name}"{nearest(name, known | groups)}'
             )
     differ = list(_differences(saved, given))
-    spell = lambda rows: "; ".join(
-        f"config.{key} was {json.dumps(old)}, is {json.dumps(new)}"
-        for key, old, new in rows
-    )
     if refused := [row for row in differ if not _within(row[0], FREE + declared)]:
         keys = ",".join(key for key, _, _ in refused)
         raise UserError(
-            f"{where} was trained with other settings: {spell(refused)}. To go on with"
-            f" the new ones say so, --config.train.changes={keys}; else give back the"
-            " old ones, or another workdir"
+            f"{where} was trained with other settings: {_spelled(refused)}. To go on"
+            f" with the new ones say so, --config.train.changes={keys}; else give back"
+            " the old ones, or another workdir"
         )
     if differ:
-        log.info("goes on with other settings: %s", spell(differ))
+        log.info("goes on with other settings: %s", _spelled(differ))
+
+
+def warn(where: Any, saved: dict, config: ConfigDict) -> None:
+    """Of settings that make another model of the same weights."""
+    rows = [
+        row
+        for row in _differences(saved, config.to_dict())
+        if _within(row[0], MADE) and not _within(row[0], FREE)
+    ]
+    if rows:
+        log.warning("%s was trained with other settings: %s", where, _spelled(rows))
 
 
 def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
@@ -54,6 +62,13 @@ def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None
             f" {json.dumps(given)}. Bring those back, or go on with these and say so:"
             " --config.train.changes=data"
         )
+
+
+def _spelled(rows: Sequence[tuple[str, Any, Any]]) -> str:
+    return "; ".join(
+        f"config.{key} was {json.dumps(old)}, is {json.dumps(new)}"
+        for key, old, new in rows
+    )
 
 
 def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:

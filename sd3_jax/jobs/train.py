@@ -18,6 +18,7 @@ from ml_collections import ConfigDict
 
 import sd3_jax
 from sd3_jax import hosts, lock, pictures, sharding, tree, watch
+from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble, resume
 from sd3_jax.jobs.paint import Painter
@@ -112,6 +113,8 @@ class Training:
         made = program(config, mesh)
         self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
+        if config.train.sample_every <= config.train.steps and config.train.prompts:
+            assemble.token_ids(config, list(config.train.prompts))  # can it paint them?
         self.examples = assemble.source(config)
         self.source = json.loads(json.dumps(self.examples.identity()))
         self.validation = Validation(config, self.parts, mesh)
@@ -122,6 +125,7 @@ class Training:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
         hosts.agree("data", {"data": self.source})
+        self.refuse_cpu_by_accident()
         with (
             hosts.heeding_sigterm(),
             Checkpoints(folder, **self.config.checkpoint) as checkpoints,
@@ -165,6 +169,16 @@ class Training:
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
         log.info("goes on from step %d of %s", step, self.workdir)
         return state, step
+
+    def refuse_cpu_by_accident(self) -> None:
+        """jax falls back to it in silence where it finds no accelerator's driver."""
+        size, kind = tree.count(self.abstract.params), jax.devices()[0].platform
+        if kind == "cpu" and size > 2e8 and not os.environ.get("JAX_PLATFORMS"):
+            raise UserError(
+                f"{size / 1e9:.1f} billion parameters, and jax found nothing but CPUs:"
+                " wanted jax[tpu] or jax[cuda12] and their devices, or"
+                " JAX_PLATFORMS=cpu, to mean it"
+            )
 
     def describe(self, state: TrainState) -> None:
         """config.json and run.json, for people and for the report."""
@@ -285,7 +299,18 @@ class Training:
         """The step's program, ahead of time: no step's time has a compilation in it."""
         begin = time.perf_counter()
         batch = example(self.config, self.mesh)
-        compiled = self.step.lower(state, self.key, batch, {}).compile()
+        lowered = self.step.lower(state, self.key, batch, {})
+        try:
+            compiled = lowered.compile()
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            raise UserError(
+                f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
+                " wanted a smaller config.data.batch_size, config.optim.accumulate,"
+                " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
+                f" finds some): {' '.join(str(error).split())[:300]}"
+            ) from error
         log.info("compiled the step in %.1f s", time.perf_counter() - begin)
         hosts.meet("compiled the step")
         return compiled

@@ -83,7 +83,7 @@ def _original(path: epath.Path) -> dict[str, Part]:
             raise UserError(f"{path}: {name} is not whole: {error}") from None
         ours = name in known
         found[name] = _part(own, config, f"{path}: {name}", "original", ours)
-    if "scheduler" in known:
+    if found and "scheduler" in known:
         found["scheduler"] = Part(None, known["scheduler"], None)
     if not found:
         few = ", ".join(list(tensors)[:3])

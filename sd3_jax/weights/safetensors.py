@@ -105,7 +105,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
 
 
 def refuse_pickle(path: epath.Path, first: bytes) -> None:
-    if first.startswith(PICKLES):
+    if first.startswith(PICKLES) or path.suffix in PICKLED:
         raise UserError(
             f"{path} is a pickle, whatever it is called, and loading one may run code;"
             " wanted a safetensors file: huggingface.co/spaces/safetensors/convert, or"

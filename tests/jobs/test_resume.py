@@ -2,6 +2,7 @@
 
 import logging
 import shutil
+from types import SimpleNamespace
 
 import jax
 import multiprocess
@@ -90,6 +91,34 @@ def test_a_declared_key_must_be_one():
     config = changed(train__changes=("optim.lrr",))
     with pytest.raises(ConfigError, match='did you mean "optim.lr"'):
         resume.compare("run", tiny().to_dict(), config)
+
+
+def test_readers_are_warned_of_another_model_of_the_same_weights(caplog):
+    config = changed(model__pos_base=8, model__remat="full", sample__steps=3)
+    resume.warn("runs/a", tiny().to_dict(), config)
+    assert "config.model.pos_base was" in caplog.text and "remat" not in caplog.text
+    caplog.clear()
+    resume.warn("runs/a", tiny().to_dict(), tiny())
+    assert not caplog.text
+
+
+def test_cpus_by_accident_are_refused(monkeypatch):
+    training = object.__new__(Training)
+    leaf = jax.ShapeDtypeStruct((24, 4096, 4096), "float32")
+    training.abstract = SimpleNamespace(params={"kernel": leaf})
+    training.refuse_cpu_by_accident()  # JAX_PLATFORMS says that it is meant
+    monkeypatch.delenv("JAX_PLATFORMS")
+    with pytest.raises(
+        UserError, match="0.4 billion parameters, and jax found nothing"
+    ):
+        training.refuse_cpu_by_accident()
+
+
+def test_prompts_that_cannot_be_painted_are_told_at_the_start(tmp_path, capsys):
+    flags = ["--config.train.prompts=a fox", "--config.train.sample_every=1"]
+    assert main.main(["train", TINY, f"--workdir={tmp_path}", *flags]) == 2
+    assert "prompts need a text encoder" in capsys.readouterr().err
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_other_examples_are_refused_unless_declared():
