@@ -36,7 +36,7 @@ def about(prints: Mapping[str, tree.Print], data: dict, config: dict) -> dict:
     """What a step says of itself, with a digest of all that is JSON."""
     words = {name: f"{x.word:08x}" for name, x in prints.items()}
     made = {"format": FORMAT, "made": circumstances(), "fingerprints": words}
-    return made | {"digest": _digest(made, data, config)}
+    return made | {"digest": _digest([made, data, config])}
 
 
 def circumstances() -> dict:
@@ -62,7 +62,7 @@ def refuse_newer(path: epath.Path, about: dict) -> None:
 
 def check_about(path: epath.Path, about: dict, data: dict, config: dict) -> None:
     made = {key: about.get(key) for key in ("format", "made", "fingerprints")}
-    if about.get("digest") != _digest(made, data, config):
+    if about.get("digest") != _digest([made, data, config]):
         raise UnreadableCheckpoint(f"{path} is damaged: its data, config or about")
 
 
@@ -89,7 +89,7 @@ def write_sums(path: epath.Path, index: int, count: int) -> None:
     folder = path / FOLDER
     folder.mkdir(exist_ok=True)
     part = folder / f"{index}.part"
-    part.write_text(json.dumps(sums))
+    part.write_text(json.dumps({"files": sums, "digest": _digest(sums)}))
     part.rename(folder / f"{index}.json")
 
 
@@ -112,9 +112,11 @@ def _jobs(path: epath.Path, largest: float) -> Iterator[tuple]:
         sorted((path / FOLDER).glob("*.json")) if (path / FOLDER).exists() else ()
     ):
         try:
-            sums = json.loads(file.read_bytes())
-            rows = [(name, int(size), int(crc)) for name, (size, crc) in sums.items()]
-        except (ValueError, TypeError, AttributeError):
+            found = json.loads(file.read_bytes())
+            if found["digest"] != _digest(found["files"]):
+                raise ValueError
+            rows = [(name, *both) for name, both in found["files"].items()]
+        except (ValueError, TypeError, KeyError, AttributeError):
             raise UnreadableCheckpoint(
                 f"{path} is damaged: {FOLDER}/{file.name}"
             ) from None
@@ -158,8 +160,8 @@ def _sum(path: epath.Path) -> tuple[int, int]:
     return size, crc
 
 
-def _digest(made: dict, data: dict, config: dict) -> str:
-    text = json.dumps([made, data, config], sort_keys=True)
+def _digest(content: Any) -> str:
+    text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
