@@ -10,6 +10,7 @@ steps that had to be done again, all of them later than the last durable save.
 
 import contextlib
 import json
+import logging
 import os
 import random
 import resource
@@ -19,6 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -387,6 +389,8 @@ def suite(rng: random.Random, folder: Path) -> Iterator[Outcome]:
 
 
 def main() -> int:
+    logging.getLogger("sd3_jax").setLevel(logging.ERROR)  # what is damaged on purpose
+    warnings.simplefilter("ignore")
     seed = int(sys.argv[1]) if sys.argv[1:] else random.randrange(1000)
     began, good = time.monotonic(), True
     print(f"seed {seed}; a checkpoint every {EVERY} of {STEPS} steps\n")
