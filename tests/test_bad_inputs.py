@@ -5,10 +5,12 @@ line, with the culprit. Where the right behaviour is no error, a test with the n
 its name says what it is. Depth is elsewhere; these are short, and compile next to
 nothing. Not here:
 
-    15  of the coordinator: that nobody answers at it is jax's to tell, which aborts
-        after SD3_INIT_S; here is what is wrong with the variables that name it
-    55  a batch too large for memory: what fits, `plan` says (tests/plan/test_plan.py)
-    56  CPUs by accident: nothing refuses them, but the log and run.json name them
+    15  of the coordinator: nobody answers, or peers do not come: tests/test_hosts.py;
+        here is what is wrong with the variables that name it
+    55  a batch too large for memory: train says so in one line, from the compiler's;
+        what fits, `plan` says (tests/plan/test_plan.py)
+    56  CPUs by accident: large models are refused, tests/jobs/test_resume.py; here,
+        that run.json names the devices
     57  HTTP: there is no server
     58  signals: tests/chaos.py, tests/training/test_checkpoint.py
     59  a loader's worker process that dies: the loader has threads
