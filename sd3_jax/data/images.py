@@ -49,7 +49,7 @@ def read(
     width, height = picture.size
     if min(width, height) < SIDE or max(width, height) > ASPECT * min(width, height):
         raise BadImage(
-            f"{shown(where, 300)}: {width} x {height} pixels; wanted sides of {SIDE} or more"
+            f"{_at(where)}: {width} x {height} pixels; wanted sides of {SIDE} or more"
             f" and at most {ASPECT}:1"
         )
     return pixels(picture, where)
@@ -66,7 +66,7 @@ def open_header(
 ) -> Image.Image:
     """The picture, its size and format within bounds and nothing of it decoded."""
     if len(data) > BYTES:
-        raise BadImage(f"{shown(where, 300)}: {len(data)} bytes; wanted at most {BYTES}")
+        raise BadImage(f"{_at(where)}: {len(data)} bytes; wanted at most {BYTES}")
     try:
         picture = Image.open(io.BytesIO(data), formats=tuple(formats))
     except MemoryError:
@@ -108,13 +108,18 @@ def _bytes(path: epath.Path) -> bytes:
             return file.read(BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         reason = getattr(error, "strerror", None) or error
-        raise BadImage(f"{shown(path)}: cannot be read: {shown(reason)}") from None
+        raise BadImage(f"{_at(path)}: cannot be read: {shown(reason)}") from None
+
+
+def _at(where) -> str:
+    """A path's end is its name, so that it is shown to that, however long it is."""
+    return shown(where, 4096)
 
 
 def _bad(where, what) -> BadImage:
     what = str(what) or type(what).__name__
     return BadImage(
-        f"{shown(where, 300)}: {shown(what, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f"{_at(where)}: {shown(what, 120)}; wanted a whole JPEG, PNG or WebP, not"
         f" animated, of at most {PIXELS >> 20} megapixels"
     )
 
