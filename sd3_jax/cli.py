@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax.errors import ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
-from sd3_jax.validate import flatten, validate
+from sd3_jax.validate import leaves, validate
 
 ROOT = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
 FLAGS = ("--config", "--workdir", "--help")
@@ -86,7 +86,7 @@ def usage() -> str:
 def keys(recipe: str, config: ConfigDict) -> str:
     """A recipe's keys and values by group, each line a flag that could be given."""
     lines, group = [f"{recipe} sets:"], None
-    for key in sorted(leaves(config), key=lambda key: ("." in key, key)):
+    for key in sorted(dict(leaves(config)), key=lambda key: ("." in key, key)):
         if key.rpartition(".")[0] != group:
             group = key.rpartition(".")[0]
             lines.append("")
@@ -184,8 +184,8 @@ def refuse_strays(name: str, config: ConfigDict) -> None:
     """
     from configs import base  # the recipe's, where it has one of its own
 
-    ours, theirs = base.get_config(), leaves(config)
-    known = leaves(ours)
+    ours, theirs = base.get_config(), dict(leaves(config))
+    known = dict(leaves(ours))
     for key in sorted(set(theirs) - set(known)):
         head, _, rest = key.partition(".")
         if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
@@ -254,7 +254,7 @@ def attempt(name, path, function, *args):
 
 def override(config: ConfigDict, key: str, text: str) -> None:
     """config.key = text, read as the type that the key has."""
-    known = leaves(config)
+    known = dict(leaves(config))
     if key not in known:
         raise ConfigError(unknown(config, key, known))
     holder, name = place(config, key)
@@ -265,10 +265,6 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         wanted = "true or false" if kind is bool else kind.__name__
         complaint = f"config.{key} = {text}: wanted {wanted}{hint(text, kind)}"
         raise ConfigError(complaint) from None
-
-
-def leaves(config):
-    return [key for key, value in flatten(config) if not isinstance(value, dict)]
 
 
 def place(config, key):

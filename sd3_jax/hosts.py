@@ -48,14 +48,8 @@ def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> N
     `statement` is flat JSON. Two hosts that run different programs compute nonsense,
     and as long as their collectives match in silence.
     """
-    count = jax.process_count()
-    if count == 1:
-        return
-    client, turn = distributed.global_state.client, f"sd3_jax/agree/{next(_turn)}"
     mine = json.dumps(statement, sort_keys=True, default=str)
-    client.key_value_set(f"{turn}/{jax.process_index()}", mine)
-    texts = [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
-    ours, *others = map(json.loads, texts)
+    ours, *others = map(json.loads, _everyones(mine, seconds))
     for index, other in enumerate(others, 1):
         if differences := list(differing(ours, other)):
             raise UserError(
@@ -75,13 +69,7 @@ def differing(a: Mapping[str, Any], b: Mapping[str, Any]):
 
 def all_well(well: bool, *, seconds: float = 600) -> bool:
     """Whether it is so in every process."""
-    count = jax.process_count()
-    if count == 1:
-        return well
-    client, turn = distributed.global_state.client, f"sd3_jax/well/{next(_turn)}"
-    client.key_value_set(f"{turn}/{jax.process_index()}", "yes" if well else "no")
-    answers = [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
-    return "no" not in answers
+    return "no" not in _everyones("yes" if well else "no", seconds)
 
 
 def meet(place: str, *, minutes: float = 30) -> None:
@@ -146,6 +134,16 @@ def ended() -> tuple[int, str, int] | None:
 
 def leads_others() -> bool:
     return distributed.global_state.client is not None and jax.process_index() == 0
+
+
+def _everyones(text: str, seconds: float) -> list[str]:
+    """What each process says, by its index."""
+    count, turn = jax.process_count(), f"sd3_jax/all/{next(_turn)}"
+    if count == 1:
+        return [text]
+    client = distributed.global_state.client
+    client.key_value_set(f"{turn}/{jax.process_index()}", text)
+    return [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
 
 
 def _get(key: str, seconds: float, who: str) -> str:

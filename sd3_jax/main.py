@@ -19,7 +19,7 @@ from pathlib import Path
 from sd3_jax.cli import Call, parse, usage
 from sd3_jax.errors import RunFailed, UserError
 from sd3_jax.jobs import JOBS
-from sd3_jax.validate import flatten
+from sd3_jax.validate import leaves
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint grain numpy".split()
 
@@ -69,8 +69,7 @@ def by_user(error: Exception) -> bool:
 
 def run(call: Call) -> int:
     """The job, once all processes have said that they are about to do the same."""
-    from sd3_jax import hosts, watch  # no earlier: help and mistakes are not to
-    # wait for jax
+    from sd3_jax import hosts, watch  # no earlier, for they import jax
 
     with watch.watching():
         if joined():
@@ -81,7 +80,7 @@ def run(call: Call) -> int:
 
 def statement(call: Call) -> dict:
     """What must be the same in every process, flat."""
-    values = {f"config.{k}": v for k, v in flatten(call.config) if type(v) is not dict}
+    values = {f"config.{key}": value for key, value in leaves(call.config)}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     code = hashlib.sha256()
     for path in sorted(Path(__file__).parent.rglob("*.py")):

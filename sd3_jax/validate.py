@@ -42,6 +42,15 @@ def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield prefix + name, value
 
 
+def leaves(tree: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every leaf by its dotted key, and no group."""
+    for name, value in tree.items():
+        if isinstance(value, ConfigDict | dict):
+            yield from leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
 def complaint(key, value, wanted, choices=()):
     guess = near(str(value), choices)
     hint = f'; did you mean "{guess}"?' if guess else ""

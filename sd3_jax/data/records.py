@@ -16,6 +16,7 @@ import safetensors
 from safetensors.numpy import save
 
 from sd3_jax.errors import UserError
+from sd3_jax.outside import parse_json
 
 FORMAT, VERSION = "sd3_jax.record", 1
 TENSORS = {"latents": "h w c", "context": "l d", "pooled": "e"}
@@ -136,9 +137,8 @@ def _header(data) -> tuple[dict, dict[str, str]]:
             f"not a record: a header of {size} bytes, wanted at most {most}"
         )
     try:
-        text = bytes(data[8 : 8 + size]).decode()
-        header = json.loads(text, object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        header = parse_json(bytes(data[8 : 8 + size]))
+    except ValueError as error:
         raise ValueError(f"not a record: its header: {error}") from None
     metadata = header.pop("__metadata__", None) if isinstance(header, dict) else None
     if not isinstance(metadata, dict):
@@ -147,13 +147,6 @@ def _header(data) -> tuple[dict, dict[str, str]]:
         if not isinstance(value, str):
             raise ValueError(f"{_show(name)}: {_show(value)}, wanted text")
     return header, metadata
-
-
-def _unique(pairs):
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        raise ValueError("it has a name twice")
-    return made
 
 
 def _check_version(metadata):

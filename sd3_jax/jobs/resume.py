@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from sd3_jax import validate
 from sd3_jax.errors import ConfigError, UserError, nearest
 
 log = logging.getLogger(__name__)
@@ -24,7 +25,7 @@ MADE = ("model", "text", "image.autoencoder", "flow.path")
 def compare(where: Any, saved: dict, config: ConfigDict) -> None:
     """UserError if a setting differs that is neither FREE nor in train.changes."""
     given, declared = config.to_dict(), tuple(config.train.changes)
-    known = {key for key, _ in _flat(given)}
+    known = {key for key, _ in validate.leaves(given)}
     groups = {key.partition(".")[0] for key in known}
     for name in declared:
         if name not in known | groups:
@@ -73,18 +74,10 @@ def _spelled(rows: Sequence[tuple[str, Any, Any]]) -> str:
 
 def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
     """Keys that only one of them has are of another version of this code."""
-    old, new = (dict(_flat(json.loads(json.dumps(x)))) for x in (old, new))
+    old, new = (dict(validate.leaves(json.loads(json.dumps(x)))) for x in (old, new))
     for key in new:
         if key in old and old[key] != new[key]:
             yield key, old[key], new[key]
-
-
-def _flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield prefix + name, value
 
 
 def _within(key: str, names: Sequence[str]) -> bool:

@@ -115,8 +115,8 @@ class Training:
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         if config.train.sample_every <= config.train.steps and config.train.prompts:
             assemble.token_ids(config, list(config.train.prompts))  # can it paint them?
-        self.examples = assemble.source(config)
-        self.source = json.loads(json.dumps(self.examples.identity()))
+        self.source = assemble.source(config)
+        self.data = json.loads(json.dumps(self.source.identity()))
         self.validation = Validation(config, self.parts, mesh)
         self.painter = Painter(config, self.parts, mesh)
         self.settled = 0  # the newest step that was looked at
@@ -124,7 +124,7 @@ class Training:
     def run(self) -> None:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
-        hosts.agree("data", {"data": self.source})
+        hosts.agree("data", {"data": self.data})
         self.refuse_cpu_by_accident()
         with (
             hosts.heeding_sigterm(),
@@ -164,7 +164,7 @@ class Training:
         state, data, saved = checkpoints.restore(self.abstract)
         if saved != newest:
             resume.compare(self.workdir, saved, self.config)
-        resume.compare_data(self.workdir, data.get("source"), self.source, self.config)
+        resume.compare_data(self.workdir, data.get("source"), self.data, self.config)
         step = data["next_step"]
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
         log.info("goes on from step %d of %s", step, self.workdir)
@@ -209,7 +209,7 @@ class Training:
         """One step ahead of the device: step n is given before n - 1 is waited for."""
         train, goodput, since = self.config.train, self.goodput, start
         examples = assemble.loader(
-            self.config, self.rows, start=start, made=self.examples
+            self.config, self.rows, start=start, made=self.source
         )
         watch.expect("compiling the step", watch.LONG)
         with goodput.spend("compile"):
@@ -265,7 +265,7 @@ class Training:
         """Whether it saved, and whether the run is to stop: all is on disk then."""
         last = step == self.config.train.steps
         skipped = self.nonfinite.skipped
-        data = {"next_step": step, "skipped": skipped, "source": self.source}
+        data = {"next_step": step, "skipped": skipped, "source": self.data}
         saved = checkpoints.save(
             step, state, data, self.settings, force=last, finite=True
         )

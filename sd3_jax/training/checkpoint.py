@@ -122,7 +122,7 @@ class Checkpoints:
         return True
 
     def due(self, step: int, *, force: bool = False) -> bool:
-        """Whether `save` would save this step; process 0 says it for all."""
+        """Whether `save` would save this step; all processes find the same."""
         wanted = self.reached_preemption(step) or force or step % self._every == 0
         return wanted and 0 < step != self._last
 
@@ -135,12 +135,12 @@ class Checkpoints:
         self.wait()
         while True:
             path = _find(self.directory, step)
-            found, fault = _attempt(_restore, path, abstract_state)
-            if fault is None:
-                return found
-            if step is not None or not self._earlier(path):
-                raise fault
-            self._set_aside(path, fault)
+            try:
+                return _restore(path, abstract_state)
+            except UnreadableCheckpoint as fault:
+                if step is not None or not self._earlier(path):
+                    raise
+                self._set_aside(path, fault)
 
     def reached_preemption(self, step: int) -> bool:
         """Whether all processes agreed to stop here; it stays true once it was."""
@@ -236,12 +236,12 @@ def restore_params(
     steps = [s for s in hosts.first(lambda: _steps(directory)) if s <= first]
     for number in reversed(steps):
         path = directory / str(number)
-        weights, fault = _attempt(_restore_part, path, abstract, which)
-        if fault is None:
-            return weights, number
-        if step is not None or number == steps[0]:
-            raise fault
-        log.warning("%s: an earlier step is taken", fault)
+        try:
+            return _restore_part(path, abstract, which), number
+        except UnreadableCheckpoint as fault:
+            if step is not None or number == steps[0]:
+                raise
+            log.warning("%s: an earlier step is taken", fault)
     raise UserError(f"there is no complete checkpoint in {directory}")
 
 
@@ -296,14 +296,6 @@ def _find(directory: epath.Path, step: int | None) -> epath.Path:
         steps = ", ".join(map(str, _steps(directory)[-LISTED:])) or "none"
         raise UserError(f"{path} is not a complete checkpoint; complete steps: {steps}")
     return path
-
-
-def _attempt(read, path: epath.Path, *args) -> tuple[Any, UnreadableCheckpoint | None]:
-    """(what it reads, None), or (None, the fault): the same in every process."""
-    try:
-        return read(path, *args), None
-    except UnreadableCheckpoint as error:
-        return None, error
 
 
 def _together(path: epath.Path, read) -> Any:
