@@ -273,16 +273,16 @@ def vanished(folder: Path) -> Outcome:
 
 def flips(rng: random.Random, folder: Path, tries: int) -> Outcome:
     """A bit, anywhere in the newest checkpoint."""
+    from training.checkpoint_worker import files, flip
+
     saved, abstract = two_steps(folder / "flips")
     detected = recovered = 0
-    files = sorted(path for path in (saved / "2").rglob("*") if path.is_file())
-    sizes = [path.stat().st_size for path in files]
+    every = files(saved / "2")
+    sizes = [path.stat().st_size for path in every]
     for _ in range(tries):
         work = fresh(saved)
-        (path,) = rng.choices(files, sizes)
-        data, bit = bytearray(path.read_bytes()), rng.randrange(8 * path.stat().st_size)
-        data[bit // 8] ^= 1 << bit % 8
-        (work / path.relative_to(saved)).write_bytes(data)
+        (path,) = rng.choices(every, sizes)
+        flip(work / path.relative_to(saved), rng.randrange(8 * path.stat().st_size))
         seen, back = falls_back(work, abstract)
         detected, recovered = detected + seen, recovered + back
     return Outcome("bit flipped", tries, detected, recovered, tries)
@@ -290,19 +290,16 @@ def flips(rng: random.Random, folder: Path, tries: int) -> Outcome:
 
 def damages(folder: Path) -> Outcome:
     """Every file of the newest checkpoint: cut in half, emptied, deleted."""
+    from training.checkpoint_worker import damage, files
+
     saved, abstract = two_steps(folder / "damages")
     tries = detected = recovered = harmless = 0
-    for path in sorted(path for path in (saved / "2").rglob("*") if path.is_file()):
+    for path in files(saved / "2"):
         for how in "cut", "emptied", "deleted":
-            size = path.stat().st_size
-            if not size and how != "deleted":
+            if not path.stat().st_size and how != "deleted":
                 continue
             work = fresh(saved)
-            damaged = work / path.relative_to(saved)
-            if how == "deleted":
-                damaged.unlink()
-            else:
-                damaged.write_bytes(path.read_bytes()[: size // 2 * (how == "cut")])
+            damage(work / path.relative_to(saved), how)
             seen, back = falls_back(work, abstract)
             spare = how == "deleted" and path.parent.name == "sums"
             harmless += spare
@@ -314,16 +311,10 @@ def damages(folder: Path) -> Outcome:
 
 def two_steps(folder: Path):
     """A folder with two small checkpoints, and the state that they are of."""
-    from training.checkpoint_worker import CONFIG, POLICY, abstract_state, make_state
+    from training.checkpoint_worker import abstract_state, write
 
-    from sd3_jax.training.checkpoint import Checkpoints
-
-    abstract = abstract_state(1, width=128)
-    with Checkpoints(folder / "saved", **POLICY) as checkpoints:
-        for step in 1, 2:
-            state = make_state(abstract, step)
-            checkpoints.save(step, state, {"next_step": step}, CONFIG)
-    return folder / "saved", abstract
+    saved = folder / "saved"
+    return saved, write(saved, 1, 2, abstract=abstract_state(1, width=128))
 
 
 def fresh(saved: Path) -> Path:
@@ -353,7 +344,8 @@ def killed_saving(folder: Path) -> Outcome:
 
     from sd3_jax.training.checkpoint import Checkpoints
 
-    worker, detected, recovered, tries = "training/checkpoint_worker.py", 0, 0, 3
+    worker = Path(__file__).with_name("training") / "checkpoint_worker.py"
+    detected, recovered, tries = 0, 0, 3
     for n in range(tries):
         workdir = folder / f"saving{n}"
         args = [

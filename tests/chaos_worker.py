@@ -1,7 +1,8 @@
-"""The entrypoint with a fault built in: at step NAN_AT, STUCK_AT or VANISH_AT."""
+"""The entrypoint with a fault at step KILL_AT, NAN_AT, STUCK_AT or VANISH_AT."""
 
 import os
 import shutil
+import signal
 import sys
 import time
 
@@ -30,6 +31,8 @@ def poisoned(example, rows: range):
 def interrupted(write):
     def wrapped(self, step, kind, values):
         write(self, step, kind, values)
+        if step == at("KILL_AT"):
+            os.kill(os.getpid(), signal.SIGKILL)
         if kind == "train" and step == at("STUCK_AT") and self.silent:  # process 1
             time.sleep(1000)
         if kind == "train" and step == at("VANISH_AT") and not self.silent:

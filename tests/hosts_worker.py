@@ -9,6 +9,7 @@ from sd3_jax.errors import UserError
 main.join_processes()
 
 import jax  # noqa: E402
+from jax.experimental.multihost_utils import sync_global_devices  # noqa: E402
 
 from sd3_jax import hosts, watch  # noqa: E402
 
@@ -41,7 +42,7 @@ def fail():
     """Process 1 has a bug, process 0 is in a collective that will never be."""
     if ME == 1:
         raise ValueError("a bug")
-    jax.experimental.multihost_utils.sync_global_devices("never")
+    sync_global_devices("never")
 
 
 def stuck():
@@ -49,23 +50,15 @@ def stuck():
     if ME == 1:
         watch.expect("step 7", 3)
         time.sleep(300)
-    jax.experimental.multihost_utils.sync_global_devices("never")
+    sync_global_devices("never")
 
 
-def run():
-    from jax.experimental import multihost_utils  # noqa: F401
-
+def run(verb):
     with watch.watching():
-        globals()[sys.argv[1]]()
+        globals()[verb]()
 
 
-class Call:
-    pass
-
-
-if __name__ == "__main__":
-    main.run = lambda call: run()
-    main.parse = lambda argv: Call
+if __name__ == "__main__":  # main's own way out, round a verb in place of a job
     main.join_processes = lambda: None
-    code = main.main(sys.argv[1:])
-    sys.exit(code or 0)
+    main.parse, main.run = (lambda argv: argv[0]), run
+    sys.exit(main.main(sys.argv[1:]))

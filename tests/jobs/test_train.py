@@ -88,7 +88,7 @@ def test_two_processes_train_as_one(tmp_path, one_device):
 
 
 def train(workdir, **env):
-    args = ["tests/jobs/train_worker.py", "train", TINY, f"--workdir={workdir}"]
+    args = ["tests/chaos_worker.py", "train", TINY, f"--workdir={workdir}"]
     flags = ["--config.train.steps=20", "--config.train.eval_every=100"]
     return multiprocess.run(args + flags, processes=1, devices=1, env=env, timeout=300)[
         0

@@ -18,6 +18,7 @@ import optax
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from sd3_jax import main
 from sd3_jax.training import checkpoint
 
 FSDP = P("fsdp")
@@ -80,6 +81,36 @@ def assert_bits(tree, abstract, seed: int):
             assert np.asarray(shard.data).tobytes() == wanted[shard.index].tobytes()
 
 
+def write(directory: Path, *steps: int, abstract=None, **policy):
+    """Save each step with its number as seed, and wait for each; what they are of."""
+    abstract = abstract_state() if abstract is None else abstract
+    with checkpoint.Checkpoints(directory, **(POLICY | policy)) as checkpoints:
+        for step in steps:
+            state = make_state(abstract, step)
+            checkpoints.save(step, state, {"next_step": step}, CONFIG)
+            checkpoints.wait()
+    return abstract
+
+
+def files(step: Path) -> list[Path]:
+    return sorted(path for path in step.rglob("*") if path.is_file())
+
+
+def flip(path: Path, bit: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(data)
+
+
+def damage(path: Path, how: str) -> None:
+    """A file is deleted, emptied or cut in half."""
+    if how == "deleted":
+        path.unlink()
+    else:
+        data = path.read_bytes()
+        path.write_bytes(data[: len(data) // 2 * (how == "cut")])
+
+
 def exchange(directory: Path) -> dict:
     """Restore step 3 of one process, save step 5 of all processes."""
     with checkpoint.Checkpoints(directory, **POLICY) as checkpoints:
@@ -135,13 +166,6 @@ def die(directory: Path):
 
 
 if __name__ == "__main__":
-    jax.distributed.initialize(
-        os.environ["SD3_COORDINATOR"],
-        int(os.environ["SD3_NUM_PROCESSES"]),
-        int(os.environ["SD3_PROCESS_ID"]),
-        initialization_timeout=int(os.environ["SD3_INIT_S"]),
-        heartbeat_timeout_seconds=int(os.environ["SD3_HEARTBEAT_S"]),
-        shutdown_timeout_seconds=int(os.environ["SD3_SHUTDOWN_S"]),
-    )
+    main.join_processes()
     verb = globals()[sys.argv[1]]
     print(json.dumps(verb(Path(sys.argv[2]))))

@@ -14,7 +14,9 @@ from training.checkpoint_worker import (
     POLICY,
     abstract_state,
     assert_bits,
+    flip,
     make_state,
+    write,
 )
 
 from sd3_jax.errors import UserError
@@ -22,17 +24,6 @@ from sd3_jax.training import checkpoint
 from sd3_jax.training.checkpoint import Checkpoints
 
 WORKER = Path(__file__).with_name("checkpoint_worker.py")
-
-
-def write(directory, *steps, **policy):
-    """Save each step with its number as seed, and wait for each."""
-    abstract = abstract_state()
-    with Checkpoints(directory, **(POLICY | policy)) as checkpoints:
-        for step in steps:
-            state = make_state(abstract, step)
-            checkpoints.save(step, state, {"next_step": step}, CONFIG)
-            checkpoints.wait()
-    return abstract
 
 
 def steps_of(directory):
@@ -304,9 +295,7 @@ def test_two_processes_restore_and_save(tmp_path):
 def test_two_processes_go_back_together(tmp_path, part):
     write(tmp_path, 1, 2)
     (path,) = (tmp_path / "2").glob(part)
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 4
-    path.write_bytes(data)
+    flip(path, 8 * (path.stat().st_size // 2) + 2)
     results = multiprocess.run([WORKER, "fall_back", tmp_path])
     expected = dict(data={"next_step": 2}, saved=True)
     assert answers(results) == [expected, expected]

@@ -16,8 +16,12 @@ from training.checkpoint_worker import (
     POLICY,
     abstract_state,
     assert_bits,
+    damage,
+    files,
+    flip,
     host_state,
     make_state,
+    write,
 )
 
 import sd3_jax
@@ -30,27 +34,14 @@ from sd3_jax.training.checkpoint import Checkpoints, UnreadableCheckpoint
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
     """Steps 1 and 2, to be copied."""
-    directory, abstract = tmp_path_factory.mktemp("saved"), abstract_state(2)
-    with Checkpoints(directory, **POLICY) as checkpoints:
-        for step in 1, 2:
-            state = make_state(abstract, step)
-            checkpoints.save(step, state, {"next_step": step}, CONFIG)
+    directory = tmp_path_factory.mktemp("saved")
+    abstract = write(directory, 1, 2, abstract=abstract_state(2))
     return SimpleNamespace(directory=directory, abstract=abstract)
 
 
 @pytest.fixture
 def copy(saved, tmp_path):
     return shutil.copytree(saved.directory, tmp_path / "copy")
-
-
-def files(step):
-    return sorted(path for path in step.rglob("*") if path.is_file())
-
-
-def flip(path, bit):
-    data = bytearray(path.read_bytes())
-    data[bit // 8] ^= 1 << bit % 8
-    path.write_bytes(data)
 
 
 def restored_step(directory, abstract):
@@ -80,20 +71,15 @@ def test_every_single_bit_is_guarded(saved, tmp_path):
 HARMLESS = "sums/0.json"
 
 
-@pytest.mark.parametrize("how", ["truncate", "delete", "empty"])
+@pytest.mark.parametrize("how", ["cut", "deleted", "emptied"])
 def test_every_file_is_guarded(saved, tmp_path, how):
     for n, path in enumerate(files(saved.directory / "2")):
-        if path.stat().st_size == 0 and how != "delete":
+        if path.stat().st_size == 0 and how != "deleted":
             continue
         name = str(path.relative_to(saved.directory / "2"))
         work = shutil.copytree(saved.directory, tmp_path / str(n))
-        damaged = work / "2" / name
-        if how == "delete":
-            damaged.unlink()
-        else:
-            size = path.stat().st_size
-            damaged.write_bytes(path.read_bytes()[: size // 2 * (how == "truncate")])
-        lost = how == "delete" and name == HARMLESS
+        damage(work / "2" / name, how)
+        lost = how == "deleted" and name == HARMLESS
         assert restored_step(work, saved.abstract) == (2 if lost else 1), name
         if not lost and name != checkpoint.COMMIT:  # without it it is no step at all
             assert name in (work / "damaged-2" / "damaged.txt").read_text()
