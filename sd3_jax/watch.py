@@ -18,7 +18,7 @@ from sd3_jax import hosts
 EVERY = 2.0  # seconds between two looks
 LONG = 3600.0  # seconds for what may have a compilation or a large read in it
 GRACE = 60.0  # after which even a process that cannot run Python any more is ended
-log = logging.getLogger(__name__)
+STUCK = "stuck: "
 
 
 class Watch:
@@ -73,10 +73,9 @@ class Watch:
             self._armed = None
 
     def _stuck(self) -> None:
-        reason = f"stuck: {self._what} has taken more than {self._seconds:g} s"
+        reason = f"{STUCK}{self._what} has taken more than {self._seconds:g} s"
         print(f"sd3-jax: error: {reason}; all stacks follow", file=sys.stderr)
-        sys.stderr.flush()
-        faulthandler.dump_traceback(file=_stderr(), all_threads=True)
+        _print_stacks()
         leave(reason, 1)
 
     def _follow(self, process: int, reason: str, code: int) -> None:
@@ -84,6 +83,8 @@ class Watch:
             f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
             file=sys.stderr,
         )
+        if reason.startswith(STUCK):  # it waited, and for this one perhaps
+            _print_stacks()
         _exit(code)
 
 
@@ -104,6 +105,11 @@ def _exit(code: int) -> None:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
     os._exit(code)
+
+
+def _print_stacks() -> None:
+    sys.stderr.flush()
+    faulthandler.dump_traceback(file=_stderr(), all_threads=True)
 
 
 def _stderr():

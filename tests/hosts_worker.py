@@ -53,6 +53,14 @@ def stuck():
     sync_global_devices("never")
 
 
+def waits():
+    """Process 1 stands still without a bound; process 0, which waits, has one."""
+    if ME == 1:
+        time.sleep(300)
+    watch.expect("step 8", 3)
+    sync_global_devices("never")
+
+
 def run(verb):
     with watch.watching():
         globals()[verb]()

@@ -47,6 +47,15 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(verb):
         assert "hosts_worker.py" in other.stderr and "in stuck" in other.stderr
 
 
+def test_the_one_that_was_waited_for_prints_its_stacks_too():
+    """Which of two watches looks first is chance."""
+    waiting, still = ends("waits")
+    assert [waiting.returncode, still.returncode] == [1, 1], waiting.stderr
+    assert "process 0 has ended, so this one does: stuck: step 8" in still.stderr
+    assert all("hosts_worker.py" in r.stderr for r in (waiting, still))
+    assert all("in waits" in r.stderr for r in (waiting, still))
+
+
 @pytest.mark.parametrize("index", ["0", "1"])
 def test_a_process_whose_peers_do_not_come_says_so(index, tmp_path):
     """Process 0 waits for the other, process 1 for an address where nobody is."""
