@@ -49,6 +49,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif joined():
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+            from sd3_jax import watch
+
+            watch.follow()  # a peer's end fails the collectives that it was in
         else:
             raise
     if joined():

@@ -53,8 +53,7 @@ class Watch:
                 self._deadline += paused
             if self._deadline is not None and now > self._deadline:
                 self._stuck()
-            if note := hosts.ended():
-                self._follow(*note)
+            follow()
             self._arm()
 
     def _arm(self) -> None:
@@ -78,14 +77,20 @@ class Watch:
         _print_stacks()
         leave(reason, 1)
 
-    def _follow(self, process: int, reason: str, code: int) -> None:
-        print(
-            f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
-            file=sys.stderr,
-        )
-        if reason.startswith(STUCK):  # it waited, and for this one perhaps
-            _print_stacks()
-        _exit(code)
+
+def follow() -> None:
+    """End this process if a peer has told its own end, and say so."""
+    note = hosts.ended()
+    if note is None:
+        return
+    process, reason, code = note
+    print(
+        f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
+        file=sys.stderr,
+    )
+    if reason.startswith(STUCK):  # it waited, and for this one perhaps
+        _print_stacks()
+    _exit(code)
 
 
 def leave(reason: str, code: int) -> None:
