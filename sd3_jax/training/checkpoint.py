@@ -26,6 +26,7 @@ from sd3_jax.training.seal import LISTED, UnreadableCheckpoint
 
 COMMIT = "commit_success.txt"  # orbax writes it last
 TMP = ".orbax-checkpoint-tmp"  # what a killed save leaves behind
+LOOK = 5.0  # seconds between two looks for the folder that is saved to
 DAMAGED = "damaged-"  # what a step's folder is called once it is set aside
 JSON = ("data", "config", "about")
 log = logging.getLogger(__name__)
@@ -113,9 +114,8 @@ class Checkpoints:
             )
         about = seal.about(prints, data, config)
         items = {"state": state, "data": data, "config": config, "about": about}
+        self._refuse_vanished()
         with _explained(f"saving {path} failed"), _context():
-            if jax.process_index() == 0 and not self.directory.exists():
-                raise FileNotFoundError(f"{self.directory} has vanished")
             response = ocp.save_checkpointables_async(path, items, overwrite=True)
         self._last = step
         self._saving = self._thread.submit(self._finish, path, response)
@@ -152,14 +152,17 @@ class Checkpoints:
     def wait(self) -> None:
         """Until the save in flight is durable; raises what went wrong with it."""
         saving, self._saving = self._saving, None
-        if saving is not None:
-            saving.result()
+        while saving is not None:
+            try:
+                return saving.result(timeout=LOOK)
+            except TimeoutError:  # orbax's processes wait for each other in it
+                self._refuse_vanished()
 
     def close(self) -> None:
         try:
             self.wait()
         finally:
-            self._thread.shutdown()
+            self._thread.shutdown(wait=False)  # after wait, idle or without hope
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -171,6 +174,10 @@ class Checkpoints:
             if error is None:
                 raise
             error.add_note(str(e))  # what came first is what the user must see
+
+    def _refuse_vanished(self) -> None:
+        if jax.process_index() == 0 and not self.directory.exists():
+            raise UserError(f"saving failed: {self.directory} has vanished")
 
     def _earlier(self, path: epath.Path) -> bool:
         steps = hosts.first(lambda: _steps(self.directory))

@@ -3,6 +3,7 @@ import json
 import resource
 import shutil
 import sys
+from concurrent.futures import Future
 from pathlib import Path
 
 import jax
@@ -252,6 +253,15 @@ def test_a_vanished_directory_is_told_at_once(tmp_path):
     directory.write_text("")
     with pytest.raises(UserError, match=f"saving {directory}/1 failed"):
         checkpoints.save(1, {"x": jax.numpy.ones(3)}, {}, {})
+
+
+def test_a_save_that_waits_for_a_vanished_directory_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(checkpoint, "LOOK", 0.05)
+    checkpoints = Checkpoints(tmp_path / "run", **POLICY)
+    checkpoints._saving = Future()  # its processes wait for each other
+    (tmp_path / "run").rmdir()
+    with pytest.raises(UserError, match="saving failed: .*run has vanished"):
+        checkpoints.close()
 
 
 def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
