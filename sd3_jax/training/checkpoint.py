@@ -63,6 +63,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             with _explained(f"cannot write checkpoints to {self.directory}"):
                 _prepare(self.directory)
+                self._folder = _identity(self.directory)
         self._last = self.latest() or 0
 
     def latest(self) -> int | None:
@@ -114,8 +115,8 @@ class Checkpoints:
             )
         about = seal.about(prints, data, config)
         items = {"state": state, "data": data, "config": config, "about": about}
-        self._refuse_vanished()
         with _explained(f"saving {path} failed"), _context():
+            self._refuse_vanished()
             response = ocp.save_checkpointables_async(path, items, overwrite=True)
         self._last = step
         self._saving = self._thread.submit(self._finish, path, response)
@@ -156,7 +157,8 @@ class Checkpoints:
             try:
                 return saving.result(timeout=LOOK)
             except TimeoutError:  # orbax's processes wait for each other in it
-                self._refuse_vanished()
+                with _explained("saving failed"):
+                    self._refuse_vanished()
 
     def close(self) -> None:
         try:
@@ -176,8 +178,10 @@ class Checkpoints:
             error.add_note(str(e))  # what came first is what the user must see
 
     def _refuse_vanished(self) -> None:
-        if jax.process_index() == 0 and not self.directory.exists():
-            raise UserError(f"saving failed: {self.directory} has vanished")
+        """The folder must be the one that the run began with: a save in flight makes a
+        new one in the place of one that is gone, without the steps that it held."""
+        if jax.process_index() == 0 and _identity(self.directory) != self._folder:
+            raise FileNotFoundError(f"{self.directory} has vanished")
 
     def _earlier(self, path: epath.Path) -> bool:
         steps = hosts.first(lambda: _steps(self.directory))
@@ -272,6 +276,17 @@ def _prepare(directory: epath.Path) -> None:
     probe = directory / "write_probe"  # now, rather than a thousand steps later
     probe.write_text("")
     probe.unlink()
+
+
+def _identity(directory: epath.Path) -> Any:
+    """Equal as long as it is the same folder; None if there is none."""
+    if "://" in os.fspath(directory):
+        return directory.exists() or None
+    try:
+        found = os.stat(directory)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
 
 
 def _numbered(directory: epath.Path) -> list[int]:

@@ -255,6 +255,18 @@ def test_a_vanished_directory_is_told_at_once(tmp_path):
         checkpoints.save(1, {"x": jax.numpy.ones(3)}, {}, {})
 
 
+def test_a_directory_that_another_took_the_place_of_has_vanished(tmp_path):
+    """As a save in flight makes one, where a disk came back empty."""
+    directory, state = tmp_path / "run", {"x": jax.numpy.ones(3)}
+    checkpoints = Checkpoints(directory, **POLICY)
+    assert checkpoints.save(1, state, {}, {})
+    checkpoints.wait()
+    directory.rename(tmp_path / "gone")
+    directory.mkdir()
+    with pytest.raises(UserError, match=f"saving {directory}/2 failed: .* vanished"):
+        checkpoints.save(2, state, {}, {})
+
+
 def test_a_save_that_waits_for_a_vanished_directory_ends(tmp_path, monkeypatch):
     monkeypatch.setattr(checkpoint, "LOOK", 0.05)
     checkpoints = Checkpoints(tmp_path / "run", **POLICY)
