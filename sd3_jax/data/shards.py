@@ -38,7 +38,9 @@ class Writer:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise self._failed(error.strerror or error) from None
-        self._writer = ArrayRecordWriter(os.fspath(self._partial), "group_size:1")
+        # Latents and embeddings do not compress; zstd would cost half of a read.
+        options = "group_size:1,uncompressed"
+        self._writer = ArrayRecordWriter(os.fspath(self._partial), options)
 
     def write(self, record: Record) -> None:
         """Add a record; a BadRecord if `decode` would refuse it."""
