@@ -50,10 +50,10 @@ class BadRecord(UserError):
 class Record(NamedTuple):
     """What of an example was computed before; the rest is computed in training.
 
-    A picture as image (h, w, 3) in uint8, as the moments (h, w, 2c) of its latents, mean
-    and log-variance as the denoiser sees them, or as latents (h, w, c): one or several.
-    Of its text context (l, d) and pooled (e,), or only the caption. Numbers are float32,
-    bfloat16 or float16.
+    A picture as image (h, w, 3) in uint8, as moments (h, w, 2c), mean and log-variance
+    of its latents as the denoiser sees them, or as latents (h, w, c): one or several of
+    these. Of its text context (l, d) and pooled (e,), or only the caption. Numbers are
+    float32, bfloat16 or float16.
     """
 
     tensors: dict[str, np.ndarray]

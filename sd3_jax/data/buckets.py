@@ -1,0 +1,135 @@
+"""Aspect buckets: the shapes that pictures are cut to, and whose turn a step is.
+
+A batch is of one shape, H x W with about S^2 pixels (paper, sec. 5.3.2). The paper does
+not list its shapes, so these are chosen by rule.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image
+
+
+class Bucket(NamedTuple):
+    """A picture's sides in pixels."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+
+def table(
+    height: int, width: int, *, count: int = 1, aspect: float = 2.0, unit: int = 16
+) -> tuple[Bucket, ...]:
+    """`count` shapes from tall to wide, each of at most height * width pixels.
+
+    Their aspects lie evenly, by ratio, from 1 : aspect to aspect : 1. One shape is the
+    given one. Sides are multiples of `unit`: none has more tokens than the square, so
+    that what fits a device's memory is known by one of them. Fewer where two fall
+    together.
+    """
+    if count == 1:
+        return (Bucket(height, width),)
+    area = height * width
+    wide = [_shape(area, aspect**x, unit) for x in np.linspace(-1, 1, count) if x >= 0]
+    tall = [Bucket(b.width, b.height) for b in reversed(wide)]
+    return tuple(dict.fromkeys(tall[: count // 2] + wide))
+
+
+def _shape(area: int, aspect: float, unit: int) -> Bucket:
+    """The sides that lose least of the area, and are nearest to width / height."""
+    most = area // unit**2  # tokens, if a unit is one
+    ideal = math.sqrt(most / aspect)
+    tries = range(max(1, math.floor(ideal) - 1), math.ceil(ideal) + 2)
+
+    def loss(h: int) -> float:
+        w = max(1, min(most // h, round(h * aspect)))
+        return math.log(most / (h * w)) + 2 * abs(math.log(w / h / aspect))
+
+    h = min(tries, key=loss)
+    w = max(1, min(most // h, round(h * aspect)))
+    return Bucket(h * unit, w * unit)
+
+
+class Fit(NamedTuple):
+    """How a picture comes into a bucket: what of it is kept, and how much larger."""
+
+    bucket: Bucket
+    crop: tuple[int, int, int, int]  # top, left, height, width, in its own pixels
+    enlarged: float  # the bucket's side by the crop's: over 1, pixels are invented
+    kept: float  # share of its pixels
+
+
+def fit(height: int, width: int, buckets: Sequence[Bucket]) -> Fit:
+    """The bucket nearest by aspect, and the centre of the picture that fills it."""
+    aspect = math.log(width / height)
+    bucket = min(buckets, key=lambda b: abs(math.log(b.width / b.height) - aspect))
+    scale = max(bucket.height / height, bucket.width / width)
+    h = min(height, max(1, round(bucket.height / scale)))
+    w = min(width, max(1, round(bucket.width / scale)))
+    crop = ((height - h) // 2, (width - w) // 2, h, w)
+    return Fit(bucket, crop, scale, h * w / (height * width))
+
+
+def cut(picture: UInt8[ndarray, "h w 3"], found: Fit) -> UInt8[ndarray, "H W 3"]:
+    """The crop, resized (Lanczos, with antialiasing)."""
+    top, left, h, w = found.crop
+    size = (found.bucket.width, found.bucket.height)
+    if (h, w) == found.bucket:
+        return picture[top : top + h, left : left + w]
+    box = (left, top, left + w, top + h)
+    made = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=box)
+    return np.asarray(made)
+
+
+class Turns:
+    """Whose turn a step is: of each bucket as often as its weight says, evenly spread.
+
+    Step s belongs to the bucket in whose interval (s * phi + c) mod 1 lies, c being the
+    seed's: a sequence whose share of any interval is off by a few steps at most, over
+    any stretch. `place` also counts a bucket's earlier steps, in O(log s): a step's
+    examples are a pure function of (seed, step).
+    """
+
+    _ALL = 2**61 - 1  # the circle, in integers; prime, so that no step comes twice
+    _STEP = round(_ALL * (math.sqrt(5) - 1) / 2)
+
+    def __init__(self, weights: Sequence[int | float], seed: int = 0):
+        total, sums = sum(weights), np.cumsum([0, *map(float, weights)])
+        self._ends = [int(self._ALL * (x / float(total))) for x in sums[:-1]]
+        self._ends.append(self._ALL)
+        self._start = int(np.random.default_rng(seed).integers(self._ALL))
+
+    def place(self, step: int) -> tuple[int, int]:
+        """(bucket, how many earlier steps were its)."""
+        if len(self._ends) == 2:
+            return 0, step
+        at = (self._STEP * step + self._start) % self._ALL
+        bucket = sum(at >= end for end in self._ends[1:])
+        low, high = self._ends[bucket : bucket + 2]
+        return bucket, self._below(step, high) - self._below(step, low)
+
+    def _below(self, steps: int, end: int) -> int:
+        """How many of the first `steps` lie below `end`: floor(x) - floor(x - end)."""
+        if steps == 0 or end == 0:
+            return 0
+        m, a, c = self._ALL, self._STEP, self._start
+        return _floors(steps, m, a, c) - (_floors(steps, m, a, c - end + m) - steps)
+
+
+def _floors(n: int, m: int, a: int, b: int) -> int:
+    """The sum of floor((a i + b) / m) for i < n, by Euclid's steps."""
+    total = 0
+    while True:
+        total += (n - 1) * n // 2 * (a // m) + n * (b // m)
+        a, b = a % m, b % m
+        top = a * n + b
+        if top < m:
+            return total
+        n, b, m, a = top // m, top % m, a, m
