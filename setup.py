@@ -6,10 +6,13 @@ from setuptools import find_packages, setup
 TORCH = ["torch==2.13.0", "diffusers>=0.42"]
 # The TPU's compiler, which `plan` runs without a TPU.
 PLAN = ["libtpu>=0.0.40"]
+# Near-duplicates among training pictures, which `dedup` finds.
+DEDUP = ["faiss-cpu>=1.8"]
 TEST = [
     *TORCH,
     "beartype>=0.20",
     "chex>=0.1.90",
+    *DEDUP,
     "hypothesis>=6",
     "jsonschema>=4",
     *PLAN,
@@ -52,6 +55,7 @@ setup(
         "cuda": ["jax[cuda12]>=0.10"],
         "torch": TORCH,
         "plan": PLAN,
+        "dedup": DEDUP,
         "test": TEST,
     },
     entry_points={"console_scripts": ["sd3-jax=sd3_jax.main:main"]},
