@@ -1,9 +1,10 @@
 """Batches for a run's steps: step -> rows, a pure function, read ahead by grain."""
 
+from collections.abc import Callable, Sequence
+
 import grain
 import numpy as np
 
-from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
 
 STEPS = 2**31 - 1  # more than any run has
@@ -12,7 +13,8 @@ STEPS = 2**31 - 1  # more than any run has
 class Loader:
     """This process's rows of each global batch, from step `start` on.
 
-    `source.batch(indices)` gives the examples with these indices. Example step *
+    `source.batch(indices)` gives the examples with these indices, and their captions
+    if there are any, of which `tokenize` makes arrays. Example step *
     batch_size + row is row `row` of step `step`, whatever the number of processes and
     threads, so a run is resumed, on any hosts, by its step alone.
     """
@@ -23,7 +25,7 @@ class Loader:
         *,
         batch_size: int,
         rows: slice,
-        text_length: int,
+        tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None,
         start: int = 0,
         threads: int = 2,
         prefetch: int = 8,
@@ -34,10 +36,7 @@ class Loader:
         def load(step: int) -> dict[str, np.ndarray]:
             batch = source.batch(step * batch_size + local)
             captions = batch.pop("caption", None)
-            if captions is not None:
-                ids = [tokenizers.byte_ids(c, text_length) for c in captions]
-                batch["ids_bytes"] = np.stack(ids)
-            return batch
+            return batch if captions is None else batch | tokenize(captions)
 
         steps = grain.MapDataset.range(STEPS).map(load)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)

@@ -2,6 +2,7 @@
 
 import bisect
 import collections
+import contextlib
 import functools
 import hashlib
 import json
@@ -10,6 +11,7 @@ import math
 import os
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import grain
@@ -17,7 +19,9 @@ import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from sd3_jax.data import records, shards
+from sd3_jax.data.buckets import Turns
 from sd3_jax.data.records import BadRecord, Record
+from sd3_jax.data.shards import Shard
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -33,6 +37,15 @@ class Set(NamedTuple):
     weight: float
 
 
+class Bucket(NamedTuple):
+    """Records of one shape: batches are of one bucket."""
+
+    name: str
+    shapes: dict[str, tuple[int, ...]]  # that their tensors may have
+    sets: list[Set]
+    order: grain.MapDataset  # of its records' numbers
+
+
 class Records:
     """The examples of shards; example i is a pure function of the seed and i.
 
@@ -41,10 +54,14 @@ class Records:
     share of the examples holds over any few of them; grain keeps weights to one percent
     of the least.
 
-    `shapes` are what each record's tensors must have, those of the first record unless
-    given. `bad_records` is the largest share of all records that may be bad: the next
-    good record of the set takes a bad one's place, which depends on nothing but the
-    shards. Each process counts the bad ones that itself has met since it started.
+    `shapes` are what each record's tensors must have, by bucket, "512x768"; one bucket
+    with those of the first record unless given. A shard is of one bucket: the one that
+    its name ends with, else its first record's. All `batch_size` examples of a step are
+    of one bucket, whose turn comes as often as it has records.
+
+    `bad_records` is the largest share of all records that may be bad: the next good
+    record of the set takes a bad one's place, which depends on nothing but the shards.
+    Each process counts the bad ones that itself has met since it started.
 
     A UserError says in one line what is wrong with paths, weights or shards; one that
     is a BadRecord, what is wrong with a record.
@@ -55,52 +72,82 @@ class Records:
         paths: Sequence[str],
         *,
         weights: Sequence[float | int] = (),
-        shapes: dict[str, tuple[int, ...]] | None = None,
+        shapes: dict[str, dict[str, tuple[int, ...]]] | None = None,
+        batch_size: int = 1,
         bad_records: float = 0.0,
         seed: int = 0,
     ):
         check_weights(weights, paths)
         self.seed, self.weights, self.bad_records = seed, tuple(weights), bad_records
+        self.batch_size = batch_size
+        self._bad, self._lock = set(), threading.Lock()
+        self._reader = functools.lru_cache(OPEN)(self._open)
         found = [shards.expand(path) for path in paths]
         if not found:
             raise UserError("no paths: wanted shards of records, or globs of them")
         self.shards = shards.open_all([path for group in found for path in group])
+        groups = [place for place, group in enumerate(found) for _ in group]
+        groups = groups if weights else [0] * len(groups)
+        keys = list(zip(groups, self._kinds(shapes)))
+        by_key = sorted(range(len(keys)), key=keys.__getitem__)
+        if by_key != list(range(len(keys))):  # so that a set's numbers are a range
+            self._reader.cache_clear()
+            self.shards, keys = shards.renumbered(self.shards, by_key), sorted(keys)
         self._starts = [shard.start for shard in self.shards]
-        self._bad, self._lock = set(), threading.Lock()
-        self._reader = functools.lru_cache(OPEN)(self._open)
-        self.sets = self._sets(paths, [len(group) for group in found])
-        self._order = order(self.sets, seed)
+        self.sets = self._sets(paths, keys)
+        self.buckets = self._buckets(shapes, keys)
+        self._turns = Turns([sum(s.weight for s in b.sets) for b in self.buckets], seed)
+        self._turn = functools.lru_cache(64)(self._turns.place)
         names = [os.path.basename(shard.path) for shard in self.shards]
         twice = {name for name, n in collections.Counter(names).items() if n > 1}
         self._names = [
             shard.path if name in twice else name
             for name, shard in zip(names, self.shards)
         ]
-        self.first = self._good(0, self._record)
-        kinds = {name: x.shape for name, x in self.first.tensors.items()}
-        self.shapes = kinds if shapes is None else shapes
+        self.first = self._good(self.buckets[0].sets[0].numbers[0], self._record)
+        if shapes is None:
+            own = {name: x.shape for name, x in self.first.tensors.items()}
+            self.buckets = [self.buckets[0]._replace(shapes=own)]
+        self.fields = tuple(self.first.tensors)
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].count
 
-    def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """The tensors of these examples, stacked, in float32."""
-        batch = {
-            name: np.empty((len(indices), *shape), np.float32)
-            for name, shape in self.shapes.items()
+    def keep(self, fields: Sequence[str]) -> None:
+        """Of what the first record holds, what batches are to have; and "caption"."""
+        self.fields = tuple(fields)
+
+    def example(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
+        """Shape and dtype of each tensor of one of its examples."""
+        tensors = {name: x for name, x in self.first.tensors.items()}
+        return {
+            name: (bucket.shapes[name], tensors[name].dtype)
+            for name in self.fields
+            if name in tensors
         }
+
+    def batch(self, indices: np.ndarray) -> dict[str, Any]:
+        """The tensors of these examples of one step, stacked, in the first's dtypes."""
+        bucket = self.buckets[self._turn(int(indices[0]) // self.batch_size)[0]]
+        batch = {
+            name: np.empty((len(indices), *shape), dtype)
+            for name, (shape, dtype) in self.example(bucket).items()
+        }
+        captions = []
         for row, i in enumerate(indices):
-            found = self._good(self._order[int(i)], self._tensors)
+            read = functools.partial(self._fitting, bucket)
+            found = self._good(self._number(int(i)), read)
+            captions.append(found.caption)
             for name, x in batch.items():
-                x[row] = found[name]  # exactly: float32 holds both halves
-        return batch
+                x[row] = found.tensors[name]
+        return batch | ({"caption": captions} if "caption" in self.fields else {})
 
     def names(self, indices: np.ndarray) -> list[str]:
         """The records that these examples are, "train-00000.arecord:123".
 
         A bad record that another takes the place of has its own name here.
         """
-        places = [self._place(self._order[int(i)]) for i in indices]
+        places = [self._place(self._number(int(i))) for i in indices]
         return [f"{self._names[shard]}:{index}" for shard, index in places]
 
     def identity(self) -> dict[str, Any]:
@@ -116,15 +163,66 @@ class Records:
             "listing": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
         }
 
-    def _sets(self, paths, counts) -> list[Set]:
+    def _kinds(self, shapes) -> list[int]:
+        """Of each shard, its bucket by its place among them."""
+        if shapes is None or len(shapes) == 1:
+            return [0] * len(self.shards)
+        find = functools.partial(self._kind, list(shapes), list(shapes.values()))
+        with ThreadPoolExecutor(shards.OPENERS) as threads:
+            return list(threads.map(find, range(len(self.shards))))
+
+    def _kind(self, names: list[str], shapes: list[dict], place: int) -> int:
+        path = self.shards[place].path
+        stem = os.path.basename(path).removesuffix(".arecord")
+        if stem.rpartition("-")[2] in names:
+            return names.index(stem.rpartition("-")[2])
+        for index in range(self.shards[place].count):
+            with contextlib.suppress(BadRecord):
+                found = self._read(place, index).tensors
+                break
+        else:
+            raise BadRecord(f"{path}: none of its records is good")
+        for kind, wanted in enumerate(shapes):
+            if all(x.shape == wanted.get(name) for name, x in found.items()):
+                return kind
+        given = ", ".join(f"{name} {x.shape}" for name, x in found.items())
+        raise UserError(f"{path}: {given} is of no bucket: wanted {', '.join(names)}")
+
+    def _sets(self, paths, keys) -> list[Set]:
         if not self.weights:
             return [Set(", ".join(paths), range(len(self)), 1)]
-        made, rest = [], iter(self.shards)
-        for path, count, weight in zip(paths, counts, self.weights):
-            own = [next(rest) for _ in range(count)]
-            numbers = range(own[0].start, own[-1].start + own[-1].count)
-            made.append(Set(path, numbers, weight))
+        groups = [group for group, _ in keys]
+        return [
+            Set(path, self._numbers(groups, group), weight)
+            for group, (path, weight) in enumerate(zip(paths, self.weights))
+        ]
+
+    def _buckets(self, shapes, keys) -> list[Bucket]:
+        """Those that have records, each with its part of every set that has some."""
+        names = list(shapes) if shapes else [""]
+        made = []
+        for kind in sorted({kind for _, kind in keys}):
+            own = []
+            for group, whole in enumerate(self.sets):
+                if (group, kind) in keys:
+                    numbers = self._numbers(keys, (group, kind))
+                    weight = whole.weight * len(numbers) / len(whole.numbers)
+                    own.append(Set(whole.name, numbers, weight))
+            known = shapes[names[kind]] if shapes else {}
+            made.append(Bucket(names[kind], known, own, order(own, self.seed)))
         return made
+
+    def _numbers(self, keys: list, key) -> range:
+        """Of the records in shards with this key, which follow each other."""
+        first, last = keys.index(key), len(keys) - 1 - keys[::-1].index(key)
+        last = self.shards[last]
+        return range(self.shards[first].start, last.start + last.count)
+
+    def _number(self, i: int) -> int:
+        """The record that example i is."""
+        step, row = divmod(i, self.batch_size)
+        bucket, before = self._turn(step)
+        return self.buckets[bucket].order[before * self.batch_size + row]
 
     def _place(self, number: int) -> tuple[int, int]:
         """A record's shard, by its place among them, and its index in it."""
@@ -133,7 +231,8 @@ class Records:
 
     def _good(self, number: int, read: Callable[[int], Any]) -> Any:
         """What `read` makes of the record, or of the next good one of its set."""
-        (own,) = (s.numbers for s in self.sets if number in s.numbers)
+        sets = (s for bucket in self.buckets for s in bucket.sets)
+        (own,) = (s.numbers for s in sets if number in s.numbers)
         for step in range(len(own)):
             at = own[(number - own.start + step) % len(own)]
             try:
@@ -156,24 +255,34 @@ class Records:
         if new:
             log.warning("%s; the next good one is read; %d of %s", error, count, share)
 
-    def _tensors(self, number: int) -> dict[str, np.ndarray]:
-        found = self._record(number).tensors
-        for name, shape in self.shapes.items():
-            if found[name].shape != shape:
-                where, given = self._where(number), found[name].shape
-                raise BadRecord(f"{where}: {name}: shape {given}, wanted {shape}")
+    def _fitting(self, bucket: Bucket, number: int) -> Record:
+        """The record, if batches of the bucket can hold it."""
+        found, where = self._record(number), self._where(number)
+        for name, (shape, dtype) in self.example(bucket).items():
+            if name not in found.tensors:
+                raise BadRecord(f"{where}: {name}: missing, which the first record has")
+            x = found.tensors[name]
+            if x.shape != shape:
+                raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
+            if not np.can_cast(x.dtype, dtype):
+                raise BadRecord(
+                    f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"
+                )
         return found
 
     def _record(self, number: int) -> Record:
-        shard, index = self._place(number)
+        return self._read(*self._place(number))
+
+    def _read(self, shard: int, index: int) -> Record:
+        where = f"{self.shards[shard].path}:{index}"
         try:
             (data,) = self._reader(shard).read([index])
         except RuntimeError as error:
             if str(error).startswith("Corrupted"):
-                raise BadRecord(f"{self._where(number)}: {error}") from None
+                raise BadRecord(f"{where}: {error}") from None
             # Of a disk or a network: another host may well have read it.
-            raise UserError(f"{self._where(number)}: cannot be read: {error}") from None
-        return records.decode(data, self._where(number))
+            raise UserError(f"{where}: cannot be read: {error}") from None
+        return records.decode(data, where)
 
     def _where(self, number: int) -> str:
         shard, index = self._place(number)

@@ -112,16 +112,23 @@ def open_all(paths: Sequence[str]) -> list[Shard]:
     """Every shard, looked at; a UserError if one cannot be read or comes twice."""
     with ThreadPoolExecutor(OPENERS) as threads:
         looked_at = list(threads.map(inspect, paths))
-    shards, before, start = [], {}, 0
+    before = {}
     for shard in looked_at:
         if shard.file in before:
             other = before[shard.file]
             also = "" if other == shard.path else f", also as {other}"
             raise UserError(f"{shard.path}: the same shard is listed twice{also}")
         before[shard.file] = shard.path
-        shards.append(shard._replace(start=start))
-        start += shard.count
-    return shards
+    return renumbered(looked_at, range(len(looked_at)))
+
+
+def renumbered(shards: Sequence[Shard], places: Sequence[int]) -> list[Shard]:
+    """The shards in this order, their records counted on from one to the next."""
+    made, start = [], 0
+    for place in places:
+        made.append(shards[place]._replace(start=start))
+        start += shards[place].count
+    return made
 
 
 def inspect(path: str) -> Shard:

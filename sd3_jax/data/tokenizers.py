@@ -34,6 +34,11 @@ def byte_ids(caption: str, length: int) -> np.ndarray:
     return np.array(ids["input_ids"], np.int32)
 
 
+def bytes_of(captions: Sequence[str], length: int) -> dict[str, np.ndarray]:
+    """A batch's "ids_bytes" (b, length)."""
+    return {"ids_bytes": np.stack([byte_ids(one, length) for one in captions])}
+
+
 def load(folder: epath.PathLike) -> dict[str, Any]:
     """The tokenizers that a diffusers folder holds, by encoder; none is no error."""
     from transformers import CLIPTokenizer, T5TokenizerFast

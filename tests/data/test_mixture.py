@@ -1,14 +1,16 @@
 """Examples of shards: any index, any host, any epoch; and what is wrong with shards."""
 
+import functools
 import json
 import logging
 import os
 
+import ml_dtypes
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from sd3_jax.data import records, shards
+from sd3_jax.data import records, shards, tokenizers
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
 from sd3_jax.data.mixture import Records
@@ -104,10 +106,18 @@ def test_a_mixture_keeps_its_shares_and_the_epochs_of_each_set(folder):
 
 
 def load(source, rows=slice(0, SIZE), **options):
-    return Loader(source, batch_size=SIZE, rows=rows, text_length=7, **options)
+    ids = functools.partial(tokenizers.bytes_of, length=7)
+    return Loader(source, batch_size=SIZE, rows=rows, tokenize=ids, **options)
 
 
-@pytest.mark.parametrize("make", [mixture, lambda f: Records([f"{f}/*.arecord"])])
+MAKERS = [
+    mixture,
+    lambda folder: Records([f"{folder}/*.arecord"]),
+    lambda folder: mixed(folder),
+]
+
+
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_step_has_the_same_records_on_any_number_of_hosts(folder, make):
     whole = load(make(folder))
     batches = [numbers(next(whole)) for _ in range(10)]  # more than two epochs
@@ -123,7 +133,7 @@ def test_a_step_has_the_same_records_on_any_number_of_hosts(folder, make):
         assert sum((numbers(next(one)) for one in loaders), []) == batch
 
 
-@pytest.mark.parametrize("make", [mixture, lambda f: Records([f"{f}/*.arecord"])])
+@pytest.mark.parametrize("make", MAKERS)
 def test_a_run_goes_on_at_any_step(folder, make):
     whole = load(make(folder))
     batches = [numbers(next(whole)) for _ in range(12)]
@@ -149,6 +159,124 @@ def test_more_shards_than_files_may_be_open(folder, monkeypatch):
             {*range(23), *range(100, 130)}
         )
     assert source._reader.cache_info().currsize == 2
+
+
+# Buckets
+
+SHAPES = {
+    f"{8 * side}x{8 * side}": {
+        "latents": (side, side, 4),
+        "context": (2, 3),
+        "pooled": (5,),
+    }
+    for side in (1, 2, 3)
+}
+
+
+def bucketed(folder, named=True, **options):
+    """Records 0 to 36, of three shapes, in five shards whose order is not theirs."""
+    if not folder.joinpath("c").exists():
+        begin = 0
+        for place, (side, count) in enumerate(
+            [(3, 4), (1, 13), (2, 9), (1, 9), (2, 2)]
+        ):
+            name = f"train-{place:05d}" + f"-{8 * side}x{8 * side}" * named
+            write(
+                folder / "c" / f"{name}.arecord", range(begin, begin + count), side=side
+            )
+            begin += count
+    options = dict(shapes=SHAPES, batch_size=SIZE) | options
+    return Records([f"{folder}/c/*.arecord"], **options)
+
+
+def mixed(folder, **options):
+    bucketed(folder)
+    paths = (f"{folder}/c/*.arecord", f"{folder}/train-*.arecord")
+    options = dict(shapes=SHAPES, batch_size=SIZE) | options
+    return Records(paths, weights=(3, 1), **options)
+
+
+def side(batch) -> int:
+    return batch["latents"].shape[1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_a_batch_is_of_one_bucket_and_every_record_comes_once(folder, named):
+    source = bucketed(folder, named)
+    assert [(b.name, len(b.sets[0].numbers)) for b in source.buckets] == [
+        ("8x8", 22),
+        ("16x16", 11),
+        ("24x24", 4),
+    ]
+    loader, drawn = load(source), {1: [], 2: [], 3: []}
+    for _ in range(370):
+        batch = next(loader)
+        drawn[side(batch)] += numbers(batch)
+    for found, count in zip(drawn.values(), (22, 11, 4)):
+        assert abs(len(found) - 60 * count) <= 3 * SIZE  # sixty epochs
+    shapes = {1: [*range(4, 17), *range(26, 35)], 2: [*range(17, 26), 35, 36]}
+    for of, own in (shapes | {3: range(4)}).items():
+        for start in range(0, len(drawn[of]) - len(own), len(own)):
+            assert sorted(drawn[of][start : start + len(own)]) == sorted(own)
+
+
+def test_the_buckets_of_the_runs_so_far(folder):
+    loader = load(bucketed(folder, seed=3))
+    batches = [next(loader) for _ in range(8)]
+    found = [(side(b), numbers(b)[0]) for b in batches]
+    assert found[:4] == [(1, 8), (2, 21), (1, 31), (3, 3)]
+    assert found[4:] == [(1, 27), (1, 5), (2, 18), (1, 28)]
+
+
+def test_a_mixture_keeps_its_shares_over_buckets(folder):
+    loader = load(mixed(folder))
+    batches = [next(loader) for _ in range(200)]
+    steps = [sum(side(b) == one for b in batches) for one in (1, 2, 3)]
+    # of the first set's three quarters 22, 11 and 4 of 37, all of the other's are 16 x 16
+    for one, share in zip(steps, (22 / 37 * 0.75, 11 / 37 * 0.75 + 0.25, 3 / 37)):
+        assert abs(one - 200 * share) < 3
+
+
+def test_names_of_a_bucketed_step(folder):
+    source = bucketed(folder)
+    loader = load(source)
+    for step in range(5):
+        batch, names = next(loader), loader.names(step)
+        places = [source._names.index(name.split(":")[0]) for name in names]
+        assert {
+            source.shards[p].path.count(f"-{8 * side(batch)}x") for p in places
+        } == {1}
+
+
+def test_a_shard_of_no_bucket(folder):
+    shapes = {name: x for name, x in SHAPES.items() if name != "24x24"}
+    with pytest.raises(UserError, match="is of no bucket: wanted 8x8, 16x16"):
+        bucketed(folder, named=False, shapes=shapes)
+
+
+def test_a_name_that_lies_is_found_out(folder):
+    path = write(folder / "d" / "train-0-8x8.arecord", range(5), side=2)
+    with pytest.raises(
+        BadRecord, match=r"latents: shape \(2, 2, 4\), wanted \(1, 1, 4"
+    ):
+        Records([path], shapes=SHAPES, batch_size=5).batch(np.arange(5))
+
+
+def test_batches_have_the_first_records_dtypes(folder):
+    narrow = record(0)
+    narrow.tensors["latents"] = narrow.tensors["latents"].astype(ml_dtypes.bfloat16)
+    for name, order in ("exact", (record(1), narrow)), ("not", (narrow, record(1))):
+        with Writer(folder / f"{name}.arecord") as shard:
+            [shard.write(one) for one in order]
+    source = Records([f"{folder}/exact.arecord"])
+    batch = source.batch(np.arange(2))
+    assert batch["latents"].dtype == np.float32 and batch["pooled"].dtype == np.float16
+    with pytest.raises(
+        BadRecord, match="dtype float32, the first record's is bfloat16"
+    ):
+        Records([f"{folder}/not.arecord"]).batch(np.arange(2))
+    source.keep(["latents", "caption"])
+    assert source.batch(np.arange(2)).keys() == {"latents", "caption"}
 
 
 # Names and identity
