@@ -44,6 +44,7 @@ setup(
         "optax>=0.2.6",
         "orbax-checkpoint>=0.12.4",
         "pillow>=11",
+        "pyarrow>=15",
         "rich>=13",
         "safetensors>=0.5",
         "scikit-learn>=1.5",

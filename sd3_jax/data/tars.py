@@ -39,6 +39,17 @@ class Member(NamedTuple):
     data: bytes
 
 
+class Place(NamedTuple):
+    """Where a member's bytes lie, or why it is not taken."""
+
+    name: str
+    key: str
+    extension: str
+    start: int
+    size: int
+    reason: str  # "" if it is taken
+
+
 def members(
     path: epath.PathLike,
     *,
@@ -53,13 +64,8 @@ def members(
     told = {FOLDER}
     try:
         with path.open("rb") as file:
-            for name, kind, start, size in _entries(file, path):
-                key, extension = _split(name)
-                reason = kind or _unfit(name, key)
-                if not reason and extension not in extensions:
-                    reason = "another extension"
-                if not reason and size > member:
-                    reason = f"more than {member} bytes"
+            found = _places(file, path, extensions, member)
+            for name, key, extension, start, size, reason in found:
                 if reason:
                     skipped[reason] += 1
                     if reason not in told:
@@ -71,6 +77,24 @@ def members(
                     raise _bad(path, name, "with it, more than is taken from one tar")
                 file.seek(start)
                 yield Member(key, extension, _read(file, size, path, name))
+    except OSError as error:
+        raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def places(
+    path: epath.PathLike,
+    *,
+    extensions: Collection[str] = EXTENSIONS,
+    member: int = MEMBER,
+) -> Iterator[Place]:
+    """Every member in order, the ones that are not taken too, of which none is read.
+
+    A tar that is damaged or cut off is a BadTar once that is reached.
+    """
+    path = epath.Path(path)
+    try:
+        with path.open("rb") as file:
+            yield from _places(file, path, extensions, member)
     except OSError as error:
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
@@ -91,6 +115,17 @@ def samples(
         seen.add(key)
         if sample:
             yield key, sample
+
+
+def _places(file, path, extensions, member) -> Iterator[Place]:
+    for name, kind, start, size in _entries(file, path):
+        key, extension = _split(name)
+        reason = kind or _unfit(name, key)
+        if not reason and extension not in extensions:
+            reason = "another extension"
+        if not reason and size > member:
+            reason = f"more than {member} bytes"
+        yield Place(name, key, extension, start, size, reason)
 
 
 def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:

@@ -1,0 +1,79 @@
+"""What a folder holds, here or in a bucket."""
+
+import hashlib
+import json
+import os
+import stat
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+from etils import epath
+
+FILE, FOLDER, LINK, OTHER = "file", "folder", "link to a folder", "other"
+THREADS = 32  # that ask a bucket for sizes
+
+
+class Entry(NamedTuple):
+    name: str
+    kind: str
+
+
+def entries(folder: str) -> list[Entry]:
+    """What a folder holds and is not hidden, in order of name; or an OSError."""
+    if "://" in folder:
+        names = [path.name for path in epath.Path(folder).iterdir()]
+        with ThreadPoolExecutor(THREADS) as threads:
+            looked = threads.map(look, [join(folder, name) for name in names])
+        found = [Entry(name, kind) for name, (kind, _) in zip(names, looked)]
+    else:
+        with os.scandir(folder) as scanned:
+            found = [Entry(each.name, _kind(each)) for each in scanned]
+    return sorted(each for each in found if not each.name.startswith("."))
+
+
+def look(path: str) -> tuple[str, int]:
+    """What a path is, links followed, and a file's bytes; (OTHER, -1) if there is none.
+
+    Not by epath where the file is local: it asks for the owner's name, and fails
+    where the owner has none.
+    """
+    try:
+        if "://" in path:
+            found = epath.Path(path).stat()
+            return (FOLDER if found.is_directory else FILE), found.length or 0
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return OTHER, -1
+    kinds = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER}
+    kind = kinds.get(stat.S_IFMT(found.st_mode), OTHER)
+    return kind, found.st_size if kind == FILE else 0
+
+
+def sizes(paths: list[str]) -> list[int]:
+    """Of files, in bytes; -1 of what is not there."""
+    if paths and "://" in paths[0]:
+        with ThreadPoolExecutor(THREADS) as threads:
+            return [size for _, size in threads.map(look, paths)]
+    return [look(path)[1] for path in paths]
+
+
+def join(folder: str, name: str) -> str:
+    return f"{folder.rstrip('/')}/{name}" if folder and name else folder or name
+
+
+def digest(*what) -> str:
+    """A short hash, of names and sizes say, that an odd name has too."""
+    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+
+
+def digest_file(path: str, length: int) -> str:
+    return digest(epath.Path(path).name, length)
+
+
+def _kind(entry: os.DirEntry) -> str:
+    if entry.is_symlink():  # os.path: a link to itself is an OSError to the entry
+        linked = os.path.isfile(entry.path)
+        return FILE if linked else LINK if os.path.isdir(entry.path) else OTHER
+    if entry.is_dir(follow_symlinks=False):
+        return FOLDER
+    return FILE if entry.is_file(follow_symlinks=False) else OTHER

@@ -1,0 +1,57 @@
+"""Functions of the user's own, by name: "package.module:function"."""
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+
+from sd3_jax.errors import UserError, near
+from sd3_jax.outside import shown
+
+
+def load(name: str) -> Callable:
+    """The function of that name; a UserError if its module or it is not there."""
+    path, colon, attribute = name.partition(":")
+    if not (colon and all(part.isidentifier() for part in path.split("."))):
+        raise UserError(f'{shown(name)}: no function; wanted "package.module:function"')
+    found = _module(path)
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            choices = [each for each in dir(found) if not each.startswith("_")]
+            hint = _meant(part, choices)
+            raise UserError(f'{shown(name)}: {path} has no "{shown(part)}"{hint}')
+        found = getattr(found, part)
+    if not callable(found):
+        kind = type(found).__name__
+        raise UserError(f"{shown(name)}: is of type {kind}, wanted a function")
+    return found
+
+
+def _module(path: str):
+    try:
+        return importlib.import_module(path)
+    except ModuleNotFoundError as error:
+        missing = error.name or ""
+        if missing != path and not path.startswith(f"{missing}."):
+            raise UserError(f"{path}: cannot be imported: {error}") from None
+        parent, _, last = missing.rpartition(".")
+        hint = _meant(last, _modules(parent))
+        raise UserError(
+            f'no module "{shown(missing)}"{hint or "; is its folder in PYTHONPATH?"}'
+        ) from None
+    except Exception as error:  # whatever the user's module does when it is imported
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be imported: {shown(what, 200)}") from error
+
+
+def _modules(parent: str) -> list[str]:
+    spec = find_spec(parent) if parent else None
+    if parent and not (spec and spec.submodule_search_locations):
+        return []
+    places = spec.submodule_search_locations if spec else None
+    return [found.name for found in pkgutil.iter_modules(places)]
+
+
+def _meant(given: str, choices: Iterable[str]) -> str:
+    match = near(given, choices)
+    return f'; did you mean "{match}"?' if match else ""
