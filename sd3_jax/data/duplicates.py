@@ -1,0 +1,222 @@
+"""Near-duplicates by embedding: which pairs there are, and which pictures go.
+
+After the SD3 paper's appendix E.2 and E.3: clusters, a search by range within them, a
+threshold. There 10^9 pictures lie in 16,000 clusters, half the root of their number.
+"""
+
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float, Int64
+from numpy import ndarray
+
+from sd3_jax.errors import UserError
+
+log = logging.getLogger(__name__)
+FEW = 10_000  # up to here all are compared with all, and faiss is not needed
+SAMPLE = 256  # vectors a cluster that the clusters are found by
+ROUNDS = 10  # of k-means
+ROWS = 1024  # of a block of products, against at most COLUMNS: 16 MB
+COLUMNS = 4096
+MOST = 128  # pairs with earlier ones that an item keeps, a cluster
+COPIES = 16  # of one vector that count in full; what others there are meet only these
+SLACK = 1e-5  # of cosines, whose last bits depend on the threads of a product
+
+
+class Duplicate(NamedTuple):
+    """An item that goes, the kept one it resembles most, and how much."""
+
+    index: int
+    kept: int
+    similarity: float
+
+
+def pairs(
+    embeddings: Float[ndarray, "n d"],
+    *,
+    threshold: float,
+    clusters: int = 0,
+    probes: int = 4,
+    seed: int = 0,
+) -> tuple[Int64[ndarray, "m 2"], Float[ndarray, " m"]]:
+    """(i, j), i < j, in order, whose cosine is at least `threshold`, and the cosines.
+
+    Two are compared if one of the `probes` clusters nearest to each is the same; with
+    one cluster (0: one up to 10,000 vectors, else half their root) all are. Of those
+    that an item resembles before it, it keeps at most MOST a cluster, the first and
+    the most similar: what is to be kept should come first.
+    """
+    rows, groups = _distinct(_units(embeddings))
+    n = len(rows)
+    clusters = min(clusters or default_clusters(n), n)
+    found, cut = [np.zeros(0, np.int64)], 0
+    for members in _clustered(rows, clusters, min(probes, clusters), seed):
+        for i, j, lost in _within(rows, members, threshold - SLACK):
+            found.append(i * n + j)
+            cut += lost
+    if cut:
+        text = "%d pairs beyond %d an item are left out: many resemble many others"
+        log.warning(text, cut, MOST)
+    between = np.stack(np.divmod(np.unique(np.concatenate(found)), max(n, 1)), axis=1)
+    return _measured(rows, groups, between, threshold)
+
+
+def choose(
+    n: int,
+    pairs: Int64[ndarray, "m 2"],
+    similarities: Float[ndarray, " m"],
+    rank: Sequence[int] | ndarray,
+) -> list[Duplicate]:
+    """Which of n items go, in order: those paired with a kept one of a lower rank.
+
+    Greedy, lowest rank first and by index within one. An item that only resembles
+    removed ones is kept: there are no chains.
+    """
+    near = [[] for _ in range(n)]
+    for (i, j), similarity in zip(pairs.tolist(), similarities.tolist()):
+        near[i].append((similarity, j))
+        near[j].append((similarity, i))
+    kept, removed = np.zeros(n, bool), {}
+    for index in sorted(range(n), key=lambda i: (rank[i], i)):
+        kept[index] = not any(kept[other] for _, other in near[index])
+    for index in np.flatnonzero(~kept).tolist():
+        alike = [(similarity, -other) for similarity, other in near[index]]
+        similarity, other = max(each for each in alike if kept[-each[1]])
+        removed[index] = Duplicate(index, -other, similarity)
+    return list(removed.values())
+
+
+def default_clusters(n: int) -> int:
+    return 1 if n <= FEW else round(np.sqrt(n) / 2)
+
+
+def _units(embeddings):
+    x = np.ascontiguousarray(embeddings, np.float32)
+    length = np.linalg.norm(x, axis=1, keepdims=True)
+    return x / np.where(length > 0, length, 1)
+
+
+def _distinct(units):
+    """The rows that differ, at their first index, and the indices of each's copies.
+
+    10,000 copies of one white square would be 5 * 10^7 pairs.
+    """
+    groups = {}
+    for index, row in enumerate(units):
+        groups.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(
+            index
+        )
+    groups = list(map(np.array, groups.values()))
+    if len(groups) == len(units):
+        return units, groups
+    return units[[group[0] for group in groups]], groups
+
+
+def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
+    """The members of each cluster, in order; everyone is in `probes` of them."""
+    n, d = rows.shape
+    if clusters <= 1:
+        yield np.arange(n)
+        return
+    faiss = _faiss()
+    rng = np.random.default_rng(seed)
+    some = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
+    kmeans = faiss.Kmeans(
+        d,
+        clusters,
+        niter=ROUNDS,
+        spherical=True,
+        seed=seed % 2**31,
+        min_points_per_centroid=1,
+        max_points_per_centroid=SAMPLE,
+    )
+    kmeans.train(rows[np.sort(some)])
+    nearest = kmeans.index.search(rows, probes)[1].ravel()
+    order = np.argsort(nearest, kind="stable")
+    ends = np.searchsorted(nearest[order], np.arange(clusters + 1))
+    for start, end in zip(ends, ends[1:]):
+        yield order[start:end] // probes
+
+
+def _within(rows, members, threshold) -> Iterator[tuple[ndarray, ndarray, int]]:
+    """Blocks of (earlier, later, how many were left out) among the members."""
+    x = rows[members]
+    for start in range(0, len(x), ROWS):
+        block, lost = x[start : start + ROWS], 0
+        found = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
+        for at in range(0, start + len(block), COLUMNS):
+            more = _hits(block, x, start, at, threshold)
+            found = [np.concatenate(each, axis=-1) for each in zip(found, more)]
+            keep = _kept(*found)
+            lost += int((~keep).sum())
+            found = [each[..., keep] for each in found]
+        later, earlier = found[0]
+        yield members[earlier], members[later], lost
+
+
+def _hits(block, x, start, at, threshold):
+    """(later, earlier) and cosines, of a block and those before it from `at` on."""
+    product = block @ x[at : min(at + COLUMNS, start + len(block))].T
+    row, column = np.nonzero(product >= threshold)
+    before = column + at < row + start
+    row, column = row[before], column[before]
+    return np.stack([row + start, column + at]), product[row, column]
+
+
+def _kept(between, cosine):
+    """Which hits stay: of each later one's, half of MOST first, half most similar."""
+    later, earlier = between
+    keep = np.ones(len(later), bool)
+    if len(later) > MOST and np.bincount(later - later.min()).max() > MOST:
+        keep[:] = False
+        alike = -np.round(cosine, 3)  # the last bits are not the same on any machine
+        for order in np.lexsort((earlier, later)), np.lexsort((earlier, alike, later)):
+            first = np.searchsorted(later[order], later[order])
+            keep[order[np.arange(len(order)) - first < MOST // 2]] = True
+    return keep
+
+
+def _measured(rows, groups, between, threshold):
+    """The pairs of items, copies among them, by cosines that no thread has a say in."""
+    cosines = np.zeros(len(between), np.float32)
+    for at in range(0, len(between), ROWS):
+        i, j = between[at : at + ROWS].T
+        product = np.einsum("md,md->m", rows[i], rows[j], dtype=np.float64)
+        cosines[at : at + ROWS] = product
+    at_least = cosines >= np.float32(threshold)
+    between, cosines = between[at_least], cosines[at_least]
+    first = np.array([group[0] for group in groups], np.int64)
+    several = np.array([len(group) > 1 for group in groups], bool)
+    made, values = [first[between]], [cosines]
+    copied = several[between].any(axis=1)
+    for (i, j), cosine in zip(between[copied].tolist(), cosines[copied]):
+        made.append(_crossed(groups[i], groups[j]))
+        values.append(np.full(len(made[-1]), cosine, np.float32))
+    for i in np.flatnonzero(several):
+        made.append(_crossed(groups[i], groups[i]))
+        values.append(np.ones(len(made[-1]), np.float32))
+    i, j = np.sort(np.concatenate(made), axis=1).T
+    n = sum(map(len, groups))
+    between, at = np.unique(i * n + j, return_index=True)
+    return np.stack(np.divmod(between, max(n, 1)), 1), np.concatenate(values)[at]
+
+
+def _crossed(a, b):
+    """Each of the one's with the first of the other's, and the other way."""
+    grid = lambda x, y: np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
+    made = np.concatenate([grid(a[:COPIES], b), grid(a, b[:COPIES])])
+    return made[made[:, 0] != made[:, 1]]
+
+
+def _faiss():
+    try:
+        import faiss
+    except ImportError:
+        raise UserError(
+            f"more than {FEW} pictures, or clusters, need faiss, which is not there:"
+            ' pip install "sd3-jax[dedup]"'
+        ) from None
+    return faiss
