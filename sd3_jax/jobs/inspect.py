@@ -1,0 +1,279 @@
+"""What shards of records hold: a table of them, and a page with some of the pictures.
+
+    sd3-jax inspect --config=RECIPE --workdir=DIR [--config.data.records=SHARDS]
+
+The shards are those of config.data, or else DIR/records/*.arecord, which `precompute`
+wrote. By default it reads a few records of each; config.inspect.records = 0 reads all.
+"""
+
+import logging
+import math
+import os
+from collections import Counter
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+
+from sd3_jax import hosts, sharding, watch
+from sd3_jax.data import shards
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import inspect_page, released, survey
+from sd3_jax.jobs.inspect_page import Contact
+from sd3_jax.jobs.survey import KINDS, WAIT, Choice, Tally, name_of
+from sd3_jax.metrics import write_whole
+from sd3_jax.outside import parse_json, shown
+
+log = logging.getLogger(__name__)
+FOLD = 50  # shards; the rows of more are folded by bucket
+DECODED = 2**17  # latents of a picture, at most: 8 megapixels
+MANIFEST = 2**24  # bytes of it, at most
+HEAD = ("shard", "records", "MB", "bucket", "captions", "bad", "holds")
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> int:
+    """Prints the table, leaves workdir/inspect.html; 1 if a record or shard is bad."""
+    watch.expect("process 0, which inspects the records", WAIT)
+    code = hosts.first(lambda: inspected(config, epath.Path(workdir)), seconds=WAIT)
+    watch.expect("the end", None)
+    return code
+
+
+def inspected(config: ConfigDict, workdir: epath.Path) -> int:
+    """What process 0 does; memory does not grow with what the shards hold."""
+    paths, held_out = listed(config, workdir)
+    choice = Choice(config.inspect.pictures)
+    total, apart = table(config, paths, held_out, choice)
+    told = summary(total, apart) + manifest(workdir)
+    sound = verdict(total, config.inspect.records)
+    print("", *buckets_text(total), "", *told, *sound, sep="\n", flush=True)
+    decode, drawn = decoder(config)
+    sheet = contacts(choice.chosen(), decode)
+    text = page(config, workdir, total, told, sheet, drawn)
+    workdir.mkdir(parents=True, exist_ok=True)
+    write_whole(workdir / "inspect.html", text.encode())
+    print(workdir / "inspect.html")
+    return int(total.bad_count > 0)
+
+
+def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]]:
+    """The shards' paths, and which of them config says are held out."""
+    data = config.data
+    if data.records or data.held_out:
+        own = [path for each in data.records for path in shards.expand(each)]
+        apart = [path for each in data.held_out for path in shards.expand(each)]
+        return list(dict.fromkeys(own + apart)), set(apart)
+    pattern = workdir / "records" / "*.arecord"
+    try:
+        return shards.expand(os.fspath(pattern)), set()
+    except UserError as error:
+        wanted = "config.data.records, or the workdir of a precompute job"
+        raise UserError(f"{error}; wanted {wanted}") from None
+
+
+# What is printed
+
+
+def table(
+    config: ConfigDict, paths: list[str], held_out: set[str], choice: Choice
+) -> tuple[Tally, Tally]:
+    """Prints a row as its shard is read; the sums of all, and of those held out."""
+    whole = config.inspect.shards or len(paths) <= FOLD
+    names = [name_of(path) for path in paths] if whole else ["1,000,000 shards"]
+    wide = max(len(name) for name in (HEAD[0], *names))
+    total, apart, folded = Tally("all"), Tally("held out"), {}
+    if not whole:
+        print(f"{len(paths):,} shards, folded by bucket (--config.inspect.shards=true)")
+    print(aligned(HEAD, wide))
+    for path, found in survey.tallies(paths, config.inspect.records, choice):
+        total.add(found)
+        if path in held_out or name_of(path).startswith("val-"):
+            apart.add(found)
+        if whole:
+            print(aligned(cells(found), wide), *reasons(found), sep="\n", flush=True)
+        else:
+            own = found.bucket()
+            folded.setdefault(own, Tally(own)).add(found)
+    for own in sorted(folded, key=survey.sides):
+        found = folded[own]
+        found.name = plural(found.shards, "shard")
+        print(aligned(cells(found), wide), *reasons(found), sep="\n")
+    return total, apart
+
+
+def aligned(row: tuple[str, ...], wide: int) -> str:
+    """One line; only the last cell may be as long as it likes."""
+    first, records, size, own, captions, bad, holds = row
+    counts = f"{records:>10}  {size:>10}  {own:>12}  {captions:>8}  {bad:>5}"
+    return f"{first:<{wide}}  {counts}  {holds}"
+
+
+def cells(tally: Tally) -> tuple[str, ...]:
+    holds = max(tally.holds, key=tally.holds.get, default="–")
+    if len(tally.holds) > 1:
+        holds += f" (and {plural(len(tally.holds) - 1, 'other kind')})"
+    own = tally.bucket() if tally.good else "–"
+    if len(tally.buckets) > 1:
+        own += f" +{len(tally.buckets) - 1}"
+    captions = f"{tally.captions / tally.good:.0%}" if tally.good else "–"
+    counts = f"{tally.records:,}", f"{tally.bytes / 1e6:,.1f}"
+    return tally.name, *counts, own, captions, f"{tally.bad_count:,}", holds
+
+
+def reasons(tally: Tally) -> list[str]:
+    if not tally.bad_count:
+        return []
+    each = ", ".join(f"{k} {n:,}" for k, n in tally.reasons.most_common())
+    return [f"  bad: {each}"]
+
+
+def buckets_text(total: Tally) -> list[str]:
+    rows = buckets(total)
+    return [f"{a:>10} {n:>12} {x:>7.1%} {mb:>8} MB a record" for a, n, x, mb in rows]
+
+
+def buckets(total: Tally) -> list[tuple[str, str, float, str]]:
+    """Each bucket's records, their share and MB a record."""
+    return [
+        (
+            name,
+            f"{round(n):,}",
+            n / max(sum(total.buckets.values()), 1),
+            f"{total.bucket_bytes[name] / n / 1e6:.3f}",
+        )
+        for name, n in sorted(total.buckets.items(), key=lambda x: survey.sides(x[0]))
+    ]
+
+
+def summary(total: Tally, apart: Tally) -> list[str]:
+    each = total.bytes / max(total.records, 1) / 1e6
+    size = f"{total.bytes / 1e9:,.2f} GB"
+    told = [
+        f"{plural(total.records, 'record')} in {plural(total.shards, 'shard')}, {size},"
+        f" {each:.3f} MB a record"
+    ]
+    if apart.shards:
+        told.append(
+            f"held out: {apart.records:,} of them, {plural(apart.shards, 'shard')}"
+        )
+    if total.good:
+        text = f"with a caption: {total.captions / total.good:.0%}"
+        if total.made_by:
+            by = total.made_by.most_common()
+            each = [f"{shown(k)} {n / total.captions:.0%}" for k, n in by]
+            text += f"; by where it is from: {', '.join(each)}"
+        told.append(text)
+    return told
+
+
+def verdict(total: Tally, most: int) -> list[str]:
+    if not total.bad_count:
+        if not most:
+            return [f"all {total.records:,} records are sound"]
+        return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
+    unread = total.reasons["not readable"]
+    bad = total.bad_count - unread
+    looked = total.good + bad
+    lines = [f"{bad:,} of the {looked:,} records that were read are bad"]
+    if unread:
+        lines[0] += f"; {unread:,} of {total.shards:,} shards cannot be read"
+    lines += [f"  {line}" for line in total.bad]
+    if total.bad_count > len(total.bad):
+        lines.append(f"  and {total.bad_count - len(total.bad):,} more")
+    return lines
+
+
+def manifest(workdir: epath.Path) -> list[str]:
+    """What precompute counted, pictures kept and rejected; nothing without its file."""
+    path = workdir / "manifest.json"
+    try:
+        with path.open("rb") as file:
+            data = file.read(MANIFEST + 1)
+        found = parse_json(data) if len(data) <= MANIFEST else None
+    except OSError:
+        return []
+    except ValueError:
+        found = None
+    if not isinstance(found, dict):
+        return [f"{path.name}: not a manifest"]
+    told = []
+    if "kept" in found:
+        told.append(f"kept {_sum(found['kept']):,}")
+    if "rejected" in found:
+        told.append(f"rejected {_sum(found['rejected']):,}")
+        if isinstance(found["rejected"], dict) and found["rejected"]:
+            by = Counter({k: _sum(n) for k, n in found["rejected"].items()})
+            some = [f"{shown(k)} {n:,}" for k, n in by.most_common(KINDS)]
+            told[-1] += f" ({', '.join(some)})"
+    return [f"{path.name}: {', '.join(told)}"] if told else []
+
+
+# The page
+
+
+def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str]:
+    """What makes pixels of latents, and what the page says of it."""
+    if not config.weights:
+        return None, "a rough preview where a record has no image (no config.weights)"
+    mesh = sharding.make_mesh(fsdp=1, devices=jax.local_devices()[:1])
+    made = None
+
+    def decode(x0):
+        nonlocal made
+        made = made or released.load(config, mesh, only=("vae",))
+        fits = x0.shape[-1] == made.part("vae").latent_channels
+        if not fits or math.prod(x0.shape[:2]) > DECODED:
+            return inspect_page.preview(x0)
+        return made.decode(x0[None])[0]
+
+    return decode, f"images as stored, or decoded by {config.weights}"
+
+
+def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
+    """Each read again, so that no more than one is in memory at a time."""
+    made = []
+    for path, index in places:
+        watch.expect("a picture", watch.LONG)
+        try:
+            reader = shards.open_shard(path)
+            record, size = survey.read(reader, path, index)
+        except UserError as error:  # it was good a moment ago
+            log.warning("%s", error)
+            continue
+        image = inspect_page.jpeg(inspect_page.picture(record, decode))
+        own, name = survey.bucket(record), f"{name_of(path)}:{index}"
+        made.append(Contact(name, own, size, record._replace(tensors={}), image))
+        reader.close()
+    return made
+
+
+def page(config, workdir, total: Tally, told, sheet, drawn) -> str:
+    each = total.bytes / max(total.records, 1) / 1e6
+    figures = [
+        ("records", f"{total.records:,}", ""),
+        ("on disk", f"{total.bytes / 1e9:,.2f}", "GB"),
+        ("a record", f"{each:.3f}", "MB"),
+        ("shards", f"{total.shards:,}", ""),
+        ("read for this page", f"{total.good:,}", ""),
+        ("bad", f"{total.bad_count:,}", ""),
+    ]
+    given = ", ".join([*config.data.records, *config.data.held_out])
+    where = given or f"{workdir}/records"
+    more = total.bad_count - len(total.bad)
+    bad = [*total.bad, *([f"and {more:,} more"] if more else [])]
+    return inspect_page.html(
+        where, figures, buckets(total), told[1:], bad, sheet, drawn=drawn
+    )
+
+
+def plural(count: int, name: str) -> str:
+    return f"{count:,} {name}" + "s" * (count != 1)
+
+
+def _sum(value: Any) -> int:
+    if isinstance(value, dict):
+        return sum(map(_sum, value.values()))
+    return value if isinstance(value, int) and not isinstance(value, bool) else 0
