@@ -27,6 +27,7 @@ def get_config() -> ConfigDict:
         text_split=77,  # where the third weight set begins
         pos_size=192,  # side of the position table, in tokens
         pos_base=64,  # tokens that span the 16 units of the table's scale
+        pos_crop="center",  # random: anywhere on the table in training (SD3.5-medium)
         context_dim=4096,
         pooled_dim=2048,
         dtype="bfloat16",
@@ -43,7 +44,21 @@ def get_config() -> ConfigDict:
         num_heads=4,
         words=16,
     )
-    c.image = dict(autoencoder="latents", height=256, width=256)
+    c.image = dict(
+        autoencoder="latents",
+        height=256,
+        width=256,
+        buckets=1,  # shapes of about height * width pixels; more: for many aspects
+        aspect=2.0,  # of the widest of them, and of the tallest
+    )
+    c.encode = dict(
+        weights="",  # released ones, for pictures and captions that are not encoded
+        tokenizers="",  # a folder or hub name that has them, where weights have none
+        dtype="bfloat16",  # that the encoders compute in
+        form="moments",  # of the latents, drawn anew at every step; or latents
+        latents_dtype="float16",
+        text_dtype="bfloat16",
+    )
     c.flow = dict(
         path="rf",
         density="logit_normal",
@@ -154,20 +169,21 @@ def pretraining(c: ConfigDict, variant: str) -> ConfigDict:
     c.optim.update(lr=1e-4, warmup=1_000)
     c.data.batch_size = 4096
     c.model.remat = "attention"  # what benchmarks/plan.md has room for
+    resolution(c, 256 if variant in ("", "tiny") else int(variant))
     if variant == "tiny":
         shrink(c)
-    elif variant:
-        resolution(c, int(variant))
     return c
 
 
 def resolution(c: ConfigDict, side: int) -> None:
-    """Square images of `side` pixels; times shifted as at 1024, 3, in between by size.
+    """Images of about `side`^2 pixels, whose sides span 16 units of the position table.
 
-    The paper chose 3 at 1024 (sec. 5.3.2) and gives no other; sqrt(3) at 512 is what
-    lies half way from 1 at 256.
+    So a table is interpolated from one resolution to the next and extended at its rim
+    (sec. 5.3.2). Times are shifted by 3 at 1024; the paper gives no other shift, and
+    sqrt(3) at 512 is what lies half way from 1 at 256.
     """
     c.image.update(height=side, width=side)
+    c.model.pos_base = side // 16
     c.flow.shift = 3.0 ** (math.log2(side / 256) / 2)
 
 
@@ -175,6 +191,7 @@ def shrink(c: ConfigDict) -> None:
     """Any recipe in half a minute on a laptop: the same code, the smallest shapes."""
     c.model.update(depth=2, width=32, num_heads=2, dual_blocks=0, dtype="float32")
     c.model.update(context_dim=64, pooled_dim=32, pos_size=16, text_split=5)
+    c.model.pos_base = min(c.model.pos_base, 4)
     c.model.update(unroll=1, remat="none")
     c.image.update(height=min(c.image.height, 64), width=min(c.image.width, 64))
     c.text.update(length=min(c.text.length, 24), width=32, num_heads=2, depth=1)

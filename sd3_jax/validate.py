@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax.errors import ConfigError, near
 
-FACTOR = {"latents": 8, "kl16": 8, "pixels": 1}  # image pixels along a latent's side
+FACTOR = {"latents": 8, "pixels": 1}  # image pixels along a latent's side
 MODE_SCALE = 2 / (math.pi - 2)  # beyond it u -> t is not monotone (paper, sec. 3.1)
 
 
@@ -131,7 +131,15 @@ RULES = (
     (POSITIVE, "text.length text.width text.depth text.num_heads text.words"),
     (BELOW_ONE, "text.dropout"),
     (one_of(*FACTOR), "image.autoencoder"),
-    (POSITIVE, "image.height image.width"),
+    (POSITIVE, "image.height image.width image.buckets"),
+    (number("a finite number >= 1", lambda x: 1 <= x < math.inf), "image.aspect"),
+    (one_of("center", "random"), "model.pos_crop"),
+    (one_of("moments", "latents"), "encode.form"),
+    (
+        one_of("float32", "bfloat16", "float16"),
+        "encode.latents_dtype encode.text_dtype",
+    ),
+    (one_of("float32", "bfloat16"), "encode.dtype"),
     (one_of("uniform", "logit_normal", "mode", "cosmap"), "flow.density"),
     (FINITE, "flow.mean flow.mode_scale"),
     (RATE, "flow.std flow.shift"),
@@ -186,6 +194,30 @@ def side(pixels, autoencoder, patch, pos_size):
         return f"a multiple of {unit} ({made}); the nearest is {multiple(pixels, unit)}"
 
 
+BUCKETED = (
+    *("image.aspect", "image.buckets", "image.height", "image.width"),
+    *("image.autoencoder", "model.patch", "model.pos_size"),
+)
+
+
+def bucket_side(aspect, count, height, width, autoencoder, patch, pos_size):
+    unit = FACTOR[autoencoder] * patch
+    longest = math.sqrt(height * width * aspect) / unit
+    if count > 1 and longest > pos_size:
+        most = pos_size**2 * unit**2 / (height * width)
+        return f"at most {most:.3g}: config.model.pos_size = {pos_size} tokens a side"
+
+
+def colours(channels, autoencoder):
+    if autoencoder == "pixels" and channels != 3:
+        return '3, red, green and blue, for config.image.autoencoder = "pixels"'
+
+
+def shapes(count, data):
+    if count > 1 and data in READS:
+        return f'1: config.data.name = "{data}" has pictures of one shape'
+
+
 def divisible(by):
     return lambda x, unit: (
         x % unit
@@ -226,7 +258,6 @@ def weighted(weights, paths):
 READS = {  # what text.name and image.autoencoder must be to read data.name
     "digits": ("bytes", "pixels"),
     "synthetic": ("precomputed", "latents"),
-    "records": ("precomputed", "latents"),
 }
 
 
@@ -242,8 +273,8 @@ def read_from(place, *sources):
 
 
 def known(data, text):
-    if data not in READS and text == "bytes":
-        return f"one of {', '.join(READS)}"
+    if data not in (*READS, "records") and text == "bytes":
+        return f"one of {', '.join(READS)}, records"
 
 
 def canvas(side, data):
@@ -266,8 +297,6 @@ def one_rest(mesh):
 
 # The function says what is wanted of the first key, given the others, or nothing.
 RELATIONS = (
-    (read_from(0, "records"), "text.name", "data.name"),
-    (read_from(1, "records"), "image.autoencoder", "data.name"),
     (side, "image.height", "image.autoencoder", "model.patch", "model.pos_size"),
     (side, "image.width", "image.autoencoder", "model.patch", "model.pos_size"),
     (divisible("model.num_heads"), "model.width", "model.num_heads"),
@@ -282,6 +311,9 @@ RELATIONS = (
     (known, "data.name", "text.name"),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
     (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
+    (colours, "model.channels", "image.autoencoder"),
+    (shapes, "image.buckets", "data.name"),
+    (bucket_side, *BUCKETED),
     (canvas, "image.height", "data.name"),
     (canvas, "image.width", "data.name"),
     (

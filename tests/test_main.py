@@ -200,7 +200,7 @@ VALUES = [
     ("image.width=1", "a multiple of 16 nearest is 16"),
     ("image.height=4096", "at most 3072 config.model.pos_size"),
     ("image.width=255 --config.image.autoencoder=pixels", "a multiple of 2 is 256"),
-    ("image.autoencoder=vae", "latents kl16 pixels"),
+    ("image.autoencoder=vae", "latents pixels"),
     ("flow.density=normal", '"logit_normal"'),
     ("flow.mode_scale=2 --config.flow.density=mode", "[-1, 1.7519]"),
     ("mesh.tensor=0", "an integer >= 1 or -1"),

@@ -21,7 +21,6 @@ from array_record.python.array_record_module import ArrayRecordReader
 from sd3_jax.data import records, shards
 from sd3_jax.data.buckets import Turns
 from sd3_jax.data.records import BadRecord, Record
-from sd3_jax.data.shards import Shard
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)

@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -68,19 +69,34 @@ def save(found: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
 
 
 def clip_ids(
-    tokenizer: Any, texts: Sequence[str], length: int
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    cut: Counter[str] | None = None,
 ) -> Int[np.ndarray, "b l"]:
-    """As CLIP's encoders read them, cut or padded by the tokenizer's own rule."""
-    return _ids(tokenizer, texts, length, "CLIP")
+    """As CLIP's encoders read them, cut or padded by the tokenizer's own rule.
+
+    How many are cut is logged, or added to `cut` where it is given.
+    """
+    return _ids(tokenizer, texts, length, "CLIP", cut)
 
 
-def t5_ids(tokenizer: Any, texts: Sequence[str], length: int) -> Int[np.ndarray, "b l"]:
-    return _ids(tokenizer, texts, length, "T5")
+def t5_ids(
+    tokenizer: Any,
+    texts: Sequence[str],
+    length: int,
+    cut: Counter[str] | None = None,
+) -> Int[np.ndarray, "b l"]:
+    return _ids(tokenizer, texts, length, "T5", cut)
 
 
-def _ids(tokenizer, texts, length, what):
+def _ids(tokenizer, texts, length, what, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
+    if counts is not None:
+        whole = tokenizer(list(texts))["input_ids"]
+        counts[what] += sum(len(row) > length for row in whole)
+        return ids
     whole = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
     if cut := [row for row in whole if len(row) > length]:
         lost = shown(tokenizer.decode(cut[0][length - 1 : -1]), 200)

@@ -20,10 +20,11 @@ import sd3_jax
 from sd3_jax import hosts, lock, pictures, sharding, tree, watch
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
-from sd3_jax.jobs import assemble, resume
+from sd3_jax.jobs import assemble, examples, resume
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.trace import Trace
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
+from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.training import optimizer
 from sd3_jax.training.checkpoint import (
     Checkpoints,
@@ -86,11 +87,11 @@ def program(config: ConfigDict, mesh: Mesh) -> Program:
 
 
 def example(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
-    """A batch's shapes, on the mesh."""
+    """The shapes of a batch of the recipe's size, on the mesh."""
     placed = sharding.batch_sharding(mesh)
     return jax.tree.map(
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placed),
-        assemble.example(config),
+        examples.nominal(config),
     )
 
 
@@ -115,9 +116,10 @@ class Training:
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         if config.train.sample_every <= config.train.steps and config.train.prompts:
             assemble.token_ids(config, list(config.train.prompts))  # can it paint them?
-        self.source = assemble.source(config)
+        self.source = examples.source(config)
         self.data = json.loads(json.dumps(self.source.identity()))
-        self.validation = Validation(config, self.parts, mesh)
+        self.encoder = examples.encoder_of(config, self.source, mesh)
+        self.validation = Validation(config, self.parts, mesh, self.encoder)
         self.painter = Painter(config, self.parts, mesh)
         self.settled = 0  # the newest step that was looked at
 
@@ -208,8 +210,12 @@ class Training:
     def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
         """One step ahead of the device: step n is given before n - 1 is waited for."""
         train, goodput, since = self.config.train, self.goodput, start
-        examples = assemble.loader(
-            self.config, self.rows, start=start, made=self.source
+        loader = examples.loader(
+            self.config,
+            self.rows,
+            start=start,
+            made=self.source,
+            tokenize=self.encoder and self.encoder.tokenize,
         )
         watch.expect("compiling the step", watch.LONG)
         with goodput.spend("compile"):
@@ -228,13 +234,13 @@ class Training:
                 trace.begin(step, values)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     with goodput.spend("data_wait"), clock.wait():
-                        batch = next(examples)
-                    batch = sharding.put(batch, self.mesh, self.batch_size)
-                    before = values
-                    state, values = compiled(state, self.key, batch, {})
-                    self.settle(step - 1, before, examples, metrics)
+                        batch = next(loader)
+                    batch = self.put(batch)
+                    before, program = values, compiled[kind(batch)]
+                    state, values = program(state, self.key, batch, {})
+                    self.settle(step - 1, before, loader, metrics)
                 if log_now or pause or checkpoints.due(step, force=last):
-                    self.settle(step, values, examples, metrics)
+                    self.settle(step, values, loader, metrics)
                 if log_now:
                     self.log(metrics, clock, step, step - since, values)
                     since = step
@@ -276,7 +282,7 @@ class Training:
             checkpoints.wait()
         return saved, stop
 
-    def settle(self, step: int, values, examples, metrics: Metrics) -> None:
+    def settle(self, step: int, values, loader, metrics: Metrics) -> None:
         """Wait for a step, and see that it made an update; once for each step."""
         if values is None or step == self.settled:
             return
@@ -284,7 +290,7 @@ class Training:
         loss, norm = map(float, jax.device_get((values["loss"], values["grad_norm"])))
         if not self.nonfinite.is_one(step, loss, norm):
             return
-        names = examples.names(step - 1)
+        names = loader.names(step - 1)
         words = self.nonfinite.words(step, loss, norm, names)
         log.warning("%s", words)
         about = {"loss": loss, "grad_norm": norm, "skipped": self.nonfinite.skipped}
@@ -295,25 +301,39 @@ class Training:
             write_whole(path, text.encode())
         self.nonfinite.stop_beyond(words)
 
-    def compiled(self, state: TrainState):
-        """The step's program, ahead of time: no step's time has a compilation in it."""
-        begin = time.perf_counter()
-        batch = example(self.config, self.mesh)
-        lowered = self.step.lower(state, self.key, batch, {})
-        try:
-            compiled = lowered.compile()
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            raise UserError(
-                f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
-                " wanted a smaller config.data.batch_size, config.optim.accumulate,"
-                " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
-                f" finds some): {' '.join(str(error).split())[:300]}"
-            ) from error
-        log.info("compiled the step in %.1f s", time.perf_counter() - begin)
+    def put(self, batch: dict) -> dict[str, jax.Array]:
+        """This process's rows onto the mesh, what is still to be encoded encoded."""
+        batch = sharding.put(batch, self.mesh, self.batch_size)
+        return self.encoder(batch) if self.encoder else batch
+
+    def compiled(self, state: TrainState) -> dict[tuple, Callable]:
+        """The step's program for each bucket, by the `kind` of its batches, ahead of
+        time: no step's time has a compilation in it, an encoder's neither."""
+        begin, programs = time.perf_counter(), {}
+        tokenize = self.encoder and self.encoder.tokenize
+        for batch in examples.batches(self.config, self.source, tokenize):
+            rows = self.put({name: x[self.rows] for name, x in batch.items()})
+            shapes = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+                rows,
+            )
+            lowered = self.step.lower(state, self.key, shapes, {})
+            try:
+                programs[kind(rows)] = lowered.compile()
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                raise UserError(
+                    "the step does not fit the memory of"
+                    f" {jax.devices()[0].device_kind}: wanted a smaller config.data."
+                    "batch_size, config.optim.accumulate, config.model.remat = full or"
+                    " a larger config.mesh.fsdp (sd3-jax plan finds some):"
+                    f" {' '.join(str(error).split())[:300]}"
+                ) from error
+        seconds = time.perf_counter() - begin
+        log.info("compiled the step in %.1f s, shapes: %d", seconds, len(programs))
         hosts.meet("compiled the step")
-        return compiled
+        return programs
 
     def log(self, metrics, clock: Clock, step: int, steps: int, values) -> None:
         images = steps * self.batch_size
@@ -340,11 +360,22 @@ class Training:
         metrics.write(step, "samples", {"path": path, "prompts": captions})
 
 
+def kind(batch: dict) -> tuple:
+    """What of a batch its program is compiled for."""
+    return tuple(sorted((name, x.shape) for name, x in batch.items()))
+
+
 class Validation:
     """The mean loss at each of eight times, on the same held-out examples each time."""
 
-    def __init__(self, config: ConfigDict, parts: assemble.Parts, mesh: Mesh):
-        self.config, self.mesh = config, mesh
+    def __init__(
+        self,
+        config: ConfigDict,
+        parts: assemble.Parts,
+        mesh: Mesh,
+        encoder: Encoder | None = None,
+    ):
+        self.config, self.mesh, self.encoder = config, mesh, encoder
         self.key = jax.random.key(config.seed + 1)
         self.program = jax.jit(
             lambda params, key, batch, t: parts.objective.loss_at(
@@ -355,12 +386,17 @@ class Validation:
     def __call__(self, params: dict) -> dict[str, float]:
         size = self.config.data.batch_size
         rows = sharding.local_rows(self.mesh, size)
-        batches = assemble.loader(self.config, rows, held_out=True)
+        source = examples.source(self.config, held_out=True)
+        encoder = self.encoder or examples.encoder_of(self.config, source, self.mesh)
+        batches = examples.loader(
+            self.config, rows, made=source, tokenize=encoder and encoder.tokenize
+        )
         count = max(1, self.config.eval.examples // size)
 
         def put(_):
             watch.expect("a batch of validation", watch.LONG)
-            return sharding.put(next(batches), self.mesh, size)
+            batch = sharding.put(next(batches), self.mesh, size)
+            return encoder(batch) if encoder else batch
 
         some = map(put, range(count))
         return dict(val_loss(self.program, params, self.key, some))

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
 from sd3_jax.models.linear import linear
 
@@ -140,32 +140,59 @@ def unpatchify(
     return x.reshape(b, h, w, -1)
 
 
-def positions(h: int, w: int, width: int, *, size: int, base: int) -> Array:
-    """The centre h x w of a size x size sin-cos table, as (h * w, width), float32.
+def positions(
+    h: int,
+    w: int,
+    width: int,
+    *,
+    size: int,
+    base: int,
+    place: Int[Array, "b 2"] | None = None,
+) -> Float[Array, "*b n d"]:
+    """A part h x w of a size x size sin-cos table, as (h * w, width), float32.
 
     Along each axis the table's tokens lie at (i - size/2 + base/2) * 16/base: `base`
     of them span 16 units, those of a 256-pixel image, and larger tables extend outward
-    (SD3 paper, sec. 5.3.2; the released 192 and 384 tables have base 64).
+    (SD3 paper, sec. 5.3.2; the released 192 and 384 tables have base 64). The part is
+    its centre; or for each of b images the one whose top and left `place` gives.
     """
+    check_part(h, w, size)
+    if place is None:
+        rows, columns = (axis_table(n, width // 2, size, base) for n in (h, w))
+    else:
+        whole = axis_table(size, width // 2, size, base)
+        rows, columns = (
+            whole[start[:, None] + jnp.arange(n)] for start, n in zip(place.T, (h, w))
+        )
+    shape = (*rows.shape[:-2], h, w, width // 2)
+    columns = jnp.broadcast_to(columns[..., None, :, :], shape)  # x comes first
+    rows = jnp.broadcast_to(rows[..., :, None, :], shape)
+    return jnp.concatenate([columns, rows], -1).reshape(*shape[:-3], h * w, width)
+
+
+def crop(
+    table: Float[Array, "1 p d"],
+    h: int,
+    w: int,
+    place: Int[Array, "b 2"] | None = None,
+) -> Float[Array, "*b n d"]:
+    """The centre h x w of a stored square table, or where `place` says: (h * w, d)."""
+    size = math.isqrt(table.shape[1])
+    check_part(h, w, size)
+    table = table.reshape(size, size, -1)
+    if place is None:
+        top, left = (size - h) // 2, (size - w) // 2
+        return table[top : top + h, left : left + w].reshape(h * w, -1)
+    part = lambda at: jax.lax.dynamic_slice(table, (*at, 0), (h, w, table.shape[-1]))
+    return jax.vmap(part)(place).reshape(len(place), h * w, -1)
+
+
+def check_part(h: int, w: int, size: int) -> None:
     if h > size or w > size:
         raise ValueError(
             f"positions: {h}x{w} tokens do not fit a table of {size}x{size};"
             f" raise model.pos_size to {max(h, w)} or more"
         )
-    rows, columns = (axis_table(n, width // 2, size, base) for n in (h, w))
-    columns = jnp.broadcast_to(columns[None], (h, w, width // 2))  # x comes first
-    rows = jnp.broadcast_to(rows[:, None], (h, w, width // 2))
-    return jnp.concatenate([columns, rows], -1).reshape(h * w, width)
-
-
-def crop(table: Float[Array, "1 p d"], h: int, w: int) -> Float[Array, "n d"]:
-    """The centre h x w of a stored square table, as (h * w, d)."""
-    size = math.isqrt(table.shape[1])
-    if h > size or w > size:
-        raise ValueError(f"{h}x{w} tokens do not fit a table of {size}x{size}")
-    top, left = (size - h) // 2, (size - w) // 2
-    table = table.reshape(size, size, -1)
-    return table[top : top + h, left : left + w].reshape(h * w, -1)
 
 
 def axis_table(n: int, width: int, size: int, base: int) -> Array:

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float
+from jaxtyping import Float, Int, Key
 
 from sd3_jax.models import shards
 from sd3_jax.models.attention import attention
@@ -85,18 +85,22 @@ class MMDiT(nn.Module):
         residuals: Float[Array, "r b n d"] | None = None,
         residual_last: bool = False,
         skip: Sequence[int] = (),
+        place: Int[Array, "b 2"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity at (xt, t).
 
         Of ControlNet's r residuals, block i adds number int(i / (depth / r)). The last
         block adds none unless `residual_last`: diffusers leaves it out, the released
-        code does not. Blocks in `skip` change nothing (skip-layer guidance).
+        code does not. Blocks in `skip` change nothing (skip-layer guidance). `place` is
+        where on the position table, in tokens from its top and left, each image lies;
+        its centre otherwise.
         """
         _, h, w, _ = xt.shape
         x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(
             patchify(xt, self.patch)
         )
-        x = x + position_table(self, h // self.patch, w // self.patch).astype(x.dtype)
+        table = position_table(self, h // self.patch, w // self.patch, place)
+        x = x + table.astype(x.dtype)
         x = cut(x)
         text = Dense(
             self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
@@ -119,6 +123,14 @@ class MMDiT(nn.Module):
         out = self.patch**2 * self.channels
         x = Dense(out, ("embed", None), init=zeros, dtype=self.dtype, name="final")(x)
         return unpatchify(x, self.patch, h, w).astype(jnp.float32)
+
+    def random_place(
+        self, key: Key[Array, ""], shape: Sequence[int]
+    ) -> Int[Array, "b 2"]:
+        """Anywhere that latents of this shape (b, h, w, c) fit on the table."""
+        b, h, w, _ = shape
+        last = self.pos_size - jnp.array([h, w]) // self.patch
+        return jax.random.randint(key, (b, 2), 0, last + 1)
 
     def block(self, **kwargs):
         return Block(
@@ -184,11 +196,14 @@ def condition(
     return nn.silu(t + y)
 
 
-def position_table(model: nn.Module, h: int, w: int) -> Float[Array, "n d"]:
-    """The centre of the table that the model's variables hold, else by its formula."""
+def position_table(
+    model: nn.Module, h: int, w: int, place: Int[Array, "b 2"] | None = None
+) -> Float[Array, "*b n d"]:
+    """A part of the table that the model's variables hold, else by its formula."""
     if not model.has_variable("buffers", "pos_embed"):
-        return positions(h, w, model.width, size=model.pos_size, base=model.pos_base)
-    return crop(model.get_variable("buffers", "pos_embed"), h, w)
+        shape = dict(size=model.pos_size, base=model.pos_base)
+        return positions(h, w, model.width, place=place, **shape)
+    return crop(model.get_variable("buffers", "pos_embed"), h, w, place)
 
 
 class Block(nn.Module):

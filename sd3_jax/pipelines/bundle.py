@@ -1,6 +1,7 @@
 """A released model as one thing: modules, their variables, tokenizers, settings."""
 
 import logging
+from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -155,10 +156,12 @@ class Bundle:
         length: int,
         *,
         encoders: Container[str] | None = None,
+        cut: Counter[str] | None = None,
     ) -> dict[str, Int[np.ndarray, "b _"]]:
         """What encode_prompts reads, by encoder: "ids_clip_l" and so on.
 
         Of the `encoders` named, whose weights need not be here; by default those here.
+        What they do not read to its end is told of, or with `cut` counted, by encoder.
         """
         encoders = self.modules if encoders is None else encoders
         if not 1 <= length <= 512:
@@ -176,10 +179,10 @@ class Bundle:
             own = [texts.checked(p.clip_l if p[i] is None else p[i]) for p in full]
             tokenizer = self.tokenizers[name]
             if name == "t5":
-                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, own, length)
+                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, own, length, cut)
             else:
                 most = self.configs[name]["max_position_embeddings"]
-                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most)
+                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most, cut)
         return ids
 
     @property

@@ -5,19 +5,21 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, UInt8
 
 from sd3_jax.errors import UserError
+from sd3_jax.models import vae
 
 
 class Autoencoder(NamedTuple):
-    """`encode(batch)` gives scaled latents x0; `decode(x0)` pixels in [-1, 1].
+    """`encode(batch, key)` gives scaled latents x0; `decode(x0)` pixels in [-1, 1].
 
-    `factor` pixels lie along a latent's side.
+    `factor` pixels lie along a latent's side. Of stored moments x0 is drawn, another
+    one at each step, by the key; what else is stored is x0 itself.
     """
 
     factor: int
-    encode: Callable[[dict], Array]
+    encode: Callable[[dict, Array], Array]
     decode: Callable[[Array], Array]
 
 
@@ -47,8 +49,24 @@ def to_rgb(latents: Float[Array, "b h w 16"]) -> Float[Array, "b h w 3"]:
     return jnp.clip((latents @ jnp.array(TO_RGB) + 1) / 2, 0, 1)
 
 
-def _image(batch):
-    return batch["image"].astype(jnp.float32) / 127.5 - 1
+def pixels(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
+    """Bytes to [-1, 1]."""
+    return image.astype(jnp.float32) / 127.5 - 1
+
+
+def scaled(
+    moments: Float[Array, "b h w k"], *, scaling: float | Array, shift: float | Array
+) -> Float[Array, "b h w k"]:
+    """An autoencoder's moments to those of the latents that the denoiser sees."""
+    mean, std = vae.posterior(moments)
+    mean = vae.to_latents(mean, scaling=scaling, shift=shift)
+    return jnp.concatenate([mean, 2 * jnp.log(std * scaling)], axis=-1)
+
+
+def _stored(batch, key):
+    if "moments" in batch:
+        return vae.sample(key, batch["moments"].astype(jnp.float32))
+    return batch["latents"].astype(jnp.float32)
 
 
 def _undecodable(x0):
@@ -59,6 +77,7 @@ def _undecodable(x0):
 
 
 AUTOENCODERS = {
-    "pixels": Autoencoder(1, _image, lambda x0: x0),  # the pixels are the latents
-    "latents": Autoencoder(8, lambda batch: batch["latents"], _undecodable),
+    # The pixels are the latents.
+    "pixels": Autoencoder(1, lambda batch, key: pixels(batch["image"]), lambda x0: x0),
+    "latents": Autoencoder(8, _stored, _undecodable),
 }

@@ -25,6 +25,7 @@ class Part(NamedTuple):
     pooled: slice
 
 
+CLIP_LENGTH = 77  # tokens
 ALL = slice(None)
 LAYOUTS = {
     "bytes": (Part(ALL, ALL, ALL),),
@@ -96,7 +97,8 @@ def encode_released(
         pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
     dtype = next(m for m in models if m is not None).dtype
     if not states:
-        states, pooled = [jnp.zeros((b, 77, 0), dtype)], [jnp.zeros((b, 0), dtype)]
+        states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
+        pooled = [jnp.zeros((b, 0), dtype)]
     clip = filled(jnp.concatenate(states, -1), context_dim, "context_dim")
     if models.t5 is None:
         long = jnp.zeros((b, length, context_dim), clip.dtype)

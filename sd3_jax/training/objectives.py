@@ -41,10 +41,13 @@ def flow_matching(
     density: Density,
     dropout: float,
     example: dict,
+    random_positions: bool = False,
 ) -> Objective:
     """Rectified flow on latents, the text's encoders dropped one by one.
 
-    `example` is a batch, or its shapes, from which the parameters get theirs.
+    `example` is a batch, or its shapes, from which the parameters get theirs. With
+    `random_positions` each example lies somewhere on the position table, as in the
+    training of SD3.5-medium, not in its middle.
     """
 
     def init(key):
@@ -52,13 +55,13 @@ def flow_matching(
         denoiser_key, text_key = jax.random.split(key)
         text_params = text.init(text_key, batch)
         cond = text.encode(tree.unbox(text_params), batch)
-        x0 = autoencoder.encode(batch)
+        x0 = autoencoder.encode(batch, key)
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}
 
-    def velocity(params):
+    def velocity(params, **options):
         return lambda x, t, cond: denoiser.apply(
-            {"params": params["denoiser"]}, x, t, *cond
+            {"params": params["denoiser"]}, x, t, *cond, **options
         )
 
     def encode(params, batch):
@@ -70,8 +73,12 @@ def flow_matching(
             cond = encode(params, batch)
             cond = prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
         with jax.named_scope("autoencoder"):
-            x0 = autoencoder.encode(batch)
-        v = lambda xt, t: velocity(params)(xt, t, cond)
+            x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
+        where = {}
+        if random_positions:
+            place_key = jax.random.fold_in(key, 3)
+            where["place"] = denoiser.random_place(place_key, x0.shape)
+        v = lambda xt, t: velocity(params, **where)(xt, t, cond)
         with jax.named_scope("loss"):
             value, _ = flow_loss(flow_key, v, x0, density=density, path=path)
         return value, {}
@@ -79,6 +86,7 @@ def flow_matching(
     def at(params, key, batch, t):
         cond = encode(params, batch)
         v = lambda xt, t: velocity(params)(xt, t, cond)
-        return loss_at(key, v, autoencoder.encode(batch), t, path=path)[0]
+        x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
+        return loss_at(key, v, x0, t, path=path)[0]
 
     return Objective(init, loss, at, encode, velocity)

@@ -1,11 +1,12 @@
 """The embedded set: what is held out stays out, and example i is always the same."""
 
 import collections
+import functools
 
 import numpy as np
 import pytest
 
-from sd3_jax.data import digits
+from sd3_jax.data import digits, tokenizers
 from sd3_jax.data.digits import Digits, Scene, Thing, parse, split_of
 from sd3_jax.data.loader import Loader
 
@@ -93,7 +94,7 @@ def load(start=0, rows=slice(0, 8), threads=2):
         Digits(16, 16),
         batch_size=8,
         rows=rows,
-        text_length=42,
+        tokenize=functools.partial(tokenizers.bytes_of, length=42),
         start=start,
         threads=threads,
     )

@@ -232,7 +232,7 @@ def test_a_mixture_keeps_its_shares_over_buckets(folder):
     loader = load(mixed(folder))
     batches = [next(loader) for _ in range(200)]
     steps = [sum(side(b) == one for b in batches) for one in (1, 2, 3)]
-    # of the first set's three quarters 22, 11 and 4 of 37, all of the other's are 16 x 16
+    # Three quarters are of the first set, 22, 11 and 4 of 37; the other is all 16 x 16.
     for one, share in zip(steps, (22 / 37 * 0.75, 11 / 37 * 0.75 + 0.25, 3 / 37)):
         assert abs(one - 200 * share) < 3
 

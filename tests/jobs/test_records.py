@@ -9,7 +9,7 @@ from sd3_jax import main, metrics
 from sd3_jax.data import records
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
-from sd3_jax.jobs import assemble
+from sd3_jax.jobs import examples
 
 RECIPE = "configs/sd3_2b.py:tiny"  # 64 pixels: latents of 8 x 8 x 16
 BATCH = 8
@@ -76,8 +76,8 @@ def test_training_from_records_goes_on_as_if_unbroken(folder, tmp_path):
 
 def test_the_loader_gives_what_the_program_is_compiled_for(folder):
     c = config(folder)
-    loader = assemble.loader(c, slice(2, 6), start=3)
-    batch, wanted = next(loader), assemble.example(c)
+    loader = examples.loader(c, slice(2, 6), start=3)
+    batch, wanted = next(loader), examples.nominal(c)
     assert batch.keys() == wanted.keys()
     for name, x in batch.items():
         assert x.shape == (4, *wanted[name].shape[1:]) and x.dtype == wanted[name].dtype
@@ -87,8 +87,8 @@ def test_the_loader_gives_what_the_program_is_compiled_for(folder):
         "a-1.arecord",
         "b.arecord",
     }
-    held = assemble.source(c, held_out=True)
-    assert len(held) == 16 and held.identity() != assemble.source(c).identity()
+    held = examples.source(c, held_out=True)
+    assert len(held) == 16 and held.identity() != examples.source(c).identity()
 
 
 def said(folder, capsys, *more, **changes):
@@ -157,8 +157,8 @@ def test_mistakes_are_one_line(folder, capsys, changes, words):
         (
             "image.height=32",
             "latents of 8 x 8 x 16, the recipe's are 4 x 8 x 16: config.image.height x"
-            " width = 32 x 64, config.model.channels = 16; the records were made at"
-            " 64 x 64",
+            " width = 32 x 64, config.image.buckets = 1, config.model.channels = 16;"
+            " the records were made at 64 x 64",
         ),
         (
             "text.length=20",
@@ -166,12 +166,16 @@ def test_mistakes_are_one_line(folder, capsys, changes, words):
         ),
         ("model.context_dim=48", "config.model.context_dim = 48"),
         ("model.pooled_dim=48", "pooled of 32, the recipe's are 48"),
-        ("text.name=bytes", 'config.text.name = "bytes": wanted "precomputed", which'),
-        ("image.autoencoder=pixels", '"latents", which config.data.name = "records"'),
+        (
+            "image.autoencoder=pixels --config.model.channels=3"
+            " --config.model.pos_size=32",
+            "its records hold latents, context, pooled: config.image.autoencoder ="
+            ' "pixels" wants image',
+        ),
     ],
 )
 def test_records_of_other_shapes(folder, capsys, flag, words):
-    assert words in said(folder, capsys, f"--config.{flag}")
+    assert words in said(folder, capsys, *f"--config.{flag}".split())
 
 
 def test_held_out_records_are_looked_at_too(folder, tmp_path, capsys):
@@ -184,7 +188,7 @@ def test_held_out_records_are_looked_at_too(folder, tmp_path, capsys):
 
 def test_without_validation_none_are_needed(folder):
     c = config(folder, "--config.train.eval_every=11", held_out="()")
-    assert len(assemble.source(c)) == 22
+    assert len(examples.source(c)) == 22
 
 
 def test_a_bad_record_ends_training_by_name(folder, tmp_path, capsys):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sd3_jax import tree
-from sd3_jax.models import flops
+from sd3_jax.models import flops, layers
 from sd3_jax.models.layers import patchify, positions, unpatchify
 from sd3_jax.models.mmdit import REMAT, Block, MMDiT
 
@@ -192,3 +192,36 @@ def test_flops_are_the_analytic_count(depth, dual, side, text, tera):
     model = MMDiT(depth=depth, width=64 * depth, num_heads=depth, dual_blocks=dual)
     count = flops.mmdit(model, height=side, width=side, text=text, text_dim=4096)
     assert abs(count / 1e12 / tera - 1) < 2e-3
+
+
+def test_positions_anywhere_on_the_table(key):
+    whole = layers.positions(8, 8, 32, size=8, base=4).reshape(8, 8, 32)
+    place = jnp.array([[0, 0], [5, 2], [2, 3]])
+    found = layers.positions(3, 2, 32, size=8, base=4, place=place)
+    stored = layers.crop(whole.reshape(1, 64, 32), 3, 2, place)
+    for at, one, other in zip(np.array(place), found, stored):
+        part = whole[at[0] : at[0] + 3, at[1] : at[1] + 2].reshape(6, 32)
+        chex.assert_trees_all_close(one, part, atol=1e-6)
+        chex.assert_trees_all_equal(other, part)
+    centre = layers.positions(3, 2, 32, size=8, base=4)
+    again = layers.positions(3, 2, 32, size=8, base=4, place=jnp.array([[2, 3]]))
+    chex.assert_trees_all_close(again[0], centre, atol=1e-6)
+
+
+@pytest.mark.parametrize("side", [256, 512, 1024])
+def test_the_papers_table(side):
+    """((p - (h_max - s) / 2) * 256 / S) for p = 0 .. h_max - 1 (sec. 5.3.2)."""
+    s, most = side // 16, 192
+    places = (np.arange(most) - (most - s) / 2) * 256 / side
+    frequency = 10000.0 ** -(np.arange(8) / 8)
+    angle = places[:, None] * frequency
+    rows = np.concatenate([np.sin(angle), np.cos(angle)], 1)
+    found = layers.positions(most, 2, 32, size=most, base=s).reshape(most, 2, 32)
+    chex.assert_trees_all_close(found[:, 0, 16:], rows.astype(np.float32), atol=1e-5)
+
+
+def test_random_places_lie_on_the_table_and_reach_its_ends(key):
+    model = MMDiT(**SMALL)
+    place = np.array(model.random_place(key, (400, 8, 10, 4)))
+    assert place.shape == (400, 2) and place.min() == 0
+    assert place.max(0).tolist() == [4, 3]  # 4 x 5 tokens on a table of 8 x 8

@@ -1,0 +1,302 @@
+"""From a config to the examples of a run: their source, shapes and encoders."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import validate
+from sd3_jax.data import buckets, tokenizers
+from sd3_jax.data.buckets import Bucket
+from sd3_jax.data.digits import Digits
+from sd3_jax.data.loader import Loader
+from sd3_jax.data.mixture import Records
+from sd3_jax.data.records import TENSORS, Record
+from sd3_jax.data.synthetic import Synthetic
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.pipelines import bundle as bundles
+from sd3_jax.pipelines.encoding import Encoder
+
+# What a recipe can make latents of, the first that a record has.
+PICTURES = {"pixels": ("image",), "latents": ("moments", "latents", "image")}
+
+
+def source(config: ConfigDict, *, held_out: bool = False):
+    """The training examples, or those set apart for validation.
+
+    Making it looks at every shard of records, held out ones too, and at the first
+    record: a UserError then, before anything is compiled.
+    """
+    seed = config.seed + (2**31 if held_out else 0)
+    size = dict(height=config.image.height, width=config.image.width)
+    if config.data.name == "digits":
+        easy = 0 if held_out else config.data.easy
+        mix = tuple(config.data.mix)
+        return Digits(**size, mix=mix, easy=easy, seed=seed, held_out=held_out)
+    if config.data.name == "synthetic":
+        return Synthetic(
+            **size,
+            channels=config.model.channels,
+            text_length=config.text.length,
+            context_dim=config.model.context_dim,
+            pooled_dim=config.model.pooled_dim,
+            seed=seed,
+        )
+    if config.data.name == "records":
+        found = stored(config, held_out=held_out)
+        if not held_out:
+            check_held_out(config, found)
+        return found
+    raise UserError(
+        f'config.data.name = "{config.data.name}"'
+        f"{nearest(config.data.name, ('digits', 'synthetic', 'records'))}"
+    )
+
+
+def table(config: ConfigDict) -> tuple[Bucket, ...]:
+    """The shapes of the recipe's pictures, in pixels."""
+    image = config.image
+    unit = validate.FACTOR[image.autoencoder] * config.model.patch
+    sides = image.height, image.width
+    return buckets.table(*sides, count=image.buckets, aspect=image.aspect, unit=unit)
+
+
+def shapes(config: ConfigDict, bucket: Bucket) -> dict[str, tuple[int, ...]]:
+    """Of all that a record may hold, the recipe's."""
+    model, sides = config.model, (bucket.height // 8, bucket.width // 8)
+    return {
+        "image": (*bucket, 3),
+        "moments": (*sides, 2 * model.channels),
+        "latents": (*sides, model.channels),
+        "context": (config.text.length, model.context_dim),
+        "pooled": (model.pooled_dim,),
+    }
+
+
+def stored(config: ConfigDict, *, held_out: bool) -> Records:
+    """Records of the recipe's shapes, as many as a batch, or a validation, takes."""
+    data, size = config.data, config.data.batch_size
+    key, paths, weights = "data.records", data.records, data.weights
+    least, by = size, f"of config.data.batch_size = {size}"
+    if held_out:
+        key, paths, weights = "data.held_out", data.held_out, ()
+        least = max(1, config.eval.examples // size) * size
+        by = f"for validation by config.eval.examples = {config.eval.examples}"
+    try:
+        found = Records(
+            tuple(paths),
+            weights=tuple(weights),
+            shapes={str(bucket): shapes(config, bucket) for bucket in table(config)},
+            batch_size=size,
+            bad_records=data.bad_records,
+            seed=config.seed,
+        )
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+    for one in found.sets:
+        share = one.weight / sum(other.weight for other in found.sets)
+        wanted = math.ceil(least * share - 1e-6)
+        if len(one.numbers) < wanted:
+            raise UserError(
+                f"config.{key}: {one.name}: {len(one.numbers)} records, wanted at least"
+                f" {wanted}, its part {by}"
+            )
+    try:
+        found.keep(fields(config, found.first))
+    except UserError as error:
+        raise UserError(f"config.{key}: {found.shards[0].path}: {error}") from None
+    for name in found.example(found.buckets[0]):
+        wanted, shape = found.buckets[0].shapes[name], found.first.tensors[name].shape
+        if shape != wanted:
+            raise UserError(
+                f"config.{key}: {found.shards[0].path}: {name} of {by_x(shape)}, the"
+                f" recipe's are {by_x(wanted)}: {made(name, config, shape)}"
+            )
+    return found
+
+
+def fields(config: ConfigDict, first: Record) -> list[str]:
+    """What of records like the first a batch has: the nearest to what is trained on."""
+    kind = config.image.autoencoder
+    held = ", ".join(name for name in TENSORS if name in first.tensors)
+    picture = next((x for x in PICTURES[kind] if x in first.tensors), None)
+    if picture is None:
+        raise UserError(
+            f'its records hold {held}: config.image.autoencoder = "{kind}" wants'
+            f" {' or '.join(PICTURES[kind])}"
+        )
+    text = "caption"
+    if config.text.name == "precomputed" and "context" in first.tensors:
+        text = "context pooled"
+    raw = picture == "image" and kind == "latents"
+    if not config.encode.weights and (raw or to_encode(config, [text])):
+        what = "pictures" if raw else "captions"
+        raise UserError(
+            f"its records hold {held}: their {what} are not encoded; wanted"
+            " config.encode.weights, a released model that has the encoders"
+        )
+    return [picture, *text.split()]
+
+
+def to_encode(config: ConfigDict, fields: Sequence[str]) -> list[str]:
+    """The parts of a released model that make of these fields what is trained on."""
+    parts = []
+    if "image" in fields and config.image.autoencoder == "latents":
+        parts += ["vae"]
+    if "caption" in fields and config.text.name == "precomputed":
+        parts += [*bundles.TEXT]
+    return parts
+
+
+def encoder_of(config: ConfigDict, source, mesh: Mesh) -> Encoder | None:
+    """What a source's batches are still to go through, if anything."""
+    fields = source.fields if isinstance(source, Records) else ()
+    parts = to_encode(config, fields)
+    return encoder(config, mesh, parts) if parts else None
+
+
+def encoder(config: ConfigDict, mesh: Mesh, only: list[str]) -> Encoder:
+    """config.encode's encoders over the mesh; a UserError if they are not the model's.
+
+    A text encoder that the weights have not is zeros to the denoiser.
+    """
+    encode, model = config.encode, config.model
+    bundle = bundles.load(
+        encode.weights,
+        mesh=mesh,
+        dtype=encode.dtype,
+        tokenizers_from=encode.tokenizers,
+        only=only,
+    )
+    if "vae" in only:
+        has = bundle.part("vae").latent_channels, bundle.factor
+        if has != (model.channels, 8):
+            raise UserError(
+                f"config.encode.weights = {encode.weights}: an autoencoder of {has[0]}"
+                f" channels and {has[1]} pixels a latent; config.model.channels ="
+                f" {model.channels}, wanted 8 pixels"
+            )
+    made = Encoder(
+        bundle,
+        form=encode.form,
+        latents_dtype=encode.latents_dtype,
+        text_dtype=encode.text_dtype,
+        length=config.text.length,
+        context_dim=model.context_dim,
+        pooled_dim=model.pooled_dim,
+    )
+    if any(name in bundle.modules for name in bundles.TEXT):
+        try:
+            jax.eval_shape(made.text, made.tokenize([""]))
+        except (ValueError, TypeError) as error:
+            raise UserError(
+                f"config.encode.weights = {encode.weights}: text encoders that do not"
+                f" fit config.model.context_dim = {model.context_dim} and pooled_dim ="
+                f" {model.pooled_dim}: {error}"
+            ) from error
+    elif only != ["vae"]:
+        raise UserError(f"config.encode.weights = {encode.weights}: no text encoder")
+    return made
+
+
+def made(name: str, config: ConfigDict, shape: tuple[int, ...]) -> str:
+    """What makes the shape of the recipe, and what that of the records."""
+    model, image = config.model, config.image
+    if name == "context":
+        length, width = config.text.length, model.context_dim
+        return f"config.text.length = {length}, config.model.context_dim = {width}"
+    if name == "pooled":
+        return f"config.model.pooled_dim = {model.pooled_dim}"
+    factor = 1 if name == "image" else 8
+    sides = by_x([factor * side for side in shape[:2]])
+    return (
+        f"config.image.height x width = {image.height} x {image.width}, config.image."
+        f"buckets = {image.buckets}, config.model.channels = {model.channels}; the"
+        f" records were made at {sides}"
+    )
+
+
+def by_x(shape) -> str:
+    return " x ".join(map(str, shape))
+
+
+def check_held_out(config: ConfigDict, trained_on: Records) -> None:
+    """Validation, if a run comes to it, has records, and training has none of them."""
+    if not config.data.held_out:
+        if config.train.eval_every > config.train.steps:
+            return
+        raise UserError(
+            "config.data.held_out = (): wanted shards for validation, or config.train."
+            f"eval_every over config.train.steps = {config.train.steps}"
+        )
+    files = {shard.file for shard in trained_on.shards}
+    for shard in stored(config, held_out=True).shards:
+        if shard.file in files:
+            raise UserError(
+                f"config.data.held_out: {shard.path} is one of config.data.records too"
+            )
+
+
+def loader(
+    config: ConfigDict,
+    rows: slice,
+    *,
+    start: int = 0,
+    held_out: bool = False,
+    made=None,
+    tokenize: Callable | None = None,
+) -> Loader:
+    """This process's rows; `made` is the source, if it has been made."""
+    ids = functools.partial(tokenizers.bytes_of, length=config.text.length)
+    return Loader(
+        made or source(config, held_out=held_out),
+        batch_size=config.data.batch_size,
+        rows=rows,
+        tokenize=tokenize or ids,
+        start=start,
+        threads=config.data.threads,
+        prefetch=config.data.prefetch,
+    )
+
+
+def nominal(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
+    """The shapes and dtypes of a batch of the recipe's size, in float32."""
+    b, text = config.data.batch_size, config.text
+    of = shapes(config, Bucket(config.image.height, config.image.width))
+    pixels = config.image.autoencoder == "pixels"
+    batch = {"image": np.uint8} if pixels else {"latents": np.float32}
+    if text.name != "bytes":
+        batch |= {"context": np.float32, "pooled": np.float32}
+    made = {k: jax.ShapeDtypeStruct((b, *of[k]), dtype) for k, dtype in batch.items()}
+    if text.name == "bytes":
+        made["ids_bytes"] = jax.ShapeDtypeStruct((b, text.length), np.int32)
+    return made
+
+
+def batches(config: ConfigDict, source, tokenize=None) -> list[dict[str, np.ndarray]]:
+    """A batch of zeros of each bucket that the source has, as its loader gives them."""
+    size = config.data.batch_size
+    if not isinstance(source, Records):
+        return [zeros(nominal(config))]
+    ids = {}
+    if "caption" in source.fields:
+        make = tokenize or functools.partial(
+            tokenizers.bytes_of, length=config.text.length
+        )
+        ids = make([""] * size)
+    return [
+        {
+            name: np.zeros((size, *shape), dtype)
+            for name, (shape, dtype) in source.example(bucket).items()
+        }
+        | ids
+        for bucket in source.buckets
+    ]
+
+
+def zeros(shapes: dict[str, jax.ShapeDtypeStruct]) -> dict[str, np.ndarray]:
+    return {name: np.zeros(x.shape, x.dtype) for name, x in shapes.items()}
