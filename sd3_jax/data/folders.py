@@ -157,32 +157,37 @@ def _look(root: str, directory: str) -> Seen:
 
 
 def _subjects(found: list[Entry]) -> list[Subject]:
-    files = [each for each in found if each.kind != FOLDER]
-    shown_by = {_split(each.name)[0] for each in files if is_picture(each.name)}
+    files = [(each, *_split(each.name)) for each in found if each.kind != FOLDER]
+    pictured = {stem for _, stem, extension in files if extension in PICTURES}
     beside = {}  # stem and extension → the first of them, a.TXT before a.txt
-    for each in files:
-        stem, extension = _split(each.name)
-        if extension in SIDECARS and stem in shown_by and each.kind != LINK:
+    for each, stem, extension in files:
+        if extension in SIDECARS and stem in pictured and each.kind != LINK:
             beside.setdefault((stem, extension), each)
     subjects = []
-    for each in files:
-        stem, extension = _split(each.name)
-        if beside.get((stem, extension)) is each:
+    for each, stem, extension in files:
+        known, reason, kept = (
+            beside.get((stem, extension)),
+            UNFIT.get(each.kind, ""),
+            (),
+        )
+        if known is each:
             continue  # accounted for with its picture
-        # json first: what txt says of "caption" goes over it
-        sidecars = [beside.get((stem, kind)) for kind in ("json", "txt")]
-        reason = UNFIT.get(each.kind) or _unfit(each.name, (stem, extension) in beside)
-        kept = tuple(s for s in sidecars if s and is_picture(each.name) and not reason)
+        if not reason and extension in PICTURES:
+            # json first: what txt says of "caption" goes over it
+            found_by = [beside.get((stem, kind)) for kind in reversed(SIDECARS)]
+            kept = tuple(sidecar for sidecar in found_by if sidecar)
+        elif not reason:
+            reason = _unfit(each.name, extension, again=known is not None)
         subjects.append(Subject(each.name, reason, kept))
     return subjects
 
 
-def _unfit(name: str, again: bool) -> str:
-    if is_picture(name) or name == metadata.NAME:
+def _unfit(name: str, extension: str, *, again: bool) -> str:
+    if name == metadata.NAME:
         return ""
     if again:
         return "a second sidecar of its kind"
-    if _split(name)[1] in SIDECARS and name not in NOT_READ:
+    if extension in SIDECARS:
         return "a caption without a picture"
     return NOT_READ.get(name, "not JPEG, PNG or WebP by its name")
 

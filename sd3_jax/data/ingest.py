@@ -100,7 +100,7 @@ def _check_once(paths: Sequence[str], kinds: Sequence[str]):
 
 
 def _file(path: str):
-    if "://" in path:
+    if not listing.local(path):
         return path.rstrip("/")
     found = os.stat(path)
     return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
@@ -122,8 +122,8 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
 
 
 def _ends(paths: Sequence[str]) -> dict[str, str]:
-    full = {path: path if "://" in path else os.path.abspath(path) for path in paths}
-    parts = {path: epath.Path(whole).parts for path, whole in full.items()}
+    whole = lambda path: os.path.abspath(path) if listing.local(path) else path
+    parts = {path: epath.Path(whole(path)).parts for path in paths}
     found, left, length = {}, list(paths), 0
     while left:
         length += 1

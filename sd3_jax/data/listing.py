@@ -20,7 +20,7 @@ class Entry(NamedTuple):
 
 def entries(folder: str) -> list[Entry]:
     """What a folder holds and is not hidden, in order of name; or an OSError."""
-    if "://" in folder:
+    if not local(folder):
         names = [path.name for path in epath.Path(folder).iterdir()]
         with ThreadPoolExecutor(THREADS) as threads:
             looked = threads.map(look, [join(folder, name) for name in names])
@@ -38,7 +38,7 @@ def look(path: str) -> tuple[str, int]:
     where the owner has none.
     """
     try:
-        if "://" in path:
+        if not local(path):
             found = epath.Path(path).stat()
             return (FOLDER if found.is_directory else FILE), found.length or 0
         found = os.stat(path)
@@ -51,10 +51,14 @@ def look(path: str) -> tuple[str, int]:
 
 def sizes(paths: list[str]) -> list[int]:
     """Of files, in bytes; -1 of what is not there."""
-    if paths and "://" in paths[0]:
+    if paths and not local(paths[0]):
         with ThreadPoolExecutor(THREADS) as threads:
             return [size for _, size in threads.map(look, paths)]
     return [look(path)[1] for path in paths]
+
+
+def local(path: str) -> bool:
+    return "://" not in path
 
 
 def join(folder: str, name: str) -> str:

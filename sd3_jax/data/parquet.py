@@ -23,6 +23,7 @@ from sd3_jax.data.items import (
 from sd3_jax.outside import shown
 
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+BYTES = ("binary", "large_binary", "binary_view")  # types
 BATCH = 64  # rows, and their pictures, in memory at once
 BUFFER = 2**20  # bytes; without it a row group's pictures would be read at once
 
@@ -108,17 +109,14 @@ def _value(column, i: int) -> Value:
 
 
 def _scalar(column, i: int):
-    """One value as Python has it, a time as text; None if it cannot be had: text that
-    is not UTF-8, a date after the year 9999."""
+    """One value as Python has it, a time as text; None if it cannot be had, as text
+    that is not UTF-8."""
     import pyarrow as pa
 
     value = column.slice(i, 1)
     try:
-        if pa.types.is_temporal(column.type):
-            try:  # to the nanosecond, which Python's own do not go to
-                value = value.cast(pa.string())
-            except pa.ArrowNotImplementedError:  # durations
-                return str(value[0].as_py())
+        if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
+            value = value.cast(pa.string())  # to the nanosecond, unlike Python's own
         return value[0].as_py()
     except (ValueError, ArithmeticError, LookupError, NotImplementedError):
         return None
@@ -148,15 +146,9 @@ def _columns(schema) -> tuple[str, list[str]]:
     """The column of pictures, and all that is read: no other bytes than those."""
     import pyarrow as pa
 
-    def binary(kind) -> bool:
-        views = (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_binary_view)
-        return any(check(kind) for check in views) or pa.types.is_fixed_size_binary(
-            kind
-        )
-
     def pictures(kind) -> bool:
         inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return binary(kind.field("bytes").type if inside else kind)
+        return str(kind.field("bytes").type if inside else kind) in BYTES
 
     kinds = dict(zip(schema.names, schema.types))
     found = [name for name in IMAGES if name in kinds and pictures(kinds[name])]
