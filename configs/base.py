@@ -94,6 +94,35 @@ def get_config() -> ConfigDict:
         held_out=(),  # shards for validation only, or globs of them
         bad_records=0.0,  # the share of records that may be bad, and are passed over
     )
+    c.ingest = dict(
+        inputs=(),  # folders of pictures, WebDataset tars, parquet files, or globs
+        captions=("caption=0.5", "synthetic=0.5"),  # columns or package.module:function
+        filters=(),  # "aesthetic>=4.5", "width>=512", "package.module:function<0.2"
+        exclude=(),  # what dedup found: its duplicates.jsonl
+        uncaptioned="keep",  # without text, as unconditional examples; or reject
+    )
+    c.precompute = dict(
+        only=("vae", "clip_l", "clip_g", "t5"),  # of encode.weights; (): pictures
+        part=4_096,  # pictures, about, that are done at once or again
+        batch_size=32,
+        threads=4,  # that read and decode
+        held_out=0.0,  # share of the records that is for validation
+        plan=0,  # say what so many pictures would take, and read none
+    )
+    c.dedup = dict(
+        embed="hash",  # or an SSCD TorchScript file, or package.module:function
+        threshold=0.0,  # of similarity; 0: the embedding's own
+        clusters=0,  # 0: by the number of pictures
+        probes=4,  # clusters that are searched for each
+        batch_size=64,
+        threads=4,
+        pairs=64,  # on the report
+    )
+    c.inspect = dict(
+        records=16,  # of each shard that are read; 0: all
+        pictures=48,  # on the contact sheet
+        shards=False,  # a row for each, however many
+    )
     c.train = dict(
         steps=500_000,
         log_every=50,

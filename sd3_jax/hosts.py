@@ -9,6 +9,7 @@ import itertools
 import json
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,7 @@ from jax.experimental import multihost_utils
 from sd3_jax.errors import UserError
 
 ENDED = "sd3_jax/ended"
+LOOK = 2.0  # seconds between two looks at what others were told
 _turn = itertools.count()  # every process makes the same calls in the same order
 _told = threading.Event()  # by SIGTERM, in a run of one process
 
@@ -106,6 +108,51 @@ def heeding_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def claim(name: str) -> bool:
+    """Whether this process is the first of all to ask for it."""
+    client = distributed.global_state.client
+    if client is None:
+        return True
+    try:
+        client.key_value_set(f"sd3_jax/claim/{name}", str(jax.process_index()))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """`stop()` says whether SIGTERM came to any process; for those not in step.
+
+    Python's handler takes the place of jax's, which waits for a step of all to save.
+    """
+    _told.clear()
+    client = distributed.global_state.client
+    key, looked = "sd3_jax/stop", [time.monotonic()]
+
+    def stop() -> bool:
+        if client is None or _told.is_set():
+            if client is not None:
+                client.key_value_set(key, "now", allow_overwrite=True)
+            return _told.is_set()
+        if time.monotonic() - looked[0] > LOOK:
+            looked[0] = time.monotonic()
+            if client.key_value_dir_get(key):
+                _told.set()
+        return _told.is_set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 
 
 def tell_end(reason: str, code: int) -> None:

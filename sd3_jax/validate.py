@@ -104,6 +104,10 @@ MIX = Rule(
     lambda x: len(x) == 3 and all(map(WEIGHT.holds, x)) and sum(x) > 0,
     "three finite numbers >= 0, not all 0: of single digits, pairs and numbers",
 )
+ENCODERS = ("vae", "clip_l", "clip_g", "t5")
+PARTS = Rule(
+    lambda x: all(name in ENCODERS for name in x), f"some of {', '.join(ENCODERS)}"
+)
 PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
 WEIGHTS = Rule(
     lambda x: all(map(RATE.holds, x)),
@@ -140,6 +144,17 @@ RULES = (
         "encode.latents_dtype encode.text_dtype",
     ),
     (one_of("float32", "bfloat16"), "encode.dtype"),
+    (PATHS, "ingest.inputs ingest.exclude"),
+    (TEXTS, "ingest.captions ingest.filters"),
+    (one_of("keep", "reject"), "ingest.uncaptioned"),
+    (PARTS, "precompute.only"),
+    (POSITIVE, "precompute.part precompute.batch_size precompute.threads"),
+    (BELOW_ONE, "precompute.held_out"),
+    (COUNT, "precompute.plan"),
+    (NAME, "dedup.embed"),
+    (UNIT, "dedup.threshold"),
+    (COUNT, "dedup.clusters dedup.pairs inspect.records inspect.pictures"),
+    (POSITIVE, "dedup.probes dedup.batch_size dedup.threads"),
     (one_of("uniform", "logit_normal", "mode", "cosmap"), "flow.density"),
     (FINITE, "flow.mean flow.mode_scale"),
     (RATE, "flow.std flow.shift"),
@@ -211,11 +226,6 @@ def bucket_side(aspect, count, height, width, autoencoder, patch, pos_size):
 def colours(channels, autoencoder):
     if autoencoder == "pixels" and channels != 3:
         return '3, red, green and blue, for config.image.autoencoder = "pixels"'
-
-
-def shapes(count, data):
-    if count > 1 and data in READS:
-        return f'1: config.data.name = "{data}" has pictures of one shape'
 
 
 def divisible(by):
@@ -312,7 +322,6 @@ RELATIONS = (
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
     (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
     (colours, "model.channels", "image.autoencoder"),
-    (shapes, "image.buckets", "data.name"),
     (bucket_side, *BUCKETED),
     (canvas, "image.height", "data.name"),
     (canvas, "image.width", "data.name"),

@@ -10,14 +10,14 @@ BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts", "outside"
 MAY = {
     "diffusion": [],
     "models": [],
-    "data": ["errors", "outside"],
+    "data": ["errors", "hooks", "outside"],
     "weights": ["models", *BELOW],
     "pipelines": ["models", "diffusion", "data", "weights", *BELOW],
     "training": ["pipelines", "models", "diffusion", *BELOW],
     "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
     "report": ["data", "errors", "metrics", "pictures"],
     "parity": ["pipelines", "models", "diffusion", "data", "weights", *BELOW],
-    "plan": ["models", *BELOW],
+    "plan": ["models", "data", *BELOW],
     "jobs": None,  # anything
 }
 

@@ -44,7 +44,10 @@ class Writer:
 
     def write(self, record: Record) -> None:
         """Add a record; a BadRecord if `decode` would refuse it."""
-        data = records.encode(record)
+        self.add(records.encode(record))
+
+    def add(self, data: bytes) -> None:
+        """What `encode` made of a record."""
         try:
             self._writer.write(data)
         except RuntimeError as error:

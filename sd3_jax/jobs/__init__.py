@@ -28,6 +28,14 @@ JOBS = {
         recipe="configs/compare.py",
         workdir="runs/compare",
     ),
+    "precompute": Job(
+        "turn pictures and captions into records: latents and embeddings, in buckets",
+        "sd3_jax.jobs.precompute",
+    ),
+    "dedup": Job("find near-duplicates among pictures", "sd3_jax.jobs.dedup"),
+    "inspect": Job(
+        "say what records hold, with a contact sheet of some", "sd3_jax.jobs.inspect"
+    ),
     "plan": Job(
         "compile the step for TPU slices that are not there, and say what bounds it",
         "sd3_jax.jobs.plan",

@@ -31,6 +31,11 @@ def source(config: ConfigDict, *, held_out: bool = False):
     Making it looks at every shard of records, held out ones too, and at the first
     record: a UserError then, before anything is compiled.
     """
+    if config.image.buckets > 1 and config.data.name in validate.READS:
+        raise UserError(
+            f"config.image.buckets = {config.image.buckets}: wanted 1, for config.data."
+            f'name = "{config.data.name}" has pictures of one shape; or "records"'
+        )
     seed = config.seed + (2**31 if held_out else 0)
     size = dict(height=config.image.height, width=config.image.width)
     if config.data.name == "digits":
@@ -191,7 +196,7 @@ def encoder(config: ConfigDict, mesh: Mesh, only: list[str]) -> Encoder:
     )
     if any(name in bundle.modules for name in bundles.TEXT):
         try:
-            jax.eval_shape(made.text, made.tokenize([""]))
+            made.check()
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"config.encode.weights = {encode.weights}: text encoders that do not"

@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 # computes beyond rounding; and train.steps, which is there to be raised.
 FREE = (
     *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
-    *("convert", "plan", "compare"),
+    *("convert", "plan", "compare", "ingest", "precompute", "dedup", "inspect"),
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
 )

@@ -1,14 +1,13 @@
 """Pictures and captions to what training reads, by a released model's encoders.
 
-`precompute` and `train` call the same programs, so that what is computed before and what
-is computed in training are the same bits.
+`precompute` and `train` call the same programs, so that what is computed before
+training and what is computed in it are the same bits.
 """
 
 from collections import Counter
 from collections.abc import Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Key, UInt8
@@ -87,6 +86,13 @@ class Encoder:
         with programs.on(self.bundle.mesh):
             found = self._picture(self.bundle.variables["vae"], image, keys)
         return {self.form: found}
+
+    def check(self) -> None:
+        """ValueError or TypeError if the text encoders' widths are not as they must be:
+        before any program is compiled."""
+        variables = {name: self.bundle.variables.get(name) for name in TEXT}
+        with programs.on(self.bundle.mesh):
+            jax.eval_shape(self._text, variables, self.tokenize([""]))
 
     def text(self, ids: dict[str, Array]) -> dict[str, Array]:
         """context (b, length, context_dim) and pooled (b, pooled_dim)."""

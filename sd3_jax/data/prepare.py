@@ -1,0 +1,132 @@
+"""An item of other hands to what is encoded: filtered, decoded, cut, captioned.
+
+All of it is a function of the item and the settings, so that it is the same on any host,
+and when it is done again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sd3_jax.data import buckets, captions, filters, images
+from sd3_jax.data.buckets import Bucket
+from sd3_jax.data.captions import Caption
+from sd3_jax.data.filters import Filter
+from sd3_jax.data.items import BadItem, Item, Rejected, rejected
+from sd3_jax.errors import UserError
+
+UNCAPTIONED = "no caption"
+
+
+class Settings(NamedTuple):
+    """Which items are taken, and what is made of them."""
+
+    buckets: Sequence[Bucket]
+    captions: Sequence[Caption]
+    filters: Sequence[Filter] = ()
+    excluded: Mapping[str, str] = {}  # sources, and why
+    uncaptioned: bool = True  # whether items without a caption are taken
+    held_out: float = 0.0  # share that is for validation
+    seed: int = 0
+
+
+class Ready(NamedTuple):
+    """A picture in its bucket's shape, and all else that its record will say."""
+
+    source: str
+    image: UInt8[ndarray, "h w 3"]
+    bucket: Bucket
+    caption: str
+    caption_from: str
+    size: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    held_out: bool
+    bytes: int  # of its file
+
+
+def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
+    """The item as it is encoded, or why it is not; filters on columns come first.
+
+    To an item's columns are added its height and width in pixels, `enlarged`, the
+    factor by which its bucket enlarges it, and `kept`, the share that is not cut off.
+    """
+    if isinstance(item, Rejected):
+        return item
+    refuse = lambda reason: rejected(item.source, reason, item.bytes)
+    if item.source in settings.excluded:
+        return refuse(f"excluded: {settings.excluded[item.source]}")
+    of_columns, of_pictures = filters.split(settings.filters)
+    known = {"height", "width", "enlarged", "kept"}
+    before = [one for one in of_columns if one.name not in known]
+    try:
+        if refusal := filters.refuse(before, item.columns):
+            return refuse(_filtered(refusal))
+        picture = images.read(item.read())
+        height, width = size = picture.shape[:2]
+        fit = buckets.fit(height, width, settings.buckets)
+        columns = dict(item.columns, height=height, width=width)
+        columns |= dict(enlarged=fit.enlarged, kept=fit.kept)
+        after = [one for one in of_columns if one.name in known]
+        if refusal := filters.refuse([*after, *of_pictures], columns, picture):
+            return refuse(_filtered(refusal))
+        drawn = captions.draw(
+            columns,
+            settings.captions,
+            seed=settings.seed,
+            source=item.source,
+            picture=picture,
+        )
+    except images.BadImage as error:
+        return refuse(_grouped(str(error).removeprefix("image: ")))
+    except BadItem as error:
+        return refuse(str(error))
+    if not (drawn.text or settings.uncaptioned):
+        return refuse(UNCAPTIONED)
+    held_out = chance(settings.seed, item.source) < settings.held_out
+    made = buckets.cut(picture, fit)
+    text = drawn.text, drawn.name
+    where = size, fit.crop, held_out, item.bytes
+    return Ready(item.source, made, fit.bucket, *text, *where)
+
+
+def excluded(lines: Sequence[str], where: str) -> dict[str, str]:
+    """Sources that dedup's duplicates.jsonl removes, and why; or a UserError."""
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found[row["source"]] = f"near-duplicate of {row['kept']}"
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
+                " sd3-jax dedup writes it"
+            ) from None
+    return found
+
+
+def chance(seed: int, source: str) -> float:
+    """In [0, 1): for whether an example is held out, whatever else is drawn of it."""
+    data = json.dumps([seed, source]).encode()
+    made = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
+    return (int.from_bytes(made) >> 11) / 2**53
+
+
+def reasons(reason: str) -> str:
+    """What a reason has in common with others: all before its first colon."""
+    return reason.partition(": ")[0]
+
+
+def _filtered(refusal: filters.Refusal) -> str:
+    return f"filter {refusal.spec}: {refusal.reason}"
+
+
+def _grouped(message: str) -> str:
+    """A bad picture's reason; one that counts its bytes or pixels has many alike."""
+    what, _, _ = message.partition("; wanted")
+    common = re.sub(r"\d+", "N", what).replace(": ", ", ")
+    return f"bad picture, {common}" + (f": {what}" if common != what else "")

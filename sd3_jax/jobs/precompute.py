@@ -1,0 +1,354 @@
+"""Pictures and captions to shards of records, part by part, on every host at once.
+
+    sd3-jax precompute --config=RECIPE --workdir=DIR --config.ingest.inputs=FOLDER \
+        --config.encode.weights=RELEASED
+
+A part of the input is one host's, from first to last, and counts once its file in
+DIR/parts is there: a killed job, started again, does the parts that are not. What a
+part becomes depends on nothing but the input and the settings.
+"""
+
+import json
+import logging
+import time
+import zlib
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import hosts, lock, sharding, validate, watch
+from sd3_jax.data import captions, filters, ingest, items, prepare
+from sd3_jax.data.ingest import Part, Rejected
+from sd3_jax.data.prepare import Ready
+from sd3_jax.data.records import BadRecord
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import examples
+from sd3_jax.jobs.manifest import Manifest, PartWriter
+from sd3_jax.metrics import write_whole
+from sd3_jax.pipelines.bundle import TEXT
+from sd3_jax.pipelines.encoding import Encoder
+from sd3_jax.plan import storage
+from sd3_jax.progress import Progress
+
+log = logging.getLogger(__name__)
+WAITING = 2  # batches that are encoded and not yet written, at most
+EVERY = 1.0  # seconds between two looks at what other hosts have done
+# What a record is made by: with other values a job does not go on where it was.
+MAKING = (
+    *("seed", "ingest", "encode", "image", "text.length", "model.channels"),
+    *("model.patch", "model.context_dim", "model.pooled_dim"),
+    *("precompute.part", "precompute.only", "precompute.held_out"),
+)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Leaves records/, parts/, manifest.json and rejected.jsonl in workdir."""
+    workdir = epath.Path(workdir)
+    if config.precompute.plan:
+        if jax.process_index() == 0:
+            print(planned(config, workdir))
+        return
+    with lock.held(workdir, "precompute"), hosts.stopping() as stop:
+        settings = prepare_settings(config)
+        watch.expect("the encoders' weights", watch.LONG)
+        # A host's own devices: none waits for another, and one that ends is not missed.
+        mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
+        encoder = encoder_of(config, mesh)
+        watch.expect("the plan of the input", None)
+        made = made_by(config, encoder)
+        todo = hosts.first(lambda: begin(config, workdir, made), seconds=watch.LONG)
+        parts = plan_of(workdir)
+        manifest = Manifest(workdir, len(parts))
+        work = Work(config, encoder, mesh, settings)
+        convert_all(work, parts, todo, manifest, stop)
+        wait_for_all(manifest, stop)
+        if stop():
+            done = len(manifest.done())
+            log.info("told to stop: %d of %d parts are done", done, len(parts))
+        elif jax.process_index() == 0:
+            watch.expect("the manifest", None)
+            finish(workdir, manifest, made)
+        hosts.meet("precompute/end")
+
+
+def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, stop):
+    """Every part that no other host has begun, one after the other."""
+    size = lambda numbers: sum(parts[number].bytes for number in numbers)
+    every = range(len(parts))
+    done = size(set(every) - set(todo))
+    first = jax.process_index() == 0
+    with Progress("pictures", total=size(every), done=done, shown=first) as progress:
+        for number in todo:
+            if stop() or not hosts.claim(f"precompute/{number}"):
+                continue
+            begun, cut = time.monotonic(), work.cut
+            try:
+                with PartWriter(manifest.workdir, number) as shards:
+                    found = work.convert(parts[number], shards, progress, stop)
+            except Stopped:
+                return
+            about = shards.about() | {"source": parts[number].label}
+            about |= {"cut": dict(work.cut - cut)}
+            about |= {"seconds": round(time.monotonic() - begun, 3)}
+            manifest.add(number, about, found)
+            progress.at(size(manifest.done()))
+
+
+def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
+    """The encoders that config.precompute.only names, None for none of them."""
+    only = list(config.precompute.only)
+    if not config.encode.weights:
+        return None
+    return examples.encoder(config, mesh, only) if only else None
+
+
+def made_by(config: ConfigDict, encoder: Encoder | None) -> dict[str, Any]:
+    """The settings that make the records, and the weights' fingerprint."""
+    values = dict(validate.leaves(config))
+    within = lambda key: any(key == m or key.startswith(f"{m}.") for m in MAKING)
+    made = {key: x for key, x in values.items() if within(key)}
+    for key in ("encode.weights", "encode.tokenizers"):  # where, not what
+        made.pop(key)
+    made["weights"] = encoder.bundle.fingerprint() if encoder else ""
+    return json.loads(json.dumps(made))
+
+
+def begin(config: ConfigDict, workdir: epath.Path, made: dict) -> list[int]:
+    """The parts that are to be done, by number; the plan is made once.
+
+    Shards of a part that was not finished are removed: it is done again.
+    """
+    path = workdir / "plan.json"
+    if path.exists():
+        before = json.loads(path.read_text())["made_by"]
+        differ = [
+            f"{key} was {before.get(key)}, is {made.get(key)}"
+            for key in sorted(before.keys() | made.keys())
+            if before.get(key) != made.get(key)
+        ]
+        if differ:
+            raise UserError(
+                f"{workdir} holds records that other settings made:"
+                f" {'; '.join(differ)}. Give back the old ones, or another workdir"
+            )
+    else:
+        if not config.ingest.inputs:
+            raise UserError(
+                "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
+                " files, or globs of them"
+            )
+        try:
+            parts = ingest.plan(config.ingest.inputs, size=config.precompute.part)
+        except UserError as error:
+            raise UserError(f"config.ingest.inputs: {error}") from None
+        plan = {"made_by": made, "parts": [part._asdict() for part in parts]}
+        for name in ("parts", "records"):
+            (workdir / name).mkdir(parents=True, exist_ok=True)
+        write_whole(path, json.dumps(plan).encode())
+    return Manifest(workdir, len(plan_of(workdir))).clear_unfinished()
+
+
+def plan_of(workdir: epath.Path) -> list[Part]:
+    plan = json.loads((workdir / "plan.json").read_text())
+    return [Part(**part) for part in plan["parts"]]
+
+
+def prepare_settings(config: ConfigDict) -> prepare.Settings:
+    """What is taken and how; a UserError names the key that makes no sense."""
+    given, found = config.ingest, {}
+    for key, parse in ("captions", captions.weights), ("filters", filters.parse):
+        try:
+            found[key] = parse(tuple(given[key]))
+        except UserError as error:
+            raise UserError(f"config.ingest.{key}: {error}") from None
+    gone = {}
+    for path in map(epath.Path, given.exclude):
+        try:
+            lines = path.read_text().splitlines()
+        except (OSError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"config.ingest.exclude: {path}: {reason}") from None
+        gone |= prepare.excluded(lines, f"config.ingest.exclude: {path}")
+    return prepare.Settings(
+        buckets=examples.table(config),
+        excluded=gone,
+        uncaptioned=given.uncaptioned == "keep",
+        held_out=config.precompute.held_out,
+        seed=config.seed,
+        **found,
+    )
+
+
+class Stopped(Exception):
+    """The job was told to stop: the part it was at is done again next time."""
+
+
+class Work:
+    """Parts of the input on this host: prepared in threads, encoded on its devices,
+    written by a thread. A few batches wait between them, however large a part is."""
+
+    def __init__(
+        self, config: ConfigDict, encoder: Encoder | None, mesh: Mesh, settings
+    ):
+        self.config, self.encoder, self.settings = config.precompute, encoder, settings
+        self.placed, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
+        self.size = -(-config.precompute.batch_size // shards) * shards
+        self.key = jax.random.key(config.seed)
+        found = encoder.bundle.modules if encoder else {}
+        self.pictures, self.texts = "vae" in found, any(name in found for name in TEXT)
+
+    def convert(
+        self, part: Part, shards: PartWriter, progress: Progress, stop: Callable
+    ) -> list[Rejected]:
+        """Write a part's records; what was not taken, in order of source."""
+        rejected, writing = [], deque()
+        with (
+            ThreadPoolExecutor(self.config.threads) as readers,
+            ThreadPoolExecutor(1) as writer,
+        ):
+            for batch in self.batches(part, readers, rejected, progress):
+                if stop():
+                    raise Stopped
+                watch.expect("a batch of records", watch.LONG)
+                tensors = self.encode(batch)
+                writing.append(writer.submit(write, shards, batch, tensors, rejected))
+                if len(writing) > WAITING:
+                    writing.popleft().result()
+            for one in writing:
+                one.result()
+        return sorted(rejected)
+
+    def batches(
+        self, part: Part, readers: ThreadPoolExecutor, rejected: list, progress
+    ) -> Iterator[list[Ready]]:
+        """What is ready, by bucket; the last of each may be fewer."""
+        of = defaultdict(list)
+        ready = partial(prepare.prepare, settings=self.settings)
+        for made in in_order(readers, ready, ingest.items(part), self.ahead):
+            progress.add(things=1, bytes=made.bytes)
+            if isinstance(made, Rejected):
+                rejected.append(made)
+                continue
+            of[made.bucket].append(made)
+            if len(of[made.bucket]) == self.size:
+                yield of.pop(made.bucket)
+        yield from (of[bucket] for bucket in sorted(of))
+
+    @property
+    def ahead(self) -> int:
+        return 2 * self.config.threads
+
+    @property
+    def cut(self) -> Counter:
+        """Captions of which an encoder has not read all, so far."""
+        return Counter(self.encoder.cut if self.encoder else {})
+
+    def encode(self, batch: list[Ready]) -> dict[str, Any]:
+        """Tensors by name, of `size` rows, the last repeated: one program a bucket."""
+        rows = [*batch, *batch[-1:] * (self.size - len(batch))]
+        image = np.stack([row.image for row in rows])
+        made = {"image": image}
+        if self.pictures:
+            keys = [zlib.crc32(row.source.encode()) for row in rows]
+            keys = jax.vmap(partial(jax.random.fold_in, self.key))(np.uint32(keys))
+            made = self.encoder.picture(*jax.device_put((image, keys), self.placed))
+        if self.texts:
+            captions = [row.caption for row in batch]
+            ids = self.encoder.tokenize(captions + [""] * (self.size - len(batch)))
+            made |= self.encoder.text(jax.device_put(ids, self.placed))
+        return made
+
+
+def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list):
+    """A batch's rows to their shards; what came out not finite is rejected."""
+    tensors = {name: np.asarray(x) for name, x in tensors.items()}
+    for place, ready in enumerate(batch):
+        try:
+            shards.write(ready, {name: x[place] for name, x in tensors.items()})
+        except BadRecord as error:
+            reason = str(error).removeprefix(f"record of {ready.source!a}: ")
+            reason = f"encoded to what no record holds: {reason}"
+            rejected.append(items.rejected(ready.source, reason, ready.bytes))
+
+
+def in_order(pool: ThreadPoolExecutor, function, things: Iterable, ahead: int):
+    """function(thing) of each, in their order, `ahead` of them at a time."""
+    running = deque()
+    try:
+        for thing in things:
+            running.append(pool.submit(function, thing))
+            if len(running) > ahead:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
+    finally:
+        for one in running:
+            one.cancel()
+
+
+def wait_for_all(manifest: Manifest, stop: Callable) -> None:
+    """Until the others are done with their parts; the watch sees to one that ends."""
+    watch.expect("the other hosts' parts", None)
+    while len(manifest.done()) < manifest.parts and not stop():
+        time.sleep(EVERY)
+
+
+def finish(workdir: epath.Path, manifest: Manifest, made: dict) -> None:
+    """manifest.json and rejected.jsonl, and what they say in short."""
+    total = manifest.total()
+    text = "".join(f"{line}\n" for line in manifest.rejected())
+    write_whole(workdir / "rejected.jsonl", text.encode())
+    about = total | {"made_by": made}
+    write_whole(workdir / "manifest.json", json.dumps(about, indent=1).encode())
+    print(*lines(total), f"{workdir}/manifest.json, {workdir}/records", sep="\n")
+
+
+def lines(total: dict) -> Iterator[str]:
+    """What precompute prints at its end."""
+    files, records = total["files"], total["records"]
+    yield f"{files:,} files: {records:,} records, {files - records:,} rejected"
+    wide = max(map(len, total["kept"]), default=0)
+    for bucket, counts in total["kept"].items():
+        by_split = ", ".join(f"{n:,} {split}" for split, n in counts.items() if n)
+        yield f"  {bucket:>{wide}}  {by_split}"
+    for reason, count in total["rejected"].items():
+        yield f"  rejected {count:,}: {reason}"
+    drawn = [f"{name} {n:,}" for name, n in total["captions"].items()]
+    drawn += [f"none {total['uncaptioned']:,}"] * bool(total["uncaptioned"])
+    yield f"  captions: {', '.join(drawn) or 'none'}"
+    for encoder, count in total["cut"].items():
+        yield f"  {encoder} does not read {count:,} captions to their end"
+
+
+def planned(config: ConfigDict, workdir: epath.Path) -> str:
+    """What the records of so many invented pictures would take."""
+    encode, only = config.encode, config.precompute.only
+    vae, text = "vae" in only, any(name in only for name in TEXT)
+    plan = storage.plan(
+        config.precompute.plan,
+        buckets=examples.table(config),
+        latents=("moments" if encode.form == "moments" else "sample")
+        if vae
+        else "image",
+        latents_dtype=encode.latents_dtype,
+        channels=config.model.channels,
+        text_tokens=config.text.length if text else 0,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+        text_dtype=encode.text_dtype,
+        part=config.precompute.part,
+        batch_size=config.data.batch_size,
+        seed=config.seed,
+    )
+    workdir.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(plan._asdict(), indent=1, default=str)
+    write_whole(workdir / "storage.json", text.encode())
+    return plan.text()
