@@ -30,7 +30,7 @@ from sd3_jax.outside import parse_json, shown
 log = logging.getLogger(__name__)
 FOLD = 50  # shards; the rows of more are folded by bucket
 DECODED = 2**17  # latents of a picture, at most: 8 megapixels
-MANIFEST = 2**24  # bytes of it, at most
+MANIFEST = 2**28  # bytes of it, at most
 HEAD = ("shard", "records", "MB", "bucket", "captions", "bad", "holds")
 
 

@@ -8,7 +8,6 @@ import re
 import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
-from ml_collections import ConfigDict
 from parity import miniature
 from PIL import Image
 
@@ -61,12 +60,11 @@ def workdir(tmp_path):
     return tmp_path
 
 
-def run(workdir, *flags, **asked):
-    argv = ["report", "--config=configs/sd3_2b.py:tiny", f"--workdir={workdir}", *flags]
-    config = main.parse(argv).config.unlock()
-    asked = dict(records=16, pictures=48, shards=False) | asked
-    config.inspect = ConfigDict(asked)
-    return inspect.run(config.lock(), workdir)
+def run(workdir, *flags, **asked) -> int:
+    argv = ["inspect", "--config=configs/sd3_2b.py:tiny", f"--workdir={workdir}"]
+    argv += [*flags, *(f"--config.inspect.{name}={x}" for name, x in asked.items())]
+    config = main.parse(argv).config
+    return inspect.run(config, workdir)
 
 
 def images(workdir) -> list[Image.Image]:
