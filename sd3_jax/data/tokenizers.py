@@ -3,6 +3,7 @@
 import functools
 import logging
 import os
+import threading
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -18,6 +19,7 @@ os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
 
 log = logging.getLogger(__name__)
+_LOCK = threading.Lock()  # padding and truncation are a tokenizer's state
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 
 
@@ -91,6 +93,11 @@ def t5_ids(
 
 
 def _ids(tokenizer, texts, length, what, counts):
+    with _LOCK:
+        return _locked_ids(tokenizer, texts, length, what, counts)
+
+
+def _locked_ids(tokenizer, texts, length, what, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
     if counts is not None:
