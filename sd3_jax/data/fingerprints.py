@@ -29,6 +29,8 @@ CHROMA = 2  # weight of chroma in the descriptor
 MEAN = 0.15  # weight of the mean luminance, and a constant beside it: without them,
 FLOOR = 10  # flat pictures are all noise, and white is black
 NOISE = 3  # levels: what JPEG at quality 30 leaves of a flat picture, and less counts
+TINT = 0.5  # levels that a mean of chroma may be off by, in a picture compressed anew
+TINGE = 4  # squared levels that its planes may differ by beside it
 STILL = 300  # weight of no movement, in squared levels a pixel
 SHIFT, STRETCH = 0.06, 0.12  # of the side, at most: crops of 5 % at either end
 GAIN = 1.3  # of contrast and colour, or its inverse, at most
@@ -186,8 +188,9 @@ def _explained(y1, c1, y2, c2):
     for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
         c, inside = _warped(a, move)
         (mean1, var1), (mean2, var2), shared = _moments(c, b, inside)
-        left += (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
-        left += np.square(mean2 - brighter * mean1)
+        apart = var2 - 2 * gain * shared + gain**2 * var1
+        left += (apart - TINGE).clip(0)
+        left += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
         whole += var2
     return (1 - left / whole).clip(0, 1)
 

@@ -36,7 +36,7 @@ def every_pair(x, threshold):
 
 
 def test_changed_pictures_are_found_and_distinct_ones_are_not():
-    photos = benchmark.photographs("test")
+    photos = benchmark.photographs("portrait")
     pictures, boxes = benchmark.crops(photos, 60, seed=5)
     changed = list(benchmark.planted(pictures, 5, CHANGES))
     found = benchmark.Found(pictures, boxes, changed)

@@ -1,0 +1,243 @@
+"""Which pictures of the input are near-duplicates of others, for precompute to leave.
+
+    sd3-jax dedup --config=RECIPE --workdir=DIR --config.ingest.inputs=FOLDER
+    sd3-jax precompute ... --config.ingest.exclude=DIR/duplicates.jsonl
+
+After the SD3 paper's appendix E.2 and E.3. Of pictures that are alike the one of most
+pixels is kept. What is in memory is a fingerprint a picture, not pictures; process 0
+does it, in as many threads as config.dedup.threads.
+"""
+
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from ml_collections import ConfigDict
+from numpy import ndarray
+
+from sd3_jax import hooks, hosts, lock, watch
+from sd3_jax.data import duplicates, fingerprints, images, ingest, items, prepare
+from sd3_jax.data.fingerprints import Prints
+from sd3_jax.data.ingest import Part, Rejected
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import dedup_page
+from sd3_jax.jobs.precompute import in_order
+from sd3_jax.metrics import write_whole
+from sd3_jax.progress import Progress
+
+PAPER = 0.5  # SSCD's cosine that the paper trains below, and other embeddings' default
+MARGIN = 0.05  # below the threshold: found for the page, to show what it spares
+SOME = 1024  # pairs a thread compares at once
+DAYS = 7  # that other processes wait
+
+
+class Pictures(NamedTuple):
+    """Those that could be read, the ones of most pixels first."""
+
+    sources: list[str]
+    parts: list[int]  # of the plan, by number
+    pixels: ndarray  # (n,)
+    found: Prints | ndarray  # fingerprints, or embeddings (n, d)
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Leaves duplicates.jsonl, dedup.json and duplicates.html in workdir."""
+    workdir = epath.Path(workdir)
+    watch.expect("a search for near-duplicates, by process 0", None)
+    with lock.held(workdir, "dedup"):
+        if jax.process_index() == 0:
+            dedup(config, workdir)
+        hosts.meet("dedup/end", minutes=DAYS * 24 * 60)
+
+
+def dedup(config: ConfigDict, workdir: epath.Path) -> None:
+    settings, clock = config.dedup, Clock()
+    embed, threshold = embedding(settings.embed)
+    threshold = settings.threshold or threshold
+    parts = plan(config)
+    pictures, unread = read_all(parts, embed, settings)
+    clock.lap("read")
+    options = dict(clusters=settings.clusters, probes=settings.probes)
+    pairs, alike = candidates(
+        pictures.found, threshold, clock, settings.threads, options
+    )
+    over, n = alike >= threshold, len(pictures.sources)
+    gone = duplicates.choose(n, pairs[over], alike[over], np.arange(n))
+    clock.lap("choose")
+    about = {
+        "pictures": n,
+        "unreadable": dict(sorted(unread.items())),
+        "pairs": int(over.sum()),
+        "removed": len(gone),
+        "settings": settings.to_dict()
+        | {"threshold": threshold, "inputs": list(config.ingest.inputs)},
+    }
+    write(workdir, pictures.sources, gone)
+    shown = dedup_page.spread(alike, threshold, settings.pairs)
+    examples = shots(parts, pictures, pairs[shown])
+    clock.lap("page")
+    about["seconds"] = clock.seconds
+    rows = zip(pairs[shown].tolist(), alike[shown].tolist())
+    rows = [(*map(examples.get, pair), value) for pair, value in rows]
+    page = dedup_page.html(about, alike, threshold, rows)
+    write_whole(workdir / "duplicates.html", page.encode())
+    write_whole(workdir / "dedup.json", json.dumps(about, indent=1).encode())
+    print(*lines(about), f"{workdir}/duplicates.jsonl, duplicates.html", sep="\n")
+
+
+class Clock:
+    """Seconds by stage."""
+
+    def __init__(self):
+        self.seconds, self._since = {}, time.monotonic()
+
+    def lap(self, stage: str) -> None:
+        now = time.monotonic()
+        self.seconds[stage], self._since = round(now - self._since, 2), now
+
+
+def embedding(name: str) -> tuple[Callable | None, float]:
+    """The function that makes embeddings, None for the hash, and its threshold."""
+    if name == "hash":
+        return None, fingerprints.THRESHOLD
+    if name.endswith(".pt"):
+        return fingerprints.SSCD(name), PAPER
+    if ":" in name:
+        return partial(fingerprints.embedded, hooks.load(name), name=name), PAPER
+    raise UserError(
+        f'config.dedup.embed = "{name}": wanted "hash", "package.module:function" or a'
+        " TorchScript file of SSCD's, *.pt"
+    )
+
+
+def plan(config: ConfigDict) -> list[Part]:
+    if not config.ingest.inputs:
+        raise UserError(
+            "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
+            " files, or globs of them"
+        )
+    try:
+        return ingest.plan(config.ingest.inputs)
+    except UserError as error:
+        raise UserError(f"config.ingest.inputs: {error}") from None
+
+
+def read_all(
+    parts: Sequence[Part], embed: Callable | None, settings: ConfigDict
+) -> tuple[Pictures, Counter[str]]:
+    """Every picture's fingerprint, and how many have none, by reason."""
+    unread, told, found = Counter(), [], []
+    total = sum(part.bytes for part in parts)
+    given = chain.from_iterable(
+        ((number, item) for item in ingest.items(part))
+        for number, part in enumerate(parts)
+    )
+    look = partial(read, printed=embed is None)
+    with (
+        ThreadPoolExecutor(settings.threads) as threads,
+        Progress("pictures", total=total) as progress,
+    ):
+        made = in_order(threads, look, given, 2 * settings.threads)
+        good = readable(made, unread, told, progress)
+        while batch := list(islice(good, settings.batch_size)):
+            found.append(fingerprints.joined(batch) if embed is None else embed(batch))
+    if embed is None:
+        whole = fingerprints.joined(found)
+    else:
+        whole = np.concatenate(found) if found else np.zeros((0, 1), np.float32)
+    pixels = np.array([size for _, _, size in told], np.int64)
+    order = np.argsort(-pixels, kind="stable")
+    whole = Prints(*(x[order] for x in whole)) if embed is None else whole[order]
+    sources, numbers = ([told[i][k] for i in order] for k in (0, 1))
+    return Pictures(sources, numbers, pixels[order], whole), unread
+
+
+def read(given, *, printed: bool):
+    """(item or Rejected, number of its part, pixels, fingerprint or picture)."""
+    number, item = given
+    if isinstance(item, Rejected):
+        return item, number, 0, None
+    try:
+        picture = images.read(item.read())
+    except (images.BadImage, items.BadItem) as error:
+        reason = str(error).removeprefix("image: ").partition("; wanted")[0]
+        reason = re.sub(r"\d+", "N", reason)  # to be counted with others
+        return items.rejected(item.source, reason, item.bytes), number, 0, None
+    size = picture.shape[0] * picture.shape[1]
+    made = fingerprints.prints([picture]) if printed else picture
+    return item._replace(read=None), number, size, made
+
+
+def readable(made, unread: Counter, told: list, progress: Progress) -> Iterator:
+    """What could be read, noted in `told` as (source, part, pixels); else counted."""
+    for item, number, size, one in made:
+        progress.add(things=1, bytes=item.bytes)
+        if isinstance(item, Rejected):
+            unread[prepare.reasons(item.reason)] += 1
+            continue
+        told.append((item.source, number, size))
+        yield one
+
+
+def candidates(
+    found: Prints | ndarray, threshold: float, clock: Clock, threads: int, options: dict
+) -> tuple[ndarray, ndarray]:
+    """Pairs and how alike they are: all above the threshold, and some below it."""
+    if not isinstance(found, Prints):
+        made = duplicates.pairs(found, threshold=threshold - MARGIN, **options)
+        clock.lap("search")
+        return made
+    loose = fingerprints.LOOSE
+    pairs, _ = duplicates.pairs(found.descriptors, threshold=loose, **options)
+    clock.lap("search")
+    with ThreadPoolExecutor(threads) as pool:
+        some = [pairs[at : at + SOME] for at in range(0, len(pairs), SOME)]
+        alike = list(pool.map(partial(fingerprints.likeness, found), some))
+    clock.lap("compare")
+    return pairs, np.concatenate([np.zeros(0, np.float32), *alike])
+
+
+def write(workdir: epath.Path, sources: list[str], gone: list) -> None:
+    rows = sorted(
+        (sources[each.index], sources[each.kept], round(each.similarity, 4))
+        for each in gone
+    )
+    keys = "source", "kept", "similarity"
+    text = "".join(f"{json.dumps(dict(zip(keys, row)))}\n" for row in rows)
+    write_whole(workdir / "duplicates.jsonl", text.encode())
+
+
+def shots(parts: Sequence[Part], pictures: Pictures, pairs: ndarray) -> dict:
+    """The pictures of these pairs by index, read anew: only the page needs them."""
+    wanted = {}
+    for index in np.unique(pairs).tolist():
+        of = wanted.setdefault(pictures.parts[index], {})
+        of[pictures.sources[index]] = index
+    made = {}
+    for number, by_source in wanted.items():
+        for item in ingest.items(parts[number]):
+            if isinstance(item, Rejected) or item.source not in by_source:
+                continue
+            picture = images.read(item.read(), item.source)
+            made[by_source[item.source]] = dedup_page.shot(item.source, picture)
+    return made
+
+
+def lines(about: dict[str, Any]) -> Iterator[str]:
+    """What dedup prints at its end."""
+    settings, n, seconds = about["settings"], about["pictures"], about["seconds"]
+    yield f"{n:,} pictures, {about['removed']:,} of them near-duplicates of others"
+    threshold = settings["threshold"]
+    yield f"  {about['pairs']:,} pairs by {settings['embed']} at {threshold:g} or above"
+    for reason, count in about["unreadable"].items():
+        yield f"  unreadable {count:,}: {reason}"
+    yield "  " + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())
