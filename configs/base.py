@@ -56,6 +56,7 @@ def get_config() -> ConfigDict:
         tokenizers="",  # a folder or hub name that has them, where weights have none
         dtype="bfloat16",  # that the encoders compute in
         form="moments",  # of the latents, drawn anew at every step; or latents
+        rows=8,  # examples a device at a time
         latents_dtype="float16",
         text_dtype="bfloat16",
     )
@@ -104,7 +105,6 @@ def get_config() -> ConfigDict:
     c.precompute = dict(
         only=("vae", "clip_l", "clip_g", "t5"),  # of encode.weights; (): pictures
         part=4_096,  # pictures, about, that are done at once or again
-        batch_size=32,
         threads=4,  # that read and decode
         held_out=0.0,  # share of the records that is for validation
         plan=0,  # say what so many pictures would take, and read none

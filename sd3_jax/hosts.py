@@ -137,7 +137,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
     def stop() -> bool:
         if client is None or _told.is_set():
             if client is not None:
-                client.key_value_set(key, "now", allow_overwrite=True)
+                client.key_value_set(f"{key}/told", "now", allow_overwrite=True)
             return _told.is_set()
         if time.monotonic() - looked[0] > LOOK:
             looked[0] = time.monotonic()

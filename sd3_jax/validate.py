@@ -148,7 +148,7 @@ RULES = (
     (TEXTS, "ingest.captions ingest.filters"),
     (one_of("keep", "reject"), "ingest.uncaptioned"),
     (PARTS, "precompute.only"),
-    (POSITIVE, "precompute.part precompute.batch_size precompute.threads"),
+    (POSITIVE, "precompute.part precompute.threads encode.rows"),
     (BELOW_ONE, "precompute.held_out"),
     (COUNT, "precompute.plan"),
     (NAME, "dedup.embed"),

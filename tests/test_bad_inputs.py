@@ -175,7 +175,7 @@ MISTAKES = [
     row(18, RECORDS + " data.records=no/*.arecord", "no/*.arecord: matches no file"),
     row(19, RECORDS + " data.records={killed}/*.arecord", "*.arecord: matches no file"),
     row(
-        20, RECORDS + " data.records={version}", "version.arecord:0: version 2 is newer"
+        20, RECORDS + " data.records={version}", "version.arecord:0: version 3 is newer"
     ),
     row(20, RECORDS + " data.records={field}", "field.arecord:0: caption: missing"),
     row(
@@ -813,7 +813,7 @@ def forged(path, first, **changes):
 
 @pytest.fixture
 def version(tmp_path):
-    return forged(tmp_path / "version.arecord", record(0), VERSION=2)
+    return forged(tmp_path / "version.arecord", record(0), VERSION=3)
 
 
 @pytest.fixture

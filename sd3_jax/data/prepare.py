@@ -1,7 +1,7 @@
 """An item of other hands to what is encoded: filtered, decoded, cut, captioned.
 
-All of it is a function of the item and the settings, so that it is the same on any host,
-and when it is done again.
+All of it is a function of the item and the settings: the same on any host, and when it
+is done again.
 """
 
 import hashlib
@@ -126,7 +126,7 @@ def _filtered(refusal: filters.Refusal) -> str:
 
 
 def _grouped(message: str) -> str:
-    """A bad picture's reason; one that counts its bytes or pixels has many alike."""
+    """A bad picture's reason, numbers aside; then the whole of it."""
     what, _, _ = message.partition("; wanted")
     common = re.sub(r"\d+", "N", what).replace(": ", ", ")
-    return f"bad picture, {common}" + (f": {what}" if common != what else "")
+    return f"bad picture, {common}: {message}"

@@ -164,7 +164,9 @@ def encoder_of(config: ConfigDict, source, mesh: Mesh) -> Encoder | None:
     return encoder(config, mesh, parts) if parts else None
 
 
-def encoder(config: ConfigDict, mesh: Mesh, only: list[str]) -> Encoder:
+def encoder(
+    config: ConfigDict, mesh: Mesh, only: list[str], form: str = "moments"
+) -> Encoder:
     """config.encode's encoders over the mesh; a UserError if they are not the model's.
 
     A text encoder that the weights have not is zeros to the denoiser.
@@ -187,12 +189,13 @@ def encoder(config: ConfigDict, mesh: Mesh, only: list[str]) -> Encoder:
             )
     made = Encoder(
         bundle,
-        form=encode.form,
+        form=form,
         latents_dtype=encode.latents_dtype,
         text_dtype=encode.text_dtype,
         length=config.text.length,
         context_dim=model.context_dim,
         pooled_dim=model.pooled_dim,
+        rows=encode.rows,
     )
     if any(name in bundle.modules for name in bundles.TEXT):
         try:

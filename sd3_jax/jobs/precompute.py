@@ -26,6 +26,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import hosts, lock, sharding, validate, watch
 from sd3_jax.data import captions, filters, ingest, items, prepare
+from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.ingest import Part, Rejected
 from sd3_jax.data.prepare import Ready
 from sd3_jax.data.records import BadRecord
@@ -58,6 +59,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     with lock.held(workdir, "precompute"), hosts.stopping() as stop:
         settings = prepare_settings(config)
+        if jax.process_index() == 0:
+            print(f"buckets: {', '.join(map(aspect, settings.buckets))}")
         watch.expect("the encoders' weights", watch.LONG)
         # A host's own devices: none waits for another, and one that ends is not missed.
         mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
@@ -77,6 +80,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             watch.expect("the manifest", None)
             finish(workdir, manifest, made)
         hosts.meet("precompute/end")
+
+
+def aspect(bucket: Bucket) -> str:
+    return f"{bucket} ({bucket.width / bucket.height:.2f})"
 
 
 def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, stop):
@@ -107,7 +114,7 @@ def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
     only = list(config.precompute.only)
     if not config.encode.weights:
         return None
-    return examples.encoder(config, mesh, only) if only else None
+    return examples.encoder(config, mesh, only, config.encode.form) if only else None
 
 
 def made_by(config: ConfigDict, encoder: Encoder | None) -> dict[str, Any]:
@@ -199,8 +206,8 @@ class Work:
         self, config: ConfigDict, encoder: Encoder | None, mesh: Mesh, settings
     ):
         self.config, self.encoder, self.settings = config.precompute, encoder, settings
-        self.placed, shards = sharding.batch_sharding(mesh), sharding.batch_shards(mesh)
-        self.size = -(-config.precompute.batch_size // shards) * shards
+        self.placed = sharding.batch_sharding(mesh)
+        self.size = config.encode.rows * sharding.batch_shards(mesh)
         self.key = jax.random.key(config.seed)
         found = encoder.bundle.modules if encoder else {}
         self.pictures, self.texts = "vae" in found, any(name in found for name in TEXT)

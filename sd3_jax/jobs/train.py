@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -303,8 +304,8 @@ class Training:
 
     def put(self, batch: dict) -> dict[str, jax.Array]:
         """This process's rows onto the mesh, what is still to be encoded encoded."""
-        batch = sharding.put(batch, self.mesh, self.batch_size)
-        return self.encoder(batch) if self.encoder else batch
+        put = self.encoder or partial(sharding.put, mesh=self.mesh)
+        return put(batch, batch_size=self.batch_size)
 
     def compiled(self, state: TrainState) -> dict[tuple, Callable]:
         """The step's program for each bucket, by the `kind` of its batches, ahead of
@@ -392,11 +393,11 @@ class Validation:
             self.config, rows, made=source, tokenize=encoder and encoder.tokenize
         )
         count = max(1, self.config.eval.examples // size)
+        place = encoder or partial(sharding.put, mesh=self.mesh)
 
         def put(_):
             watch.expect("a batch of validation", watch.LONG)
-            batch = sharding.put(next(batches), self.mesh, size)
-            return encoder(batch) if encoder else batch
+            return place(next(batches), batch_size=size)
 
         some = map(put, range(count))
         return dict(val_loss(self.program, params, self.key, some))

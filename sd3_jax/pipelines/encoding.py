@@ -6,8 +6,10 @@ training and what is computed in it are the same bits.
 
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jaxtyping import Key, UInt8
@@ -27,7 +29,8 @@ class Encoder:
 
     `form` is "moments", of which training draws other latents at each step, or
     "latents", drawn once. `length` is all tokens of text, of which CLIP has 77. What is
-    kept is of `latents_dtype` and `text_dtype`.
+    kept is of `latents_dtype` and `text_dtype`. Programs are of `rows` examples a
+    device, however many a batch has: another number would round otherwise.
     """
 
     def __init__(
@@ -40,8 +43,10 @@ class Encoder:
         length: int = 154,
         context_dim: int = 4096,
         pooled_dim: int = 2048,
+        rows: int = 8,
     ):
-        self.bundle, self.form = bundle, form
+        self.bundle, self.form, self.rows = bundle, form, rows
+        self.shards = sharding.batch_shards(bundle.mesh)
         self.cut = Counter()  # captions of which an encoder does not read all
         self._t5_length = length - prompts.CLIP_LENGTH
         if self._t5_length < 1 and any(name in bundle.modules for name in TEXT):
@@ -74,6 +79,8 @@ class Encoder:
 
         self._picture = jax.jit(picture, out_shardings=placed)
         self._text = jax.jit(text, out_shardings=placed)
+        join = partial(joined, shards=self.shards)
+        self._join = jax.jit(join, static_argnums=1, out_shardings=placed)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Ids by encoder; what they do not read to its end is counted in `cut`."""
@@ -100,10 +107,41 @@ class Encoder:
         with programs.on(self.bundle.mesh):
             return self._text(variables, ids)._asdict()
 
-    def __call__(self, batch: dict[str, Array]) -> dict[str, Array]:
-        """A batch in which pictures and token ids have become what they stand for."""
-        ids = {name: x for name, x in batch.items() if name.startswith("ids_")}
-        made = {name: x for name, x in batch.items() if name not in ids}
-        if "image" in made:
-            made |= self.picture(made.pop("image"))
+    def __call__(
+        self, rows: dict[str, np.ndarray], batch_size: int
+    ) -> dict[str, Array]:
+        """This process's rows of a batch, as loaded, to the batch over the mesh, in
+        which pictures and token ids have become what they stand for."""
+        raw = {k: x for k, x in rows.items() if k == "image" or k.startswith("ids_")}
+        rest = {name: x for name, x in rows.items() if name not in raw}
+        own = batch_size // self.shards  # a device's
+        parts = []
+        for start in range(0, own, self.rows):
+            part = {k: cut(x, own, start, self.rows) for k, x in raw.items()}
+            size = self.rows * self.shards
+            parts.append(self._encode(sharding.put(part, self.bundle.mesh, size)))
+        made = self._join(parts, own)
+        return sharding.put(rest, self.bundle.mesh, batch_size) | made
+
+    def _encode(self, batch: dict[str, Array]) -> dict[str, Array]:
+        ids = {name: x for name, x in batch.items() if name != "image"}
+        made = self.picture(batch["image"]) if "image" in batch else {}
         return made | (self.text(ids) if ids else {})
+
+
+def cut(x: np.ndarray, own: int, start: int, rows: int) -> np.ndarray:
+    """Rows from `start` on of each device, which has `own`; zeros for what is not."""
+    x = x.reshape(-1, own, *x.shape[1:])[:, start : start + rows]
+    missing = [(0, 0), (0, rows - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return np.pad(x, missing).reshape(-1, *x.shape[2:])
+
+
+def joined(parts: Sequence[dict[str, Array]], own: int, shards: int) -> dict:
+    """The inverse of `cut`, of what was made of each part; no device waits for one."""
+
+    def leaf(*xs):
+        xs = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+        whole = jnp.concatenate(xs, axis=1)[:, :own]
+        return whole.reshape(-1, *whole.shape[2:])
+
+    return jax.tree.map(leaf, *parts)
