@@ -4,6 +4,9 @@ Captions stand in a.txt or a.json beside a.jpg, or in a folder's metadata.jsonl,
 goes for the folders in it too. Hidden files and folders are not looked at.
 """
 
+import functools
+import os
+import time
 from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
@@ -24,6 +27,7 @@ from sd3_jax.data.items import (
 from sd3_jax.data.listing import FILE, FOLDER, LINK, OTHER, Entry
 from sd3_jax.errors import UserError
 
+COARSE = 2 * 10**9  # ns in which a directory may change twice under one time
 UNFIT = {
     LINK: "a link to a folder, which is not followed",
     OTHER: "cannot be read: not a file, or a link to none",
@@ -144,6 +148,19 @@ class _Planned:
 
 
 def _look(root: str, directory: str) -> Seen:
+    """A directory of many parts is listed once, as long as it does not change."""
+    where = listing.join(root, directory)
+    try:
+        stamp = os.stat(where).st_mtime_ns if listing.local(where) else None
+    except OSError:
+        stamp = None
+    if stamp is None or time.time_ns() - stamp < COARSE:
+        return _listed.__wrapped__(root, directory, stamp)
+    return _listed(root, directory, stamp)
+
+
+@functools.lru_cache(2)
+def _listed(root: str, directory: str, stamp: int | None) -> Seen:
     try:
         found = listing.entries(listing.join(root, directory))
     except OSError as error:
