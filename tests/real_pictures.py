@@ -27,7 +27,7 @@ KEPT = {  # odd, and taken by rule
 
 
 def make(folder: Path, count: int, seed: int = 0) -> dict[str, str]:
-    """`count` good ones, and odd and bad ones: by name, "kept" or part of the reason."""
+    """`count` good ones and odd ones; of the latter "kept" or a part of the reason."""
     rng = np.random.default_rng(seed)
     photos, digits = load_sample_images().images, load_digits()
     for i in range(count):

@@ -18,15 +18,21 @@ from safetensors.numpy import save
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json
 
-FORMAT, VERSION = "sd3_jax.record", 2  # 1 had no image, no moments, no caption_from
+FORMAT, VERSION = (
+    "sd3_jax.record",
+    2,
+)  # 1 had latents, context and pooled, and no caption_from
 TENSORS = {
     "image": "h w 3",
     "moments": "h w 2c",
     "latents": "h w c",
+    "clip": "l d",
+    "t5": "l d",
     "context": "l d",
     "pooled": "e",
 }
-PICTURES, TEXTS = ("image", "moments", "latents"), ("context", "pooled")
+PICTURES = ("image", "moments", "latents")
+TEXTS = ("context", "clip", "t5", "pooled")
 FLOATS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 DTYPES = {"U8": np.uint8, **FLOATS}
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
@@ -52,8 +58,9 @@ class Record(NamedTuple):
 
     A picture as image (h, w, 3) in uint8, as moments (h, w, 2c), mean and log-variance
     of its latents as the denoiser sees them, or as latents (h, w, c): one or several of
-    these. Of its text context (l, d) and pooled (e,), or only the caption. Numbers are
-    float32, bfloat16 or float16.
+    these. Of its text context (l, d) and pooled (e,); or context in the parts that it
+    is made of, clip (l, d) and t5 (l, d), without the zeros that fill the first up; or
+    only the caption. Numbers are float32, bfloat16 or float16.
     """
 
     tensors: dict[str, np.ndarray]
@@ -200,7 +207,10 @@ def _check_tensors(header):
     if not any(name in header for name in PICTURES):
         raise ValueError(f"{PICTURES[-1]}: missing, as are {_all(PICTURES[:-1])}")
     if any(name in header for name in TEXTS):
-        _check_names(header, TEXTS, TENSORS)
+        split = "clip" in header or "t5" in header
+        _check_names(header, ("clip" if split else "context", "pooled"), TENSORS)
+        if split and "context" in header:
+            raise ValueError("context: given whole, and as clip and t5")
 
 
 def _check_entry(name, entry):

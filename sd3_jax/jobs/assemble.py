@@ -79,7 +79,9 @@ def mmdit(model: ConfigDict) -> MMDiT:
 def text_model(config: ConfigDict) -> prompts.TextModel:
     text = config.text
     if text.name == "precomputed":
-        return prompts.precomputed()
+        return prompts.precomputed(
+            length=text.length, context_dim=config.model.context_dim
+        )
     tower = ByteTower(
         depth=text.depth,
         width=text.width,

@@ -15,11 +15,12 @@ from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
 from sd3_jax.data.mixture import Records
-from sd3_jax.data.records import TENSORS, Record
+from sd3_jax.data.records import TENSORS, TEXTS, Record
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines.encoding import Encoder
+from sd3_jax.pipelines.prompts import CLIP_LENGTH
 
 # What a recipe can make latents of, the first that a record has.
 PICTURES = {"pixels": ("image",), "latents": ("moments", "latents", "image")}
@@ -77,6 +78,8 @@ def shapes(config: ConfigDict, bucket: Bucket) -> dict[str, tuple[int, ...]]:
         "image": (*bucket, 3),
         "moments": (*sides, 2 * model.channels),
         "latents": (*sides, model.channels),
+        "clip": (CLIP_LENGTH, model.pooled_dim),
+        "t5": (max(1, config.text.length - CLIP_LENGTH), model.context_dim),
         "context": (config.text.length, model.context_dim),
         "pooled": (model.pooled_dim,),
     }
@@ -134,17 +137,17 @@ def fields(config: ConfigDict, first: Record) -> list[str]:
             f'its records hold {held}: config.image.autoencoder = "{kind}" wants'
             f" {' or '.join(PICTURES[kind])}"
         )
-    text = "caption"
-    if config.text.name == "precomputed" and "context" in first.tensors:
-        text = "context pooled"
+    text = [name for name in TEXTS if name in first.tensors]
+    if config.text.name != "precomputed" or not text:
+        text = ["caption"]
     raw = picture == "image" and kind == "latents"
-    if not config.encode.weights and (raw or to_encode(config, [text])):
+    if not config.encode.weights and (raw or to_encode(config, text)):
         what = "pictures" if raw else "captions"
         raise UserError(
             f"its records hold {held}: their {what} are not encoded; wanted"
             " config.encode.weights, a released model that has the encoders"
         )
-    return [picture, *text.split()]
+    return [picture, *text]
 
 
 def to_encode(config: ConfigDict, fields: Sequence[str]) -> list[str]:
@@ -214,10 +217,10 @@ def encoder(
 def made(name: str, config: ConfigDict, shape: tuple[int, ...]) -> str:
     """What makes the shape of the recipe, and what that of the records."""
     model, image = config.model, config.image
-    if name == "context":
+    if name in ("context", "t5"):
         length, width = config.text.length, model.context_dim
         return f"config.text.length = {length}, config.model.context_dim = {width}"
-    if name == "pooled":
+    if name in ("clip", "pooled"):
         return f"config.model.pooled_dim = {model.pooled_dim}"
     factor = 1 if name == "image" else 8
     sides = by_x([factor * side for side in shape[:2]])

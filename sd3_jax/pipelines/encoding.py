@@ -47,6 +47,7 @@ class Encoder:
     ):
         self.bundle, self.form, self.rows = bundle, form, rows
         self.shards = sharding.batch_shards(bundle.mesh)
+        self.context_dim = context_dim
         self.cut = Counter()  # captions of which an encoder does not read all
         self._t5_length = length - prompts.CLIP_LENGTH
         if self._t5_length < 1 and any(name in bundle.modules for name in TEXT):
@@ -67,14 +68,7 @@ class Encoder:
             return found.astype(latents_dtype)
 
         def text(variables, ids):
-            found = prompts.encode_released(
-                models,
-                variables,
-                ids,
-                context_dim=context_dim,
-                pooled_dim=pooled_dim,
-                length=self._t5_length,
-            )
+            found = prompts.encode_parts(models, variables, ids, pooled_dim=pooled_dim)
             return jax.tree.map(lambda x: x.astype(text_dtype), found)
 
         self._picture = jax.jit(picture, out_shardings=placed)
@@ -99,13 +93,19 @@ class Encoder:
         before any program is compiled."""
         variables = {name: self.bundle.variables.get(name) for name in TEXT}
         with programs.on(self.bundle.mesh):
-            jax.eval_shape(self._text, variables, self.tokenize([""]))
+            made = jax.eval_shape(self._text, variables, self.tokenize([""]))
+            jax.eval_shape(
+                partial(prompts.put_together, length=1, context_dim=self.context_dim),
+                *made,
+            )
 
     def text(self, ids: dict[str, Array]) -> dict[str, Array]:
-        """context (b, length, context_dim) and pooled (b, pooled_dim)."""
+        """clip (b, 77, pooled_dim), t5 (b, length - 77, context_dim) if there is one,
+        and pooled (b, pooled_dim): what context is put together from."""
         variables = {name: self.bundle.variables.get(name) for name in TEXT}
         with programs.on(self.bundle.mesh):
-            return self._text(variables, ids)._asdict()
+            found = self._text(variables, ids)._asdict()
+        return {name: x for name, x in found.items() if x is not None}
 
     def __call__(
         self, rows: dict[str, np.ndarray], batch_size: int

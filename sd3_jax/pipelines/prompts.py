@@ -65,6 +65,15 @@ class TextModels(NamedTuple):
     t5: nn.Module | None
 
 
+class Encoded(NamedTuple):
+    """What the released encoders say, before it is put together: L's and G's states
+    side by side on channels; no T5 is no tokens."""
+
+    clip: Float[Array, "b l d"]
+    t5: Float[Array, "b m k"] | None
+    pooled: Float[Array, "b e"]
+
+
 def encode_released(
     models: TextModels,
     variables: dict,
@@ -75,11 +84,22 @@ def encode_released(
     pooled_dim: int = 2048,
     length: int = 256,
 ) -> Conditioning:
-    """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads.
+    """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads."""
+    made = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
+    return put_together(*made, length=length, context_dim=context_dim)
 
-    Of a CLIP its penultimate states, L's and G's side by side on channels and filled up
-    with zeros to T5's width; then T5's states on the token axis (appendix B.2). Without
-    T5 `length` zero tokens take their place: there is no mask, so their number matters.
+
+def encode_parts(
+    models: TextModels,
+    variables: dict,
+    ids: dict[str, Int[Array, "b _"]],
+    clip_skip: int = 0,
+    *,
+    pooled_dim: int = 2048,
+) -> Encoded:
+    """Penultimate states of both CLIPs, pooled (b, pooled_dim), and T5's states.
+
+    A CLIP that is left out is zeros; the CLIPs' states have pooled's channels.
     """
     b = len(next(iter(ids.values())))
     states, pooled = [], []
@@ -95,18 +115,34 @@ def encode_released(
         missing = pooled_dim - pooled[0].shape[-1]
         states.insert(0, jnp.zeros((*states[0].shape[:2], missing), states[0].dtype))
         pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
-    dtype = next(m for m in models if m is not None).dtype
     if not states:
+        dtype = models.t5.dtype
         states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
         pooled = [jnp.zeros((b, 0), dtype)]
-    clip = filled(jnp.concatenate(states, -1), context_dim, "context_dim")
-    if models.t5 is None:
-        long = jnp.zeros((b, length, context_dim), clip.dtype)
-    else:
-        long = models.t5.apply(variables["t5"], ids["ids_t5"])
-    context = jnp.concatenate([clip, long.astype(clip.dtype)], axis=1)
+    t5 = None if models.t5 is None else models.t5.apply(variables["t5"], ids["ids_t5"])
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
-    return Conditioning(context, vector)
+    clip = filled(jnp.concatenate(states, -1), pooled_dim, "pooled_dim")
+    return Encoded(clip, t5, vector)
+
+
+def put_together(
+    clip: Float[Array, "b l d"],
+    t5: Float[Array, "b m k"] | None,
+    pooled: Float[Array, "b e"],
+    *,
+    length: int,
+    context_dim: int,
+) -> Conditioning:
+    """CLIP's tokens filled up with zeros to T5's width, then T5's (appendix B.2).
+
+    Without T5 `length` zero tokens take their place: there is no mask, so that their
+    number matters.
+    """
+    clip = filled(clip, context_dim, "context_dim")
+    if t5 is None:
+        t5 = jnp.zeros((clip.shape[0], length, context_dim), clip.dtype)
+    context = jnp.concatenate([clip, t5.astype(clip.dtype)], axis=1)
+    return Conditioning(context, pooled)
 
 
 def filled(x: Array, size: int, what: str) -> Array:
@@ -128,9 +164,20 @@ class TextModel(NamedTuple):
     encode: Callable[[dict, dict], Conditioning]
 
 
-def precomputed() -> TextModel:
-    """Context and pooled come with the batch."""
-    encode = lambda params, batch: Conditioning(batch["context"], batch["pooled"])
+def precomputed(*, length: int = 154, context_dim: int = 4096) -> TextModel:
+    """Context and pooled come with the batch, or the parts of context."""
+
+    def encode(params, batch):
+        if "context" in batch:
+            return Conditioning(batch["context"], batch["pooled"])
+        return put_together(
+            batch["clip"],
+            batch.get("t5"),
+            batch["pooled"],
+            length=length - CLIP_LENGTH,
+            context_dim=context_dim,
+        )
+
     return TextModel("sd3", lambda key, batch: {}, encode)
 
 

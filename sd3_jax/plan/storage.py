@@ -29,6 +29,7 @@ LONG, SPREAD = 1_000, 0.5  # pixels of the median long side; of its logarithm
 SIDES = 16, 20_000  # pixels that a picture's side may have
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}  # as a file has them
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "uint8": "U8"}
+CLIP_LENGTH = 77  # tokens, of pooled's channels
 FRAME = 56  # bytes that a shard adds to each record
 PAGE = 2**16  # bytes a shard is padded to, 24 of which are the page's own
 INDEX = 8  # bytes of it a record, at a shard's end
@@ -245,7 +246,9 @@ def arrays(
     name, dtype, shape = pictures[latents]
     held = {name: (dtype, shape)}
     if text_tokens:
-        held["context"] = (text_dtype, (text_tokens, context_dim))
+        held["clip"] = (text_dtype, (CLIP_LENGTH, pooled_dim))
+        if text_tokens > CLIP_LENGTH:
+            held["t5"] = (text_dtype, (text_tokens - CLIP_LENGTH, context_dim))
         held["pooled"] = (text_dtype, (pooled_dim,))
     return held
 

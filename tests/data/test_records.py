@@ -152,6 +152,10 @@ FAULTS = {
     "another caption": (meta("caption", "a blue fox"), "checksum: its bytes have"),
     "a name as a path": (edit("../../x", to={}), "'../../x': unknown"),
     "no text": (edit("context", to=None), "context: missing"),
+    "clip beside context": (
+        edit("clip", to={"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}),
+        "context: given whole, and as clip and t5",
+    ),
     "odd moments": (edit("moments", "shape", to=[1, 4, 3]), "wanted (h w 2c)"),
     "an image of floats": (
         edit("image", to={"dtype": "F32", "shape": [2, 2, 3], "data_offsets": [0, 48]}),

@@ -130,7 +130,8 @@ def test_training_from_records_is_training_from_pictures(
     kinds = {name: (x.shape, x.dtype.name) for name, x in record.tensors.items()}
     assert kinds == {
         "moments": ((8, 8, 32), "float16"),
-        "context": ((100, 160), "bfloat16"),
+        "clip": ((77, 128), "bfloat16"),
+        "t5": ((23, 160), "bfloat16"),
         "pooled": ((128,), "bfloat16"),
     }
 

@@ -15,7 +15,7 @@ from sd3_jax.plan import storage
 
 TABLE = buckets.table(1024, 1024, count=9)
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
-SMALL = dict(text_tokens=6, context_dim=8, pooled_dim=4, batch_size=16, part=100)
+SMALL = dict(text_tokens=83, context_dim=8, pooled_dim=4, batch_size=16, part=100)
 
 
 def zeros(kinds) -> dict[str, np.ndarray]:
@@ -74,7 +74,8 @@ def test_a_plans_record_is_written_in_as_many_bytes():
     made = storage.plan(1000, buckets=[(64, 96)], caption=11, source=5, **SMALL)
     held = {
         "moments": np.zeros((8, 12, 32), np.float16),
-        "context": np.zeros((6, 8), ml_dtypes.bfloat16),
+        "clip": np.zeros((77, 4), ml_dtypes.bfloat16),
+        "t5": np.zeros((6, 8), ml_dtypes.bfloat16),
         "pooled": np.zeros(4, ml_dtypes.bfloat16),
     }
     crop = (100, 100, 1000, 1000)  # of as many digits
@@ -129,10 +130,12 @@ def test_hours():
 
 
 def test_the_papers_own_bytes():
-    """Table 7: 65.5 kB, of moments in float16, and T5's 630.7 kB of 77 tokens."""
-    made = storage.plan(10, buckets=[(256, 256)], text_tokens=77)
-    assert made.tensors["moments"]["bytes"] == [65_536]
-    assert made.tensors["context"]["bytes"] == [630_784]
+    """Table 7: 65.5 kB of moments, 630.7 of T5's tokens, 121.3 + 202.2 of CLIPs'."""
+    made = storage.plan(10, buckets=[(256, 256)], text_tokens=154)
+    sizes = {name: x["bytes"][0] for name, x in made.tensors.items()}
+    assert sizes["moments"] == 65_536 and sizes["t5"] == 630_784
+    pooled_in_float32 = 2 * sizes["pooled"]
+    assert abs(sizes["clip"] + pooled_in_float32 - 121_300 - 202_200) < 300
 
 
 def test_small_plans_hold():
