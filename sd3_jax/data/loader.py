@@ -5,6 +5,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
+from sd3_jax.data import memory
 from sd3_jax.errors import UserError
 
 STEPS = 2**31 - 1  # more than any run has
@@ -30,6 +31,7 @@ class Loader:
         threads: int = 2,
         prefetch: int = 8,
     ):
+        memory.keep_freed()
         self._source, self._batch_size = source, batch_size
         local = np.arange(rows.start, rows.stop)
 

@@ -347,7 +347,7 @@ def _about(caption: int, source: int) -> dict[str, str]:
         "caption_from": "synthetic",
         "size": "[1000, 1000]",
         "crop": "[100, 100, 1000, 1000]",
-        "checksum": f"sha256:{64 * '0'}",
+        "checksum": f"crc32:{8 * '0'}",
     }
 
 
