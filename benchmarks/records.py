@@ -2,7 +2,6 @@
 
     python benchmarks/records.py              # 400 records, 0.7 GB on disk, a minute
     python benchmarks/records.py --parts      # where a record's time goes, too
-    python benchmarks/records.py --keep       # with malloc told to keep what it freed
     python benchmarks/records.py --shards 2000    # what Records holds of a shard
 
 Latents 128 x 128 x 16 in bfloat16, context 154 x 4096 and pooled 2048 likewise: 1.7 MiB
@@ -20,8 +19,6 @@ import time
 from pathlib import Path
 
 GOAL, MEMORY = 400, 1e9  # records a second on two cores, and bytes more
-# glibc's malloc gives large blocks back to the kernel when they are freed, by default.
-KEEP = {"MALLOC_MMAP_THRESHOLD_": f"{2**25}", "MALLOC_TRIM_THRESHOLD_": f"{2**28}"}
 BATCH, FILES, AGAIN = 32, 4, 3
 TEXTS = {"context": (154, 4096), "pooled": (2048,)}
 
@@ -33,11 +30,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, nargs="+", default=(2, 4))
     parser.add_argument("--prefetch", type=int, default=2, help="batches")
     parser.add_argument("--folder", help="for the shards; default a temporary one")
-    parser.add_argument("--keep", action="store_true", help="what malloc freed")
     parser.add_argument("--parts", action="store_true")
     parser.add_argument("--shards", type=int, help="tiny ones: memory of each, only")
     args = parser.parse_args()
-    os.environ |= KEEP if args.keep else {}
     load = " ".join(f"{x:.1f}" for x in os.getloadavg())
     print(f"{os.cpu_count()} cores, load {load}")
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
@@ -145,16 +140,14 @@ def load(folder: str, threads: str, prefetch: str) -> dict:
 
 def divide(folder: str) -> dict:
     """Milliseconds of a record's parts, one after the other, in one thread."""
-    import hashlib
+    import zlib
 
     import numpy as np
     import safetensors
 
-    from sd3_jax.data import records, shards
+    from sd3_jax.data import memory, records, shards
 
-    # Once an array like a batch's is freed, malloc keeps what smaller ones leave; else
-    # 2.5 ms of a read are page faults, as they are not in the loader.
-    np.ones(2**24, np.uint8)
+    memory.keep_freed()
     path = f"{folder}/0.arecord"
     reader = shards.open_shard(path)
     count = min(64, reader.num_records())
@@ -171,7 +164,7 @@ def divide(folder: str) -> dict:
         "read": lambda i: reader.read([i]),
         "decode": lambda i: records.decode(each[i], path),
         "  its safetensors": lambda i: safetensors.deserialize(each[i]),
-        "  its sha256": lambda i: hashlib.sha256(each[i]).digest(),
+        "  its crc32": lambda i: zlib.crc32(each[i]),
         "  its look for nan": lambda i: [records._not_finite(x) for x in held],
         "copy to the batch": copy,
     }
