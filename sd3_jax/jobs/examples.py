@@ -127,6 +127,15 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
     return found
 
 
+def by_bucket(source) -> str:
+    """ "48x64 31 %, 64x64 69 %": whose turn a step is how often; "" if all are alike."""
+    if not isinstance(source, Records) or len(source.buckets) == 1:
+        return ""
+    weights = {b.name: sum(s.weight for s in b.sets) for b in source.buckets}
+    total = sum(weights.values())
+    return ", ".join(f"{name} {x / total:.1%}" for name, x in weights.items())
+
+
 def fields(config: ConfigDict, first: Record) -> list[str]:
     """What of records like the first a batch has: the nearest to what is trained on."""
     kind = config.image.autoencoder

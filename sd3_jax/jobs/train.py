@@ -203,6 +203,8 @@ class Training:
             about["devices"],
             about["device_kind"],
         )
+        if shares := examples.by_bucket(self.source):
+            log.info("buckets: %s", shares)
         if jax.process_index() == 0:
             for name, value in ("config", self.settings), ("run", about):
                 text = json.dumps(value, indent=2)
