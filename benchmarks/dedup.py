@@ -2,11 +2,13 @@
 
     python benchmarks/dedup.py pictures                # recall and false pairs, minutes
     python benchmarks/dedup.py pictures --split tune   # the set thresholds were set on
+    python benchmarks/dedup.py pictures --split fresh --folder DIR  # crops of others
     python benchmarks/dedup.py digits                  # a hard set, all distinct
     python benchmarks/dedup.py search --n 100000       # random vectors, planted pairs
 
 Distinct pictures are crops of scikit-learn's two photographs. `tune` and `test` are
-halves of them, by different seeds: no pixel is in both. `portrait` is matplotlib's.
+halves of them, by different seeds: no pixel is in both. `portrait` is matplotlib's,
+`fresh` a folder's pictures, by name.
 """
 
 import argparse
@@ -15,19 +17,23 @@ import itertools
 import resource
 import time
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageEnhance
 
 from sd3_jax.data import duplicates, fingerprints
 
-SEEDS = {"tune": 1, "test": 2, "portrait": 3}
+SEEDS = {"tune": 1, "test": 2, "portrait": 3, "fresh": 4}
 SIDES = 64, 260  # of crops, in pixels
 APART = 0.3  # of intersection over union: crops below it are distinct
 
 
-def photographs(split: str) -> list[np.ndarray]:
+def photographs(split: str, folder: str = "") -> list[np.ndarray]:
     """The left halves to tune on, the right ones to test with; (h, w, 3) uint8."""
+    if split == "fresh":
+        paths = sorted(Path(folder).iterdir())
+        return [np.array(Image.open(path).convert("RGB")) for path in paths]
     if split == "portrait":
         from matplotlib import cbook
 
@@ -168,7 +174,9 @@ class Found:
 
 def pictures(args) -> None:
     """Recall by change, false pairs by threshold, and the worst of both."""
-    made, boxes = crops(photographs(args.split), args.count, SEEDS[args.split])
+    made, boxes = crops(
+        photographs(args.split, args.folder), args.count, SEEDS[args.split]
+    )
     changed = list(planted(made, SEEDS[args.split]))
     found = Found(made, boxes, changed)
     pairs, alike = found.looked_at()
@@ -244,12 +252,15 @@ def main() -> None:
         sub.add_argument("--count", type=int, default=count)
         if verb is pictures:
             sub.add_argument("--split", choices=SEEDS, default="test")
+            sub.add_argument("--folder", default="", help="of pictures, for fresh")
     sub = verbs.add_parser("search")
     sub.set_defaults(run=search)
     for name, value in dict(n=100_000, d=512, clusters=0, probes=4).items():
         sub.add_argument(f"--{name}", type=int, default=value)
     sub.add_argument("--threshold", type=float, default=0.85)
     args = parser.parse_args()
+    if getattr(args, "split", "") == "fresh" and not args.folder:
+        parser.error("--split fresh: wanted --folder, of pictures")
     args.run(args)
 
 

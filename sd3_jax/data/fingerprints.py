@@ -34,6 +34,11 @@ TINGE = 4  # squared levels that its planes may differ by beside it
 STILL = 300  # weight of no movement, in squared levels a pixel
 SHIFT, STRETCH = 0.06, 0.12  # of the side, at most: crops of 5 % at either end
 GAIN = 1.3  # of contrast and colour, or its inverse, at most
+LIGHTER = 1.12  # of brightness, or its inverse, at most
+WHITE = 248  # levels: from here on a channel may have been cut off at 255
+BROAD = 2.5  # weight of what is left in means of 4 x 4 pixels: a crop's is at edges
+STAIN = 1  # squared levels that compression leaves there
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # JPEG's, as its chroma
 LEVELS = (4, 2, 1)  # the thumbnails' reductions, coarse first: 5 % are 0.6 pixels there
 STEPS = 4  # of Gauss-Newton on each
 BLOCK = 256  # pairs at once: 20 MB of derivatives
@@ -67,6 +72,7 @@ def likeness(found: Prints, pairs: Int64[ndarray, "m 2"]) -> Float32[ndarray, " 
 
     What is left of the one's variance when the other, shifted, stretched, its contrast
     and brightness fitted, explains it; chroma's part too, absolute differences in it.
+    The darker one explains the other, white as far as brightening it cuts it off.
     """
     made = np.zeros(len(pairs), np.float32)
     for start in range(0, len(pairs), BLOCK):
@@ -114,7 +120,13 @@ def embedded(
     embed: Callable, pictures: Sequence[UInt8[ndarray, "_ _ 3"]], name: str = "embed"
 ) -> Float32[ndarray, "n d"]:
     """What a function of other hands gives, if it is an embedding; or a UserError."""
-    made = np.asarray(embed(pictures))
+    try:
+        made = np.asarray(embed(pictures))
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} failed: {shown(what, 200)}") from error
     if made.ndim != 2 or len(made) != len(pictures) or made.dtype.kind != "f":
         raise UserError(
             f"{name}: gave {made.dtype} of shape {made.shape} for {len(pictures)}"
@@ -130,7 +142,7 @@ def _thumbnail(picture):
     image = Image.fromarray(picture)
     small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3)
     rgb = np.asarray(small, np.float32)
-    y = rgb @ np.array([0.299, 0.587, 0.114], np.float32)  # JPEG's, as its chroma
+    y = rgb @ LUMA
     chroma = np.stack([(rgb[..., 2] - y) / 1.772, (rgb[..., 0] - y) / 1.402])
     chroma = _reduced(chroma, SIDE // COARSE) + 128
     return y.round().astype(np.uint8), chroma.round().clip(0, 255).astype(np.uint8)
@@ -173,26 +185,77 @@ def _blurred(x):
 
 
 def _explained(y1, c1, y2, c2):
-    """The share of the second's variance (and NOISE) that the first explains; (m,)."""
+    """The share of one's variance (and NOISE) that the other explains; (m,)."""
     move = np.zeros((len(y1), 4), np.float32)
     for by in LEVELS:
         a, b = _blurred(_reduced(y1, by)), _blurred(_reduced(y2, by))
         move = _moved(a, b, move)
     y, inside = _warped(a, move)
+    planes = [_warped(c, move)[0] for c in np.moveaxis(c1, 1, 0)]
+    coarse = _warped(c1[:, 0], move)[1]
+    y, c1, b, c2 = _darker_first(y, np.stack(planes, 1), b, c2)
+    y, c1 = _lighter(y, c1, b, c2)
     (mean1, var1), (mean2, var2), shared = _moments(y, b, inside)
     gain = (shared / np.maximum(var1, 1e-6)).clip(1 / GAIN, GAIN)
     left = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
     whole = var2 + NOISE**2
-    brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / GAIN, GAIN)
+    broad = BROAD * _broad(y, b, gain, inside)
+    brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / LIGHTER, LIGHTER)
     left += np.square(mean2 - brighter * mean1)
     for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
-        c, inside = _warped(a, move)
-        (mean1, var1), (mean2, var2), shared = _moments(c, b, inside)
+        (mean1, var1), (mean2, var2), shared = _moments(a, b, coarse)
         apart = var2 - 2 * gain * shared + gain**2 * var1
         left += (apart - TINGE).clip(0)
         left += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
         whole += var2
-    return (1 - left / whole).clip(0, 1)
+    return (1 - np.maximum(left / whole, broad)).clip(0, 1)
+
+
+def _darker_first(y1, c1, y2, c2):
+    """Pair by pair: what was cut off at white cannot be made from the brighter one."""
+    swap = y1.mean((1, 2)) > y2.mean((1, 2))
+    ys = np.where(swap[:, None, None], (y2, y1), (y1, y2))
+    cs = np.where(swap[:, None, None, None], (c2, c1), (c1, c2))
+    return ys[0], cs[0], ys[1], cs[1]
+
+
+def _lighter(y1, c1, y2, c2):
+    """The first as light as the second, and cut off at white as that was.
+
+    The gain is least squares where the second is not cut off; if it is everywhere,
+    the most there may be.
+    """
+    one, other = _rgb(y1, c1), _rgb(y2, c2)  # (m, 3, s, s)
+    clear = one * (other < WHITE)
+    shared, own = (np.einsum("mcij,mcij->m", clear, x) for x in (other, one))
+    gain = np.where(own > 0, shared / np.maximum(own, 1), LIGHTER).clip(1, LIGHTER)
+    return _ycc((one * gain[:, None, None, None]).clip(0, 255))
+
+
+def _rgb(y, c):
+    """(m, 3, s, s) of luminance (m, s, s) and chroma (m, 2, c, c) about 0."""
+    blue, red = np.moveaxis(c.repeat(SIDE // COARSE, 2).repeat(SIDE // COARSE, 3), 1, 0)
+    green = y - (0.114 * 1.772 * blue + 0.299 * 1.402 * red) / 0.587
+    return np.stack([y + 1.402 * red, green, y + 1.772 * blue], 1)
+
+
+def _ycc(rgb):
+    y = np.einsum("mcij,c->mij", rgb, LUMA)
+    chroma = np.stack([(rgb[:, 2] - y) / 1.772, (rgb[:, 0] - y) / 1.402], 1)
+    return y, _reduced(chroma, SIDE // COARSE)
+
+
+def _broad(y1, y2, gain, inside):
+    """The share of the second's variance left in means of 4 x 4 pixels; (m,).
+
+    Two digits differ by whole strokes, a picture from its crop at edges.
+    """
+    (mean1, _), (mean2, _), _ = _moments(y1, y2, inside)
+    one = (y1 - mean1[:, None, None]) * gain[:, None, None] * inside
+    other = (y2 - mean2[:, None, None]) * inside
+    left = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
+    whole = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
+    return (left - STAIN).clip(0) / whole
 
 
 def _moved(a, b, move):

@@ -4,7 +4,8 @@
     sd3-jax precompute ... --config.ingest.exclude=DIR/duplicates.jsonl
 
 After the SD3 paper's appendix E.2 and E.3. Of pictures that are alike the one of most
-pixels is kept. What is in memory is a fingerprint a picture, not pictures; process 0
+pixels is kept, of several the largest file: an enlarged copy therefore stays, and its
+original goes. What is in memory is a fingerprint a picture, not pictures; process 0
 does it, in as many threads as config.dedup.threads.
 """
 
@@ -41,7 +42,7 @@ DAYS = 7  # that other processes wait
 
 
 class Pictures(NamedTuple):
-    """Those that could be read, the ones of most pixels first."""
+    """Those that could be read, of most pixels first, then of the largest file."""
 
     sources: list[str]
     parts: list[int]  # of the plan, by number
@@ -154,8 +155,8 @@ def read_all(
         whole = fingerprints.joined(found)
     else:
         whole = np.concatenate(found) if found else np.zeros((0, 1), np.float32)
-    pixels = np.array([size for _, _, size in told], np.int64)
-    order = np.argsort(-pixels, kind="stable")
+    pixels, size = np.array([row[2:] for row in told], np.int64).reshape(-1, 2).T
+    order = np.lexsort((-size, -pixels))  # of one size, the least compressed
     whole = Prints(*(x[order] for x in whole)) if embed is None else whole[order]
     sources, numbers = ([told[i][k] for i in order] for k in (0, 1))
     return Pictures(sources, numbers, pixels[order], whole), unread
@@ -178,13 +179,13 @@ def read(given, *, printed: bool):
 
 
 def readable(made, unread: Counter, told: list, progress: Progress) -> Iterator:
-    """What could be read, noted in `told` as (source, part, pixels); else counted."""
+    """What could be read, in `told` (source, part, pixels, bytes); else counted."""
     for item, number, size, one in made:
         progress.add(things=1, bytes=item.bytes)
         if isinstance(item, Rejected):
             unread[prepare.reasons(item.reason)] += 1
             continue
-        told.append((item.source, number, size))
+        told.append((item.source, number, size, item.bytes))
         yield one
 
 

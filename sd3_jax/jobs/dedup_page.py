@@ -71,7 +71,7 @@ def html(
     head = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
     told = page.note(
         f"Pairs of {threshold:g} or above are near-duplicates. A picture goes if it is"
-        " one of a picture that is kept; of more pixels first."
+        " one of a picture that is kept; of more pixels first, then of more bytes."
     )
     return page.document(
         "Near-duplicates",

@@ -35,8 +35,9 @@ def every_pair(x, threshold):
     return np.argwhere(cosines >= threshold), cosines
 
 
-def test_changed_pictures_are_found_and_distinct_ones_are_not():
-    photos = benchmark.photographs("portrait")
+@pytest.mark.parametrize("split", ["portrait", "test"])  # not tuned on
+def test_changed_pictures_are_found_and_distinct_ones_are_not(split):
+    photos = benchmark.photographs(split)
     pictures, boxes = benchmark.crops(photos, 60, seed=5)
     changed = list(benchmark.planted(pictures, 5, CHANGES))
     found = benchmark.Found(pictures, boxes, changed)
@@ -51,6 +52,18 @@ def test_flat_pictures_are_alike_by_their_colour():
     pairs = np.array([[0, 0], [0, 1], [1, 2], [1, 3], [2, 3]])
     alike = fingerprints.likeness(found, pairs) >= fingerprints.THRESHOLD
     assert alike.tolist() == [True, False, True, False, False]
+
+
+def test_what_brightening_cuts_off_at_white_is_not_missed():
+    down, across = np.mgrid[:64, :80].astype(np.float32) / 80
+    colour = np.array([225, 235, 248], np.float32)
+    sky = colour + 6 * np.sin(7 * down + 3 * across)[..., None]
+    other = colour + 6 * np.sin(4 * down - 8 * across)[..., None]
+    pictures = [sky, 1.1 * sky, other, 1.1 * other]
+    pictures = [x.clip(0, 255).round().astype(np.uint8) for x in pictures]
+    pairs = np.array([[0, 1], [1, 0], [2, 3], [0, 2], [0, 3], [2, 1]])
+    alike = fingerprints.likeness(fingerprints.prints(pictures), pairs)
+    assert (alike >= fingerprints.THRESHOLD).tolist() == [True] * 3 + [False] * 3
 
 
 @pytest.mark.parametrize("clusters", [0, 1])
@@ -158,3 +171,11 @@ def test_embeddings_of_other_hands_are_looked_at(made):
     with pytest.raises(UserError, match="my.module:embed: gave"):
         picture = np.zeros((16, 16, 3), np.uint8)
         fingerprints.embedded(lambda _: made, [picture] * 2, "my.module:embed")
+
+
+def test_a_failing_embedding_is_named():
+    def embed(pictures):
+        raise ValueError("no such layer")
+
+    with pytest.raises(UserError, match="my.module:embed failed: ValueError: no such"):
+        fingerprints.embedded(embed, [], "my.module:embed")
