@@ -198,16 +198,22 @@ def pictures(args) -> None:
         print(f"  {alike[at]:.3f}: {' and '.join(map(flat, pairs[at]))}")
 
 
-def digits(args) -> None:
-    """Handwritten digits, 8 x 8 made 64 x 64: all of different hands."""
-    from sklearn.datasets import load_digits
-
-    found = load_digits()
-    scans = (found.images[: args.count] * 15.9).astype(np.uint8)
+def scanned(scans):
+    """Prints of digits (n, 8, 8) in [0, 16], made 64 x 64."""
+    scans = (scans * 15.9).astype(np.uint8)
     big = [
         Image.fromarray(x).resize((64, 64), Image.Resampling.BILINEAR) for x in scans
     ]
-    prints = fingerprints.prints([np.array(x.convert("RGB")) for x in big])
+    return fingerprints.prints([np.array(x.convert("RGB")) for x in big])
+
+
+def digits(args) -> None:
+    """Handwritten digits: no two are one scan, though a writer's follow each other."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    scans = found.images[: args.count]
+    prints = scanned(scans)
     pairs, _ = duplicates.pairs(prints.descriptors, threshold=fingerprints.LOOSE)
     alike = fingerprints.likeness(prints, pairs)
     n = len(scans)

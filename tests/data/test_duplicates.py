@@ -7,15 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 
 from sd3_jax.data import duplicates, fingerprints
 from sd3_jax.errors import UserError
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import dedup as benchmark  # noqa: E402
-
-CHANGES = [("jpeg",), ("webp",), ("resize",), ("crop",), ("brightness",)]
-CHANGES = (*CHANGES, ("crop", "jpeg"))
 
 
 def rows(n, d=64, seed=0):
@@ -38,8 +36,8 @@ def every_pair(x, threshold):
 @pytest.mark.parametrize("split", ["portrait", "test"])  # not tuned on
 def test_changed_pictures_are_found_and_distinct_ones_are_not(split):
     photos = benchmark.photographs(split)
-    pictures, boxes = benchmark.crops(photos, 60, seed=5)
-    changed = list(benchmark.planted(pictures, 5, CHANGES))
+    pictures, boxes = benchmark.crops(photos, 100, seed=5)
+    changed = list(benchmark.planted(pictures, 5))
     found = benchmark.Found(pictures, boxes, changed)
     assert found.recall() >= 0.99
     assert found.mistaken() <= 0.001 * found.distinct()
@@ -64,6 +62,15 @@ def test_what_brightening_cuts_off_at_white_is_not_missed():
     pairs = np.array([[0, 1], [1, 0], [2, 3], [0, 2], [0, 3], [2, 1]])
     alike = fingerprints.likeness(fingerprints.prints(pictures), pairs)
     assert (alike >= fingerprints.THRESHOLD).tolist() == [True] * 3 + [False] * 3
+
+
+def test_digits_are_told_apart():
+    scans = load_digits().images[-200:]  # the first 600 were tuned on
+    found = benchmark.scanned(scans)
+    pairs, _ = duplicates.pairs(found.descriptors, threshold=fingerprints.LOOSE)
+    alike = fingerprints.likeness(found, pairs) >= fingerprints.THRESHOLD
+    # A few writers' own, harder than all: 0.15 % measured, 1.2 % if BROAD is 0.
+    assert alike.sum() <= 0.002 * 200 * 199 / 2
 
 
 @pytest.mark.parametrize("clusters", [0, 1])
