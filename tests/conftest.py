@@ -30,6 +30,23 @@ install_import_hook(
 )
 
 
+# Longest first, so that no worker sits at one alone in the end (see `make test`).
+LONG = (
+    *("test_chaos", "jobs/test_train", "jobs/test_sample", "plan/test_plan"),
+    *("jobs/test_precompute", "test_launch", "jobs/test_records", "test_bundle"),
+    *("jobs/test_compare", "jobs/test_resume", "test_recipes", "jobs/test_convert"),
+    *("test_mmdit", "pipelines/test_context", "test_bad_inputs"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        found = (i for i, name in enumerate(LONG) if f"{name}.py" in item.nodeid)
+        return next(found, len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture
 def key():
     return jax.random.key(0)

@@ -128,7 +128,7 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
 
 
 def by_bucket(source) -> str:
-    """ "48x64 31 %, 64x64 69 %": whose turn a step is how often; "" if all are alike."""
+    """ "48x64 31 %, 64x64 69 %": how often it is whose turn; "" if all are alike."""
     if not isinstance(source, Records) or len(source.buckets) == 1:
         return ""
     weights = {b.name: sum(s.weight for s in b.sets) for b in source.buckets}

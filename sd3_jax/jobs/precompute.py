@@ -25,15 +25,17 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import hosts, lock, sharding, validate, watch
-from sd3_jax.data import captions, filters, ingest, items, prepare
+from sd3_jax.data import captions, filters, ingest, items, listing, prepare
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.ingest import Part, Rejected
 from sd3_jax.data.prepare import Ready
 from sd3_jax.data.records import BadRecord
+from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import examples
 from sd3_jax.jobs.manifest import Manifest, PartWriter
 from sd3_jax.metrics import write_whole
+from sd3_jax.outside import shown
 from sd3_jax.pipelines.bundle import TEXT
 from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.plan import storage
@@ -66,7 +68,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
         encoder = encoder_of(config, mesh)
         watch.expect("the plan of the input", None)
-        made = made_by(config, encoder)
+        made = made_by(config, encoder, listing.digest(sorted(settings.excluded)))
         todo = hosts.first(lambda: begin(config, workdir, made), seconds=watch.LONG)
         parts = plan_of(workdir)
         manifest = Manifest(workdir, len(parts))
@@ -117,13 +119,16 @@ def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
     return examples.encoder(config, mesh, only, config.encode.form) if only else None
 
 
-def made_by(config: ConfigDict, encoder: Encoder | None) -> dict[str, Any]:
-    """The settings that make the records, and the weights' fingerprint."""
+def made_by(
+    config: ConfigDict, encoder: Encoder | None, exclusions: str
+) -> dict[str, Any]:
+    """The settings that make the records, and fingerprints of what they name."""
     values = dict(validate.leaves(config))
     within = lambda key: any(key == m or key.startswith(f"{m}.") for m in MAKING)
     made = {key: x for key, x in values.items() if within(key)}
-    for key in ("encode.weights", "encode.tokenizers"):  # where, not what
-        made.pop(key)
+    for key in "encode.weights", "encode.tokenizers", "ingest.exclude", "ingest.inputs":
+        made.pop(key)  # where, not what
+    made["excluded"] = exclusions
     made["weights"] = encoder.bundle.fingerprint() if encoder else ""
     return json.loads(json.dumps(made))
 
@@ -145,6 +150,16 @@ def begin(config: ConfigDict, workdir: epath.Path, made: dict) -> list[int]:
             raise UserError(
                 f"{workdir} holds records that other settings made:"
                 f" {'; '.join(differ)}. Give back the old ones, or another workdir"
+            )
+        known = {part.path for part in plan_of(workdir)}
+        now = {path for one in config.ingest.inputs for path in expand(one)}
+        if known != now:
+            changed = sorted(known ^ now)
+            raise UserError(
+                f"config.ingest.inputs: {shown(changed[0], 200)}"
+                f" {'is new' if changed[0] in now else 'is gone'}, of"
+                f" {len(changed)} that differ from what {workdir} was planned for:"
+                " wanted the same, or another workdir for what is new"
             )
     else:
         if not config.ingest.inputs:

@@ -6,6 +6,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
@@ -38,6 +39,7 @@ from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
 
 log = logging.getLogger(__name__)
+COMPILERS = 4  # buckets' programs at once
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -312,7 +314,7 @@ class Training:
     def compiled(self, state: TrainState) -> dict[tuple, Callable]:
         """The step's program for each bucket, by the `kind` of its batches, ahead of
         time: no step's time has a compilation in it, an encoder's neither."""
-        begin, programs = time.perf_counter(), {}
+        begin, lowered = time.perf_counter(), {}
         tokenize = self.encoder and self.encoder.tokenize
         for batch in examples.batches(self.config, self.source, tokenize):
             rows = self.put({name: x[self.rows] for name, x in batch.items()})
@@ -320,19 +322,9 @@ class Training:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                 rows,
             )
-            lowered = self.step.lower(state, self.key, shapes, {})
-            try:
-                programs[kind(rows)] = lowered.compile()
-            except jax.errors.JaxRuntimeError as error:
-                if "RESOURCE_EXHAUSTED" not in str(error):
-                    raise
-                raise UserError(
-                    "the step does not fit the memory of"
-                    f" {jax.devices()[0].device_kind}: wanted a smaller config.data."
-                    "batch_size, config.optim.accumulate, config.model.remat = full or"
-                    " a larger config.mesh.fsdp (sd3-jax plan finds some):"
-                    f" {' '.join(str(error).split())[:300]}"
-                ) from error
+            lowered[kind(rows)] = self.step.lower(state, self.key, shapes, {})
+        with ThreadPoolExecutor(COMPILERS) as threads:  # XLA works without the GIL
+            programs = dict(zip(lowered, threads.map(compile_, lowered.values())))
         seconds = time.perf_counter() - begin
         log.info("compiled the step in %.1f s, shapes: %d", seconds, len(programs))
         hosts.meet("compiled the step")
@@ -361,6 +353,21 @@ class Training:
             sheet = pictures.grid(images, columns=8)
             pictures.save_png(sheet, self.workdir / path)
         metrics.write(step, "samples", {"path": path, "prompts": captions})
+
+
+def compile_(lowered) -> Callable:
+    """A UserError, with what to do, if it does not fit a device's memory."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise UserError(
+            f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
+            " wanted a smaller config.data.batch_size, config.optim.accumulate,"
+            " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
+            f" finds some): {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def kind(batch: dict) -> tuple:

@@ -12,6 +12,7 @@ from parity import miniature
 
 from sd3_jax import main, metrics, sharding
 from sd3_jax.data import records, shards
+from sd3_jax.jobs import train
 
 TINY = "--config=configs/sd3_2b.py:tiny"  # 64 pixels
 PICTURES = ["--config.precompute.only="]
@@ -161,6 +162,12 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert run("precompute", done, inputs, "--config.precompute.only=vae") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert "other settings made" in error and "precompute.only was []" in error
+    (tmp_path / "more").mkdir()
+    real_pictures.make(tmp_path / "more" / "b", 1)
+    given = [f"{inputs},{tmp_path}/more", "--config.precompute.part=40", *PICTURES]
+    assert run("precompute", done, *given) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert f"config.ingest.inputs: {tmp_path}/more is new" in error
 
 
 def test_filters_and_what_dedup_found(folder, tmp_path):
@@ -175,6 +182,9 @@ def test_filters_and_what_dedup_found(folder, tmp_path):
     found, reasons = read(tmp_path / "done"), made["rejected"]
     assert reasons["filter score>=0.5"] > 50 and reasons["excluded"] == 1
     assert 0 < len(found) == made["records"] < 40 and made["files"] == 120
+    exclude.write_text(json.dumps({"source": "0/0003.jpg", "kept": "1/0001.png"}))
+    given = [f"--config.ingest.inputs={folder[0]}", "--config.precompute.part=40"]
+    assert run("precompute", tmp_path / "done", *given, *PICTURES, *flags) == 2
     for record in found.values():
         assert record.crop[2] * 1.2 >= 64 or record.crop[3] * 1.2 >= 64
 
@@ -250,3 +260,49 @@ def test_hosts_go_on_without_a_lost_or_doubled_record(
     for one in both:
         del one["host_seconds"], one["made_by"]
     assert both[0] == both[1]
+
+
+PIXELS = "--config=configs/quickstart.py:tiny"  # of 64 pixels in patches of 16
+SHAPES = ["image.height=64", "image.width=64", "image.buckets=9", "model.patch=16"]
+
+
+def test_training_over_buckets_goes_on_as_if_unbroken(folder, tmp_path, monkeypatch):
+    """On eight devices, five shapes: each compiled before the first step."""
+    recipe = [PIXELS, *(f"--config.{key}" for key in SHAPES)]
+    data, given = tmp_path / "data", f"--config.ingest.inputs={folder[0]}"
+    assert main.main(["precompute", *recipe, f"--workdir={data}", given]) == 0
+    assert len(json.loads((data / "manifest.json").read_text())["kept"]) == 5
+    events = []
+
+    compile_, write = train.compile_, metrics.Metrics.write
+
+    def compiled(lowered):
+        events.append("compiled")
+        return compile_(lowered)
+
+    def written(self, step, kind, values):
+        events.append(kind)
+        write(self, step, kind, values)
+
+    monkeypatch.setattr(train, "compile_", compiled)
+    monkeypatch.setattr(metrics.Metrics, "write", written)
+
+    def trained(name, steps):
+        flags = [
+            f"--config.data.records={data}/records/*",
+            "--config.data.name=records",
+        ]
+        flags += [f"--config.train.{key}_every=99" for key in ("eval", "sample")]
+        flags += [f"--config.train.steps={steps}", "--config.checkpoint.every=4"]
+        flags += ["--config.optim.schedule=constant"]
+        workdir = tmp_path / name
+        assert main.main(["train", *recipe, *flags, f"--workdir={workdir}"]) == 0
+        rows = metrics.read(workdir)
+        return [row["loss"] for row in rows if row["kind"] == "train"]
+
+    whole = trained("whole", 12)
+    assert len(whole) == 12 and np.isfinite(whole).all()
+    steps = [i for i, what in enumerate(events) if what == "train"]
+    assert events[: steps[0]].count("compiled") == 5 == events.count("compiled")
+    assert trained("two", 6) == whole[:6]  # in the midst of an epoch
+    assert trained("two", 12) == whole
