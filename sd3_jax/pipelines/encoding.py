@@ -93,7 +93,9 @@ class Encoder:
         before any program is compiled."""
         variables = {name: self.bundle.variables.get(name) for name in TEXT}
         with programs.on(self.bundle.mesh):
-            made = jax.eval_shape(self._text, variables, self.tokenize([""]))
+            made = jax.eval_shape(
+                self._text, variables, self.tokenize([""] * self.shards)
+            )
             jax.eval_shape(
                 partial(prompts.put_together, length=1, context_dim=self.context_dim),
                 *made,

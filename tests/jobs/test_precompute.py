@@ -138,6 +138,15 @@ def test_training_from_records_is_training_from_pictures(
     }
 
 
+def test_all_of_a_hosts_devices_encode(folder, encoders, tmp_path):
+    made = convert(tmp_path / "done", folder[0] / "odd", *encoders)  # rows are missing
+    found = read(tmp_path / "done")
+    assert made["records"] == len(found) == 8
+    assert {r.tensors["moments"].shape for r in found.values()} == {(8, 8, 32)}
+    alike = [found[f"{name}.png"].tensors["moments"] for name in ("alpha", "palette")]
+    assert np.abs(np.float32(alike[0]) - np.float32(alike[1])).mean() < 0.5
+
+
 TRAINED = {"train": "records", "val": "held_out"}
 
 
