@@ -112,11 +112,17 @@ def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, st
 
 
 def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
-    """The encoders that config.precompute.only names, None for none of them."""
+    """The encoders that config.precompute.only names, None for none of them; a recipe
+    of pixels has none."""
     only = list(config.precompute.only)
-    if not config.encode.weights:
+    if not only or config.image.autoencoder == "pixels":
         return None
-    return examples.encoder(config, mesh, only, config.encode.form) if only else None
+    if not config.encode.weights:
+        raise UserError(
+            'config.encode.weights = "": wanted a released model for'
+            f" {', '.join(only)}; or --config.precompute.only= for records of pictures"
+        )
+    return examples.encoder(config, mesh, only, config.encode.form)
 
 
 def made_by(

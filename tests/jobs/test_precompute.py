@@ -159,6 +159,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
 
     inputs = f"--config.ingest.inputs={folder}"
     assert "config.ingest.inputs = ()" in said(*PICTURES)
+    assert 'config.encode.weights = "": wanted a released' in said(inputs)
     assert "config.ingest.inputs: /no" in said("--config.ingest.inputs=/no", *PICTURES)
     wrong = "--config.ingest.filters=aesthetic"
     assert "config.ingest.filters: aesthetic: no filter" in said(inputs, wrong)
@@ -169,9 +170,9 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert "some of vae, clip_l, clip_g, t5" in said("--config.precompute.only=vea")
     done = tmp_path / "done"
     convert(done, folder, *PICTURES)
-    assert run("precompute", done, inputs, "--config.precompute.only=vae") == 2
+    assert run("precompute", done, inputs, "--config.seed=7", *PICTURES) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "other settings made" in error and "precompute.only was []" in error
+    assert "other settings made" in error and "precompute.part was 40, is" in error
     (tmp_path / "more").mkdir()
     real_pictures.make(tmp_path / "more" / "b", 1)
     given = [f"{inputs},{tmp_path}/more", "--config.precompute.part=40", *PICTURES]
