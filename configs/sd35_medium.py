@@ -24,4 +24,8 @@ def get_config(variant: str = ""):
     c = base.get_config()
     c.model.update(depth=24, qk_norm=True, dual_blocks=13, pos_size=384)
     c.optim.eps = 1e-15
-    return base.pretraining(c, variant)
+    base.pretraining(c, variant)
+    c.model.pos_crop = "random"  # windows of one table at all resolutions, as released
+    if variant != "tiny":
+        c.model.pos_base = 64
+    return c

@@ -11,7 +11,7 @@ import pytest
 from sd3_jax.data import buckets, records
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
-from sd3_jax.plan import storage
+from sd3_jax.plan import invented, storage
 
 TABLE = buckets.table(1024, 1024, count=9)
 DTYPES = {"float16": np.float16, "bfloat16": ml_dtypes.bfloat16, "uint8": np.uint8}
@@ -23,21 +23,21 @@ def zeros(kinds) -> dict[str, np.ndarray]:
 
 
 def test_sizes_are_a_function_of_the_seed_and_the_number():
-    many = storage.sizes(storage.BLOCK + 10, seed=3)
-    assert many.shape == (storage.BLOCK + 10, 2) and many.min() >= 16
-    assert (storage.sizes(100, seed=3) == many[:100]).all()
-    assert (storage.sizes(100, seed=4) != many[:100]).any()
-    assert (many[: storage.BLOCK][:10] != many[storage.BLOCK :]).any()
+    many = invented.sizes(invented.BLOCK + 10, seed=3)
+    assert many.shape == (invented.BLOCK + 10, 2) and many.min() >= 16
+    assert (invented.sizes(100, seed=3) == many[:100]).all()
+    assert (invented.sizes(100, seed=4) != many[:100]).any()
+    assert (many[: invented.BLOCK][:10] != many[invented.BLOCK :]).any()
     assert 900 < np.median(many.max(1)) < 1100
-    assert storage.sizes(0).shape == (0, 2)
+    assert invented.sizes(0).shape == (0, 2)
 
 
 @pytest.mark.parametrize("count", [1, 2, 5, 9])
 @pytest.mark.parametrize("side", [256, 1024])
 def test_a_million_fits_are_each_the_buckets_own(count, side):
     table = buckets.table(side, side, count=count)
-    pictures = np.concatenate([storage.sizes(2_000), [[1, 1], [77, 77], [3, 900]]])
-    of, enlarged, kept = storage.fits(pictures, table)
+    pictures = np.concatenate([invented.sizes(2_000), [[1, 1], [77, 77], [3, 900]]])
+    of, enlarged, kept = invented.fits(pictures, table)
     for (h, w), i, larger, share in zip(pictures.tolist(), of, enlarged, kept):
         found = buckets.fit(h, w, table)
         if found.bucket != table[i]:  # as near as the other, but for the last bit
@@ -49,10 +49,10 @@ def test_a_million_fits_are_each_the_buckets_own(count, side):
 
 
 def test_metadata_is_of_the_same_pictures():
-    found = list(storage.metadata(50, buckets=TABLE, seed=2))
-    wanted = storage.sizes(50, seed=2)
+    found = list(invented.metadata(50, buckets=TABLE, seed=2))
+    wanted = invented.sizes(50, seed=2)
     assert [x.size for x in found] == list(map(tuple, wanted.tolist()))
-    assert [x.bucket for x in found] == storage.nearest(wanted, TABLE).tolist()
+    assert [x.bucket for x in found] == invented.nearest(wanted, TABLE).tolist()
     assert len({x.source for x in found}) == 50 and min(x.caption for x in found) >= 0
 
 
