@@ -73,8 +73,10 @@ def open_header(
         raise
     except Exception as error:  # a damaged header can raise most things
         kind = f"of a kind other than {', '.join(formats)}, or damaged"
+        bomb = "more pixels by its header than a picture has"
         known = isinstance(error, Image.UnidentifiedImageError)
-        raise _bad(where, kind if known else error) from None
+        large = isinstance(error, Image.DecompressionBombError)
+        raise _bad(where, kind if known else bomb if large else error) from None
     if picture.width * picture.height > PIXELS:
         raise _bad(where, f"{picture.width} x {picture.height} pixels")
     # A JPEG that holds several pictures (MPO) begins with the photograph itself.
@@ -94,7 +96,8 @@ def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"
     except MemoryError:
         raise
     except Exception as error:  # so can damaged data
-        raise _bad(where, error) from None
+        cut = "truncated" in str(error).lower()  # by Pillow's readers in many words
+        raise _bad(where, "truncated" if cut else error) from None
     if picture.mode not in TO_RGB:
         raise _bad(where, f"of mode {picture.mode}, which has no rule")
     upright = UPRIGHT.get(_orientation(picture))
