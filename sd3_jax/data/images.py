@@ -4,6 +4,7 @@ Each mode has its rule, and what has none is refused. Colour profiles are not ap
 """
 
 import io
+import re
 from collections.abc import Sequence
 
 import numpy as np
@@ -73,7 +74,7 @@ def open_header(
         raise
     except Exception as error:  # a damaged header can raise most things
         kind = f"of a kind other than {', '.join(formats)}, or damaged"
-        bomb = "more pixels by its header than a picture has"
+        bomb = re.sub(r".*?(\d+ pixels).*", r"\1", str(error))  # as we say it below
         known = isinstance(error, Image.UnidentifiedImageError)
         large = isinstance(error, Image.DecompressionBombError)
         raise _bad(where, kind if known else bomb if large else error) from None
