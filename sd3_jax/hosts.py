@@ -100,14 +100,8 @@ def heeding_sigterm() -> Iterator[None]:
     """In a run of one process; else jax's own handler, in C++, tells the others."""
     _told.clear()
     alone = distributed.global_state.client is None
-    if not alone or threading.current_thread() is not threading.main_thread():
+    with _sigterm_is_told() if alone else contextlib.nullcontext():
         yield
-        return
-    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def claim(name: str) -> bool:
@@ -145,12 +139,19 @@ def stopping() -> Iterator[Callable[[], bool]]:
                 _told.set()
         return _told.is_set()
 
-    if threading.current_thread() is not threading.main_thread():
+    with _sigterm_is_told():
         yield stop
+
+
+@contextlib.contextmanager
+def _sigterm_is_told() -> Iterator[None]:
+    """Only the main thread may say what a signal does; elsewhere as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
         return
     before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
     try:
-        yield stop
+        yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
 

@@ -88,7 +88,7 @@ def _kind(path: str) -> str:
 def _check_once(paths: Sequence[str], kinds: Sequence[str]):
     before = {}
     for path in paths:
-        if (file := _file(path)) in before:
+        if (file := shards.file_of(path.rstrip("/") or path)) in before:
             also = "" if before[file] == path else f", also as {before[file]}"
             raise UserError(f"{path}: the same input is listed twice{also}")
         before[file] = path
@@ -97,13 +97,6 @@ def _check_once(paths: Sequence[str], kinds: Sequence[str]):
         for other in map(str, epath.Path(root).parents):
             if other in roots:
                 raise UserError(f"{path}: lies in {roots[other]}, which is listed too")
-
-
-def _file(path: str):
-    if not listing.local(path):
-        return path.rstrip("/")
-    found = os.stat(path)
-    return (found.st_dev, found.st_ino) if found.st_ino else os.path.realpath(path)
 
 
 def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:

@@ -118,7 +118,7 @@ class Records:
 
     def example(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
         """Shape and dtype of each tensor of one of its examples."""
-        tensors = {name: x for name, x in self.first.tensors.items()}
+        tensors = self.first.tensors
         return {
             name: (bucket.shapes[name], tensors[name].dtype)
             for name in self.fields
@@ -128,13 +128,13 @@ class Records:
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The tensors of these examples of one step, stacked, in the first's dtypes."""
         bucket = self.buckets[self._turn(int(indices[0]) // self.batch_size)[0]]
+        wanted = self.example(bucket)
         batch = {
             name: np.empty((len(indices), *shape), dtype)
-            for name, (shape, dtype) in self.example(bucket).items()
+            for name, (shape, dtype) in wanted.items()
         }
-        captions = []
+        captions, read = [], functools.partial(self._fitting, wanted)
         for row, i in enumerate(indices):
-            read = functools.partial(self._fitting, bucket)
             found = self._good(self._number(int(i)), read)
             captions.append(found.caption)
             for name, x in batch.items():
@@ -254,10 +254,10 @@ class Records:
         if new:
             log.warning("%s; the next good one is read; %d of %s", error, count, share)
 
-    def _fitting(self, bucket: Bucket, number: int) -> Record:
-        """The record, if batches of the bucket can hold it."""
+    def _fitting(self, wanted: dict, number: int) -> Record:
+        """The record, if a batch of these shapes and dtypes can hold it."""
         found, where = self._record(number), self._where(number)
-        for name, (shape, dtype) in self.example(bucket).items():
+        for name, (shape, dtype) in wanted.items():
             if name not in found.tensors:
                 raise BadRecord(f"{where}: {name}: missing, which the first record has")
             x = found.tensors[name]

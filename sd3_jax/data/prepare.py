@@ -82,7 +82,8 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
             picture=picture,
         )
     except images.BadImage as error:
-        return refuse(_grouped(str(error).removeprefix("image: ")))
+        alike = common(error).replace(": ", ", ")
+        return refuse(f"bad picture, {alike}: {str(error).removeprefix('image: ')}")
     except BadItem as error:
         return refuse(str(error))
     if not (drawn.text or settings.uncaptioned):
@@ -121,12 +122,11 @@ def reasons(reason: str) -> str:
     return reason.partition(": ")[0]
 
 
+def common(error: UserError) -> str:
+    """What a picture's fault has in common with others: not where, nor its numbers."""
+    what, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    return re.sub(r"\d+", "N", what)
+
+
 def _filtered(refusal: filters.Refusal) -> str:
     return f"filter {refusal.spec}: {refusal.reason}"
-
-
-def _grouped(message: str) -> str:
-    """A bad picture's reason, numbers aside; then the whole of it."""
-    what, _, _ = message.partition("; wanted")
-    common = re.sub(r"\d+", "N", what).replace(": ", ", ")
-    return f"bad picture, {common}: {message}"

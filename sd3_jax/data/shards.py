@@ -152,7 +152,7 @@ def inspect(path: str) -> Shard:
         raise UserError(f"{path}: holds 0 records")
     if "group_size:1," not in options:
         log.warning("%s: slow to read, for it was not written with group_size:1", path)
-    return Shard(path, _file(path), size, count)
+    return Shard(path, file_of(path), size, count)
 
 
 def open_shard(path: str) -> ArrayRecordReader:
@@ -169,7 +169,8 @@ def open_shard(path: str) -> ArrayRecordReader:
     return reader
 
 
-def _file(path: str) -> Any:
+def file_of(path: str) -> Any:
+    """What two names of one file have in common."""
     if "://" in path:
         return path
     found = os.stat(path)

@@ -10,7 +10,6 @@ does it, in as many threads as config.dedup.threads.
 """
 
 import json
-import re
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,8 +29,7 @@ from sd3_jax.data import duplicates, fingerprints, images, ingest, items, prepar
 from sd3_jax.data.fingerprints import Prints
 from sd3_jax.data.ingest import Part, Rejected
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import dedup_page
-from sd3_jax.jobs.precompute import in_order
+from sd3_jax.jobs import dedup_page, intake
 from sd3_jax.metrics import write_whole
 from sd3_jax.progress import Progress
 
@@ -64,7 +62,7 @@ def dedup(config: ConfigDict, workdir: epath.Path) -> None:
     settings, clock = config.dedup, Clock()
     embed, threshold = embedding(settings.embed)
     threshold = settings.threshold or threshold
-    parts = plan(config)
+    parts = intake.planned(config)
     pictures, unread = read_all(parts, embed, settings)
     clock.lap("read")
     options = dict(clusters=settings.clusters, probes=settings.probes)
@@ -120,18 +118,6 @@ def embedding(name: str) -> tuple[Callable | None, float]:
     )
 
 
-def plan(config: ConfigDict) -> list[Part]:
-    if not config.ingest.inputs:
-        raise UserError(
-            "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
-            " files, or globs of them"
-        )
-    try:
-        return ingest.plan(config.ingest.inputs)
-    except UserError as error:
-        raise UserError(f"config.ingest.inputs: {error}") from None
-
-
 def read_all(
     parts: Sequence[Part], embed: Callable | None, settings: ConfigDict
 ) -> tuple[Pictures, Counter[str]]:
@@ -147,7 +133,7 @@ def read_all(
         ThreadPoolExecutor(settings.threads) as threads,
         Progress("pictures", total=total) as progress,
     ):
-        made = in_order(threads, look, given, 2 * settings.threads)
+        made = intake.in_order(threads, look, given, 2 * settings.threads)
         good = readable(made, unread, told, progress)
         while batch := list(islice(good, settings.batch_size)):
             found.append(fingerprints.joined(batch) if embed is None else embed(batch))
@@ -170,8 +156,7 @@ def read(given, *, printed: bool):
     try:
         picture = images.read(item.read())
     except (images.BadImage, items.BadItem) as error:
-        reason = str(error).removeprefix("image: ").partition("; wanted")[0]
-        reason = re.sub(r"\d+", "N", reason)  # to be counted with others
+        reason = prepare.common(error)
         return items.rejected(item.source, reason, item.bytes), number, 0, None
     size = picture.shape[0] * picture.shape[1]
     made = fingerprints.prints([picture]) if printed else picture

@@ -104,10 +104,7 @@ def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
     counts = np.bincount(place.clip(0, len(edges) - 2), minlength=len(edges) - 1)
     rows = []
     for start, end, count in zip(edges, edges[1:], counts.tolist()):
-        part = page.element(
-            "i", style=f"left:0;width:{100 * count / counts.max():.1f}%"
-        )
-        track = page.element("span", part, class_="track")
+        track = page.filled(count / counts.max())
         kept = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
         rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, kept))
     return rows

@@ -266,17 +266,15 @@ def loader(
     rows: slice,
     *,
     start: int = 0,
-    held_out: bool = False,
     made=None,
-    tokenize: Callable | None = None,
+    encoder: Encoder | None = None,
 ) -> Loader:
     """This process's rows; `made` is the source, if it has been made."""
-    ids = functools.partial(tokenizers.bytes_of, length=config.text.length)
     return Loader(
-        made or source(config, held_out=held_out),
+        made or source(config),
         batch_size=config.data.batch_size,
         rows=rows,
-        tokenize=tokenize or ids,
+        tokenize=tokenizer(config, encoder),
         start=start,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
@@ -297,17 +295,22 @@ def nominal(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     return made
 
 
-def batches(config: ConfigDict, source, tokenize=None) -> list[dict[str, np.ndarray]]:
+def tokenizer(config: ConfigDict, encoder: Encoder | None) -> Callable:
+    """From captions to a batch's ids."""
+    if encoder is not None:
+        return encoder.tokenize
+    return functools.partial(tokenizers.bytes_of, length=config.text.length)
+
+
+def batches(
+    config: ConfigDict, source, encoder: Encoder | None = None
+) -> list[dict[str, np.ndarray]]:
     """A batch of zeros of each bucket that the source has, as its loader gives them."""
     size = config.data.batch_size
     if not isinstance(source, Records):
         return [zeros(nominal(config))]
-    ids = {}
-    if "caption" in source.fields:
-        make = tokenize or functools.partial(
-            tokenizers.bytes_of, length=config.text.length
-        )
-        ids = make([""] * size)
+    captioned = "caption" in source.fields
+    ids = tokenizer(config, encoder)([""] * size) if captioned else {}
     return [
         {
             name: np.zeros((size, *shape), dtype)

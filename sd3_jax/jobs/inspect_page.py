@@ -61,7 +61,7 @@ def html(
     """`figures` are label, value, unit; `buckets` name, records, share, MB a record."""
     head = {"Bucket": "code", "Records": "number", "Share": "number"}
     head |= {"MB a record": "number", "": "bar"}
-    rows = [(a, n, f"{x:.1%}", mb, share(x)) for a, n, x, mb in buckets]
+    rows = [(a, n, f"{x:.1%}", mb, page.filled(x)) for a, n, x, mb in buckets]
     by_bucket = {}
     for each in contacts:
         by_bucket.setdefault(each.bucket, []).append(each)
@@ -81,11 +81,6 @@ def html(
             for name, some in by_bucket.items()
         ),
     )
-
-
-def share(x: float) -> page.Html:
-    part = page.element("i", style=f"left:0;width:{100 * x:.1f}%")
-    return page.element("span", part, class_="track")
 
 
 def faults(bad: Sequence[str]) -> str:

@@ -23,8 +23,8 @@ class PartWriter:
 
     def __init__(self, workdir: epath.Path, number: int):
         self.folder, self.number = workdir / "records", number
-        self._open, self._writers = ExitStack(), {}
-        self._buckets, self._sources = {}, Counter()
+        self._open, self._writers = ExitStack(), {}  # by bucket and split
+        self._sources = Counter()
         self.uncaptioned = 0
 
     def __enter__(self):
@@ -38,24 +38,21 @@ class PartWriter:
         """A BadRecord, and nothing written, if a value is not finite."""
         said = ready.source, ready.caption, ready.size, ready.crop, ready.caption_from
         data = records.encode(Record(tensors, *said))
-        split, bucket = SPLITS[ready.held_out], str(ready.bucket)
-        name = f"{split}-{self.number:05d}-{bucket}.arecord"
-        if name not in self._writers:
-            self._buckets[name] = bucket
-            writer = Writer(self.folder / name)
-            self._writers[name] = self._open.enter_context(writer)
-        self._writers[name].add(data)
+        key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
+        if key not in self._writers:
+            writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
+            self._writers[key] = self._open.enter_context(writer)
+        self._writers[key].add(data)
         self._sources[ready.caption_from] += bool(ready.caption_from)
         self.uncaptioned += not ready.caption
 
     def about(self) -> dict[str, Any]:
         """Counts by bucket and split, by caption, and the shards, now all whole."""
         kept, shards = {}, []
-        for name, writer in sorted(self._writers.items()):
-            split, bucket = name.partition("-")[0], self._buckets[name]
-            counts = kept.setdefault(bucket, dict.fromkeys(SPLITS, 0))
-            counts[split] += writer.count
-            shards.append({"name": name, "records": writer.count})
+        by_name = lambda each: each[1].path.name
+        for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
+            kept.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
+            shards.append({"name": writer.path.name, "records": writer.count})
         return {
             "kept": kept,
             "captions": dict(sorted((+self._sources).items())),
@@ -98,8 +95,8 @@ class Manifest:
 
     def total(self) -> dict[str, Any]:
         """The sum of all parts: every file of the input counted once."""
-        kept, sums = {}, {"rejected": Counter(), "captions": Counter()}
-        counts, shards = Counter(), []
+        kept, shards, counts = {}, [], Counter()
+        sums = {name: Counter() for name in ("rejected", "captions", "cut")}
         for about in self._abouts():
             for bucket, by_split in about["kept"].items():
                 kept.setdefault(bucket, Counter()).update(by_split)
@@ -107,7 +104,6 @@ class Manifest:
                 total.update(about[name])
             for name in ("uncaptioned", "seconds"):
                 counts[name] += about[name]
-            counts.update({f"cut {k}": n for k, n in about["cut"].items()})
             shards += about["shards"]
         records = sum(sum(x.values()) for x in kept.values())
         rejected = sum(sums["rejected"].values())
@@ -118,7 +114,7 @@ class Manifest:
             "rejected": dict(sums["rejected"].most_common()),
             "captions": dict(sums["captions"].most_common()),
             "uncaptioned": counts["uncaptioned"],
-            "cut": {k[4:]: n for k, n in counts.items() if k.startswith("cut ") and n},
+            "cut": dict(+sums["cut"]),
             "host_seconds": round(counts["seconds"], 1),
             "shards": shards,
         }

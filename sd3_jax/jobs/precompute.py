@@ -13,7 +13,7 @@ import logging
 import time
 import zlib
 from collections import Counter, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any
@@ -32,7 +32,7 @@ from sd3_jax.data.prepare import Ready
 from sd3_jax.data.records import BadRecord
 from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import examples
+from sd3_jax.jobs import examples, intake, resume
 from sd3_jax.jobs.manifest import Manifest, PartWriter
 from sd3_jax.metrics import write_whole
 from sd3_jax.outside import shown
@@ -108,7 +108,8 @@ def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, st
             about |= {"cut": dict(work.cut - cut)}
             about |= {"seconds": round(time.monotonic() - begun, 3)}
             manifest.add(number, about, found)
-            progress.at(size(manifest.done()))
+            if first:  # who alone shows it; a listing of all that is done
+                progress.at(size(manifest.done()))
 
 
 def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
@@ -130,8 +131,7 @@ def made_by(
 ) -> dict[str, Any]:
     """The settings that make the records, and fingerprints of what they name."""
     values = dict(validate.leaves(config))
-    within = lambda key: any(key == m or key.startswith(f"{m}.") for m in MAKING)
-    made = {key: x for key, x in values.items() if within(key)}
+    made = {key: x for key, x in values.items() if resume.within(key, MAKING)}
     for key in "encode.weights", "encode.tokenizers", "ingest.exclude", "ingest.inputs":
         made.pop(key)  # where, not what
     made["excluded"] = exclusions
@@ -168,15 +168,7 @@ def begin(config: ConfigDict, workdir: epath.Path, made: dict) -> list[int]:
                 " wanted the same, or another workdir for what is new"
             )
     else:
-        if not config.ingest.inputs:
-            raise UserError(
-                "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
-                " files, or globs of them"
-            )
-        try:
-            parts = ingest.plan(config.ingest.inputs, size=config.precompute.part)
-        except UserError as error:
-            raise UserError(f"config.ingest.inputs: {error}") from None
+        parts = intake.planned(config, size=config.precompute.part)
         plan = {"made_by": made, "parts": [part._asdict() for part in parts]}
         for name in ("parts", "records"):
             (workdir / name).mkdir(parents=True, exist_ok=True)
@@ -231,7 +223,8 @@ class Work:
         self.size = config.encode.rows * sharding.batch_shards(mesh)
         self.key = jax.random.key(config.seed)
         found = encoder.bundle.modules if encoder else {}
-        self.pictures, self.texts = "vae" in found, any(name in found for name in TEXT)
+        self.pictures = "vae" in found
+        self.texts = any(encoder.bundle.text_models) if encoder else False
 
     def convert(
         self, part: Part, shards: PartWriter, progress: Progress, stop: Callable
@@ -260,7 +253,7 @@ class Work:
         """What is ready, by bucket; the last of each may be fewer."""
         of = defaultdict(list)
         ready = partial(prepare.prepare, settings=self.settings)
-        for made in in_order(readers, ready, ingest.items(part), self.ahead):
+        for made in intake.in_order(readers, ready, ingest.items(part), self.ahead):
             progress.add(things=1, bytes=made.bytes)
             if isinstance(made, Rejected):
                 rejected.append(made)
@@ -282,12 +275,14 @@ class Work:
     def encode(self, batch: list[Ready]) -> dict[str, Any]:
         """Tensors by name, of `size` rows, the last repeated: one program a bucket."""
         rows = [*batch, *batch[-1:] * (self.size - len(batch))]
-        image = np.stack([row.image for row in rows])
-        made = {"image": image}
+        made = {"image": np.stack([row.image for row in rows])}
         if self.pictures:
-            keys = [zlib.crc32(row.source.encode()) for row in rows]
-            keys = jax.vmap(partial(jax.random.fold_in, self.key))(np.uint32(keys))
-            made = self.encoder.picture(*jax.device_put((image, keys), self.placed))
+            keys = None
+            if self.encoder.form == "latents":  # drawn here, once
+                keys = np.uint32([zlib.crc32(row.source.encode()) for row in rows])
+                keys = jax.vmap(partial(jax.random.fold_in, self.key))(keys)
+            given = jax.device_put((made["image"], keys), self.placed)
+            made = self.encoder.picture(*given)
         if self.texts:
             captions = [row.caption for row in batch]
             ids = self.encoder.tokenize(captions + [""] * (self.size - len(batch)))
@@ -305,21 +300,6 @@ def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list)
             reason = str(error).removeprefix(f"record of {ready.source!a}: ")
             reason = f"encoded to what no record holds: {reason}"
             rejected.append(items.rejected(ready.source, reason, ready.bytes))
-
-
-def in_order(pool: ThreadPoolExecutor, function, things: Iterable, ahead: int):
-    """function(thing) of each, in their order, `ahead` of them at a time."""
-    running = deque()
-    try:
-        for thing in things:
-            running.append(pool.submit(function, thing))
-            if len(running) > ahead:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
-    finally:
-        for one in running:
-            one.cancel()
 
 
 def wait_for_all(manifest: Manifest, stop: Callable) -> None:

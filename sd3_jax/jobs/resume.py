@@ -33,7 +33,7 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
                 f'config.train.changes: no key "{name}"{nearest(name, known | groups)}'
             )
     differ = list(_differences(saved, given))
-    if refused := [row for row in differ if not _within(row[0], FREE + declared)]:
+    if refused := [row for row in differ if not within(row[0], FREE + declared)]:
         keys = ",".join(key for key, _, _ in refused)
         raise UserError(
             f"{where} was trained with other settings: {_spelled(refused)}. To go on"
@@ -49,7 +49,7 @@ def warn(where: Any, saved: dict, config: ConfigDict) -> None:
     rows = [
         row
         for row in _differences(saved, config.to_dict())
-        if _within(row[0], MADE) and not _within(row[0], FREE)
+        if within(row[0], MADE) and not within(row[0], FREE)
     ]
     if rows:
         log.warning("%s was trained with other settings: %s", where, _spelled(rows))
@@ -80,5 +80,5 @@ def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
             yield key, old[key], new[key]
 
 
-def _within(key: str, names: Sequence[str]) -> bool:
+def within(key: str, names: Sequence[str]) -> bool:
     return any(key == name or key.startswith(f"{name}.") for name in names)

@@ -220,7 +220,7 @@ class Training:
             self.rows,
             start=start,
             made=self.source,
-            tokenize=self.encoder and self.encoder.tokenize,
+            encoder=self.encoder,
         )
         watch.expect("compiling the step", watch.LONG)
         with goodput.spend("compile"):
@@ -315,8 +315,7 @@ class Training:
         """The step's program for each bucket, by the `kind` of its batches, ahead of
         time: no step's time has a compilation in it, an encoder's neither."""
         begin, lowered = time.perf_counter(), {}
-        tokenize = self.encoder and self.encoder.tokenize
-        for batch in examples.batches(self.config, self.source, tokenize):
+        for batch in examples.batches(self.config, self.source, self.encoder):
             rows = self.put({name: x[self.rows] for name, x in batch.items()})
             shapes = jax.tree.map(
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
@@ -397,10 +396,10 @@ class Validation:
         size = self.config.data.batch_size
         rows = sharding.local_rows(self.mesh, size)
         source = examples.source(self.config, held_out=True)
-        encoder = self.encoder or examples.encoder_of(self.config, source, self.mesh)
-        batches = examples.loader(
-            self.config, rows, made=source, tokenize=encoder and encoder.tokenize
-        )
+        if self.encoder is None:  # and for the validations to come
+            self.encoder = examples.encoder_of(self.config, source, self.mesh)
+        encoder = self.encoder
+        batches = examples.loader(self.config, rows, made=source, encoder=encoder)
         count = max(1, self.config.eval.examples // size)
         place = encoder or partial(sharding.put, mesh=self.mesh)
 

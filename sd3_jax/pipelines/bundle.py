@@ -78,16 +78,14 @@ class Bundle:
         clip_skip: int = 0,
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0."""
-        models = TextModels(*(self.modules.get(name) for name in TEXT))
-        if not any(models):
+        if not any(self.text_models):
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
-        variables = {name: self.variables.get(name) for name in TEXT}
         sizes = self.configs.get("denoiser", {})
         with programs.on(self.mesh):
             return programs.encode_prompts(
-                models,
-                variables,
+                self.text_models,
+                self.text_variables,
                 programs.place(ids, self.mesh),
                 clip_skip=clip_skip,
                 context_dim=sizes.get("joint_attention_dim", 4096),
@@ -184,6 +182,14 @@ class Bundle:
                 most = self.configs[name]["max_position_embeddings"]
                 ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most, cut)
         return ids
+
+    @property
+    def text_models(self) -> TextModels:
+        return TextModels(*(self.modules.get(name) for name in TEXT))
+
+    @property
+    def text_variables(self) -> dict[str, dict | None]:
+        return {name: self.variables.get(name) for name in TEXT}
 
     @property
     def scheduler(self) -> dict:

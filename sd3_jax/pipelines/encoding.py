@@ -18,10 +18,7 @@ from sd3_jax import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import vae
 from sd3_jax.pipelines import latents, programs, prompts
-from sd3_jax.pipelines.bundle import TEXT, Bundle
-from sd3_jax.pipelines.prompts import TextModels
-
-FORMS = ("moments", "latents")
+from sd3_jax.pipelines.bundle import Bundle
 
 
 class Encoder:
@@ -50,14 +47,14 @@ class Encoder:
         self.context_dim = context_dim
         self.cut = Counter()  # captions of which an encoder does not read all
         self._t5_length = length - prompts.CLIP_LENGTH
-        if self._t5_length < 1 and any(name in bundle.modules for name in TEXT):
+        if self._t5_length < 1 and any(bundle.text_models):
             raise UserError(
                 f"config.text.length = {length}: wanted more than CLIP's"
                 f" {prompts.CLIP_LENGTH}, T5's tokens following them"
             )
         placed = sharding.batch_sharding(bundle.mesh)
         scale = bundle.latent_scale if "vae" in bundle.modules else {}
-        models = TextModels(*(bundle.modules.get(name) for name in TEXT))
+        models = bundle.text_models
 
         def picture(variables, image, keys):
             module = bundle.modules["vae"]
@@ -91,11 +88,9 @@ class Encoder:
     def check(self) -> None:
         """ValueError or TypeError if the text encoders' widths are not as they must be:
         before any program is compiled."""
-        variables = {name: self.bundle.variables.get(name) for name in TEXT}
+        ids = self.tokenize([""] * self.shards)
         with programs.on(self.bundle.mesh):
-            made = jax.eval_shape(
-                self._text, variables, self.tokenize([""] * self.shards)
-            )
+            made = jax.eval_shape(self._text, self.bundle.text_variables, ids)
             jax.eval_shape(
                 partial(prompts.put_together, length=1, context_dim=self.context_dim),
                 *made,
@@ -104,9 +99,8 @@ class Encoder:
     def text(self, ids: dict[str, Array]) -> dict[str, Array]:
         """clip (b, 77, pooled_dim), t5 (b, length - 77, context_dim) if there is one,
         and pooled (b, pooled_dim): what context is put together from."""
-        variables = {name: self.bundle.variables.get(name) for name in TEXT}
         with programs.on(self.bundle.mesh):
-            found = self._text(variables, ids)._asdict()
+            found = self._text(self.bundle.text_variables, ids)._asdict()
         return {name: x for name, x in found.items() if x is not None}
 
     def __call__(

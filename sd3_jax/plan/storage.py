@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from sd3_jax.data.records import FORMAT, VERSION
 from sd3_jax.plan import invented
 
 SAMPLE = 10**6  # invented pictures, at most; counts of more are scaled from these
@@ -213,7 +214,7 @@ def table_7_rate(pixels: float, tokens: int, *, encoded: bool = True) -> float:
     """Images a second of the paper's A100; times go with pixels and T5's tokens."""
     ms = TABLE_7["vae"] * pixels / AT["pixels"] if encoded else 0.0
     if tokens:
-        t5 = max(0, tokens - 77)  # CLIP's 77 come first, of its two side by side
+        t5 = max(0, tokens - CLIP_LENGTH)  # CLIP's come first, its two's side by side
         ms += TABLE_7["clip_l"] + TABLE_7["clip_g"] + TABLE_7["t5"] * t5 / AT["tokens"]
     return 1e3 / ms if ms else math.inf
 
@@ -253,8 +254,8 @@ def _files(pictures: int, n: int, part: int) -> int:
 def _about(caption: int, source: int) -> dict[str, str]:
     """Metadata as data.records writes it, of a caption and a source so long."""
     return {
-        "format": "sd3_jax.record",
-        "version": "2",
+        "format": FORMAT,
+        "version": str(VERSION),
         "source": "s" * source,
         "caption": "c" * caption,
         "caption_from": "synthetic",

@@ -105,6 +105,12 @@ def bar(score: float, low: float | None = None, high: float | None = None) -> Ht
     return element("span", *parts, class_="track")
 
 
+def filled(share: float) -> Html:
+    """A bar of which so much, in [0, 1], is full."""
+    part = element("i", style=f"left:0;width:{100 * share:.1f}%")
+    return element("span", part, class_="track")
+
+
 def panel(title: str, svg: str, caption: str) -> Html:
     """A plot under its title; without a plot the caption says why."""
     parts = element("h3", title), Html(svg), element("figcaption", caption)
