@@ -61,8 +61,8 @@ def get_config() -> ConfigDict:
         text_dtype="bfloat16",
     )
     c.flow = dict(
-        path="rf",
-        density="logit_normal",
+        path="rf",  # edm, eps/cos, v/cos, eps/linear, v/linear: what is regressed
+        density="logit_normal",  # of t; uniform, mode, cosmap, linear
         mean=0.0,
         std=1.0,
         mode_scale=1.29,

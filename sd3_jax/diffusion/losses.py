@@ -1,4 +1,7 @@
-"""Conditional flow matching (paper, 2 and 3): regress the velocity of a path."""
+"""Conditional flow matching (paper, 2 and 3): regress the velocity of a path.
+
+Or whatever `path.target` says, of a network that another formulation trains.
+"""
 
 from collections.abc import Callable
 
@@ -6,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
-from sd3_jax.diffusion.paths import Batch, Path, Times
+from sd3_jax.diffusion.paths import Batch, Regression, Times
 from sd3_jax.diffusion.timesteps import Density
 
 
@@ -16,7 +19,7 @@ def flow_loss(
     x0: Batch,
     *,
     density: Density,
-    path: Path,
+    path: Regression,
     weight: Times | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Times]]:
     """loss_at t ~ density: t's density is the weight over t (paper, 3.1)."""
@@ -31,15 +34,15 @@ def loss_at(
     x0: Batch,
     t: Times,
     *,
-    path: Path,
+    path: Regression,
     weight: Times | None = None,
 ) -> tuple[Float[Array, ""], dict[str, Times]]:
     """Mean squared error at given t's; an example of weight 0 does not count."""
     noise = jax.random.normal(key, x0.shape, jnp.float32)
     xt = path.interpolate(x0, noise, t)
-    v = path.velocity(x0, noise, t)
+    target = path.target(x0, noise, t)
     axes = tuple(range(1, x0.ndim))
-    error = jnp.mean(jnp.square(velocity(xt, t) - v), axis=axes)
+    error = jnp.mean(jnp.square(velocity(xt, t) - target), axis=axes)
     weight = jnp.ones_like(error) if weight is None else weight
     total = jnp.maximum(weight.sum(), jnp.finfo(jnp.float32).tiny)  # all may be 0
     return (weight * error).sum() / total, {"error": error, "t": t}

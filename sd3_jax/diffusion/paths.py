@@ -13,11 +13,18 @@ Times = Float[Array, " b"]
 
 
 @runtime_checkable
-class Path(Protocol):
-    """What losses and solvers ask of a forward process."""
+class Regression(Protocol):
+    """What losses ask of a forward process, or of a formulation of it."""
+
+    def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
+    def target(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
+
+
+@runtime_checkable
+class Path(Regression, Protocol):
+    """What solvers ask besides."""
 
     def coefficients(self, t: Array) -> tuple[Array, Array]: ...
-    def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
     def velocity(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
     def x0(self, xt: Batch, v: Batch, t: Times) -> Batch: ...
     def noise(self, xt: Batch, v: Batch, t: Times) -> Batch: ...
@@ -35,8 +42,10 @@ class RectifiedFlow:
         return (1 - t) * x0 + t * noise
 
     def velocity(self, x0: Batch, noise: Batch, t: Times) -> Batch:
-        """dx_t/dt for given x0 and noise: what the network regresses."""
+        """dx_t/dt for given x0 and noise."""
         return noise - x0
+
+    target = velocity  # what a network regresses
 
     def x0(self, xt: Batch, v: Batch, t: Times) -> Batch:
         return xt - expand(t, xt) * v
@@ -46,7 +55,6 @@ class RectifiedFlow:
 
 
 RF = RectifiedFlow()
-PATHS = {"rf": RectifiedFlow}
 
 
 def expand(t: Shaped[Array, " b"], x: Batch) -> Shaped[Array, "b ..."]:

@@ -109,6 +109,52 @@ class CosMap:
 
 
 @dataclass(frozen=True)
+class Linear:
+    """Uniform over the steps of the linear schedule of LDM: sqrt(beta) is linear.
+
+    Between its 1000 steps the log-SNR is interpolated. It ends at t = 0.936, where
+    there is still some signal (Lin et al. 2023), and begins at 0.028.
+    """
+
+    steps: int = 1000
+    first_beta: float = 0.00085
+    last_beta: float = 0.012
+
+    def sample(self, key: Key[Array, ""], shape: Shape) -> Times:
+        u = jax.random.uniform(key, shape, jnp.float32)
+        return jax.nn.sigmoid(jnp.interp(u, *self._table()))
+
+    def pdf(self, t: Times) -> Times:
+        time, place = self._table()
+        i = jnp.clip(jnp.searchsorted(place, logit(inside(t))), 1, self.steps - 1)
+        slope = (time[i] - time[i - 1]) / (place[i] - place[i - 1])
+        within = (logit(inside(t)) >= place[0]) & (logit(inside(t)) <= place[-1])
+        return jnp.where(within, slope / (inside(t) * (1 - inside(t))), 0.0)
+
+    def cdf(self, t: Times) -> Times:
+        """Also the schedule's own time in [0, 1], which its networks are told."""
+        time, place = self._table()
+        return jnp.interp(logit(inside(t)), place, time)
+
+    @property
+    def last(self) -> float:
+        """The t of the last step."""
+        return float(1 / (1 + np.exp(-self._logits()[-1])))
+
+    def _table(self):
+        """Times in [0, 1] and the logit of t there, which is -log-SNR / 2."""
+        return (
+            jnp.linspace(0, 1, self.steps, dtype=jnp.float32),
+            jnp.asarray(self._logits(), jnp.float32),
+        )
+
+    def _logits(self) -> np.ndarray:
+        beta = np.linspace(self.first_beta**0.5, self.last_beta**0.5, self.steps) ** 2
+        log_signal = np.cumsum(np.log1p(-beta))  # of a^2
+        return (np.log(-np.expm1(log_signal)) - log_signal) / 2
+
+
+@dataclass(frozen=True)
 class Shifted:
     """shift(t, alpha) of a t from `density`."""
 
@@ -131,6 +177,7 @@ DENSITIES = {
     "logit_normal": LogitNormal,
     "mode": Mode,
     "cosmap": CosMap,
+    "linear": Linear,
 }
 
 

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from sd3_jax import sharding, tree
 from sd3_jax.data import tokenizers
-from sd3_jax.diffusion import timesteps
-from sd3_jax.diffusion.paths import PATHS
+from sd3_jax.diffusion import formulations, timesteps
+from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import examples, resume
 from sd3_jax.models import flops
@@ -31,6 +31,7 @@ class Parts(NamedTuple):
     denoiser: nn.Module
     autoencoder: Autoencoder
     objective: objectives.Objective
+    formulation: Formulation
     shape: tuple[int, int, int]  # of one image's latents
     flops: float  # of one image's forward pass
 
@@ -39,18 +40,12 @@ def parts(config: ConfigDict) -> Parts:
     denoiser, autoencoder = mmdit(config.model), AUTOENCODERS[config.image.autoencoder]
     sides = (config.image.height, config.image.width)
     shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
+    made = formulation(config.flow)
     objective = objectives.flow_matching(
         denoiser,
         text_model(config),
         autoencoder,
-        path=PATHS[config.flow.path](),
-        density=timesteps.make(
-            config.flow.density,
-            mean=config.flow.mean,
-            std=config.flow.std,
-            mode_scale=config.flow.mode_scale,
-            shift=config.flow.shift,
-        ),
+        formulation=made,
         dropout=config.text.dropout,
         example=examples.nominal(config),
         random_positions=config.model.pos_crop == "random",
@@ -64,7 +59,18 @@ def parts(config: ConfigDict) -> Parts:
         text=tokens,
         text_dim=config.model.context_dim,
     )
-    return Parts(denoiser, autoencoder, objective, shape, image_flops)
+    return Parts(denoiser, autoencoder, objective, made, shape, image_flops)
+
+
+def formulation(flow: ConfigDict) -> Formulation:
+    density = timesteps.make(
+        flow.density,
+        mean=flow.mean,
+        std=flow.std,
+        mode_scale=flow.mode_scale,
+        shift=flow.shift,
+    )
+    return formulations.make(flow.path, density)
 
 
 def mmdit(model: ConfigDict) -> MMDiT:

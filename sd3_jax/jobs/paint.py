@@ -52,6 +52,7 @@ class Painter:
     def paint(self, params: dict, batch: dict) -> jax.Array:
         """A batch's ids and numbers to images in [-1, 1]."""
         config, objective = self.config.sample, self.parts.objective
+        formulation = self.parts.formulation
         seed = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
         cond = objective.encode(params, batch)
@@ -69,7 +70,8 @@ class Painter:
             cond,
             uncond,
             shape=self.parts.shape,
-            grid=grids.make(config.grid, config.steps, config.shift),
+            grid=formulation.grid(grids.make(config.grid, config.steps, config.shift)),
+            spread=formulation.spread,
             solver=SOLVERS[config.solver],
             scale=config.cfg,
             interval=(config.cfg_start, config.cfg_stop),

@@ -33,6 +33,7 @@ def generate(
     x0: Float[Array, "b h w c"] | None = None,
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
+    spread: float = 1.0,
 ) -> Float[Array, "*n b h w c"]:
     """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
 
@@ -40,7 +41,8 @@ def generate(
     that of `noise`. With `x0` it starts from that picture, noised to grid[0]; where
     `mask` is 0, x0 is put back after every step, noised as far as the rest. `preview`
     is called on the host as preview(step, t, rgb (b, h, w, 3)) after each step. Of a
-    solver that gives its trajectory all n latents are returned.
+    solver that gives its trajectory all n latents are returned. `spread` is the std of
+    x at grid[0], where a formulation starts with less than pure noise.
     """
     if noise is None:
         draw = lambda key: jax.random.normal(key, shape, jnp.float32)
@@ -64,6 +66,6 @@ def generate(
             jax.debug.callback(preview, step, t, to_rgb(x))
         return x
 
-    start = noise if x0 is None else at(jnp.asarray(grid)[0])
+    start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
     idle = mask is None and preview is None
     return solver(guided, start, grid, after=None if idle else after)

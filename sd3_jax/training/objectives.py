@@ -9,9 +9,8 @@ from flax import linen as nn
 from jax import Array
 
 from sd3_jax import tree
+from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.diffusion.losses import flow_loss, loss_at
-from sd3_jax.diffusion.paths import Path
-from sd3_jax.diffusion.timesteps import Density
 from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.latents import Autoencoder
 from sd3_jax.pipelines.prompts import Conditioning, TextModel
@@ -37,13 +36,12 @@ def flow_matching(
     text: TextModel,
     autoencoder: Autoencoder,
     *,
-    path: Path,
-    density: Density,
+    formulation: Formulation,
     dropout: float,
     example: dict,
     random_positions: bool = False,
 ) -> Objective:
-    """Rectified flow on latents, the text's encoders dropped one by one.
+    """A formulation's regression on latents, the text's encoders dropped one by one.
 
     `example` is a batch, or its shapes, from which the parameters get theirs. With
     `random_positions` each example lies somewhere on the position table, as in the
@@ -59,10 +57,14 @@ def flow_matching(
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}
 
+    def network(params, cond, **options):
+        variables = {"params": params["denoiser"]}
+        return lambda x, t: denoiser.apply(variables, x, t, *cond, **options)
+
     def velocity(params, **options):
-        return lambda x, t, cond: denoiser.apply(
-            {"params": params["denoiser"]}, x, t, *cond, **options
-        )
+        return lambda x, t, cond: formulation.velocity(
+            network(params, cond, **options)
+        )(x, t)
 
     def encode(params, batch):
         return text.encode(params["text"], batch)
@@ -78,15 +80,18 @@ def flow_matching(
         if random_positions:
             place_key = jax.random.fold_in(key, 3)
             where["place"] = denoiser.random_place(place_key, x0.shape)
-        v = lambda xt, t: velocity(params, **where)(xt, t, cond)
+        answer = formulation.answer(network(params, cond, **where))
+        density = formulation.density
         with jax.named_scope("loss"):
-            value, _ = flow_loss(flow_key, v, x0, density=density, path=path)
+            value, _ = flow_loss(
+                flow_key, answer, x0, density=density, path=formulation
+            )
         return value, {}
 
     def at(params, key, batch, t):
         cond = encode(params, batch)
-        v = lambda xt, t: velocity(params)(xt, t, cond)
+        answer = formulation.answer(network(params, cond))
         x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
-        return loss_at(key, v, x0, t, path=path)[0]
+        return loss_at(key, answer, x0, t, path=formulation)[0]
 
     return Objective(init, loss, at, encode, velocity)

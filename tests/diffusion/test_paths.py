@@ -3,12 +3,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sd3_jax.diffusion.paths import PATHS, Path
+from sd3_jax.diffusion.paths import RF, Path
 
 
-@pytest.fixture(params=PATHS)
-def path(request):
-    return PATHS[request.param]()
+@pytest.fixture
+def path():
+    return RF
 
 
 @pytest.fixture

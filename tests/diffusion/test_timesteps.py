@@ -10,6 +10,7 @@ from scipy.stats import kstest
 from sd3_jax.diffusion.timesteps import (
     DENSITIES,
     CosMap,
+    Linear,
     LogitNormal,
     Mode,
     Shifted,
@@ -29,6 +30,7 @@ CASES = [
     Mode(0.0),
     Mode(-0.5),
     CosMap(),
+    Linear(),
     Shifted(Uniform(), 3.0),
     Shifted(LogitNormal(0.5, 0.6), 3.0),
     Shifted(Mode(), 0.5),
@@ -152,6 +154,7 @@ def test_make_reaches_every_density(name, key):
         "logit_normal": LogitNormal(0.5, 0.6),
         "mode": Mode(0.81),
         "cosmap": CosMap(),
+        "linear": Linear(),
     }
     assert make(name, **options) == Shifted(plain[name], 3.0)
 
