@@ -1,6 +1,6 @@
 """Prompts to pictures by one compiled program, for sample, train and evaluate."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -51,6 +51,10 @@ class Painter:
 
     def paint(self, params: dict, batch: dict) -> jax.Array:
         """A batch's ids and numbers to images in [-1, 1]."""
+        solver = SOLVERS[self.config.sample.solver]
+        return self.parts.autoencoder.decode(self.latents(params, batch, solver))
+
+    def latents(self, params: dict, batch: dict, solver: Callable) -> jax.Array:
         config, objective = self.config.sample, self.parts.objective
         formulation = self.parts.formulation
         seed = jax.random.key(config.seed)
@@ -64,7 +68,7 @@ class Painter:
                 objective.encode(params, ids),
                 cond,
             )
-        x0 = generate(
+        return generate(
             objective.velocity(params),
             keys,
             cond,
@@ -72,9 +76,8 @@ class Painter:
             shape=self.parts.shape,
             grid=formulation.grid(grids.make(config.grid, config.steps, config.shift)),
             spread=formulation.spread,
-            solver=SOLVERS[config.solver],
+            solver=solver,
             scale=config.cfg,
             interval=(config.cfg_start, config.cfg_stop),
             rescale=config.rescale,
         )
-        return self.parts.autoencoder.decode(x0)
