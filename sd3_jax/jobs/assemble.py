@@ -115,8 +115,11 @@ def checkpoints(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir) / "checkpoints"
 
 
-def trained_params(config: ConfigDict, made: Parts, workdir: str, mesh: Mesh):
-    """The newest checkpoint's weights, straight into their shardings, and its step."""
+def trained_params(
+    config: ConfigDict, made: Parts, workdir: str, mesh: Mesh, step: int | None = None
+):
+    """A checkpoint's weights, straight into their shardings, and its step; the newest's
+    unless `step` is given."""
     boxed = jax.eval_shape(made.objective.init, jax.random.key(0))
     abstract = jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -124,6 +127,7 @@ def trained_params(config: ConfigDict, made: Parts, workdir: str, mesh: Mesh):
         sharding.shardings(boxed, mesh),
     )
     folder = checkpoints(workdir)
-    params, step = restore_params(folder, abstract, which=config.sample.weights)
+    which = config.sample.weights
+    params, step = restore_params(folder, abstract, which=which, step=step)
     resume.warn(workdir, saved_config(folder, step), config)
     return params, step
