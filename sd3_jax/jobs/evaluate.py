@@ -11,7 +11,7 @@ from sd3_jax import sharding
 from sd3_jax.data.digits import KINDS
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evals import compose
-from sd3_jax.jobs import assemble
+from sd3_jax.jobs import assemble, released
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.train import Validation
 from sd3_jax.metrics import write_whole
@@ -25,15 +25,37 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = assemble.parts(config)
-        params, step = assemble.trained_params(config, parts, workdir, mesh)
-        settings = config.sample.to_dict() | config.eval.to_dict()
-        result = {"step": step, "weights": config.sample.weights, "settings": settings}
-        for name in config.eval.scores:
-            result |= SCORES[name](config, parts, mesh, params)
+        parts, params, result = weights(config, workdir, mesh)
+        result["settings"] = config.sample.to_dict() | config.eval.to_dict()
+        for score in dict.fromkeys(SCORES[name] for name in config.eval.scores):
+            add(result, score(config, parts, mesh, params))
     if jax.process_index() == 0:
+        workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / "scores.json", json.dumps(result, indent=2).encode())
         print(*lines(result), sep="\n")
+
+
+def weights(config: ConfigDict, workdir: epath.Path, mesh):
+    """(parts, params, what scores.json says of them): the newest checkpoint's or, of
+    config.weights, (None, their bundle, ...); the scores take either to `painter`."""
+    if not config.weights:
+        parts = assemble.parts(config)
+        params, step = assemble.trained_params(config, parts, workdir, mesh)
+        return parts, params, {"step": step, "weights": config.sample.weights}
+    if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
+        raise UserError(
+            f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
+            f"weights = {config.weights}; wanted scores of pictures, or no weights"
+        )
+    made = released.load(config, mesh)
+    return None, made, {"weights": config.weights}
+
+
+def add(result: dict, found: dict) -> None:
+    """Several scores may give rows: "scores" and "prompts" are joined."""
+    for name, value in found.items():
+        joined = isinstance(value, list) and name in result
+        result[name] = result[name] + value if joined else value
 
 
 def val_loss(config: ConfigDict, parts, mesh, params) -> dict:

@@ -61,11 +61,31 @@ def tasks(config: ConfigDict) -> list[Task]:
         raise UserError(f"{count} pictures: wanted at most {PICTURES}")
     made = []
     for prompt, own in found:
-        settings = {name: _at(own, key) for name, key in OWN.items()}
-        settings["negative"] = texts.checked(settings["negative"], "negative")
-        for number in range(settings.pop("per_prompt")):
+        settings = _settings(own)
+        for number in range(own.sample.per_prompt):
             made.append(Task(len(made), prompt, number, own, settings))
     return made
+
+
+def task(config: ConfigDict, prompt: str, number: int) -> Task:
+    """One picture of a prompt as the config has it, outside any job's order."""
+    return Task(0, texts.checked(prompt), number, config, _settings(config))
+
+
+def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
+    """The prompts of a file that all are painted as the config says.
+
+    `key` is the config's that names the file; a line with settings of its own, or with
+    texts for each encoder, is a UserError.
+    """
+    found = _lines(config, epath.Path(path), key)
+    for prompt, own in found:
+        if own is not config and own.to_dict() != config.to_dict():
+            told = f'"{shown(prompt, 60)}" has settings of its own'
+            raise UserError(f"config.{key} = {path}: {told}; wanted prompts alone")
+        if not isinstance(prompt, str):
+            raise UserError(f"config.{key} = {path}: wanted one text a prompt")
+    return [prompt for prompt, _ in found]
 
 
 def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
@@ -88,9 +108,18 @@ def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
     return [(texts.checked(text, name), config) for text in config.train.prompts]
 
 
-def _lines(config: ConfigDict, path: epath.Path) -> list[tuple[Any, ConfigDict]]:
+def _settings(own: ConfigDict) -> dict[str, Any]:
+    settings = {name: _at(own, key) for name, key in OWN.items()}
+    del settings["per_prompt"]
+    settings["negative"] = texts.checked(settings["negative"], "negative")
+    return settings
+
+
+def _lines(
+    config: ConfigDict, path: epath.Path, key: str = "sample.prompts_file"
+) -> list[tuple[Any, ConfigDict]]:
     """A line that makes no sense is told of, and does not stop the others."""
-    name = f"config.sample.prompts_file = {path}"
+    name = f"config.{key} = {path}"
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     try:

@@ -26,8 +26,10 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
 class ReleasedPainter:
     """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
 
-    def __init__(self, config: ConfigDict, mesh: Mesh):
-        self.bundle = load(config, mesh)
+    def __init__(
+        self, config: ConfigDict, mesh: Mesh, made: bundle.Bundle | None = None
+    ):
+        self.bundle = made or load(config, mesh)
 
     def __call__(self, rows: Sequence[prompt_lines.Task]) -> np.ndarray:
         prompts = [
