@@ -2,32 +2,17 @@
 
 import itertools
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
 
 from sd3_jax.data import digits
 from sd3_jax.data.digits import Digits, Scene, Thing
 from sd3_jax.evals.reader import matches
+from sd3_jax.evals.scorers import Asked, Score, Verdict, score
 
 NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
-
-
-class Score(NamedTuple):
-    """The share of n pictures that are right, and its 95 % (Wilson) interval."""
-
-    name: str
-    score: float
-    n: int
-    low: float
-    high: float
-
-
-def score(name: str, right: Sequence[bool]) -> Score:
-    n, p, z = len(right), float(np.mean(right)), 1.96
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return Score(name, p, n, float(centre - half), float(centre + half))
 
 
 def some(kind: str, split: str, count: int) -> list[Scene]:
@@ -39,8 +24,15 @@ def some(kind: str, split: str, count: int) -> list[Scene]:
 
 def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
     """Each scene painted once, each from noise of its own, and looked at."""
-    images = paint([str(scene) for scene in scenes], list(range(len(scenes))))
-    return [matches(scene, image) for scene, image in zip(scenes, images)]
+    asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
+    images = paint([each.prompt for each in asked], list(range(len(asked))))
+    return [verdict.value == 1 for verdict in scorer(asked, images)]
+
+
+def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Verdict]:
+    """A scorer (evals/scorers.py) of pictures of digits; `wanted` is a Scene."""
+    found = zip(asked, images, strict=True)
+    return [Verdict(float(matches(each.wanted, image))) for each, image in found]
 
 
 def read_scans(height: int, width: int) -> Score:
