@@ -2,8 +2,10 @@
 
 import importlib
 import pkgutil
+import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
+from pathlib import PurePath
 
 from sd3_jax.errors import UserError, near
 from sd3_jax.outside import shown
@@ -25,6 +27,31 @@ def load(name: str) -> Callable:
         kind = type(found).__name__
         raise UserError(f"{shown(name)}: is of type {kind}, wanted a function")
     return found
+
+
+def guarded(key: str, name: str) -> Callable:
+    """The function of that name, which config.`key` has; what it raises is the user's.
+
+    A UserError on one line says where in their code, and is what to look for there.
+    """
+    try:
+        function = load(name)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+
+    def call(*given):
+        try:
+            return function(*given)
+        except UserError:
+            raise
+        except Exception as error:
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            where = f"{PurePath(place.filename).name}:{place.lineno}"
+            what = shown(f"{type(error).__name__}: {error}", 300)
+            raise UserError(f"{call.__name__}: {what} ({where})") from error
+
+    call.__name__ = f"config.{key} = {name}"
+    return call
 
 
 def _module(path: str):
