@@ -83,10 +83,13 @@ class ClipText(nn.Module):
 
 
 class ClipBlock(nn.Module):
+    """Attention and an MLP, each after a norm; a text's looks back only."""
+
     num_heads: int
     mlp: int
     activation: str
     dtype: DTypeLike
+    causal: bool = True
 
     @nn.compact
     def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
@@ -97,8 +100,9 @@ class ClipBlock(nn.Module):
         heads = (3, self.num_heads, d // self.num_heads)
         h = LayerNorm(name="norm1")(x)
         qkv = dense(heads, ("embed", None, "heads", None), "to_qkv")(h)
-        causal = jnp.where(jnp.tri(n, dtype=bool), 0.0, -jnp.inf)[None, None]
-        h = attention(*jnp.unstack(qkv, axis=-3), bias=causal)
+        back = jnp.where(jnp.tri(n, dtype=bool), 0.0, -jnp.inf)[None, None]
+        bias = back if self.causal else None
+        h = attention(*jnp.unstack(qkv, axis=-3), bias=bias)
         x = x + dense(d, ("heads", None, "embed"), "to_out")(h)
         h = dense(self.mlp, ("embed", "mlp"), "fc1")(LayerNorm(name="norm2")(x))
         return x + dense(d, ("mlp", "embed"), "fc2")(ACTIVATIONS[self.activation](h))

@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -28,7 +28,7 @@ class Part(NamedTuple):
     dtypes: Callable
 
 
-def resolve(source: str) -> epath.Path:
+def resolve(source: str, wanted: Sequence[str] = WANTED) -> epath.Path:
     """The path that is meant: as it is, or a hub's repository, downloaded."""
     path = epath.Path(source).expanduser() if source else None
     if path is not None and path.exists():
@@ -39,7 +39,7 @@ def resolve(source: str) -> epath.Path:
 
     try:
         folder = huggingface_hub.snapshot_download(
-            source, allow_patterns=WANTED, ignore_patterns=UNWANTED
+            source, allow_patterns=list(wanted), ignore_patterns=UNWANTED
         )
     except Exception as error:  # its errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]

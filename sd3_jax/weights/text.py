@@ -9,6 +9,14 @@ from sd3_jax.weights.names import AS_IS, MERGING, Group, Row
 # Ends of names that files may hold and no model reads.
 IGNORED = ("encoder.embed_tokens.weight", "position_ids", "logit_scale")
 PROJECTION = "text_projection.weight"  # of CLIP-L, in an original file: not read either
+CLIP_BLOCK = (  # of either tower
+    Row("norm1", "layer_norm1"),
+    Row("to_qkv", tuple(f"self_attn.{name}_proj" for name in "qkv")),
+    Row("to_out", "self_attn.out_proj", kind=MERGING),
+    Row("norm2", "layer_norm2"),
+    Row("fc1", "mlp.fc1"),
+    Row("fc2", "mlp.fc2"),
+)
 
 
 def clip_table(model: ClipText, *, projected: bool = True) -> list[Group]:
@@ -23,17 +31,9 @@ def clip_table(model: ClipText, *, projected: bool = True) -> list[Group]:
         Row("final_norm", "text_model.final_layer_norm"),
         projection,
     )
-    attn = tuple(f"self_attn.{name}_proj" for name in "qkv")
-    block = (
-        Row("norm1", "layer_norm1"),
-        Row("to_qkv", attn),
-        Row("to_out", "self_attn.out_proj", kind=MERGING),
-        Row("norm2", "layer_norm2"),
-        Row("fc1", "mlp.fc1"),
-        Row("fc2", "mlp.fc2"),
-    )
     files = ("text_model.encoder.layers.{}",) * 2
-    return [Group("", "", "", ends), Group("blocks", *files, block, range(model.depth))]
+    blocks = Group("blocks", *files, CLIP_BLOCK, range(model.depth))
+    return [Group("", "", "", ends), blocks]
 
 
 def clip_l_table(model: ClipText) -> list[Group]:
