@@ -154,6 +154,8 @@ def get_config() -> ConfigDict:
         per_prompt=1,
         batch_size=64,
         weights="ema",
+        filter="",  # package.module:function that flags pictures (docs/sampling.md)
+        watermark="",  # a text of at most 16 bytes, marked in all pictures
         max_length=256,  # T5's tokens; these and what follows are for released weights
         clip_skip=0,
         skip_layers=(),  # skip-layer guidance; 7, 8, 9 for SD3.5-medium
@@ -186,6 +188,15 @@ def get_config() -> ConfigDict:
         pictures=240,  # of each kind and split, for "digits"
         split="test",  # prompts to report; choose settings by those of "tune"
         few_steps=5,
+        per_prompt=4,  # pictures, for the benchmarks of prompts that follow
+        geneval="",  # its evaluation_metadata.jsonl
+        detector="",  # package.module:function; so are these (docs/measures.md)
+        colour="",
+        typography="",  # prompts with their text in quotes, one a line, or .jsonl
+        ocr="",
+        ocr_ignore=("space",),  # and case, punctuation: what is no error
+        compbench="",  # T2I-CompBench's folder of prompts
+        compbench_scorers=(),  # "color=package.module:function", …
     )
     return c.lock()
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from sd3_jax import watermark
 from sd3_jax.errors import ConfigError, near
 
 FACTOR = {"latents": 8, "pixels": 1}  # image pixels along a latent's side
@@ -100,6 +101,18 @@ LAYERS = Rule(
 )
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
 TEXTS = Rule(lambda x: all(isinstance(i, str) for i in x), "texts, with commas between")
+HOOK = Rule(
+    lambda x: isinstance(x, str) and (not x or ":" in x),
+    '"package.module:function", or nothing',
+)
+IGNORED = Rule(
+    lambda x: set(x) <= {"case", "punctuation", "space"},
+    "some of case, punctuation, space",
+)
+MARK = Rule(
+    lambda x: isinstance(x, str) and (not x or watermark.fits(x)),
+    f"at most {watermark.LENGTH} bytes of text that prints",
+)
 MIX = Rule(
     lambda x: len(x) == 3 and all(map(WEIGHT.holds, x)) and sum(x) > 0,
     "three finite numbers >= 0, not all 0: of single digits, pairs and numbers",
@@ -175,6 +188,7 @@ RULES = (
     (STEPS, "train.steps"),
     (POSITIVE, "train.log_every train.eval_every train.sample_every"),
     (TEXTS, "train.prompts train.changes eval.scores plan.slices compare.prompts"),
+    (TEXTS, "eval.compbench_scorers"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
     (COUNT, "profile.start train.skip_nonfinite"),
     (RATE, "train.stuck_after"),
@@ -197,6 +211,10 @@ RULES = (
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
     (one_of("tune", "test"), "eval.split"),
+    (POSITIVE, "eval.per_prompt"),
+    (HOOK, "eval.detector eval.colour eval.ocr sample.filter"),
+    (IGNORED, "eval.ocr_ignore"),
+    (MARK, "sample.watermark"),
 )
 
 

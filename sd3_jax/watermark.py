@@ -32,13 +32,9 @@ DOUBTFUL = 8  # bits, the weakest, that are tried both ways when the sum is wron
 LUMA = np.array([0.299, 0.587, 0.114])  # JPEG's
 
 
-def check(message: str) -> None:
-    """A ValueError if the message is empty, too long or holds what does not print."""
-    size = len(message.encode())
-    if not 1 <= size <= LENGTH:
-        raise ValueError(f"{size} bytes of UTF-8; wanted 1 to {LENGTH} bytes")
-    if not message.isprintable():
-        raise ValueError("control characters; wanted text that prints")
+def fits(message: str) -> bool:
+    """Whether it is 1 to LENGTH bytes of text that prints."""
+    return message.isprintable() and 1 <= len(message.encode()) <= LENGTH
 
 
 def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3"]:
@@ -47,8 +43,9 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     All channels change alike, so that colours stay. The change grows until every bit
     reads with the strength wanted, what rounding and clipping took of it included.
     """
-    check(message)
     h, w = image.shape[:2]
+    if not fits(message):
+        raise ValueError(f"{message!r}: wanted 1 to {LENGTH} bytes of text that prints")
     if min(h, w) < SIDE:
         raise ValueError(f"{w} x {h} pixels; wanted sides of {SIDE} or more for a mark")
     name = "fine" if min(h, w) >= FINE else "coarse"
@@ -106,10 +103,9 @@ def _message(bits: ndarray) -> str | None:
         return None
     try:
         message = text.rstrip(b"\0").decode()
-        check(message)
-    except ValueError:
+    except UnicodeDecodeError:
         return None
-    return message
+    return message if fits(message) else None
 
 
 def _correlation(cells: Float[ndarray, "g g"]) -> Float[ndarray, " bits"]:

@@ -88,6 +88,22 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
     return [prompt for prompt, _ in found]
 
 
+def text_lines(path: epath.Path, name: str) -> list[str]:
+    """The lines of a file of prompts, which messages call `name`; or a UserError."""
+    if not path.is_file():
+        raise UserError(f"{name}: no such file")
+    try:
+        with path.open("rb") as file:
+            data = file.read(FILE + 1)
+        if len(data) > FILE:
+            raise UserError(f"{name}: wanted at most {FILE} bytes")
+        return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
+    except OSError as error:
+        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+
+
 def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
     sample = config.sample
     if sample.prompt and sample.prompts_file:
@@ -120,18 +136,7 @@ def _lines(
 ) -> list[tuple[Any, ConfigDict]]:
     """A line that makes no sense is told of, and does not stop the others."""
     name = f"config.{key} = {path}"
-    if not path.is_file():
-        raise UserError(f"{name}: no such file")
-    try:
-        with path.open("rb") as file:
-            data = file.read(FILE + 1)
-        if len(data) > FILE:
-            raise UserError(f"{name}: wanted at most {FILE} bytes")
-        lines = re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
-    except OSError as error:
-        raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+    lines = text_lines(path, name)
     read = _object if path.suffix == ".jsonl" else _text
     found, bad = [], []
     for number, line in enumerate(lines, 1):
