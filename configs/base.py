@@ -14,7 +14,7 @@ def get_config() -> ConfigDict:
     )
     c.tokenizers = ""  # a folder or hub name that has them, where the weights have none
     c.model = dict(
-        name="mmdit",
+        name="mmdit",  # dit, crossdit, uvit, unet
         depth=24,
         width=placeholder(int),  # 64 * depth, as in the paper, unless given
         num_heads=placeholder(int),  # depth, unless given
@@ -27,6 +27,8 @@ def get_config() -> ConfigDict:
         text_split=77,  # where the third weight set begins
         pos_size=192,  # side of the position table, in tokens
         pos_base=64,  # tokens that span the 16 units of the table's scale
+        multipliers=(),  # of width, by level of a U-Net: (1, 2, 4, 4) in SD 2.1
+        attended=(),  # its levels with transformers: (0, 1, 2) in SD 2.1
         pos_crop="center",  # random: anywhere on the table in training (SD3.5-medium)
         context_dim=4096,
         pooled_dim=2048,
@@ -181,6 +183,18 @@ def get_config() -> ConfigDict:
         prompts=("a red fox in the rain", "Foxes, 3 of them!", ""),
         tolerance=1e-4,  # of a standard deviation, for any layer in float32
         bfloat16=2.0,  # times PyTorch's own error
+    )
+    c.study = dict(
+        variants=(),  # "NAME: KEY=VALUE KEY=VALUE", each a form of the recipe
+        sweep=(),  # "KEY=VALUE …", tried for each with one seed; the best is kept
+        by="loss",  # in validation, or score or fid: the sweep's measure
+        seeds=3,
+        settings=(  # of config.sample, by which pictures are made (paper, B.3)
+            *("steps=50 cfg=1", "steps=50 cfg=2.5", "steps=50 cfg=5"),
+            *("steps=5 cfg=5", "steps=10 cfg=5", "steps=25 cfg=5"),
+        ),
+        weights=("ema", "params"),
+        pictures=1_000,  # of each setting
     )
     c.eval = dict(
         examples=1_024,  # held out, for the validation loss

@@ -99,6 +99,9 @@ UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
 LAYERS = Rule(
     lambda x: all(COUNT.holds(i) for i in x), "layers by number, 0 being the first"
 )
+LEVELS = Rule(
+    lambda x: all(POSITIVE.holds(i) for i in x), "integers >= 1, one for each level"
+)
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
 TEXTS = Rule(lambda x: all(isinstance(i, str) for i in x), "texts, with commas between")
 HOOK = Rule(
@@ -122,6 +125,9 @@ PARTS = Rule(
     lambda x: all(name in ENCODERS for name in x), f"some of {', '.join(ENCODERS)}"
 )
 PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
+KINDS = Rule(
+    lambda x: len(x) > 0 and set(x) <= {"ema", "params"}, "ema, params or both"
+)
 WEIGHTS = Rule(
     lambda x: all(map(RATE.holds, x)),
     "finite numbers > 0; a set that is not to be drawn from is left out",
@@ -130,13 +136,15 @@ WEIGHTS = Rule(
 RULES = (
     (SEED, "seed sample.seed"),
     (NAME, "data.name"),
-    (one_of("mmdit"), "model.name"),
+    (one_of("mmdit", "dit", "crossdit", "uvit", "unet"), "model.name"),
     (one_of("bytes", "precomputed"), "text.name"),
     (one_of("rf", "edm", "eps/cos", "v/cos", "eps/linear", "v/linear"), "flow.path"),
     (POSITIVE, "model.depth model.width model.num_heads model.patch model.channels"),
     (POSITIVE, "model.text_split model.pos_size model.pos_base model.unroll"),
     (POSITIVE, "model.context_dim model.pooled_dim"),
     (COUNT, "model.dual_blocks"),
+    (LEVELS, "model.multipliers"),
+    (LAYERS, "model.attended"),
     (RATE, "model.mlp_ratio"),
     (one_of(2, 3), "model.weight_sets"),
     (one_of("float32", "bfloat16", "float16"), "model.dtype"),
@@ -215,29 +223,42 @@ RULES = (
     (HOOK, "eval.detector eval.colour eval.ocr sample.filter"),
     (IGNORED, "eval.ocr_ignore"),
     (MARK, "sample.watermark"),
+    (TEXTS, "study.variants study.sweep study.settings"),
+    (one_of("loss", "score", "fid"), "study.by"),
+    (POSITIVE, "study.seeds study.pictures"),
+    (KINDS, "study.weights"),
 )
 
 
-def side(pixels, autoencoder, patch, pos_size):
-    unit = FACTOR[autoencoder] * patch
-    if pixels > unit * pos_size:
-        return f"at most {unit * pos_size}, config.model.pos_size = {pos_size} tokens"
-    if pixels % unit:
+def unit(autoencoder, patch, multipliers=()):
+    """Pixels of which a picture's sides are multiples; each level of a U-Net halves."""
+    return FACTOR[autoencoder] * patch * 2 ** max(0, len(multipliers) - 1)
+
+
+def side(pixels, autoencoder, patch, pos_size, multipliers):
+    token, by = unit(autoencoder, patch), unit(autoencoder, patch, multipliers)
+    if not multipliers and pixels > token * pos_size:
+        return f"at most {token * pos_size}, config.model.pos_size = {pos_size} tokens"
+    if pixels % by:
         made = f"{FACTOR[autoencoder]} pixels a latent, {patch} latents a patch"
-        return f"a multiple of {unit} ({made}); the nearest is {multiple(pixels, unit)}"
+        if multipliers:
+            made += f", halved {len(multipliers) - 1} times"
+        return f"a multiple of {by} ({made}); the nearest is {multiple(pixels, by)}"
 
 
 BUCKETED = (
     *("image.aspect", "image.buckets", "image.height", "image.width"),
-    *("image.autoencoder", "model.patch", "model.pos_size"),
+    *("image.autoencoder", "model.patch", "model.pos_size", "model.multipliers"),
 )
 
 
-def bucket_side(aspect, count, height, width, autoencoder, patch, pos_size):
-    unit = FACTOR[autoencoder] * patch
-    longest = math.sqrt(height * width * aspect) / unit
-    if count > 1 and longest > pos_size:
-        most = pos_size**2 * unit**2 / (height * width)
+def bucket_side(
+    aspect, count, height, width, autoencoder, patch, pos_size, multipliers
+):
+    token = unit(autoencoder, patch)
+    longest = math.sqrt(height * width * aspect) / token
+    if count > 1 and not multipliers and longest > pos_size:
+        most = pos_size**2 * token**2 / (height * width)
         return f"at most {most:.3g}: config.model.pos_size = {pos_size} tokens a side"
 
 
@@ -256,6 +277,36 @@ def divisible(by):
 def multiple(x, unit):
     """The multiple of unit nearest to x, and not 0."""
     return max(1, round(x / unit)) * unit
+
+
+def only_mmdit(value):
+    """Of a key that the other denoisers know nothing of, and would ignore."""
+
+    def relation(given, name):
+        if name != "mmdit" and given != value:
+            shown = f'"{value}"' if isinstance(value, str) else value
+            return f'{shown}, or config.model.name = "mmdit", not "{name}"'
+
+    return relation
+
+
+def odd(depth, name):
+    if name == "uvit" and depth % 2 == 0:
+        return f"an odd number for a uvit, such as {depth + 1}: skips join two halves"
+
+
+def levels(multipliers, name):
+    if name == "unet" and not multipliers:
+        return "some for a unet, such as (1, 2, 4, 4)"
+    if name != "unet" and multipliers:
+        return f'(), or config.model.name = "unet", not "{name}"'
+
+
+def attended(places, name, multipliers):
+    if name != "unet" and places:
+        return f'(), or config.model.name = "unet", not "{name}"'
+    if places and max(places) >= len(multipliers):
+        return f"levels below {len(multipliers)}, those of config.model.multipliers"
 
 
 def dual_blocks(blocks, depth):
@@ -323,13 +374,20 @@ def one_rest(mesh):
         return "-1, what is left, for one axis at most"
 
 
+SIDED = "image.autoencoder", "model.patch", "model.pos_size", "model.multipliers"
 # The function says what is wanted of the first key, given the others, or nothing.
 RELATIONS = (
-    (side, "image.height", "image.autoencoder", "model.patch", "model.pos_size"),
-    (side, "image.width", "image.autoencoder", "model.patch", "model.pos_size"),
+    (levels, "model.multipliers", "model.name"),
+    (attended, "model.attended", "model.name", "model.multipliers"),
+    (side, "image.height", *SIDED),
+    (side, "image.width", *SIDED),
     (divisible("model.num_heads"), "model.width", "model.num_heads"),
     (divisible("text.num_heads"), "text.width", "text.num_heads"),
     (divisible("optim.accumulate"), "data.batch_size", "optim.accumulate"),
+    (only_mmdit(0), "model.dual_blocks", "model.name"),
+    (only_mmdit(2), "model.weight_sets", "model.name"),
+    (only_mmdit("center"), "model.pos_crop", "model.name"),
+    (odd, "model.depth", "model.name"),
     (dual_blocks, "model.dual_blocks", "model.depth"),
     (mode_scale, "flow.mode_scale", "flow.density"),
     (reached, "profile.start", "train.steps"),

@@ -18,6 +18,10 @@ JOBS = {
     ),
     "sample": Job("turn prompts into pictures", "sd3_jax.jobs.sample"),
     "evaluate": Job("score a checkpoint", "sd3_jax.jobs.evaluate"),
+    "study": Job(
+        "compare variants of a recipe over seeds, as the paper's tables do",
+        "sd3_jax.jobs.study",
+    ),
     "convert": Job(
         "write weights in another layout: diffusers, original or orbax",
         "sd3_jax.jobs.convert",

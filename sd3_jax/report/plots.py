@@ -113,6 +113,50 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
         return _svg(figure)
 
 
+def curves(
+    lines: dict[str, tuple],
+    x: str,
+    y: str,
+    *,
+    log: str = "",
+    joined: bool = True,
+    first: str | None = None,
+) -> str:
+    """Named curves, or points if not `joined`, one shade and mark each; `first` is in
+    colour. `log` names the axes that are logarithmic: "x", "y" or "xy"."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        others = [name for name in lines if name != first]
+        for name, (xs, ys) in lines.items():
+            i = others.index(name) if name in others else 0
+            shade = 0.9 - 0.6 * i / max(1, len(others) - 1)
+            mine = dict(color=ACCENT, lw=1.8, zorder=3)
+            theirs = dict(color=SOFT, alpha=shade, lw=1.2)
+            look = mine if name == first else theirs
+            line = ("-", "--", ":", "-.")[i % 4] if joined else ""
+            axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
+        for axis in log:
+            getattr(axes, f"set_{axis}scale")("log")
+        axes.set_xlabel(x)
+        axes.set_ylabel(y)
+        if len(lines) > 1:
+            beside = dict(loc="center left", bbox_to_anchor=(1, 0.5))
+            axes.legend(fontsize=6.5, handlelength=2.2, **beside)
+        return _svg(figure)
+
+
+def standalone(svg: str) -> str:
+    """A plot as a file of its own, in the page's light colours and its dark ones."""
+    light = "--soft:#57606a;--rule:#d8dee4;--accent:#0969da;background:#fff"
+    dark = "--soft:#9aa4af;--rule:#3a424c;--accent:#58a6ff;background:#0d1117"
+    style = (
+        f"<style>svg{{{light};font-family:system-ui,sans-serif}}"
+        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
+    )
+    end = svg.index(">") + 1
+    return f"{svg[:end]}{style}{svg[end:]}"
+
+
 def _logarithmic(axes):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))

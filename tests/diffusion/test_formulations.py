@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from sd3_jax.diffusion import grids, timesteps
-from sd3_jax.diffusion.formulations import PATHS, VARIANTS, make
+from sd3_jax.diffusion.formulations import PATHS, make
 from sd3_jax.diffusion.losses import flow_loss, loss_at
 from sd3_jax.diffusion.paths import expand
 from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.diffusion.variants import VARIANTS
 
 EACH = pytest.mark.parametrize("path", PATHS)
 FLOW = dict(mean=0.0, std=1.0, mode_scale=1.29, shift=1.0)
