@@ -11,7 +11,7 @@ from sd3_jax import sharding
 from sd3_jax.data.digits import KINDS
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evals import compose
-from sd3_jax.jobs import assemble, released
+from sd3_jax.jobs import assemble, prompt_scores, released
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.train import Validation
 from sd3_jax.metrics import write_whole
@@ -22,6 +22,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     for name in config.eval.scores:
         if name not in SCORES:
             raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
+    prompt_scores.check(config)
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -121,7 +122,7 @@ def merged(rows: list[dict]) -> list[dict]:
     ]
 
 
-SCORES = {"val_loss": val_loss, "digits": digits}
+SCORES = {"val_loss": val_loss, "digits": digits, **prompt_scores.SCORES}
 
 
 def lines(result: dict) -> list[str]:
