@@ -1,0 +1,62 @@
+"""Precision and recall of pictures by nearest neighbours (Kynkaanniemi et al. 2019)."""
+
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Float, Float64
+from numpy import ndarray
+
+from sd3_jax.errors import UserError
+
+NEIGHBOURS = 3  # the paper's
+BLOCK = 1_024  # rows of distances at once
+
+
+class PrecisionRecall(NamedTuple):
+    """Of made pictures: the share that lies among the real ones, and of real ones the
+    share that lies among them."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(
+    real: Float[ndarray, "n d"], made: Float[ndarray, "m d"], *, k: int = NEIGHBOURS
+) -> PrecisionRecall:
+    """Among a set is what is no farther from one of it than its k-th neighbour there.
+
+    Sets of different sizes have balls of different sizes: compare equal ones.
+    """
+    if min(len(real), len(made)) <= k:
+        raise UserError(
+            f"precision and recall of {len(real)} and {len(made)} features; wanted more"
+            f" than {k}, the neighbours, each"
+        )
+    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
+    return PrecisionRecall(
+        float(among(made, real, k).mean()), float(among(real, made, k).mean())
+    )
+
+
+def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
+    """Whether each row of x is in a ball about a row of the others."""
+    near = radii(of, k)
+    blocks = [distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK)]
+    return np.concatenate([(block <= near).any(1) for block in blocks])
+
+
+def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
+    """Squared distance to the k-th neighbour; the row itself is none."""
+    found = []
+    for start in range(0, len(x), BLOCK):
+        block = distances(x[start : start + BLOCK], x)
+        found.append(np.partition(block, k, axis=1)[:, k])  # the 0-th is the row itself
+    return np.concatenate(found)
+
+
+def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:
+    """Squared; 0 where rounding alone tells two apart, so that a copy lies in a ball
+    of radius 0."""
+    squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
+    found = squares - 2 * a @ b.T
+    return np.where(found < 1e-12 * squares, 0, found)
