@@ -118,7 +118,7 @@ MISTAKES = [
     row(8, "trian", 'unknown job "trian"; did you mean "train"'),
     row(8, f"train config={TINY[:-5]}:tinny", '"tinny"; did you mean "tiny"'),
     row(8, "train config=configs/quikstart.py", 'did you mean "configs/quickstart.py"'),
-    row(8, "train model.name=unet", 'config.model.name = "unet": wanted one of mmdit'),
+    row(8, "train model.name=unit", '"unit": wanted one of mmdit', '"unet"'),
     row(8, "train text.name=byte", 'text.name = "byte"', 'did you mean "bytes"'),
     row(8, "train flow.path=vp", 'config.flow.path = "vp": wanted one of rf'),
     row(8, "train data.name=digit", '"digit": wanted one of digits, synthetic, rec'),

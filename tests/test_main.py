@@ -252,11 +252,12 @@ def test_every_rule_is_about_a_key_that_exists():
 
 def test_the_choices_are_those_of_the_code():
     from sd3_jax.diffusion import grids, solvers, timesteps
-    from sd3_jax.models import attention, mmdit
+    from sd3_jax.models import attention, denoisers, stack
 
     choices = {key: rule.choices for rule, keys in RULES for key in keys.split()}
     for key, table in {
-        "model.remat": mmdit.REMAT,
+        "model.name": denoisers.DENOISERS,
+        "model.remat": stack.REMAT,
         "model.attention": attention.KERNELS,
         "flow.density": timesteps.DENSITIES,
         "sample.solver": solvers.SOLVERS,

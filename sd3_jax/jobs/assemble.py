@@ -17,6 +17,7 @@ from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import examples, resume
 from sd3_jax.models import flops
+from sd3_jax.models.denoisers import DENOISERS
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import ByteTower
 from sd3_jax.pipelines import prompts
@@ -37,12 +38,12 @@ class Parts(NamedTuple):
 
 
 def parts(config: ConfigDict) -> Parts:
-    denoiser, autoencoder = mmdit(config.model), AUTOENCODERS[config.image.autoencoder]
+    model, autoencoder = denoiser(config.model), AUTOENCODERS[config.image.autoencoder]
     sides = (config.image.height, config.image.width)
     shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
     made = formulation(config.flow)
     objective = objectives.flow_matching(
-        denoiser,
+        model,
         text_model(config),
         autoencoder,
         formulation=made,
@@ -52,14 +53,14 @@ def parts(config: ConfigDict) -> Parts:
     )
     bytewise = config.text.name == "bytes"
     tokens = config.text.words if bytewise else config.text.length
-    image_flops = flops.mmdit(
-        denoiser,
+    image_flops = flops.forward(
+        model,
         height=shape[0],
         width=shape[1],
         text=tokens,
         text_dim=config.model.context_dim,
     )
-    return Parts(denoiser, autoencoder, objective, made, shape, image_flops)
+    return Parts(model, autoencoder, objective, made, shape, image_flops)
 
 
 def formulation(flow: ConfigDict) -> Formulation:
@@ -73,13 +74,21 @@ def formulation(flow: ConfigDict) -> Formulation:
     return formulations.make(flow.path, density)
 
 
-def mmdit(model: ConfigDict) -> MMDiT:
-    fields = {k: v for k, v in model.items() if k in MMDiT.__dataclass_fields__}
+def denoiser(model: ConfigDict) -> nn.Module:
+    kind = DENOISERS[model.name]
+    fields = {k: v for k, v in model.items() if k in kind.__dataclass_fields__}
     fields["width"] = model.width or 64 * model.depth
     fields["num_heads"] = model.num_heads or model.depth
     fields["dtype"] = jnp.dtype(model.dtype)
     del fields["name"]  # linen's, not ours
-    return MMDiT(**fields)
+    return kind(**fields)
+
+
+def mmdit(model: ConfigDict, why: str) -> MMDiT:
+    """The denoiser, where it must be the paper's."""
+    if model.name != "mmdit":
+        raise UserError(f'config.model.name = "{model.name}": {why}; wanted "mmdit"')
+    return denoiser(model)
 
 
 def text_model(config: ConfigDict) -> prompts.TextModel:

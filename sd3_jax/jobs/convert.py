@@ -42,7 +42,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     """The denoiser of the newest checkpoint; its positions, a formula to us, are a
     table in a file."""
     parts = assemble.parts(config)
-    model = parts.denoiser
+    model = assemble.mmdit(config.model, "the released layouts hold no other")
     if model.weight_sets != 2:
         raise UserError(
             f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"

@@ -66,7 +66,8 @@ def source(config: ConfigDict, *, held_out: bool = False):
 def table(config: ConfigDict) -> tuple[Bucket, ...]:
     """The shapes of the recipe's pictures, in pixels."""
     image = config.image
-    unit = validate.FACTOR[image.autoencoder] * config.model.patch
+    model = config.model
+    unit = validate.unit(image.autoencoder, model.patch, model.multipliers)
     sides = image.height, image.width
     return buckets.table(*sides, count=image.buckets, aspect=image.aspect, unit=unit)
 

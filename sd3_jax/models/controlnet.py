@@ -8,8 +8,9 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
+from sd3_jax.models.ends import condition, cut, position_table
 from sd3_jax.models.layers import Dense, patchify, zeros
-from sd3_jax.models.mmdit import Block, condition, cut, position_table
+from sd3_jax.models.mmdit import Block
 
 
 class ControlNet(nn.Module):

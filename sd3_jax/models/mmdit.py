@@ -14,38 +14,17 @@ from jaxtyping import Float, Int, Key
 
 from sd3_jax.models import shards
 from sd3_jax.models.attention import attention
-from sd3_jax.models.layers import (
-    Dense,
-    Embedder,
-    Mlp,
-    RmsNorm,
-    crop,
-    layer_norm,
-    modulate,
-    patchify,
-    positions,
-    timestep_features,
-    unpatchify,
-    zeros,
+from sd3_jax.models.ends import (
+    Modulation,
+    condition,
+    cut,
+    image_tokens,
+    text_tokens,
+    velocity,
+    whole,
 )
-
-# A block's products except fc1's, of four times the width. Those out of attention and
-# fc2 are wanted by their gates' gradients.
-KEPT = ("qkv", "attention", "projected", "fed")
-policies = jax.checkpoint_policies
-REMAT = {  # by what is kept of a block for its backward pass
-    "none": None,  # all
-    "mlp": policies.save_only_these_names(*KEPT, "mlp"),
-    "attention": policies.save_only_these_names(*KEPT),
-    "offload": policies.save_and_offload_only_these_names(
-        names_which_can_be_saved=[],
-        names_which_can_be_offloaded=[*KEPT],
-        offload_src="device",
-        offload_dst="pinned_host",
-    ),
-    "dots": policies.dots_with_no_batch_dims_saveable,
-    "full": policies.nothing_saveable,  # nothing
-}
+from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate
+from sd3_jax.models.stack import scanned
 
 
 class MMDiT(nn.Module):
@@ -95,16 +74,8 @@ class MMDiT(nn.Module):
         where on the position table, in tokens from its top and left, each image lies;
         its centre otherwise.
         """
-        _, h, w, _ = xt.shape
-        x = Dense(self.width, (None, "embed"), dtype=self.dtype, name="patch_embed")(
-            patchify(xt, self.patch)
-        )
-        table = position_table(self, h // self.patch, w // self.patch, place)
-        x = x + table.astype(x.dtype)
-        x = cut(x)
-        text = Dense(
-            self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
-        )(context)
+        x = image_tokens(self, xt, place)
+        text = text_tokens(self, context)
         c = condition(t, pooled, self.width, self.dtype)
 
         split = () if self.weight_sets == 2 else (self.text_split,)
@@ -118,11 +89,7 @@ class MMDiT(nn.Module):
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
 
-        shift, scale = Modulation(2, self.width, self.dtype, name="final_adaln")(c)
-        x = modulate(layer_norm(x), shift, scale)
-        out = self.patch**2 * self.channels
-        x = Dense(out, ("embed", None), init=zeros, dtype=self.dtype, name="final")(x)
-        return unpatchify(x, self.patch, h, w).astype(jnp.float32)
+        return velocity(self, x, c, *xt.shape[1:3])
 
     def random_place(
         self, key: Key[Array, ""], shape: Sequence[int]
@@ -161,16 +128,12 @@ class MMDiT(nn.Module):
                 streams = (x + residuals[source].astype(x.dtype), *texts)
             return streams, None
 
-        if self.remat != "none":
-            body = nn.remat(body, policy=REMAT[self.remat], prevent_cse=False)
-        scan = nn.scan(
+        scan = scanned(
             body,
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast),
-            length=len(layers),
+            len(layers),
+            remat=self.remat,
             unroll=self.unroll,
-            metadata_params={nn.PARTITION_NAME: "layers"},
+            in_axes=(0, nn.broadcast, nn.broadcast),
         )
         block = self.block(**kwargs, name=name)
         keep = jnp.array([i not in skip for i in layers]) if skip else None
@@ -185,25 +148,6 @@ class MMDiT(nn.Module):
             return scan(block, streams, (keep, source), c, residuals)[0]
 
         return run
-
-
-def condition(
-    t: Float[Array, " b"], pooled: Float[Array, "b e"], width: int, dtype: DTypeLike
-) -> Float[Array, "b d"]:
-    """What every adaLN reads; the submodules are those of the module that calls."""
-    t = Embedder(width, dtype=dtype, name="time_embed")(timestep_features(t))
-    y = Embedder(width, dtype=dtype, name="pooled_embed")(pooled)
-    return nn.silu(t + y)
-
-
-def position_table(
-    model: nn.Module, h: int, w: int, place: Int[Array, "b 2"] | None = None
-) -> Float[Array, "*b n d"]:
-    """A part of the table that the model's variables hold, else by its formula."""
-    if not model.has_variable("buffers", "pos_embed"):
-        shape = dict(size=model.pos_size, base=model.pos_base)
-        return positions(h, w, model.width, place=place, **shape)
-    return crop(model.get_variable("buffers", "pos_embed"), h, w, place)
 
 
 class Block(nn.Module):
@@ -250,16 +194,6 @@ class Block(nn.Module):
             attention=self.attention,
             name=("image", "text", "text2")[i],
         )
-
-
-def cut(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Tokens over the mesh's context axis."""
-    return nn.with_logical_constraint(x, ("batch", "tokens", None))
-
-
-def whole(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
-    """Keys or values, of which every query wants all."""
-    return nn.with_logical_constraint(x, ("batch", None, "heads", None))
 
 
 class Opened(NamedTuple):
@@ -321,22 +255,6 @@ class Stream(nn.Module):
             x = x + opened.dual
         h = self.mlp(modulate(layer_norm(x), shift, scale))
         return cut(x + gate_mlp[:, None] * checkpoint_name(h, "fed"))
-
-
-class Modulation(nn.Module):
-    """adaLN's linear layer: c to `chunks` vectors, all zero at the start."""
-
-    chunks: int
-    width: int
-    dtype: DTypeLike = jnp.bfloat16
-
-    @nn.compact
-    def __call__(self, c: Float[Array, "b d"]) -> Sequence[Float[Array, "b d"]]:
-        axes = ("embed", None, None)
-        linear = Dense(
-            (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
-        )
-        return jnp.unstack(linear(c), axis=1)  # of (b, chunks, d)
 
 
 class Projections(nn.Module):

@@ -94,7 +94,7 @@ def attend(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",  # for remat, see mmdit.REMAT
+        residual_checkpoint_name="attention",  # for remat, see stack.REMAT
         interpret=platform() == "cpu",
     )
     ids = None

@@ -1,6 +1,6 @@
 """The autoencoder of 16 channels (Rombach et al. 2022; SD3 paper, sec. 5.2.1)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -176,14 +176,13 @@ class Conv(nn.Module):
     features: int
     size: int = 3
     stride: int = 1
+    init: Callable = nn.initializers.lecun_normal()
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h2 w2 d"]:
         shape = (self.size, self.size, x.shape[-1], self.features)
-        init = nn.with_logical_partitioning(
-            nn.initializers.lecun_normal(), (None, None, None, "embed")
-        )
+        init = nn.with_logical_partitioning(self.init, (None, None, None, "embed"))
         kernel = self.param("kernel", init, shape)
         bias_init = nn.with_logical_partitioning(zeros, (None,))
         bias = self.param("bias", bias_init, (self.features,))

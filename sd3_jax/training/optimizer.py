@@ -77,25 +77,31 @@ def _muon(rate, muon_rate, *, b1, b2, eps, weight_decay):
     )
 
 
+PLAIN = ("fc1", "fc2", "wo", "skip", "proj_in", "proj_out")  # of a block
+
+
 def matrices(params):
     """The axes that Muon makes orthogonal, None for what AdamW takes.
 
     Inside a scanned stack the first axis counts layers; q, k and v are three matrices.
-    adaLN, the embeddings and the last layer are left to AdamW, as is the custom.
+    adaLN, convolutions, the embeddings and the last layer are left to AdamW, as is the
+    custom.
     """
 
     def axes(path, _):
         names = [k.key for k in path]
-        layer, i = names[-2], int("blocks" in names or "dual_blocks" in names)
+        layer, i = names[-2], int(any(name.endswith("blocks") for name in names))
         if names[-1] != "kernel":
             return None
-        if layer == "to_qkv":
+        if layer in ("to_qkv", "to_kv"):
             return MuonDimensionNumbers((i,), (i + 2, i + 3))
         if layer == "to_out":
             return MuonDimensionNumbers((i, i + 1), (i + 2,))
+        if layer == "to_q":
+            return MuonDimensionNumbers((i,), (i + 1, i + 2))
         if layer == "wi":
             return MuonDimensionNumbers((i,), (i + 2,))
-        if layer in ("fc1", "fc2", "wo") and "block" in names[0] + names[1]:
+        if layer in PLAIN and "block" in names[0] + names[1]:
             return MuonDimensionNumbers((i,), (i + 1,))
         return None
 

@@ -9,7 +9,8 @@ import pytest
 from sd3_jax import tree
 from sd3_jax.models import flops, layers
 from sd3_jax.models.layers import patchify, positions, unpatchify
-from sd3_jax.models.mmdit import REMAT, Block, MMDiT
+from sd3_jax.models.mmdit import Block, MMDiT
+from sd3_jax.models.stack import REMAT
 
 SMALL = dict(depth=3, width=32, num_heads=2, channels=4, pos_size=8, pos_base=4)
 

@@ -1,0 +1,201 @@
+"""A U-Net of convolutions and transformers that reads text by cross-attention."""
+
+from collections.abc import Sequence
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
+from jaxtyping import Float
+
+from sd3_jax.models import vae
+from sd3_jax.models.clip import LayerNorm
+from sd3_jax.models.dit import CrossAttention, self_attention
+from sd3_jax.models.ends import condition, cut
+from sd3_jax.models.layers import Dense, patchify, unpatchify, zeros
+from sd3_jax.models.stack import REMAT
+from sd3_jax.models.vae import Conv, spread
+
+
+class UNet(nn.Module):
+    """The U-Net of latent diffusion (Rombach et al. 2022) as Stable Diffusion 2.1 has
+    it, whose sizes are the defaults.
+
+    Level i has width * multipliers[i] channels and half the height and width of level
+    i - 1; `depth` blocks on the way down and one more on the way up; a transformer in
+    each block of the levels `attended`, and in the middle. Heads are as wide at every
+    level: `num_heads` is the first one's. As in SDXL the pooled text is added to the
+    time. A `patch` over 1 turns pixels into channels first. q and k are normed where
+    `qk_norm`, which SD's are not.
+    """
+
+    depth: int = 2
+    width: int = 320
+    num_heads: int = 5
+    patch: int = 1
+    channels: int = 4
+    multipliers: Sequence[int] = (1, 2, 4, 4)
+    attended: Sequence[int] = (0, 1, 2)
+    mlp_ratio: int = 4
+    qk_norm: bool = False
+    dtype: DTypeLike = jnp.bfloat16
+    remat: str = "full"
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(
+        self,
+        xt: Float[Array, "b h w c"],
+        t: Float[Array, " b"],
+        context: Float[Array, "b l k"],
+        pooled: Float[Array, "b e"],
+    ) -> Float[Array, "b h w c"]:
+        """The velocity at (xt, t); height and width divide by `unit`."""
+        _, h, w, _ = xt.shape
+        if h % self.unit or w % self.unit:
+            raise ValueError(
+                f"UNet: latents of {h}x{w}: wanted sides that {self.unit} divides"
+            )
+        c = condition(t, pooled, 4 * self.width, self.dtype)
+        conv = lambda out, name, **kw: Conv(out, dtype=self.dtype, name=name, **kw)
+        x = spread(fold(xt, self.patch))
+        x = conv(self.width, "conv_in")(x)
+        skips, last = [x], len(self.multipliers) - 1
+        for level in range(last + 1):
+            for i in range(self.depth):
+                x = self.block(level, f"down_{level}_block_{i}")(x, c, context)
+                skips.append(x)
+            if level < last:
+                x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+                x = conv(x.shape[-1], f"down_{level}_conv", stride=2)(x)
+                skips.append(x)
+        for i, attends in enumerate((True, False)):
+            x = self.block(last, f"mid_block_{i}", attends)(x, c, context)
+        for level in reversed(range(last + 1)):
+            for i in range(self.depth + 1):
+                x = jnp.concatenate([x, skips.pop()], axis=-1)
+                x = self.block(level, f"up_{level}_block_{i}")(x, c, context)
+            if level:
+                x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
+                x = conv(x.shape[-1], f"up_{level}_conv")(x)
+        x = nn.silu(group_norm(x, "norm_out"))
+        x = conv(self.patch**2 * self.channels, "conv_out", init=zeros)(x)
+        x = x.reshape(len(x), -1, x.shape[-1])
+        return unpatchify(x, self.patch, h, w).astype(jnp.float32)
+
+    @property
+    def unit(self) -> int:
+        """What divides a latent's sides."""
+        return self.patch * 2 ** (len(self.multipliers) - 1)
+
+    def block(self, level: int, name: str, attends: bool | None = None) -> nn.Module:
+        kind = Block
+        if self.remat != "none":
+            kind = nn.remat(Block, policy=REMAT[self.remat])
+        times = self.multipliers[level]
+        return kind(
+            self.width * times,
+            self.num_heads * times,
+            transformer=level in self.attended if attends is None else attends,
+            mlp_ratio=self.mlp_ratio,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+            name=name,
+        )
+
+
+def fold(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h2 w2 c2"]:
+    """p x p pixels to one of p^2 times the channels; patchify, still a picture."""
+    b, h, w, _ = x.shape
+    return patchify(x, p).reshape(b, h // p, w // p, -1)
+
+
+def group_norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
+    """32 groups, or as many as divide the channels."""
+    groups = next(n for n in (32, 16, 8, 4, 2, 1) if x.shape[-1] % n == 0)
+    return vae.GroupNorm(groups, name=name)(x)
+
+
+class Block(nn.Module):
+    """A residual block that hears of the time, and a transformer where there is one."""
+
+    features: int
+    num_heads: int
+    transformer: bool
+    mlp_ratio: int
+    qk_norm: bool
+    dtype: DTypeLike
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Float[Array, "b h w c"],
+        c: Float[Array, "b e"],
+        text: Float[Array, "b l k"],
+    ) -> Float[Array, "b h w d"]:
+        x = Resnet(self.features, self.dtype, name="resnet")(x, c)
+        if not self.transformer:
+            return x
+        transformer = Transformer(
+            self.num_heads,
+            mlp_ratio=self.mlp_ratio,
+            qk_norm=self.qk_norm,
+            dtype=self.dtype,
+            attention=self.attention,
+            name="transformer",
+        )
+        return transformer(x, text)
+
+
+class Resnet(nn.Module):
+    features: int
+    dtype: DTypeLike
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "b h w c"], c: Float[Array, "b e"]
+    ) -> Float[Array, "b h w d"]:
+        conv = lambda name, **kw: Conv(self.features, dtype=self.dtype, name=name, **kw)
+        h = conv("conv1")(nn.silu(group_norm(x, "norm1")))
+        time = Dense(self.features, ("embed", None), dtype=self.dtype, name="time")
+        h = h + time(c)[:, None, None]
+        h = conv("conv2", init=zeros)(nn.silu(group_norm(h, "norm2")))
+        if x.shape[-1] != self.features:
+            x = conv("shortcut", size=1)(x)
+        return x + checkpoint_name(h, "fed")
+
+
+class Transformer(nn.Module):
+    """Self-attention, cross-attention and GEGLU between two linear maps; the picture's
+    points are its tokens, which have no positions but what convolutions tell."""
+
+    num_heads: int
+    mlp_ratio: int
+    qk_norm: bool
+    dtype: DTypeLike
+    attention: str
+
+    @nn.compact
+    def __call__(
+        self, picture: Float[Array, "b h w d"], text: Float[Array, "b l k"]
+    ) -> Float[Array, "b h w d"]:
+        b, h, w, d = picture.shape
+        dense = lambda features, axes, name, **init: Dense(
+            features, axes, dtype=self.dtype, name=name, **init
+        )
+        x = group_norm(picture, "norm").reshape(b, h * w, d)
+        x = cut(dense(d, (None, "embed"), "proj_in")(x))
+        x = cut(x + self_attention(self)(LayerNorm(name="norm1")(x)))
+        look = CrossAttention(
+            self.num_heads, self.qk_norm, self.dtype, self.attention, name="cross"
+        )
+        x = cut(x + look(LayerNorm(name="norm2")(x), text))
+        wide = dense((2, self.mlp_ratio * d), ("embed", None, "mlp"), "wi")
+        gate, y = jnp.unstack(wide(LayerNorm(name="norm3")(x)), axis=-2)
+        y = checkpoint_name(y * nn.gelu(gate), "mlp")
+        x = x + checkpoint_name(dense(d, ("mlp", "embed"), "wo")(y), "fed")
+        x = dense(d, ("embed", None), "proj_out", init=zeros)(cut(x))
+        return spread(picture + x.reshape(b, h, w, d))
