@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import hosts, lock, metrics, pictures, sharding, tree, watch
 from sd3_jax.data.images import BadImage, read_own
-from sd3_jax.jobs import assemble, prompt_lines, sheet
+from sd3_jax.jobs import assemble, prompt_lines, safety, sheet
 from sd3_jax.jobs.paint import Painter, batch_size
 from sd3_jax.jobs.prompt_lines import Task
 from sd3_jax.jobs.released import ReleasedPainter
@@ -36,13 +36,15 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
     tasks = prompt_lines.tasks(config)
+    sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
+    guard = safety.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
         if make is trained:
             tell_cut(tasks, config.text.length)
         paint, facts = make(config, workdir, mesh)
-        lines = [describe(task, facts) for task in tasks]
+        lines = [describe(task, facts | guard.facts()) for task in tasks]
         done = recorded(workdir, lines)
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
@@ -56,13 +58,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 watch.expect("a batch of pictures", watch.LONG)
                 images = paint(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
+                flags = guard.flags(images, [batch[i].caption for i in left])
+                for line, flag in zip(fresh, flags):
+                    line |= {"filtered": flag} if flag else {}
                 pixels = config.image.autoencoder == "pixels" and not config.weights
-                save(workdir, fresh, images, enlarged=pixels)
+                save(workdir, fresh, images, guard, enlarged=pixels)
                 hosts.meet(f"sample/{fresh[0]['file']}")  # all are on disk
                 written.extend(fresh)
                 pace = (time.monotonic() - began) / len(left)
                 count = len(written.lines)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
+    if flagged := sum("filtered" in line for line in lines):
+        told = "%d of %d pictures are black: config.sample.filter flagged them"
+        log.warning(told, flagged, len(lines))
     watch.expect("the contact sheets", watch.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
@@ -121,7 +129,10 @@ def describe(task: Task, facts: dict) -> dict:
 
 
 def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
-    """Which pictures are there and are what they would be; as process 0 sees them."""
+    """Which pictures are there and are what they would be; as process 0 sees them.
+
+    What the filter said of them then, its lines have from now on as well.
+    """
     done = np.zeros(len(lines), bool)
     if jax.process_index() == 0:
         text = b""
@@ -132,10 +143,12 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
         known = {str(line.get("file")): line for line in found}
         for i, line in enumerate(lines):
             path = workdir / line["file"]
-            if known.get(line["file"]) == line:
-                done[i] = path.is_file()
-            else:  # painted, but killed before its line was written
-                done[i] = path.is_file() and embedded(path) == line
+            there = known.get(line["file"], {})
+            if unfiltered(there) != line and path.is_file():
+                there = embedded(path)  # painted, then killed before it had its line
+            done[i] = unfiltered(there) == line and path.is_file()
+            if done[i]:
+                line |= there
     return multihost_utils.broadcast_one_to_all(done).tolist()
 
 
@@ -145,6 +158,11 @@ def parsed(text: str) -> dict:
     except ValueError:
         return {}
     return value if isinstance(value, dict) else {}
+
+
+def unfiltered(line: dict) -> dict:
+    """The line as it was before the filter saw the picture."""
+    return {name: value for name, value in line.items() if name != "filtered"}
 
 
 def embedded(path: epath.Path) -> dict:
@@ -170,7 +188,12 @@ def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], in
 
 
 def save(
-    workdir: epath.Path, lines: list[dict], images: np.ndarray, *, enlarged: bool
+    workdir: epath.Path,
+    lines: list[dict],
+    images: np.ndarray,
+    guard: safety.Safety,
+    *,
+    enlarged: bool,
 ) -> None:
     """This process's share of the pictures; of a few pixels `enlarged` to be seen."""
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
@@ -181,6 +204,7 @@ def save(
             "prompt": text if isinstance(text, str) else text[0],
             "sd3_jax": json.dumps(line),
         }
+        image = guard.finished(image, line.get("filtered", ""))
         shown = pictures.enlarged(image) if enlarged else image
         pictures.save_png(shown, workdir / line["file"], info=info)
 

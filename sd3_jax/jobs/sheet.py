@@ -38,6 +38,7 @@ def figure(line: dict) -> page.Html:
         f"seed {line['seed']} · {settings['steps']} steps of {settings['solver']} ·"
         f" cfg {settings['cfg']:g} · {settings['width']} × {settings['height']}"
     )
+    told += f" · filtered: {line['filtered']}" if "filtered" in line else ""
     file = quote(line["file"])
     picture = page.element("img", src=file, alt=prompt, loading="lazy")
     caption = page.element("figcaption", prompt, page.Html("<br>"), small(told))

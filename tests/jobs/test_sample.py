@@ -10,7 +10,7 @@ from etils import epath
 from parity import miniature
 from PIL import Image
 
-from sd3_jax import main, pictures
+from sd3_jax import main, pictures, watermark
 from sd3_jax.jobs import sample
 
 TINY = "--config=configs/released.py:tiny"
@@ -152,3 +152,83 @@ def test_what_a_workdir_holds_is_not_believed(tmp_path):
     (tmp_path / "samples.jsonl").write_bytes("\n".join(odd).encode() + b"\n" + torn)
     path = epath.Path(tmp_path)
     assert sample.recorded(path, wanted) == [True, True, False, False]
+
+
+FILTER = """
+calls = []
+
+def refuse(images, prompts):
+    assert images.shape[1:] in ((64, 64, 3), (256, 256, 3)) and images.dtype == "uint8"
+    calls.append(list(prompts))
+    return [{"a wolf": "a wolf", "a bear": True}.get(each) for each in prompts]
+
+def broken(images, prompts):
+    raise RuntimeError("no weights")
+
+def scores(images, prompts):
+    return [0.3] * len(images)
+"""
+
+
+@pytest.fixture
+def looked_at(tmp_path, monkeypatch):
+    (tmp_path / "looked_at.py").write_text(FILTER)
+    monkeypatch.syspath_prepend(tmp_path)
+    prompts = tmp_path / "animals.txt"
+    prompts.write_text("a fox\na wolf\na bear\n")
+    return prompts
+
+
+def test_flagged_pictures_are_black_and_marked_as_the_others(tmp_path, looked_at):
+    keys = {"image.height": 256, "image.width": 256, "sample.steps": 1}
+    keys |= {"sample.filter": "looked_at:refuse", "sample.watermark": "sd3-jax"}
+    args = ["sample", *flags(tmp_path / "run", looked_at, **keys)]
+    assert main.main(args) == 0
+    fox, wolf, bear = lines(tmp_path / "run")
+    assert (fox["filter"], fox["watermark"]) == ("looked_at:refuse", "sd3-jax")
+    assert "filtered" not in fox
+    assert (wolf["filtered"], bear["filtered"]) == ("a wolf", "flagged")
+    images = pixels(tmp_path / "run")
+    assert all(watermark.read(image) == "sd3-jax" for image in images)
+    assert images[0].mean() > 20 and images[1].max() < 20 and images[2].max() < 20
+    page = (tmp_path / "run/samples.html").read_text()
+    assert page.count("filtered: ") == 2
+    before = lines(tmp_path / "run")
+    import looked_at as hooks
+
+    assert hooks.calls == [["a fox", "a wolf", "a bear"]]
+    (tmp_path / "run/samples.jsonl").unlink()  # as if killed before the lines
+    assert main.main(args) == 0 and lines(tmp_path / "run") == before
+    assert len(hooks.calls) == 1  # what was flagged stays so, and is not painted again
+
+
+@pytest.mark.parametrize(
+    "key, value, words",
+    [
+        (
+            "filter",
+            "looked_at:broken",
+            "broken: RuntimeError: no weights (looked_at.py",
+        ),
+        (
+            "filter",
+            "looked_at:scores",
+            "gave 0.3; wanted None, False, True or a reason",
+        ),
+        ("filter", "looked_at:refused", 'did you mean "refuse"?'),
+        ("watermark", "sd3-jax", "64 x 64 pixels; wanted sides of 256 or more"),
+        (
+            "watermark",
+            "seventeen letters",
+            "wanted at most 16 bytes of text that prints",
+        ),
+    ],
+)
+def test_a_filter_that_fails_lets_nothing_through(
+    tmp_path, capsys, looked_at, key, value, words
+):
+    args = flags(tmp_path / "run", looked_at, **{f"sample.{key}": value})
+    assert main.main(["sample", *args]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sd3-jax: error:") and words in error, error
+    assert not list(tmp_path.glob("run/samples/*.png"))
