@@ -202,6 +202,12 @@ def get_config() -> ConfigDict:
         pictures=240,  # of each kind and split, for "digits"
         split="test",  # prompts to report; choose settings by those of "tune"
         few_steps=5,
+        prompts_file="",  # of captions, one a line; "": the held-out examples' own
+        clip="",  # CLIP's folder, file or hub name: openai/clip-vit-large-patch14
+        features="clip",  # pixels, package.module:function, or Inception's *.pt
+        real=(),  # folders of pictures, tars, parquet, or one .npz; (): held-out ones
+        statistics="",  # an .npz in which those of the real pictures are kept
+        rows=8,  # pictures a device at a time, through CLIP
         per_prompt=4,  # pictures, for the benchmarks of prompts that follow
         geneval="",  # its evaluation_metadata.jsonl
         detector="",  # package.module:function; so are these (docs/measures.md)

@@ -108,6 +108,10 @@ HOOK = Rule(
     lambda x: isinstance(x, str) and (not x or ":" in x),
     '"package.module:function", or nothing',
 )
+NPZ = Rule(
+    lambda x: isinstance(x, str) and (not x or x.endswith(".npz")),
+    "a path that ends with .npz, or nothing",
+)
 IGNORED = Rule(
     lambda x: set(x) <= {"case", "punctuation", "space"},
     "some of case, punctuation, space",
@@ -219,7 +223,10 @@ RULES = (
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
     (one_of("tune", "test"), "eval.split"),
-    (POSITIVE, "eval.per_prompt"),
+    (POSITIVE, "eval.per_prompt eval.rows"),
+    (PATHS, "eval.real"),
+    (NAME, "eval.features"),
+    (NPZ, "eval.statistics"),
     (HOOK, "eval.detector eval.colour eval.ocr sample.filter"),
     (IGNORED, "eval.ocr_ignore"),
     (MARK, "sample.watermark"),

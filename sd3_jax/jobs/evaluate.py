@@ -11,7 +11,7 @@ from sd3_jax import sharding
 from sd3_jax.data.digits import KINDS
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evals import compose
-from sd3_jax.jobs import assemble, prompt_scores, released
+from sd3_jax.jobs import assemble, picture_scores, prompt_scores, released
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.train import Validation
 from sd3_jax.metrics import write_whole
@@ -22,6 +22,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     for name in config.eval.scores:
         if name not in SCORES:
             raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
+    picture_scores.check(config)
     prompt_scores.check(config)
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
@@ -122,7 +123,8 @@ def merged(rows: list[dict]) -> list[dict]:
     ]
 
 
-SCORES = {"val_loss": val_loss, "digits": digits, **prompt_scores.SCORES}
+SCORES = {"val_loss": val_loss, "digits": digits}
+SCORES |= picture_scores.SCORES | prompt_scores.SCORES
 
 
 def lines(result: dict) -> list[str]:
@@ -132,7 +134,7 @@ def lines(result: dict) -> list[str]:
     text = []
     for row in rows:
         span = f"  [{row['low']:.3f}, {row['high']:.3f}]" if "low" in row else " " * 16
-        text.append(f"{row['name']:<{wide}}  {row['score']:6.3f}{span}  n={row['n']}")
+        text.append(f"{row['name']:<{wide}}  {row['score']:8.3f}{span}  n={row['n']}")
     for name, value in result.get("val_loss", {}).items():
         text.append(f"validation {name}: {value:.4f}")
     return text

@@ -1,0 +1,131 @@
+"""Features of pictures that processes share, put together to the last bit."""
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from sd3_jax import hooks
+from sd3_jax.errors import UserError
+from sd3_jax.evals import extractors, statistics
+from sd3_jax.evals.extractors import Extractor
+from sd3_jax.evals.statistics import KEPT, Statistics
+from sd3_jax.pipelines import clip
+from sd3_jax.pipelines.clip import Clip
+
+
+class Features(NamedTuple):
+    """Of all processes' pictures; `rows` are the first KEPT, in their order."""
+
+    rows: np.ndarray  # (n, d) float32
+    statistics: Statistics | None  # of every one, where they are wanted
+
+
+def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
+    """A UserError, before anything is painted, if what makes features is not named."""
+    name = config.eval.features
+    if name not in KINDS and not name.endswith(".pt") and ":" not in name:
+        raise UserError(
+            f'config.eval.features = "{name}": wanted {", ".join(KINDS)},'
+            ' "package.module:function" or a TorchScript file of Inception, *.pt'
+        )
+    if (scored or (compared and name == "clip")) and not config.eval.clip:
+        raise UserError(
+            f'config.eval.clip = "": wanted CLIP\'s weights for'
+            f" {'clip_score' if scored else 'config.eval.features = clip'}: a folder of"
+            " transformers' CLIPModel, its .safetensors or a hub name, such as"
+            " openai/clip-vit-large-patch14"
+        )
+    if compared and ":" in name:
+        hooks.guarded("eval.features", name)
+
+
+def load_clip(config: ConfigDict) -> Clip:
+    try:
+        return clip.load(
+            config.eval.clip, tokenizers_from=config.tokenizers, rows=config.eval.rows
+        )
+    except UserError as error:
+        raise UserError(f"config.eval.clip: {error}") from None
+
+
+def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
+    """By config.eval.features."""
+    name = config.eval.features
+    if name in KINDS:
+        return KINDS[name](loaded)
+    if name.endswith(".pt"):
+        return extractors.of_torchscript(name)
+    made = extractors.of_function(name, hooks.load(name))
+    return extractors.Extractor(
+        name, made.fingerprint, hooks.guarded("eval.features", name)
+    )
+
+
+KINDS = {
+    "clip": lambda loaded: extractors.of_clip(loaded()),
+    "pixels": lambda loaded: extractors.PIXELS,
+}
+
+
+def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
+    """Of this process's features, part by part, and the others'.
+
+    Feature i of all is of process i mod processes. The sums are merged in float64,
+    which a device's arrays are not.
+    """
+    count, kept, left = None, [], -(-KEPT // jax.process_count())
+    for part in parts:
+        if summed:
+            one = statistics.of(part)
+            count = one if count is None else statistics.merged(count, one)
+        kept.append(part[:left])
+        left -= len(kept[-1])
+    rows = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
+    every = everyones(rows)
+    dim = max(x.shape[1] for x in every)
+    whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
+    if not summed:
+        return Features(whole, None)
+    mine = statistics.none(dim) if count is None else count
+    return Features(whole, statistics.summed(map(unpacked, everyones(packed(mine)))))
+
+
+def interleaved(every: list[np.ndarray]) -> np.ndarray:
+    """Row i from process i mod processes; the inverse of each taking its share."""
+    whole = np.empty((sum(map(len, every)), *every[0].shape[1:]), every[0].dtype)
+    for index, part in enumerate(every):
+        whole[index :: len(every)] = part
+    return whole
+
+
+def packed(x: Statistics) -> np.ndarray:
+    return np.concatenate([[np.float64(x.count)], x.mean, x.scatter.ravel()])
+
+
+def unpacked(x: np.ndarray) -> Statistics:
+    d = int((np.sqrt(4 * len(x) - 3) - 1) / 2)  # 1 + d + d^2 numbers
+    return Statistics(int(x[0]), x[1 : 1 + d], x[1 + d :].reshape(d, d))
+
+
+def everyones(x: np.ndarray) -> list[np.ndarray]:
+    """The array of each process, by its index; of any shapes, and to the last bit."""
+    if jax.process_count() == 1:
+        return [x]
+    shape = np.zeros(8, np.int32)
+    shape[: x.ndim + 1] = x.ndim, *x.shape
+    shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]
+    sizes = [int(np.prod(each)) * x.itemsize for each in shapes]
+    raw = np.zeros(max(sizes), np.uint8)
+    raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    found = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
+    read = functools.partial(_array, dtype=x.dtype)
+    return [read(row[:n], shape=s) for row, n, s in zip(found, sizes, shapes)]
+
+
+def _array(raw: np.ndarray, shape: np.ndarray, dtype) -> np.ndarray:
+    return np.ascontiguousarray(raw).view(dtype).reshape(shape)

@@ -1,0 +1,175 @@
+"""CLIP score, FID, KID, precision and recall of painted pictures (paper, B.3).
+
+The pictures are painted once and looked at by every measure; they are not kept, their
+features are. Each process looks at its share of each batch.
+"""
+
+import logging
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import hosts, watch
+from sd3_jax.errors import UserError
+from sd3_jax.evals import clip_score, fid, kid, statistics
+from sd3_jax.evals.extractors import Extractor
+from sd3_jax.evals.precision_recall import precision_recall
+from sd3_jax.evals.statistics import About, Stored
+from sd3_jax.jobs import assemble, features, painters, real
+from sd3_jax.jobs.features import Features
+
+log = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+    """A UserError, before anything is loaded or painted, if something is not named."""
+    names = set(config.eval.scores)
+    compared = bool(names & set(COMPARED))
+    if compared or "clip_score" in names:
+        features.check(config, scored="clip_score" in names, compared=compared)
+    if compared and (path := stored_at(config)):
+        if config.eval.statistics:
+            raise UserError(
+                f"config.eval.statistics = {config.eval.statistics}: wanted none, for"
+                f" config.eval.real = {path} has been made before"
+            )
+        statistics.load(path)
+
+
+def score(config: ConfigDict, parts: assemble.Parts | None, mesh: Mesh, params: Any):
+    """Rows of all that config.eval.scores has of these measures."""
+    names = [name for name in NAMES if name in config.eval.scores]
+    compared = [name for name in names if name in COMPARED]
+    captions = real.captions(config)
+    loaded = cache(lambda: features.load_clip(config))
+    extract = features.extractor(config, loaded) if compared else None
+    reference = references(config, extract, names) if compared else None
+    paint = painters.painter(config, parts, mesh, params)
+    clip = loaded() if "clip_score" in names else None
+    made, cosines = look(config, paint, captions, extract, clip, "fid" in names)
+    rows = []
+    if clip is not None:
+        rows.append(mean("CLIP score", cosines))
+    for name in compared:
+        rows += COMPARED[name](extract.name, reference, made)
+    return {"scores": rows}
+
+
+def references(config: ConfigDict, extract: Extractor, names: list[str]) -> Features:
+    """Of the real pictures, or of the file that has them; kept if that is wished."""
+    about = About(
+        extract.name, extract.fingerprint, config.image.height, config.image.width
+    )
+    if path := stored_at(config):
+        stored = statistics.load(path)
+        dim = extract.dim or len(stored.statistics.mean)
+        least = config.eval.pictures
+        statistics.check(stored, about, dim, least=least, where=path)
+        return Features(stored.features, stored.statistics)
+    keep = config.eval.statistics
+    some = map(extract, real.mine(config, ROWS))
+    found = features.gather(some, summed=bool(keep) or "fid" in names)
+    if len(found.rows) < 2:
+        raise UserError(
+            f"config.eval.real: {len(found.rows)} pictures that can be read; wanted 2"
+            " or more"
+        )
+    if keep and jax.process_index() == 0:
+        statistics.save(keep, Stored(about, found.statistics, found.rows))
+        log.info("%s: statistics of %d pictures", keep, found.statistics.count)
+    return found
+
+
+def stored_at(config: ConfigDict) -> str:
+    """The file of statistics that config.eval.real names, if it is one."""
+    given = tuple(config.eval.real)
+    files = [path for path in given if path.endswith(".npz")]
+    if files and len(given) > 1:
+        raise UserError(
+            f"config.eval.real = {', '.join(given)}: wanted one .npz of statistics, or"
+            " pictures"
+        )
+    return files[0] if files else ""
+
+
+def look(
+    config: ConfigDict,
+    paint: painters.Paint,
+    captions: list[str],
+    extract: Extractor | None,
+    clip: Any,
+    summed: bool,
+) -> tuple[Features | None, np.ndarray | None]:
+    """Features of the painted pictures, and cosines to their captions."""
+    found, embedded, at = [], [], 0
+    index, step = jax.process_index(), jax.process_count()
+    numbers, size = range(len(captions)), config.sample.batch_size
+    for images in painters.batches(paint, captions, numbers, size):
+        watch.expect("features of a batch of pictures", watch.LONG)
+        share = slice((index - at) % step, None, step)
+        some, at = images[share], at + len(images)
+        if extract is not None:
+            found.append(extract(some))
+        if clip is not None:
+            shared = extract is not None and extract.extract == clip.image
+            embedded.append(found[-1] if shared else clip.image(some))
+    hosts.meet("picture_scores")
+    made = features.gather(found, summed=summed) if extract is not None else None
+    if clip is None:
+        return made, None
+    texts = clip.text(captions[index::step])
+    pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
+    cosines = features.everyones(clip_score.cosines(pictures, texts))
+    return made, features.interleaved(cosines)
+
+
+def mean(name: str, values: np.ndarray) -> dict:
+    """With the 95 % interval of a mean over pictures."""
+    n, score = len(values), float(values.mean())
+    row = {"name": name, "score": score, "n": n}
+    half = 1.96 * float(values.std(ddof=1)) / n**0.5 if n > 1 else None
+    return row if half is None else row | {"low": score - half, "high": score + half}
+
+
+def of_fid(name: str, reference: Features, made: Features) -> list[dict]:
+    real, ours = reference.statistics, made.statistics
+    if min(real.count, ours.count) <= len(ours.mean):
+        told = "FID of %d pictures against %d, of %d numbers each: too high, and to be"
+        told += " compared only between equal numbers of pictures"
+        log.warning(told, ours.count, real.count, len(ours.mean))
+    found = fid.frechet(real, ours)
+    row = {"name": f"FID, {name}", "score": found, "n": ours.count}
+    return [row | {"real": real.count}]
+
+
+def of_kid(name: str, reference: Features, made: Features) -> list[dict]:
+    found = kid.kid(reference.rows, made.rows)
+    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * found.mean}
+    more = {"std": 1_000 * found.std, "subset": found.size}
+    return [row | {"n": len(made.rows), "real": len(reference.rows)} | more]
+
+
+def of_precision_recall(name: str, reference: Features, made: Features) -> list[dict]:
+    """Of as many real pictures as made ones: the balls are then of like sizes."""
+    n = min(len(reference.rows), len(made.rows))
+    found = precision_recall(reference.rows[:n], made.rows[:n])
+    row = partial(dict, n=n, real=n)
+    return [
+        row(name=f"{what}, {name}", score=value)
+        for what, value in found._asdict().items()
+    ]
+
+
+ROWS = 64  # real pictures at a time
+COMPARED: dict[str, Callable] = {
+    "fid": of_fid,
+    "kid": of_kid,
+    "precision_recall": of_precision_recall,
+}
+NAMES = ("clip_score", *COMPARED)
+SCORES = dict.fromkeys(NAMES, score)
