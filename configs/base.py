@@ -84,6 +84,18 @@ def get_config() -> ConfigDict:
         accumulate=1,
     )
     c.ema = dict(decay=0.99, every=100)  # paper, appendix B.3
+    c.tune = dict(  # docs/finetuning.md
+        base="",  # released weights or another run's workdir; "": train from the start
+        method="full",  # lora: only matrices of a low rank beside those of the base
+        text=True,  # whether a tower of bytes trains as well, where all weights do
+        rank=16,
+        alpha=0.0,  # of lora, whose update is times alpha / rank; 0: the rank
+        targets="attn",  # a regex found in the path of what lora adapts; "": all linear
+        objective="flow",  # or dpo, of records that are preferences
+        beta=5_000.0,  # of dpo, for errors that are means over a latent's numbers
+        weight="constant",  # of dpo over t; (1-t)^2 is that of errors in the noise
+        prior=0.0,  # weight of the loss on the last of data.records (DreamBooth)
+    )
     c.mesh = dict(data=1, fsdp=-1, context=1, tensor=1)  # -1: what is left
     c.data = dict(
         name="synthetic",
@@ -103,6 +115,7 @@ def get_config() -> ConfigDict:
         filters=(),  # "aesthetic>=4.5", "width>=512", "package.module:function<0.2"
         exclude=(),  # what dedup found: its duplicates.jsonl
         uncaptioned="keep",  # without text, as unconditional examples; or reject
+        rejected="",  # the column that names the other, worse picture of a preference
     )
     c.precompute = dict(
         only=("vae", "clip_l", "clip_g", "t5"),  # of encode.weights; (): pictures

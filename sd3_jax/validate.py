@@ -1,6 +1,7 @@
 """Which values a config may hold: ranges and choices by key, then relations."""
 
 import math
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -85,6 +86,14 @@ def one_of(*choices):
     return Rule(lambda x: x in choices, f"one of {names}", tuple(map(str, choices)))
 
 
+def is_regex(text):
+    try:
+        re.compile(text)
+    except re.error:
+        return False
+    return True
+
+
 POSITIVE = integer(1)
 STEPS = integer(1, 2**31 - 1)  # the state counts them in 32 bits
 COUNT = integer(0)
@@ -116,6 +125,7 @@ IGNORED = Rule(
     lambda x: set(x) <= {"case", "punctuation", "space"},
     "some of case, punctuation, space",
 )
+REGEX = Rule(lambda x: isinstance(x, str) and is_regex(x), "a regular expression")
 MARK = Rule(
     lambda x: isinstance(x, str) and (not x or watermark.fits(x)),
     f"at most {watermark.LENGTH} bytes of text that prints",
@@ -191,6 +201,13 @@ RULES = (
     (CLIP, "optim.clip"),
     (COUNT, "optim.warmup"),
     (POSITIVE, "optim.accumulate ema.every"),
+    (one_of("full", "lora"), "tune.method"),
+    (one_of("flow", "dpo"), "tune.objective"),
+    (one_of("constant", "(1-t)^2"), "tune.weight"),
+    (POSITIVE, "tune.rank"),
+    (WEIGHT, "tune.alpha tune.prior"),
+    (RATE, "tune.beta"),
+    (REGEX, "tune.targets"),
     (AXIS, "mesh.data mesh.fsdp mesh.context mesh.tensor"),
     (POSITIVE, "data.batch_size"),
     (COUNT, "data.threads data.prefetch data.easy"),
@@ -358,6 +375,27 @@ def read_from(place, *sources):
     return relation
 
 
+def prefers(objective, data, path):
+    if objective == "dpo" and data not in ("records", "synthetic"):
+        return f'"flow", or records of preferences, not config.data.name = "{data}"'
+    if objective == "dpo" and path != "rf":
+        return f'"flow", or config.flow.path = "rf", not "{path}"'
+
+
+def prior(weight, objective, data, shares):
+    if not weight:
+        return None
+    if objective != "flow":
+        return f'0, or config.tune.objective = "flow", not "{objective}"'
+    if data not in ("records", "synthetic"):
+        return f'0, or records, not config.data.name = "{data}"'
+    if data == "records" and len(shares) < 2:
+        return (
+            "0, or in config.data.records the class's pictures last, and config.data."
+            "weights for each, such as 1,1"
+        )
+
+
 def known(data, text):
     if data not in (*READS, "records") and text == "bytes":
         return f"one of {', '.join(READS)}, records"
@@ -402,6 +440,8 @@ RELATIONS = (
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (known, "data.name", "text.name"),
+    (prefers, "tune.objective", "data.name", "flow.path"),
+    (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
     (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
     (colours, "model.channels", "image.autoencoder"),

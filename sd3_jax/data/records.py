@@ -27,12 +27,16 @@ TENSORS = {
     "image": "h w 3",
     "moments": "h w 2c",
     "latents": "h w c",
+    "rejected_image": "h w 3",
+    "rejected_moments": "h w 2c",
+    "rejected_latents": "h w c",
     "clip": "l d",
     "t5": "l d",
     "context": "l d",
     "pooled": "e",
 }
 PICTURES = ("image", "moments", "latents")
+REJECTED = "rejected_"  # before the name of the other picture of a preference
 TEXTS = ("context", "clip", "t5", "pooled")
 FLOATS = {"F32": np.float32, "BF16": ml_dtypes.bfloat16, "F16": np.float16}
 DTYPES = {"U8": np.uint8, **FLOATS}
@@ -59,9 +63,11 @@ class Record(NamedTuple):
 
     A picture as image (h, w, 3) in uint8, as moments (h, w, 2c), mean and log-variance
     of its latents as the denoiser sees them, or as latents (h, w, c): one or several of
-    these. Of its text context (l, d) and pooled (e,); or context in the parts that it
-    is made of, clip (l, d) and t5 (l, d), without the zeros that fill the first up; or
-    only the caption. Numbers are float32, bfloat16 or float16.
+    these. A preference has another picture of the same text, that is worse, as
+    rejected_image and so on, of the same shape. Of its text context (l, d) and pooled
+    (e,); or context in the parts that it is made of, clip (l, d) and t5 (l, d), without
+    the zeros that fill the first up; or only the caption. Numbers are float32, bfloat16
+    or float16.
     """
 
     tensors: dict[str, np.ndarray]
@@ -129,6 +135,7 @@ def _decode(data):
     _check_tensors(header)
     for name, entry in header.items():
         _check_entry(name, entry)
+    _check_pairs(header)
     try:
         read = safetensors.deserialize(data)
     except safetensors.SafetensorError as error:
@@ -207,6 +214,9 @@ def _check_tensors(header):
     _check_names(header, (), TENSORS)
     if not any(name in header for name in PICTURES):
         raise ValueError(f"{PICTURES[-1]}: missing, as are {_all(PICTURES[:-1])}")
+    for name in PICTURES:
+        if REJECTED + name in header and name not in header:
+            raise ValueError(f"{name}: missing, beside {REJECTED}{name}")
     if any(name in header for name in TEXTS):
         split = "clip" in header or "t5" in header
         _check_names(header, ("clip" if split else "context", "pooled"), TENSORS)
@@ -218,16 +228,27 @@ def _check_entry(name, entry):
     if not isinstance(entry, dict):
         raise ValueError(f"{name}: {_show(entry)}, wanted a tensor's entry")
     dtype, shape, axes = entry.get("dtype"), entry.get("shape"), TENSORS[name]
-    kinds = ("U8",) if name == "image" else tuple(FLOATS)
+    form = name.removeprefix(REJECTED)
+    kinds = ("U8",) if form == "image" else tuple(FLOATS)
     if not isinstance(dtype, str) or dtype not in kinds:
         raise ValueError(f"{name}: dtype {_show(dtype)}, wanted one of {_all(kinds)}")
     wanted = f"({axes}), each in [1, {SIDE}]"
     if not (
         _whole(shape, len(axes.split()), low=1)
-        and (name != "image" or shape[-1] == 3)
-        and (name != "moments" or shape[-1] % 2 == 0)
+        and (form != "image" or shape[-1] == 3)
+        and (form != "moments" or shape[-1] % 2 == 0)
     ):
         raise ValueError(f"{name}: shape {_show(shape)}, wanted {wanted}")
+
+
+def _check_pairs(header):
+    for name in PICTURES:
+        wanted = header.get(name, {}).get("shape")
+        given = header.get(REJECTED + name, {}).get("shape", wanted)
+        if given != wanted:
+            raise ValueError(
+                f"{REJECTED}{name}: shape {_show(given)}, that of {name} is {wanted}"
+            )
 
 
 def _place(metadata):

@@ -361,3 +361,19 @@ def test_another_value_in_the_header(data):
         name = data.draw(st.text(max_size=9))
     at[name] = data.draw(values)
     read_or_refuse(pack(changed))
+
+
+def pair(shape=(2, 3, 3), **more) -> Record:
+    rng = np.random.default_rng(1)
+    image = lambda *shape: rng.integers(0, 256, shape, np.uint8)
+    return Record(
+        {"image": image(2, 3, 3), "rejected_image": image(*shape)} | more, "x"
+    )
+
+
+def test_a_preference_is_two_pictures_of_one_shape():
+    assert same(decode(encode(pair()), "x:0"), pair())
+    with pytest.raises(BadRecord, match=r"rejected_image: shape \[3, 2, 3\], that of"):
+        encode(pair((3, 2, 3)))
+    with pytest.raises(BadRecord, match="latents: missing, beside rejected_latents"):
+        encode(pair(rejected_latents=np.ones((2, 3, 4), np.float32)))
