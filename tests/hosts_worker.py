@@ -31,6 +31,9 @@ def first():
         {"a": None},
     ]
     assert not hosts.all_well(ME == 0) and hosts.all_well(True)
+    rows = lambda mine: [f"{i} of {ME}" for i in mine]
+    assert hosts.shared(rows, 3) == ["0 of 0", "1 of 1", "2 of 0"]
+    assert hosts.shared(rows if ME == 0 else None, 1) == ["0 of 0"]  # none for 1
 
     def fails():
         raise UserError("no such folder")
