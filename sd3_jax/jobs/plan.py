@@ -47,6 +47,7 @@ FLOORS = ("compute", "memory", "links")
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Prints a row a slice and program; leaves plan.json, plan.png, and the programs'
     text if asked, in workdir."""
+    assemble.mmdit(config.model, "plan knows no other's bounds")
     aot.prepare()
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -71,7 +71,7 @@ def count_of(variables: dict) -> int:
 
 def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: float):
     """The whole loop of steps, as one program."""
-    s, model = config.sample, assemble.mmdit(config.model, "plan counts one alone")
+    s, model = config.sample, assemble.mmdit(config.model, "plan knows no other's")
     sides = config.image.height // 8, config.image.width // 8
     words = WORDS + s.max_length
     component = components.COMPONENTS["denoiser"]

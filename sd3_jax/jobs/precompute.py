@@ -47,7 +47,7 @@ EVERY = 1.0  # seconds between two looks at what other hosts have done
 # What a record is made by: with other values a job does not go on where it was.
 MAKING = (
     *("seed", "ingest", "encode", "image", "text.length", "model.channels"),
-    *("model.patch", "model.context_dim", "model.pooled_dim"),
+    *("model.patch", "model.multipliers", "model.context_dim", "model.pooled_dim"),
     *("precompute.part", "precompute.only", "precompute.held_out"),
 )
 

@@ -105,7 +105,7 @@ def tokens(model: nn.Module, height: int, width: int) -> int:
     return (height // model.patch) * (width // model.patch)
 
 
-def block(d: int, n: int, ratio: float) -> float:
+def block(d: int, n: int, ratio: int | float) -> float:
     """qkv, out and the MLP's two of n tokens, and their attention to each other."""
     return float(2 * (4 + 2 * ratio) * d**2 * n + 4 * d * n**2)
 

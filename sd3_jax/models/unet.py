@@ -1,5 +1,6 @@
 """A U-Net of convolutions and transformers that reads text by cross-attention."""
 
+import functools
 from collections.abc import Sequence
 
 import jax.numpy as jnp
@@ -27,7 +28,8 @@ class UNet(nn.Module):
     each block of the levels `attended`, and in the middle. Heads are as wide at every
     level: `num_heads` is the first one's. As in SDXL the pooled text is added to the
     time. A `patch` over 1 turns pixels into channels first. q and k are normed where
-    `qk_norm`, which SD's are not.
+    `qk_norm`, which SD's are not. The mesh's axes context and tensor share the
+    transformers' work and weights, not the convolutions'.
     """
 
     depth: int = 2
@@ -58,8 +60,8 @@ class UNet(nn.Module):
                 f"UNet: latents of {h}x{w}: wanted sides that {self.unit} divides"
             )
         c = condition(t, pooled, 4 * self.width, self.dtype)
-        conv = lambda out, name, **kw: Conv(out, dtype=self.dtype, name=name, **kw)
-        x = spread(fold(xt, self.patch))
+        conv = functools.partial(convolution, self.dtype)
+        x = by_rows(fold(xt, self.patch))
         x = conv(self.width, "conv_in")(x)
         skips, last = [x], len(self.multipliers) - 1
         for level in range(last + 1):
@@ -112,9 +114,19 @@ def fold(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h2 w2 c2"]:
     return patchify(x, p).reshape(b, h // p, w // p, -1)
 
 
+def convolution(dtype: DTypeLike, features: int, name: str, **options) -> Conv:
+    return Conv(features, height=None, dtype=dtype, name=name, **options)
+
+
+def by_rows(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
+    """Pictures over the mesh's batch axes, each whole: of heights in parts, which the
+    autoencoder has, XLA's partitioner gets some gradients wrong."""
+    return spread(x, height=None)
+
+
 def group_norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
-    """32 groups, or as many as divide the channels."""
-    groups = next(n for n in (32, 16, 8, 4, 2, 1) if x.shape[-1] % n == 0)
+    """32 groups, or fewer: of one channel each they would undo what time adds."""
+    groups = next(n for n in (32, 16, 8, 4, 2, 1) if x.shape[-1] % (2 * n) == 0)
     return vae.GroupNorm(groups, name=name)(x)
 
 
@@ -158,7 +170,7 @@ class Resnet(nn.Module):
     def __call__(
         self, x: Float[Array, "b h w c"], c: Float[Array, "b e"]
     ) -> Float[Array, "b h w d"]:
-        conv = lambda name, **kw: Conv(self.features, dtype=self.dtype, name=name, **kw)
+        conv = functools.partial(convolution, self.dtype, self.features)
         h = conv("conv1")(nn.silu(group_norm(x, "norm1")))
         time = Dense(self.features, ("embed", None), dtype=self.dtype, name="time")
         h = h + time(c)[:, None, None]
@@ -198,4 +210,4 @@ class Transformer(nn.Module):
         y = checkpoint_name(y * nn.gelu(gate), "mlp")
         x = x + checkpoint_name(dense(d, ("mlp", "embed"), "wo")(y), "fed")
         x = dense(d, ("embed", None), "proj_out", init=zeros)(cut(x))
-        return spread(picture + x.reshape(b, h, w, d))
+        return by_rows(picture + x.reshape(b, h, w, d))

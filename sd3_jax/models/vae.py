@@ -177,6 +177,7 @@ class Conv(nn.Module):
     size: int = 3
     stride: int = 1
     init: Callable = nn.initializers.lecun_normal()
+    height: str | None = "height"  # how that of what it gives is sharded; None: whole
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -193,7 +194,7 @@ class Conv(nn.Module):
             "SAME" if self.stride == 1 else "VALID",
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return spread(y + bias.astype(self.dtype))
+        return spread(y + bias.astype(self.dtype), height=self.height)
 
 
 def spread(x: Float[Array, "b h *_"], *, height: str | None = "height") -> Array:
