@@ -29,7 +29,7 @@ class Preparation(NamedTuple):
     resample: int = BICUBIC
 
     def __call__(
-        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]]
+        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]] | UInt8[ndarray, "n _ _ 3"]
     ) -> Float[ndarray, "n s s 3"]:
         """In float32; pictures of any shapes."""
         if len(pictures) == 0:

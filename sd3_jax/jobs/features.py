@@ -1,11 +1,13 @@
 """Features of pictures that processes share, put together to the last bit."""
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -14,7 +16,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.evals import extractors, statistics
 from sd3_jax.evals.extractors import Extractor
 from sd3_jax.evals.statistics import KEPT, Statistics
-from sd3_jax.pipelines import clip
+from sd3_jax.pipelines import clip, sources
 from sd3_jax.pipelines.clip import Clip
 
 
@@ -40,17 +42,35 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
             " transformers' CLIPModel, its .safetensors or a hub name, such as"
             " openai/clip-vit-large-patch14"
         )
+    if config.eval.clip and (scored or name == "clip"):
+        with blamed("eval.clip"):
+            sources.resolve(config.eval.clip, clip.WANTED)
+    numbers = 3 * config.image.height * config.image.width
+    if name == "pixels" and "fid" in config.eval.scores and numbers > statistics.DIM:
+        raise UserError(
+            f'config.eval.features = "pixels": {numbers} numbers a picture, and FID'
+            f" takes {statistics.DIM} at most; wanted smaller pictures, or clip"
+        )
+    if compared and name.endswith(".pt") and not epath.Path(name).exists():
+        raise UserError(f"config.eval.features = {name}: no such file")
     if compared and ":" in name:
         hooks.guarded("eval.features", name)
 
 
 def load_clip(config: ConfigDict) -> Clip:
-    try:
+    with blamed("eval.clip"):
         return clip.load(
             config.eval.clip, tokenizers_from=config.tokenizers, rows=config.eval.rows
         )
+
+
+@contextlib.contextmanager
+def blamed(key: str):
+    """A UserError names the key of the config."""
+    try:
+        yield
     except UserError as error:
-        raise UserError(f"config.eval.clip: {error}") from None
+        raise UserError(f"config.{key}: {error}") from None
 
 
 def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
@@ -93,6 +113,11 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
         return Features(whole, None)
     mine = statistics.none(dim) if count is None else count
     return Features(whole, statistics.summed(map(unpacked, everyones(packed(mine)))))
+
+
+def share(start: int, index: int, count: int) -> slice:
+    """Of a batch that begins with row `start` of all, those of process `index`."""
+    return slice((index - start) % count, None, count)
 
 
 def interleaved(every: list[np.ndarray]) -> np.ndarray:

@@ -29,10 +29,18 @@ log = logging.getLogger(__name__)
 def check(config: ConfigDict) -> None:
     """A UserError, before anything is loaded or painted, if something is not named."""
     names = set(config.eval.scores)
+    if not names & set(NAMES):
+        return
     compared = bool(names & set(COMPARED))
-    if compared or "clip_score" in names:
-        features.check(config, scored="clip_score" in names, compared=compared)
-    if compared and (path := stored_at(config)):
+    features.check(config, scored="clip_score" in names, compared=compared)
+    path = stored_at(config)
+    real.check(config, compared=compared and not path)
+    if config.eval.statistics and not compared:
+        raise UserError(
+            f"config.eval.statistics = {config.eval.statistics}: those of real pictures"
+            f" are made for {', '.join(COMPARED)} in config.eval.scores alone"
+        )
+    if compared and path:
         if config.eval.statistics:
             raise UserError(
                 f"config.eval.statistics = {config.eval.statistics}: wanted none, for"
@@ -111,8 +119,7 @@ def look(
     numbers, size = range(len(captions)), config.sample.batch_size
     for images in painters.batches(paint, captions, numbers, size):
         watch.expect("features of a batch of pictures", watch.LONG)
-        share = slice((index - at) % step, None, step)
-        some, at = images[share], at + len(images)
+        some, at = images[features.share(at, index, step)], at + len(images)
         if extract is not None:
             found.append(extract(some))
         if clip is not None:

@@ -23,6 +23,16 @@ log = logging.getLogger(__name__)
 SOURCES = "digits", "records"  # of examples with captions
 
 
+def check(config: ConfigDict, *, compared: bool) -> None:
+    """A UserError if there are no captions, or, to be `compared`, no real pictures."""
+    if not config.eval.prompts_file or (compared and not config.eval.real):
+        held_out(config)
+    if config.eval.prompts_file:
+        captions(config)
+    if compared and config.eval.real:
+        planned(config)
+
+
 def captions(config: ConfigDict) -> list[str]:
     """config.eval.pictures of them: the file's, round and round, or held-out ones."""
     count, path = config.eval.pictures, config.eval.prompts_file
@@ -148,12 +158,15 @@ def fitted(picture: np.ndarray, sides: Bucket) -> np.ndarray:
     return buckets.cut(picture, buckets.fit(*picture.shape[:2], [sides]))
 
 
-def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
+def planned(config: ConfigDict) -> list[ingest.Part]:
     try:
-        parts = ingest.plan(config.eval.real)
+        return ingest.plan(config.eval.real)
     except UserError as error:
         raise UserError(f"config.eval.real: {error}") from None
-    every = itertools.chain.from_iterable(map(ingest.items, parts))
+
+
+def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
+    every = itertools.chain.from_iterable(map(ingest.items, planned(config)))
     share = itertools.islice(every, jax.process_index(), None, jax.process_count())
     unread, taken = 0, 0
     with ThreadPoolExecutor(config.data.threads) as threads:

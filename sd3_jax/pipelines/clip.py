@@ -44,7 +44,7 @@ class Clip:
         return self.modules["vision"].projection
 
     def image(
-        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]]
+        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]] | UInt8[ndarray, "n _ _ 3"]
     ) -> Float[ndarray, "n e"]:
         """Projected embeddings, not normalised, of this process's pictures."""
         return self._batched("vision", pictures, self.prepare)

@@ -19,33 +19,13 @@ from sd3_jax.pipelines import clip
 from sd3_jax.weights import clip as weights
 from sd3_jax.weights import components, names
 
-SIZE = 28
+SIZE = miniature.CLIP_SIZE
 TEXTS = ["a red fox in the rain", "Foxes, 3 of them!", ""]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    """A miniature CLIPModel with its tokenizer, as transformers saves them."""
-    path = tmp_path_factory.mktemp("clip")
-    words = miniature.tiny_tokenizers
-    words.save(path)
-    shared = dict(num_hidden_layers=2, intermediate_size=96, projection_dim=24)
-    config = transformers.CLIPConfig(
-        text_config=shared
-        | dict(vocab_size=words.CLIP_VOCAB, hidden_size=64, num_attention_heads=2)
-        | dict(eos_token_id=2, bos_token_id=0, pad_token_id=1),
-        vision_config=shared
-        | dict(hidden_size=48, num_attention_heads=3, image_size=SIZE, patch_size=7),
-        projection_dim=24,
-    )
-    model = transformers.CLIPModel(config)
-    convert.randomise(model, 7).save_pretrained(path)
-    transformers.AutoTokenizer.from_pretrained(path / "tokenizer").save_pretrained(path)
-    made = CLIPImageProcessorPil(
-        size={"shortest_edge": SIZE}, crop_size={"height": SIZE, "width": SIZE}
-    )
-    made.save_pretrained(path)
-    return path
+def folder():
+    return miniature.whole_clip()
 
 
 def pictures():
