@@ -12,7 +12,7 @@ tokens each: at equal parameters the DiT and the UViT take more operations.
 from configs import digits, sd3_2b
 
 NAMES = ("mmdit", "mmdit3", "dit", "crossdit", "uvit", "unet")
-VARIANTS = ("tiny", *NAMES, *(f"{name}-2b" for name in NAMES))
+VARIANTS = ("tiny", "study", *NAMES, *(f"{name}-2b" for name in NAMES))
 # At the paper's size width / depth is 64, the rule of its family, where it matches.
 LEVELS = dict(multipliers=(1, 2, 4, 4), attended=(0, 1, 2))  # Stable Diffusion 2.1's
 DIGITS = dict(
@@ -36,7 +36,22 @@ LARGE = dict(
 )
 
 
+SMALL = dict(
+    mmdit=dict(depth=3, width=64, num_heads=2),
+    mmdit3=dict(depth=3, width=56, num_heads=2, weight_sets=3, text_split=4),
+    dit=dict(depth=4, width=72, num_heads=2),
+    crossdit=dict(depth=3, width=76, num_heads=2),
+    uvit=dict(depth=5, width=80, num_heads=2),
+    unet=dict(depth=1, width=20, num_heads=1, patch=2, multipliers="1,2"),
+)
+SMALL["unet"]["attended"] = "1,"
+for _name, _sizes in SMALL.items():
+    _sizes.update(name=_name.rstrip("3"), unroll=_sizes["depth"])
+
+
 def get_config(variant: str = ""):
+    if variant == "study":
+        return study(digits.get_config())
     name, _, size = (variant or "mmdit").partition("-")
     if variant == "tiny":
         c = digits.get_config("tiny")
@@ -44,6 +59,25 @@ def get_config(variant: str = ""):
     if size == "2b":
         return matched(sd3_2b.get_config(), name, LARGE)
     return matched(digits.get_config(), name)
+
+
+def study(c):
+    """Figure 4 in small: all six, of 455 k parameters within 5 %, three rates each and
+    three seeds of the best; by then all have learned to bind, or will not."""
+    c.text.update(width=32, num_heads=2, depth=1)
+    c.data.easy = 16_000
+    c.train.update(steps=1_500, log_every=250, eval_every=250)
+    c.checkpoint.update(every=250, keep=6)
+    c.eval.examples = 512
+    c.sample.batch_size = 150
+    told = lambda sizes: " ".join(f"model.{k}={v}" for k, v in sizes.items())
+    c.study.variants = tuple(f"{name}: {told(SMALL[name])}" for name in NAMES)
+    c.study.sweep = tuple(
+        f"optim.muon_lr={10 * lr:g} optim.lr={lr:g}" for lr in (1e-3, 2e-3, 4e-3)
+    )
+    c.study.settings = ("steps=20 cfg=3", "steps=5 cfg=3")
+    c.study.update(weights=("ema",), pictures=450)
+    return c
 
 
 def matched(c, name: str, sizes: dict[str, dict] = DIGITS):

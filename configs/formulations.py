@@ -3,8 +3,9 @@
     sd3-jax study --config=configs/formulations.py:digits --workdir=runs/formulations
 
 "digits" has nine of them on coloured digits, three seeds each, an hour on 2 cores;
-"all" are the 61 there, "tiny" as well, 20 steps each. The recipe itself is the paper's: 256 x 256 latents, batches of
-1024, a depth of our choice; data.records and eval.clip are to be given.
+"all" are the 61 there, "tiny" as well, 20 steps each. The recipe itself is the
+paper's: 256 x 256 latents, batches of 1024, a depth of our choice; it wants
+data.records, data.held_out, encode.weights and eval.clip.
 """
 
 from configs import base

@@ -4,14 +4,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import sharding, tree
-from sd3_jax.data import tokenizers
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
@@ -108,16 +106,6 @@ def text_model(config: ConfigDict) -> prompts.TextModel:
         dtype=jnp.dtype(config.model.dtype),
     )
     return prompts.trained(tower)
-
-
-def token_ids(config: ConfigDict, captions: list[str]) -> dict[str, np.ndarray]:
-    """The captions as a batch's ids, for the text model of a recipe to encode."""
-    if config.text.name != "bytes":
-        raise UserError(
-            f'config.text.name = "{config.text.name}": prompts need a text encoder, and'
-            ' this recipe reads embeddings that were computed before; wanted "bytes"'
-        )
-    return tokenizers.bytes_of(captions, config.text.length)
 
 
 def checkpoints(workdir: epath.PathLike) -> epath.Path:

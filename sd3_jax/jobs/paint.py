@@ -1,18 +1,24 @@
 """Prompts to pictures by one compiled program, for sample, train and evaluate."""
 
+import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import pictures, sharding, watch
+from sd3_jax.data import tokenizers
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.jobs import assemble
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import assemble, examples
+from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.pipelines.generate import generate
 
 
@@ -23,10 +29,21 @@ def batch_size(n: int, most: int, mesh: Mesh) -> int:
 
 
 class Painter:
-    """Pictures of prompts as config.sample says; compiled once for a batch size."""
+    """Pictures of prompts as config.sample says; compiled once for a batch size.
 
-    def __init__(self, config: ConfigDict, parts: assemble.Parts, mesh: Mesh):
+    A recipe that reads encoded text and latents paints by config.encode.weights.
+    """
+
+    def __init__(
+        self,
+        config: ConfigDict,
+        parts: assemble.Parts,
+        mesh: Mesh,
+        encoder: Encoder | None = None,
+    ):
         self.config, self.parts, self.mesh = config, parts, mesh
+        if encoder is not None:
+            self.encoder = encoder
         self.program = jax.jit(self.paint)
 
     def __call__(
@@ -41,31 +58,63 @@ class Painter:
         for start in range(0, len(captions), size):
             watch.expect("a batch of pictures", watch.LONG)
             rows = np.arange(start, start + size) % len(captions)  # the last is filled
-            batch = assemble.token_ids(self.config, [captions[i] for i in rows])
+            batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
-            mine = sharding.local_rows(self.mesh, size)
-            batch = {name: value[mine] for name, value in batch.items()}
-            image = self.program(params, sharding.put(batch, self.mesh, size))
+            made = self.program(params, self.put(batch, size), self.negative)
+            image = made if self.encoder is None else self.decoded(made)
             done.append(multihost_utils.process_allgather(image, tiled=True))
         return pictures.to_uint8(np.concatenate(done)[: len(captions)])
 
-    def paint(self, params: dict, batch: dict) -> jax.Array:
-        """A batch's ids and numbers to images in [-1, 1]."""
-        solver = SOLVERS[self.config.sample.solver]
-        return self.parts.autoencoder.decode(self.latents(params, batch, solver))
+    @functools.cached_property
+    def encoder(self) -> Encoder | None:
+        """Makes text of captions and pictures of latents, where the recipe does not."""
+        check(self.config)
+        if self.config.text.name == "bytes":
+            return None
+        parts = ["vae", *bundles.TEXT]
+        return examples.encoder(self.config, self.mesh, parts)
 
-    def latents(self, params: dict, batch: dict, solver: Callable) -> jax.Array:
+    @functools.cached_property
+    def negative(self) -> dict[str, jax.Array]:
+        """The negative prompt, a row for every shard; {} if there is none."""
+        if not self.config.sample.negative:
+            return {}
+        shards = sharding.batch_shards(self.mesh)
+        return self.put(self.tokens([self.config.sample.negative] * shards), shards)
+
+    def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        if self.encoder is not None:
+            return self.encoder.tokenize(captions)
+        return tokenizers.bytes_of(captions, self.config.text.length)
+
+    def put(self, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+        mine = sharding.local_rows(self.mesh, size)
+        batch = {name: value[mine] for name, value in batch.items()}
+        put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)
+        return put(batch, batch_size=size)
+
+    def decoded(self, x0: jax.Array) -> jax.Array:
+        return 2 * self.encoder.bundle.decode(x0) - 1
+
+    def paint(self, params: dict, batch: dict, negative: dict) -> jax.Array:
+        """A batch's text and numbers to images in [-1, 1], or latents to decode."""
+        solver = SOLVERS[self.config.sample.solver]
+        x0 = self.latents(params, batch, negative, solver)
+        return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
+
+    def latents(
+        self, params: dict, batch: dict, negative: dict, solver: Callable
+    ) -> jax.Array:
         config, objective = self.config.sample, self.parts.objective
         formulation = self.parts.formulation
         seed = jax.random.key(config.seed)
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
         cond = objective.encode(params, batch)
         uncond = prompts.null(cond)
-        if config.negative:
-            ids = assemble.token_ids(self.config, [config.negative])
+        if negative:
             uncond = jax.tree.map(
-                lambda u, c: jax.numpy.broadcast_to(u, c.shape),
-                objective.encode(params, ids),
+                lambda u, c: jnp.broadcast_to(u[:1], c.shape),
+                objective.encode(params, negative),
                 cond,
             )
         return generate(
@@ -80,4 +129,14 @@ class Painter:
             scale=config.cfg,
             interval=(config.cfg_start, config.cfg_stop),
             rescale=config.rescale,
+        )
+
+
+def check(config: ConfigDict) -> None:
+    """UserError if the recipe has not what makes text of captions."""
+    if config.text.name != "bytes" and not config.encode.weights:
+        raise UserError(
+            f'config.text.name = "{config.text.name}": this recipe reads text that was'
+            " encoded before, and prompts need encoders: wanted config.encode.weights,"
+            ' a released model that has them, or "bytes"'
         )

@@ -41,7 +41,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
-        if make is trained:
+        if make is trained and config.text.name == "bytes":
             tell_cut(tasks, config.text.length)
         paint, facts = make(config, workdir, mesh)
         lines = [describe(task, facts | guard.facts()) for task in tasks]

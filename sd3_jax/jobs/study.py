@@ -82,6 +82,7 @@ class Study:
         for one in self.wanted():  # mistakes are told of before anything is trained
             for setting in config.study.settings:
                 study_scores.sampling(self.settings(one), setting)
+        study_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
         """Of the sweep's options only seed 0 until all of a variant's are measured;

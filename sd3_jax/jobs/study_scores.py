@@ -2,9 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,9 +17,10 @@ from sd3_jax import cli, hosts, sharding
 from sd3_jax.data import digits
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import ConfigError
-from sd3_jax.evals import compose
+from sd3_jax.evals import compose, fid, statistics
+from sd3_jax.evals.extractors import pixels
 from sd3_jax.evals.reader import matches
-from sd3_jax.jobs import assemble, paint
+from sd3_jax.jobs import assemble, features, paint, picture_scores, real
 from sd3_jax.validate import validate
 
 log = logging.getLogger(__name__)
@@ -56,7 +56,7 @@ def measure(
             "flops": 3 * about["forward_flops_per_image"] * config.data.batch_size,
             "scores": result.get("scores", []),
         }
-        judge = judge_of(config)
+        judge, encoder = judge_of(config), None
         for setting in config.study.settings:
             own, painter = sampling(config, setting), None
             sampler = {"steps": own.sample.steps, "cfg": own.sample.cfg}
@@ -68,8 +68,9 @@ def measure(
                 params, _ = assemble.trained_params(
                     own, parts, folder, mesh, step=best["step"]
                 )
-                painter = painter or Traveller(own, parts, mesh)
-                found = judge(painter, params)
+                painter = painter or Traveller(own, parts, mesh, encoder)
+                found = judge(painter, params) | {"path": painter.length()}
+                encoder = painter.encoder
                 result["scores"].append(key | sampler | found)
                 keep(result)
     keep(result | {"complete": True})
@@ -91,46 +92,6 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     return config
 
 
-class fid:
-    def frechet(a, b):
-        (m1, s1), (m2, s2) = a, b
-        w, v = np.linalg.eigh(s1)
-        root = (v * np.sqrt(np.maximum(w, 0))) @ v.T
-        eig = np.linalg.eigvalsh(root @ s2 @ root)
-        return float(
-            ((m1 - m2) ** 2).sum()
-            + np.trace(s1)
-            + np.trace(s2)
-            - 2 * np.sqrt(np.maximum(eig, 0)).sum()
-        )
-
-
-class statistics:
-    def of(x):
-        return x.mean(0), np.cov(x.T)
-
-
-def pixels(images):
-    return images.reshape(len(images), -1) / 255.0
-
-
-class Judge(NamedTuple):
-    """Pictures of fixed prompts: how well they show what was asked, and how far they
-    are from real ones."""
-
-    captions: Sequence[str]
-    score: Callable[[np.ndarray], dict[str, float]]  # of pictures u8 (n, h, w, 3)
-    distance: Callable[[np.ndarray], float]  # FID
-
-    def __call__(self, painter: "Traveller", params: dict) -> dict[str, float]:
-        n = len(self.captions)
-        images = painter(params, self.captions, list(range(n)))
-        path = float(np.mean(np.concatenate(painter.lengths)[:n]))
-        painter.lengths.clear()
-        about = {"fid": self.distance(images), "path": path, "n": len(images)}
-        return {**self.score(images), **about}
-
-
 class Traveller(paint.Painter):
     """A painter that notes how long the way of each picture was: the sum of |v dt|."""
 
@@ -141,40 +102,86 @@ class Traveller(paint.Painter):
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))
         self.program = partial(self.note, travel)
 
-    def travel(self, params: dict, batch: dict, solver: Callable):
-        way = self.latents(params, batch, solver)  # (n, b, h, w, c)
+    def travel(self, params: dict, batch: dict, negative: dict, solver: Callable):
+        way = self.latents(params, batch, negative, solver)  # (n, b, h, w, c)
         steps = jnp.square(jnp.diff(way, axis=0)).sum(axis=(2, 3, 4))
-        return self.parts.autoencoder.decode(way[-1]), jnp.sqrt(steps).sum(0)
+        last = way[-1]
+        image = last if self.encoder else self.parts.autoencoder.decode(last)
+        return image, jnp.sqrt(steps).sum(0)
 
-    def note(self, travel: Callable, params: dict, batch: dict) -> jax.Array:
-        image, length = travel(params, batch)
+    def note(self, travel: Callable, *args) -> jax.Array:
+        image, length = travel(*args)
         self.lengths.append(multihost_utils.process_allgather(length, tiled=True))
         return image
 
+    def length(self) -> float:
+        """The mean since it was last asked for."""
+        lengths, self.lengths = np.concatenate(self.lengths), []
+        return float(lengths.mean())
 
-def judge_of(config: ConfigDict) -> Judge:
-    if config.data.name == "digits":
-        return of_digits(config)
-    return of_pictures(config)
+
+def check(config: ConfigDict) -> None:
+    """UserError, before anything is trained, if there is nothing to measure with."""
+    if config.data.name != "digits":
+        paint.check(config)
+        picture_scores.check(as_evaluated(config))
 
 
-def of_digits(config: ConfigDict) -> Judge:
-    """Scenes of the recipe's mix that training never shows, and real ones of them."""
-    counts = np.array(config.data.mix) / sum(config.data.mix) * config.study.pictures
-    scenes = []
-    for kind, count in zip(digits.KINDS, counts.round().astype(int).tolist()):
-        split = "train" if kind == "single" else config.eval.split
-        scenes += compose.some(kind, split, count) if count else []
-    canvas = digits.Digits(config.image.height, config.image.width, held_out=True)
-    hands = digits.draws(1, np.arange(len(scenes)), 2)
-    real = np.stack([canvas.draw(scene, u) for scene, u in zip(scenes, hands)])
+def as_evaluated(config: ConfigDict) -> ConfigDict:
+    config = config.copy_and_resolve_references()
+    measures = dict(pictures=config.study.pictures, scores=("clip_score", "fid"))
+    config.eval.update(measures)
+    return config
 
-    def score(images):
-        right = np.array([matches(scene, x) for scene, x in zip(scenes, images)])
-        kinds = np.array([scene.kind for scene in scenes])
-        found = {f"score_{k}": float(right[kinds == k].mean()) for k in set(kinds)}
-        return {"score": float(right.mean()), **found}
 
-    reference = statistics.of(pixels(real))
-    distance = lambda images: fid.frechet(statistics.of(pixels(images)), reference)
-    return Judge([*map(str, scenes)], score, distance)
+class Digits:
+    """Scenes of the recipe's mix that training never shows, and real ones of them: the
+    share of pictures that are right, and FID on pixels."""
+
+    def __init__(self, config: ConfigDict):
+        counts = np.array(config.data.mix) / sum(config.data.mix)
+        counts = np.rint(counts * config.study.pictures).astype(int).tolist()
+        self.scenes = []
+        for kind, count in zip(digits.KINDS, counts):
+            split = "train" if kind == "single" else config.eval.split
+            self.scenes += compose.some(kind, split, count) if count else []
+        canvas = digits.Digits(config.image.height, config.image.width, held_out=True)
+        hands = digits.draws(1, np.arange(len(self.scenes)), 2)
+        real = [canvas.draw(scene, u) for scene, u in zip(self.scenes, hands)]
+        self.reference = statistics.of(pixels(np.stack(real)))
+
+    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
+        captions = [str(scene) for scene in self.scenes]
+        images = painter(params, captions, list(range(len(captions))))
+        right = np.array([matches(*pair) for pair in zip(self.scenes, images)])
+        kinds = np.array([scene.kind for scene in self.scenes])
+        each = {f"score_{k}": float(right[kinds == k].mean()) for k in sorted({*kinds})}
+        far = fid.frechet(statistics.of(pixels(images)), self.reference)
+        return {"score": float(right.mean()), **each, "fid": far}
+
+
+class Pictures:
+    """CLIP score and FID of captions and pictures as `evaluate` takes them."""
+
+    def __init__(self, config: ConfigDict):
+        self.config = own = as_evaluated(config)
+        self.clip = features.load_clip(own)
+        self.extract = features.extractor(own, lambda: self.clip)
+        self.captions = real.captions(own)
+        self.reference = picture_scores.references(own, self.extract, ["fid"])
+
+    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
+        made, cosines = picture_scores.look(
+            self.config,
+            partial(painter, params),
+            self.captions,
+            self.extract,
+            self.clip,
+            True,
+        )
+        far = fid.frechet(made.statistics, self.reference.statistics)
+        return {"score": float(cosines.mean()), "fid": far}
+
+
+def judge_of(config: ConfigDict) -> Callable[[Traveller, dict], dict[str, float]]:
+    return Digits(config) if config.data.name == "digits" else Pictures(config)

@@ -22,7 +22,7 @@ import sd3_jax
 from sd3_jax import hosts, lock, pictures, sharding, tree, watch
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
-from sd3_jax.jobs import assemble, examples, resume
+from sd3_jax.jobs import assemble, examples, paint, resume
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.trace import Trace
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
@@ -118,7 +118,7 @@ class Training:
         self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         if config.train.sample_every <= config.train.steps and config.train.prompts:
-            assemble.token_ids(config, list(config.train.prompts))  # can it paint them?
+            paint.check(config)
         self.source = examples.source(config)
         self.data = json.loads(json.dumps(self.source.identity()))
         self.encoder = examples.encoder_of(config, self.source, mesh)
