@@ -181,11 +181,12 @@ def correlations(results: Sequence[Result], weights: str) -> dict[str, float]:
                 rows.append((x["loss"], s))
     kinds = [k for k in rows[0][1] if k.startswith(("score", "fid"))] if rows else []
     losses = np.array([loss for loss, _ in rows])
-    return {
+    found = {
         kind: scaling.correlation(losses, np.array([s[kind] for _, s in rows]))
         for kind in kinds
         if all(kind in s for _, s in rows)
     }
+    return {kind: value for kind, value in found.items() if not math.isnan(value)}
 
 
 def spread(values: Sequence[float]) -> float:
@@ -246,9 +247,8 @@ def told(results: Sequence[Result]) -> str:
     parts += ["\nSize and validation loss\n", sizes_told(results)]
     if found := law(results):
         parts.append(f"\nLeast loss for x FLOPs: {found}, off by {found.error:.2%}")
-    if comparable(results):
-        rows = correlations(results, weights).items()
-        words = ", ".join(f"{name} {value:+.2f}" for name, value in rows)
+    if comparable(results) and (rows := correlations(results, weights)):
+        words = ", ".join(f"{name} {value:+.2f}" for name, value in rows.items())
         parts.append(f"\nRank correlation of validation loss with {words}")
     return "\n".join(parts)
 
