@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from sd3_jax.models.linear import linear
+from sd3_jax.models import leaves
 
 zeros = nn.initializers.zeros
 xavier = nn.initializers.xavier_uniform()
@@ -24,7 +24,8 @@ class Dense(nn.Module):
 
     `axes` names the kernel's axes, those of the input first: ("embed", "mlp"), or
     ("embed", None, "heads", None) for a fused qkv. The kernel is initialised as the
-    matrix it is when input and output axes are each flattened.
+    matrix it is when input and output axes are each flattened; what stands for it may
+    take its place among the parameters (models/leaves.py).
     """
 
     features: int | Sequence[int]
@@ -45,9 +46,10 @@ class Dense(nn.Module):
             )
 
         kernel_init = nn.with_logical_partitioning(kernel_init, tuple(self.axes))
-        kernel = self.param("kernel", kernel_init, (*shape, *out))
-        x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-        y = linear(x, kernel, tuple(self.axes), inputs)
+        kernel = leaves.stored(self, "kernel")
+        if kernel is None:
+            kernel = self.param("kernel", kernel_init, (*shape, *out))
+        y = leaves.product(x.astype(self.dtype), kernel, tuple(self.axes), inputs)
         if self.bias:
             bias_init = nn.with_logical_partitioning(zeros, tuple(self.axes[inputs:]))
             bias = self.param("bias", bias_init, tuple(out))
