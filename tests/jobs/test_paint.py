@@ -40,9 +40,9 @@ def painted(config):
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = assemble.parts(config)
-        boxed = parts.objective.init(jax.random.key(0))
+        init = jax.jit(lambda key: tree.unbox(parts.objective.init(key)))
         off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
-        params = jax.tree.map(off, tree.unbox(boxed))
+        params = jax.tree.map(off, init(jax.random.key(0)))
         yield Painter(config, parts, mesh), params
 
 
