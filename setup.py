@@ -15,6 +15,7 @@ TEST = [
     *DEDUP,
     "hypothesis>=6",
     "jsonschema>=4",
+    "peft>=0.17",
     *PLAN,
     "pytest>=8",
     "pytest-xdist>=3.8",

@@ -169,6 +169,7 @@ def get_config() -> ConfigDict:
         per_prompt=1,
         batch_size=64,
         weights="ema",
+        lora=(),  # LoRA files for released weights: "path", or with a weight "path=0.8"
         filter="",  # package.module:function that flags pictures (docs/sampling.md)
         watermark="",  # a text of at most 16 bytes, marked in all pictures
         max_length=256,  # T5's tokens; these and what follows are for released weights

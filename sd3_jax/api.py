@@ -36,15 +36,21 @@ def load(
     dtype: str = "bfloat16",
     *,
     tokenizers_from: str = "",
+    lora: str | Sequence[str] = (),
 ) -> Bundle:
     """A released model, sharded over `mesh` as it streams in; all devices by default.
 
     See pipelines.bundle.load for what may be named. An error lists what is missing,
-    extra or of another shape.
+    extra or of another shape. `lora` names LoRA files in diffusers' layout, each with
+    a weight if it ends in one: "style.safetensors=0.8".
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     return bundles.load(
-        path_or_hub_name, mesh=mesh, dtype=dtype, tokenizers_from=tokenizers_from
+        path_or_hub_name,
+        mesh=mesh,
+        dtype=dtype,
+        tokenizers_from=tokenizers_from,
+        lora=[lora] if isinstance(lora, str) else lora,
     )
 
 

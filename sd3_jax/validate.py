@@ -245,6 +245,7 @@ RULES = (
     (NAME, "eval.features"),
     (NPZ, "eval.statistics"),
     (HOOK, "eval.detector eval.colour eval.ocr sample.filter"),
+    (TEXTS, "sample.lora"),
     (IGNORED, "eval.ocr_ignore"),
     (MARK, "sample.watermark"),
     (TEXTS, "study.variants study.sweep study.settings"),
@@ -333,6 +334,12 @@ def attended(places, name, multipliers):
         return f"levels below {len(multipliers)}, those of config.model.multipliers"
 
 
+def quarters(width, name):
+    if name != "unet" and width % 4:
+        made = "sines and cosines of two axes"
+        return f"a multiple of 4, {made}; the nearest is {multiple(width, 4)}"
+
+
 def dual_blocks(blocks, depth):
     if blocks > depth - 1:
         return f"at most {depth - 1}, one less than config.model.depth = {depth}"
@@ -351,6 +358,11 @@ def reached(start, steps):
 def interval(start, stop):
     if start > stop:
         return f"at most config.sample.cfg_stop = {stop}"
+
+
+def released_only(given, weights):
+    if given and not weights:
+        return "(), or released weights for them in config.weights"
 
 
 def weighted(weights, paths):
@@ -427,6 +439,7 @@ RELATIONS = (
     (side, "image.height", *SIDED),
     (side, "image.width", *SIDED),
     (divisible("model.num_heads"), "model.width", "model.num_heads"),
+    (quarters, "model.width", "model.name"),
     (divisible("text.num_heads"), "text.width", "text.num_heads"),
     (divisible("optim.accumulate"), "data.batch_size", "optim.accumulate"),
     (only_mmdit(0), "model.dual_blocks", "model.name"),
@@ -439,6 +452,7 @@ RELATIONS = (
     (interval, "sample.cfg_start", "sample.cfg_stop"),
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
+    (released_only, "sample.lora", "weights"),
     (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
     (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),

@@ -14,11 +14,12 @@ from sd3_jax.pipelines import bundle
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
-    """config.weights in config.model.dtype, over the mesh."""
+    """config.weights with config.sample.lora, in config.model.dtype, over the mesh."""
     return bundle.load(
         config.weights,
         mesh=mesh,
         tokenizers_from=config.tokenizers,
+        lora=config.sample.lora,
         **{"dtype": config.model.dtype} | options,
     )
 

@@ -105,7 +105,10 @@ def tell_cut(tasks: Sequence[Task], length: int) -> None:
 
 def released(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
     painter = ReleasedPainter(config, mesh)
-    return painter, {"weights": painter.bundle.fingerprint()}
+    facts = {"weights": painter.bundle.fingerprint()}
+    if config.sample.lora:
+        facts["lora"] = list(config.sample.lora)
+    return painter, facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

@@ -90,6 +90,10 @@ class LowRank(Leaf):
         return self.base.dtype
 
     @property
+    def sharding(self) -> Any:
+        return self.base.sharding
+
+    @property
     def rank(self) -> int:
         return self.a.shape[-1]
 

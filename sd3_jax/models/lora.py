@@ -5,7 +5,7 @@ A LoRA is the parameters' tree cut down to the linear maps that it adapts, each 
 """
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from flax import linen as nn
@@ -43,6 +43,13 @@ def layout(path: tuple[str, ...], ndim: int) -> Layout | None:
     return Layout(layers, inputs, int(name in FUSED))
 
 
+def layout_of(path: tuple[str, ...], pair: dict) -> Layout:
+    """Of the kernel that a pair below a module's path adapts."""
+    layers = int(any(name.endswith("blocks") for name in path))
+    groups = int(path[-1] in FUSED)
+    return Layout(layers, pair["a"].ndim - layers - groups - 1, groups)
+
+
 def kernels(params: Any) -> dict[tuple[str, ...], Any]:
     """The kernels of all linear maps by their modules' paths; boxes stay closed."""
     found = {}
@@ -60,6 +67,17 @@ def modules(tree: Any, name: str) -> Iterator[tuple[tuple[str, ...], dict]]:
             if name in value:
                 yield (key,), value
             yield from (((key, *path), x) for path, x in modules(value, name))
+
+
+def nested(flat: Mapping[tuple[str, ...], Any]) -> dict:
+    """A tree of dictionaries from what lies at its paths."""
+    made: dict = {}
+    for (*path, last), value in flat.items():
+        place = made
+        for name in path:
+            place = place.setdefault(name, {})
+        place[last] = value
+    return made
 
 
 def attach(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):

@@ -18,7 +18,7 @@ from sd3_jax import tree
 from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.pipelines import programs, sources
+from sd3_jax.pipelines import adapters, programs, sources
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components
 from sd3_jax.weights.components import COMPONENTS
@@ -236,13 +236,16 @@ def load(
     dtype: str = "bfloat16",
     tokenizers_from: str = "",
     only: Sequence[str] = tuple(COMPONENTS),
+    lora: Sequence[str] = (),
 ) -> Bundle:
     """A diffusers folder, an original .safetensors file, our own folder or a hub name.
 
     Several, with commas between, add up: a transformer's file and those of its text
     encoders. `only` are the components wanted. Single files hold no tokenizers:
     `tokenizers_from` is a folder or hub name that does. The dtype "stored" leaves all
-    as it is in the files, for writing it again.
+    as it is in the files, for writing it again. Each `lora` is a file of diffusers'
+    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
+    the weights (pipelines/adapters.py). `save` writes the sum.
     """
     if dtype not in DTYPES:
         raise UserError(
@@ -272,6 +275,7 @@ def load(
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])
         modules[name], variables[name] = module, part.read(component, module, shapes)
+    variables = adapters.attached(variables, modules, lora, wanted=only)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     return Bundle(modules, variables, configs, words, mesh, dtype, source, stored)

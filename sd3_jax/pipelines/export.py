@@ -1,5 +1,6 @@
 """A bundle to files: a diffusers folder, an original single file, or our own."""
 
+import dataclasses
 import json
 from collections.abc import Callable
 
@@ -11,6 +12,7 @@ from etils import epath
 from sd3_jax import tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.models import leaves
 from sd3_jax.pipelines.bundle import Bundle
 from sd3_jax.pipelines.sources import INDEX
 from sd3_jax.weights import names, safetensors, store, stream
@@ -25,14 +27,16 @@ def save(
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor keeps the one that it had in the file it came from.
+    What is attached to the weights is added to them.
     """
     path = epath.Path(path)
+    bundle = dataclasses.replace(bundle, variables=leaves.arrays(bundle.variables))
     if layout == "orbax":
         variables = {}
-        for name, leaves in bundle.variables.items():
+        for name, own in bundle.variables.items():
             kept = _dtype_of(bundle, name, dtype)
             cast = lambda at, x, kept=kept: x.astype(kept(tree.names(at)))
-            variables[name] = jax.tree_util.tree_map_with_path(cast, leaves)
+            variables[name] = jax.tree_util.tree_map_with_path(cast, own)
         store.save(path, variables, bundle.configs)
     elif layout == "diffusers":
         for name in bundle.modules:

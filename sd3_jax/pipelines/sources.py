@@ -28,13 +28,15 @@ class Part(NamedTuple):
     dtypes: Callable
 
 
-def resolve(source: str, wanted: Sequence[str] = WANTED) -> epath.Path:
+def resolve(
+    source: str, wanted: Sequence[str] = WANTED, *, what: str = "weights"
+) -> epath.Path:
     """The path that is meant: as it is, or a hub's repository, downloaded."""
     path = epath.Path(source).expanduser() if source else None
     if path is not None and path.exists():
         return path
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(".safetensors"):
-        raise UserError(f'weights "{source}": no such file, folder or hub name')
+        raise UserError(f'{what} "{source}": no such file, folder or hub name')
     import huggingface_hub
 
     try:
@@ -44,7 +46,7 @@ def resolve(source: str, wanted: Sequence[str] = WANTED) -> epath.Path:
     except Exception as error:  # its errors have no common base
         reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
         raise UserError(
-            f'weights "{source}": no such path, and it cannot be had from the hub:'
+            f'{what} "{source}": no such path, and it cannot be had from the hub:'
             f" {reason}"
         ) from None
     return epath.Path(folder)

@@ -9,7 +9,7 @@ from flax import linen as nn
 from jax import Array
 
 from sd3_jax.errors import UserError, near
-from sd3_jax.models.lora import attach, kernels, layout, merge, unmerge
+from sd3_jax.models.lora import attach, kernels, layout, merge, nested, unmerge
 
 __all__ = ["attach", "chosen", "init", "merge", "unmerge"]
 SHOWN = 12  # paths in an error, at most
@@ -34,11 +34,8 @@ def init(key: Array, params: Any, *, rank: int, targets: str = "") -> dict:
         if boxed:
             names = lies.shapes(kernel.names, None)
             pair = [nn.LogicallyPartitioned(x, n) for x, n in zip(pair, names)]
-        place = lora
-        for name in path:
-            place = place.setdefault(name, {})
-        place.update(zip("ab", pair))
-    return lora
+        lora[path] = dict(zip("ab", pair))
+    return nested(lora)
 
 
 def chosen(params: Any, targets: str) -> dict[tuple[str, ...], Any]:

@@ -1,0 +1,210 @@
+"""Our trees of LoRA from files in diffusers' layout and back, by the table of names.
+
+Every layer's map, and each of q, k and v, is by itself in a file. What we write has
+alpha's share in lora_B: readers that know of no alpha agree.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+
+from sd3_jax.errors import UserError, near
+from sd3_jax.models.lora import kernels, layout, layout_of, modules, nested
+from sd3_jax.weights import names, safetensors, stream
+from sd3_jax.weights.adapters import FILE, METADATA, PREFIXES, Pair, Pairs
+from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.names import Kind, Piece
+from sd3_jax.weights.safetensors import Entry
+
+
+def load(
+    pairs: Pairs, name: str, module: nn.Module, params: Any, *, weight: float = 1.0
+) -> dict:
+    """The pairs of a component as a LoRA (models/lora.py) on the host, float32.
+
+    Alphas and `weight` are in b: attach it without alpha. Of a stack's layers and of
+    q, k and v, those not in the file are zero, and shorter ranks are filled with zeros.
+    `params` may be shapes. Raises UserError for a module that the component lacks.
+    """
+    shapes = {path: tuple(x.shape) for path, x in kernels(params).items()}
+    places = {
+        _module(piece): piece.path[1:-1]
+        for piece in _pieces(name, module, _pseudo(shapes, dict.fromkeys(shapes, 1)))[0]
+    }
+    pairs = {_known(module, places, pair): pair for module, pair in pairs.items()}
+    ranks: dict[tuple, int] = {}
+    for module_name, pair in pairs.items():
+        path = places[module_name]
+        ranks[path] = max(ranks.get(path, 0), pair.rank)
+    both = _pseudo({path: shapes[path] for path in ranks}, ranks)
+    for side, (made, pieces) in enumerate(zip(both, _pieces(name, module, both))):
+        for piece in pieces:
+            if (pair := pairs.get(_module(piece))) is not None:
+                rank = ranks[piece.path[1:-1]]
+                part = _matrix(pair, side, piece, rank)
+                share = pair.scale * weight if side else 1.0
+                made[piece.path[1:-1]][piece.index] = share * piece.read(part)
+    turned = {path: _turn(path, shapes[path], b) for path, b in both[1].items()}
+    return nested({path: {"a": both[0][path], "b": turned[path]} for path in ranks})
+
+
+def save(
+    path: epath.PathLike,
+    loras: Mapping[str, dict],
+    parts: Mapping[str, nn.Module],
+    *,
+    alpha: float = 0.0,
+    dtype: Any = np.float32,
+    facts: Mapping[str, str] | None = None,
+) -> epath.Path:
+    """A .safetensors file, or FILE in a folder, that diffusers loads; all processes.
+
+    `loras` and their modules, `parts`, are by component; `alpha` is that of attach.
+    `facts` go into the file's metadata beside PEFT's configuration.
+    """
+    path = epath.Path(path)
+    path = path if path.name.endswith(".safetensors") else path / FILE
+    found: dict[str, Entry] = {}
+    told: dict[str, Any] = {}
+    for name, lora in loras.items():
+        own = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
+        prefix = next(k for k, v in PREFIXES.items() if v == name)
+        told |= {f"{prefix}.{k}": v for k, v in _peft(own).items()}
+        found |= {f"{prefix}.{k}": _entry(x) for k, x in own.items()}
+    metadata = dict(facts or {}) | {
+        METADATA: json.dumps(told, indent=2, sort_keys=True)
+    }
+    if jax.process_index() == 0:
+        safetensors.write_file(path, found, metadata)
+    return path
+
+
+def _known(module: str, places: Mapping[str, Any], pair: Pair) -> str:
+    """The table's name; transformers' own may lack CLIP's first part."""
+    for name in (module, f"text_model.{module}"):
+        if name in places:
+            return name
+    guess = near(module, places)
+    hint = f'; did you mean "{guess}"?' if guess else ""
+    raise UserError(f"{pair.down.path}: {module} is no linear map of the model{hint}")
+
+
+# Trees of a and of b as if each were a kernel of its own, which the table knows: the
+# rank is a's outputs and b's inputs. Of maps that are fused it lies before them in b.
+
+
+def _pseudo(shapes: Mapping[tuple, tuple], ranks: Mapping[tuple, int]):
+    """Zeros for a and for b, turned, by the path of the kernels of these shapes."""
+    a, b = {}, {}
+    for path, shape in shapes.items():
+        first, second = layout(path, len(shape)).shapes(shape, ranks[path])
+        a[path] = np.zeros(first, np.float32)
+        b[path] = _turn(path, shape, np.zeros(second, np.float32))
+    return a, b
+
+
+def _turn(path: tuple, shape: tuple, b: np.ndarray) -> np.ndarray:
+    """Groups and rank exchanged, where there are groups."""
+    lies = layout(path, len(shape))
+    return np.swapaxes(b, lies.layers, lies.layers + 1) if lies.groups else b
+
+
+def _pieces(name: str, module: nn.Module, both) -> tuple[list[Piece], list[Piece]]:
+    groups = COMPONENTS[name].table(module)
+    made = []
+    for side, change in zip(both, (_first, _second)):
+        table = [
+            group._replace(
+                rows=[row._replace(kind=change(row.kind)) for row in group.rows]
+            )
+            for group in groups
+        ]
+        leaves = nested({("params", *path, "kernel"): x for path, x in side.items()})
+        try:
+            made.append(names.pieces(leaves, table, "diffusers"))
+        except KeyError as error:
+            raise UserError(
+                f"LoRA of {error.args[0]}: diffusers' layout has no such module"
+            ) from None
+    return made[0], made[1]
+
+
+def _first(kind: Kind) -> Kind:
+    """Of lora_A, whose outputs are the rank: no halves to exchange."""
+    return kind._replace(swap=False)
+
+
+def _second(kind: Kind) -> Kind:
+    """Of lora_B, which after a convolution is one of a single pixel."""
+    plain = kind in (names.LINEAR, names.SWAPPED, names.MERGING, names.AS_IS)
+    return kind if plain else names.CONV_1X1
+
+
+def _module(piece: Piece) -> str:
+    return piece.key.removesuffix(".weight")
+
+
+def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
+    """A pair's down or up, filled to the rank."""
+    tensor, wanted = pair[side], list(piece.file_shape)
+    wanted[side] = pair.rank
+    if list(tensor.shape) != wanted:
+        raise UserError(
+            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
+            f" {list(tensor.shape)}, wanted {wanted}"
+        )
+    x = tensor.read()
+    if not safetensors.finite(x):
+        raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
+    more = [(0, 0)] * x.ndim
+    more[side] = (0, rank - pair.rank)
+    return np.pad(x.astype(np.float32), more)
+
+
+def _tensors(
+    name: str, module: nn.Module, lora: dict, alpha: float, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """lora_A and lora_B by their names, alpha / rank in the latter."""
+    a, b = {}, {}
+    for path, pair in modules(lora, "a"):
+        lies = layout_of(path, pair)
+        up = stream.fetch(pair["b"]).astype(np.float32)
+        up = up * np.float32(
+            alpha / up.shape[lies.layers + lies.groups] if alpha else 1
+        )
+        a[path] = stream.fetch(pair["a"])
+        b[path] = np.swapaxes(up, lies.layers, lies.layers + 1) if lies.groups else up
+    made = {}
+    for side, tree, pieces in zip("AB", (a, b), _pieces(name, module, (a, b))):
+        for piece in pieces:
+            part = piece.write(tree[piece.path[1:-1]][piece.index])
+            made[f"{_module(piece)}.lora_{side}.weight"] = part.astype(dtype)
+    return made
+
+
+def _peft(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """PEFT's configuration: every alpha is the rank."""
+    end = ".lora_A.weight"
+    ranks = {
+        key.removesuffix(end): len(x) for key, x in tensors.items() if key.endswith(end)
+    }
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{module}": rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+    }
+
+
+def _entry(x: np.ndarray) -> Entry:
+    return Entry(x.dtype, x.shape, lambda: x)
