@@ -115,10 +115,11 @@ MISTAKES = [
     row(7, "train data.name=", 'config.data.name = "": wanted a name'),
     row(7, "train image.height=6", "config.image.height = 6: wanted at least 8"),
     row(7, "train model.weight_sets=3", "text_split = 5: wanted less than the 4 tok"),
+    row(7, "train model.width=30", "config.model.width = 30: wanted a multiple of 4"),
     row(8, "trian", 'unknown job "trian"; did you mean "train"'),
     row(8, f"train config={TINY[:-5]}:tinny", '"tinny"; did you mean "tiny"'),
     row(8, "train config=configs/quikstart.py", 'did you mean "configs/quickstart.py"'),
-    row(8, "train model.name=unit", '"unit": wanted one of mmdit', '"unet"'),
+    row(8, "train model.name=unett", '"unett": wanted one of mmdit', '"unet"'),
     row(8, "train text.name=byte", 'text.name = "byte"', 'did you mean "bytes"'),
     row(8, "train flow.path=vp", 'config.flow.path = "vp": wanted one of rf'),
     row(8, "train data.name=digit", '"digit": wanted one of digits, synthetic, rec'),
@@ -131,7 +132,9 @@ MISTAKES = [
     row(8, "train optim.schedule=cosin", '"cosin"', 'did you mean "cosine"'),
     row(8, "sample sample.solver=eular", 'did you mean "euler"'),
     row(
-        8, "evaluate eval.scores=fid", 'config.eval.scores: "fid"; wanted one of val_l'
+        8,
+        "evaluate eval.scores=ssim",
+        'config.eval.scores: "ssim"; wanted one of val_l',
     ),
     row(8, "convert convert.to=onnx", '"onnx": wanted one of diffusers, original'),
     row(9, "train mesh.fsdp=3", "fsdp=3", "makes 3 devices, there are 8"),
