@@ -113,7 +113,8 @@ class Records:
         return self.shards[-1].start + self.shards[-1].count
 
     def keep(self, fields: Sequence[str]) -> None:
-        """Of what the first record holds, what batches are to have; and "caption"."""
+        """Of what the first record holds, what batches are to have; and "caption", and
+        "set": which of the paths an example is of, by its place among them."""
         self.fields = tuple(fields)
 
     def example(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
@@ -133,12 +134,15 @@ class Records:
             name: np.empty((len(indices), *shape), dtype)
             for name, (shape, dtype) in wanted.items()
         }
-        captions, read = [], functools.partial(self._fitting, wanted)
+        captions, sets, read = [], [], functools.partial(self._fitting, wanted)
         for row, i in enumerate(indices):
-            found = self._good(self._number(int(i)), read)
+            number = self._number(int(i))
+            found = self._good(number, read)
             captions.append(found.caption)
+            sets.append(self._set(number))
             for name, x in batch.items():
                 x[row] = found.tensors[name]
+        batch |= {"set": np.array(sets, np.int32)} if "set" in self.fields else {}
         return batch | ({"caption": captions} if "caption" in self.fields else {})
 
     def names(self, indices: np.ndarray) -> list[str]:
@@ -222,6 +226,9 @@ class Records:
         step, row = divmod(i, self.batch_size)
         bucket, before = self._turn(step)
         return self.buckets[bucket].order[before * self.batch_size + row]
+
+    def _set(self, number: int) -> int:
+        return next(i for i, one in enumerate(self.sets) if number in one.numbers)
 
     def _place(self, number: int) -> tuple[int, int]:
         """A record's shard, by its place among them, and its index in it."""

@@ -8,7 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), all normal."""
+    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), all normal.
+
+    Preferences if they are `pairs`, with rejected_latents; of two `sets` by turns.
+    """
 
     height: int
     width: int
@@ -17,6 +20,8 @@ class Synthetic:
     context_dim: int
     pooled_dim: int
     seed: int = 0
+    pairs: bool = False
+    sets: bool = False
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray]:
         rows = [self.example(int(i)) for i in indices]
@@ -28,7 +33,9 @@ class Synthetic:
 
     def identity(self) -> dict[str, Any]:
         """What data this is, flat and short."""
-        return {"name": "synthetic", **asdict(self)}
+        about = asdict(self)
+        more = {k: v for k in ("pairs", "sets") if (v := about.pop(k))}
+        return {"name": "synthetic", **about, **more}
 
     def example(self, i: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, i))
@@ -37,7 +44,10 @@ class Synthetic:
             "context": (self.text_length, self.context_dim),
             "pooled": (self.pooled_dim,),
         }
-        return {
+        if self.pairs:
+            shapes["rejected_latents"] = shapes["latents"]
+        made = {
             name: rng.standard_normal(shape, np.float32)
             for name, shape in shapes.items()
         }
+        return made | ({"set": np.int32(i % 2)} if self.sets else {})

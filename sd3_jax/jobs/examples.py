@@ -15,7 +15,7 @@ from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
 from sd3_jax.data.mixture import Records
-from sd3_jax.data.records import TENSORS, TEXTS, Record
+from sd3_jax.data.records import REJECTED, TENSORS, TEXTS, Record
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.pipelines import bundle as bundles
@@ -51,6 +51,8 @@ def source(config: ConfigDict, *, held_out: bool = False):
             context_dim=config.model.context_dim,
             pooled_dim=config.model.pooled_dim,
             seed=seed,
+            pairs=config.tune.objective == "dpo",
+            sets=config.tune.prior > 0,
         )
     if config.data.name == "records":
         found = stored(config, held_out=held_out)
@@ -75,10 +77,14 @@ def table(config: ConfigDict) -> tuple[Bucket, ...]:
 def shapes(config: ConfigDict, bucket: Bucket) -> dict[str, tuple[int, ...]]:
     """Of all that a record may hold, the recipe's."""
     model, sides = config.model, (bucket.height // 8, bucket.width // 8)
-    return {
+    pictures = {
         "image": (*bucket, 3),
         "moments": (*sides, 2 * model.channels),
         "latents": (*sides, model.channels),
+    }
+    return {
+        **pictures,
+        **{REJECTED + name: shape for name, shape in pictures.items()},
         "clip": (CLIP_LENGTH, model.pooled_dim),
         "t5": (max(1, config.text.length - CLIP_LENGTH), model.context_dim),
         "context": (config.text.length, model.context_dim),
@@ -147,6 +153,14 @@ def fields(config: ConfigDict, first: Record) -> list[str]:
             f'its records hold {held}: config.image.autoencoder = "{kind}" wants'
             f" {' or '.join(PICTURES[kind])}"
         )
+    more = ["set"] if config.tune.prior else []
+    if config.tune.objective == "dpo":
+        more += [REJECTED + picture]
+        if more[-1] not in first.tensors:
+            raise UserError(
+                f'its records hold {held}: config.tune.objective = "dpo" wants'
+                f" preferences, {picture} and {more[-1]}"
+            )
     text = [name for name in TEXTS if name in first.tensors]
     if config.text.name != "precomputed" or not text:
         text = ["caption"]
@@ -157,7 +171,7 @@ def fields(config: ConfigDict, first: Record) -> list[str]:
             f"its records hold {held}: their {what} are not encoded; wanted"
             " config.encode.weights, a released model that has the encoders"
         )
-    return [picture, *text]
+    return [picture, *text, *more]
 
 
 def to_encode(config: ConfigDict, fields: Sequence[str]) -> list[str]:
@@ -288,9 +302,13 @@ def nominal(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
     of = shapes(config, Bucket(config.image.height, config.image.width))
     pixels = config.image.autoencoder == "pixels"
     batch = {"image": np.uint8} if pixels else {"latents": np.float32}
+    if config.tune.objective == "dpo":
+        batch |= {REJECTED + name: dtype for name, dtype in batch.items()}
     if text.name != "bytes":
         batch |= {"context": np.float32, "pooled": np.float32}
     made = {k: jax.ShapeDtypeStruct((b, *of[k]), dtype) for k, dtype in batch.items()}
+    if config.tune.prior:
+        made["set"] = jax.ShapeDtypeStruct((b,), np.int32)
     if text.name == "bytes":
         made["ids_bytes"] = jax.ShapeDtypeStruct((b, text.length), np.int32)
     return made
@@ -311,13 +329,14 @@ def batches(
     if not isinstance(source, Records):
         return [zeros(nominal(config))]
     captioned = "caption" in source.fields
-    ids = tokenizer(config, encoder)([""] * size) if captioned else {}
+    more = tokenizer(config, encoder)([""] * size) if captioned else {}
+    more |= {"set": np.zeros(size, np.int32)} if "set" in source.fields else {}
     return [
         {
             name: np.zeros((size, *shape), dtype)
             for name, (shape, dtype) in source.example(bucket).items()
         }
-        | ids
+        | more
         for bucket in source.buckets
     ]
 

@@ -20,6 +20,8 @@ from sd3_jax.models import vae
 from sd3_jax.pipelines import latents, programs, prompts
 from sd3_jax.pipelines.bundle import Bundle
 
+IMAGES = ("image", "rejected_image")
+
 
 class Encoder:
     """A bundle's autoencoder and text encoders, as a batch of training wants them.
@@ -108,7 +110,7 @@ class Encoder:
     ) -> dict[str, Array]:
         """This process's rows of a batch, as loaded, to the batch over the mesh, in
         which pictures and token ids have become what they stand for."""
-        raw = {k: x for k, x in rows.items() if k == "image" or k.startswith("ids_")}
+        raw = {k: x for k, x in rows.items() if k in IMAGES or k.startswith("ids_")}
         rest = {name: x for name, x in rows.items() if name not in raw}
         own = batch_size // self.shards  # a device's
         parts = []
@@ -120,9 +122,12 @@ class Encoder:
         return sharding.put(rest, self.bundle.mesh, batch_size) | made
 
     def _encode(self, batch: dict[str, Array]) -> dict[str, Array]:
-        ids = {name: x for name, x in batch.items() if name != "image"}
-        made = self.picture(batch["image"]) if "image" in batch else {}
-        return made | (self.text(ids) if ids else {})
+        ids = {name: x for name, x in batch.items() if name not in IMAGES}
+        made = self.text(ids) if ids else {}
+        for name in [name for name in IMAGES if name in batch]:
+            for form, x in self.picture(batch[name]).items():
+                made[name.removesuffix("image") + form] = x
+        return made
 
 
 def cut(x: np.ndarray, own: int, start: int, rows: int) -> np.ndarray:
