@@ -2,18 +2,16 @@
 
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from etils import epath
 from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding, tree
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import examples, resume
+from sd3_jax.jobs import examples, resume, tune
 from sd3_jax.models import flops
 from sd3_jax.models.denoisers import DENOISERS
 from sd3_jax.models.mmdit import MMDiT
@@ -21,7 +19,7 @@ from sd3_jax.models.t5 import ByteTower
 from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.latents import AUTOENCODERS, Autoencoder
 from sd3_jax.training import objectives
-from sd3_jax.training.checkpoint import restore_params, saved_config
+from sd3_jax.training.checkpoint import saved_config
 
 
 class Parts(NamedTuple):
@@ -109,22 +107,17 @@ def text_model(config: ConfigDict) -> prompts.TextModel:
 
 
 def checkpoints(workdir: epath.PathLike) -> epath.Path:
-    return epath.Path(workdir) / "checkpoints"
+    return epath.Path(workdir) / tune.CHECKPOINTS
 
 
 def trained_params(
     config: ConfigDict, made: Parts, workdir: str, mesh: Mesh, step: int | None = None
 ):
     """A checkpoint's weights, straight into their shardings, and its step; the newest's
-    unless `step` is given."""
-    boxed = jax.eval_shape(made.objective.init, jax.random.key(0))
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        tree.unbox(boxed),
-        sharding.shardings(boxed, mesh),
+    unless `step` is given. Of fine-tuning with those that it trained beside."""
+    folder, which = checkpoints(workdir), config.sample.weights
+    params, step = tune.restored(
+        config, made.objective, made.denoiser, folder, mesh, which=which, step=step
     )
-    folder = checkpoints(workdir)
-    which = config.sample.weights
-    params, step = restore_params(folder, abstract, which=which, step=step)
     resume.warn(workdir, saved_config(folder, step), config)
     return params, step

@@ -37,23 +37,27 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
     if refused := [row for row in differ if not within(row[0], FREE + declared)]:
         keys = ",".join(key for key, _, _ in refused)
         raise UserError(
-            f"{where} was trained with other settings: {_spelled(refused)}. To go on"
+            f"{where} was trained with other settings: {spelled(refused)}. To go on"
             f" with the new ones say so, --config.train.changes={keys}; else give back"
             " the old ones, or another workdir"
         )
     if differ:
-        log.info("goes on with other settings: %s", _spelled(differ))
+        log.info("goes on with other settings: %s", spelled(differ))
 
 
 def warn(where: Any, saved: dict, config: ConfigDict) -> None:
     """Of settings that make another model of the same weights."""
-    rows = [
+    if rows := differing(saved, config):
+        log.warning("%s was trained with other settings: %s", where, spelled(rows))
+
+
+def differing(saved: dict, config: ConfigDict) -> list[tuple[str, Any, Any]]:
+    """(key, then, now) of settings that make another model of the same weights."""
+    return [
         row
         for row in _differences(saved, config.to_dict())
         if within(row[0], MADE) and not within(row[0], FREE)
     ]
-    if rows:
-        log.warning("%s was trained with other settings: %s", where, _spelled(rows))
 
 
 def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
@@ -66,7 +70,7 @@ def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None
         )
 
 
-def _spelled(rows: Sequence[tuple[str, Any, Any]]) -> str:
+def spelled(rows: Sequence[tuple[str, Any, Any]]) -> str:
     return "; ".join(
         f"config.{key} was {json.dumps(old)}, is {json.dumps(new)}"
         for key, old, new in rows

@@ -22,7 +22,7 @@ import sd3_jax
 from sd3_jax import hosts, lock, pictures, sharding, tree, watch
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
-from sd3_jax.jobs import assemble, examples, paint, resume
+from sd3_jax.jobs import assemble, examples, paint, resume, tune
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.trace import Trace
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
@@ -37,6 +37,7 @@ from sd3_jax.training.faults import NonFinite
 from sd3_jax.training.goodput import Goodput
 from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
+from sd3_jax.training.tuning import Tuning
 
 log = logging.getLogger(__name__)
 COMPILERS = 4  # buckets' programs at once
@@ -60,6 +61,7 @@ class Program(NamedTuple):
     """The step that a config means on a mesh, and the state it takes: not one array."""
 
     parts: assemble.Parts
+    tuning: Tuning
     tx: optax.GradientTransformation
     rate: Callable  # of learning, by step
     abstract: TrainState  # shapes with shardings
@@ -72,21 +74,22 @@ class Program(NamedTuple):
 
 def program(config: ConfigDict, mesh: Mesh) -> Program:
     parts = assemble.parts(config)
+    tuning = tune.made(config, parts.objective)
     optim = config.optim.to_dict()
     accumulate = optim.pop("accumulate")
     tx, rate = optimizer.make(**optim, steps=config.train.steps)
     step = make_train_step(
-        parts.objective.loss,
+        tuning.loss,
         tx,
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
         accumulate=accumulate,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
-    abstract = abstract_state(key, parts.objective.init, tx, mesh)
+    abstract = abstract_state(key, tuning.init, tx, mesh)
     placed = jax.tree.map(lambda x: x.sharding, abstract)
     step = jax.jit(step, donate_argnums=0, out_shardings=(placed, None))
-    return Program(parts, tx, rate, abstract, step)
+    return Program(parts, tuning, tx, rate, abstract, step)
 
 
 def example(config: ConfigDict, mesh: Mesh) -> dict[str, jax.ShapeDtypeStruct]:
@@ -115,13 +118,17 @@ class Training:
         self.rows = sharding.local_rows(mesh, self.batch_size)
         self.key = jax.random.key(config.seed)
         made = program(config, mesh)
-        self.parts, self.tx, self.rate = made.parts, made.tx, made.rate
+        self.parts, self.tuning = made.parts, made.tuning
+        self.tx, self.rate = made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         if config.train.sample_every <= config.train.steps and config.train.prompts:
             paint.check(config)
         self.source = examples.source(config)
         self.data = json.loads(json.dumps(self.source.identity()))
         self.encoder = examples.encoder_of(config, self.source, mesh)
+        parts = self.parts.denoiser, self.parts.objective
+        self.base = tune.start(config, *parts, mesh)
+        self.began_with, self.frozen = tune.identity(self.base), {}
         self.validation = Validation(config, self.parts, mesh, self.encoder)
         self.painter = Painter(config, self.parts, mesh)
         self.settled = 0  # the newest step that was looked at
@@ -129,7 +136,7 @@ class Training:
     def run(self) -> None:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
-        hosts.agree("data", {"data": self.data})
+        hosts.agree("data", {"data": self.data, "base": self.began_with})
         self.refuse_cpu_by_accident()
         with (
             hosts.heeding_sigterm(),
@@ -137,6 +144,7 @@ class Training:
         ):
             checkpoints.require_space(self.abstract)
             state, start = self.restore_or_init(checkpoints)
+            self.frozen, self.base = self.tuning.kept(self.base), {}
             self.describe(state)
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)
@@ -155,13 +163,21 @@ class Training:
         if first:
             print(self.goodput.words())
 
+    def begin(self, key: jax.Array, base: dict) -> TrainState:
+        return init_state(key, partial(self.tuning.start, start=base), self.tx)
+
+    def whole(self, params: dict) -> dict:
+        """The model's parameters, with those that do not train."""
+        return self.tuning.whole(params, self.frozen)
+
     def restore_or_init(self, checkpoints: Checkpoints) -> tuple[TrainState, int]:
         """The state, on its devices from birth, and the step it is at."""
         allowed = self.config.train.skip_nonfinite
         if checkpoints.latest() is None:
             self.nonfinite = NonFinite(allowed)
-            init = lambda key: init_state(key, self.parts.objective.init, self.tx)
-            return jax.jit(init, out_shardings=self.placed)(self.key), 0
+            return jax.jit(self.begin, out_shardings=self.placed)(
+                self.key, self.base
+            ), 0
         newest = {}
         with contextlib.suppress(UnreadableCheckpoint):  # restore will see to it
             newest = saved_config(checkpoints.directory)
@@ -170,6 +186,7 @@ class Training:
         if saved != newest:
             resume.compare(self.workdir, saved, self.config)
         resume.compare_data(self.workdir, data.get("source"), self.data, self.config)
+        tune.compare(self.workdir, data.get("base", ""), self.began_with)
         step = data["next_step"]
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
         log.info("goes on from step %d of %s", step, self.workdir)
@@ -242,7 +259,7 @@ class Training:
                         batch = next(loader)
                     batch = self.put(batch)
                     before, program = values, compiled[kind(batch)]
-                    state, values = program(state, self.key, batch, {})
+                    state, values = program(state, self.key, batch, self.frozen)
                     self.settle(step - 1, before, loader, metrics)
                 if log_now or pause or checkpoints.due(step, force=last):
                     self.settle(step, values, loader, metrics)
@@ -253,7 +270,9 @@ class Training:
                     if trace.ends(step):
                         trace.stop()
                     if validate_now:
-                        metrics.write(step, "val", self.validation(state.ema))
+                        metrics.write(
+                            step, "val", self.validation(self.whole(state.ema))
+                        )
                     if sample_now and train.prompts:
                         self.sample(metrics, step, state)
                 watch.expect(f"the save after step {step}", train.stuck_after)
@@ -277,6 +296,7 @@ class Training:
         last = step == self.config.train.steps
         skipped = self.nonfinite.skipped
         data = {"next_step": step, "skipped": skipped, "source": self.data}
+        data |= {"base": self.began_with} if self.began_with else {}
         saved = checkpoints.save(
             step, state, data, self.settings, force=last, finite=True
         )
@@ -321,7 +341,7 @@ class Training:
                 lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
                 rows,
             )
-            lowered[kind(rows)] = self.step.lower(state, self.key, shapes, {})
+            lowered[kind(rows)] = self.step.lower(state, self.key, shapes, self.frozen)
         with ThreadPoolExecutor(COMPILERS) as threads:  # XLA works without the GIL
             programs = dict(zip(lowered, threads.map(compile_, lowered.values())))
         seconds = time.perf_counter() - begin
@@ -345,7 +365,7 @@ class Training:
     def sample(self, metrics: Metrics, step: int, state: TrainState) -> None:
         """The recipe's prompts, always from the same noise: a picture's development."""
         captions = list(self.config.train.prompts)
-        images = self.painter(state.ema, captions, [0] * len(captions))
+        images = self.painter(self.whole(state.ema), captions, [0] * len(captions))
         path = f"samples/step_{step:08d}.png"
         if jax.process_index() == 0:
             (self.workdir / "samples").mkdir(parents=True, exist_ok=True)

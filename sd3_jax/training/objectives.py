@@ -15,17 +15,24 @@ from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.latents import Autoencoder
 from sd3_jax.pipelines.prompts import Conditioning, TextModel
 
+REJECTED = "rejected_"  # before the names of a preference's other picture
+
 
 class Objective(NamedTuple):
     """A loss for make_train_step, and the velocity that sampling follows.
 
     `init(key)` gives boxed params; `loss(params, key, batch, frozen)` a scalar and
-    metrics; `loss_at(params, key, batch, t)` the mean error at times t (b,), nothing
-    dropped; `encode(params, batch)` the text; `velocity(params)` v(x, t, cond).
+    metrics; `errors(params, key, batch)` what the loss is the mean of, (b,);
+    `prefer(params, reference, key, batch, loss=)` a loss of preferences, of the answers
+    of two sets of params; `loss_at(params, key, batch, t)` the mean error at times t
+    (b,), nothing dropped; `encode(params, batch)` the text; `velocity(params)`
+    v(x, t, cond).
     """
 
     init: Callable[[Array], dict]
     loss: Callable[..., tuple[Array, dict]]
+    errors: Callable[..., Array]
+    prefer: Callable[..., tuple[Array, dict]]
     loss_at: Callable[..., Array]
     encode: Callable[[dict, dict], Conditioning]
     velocity: Callable[[dict], Callable]
@@ -59,6 +66,8 @@ def flow_matching(
 
     def network(params, cond, **options):
         variables = {"params": params["denoiser"]}
+        if "buffers" in params:  # a released model's table of positions
+            variables["buffers"] = params["buffers"]
         return lambda x, t: denoiser.apply(variables, x, t, *cond, **options)
 
     def velocity(params, **options):
@@ -69,24 +78,52 @@ def flow_matching(
     def encode(params, batch):
         return text.encode(params["text"], batch)
 
-    def loss(params, key, batch, frozen):
-        drop_key, flow_key = jax.random.split(key)
+    def conditioned(params, key, batch):
+        """The text, some of it dropped."""
+        drop_key, _ = jax.random.split(key)
         with jax.named_scope("text"):
             cond = encode(params, batch)
-            cond = prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
+            return prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
+
+    def pictured(key, batch):
+        """x0, and where on the table of positions it lies."""
         with jax.named_scope("autoencoder"):
             x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
-        where = {}
-        if random_positions:
-            place_key = jax.random.fold_in(key, 3)
-            where["place"] = denoiser.random_place(place_key, x0.shape)
+        if not random_positions:
+            return x0, {}
+        place = denoiser.random_place(jax.random.fold_in(key, 3), x0.shape)
+        return x0, {"place": place}
+
+    def regressed(params, key, batch):
+        _, flow_key = jax.random.split(key)
+        cond = conditioned(params, key, batch)
+        x0, where = pictured(key, batch)
         answer = formulation.answer(network(params, cond, **where))
         density = formulation.density
         with jax.named_scope("loss"):
-            value, _ = flow_loss(
-                flow_key, answer, x0, density=density, path=formulation
-            )
-        return value, {}
+            return flow_loss(flow_key, answer, x0, density=density, path=formulation)
+
+    def loss(params, key, batch, frozen):
+        return regressed(params, key, batch)[0], {}
+
+    def errors(params, key, batch):
+        return regressed(params, key, batch)[1]["error"]
+
+    def prefer(params, reference, key, batch, *, loss):
+        _, flow_key = jax.random.split(key)
+        better, worse = parted(batch)
+        x0, where = zip(*(pictured(key, {**better, **x}) for x in ({}, worse)))
+        twice = lambda *x: jnp.concatenate(x)
+        where = jax.tree.map(twice, *where)
+
+        def answer(params):
+            cond = conditioned(params, key, better)
+            cond = jax.tree.map(twice, cond, cond)
+            return formulation.answer(network(params, cond, **where))
+
+        answers, density = (answer(params), answer(reference)), formulation.density
+        with jax.named_scope("loss"):
+            return loss(flow_key, *answers, *x0, density=density, path=formulation)
 
     def at(params, key, batch, t):
         cond = encode(params, batch)
@@ -94,4 +131,11 @@ def flow_matching(
         x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
         return loss_at(key, answer, x0, t, path=formulation)[0]
 
-    return Objective(init, loss, at, encode, velocity)
+    return Objective(init, loss, errors, prefer, at, encode, velocity)
+
+
+def parted(batch: dict) -> tuple[dict, dict]:
+    """A preference's chosen picture with its text, and the other by the same names."""
+    worse = {k: x for k, x in batch.items() if k.startswith(REJECTED)}
+    better = {k: x for k, x in batch.items() if k not in worse}
+    return better, {k.removeprefix(REJECTED): x for k, x in worse.items()}

@@ -1,0 +1,142 @@
+"""What training starts from, and what of it trains: config.tune."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from etils import epath
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import sharding, tree
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import resume
+from sd3_jax.pipelines import bundle as bundles
+from sd3_jax.training import tuning
+from sd3_jax.training.checkpoint import restore_params, saved_config
+from sd3_jax.training.objectives import Objective
+from sd3_jax.training.tuning import Tuning
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"  # in a workdir
+# What the denoiser of released weights fixes, and the recipe has to agree with.
+SHAPE = (
+    *("depth", "width", "num_heads", "patch", "channels", "qk_norm", "dual_blocks"),
+    *("weight_sets", "mlp_ratio"),
+)
+
+
+def made(config: ConfigDict, objective: Objective) -> Tuning:
+    """What config.tune means for an objective."""
+    tune = config.tune
+    whole = not tune.base or tune.method == "full"
+    if not tune.base:
+        one = tuning.plain(objective)
+    elif whole:
+        bytewise = config.text.name == "bytes" and tune.text
+        one = tuning.full(objective, text=bytewise, reference=tune.objective == "dpo")
+    else:
+        one = tuning.low_rank(
+            objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
+        )
+    if tune.objective == "dpo":
+        about = dict(beta=tune.beta, weight=tune.weight)
+        return tuning.preferring(one, objective, **about)
+    if tune.prior:
+        last = max(1, len(config.data.records) - 1)
+        return tuning.preserving(one, objective, weight=tune.prior, last=last)
+    return one
+
+
+def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: Mesh):
+    """The base's parameters in their shardings, {} without one: a tree of "denoiser",
+    "text" and, of released weights, "buffers"."""
+    base = config.tune.base
+    if not base:
+        return {}
+    lora = config.tune.method == "lora"
+    dtype = config.model.dtype if lora else "float32"
+    folder = epath.Path(base).expanduser() / CHECKPOINTS
+    if not folder.is_dir():
+        return released(config, denoiser, mesh, dtype)
+    saved = saved_config(folder)
+    if rows := resume.differing(saved, config):
+        raise UserError(
+            f"config.tune.base = {base}: was trained with other settings:"
+            f" {resume.spelled(rows)}"
+        )
+    params, step = restored(config, objective, denoiser, folder, mesh, which="ema")
+    log.info("starts from step %d of %s", step, base)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
+    base = config.tune.base
+    try:
+        bundle = bundles.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
+    except UserError as error:
+        raise UserError(f"config.tune.base: {error}") from None
+    theirs = bundle.part("denoiser")
+    pairs = {name: (getattr(theirs, name), getattr(denoiser, name)) for name in SHAPE}
+    if wrong := [name for name, (a, b) in pairs.items() if a != b]:
+        told = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in wrong)
+        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in wrong)
+        raise UserError(f"config.tune.base = {base}: {told}; wanted {keys}")
+    variables = bundle.variables["denoiser"]
+    found = {"denoiser": variables["params"], "text": {}}
+    if "buffers" in variables:
+        found["buffers"] = variables["buffers"]
+    return found
+
+
+def restored(
+    config: ConfigDict,
+    objective: Objective,
+    denoiser: nn.Module,
+    folder: epath.Path,
+    mesh: Mesh,
+    *,
+    which: str,
+    step: int | None = None,
+) -> tuple[dict, int]:
+    """A checkpoint's weights, with those that it was trained beside, and its step.
+
+    What was trained, and from what, the checkpoint knows better than `config`.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tune.update(saved_config(folder, step).get("tune", {}))
+    one = made(config, objective)
+    params, step = restore_params(
+        folder, abstract(one.init, mesh), which=which, step=step
+    )
+    frozen = one.kept(start(config, denoiser, objective, mesh))
+    return one.whole(params, frozen), step
+
+
+def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
+    """Shapes of what init gives, with their shardings."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree.unbox(boxed),
+        sharding.shardings(boxed, mesh),
+    )
+
+
+def identity(base: dict) -> str:
+    """Of the base's weights, for a run that goes on to compare; "" of none."""
+    return tree.fingerprint(base) if base else ""
+
+
+def compare(where: Any, saved: str, given: str) -> None:
+    """UserError if a run goes on beside other weights than it began with."""
+    if saved != given:
+        raise UserError(
+            f"{where} began with other weights: config.tune.base had the fingerprint"
+            f" {saved or 'of none'}, now {given or 'of none'}. Bring those back, or use"
+            " another workdir"
+        )
