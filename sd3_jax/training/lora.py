@@ -46,6 +46,7 @@ def chosen(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
     except re.error as error:
         raise UserError(f'LoRA targets "{targets}": no regex: {error}') from None
     every = {"/".join(path): (path, x) for path, x in kernels(params).items()}
+    every = dict(sorted(every.items()))  # the same draws, however a tree is ordered
     found = [name for name in every if pattern.search(name)]
     if not found:
         match = near(

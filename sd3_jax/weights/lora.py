@@ -174,11 +174,11 @@ def _tensors(
     a, b = {}, {}
     for path, pair in modules(lora, "a"):
         lies = layout_of(path, pair)
-        up = stream.fetch(pair["b"]).astype(np.float32)
+        up = _host(pair["b"]).astype(np.float32)
         up = up * np.float32(
             alpha / up.shape[lies.layers + lies.groups] if alpha else 1
         )
-        a[path] = stream.fetch(pair["a"])
+        a[path] = _host(pair["a"])
         b[path] = np.swapaxes(up, lies.layers, lies.layers + 1) if lies.groups else up
     made = {}
     for side, tree, pieces in zip("AB", (a, b), _pieces(name, module, (a, b))):
@@ -186,6 +186,10 @@ def _tensors(
             part = piece.write(tree[piece.path[1:-1]][piece.index])
             made[f"{_module(piece)}.lora_{side}.weight"] = part.astype(dtype)
     return made
+
+
+def _host(x: Any) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else stream.fetch(x)
 
 
 def _peft(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
