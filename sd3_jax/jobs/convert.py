@@ -11,8 +11,9 @@ from ml_collections import ConfigDict
 
 from sd3_jax import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble, released
-from sd3_jax.models import layers
+from sd3_jax.jobs import assemble, released, tune
+from sd3_jax.models import layers, leaves
+from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import export
 from sd3_jax.pipelines.bundle import Bundle
 from sd3_jax.weights import components
@@ -54,12 +55,16 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         )
     params, step = assemble.trained_params(config, parts, workdir, mesh)
     log.info("step %d of %s", step, workdir)
+    variables = {"params": jax.jit(leaves.arrays)(params["denoiser"])}  # with its LoRA
+    if "buffers" in params:  # fine-tuned: what else a model has is its base's
+        variables["buffers"] = params["buffers"]
+        base = tune.base_of(workdir)
+        bundle = bundles.load(base, mesh=mesh, dtype="stored")
+        bundle.variables["denoiser"] = variables
+        return bundle
     size = model.pos_size
     table = layers.positions(size, size, model.width, size=size, base=model.pos_base)
-    variables = {
-        "params": params["denoiser"],
-        "buffers": {"pos_embed": jnp.asarray(table, jnp.float32)[None]},
-    }
+    variables["buffers"] = {"pos_embed": jnp.asarray(table, jnp.float32)[None]}
     config_ = components.denoiser_config(
         model,
         sample_size=parts.shape[0],

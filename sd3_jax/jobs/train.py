@@ -159,7 +159,11 @@ class Training:
                 process_index=jax.process_index(),
             ) as metrics:
                 metrics.write(start, "goodput", self.goodput.line())
-                self.loop(state, start, checkpoints, metrics)
+                params = self.loop(state, start, checkpoints, metrics)
+        if params is not None:
+            watch.expect("writing the LoRA", watch.LONG)
+            denoiser = self.parts.denoiser
+            tune.save_adapter(self.config, denoiser, params, self.workdir)
         if first:
             print(self.goodput.words())
 
@@ -230,7 +234,10 @@ class Training:
                 write_whole(self.workdir / f"{name}.json", text.encode())
 
     def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
-        """One step ahead of the device: step n is given before n - 1 is waited for."""
+        """One step ahead of the device: step n is given before n - 1 is waited for.
+
+        The average at the end, None if it was told to stop before.
+        """
         train, goodput, since = self.config.train, self.goodput, start
         loader = examples.loader(
             self.config,
@@ -282,10 +289,11 @@ class Training:
                     metrics.write(step, "goodput", goodput.line(finished=last))
                 if stop:
                     log.info("told to stop: step %d is saved", step)
-                    break
+                    return None
                 if pause:
                     clock.reset()
                     since = step
+        return state.ema
 
     def trace(self, start: int) -> Trace:
         folder, total = self.workdir / "profile", self.config.train.steps

@@ -14,11 +14,13 @@ from ml_collections import ConfigDict
 from sd3_jax import sharding, tree
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import resume
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.training import tuning
 from sd3_jax.training.checkpoint import restore_params, saved_config
 from sd3_jax.training.objectives import Objective
 from sd3_jax.training.tuning import Tuning
+from sd3_jax.weights import lora
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # in a workdir
@@ -32,10 +34,10 @@ SHAPE = (
 def made(config: ConfigDict, objective: Objective) -> Tuning:
     """What config.tune means for an objective."""
     tune = config.tune
-    whole = not tune.base or tune.method == "full"
     if not tune.base:
+        require_base(config)
         one = tuning.plain(objective)
-    elif whole:
+    elif tune.method == "full":
         bytewise = config.text.name == "bytes" and tune.text
         one = tuning.full(objective, text=bytewise, reference=tune.objective == "dpo")
     else:
@@ -51,14 +53,32 @@ def made(config: ConfigDict, objective: Objective) -> Tuning:
     return one
 
 
+def base_of(workdir: epath.PathLike) -> str:
+    """What a run began with."""
+    saved = saved_config(epath.Path(workdir) / CHECKPOINTS)
+    return saved.get("tune", {}).get("base", "")
+
+
+def require_base(config: ConfigDict) -> None:
+    for key, value, plain in (
+        ("method", config.tune.method, "full"),
+        ("objective", config.tune.objective, "flow"),
+    ):
+        if value != plain:
+            raise UserError(
+                f'config.tune.{key} = "{value}": wanted config.tune.base, released'
+                f' weights or another run\'s workdir, to start from; or "{plain}"'
+            )
+
+
 def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: Mesh):
     """The base's parameters in their shardings, {} without one: a tree of "denoiser",
     "text" and, of released weights, "buffers"."""
     base = config.tune.base
     if not base:
         return {}
-    lora = config.tune.method == "lora"
-    dtype = config.model.dtype if lora else "float32"
+    beside = config.tune.method == "lora"
+    dtype = config.model.dtype if beside else "float32"
     folder = epath.Path(base).expanduser() / CHECKPOINTS
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
@@ -115,6 +135,25 @@ def restored(
     )
     frozen = one.kept(start(config, denoiser, objective, mesh))
     return one.whole(params, frozen), step
+
+
+def save_adapter(
+    config: ConfigDict, denoiser: nn.Module, params: dict, workdir: epath.Path
+) -> None:
+    """A LoRA as diffusers loads it, in workdir; nothing of other training."""
+    if not config.tune.base or config.tune.method != "lora":
+        return
+    if not isinstance(denoiser, MMDiT):
+        log.info("diffusers has no layout for %s", type(denoiser).__name__)
+        return
+    path = lora.save(
+        workdir,
+        {"denoiser": params["denoiser"]},
+        {"denoiser": denoiser},
+        alpha=config.tune.alpha,
+        facts={"base": str(config.tune.base)},
+    )
+    log.info("%s: the LoRA in diffusers' layout", path)
 
 
 def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
