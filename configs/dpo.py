@@ -31,6 +31,7 @@ def get_config(variant: str = ""):
         c.train.update(steps=200, log_every=20, eval_every=1_000)
         c.checkpoint.update(every=100)
         c.ema.update(decay=0.9, every=1)
+        c.eval.examples = 128
     if variant == "tiny":
         base.shrink(c)
         c.data.name = "synthetic"

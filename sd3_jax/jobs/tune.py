@@ -24,6 +24,7 @@ from sd3_jax.weights import lora
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # in a workdir
+PLAIN = dict(base="", method="full", objective="flow", prior=0.0)
 # What the denoiser of released weights fixes, and the recipe has to agree with.
 SHAPE = (
     *("depth", "width", "num_heads", "patch", "channels", "qk_norm", "dual_blocks"),
@@ -128,7 +129,7 @@ def restored(
     """
     config = config.copy_and_resolve_references()
     with config.unlocked():
-        config.tune.update(saved_config(folder, step).get("tune", {}))
+        config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
     one = made(config, objective)
     params, step = restore_params(
         folder, abstract(one.init, mesh), which=which, step=step

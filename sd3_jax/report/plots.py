@@ -39,6 +39,7 @@ STYLE = {
     "legend.labelcolor": SOFT,
 }
 METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
+FEW_TICKS = 6  # on a logarithmic axis, each with its number
 FEW = 40  # points: up to here each is marked, beyond it they may be smoothed
 
 
@@ -137,6 +138,10 @@ def curves(
             axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
         for axis in log:
             getattr(axes, f"set_{axis}scale")("log")
+        every = sorted({x for xs, _ in lines.values() for x in xs})
+        if "x" in log and len(every) <= FEW_TICKS:
+            axes.set_xticks(every, [f"{x:g}" for x in every])
+            axes.minorticks_off()
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(lines) > 1:
