@@ -10,6 +10,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from etils import epath
 from jaxtyping import UInt8
 from numpy import ndarray
 
@@ -17,7 +18,7 @@ from sd3_jax.data import buckets, captions, filters, images
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.captions import Caption
 from sd3_jax.data.filters import Filter
-from sd3_jax.data.items import BadItem, Item, Rejected, rejected
+from sd3_jax.data.items import BadItem, Item, Rejected, read_at, rejected
 from sd3_jax.errors import UserError
 
 UNCAPTIONED = "no caption"
@@ -32,6 +33,8 @@ class Settings(NamedTuple):
     excluded: Mapping[str, str] = {}  # sources, and why
     uncaptioned: bool = True  # whether items without a caption are taken
     held_out: float = 0.0  # share that is for validation
+    rejected: str = ""  # the column that names a preference's other picture
+    folder: str = ""  # where that name is looked for, unless it is a whole path
     seed: int = 0
 
 
@@ -47,6 +50,7 @@ class Ready(NamedTuple):
     crop: tuple[int, int, int, int]
     held_out: bool
     bytes: int  # of its file
+    rejected: UInt8[ndarray, "h w 3"] | None = None  # in the same shape
 
 
 def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
@@ -74,6 +78,7 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
         after = [one for one in of_columns if one.name in known]
         if refusal := filters.refuse([*after, *of_pictures], columns, picture):
             return refuse(_filtered(refusal))
+        other = worse(item, settings, fit.bucket)
         drawn = captions.draw(
             columns,
             settings.captions,
@@ -92,7 +97,25 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
     made = buckets.cut(picture, fit)
     text = drawn.text, drawn.name
     where = size, fit.crop, held_out, item.bytes
-    return Ready(item.source, made, fit.bucket, *text, *where)
+    return Ready(item.source, made, fit.bucket, *text, *where, other)
+
+
+def worse(
+    item: Item, settings: Settings, bucket: Bucket
+) -> UInt8[ndarray, "h w 3"] | None:
+    """The other picture of a preference, in the bucket of the first; or a BadItem."""
+    if not settings.rejected:
+        return None
+    name = item.columns.get(settings.rejected)
+    if not isinstance(name, str) or not name.strip():
+        raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+    path = epath.Path(settings.folder) / name
+    try:
+        picture = images.read(read_at(str(path)))
+    except (images.BadImage, BadItem) as error:
+        told = str(error).removeprefix("image: ")
+        raise BadItem(f'bad "{settings.rejected}": {told}') from None
+    return buckets.cut(picture, buckets.fit(*picture.shape[:2], [bucket]))
 
 
 def excluded(lines: Sequence[str], where: str) -> dict[str, str]:

@@ -29,7 +29,7 @@ from sd3_jax.data import captions, filters, ingest, items, listing, prepare
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.ingest import Part, Rejected
 from sd3_jax.data.prepare import Ready
-from sd3_jax.data.records import BadRecord
+from sd3_jax.data.records import REJECTED, BadRecord
 from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import examples, intake, resume
@@ -202,6 +202,7 @@ def prepare_settings(config: ConfigDict) -> prepare.Settings:
         excluded=gone,
         uncaptioned=given.uncaptioned == "keep",
         held_out=config.precompute.held_out,
+        rejected=given.rejected,
         seed=config.seed,
         **found,
     )
@@ -252,7 +253,10 @@ class Work:
     ) -> Iterator[list[Ready]]:
         """What is ready, by bucket; the last of each may be fewer."""
         of = defaultdict(list)
-        ready = partial(prepare.prepare, settings=self.settings)
+        place = epath.Path(part.path)
+        folder = place if part.kind == "folder" else place.parent
+        settings = self.settings._replace(folder=str(folder))
+        ready = partial(prepare.prepare, settings=settings)
         for made in intake.in_order(readers, ready, ingest.items(part), self.ahead):
             progress.add(things=1, bytes=made.bytes)
             if isinstance(made, Rejected):
@@ -275,19 +279,26 @@ class Work:
     def encode(self, batch: list[Ready]) -> dict[str, Any]:
         """Tensors by name, of `size` rows, the last repeated: one program a bucket."""
         rows = [*batch, *batch[-1:] * (self.size - len(batch))]
-        made = {"image": np.stack([row.image for row in rows])}
-        if self.pictures:
-            keys = None
-            if self.encoder.form == "latents":  # drawn here, once
-                keys = np.uint32([zlib.crc32(row.source.encode()) for row in rows])
-                keys = jax.vmap(partial(jax.random.fold_in, self.key))(keys)
-            given = jax.device_put((made["image"], keys), self.placed)
-            made = self.encoder.picture(*given)
+        made = self.drawn(rows, [row.image for row in rows])
+        if rows[0].rejected is not None:
+            other = self.drawn(rows, [row.rejected for row in rows])
+            made |= {REJECTED + name: x for name, x in other.items()}
         if self.texts:
             captions = [row.caption for row in batch]
             ids = self.encoder.tokenize(captions + [""] * (self.size - len(batch)))
             made |= self.encoder.text(jax.device_put(ids, self.placed))
         return made
+
+    def drawn(self, rows: list[Ready], pictures: list[np.ndarray]) -> dict[str, Any]:
+        """The rows' pictures, encoded if that is wished."""
+        image = np.stack(pictures)
+        if not self.pictures:
+            return {"image": image}
+        keys = None
+        if self.encoder.form == "latents":  # drawn here, once
+            keys = np.uint32([zlib.crc32(row.source.encode()) for row in rows])
+            keys = jax.vmap(partial(jax.random.fold_in, self.key))(keys)
+        return self.encoder.picture(*jax.device_put((image, keys), self.placed))
 
 
 def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list):

@@ -1,0 +1,152 @@
+"""Fine-tuning end to end: from released weights and from a run of ours."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from parity import miniature
+
+from sd3_jax import main, metrics, sharding
+from sd3_jax.data import shards
+from sd3_jax.data.records import Record
+from sd3_jax.jobs import assemble
+from sd3_jax.pipelines import bundle as bundles
+
+MEDIUM = {  # what the miniature is
+    **{"depth": 4, "width": 64, "num_heads": 1, "dual_blocks": 2, "pos_size": 24},
+    **{"context_dim": 160, "pooled_dim": 128, "dtype": "float32"},
+}
+SHORT = {"train.steps": 4, "checkpoint.every": 2, "train.eval_every": 100}
+
+
+def train(workdir, recipe, **flags) -> int:
+    given = [f"--config.{name}={value}" for name, value in (SHORT | flags).items()]
+    return main.main(["train", f"--config={recipe}", f"--workdir={workdir}", *given])
+
+
+@pytest.fixture(scope="module")
+def released():
+    model = {f"model.{name}": value for name, value in MEDIUM.items()}
+    return model | {"tune.base": miniature.folder("sd35_medium"), "data.batch_size": 8}
+
+
+@pytest.fixture(scope="module")
+def tuned(released, tmp_path_factory):
+    """A LoRA beside the released miniature, trained unbroken."""
+    workdir = tmp_path_factory.mktemp("lora")
+    assert train(workdir, "configs/lora.py:tiny", **released) == 0
+    return workdir
+
+
+def losses(workdir):
+    return [row["loss"] for row in metrics.read(workdir) if row["kind"] == "train"]
+
+
+def test_a_lora_goes_on_as_if_unbroken_and_only_it_is_saved(tuned, released, tmp_path):
+    assert (
+        train(tmp_path, "configs/lora.py:tiny", **released, **{"train.steps": 2}) == 0
+    )
+    assert train(tmp_path, "configs/lora.py:tiny", **released) == 0
+    assert losses(tmp_path) == losses(tuned)
+    size = lambda path: sum(x.stat().st_size for x in path.rglob("*") if x.is_file())
+    base = released["tune.base"]
+    assert size(tuned / "checkpoints" / "4") < size(base / "transformer")
+
+
+def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
+    flags = [f"--config.{k}={v}" for k, v in released.items()]
+    argv = ["sample", "--config=configs/lora.py:tiny", f"--workdir={tuned}", *flags]
+    config = main.parse(argv).config
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        parts = assemble.parts(config)
+        params, step = assemble.trained_params(config, parts, tuned, mesh)
+        assert step == 4
+        x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))
+        cond = (
+            jax.random.normal(jax.random.key(1), (8, 24, 160)),
+            x[:, :, 0].reshape(8, 128),
+        )
+        ours = parts.objective.velocity(params)
+        ours = jax.jit(lambda x: ours(x, 0.5 + 0 * x[:, 0, 0, 0], cond))(x)
+    bundle = bundles.load(
+        str(released["tune.base"]),
+        mesh=mesh,
+        dtype="float32",
+        only=("denoiser",),
+        lora=[str(tuned)],
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        module, variables = bundle.part("denoiser"), bundle.variables["denoiser"]
+        theirs = jax.jit(
+            lambda x: module.apply(variables, x, 0.5 + 0 * x[:, 0, 0, 0], *cond)
+        )(x)
+    np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.std(theirs))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ({"model.depth": 3}, "config.model.depth = 3; wanted --config.model.depth=4"),
+        ({"tune.base": ""}, 'config.tune.method = "lora": wanted config.tune.base'),
+        ({"tune.base": "nowhere/at/all"}, "config.tune.base: "),
+        ({"tune.targets": "atn"}, 'did you mean "attn"'),
+    ],
+)
+def test_a_base_that_does_not_fit_is_told_of(flags, words, released, tmp_path, capsys):
+    assert train(tmp_path, "configs/lora.py:tiny", **released | flags) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_run_goes_on_beside_its_own_base_alone(tuned, released, capsys):
+    other = released | {"tune.base": miniature.folder("sd35_medium"), "seed": 0}
+    first = next((tuned / "checkpoints").glob("4"))
+    assert first.exists()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sd3_jax.tree.fingerprint", lambda tree: "another")
+        code = train(tuned, "configs/lora.py:tiny", **other, **{"train.steps": 6})
+    assert code == 2
+    assert "began with other weights" in capsys.readouterr().err
+
+
+def test_full_weights_start_as_the_released_and_are_converted_back(released, tmp_path):
+    run = tmp_path / "run"
+    flags = released | {"train.steps": 1, "optim.lr": 1e-9}
+    assert train(run, "configs/finetune.py:tiny", **flags) == 0
+    given = [f"--config.{k}={v}" for k, v in flags.items()]
+    argv = ["--config=configs/finetune.py:tiny", f"--workdir={run}", *given]
+    assert main.main(["convert", *argv]) == 0
+    mesh = sharding.make_mesh()
+    load = lambda path: bundles.load(str(path), mesh=mesh, dtype="float32")
+    old, new = load(released["tune.base"]), load(run / "diffusers")
+    assert new.modules.keys() == old.modules.keys()
+    leaves = zip(*(jax.tree.leaves(x.variables["denoiser"]) for x in (old, new)))
+    for a, b in leaves:
+        np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_dpo_begins_at_ln_2_from_a_run_of_ours(tmp_path):
+    base, pairs = tmp_path / "base", tmp_path / "pairs.arecord"
+    assert train(base, "configs/quickstart.py:tiny") == 0
+    image = np.random.default_rng(0).integers(0, 256, (16, 2, 8, 8, 3), np.uint8)
+    with shards.Writer(pairs) as shard:
+        for i, (a, b) in enumerate(image):
+            shard.write(Record({"image": a, "rejected_image": b}, f"{i}", "a red two"))
+    flags = {"tune.base": base, "data.records": pairs, "data.batch_size": 8}
+    flags |= {"train.eval_every": 100, "train.log_every": 1, "optim.warmup": 0}
+    sizes = {"model.depth": 2, "model.width": 32, "model.num_heads": 2}
+    sizes |= {"model.context_dim": 64, "model.pooled_dim": 32, "model.pos_size": 16}
+    sizes |= {"text.width": 32, "text.num_heads": 2, "text.depth": 1}
+    sizes |= {"model.unroll": 1, "model.patch": 2, "train.steps": 2}
+    assert train(tmp_path / "dpo", "configs/dpo.py:digits", **flags, **sizes) == 0
+    rows = [x for x in metrics.read(tmp_path / "dpo") if x["kind"] == "train"]
+    assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert rows[0]["margin"] == 0 and rows[1]["margin"] != 0
+
+
+def test_dreambooth_tells_its_two_losses_apart(released, tmp_path):
+    flags = released | {"train.steps": 2}
+    assert train(tmp_path, "configs/dreambooth.py:tiny", **flags) == 0
+    rows = [x for x in metrics.read(tmp_path) if x["kind"] == "train"]
+    for row in rows:
+        assert row["loss"] == pytest.approx(row["instance"] + row["prior"], rel=1e-6)
