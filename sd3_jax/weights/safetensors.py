@@ -267,7 +267,7 @@ def write_file(
                 raise ValueError(f"{key}: {x.shape} is to be written as {entry.shape}")
             x = np.ascontiguousarray(x, dtype=entry.dtype).reshape(-1)
             file.write(memoryview(x.view(np.uint8)))
-    partial.rename(path)
+    partial.replace(path)
 
 
 def write_folder(
