@@ -16,6 +16,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.jobs import resume
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.pipelines import bundle as bundles
+from sd3_jax.training import lora as training_lora
 from sd3_jax.training import tuning
 from sd3_jax.training.checkpoint import restore_params, saved_config
 from sd3_jax.training.objectives import Objective
@@ -42,6 +43,8 @@ def made(config: ConfigDict, objective: Objective) -> Tuning:
         bytewise = config.text.name == "bytes" and tune.text
         one = tuning.full(objective, text=bytewise, reference=tune.objective == "dpo")
     else:
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
+        training_lora.chosen(tree.unbox(shapes), tune.targets)  # a mistake is told of
         one = tuning.low_rank(
             objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
         )

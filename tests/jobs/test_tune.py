@@ -132,13 +132,10 @@ def test_dpo_begins_at_ln_2_from_a_run_of_ours(tmp_path):
     with shards.Writer(pairs) as shard:
         for i, (a, b) in enumerate(image):
             shard.write(Record({"image": a, "rejected_image": b}, f"{i}", "a red two"))
-    flags = {"tune.base": base, "data.records": pairs, "data.batch_size": 8}
-    flags |= {"train.eval_every": 100, "train.log_every": 1, "optim.warmup": 0}
-    sizes = {"model.depth": 2, "model.width": 32, "model.num_heads": 2}
-    sizes |= {"model.context_dim": 64, "model.pooled_dim": 32, "model.pos_size": 16}
-    sizes |= {"text.width": 32, "text.num_heads": 2, "text.depth": 1}
-    sizes |= {"model.unroll": 1, "model.patch": 2, "train.steps": 2}
-    assert train(tmp_path / "dpo", "configs/dpo.py:digits", **flags, **sizes) == 0
+    flags = {"tune.base": base, "tune.method": "lora", "tune.objective": "dpo"}
+    flags |= {"data.name": "records", "data.records": pairs, "tune.targets": ""}
+    flags |= {"optim.warmup": 0, "optim.lr": 1e-2, "train.steps": 2}
+    assert train(tmp_path / "dpo", "configs/quickstart.py:tiny", **flags) == 0
     rows = [x for x in metrics.read(tmp_path / "dpo") if x["kind"] == "train"]
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
     assert rows[0]["margin"] == 0 and rows[1]["margin"] != 0
