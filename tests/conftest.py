@@ -33,6 +33,8 @@ install_import_hook(
 # Longest first, so that no worker sits at one alone in the end (see `make test`).
 LONG = (
     *("test_chaos", "jobs/test_train", "jobs/test_sample", "plan/test_plan"),
+    *("jobs/test_tune", "models/test_backbones", "jobs/test_study", "parity/test_lora"),
+    *("training/test_lora", "training/test_tuning", "jobs/test_paint"),
     *("jobs/test_precompute", "test_launch", "jobs/test_records", "test_bundle"),
     *("jobs/test_compare", "jobs/test_resume", "test_recipes", "jobs/test_convert"),
     *("test_mmdit", "pipelines/test_context", "test_bad_inputs"),
