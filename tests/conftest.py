@@ -35,6 +35,7 @@ LONG = (
     *("test_chaos", "jobs/test_train", "jobs/test_sample", "plan/test_plan"),
     *("jobs/test_tune", "models/test_backbones", "jobs/test_study", "parity/test_lora"),
     *("training/test_lora", "training/test_tuning", "jobs/test_paint"),
+    *("jobs/test_picture_scores", "jobs/test_prompt_scores"),
     *("jobs/test_precompute", "test_launch", "jobs/test_records", "test_bundle"),
     *("jobs/test_compare", "jobs/test_resume", "test_recipes", "jobs/test_convert"),
     *("test_mmdit", "pipelines/test_context", "test_bad_inputs"),
