@@ -48,6 +48,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Prints a row a slice and program; leaves plan.json, plan.png, and the programs'
     text if asked, in workdir."""
     assemble.mmdit(config.model, "plan knows no other's bounds")
+    tune = config.tune
+    if tune.base or (tune.method, tune.objective) != ("full", "flow"):
+        raise UserError(
+            f'config.tune: base = "{tune.base}", method = "{tune.method}", objective ='
+            f' "{tune.objective}": plan knows training from the start alone; wanted "",'
+            ' "full", "flow"'
+        )
     aot.prepare()
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)

@@ -148,6 +148,7 @@ class Training:
             self.describe(state)
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)
+                self.save_adapter(state.ema)  # it may have been killed before it did
                 return
             first = jax.process_index() == 0
             if first:  # before Metrics drops the lines of what will be done again
@@ -161,11 +162,13 @@ class Training:
                 metrics.write(start, "goodput", self.goodput.line())
                 params = self.loop(state, start, checkpoints, metrics)
         if params is not None:
-            watch.expect("writing the LoRA", watch.LONG)
-            denoiser = self.parts.denoiser
-            tune.save_adapter(self.config, denoiser, params, self.workdir)
+            self.save_adapter(params)
         if first:
             print(self.goodput.words())
+
+    def save_adapter(self, params: dict) -> None:
+        watch.expect("writing the LoRA", watch.LONG)
+        tune.save_adapter(self.config, self.parts.denoiser, params, self.workdir)
 
     def begin(self, key: jax.Array, base: dict) -> TrainState:
         return init_state(key, partial(self.tuning.start, start=base), self.tx)

@@ -84,6 +84,21 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
     np.testing.assert_allclose(ours, theirs, atol=2e-5 * np.std(theirs))
 
 
+def test_a_run_killed_at_its_end_leaves_the_adapter_when_started_again(tuned, released):
+    path = tuned / "pytorch_lora_weights.safetensors"
+    before = path.read_bytes()
+    path.unlink()
+    assert train(tuned, "configs/lora.py:tiny", **released) == 0
+    assert path.read_bytes() == before
+
+
+def test_plan_knows_no_fine_tuning(tmp_path, capsys):
+    for more in ["--config.tune.base=x"], []:
+        argv = ["plan", "--config=configs/lora.py:tiny", f"--workdir={tmp_path}", *more]
+        assert main.main(argv) == 2
+        assert "plan knows training from the start alone" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     "flags, words",
     [
