@@ -394,9 +394,11 @@ def prefers(objective, data, path):
         return f'"flow", or config.flow.path = "rf", not "{path}"'
 
 
-def prior(weight, objective, data, shares):
+def prior(weight, objective, data, shares, accumulate):
     if not weight:
         return None
+    if accumulate > 1:  # a part of a batch might be of one set alone
+        return f"0, or config.optim.accumulate = 1, not {accumulate}"
     if objective != "flow":
         return f'0, or config.tune.objective = "flow", not "{objective}"'
     if data not in ("records", "synthetic"):
@@ -455,7 +457,11 @@ RELATIONS = (
     (released_only, "sample.lora", "weights"),
     (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
-    (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),
+    (
+        prior,
+        *("tune.prior", "tune.objective", "data.name", "data.weights"),
+        "optim.accumulate",
+    ),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
     (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
     (colours, "model.channels", "image.autoencoder"),

@@ -8,6 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import NamedTuple
 
 from etils import epath
@@ -34,7 +35,7 @@ class Settings(NamedTuple):
     uncaptioned: bool = True  # whether items without a caption are taken
     held_out: float = 0.0  # share that is for validation
     rejected: str = ""  # the column that names a preference's other picture
-    folder: str = ""  # where that name is looked for, unless it is a whole path
+    folder: str = ""  # in which that name is looked for
     seed: int = 0
 
 
@@ -109,6 +110,8 @@ def worse(
     name = item.columns.get(settings.rejected)
     if not isinstance(name, str) or not name.strip():
         raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise BadItem(f'bad "{settings.rejected}": outside the folder')
     path = epath.Path(settings.folder) / name
     try:
         picture = images.read(read_at(str(path)))

@@ -14,6 +14,7 @@ from sd3_jax.diffusion.losses import flow_loss, loss_at
 from sd3_jax.pipelines import prompts
 from sd3_jax.pipelines.latents import Autoencoder
 from sd3_jax.pipelines.prompts import Conditioning, TextModel
+from sd3_jax.training.preference import alternate
 
 REJECTED = "rejected_"  # before the names of a preference's other picture
 
@@ -113,12 +114,11 @@ def flow_matching(
         _, flow_key = jax.random.split(key)
         better, worse = parted(batch)
         x0, where = zip(*(pictured(key, {**better, **x}) for x in ({}, worse)))
-        twice = lambda *x: jnp.concatenate(x)
-        where = jax.tree.map(twice, *where)
+        where = jax.tree.map(alternate, *where)
 
         def answer(params):
             cond = conditioned(params, key, better)
-            cond = jax.tree.map(twice, cond, cond)
+            cond = jax.tree.map(alternate, cond, cond)
             return formulation.answer(network(params, cond, **where))
 
         answers, density = (answer(params), answer(reference)), formulation.density

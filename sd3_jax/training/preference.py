@@ -32,21 +32,21 @@ def preference_loss(
 
     m(x) is how much larger the error of answer(xt, t) is than that of `reference`, each
     the mean over x's numbers; t and noise are the same for both pictures. `answer` is
-    called once, on chosen and rejected together, (2 b ...). Where it is the reference,
+    called once, on `alternate` chosen and rejected pictures. Where it is the reference,
     the loss is ln 2. The metrics are the share of pairs that are told apart, the mean
     of beta / 2 w(t) (m(rejected) - m(chosen)), and the errors.
     """
     t_key, noise_key = jax.random.split(key)
     t = density.sample(t_key, chosen.shape[:1])
     noise = jax.random.normal(noise_key, chosen.shape, jnp.float32)
-    twice = lambda x: jnp.concatenate([x, x])
-    x0 = jnp.concatenate([chosen, rejected])
-    xt = path.interpolate(x0, twice(noise), twice(t))
-    target = path.target(x0, twice(noise), twice(t))
+    x0, both = alternate(chosen, rejected), alternate(t, t)
+    noise = alternate(noise, noise)
+    xt, target = path.interpolate(x0, noise, both), path.target(x0, noise, both)
 
     def errors(of: Answer) -> tuple[Times, Times]:
-        error = jnp.square(of(xt, twice(t)) - target)
-        return jnp.split(error.mean(axis=tuple(range(1, x0.ndim))), 2)
+        error = jnp.square(of(xt, both) - target)
+        error = error.mean(axis=tuple(range(1, x0.ndim))).reshape(-1, 2)
+        return error[:, 0], error[:, 1]
 
     ours, theirs = errors(answer), jax.lax.stop_gradient(errors(reference))
     better, worse = (a - b for a, b in zip(ours, theirs))
@@ -58,3 +58,8 @@ def preference_loss(
         "rejected_error": ours[1].mean(),
     }
     return -jax.nn.log_sigmoid(margin).mean(), metrics
+
+
+def alternate(a: Array, b: Array) -> Array:
+    """a's first row, b's, a's second, …: over a mesh each stays where it is."""
+    return jnp.stack([a, b], axis=1).reshape(-1, *a.shape[1:])

@@ -15,6 +15,7 @@ ROWS = [
     {"file_name": "c.png", "caption": "a fox", "worse": "other/none.png"},
     {"file_name": "d.png", "caption": "a fox"},
     {"file_name": "e.png", "caption": "a fox", "worse": "other/broken.png"},
+    {"file_name": "f.png", "caption": "a fox", "worse": "other/../../b.png"},
 ]
 
 
@@ -53,3 +54,4 @@ def test_a_picture_without_another_is_rejected_with_its_reason(ready):
     assert reasons["c.png"].startswith('bad "worse": cannot be read')
     assert reasons["d.png"] == 'no "worse", the picture that is worse'
     assert reasons["e.png"].startswith('bad "worse": ')
+    assert reasons["f.png"] == 'bad "worse": outside the folder'
