@@ -160,7 +160,8 @@ def points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]
 def law(results: Sequence[Result]) -> scaling.PowerLaw | None:
     """Of the least validation loss for training FLOPs, where variants differ in size
     and have one loss."""
-    if not comparable(results) or len({x["flops"] for x in results}) < 2:
+    sizes = [x["parameters"] for x in results]
+    if not comparable(results) or max(sizes) < 1.5 * min(sizes):
         return None
     x, loss = (np.concatenate(z) for z in zip(*points(results).values()))
     at = scaling.frontier(x, loss)

@@ -8,7 +8,7 @@ import matplotlib
 import numpy as np
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
 SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
@@ -138,10 +138,13 @@ def curves(
             axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
         for axis in log:
             getattr(axes, f"set_{axis}scale")("log")
+            own = getattr(axes, f"{axis}axis")
+            own.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            own.set_minor_locator(NullLocator())
         every = sorted({x for xs, _ in lines.values() for x in xs})
         if "x" in log and len(every) <= FEW_TICKS:
             axes.set_xticks(every, [f"{x:g}" for x in every])
-            axes.minorticks_off()
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(lines) > 1:

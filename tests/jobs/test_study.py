@@ -90,7 +90,7 @@ def result(variant, seed, score, fid, loss=1.0, flops=1e9):
     return {
         **{"variant": variant, "option": "", "seed": seed, "scores": scores},
         **{"loss": loss, "validation": validation, "path_of_flow": "rf"},
-        **{"parameters": 1000, "flops": flops, "step": 20, "best": True},
+        **{"parameters": int(flops / 1e6), "flops": flops, "step": 20, "best": True},
     }
 
 
