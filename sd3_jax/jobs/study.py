@@ -18,7 +18,7 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from sd3_jax import cli, hosts, lock, metrics, watch
+from sd3_jax import hosts, lock, metrics, watch
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import study_page, study_scores, study_tables, train
 from sd3_jax.validate import validate
@@ -132,7 +132,7 @@ class Study:
     def settings(self, one: Run) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
         for text in (*self.variants[one.variant], *one.option.split()):
-            override(config, text, f"study of {one.variant}")
+            study_scores.override(config, text, f"study of {one.variant}")
         config.seed = self.config.seed + one.seed
         config.train.prompts = ()
         validate(config)
@@ -180,13 +180,3 @@ def parse(text: str) -> tuple[str, list[str]]:
             f"config.study.variants: {text!r}: wanted NAME: KEY=VALUE KEY=VALUE"
         )
     return name.strip(), settings.split()
-
-
-def override(config: ConfigDict, text: str, where: str) -> None:
-    key, equals, value = text.partition("=")
-    if not equals:
-        raise ConfigError(f"{where}: {text!r}: wanted KEY=VALUE")
-    try:
-        cli.override(config, key, value)
-    except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from None

@@ -1,7 +1,6 @@
 """What a study measures of a run: its validation loss, and its pictures' scores."""
 
 import json
-import logging
 from collections.abc import Callable
 from functools import partial
 
@@ -22,8 +21,6 @@ from sd3_jax.evals.extractors import pixels
 from sd3_jax.evals.reader import matches
 from sd3_jax.jobs import assemble, features, paint, picture_scores, real
 from sd3_jax.validate import validate
-
-log = logging.getLogger(__name__)
 
 
 def measure(
@@ -57,20 +54,25 @@ def measure(
             "scores": result.get("scores", []),
         }
         judge, encoder = judge_of(config), None
-        for setting in config.study.settings:
-            own, painter = sampling(config, setting), None
-            sampler = {"steps": own.sample.steps, "cfg": own.sample.cfg}
-            for weights in config.study.weights:
-                key = {"weights": weights, "setting": setting}
-                if any(key.items() <= row.items() for row in result["scores"]):
-                    continue
-                own.sample.weights = weights
-                params, _ = assemble.trained_params(
-                    own, parts, folder, mesh, step=best["step"]
-                )
-                painter = painter or Traveller(own, parts, mesh, encoder)
+        painters: dict[str, Traveller] = {}
+        for weights in config.study.weights:
+            known = [x["setting"] for x in result["scores"] if x["weights"] == weights]
+            left = [x for x in config.study.settings if x not in known]
+            if not left:
+                continue
+            config.sample.weights = weights
+            params, _ = assemble.trained_params(
+                config, parts, folder, mesh, step=best["step"]
+            )
+            for setting in left:
+                own = sampling(config, setting)
+                if setting not in painters:
+                    painters[setting] = Traveller(own, parts, mesh, encoder)
+                painter = painters[setting]
                 found = judge(painter, params) | {"path": painter.length()}
                 encoder = painter.encoder
+                key = {"weights": weights, "setting": setting}
+                sampler = {"steps": own.sample.steps, "cfg": own.sample.cfg}
                 result["scores"].append(key | sampler | found)
                 keep(result)
     keep(result | {"complete": True})
@@ -84,12 +86,20 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     """The config with a sampler setting: "steps=50 cfg=2.5"."""
     config = config.copy_and_resolve_references()
     for text in setting.split():
-        key, equals, value = text.partition("=")
-        if not equals:
-            raise ConfigError(f"config.study.settings: {text!r}: wanted KEY=VALUE")
-        cli.override(config, f"sample.{key}", value)
+        override(config, f"sample.{text}", "config.study.settings")
     validate(config)
     return config
+
+
+def override(config: ConfigDict, text: str, where: str) -> None:
+    """KEY=VALUE, as a flag would set it."""
+    key, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{where}: {text!r}: wanted KEY=VALUE")
+    try:
+        cli.override(config, key, value)
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
 class Traveller(paint.Painter):

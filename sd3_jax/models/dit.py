@@ -110,14 +110,16 @@ class CrossDiT(nn.Module):
         return velocity(self, x, c, *xt.shape[1:3])
 
 
-def block_of(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def block_of(
+    model: nn.Module, kind: type[nn.Module], name: str = "blocks"
+) -> nn.Module:
     return kind(
         model.num_heads,
         mlp_ratio=model.mlp_ratio,
         qk_norm=model.qk_norm,
         dtype=model.dtype,
         attention=model.attention,
-        name="blocks",
+        name=name,
     )
 
 

@@ -8,7 +8,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from sd3_jax.models.clip import LayerNorm
-from sd3_jax.models.dit import self_attention
+from sd3_jax.models.dit import block_of, self_attention
 from sd3_jax.models.ends import cut, image_tokens, text_tokens
 from sd3_jax.models.layers import (
     Dense,
@@ -73,12 +73,14 @@ class UViT(nn.Module):
         down = lambda block, x: (block(x),) * 2
         up = lambda block, x, skip: (block(x, skip), None)
         if half:  # skips (half, b, 2+l+n, d)
-            x, skips = scanned(down, half, **shared)(self.block("in_blocks"), x)
+            x, skips = scanned(down, half, **shared)(
+                block_of(self, Block, "in_blocks"), x
+            )
         # A scan of one, so that it is rematerialised as the others.
-        x, _ = scanned(down, 1, **shared)(self.block("mid_blocks"), x)
+        x, _ = scanned(down, 1, **shared)(block_of(self, Block, "mid_blocks"), x)
         if half:
             run = scanned(up, half, **shared, in_axes=0)
-            x, _ = run(self.block("out_blocks"), x, skips[::-1])
+            x, _ = run(block_of(self, Block, "out_blocks"), x, skips[::-1])
 
         x = LayerNorm(name="final_norm")(x[:, -image.shape[1] :])
         out = self.patch**2 * self.channels
@@ -86,16 +88,6 @@ class UViT(nn.Module):
         picture = unpatchify(x, self.patch, *xt.shape[1:3])
         conv = Conv(self.channels, init=zeros, dtype=self.dtype, name="conv_out")
         return conv(picture).astype(jnp.float32)
-
-    def block(self, name: str) -> nn.Module:
-        return Block(
-            self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-            name=name,
-        )
 
 
 class Block(nn.Module):
