@@ -262,7 +262,7 @@ def test_a_profile_will_name_every_part_of_the_programs():
         step = scopes(made.step.lower(made.abstract, key, batch, {}))
         batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
         paint = Painter(config, made.parts, mesh).program
-        painted = scopes(paint.lower(made.abstract.ema, batch))
+        painted = scopes(paint.lower(made.abstract.ema, batch, {}))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (
         *(f"{way}MMDiT/{part}/" for way in (forward, backward)
