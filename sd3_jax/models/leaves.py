@@ -1,4 +1,7 @@
-"""What stands for a weight's array: a matrix and beside it one of low rank (LoRA)."""
+"""What may stand for a weight's array, such as a matrix with one of low rank (LoRA).
+
+Eight bits for a weight are in models/quantized.py.
+"""
 
 import math
 from typing import Any
@@ -19,6 +22,10 @@ class Leaf:
     dtype: Any
 
     def array(self) -> Array:
+        raise NotImplementedError
+
+    def product(self, x: Array, axes: Axes, inputs: int) -> Array:
+        """linear(x, array(), axes, inputs) in x's dtype, without making the array."""
         raise NotImplementedError
 
     @property
@@ -50,19 +57,10 @@ def stored(module: nn.Module, name: str) -> Leaf | None:
 
 
 def product(x: Array, kernel: Any, axes: Axes, inputs: int) -> Array:
-    """linear(x, kernel), in x's dtype, without making the array of a LowRank."""
-    if not isinstance(kernel, LowRank):
-        return linear(x, array(kernel).astype(x.dtype), axes, inputs)
-    y = product(x, kernel.base, axes, inputs)
-    rank = (None, None) if kernel.groups else (None,)
-    h = linear(x, kernel.a.astype(x.dtype), (*axes[:inputs], *rank), inputs)
-    h = kernel.scale * h  # (b, ..., [groups,] rank)
-    b = kernel.b.astype(x.dtype)
-    if not kernel.groups:
-        return y + linear(h, b, (None, *axes[inputs:]), 1)
-    axis, outputs = h.ndim - 2, (None, *axes[inputs + 1 :])
-    parts = [linear(h[..., i, :], b[i], outputs, 1) for i in range(len(b))]
-    return y + jnp.stack(parts, axis)
+    """linear(x, kernel) in x's dtype; what stands for a kernel makes no array."""
+    if isinstance(kernel, Leaf):
+        return kernel.product(x, axes, inputs)
+    return linear(x, kernel.astype(x.dtype), axes, inputs)
 
 
 @struct.dataclass
@@ -102,6 +100,18 @@ class LowRank(Leaf):
         base = array(self.base)
         total = base.astype(jnp.float32) + self.scale * self.update()
         return total.astype(base.dtype)
+
+    def product(self, x: Array, axes: Axes, inputs: int) -> Array:
+        y = product(x, self.base, axes, inputs)
+        rank = (None, None) if self.groups else (None,)
+        h = linear(x, self.a.astype(x.dtype), (*axes[:inputs], *rank), inputs)
+        h = self.scale * h  # (b, ..., [groups,] rank)
+        b = self.b.astype(x.dtype)
+        if not self.groups:
+            return y + linear(h, b, (None, *axes[inputs:]), 1)
+        axis, outputs = h.ndim - 2, (None, *axes[inputs + 1 :])
+        parts = [linear(h[..., i, :], b[i], outputs, 1) for i in range(len(b))]
+        return y + jnp.stack(parts, axis)
 
     def update(self) -> Array:
         """a b, in float32 and base's shape."""

@@ -88,21 +88,34 @@ def attach(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0)
     """
     change = functools.partial(_low_rank, alpha=alpha, weight=weight)
     for path, pair in modules(lora, "a"):
-        params = _replaced(params, path, functools.partial(change, path, pair))
+        params = replaced(params, path, functools.partial(change, path, pair))
     return params
 
 
 def merge(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):
-    """What attach makes as plain arrays; for a model that is as fast as it was."""
+    """What attach makes as plain arrays; for a model that is as fast as it was.
+
+    Of a kernel in eight bits too, whose rounding would take the update away again.
+    """
     change = lambda *args: _low_rank(*args, alpha=alpha, weight=weight).array()
     for path, pair in modules(lora, "a"):
-        params = _replaced(params, path, functools.partial(change, path, pair))
+        params = replaced(params, path, functools.partial(change, path, pair))
     return params
 
 
 def unmerge(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):
     """What `params` were before merge, to the rounding of their dtype."""
     return merge(params, lora, alpha=alpha, weight=-weight)
+
+
+def replaced(params: dict, path: tuple[str, ...], change) -> dict:
+    """A copy of the dictionaries on the way to a kernel, which `change` makes anew."""
+    if not path:
+        return params | {"kernel": change(params["kernel"])}
+    first, *rest = path
+    if not isinstance(params, dict) or first not in params:
+        raise ValueError(f"LoRA: no parameters {first}, only {', '.join(params)}")
+    return params | {first: replaced(params[first], tuple(rest), change)}
 
 
 def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
@@ -117,16 +130,6 @@ def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
         )
     scale = weight * (alpha / rank if alpha else 1.0)
     return LowRank(kernel, a, b, scale, bool(lies.groups))
-
-
-def _replaced(params: dict, path: tuple[str, ...], change) -> dict:
-    """A copy of the dictionaries on the way to a kernel, which `change` makes anew."""
-    if not path:
-        return params | {"kernel": change(params["kernel"])}
-    first, *rest = path
-    if not isinstance(params, dict) or first not in params:
-        raise ValueError(f"LoRA: no parameters {first}, only {', '.join(params)}")
-    return params | {first: _replaced(params[first], tuple(rest), change)}
 
 
 def _open(x: Any) -> Any:
