@@ -179,6 +179,10 @@ def get_config() -> ConfigDict:
         skip_start=0.01,
         skip_stop=0.2,
     )
+    c.quantize = dict(  # int8 or fp8 for the matrices of the blocks, in inference
+        denoiser="",  # of released weights, or of a trained run
+        t5="",  # wherever released text encoders are
+    )
     c.convert = dict(
         to="diffusers",  # or "original", a single file, or "orbax", our own
         out="",  # a new path; "": in workdir

@@ -7,7 +7,8 @@ Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; 
 are float in [0, 1].
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 import jax
 import numpy as np
@@ -37,12 +38,15 @@ def load(
     *,
     tokenizers_from: str = "",
     lora: str | Sequence[str] = (),
+    quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
     """A released model, sharded over `mesh` as it streams in; all devices by default.
 
     See pipelines.bundle.load for what may be named. An error lists what is missing,
     extra or of another shape. `lora` names LoRA files in diffusers' layout, each with
-    a weight if it ends in one: "style.safetensors=0.8".
+    a weight if it ends in one: "style.safetensors=0.8". `quantize` keeps matrices of
+    the denoiser, of T5 or of both in eight bits: {"denoiser": "int8", "t5": "int8"};
+    "fp8" as well.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     return bundles.load(
@@ -51,6 +55,7 @@ def load(
         dtype=dtype,
         tokenizers_from=tokenizers_from,
         lora=[lora] if isinstance(lora, str) else lora,
+        quantize=quantize,
     )
 
 

@@ -238,6 +238,7 @@ RULES = (
     (POSITIVE, "plan.tries"),
     (one_of("diffusers", "original", "orbax"), "convert.to"),
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
+    (one_of("", "int8", "fp8"), "quantize.denoiser quantize.t5"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
     (one_of("tune", "test"), "eval.split"),
     (POSITIVE, "eval.per_prompt eval.rows"),
@@ -365,6 +366,11 @@ def released_only(given, weights):
         return "(), or released weights for them in config.weights"
 
 
+def wide(kind, dtype):
+    if kind and dtype == "float16":  # sums of whole numbers up to 127 are too large
+        return '"", or config.model.dtype = "bfloat16"'
+
+
 def weighted(weights, paths):
     if weights and len(weights) != len(paths):
         return f"none, or one for each of config.data.records, which are {len(paths)}"
@@ -455,6 +461,7 @@ RELATIONS = (
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (released_only, "sample.lora", "weights"),
+    (wide, "quantize.denoiser", "model.dtype"),
     (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
     (

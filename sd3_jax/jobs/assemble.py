@@ -12,11 +12,11 @@ from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import examples, resume, tune
-from sd3_jax.models import flops
+from sd3_jax.models import flops, quantized
 from sd3_jax.models.denoisers import DENOISERS
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import ByteTower
-from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines import programs, prompts
 from sd3_jax.pipelines.latents import AUTOENCODERS, Autoencoder
 from sd3_jax.training import objectives
 from sd3_jax.training.checkpoint import saved_config
@@ -111,13 +111,24 @@ def checkpoints(workdir: epath.PathLike) -> epath.Path:
 
 
 def trained_params(
-    config: ConfigDict, made: Parts, workdir: str, mesh: Mesh, step: int | None = None
+    config: ConfigDict,
+    made: Parts,
+    workdir: str,
+    mesh: Mesh,
+    step: int | None = None,
+    *,
+    exact: bool = False,
 ):
     """A checkpoint's weights, straight into their shardings, and its step; the newest's
-    unless `step` is given. Of fine-tuning with those that it trained beside."""
+    unless `step` is given. Of fine-tuning with those that it trained beside. In eight
+    bits where config.quantize says so, unless they are to be `exact`."""
     folder, which = checkpoints(workdir), config.sample.weights
     params, step = tune.restored(
         config, made.objective, made.denoiser, folder, mesh, which=which, step=step
     )
     resume.warn(workdir, saved_config(folder, step), config)
+    if config.quantize.denoiser and not exact:
+        kind = quantized.KINDS[config.quantize.denoiser]
+        make = lambda x, axes: programs.quantize(x, kind, axes)
+        params["denoiser"] = quantized.replaced(params["denoiser"], make)
     return params, step

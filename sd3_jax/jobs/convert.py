@@ -31,7 +31,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         if config.weights:
-            bundle = released.load(config, mesh, dtype="stored")
+            bundle = released.load(config, mesh, dtype="stored", quantize={})
         else:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
@@ -53,7 +53,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         raise UserError(
             f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
         )
-    params, step = assemble.trained_params(config, parts, workdir, mesh)
+    params, step = assemble.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("step %d of %s", step, workdir)
     variables = {"params": jax.jit(leaves.arrays)(params["denoiser"])}  # with its LoRA
     if "buffers" in params:  # fine-tuned: what else a model has is its base's

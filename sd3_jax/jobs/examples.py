@@ -205,6 +205,7 @@ def encoder(
         dtype=encode.dtype,
         tokenizers_from=encode.tokenizers,
         only=only,
+        quantize={"t5": config.quantize.t5},
     )
     if "vae" in only:
         has = bundle.part("vae").latent_channels, bundle.factor

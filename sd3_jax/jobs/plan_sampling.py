@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.jobs import assemble
 from sd3_jax.models import flops
+from sd3_jax.models import quantized as weights
 from sd3_jax.pipelines import programs
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.plan import bounds
@@ -30,10 +31,17 @@ def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[
     yield decode(config, mesh, images, share)
 
 
-def part(name: str, mesh: Mesh, dtype):
+def part(name: str, mesh: Mesh, dtype, kind: str = ""):
     component = components.COMPONENTS[name]
     module = component.build(CONFIGS[name], dtype)
-    return module, components.abstract(component, module, CONFIGS[name], mesh, dtype)
+    shapes = components.abstract(component, module, CONFIGS[name], mesh, dtype)
+    return module, quantized(shapes, kind)
+
+
+def quantized(variables: dict, kind: str) -> dict:
+    if not kind:
+        return variables
+    return variables | {"params": weights.abstract(variables["params"], kind)}
 
 
 def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
@@ -43,7 +51,8 @@ def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
     """Prompts, and as many negative ones where there is guidance."""
     dtype, count = jnp.dtype(config.model.dtype), images * (1 + guided)
-    made = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g", "t5")}
+    made = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g")}
+    made["t5"] = part("t5", mesh, dtype, config.quantize.t5)
     lengths = {"clip_l": WORDS, "clip_g": WORDS, "t5": config.sample.max_length}
     ids = {f"ids_{k}": rows(mesh, (count, n), np.int32) for k, n in lengths.items()}
     total = sum(
@@ -83,6 +92,8 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
     )
     module = component.build(told, model.dtype).clone(attention=model.attention)
     variables = components.abstract(component, module, told, mesh, model.dtype)
+    size = tree.count(variables["params"])
+    variables = quantized(variables, config.quantize.denoiser)
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar = lambda: rows(mesh, (), np.float32)
     cond = Conditioning(
@@ -112,7 +123,6 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
     compute = bounds.forward(work, each.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: programs.sample.lower(plan, variables, inputs)
-    size = tree.count(variables["params"])
     return Case("denoise", lower, seconds, total * calls, share, size)
 
 

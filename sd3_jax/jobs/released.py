@@ -14,13 +14,15 @@ from sd3_jax.pipelines import bundle
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
-    """config.weights with config.sample.lora, in config.model.dtype, over the mesh."""
+    """config.weights with config.sample.lora, in config.model.dtype and where
+    config.quantize says so in eight bits, over the mesh."""
+    own = dict(dtype=config.model.dtype, quantize=config.quantize.to_dict())
     return bundle.load(
         config.weights,
         mesh=mesh,
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
-        **{"dtype": config.model.dtype} | options,
+        **own | options,
     )
 
 

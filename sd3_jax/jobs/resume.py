@@ -16,7 +16,7 @@ log = logging.getLogger(__name__)
 FREE = (
     *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
     *("convert", "plan", "compare", "ingest", "precompute", "dedup", "inspect"),
-    *("study", "tune.base"),  # whose fingerprint is compared
+    *("study", "quantize.denoiser", "tune.base"),  # whose fingerprint is compared
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
 )

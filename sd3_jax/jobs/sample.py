@@ -81,6 +81,8 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, di
     parts = assemble.parts(config)
     params, step = assemble.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
+    if config.quantize.denoiser:
+        facts["quantize"] = {"denoiser": config.quantize.denoiser}
     painters = {}
 
     def paint(rows: Sequence[Task]) -> np.ndarray:
@@ -106,6 +108,8 @@ def tell_cut(tasks: Sequence[Task], length: int) -> None:
 def released(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
     painter = ReleasedPainter(config, mesh)
     facts = {"weights": painter.bundle.fingerprint()}
+    if painter.bundle.quantize:
+        facts["quantize"] = painter.bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
     return painter, facts

@@ -4,6 +4,7 @@ import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Float, Int, Key
 from sd3_jax import tree
 from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.pipelines import adapters, programs, sources
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
@@ -33,6 +35,7 @@ SCHEDULER = {  # where no file says
     "max_shift": 1.15,
 }
 DTYPES = ("float32", "bfloat16", "stored")
+QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
 TEXT = ("clip_l", "clip_g", "t5")
 
 
@@ -61,13 +64,15 @@ class Bundle:
     dtype: str
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
+    quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
     _memo: dict = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
         config = self.configs.get("denoiser")
         name = "" if config is None else components.released_name(config) + "; "
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
-        parts = ", ".join(self.modules)
+        kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
+        parts = ", ".join(part + kind(part) for part in self.modules)
         return f"Bundle({name}{parts}; {self.dtype}; mesh {mesh}; {self.source})"
 
     def encode_prompts(
@@ -237,6 +242,7 @@ def load(
     tokenizers_from: str = "",
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Sequence[str] = (),
+    quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
     """A diffusers folder, an original .safetensors file, our own folder or a hub name.
 
@@ -245,12 +251,15 @@ def load(
     `tokenizers_from` is a folder or hub name that does. The dtype "stored" leaves all
     as it is in the files, for writing it again. Each `lora` is a file of diffusers'
     layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum.
+    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
+    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
+    are rounded as they stream in (models/quantized.py).
     """
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
+    quantize = checked_kinds(quantize, dtype)
     paths = [sources.resolve(each.strip()) for each in str(source).split(",")]
     modules, variables, configs, stored, found = {}, {}, {}, {}, {}
     for path in paths:
@@ -258,6 +267,10 @@ def load(
             configs[name] = part.config
             if name in only and part.read is not None:
                 found[name] = part
+    if lacking := [x for x in quantize if x in only and x not in found]:
+        raise UserError(
+            f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
+        )
     where = sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
     words = tokenizers.load(where)
     for name, tokenizer in words.items():
@@ -274,11 +287,29 @@ def load(
         stored[name] = part.dtypes(component, module, shapes)
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])
+        if name in quantize:
+            shapes["params"] = quantized.abstract(shapes["params"], quantize[name])
         modules[name], variables[name] = module, part.read(component, module, shapes)
     variables = adapters.attached(variables, modules, lora, wanted=only)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
-    return Bundle(modules, variables, configs, words, mesh, dtype, source, stored)
+    own = {name: kind for name, kind in quantize.items() if name in modules}
+    return Bundle(modules, variables, configs, words, mesh, dtype, source, stored, own)
+
+
+def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
+    """Kinds by component, without those that are ""."""
+    for name, kind in quantize.items():
+        if name not in QUANTIZED:
+            raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
+        if kind and kind not in quantized.KINDS:
+            raise UserError(
+                f'quantize {name}: "{kind}"{nearest(kind, quantized.KINDS)}'
+            )
+    kinds = {name: kind for name, kind in quantize.items() if kind}
+    if kinds and dtype == "stored":
+        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
+    return kinds
 
 
 def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:

@@ -19,7 +19,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from sd3_jax import sharding
 from sd3_jax.diffusion import guidance
 from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.models import vae
+from sd3_jax.models import quantized, vae
+from sd3_jax.models.quantized import Quantized
 from sd3_jax.pipelines import prompts, tiles
 from sd3_jax.pipelines.control import Control, controlled
 from sd3_jax.pipelines.generate import generate
@@ -132,6 +133,14 @@ def _by_tiles(module, variables, method, tile):
         return run
     factor = 2 ** (len(module.channels) - 1)
     return functools.partial(getattr(tiles, method), run, tile=tile, factor=factor)
+
+
+def quantize(x: Array, kind: type[Quantized], axes: Sequence[int]) -> Quantized:
+    """A weight on the devices in eight bits, which lie as it does."""
+    shapes = quantized.shape_of(x, kind, axes)
+    placed = jax.tree.map(lambda y: y.sharding, shapes)
+    run = functools.partial(quantized.quantize, kind=kind, axes=tuple(axes))
+    return jax.jit(run, out_shardings=placed)(x)
 
 
 class Plan(NamedTuple):

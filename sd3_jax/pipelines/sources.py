@@ -3,12 +3,17 @@
 import logging
 import re
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 from etils import epath
 
+from sd3_jax import tree
 from sd3_jax.errors import UserError
+from sd3_jax.models.leaves import is_leaf
 from sd3_jax.outside import parse_json, shown
+from sd3_jax.pipelines import programs
 from sd3_jax.weights import names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
@@ -194,12 +199,33 @@ def _part(
 def _stored(path: epath.Path) -> dict[str, Part]:
     def part(name, config):
         return Part(
-            lambda component, module, shapes: store.load(path, name, shapes),
+            lambda component, module, shapes: _from_store(path, name, shapes),
             config,
             lambda component, module, shapes: store.dtypes(path, name),
         )
 
     return {name: part(name, config) for name, config in store.configs(path).items()}
+
+
+def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
+    """What is to be in eight bits is read as it is stored, and rounded, a leaf at a
+    time."""
+    places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
+    made = [store.LEFT if is_leaf(x) else x for _, x in places]
+    read = lambda wanted: jax.tree.leaves(
+        store.load(path, name, jax.tree.unflatten(treedef, wanted)),
+        is_leaf=lambda x: x is store.LEFT,
+    )
+    made, dtypes = read(made), store.dtypes(path, name)
+    for i, (at, x) in enumerate(places):
+        if is_leaf(x):
+            dtype = jnp.dtype(dtypes[tree.names(at)])
+            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+            alone = [store.LEFT] * len(places)
+            alone[i] = whole
+            axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
+            made[i] = programs.quantize(read(alone)[i], type(x), axes)
+    return jax.tree.unflatten(treedef, made)
 
 
 def _read(path: epath.Path) -> dict:

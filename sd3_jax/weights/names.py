@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from sd3_jax import tree
+from sd3_jax.models import leaves
 
 LAYOUTS = ("diffusers", "original")
 # What a module's parameters are called in a file, after the module's name.
@@ -125,7 +126,8 @@ def pieces(variables: Any, groups: Sequence[Group], layout: str) -> list[Piece]:
         for row in group.rows
     }
     made = []
-    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+    of_one = jax.tree_util.tree_leaves_with_path(variables, is_leaf=leaves.is_leaf)
+    for path, leaf in of_one:
         names = tree.names(path)
         module, parameter = "/".join(names[1:-1]), names[-1]
         bare = "/".join(names[1:])
@@ -154,7 +156,7 @@ def _of_leaf(path, shape, group, row, parameter, layout) -> Iterator[Piece]:
 
 
 def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
-    shape = _indexed(leaf_shape, index)
+    shape = indexed(leaf_shape, index)
     to_file = kind.write if kernel else AS_IS.write
     if path[-1] in ("bias", "scale"):  # of heads and chunks: one axis in the file
         to_file = lambda x: x.reshape(-1)
@@ -172,7 +174,8 @@ def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
     )
 
 
-def _indexed(shape, index):
+def indexed(shape, index):
+    """The shape of an array's part."""
     left = [size for size, i in zip(shape, index) if isinstance(i, slice)]
     return (*left, *shape[len(index) :])
 

@@ -17,6 +17,7 @@ from sd3_jax.outside import parse_json
 
 FILE = "bundle.json"
 VERSION = 1
+LEFT = ocp.PLACEHOLDER
 
 
 def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None:
@@ -61,7 +62,8 @@ def _head(path: epath.Path) -> dict:
 
 
 def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
-    """A component's variables, in the shardings and dtypes of `abstract`."""
+    """A component's variables, in the shardings and dtypes of `abstract`, but for what
+    is LEFT there."""
     with _explained(f"cannot read {path}/{name}"):
         return ocp.load_pytree(epath.Path(path) / name, abstract)
 

@@ -1,7 +1,8 @@
 """A file's tensors straight into their shardings, and leaves back to tensors.
 
 A process holds its own shards, READERS tensors of the file and, where devices have
-memory of their own, one leaf of its shards while that moves there.
+memory of their own, one leaf of its shards while that moves there. What is to be in
+eight bits is rounded a tensor at a time: of the rest no more is there than those.
 """
 
 import math
@@ -15,11 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from jax.sharding import Sharding
 
 from sd3_jax import tree
 from sd3_jax.errors import UserError
-from sd3_jax.weights import safetensors
+from sd3_jax.models import leaves, quantized
+from sd3_jax.models.quantized import Quantized
+from sd3_jax.weights import names, safetensors
 from sd3_jax.weights.names import Piece
 from sd3_jax.weights.safetensors import Entry, Tensors
 
@@ -60,48 +62,71 @@ def check(
 
 
 def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
-    """The tree that `abstract` describes: shapes, dtypes and shardings."""
+    """The tree that `abstract` describes: shapes, dtypes and shardings, or in the place
+    of such a shape what stands for it (models/quantized.py)."""
     by_leaf = {k: list(p) for k, p in groupby(pieces, key=lambda piece: piece.path)}
 
     def leaf(path, x):
-        names = tree.names(path)
-        return _load_leaf(tensors, x, by_leaf[names])
+        return _load_leaf(tensors, x, by_leaf[tree.names(path)])
 
-    return jax.tree_util.tree_map_with_path(leaf, abstract)
+    return jax.tree_util.tree_map_with_path(leaf, abstract, is_leaf=leaves.is_leaf)
 
 
-def _load_leaf(tensors, leaf, pieces) -> jax.Array:
-    sharding: Sharding = leaf.sharding
-    places = sharding.addressable_devices_indices_map(leaf.shape)
-    bounds = {
-        device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
-        for device, index in places.items()
-    }
-    buffers = {
-        bound: _aligned([stop - start for start, stop in bound], leaf.dtype)
-        for bound in bounds.values()
-    }
+def _load_leaf(tensors, leaf, pieces) -> Any:
+    wanted, treedef = jax.tree.flatten(leaf)  # one, or q and its scale
+    filling = [_Shards(x) for x in wanted]
 
     def bring(piece):
-        selections = {b: _overlap(piece.index, b) for b in buffers}
-        if not any(selections.values()):
+        if not any(x.has(piece.index) for x in filling):
             return  # another process's layers
         part = piece.fill() if piece.key is None else piece.read(_read(tensors, piece))
-        for bound, selection in selections.items():
-            if selection:
-                into, of = selection
-                buffers[bound][into] = _cast(part[of], leaf.dtype)
+        parts = [part]
+        if isinstance(leaf, Quantized):
+            scale = names.indexed(leaf.scale.shape, piece.index)
+            parts = quantized.on_host(part, type(leaf), scale)
+        for x, own in zip(filling, parts):
+            x.fill(piece.index, own)
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(bring, pieces))  # each fills a part of its own
-    shards = []
-    while bounds:
-        device, bound = bounds.popitem()
-        shards.append(jax.device_put(buffers[bound], device))
-        shards[-1].block_until_ready()
-        if bound not in bounds.values():
-            del buffers[bound]
-    return jax.make_array_from_single_device_arrays(leaf.shape, sharding, shards)
+    return jax.tree.unflatten(treedef, [x.array() for x in filling])
+
+
+class _Shards:
+    """An array's shards on this process's devices, filled on the host."""
+
+    def __init__(self, leaf: jax.ShapeDtypeStruct):
+        self.leaf, sharding = leaf, leaf.sharding
+        places = sharding.addressable_devices_indices_map(leaf.shape)
+        self.bounds = {
+            device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
+            for device, index in places.items()
+        }
+        self.buffers = {
+            bound: _aligned([stop - start for start, stop in bound], leaf.dtype)
+            for bound in self.bounds.values()
+        }
+
+    def has(self, index: tuple) -> bool:
+        return any(_overlap(index, bound) for bound in self.buffers)
+
+    def fill(self, index: tuple, part: np.ndarray) -> None:
+        for bound, buffer in self.buffers.items():
+            if selection := _overlap(index, bound):
+                into, of = selection
+                buffer[into] = _cast(part[of], buffer.dtype)
+
+    def array(self) -> jax.Array:
+        """On the devices; each buffer goes as its shards are there."""
+        shards, bounds = [], self.bounds
+        while bounds:
+            device, bound = bounds.popitem()
+            shards.append(jax.device_put(self.buffers[bound], device))
+            shards[-1].block_until_ready()
+            if bound not in bounds.values():
+                del self.buffers[bound]
+        shape, sharding = self.leaf.shape, self.leaf.sharding
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read(tensors, piece) -> np.ndarray:
@@ -137,7 +162,8 @@ def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
 
 def _cast(x: np.ndarray, dtype) -> np.ndarray:
     """To `dtype`; eight bits go by float32, numpy knowing no shorter way."""
-    return x.astype(np.float32) if x.dtype.itemsize == 1 else x
+    eight = x.dtype.itemsize == 1 and x.dtype != dtype
+    return x.astype(np.float32) if eight else x
 
 
 def dtypes(tensors: Tensors, pieces: Sequence[Piece]) -> dict[tuple[str, ...], str]:
@@ -161,7 +187,7 @@ def entries(
 
     Every process must ask each entry for its data, in order.
     """
-    leaves = {
+    arrays = {
         tree.names(path): leaf
         for path, leaf in jax.tree_util.tree_leaves_with_path(variables)
     }
@@ -170,7 +196,7 @@ def entries(
     def data(piece):
         if piece.path not in host:
             host.clear()  # one leaf at a time
-            host[piece.path] = fetch(leaves[piece.path])
+            host[piece.path] = fetch(arrays[piece.path])
         return piece.write(host[piece.path][piece.index])
 
     return {
