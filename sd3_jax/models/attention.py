@@ -10,9 +10,11 @@ from jaxtyping import Float
 
 from sd3_jax.models import shards
 from sd3_jax.models import splash as tpu
+from sd3_jax.models.blockwise import blockwise
 from sd3_jax.models.shards import platform
 
-LIMIT = 2**28  # bytes of float32 logits that "xla" makes at once; more are no faster
+# Bytes of float32 logits that "xla" makes at once: more are no faster.
+LIMIT, CACHE = 2**28, 2**22  # anywhere; on a CPU, whose cache they should not leave
 
 
 def attention(
@@ -48,9 +50,16 @@ def choose(q, k, bias) -> str:
 
 def xla(q, k, v, bias, scale):
     """Products in the inputs' dtype, accumulated in float32; the softmax in float32."""
-    blocks = 1 if bias is not None else -(-logits(q, k) // LIMIT)
-    found = plain(q, k, v, bias, scale) if blocks == 1 else long(q, k, v, scale, blocks)
-    return checkpoint_name(found, "attention")
+    limit = LIMIT if platform() != "cpu" else min(LIMIT, CACHE)
+    if bias is None and logits(q, k) > limit:
+        return blockwise(q, k, v, scale, limit)
+    return checkpoint_name(plain(q, k, v, bias, scale), "attention")
+
+
+def logits(q, k) -> int:
+    """Bytes of a device's logits, had it all the queries of its rows and heads."""
+    b, n, a, _ = q.shape
+    return 4 * b * a * n * k.shape[1] // shards.attending(q.shape)[2]
 
 
 def plain(q, k, v, bias, scale):
@@ -60,39 +69,6 @@ def plain(q, k, v, bias, scale):
         logits = logits + bias
     weights = jax.nn.softmax(logits).astype(v.dtype)
     return jnp.einsum("banm,bmak->bnak", weights, v)
-
-
-def logits(q, k) -> int:
-    """Bytes of a device's logits, had it all the queries of its rows and heads.
-
-    Where the mesh cuts the queries it thus has as many blocks, each the smaller.
-    """
-    b, n, a, _ = q.shape
-    return 4 * b * a * n * k.shape[1] // shards.attending(q.shape)[2]
-
-
-def long(q, k, v, scale, blocks: int):
-    """`plain` over blocks of queries in turn, whose logits alone are in memory."""
-    spec, parts, _ = shards.attending(q.shape)
-    n = q.shape[1]
-    rows = -(-n // (parts * blocks))
-
-    def local(q, k, v):
-        b, _, a, size = q.shape
-        # In float32, so that the sums of their gradients over the blocks are.
-        wide = [x.astype(jnp.float32) for x in (k, v)]
-
-        def block(q):
-            k, v = (x.astype(q.dtype) for x in wide)
-            return plain(q, k, v, None, scale)
-
-        # Backward makes a block's logits again: kept, they would be all of them.
-        block = jax.checkpoint(block, prevent_cse=False)
-        out = jax.lax.map(block, q.reshape(b, blocks, rows, a, size).swapaxes(0, 1))
-        return out.swapaxes(0, 1).reshape(q.shape)
-
-    q = jnp.pad(q, ((0, 0), (0, rows * blocks * parts - n), (0, 0), (0, 0)))
-    return shards.on_each(local, spec)(q, k, v)[:, :n]
 
 
 def dot_product(q, k, v, bias, scale):

@@ -1,5 +1,6 @@
 """The layers every denoiser and text tower is made of; weights carry logical axes."""
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from sd3_jax.models import leaves
+from sd3_jax.models import leaves, shards
 
 zeros = nn.initializers.zeros
 xavier = nn.initializers.xavier_uniform()
@@ -57,6 +58,20 @@ class Dense(nn.Module):
         return y
 
 
+def remade(function: Callable) -> Callable:
+    """On a CPU the backward pass keeps nothing of it but its arrays, and computes the
+    rest again: that is sooner done than read from memory. Elsewhere XLA fuses it, and
+    what is kept is the blocks' own choice (stack.REMAT)."""
+
+    @functools.wraps(function)
+    def call(*arrays, **options):
+        chosen = functools.partial(function, **options)
+        again = shards.platform() == "cpu"
+        return (jax.checkpoint(chosen) if again else chosen)(*arrays)
+
+    return call
+
+
 class RmsNorm(nn.Module):
     """x / rms(x) * scale over the last axis; the mean square in float32."""
 
@@ -66,11 +81,17 @@ class RmsNorm(nn.Module):
     def __call__(self, x: Array) -> Array:
         init = nn.with_logical_partitioning(nn.initializers.ones, (None,))
         scale = self.param("scale", init, x.shape[-1:])
-        h = x.astype(jnp.float32)
-        h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
-        return (h * scale).astype(x.dtype)
+        return rms_norm(x, scale, eps=self.eps)
 
 
+@remade
+def rms_norm(x: Array, scale: Array, eps: float) -> Array:
+    h = x.astype(jnp.float32)
+    h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + eps)
+    return (h * scale).astype(x.dtype)
+
+
+@remade
 def layer_norm(x: Array, eps: float = 1e-6) -> Array:
     """Zero mean and unit variance over the last axis, no parameters, in float32."""
     h = x.astype(jnp.float32)
@@ -96,8 +117,13 @@ class Mlp(nn.Module):
         h = Dense(self.ratio * d, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
         h = checkpoint_name(h, "mlp")  # (b, n, ratio*d)
         h = nn.with_logical_constraint(h, ("batch", "tokens", "mlp"))
-        h = nn.gelu(h, approximate=True)
+        h = gelu(h)
         return Dense(d, ("mlp", "embed"), dtype=self.dtype, name="fc2")(h)
+
+
+@remade
+def gelu(x: Array) -> Array:
+    return nn.gelu(x, approximate=True)
 
 
 class Embedder(nn.Module):

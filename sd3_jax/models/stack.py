@@ -38,7 +38,9 @@ def scanned(
     Call it with a block, whose parameters get a first axis "layers".
     """
     if remat != "none":
-        body = nn.remat(body, policy=REMAT[remat], prevent_cse=False)
+        # Of a loop XLA cannot take the backward's computations for the forward's. With
+        # none left it would, and keep all.
+        body = nn.remat(body, policy=REMAT[remat], prevent_cse=unroll >= length)
     return nn.scan(
         body,
         variable_axes={"params": 0, "intermediates": 0},

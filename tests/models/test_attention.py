@@ -15,6 +15,7 @@ from flax import linen as nn
 
 from sd3_jax import sharding
 from sd3_jax.models import attention as kernels
+from sd3_jax.models import blockwise
 from sd3_jax.models.attention import KERNELS, attention
 from sd3_jax.models.splash import MOST, block, splash
 
@@ -115,12 +116,18 @@ def test_padding_of_the_published_lengths(most):
     assert block(410, most) == 512 and block(4250, most) == 896
 
 
+# Of 4 rows and heads: one at a time in 2 blocks of queries, or two at once.
+LIMITS = [lambda whole: whole // 7 + 1, lambda whole: whole // 2]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
 @pytest.mark.parametrize("dtype", NEAR)
-def test_long_sequences_are_attended_to_by_blocks(key, monkeypatch, dtype):
+def test_long_sequences_are_attended_to_by_blocks(key, monkeypatch, dtype, limit):
     given = draw(key, 150, 200, dtype)
     wanted = both(kernel("xla"), *given)
     whole = 4 * 2 * 2 * 150 * 200
-    monkeypatch.setattr(kernels, "LIMIT", whole // 7 + 1)  # blocks of 22, and 4 over
+    monkeypatch.setattr(kernels, "LIMIT", limit(whole))
+    monkeypatch.setattr(blockwise, "ROWS", 1)
     blocks = jax.jit(lambda *given: both.__wrapped__(kernel("xla"), *given))
     close(blocks(*given), wanted, dtype)
     sizes = dict(data=1, fsdp=2, context=2, tensor=2)
