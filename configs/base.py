@@ -202,6 +202,43 @@ def get_config() -> ConfigDict:
         tolerance=1e-4,  # of a standard deviation, for any layer in float32
         bfloat16=2.0,  # times PyTorch's own error
     )
+    c.benchmark = dict(  # docs/speed.md
+        cases=(),  # "train side=256 batch=4": a kind, and what is not as below
+        against=("eager",),  # PyTorch; or compile, or both
+        dtype="float32",
+        repeats=7,  # turns of each side, one after the other
+        warmup=2,
+        pause=0.3,  # seconds before a turn, in which the other's threads fall asleep
+        apart=(),  # kinds whose sides do not fit the memory beside each other
+        matmul=2048,  # side of the square whose product gives the machine's peak
+        vae=dict(channels=(128, 256, 512, 512), layers=2),
+        t5=dict(
+            depth=8, width=512, num_heads=8, mlp=1024, vocab=32_128, length=77, batch=4
+        ),
+        clip=dict(
+            depth=12,
+            width=768,
+            num_heads=12,
+            mlp=3072,
+            vocab=49_408,
+            length=77,
+            batch=4,
+        ),
+        scaling=dict(  # ours alone, one picture's size or the depth growing
+            kinds=("forward", "train"),
+            tokens=(256, 512, 1024, 2048, 4096),
+            depths=(4, 8, 16, 24),  # with the first of the tokens
+            width=512,
+            num_heads=8,
+            depth=4,  # with all of the tokens
+            batch=1,
+            unroll=1,  # what keeps a deep model's program short
+            repeats=5,
+        ),
+        startup=3,  # times that imports and first steps are timed; 0: none
+        guard="",  # a benchmark.json from before; exit code 1 where a ratio is worse
+        worse=0.15,  # by more than this share
+    )
     c.study = dict(
         variants=(),  # "NAME: KEY=VALUE KEY=VALUE", each a form of the recipe
         sweep=(),  # "KEY=VALUE …", tried for each with one seed; the best is kept

@@ -139,6 +139,9 @@ PARTS = Rule(
     lambda x: all(name in ENCODERS for name in x), f"some of {', '.join(ENCODERS)}"
 )
 PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
+MODES = Rule(lambda x: set(x) <= {"eager", "compile"}, "eager, compile or both")
+TIMED = Rule(lambda x: set(x) <= {"forward", "train"}, "forward, train or both")
+SIZES = Rule(lambda x: all(map(POSITIVE.holds, x)), "integers >= 1")
 KINDS = Rule(
     lambda x: len(x) > 0 and set(x) <= {"ema", "params"}, "ema, params or both"
 )
@@ -253,6 +256,23 @@ RULES = (
     (one_of("loss", "score", "fid"), "study.by"),
     (POSITIVE, "study.seeds study.pictures"),
     (KINDS, "study.weights"),
+    (MODES, "benchmark.against"),
+    (one_of("float32", "bfloat16"), "benchmark.dtype"),
+    (TEXTS, "benchmark.cases benchmark.apart"),
+    (POSITIVE, "benchmark.repeats benchmark.matmul benchmark.scaling.repeats"),
+    (COUNT, "benchmark.warmup benchmark.startup"),
+    (WEIGHT, "benchmark.pause"),
+    (BELOW_ONE, "benchmark.worse"),
+    (TIMED, "benchmark.scaling.kinds"),
+    (SIZES, "benchmark.scaling.tokens benchmark.scaling.depths benchmark.vae.channels"),
+    (POSITIVE, "benchmark.scaling.depth benchmark.scaling.width benchmark.vae.layers"),
+    (POSITIVE, "benchmark.scaling.num_heads benchmark.scaling.batch"),
+    (POSITIVE, "benchmark.scaling.unroll"),
+    *(
+        (POSITIVE, f"benchmark.{name}.{key}")
+        for name in ("t5", "clip")
+        for key in "depth width num_heads mlp vocab length batch".split()
+    ),
 )
 
 

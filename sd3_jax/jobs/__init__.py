@@ -32,6 +32,12 @@ JOBS = {
         recipe="configs/compare.py",
         workdir="runs/compare",
     ),
+    "benchmark": Job(
+        "time us and PyTorch in turn, on the same shapes and weights",
+        "sd3_jax.jobs.benchmark",
+        recipe="configs/benchmark.py",
+        workdir="runs/benchmark",
+    ),
     "precompute": Job(
         "turn pictures and captions into records: latents and embeddings, in buckets",
         "sd3_jax.jobs.precompute",

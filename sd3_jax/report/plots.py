@@ -153,6 +153,27 @@ def curves(
         return _svg(figure)
 
 
+def bars(values: dict[str, tuple[float, float, float]], x: str, *, mark: float) -> str:
+    """Named bars from top to bottom, each (value, least, most); those that reach the
+    `mark`, where a line stands, are in colour."""
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = _panel(height=0.75 + 0.24 * len(values))
+        names, rows = list(values), np.array(list(values.values()), float)
+        middle, low, high = rows.T
+        colour = [ACCENT if value >= mark else SOFT for value in middle]
+        place = np.arange(len(names))
+        axes.barh(place, middle, 0.62, color=colour, alpha=0.75)
+        axes.hlines(place, low, high, color=SOFT, lw=1.2)
+        for y, value, end in zip(place, middle, high):
+            axes.text(end, y, f"  {value:.2f}", va="center", color=SOFT, fontsize=7.5)
+        axes.axvline(mark, color=SOFT, lw=0.9, ls="--")
+        axes.set_yticks(place, names)
+        axes.invert_yaxis()
+        axes.set_xlim(0, 1.12 * max(high.max(), mark))
+        axes.set_xlabel(x)
+        return _svg(figure)
+
+
 def standalone(svg: str) -> str:
     """A plot as a file of its own, in the page's light colours and its dark ones."""
     light = "--soft:#57606a;--rule:#d8dee4;--accent:#0969da;background:#fff"
@@ -190,8 +211,8 @@ def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, fl
     return low if zero else low - pad, high + 2 * pad
 
 
-def _panel():
-    figure = Figure(figsize=(5.2, 2.9), layout="constrained")
+def _panel(height: float = 2.9):
+    figure = Figure(figsize=(5.2, height), layout="constrained")
     FigureCanvasSVG(figure)
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()

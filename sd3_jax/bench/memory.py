@@ -1,0 +1,43 @@
+"""A process's memory on this machine: now, at its highest, and from when on."""
+
+import ctypes
+import os
+import re
+import resource
+from pathlib import Path
+
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+def now() -> int:
+    """Resident bytes."""
+    return _status("VmRSS")
+
+
+def peak() -> int:
+    """The most resident bytes since the start, or since `reset`."""
+    if STATUS.is_file():
+        return _status("VmHWM")
+    unit = 1 if os.uname().sysname == "Darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def reset() -> bool:
+    """Have `peak` count from here on, without what is freed but kept; False where the
+    system does not allow it."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+    except (OSError, AttributeError):  # it is glibc's
+        pass
+    try:
+        CLEAR.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _status(name: str) -> int:
+    if not STATUS.is_file():
+        return peak()
+    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    return int(found[1]) * 1024

@@ -1,0 +1,58 @@
+"""What the numbers say: medians, ratios pair by pair, growth, and what got worse."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Result = Mapping[str, Any]
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "median": statistics.median(values),
+        "min": min(values),
+        "max": max(values),
+    }
+
+
+def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
+    """theirs / ours of each pair of turns: above 1, ours is faster."""
+    each = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {**spread(each), "each": each}
+
+
+def grown(points: Sequence[Result]) -> list[dict[str, float]]:
+    """Each point's growth over the first in time, by the least of its turns, and in
+    FLOPs; `relative` is the one over the other, 1 where time is as FLOPs."""
+    first = points[0]
+    made = []
+    for point in points:
+        time = point["seconds"]["min"] / first["seconds"]["min"]
+        flops = point["flops"] / first["flops"]
+        made.append({"time": time, "flops": flops, "relative": time / flops})
+    return made
+
+
+def measured(result: Result) -> dict[str, float]:
+    """The median ratio by "case, side"."""
+    return {
+        f"{case['name']}, {side}": ratio["median"]
+        for case in result["cases"]
+        for side, ratio in case.get("ratios", {}).items()
+    }
+
+
+def worse(now: Result, before: Result, allowed: float) -> list[str]:
+    """A line for each ratio that fell by more than `allowed` of what it was, or that
+    is gone though its case was run; cases that were not run are not missed."""
+    new, old = measured(now), measured(before)
+    run = {case["name"] for case in now["cases"]}
+    lines = []
+    for name, was in old.items():
+        if name not in new:
+            if name.rpartition(", ")[0] in run:
+                lines.append(f"{name}: not measured, was {was:.2f}")
+        elif new[name] < (1 - allowed) * was:
+            fall = 1 - new[name] / was
+            lines.append(f"{name}: {new[name]:.2f}, was {was:.2f}: {fall:.0%} worse")
+    return lines

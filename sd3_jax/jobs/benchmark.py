@@ -1,0 +1,477 @@
+"""sd3_jax and PyTorch with diffusers on the clock, in turn, on the same shapes and
+weights. Exit code 1 where they disagree, or where a ratio is worse than `guard` has it.
+
+This process only takes turns: each side computes in one of its own (sd3_jax/bench).
+"""
+
+import contextlib
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import logging
+import os
+import platform
+import shlex
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+from etils import epath
+from ml_collections import ConfigDict
+
+from sd3_jax.bench import cases, memory, startup, summary
+from sd3_jax.bench.cases import Spec
+from sd3_jax.bench.processes import Failed, Worker
+from sd3_jax.errors import UserError
+from sd3_jax.jobs import benchmark_page
+from sd3_jax.lock import Lock
+from sd3_jax.metrics import PEAK_TFLOPS, write_whole
+
+log = logging.getLogger(__name__)
+OURS, THEIRS = "sd3_jax.bench.ours", "sd3_jax.bench.theirs"
+PACKAGES = "jax jaxlib flax optax numpy torch diffusers transformers".split()
+# Beside PyTorch on one GPU: jax would take three quarters of its memory at once.
+SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> int:
+    """Writes workdir/benchmark.json, .md and .svg, after each case what there is."""
+    before = guarded(config.benchmark.guard)
+    if jax.distributed.is_initialized():
+        raise UserError("benchmark runs in one process")
+    if "://" in os.fspath(workdir):
+        raise UserError(
+            f"--workdir={workdir}: benchmark wants a folder of this machine"
+        )
+    todo = made_cases(config)
+    lock = Lock(epath.Path(workdir) / ".benchmark.lock")
+    lock.take()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    weights = Path(workdir, "weights")
+    try:
+        shutil.rmtree(weights, ignore_errors=True)  # of a run that was killed
+        weights.mkdir()
+        made = Benchmark(config, Path(workdir), weights)
+        made.run(todo)
+    finally:
+        shutil.rmtree(weights, ignore_errors=True)
+        lock.release()
+    print(benchmark_page.table(made.result), Path(workdir, "benchmark.md"), sep="\n")
+    wrong = [name for case in made.result["cases"] for name in case["refused"]]
+    lines = summary.worse(made.result, before, config.benchmark.worse) if before else ()
+    print(*(f"worse than {config.benchmark.guard}: {x}" for x in lines), sep="\n")
+    return 1 if wrong or lines or not all(map(whole, made.result["cases"])) else 0
+
+
+def whole(case: dict) -> bool:
+    return "seconds" in case["sides"].get("ours", {})
+
+
+def guarded(path: str) -> dict | None:
+    """The result to compare with, read before anything is run."""
+    if not path:
+        return None
+    try:
+        found = json.loads(Path(path).read_text())
+        summary.measured(found)
+    except OSError as error:
+        raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
+    except (ValueError, LookupError, TypeError, AttributeError):
+        wanted = "wanted a benchmark.json that this job wrote"
+        raise UserError(f"config.benchmark.guard = {path}: {wanted}") from None
+    return found
+
+
+# From the config to cases
+
+
+def made_cases(config: ConfigDict) -> list[Spec]:
+    made = [case(config, text) for text in config.benchmark.cases]
+    for kind in config.benchmark.apart:
+        if kind not in cases.KINDS:
+            wanted = f"wanted some of {', '.join(cases.KINDS)}"
+            raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
+    names = [spec["name"] for spec in made]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'config.benchmark.cases: "{twice[0]}" twice')
+    return made
+
+
+def case(config: ConfigDict, text: str) -> Spec:
+    model, bench = config.model, config.benchmark
+    if model.name != "mmdit" or model.weight_sets != 2:
+        raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
+    optim = config.optim.to_dict()
+    del optim["accumulate"]
+    defaults = {
+        "dtype": bench.dtype,
+        "batch": config.data.batch_size,
+        "height": config.image.height // cases.FACTOR,
+        "width": config.image.width // cases.FACTOR,
+        "length": config.text.length,
+        "steps": config.sample.steps,
+        "cfg": config.sample.cfg,
+        "shift": config.sample.shift,
+        "patch": model.patch,
+        "depth": model.depth,
+        "remat": model.remat,
+        "attention": model.attention,
+        "unroll": model.unroll,
+        "optim": optim | {"steps": config.train.steps},
+        "ema": config.ema.decay,
+        "seed": config.seed,
+    }
+    kind = (text.split() or [""])[0]
+    if kind in ("t5", "clip"):
+        defaults |= {k: bench[kind][k] for k in ("batch", "length")}
+    spec = cases.parse(text, defaults)
+    heads = model.num_heads or spec["depth"]
+    configs = {
+        "denoiser": lambda: cases.denoiser(
+            depth=spec["depth"],
+            width=model.width or 64 * spec["depth"],
+            num_heads=heads,
+            patch=model.patch,
+            channels=model.channels,
+            qk_norm=model.qk_norm,
+            dual_blocks=model.dual_blocks,
+            pos_size=model.pos_size,
+            pos_base=model.pos_base,
+            context_dim=model.context_dim,
+            pooled_dim=model.pooled_dim,
+        ),
+        "vae": lambda: cases.vae(**bench.vae, latent_channels=model.channels),
+        "t5": lambda: cases.t5(**bench.t5),
+        "clip_l": lambda: cases.clip(**bench.clip),
+    }
+    most = model.pos_size * model.patch
+    if spec["component"] == "denoiser" and max(spec["height"], spec["width"]) > most:
+        raise UserError(
+            f'config.benchmark.cases: "{text}": at most {most * cases.FACTOR} pixels a'
+            f" side, config.model.pos_size = {model.pos_size} tokens"
+        )
+    spec["config"] = configs[spec["component"]]()
+    if kind == "clip" and spec["length"] > spec["config"]["max_position_embeddings"]:
+        raise UserError("config.benchmark.clip.length: at most 77")
+    return spec
+
+
+# The run
+
+
+class Benchmark:
+    """Takes the cases one by one, and writes what there is after each."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, weights: Path):
+        self.config, self.workdir, self.weights = config, workdir, weights
+        self.log, self.written = workdir / "workers.log", {}
+        self.log.write_bytes(b"")
+        self.missing = {x: missing(x) for x in ("matmul", *cases.KINDS)}
+        self.result = {
+            "about": about(config),
+            "missing": sorted({x for x in self.missing.values() if x}),
+            "peak": None,
+            "cases": [],
+            "scaling": [],
+            "startup": {},
+        }
+
+    def run(self, todo: list[Spec]) -> None:
+        self.peak()
+        for spec in todo:
+            log.info("%s", spec["name"])
+            self.result["cases"].append(self.case(spec))
+            self.save()
+        self.scaling()
+        self.startup()
+        self.save()
+
+    def save(self) -> None:
+        """After each case, so that a run which is ended leaves the others."""
+        text = json.dumps(self.result, indent=1)
+        write_whole(self.workdir / "benchmark.json", text.encode())
+        benchmark_page.write(self.result, self.workdir)
+
+    def peak(self) -> None:
+        """The best of both sides at one large product, by which all else is measured;
+        and what devices they are on."""
+        bench = self.config.benchmark
+        spec = {
+            "kind": "matmul",
+            "name": f"matmul of {bench.matmul}",
+            "size": bench.matmul,
+            "dtype": bench.dtype,
+            "seed": self.config.seed,
+        }
+        found = self.case(spec, modes=("eager",))
+        sides = {k: x for k, x in found["sides"].items() if "seconds" in x}
+        if "ours" not in sides:
+            raise Failed(f"the product of two matrices: {found['sides']}")
+        best = min(sides, key=lambda name: sides[name]["seconds"]["min"])
+        device = sides["ours"]["device"]
+        self.result["peak"] = {
+            "size": bench.matmul,
+            "side": best,
+            "tflops": found["flops"] / sides[best]["seconds"]["min"] / 1e12,
+            "published": PEAK_TFLOPS.get(device),
+            "platform": sides["ours"]["platform"],
+            "device": device,
+            **{f"{k}_tflops": x["tflops"] for k, x in sides.items()},
+        }
+        other = sides.get("eager")
+        if other is not None and other["platform"] != sides["ours"]["platform"]:
+            why = f"PyTorch on {other['platform']}, jax on {device}"
+            self.missing = dict.fromkeys(self.missing, why)
+            self.result["missing"] = [why]
+        self.result["about"]["threads"] = other and other.get("threads")
+        self.save()
+
+    def case(self, spec: Spec, modes=None) -> dict:
+        """One case on all sides: agreement first, then the turns."""
+        absent = self.missing[spec["kind"]]
+        modes = (self.config.benchmark.against if modes is None else modes) or ()
+        sides = ["ours", *(() if absent else modes)]
+        spec = {**spec, "weights": str(self.file(spec))}
+        shown = {k: x for k, x in spec.items() if k != "weights"}
+        entry = {"name": spec["name"], "kind": spec["kind"], "spec": shown}
+        entry |= {"sides": {}, "gaps": {}, "refused": {}, "ratios": {}, "turns": {}}
+        take = (
+            self.apart if spec["kind"] in self.config.benchmark.apart else self.beside
+        )
+        take(spec, sides, entry)
+        self.count(entry)
+        return entry
+
+    def beside(self, spec: Spec, sides: list[str], entry: dict) -> None:
+        """All sides loaded, a turn each: A B A B."""
+        bench = self.config.benchmark
+        with contextlib.ExitStack() as stack:
+            ready = {}
+            for side in sides:
+                worker = stack.enter_context(self.worker(side))
+                with self.failing(entry, side):
+                    self.prepare(worker, side, spec, entry)
+                    ready[side] = worker
+            self.compare(spec, entry)
+            ready = {k: x for k, x in ready.items() if k not in entry["refused"]}
+            for _ in range(bench.repeats):
+                for side, worker in list(ready.items()):
+                    with self.failing(entry, side):
+                        self.turn(worker, side, entry)
+                        continue
+                    del ready[side]
+            for side, worker in ready.items():
+                with self.failing(entry, side):
+                    entry["sides"][side] |= worker.ask("peak")
+
+    def apart(self, spec: Spec, sides: list[str], entry: dict) -> None:
+        """One side after the other, for they do not fit in memory together."""
+        for side in sides:
+            with self.worker(side) as worker, self.failing(entry, side):
+                self.prepare(worker, side, spec, entry)
+                self.compare(spec, entry)
+                if side in entry["refused"]:
+                    continue
+                for _ in range(self.config.benchmark.repeats):
+                    self.turn(worker, side, entry)
+                entry["sides"][side] |= worker.ask("peak")
+
+    def worker(self, side: str) -> Worker:
+        module = OURS if side == "ours" else THEIRS
+        return Worker(module, self.log, SHARING)
+
+    @contextlib.contextmanager
+    def failing(self, entry: dict, side: str):
+        """A side that fails says so in the table; the others go on."""
+        try:
+            yield
+        except Failed as error:
+            log.warning("%s, %s: %s", entry["name"], side, error)
+            entry["sides"].setdefault(side, {})["failed"] = str(error)
+            entry["turns"].pop(side, None)
+
+    def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
+        """Loaded, compiled, its outputs written down, warm."""
+        own = entry["sides"][side] = {}
+        spec = spec if side == "ours" else {**spec, "mode": side}
+        loaded = worker.ask("load", spec=spec)
+        own["load"] = loaded.pop("seconds")
+        own |= loaded | worker.ask("first")
+        worker.ask("check", path=str(self.outputs(side)))
+        own |= worker.ask("warm", times=self.config.benchmark.warmup)
+        entry["turns"][side] = []
+
+    def outputs(self, side: str) -> Path:
+        return self.weights / f"{side}.npz"
+
+    def compare(self, spec: Spec, entry: dict) -> None:
+        """Who disagrees with us is not timed."""
+        import numpy as np
+
+        limit = cases.TOLERANCE[spec["dtype"]]
+        for side in entry["turns"]:
+            if "ours" in (side, *entry["refused"]) or side in entry["gaps"]:
+                continue
+            if "ours" not in entry["turns"]:
+                continue
+            with (
+                np.load(self.outputs("ours")) as ours,
+                np.load(self.outputs(side)) as theirs,
+            ):
+                found, where = cases.gap(dict(ours), dict(theirs))
+            entry["gaps"][side] = found
+            if found > limit:
+                words = (
+                    f"{where} differs by {found:.1e}, at most {limit:.0e} is allowed"
+                )
+                entry["refused"][side] = words
+                log.warning("%s, %s: %s", entry["name"], side, words)
+
+    def turn(self, worker: Worker, side: str, entry: dict) -> None:
+        time.sleep(self.config.benchmark.pause)
+        taken = worker.ask("run")
+        entry["turns"][side].append(taken["seconds"])
+        entry["sides"][side].setdefault("cpu", []).append(taken["cpu"])
+
+    def count(self, entry: dict) -> None:
+        """Medians, ratios and rates of the turns."""
+        turns, peak = entry["turns"], self.result["peak"]
+        sides = entry["sides"]
+        entry["flops"] = sides.get("ours", {}).pop("flops", None)
+        for side, seconds in turns.items():
+            if not seconds or side in entry["refused"]:
+                continue
+            own = sides[side]
+            own["seconds"] = summary.spread(seconds)
+            own["busy_cores"] = sum(own.pop("cpu")) / sum(seconds)
+            if entry["flops"]:
+                rate = entry["flops"] / own["seconds"]["median"] / 1e12
+                own["tflops"] = rate
+                own["of_peak"] = rate / peak["tflops"] if peak else None
+                published = peak and peak["published"]
+                own["mfu"] = rate / published if published else None
+            if side != "ours" and turns.get("ours"):
+                entry["ratios"][side] = summary.ratios(turns["ours"], seconds)
+
+    def file(self, spec: Spec) -> Path:
+        """The weights of a case's component, made when they are first asked for."""
+        if spec["kind"] == "matmul":
+            return self.weights / "none"
+        key = json.dumps([spec["component"], spec["dtype"], spec["config"]])
+        if key not in self.written:
+            path = self.weights / f"{len(self.written)}.safetensors"
+            on_host = {"JAX_PLATFORMS": "cpu"}
+            with Worker(OURS, self.log, on_host) as worker:
+                worker.ask("weights", spec=spec, path=str(path))
+            self.written[key] = path
+        return self.written[key]
+
+    # What is ours alone
+
+    def scaling(self) -> None:
+        """Time beside FLOPs over tokens and over depth, and what compiling takes."""
+        scaling = self.config.benchmark.scaling
+        words = scaling.tokens, scaling.depths
+        for kind in scaling.kinds:
+            for axis, values in zip(("tokens", "depth"), words):
+                made = {"kind": kind, "axis": axis, "points": [], "growth": []}
+                self.result["scaling"].append(made)
+                for value in values:
+                    log.info("scaling: %s, %s %d", kind, axis, value)
+                    point = self.point(kind, **{axis: value})
+                    made["points"].append(point)
+                    made["growth"] = summary.grown(made["points"])
+                    self.save()
+
+    def point(self, kind: str, tokens: int | None = None, depth: int | None = None):
+        scaling = self.config.benchmark.scaling
+        depth = depth or scaling.depth
+        tokens = tokens or scaling.tokens[0]
+        config = self.config.copy_and_resolve_references()
+        with config.unlocked():
+            config.model.update(width=scaling.width, num_heads=scaling.num_heads)
+        spec = case(config, f"{kind} depth={depth} batch={scaling.batch}")
+        spec["unroll"] = scaling.unroll
+        spec["height"], spec["width"] = cases.rectangle(tokens, spec["patch"])
+        spec["weights"] = str(self.file(spec))
+        with self.worker("ours") as worker:
+            flops = worker.ask("load", spec=spec)["flops"]
+            first = worker.ask("first")
+            worker.ask("warm", times=self.config.benchmark.warmup)
+            turns = [worker.ask("run")["seconds"] for _ in range(scaling.repeats)]
+            peak = worker.ask("peak")["peak"]
+        seconds = summary.spread(turns)
+        made = {"tokens": tokens, "depth": depth, "flops": flops, "seconds": seconds}
+        return {**made, **first, "peak": peak, "turns": turns}
+
+    def startup(self) -> None:
+        times, found = self.config.benchmark.startup, self.result["startup"]
+        for kind in (startup.imports, startup.jobs):
+            for i in range(times):
+                log.info("start-up, %s, %d of %d", kind.__name__, i + 1, times)
+                without = [x for x in ("diffusers",) if not present(x)]
+                rest = (without,) if kind is startup.imports else ()
+                try:
+                    for name, seconds in kind(*rest, self.log):
+                        found.setdefault(name, []).append(seconds)
+                except Failed as error:
+                    log.warning("start-up: %s", error)
+                    found.setdefault("failed", []).append(str(error))
+                self.save()
+
+
+# What it ran on
+
+
+def present(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def missing(kind: str) -> str:
+    """Why PyTorch's side of a kind cannot be had, or ""."""
+    absent = [x for x in cases.NEEDS.get(kind, cases.DIFFUSERS) if not present(x)]
+    return f"{absent[0]} is not installed" if absent else ""
+
+
+def about(config: ConfigDict) -> dict:
+    return {
+        "command": command(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("sd3-jax", *PACKAGES)},
+        "dtype": config.benchmark.dtype,
+        "repeats": config.benchmark.repeats,
+        "memory_reset": memory.CLEAR.exists(),
+    }
+
+
+def command() -> str:
+    first, *rest = sys.argv
+    ours = os.path.basename(first) in ("main.py", "sd3-jax")
+    return shlex.join(["sd3-jax", *rest] if ours else [os.path.basename(first), *rest])
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.is_file() else ""
+    named: Mapping = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in text.splitlines()
+        if ":" in line
+    )
+    return named.get("model name") or platform.processor() or platform.machine()
