@@ -1,6 +1,8 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
 # make test: what CI runs
 # make chaos: faults thrown at real runs, and what was lost; ten minutes at most
+# make bench: us and PyTorch on the clock, into benchmarks/; an idle machine, half an hour
+# make bench-guard: the same cases again, and what is more than 15 % worse than that
 # make plan: the large recipes compiled for TPU slices, without a TPU; half an hour
 
 PYTHON ?= python3
@@ -8,7 +10,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits plan chaos test lint clean
+.PHONY: quickstart digits plan chaos bench bench-guard test lint clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -26,6 +28,17 @@ plan: $(VENV)/installed-test
 
 chaos: $(VENV)/installed-test
 	$(VENV)/bin/python tests/chaos.py $(SEED)
+
+BENCH = $(SD3) benchmark --config=configs/benchmark.py
+SPEED = benchmarks/speed_cpu
+
+bench: $(VENV)/installed-test
+	$(BENCH) --workdir=runs/benchmark
+	for kind in json md svg; do cp runs/benchmark/benchmark.$$kind $(SPEED).$$kind; done
+
+bench-guard: $(VENV)/installed-test
+	$(BENCH) --workdir=runs/bench-guard --config.benchmark.guard=$(SPEED).json \
+		--config.benchmark.scaling.kinds= --config.benchmark.startup=0
 
 test: $(VENV)/installed-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -16,6 +16,7 @@ MAY = {
     "training": ["pipelines", "models", "diffusion", *BELOW],
     "evals": ["pipelines", "models", "diffusion", "data", *BELOW],
     "report": ["data", "errors", "metrics", "pictures"],
+    "bench": ["pipelines", "models", "diffusion", "training", "weights", *BELOW],
     "parity": ["pipelines", "models", "diffusion", "data", "weights", *BELOW],
     "plan": ["models", "data", *BELOW],
     "jobs": None,  # anything
