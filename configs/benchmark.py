@@ -23,18 +23,18 @@ LARGE = (
 def get_config(variant: str = ""):
     c = base.get_config()
     c.model.update(depth=8, width=512, num_heads=8, dtype="float32")
-    c.model.update(remat="none", unroll=8)
+    c.model.update(remat="none", unroll=1)
     c.data.batch_size = 4
     c.optim.update(eps=1e-8, warmup=0)
     c.ema.update(decay=0.999, every=1)
     c.sample.update(steps=10, cfg=5.0)
     c.benchmark.cases = (
-        *("forward", "train", "sample batch=1"),
+        *("forward", "train unroll=8", "sample batch=1"),
         *("vae_encode batch=1", "vae_decode batch=1", "t5", "clip"),
     )
     if variant in ("gpu", "tpu"):
         c.model.update(depth=24, width=1536, num_heads=24, qk_norm=False)
-        c.model.update(dtype="bfloat16", remat="full", unroll=1)
+        c.model.update(dtype="bfloat16", remat="full")
         c.sample.steps = 28
         c.benchmark.update(cases=LARGE, dtype="bfloat16", matmul=8192, pause=0.1)
         c.benchmark.update(against=("eager", "compile"), apart=("train",))

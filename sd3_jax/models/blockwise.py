@@ -1,7 +1,6 @@
 """Attention by blocks: of its logits only a few heads' or queries' exist at a time."""
 
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
