@@ -225,13 +225,13 @@ def get_config() -> ConfigDict:
             batch=4,
         ),
         scaling=dict(  # ours alone, one picture's size or the depth growing
-            kinds=("forward", "train"),
+            kinds=("forward",),
             tokens=(256, 512, 1024, 2048, 4096),
             depths=(4, 8, 16, 24),  # with the first of the tokens
             width=512,
             num_heads=8,
             depth=4,  # with all of the tokens
-            batch=1,
+            batch=4,
             unroll=1,  # what keeps a deep model's program short
             repeats=5,
         ),

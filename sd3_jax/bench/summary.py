@@ -22,12 +22,12 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 
 
 def grown(points: Sequence[Result]) -> list[dict[str, float]]:
-    """Each point's growth over the first in time, by the least of its turns, and in
+    """Each point's growth over the first in time, the median over the rounds, and in
     FLOPs; `relative` is the one over the other, 1 where time is as FLOPs."""
     first = points[0]
     made = []
     for point in points:
-        time = point["seconds"]["min"] / first["seconds"]["min"]
+        time = ratios(first["turns"], point["turns"])["median"]
         flops = point["flops"] / first["flops"]
         made.append({"time": time, "flops": flops, "relative": time / flops})
     return made

@@ -5,36 +5,29 @@ This process only takes turns: each side computes in one of its own (sd3_jax/ben
 """
 
 import contextlib
-import datetime
-import importlib.metadata
-import importlib.util
 import json
 import logging
 import os
-import platform
-import shlex
 import shutil
 import signal
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
 import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sd3_jax.bench import cases, memory, startup, summary
+from sd3_jax.bench import cases, machine, startup, summary
 from sd3_jax.bench.cases import Spec
 from sd3_jax.bench.processes import Failed, Worker
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import benchmark_page
+from sd3_jax.jobs import benchmark_cases, benchmark_page
 from sd3_jax.lock import Lock
 from sd3_jax.metrics import PEAK_TFLOPS, write_whole
 
 log = logging.getLogger(__name__)
 OURS, THEIRS = "sd3_jax.bench.ours", "sd3_jax.bench.theirs"
-PACKAGES = "jax jaxlib flax optax numpy torch diffusers transformers".split()
 # Beside PyTorch on one GPU: jax would take three quarters of its memory at once.
 SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -48,7 +41,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError(
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )
-    todo = made_cases(config)
+    todo = benchmark_cases.made(config)
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -87,93 +80,17 @@ def guarded(path: str) -> dict | None:
     return found
 
 
-# From the config to cases
-
-
-def made_cases(config: ConfigDict) -> list[Spec]:
-    made = [case(config, text) for text in config.benchmark.cases]
-    for kind in config.benchmark.apart:
-        if kind not in cases.KINDS:
-            wanted = f"wanted some of {', '.join(cases.KINDS)}"
-            raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
-    names = [spec["name"] for spec in made]
-    if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f'config.benchmark.cases: "{twice[0]}" twice')
-    return made
-
-
-def case(config: ConfigDict, text: str) -> Spec:
-    model, bench = config.model, config.benchmark
-    if model.name != "mmdit" or model.weight_sets != 2:
-        raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
-    optim = config.optim.to_dict()
-    del optim["accumulate"]
-    defaults = {
-        "dtype": bench.dtype,
-        "batch": config.data.batch_size,
-        "height": config.image.height // cases.FACTOR,
-        "width": config.image.width // cases.FACTOR,
-        "length": config.text.length,
-        "steps": config.sample.steps,
-        "cfg": config.sample.cfg,
-        "shift": config.sample.shift,
-        "patch": model.patch,
-        "depth": model.depth,
-        "remat": model.remat,
-        "attention": model.attention,
-        "unroll": model.unroll,
-        "optim": optim | {"steps": config.train.steps},
-        "ema": config.ema.decay,
-        "seed": config.seed,
-    }
-    kind = (text.split() or [""])[0]
-    if kind in ("t5", "clip"):
-        defaults |= {k: bench[kind][k] for k in ("batch", "length")}
-    spec = cases.parse(text, defaults)
-    heads = model.num_heads or spec["depth"]
-    configs = {
-        "denoiser": lambda: cases.denoiser(
-            depth=spec["depth"],
-            width=model.width or 64 * spec["depth"],
-            num_heads=heads,
-            patch=model.patch,
-            channels=model.channels,
-            qk_norm=model.qk_norm,
-            dual_blocks=model.dual_blocks,
-            pos_size=model.pos_size,
-            pos_base=model.pos_base,
-            context_dim=model.context_dim,
-            pooled_dim=model.pooled_dim,
-        ),
-        "vae": lambda: cases.vae(**bench.vae, latent_channels=model.channels),
-        "t5": lambda: cases.t5(**bench.t5),
-        "clip_l": lambda: cases.clip(**bench.clip),
-    }
-    most = model.pos_size * model.patch
-    if spec["component"] == "denoiser" and max(spec["height"], spec["width"]) > most:
-        raise UserError(
-            f'config.benchmark.cases: "{text}": at most {most * cases.FACTOR} pixels a'
-            f" side, config.model.pos_size = {model.pos_size} tokens"
-        )
-    spec["config"] = configs[spec["component"]]()
-    if kind == "clip" and spec["length"] > spec["config"]["max_position_embeddings"]:
-        raise UserError("config.benchmark.clip.length: at most 77")
-    return spec
-
-
-# The run
-
-
 class Benchmark:
     """Takes the cases one by one, and writes what there is after each."""
 
     def __init__(self, config: ConfigDict, workdir: Path, weights: Path):
         self.config, self.workdir, self.weights = config, workdir, weights
+        bench = config.benchmark
         self.log, self.written = workdir / "workers.log", {}
         self.log.write_bytes(b"")
-        self.missing = {x: missing(x) for x in ("matmul", *cases.KINDS)}
+        self.missing = {x: machine.missing(x) for x in ("matmul", *cases.KINDS)}
         self.result = {
-            "about": about(config),
+            "about": machine.about(dtype=bench.dtype, repeats=bench.repeats),
             "missing": sorted({x for x in self.missing.values() if x}),
             "peak": None,
             "cases": [],
@@ -376,45 +293,58 @@ class Benchmark:
     def scaling(self) -> None:
         """Time beside FLOPs over tokens and over depth, and what compiling takes."""
         scaling = self.config.benchmark.scaling
-        words = scaling.tokens, scaling.depths
+        axes = {"tokens": scaling.tokens, "depth": scaling.depths}
         for kind in scaling.kinds:
-            for axis, values in zip(("tokens", "depth"), words):
-                made = {"kind": kind, "axis": axis, "points": [], "growth": []}
+            for axis, values in axes.items():
+                log.info("scaling: %s over %s", kind, axis)
+                points = self.points(kind, axis, values)
+                grown = summary.grown(points) if points else []
+                made = {"kind": kind, "axis": axis, "points": points, "growth": grown}
                 self.result["scaling"].append(made)
-                for value in values:
-                    log.info("scaling: %s, %s %d", kind, axis, value)
-                    point = self.point(kind, **{axis: value})
-                    made["points"].append(point)
-                    made["growth"] = summary.grown(made["points"])
-                    self.save()
+                self.save()
 
-    def point(self, kind: str, tokens: int | None = None, depth: int | None = None):
+    def points(self, kind: str, axis: str, values) -> list[dict]:
+        """All loaded, a turn each: a machine that slows down does so for them all."""
         scaling = self.config.benchmark.scaling
-        depth = depth or scaling.depth
-        tokens = tokens or scaling.tokens[0]
+        specs = [self.point(kind, axis, value) for value in values]
+        with contextlib.ExitStack() as stack:
+            workers, made = [], []
+            for value, spec in zip(values, specs):
+                worker = stack.enter_context(self.worker("ours"))
+                flops = worker.ask("load", spec=spec)["flops"]
+                first = worker.ask("first")
+                worker.ask("warm", times=self.config.benchmark.warmup)
+                workers.append(worker)
+                made.append({axis: value, "flops": flops, "turns": [], **first})
+            for _ in range(scaling.repeats):
+                for worker, point in zip(workers, made):
+                    time.sleep(self.config.benchmark.pause)
+                    point["turns"].append(worker.ask("run")["seconds"])
+            for worker, point in zip(workers, made):
+                point["seconds"] = summary.spread(point["turns"])
+                point |= worker.ask("peak")
+        return made
+
+    def point(self, kind: str, axis: str, value: int) -> Spec:
+        scaling = self.config.benchmark.scaling
+        depth = value if axis == "depth" else scaling.depth
+        tokens = value if axis == "tokens" else scaling.tokens[0]
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.model.update(width=scaling.width, num_heads=scaling.num_heads)
-        spec = case(config, f"{kind} depth={depth} batch={scaling.batch}")
+        spec = benchmark_cases.case(
+            config, f"{kind} depth={depth} batch={scaling.batch}"
+        )
         spec["unroll"] = scaling.unroll
         spec["height"], spec["width"] = cases.rectangle(tokens, spec["patch"])
-        spec["weights"] = str(self.file(spec))
-        with self.worker("ours") as worker:
-            flops = worker.ask("load", spec=spec)["flops"]
-            first = worker.ask("first")
-            worker.ask("warm", times=self.config.benchmark.warmup)
-            turns = [worker.ask("run")["seconds"] for _ in range(scaling.repeats)]
-            peak = worker.ask("peak")["peak"]
-        seconds = summary.spread(turns)
-        made = {"tokens": tokens, "depth": depth, "flops": flops, "seconds": seconds}
-        return {**made, **first, "peak": peak, "turns": turns}
+        return spec | {"weights": str(self.file(spec))}
 
     def startup(self) -> None:
         times, found = self.config.benchmark.startup, self.result["startup"]
         for kind in (startup.imports, startup.jobs):
             for i in range(times):
                 log.info("start-up, %s, %d of %d", kind.__name__, i + 1, times)
-                without = [x for x in ("diffusers",) if not present(x)]
+                without = [x for x in ("diffusers",) if not machine.present(x)]
                 rest = (without,) if kind is startup.imports else ()
                 try:
                     for name, seconds in kind(*rest, self.log):
@@ -423,55 +353,3 @@ class Benchmark:
                     log.warning("start-up: %s", error)
                     found.setdefault("failed", []).append(str(error))
                 self.save()
-
-
-# What it ran on
-
-
-def present(module: str) -> bool:
-    return importlib.util.find_spec(module) is not None
-
-
-def missing(kind: str) -> str:
-    """Why PyTorch's side of a kind cannot be had, or ""."""
-    absent = [x for x in cases.NEEDS.get(kind, cases.DIFFUSERS) if not present(x)]
-    return f"{absent[0]} is not installed" if absent else ""
-
-
-def about(config: ConfigDict) -> dict:
-    return {
-        "command": command(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "cpu": processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "load": list(os.getloadavg()),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("sd3-jax", *PACKAGES)},
-        "dtype": config.benchmark.dtype,
-        "repeats": config.benchmark.repeats,
-        "memory_reset": memory.CLEAR.exists(),
-    }
-
-
-def command() -> str:
-    first, *rest = sys.argv
-    ours = os.path.basename(first) in ("main.py", "sd3-jax")
-    return shlex.join(["sd3-jax", *rest] if ours else [os.path.basename(first), *rest])
-
-
-def version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def processor() -> str:
-    path = Path("/proc/cpuinfo")
-    text = path.read_text() if path.is_file() else ""
-    named: Mapping = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in text.splitlines()
-        if ":" in line
-    )
-    return named.get("model name") or platform.processor() or platform.machine()

@@ -12,7 +12,7 @@ import pytest
 
 from configs.benchmark import get_config
 from sd3_jax import main
-from sd3_jax.bench import cases, summary
+from sd3_jax.bench import cases, machine, summary
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import benchmark, benchmark_page
 from sd3_jax.lock import Lock
@@ -181,5 +181,5 @@ def test_what_is_not_there_is_said(monkeypatch):
     real = importlib.util.find_spec
     gone = lambda name: None if name == "diffusers" else real(name)
     monkeypatch.setattr(importlib.util, "find_spec", gone)
-    assert benchmark.missing("train") == "diffusers is not installed"
-    assert benchmark.missing("t5") == ""
+    assert machine.missing("train") == "diffusers is not installed"
+    assert machine.missing("t5") == ""
