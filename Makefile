@@ -39,42 +39,6 @@ bench: $(VENV)/installed-test
 	for run in speed scaling; do for kind in json md; do \
 		cp runs/$${run}_cpu/benchmark.$$kind benchmarks/$${run}_cpu.$$kind; done; done
 
-bench-guard: the same cases again, and what is more than 15 % worse than that
-# make plan: the large recipes compiled for TPU slices, without a TPU; half an hour
-
-PYTHON ?= python3
-VENV ?= .venv
-RUN ?= runs/quickstart
-SD3 = $(VENV)/bin/sd3-jax
-
-.PHONY: quickstart digits plan chaos bench bench-guard test lint clean
-
-quickstart: $(VENV)/installed
-	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
-	$(SD3) sample --config=configs/quickstart.py --workdir=$(RUN)
-	$(SD3) evaluate --config=configs/quickstart.py --workdir=$(RUN)
-	$(SD3) report --config=configs/quickstart.py --workdir=$(RUN)
-
-digits: $(VENV)/installed
-	$(SD3) train --config=configs/digits.py --workdir=runs/digits
-	$(SD3) evaluate --config=configs/digits.py --workdir=runs/digits
-	$(SD3) report --config=configs/digits.py --workdir=runs/digits
-
-plan: $(VENV)/installed-test
-	$(VENV)/bin/python benchmarks/plan.py
-
-chaos: $(VENV)/installed-test
-	$(VENV)/bin/python tests/chaos.py $(SEED)
-
-BENCH = $(SD3) benchmark --config=configs/benchmark.py
-CASES = --config.benchmark.scaling.kinds= --config.benchmark.startup=0
-
-bench: $(VENV)/installed-test
-	$(BENCH) $(CASES) --workdir=runs/speed_cpu
-	$(BENCH) --config.benchmark.cases= --workdir=runs/scaling_cpu
-	for run in speed scaling; do for kind in json md svg; do \
-		cp runs/$${run}_cpu/benchmark.$$kind benchmarks/$${run}_cpu.$$kind; done; done
-
 bench-guard: $(VENV)/installed-test
 	$(BENCH) $(CASES) --workdir=runs/bench-guard \
 		--config.benchmark.guard=benchmarks/speed_cpu.json
