@@ -271,7 +271,7 @@ def test_a_profile_will_name_every_part_of_the_programs():
         "blocks.body/blocks/image.open/attn.qkv/to_qkv/",
         "blocks.body/blocks/text.close/mlp/fc1/",
         f"{forward}square", "jit(step)/jvp(text)/ByteTower/",
-        "jit(step)/optimizer/", "jit(step)/ema/", "jit(step)/grad_norm/",
+        "/optimizer/", "/ema/", "jit(step)/grad_norm/",  # the first two in a branch
     ):  # fmt: skip
         assert name in step, name
     for name in "solver/", "solver/MMDiT/last_block/", "guidance/":
