@@ -1,5 +1,6 @@
 """Eight virtual devices, quick compilation, checked array annotations."""
 
+import gc
 import os
 from pathlib import Path
 
@@ -29,6 +30,7 @@ install_import_hook(
     [f"sd3_jax.{name}" for name in CHECKED.split()], "beartype.beartype"
 )
 
+from sd3_jax.bench import memory  # noqa: E402
 
 # Longest first, so that no worker sits at one alone in the end (see `make test`).
 LONG = (
@@ -48,6 +50,19 @@ def pytest_collection_modifyitems(items):
         return next(found, len(LONG))
 
     items.sort(key=place)
+
+
+ROOM = 4e9  # bytes that a worker may hold when it begins with a file
+
+
+@pytest.fixture(scope="module", autouse=True)
+def room():
+    """Compiled programs are dropped before they fill a small machine's memory."""
+    yield
+    if memory.now() > ROOM:
+        jax.clear_caches()
+        gc.collect()
+        memory.reset()  # gives the system what is free
 
 
 @pytest.fixture
