@@ -127,7 +127,7 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
-    """Latents to images; its FLOPs are XLA's count, which is exact for convolutions."""
+    """Latents to images; its FLOPs are those of the program's convolutions."""
     module, variables = part("vae", mesh, jnp.dtype(config.model.dtype))
     sides = config.image.height // 8, config.image.width // 8
     latents = rows(mesh, (images, *sides, config.model.channels), np.float32)

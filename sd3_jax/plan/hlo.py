@@ -1,386 +1,277 @@
-"""The collectives of a compiled program: bytes on the wire, by kind and mesh axis.
+"""XLA's optimised, scheduled HLO as data: computations, instructions, and shapes.
 
-Read off the text of XLA's optimised HLO: every collective once for each turn of the
-loops around it. Bytes are what a chip sends in a ring of its group.
+The text is read rather than the serialized proto: libtpu's messages have fields, such
+as replica groups over named axes, of which no published Python schema knows, and of
+programs that use the SparseCores only the dump can be had.
 """
 
+import functools
 import math
 import re
-from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-import numpy as np
-
-KINDS = (
+BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0, "c64": 8} | {
+    f"{kind}{bits}": bits / 8
+    for kind in ("s", "u", "f")
+    for bits in (1, 2, 4, 8, 16, 32, 64)
+}
+HBM = 0  # the memory space of arrays that name none; S(1) is VMEM, S(5) the host
+ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
     *("collective-permute", "ragged-all-to-all"),
 )
-SIZES = {"pred": 1, "bf16": 2, "f16": 2} | {
-    f"{kind}{bits}": bits / 8
-    for kind in ("s", "u", "f")
-    for bits in (2, 4, 8, 16, 32, 64)
-}
-VIEWS = {  # they move nothing, or what they move is counted where it happens
-    *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
-    *("while", "conditional", "call", "partition-id", "opt-barrier", "domain"),
-    "async-update",  # and whatever ends in -done
-}
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
-CALLS = re.compile(r"\b(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)")
-BRANCHES = re.compile(r"\bbranch_computations=\{([^}]*)\}")
 
 
-class Collective(NamedTuple):
-    """`count` executions a step of `wire` bytes each, sent by one device."""
+class Shape(NamedTuple):
+    """An array as it lies in memory: sides, their order from the fastest, the first
+    tile's sides, and the memory space."""
 
-    kind: str
-    axes: tuple[str, ...]  # of the mesh, along which its groups lie
-    wire: float
-    count: int
-    shape: str
-    source: str  # the operation of the program it was made for
-    asynchronous: bool
+    dtype: str
+    sides: tuple[int, ...]
+    order: tuple[int, ...] = ()
+    tile: tuple[int, ...] = ()
+    space: int = HBM
 
     @property
-    def total(self) -> float:
-        return self.wire * self.count
+    def elements(self) -> int:
+        return math.prod(self.sides)
+
+    @property
+    def bytes(self) -> float:
+        """With the padding of its tiles: 96 numbers fill 128 lanes."""
+        sides = [self.sides[i] for i in self.order] or list(self.sides[::-1])
+        for i, tile in enumerate(self.tile[::-1]):
+            if i < len(sides):
+                sides[i] = -(-sides[i] // tile) * tile
+            elif self.elements:  # a vector in a tile of two dimensions
+                sides.append(tile)
+        return math.prod(sides) * bytes_of(self.dtype)
+
+    @property
+    def in_hbm(self) -> float:
+        return self.bytes if self.space == HBM else 0.0
 
 
 class Instruction(NamedTuple):
     name: str
-    type: str
+    shapes: tuple[Shape, ...]  # of its result, a tuple's arrays one after another
     opcode: str
-    rest: str  # operands and attributes
+    operands: tuple[str, ...]
+    attributes: str  # what follows the operands
+    root: bool = False
+    elements: tuple[tuple[Shape, ...], ...] = ()  # a tuple's, one by one
+
+    @property
+    def source(self) -> str:
+        """The operation of the JAX program that it was made for."""
+        match = re.search(r'op_name="([^"]*)"', self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def hbm(self) -> float:
+        """Bytes of its result in HBM."""
+        return sum(shape.in_hbm for shape in self.shapes)
+
+    def attribute(self, pattern: str) -> str:
+        """The first group of `pattern` among the attributes; "" without a match."""
+        match = re.search(pattern, self.attributes)
+        return match[1] if match else ""
+
+    @property
+    def called(self) -> list[str]:
+        """The computations that it runs, but for a loop's condition."""
+        pattern = r"\b(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)"
+        return re.findall(pattern, self.attributes)
+
+    @property
+    def branches(self) -> list[str]:
+        names = self.attribute(r"\bbranch_computations=\{([^}]*)\}")
+        pair = re.findall(r"\b(?:true|false)_computation=%?([\w.\-]+)", self.attributes)
+        return [
+            name.strip().removeprefix("%") for name in names.split(",") if name
+        ] or (pair)
 
 
-def collectives(text: str, mesh: Mapping[str, int]) -> list[Collective]:
-    """`mesh` are the axes' sizes, in the order of the devices."""
-    found = computations(text)
-    counts = executions(found)
-    started = {
-        name
-        for code in found.values()
-        for x in code
-        if x.opcode == "async-start"
-        for name in _within(x, found)
-    }
-    seen: dict[str, Collective] = {}
-    for name, instructions in found.items():
-        for x in instructions:
-            kind = x.opcode.removesuffix("-start")
-            if kind not in KINDS or not counts[name]:
-                continue
-            # XLA's fused form: an all-reduce of which each device keeps its part.
-            if kind == "all-reduce" and name.startswith("all-reduce-scatter"):
-                kind = "reduce-scatter"
-            made = _collective(kind, x, mesh, counts[name], name)
-            if name in started:  # on a SparseCore
-                made = made._replace(asynchronous=True)
-            channel = re.search(r"channel_id=(\d+)", x.rest)
-            told = channel and channel[1] != "1"  # all of shard_map's have this one
-            key = channel[1] if told else f"{name}/{x.name}"
-            # One that runs beside several matrix products, some of them in loops of
-            # their own, has an entry in each; it starts once.
-            if key in seen:
-                least = min(made, seen[key], key=lambda x: x.total)
-                beside = made.asynchronous or seen[key].asynchronous
-                made = least._replace(asynchronous=beside)
-            seen[key] = made
-    return list(seen.values())
+class Computation:
+    """Instructions in the order in which they are run."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.instructions: list[Instruction] = []
+
+    def __iter__(self) -> Iterator[Instruction]:
+        return iter(self.instructions)
+
+    def __len__(self) -> int:
+        return len(self.instructions)
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        return {x.name: x for x in self.instructions}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[Instruction]]:
+        users: dict[str, list[Instruction]] = {}
+        for x in self.instructions:
+            for name in dict.fromkeys(x.operands):
+                users.setdefault(name, []).append(x)
+        return users
+
+    @functools.cached_property
+    def parameters(self) -> dict[int, Instruction]:
+        return {
+            int(x.attributes): x for x in self.instructions if x.opcode == "parameter"
+        }
+
+    @property
+    def root(self) -> Instruction:
+        return next((x for x in self.instructions if x.root), self.instructions[-1])
 
 
-def computations(text: str) -> dict[str, list[Instruction]]:
-    """By name; the entry's is ""."""
-    found, current = {}, None
+class Module(NamedTuple):
+    computations: dict[str, Computation]
+    entry: str
+
+    def __getitem__(self, name: str) -> Computation:
+        return self.computations[name]
+
+    def reached(self, x: Instruction) -> Iterator[Computation]:
+        """The computations that an instruction calls, and those which they call."""
+        for name in x.called:
+            if name in self.computations:
+                yield self[name]
+                for inner in self[name]:
+                    if inner.called:
+                        yield from self.reached(inner)
+
+
+def parse(text: str) -> Module:
+    """Of the text of a module after all passes; ValueError if it has no entry."""
+    computations: dict[str, Computation] = {}
+    entry, current, lines = "", None, []
+
+    def close():
+        if current is not None and lines:
+            current.instructions.append(_instruction(" ".join(lines)))
+        lines.clear()
+
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
         if head:
-            current = found.setdefault("" if head[1] else head[2], [])
-        elif line == "}":  # a kernel's own description may begin a line so
+            current = computations[head[2]] = Computation(head[2])
+            entry = head[2] if head[1] else entry
+        elif re.fullmatch(r'\}(, execution_thread="\w+")?', line):
+            close()
             current = None
-        elif current is not None and " = " in line:
-            current.append(_instruction(line))
-    return found
+        elif re.match(r"  (?:ROOT )?%?[\w.\-]+ = ", line):
+            close()
+            lines.append(line.strip())
+        elif lines:  # a kernel's description may go on for several lines
+            lines.append(line)
+    if not entry:
+        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+    return Module(computations, entry)
 
 
 def _instruction(line: str) -> Instruction:
-    name, _, rest = line.strip().removeprefix("ROOT ").partition(" = ")
+    root = line.startswith("ROOT ")
+    name, _, rest = line.removeprefix("ROOT ").partition(" = ")
     if rest.startswith("("):
-        depth = 0
-        for end, letter in enumerate(rest, 1):
-            depth += (letter == "(") - (letter == ")")
-            if not depth:
-                kind, rest = rest[:end], rest[end + 1 :]
-                break
+        end = _closing(rest)
+        kind, rest = rest[:end], rest[end + 1 :]
     else:
         kind, _, rest = rest.partition(" ")
     opcode, _, rest = rest.partition("(")
-    return Instruction(name.removeprefix("%"), kind, opcode, rest)
-
-
-def traffic(text: str) -> float:
-    """Bytes that a step reads and writes in HBM: of every operation outside fusions its
-    operands and what it makes, and of slices only what is taken or put."""
-    found = computations(text)
-    counts = executions(found, fused=False)
-    return sum(
-        counts[name] * sum(_moved(code, found))
-        for name, code in found.items()
-        if counts[name]
+    end = _closing(f"({rest}") - 1
+    inside, attributes = rest[: end - 1], rest[end:]
+    operands = tuple(x[1:] for x in re.findall(r"%[\w.\-]+", inside))
+    if opcode in ("parameter", "constant"):
+        operands, attributes = (), inside if opcode == "parameter" else f"({inside})"
+    parts = tuple(map(_shapes, _split(kind[1:-1]))) if kind.startswith("(") else ()
+    return Instruction(
+        name.removeprefix("%"), _shapes(kind), opcode, operands, attributes, root, parts
     )
 
 
-def _moved(code: list[Instruction], found) -> Iterator[float]:
-    made = {x.name: x.type for x in code}
-    for x in code:
-        if x.opcode in VIEWS or x.opcode.endswith("-done"):
-            continue
-        given = [made.get(name, "") for name in _operands(x)]
-        if x.opcode.endswith("-start"):  # of a copy or slice: (operand, result, …)
-            result = sum(_in_hbm(a) for a in ARRAY.findall(x.type)[1:2])
-            yield result + min(result, _hbm(given))
-        elif x.opcode == "dynamic-slice":
-            yield 2 * _hbm([x.type])
-        elif x.opcode == "dynamic-update-slice":
-            yield 2 * _hbm(given[1:2])
-        elif x.opcode == "fusion":
-            inside = found.get(CALLS.findall(x.rest)[0], [])
-            yield _by_fusion(x, inside, given)
-        else:
-            yield _hbm([x.type]) + _hbm(given)
+def _closing(text: str) -> int:
+    """Where the parenthesis that `text` begins with is closed."""
+    depth = 0
+    for place, letter in enumerate(text, 1):
+        depth += (letter == "(") - (letter == ")")
+        if not depth:
+            return place
+    raise ValueError(f"unbalanced parentheses: {text[:80]}")
 
 
-def _by_fusion(x: Instruction, inside: list[Instruction], given: list[str]) -> float:
-    """A slice of an operand is all that is read of it, and one put in its place all
-    that is written."""
-    total, put = 0.0, 0.0
-    types = {y.name: y.type for y in inside}
-    users = defaultdict(list)
-    for y in inside:
-        for name in _operands(y):
-            users[name].append(y)
-    for y in inside:
-        if y.opcode == "parameter":
-            place = int(y.rest.partition(")")[0])
-            read = _hbm(given[place : place + 1])
-            reached = _through(users[y.name], users)
-            if reached and all(u.opcode == "dynamic-slice" for u in reached):
-                read = min(read, sum(_hbm([u.type], any_space=True) for u in reached))
-            elif any(u.opcode == "dynamic-update-slice" for u in reached):
-                updates = [_operands(u)[1] for u in reached if "update" in u.opcode]
-                size = _hbm([types.get(n, "") for n in updates], any_space=True)
-                read, put = 0.0, put + max(_hbm([x.type]) and read - size, 0.0)
-            total += read
-    return total + max(_hbm([x.type]) - put, 0.0)
+def _split(text: str) -> list[str]:
+    """At the commas that no bracket encloses."""
+    parts, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            parts.append(text[start:place])
+            start = place + 1
+    return [*parts, text[start:]] if text else []
 
 
-def _through(found: list[Instruction], users) -> list[Instruction]:
-    """Past bitcasts."""
-    return [
-        z
-        for y in found
-        for z in (_through(users[y.name], users) if y.opcode == "bitcast" else [y])
-    ]
+@functools.lru_cache(maxsize=2**16)
+def _shapes(text: str) -> tuple[Shape, ...]:
+    return tuple(_shape(*match) for match in ARRAY.findall(text))
 
 
-def _hbm(types: list[str], *, any_space: bool = False) -> float:
-    arrays = [a for t in types for a in ARRAY.findall(t)]
-    return sum(_bytes(*a[:2]) if any_space else _in_hbm(a) for a in arrays)
+def _shape(dtype: str, sides: str, layout: str) -> Shape:
+    order, _, memory = layout.strip("{}").partition(":")
+    tile = re.match(r"T\(([\d,]+)\)", memory)
+    space = re.search(r"S\((\d+)\)", memory)
+    return Shape(
+        dtype,
+        _integers(sides),
+        _integers(order),
+        _integers(tile[1]) if tile else (),
+        int(space[1]) if space else HBM,
+    )
 
 
-def _in_hbm(array: tuple[str, str, str]) -> float:
-    kind, sides, layout = array
-    return 0.0 if re.search(r"S\([1-9]", layout) else _bytes(kind, sides)
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(n) for n in text.split(",") if n)
 
 
-def executions(
-    found: Mapping[str, list[Instruction]], *, fused: bool = True
-) -> Counter:
-    """How often a step runs each computation, without `fused` those in memory only."""
-    calls = {name: list(_calls(found, code, fused)) for name, code in found.items()}
-    counts: Counter = Counter({"": 1})
-    order, done = [], set()
-
-    def visit(name):  # callers before those they call
-        if name in done:
-            return
-        done.add(name)
-        for callee, _ in calls.get(name, ()):
-            visit(callee)
-        order.append(name)
-
-    visit("")
-    for name in reversed(order):
-        for callee, times in calls.get(name, ()):
-            counts[callee] += counts[name] * times
-    return counts
+def bytes_of(dtype: str) -> float:
+    """Of a number; KeyError for a type that HLO does not have."""
+    return 1.0 if dtype.startswith("f8") else BYTES[dtype]
 
 
-def _calls(found, code, fused: bool) -> Iterator[tuple[str, int]]:
-    for x in code:
-        if x.opcode == "while":
-            body = re.search(r"body=%?([\w.\-]+)", x.rest)[1]
-            yield body, trips(x, found)
-        elif x.opcode == "call" or (
-            fused and x.opcode in ("fusion", "async-start", "custom-call")
-        ):
-            for callee in CALLS.findall(x.rest):
-                if callee in found:
-                    yield callee, 1
-        elif x.opcode == "conditional":
-            names = BRANCHES.search(x.rest)[1].split(",")
-            names = [name.strip().removeprefix("%") for name in names]
-            # One is run. Ours have a short one, for what hardly ever happens.
-            yield max(names, key=lambda name: len(found.get(name, ()))), 1
-
-
-def trips(loop: Instruction, found: Mapping[str, list[Instruction]]) -> int:
-    """A loop's turns: as XLA tells them, or the bound of its condition over what each
-    turn adds to the counter; rings inside matrix products count by twos."""
-    told = re.search(r'known_trip_count"?:\{"n":"(\d+)"', loop.rest)
-    if told:
-        return int(told[1])
-    condition = found[re.search(r"condition=%?([\w.\-]+)", loop.rest)[1]]
-    body = found[re.search(r"body=%?([\w.\-]+)", loop.rest)[1]]
-    root = next((x for x in condition if x.opcode == "compare"), None)
-    if root is None:  # it is in a fusion: the only number there is the bound
-        inner = [_numbers(found.get(name, [])) for name in _callees(condition)]
-        bounds = [
-            *_numbers(condition).values(),
-            *(n for x in inner for n in x.values()),
-        ]
+def trips(loop: Instruction, module: Module) -> int:
+    """How often a loop's body runs: as XLA says, or the bound in its condition over
+    what each turn adds to the counter. Rings inside products count by twos."""
+    known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
+    if known:
+        return int(known)
+    condition = module[loop.attribute(r"condition=%?([\w.\-]+)")]
+    body = module[loop.attribute(r"body=%?([\w.\-]+)")]
+    compare = next((x for x in condition if x.opcode == "compare"), None)
+    constants = _constants(condition)
+    if compare is None:  # it is in a fusion: the only number there is the bound
+        inner = [_constants(c) for x in condition for c in module.reached(x)]
+        bounds = [n for numbers in (constants, *inner) for n in numbers.values()]
         return max(bounds, default=1)
-    numbers = _numbers(condition)
-    bound = max(
-        (numbers[name] for name in _operands(root) if name in numbers), default=1
-    )
-    counters = {x.name: x for x in condition if x.opcode == "get-tuple-element"}
-    counter = next((counters[n] for n in _operands(root) if n in counters), None)
+    bound = max((constants.get(name, 1) for name in compare.operands), default=1)
+    read = [condition.by_name.get(name) for name in compare.operands]
+    counter = next((x for x in read if x and x.opcode == "get-tuple-element"), None)
     if counter is None:
         return bound
-    place = int(re.search(r"index=(\d+)", counter.rest)[1])
-    by_name = {x.name: x for x in body}
-    moved = by_name.get(_operands(body[-1])[place])
-    steps = _numbers(body)
-    added = [] if moved is None or moved.opcode != "add" else _operands(moved)
+    place = int(counter.attribute(r"index=(\d+)"))
+    moved = body.by_name.get(body.root.operands[place])
+    steps = _constants(body)
+    added = moved.operands if moved is not None and moved.opcode == "add" else ()
     return math.ceil(bound / next((steps[n] for n in added if n in steps), 1))
 
 
-def _within(x: Instruction, found) -> Iterator[str]:
-    """The computations that an operation calls, and those which they call."""
-    for name in CALLS.findall(x.rest):
-        yield name
-        for inner in found.get(name, ()):
-            yield from _within(inner, found)
-
-
-def _numbers(code: list[Instruction]) -> dict[str, int]:
+def _constants(computation: Computation) -> Mapping[str, int]:
     return {
         x.name: int(number[1])
-        for x in code
-        if x.opcode == "constant" and (number := re.match(r"(\d+)\)", x.rest))
+        for x in computation
+        if x.opcode == "constant" and (number := re.match(r"\((\d+)\)", x.attributes))
     }
-
-
-def _operands(x: Instruction) -> list[str]:
-    inside = x.rest.partition(")")[0]
-    return [name.removeprefix("%") for name in re.findall(r"%[\w.\-]+", inside)]
-
-
-def _callees(code: list[Instruction]) -> list[str]:
-    return [name for x in code for name in CALLS.findall(x.rest)]
-
-
-def _collective(kind, x: Instruction, mesh, count, place) -> Collective:
-    groups = _groups(x.rest, math.prod(mesh.values()))
-    size = len(groups[0])
-    shapes = re.findall(r"(\w+)\[([\d,]*)\]", x.type)
-    held = [_bytes(*shape) for shape in shapes]
-    whole = max(held, default=0)
-    if kind in ("all-reduce", "reduce-scatter") and x.type.startswith("("):
-        whole = sum(held) / (2 if x.opcode.endswith("-start") else 1)
-    ring = (size - 1) / size
-    if kind == "all-reduce":
-        wire = 2 * whole * ring
-    elif kind == "reduce-scatter":
-        parts = 1 if x.opcode.startswith("all-reduce") else size  # its type is one part
-        wire = whole * ring * parts
-    elif kind == "collective-permute":
-        wire = whole
-    else:
-        wire = whole * ring
-    source = re.search(r'op_name="([^"]*)"', x.rest)
-    fused = "async" in place or "windowed" in place
-    shape = max(shapes, key=lambda s: _bytes(*s), default=("", ""))
-    return Collective(
-        kind,
-        _axes(groups, mesh),
-        wire,
-        count,
-        f"{shape[0]}[{shape[1]}]",
-        source[1] if source else "",
-        x.opcode.endswith("-start") or fused,
-    )
-
-
-def _bytes(dtype: str, sides: str) -> float:
-    size = next((n for name, n in SIZES.items() if dtype == name), None)
-    size = 1 if size is None and dtype.startswith("f8") else size or 0
-    return size * math.prod(int(side) for side in sides.split(",") if side)
-
-
-def _groups(rest: str, devices: int) -> list[list[int]]:
-    """Which devices talk to which, in any of the ways that HLO tells it."""
-    pairs = re.search(r"source_target_pairs=\{((?:\{\d+,\d+\},?)+)\}", rest)
-    if pairs:
-        return _connected(re.findall(r"(\d+),(\d+)", pairs[1]))
-    told = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", rest)
-    if told:
-        sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", told[1]))
-        names, along = list(sizes), re.findall(r"'(\w+)'", told[2])
-        ids = np.arange(devices).reshape([int(n) for n in sizes.values()])
-        order = [i for i, n in enumerate(names) if n not in along]
-        order += [names.index(n) for n in along]
-        size = math.prod(int(sizes[n]) for n in along)
-        return ids.transpose(order).reshape(-1, size).tolist()
-    told = re.search(
-        r"replica_groups=\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", rest
-    )
-    if told:
-        shape, dims = ([int(n) for n in told[i].split(",")] for i in (1, 2))
-        ids = np.arange(math.prod(dims)).reshape(dims)
-        if told[3]:
-            ids = ids.transpose([int(n) for n in told[3].split(",")])
-        return ids.reshape(shape).tolist()
-    told = re.search(r"replica_groups=\{((?:\{[\d,]*\},?)+)\}", rest)
-    if told:
-        groups = re.findall(r"\{([\d,]*)\}", told[1])
-        return [[int(n) for n in group.split(",")] for group in groups if group]
-    return [list(range(devices))]
-
-
-def _connected(pairs) -> list[list[int]]:
-    """Rings from their hops."""
-    near = defaultdict(set)
-    for a, b in pairs:
-        near[int(a)].add(int(b))
-        near[int(b)].add(int(a))
-    groups, seen = [], set()
-    for start in near:
-        if start not in seen:
-            group, ahead = [], [start]
-            while ahead:
-                x = ahead.pop()
-                if x not in seen:
-                    seen.add(x)
-                    group.append(x)
-                    ahead.extend(near[x])
-            groups.append(sorted(group))
-    return groups or [[0]]
-
-
-def _axes(groups: list[list[int]], mesh: Mapping[str, int]) -> tuple[str, ...]:
-    """The mesh's axes along which the members of a group differ."""
-    places = np.array(np.unravel_index(groups[0], list(mesh.values())))
-    return tuple(axis for axis, row in zip(mesh, places) if len(set(row.tolist())) > 1)

@@ -72,7 +72,7 @@ def estimate(x: Candidate, model: MMDiT, each: Slice, batch, params, work, total
     head, again = model.width // model.num_heads, AGAIN.get(x.remat, 0.0)
     compute = images * bounds.training(work, chip, head=head, again=again).total
     sent = bounds.least_wire(params, x.fsdp, x.data)
-    links = sent / chip.link_rate
+    links = sent / (chip.link_rate * each.links(x.fsdp))
     accumulates = batch > x.per_chip * each.chips
     state = (STATE + 4 * accumulates) * params / x.fsdp
     kept = 2 * KEPT[x.remat] * model.width * work.tokens * (model.depth - 1) * images

@@ -1,10 +1,10 @@
 """TPU slices by name: topology, memory, and the rates that bound a program.
 
-Peaks and capacities are the published ones; rates between chips are one-way sums over
-a chip's links. A v5p's name counts cores, two a chip, and a tpu7x's counts the two
-devices that JAX sees of a chip.
+Peaks and capacities are the published ones; a link's rate is one way. A v5p's name
+counts cores, two a chip, and a tpu7x's counts the two devices that JAX sees of a chip.
 """
 
+import math
 import re
 from typing import NamedTuple
 
@@ -13,8 +13,8 @@ from sd3_jax.errors import UserError, nearest
 
 class Generation(NamedTuple):
     """Per JAX device: FLOP/s in bfloat16, bytes of HBM as the compiler counts them,
-    bytes/s of HBM, out of its links, and to other slices, and the width of the matrix
-    unit."""
+    bytes/s of HBM, of one of its chip's links and to other slices, and the width of the
+    matrix unit."""
 
     topology: str
     kind: str  # jax.Device.device_kind
@@ -26,27 +26,34 @@ class Generation(NamedTuple):
     named: int = 1  # what the slice's name counts for each chip
     devices: int = 1  # JAX devices a chip
     dims: int = 2
-    slice_rate: float = 6.25e9  # of a host's 200 Gb/s network its four chips' share
+    slice_rate: float = 6.25e9  # 50 Gb/s a chip
 
 
 GB = 2**30
 GENERATIONS = {
-    "v5e": Generation("v5e", "TPU v5 lite", 197e12, 15.75 * GB, 0.82e12, 1.8e11, 128),
-    "v5p": Generation(
-        "v5", "TPU v5", 459e12, 95.74 * GB, 2.76e12, 5.4e11, 128, named=2, dims=3
+    "v5e": Generation(
+        *("v5e", "TPU v5 lite", 197e12, 15.75 * GB, 0.82e12, 4.5e10, 128),
+        slice_rate=3.125e9,  # 25 Gb/s
     ),
-    "v6e": Generation("v6e", "TPU v6 lite", 918e12, 31.25 * GB, 1.64e12, 3.6e11, 256),
+    "v5p": Generation(
+        *("v5", "TPU v5", 459e12, 95.74 * GB, 2.76e12, 9e10, 128), named=2, dims=3
+    ),
+    "v6e": Generation(
+        *("v6e", "TPU v6 lite", 918e12, 31.25 * GB, 1.64e12, 9e10, 256),
+        slice_rate=12.5e9,  # 100 Gb/s
+    ),
     "tpu7x": Generation(
         "tpu7x",
         "TPU7x",
         1153.5e12,
         94.75 * GB,
         3.69e12,
-        3.0e11,
+        1.0e11,
         256,
         named=2,
         devices=2,
         dims=3,
+        slice_rate=6.25e9,  # 100 Gb/s a chip, of two devices
     ),
 }
 FLAT = {
@@ -97,6 +104,17 @@ class Slice(NamedTuple):
     @property
     def devices(self) -> int:
         return self.chips * self.generation.devices
+
+    def links(self, devices: int) -> float:
+        """How many links a chip of neighbouring `devices` can send by at least: two
+        along an axis that closes to a ring, one along one that has ends."""
+        left, links = max(1, devices // self.generation.devices), 0
+        for size, ring in zip(self.shape[::-1], self.wrap[len(self.shape) - 1 :: -1]):
+            filled = min(left, size)
+            left //= filled
+            if filled > 1:
+                links += 2 if ring and filled == size > 2 else 1
+        return links or math.inf
 
 
 def find(name: str) -> Slice:
