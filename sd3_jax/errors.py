@@ -16,7 +16,7 @@ EXIT_CODES = {  # launch/README.md says what supervisors do with them
     RETRY: "start it again: stuck, a peer gone, a device, network or storage fault",
     INTERRUPTED: "Ctrl-C",
 }
-# Faults of a file system that the user can put right, and those that pass by themselves.
+# Faults of a file system that the user must repair, and those that pass.
 DISK = "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR".split()
 PASSING = "EIO ESTALE ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN".split()
 # absl's status codes that begin a JaxRuntimeError. RESOURCE_EXHAUSTED, INVALID_ARGUMENT

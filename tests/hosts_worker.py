@@ -66,7 +66,7 @@ def waits():
 
 
 def mistake():
-    """Process 0 has a mistake; process 1's collective fails before the note is there."""
+    """Process 1's collective fails before process 0 tells its mistake."""
     if ME == 0:
         time.sleep(1)
         raise UserError("no such shard")
