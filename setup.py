@@ -4,8 +4,13 @@ from setuptools import find_packages, setup
 
 # Tests and `compare` only: nothing that trains or samples imports it.
 TORCH = ["torch==2.13.0", "diffusers>=0.42"]
-# The TPU's compiler, which `plan` runs without a TPU.
-PLAN = ["libtpu>=0.0.40"]
+# The TPU's compiler, which `plan` runs without a TPU. `jax[tpu]` pins an older one (jax
+# 0.10.2, the last for Python 3.11: libtpu 0.0.42; jax 0.12.0.1: 0.0.50), so a run would
+# compile another program than the planned one. `tpu` therefore has jax[tpu]'s contents
+# without its pin, and the same floor as `plan`; a PJRT plugin may be newer than jaxlib.
+PLAN = ["libtpu>=0.0.52"]
+# gs:// paths: etils.epath, which jax's compilation cache uses too, reads them by gcsfs.
+GCS = ["gcsfs>=2026.4.0"]
 # Near-duplicates among training pictures, which `dedup` finds.
 DEDUP = ["faiss-cpu>=1.8"]
 TEST = [
@@ -36,7 +41,7 @@ setup(
         "flax>=0.12",
         "grain>=0.2.14",
         "huggingface_hub>=0.30",
-        "jax>=0.10",
+        "jax>=0.10.1",  # 0.10.0: AbstractDevice has no attribute platform
         "jaxtyping>=0.3",
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
@@ -53,8 +58,9 @@ setup(
         "transformers>=5.0",
     ],
     extras_require={
-        "tpu": ["jax[tpu]>=0.10"],
-        "cuda": ["jax[cuda12]>=0.10"],
+        "tpu": ["jax>=0.10.1", *PLAN, "requests", *GCS],
+        "cuda": ["jax[cuda12]>=0.10.1"],
+        "gcs": GCS,
         "torch": TORCH,
         "plan": PLAN,
         "dedup": DEDUP,

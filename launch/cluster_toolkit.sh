@@ -5,7 +5,11 @@
 #
 # Variables: CLUSTER LOCATION (zone or region) PROJECT JOB_NAME (28 letters at most)
 # COMPUTE_TYPE (ct5p-hightpu-4t) TOPOLOGY (4x4x4) TPU_GENERATION (v5e v5p v6e tpu7x)
-# IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), QUEUE (of Kueue).
+# IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), QUEUE (of Kueue), SERVICE_ACCOUNT (of
+# Kubernetes), GRACE_S (300; spot: 15), PROVISIONING (on-demand, spot, reserved: of nodes
+# that GKE creates for the job; reserved needs RESERVATION), CHECKPOINT_EVERY (spot: 200),
+# CACHE_DIR (of compiled programs). The network is the cluster's. launch/README.md explains
+# them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -13,9 +17,22 @@ source "$(dirname "$0")/common.sh"
 require CLUSTER LOCATION PROJECT JOB_NAME COMPUTE_TYPE TOPOLOGY IMAGE
 generation
 (($#)) || usage
+grace 15
+job_flags "$@"
+host_variables
+nodes=()
+case $PROVISIONING in
+  spot) nodes=(--gke-nap-provisioning=spot) ;;
+  reserved)
+    require RESERVATION
+    nodes=(--gke-nap-provisioning=reservation --gke-nap-reservation="$RESERVATION")
+    ;;
+esac
 
 run gcluster job submit --cluster="$CLUSTER" --location="$LOCATION" \
   --project="$PROJECT" --name="$JOB_NAME" --compute-type="$COMPUTE_TYPE" \
   --topology="$TOPOLOGY" --num-slices="${NUM_SLICES:-1}" --image="$IMAGE" \
-  --restarts="${MAX_RESTARTS:-10}" ${QUEUE:+--queue="$QUEUE"} \
-  --command="TPU_GENERATION=$TPU_GENERATION launch/job.sh python -m sd3_jax.main $(spell "$@")"
+  --restarts="${MAX_RESTARTS:-10}" --grace-period="$((GRACE_S + 15))s" \
+  --restart-on-exit-codes="3,42,$(seq -s, 127 255)" ${QUEUE:+--queue="$QUEUE"} \
+  ${SERVICE_ACCOUNT:+--service-account="$SERVICE_ACCOUNT"} ${nodes[@]+"${nodes[@]}"} \
+  --command="$(spell "${HOST[@]}") launch/job.sh python -m sd3_jax.main $(spell "${FLAGS[@]}")"

@@ -46,12 +46,62 @@ generation() { # TPU_GENERATION, which must have a file of flags
     fail "TPU_GENERATION=$TPU_GENERATION: wanted v5e, v5p, v6e or tpu7x"
 }
 
-provisioning() { # gcloud's flag for PROVISIONING
-  case ${PROVISIONING:-on-demand} in
-    on-demand) ;;
-    spot | reserved) echo "--$PROVISIONING" ;;
+provisioning() { # PROVISIONING, checked
+  case ${PROVISIONING:=on-demand} in
+    on-demand | spot | reserved) ;;
     *) fail "PROVISIONING=$PROVISIONING: wanted on-demand, spot or reserved" ;;
   esac
+}
+
+tpu_api() { # TPU VMs and queued resources are the Cloud TPU API's, which ends with v6e
+  case ${TPU_GENERATION:-} in tpu7x) refuse_tpu7x "TPU_GENERATION=$TPU_GENERATION" ;; esac
+  case ${ACCELERATOR_TYPE:-} in
+    tpu7x* | v7x*) refuse_tpu7x "ACCELERATOR_TYPE=$ACCELERATOR_TYPE" ;;
+  esac
+}
+
+refuse_tpu7x() {
+  fail "$1: TPU7x is on GKE only; use launch/gke/render.py, launch/xpk.sh or" \
+    "launch/cluster_toolkit.sh"
+}
+
+machine_flags() { # into MACHINE: gcloud's flags for what the hosts are and may do
+  provisioning
+  MACHINE=()
+  [[ $PROVISIONING == on-demand ]] || MACHINE+=("--$PROVISIONING")
+  [[ -z ${SERVICE_ACCOUNT:-} ]] || MACHINE+=(--service-account="$SERVICE_ACCOUNT")
+  [[ -z ${NETWORK:-} ]] || MACHINE+=(--network="$NETWORK")
+  [[ -z ${SUBNETWORK:-} ]] || MACHINE+=(--subnetwork="$SUBNETWORK")
+}
+
+# Compute Engine takes a Spot machine 30 s after its notice, and GKE leaves 15 s of them
+# to pods, whatever a longer grace period says.
+grace() { # SPOT_SECONDS: GRACE_S, which is as long as a machine leaves for the last save
+  provisioning
+  if [[ $PROVISIONING == spot ]]; then
+    GRACE_S=$1
+    echo "PROVISIONING=spot: SIGKILL follows SIGTERM after $GRACE_S s" >&2
+  fi
+  GRACE_S=${GRACE_S:-300}
+}
+
+job_flags() { # JOB FLAGS…, into FLAGS: a Spot machine's training saves more often
+  FLAGS=("$@")
+  [[ $PROVISIONING == spot && $1 == train ]] || return 0
+  [[ " $*" != *" --config.checkpoint.every"* ]] || return 0
+  FLAGS+=("--config.checkpoint.every=${CHECKPOINT_EVERY:=200}")
+  echo "PROVISIONING=spot: a checkpoint every $CHECKPOINT_EVERY steps" >&2
+}
+
+host_variables() { # into HOST: what job.sh is to have in its environment
+  HOST=(TPU_GENERATION="$TPU_GENERATION" GRACE_S="$GRACE_S")
+  if [[ -n ${CACHE_DIR:-} ]]; then # else beside the run's checkpoints
+    HOST+=(JAX_COMPILATION_CACHE_DIR="$CACHE_DIR")
+  fi
+}
+
+retryable() { # CODE: whether a restart may help; sd3_jax/errors.py has the codes
+  (($1 == 3 || $1 == 42 || $1 >= 127))
 }
 
 # What TPU VMs are told through ssh. The tree lies in ~/sd3_jax; job.{log,pid,code} beside
@@ -76,7 +126,7 @@ remote_start() { # JOB FLAGS…
   echo "cd sd3_jax || exit 1;" \
     "if $(alive); then echo 'a job is running: stop it first' >&2; exit 1; fi;" \
     "rm -f ../job.code;" \
-    "nohup env TPU_GENERATION=$TPU_GENERATION JOB_CODE=../job.code launch/job.sh" \
+    "nohup env $(spell "${HOST[@]}") JOB_CODE=../job.code launch/job.sh" \
     ".venv/bin/python -m sd3_jax.main $(spell "$@")" \
     ">>../job.log 2>&1 </dev/null & echo \$! >../job.pid"
 }

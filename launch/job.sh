@@ -4,15 +4,20 @@
 #   TPU_GENERATION=v6e launch/job.sh python -m sd3_jax.main train --config=… --workdir=…
 #
 # SIGTERM is passed on: training saves and ends with 0, as when it is done. So that a
-# supervisor starts it again, this then ends with 143.
+# supervisor starts it again, this then ends with 143; but with 1 or 2 if the job does,
+# for a restart would not help.
 # Variables: TPU_GENERATION (v5e v5p v6e tpu7x; none: no flags), GRACE_S (300: seconds
-# until SIGKILL follows), JOB_CODE (a file for the exit code).
+# until SIGKILL follows), JOB_CODE (a file for the exit code), and those of sd3_jax, such
+# as JAX_COMPILATION_CACHE_DIR. The job finds GRACE_S as SD3_GRACE_S.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
 # shellcheck source=launch/common.sh
 source launch/common.sh
 (($#)) || usage
+GRACE_S=${GRACE_S:-300}
+[[ $GRACE_S =~ ^[0-9]+$ ]] || fail "GRACE_S=$GRACE_S: wanted an integer, seconds"
+export SD3_GRACE_S=$GRACE_S
 
 if [[ -n ${TPU_GENERATION:-} ]]; then
   generation
@@ -23,6 +28,7 @@ if [[ -n ${TPU_GENERATION:-} ]]; then
 fi
 if "$DRY_RUN"; then
   echo "LIBTPU_INIT_ARGS=${LIBTPU_INIT_ARGS:-}"
+  echo "SD3_GRACE_S=$SD3_GRACE_S"
   run "$@"
   exit
 fi
@@ -36,8 +42,13 @@ job=$!
 code=0
 wait "$job" || code=$?
 "$told" || exit "$code"
-for ((i = 0; i < ${GRACE_S:-300}; i++)); do # the trap cut wait short
-  kill -0 -- "-$job" 2>/dev/null || exit 143
+for ((i = 0; i < GRACE_S; i++)); do # the trap cut wait short
+  if ! kill -0 -- "-$job" 2>/dev/null; then
+    code=0
+    wait "$job" || code=$?
+    ((code != 1 && code != 2)) || exit "$code"
+    exit 143
+  fi
   sleep 1
 done
 kill -KILL -- "-$job" 2>/dev/null || true

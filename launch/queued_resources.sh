@@ -6,16 +6,19 @@
 #
 # `resume` creates what is missing, starts the job, and when the resource was preempted
 # deletes it, creates it anew and starts the same command, which goes on from its last
-# checkpoint. It ends with the job: 0 when done, 2 at a mistake of the user's.
+# checkpoint. It ends with the job: 0 when done, 1 and 2 where a restart does not help.
 # Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE, RUNTIME_VERSION,
-# NODE_COUNT (1: slices) and PROVISIONING (on-demand, spot, reserved); to run,
-# TPU_GENERATION (v5e v5p v6e tpu7x); POLL_S (60), MAX_RESTARTS (10: of a job that failed
-# by itself).
+# NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default
+# ones); to create and run, PROVISIONING (on-demand, spot, reserved); to run,
+# TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30), CHECKPOINT_EVERY (spot: 200),
+# CACHE_DIR (of compiled programs); to resume, POLL_S (60) and MAX_RESTARTS (10: of a job
+# that failed by itself). launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require QUEUED_RESOURCE ZONE PROJECT
+tpu_api
 POLL_S=${POLL_S:-60}
 
 queued() { # VERB WHAT FLAGS…
@@ -28,12 +31,12 @@ every() { # a command for all hosts of all slices
 
 create() {
   require ACCELERATOR_TYPE RUNTIME_VERSION
-  local kind nodes=(--node-id="$QUEUED_RESOURCE")
-  kind=$(provisioning) || exit
+  local nodes=(--node-id="$QUEUED_RESOURCE")
+  machine_flags
   if ((${NODE_COUNT:-1} > 1)); then
     nodes=(--node-prefix="$QUEUED_RESOURCE" --node-count="$NODE_COUNT")
   fi
-  queued create "$QUEUED_RESOURCE" "${nodes[@]}" ${kind:+"$kind"} \
+  queued create "$QUEUED_RESOURCE" "${nodes[@]}" ${MACHINE[@]+"${MACHINE[@]}"} \
     --accelerator-type="$ACCELERATOR_TYPE" --runtime-version="$RUNTIME_VERSION"
 }
 
@@ -102,7 +105,7 @@ resume() {
       ACTIVE)
         job=$(status 2>/dev/null | tail -n 1) || job=unreachable
         case $job in
-          "exit 0" | "exit 2") note "the job ended: $job" && return "${job#exit }" ;;
+          "exit 0" | "exit 1" | "exit 2") note "the job ended: $job" && return "${job#exit }" ;;
           none) begin "$@" || note "not reachable" ;;
           "exit 143") again "$@" || note "not reachable" ;; # told to stop, and saved
           exit* | lost)
@@ -130,7 +133,10 @@ case $verb in
     (($#)) || usage
     generation
     [[ $verb == run ]] || require ACCELERATOR_TYPE RUNTIME_VERSION
-    if [[ $verb == run ]]; then start "$@"; else resume "$@"; fi
+    grace 30
+    job_flags "$@"
+    host_variables
+    if [[ $verb == run ]]; then start "${FLAGS[@]}"; else resume "${FLAGS[@]}"; fi
     ;;
   *) usage ;;
 esac

@@ -5,13 +5,16 @@
 #   launch/tpu_vm.sh run [--dry-run] JOB --config=… --workdir=…
 #
 # Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE and RUNTIME_VERSION, and
-# PROVISIONING (on-demand, spot, reserved); to run, TPU_GENERATION (v5e v5p v6e tpu7x);
-# for logs, WORKER (0).
+# SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default ones); to create and run,
+# PROVISIONING (on-demand, spot, reserved); to run, TPU_GENERATION (v5e v5p v6e), GRACE_S
+# (300; spot: 30), CHECKPOINT_EVERY (spot: 200) and CACHE_DIR (of compiled programs); for
+# logs, WORKER (0). launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require TPU_NAME ZONE PROJECT
+tpu_api
 
 vm() { # VERB WHAT FLAGS…
   run gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT"
@@ -23,10 +26,9 @@ every() { # a command for all hosts
 
 create() {
   require ACCELERATOR_TYPE RUNTIME_VERSION
-  local kind
-  kind=$(provisioning)
+  machine_flags
   vm create "$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" \
-    --version="$RUNTIME_VERSION" ${kind:+"$kind"}
+    --version="$RUNTIME_VERSION" ${MACHINE[@]+"${MACHINE[@]}"}
 }
 
 setup() {
@@ -38,7 +40,10 @@ setup() {
 job() {
   (($#)) || usage
   generation
-  every "$(remote_start "$@")"
+  grace 30
+  job_flags "$@"
+  host_variables
+  every "$(remote_start "${FLAGS[@]}")"
 }
 
 verb=${1:-}

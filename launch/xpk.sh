@@ -4,7 +4,10 @@
 #   launch/xpk.sh [--dry-run] JOB --config=… --workdir=…
 #
 # Variables: CLUSTER ZONE PROJECT WORKLOAD (its name) TPU_TYPE (v6e-256, tpu7x-4x4x4)
-# TPU_GENERATION (v5e v5p v6e tpu7x) IMAGE; NUM_SLICES (1), MAX_RESTARTS (10).
+# TPU_GENERATION (v5e v5p v6e tpu7x) IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), GRACE_S
+# (300; spot: 15), PROVISIONING (as the cluster was created: on-demand, spot, reserved),
+# CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs). The
+# service account and the network are the cluster's. launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -12,9 +15,13 @@ source "$(dirname "$0")/common.sh"
 require CLUSTER ZONE PROJECT WORKLOAD TPU_TYPE IMAGE
 generation
 (($#)) || usage
+grace 15
+job_flags "$@"
+host_variables
 
+# XPK itself restarts at 42 and 127-255; 3 is sd3_jax's code for "start it again".
 run xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT" \
   --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="${NUM_SLICES:-1}" \
   --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-10}" \
-  --termination-grace-period-seconds=330 \
-  --command="TPU_GENERATION=$TPU_GENERATION launch/job.sh python -m sd3_jax.main $(spell "$@")"
+  --restart-on-exit-codes=3 --termination-grace-period-seconds="$((GRACE_S + 15))" \
+  --command="$(spell "${HOST[@]}") launch/job.sh python -m sd3_jax.main $(spell "${FLAGS[@]}")"

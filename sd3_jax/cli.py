@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
-from sd3_jax.errors import ConfigError, UserError, near, nearest
+from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
 from sd3_jax.validate import leaves, validate
 
@@ -73,6 +73,7 @@ def usage() -> str:
             "": '--config.optim.lr=3e-4 or --config.sample.prompt="a red fox"',
             "--help": "this page; with --config, the recipe's keys and values",
         },
+        "exit codes": {str(code): text for code, text in EXIT_CODES.items()},
     }
     page = """usage: sd3-jax JOB --config=FILE.py[:VARIANT] --workdir=DIR [flags]
    or: python -m sd3_jax.main JOB ..."""

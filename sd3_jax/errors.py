@@ -1,7 +1,32 @@
-"""The user's mistakes: one line that says what, where, what was given and wanted."""
+"""Errors, and the exit codes that they end a process with (EXIT_CODES).
+
+All processes of a run end with the code of the first one that ended.
+"""
 
 import difflib
+import errno
+import re
 from collections.abc import Iterable
+
+FAILED, MISTAKE, RETRY, INTERRUPTED = 1, 2, 3, 130
+EXIT_CODES = {  # launch/README.md says what supervisors do with them
+    0: "done, or stopped by SIGTERM with a checkpoint saved",
+    FAILED: "a restart does not help: NaN loss, a failed check, or a bug (traceback)",
+    MISTAKE: "your mistake, or a full or read-only disk: one line says what to change",
+    RETRY: "start it again: stuck, a peer gone, a device, network or storage fault",
+    INTERRUPTED: "Ctrl-C",
+}
+# Faults of a file system that the user must repair, and those that pass.
+DISK = "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR".split()
+PASSING = "EIO ESTALE ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN".split()
+# absl's status codes that begin a JaxRuntimeError. RESOURCE_EXHAUSTED, INVALID_ARGUMENT
+# and UNIMPLEMENTED are absent: the same program on the same devices meets them again.
+RUNTIME = (
+    "ABORTED CANCELLED DATA_LOSS DEADLINE_EXCEEDED FAILED_PRECONDITION INTERNAL"
+    " UNAVAILABLE UNKNOWN"
+).split()
+# The same, of what tensorstore raises as a ValueError.
+STORAGE = ("ABORTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
 
 
 class UserError(Exception):
@@ -14,6 +39,42 @@ class ConfigError(UserError, ValueError):
 
 class RunFailed(Exception):
     """A run that cannot go on, and not by the user's mistake: one line, exit code 1."""
+
+
+class RetryableError(Exception):
+    """A cause outside the run that may pass: one line, exit code 3, start it again."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The exit code of a process that this error ends."""
+    if isinstance(error, RetryableError):
+        return RETRY
+    if isinstance(error, UserError) or _has_errno(error, DISK):
+        return MISTAKE
+    return RETRY if passing(error) else FAILED
+
+
+def passing(error: BaseException) -> bool:
+    """Whether the same call may succeed later: device, network and storage faults."""
+    if isinstance(error, ConnectionError | TimeoutError) or _has_errno(error, PASSING):
+        return True
+    # By name: this module must not import jax or gcsfs, which take seconds.
+    kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
+    if kind == "gcsfs.HttpError":
+        code = str(getattr(error, "code", ""))
+        return code in ("408", "429") or code.startswith("5")
+    if kind.startswith("aiohttp.Client") or kind.startswith("aiohttp.Server"):
+        return True
+    status = re.match("[A-Z_]+(?=:)", str(error))
+    if kind.endswith(".JaxRuntimeError") or kind.endswith(".XlaRuntimeError"):
+        # Without a status it is a collective's own text: gloo's "Connection closed".
+        return status is None or status[0] in RUNTIME
+    return status is not None and status[0] in STORAGE
+
+
+def _has_errno(error: BaseException, names: Iterable[str]) -> bool:
+    codes = [getattr(errno, name) for name in names]
+    return isinstance(error, OSError) and error.errno in codes
 
 
 def near(given: str, choices: Iterable[str]) -> str | None:

@@ -17,7 +17,7 @@ import jax
 from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
-from sd3_jax.errors import UserError
+from sd3_jax.errors import RetryableError, UserError
 
 ENDED = "sd3_jax/ended"
 LOOK = 2.0  # seconds between two looks at what others were told
@@ -215,4 +215,4 @@ def _get(key: str, seconds: float, who: str) -> str:
     try:
         return client.blocking_key_value_get(key, int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"waited {seconds:g} s for {who} ({key})") from error
+        raise RetryableError(f"waited {seconds:g} s for {who} ({key})") from error

@@ -1,7 +1,6 @@
 """The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
 import contextlib
-import errno
 import hashlib
 import importlib
 import importlib.metadata
@@ -17,7 +16,16 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from sd3_jax.cli import Call, parse, usage
-from sd3_jax.errors import RunFailed, UserError
+from sd3_jax.errors import (
+    FAILED,
+    INTERRUPTED,
+    MISTAKE,
+    RETRY,
+    RetryableError,
+    RunFailed,
+    UserError,
+    exit_code,
+)
 from sd3_jax.jobs import JOBS
 from sd3_jax.validate import leaves
 
@@ -25,49 +33,42 @@ PACKAGES = "jax jaxlib flax optax orbax-checkpoint grain numpy".split()
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Exit codes: 0 done, 1 a fault of ours or the job's own verdict, 2 a mistake of
-    the user's, 130 Ctrl-C."""
+    """Exit codes are in errors.py: 0 done, 1 failed, 2 the user's mistake, 3 retry."""
     os.environ["SD3_BEGAN"] = str(time.time())  # train's start-up has imports in it
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
         print(usage(), file=sys.stderr)
-        return 2
+        return MISTAKE
     try:
         call = parse(argv)
         set_up_logging()
-        keep_programs()
+        keep_programs(call.workdir)
         join_processes()
         return run(call)
     except KeyboardInterrupt:
-        reason, code = "interrupted", 130
+        reason, code = "interrupted", INTERRUPTED
     except Exception as error:
-        code = 2 if by_user(error) else 1
-        if code == 2 or isinstance(error, RunFailed):
+        code = exit_code(error)
+        if code == MISTAKE or isinstance(error, RunFailed | RetryableError):
             reason = " ".join(str(error).split())
             for line in (reason, *getattr(error, "__notes__", ())):
                 print("sd3-jax: error:", *line.split(), file=sys.stderr)
-        elif joined():
+        elif code == FAILED and not joined():
+            raise
+        else:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
+        if joined() and code != MISTAKE and not isinstance(error, RunFailed):
             from sd3_jax import watch
 
-            watch.follow()  # a peer's end fails the collectives that it was in
-        else:
-            raise
+            # A peer's end fails the collectives that it was in, and its code is the
+            # true one: a mistake on one host must not end the others with "retry".
+            watch.follow(seconds=2 * watch.EVERY if code == RETRY else 0)
     if joined():
         from sd3_jax import watch
 
         watch.leave(reason, code)
     return code
-
-
-def by_user(error: Exception) -> bool:
-    """Whether the user can put it right: a mistake of theirs, or their disk's."""
-    names = "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR".split()
-    disk = [getattr(errno, name) for name in names]
-    return isinstance(error, UserError) or (
-        isinstance(error, OSError) and error.errno in disk
-    )
 
 
 def run(call: Call) -> int:
@@ -107,17 +108,23 @@ def set_up_logging() -> None:
     )
 
 
-def keep_programs() -> None:
-    """Compiled programs on disk, unless JAX_COMPILATION_CACHE_DIR is set (or empty).
+def keep_programs(workdir: str = "") -> None:
+    """Keep compiled programs, unless JAX_COMPILATION_CACHE_DIR is set (or empty).
 
-    A folder for each kind of host: XLA compiles for its very processor.
+    A run on a bucket keeps them beside its checkpoints, since its machines come and go;
+    any other run keeps them in the user's cache folder. jax reaches a bucket through
+    etils.epath and gcsfs, and all processes read what the first one writes.
     """
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text().splitlines() if flags.is_file() else []
     own = [line for line in lines if line.startswith(("model name", "flags"))][:2]
     kind = f"{zlib.crc32(' '.join([platform.machine(), *own]).encode()):08x}"
     home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "sd3_jax" / kind))
+    # One folder per kind of host: XLA compiles for the exact processor.
+    folder = str(home / "sd3_jax" / kind)
+    if "://" in workdir:
+        folder = f"{workdir.rstrip('/')}/compilation_cache/{kind}"
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 
@@ -148,7 +155,10 @@ def join_processes() -> None:
 
 @contextlib.contextmanager
 def bounded(seconds: int, who: str) -> Iterator[None]:
-    """End this process, in one line, if its peers have not come by then."""
+    """Exit with the code for a retry, in one line, if the peers have not come by then.
+
+    A peer whose machine is still being created comes at the next attempt.
+    """
 
     def give_up():
         print(
@@ -157,7 +167,7 @@ def bounded(seconds: int, who: str) -> Iterator[None]:
             file=sys.stderr,
             flush=True,
         )
-        os._exit(2)
+        os._exit(RETRY)
 
     timer = threading.Timer(seconds, give_up)
     timer.daemon = True

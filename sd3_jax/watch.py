@@ -8,16 +8,19 @@ import contextlib
 import faulthandler
 import logging
 import os
+import signal
 import sys
 import threading
 import time
 from collections.abc import Iterator
 
 from sd3_jax import hosts
+from sd3_jax.errors import RETRY
 
 EVERY = 2.0  # seconds between two looks
 LONG = 3600.0  # seconds for what may have a compilation or a large read in it
 GRACE = 60.0  # after which even a process that cannot run Python any more is ended
+STACKS = 5.0  # seconds that faulthandler has to print them before SIGALRM
 STUCK = "stuck: "
 
 
@@ -57,30 +60,39 @@ class Watch:
             self._arm()
 
     def _arm(self) -> None:
-        """faulthandler's own thread needs no GIL: it ends what this thread cannot."""
+        """Print stacks and die without this thread, which may never get the GIL.
+
+        faulthandler's own thread prints them. It could exit too, but with code 1, which
+        says that a restart is of no use; the kernel's SIGALRM ends with 128 + 14.
+        """
         deadline = self._deadline
         if deadline != self._armed:
             self._disarm()
             if deadline is not None:
                 left = deadline - time.monotonic() + GRACE
-                faulthandler.dump_traceback_later(left, exit=True, file=_stderr())
+                left = max(left, 0.001)  # 0 would disarm both
+                faulthandler.dump_traceback_later(left, file=_stderr())
+                signal.setitimer(signal.ITIMER_REAL, left + STACKS)
             self._armed = deadline
 
     def _disarm(self) -> None:
         if self._armed is not None:
             faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
             self._armed = None
 
     def _stuck(self) -> None:
         reason = f"{STUCK}{self._what} has taken more than {self._seconds:g} s"
         print(f"sd3-jax: error: {reason}; all stacks follow", file=sys.stderr)
         _print_stacks()
-        leave(reason, 1)
+        leave(reason, RETRY)
 
 
-def follow() -> None:
-    """End this process if a peer has told its own end, and say so."""
-    note = hosts.ended()
+def follow(seconds: float = 0) -> None:
+    """End this process if a peer tells its own end within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (note := hosts.ended()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
     if note is None:
         return
     process, reason, code = note

@@ -1,9 +1,10 @@
 """What tests/test_hosts.py runs in two processes: python tests/hosts_worker.py VERB."""
 
+import re
 import sys
 import time
 
-from sd3_jax import main
+from sd3_jax import cli, main
 from sd3_jax.errors import UserError
 
 main.join_processes()
@@ -64,12 +65,28 @@ def waits():
     sync_global_devices("never")
 
 
-def run(verb):
+def mistake():
+    """Process 1's collective fails before process 0 tells its mistake."""
+    if ME == 0:
+        time.sleep(1)
+        raise UserError("no such shard")
+    raise jax.errors.JaxRuntimeError("UNAVAILABLE: Connection reset by peer")
+
+
+def gil():
+    """C code that holds the GIL, so that no Python thread runs."""
+    watch.GRACE = 0.0
+    watch.expect("step 9", 3)
+    time.sleep(2 * watch.EVERY)  # the watch arms itself at its next look
+    re.match(r"(a+)+$", "a" * 40 + "b")
+
+
+def run(call):
     with watch.watching():
-        globals()[verb]()
+        globals()[call.job]()
 
 
 if __name__ == "__main__":  # main's own way out, round a verb in place of a job
     main.join_processes = lambda: None
-    main.parse, main.run = (lambda argv: argv[0]), run
+    main.parse, main.run = (lambda argv: cli.Call(argv[0], None, "")), run
     sys.exit(main.main(sys.argv[1:]))

@@ -1,5 +1,6 @@
 """Processes that differ, fail or stand still: all end, soon, and say why."""
 
+import signal
 import subprocess
 import sys
 
@@ -40,7 +41,8 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(verb):
         "fail": "ValueError: a bug",
         "stuck": "stuck: step 7 has taken more than 3 s",
     }[verb]
-    assert [waiting.returncode, other.returncode] == [1, 1], waiting.stderr
+    code = {"fail": 1, "stuck": 3}[verb]  # a restart repeats a bug
+    assert [waiting.returncode, other.returncode] == [code, code], waiting.stderr
     assert reason in other.stderr
     assert f"process 1 has ended, so this one does: {reason}" in waiting.stderr
     if verb == "stuck":  # the stacks say where
@@ -50,10 +52,24 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(verb):
 def test_the_one_that_was_waited_for_prints_its_stacks_too():
     """Which of two watches looks first is chance."""
     waiting, still = ends("waits")
-    assert [waiting.returncode, still.returncode] == [1, 1], waiting.stderr
+    assert [waiting.returncode, still.returncode] == [3, 3], waiting.stderr
     assert "process 0 has ended, so this one does: stuck: step 8" in still.stderr
     assert all("hosts_worker.py" in r.stderr for r in (waiting, still))
     assert all("in waits" in r.stderr for r in (waiting, still))
+
+
+def test_a_mistake_in_one_process_ends_the_other_with_the_mistakes_code():
+    """The other one's collective fails at the same time, which alone means "retry"."""
+    for r in ends("mistake"):
+        assert r.returncode == 2, r.stderr
+        assert "no such shard" in r.stderr
+
+
+def test_a_process_that_never_releases_the_gil_is_killed():
+    """The code of SIGALRM: 142 in a shell, which is worth a restart."""
+    (done,) = multiprocess.run([WORKER, "gil"], processes=1, devices=1, timeout=60)
+    assert done.returncode == -signal.SIGALRM, done.stderr
+    assert "hosts_worker.py" in done.stderr and "in gil" in done.stderr
 
 
 @pytest.mark.parametrize("index", ["0", "1"])
@@ -69,7 +85,7 @@ def test_a_process_whose_peers_do_not_come_says_so(index, tmp_path):
         text=True,
         timeout=60,
     )
-    assert done.returncode == 2
+    assert done.returncode == 3
     line = done.stderr.splitlines()[-1]
     assert line.startswith("sd3-jax: error: SD3_INIT_S = 3: not all processes came")
     assert f"process {index} of 2, at 127.0.0.1" in line

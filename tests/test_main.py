@@ -290,6 +290,11 @@ def run():
             2,
             "sd3-jax: error: no weights\n",
         ),
+        (
+            "from sd3_jax.errors import RetryableError; raise RetryableError('slow')",
+            3,
+            "sd3-jax: error: slow\n",
+        ),
     ],
 )
 def test_main_runs_the_job(here, monkeypatch, capsys, body, code, err):
@@ -304,6 +309,29 @@ def test_a_fault_of_ours_keeps_its_traceback(here, monkeypatch):
     stand_in(monkeypatch, here, "1 / 0")
     with pytest.raises(ZeroDivisionError):
         run()
+
+
+def test_a_fault_that_passes_keeps_its_traceback_and_ends_with_3(
+    here, monkeypatch, capsys
+):
+    stand_in(monkeypatch, here, "raise ConnectionResetError('peer')")
+    assert run() == 3
+    assert capsys.readouterr().err.endswith("ConnectionResetError: peer\n")
+
+
+def test_a_run_on_a_bucket_keeps_its_programs_there(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    name = "JAX_COMPILATION_CACHE_DIR"
+    for workdir, folder in {
+        "gs://ours/run/": "gs://ours/run/compilation_cache/",
+        "runs/a": f"{tmp_path}/sd3_jax/",
+    }.items():
+        monkeypatch.delenv(name, raising=False)
+        main.keep_programs(workdir)
+        assert os.environ[name].startswith(folder)
+    monkeypatch.setenv(name, "gs://shared/programs")
+    main.keep_programs("gs://ours/run")
+    assert os.environ[name] == "gs://shared/programs"
 
 
 def test_only_our_logging_is_informative(monkeypatch, capsys):
@@ -344,6 +372,7 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
     page = out if code == 0 else err
     if argv[:1] != ["train"]:
         assert all(word in page for word in ("usage:", *JOBS, "A toy.", "--config.KEY"))
+        assert "exit codes:" in page and "3    start it again" in page
         assert "More about it" not in page and "base.py" not in page
 
 

@@ -10,17 +10,33 @@ import json
 import math
 import re
 import string
+import sys
 from pathlib import Path
+from typing import NamedTuple
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml.template")
-GENERATIONS = {  # by GKE's name, the file in launch/flags
-    "tpu-v5-lite-podslice": "v5e",
-    "tpu-v5-lite-device": "v5e",
-    "tpu-v5p-slice": "v5p",
-    "tpu-v6e-slice": "v6e",
-    "tpu7x": "tpu7x",
+
+
+class Accelerator(NamedTuple):
+    """What GKE publishes of a value of its label gke-tpu-accelerator."""
+
+    generation: str  # the file in launch/flags
+    machine: str  # type, without the chips that end it: ct6e-standard-4t
+    chips: tuple[int, ...]  # per VM; slices of several VMs have 4
+    axes: int  # of a topology
+
+
+ACCELERATORS = {
+    "tpu-v5-lite-podslice": Accelerator("v5e", "ct5lp-hightpu", (1, 4, 8), 2),
+    "tpu-v5-lite-device": Accelerator("v5e", "ct5l-hightpu", (1, 4, 8), 2),
+    "tpu-v5p-slice": Accelerator("v5p", "ct5p-hightpu", (1, 2, 4), 3),
+    "tpu-v6e-slice": Accelerator("v6e", "ct6e-standard", (1, 4, 8), 2),
+    "tpu7x": Accelerator("tpu7x", "tpu7x-standard", (1, 4), 3),
 }
-GRACE = 330  # seconds: launch/job.sh's 300 for the last checkpoint, and some
+GRACE = 300  # seconds for the last checkpoint, as in launch/job.sh
+SPOT_GRACE = 15  # what GKE leaves to pods of the 30 s that a Spot VM has
+SPOT_EVERY = 200  # steps between checkpoints on Spot
+MARGIN = 15  # seconds from job.sh's SIGKILL to Kubernetes's
 
 
 def main(argv=None) -> None:
@@ -36,13 +52,19 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--name", required=True)
     p.add_argument("--slices", type=int, default=1)
     p.add_argument("--topology", required=True, help="of a slice: 16x16, 4x4x8")
-    p.add_argument("--accelerator", required=True, choices=GENERATIONS)
+    p.add_argument("--accelerator", required=True, choices=ACCELERATORS)
     p.add_argument("--chips-per-vm", type=int, default=4)
     p.add_argument("--image", required=True, help="launch/Dockerfile.tpu, pushed")
     p.add_argument("--command", required=True, help="what bash runs on every VM")
-    p.add_argument("--max-restarts", type=int, default=10)
-    p.add_argument("--retry", default="42,127-255", help="exit codes worth a restart")
+    p.add_argument("--max-restarts", type=int, default=10, help="preemptions apart")
+    p.add_argument("--retry", default="3,42,127-255", help="exit codes for a restart")
     p.add_argument("--queue", default="", help="a Kueue LocalQueue")
+    p.add_argument("--service-account", default="", help="a Kubernetes one")
+    nodes = p.add_mutually_exclusive_group()
+    nodes.add_argument("--spot", action="store_true", help="Spot VMs")
+    nodes.add_argument("--reservation", default="", help="a reservation's VMs")
+    p.add_argument("--grace", type=int, help="seconds to save in (300; --spot: 15)")
+    p.add_argument("--cache-dir", default="", help="JAX_COMPILATION_CACHE_DIR")
     return p
 
 
@@ -54,34 +76,88 @@ def render(
         raise ValueError(f"--name {name}: wanted a-z, 0-9 and -, 40 at most")
     if slices < 1:
         raise ValueError(f"--slices {slices}: wanted 1 or more")
+    spot, chips = rest["spot"], rest["chips_per_vm"]
+    longest = SPOT_GRACE if spot else GRACE
+    grace = longest if rest["grace"] is None else rest["grace"]
+    if grace < 1 or (spot and grace > SPOT_GRACE):
+        raise ValueError(f"--grace {grace}: wanted 1 or more, at most 15 with --spot")
+    command = spot_command(command) if spot else command
     # JSON strings are YAML strings, whatever is in them.
     label = f"\n  labels:\n    kueue.x-k8s.io/queue-name: {json.dumps(queue)}"
+    account = f"serviceAccountName: {json.dumps(rest['service_account'])}"
+    account = _lines(14, account)
+    cache = f"  value: {json.dumps(rest['cache_dir'])}"
+    cache = _lines(20, "- name: JAX_COMPILATION_CACHE_DIR", cache)
     return string.Template(TEMPLATE.read_text()).substitute(
         name=json.dumps(name),
         labels=label if queue else "",
         slices=slices,
-        vms=vms_per_slice(topology, rest["chips_per_vm"]),
-        chips=rest["chips_per_vm"],
+        vms=vms_per_slice(topology, chips, ACCELERATORS[accelerator]),
+        chips=chips,
         accelerator=json.dumps(accelerator),
         topology=json.dumps(topology),
-        generation=json.dumps(GENERATIONS[accelerator]),
+        nodes=node_lines(spot, rest["reservation"]),
+        account=account if rest["service_account"] else "",
+        generation=json.dumps(ACCELERATORS[accelerator].generation),
         image=json.dumps(image),
         command=json.dumps(command, ensure_ascii=False),
         max_restarts=rest["max_restarts"],
         retryable=json.dumps(exit_codes(rest["retry"])),
-        grace=GRACE,
+        grace=grace,
+        termination=grace + MARGIN,
+        cache=cache if rest["cache_dir"] else "",
     )
 
 
-def vms_per_slice(topology: str, chips_per_vm: int) -> int:
+def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
         raise ValueError(f"--topology {topology}: wanted 16x16 or 4x4x8")
-    chips = math.prod(map(int, topology.split("x")))
-    if chips_per_vm < 1 or chips % chips_per_vm:
+    sides = list(map(int, topology.split("x")))
+    if len(sides) != kind.axes:
+        raise ValueError(
+            f"--topology {topology}: a slice of {kind.generation} has {kind.axes} axes"
+        )
+    chips = math.prod(sides)
+    if chips_per_vm not in kind.chips:
+        types = ", ".join(f"{kind.machine}-{n}t" for n in kind.chips)
+        raise ValueError(f"--chips-per-vm {chips_per_vm}: {kind.machine}: {types}")
+    if chips % chips_per_vm:
         raise ValueError(
             f"--chips-per-vm {chips_per_vm} does not divide {topology}'s {chips} chips"
         )
+    if chips > chips_per_vm != 4:
+        raise ValueError(
+            f"--chips-per-vm {chips_per_vm}: VMs of a slice of several have 4 chips"
+        )
     return chips // chips_per_vm
+
+
+def node_lines(spot: bool, reservation: str) -> str:
+    """The rest of nodeSelector, and a toleration for pools that taint Spot nodes."""
+    if spot:
+        taint = ["- key: cloud.google.com/gke-spot", '  value: "true"']
+        selector = _lines(16, 'cloud.google.com/gke-spot: "true"')
+        return selector + _lines(14, "tolerations:") + _lines(16, *taint)
+    if reservation:
+        name = f"cloud.google.com/reservation-name: {json.dumps(reservation)}"
+        return _lines(16, name, "cloud.google.com/reservation-affinity: specific")
+    return ""
+
+
+def spot_command(command: str) -> str:
+    """The command with a checkpoint interval that suits Spot, if it names none."""
+    if "config.checkpoint.every" in command:
+        return command
+    flag = f"--config.checkpoint.every={SPOT_EVERY}"
+    train = r"((?:sd3_jax\.main|\bsd3-jax)\s+train)(?=\s|$)"
+    changed, count = re.subn(train, rf"\1 {flag}", command)
+    done = f"added {flag}" if count else f"no train in --command: add {flag} yourself"
+    print(f"render: --spot: 15 s to save in; {done}", file=sys.stderr)
+    return changed
+
+
+def _lines(indent: int, *lines: str) -> str:
+    return "".join(f"\n{' ' * indent}{line}" for line in lines)
 
 
 def exit_codes(text: str) -> list[int]:
@@ -90,7 +166,7 @@ def exit_codes(text: str) -> list[int]:
     for part in text.split(","):
         low, _, high = part.partition("-")
         if not low.isdecimal() or not (high or low).isdecimal():
-            raise ValueError(f"--retry {text}: wanted codes and ranges, 42,127-255")
+            raise ValueError(f"--retry {text}: wanted codes and ranges, 3,127-255")
         codes |= set(range(int(low), int(high or low) + 1))
     return sorted(codes)
 

@@ -57,6 +57,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         Training(config, workdir, mesh, goodput).run()
 
 
+def grace_seconds() -> float | None:
+    """Seconds from SIGTERM to SIGKILL: SD3_GRACE_S, which launch/job.sh sets."""
+    text = os.environ.get("SD3_GRACE_S", "")
+    if not text:
+        return None
+    if not text.isdecimal():
+        raise UserError(f"SD3_GRACE_S = {text}: wanted an integer, seconds")
+    return float(text)
+
+
 class Program(NamedTuple):
     """The step that a config means on a mesh, and the state it takes: not one array."""
 
@@ -140,7 +150,9 @@ class Training:
         self.refuse_cpu_by_accident()
         with (
             hosts.heeding_sigterm(),
-            Checkpoints(folder, **self.config.checkpoint) as checkpoints,
+            Checkpoints(
+                folder, **self.config.checkpoint, grace=grace_seconds()
+            ) as checkpoints,
         ):
             checkpoints.require_space(self.abstract)
             state, start = self.restore_or_init(checkpoints)

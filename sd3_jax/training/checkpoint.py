@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
@@ -20,7 +21,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sd3_jax import hosts, tree
-from sd3_jax.errors import RunFailed, UserError
+from sd3_jax.errors import RetryableError, RunFailed, UserError, passing
 from sd3_jax.training import seal
 from sd3_jax.training.seal import LISTED, UnreadableCheckpoint
 
@@ -52,7 +53,9 @@ class Checkpoints:
         every: int,
         keep: int,
         keep_every: int | None,
+        grace: float | None = None,
     ):
+        """`grace` is how many seconds follow SIGTERM before SIGKILL, if known."""
         if min(every, keep, keep_every or 1) < 1:
             raise UserError("checkpoint.every, keep and keep_every must be at least 1")
         self.directory = _absolute(directory)
@@ -60,6 +63,8 @@ class Checkpoints:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._asked, self._preempted = -1, False
+        self._grace, self._warned = grace, False
+        self.save_seconds: float | None = None  # of the last save that is durable
         if jax.process_index() == 0:
             with _explained(f"cannot write checkpoints to {self.directory}"):
                 _prepare(self.directory)
@@ -103,6 +108,7 @@ class Checkpoints:
         if not due:
             return False
         self.wait()
+        began = time.monotonic()
         # A copy now: orbax writes JSON later, when the caller's may have moved on.
         data, config = json.loads(json.dumps([data, config]))
         path = self.directory / str(step)
@@ -119,7 +125,7 @@ class Checkpoints:
             self._refuse_vanished()
             response = ocp.save_checkpointables_async(path, items, overwrite=True)
         self._last = step
-        self._saving = self._thread.submit(self._finish, path, response)
+        self._saving = self._thread.submit(self._finish, path, response, began)
         return True
 
     def due(self, step: int, *, force: bool = False) -> bool:
@@ -208,15 +214,34 @@ class Checkpoints:
             "%s: it is now %s, and step %d is the newest", fault, name, self._last
         )
 
-    def _finish(self, path: epath.Path, response) -> None:
+    def _finish(self, path: epath.Path, response, began: float) -> None:
         with _explained(f"saving {path} failed"):
             response.result()
             seal.write_sums(path, jax.process_index(), jax.process_count())
+        self._tell_seconds(path, time.monotonic() - began)
         if jax.process_index() == 0:
             try:
                 self._prune(int(path.name))
             except OSError as e:  # a folder too many is no reason to lose a run
                 logging.warning("cannot delete old steps in %s: %s", path.parent, e)
+
+    def _tell_seconds(self, path: epath.Path, seconds: float) -> None:
+        """Log how long the save took, and warn once if SIGTERM leaves less time."""
+        self.save_seconds = seconds
+        if jax.process_index() != 0:
+            return
+        log.info("step %s is saved: it took %.1f s", path.name, seconds)
+        if self._grace is not None and seconds > self._grace and not self._warned:
+            self._warned = True
+            log.warning(
+                "a save takes %.1f s, but SIGKILL follows SIGTERM after %g s"
+                " (SD3_GRACE_S): a preempted run will lose up to %d steps; lower"
+                " --config.checkpoint.every to lose less, or raise GRACE_S where the"
+                " machine is not Spot",
+                seconds,
+                self._grace,
+                self._every,
+            )
 
     def _prune(self, saved: int) -> None:
         steps = _steps(self.directory)
@@ -447,12 +472,16 @@ def _context(*, partial: bool = False) -> ocp.Context:
 
 @contextlib.contextmanager
 def _explained(what: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Any failure inside as one line; orbax puts the truth into the cause."""
+    """Any failure inside as one line; orbax puts the truth into the cause.
+
+    Storage that does not answer is no damage and no mistake: RetryableError.
+    """
     try:
         yield
-    except (UserError, RunFailed):
+    except (UserError, RunFailed, RetryableError):
         raise
     except Exception as e:
         truth = e.__cause__ or e
         reason = " ".join(str(truth).split())[:300]
+        kind = RetryableError if passing(truth) else kind
         raise kind(f"{what}: {type(truth).__name__}: {reason}") from e

@@ -3,6 +3,8 @@
 import importlib.util
 import json
 import os
+import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -19,7 +21,8 @@ from sd3_jax import metrics
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
-CRD = ROOT.parent / "shared" / "jobset-crd.yaml"
+SCHEMA = Path(__file__).with_name("jobset_schema.yaml")  # what the template uses of it
+CRD = ROOT.parent / "shared" / "jobset-crd.yaml"  # the whole, where it lies there
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), LAUNCH / "slurm.sbatch"])
 JOB = ["train", "--config=configs/sd3_2b.py", "--config.sample.prompt=a red fox"]
 TOLD = "-m sd3_jax.main train --config=configs/sd3_2b.py '--config.sample.prompt=a"
@@ -57,11 +60,28 @@ GKE = dict(CLUSTER="big", PROJECT="mine", IMAGE="registry/sd3:1", **V6E)
 XPK = dict(ZONE="zone-a", WORKLOAD="sd3", TPU_TYPE="v6e-256", **GKE)
 TOOLKIT = dict(LOCATION="here", JOB_NAME="sd3", COMPUTE_TYPE="ct6e-standard-4t", **GKE)
 PLACE = "--zone=zone-a --project=mine"
+PLACED = dict(SERVICE_ACCOUNT="me@mine", NETWORK="net", SUBNETWORK="sub")
+SPOT = dict(PROVISIONING="spot")
+RETRYABLE = [3, 42, *range(127, 256)]
 CASES = [  # script, arguments, variables, what the dry run prints
     ("tpu_vm.sh", ["create"], VM | KIND, "tpu-vm create box --accelerator-type=v6e-16"),
     ("tpu_vm.sh", ["setup"], VM, "tpu-vm scp"),
     ("tpu_vm.sh", ["run", *JOB], VM | V6E, "tpu-vm ssh box --worker=all '--command="),
-    ("tpu_vm.sh", ["run", *JOB], VM | V6E, "TPU_GENERATION=v6e JOB_CODE=../job.code"),
+    (
+        "tpu_vm.sh",
+        ["create"],
+        VM | KIND | PLACED | dict(PROVISIONING="reserved"),
+        "tpu-vm create box --accelerator-type=v6e-16 --version=v2-alpha-tpuv6e"
+        " --reserved --service-account=me@mine --network=net --subnetwork=sub " + PLACE,
+    ),
+    (
+        "tpu_vm.sh",
+        ["run", *JOB],
+        VM | V6E | dict(CACHE_DIR="gs://ours/programs"),
+        "TPU_GENERATION=v6e GRACE_S=300 JAX_COMPILATION_CACHE_DIR=gs://ours/programs"
+        " JOB_CODE=../job.code launch/job.sh",
+    ),
+    ("tpu_vm.sh", ["run", *JOB], VM | V6E | SPOT, "GRACE_S=30 JOB_CODE=../job.code"),
     ("tpu_vm.sh", ["stop"], VM, "kill -TERM"),
     ("tpu_vm.sh", ["status"], VM, "echo running"),
     ("tpu_vm.sh", ["logs"], VM, "--worker=0 '--command=tail -n 100 -F job.log'"),
@@ -69,8 +89,9 @@ CASES = [  # script, arguments, variables, what the dry run prints
     (
         "queued_resources.sh",
         ["create"],
-        QUEUED | KIND | dict(NODE_COUNT="2", PROVISIONING="spot"),
+        QUEUED | KIND | SPOT | PLACED | dict(NODE_COUNT="2"),
         "queued-resources create box --node-prefix=box --node-count=2 --spot"
+        " --service-account=me@mine --network=net --subnetwork=sub"
         " --accelerator-type=v6e-16 --runtime-version=v2-alpha-tpuv6e " + PLACE,
     ),
     ("queued_resources.sh", ["wait"], QUEUED, "queued-resources describe box"),
@@ -84,14 +105,35 @@ CASES = [  # script, arguments, variables, what the dry run prints
         "xpk workload create --cluster=big --zone=zone-a --project=mine --workload=sd3"
         " --tpu-type=v6e-256 --num-slices=1 --docker-image=registry/sd3:1",
     ),
-    ("xpk.sh", JOB, XPK, "'--command=TPU_GENERATION=v6e launch/job.sh python -m sd3"),
+    (
+        "xpk.sh",
+        JOB,
+        XPK,
+        "--restart-on-exit-codes=3 --termination-grace-period-seconds=315"
+        " '--command=TPU_GENERATION=v6e GRACE_S=300 launch/job.sh python -m sd3",
+    ),
+    ("xpk.sh", JOB, XPK | SPOT, "--termination-grace-period-seconds=30 '--command=TPU"),
     (
         "cluster_toolkit.sh",
         JOB,
         TOOLKIT | dict(TOPOLOGY="4x4", NUM_SLICES="2", QUEUE="ours"),
         "gcluster job submit --cluster=big --location=here --project=mine --name=sd3"
         " --compute-type=ct6e-standard-4t --topology=4x4 --num-slices=2"
-        " --image=registry/sd3:1 --restarts=10 --queue=ours",
+        " --image=registry/sd3:1 --restarts=10 --grace-period=315s"
+        f" --restart-on-exit-codes={','.join(map(str, RETRYABLE))} --queue=ours",
+    ),
+    (
+        "cluster_toolkit.sh",
+        JOB,
+        TOOLKIT | SPOT | dict(TOPOLOGY="4x4", SERVICE_ACCOUNT="trainer"),
+        "255 --service-account=trainer --gke-nap-provisioning=spot"
+        " '--command=TPU_GENERATION=v6e GRACE_S=15 launch/job.sh",
+    ),
+    (
+        "cluster_toolkit.sh",
+        JOB,
+        TOOLKIT | dict(TOPOLOGY="4x4", PROVISIONING="reserved", RESERVATION="ours"),
+        "--gke-nap-provisioning=reservation --gke-nap-reservation=ours",
     ),
     (
         "slurm.sbatch",
@@ -101,6 +143,7 @@ CASES = [  # script, arguments, variables, what the dry run prints
         f" --kill-on-bad-exit=1 launch/job.sh .venv/bin/python {TOLD}",
     ),
     ("local_two_process.sh", [], dict(PORT="5"), "SD3_COORDINATOR=127.0.0.1:5"),
+    ("job.sh", JOB, V6E | dict(GRACE_S="30"), "SD3_GRACE_S=30"),
     ("job.sh", JOB, V6E, "LIBTPU_INIT_ARGS=--xla_tpu_scoped_vmem_limit_kib=98304"),
 ]
 
@@ -136,6 +179,49 @@ def test_an_unset_variable_is_named(script, args, variables):
         assert done.stderr.strip().endswith(f"{script}: {name} is not set")
 
 
+@pytest.mark.parametrize(
+    "script, arguments, variables, seconds",
+    [
+        ("tpu_vm.sh", ["run"], VM | V6E, 30),
+        ("queued_resources.sh", ["run"], QUEUED | V6E, 30),
+        ("queued_resources.sh", ["resume"], QUEUED | KIND | V6E, 30),
+        ("xpk.sh", [], XPK, 15),
+        ("cluster_toolkit.sh", [], TOOLKIT | dict(TOPOLOGY="4x4"), 15),
+    ],
+)
+def test_spot_saves_more_often_unless_told(script, arguments, variables, seconds):
+    """The notice is short whatever GRACE_S says, and the script says so."""
+    run = lambda job, **more: shell(
+        script, "--dry-run", *arguments, *job, **variables | SPOT | more
+    )
+    done = run(JOB, GRACE_S="300")
+    assert f"GRACE_S={seconds} " in done.stdout
+    assert f"after {seconds} s" in done.stderr
+    assert "--config.checkpoint.every=200" in done.stdout
+    assert "a checkpoint every 200 steps" in done.stderr
+    assert "checkpoint.every=50" in run(JOB, CHECKPOINT_EVERY="50").stdout
+    done = run([*JOB, "--config.checkpoint.every=700"])
+    assert "every=700" in done.stdout and "every=200" not in done.stdout
+    assert "checkpoint.every" not in run(["sample", *JOB[1:]]).stdout
+    on_demand = shell(script, "--dry-run", *arguments, *JOB, **variables)
+    assert "checkpoint.every" not in on_demand.stdout
+    assert "spot" not in on_demand.stderr
+
+
+@pytest.mark.parametrize(
+    "variables", [dict(TPU_GENERATION="tpu7x"), dict(ACCELERATOR_TYPE="tpu7x-8")]
+)
+@pytest.mark.parametrize(
+    "script, base", [("tpu_vm.sh", VM), ("queued_resources.sh", QUEUED)]
+)
+@pytest.mark.parametrize("verb", [["create"], ["run", *JOB]])
+def test_tpu7x_is_on_gke_only(script, base, verb, variables):
+    done = shell(script, "--dry-run", *verb, **base | KIND | V6E | variables)
+    assert done.returncode == 2 and done.stdout == ""
+    (line,) = done.stderr.splitlines()
+    assert "TPU7x is on GKE only; use launch/gke/render.py" in line
+
+
 def test_other_mistakes():
     assert (
         "wanted v5e, v5p"
@@ -143,6 +229,8 @@ def test_other_mistakes():
     )
     wrong = VM | KIND | {"PROVISIONING": "cheap"}
     assert "wanted on-demand, spot" in shell("tpu_vm.sh", "create", **wrong).stderr
+    done = shell("job.sh", "true", GRACE_S="5m")
+    assert done.returncode == 2 and "GRACE_S=5m: wanted an integer" in done.stderr
     done = shell("tpu_vm.sh", "dance", **VM)
     assert done.returncode == 2 and "create|setup|stop" in done.stderr
 
@@ -228,6 +316,34 @@ def test_a_job_told_to_stop_is_not_done():
         assert job.wait(10) == 143
 
 
+def test_a_job_told_to_stop_that_fails_is_not_restarted(tmp_path):
+    """Slurm tells all tasks to stop when the first one ends, by a mistake perhaps."""
+    body = "trap 'exit 2' TERM; echo ready; while true; do sleep 0.1; done"
+    program(tmp_path / "mistaken", f"#!/bin/bash\n{body}\n")
+    told = ["bash", LAUNCH / "job.sh", tmp_path / "mistaken"]
+    with subprocess.Popen(told, stdout=subprocess.PIPE, text=True) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(10) == 2
+
+
+@pytest.mark.parametrize(
+    "code, earlier, requeued",
+    [(0, 0, False), (1, 0, False), (2, 0, False), (3, 0, True), (134, 9, True)]
+    + [(3, 10, False), (143, 10, True)],
+)
+def test_slurm_queues_again_what_a_restart_may_help(tmp_path, code, earlier, requeued):
+    program(tmp_path / "srun", f"#!/bin/bash\nexit {code}\n")
+    program(tmp_path / "scontrol", '#!/bin/bash\necho "$@"\n')
+    variables = dict(SLURM_GPUS_PER_NODE="8", SLURM_JOB_ID="7")
+    variables |= dict(SLURM_RESTART_COUNT=str(earlier), SLURM_SUBMIT_DIR=str(ROOT))
+    done = shell(
+        "slurm.sbatch", *JOB, **variables, PATH=f"{tmp_path}:{os.environ['PATH']}"
+    )
+    assert done.returncode == code
+    assert done.stdout == ("requeue 7\n" if requeued else "")
+
+
 CLOUD = """#!/bin/bash
 # The next line of the script is the answer to the question that it begins with.
 echo "$4 ${*##*.tgz}" >>calls
@@ -276,16 +392,18 @@ def test_resume_outlives_preemption(tmp_path):
         "state absent",  # created
         *("state ACTIVE", "job none"),  # set up and started
         *("state ACTIVE", "job exit 134"),  # a peer was lost: started again
+        *("state ACTIVE", "job exit 3"),  # stuck: started again
         *("state ACTIVE", "job exit 143"),  # told to stop
         *("state ACTIVE", "job exit 0"),
     )
     start, again = ["scp", "ssh", "ssh", "ssh"], ["ssh", "ssh"]
     assert code == 0
-    assert verbs == ["create", *start, "delete", "create", *start, *again, *again]
+    assert verbs == ["create", *start, "delete", "create", *start, *again * 3]
 
 
-def test_resume_ends_with_a_mistake_of_the_users(tmp_path):
-    assert resume(tmp_path, "state ACTIVE", "job exit 2") == (2, [])
+@pytest.mark.parametrize("code", [1, 2])
+def test_resume_ends_where_a_restart_does_not_help(tmp_path, code):
+    assert resume(tmp_path, "state ACTIVE", f"job exit {code}") == (code, [])
 
 
 # GKE
@@ -293,6 +411,9 @@ def test_resume_ends_with_a_mistake_of_the_users(tmp_path):
 RENDER = ["--name=sd3", "--image=registry/sd3:1"]
 V5E = ["--accelerator=tpu-v5-lite-podslice", "--topology=16x16", "--slices=2"]
 V5P = ["--accelerator=tpu-v5p-slice", "--topology=4x4x8", "--queue=ours"]
+V6E_SPOT = ["--accelerator=tpu-v6e-slice", "--topology=4x8", "--spot"]
+V6E_SPOT += ["--service-account=trainer", "--cache-dir=gs://ours/programs"]
+TPU7X = ["--accelerator=tpu7x", "--topology=4x4x4", "--reservation=held", "--grace=60"]
 TRICKY = "python -m sd3_jax.main train --config.sample.prompt=\"a: 'fox' $HOME\" # é"
 
 
@@ -317,14 +438,17 @@ def closed(schema):
     return schema
 
 
-def test_the_jobset_obeys_its_definition():
-    if not CRD.exists():
-        pytest.skip(f"no JobSet definition at {CRD}")
+@pytest.mark.parametrize("path", [SCHEMA, CRD], ids=["vendored", "published"])
+def test_the_jobset_obeys_its_definition(path):
+    if not path.exists():
+        pytest.skip(f"no JobSet definition at {path}")
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    versions = yaml.load(CRD.read_text(), loader)["spec"]["versions"]
-    schema = {v["name"]: v["schema"]["openAPIV3Schema"] for v in versions}["v1alpha2"]
+    schema = yaml.load(path.read_text(), loader)
+    if path == CRD:
+        schemas = {v["name"]: v["schema"] for v in schema["spec"]["versions"]}
+        schema = schemas["v1alpha2"]["openAPIV3Schema"]
     validator = jsonschema.Draft202012Validator(closed(schema))
-    for flags in (V5E, V5P):
+    for flags in (V5E, V5P, V6E_SPOT, TPU7X):
         made = manifest(*flags)
         assert made["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
         validator.validate(made)
@@ -341,24 +465,127 @@ def test_the_jobset_has_a_pod_for_every_vm(flags, slices, vms, generation):
     job = group["template"]["spec"]
     pod = job["template"]["spec"]
     (container,) = pod["containers"]
-    (fails,) = [r for r in job["podFailurePolicy"]["rules"] if r["action"] == "FailJob"]
     assert group["replicas"] == slices
     assert job["parallelism"] == job["completions"] == vms
     assert container["resources"]["limits"] == {"google.com/tpu": 4}
     assert container["args"] == [TRICKY]
-    assert container["env"] == [{"name": "TPU_GENERATION", "value": generation}]
+    env = {"TPU_GENERATION": generation, "GRACE_S": "300"}
+    assert {x["name"]: x["value"] for x in container["env"]} == env
+    assert pod["terminationGracePeriodSeconds"] == 315
     assert [port["containerPort"] for port in container["ports"]] == [8471, 8080]
-    assert fails["onExitCodes"]["values"] == [42, *range(127, 256)]
-    assert fails["onExitCodes"]["containerName"] == container["name"]
     assert pod["nodeSelector"]["cloud.google.com/gke-tpu-topology"] in flags[1]
     labels = {"kueue.x-k8s.io/queue-name": "ours"} if flags is V5P else None
     assert made["metadata"].get("labels") == labels
 
 
+def outcome(made, code=None, condition=None):
+    """What becomes of a JobSet whose pod fails: the published rules, played through.
+
+    A Job takes the first podFailurePolicy rule that matches and, at a FailJob, fails
+    with the reason PodFailurePolicy and the messages of Kubernetes' job controller.
+    """
+    (group,) = made["spec"]["replicatedJobs"]
+    reason, message = "BackoffLimitExceeded", "Job has reached the backoff limit"
+    for index, rule in enumerate(
+        group["template"]["spec"]["podFailurePolicy"]["rules"]
+    ):
+        types = [c["type"] for c in rule.get("onPodConditions", [])]
+        codes = rule.get("onExitCodes", {"operator": "In", "values": []})
+        within = code in codes["values"]
+        if condition in types:
+            words = f"Pod default/sd3-0 has condition {condition}"
+        elif code and within == (codes["operator"] == "In"):
+            words = (
+                f"Container sd3-jax for pod default/sd3-0 failed with exit code {code}"
+            )
+        else:
+            continue
+        assert rule["action"] == "FailJob"
+        reason = "PodFailurePolicy"
+        message = f"{words} matching FailJob rule at index {index}"
+        break
+    for rule in made["spec"]["failurePolicy"]["rules"]:
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in rule["onJobFailureReasons"] and any(
+            re.search(pattern, message) for pattern in patterns
+        ):
+            return rule["action"]
+    return "RestartJobSet"  # JobSet's own, which maxRestarts bounds
+
+
+@pytest.mark.parametrize(
+    "pod, action",
+    [
+        (dict(code=1), "FailJobSet"),
+        (dict(code=2), "FailJobSet"),
+        (dict(code=3), "RestartJobSet"),
+        (dict(code=134), "RestartJobSet"),  # jax's abort after a lost peer
+        (dict(code=137), "RestartJobSet"),  # killed, for memory perhaps
+        (dict(code=142), "RestartJobSet"),  # stuck, without the GIL
+        (
+            dict(code=143, condition="DisruptionTarget"),
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+        (
+            dict(code=137, condition="DisruptionTarget"),
+            "RestartJobSetAndIgnoreMaxRestarts",
+        ),
+    ],
+)
+def test_an_exit_code_decides_over_the_restart(pod, action):
+    made = manifest(*V5E)
+    rules = made["spec"]["replicatedJobs"][0]["template"]["spec"]["podFailurePolicy"]
+    (codes,) = [r["onExitCodes"] for r in rules["rules"] if "onExitCodes" in r]
+    assert codes["values"] == RETRYABLE and codes["containerName"] == "sd3-jax"
+    assert outcome(made, **pod) == action
+
+
+def pod_of(made):
+    return made["spec"]["replicatedJobs"][0]["template"]["spec"]["template"]["spec"]
+
+
+def test_the_jobset_on_spot():
+    """GKE leaves pods 15 of a Spot VM's 30 seconds, whatever is asked for."""
+    train = "python -m sd3_jax.main train --config=configs/sd3_2b.py"
+    done = render(*V6E_SPOT, command=train)
+    pod = pod_of(yaml.safe_load(done.stdout))
+    (container,) = pod["containers"]
+    env = {x["name"]: x["value"] for x in container["env"]}
+    assert env["GRACE_S"] == "15" and pod["terminationGracePeriodSeconds"] == 30
+    assert env["JAX_COMPILATION_CACHE_DIR"] == "gs://ours/programs"
+    assert pod["nodeSelector"]["cloud.google.com/gke-spot"] == "true"
+    assert pod["tolerations"] == [{"key": "cloud.google.com/gke-spot", "value": "true"}]
+    assert pod["serviceAccountName"] == "trainer"
+    flag = "--config.checkpoint.every="
+    assert container["args"] == [train.replace("train ", f"train {flag}200 ")]
+    assert "15 s to save in; added" in done.stderr
+    told = yaml.safe_load(render(*V6E_SPOT, command=f"{train} {flag}50").stdout)
+    assert pod_of(told)["containers"][0]["args"] == [f"{train} {flag}50"]
+    assert "add --config" in render(*V6E_SPOT, command="bash train.sh").stderr
+
+
+def test_the_jobset_on_a_reservation():
+    pod = pod_of(manifest(*TPU7X))
+    assert pod["terminationGracePeriodSeconds"] == 75
+    assert pod["nodeSelector"] == {
+        "cloud.google.com/gke-tpu-accelerator": "tpu7x",
+        "cloud.google.com/gke-tpu-topology": "4x4x4",
+        "cloud.google.com/reservation-name": "held",
+        "cloud.google.com/reservation-affinity": "specific",
+    }
+
+
 @pytest.mark.parametrize(
     "flags, flag",
     [
-        ([*V5E, "--chips-per-vm=3"], "--chips-per-vm 3 does not divide 16x16's 256"),
+        ([*V5E, "--topology=4x4x4"], "a slice of v5e has 2 axes"),
+        ([*V5P, "--topology=16x16"], "a slice of v5p has 3 axes"),
+        ([*TPU7X, "--chips-per-vm=8"], "tpu7x-standard-1t, tpu7x-standard-4t"),
+        ([*V5E, "--chips-per-vm=8"], "VMs of a slice of several have 4 chips"),
+        ([*V6E_SPOT, "--grace=60"], "--grace 60: wanted 1 or more, at most 15"),
+        ([*V6E_SPOT, "--reservation=held"], "not allowed with argument --spot"),
+        ([*V5E, "--topology=15x15"], "--chips-per-vm 4 does not divide 15x15's 225"),
+        ([*V5E, "--chips-per-vm=3"], "ct5lp-hightpu-1t, ct5lp-hightpu-4t"),
         ([*V5E, "--topology=16by16"], "--topology 16by16"),
         ([*V5E, "--name=SD3"], "--name SD3"),
         ([*V5E, "--retry=many"], "--retry many"),
@@ -371,13 +598,27 @@ def test_render_names_a_wrong_flag(flags, flag):
 
 
 def test_images_hold_what_they_copy_and_what_runs():
-    for name, extra in (("tpu", "[tpu]"), ("gpu", "[cuda]")):
+    for name, extra in (("tpu", "[tpu]"), ("gpu", "[cuda,gcs]")):
         text = (LAUNCH / f"Dockerfile.{name}").read_text()
         copied = [line.split()[1:-1] for line in text.splitlines() if "COPY" in line]
         assert all((ROOT / path).exists() for paths in copied for path in paths)
         assert f'".{extra}"' in text
         entry = text.partition("ENTRYPOINT ")[2]
         assert json.loads(entry) == ["python", "-m", "sd3_jax.main"]
+
+
+def test_images_and_tpu_hosts_have_gcsfs_and_the_planned_libtpu(monkeypatch):
+    extras = {}
+    monkeypatch.setattr("setuptools.setup", lambda **about: extras.update(about))
+    runpy.run_path(str(ROOT / "setup.py"))
+    needs, extras = extras["install_requires"], extras["extras_require"]
+    assert "jax>=0.10.1" in needs
+    for name in ("tpu", "gcs"):
+        assert any(need.startswith("gcsfs") for need in extras[name])
+    assert set(extras["plan"]) <= set(extras["tpu"])
+    # jax[tpu] pins a libtpu, older than the one that plan compiles with.
+    assert not any("jax[tpu]" in need for need in extras["tpu"])
+    assert "-e '.[tpu]'" in (LAUNCH / "common.sh").read_text()
 
 
 # Flags

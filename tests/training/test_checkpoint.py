@@ -1,4 +1,5 @@
 import contextlib
+import errno
 import json
 import resource
 import shutil
@@ -20,7 +21,7 @@ from training.checkpoint_worker import (
     write,
 )
 
-from sd3_jax.errors import UserError
+from sd3_jax.errors import RetryableError, UserError
 from sd3_jax.training import checkpoint
 from sd3_jax.training.checkpoint import Checkpoints
 
@@ -329,3 +330,31 @@ def test_preempted_processes_save_the_same_step(tmp_path):
     a, b = answers(results)
     assert a == b and a["saved"] and a["step"] > 5
     assert steps_of(tmp_path) == [a["step"]]
+
+
+@pytest.mark.parametrize(("grace", "warnings"), [(None, 0), (3600.0, 0), (0.0, 1)])
+def test_it_says_how_long_a_save_takes_and_warns_once(
+    tmp_path, caplog, grace, warnings
+):
+    """With SIGKILL that soon after SIGTERM, the last save of a run would not fit."""
+    state = {"x": jax.numpy.ones(3)}
+    policy = dict(every=1, keep=9, keep_every=None, grace=grace)
+    with caplog.at_level("INFO"), Checkpoints(tmp_path, **policy) as checkpoints:
+        for step in (1, 2):
+            checkpoints.save(step, state, {}, {})
+        checkpoints.wait()
+        assert 0 < checkpoints.save_seconds < 60
+    texts = [record.getMessage() for record in caplog.records]
+    assert sum("is saved: it took" in text for text in texts) == 2
+    assert sum("lower --config.checkpoint.every" in text for text in texts) == warnings
+
+
+def test_storage_that_does_not_answer_is_no_mistake(tmp_path, monkeypatch):
+    checkpoints = Checkpoints(tmp_path, **POLICY)
+
+    def unreachable(*_, **__):
+        raise OSError(errno.ESTALE, "stale file handle")
+
+    monkeypatch.setattr(checkpoint.ocp, "save_checkpointables_async", unreachable)
+    with pytest.raises(RetryableError, match="saving .*stale file handle"):
+        checkpoints.save(POLICY["every"], {"x": jax.numpy.ones(3)}, {}, {})
