@@ -243,9 +243,13 @@ def bytes_of(dtype: str) -> float:
     return 1.0 if dtype.startswith("f8") else BYTES[dtype]
 
 
-def trips(loop: Instruction, module: Module) -> int:
-    """How often a loop's body runs: as XLA says, or the bound in its condition over
-    what each turn adds to the counter. Rings inside products count by twos."""
+def trips(loop: Instruction, home: Computation, module: Module) -> int:
+    """How often the body of a loop, an instruction of `home`, runs.
+
+    As XLA says, or from the counter's start to the bound in the condition by what each
+    turn adds. Rings inside products count by twos, and a loop of which a turn was
+    peeled begins at 1.
+    """
     known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
     if known:
         return int(known)
@@ -266,7 +270,19 @@ def trips(loop: Instruction, module: Module) -> int:
     moved = body.by_name.get(body.root.operands[place])
     steps = _constants(body)
     added = moved.operands if moved is not None and moved.opcode == "add" else ()
-    return math.ceil(bound / next((steps[n] for n in added if n in steps), 1))
+    step = next((steps[n] for n in added if n in steps), 1)
+    return math.ceil((bound - _start(loop, place, home)) / step)
+
+
+def _start(loop: Instruction, place: int, home: Computation) -> int:
+    """The value that element `place` of a loop's state begins with; 0 if unknown."""
+    x = home.by_name.get(loop.operands[0])
+    if x is not None and x.opcode == "tuple":
+        x = home.by_name.get(x.operands[place])
+        while x is not None and x.opcode in ("copy", "bitcast"):
+            x = home.by_name.get(x.operands[0])
+        return _constants(home).get(x.name, 0) if x is not None else 0
+    return 0
 
 
 def _constants(computation: Computation) -> Mapping[str, int]:

@@ -26,12 +26,8 @@ COPIES = {
 }
 SLICES = ("slice", "dynamic-slice", "gather")
 VIEWS = ("bitcast", "get-tuple-element", "opt-barrier", "copy-done", "async-done")
-PASSED_ON = (
-    *VIEWS,
-    "copy",
-    "convert",
-    "reshape",
-)  # in a fusion: as much as is asked for
+# In a fusion these read of their operand as much as their user takes.
+PASSED_ON = (*VIEWS, "copy", "convert", "reshape", "pad")
 
 
 class Cost(NamedTuple):
@@ -183,7 +179,7 @@ def _writes(body, x: Instruction, module: Module, where: tuple[Shape, ...]) -> f
 def _in_place(body: Computation, update: Instruction, module: Module) -> bool:
     """Whether what is updated is the fusion's own operand."""
     target = body.by_name[update.operands[0]]
-    while target.operands and _passes_on(target, module):
+    while target.operands and target.opcode != "pad" and _passes_on(target, module):
         target = body.by_name[target.operands[0]]
     if target.opcode == "dynamic-update-slice":
         return _in_place(body, target, module)

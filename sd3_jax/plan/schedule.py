@@ -102,7 +102,7 @@ class Schedule:
     def _of(self, x: Instruction, home: Computation) -> Iterator[Event]:
         if x.opcode == "while":
             body = x.attribute(r"body=%?([\w.\-]+)")
-            yield Event("call", body, times=trips(x, self.module))
+            yield Event("call", body, times=trips(x, home, self.module))
         elif x.opcode == "call":
             yield Event("call", x.called[0])
         elif x.opcode == "conditional":

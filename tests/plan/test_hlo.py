@@ -37,6 +37,10 @@ ENTRY %main.9 (p.9: bf16[64,32], g.9: f32[1024]) -> f32[1024] {
   %p.9 = bf16[64,32]{1,0:T(8,128)(2,1)} parameter(0)
   %g.9 = f32[1024]{0:T(1024)S(1)} parameter(1)
   %loop.9 = (s32[], bf16[64,32]{1,0}) while(%t.9), condition=%cond.5, body=%body.5
+  %two.9 = s32[] constant(2)
+  %first.9 = s32[] copy(%two.9)
+  %state.9 = (s32[], bf16[64,32]{1,0}) tuple(%first.9, %p.9)
+  %peeled.9 = (s32[], bf16[64,32]{1,0}) while(%state.9), condition=%cond.5, body=%body.5
   %counted.9 = (s32[], bf16[64,32]{1,0}) while(%t.9), condition=%cond.5, body=%body.5, backend_config={"known_trip_count":{"n":"37"}}
   %kernel.9 = bf16[64,32]{1,0} custom-call(%p.9), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
 "xprof_metadata":"{}"
@@ -91,9 +95,11 @@ def test_memory_spaces(module):
 
 
 def test_turns_of_a_loop(module):
-    entry = module["main.9"].by_name
-    assert hlo.trips(entry["loop.9"], module) == 5  # 10 by twos
-    assert hlo.trips(entry["counted.9"], module) == 37
+    entry = module["main.9"]
+    trips = lambda name: hlo.trips(entry.by_name[name], entry, module)
+    assert trips("loop.9") == 5  # 10 by twos
+    assert trips("counted.9") == 37
+    assert trips("peeled.9") == 4  # from 2 on
 
 
 def test_text_that_is_no_module():
