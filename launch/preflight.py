@@ -64,7 +64,9 @@ def facts(config: ConfigDict, workdir: epath.Path) -> dict:
         host=socket.gethostname()[:64],
         devices=len(jax.local_devices()),
         kind=jax.devices()[0].device_kind,
+        index=jax.process_index(),
         mesh=mesh,
+        rows="" if mesh else misplaced_rows(config),
         code=sources(),
         config=digest(config.to_json_best_effort(sort_keys=True) + str(workdir)),
         versions=versions(),
@@ -93,6 +95,24 @@ def plan(config: ConfigDict) -> tuple[str, int]:
     return "", one * (
         config.checkpoint.keep + 1
     )  # one is written before one is deleted
+
+
+def misplaced_rows(config: ConfigDict) -> str:
+    """Which of this host's devices gets other rows of a batch than its shard's.
+
+    The numbers of the rows are loaded and placed as a batch of training is.
+    """
+    mesh, size = sharding.make_mesh(**config.mesh), config.data.batch_size
+    try:
+        mine = sharding.local_rows(mesh, size)
+        batch = sharding.put({"row": mine.astype(np.int32)}, mesh, size)
+    except ValueError as error:  # jax counts the rows
+        return " ".join(str(error).split())[:300]
+    for shard in batch["row"].addressable_shards:
+        wanted, placed = np.arange(size)[shard.index], np.asarray(shard.data)
+        if not np.array_equal(placed, wanted):
+            return f"device {shard.device.id} holds {placed}, not {wanted}"[:300]
+    return ""
 
 
 def sources() -> str:
@@ -149,15 +169,15 @@ def held(checkpoints: epath.Path) -> int:
 
 
 def gather(told: dict) -> list[dict]:
-    """Every host's facts, by process."""
+    """Every host's facts, in the order in which devices are gathered."""
     text = json.dumps(told).encode()
     if len(text) > SIZE:
         raise ValueError(f"a host's facts are {len(text)} bytes, more than {SIZE}")
     mine = np.frombuffer(text.ljust(SIZE), np.uint8)
     rows = np.asarray(multihost_utils.process_allgather(mine)).reshape(-1, SIZE)
     hosts = [json.loads(row.tobytes()) for row in rows]
-    for index, host in enumerate(hosts):
-        host |= dict(index=index, here=jax.process_index() == index)
+    for host in hosts:
+        host |= dict(here=jax.process_index() == host["index"])
     return hosts
 
 
@@ -177,6 +197,16 @@ def devices(hosts):
 def mesh(hosts):
     wrong = next((host["mesh"] for host in hosts if host["mesh"]), "")
     return bool(wrong), wrong or "fits the devices, the batch and every weight"
+
+
+def rows(hosts):
+    order = [host["index"] for host in hosts]
+    if order != sorted(order):  # evaluations gather by process
+        return True, f"arrays of hosts are gathered in the order {order}"
+    if any(host["mesh"] for host in hosts):
+        return False, "not checked: the mesh does not fit"
+    bad = [f"{host['rows']} on {at(host)}" for host in hosts if host["rows"]]
+    return bool(bad), "; ".join(bad[:3]) or "each device gets those of its shard"
 
 
 def equal(key):
@@ -217,6 +247,7 @@ def at(host):
 CHECKS = {
     "devices": devices,
     "mesh": mesh,
+    "rows": rows,
     "code": equal("code"),
     "config": equal("config"),
     "versions": equal("versions"),

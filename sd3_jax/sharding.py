@@ -154,8 +154,16 @@ def batch_shards(mesh: Mesh) -> int:
     return _product(mesh, BATCH)
 
 
-def local_rows(mesh: Mesh, batch_size: int) -> slice:
-    """The rows of a global batch that this process's devices hold."""
+def local_rows(
+    mesh: Mesh, batch_size: int, *, process: int | None = None
+) -> np.ndarray:
+    """Indices of the batch rows that a process's devices hold, in increasing order.
+
+    The process is this one by default. Its rows are rarely contiguous: a TPU mesh
+    follows the torus, not the hosts. Two processes share a row if an axis other than
+    data and fsdp crosses between them.
+    """
+    process = jax.process_index() if process is None else process
     shards = batch_shards(mesh)
     if batch_size % shards:
         near = max(shards, round(batch_size / shards) * shards)
@@ -163,13 +171,21 @@ def local_rows(mesh: Mesh, batch_size: int) -> slice:
             f"config.data.batch_size = {batch_size}: wanted a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
-    rows = batch_sharding(mesh).addressable_devices_indices_map((batch_size,))
-    spans = [index[0].indices(batch_size)[:2] for index in rows.values()]
-    return slice(min(a for a, _ in spans), max(b for _, b in spans))
+    index_of = batch_sharding(mesh).devices_indices_map((batch_size,))
+    spans = {
+        index[0].indices(batch_size)
+        for device, index in index_of.items()
+        if device.process_index == process
+    }
+    return np.concatenate([np.arange(*span) for span in sorted(spans)])
 
 
 def put(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int):
-    """This process's rows of a batch to global arrays, sharded over data and fsdp."""
+    """This process's rows of a batch to global arrays, sharded over data and fsdp.
+
+    The rows come in the order of `local_rows`: jax takes those of the lowest shard
+    first, then those of the next shard that this process has.
+    """
     sharding = batch_sharding(mesh)
     return {
         name: jax.make_array_from_process_local_data(

@@ -14,6 +14,8 @@ STEPS = 2**31 - 1  # more than any run has
 class Loader:
     """This process's rows of each global batch, from step `start` on.
 
+    `rows` are their indices in the batch (sharding.local_rows), in increasing order.
+
     `source.batch(indices)` gives the examples with these indices, and their captions
     if there are any, of which `tokenize` makes arrays. Example step *
     batch_size + row is row `row` of step `step`, whatever the number of processes and
@@ -25,7 +27,7 @@ class Loader:
         source,
         *,
         batch_size: int,
-        rows: slice,
+        rows: np.ndarray,
         tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None,
         start: int = 0,
         threads: int = 2,
@@ -33,10 +35,9 @@ class Loader:
     ):
         memory.keep_freed()
         self._source, self._batch_size = source, batch_size
-        local = np.arange(rows.start, rows.stop)
 
         def load(step: int) -> dict[str, np.ndarray]:
-            batch = source.batch(step * batch_size + local)
+            batch = source.batch(step * batch_size + rows)
             captions = batch.pop("caption", None)
             return batch if captions is None else batch | tokenize(captions)
 

@@ -279,7 +279,7 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
 
 def loader(
     config: ConfigDict,
-    rows: slice,
+    rows: np.ndarray,
     *,
     start: int = 0,
     made=None,

@@ -121,11 +121,12 @@ def share(start: int, index: int, count: int) -> slice:
 
 
 def interleaved(every: list[np.ndarray]) -> np.ndarray:
-    """Row i from process i mod processes; the inverse of each taking its share."""
-    whole = np.empty((sum(map(len, every)), *every[0].shape[1:]), every[0].dtype)
-    for index, part in enumerate(every):
-        whole[index :: len(every)] = part
-    return whole
+    """Row i from process i mod processes; the inverse of each taking its share.
+
+    A process that has fewer rows, because files were unreadable, drops out earlier.
+    """
+    turns = np.concatenate([np.arange(len(part)) for part in every])
+    return np.concatenate(every)[np.argsort(turns, kind="stable")]
 
 
 def packed(x: Statistics) -> np.ndarray:

@@ -88,8 +88,8 @@ class Painter:
         return tokenizers.bytes_of(captions, self.config.text.length)
 
     def put(self, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
-        mine = sharding.local_rows(self.mesh, size)
-        batch = {name: value[mine] for name, value in batch.items()}
+        rows = sharding.local_rows(self.mesh, size)
+        batch = {name: value[rows] for name, value in batch.items()}
         put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)
         return put(batch, batch_size=size)
 

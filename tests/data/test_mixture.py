@@ -105,11 +105,12 @@ def test_a_mixture_keeps_its_shares_and_the_epochs_of_each_set(folder):
         assert sorted(second[e * 30 : (e + 1) * 30]) == list(range(100, 130))
 
 
-def load(source, rows=slice(0, SIZE), **options):
+def load(source, rows=np.arange(SIZE), **options):
     ids = functools.partial(tokenizers.bytes_of, length=7)
     return Loader(source, batch_size=SIZE, rows=rows, tokenize=ids, **options)
 
 
+APART = np.array([[0, 3, 5], [1, 2, 4]])  # two hosts that take turns
 MAKERS = [
     mixture,
     lambda folder: Records([f"{folder}/*.arecord"]),
@@ -122,15 +123,18 @@ def test_a_step_has_the_same_records_on_any_number_of_hosts(folder, make):
     whole = load(make(folder))
     batches = [numbers(next(whole)) for _ in range(10)]  # more than two epochs
     for hosts in (1, 2, 3):
-        part = SIZE // hosts
-        slices = [slice(i * part, (i + 1) * part) for i in range(hosts)]
-        loaders = [load(make(folder), rows) for rows in slices]
+        shares = np.split(np.arange(SIZE), hosts)
+        loaders = [load(make(folder), rows) for rows in shares]
         for batch in batches:
             assert sum((numbers(next(one)) for one in loaders), []) == batch
-    uneven = [slice(0, 1), slice(1, 2), slice(2, 4), slice(4, 6)]  # four hosts
+    uneven = np.split(np.arange(SIZE), [1, 2, 4])  # four hosts
     loaders = [load(make(folder), rows) for rows in uneven]
     for batch in batches:
         assert sum((numbers(next(one)) for one in loaders), []) == batch
+    apart = [load(make(folder), rows) for rows in APART]
+    for batch in batches:
+        both = [numbers(next(one)) for one in apart]
+        assert both == [[batch[i] for i in rows] for rows in APART]
 
 
 @pytest.mark.parametrize("make", MAKERS)

@@ -12,12 +12,15 @@ import sys
 import time
 from pathlib import Path
 
+import device_orders
 import jsonschema
 import multiprocess
+import numpy as np
 import pytest
 import yaml
 
-from sd3_jax import metrics
+from configs import quickstart
+from sd3_jax import metrics, sharding
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -747,6 +750,47 @@ def test_preflight_fails_on_one_host_with_the_line(tmp_path):
     assert "mesh" in line and "3 does not divide" in line
 
 
+@pytest.mark.parametrize(
+    "order, mesh",
+    [
+        ("v5p-16", ["fsdp=8"]),
+        ("v5p-16", ["fsdp=4", "tensor=2"]),  # each row is on both hosts
+        ("v5e-16", ["fsdp=8", "context=2"]),  # some rows are on two hosts
+        ("2xv5e-16", ["data=2", "fsdp=8"]),
+    ],
+)
+def test_preflight_passes_where_hosts_are_interleaved(tmp_path, order, mesh):
+    lines = preflight_in(order, tmp_path, mesh)
+    assert "ok    rows      each device gets those of its shard" in lines
+
+
+def test_preflight_fails_where_a_host_loads_other_rows(tmp_path):
+    """As far as the last one from the first one on, which was once thought right."""
+    lines = preflight_in("v5p-16, contiguous", tmp_path, ["fsdp=8"], code=1)
+    (line,) = [line for line in lines if line.startswith("FAIL")]
+    assert "rows" in line and "Invalid host data" in line and "on host 0" in line
+
+
+def preflight_in(order, workdir, mesh, code=0):
+    flags = [TINY, f"--workdir={workdir}", "--config.data.batch_size=16"]
+    flags += [f"--config.mesh.{size}" for size in mesh]
+    jobs = json.dumps([[str(LAUNCH / "preflight.py"), *flags]])
+    processes, devices = device_orders.HOSTS[order.partition(",")[0]]
+    results = multiprocess.run(
+        ["tests/device_orders.py", order, jobs], processes=processes, devices=devices
+    )
+    for result in results:
+        assert result.returncode == code, result.stdout + result.stderr[-2000:]
+    return results[0].stdout.splitlines()
+
+
+def test_preflight_looks_at_the_rows_of_every_device(monkeypatch):
+    check, config = preflight().misplaced_rows, quickstart.get_config("tiny")
+    assert check(config) == ""
+    monkeypatch.setattr(sharding, "local_rows", lambda mesh, n: np.arange(n)[::-1])
+    assert check(config) == "device 0 holds [7], not [0]"
+
+
 def preflight():
     path = LAUNCH / "preflight.py"
     spec = importlib.util.spec_from_file_location("preflight", path)
@@ -760,6 +804,7 @@ def preflight():
     [
         ("devices", dict(devices=3)),
         ("mesh", dict(mesh="config.mesh does not fit")),
+        ("rows", dict(rows="device 5 holds [1], not [2]")),
         ("code", dict(code="other")),
         ("config", dict(config="other")),
         ("versions", dict(versions="jax 0.1")),
@@ -770,10 +815,11 @@ def preflight():
     ],
 )
 def test_preflight_tells_of_the_odd_host(name, told):
-    good = dict(host="a", index=0, devices=4, kind="TPU", mesh="", code="c", config="d")
-    good |= dict(versions="jax 0.2", flags="e", workdir="", free=9, need=5, clock=0.0)
+    good = dict(host="a", index=0, devices=4, kind="TPU", mesh="", rows="", code="c")
+    good |= dict(config="d", versions="jax 0.2", flags="e", workdir="", free=9, need=5, clock=0.0)
     checks = preflight().CHECKS
     odd = good | told | dict(index=1)
     wrong = {key for key, check in checks.items() if check([good, odd])[0]}
     assert wrong == {name}
     assert not any(check([good, good])[0] for check in checks.values())
+    assert checks["rows"]([odd | dict(rows=""), good])[0]  # gathered in another order
