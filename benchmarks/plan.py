@@ -66,18 +66,20 @@ SAMPLING = [
         "40 steps, guidance",
     ),
 ]
-span = lambda values, form: "–".join(format(x, form) for x in values)
+span = lambda values, form: "–".join(dict.fromkeys(format(x, form) for x in values))
 COLUMNS = {  # of the table, and of a row of plan.json
     "mesh": lambda x: x["spelt"],
     "remat": lambda x: x["remat"] or "none",
     "images/chip": lambda x: f"{x['batch']:g}",
-    "HBM GB (of)": lambda x: f"{x['peak']:.1f} ({x['capacity']:g}) {x['verdict']}",
-    "products ms": lambda x: f"{x['compute']:.4g}",
+    "peak GiB (of)": lambda x: f"{x['peak']:.1f} ({x['capacity']:g})",
+    "memory": lambda x: x["verdict"],
+    "matmul ms": lambda x: f"{x['compute']:.4g}",
     "serial ms": lambda x: f"{x['serial']:.4g}",
     "HBM ms": lambda x: f"{x['memory']:.3g}",
-    "links ms": lambda x: f"{x['links']:.3g}",
-    "other slices ms": lambda x: f"{x['other_slices']:.3g}",
+    "ICI ms": lambda x: f"{x['links']:.3g}",
+    "DCN ms": lambda x: f"{x['other_slices']:.3g}",
     "scheduled ms": lambda x: f"{x['scheduled']:.4g}",
+    "binds": lambda x: x["binds"],
     "bound MFU": lambda x: f"{x['mfu']:.3f}",
     "scheduled MFU": lambda x: f"{x['mfu_scheduled']:.3f}",
     "forecast MFU": lambda x: span(x["forecast_mfu"], ".2f"),
@@ -86,9 +88,9 @@ COLUMNS = {  # of the table, and of a row of plan.json
     "sent / least": lambda x: (
         f"{x['sent_over_least']:.2f}" if "sent_over_least" in x else ""
     ),
-    "of it adaLN": lambda x: f"{x['adaln_bytes'] / all_sent(x):.1%}",
-    "hidden": lambda x: f"{x['hidden']:.0%}",
-    "beside products": lambda x: f"{x['beside_products']:.0%}",
+    "adaLN's share": lambda x: f"{x['adaln_bytes'] / all_sent(x):.1%}",
+    "overlapped": lambda x: f"{x['overlapped']:.0%}",
+    "beside matmuls": lambda x: f"{x['beside_matmuls']:.0%}",
     "compile s": lambda x: f"{x['seconds']:.0f}",
     "compiler": lambda x: x["compiler"],
 }

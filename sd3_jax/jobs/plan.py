@@ -26,25 +26,25 @@ COLUMNS = {
     "billions": "params B",
     "spelt": "mesh",
     "remat": "remat",
-    "batch": "batch/chip",
-    "peak": "peak GB",
-    "capacity": "of GB",
+    "batch": "images/chip",
+    "peak": "peak GiB",
+    "capacity": "of GiB",
     "verdict": "memory",
-    "tflop": "TFLOP/chip",
-    "compute": "products ms",
-    "memory": "HBM ms",
+    "compute": "matmul ms",
     "serial": "serial ms",
-    "links": "links ms",
+    "memory": "HBM ms",
+    "links": "ICI ms",
+    "other_slices": "DCN ms",
     "scheduled": "scheduled ms",
+    "binds": "binds",
     "mfu": "bound MFU",
     "mfu_scheduled": "scheduled MFU",
     "forecast_mfu": "forecast MFU",
     "rate": "bound images/s/chip",
     "forecast_rate": "forecast images/s/chip",
-    "binds": "binds",
 }
 KNOWN = list(COLUMNS).index("batch") + 1  # columns of a row that does not fit, too
-FLOORS = ("serial", "memory", "links", "other_slices")
+FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "DCN"}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
@@ -158,6 +158,8 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     least = accumulate * bounds.least_wire(
         case.parameters, mesh.shape["fsdp"], mesh.shape["data"]
     )
+    if config.plan.per_chip:
+        row["recipe"] = f"--config.data.batch_size={config.data.batch_size}"
     row["remat"] = model.remat
     row["batch"] = config.data.batch_size / accumulate / each.chips
     if "needs" not in row and least:
@@ -209,7 +211,7 @@ def accounted(
     waits = [account.by_kind[kind] for kind in schedule.WAITS.values()]
     kinds = {name: 1e3 * x for name, x in account.by_kind.items() if x}
     times = {
-        "compute": kinds.get("product", 0.0) + kinds.get("attention", 0.0),
+        "compute": kinds.get("matmul", 0.0) + kinds.get("attention", 0.0),
         "memory": 1e3 * account.hbm / chip.hbm_rate,
         "serial": 1e3 * (account.seconds - sum(waits)),
         "links": 1e3 * account.links["ici"],
@@ -220,6 +222,7 @@ def accounted(
     least = times[binds] / 1e3
     reached = flops / chip.peak / least
     rate = case.images * chip.devices / least
+    forecast = bounds.FORECAST["train" if case.name == "train" else "sample"]
     sent: dict[str, float] = {}
     for (axes, _), size in account.wire.items():
         sent[axes] = sent.get(axes, 0.0) + size
@@ -242,14 +245,14 @@ def accounted(
         "adaln_bytes": sum(
             size for source, size in account.sources.items() if "adaln" in source
         ),
-        "hidden": account.hidden / all_sent,
-        "beside_products": account.beside / all_sent,
+        "overlapped": account.hidden / all_sent,
+        "beside_matmuls": account.beside / all_sent,
         "mfu": reached,
         "mfu_scheduled": flops / chip.peak / account.seconds,
-        "forecast_mfu": [share * reached for share in bounds.FORECAST],
+        "forecast_mfu": [share * reached for share in forecast],
         "rate": rate,
-        "forecast_rate": [share * rate for share in bounds.FORECAST],
-        "binds": binds.replace("_", " "),
+        "forecast_rate": [share * rate for share in forecast],
+        "binds": FLOORS[binds],
     }
 
 
@@ -298,8 +301,8 @@ def details(row: dict) -> str:
     sent = [f"{axes} {size / 1e9:.3g} GB" for axes, size in row["sent_bytes"].items()]
     if row["sent_between_slices"]:
         sent.append(f"between slices {row['sent_between_slices'] / 1e9:.3g} GB")
-    hidden, beside = row["hidden"], row["beside_products"]
-    overlap = f"{hidden:.0%} of it hidden, {beside:.0%} beside products"
+    overlapped, beside = row["overlapped"], row["beside_matmuls"]
+    overlap = f"{overlapped:.0%} overlapped, {beside:.0%} beside matmuls"
     return (
         "\n  ".join(
             [
@@ -313,10 +316,11 @@ def details(row: dict) -> str:
 
 def notes(rows: list[dict]) -> list[str]:
     """What the figures are, and of which compiler."""
-    low, high = bounds.FORECAST
+    jobs = {"train" if row["program"] == "train" else "sample" for row in rows}
+    reach = [shown(list(bounds.FORECAST[job])) for job in sorted(jobs)]
     lines = [
-        "bound: no run is faster. forecast: "
-        f"{low} to {high} x bound, as published runs reach. Nothing was measured.",
+        f"bound: no run is faster. forecast: {', '.join(reach)} x bound, which"
+        " published runs reach. Nothing was measured.",
         f"compiled by {aot.compiler()}: other versions make other programs",
     ]
     if any(row.get("verdict") == "tight" for row in rows):
@@ -328,5 +332,5 @@ def notes(rows: list[dict]) -> list[str]:
 
 def shown(value) -> str:
     if isinstance(value, list):
-        return "-".join(f"{x:.3g}" for x in value)
+        return "-".join(dict.fromkeys(f"{x:.3g}" for x in value))
     return f"{value:.3g}" if isinstance(value, float) else str(value)

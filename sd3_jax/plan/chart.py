@@ -13,12 +13,12 @@ PARTS = {  # of a run, as they are called and coloured
     "kernel": ("attention's extra product", "#dcb06e"),
     "padding": ("padding", "#b9b4ab"),
     "narrow": ("heads narrower than the matrix unit", "#d9d5cd"),
-    "HBM of products": ("products wait for HBM", "#7a4f6b"),
+    "HBM of matmuls": ("matmuls wait for HBM", "#7a4f6b"),
     "elementwise": ("elementwise", "#a3637f"),
     "copy": ("copies, layouts", "#c98fa3"),
-    "prefetch": ("prefetches", "#e3bcc8"),
-    "links": ("links", "#3f7a5a"),
-    "other slices": ("other slices", "#86b396"),
+    "prefetch": ("waits for prefetches", "#e3bcc8"),
+    "ICI": ("ICI not overlapped", "#3f7a5a"),
+    "DCN": ("DCN not overlapped", "#86b396"),
 }
 
 

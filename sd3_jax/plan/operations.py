@@ -37,7 +37,7 @@ class Cost(NamedTuple):
     read: float = 0.0  # bytes of HBM
     written: float = 0.0
     narrow: float = 1.0  # the share of the matrix unit that its products fill
-    kind: str = ""  # "product", "attention", "elementwise", "copy"; "" costs nothing
+    kind: str = ""  # "matmul", "attention", "elementwise", "copy"; "" costs nothing
 
     @property
     def bytes(self) -> float:
@@ -71,7 +71,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         )
         flops = products(body, module)
         written = produced(body, module)
-        kind = "product" if flops else _kind_of(body, module)
+        kind = "matmul" if flops else _kind_of(body, module)
         return Cost(flops, read, written, kind=kind)
     if is_start(x):
         result = done_of(x, home)
@@ -86,7 +86,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
     read = sum(_whole(home, name) for name in x.operands)
     kind = "copy" if x.opcode in COPIES else "elementwise"
     if x.opcode in ("convolution", "dot"):
-        return Cost(product(x, home), read, x.hbm, kind="product")
+        return Cost(product(x, home), read, x.hbm, kind="matmul")
     return Cost(0.0, read, x.hbm, kind=kind)
 
 

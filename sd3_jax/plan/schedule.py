@@ -57,7 +57,8 @@ class Event(NamedTuple):
     background: float = 0.0  # seconds of HBM, of an asynchronous copy
 
 
-WAITS = {"ici": "links", "dcn": "other slices", "hbm": "prefetch"}
+# What the clock waits for, by the network or memory that is late.
+WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch"}
 
 
 class Schedule:
@@ -198,7 +199,7 @@ class Schedule:
             account.by_kind[cost.kind] += seconds
         else:
             account.by_kind[cost.kind] += compute
-            slow = "HBM of products" if cost.flops else cost.kind
+            slow = "HBM of matmuls" if cost.flops else cost.kind
             account.by_kind[slow] += memory - compute
 
     def _start(self, event: Event, account: Account) -> None:

@@ -8,7 +8,7 @@ import math
 import re
 from typing import NamedTuple
 
-from sd3_jax.errors import UserError, nearest
+from sd3_jax.errors import UserError, near
 
 
 class Generation(NamedTuple):
@@ -56,6 +56,7 @@ GENERATIONS = {
         slice_rate=6.25e9,  # 100 Gb/s a chip, of two devices
     ),
 }
+LITEPOD = ("v5litepod", "v5e")
 FLAT = {
     1: "1x1",
     4: "2x2",
@@ -118,11 +119,16 @@ class Slice(NamedTuple):
 
 
 def find(name: str) -> Slice:
-    """ "v5e-256", "v5p-128", "v6e-256" or "tpu7x-128"; "2xv5e-256" is two of them."""
-    told = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name)
+    """ "v5e-256", "v5p-128", "v6e-256" or "tpu7x-128"; "2xv5e-256" is two of them.
+
+    v5litepod-16, as gcloud says, is v5e-16.
+    """
+    told = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
     if told is None or told[2] not in GENERATIONS or told[1] == "0":
-        known = [f"{g}-128" for g in GENERATIONS]
-        raise UserError(f'config.plan.slices: "{name}"{nearest(name, known)}')
+        raise UserError(
+            f'config.plan.slices: unknown slice "{name}"; wanted GENERATION-SIZE, such'
+            f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
+        )
     made = GENERATIONS[told[2]]
     shapes = FLAT if made.dims == 2 else SOLID
     chips, rest = divmod(int(told[3]), made.named)
@@ -134,3 +140,9 @@ def find(name: str) -> Slice:
     count = int(told[1] or 1)
     shape = tuple(int(n) for n in shapes[chips].split("x"))
     return Slice(name, told[2], made, count * chips, shape, count)
+
+
+def _near(name: str) -> str:
+    generation, _, size = name.partition("-")
+    guess = near(generation, GENERATIONS)
+    return f'; did you mean "{guess}-{size}"?' if guess and size else ""

@@ -58,6 +58,7 @@ def test_the_least_that_must_be_sent():
         ("v5p-128", 64, 64, "v5:4x4x4"),
         ("v6e-16", 16, 16, "v6e:4x4"),
         ("tpu7x-128", 64, 128, "tpu7x:4x4x4"),
+        ("v5litepod-16", 16, 16, "v5e:4x4"),
     ],
 )
 def test_slices(name, chips, devices, topology):
@@ -68,7 +69,7 @@ def test_slices(name, chips, devices, topology):
 @pytest.mark.parametrize(
     "name, words",
     [
-        ("v5q-16", 'did you mean "v5'),
+        ("v5q-16", 'such as v5e-16 or 2xv5e-16, .*did you mean "v5'),
         ("v5e-20", "wanted one of v5e-1, v5e-4"),
         ("v5p-9", "wanted one of v5p-8, v5p-16"),
     ],

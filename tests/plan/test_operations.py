@@ -26,7 +26,7 @@ def test_a_product():
         f"%w = bf16[256,1024]{TILES} parameter(1)",
         f"ROOT %y = bf16[512,1024]{TILES} convolution(%x, %w), dim_labels=bf_io->bf",
     )
-    assert given.kind == "product" and given.flops == 2 * 512 * 256 * 1024
+    assert given.kind == "matmul" and given.flops == 2 * 512 * 256 * 1024
     assert given.read == 2 * (512 * 256 + 256 * 1024)
     assert given.written == 2 * 512 * 1024
 

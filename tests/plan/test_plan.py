@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from sd3_jax.jobs.plan import usual
+from sd3_jax.jobs.plan import FLOORS, usual
 from sd3_jax.plan import bounds, hlo
 
 ROOT = Path(__file__).parents[2]
@@ -52,12 +52,12 @@ def test_a_row(planned):
     assert row["batch"] == 4 and 0 < row["peak"] < row["capacity"]
     assert row["verdict"] == "fits" and row["compiler"].startswith("libtpu ")
     assert 0 < row["mfu_scheduled"] <= row["mfu"] < 1
-    floors = ("serial", "memory", "links", "other_slices")
-    assert max(floors, key=row.get).replace("_", " ") == row["binds"]
+    assert FLOORS[max(FLOORS, key=row.get)] == row["binds"]
     assert row["compute"] <= row["serial"] <= row["scheduled"]
     assert sum(row["shares"].values()) == pytest.approx(row["scheduled"])
     assert row["forecast_mfu"][1] < row["mfu"] and row["forecast_rate"][1] < row["rate"]
     assert "v5e-16" in printed and "bound MFU" in printed and "forecast" in printed
+    assert "--config.data.batch_size=64" in printed  # trains what was planned
     assert png.startswith(b"\x89PNG")
 
 

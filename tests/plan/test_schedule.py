@@ -33,7 +33,7 @@ DOT = f"%y = {VMEM} convolution(%x, %x), dim_labels=bf_io->bf"
 
 def test_an_operation_takes_its_products_or_its_bytes():
     found = account(X, DOT)
-    assert found.seconds == found.by_kind["product"] == PRODUCT
+    assert found.seconds == found.by_kind["matmul"] == PRODUCT
     found = account(f"%x = {BIG} parameter(0)", f"%y = {BIG} negate(%x)")
     assert found.seconds == found.by_kind["elementwise"] == 2 * SIZE
     assert found.hbm == 2 * SIZE * 1e12
@@ -44,7 +44,7 @@ def test_a_collective_without_a_start_is_waited_for():
     part = "%q = bf16[1024,4096]{1,0:T(8,128)(2,1)S(1)} parameter(1)"
     found = account(X, part, gather, DOT)
     assert found.seconds == pytest.approx(GATHER + PRODUCT)
-    assert found.by_kind["links"] == pytest.approx(GATHER)
+    assert found.by_kind["ICI"] == pytest.approx(GATHER)
     assert found.hidden == found.beside == 0
     assert found.sent == pytest.approx(SIZE * 3 / 4 * 1e12)
 
@@ -72,7 +72,7 @@ def test_links_carry_one_after_another():
         f"%y = {small} convolution(%s, %x), dim_labels=bf_io->bf",
         *(f"%d{i} = {VMEM} all-gather-done(%g{i})" for i in range(3)),
     )
-    assert 0 < found.by_kind["product"] < 3 * GATHER
+    assert 0 < found.by_kind["matmul"] < 3 * GATHER
     assert found.seconds == pytest.approx(3 * GATHER)
 
 
