@@ -13,7 +13,7 @@ from sd3_jax.plan.slices import Generation
 
 # What published runs on TPUs reach of a bound computed as here. Training: Flux of
 # MaxDiffusion on v5p 0.62 to 0.64, Llama 3.1 on v6e 0.62 to 0.73; dense models with
-# heads of 128 go higher (0.79 to 0.89 on v5e and v5p). Sampling: one run, Flux on v6e-4.
+# heads of 128 go higher (0.79 to 0.89 on v5e, v5p). Sampling: one run, Flux on v6e-4.
 FORECAST = {"train": (0.62, 0.75), "sample": (0.50, 0.50)}
 TIGHT = 0.93  # of HBM; the runtime wants some, and the compiler may err
 
