@@ -59,10 +59,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
             ' "full", "flow"'
         )
     aot.prepare()
+    aot.compiler()
+    planned_for = [slices.find(name) for name in config.plan.slices]
+    for each in planned_for:  # mistakes first, for a compilation takes minutes
+        aot.flags(config.plan.flags, each)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = []
-    for each in [slices.find(name) for name in config.plan.slices]:
+    for each in planned_for:
         for row in JOBS[config.plan.job](config, each, workdir):
             rows.append(row)
             write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
@@ -130,6 +134,13 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     config = config.copy_and_resolve_references()
     if config.plan.per_chip:
         config.data.batch_size = config.plan.per_chip * each.chips
+        shards = sharding.batch_shards(mesh) * config.optim.accumulate
+        if config.data.batch_size % shards:
+            raise UserError(
+                f"config.plan.per_chip = {config.plan.per_chip}: {each.chips} chips"
+                f" take {config.data.batch_size} images; wanted a multiple of data x"
+                f" fsdp x accumulate = {shards}"
+            )
     accumulate = config.optim.accumulate
     images = config.data.batch_size / each.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -192,7 +203,13 @@ def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, A
     module = hlo.parse(made.text)
     links = wire.Links(each, list(mesh.devices.flat))
     program = schedule.Schedule(module, each.generation, mesh.shape, links, usual)
-    return row | made.memory | accounted(program.run(), case, each, made)
+    account = program.run()
+    return (
+        row
+        | made.memory
+        | accounted(account, case, each, made)
+        | {"unknown": sorted(program.unknown)}
+    )
 
 
 def usual(x: hlo.Instruction, lengths: dict[str, int]) -> str:
@@ -302,16 +319,17 @@ def details(row: dict) -> str:
     if row["sent_between_slices"]:
         sent.append(f"between slices {row['sent_between_slices'] / 1e9:.3g} GB")
     overlapped, beside = row["overlapped"], row["beside_matmuls"]
-    overlap = f"{overlapped:.0%} overlapped, {beside:.0%} beside matmuls"
-    return (
-        "\n  ".join(
-            [
-                f"{name}: scheduled {total:.4g} ms: {', '.join(shares)}",
-                f"sends {', '.join(sent) or 'nothing'}; {overlap}",
-            ]
+    lines = [
+        f"{name}: scheduled {total:.4g} ms: {', '.join(shares)}",
+        f"sends {', '.join(sent) or 'nothing'}; {overlapped:.0%} overlapped,"
+        f" {beside:.0%} beside matmuls",
+    ]
+    if row["unknown"]:
+        names = ", ".join(row["unknown"][:3])
+        lines.append(
+            f"not counted ({len(row['unknown'])}): {names}: all times are more"
         )
-        + recipe
-    )
+    return "\n  ".join(lines) + recipe
 
 
 def notes(rows: list[dict]) -> list[str]:

@@ -56,9 +56,14 @@ def prepare() -> None:
 
 
 def compiler() -> str:
-    """The versions that a plan is of."""
-    versions = [f"{name} {metadata.version(name)}" for name in ("libtpu", "jax")]
-    return ", ".join(versions)
+    """The versions that a plan is of; UserError without a TPU compiler."""
+    try:
+        version = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "plan needs libtpu, the TPU's compiler: pip install libtpu"
+        ) from None
+    return f"libtpu {version}, jax {jax.__version__}"
 
 
 def devices(each: Slice) -> list:
@@ -107,7 +112,10 @@ def compile(lowered, options: dict[str, str]) -> Compiled:
 
 def too_large(error: Exception) -> str:
     size = r"([\d.]+[KMGT])"
-    forms = rf"\({size}\) exceeds available HBM \({size}\)", rf"Used {size} of {size}"
+    forms = (
+        rf"\({size}\) exceeds available HBM \({size}\)",
+        rf"Used {size} of {size} hbm",  # and not of vmem or smem
+    )
     told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
     if told is None:
         raise error

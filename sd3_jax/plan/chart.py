@@ -19,6 +19,7 @@ PARTS = {  # of a run, as they are called and coloured
     "prefetch": ("waits for prefetches", "#e3bcc8"),
     "ICI": ("ICI not overlapped", "#3f7a5a"),
     "DCN": ("DCN not overlapped", "#86b396"),
+    "host": ("host memory", "#4a4a4a"),
 }
 
 

@@ -11,16 +11,16 @@ import re
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
-BYTES = {"pred": 1, "bf16": 2, "f16": 2, "token": 0, "c64": 8} | {
+BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0, "c64": 8, "c128": 16} | {
     f"{kind}{bits}": bits / 8
     for kind in ("s", "u", "f")
     for bits in (1, 2, 4, 8, 16, 32, 64)
 }
 HBM = 0  # the memory space of arrays that name none; S(1) is VMEM, S(5) the host
-ARRAY = re.compile(r"(\w+)\[([\d,]*)\](\{[^}]*\})?")
+ARRAY = re.compile(r"(\w+)\[([<=\d,]*)\](\{[^}]*\})?")
 COLLECTIVES = (
     *("all-gather", "all-reduce", "reduce-scatter", "all-to-all"),
-    *("collective-permute", "ragged-all-to-all"),
+    *("collective-permute", "collective-broadcast", "ragged-all-to-all"),
 )
 
 
@@ -82,8 +82,11 @@ class Instruction(NamedTuple):
     @property
     def called(self) -> list[str]:
         """The computations that it runs, but for a loop's condition."""
-        pattern = r"\b(?:calls|body|to_apply|called_computations)=\{?%?([\w.\-]+)"
-        return re.findall(pattern, self.attributes)
+        pattern = (
+            r"\b(?:calls|body|to_apply|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
+        )
+        found = ",".join(re.findall(pattern, self.attributes))
+        return re.findall(r"[\w.\-]+", found)
 
     @property
     def branches(self) -> list[str]:
@@ -137,6 +140,12 @@ class Module(NamedTuple):
     def __getitem__(self, name: str) -> Computation:
         return self.computations[name]
 
+    def size(self, name: str) -> int:
+        """Instructions of a computation and of all that it calls."""
+        called = [y for x in self[name] for y in (*x.called, *x.branches)]
+        inner = (y for y in called if y in self.computations)
+        return len(self[name]) + sum(map(self.size, inner))
+
     def reached(self, x: Instruction) -> Iterator[Computation]:
         """The computations that an instruction calls, and those which they call."""
         for name in x.called:
@@ -159,10 +168,12 @@ def parse(text: str) -> Module:
 
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        open_braces = sum(part.count("{") - part.count("}") for part in lines)
         if head:
+            close()
             current = computations[head[2]] = Computation(head[2])
             entry = head[2] if head[1] else entry
-        elif re.fullmatch(r'\}(, execution_thread="\w+")?', line):
+        elif open_braces <= 0 and re.fullmatch(r"\}(, execution_thread=.*)?", line):
             close()
             current = None
         elif re.match(r"  (?:ROOT )?%?[\w.\-]+ = ", line):
@@ -223,7 +234,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 
 def _shape(dtype: str, sides: str, layout: str) -> Shape:
     order, _, memory = layout.strip("{}").partition(":")
-    tile = re.match(r"T\(([\d,]+)\)", memory)
+    tile = re.search(r"T\(([\d,]+)\)", memory)
     space = re.search(r"S\((\d+)\)", memory)
     return Shape(
         dtype,
@@ -235,16 +246,17 @@ def _shape(dtype: str, sides: str, layout: str) -> Shape:
 
 
 def _integers(text: str) -> tuple[int, ...]:
-    return tuple(int(n) for n in text.split(",") if n)
+    return tuple(int(n) for n in text.replace("<=", "").split(",") if n)
 
 
 def bytes_of(dtype: str) -> float:
     """Of a number; KeyError for a type that HLO does not have."""
-    return 1.0 if dtype.startswith("f8") else BYTES[dtype]
+    small = {"f8": 1.0, "f4": 0.5}
+    return BYTES[dtype] if dtype in BYTES else small[dtype[:2]]
 
 
-def trips(loop: Instruction, home: Computation, module: Module) -> int:
-    """How often the body of a loop, an instruction of `home`, runs.
+def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
+    """How often the body of a loop, an instruction of `home`, runs; None if unknown.
 
     As XLA says, or from the counter's start to the bound in the condition by what each
     turn adds. Rings inside products count by twos, and a loop of which a turn was
@@ -260,18 +272,30 @@ def trips(loop: Instruction, home: Computation, module: Module) -> int:
     if compare is None:  # it is in a fusion: the only number there is the bound
         inner = [_constants(c) for x in condition for c in module.reached(x)]
         bounds = [n for numbers in (constants, *inner) for n in numbers.values()]
-        return max(bounds, default=1)
-    bound = max((constants.get(name, 1) for name in compare.operands), default=1)
+        return max(bounds, default=None)
+    bound = next((constants[n] for n in compare.operands if n in constants), None)
     read = [condition.by_name.get(name) for name in compare.operands]
     counter = next((x for x in read if x and x.opcode == "get-tuple-element"), None)
-    if counter is None:
-        return bound
+    if bound is None or counter is None:
+        return None
     place = int(counter.attribute(r"index=(\d+)"))
+    step = _step(body, place)
+    if not step:
+        return None
+    away = (bound - _start(loop, place, home)) / step
+    ends_on = compare.attribute(r"direction=(\w+)") in ("LE", "GE")
+    turns = math.floor(away) + 1 if ends_on else math.ceil(away)
+    return turns if turns >= 0 else None
+
+
+def _step(body: Computation, place: int) -> int:
+    """What a turn adds to element `place` of a loop's state; 0 if unknown."""
     moved = body.by_name.get(body.root.operands[place])
-    steps = _constants(body)
-    added = moved.operands if moved is not None and moved.opcode == "add" else ()
-    step = next((steps[n] for n in added if n in steps), 1)
-    return math.ceil((bound - _start(loop, place, home)) / step)
+    if moved is None or moved.opcode not in ("add", "subtract"):
+        return 0
+    constants = _constants(body)
+    step = next((constants[n] for n in moved.operands if n in constants), 0)
+    return -step if moved.opcode == "subtract" else step
 
 
 def _start(loop: Instruction, place: int, home: Computation) -> int:
@@ -289,5 +313,5 @@ def _constants(computation: Computation) -> Mapping[str, int]:
     return {
         x.name: int(number[1])
         for x in computation
-        if x.opcode == "constant" and (number := re.match(r"\((\d+)\)", x.attributes))
+        if x.opcode == "constant" and (number := re.match(r"\((-?\d+)\)", x.attributes))
     }

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sd3_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Shape
+from sd3_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Module, Shape, trips
 
 FREE = {  # they move nothing, or what they move is counted where it happens
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
@@ -25,6 +25,7 @@ COPIES = {
     *("broadcast", "iota", "dynamic-slice", "dynamic-update-slice", "gather"),
 }
 SLICES = ("slice", "dynamic-slice", "gather")
+HOST = 5  # the memory space
 VIEWS = ("bitcast", "get-tuple-element", "opt-barrier", "copy-done", "async-done")
 # In a fusion these read of their operand as much as their user takes.
 PASSED_ON = (*VIEWS, "copy", "convert", "reshape", "pad")
@@ -36,6 +37,7 @@ class Cost(NamedTuple):
     flops: float = 0.0
     read: float = 0.0  # bytes of HBM
     written: float = 0.0
+    host: float = 0.0  # bytes to or from the host's memory
     narrow: float = 1.0  # the share of the matrix unit that its products fill
     kind: str = ""  # "matmul", "attention", "elementwise", "copy"; "" costs nothing
 
@@ -62,7 +64,8 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         return Cost()
     if x.opcode == "custom-call":
         return _custom_call(x, home, module, matrix)
-    if x.opcode in ("fusion", "async-start") and x.called:
+    collective = x.opcode.removesuffix("-start") in COLLECTIVES
+    if (x.opcode == "fusion" or is_start(x)) and x.called and not collective:
         body = module[x.called[0]]
         operands = _given(x, home)
         read = sum(
@@ -75,10 +78,14 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         return Cost(flops, read, written, kind=kind)
     if is_start(x):
         result = done_of(x, home)
+        written = result.hbm if result else 0.0
         read = sum(_whole(home, name) for name in x.operands)
-        return Cost(0.0, read, result.hbm if result else 0.0, kind="copy")
+        if x.opcode.startswith(SLICES) and result:
+            read = min(read, sum(shape.bytes for shape in result.shapes))
+        return Cost(0.0, read, written, host=_host(x, home), kind="copy")
     if x.opcode in SLICES:
-        return Cost(0.0, x.hbm, x.hbm, kind="copy")
+        taken = sum(shape.bytes for shape in x.shapes)
+        return Cost(0.0, min(taken, _whole(home, x.operands[0])), x.hbm, kind="copy")
     if x.opcode == "dynamic-update-slice":
         update = home.by_name[x.operands[1]]
         size = update.hbm if x.hbm else 0.0
@@ -98,6 +105,17 @@ def done_of(x: Instruction, home: Computation) -> Instruction | None:
         if user.opcode.endswith("-update"):
             return done_of(user, home)
     return None
+
+
+def _host(x: Instruction, home: Computation) -> float:
+    """Bytes that an asynchronous copy moves to or from the host's memory."""
+    result = done_of(x, home)
+    moved = [home.by_name[name] for name in x.operands if name in home.by_name]
+    sizes = [
+        sum(shape.bytes for shape in y.shapes if shape.space == HOST)
+        for y in (*moved, *([result] if result else []))
+    ]
+    return max(sizes, default=0.0)
 
 
 def _given(x: Instruction, home: Computation) -> tuple[str, ...]:
@@ -208,6 +226,9 @@ def products(body: Computation, module: Module) -> float:
             total += product(x, body)
         elif x.opcode in ("fusion", "call"):
             total += products(module[x.called[0]], module)
+        elif x.opcode == "while":
+            turn = products(module[x.attribute(r"body=%?([\w.\-]+)")], module)
+            total += turn * (trips(x, body, module) or 1)
     return total
 
 
@@ -234,8 +255,7 @@ def product(x: Instruction, home: Computation) -> float:
         for label in spatial
     )
     flat = size(result, of_result, "b") * size(result, of_result, "f")
-    groups = int(x.attribute(r"batch_group_count=(\d+)") or 1)
-    return 2.0 * flat * pairs * size(right, of_right, "i") / groups
+    return 2.0 * flat * pairs * size(right, of_right, "i")
 
 
 def _meetings(attributes: str, axis: int, base: int, window: int, result: int) -> int:
@@ -265,7 +285,8 @@ def _custom_call(x, home: Computation, module: Module, matrix: int) -> Cost:
     read = sum(_whole(home, name) for name in x.operands)
     if "splash" in x.name:
         flops, head = splash(x, home)
-        return Cost(flops, read, x.hbm, min(1.0, head / matrix), "attention")
+        filled = min(1.0, head / matrix)
+        return Cost(flops, read, x.hbm, narrow=filled, kind="attention")
     return Cost(0.0, read, x.hbm, kind="elementwise")
 
 

@@ -30,6 +30,7 @@ class Account:
     written: float = 0.0
     wire: Counter = field(default_factory=Counter)  # bytes sent, by (axes, kind)
     outside: float = 0.0  # bytes sent to other slices
+    host: float = 0.0  # bytes to and from the host's memory
     beside: float = 0.0  # bytes sent while a product ran
     hidden: float = 0.0  # bytes sent that nothing waited for
     links: Counter = field(default_factory=Counter)  # seconds that links are busy
@@ -58,14 +59,15 @@ class Event(NamedTuple):
 
 
 # What the clock waits for, by the network or memory that is late.
-WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch"}
+WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch", "host": "host"}
 
 
 class Schedule:
     """A program's operations as events, and the account of a run.
 
     `branch(x, lengths)` says which of a conditional's computations, of so many
-    instructions each, a usual run takes; without it the longest.
+    instructions each, a usual run takes; without it the longest. Loops of unknown
+    length count one turn and kernels of unknown FLOPs none: see `unknown`.
     """
 
     def __init__(
@@ -78,6 +80,7 @@ class Schedule:
     ):
         self.module, self.chip, self.mesh, self.links = module, chip, mesh, links
         self.branch = branch or (lambda _, lengths: max(lengths, key=lengths.get))
+        self.unknown: set[str] = set()  # what could not be counted
         self._events: dict[str, list[Event]] = {}
 
     def run(self) -> Account:
@@ -103,11 +106,14 @@ class Schedule:
     def _of(self, x: Instruction, home: Computation) -> Iterator[Event]:
         if x.opcode == "while":
             body = x.attribute(r"body=%?([\w.\-]+)")
-            yield Event("call", body, times=trips(x, home, self.module))
+            turns = trips(x, home, self.module)
+            if turns is None:
+                self.unknown.add(f"turns of {x.name}")
+            yield Event("call", body, times=1 if turns is None else turns)
         elif x.opcode == "call":
             yield Event("call", x.called[0])
         elif x.opcode == "conditional":
-            lengths = {name: len(self.module[name]) for name in x.branches}
+            lengths = {name: self.module.size(name) for name in x.branches}
             yield Event("call", self.branch(x, lengths))
         elif operations.is_done(x):
             yield Event("end", _first(x, home))
@@ -126,6 +132,11 @@ class Schedule:
             if operations.is_start(x):
                 seconds = [self.links.seconds(t) for _, t in whole]
                 background = 0.0 if whole else cost.bytes / self.chip.hbm_rate
+                if cost.host and not whole:
+                    transfer = Collective("host", (), cost.host, (), "", x.source)
+                    seconds = cost.host / self.chip.host_rate
+                    yield Event("start", x.name, cost, transfer, seconds)
+                    return
                 transfer = whole[0][1] if whole else None
                 yield Event(
                     "start",
@@ -142,6 +153,8 @@ class Schedule:
                     yield Event("end", x.name)
                     cost = Cost()
             elif cost.kind:
+                if x.opcode == "custom-call" and not cost.flops:
+                    self.unknown.add(f"FLOPs of {x.name}")
                 yield Event("run", x.name, cost)
             for number in self._finished(x):
                 yield Event("end", f"channel {number}")
@@ -209,12 +222,16 @@ class Schedule:
             self._ends[event.name] = (self._asked, "hbm", event)
             return
         network = "dcn" if transfer.outside else "ici"
-        if transfer.outside:
+        if transfer.kind == "host":
+            network = "host"
+            account.host += transfer.wire
+        elif transfer.outside:
             account.outside += transfer.wire
         else:
             axes = " x ".join(transfer.axes) or "none"
             account.wire[axes, transfer.kind] += transfer.wire
-        account.sources[transfer.source] += transfer.wire
+        if network != "host":
+            account.sources[transfer.source] += transfer.wire
         account.links[network] += event.seconds
         self._free[network] = max(self._clock, self._free[network]) + event.seconds
         self._ends[event.name] = (self._free[network], network, event)
@@ -230,8 +247,10 @@ class Schedule:
             self._moved = min(self._asked, self._moved + wait)
             products = self._products - self._begun.pop(name)
             share = min(1.0, products / event.seconds) if event.seconds else 1.0
+            if network == "host":
+                share = 0.0
             account.beside += share * event.transfer.wire
-            if event.seconds:
+            if event.seconds and network != "host":
                 account.hidden += max(0.0, 1 - wait / event.seconds) * (
                     event.transfer.wire
                 )

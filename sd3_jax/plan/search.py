@@ -59,7 +59,7 @@ def candidates(each: Slice, batch: int, width: int) -> Iterator[Candidate]:
         data, rest = divmod(each.devices, fsdp)
         if rest or width % fsdp or data % each.slices:
             continue
-        per_chip = 1
+        per_chip = each.generation.devices  # each of a chip's devices takes a row
         while per_chip <= share:
             if batch % (per_chip * each.chips) == 0:
                 for remat in KEPT:

@@ -27,6 +27,7 @@ class Generation(NamedTuple):
     devices: int = 1  # JAX devices a chip
     dims: int = 2
     slice_rate: float = 6.25e9  # 50 Gb/s a chip
+    host_rate: float = 3.2e10  # PCIe 4.0 x16, to the host's memory
 
 
 GB = 2**30

@@ -60,7 +60,7 @@ def collective(
     return Collective(
         kind,
         _axes(groups, mesh),
-        sent(kind, whole, len(groups[0])),
+        sent(kind, whole, max(map(len, groups))),
         groups,
         shape,
         x.source,
@@ -72,7 +72,7 @@ def sent(kind: str, whole: float, members: int) -> float:
     """Bytes that a device sends of an array of `whole` bytes, all members' together."""
     if kind == "all-reduce":
         return 2 * whole * (members - 1) / members
-    if kind == "collective-permute":
+    if kind in ("collective-permute", "collective-broadcast"):
         return whole
     return whole * (members - 1) / members
 
@@ -104,7 +104,7 @@ def _between_slices(x, home: Computation, mesh) -> Collective | None:
     kind = x.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower()
     kind = kind.replace("_", "-")
     others = x.attribute(r'_xla_megascale_target="\{([\d,]*)\}')
-    members = len(others.split(","))  # the slices
+    members = max(2, len(others.split(",")))  # the slices
     largest = x.elements[0][0]
     sides = ",".join(map(str, largest.sides))
     whole = largest.bytes * (members if kind == "all-gather" else 1)
@@ -160,7 +160,7 @@ class Links:
         not close has ends, with one. Groups that lie between each other's chips share
         the links. Two devices of a chip send what both need once.
         """
-        group = groups[0]
+        group = max(groups, key=len)
         places = np.array([self.places[i] for i in group])[:, 1:]
         links = 0.0
         for axis, size in enumerate(self.slice.shape):
@@ -240,5 +240,6 @@ def _connected(pairs: Pairs) -> Groups:
 
 def _axes(groups: Groups, mesh: Mapping[str, int]) -> tuple[str, ...]:
     """The mesh's axes along which the members of a group differ."""
-    places = np.array(np.unravel_index(groups[0], list(mesh.values())))
+    largest = max(groups, key=len)
+    places = np.array(np.unravel_index(largest, list(mesh.values())))
     return tuple(axis for axis, row in zip(mesh, places) if len(set(row.tolist())) > 1)

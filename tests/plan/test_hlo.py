@@ -94,6 +94,56 @@ def test_memory_spaces(module):
     assert given["g.9"].hbm == 0  # S(1) is VMEM
 
 
+COUNTED = """%body (w: s32[]) -> s32[] {{
+  %w = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%w), index=0
+  %step = s32[] constant({step})
+  %next = s32[] {op}(%i, %step)
+  ROOT %out = (s32[]) tuple(%next)
+}}
+
+%cond (w: s32[]) -> pred[] {{
+  %w = (s32[]) parameter(0)
+  %i = s32[] get-tuple-element(%w), index=0
+  %end = s32[] {bound}
+  ROOT %go = pred[] compare(%i, %end), direction={direction}
+}}
+
+ENTRY %main (p: s32[]) -> s32[] {{
+  %first = s32[] constant({start})
+  %state = (s32[]) tuple(%first)
+  ROOT %loop = (s32[]) while(%state), condition=%cond, body=%body
+}}
+"""
+
+
+@pytest.mark.parametrize(
+    "start, op, step, direction, bound, turns",
+    [
+        (0, "add", 1, "LT", "constant(10)", 10),
+        (1, "add", 2, "LT", "constant(10)", 5),
+        (0, "add", 1, "LE", "constant(10)", 11),
+        (-5, "add", 1, "LT", "constant(5)", 10),
+        (10, "add", -1, "GT", "constant(0)", 10),
+        (10, "subtract", 1, "GE", "constant(0)", 11),
+        (0, "add", 1, "NE", "constant(7)", 7),
+        (1, "add", 1, "LT", "parameter(1)", None),  # the bound is data
+        (0, "multiply", 2, "LT", "constant(10)", None),
+    ],
+)
+def test_turns_that_xla_does_not_say(start, op, step, direction, bound, turns):
+    values = dict(start=start, op=op, step=step, direction=direction, bound=bound)
+    module = hlo.parse(COUNTED.format(**values))
+    entry = module["main"]
+    assert hlo.trips(entry.root, entry, module) == turns
+
+
+def test_braces_of_a_kernel_do_not_end_a_computation():
+    text = TEXT.replace('"xprof_metadata":"{}"\n}}', '"a": {\n}\n}}')
+    kernel, total = list(hlo.parse(text)["main.9"])[-2:]
+    assert (kernel.name, total.name) == ("kernel.9", "sum.9")
+
+
 def test_turns_of_a_loop(module):
     entry = module["main.9"]
     trips = lambda name: hlo.trips(entry.by_name[name], entry, module)

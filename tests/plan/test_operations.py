@@ -53,11 +53,16 @@ def test_products_with_padding_are_left_out(window, labels, right, result, flops
     assert given.flops == flops
 
 
-def test_convolutions_are_counted_as_xla_does():
+@pytest.mark.parametrize(
+    "groups", [{}, {"batch_group_count": 2}, {"feature_group_count": 4}]
+)
+def test_convolutions_are_counted_as_xla_does(groups):
+    dims = ("NHWC", "HWIO", "NHWC")
     conv = lambda x, w: jax.lax.conv_general_dilated(
-        x, w, (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        x, w, (2, 2), "SAME", dimension_numbers=dims, **groups
     )
-    shapes = (2, 17, 16, 8), (3, 3, 8, 4)
+    inputs = 8 // groups.get("feature_group_count", 1)
+    shapes = (2, 17, 16, 8), (3, 3, inputs, 4)
     args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     lowered = jax.jit(conv).lower(*args)
     module = hlo.parse(lowered.compile().as_text())
@@ -149,6 +154,16 @@ def test_slices_that_run_beside():
             f"%a = bf16[512,256]{TILES} parameter(0)",
             f"ROOT %e = bf16[128,256]{VMEM} slice(%a), slice={{[0:128], [0:256]}}",
         ),
+        name="s",
+    )
+    assert (given.read, given.written) == (2 * 128 * 256, 0)
+
+
+def test_a_slice_that_xla_writes_without_a_computation():
+    given = cost(
+        f"%x = bf16[512,256]{TILES} parameter(0)",
+        f"%s = (bf16[512,256]{TILES}, bf16[128,256]{VMEM}, u32[]) slice-start(%x)",
+        f"ROOT %d = bf16[128,256]{VMEM} slice-done(%s)",
         name="s",
     )
     assert (given.read, given.written) == (2 * 128 * 256, 0)

@@ -110,6 +110,51 @@ def test_loops_and_branches():
     assert account(line, more=LOOP, branch=shortest).seconds == 0
 
 
+def test_a_branch_is_as_long_as_what_it_calls():
+    line = "%l = bf16[1] conditional(%i, %a, %b), branch_computations={%idle, %calls}"
+    more = f"""{LOOP}
+%idle (p: bf16[1]) -> bf16[1] {{
+  %x = {VMEM} parameter(0)
+  %a = {VMEM} bitcast(%x)
+  ROOT %b = {VMEM} bitcast(%a)
+}}
+
+%calls (p: bf16[1]) -> bf16[1] {{
+  %x = {VMEM} parameter(0)
+  ROOT %y = {VMEM} call(%x), to_apply=%body
+}}
+"""
+    assert account(line, more=more).seconds == PRODUCT
+
+
+def test_what_goes_to_the_host_takes_its_own_way():
+    host = VMEM.replace("S(1)", "S(5)")
+    found = account(
+        f"%x = {BIG} parameter(0)",
+        f"%s = ({host}, {BIG}, u32[]{{:S(2)}}) copy-start(%x)",
+        f"%d = {host} copy-done(%s)",
+    )
+    assert found.seconds == found.by_kind["host"] == SIZE * 1e12 / CHIP.host_rate
+    assert found.read == found.host and not found.written and not found.sent
+
+
+def test_what_is_not_counted_is_named():
+    kernel = f'%k = {VMEM} custom-call(%x), custom_call_target="tpu_custom_call"'
+    loop = "%l = (s32[]) while(%t), condition=%ask, body=%body"
+    asked = """%ask (p: s32[]) -> pred[] {
+  %p = (s32[], pred[]) parameter(0)
+  %go = pred[] get-tuple-element(%p), index=1
+  ROOT %r = pred[] compare(%go, %go), direction=NE
+}
+"""
+    text = f"{LOOP}\n{asked}\nENTRY %main (p: s32[]) -> s32[] {{\n  {X}\n  {kernel}\n"
+    module = hlo.parse(f"{text}  {loop}\n}}\n")
+    links = wire.Links(EACH, [SimpleNamespace(coords=(0, 0, 0))] * 4)
+    program = schedule.Schedule(module, CHIP, MESH, links)
+    assert program.run().seconds == PRODUCT
+    assert program.unknown == {"turns of l", "FLOPs of k"}
+
+
 def test_a_collective_that_runs_through_several_operations():
     """libtpu's fused form: a start, a step beside a product, an end; sent once."""
     gather = (
