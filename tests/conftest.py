@@ -34,7 +34,8 @@ from sd3_jax.bench import memory  # noqa: E402
 
 # Longest first, so that no worker sits at one alone in the end (see `make test`).
 LONG = (
-    *("test_chaos", "jobs/test_train", "jobs/test_sample", "plan/test_plan"),
+    *("test_device_order", "test_chaos", "jobs/test_train", "jobs/test_sample"),
+    *("plan/test_plan",),
     *("jobs/test_tune", "models/test_backbones", "jobs/test_study", "parity/test_lora"),
     *("training/test_lora", "training/test_tuning", "jobs/test_paint"),
     *("jobs/test_picture_scores", "jobs/test_prompt_scores"),

@@ -10,7 +10,7 @@ import real_pictures
 from parity import miniature
 from PIL import Image
 
-from sd3_jax import metrics
+from sd3_jax import main, metrics
 from sd3_jax.data import records, shards
 
 DIGITS = "--config=configs/quickstart.py:tiny"
@@ -30,9 +30,7 @@ def job(name, recipe, workdir, *flags, **groups):
 
 def run_in(order, jobs, processes=1, devices=8):
     args = ["tests/device_orders.py", order, json.dumps(jobs)]
-    results = multiprocess.run(
-        args, processes=processes, devices=devices, timeout=500
-    )
+    results = multiprocess.run(args, processes=processes, devices=devices, timeout=500)
     codes = [result.returncode for result in results]
     assert codes == [0] * processes, results[0].stderr[-3000:]
 
@@ -60,8 +58,11 @@ def samples(workdir):
     return {path.name: np.asarray(Image.open(path)) for path in paths}
 
 
-def scores(workdir):
-    return json.loads((workdir / "scores.json").read_text())
+def numbers(workdir):
+    """Every score and validation loss, by name."""
+    found = json.loads((workdir / "scores.json").read_text())
+    scores = {row["name"]: row["score"] for row in found["scores"]}
+    return scores | found["val_loss"]
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +84,67 @@ def test_digits(tmp_path, in_order, order, mesh):
     assert painted.keys() == wanted.keys() and len(painted) == 32
     for name, picture in wanted.items():
         np.testing.assert_array_equal(painted[name], picture, err_msg=name)
-    assert scores(workdir)["scores"] == scores(in_order)["scores"]
-    val_loss, wanted = (scores(path)["val_loss"] for path in (workdir, in_order))
-    np.testing.assert_allclose([*val_loss.values()], [*wanted.values()], rtol=1e-5)
+    assert numbers(workdir) == pytest.approx(numbers(in_order), rel=1e-6)
+
+
+# Pictures: precompute, and train with the encoders in the step
+
+
+def picture_jobs(workdir, folder, raw):
+    sizes = dict(context_dim=160, pooled_dim=128)  # of the miniature's text encoders
+    encoders = dict(
+        model=sizes,
+        text=dict(length=100),
+        encode=dict(weights=miniature.folder("sd35_large"), rows=1),
+    )
+    ingest = dict(inputs=folder)
+    precompute = dict(part=8)  # a few for each host
+    data = dict(name="records", records=raw / "records" / "*")
+    train = dict(steps=2, eval_every=100, sample_every=100)
+    ready = dict(ingest=ingest, precompute=precompute)
+    trained = dict(data=data, train=train)
+    return [
+        job("precompute", PICTURES, workdir / "encoded", **ready, **encoders),
+        job("train", PICTURES, workdir / "run", **trained, **encoders),
+    ]
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """A folder of pictures, and a workdir with records of them, not encoded."""
+    folder, raw = map(tmp_path_factory.mktemp, ("pictures", "raw"))
+    real_pictures.make(folder, 24)
+    ingest, none = dict(inputs=folder), "--config.precompute.only="
+    assert main.main(job("precompute", PICTURES, raw, none, ingest=ingest)) == 0
+    return folder, raw
+
+
+@pytest.fixture(scope="module")
+def pictures_in_order(tmp_path_factory, inputs):
+    workdir = tmp_path_factory.mktemp("pictures-in-order")
+    run_in("in order", picture_jobs(workdir, *inputs))
+    return workdir
+
+
+@pytest.mark.parametrize("order", device_orders.ORDERS)
+def test_pictures(tmp_path, pictures_in_order, inputs, order):
+    """Precompute, and train with the encoders in the step, as one process does."""
+    run_in(order, picture_jobs(tmp_path, *inputs), *device_orders.HOSTS[order])
+    wanted, found = losses(pictures_in_order / "run"), losses(tmp_path / "run")
+    assert len(found) == 2
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    wanted, found = (stored(path / "encoded") for path in (pictures_in_order, tmp_path))
+    assert found.keys() == wanted.keys() and len(found) > 24
+    assert all(found[source] == wanted[source] for source in wanted)
+
+
+def stored(workdir):
+    """Of each record by its source the tensors' bits and all that is not one."""
+    found = {}
+    for path in sorted(workdir.glob("records/*.arecord")):
+        reader = shards.open_shard(str(path))
+        for data in reader.read([*range(reader.num_records())]):
+            record = records.decode(data, str(path))
+            bits = {k: (x.shape, x.tobytes()) for k, x in record.tensors.items()}
+            found[record.source] = record._replace(tensors=bits)
+    return found

@@ -89,11 +89,11 @@ def test_the_picture_is_what_the_caption_says():
             assert tuple(ink) == tuple(c > 0 for c in digits.COLOURS[thing.colour])
 
 
-def load(start=0, rows=np.arange(8), threads=2):
+def load(start=0, rows=tuple(range(8)), threads=2):
     return Loader(
         Digits(16, 16),
         batch_size=8,
-        rows=rows,
+        rows=np.array(rows),
         tokenize=functools.partial(tokenizers.bytes_of, length=42),
         start=start,
         threads=threads,

@@ -105,8 +105,9 @@ def test_a_mixture_keeps_its_shares_and_the_epochs_of_each_set(folder):
         assert sorted(second[e * 30 : (e + 1) * 30]) == list(range(100, 130))
 
 
-def load(source, rows=np.arange(SIZE), **options):
+def load(source, rows=tuple(range(SIZE)), **options):
     ids = functools.partial(tokenizers.bytes_of, length=7)
+    rows = np.array(rows)
     return Loader(source, batch_size=SIZE, rows=rows, tokenize=ids, **options)
 
 

@@ -185,6 +185,8 @@ def test_a_share_that_was_taken_is_put_back():
         for i, part in enumerate(parts):  # in batches, of which some have none of it
             some = [x[at : at + 3][features.share(at, i, count)] for at in (0, 3, 6, 9)]
             np.testing.assert_array_equal(np.concatenate(some), part)
+    unequal = [x[0:1], x[1:4], x[4:6]]  # where some files are unreadable
+    np.testing.assert_array_equal(features.interleaved(unequal), x[[0, 1, 4, 2, 5, 3]])
     one = statistics.of(x.astype(float) ** 2)
     back = features.unpacked(features.packed(one))
     for a, b in zip(one, back):
