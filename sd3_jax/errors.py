@@ -25,8 +25,22 @@ RUNTIME = (
     "ABORTED CANCELLED DATA_LOSS DEADLINE_EXCEEDED FAILED_PRECONDITION INTERNAL"
     " UNAVAILABLE UNKNOWN"
 ).split()
+COMPILING = ("Mosaic failed to compile", "during compilation")  # and fails again
 # The same, of what tensorstore raises as a ValueError.
 STORAGE = ("ABORTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
+# Of other packages, by the names of their errors and of those that they derive from.
+NETWORK = {
+    *("socket.gaierror", "ssl.SSLError", "urllib.URLError", "http.HTTPException"),
+    *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
+    *(
+        "httpx.TransportError",
+        "httpx2.TransportError",
+        "urllib3.HTTPError",
+        "google.TransportError",
+    ),
+    *("aiohttp.ClientConnectionError", "aiohttp.ClientPayloadError"),
+    *("aiohttp.ServerTimeoutError",),
+}
 
 
 class UserError(Exception):
@@ -51,25 +65,41 @@ def exit_code(error: BaseException) -> int:
         return RETRY
     if isinstance(error, UserError) or _has_errno(error, DISK):
         return MISTAKE
+    if _kinds(error) & {"gcsfs.HttpError"} and _http_status(error) in (401, 403):
+        return MISTAKE
     return RETRY if passing(error) else FAILED
 
 
 def passing(error: BaseException) -> bool:
     """Whether the same call may succeed later: device, network and storage faults."""
+    if isinstance(error, BrokenPipeError):  # whoever read our output is gone
+        return False
     if isinstance(error, ConnectionError | TimeoutError) or _has_errno(error, PASSING):
         return True
-    # By name: this module must not import jax or gcsfs, which take seconds.
-    kind = f"{type(error).__module__.partition('.')[0]}.{type(error).__name__}"
-    if kind == "gcsfs.HttpError":
-        code = str(getattr(error, "code", ""))
-        return code in ("408", "429") or code.startswith("5")
-    if kind.startswith("aiohttp.Client") or kind.startswith("aiohttp.Server"):
+    kinds = _kinds(error)
+    if "gcsfs.HttpError" in kinds:
+        code = _http_status(error)
+        return code in (408, 429) or code >= 500
+    if kinds & NETWORK:
         return True
     status = re.match("[A-Z_]+(?=:)", str(error))
-    if kind.endswith(".JaxRuntimeError") or kind.endswith(".XlaRuntimeError"):
+    if any(kind.endswith((".JaxRuntimeError", ".XlaRuntimeError")) for kind in kinds):
+        if any(words in str(error) for words in COMPILING):
+            return False
         # Without a status it is a collective's own text: gloo's "Connection closed".
         return status is None or status[0] in RUNTIME
     return status is not None and status[0] in STORAGE
+
+
+def _kinds(error: BaseException) -> set[str]:
+    """Package and name of an error and of all that it derives from, since this module
+    must not import jax or gcsfs, which take seconds."""
+    return {f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in type(error).mro()}
+
+
+def _http_status(error: BaseException) -> int:
+    code = str(getattr(error, "code", ""))
+    return int(code) if code.isdecimal() else 0
 
 
 def _has_errno(error: BaseException, names: Iterable[str]) -> bool:

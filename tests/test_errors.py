@@ -1,6 +1,10 @@
 """Exit codes: what a restart repairs, what the user must, and what nobody can."""
 
 import errno
+import http.client
+import socket
+import ssl
+import urllib.error
 
 import jax
 import pytest
@@ -16,6 +20,16 @@ class HttpError(Exception):
 
 
 HttpError.__module__ = "gcsfs.retry"
+
+
+def of(module, *names):
+    """The last of error classes that derive from one another, of a package's."""
+    kind = Exception
+    for name in names:
+        kind = type(name, (kind,), {"__module__": module})
+    return kind
+
+
 fault = jax.errors.JaxRuntimeError
 
 
@@ -41,7 +55,18 @@ fault = jax.errors.JaxRuntimeError
         (fault("INVALID_ARGUMENT: shapes"), 1),
         (ValueError("UNAVAILABLE: tensorstore"), 3),
         (HttpError(503), 3),
-        (HttpError(403), 1),
+        (HttpError(403), 2),
+        (HttpError(404), 1),
+        (BrokenPipeError("| head"), 1),
+        (fault("INTERNAL: Mosaic failed to compile TPU kernel"), 1),
+        (socket.gaierror(socket.EAI_AGAIN, "name resolution"), 3),
+        (ssl.SSLEOFError("EOF occurred"), 3),
+        (urllib.error.URLError("timed out"), 3),
+        (http.client.IncompleteRead(b"half"), 3),
+        (of("requests.exceptions", "ConnectionError", "ProxyError")("reset"), 3),
+        (of("requests.exceptions", "Timeout", "ReadTimeout")("read"), 3),
+        (of("httpx", "TransportError", "ReadError")("cut"), 3),
+        (of("elsewhere", "TransportError")("ours"), 1),
     ],
     ids=str,
 )

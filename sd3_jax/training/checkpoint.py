@@ -178,7 +178,7 @@ class Checkpoints:
     def __exit__(self, kind, error, trace) -> None:
         try:
             self.close()
-        except UserError as e:
+        except (UserError, RunFailed, RetryableError) as e:
             if error is None:
                 raise
             error.add_note(str(e))  # what came first is what the user must see
