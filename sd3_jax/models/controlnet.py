@@ -103,10 +103,11 @@ class ControlBlock(nn.Module):
             self.num_heads,
             qk_norm=self.qk_norm,
             dual=self.dual,
+            weight_sets=len(streams),
             dtype=self.dtype,
             name="block",
         )
-        streams = block(streams, c)
+        streams = block(streams, block.modulations(c))
         axes = ("embed", None)
         out = Dense(self.width, axes, init=zeros, dtype=self.dtype, name="zero")
         return streams, out(streams[0])

@@ -137,6 +137,7 @@ class DiTBlock(nn.Module):
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
     ) -> Float[Array, "b n d"]:
         modulation = Modulation(6, x.shape[-1], self.dtype, name="adaln")(c)
+        modulation = jnp.unstack(modulation, axis=1)
         shift, scale, gate = modulation[:3]
         attend = self_attention(self)
         x = cut(x + gate[:, None] * attend(modulate(layer_norm(x), shift, scale)))
@@ -160,6 +161,7 @@ class CrossBlock(nn.Module):
         text: Float[Array, "b l d"],
     ) -> Float[Array, "b n d"]:
         modulation = Modulation(6, x.shape[-1], self.dtype, name="adaln")(c)
+        modulation = jnp.unstack(modulation, axis=1)
         shift, scale, gate = modulation[:3]
         attend = self_attention(self)
         x = cut(x + gate[:, None] * attend(modulate(layer_norm(x), shift, scale)))

@@ -1,7 +1,5 @@
 """What denoisers of tokens begin and end with; the submodules are the caller's own."""
 
-from collections.abc import Sequence
-
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -59,7 +57,8 @@ def velocity(
     w: int,
 ) -> Float[Array, "b h w c"]:
     """The last adaLN and linear map, zero at birth, and the picture of h x w."""
-    shift, scale = Modulation(2, model.width, model.dtype, name="final_adaln")(c)
+    modulation = Modulation(2, model.width, model.dtype, name="final_adaln")(c)
+    shift, scale = jnp.unstack(modulation, axis=1)
     x = modulate(layer_norm(x), shift, scale)
     out = model.patch**2 * model.channels
     x = Dense(out, ("embed", None), init=zeros, dtype=model.dtype, name="final")(x)
@@ -67,19 +66,22 @@ def velocity(
 
 
 class Modulation(nn.Module):
-    """adaLN's linear layer: c to `chunks` vectors, all zero at the start."""
+    """adaLN's linear layer: c to `chunks` vectors, all zero at the start.
+
+    Its outputs are sharded, not its inputs: see linear.exchanged.
+    """
 
     chunks: int
     width: int
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
-    def __call__(self, c: Float[Array, "b d"]) -> Sequence[Float[Array, "b d"]]:
-        axes = ("embed", None, None)
+    def __call__(self, c: Float[Array, "b d"]) -> Float[Array, "b _ d"]:
+        axes = (None, None, "embed")
         linear = Dense(
             (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
         )
-        return jnp.unstack(linear(c), axis=1)  # of (b, chunks, d)
+        return linear(c)
 
 
 def position_table(

@@ -140,7 +140,7 @@ class Embedder(nn.Module):
         )
         h = nn.silu(h)
         return Dense(
-            self.width, ("embed", None), init=init, dtype=self.dtype, name="fc2"
+            self.width, (None, "embed"), init=init, dtype=self.dtype, name="fc2"
         )(h)
 
 

@@ -24,7 +24,7 @@ from sd3_jax.models.ends import (
     whole,
 )
 from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate
-from sd3_jax.models.stack import scanned
+from sd3_jax.models.stack import scanned, stacked
 
 
 class MMDiT(nn.Module):
@@ -85,7 +85,7 @@ class MMDiT(nn.Module):
             blocks = self.stack(layers, name, skip, dual=name == "dual_blocks")
             streams = blocks(streams, c, residuals)
         block = self.block(pre_only=True, name="last_block")
-        x = streams[0] if last in skip else block(streams, c)[0]
+        x = streams[0] if last in skip else block(streams, block.modulations(c))[0]
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
 
@@ -107,6 +107,7 @@ class MMDiT(nn.Module):
             qk_norm=self.qk_norm,
             dtype=self.dtype,
             attention=self.attention,
+            weight_sets=self.weight_sets,
             **kwargs,
         )
 
@@ -115,14 +116,13 @@ class MMDiT(nn.Module):
         if not layers:
             return lambda streams, c, residuals: streams
 
-        def body(block, streams, layer, c, residuals):
-            keep, source = layer
+        def body(block, streams, layer, residuals):
+            keep, source, modulations = layer
             if keep is None:
-                streams = block(streams, c)
+                streams = block(streams, modulations)
             else:
-                streams = nn.cond(
-                    keep, lambda b, s: b(s, c), lambda b, s: s, block, streams
-                )
+                run = lambda block, streams: block(streams, modulations)
+                streams = nn.cond(keep, run, lambda _, s: s, block, streams)
             if source is not None:
                 x, *texts = streams
                 streams = (x + residuals[source].astype(x.dtype), *texts)
@@ -133,8 +133,9 @@ class MMDiT(nn.Module):
             len(layers),
             remat=self.remat,
             unroll=self.unroll,
-            in_axes=(0, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast),
         )
+        modulations = stacked(lambda block, c: block.modulations(c), len(layers))
         block = self.block(**kwargs, name=name)
         keep = jnp.array([i not in skip for i in layers]) if skip else None
 
@@ -145,7 +146,8 @@ class MMDiT(nn.Module):
                     residuals
                 )  # a float: 16 residuals for 38 blocks
                 source = jnp.array([int(i / span) for i in layers])
-            return scan(block, streams, (keep, source), c, residuals)[0]
+            inputs = keep, source, modulations(block, c)
+            return scan(block, streams, inputs, residuals)[0]
 
         return run
 
@@ -159,16 +161,31 @@ class Block(nn.Module):
     qk_norm: bool = True
     dual: bool = False
     pre_only: bool = False  # the last block: text gives keys and values, then ends
+    weight_sets: int = 2
     dtype: DTypeLike = jnp.bfloat16
     attention: str = "auto"
 
-    @nn.compact
+    def setup(self):
+        for i, name in enumerate(("image", "text", "text2")[: self.weight_sets]):
+            setattr(self, name, self.stream(first=i == 0))
+
+    @property
+    def streams(self) -> Sequence["Stream"]:
+        sets = ("image", "text", "text2")[: self.weight_sets]
+        return [getattr(self, name) for name in sets]
+
+    def modulations(self, c: Float[Array, "b d"]) -> Sequence[Float[Array, "b _ d"]]:
+        """What c makes of each stream's adaLN, which needs no tokens."""
+        return tuple(stream.adaln(c) for stream in self.streams)
+
     def __call__(
-        self, streams: Sequence[Float[Array, "b _ d"]], c: Float[Array, "b d"]
+        self,
+        xs: Sequence[Float[Array, "b _ d"]],
+        modulations: Sequence[Float[Array, "b _ d"]],
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        made = [self.stream(i) for i in range(len(streams))]
-        opened = [stream.open(x, c) for stream, x in zip(made, streams)]
-        going = [i for i, stream in enumerate(made) if not stream.pre_only]
+        streams = self.streams
+        opened = [s.open(x, m) for s, x, m in zip(streams, xs, modulations)]
+        going = [i for i, stream in enumerate(streams) if not stream.pre_only]
         k = jnp.concatenate([whole(o.k) for o in opened], axis=1)
         v = jnp.concatenate([whole(o.v) for o in opened], axis=1)  # (b, n+l, heads, k)
         queries = [opened[i].q for i in going]
@@ -179,20 +196,19 @@ class Block(nn.Module):
         else:  # joined, they would all change devices, by two all-to-alls a block
             parts = [attention(q, k, v, kernel=self.attention) for q in queries]
         return tuple(
-            made[i].close(streams[i], part, opened[i]) for i, part in zip(going, parts)
+            streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
 
-    def stream(self, i: int) -> "Stream":
+    def stream(self, first: bool) -> "Stream":
         return Stream(
             self.width,
             self.num_heads,
             mlp_ratio=self.mlp_ratio,
             qk_norm=self.qk_norm,
-            dual=self.dual and i == 0,
-            pre_only=self.pre_only and i > 0,
+            dual=self.dual and first,
+            pre_only=self.pre_only and not first,
             dtype=self.dtype,
             attention=self.attention,
-            name=("image", "text", "text2")[i],
         )
 
 
@@ -236,8 +252,8 @@ class Stream(nn.Module):
             dtype=self.dtype,
         )
 
-    def open(self, x: Array, c: Array) -> Opened:
-        modulation = self.adaln(c)
+    def open(self, x: Array, modulation: Array) -> Opened:
+        modulation = jnp.unstack(modulation, axis=1)  # of (b, chunks, d)
         normed = layer_norm(x)
         q, k, v = self.attn.qkv(modulate(normed, *modulation[:2]))
         dual = None

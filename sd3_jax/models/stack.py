@@ -50,3 +50,16 @@ def scanned(
         unroll=unroll,
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
+
+
+def stacked(function: Callable, length: int) -> Callable:
+    """function(block, x) of `length` layers at once, on the same x: what every block
+    computes of it, before the scan."""
+    return nn.vmap(
+        function,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=None,
+        axis_size=length,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+    )

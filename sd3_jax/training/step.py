@@ -87,5 +87,6 @@ def moving_average(ema, params, step: Array, decay: float, every: int):
     """
     n = (step // every).astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
-    rate = jnp.where(step % every == 0, rate, 0.0)
-    return jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+    follow = lambda ema: jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
+    # A branch, so that on the other steps nothing of it is read or written.
+    return jax.lax.cond(step % every == 0, follow, lambda ema: ema, ema)

@@ -63,10 +63,13 @@ def test_published_sizes_have_the_published_parameters(depth, options, count):
 def test_a_new_block_is_the_identity(key):
     block = Block(width=32, num_heads=2, dual=True, dtype=jnp.float32)
     x, text, c = (jax.random.normal(key, s) for s in [(2, 16, 32), (2, 6, 32), (2, 32)])
-    out, params = block.init_with_output(key, (x, text), c)
+    run = lambda block, xs, c: block(xs, block.modulations(c))
+    out, params = block.init_with_output(key, (x, text), c, method=run)
     chex.assert_trees_all_equal(out, (x, text))
     moved = noised(tree.unbox(params), key)
-    assert not np.allclose(block.apply(moved, (x, text), c)[0], x, atol=1e-2)
+    assert not np.allclose(
+        block.apply(moved, (x, text), c, method=run)[0], x, atol=1e-2
+    )
 
 
 SAME = [dict(unroll=2), *(dict(remat=x) for x in REMAT if x != "offload")]

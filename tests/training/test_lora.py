@@ -197,7 +197,8 @@ class Stack(nn.Module):
 class StackBlock(nn.Module):
     @nn.compact
     def __call__(self, x, c):
-        shift, scale = Modulation(2, 32, jnp.float32, name="adaln")(c)
+        modulation = Modulation(2, 32, jnp.float32, name="adaln")(c)
+        shift, scale = jnp.unstack(modulation, axis=1)
         attn = Projections(32, 4, False, dtype=jnp.float32, name="attn")
         q, k, v = attn.qkv(modulate(x, shift, scale))
         x = x + attn.project(jnp.sin(q) * k + v)
