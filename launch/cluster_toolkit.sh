@@ -4,21 +4,21 @@
 #   launch/cluster_toolkit.sh [--dry-run] JOB --config=… --workdir=…
 #
 # Variables: CLUSTER LOCATION (zone or region) PROJECT JOB_NAME (28 letters at most)
-# COMPUTE_TYPE (ct5p-hightpu-4t) TOPOLOGY (4x4x4) TPU_GENERATION (v5e v5p v6e tpu7x)
-# IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), QUEUE (of Kueue), SERVICE_ACCOUNT (of
-# Kubernetes), GRACE_S (300; spot: 15), PROVISIONING (on-demand, spot, reserved: of nodes
-# that GKE creates for the job; reserved needs RESERVATION), CHECKPOINT_EVERY (spot: 200),
-# CACHE_DIR (of compiled programs). The network is the cluster's. launch/README.md explains
-# them.
+# COMPUTE_TYPE (ct5p-hightpu-4t) TOPOLOGY (4x4x4) IMAGE; NUM_SLICES (1), MAX_RESTARTS (10),
+# QUEUE (of Kueue), SERVICE_ACCOUNT (of Kubernetes), GRACE_S (300; spot: 15), PROVISIONING
+# (on-demand, spot, reserved: of nodes that GKE creates for the job; reserved needs
+# RESERVATION), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs),
+# TPU_GENERATION (from COMPUTE_TYPE). The network is the cluster's. JOB is one of
+# `sd3-jax --help`, or preflight. launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require CLUSTER LOCATION PROJECT JOB_NAME COMPUTE_TYPE TOPOLOGY IMAGE
-generation
+generation COMPUTE_TYPE
 (($#)) || usage
 grace 15
-job_flags "$@"
+program "$@"
 host_variables
 nodes=()
 case $PROVISIONING in
@@ -33,6 +33,6 @@ run gcluster job submit --cluster="$CLUSTER" --location="$LOCATION" \
   --project="$PROJECT" --name="$JOB_NAME" --compute-type="$COMPUTE_TYPE" \
   --topology="$TOPOLOGY" --num-slices="${NUM_SLICES:-1}" --image="$IMAGE" \
   --restarts="${MAX_RESTARTS:-10}" --grace-period="$((GRACE_S + 15))s" \
-  --restart-on-exit-codes="3,42,$(seq -s, 127 255)" ${QUEUE:+--queue="$QUEUE"} \
+  --restart-on-exit-codes="3,$(seq -s, 128 255)" ${QUEUE:+--queue="$QUEUE"} \
   ${SERVICE_ACCOUNT:+--service-account="$SERVICE_ACCOUNT"} ${nodes[@]+"${nodes[@]}"} \
-  --command="$(spell "${HOST[@]}") launch/job.sh python -m sd3_jax.main $(spell "${FLAGS[@]}")"
+  --command="$(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"

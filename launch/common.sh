@@ -1,12 +1,17 @@
 # shellcheck shell=bash
-# What the launchers share. Sourced without arguments, it takes --dry-run out of the
-# caller's; then `run CMD…` prints instead of running.
+# What the launchers share. Sourced without arguments, it takes --dry-run and --help out of
+# the caller's. After --dry-run, `run CMD…` prints instead of running.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 DRY_RUN=false
+HELP=false
 words=()
 for word in "$@"; do
-  if [[ $word == --dry-run ]]; then DRY_RUN=true; else words+=("$word"); fi
+  case $word in
+    --dry-run) DRY_RUN=true ;;
+    --help | -h) HELP=true ;;
+    *) words+=("$word") ;;
+  esac
 done
 set -- "${words[@]}"
 
@@ -28,22 +33,64 @@ fail() {
   exit 2
 }
 
-require() { # names of variables
-  local name
+require() { # names of variables; all that are missing are named at once
+  local name missing=() list
   for name in "$@"; do
-    [[ -n ${!name:-} ]] || fail "$name is not set"
+    [[ -n ${!name:-} ]] || missing+=("$name")
   done
+  ((${#missing[@]})) || return 0
+  list=${missing[*]}
+  list=${list// /, }
+  [[ $list != *,* ]] || list="${list%, *} and ${missing[-1]}"
+  fail "set $list; see launch/${0##*/} --help"
 }
 
-usage() { # the caller's header
-  sed -n '2,/^$/s/^# \{0,1\}//p' "$0" >&2
+header() { # the caller's; Slurm runs a copy, which has another name
+  local file=$ROOT/launch/${0##*/}
+  [[ -e $file ]] || file=$0
+  sed -n '/^#SBATCH/d; 2,/^$/s/^# \{0,1\}//p' "$file"
+}
+
+usage() {
+  header >&2
   exit 2
 }
 
-generation() { # TPU_GENERATION, which must have a file of flags
-  require TPU_GENERATION
+generation() { # VARIABLE: TPU_GENERATION, from the type of machine that VARIABLE holds
+  local type=${!1:-} kind=""
+  case $type in
+    v5litepod-* | v5e-* | ct5lp-* | ct5l-*) kind=v5e ;;
+    v5p-* | ct5p-*) kind=v5p ;;
+    v6e-* | ct6e-*) kind=v6e ;;
+    tpu7x-*) kind=tpu7x ;;
+  esac
+  if [[ -z ${TPU_GENERATION:-} ]]; then
+    [[ -n $kind ]] || fail "$1=$type: wanted v5litepod-N, v5p-N, v6e-N, …, or set TPU_GENERATION"
+    TPU_GENERATION=$kind
+  fi
   [[ -e $ROOT/launch/flags/$TPU_GENERATION.env ]] ||
     fail "TPU_GENERATION=$TPU_GENERATION: wanted v5e, v5p, v6e or tpu7x"
+  [[ ${kind:-$TPU_GENERATION} == "$TPU_GENERATION" ]] ||
+    fail "$1=$type does not match TPU_GENERATION=$TPU_GENERATION; unset TPU_GENERATION," \
+      "which follows from $1"
+}
+
+check_flags() { # FLAGS… of a job: an unset variable leaves an empty value
+  local word
+  for word in "$@"; do
+    case $word in
+      --workdir=) fail "--workdir= is empty: wanted a folder that all hosts see (gs://…)" ;;
+      --config=) fail "--config= is empty: wanted configs/RECIPE.py" ;;
+    esac
+  done
+}
+
+check_job() { # JOB FLAGS…, before any machine is asked
+  local jobs
+  jobs=$(sed -n 's/^    "\([a-z]*\)": Job(.*/\1/p' "$ROOT/sd3_jax/jobs/__init__.py")
+  jobs="${jobs//$'\n'/ } preflight"
+  [[ " $jobs " == *" $1 "* ]] || fail "unknown job $1: wanted one of ${jobs// /, }"
+  check_flags "$@"
 }
 
 provisioning() { # PROVISIONING, checked
@@ -85,11 +132,13 @@ grace() { # SPOT_SECONDS: GRACE_S, which is as long as a machine leaves for the 
   GRACE_S=${GRACE_S:-300}
 }
 
-job_flags() { # JOB FLAGS…, into FLAGS: a Spot machine's training saves more often
-  FLAGS=("$@")
-  [[ $PROVISIONING == spot && $1 == train ]] || return 0
+program() { # JOB FLAGS…, into PROGRAM: Python's arguments; Spot training saves more often
+  check_job "$@"
+  PROGRAM=(-m sd3_jax.main "$@")
+  [[ $1 != preflight ]] || PROGRAM=(launch/preflight.py "${@:2}")
+  [[ ${PROVISIONING:-} == spot && $1 == train ]] || return 0
   [[ " $*" != *" --config.checkpoint.every"* ]] || return 0
-  FLAGS+=("--config.checkpoint.every=${CHECKPOINT_EVERY:=200}")
+  PROGRAM+=("--config.checkpoint.every=${CHECKPOINT_EVERY:=200}")
   echo "PROVISIONING=spot: a checkpoint every $CHECKPOINT_EVERY steps" >&2
 }
 
@@ -100,8 +149,8 @@ host_variables() { # into HOST: what job.sh is to have in its environment
   fi
 }
 
-retryable() { # CODE: whether a restart may help; sd3_jax/errors.py has the codes
-  (($1 == 3 || $1 == 42 || $1 >= 127))
+retryable() { # CODE: whether a restart may help: sd3_jax/errors.py's 3, and signals
+  (($1 == 3 || $1 >= 128))
 }
 
 # What TPU VMs are told through ssh. The tree lies in ~/sd3_jax; job.{log,pid,code} beside
@@ -122,13 +171,21 @@ remote_setup() { # the images' Python is 3.10, so uv brings one
     "&& python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
 }
 
-remote_start() { # JOB FLAGS…
-  echo "cd sd3_jax || exit 1;" \
-    "if $(alive); then echo 'a job is running: stop it first' >&2; exit 1; fi;" \
-    "rm -f ../job.code;" \
+remote_start() {
+  echo "$(remote_idle) rm -f ../job.code;" \
     "nohup env $(spell "${HOST[@]}") JOB_CODE=../job.code launch/job.sh" \
-    ".venv/bin/python -m sd3_jax.main $(spell "$@")" \
+    ".venv/bin/python $(spell "${PROGRAM[@]}")" \
     ">>../job.log 2>&1 </dev/null & echo \$! >../job.pid"
+}
+
+remote_wait() { # the same in the foreground, with its output and exit code
+  echo "$(remote_idle) env $(spell "${HOST[@]}") launch/job.sh" \
+    ".venv/bin/python $(spell "${PROGRAM[@]}")"
+}
+
+remote_idle() { # two jobs cannot share a TPU
+  echo "cd sd3_jax || exit 1;" \
+    "if $(alive); then echo 'a job is running: stop it first' >&2; exit 1; fi;"
 }
 
 remote_stop() { # job.sh passes SIGTERM on, and kills what does not end of it
@@ -147,3 +204,8 @@ remote_status() { # running, exit N, lost or none
 alive() { # by name too: after a reboot the number may be another's
   echo "grep -qs launch/job.sh /proc/\$(cat ../job.pid 2>/dev/null)/cmdline"
 }
+
+if "$HELP"; then
+  header
+  exit
+fi

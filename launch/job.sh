@@ -1,26 +1,29 @@
 #!/usr/bin/env bash
 # One host's command, with its TPU generation's flags; every route ends here.
 #
-#   TPU_GENERATION=v6e launch/job.sh python -m sd3_jax.main train --config=… --workdir=…
+#   TPU_GENERATION=v6e launch/job.sh [--dry-run] python -m sd3_jax.main train --config=… --workdir=…
 #
-# SIGTERM is passed on: training saves and ends with 0, as when it is done. So that a
-# supervisor starts it again, this then ends with 143; but with 1 or 2 if the job does,
-# for a restart would not help.
+# SIGTERM is passed on: training saves and exits with 0, as when it is done. job.sh then
+# exits with 143, so that a supervisor restarts the run. If the job exits with 1 or 2, so
+# does job.sh: a restart would not help.
 # Variables: TPU_GENERATION (v5e v5p v6e tpu7x; none: no flags), GRACE_S (300: seconds
 # until SIGKILL follows), JOB_CODE (a file for the exit code), and those of sd3_jax, such
 # as JAX_COMPILATION_CACHE_DIR. The job finds GRACE_S as SD3_GRACE_S.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
+all=("$@")
 # shellcheck source=launch/common.sh
-source launch/common.sh
+source launch/common.sh "${1:-}" # --dry-run and --help in later words are the command's
+set -- "${all[@]}"
+! "$DRY_RUN" || shift
 (($#)) || usage
 GRACE_S=${GRACE_S:-300}
 [[ $GRACE_S =~ ^[0-9]+$ ]] || fail "GRACE_S=$GRACE_S: wanted an integer, seconds"
 export SD3_GRACE_S=$GRACE_S
 
 if [[ -n ${TPU_GENERATION:-} ]]; then
-  generation
+  generation TPU_GENERATION
   given=${LIBTPU_INIT_ARGS:-} # the last of two wins
   # shellcheck source=launch/flags/v5e.env
   source "launch/flags/$TPU_GENERATION.env"

@@ -11,6 +11,7 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 cd "$ROOT"
+check_flags "$@"
 PYTHON=${PYTHON:-.venv/bin/python}
 [[ " $*" == *" --config="* ]] || set -- --config=configs/quickstart.py "$@"
 [[ " $*" == *" --workdir="* ]] || set -- "$@" --workdir=runs/two_process

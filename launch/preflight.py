@@ -1,9 +1,21 @@
-"""What has to hold on every host before a job starts: one line a check, exit code 1.
+"""Check every host before a job starts: one line per check, exit code 1 if one fails.
 
-    python launch/preflight.py --config=configs/sd3_2b.py --workdir=gs://…
+    python launch/preflight.py [train] --config=configs/sd3_2b.py --workdir=gs://…
 
-Takes the flags of `train`. Every host tells its facts to all, and all judge the same
-list, so that no host goes on alone.
+Takes the flags of `train`. Start it on all hosts, as the launchers do:
+`launch/tpu_vm.sh preflight …`. Every host sends its facts to all, and all judge the
+same list.
+
+    devices   each host has as many
+    mesh      config.mesh fits the devices, the batch and every weight
+    rows      each device gets the rows of the batch that its shard holds
+    code      the sources are the same
+    config    the settings and the workdir are the same
+    versions  Python, JAX, libtpu and the other packages are the same
+    flags     LIBTPU_INIT_ARGS, XLA_FLAGS and JAX_ENABLE_X64 are the same
+    workdir   all write to one folder
+    clocks    at most 30 s apart
+    space     the disk has room for the checkpoints
 """
 
 import hashlib
@@ -38,8 +50,12 @@ SIZE = 4096  # bytes of a host's facts
 
 
 def run(argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__, end="")
+        return 0
     try:
-        _, config, workdir = cli.parse(["train", *argv])
+        job = [] if argv[:1] == ["train"] else ["train"]
+        _, config, workdir = cli.parse([*job, *argv])
         main.join_processes()
     except UserError as error:
         print("preflight: error:", *str(error).split(), file=sys.stderr)

@@ -1,24 +1,26 @@
 #!/usr/bin/env bash
 # TPU slices, one or more, as a queued resource; `resume` outlives preemption.
 #
-#   launch/queued_resources.sh create|wait|setup|stop|status|delete [--dry-run]
+#   launch/queued_resources.sh create|wait|setup|stop|status|logs|delete [--dry-run]
 #   launch/queued_resources.sh run|resume [--dry-run] JOB --config=… --workdir=…
+#   launch/queued_resources.sh preflight [--dry-run] [train] --config=… --workdir=…
 #
-# `resume` creates what is missing, starts the job, and when the resource was preempted
-# deletes it, creates it anew and starts the same command, which goes on from its last
-# checkpoint. It ends with the job: 0 when done, 1 and 2 where a restart does not help.
-# Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE, RUNTIME_VERSION,
-# NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default
-# ones); to create and run, PROVISIONING (on-demand, spot, reserved); to run,
-# TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30), CHECKPOINT_EVERY (spot: 200),
-# CACHE_DIR (of compiled programs); to resume, POLL_S (60) and MAX_RESTARTS (10: of a job
-# that failed by itself). launch/README.md explains them.
+# `resume` creates what is missing and starts the job. When the resource is preempted, it
+# deletes it, creates it anew and starts the same command, which continues from its last
+# checkpoint. It exits as the job does: 0 when done, another code if restarting cannot help.
+# `run`, `preflight` and `status` are those of tpu_vm.sh; `status` is of the first host.
+# Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE (v5p-256),
+# RUNTIME_VERSION, NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the
+# project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved);
+# to run and for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300;
+# spot: 30), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs); to resume,
+# POLL_S (60) and MAX_RESTARTS (10: of a job that failed by itself); for logs, NODE (0: the
+# slice) and WORKER (0: its host). launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
-require QUEUED_RESOURCE ZONE PROJECT
-tpu_api
+needs=(QUEUED_RESOURCE ZONE PROJECT)
 POLL_S=${POLL_S:-60}
 
 queued() { # VERB WHAT FLAGS…
@@ -30,7 +32,6 @@ every() { # a command for all hosts of all slices
 }
 
 create() {
-  require ACCELERATOR_TYPE RUNTIME_VERSION
   local nodes=(--node-id="$QUEUED_RESOURCE")
   machine_flags
   if ((${NODE_COUNT:-1} > 1)); then
@@ -83,7 +84,12 @@ status() { # of the first host, whose end is every host's
   queued ssh "$QUEUED_RESOURCE" --node=0 --worker=0 --command="$(remote_status)"
 }
 
-start() { every "$(remote_start "$@")"; }
+logs() {
+  queued ssh "$QUEUED_RESOURCE" --node="${NODE:-0}" --worker="${WORKER:-0}" \
+    --command="tail -n 100 -F job.log"
+}
+
+start() { every "$(remote_start)"; }
 stop() { every "$(remote_stop)"; }
 note() { echo "$(date +%T) $QUEUED_RESOURCE: $*" >&2; }
 
@@ -94,7 +100,7 @@ resume() {
     echo "# where it is SUSPENDED or FAILED:" && delete
     echo "# where it is absent:" && create
     echo "# where it is ACTIVE:" && status
-    echo "# where no job runs there:" && setup && stop && start "$@"
+    echo "# where no job runs there:" && setup && stop && start
     return
   fi
   while true; do
@@ -105,13 +111,15 @@ resume() {
       ACTIVE)
         job=$(status 2>/dev/null | tail -n 1) || job=unreachable
         case $job in
-          "exit 0" | "exit 1" | "exit 2") note "the job ended: $job" && return "${job#exit }" ;;
-          none) begin "$@" || note "not reachable" ;;
-          "exit 143") again "$@" || note "not reachable" ;; # told to stop, and saved
-          exit* | lost)
+          none) begin || note "not reachable" ;;
+          "exit 143") again || note "not reachable" ;; # told to stop, and saved
+          "exit "[0-9]* | lost)
             note "the job ended: $job"
+            if [[ $job == exit* ]] && ! retryable "${job#exit }"; then
+              return "${job#exit }"
+            fi
             ((restarts++ < ${MAX_RESTARTS:-10})) || return 1
-            again "$@" || note "not reachable"
+            again || note "not reachable"
             ;;
         esac
         ;;
@@ -121,22 +129,39 @@ resume() {
 }
 
 # Both are tried where a failure is survived, and `set -e` sleeps.
-begin() { note "starting" && setup && again "$@"; }
-again() { stop && start "$@"; } # some hosts may still run
+begin() { note "starting" && setup && again; }
+again() { stop && start; } # some hosts may still run
+
+job() { # JOB FLAGS…, into PROGRAM and HOST
+  generation ACCELERATOR_TYPE
+  grace 30
+  program "$@"
+  host_variables
+}
 
 verb=${1:-}
 shift || true
 case $verb in
-  create | setup | stop | status | delete) "$verb" ;;
+  create) needs+=(ACCELERATOR_TYPE RUNTIME_VERSION) ;;
+  run | preflight | resume)
+    (($#)) || usage
+    [[ $verb != resume && -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
+    [[ $verb != resume ]] || needs+=(RUNTIME_VERSION)
+    ;;
+  wait | setup | stop | status | logs | delete) ;;
+  *) usage ;;
+esac
+require "${needs[@]}"
+tpu_api
+case $verb in
   wait) wait_for ;;
   run | resume)
-    (($#)) || usage
-    generation
-    [[ $verb == run ]] || require ACCELERATOR_TYPE RUNTIME_VERSION
-    grace 30
-    job_flags "$@"
-    host_variables
-    if [[ $verb == run ]]; then start "${FLAGS[@]}"; else resume "${FLAGS[@]}"; fi
+    job "$@"
+    if [[ $verb == run ]]; then start; else resume; fi
     ;;
-  *) usage ;;
+  preflight)
+    job preflight "$@"
+    every "$(remote_wait)"
+    ;;
+  *) "$verb" ;;
 esac

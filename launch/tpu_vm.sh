@@ -3,18 +3,22 @@
 #
 #   launch/tpu_vm.sh create|setup|stop|status|logs|delete [--dry-run]
 #   launch/tpu_vm.sh run [--dry-run] JOB --config=… --workdir=…
+#   launch/tpu_vm.sh preflight [--dry-run] [train] --config=… --workdir=…
 #
-# Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE and RUNTIME_VERSION, and
-# SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default ones); to create and run,
-# PROVISIONING (on-demand, spot, reserved); to run, TPU_GENERATION (v5e v5p v6e), GRACE_S
-# (300; spot: 30), CHECKPOINT_EVERY (spot: 200) and CACHE_DIR (of compiled programs); for
-# logs, WORKER (0). launch/README.md explains them.
+# `run` starts the job and returns. `preflight` checks all hosts and returns the result.
+# `status` prints a line per host: running, exit N, lost (the process is gone and left no
+# exit code: the host was rebooted) or none (no job was started since create or stop).
+# Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE (v6e-16) and
+# RUNTIME_VERSION, and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default ones); to
+# create and to run, PROVISIONING (on-demand, spot, reserved); to run and for preflight,
+# ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30),
+# CHECKPOINT_EVERY (spot: 200) and CACHE_DIR (of compiled programs); for logs, WORKER (0).
+# launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
-require TPU_NAME ZONE PROJECT
-tpu_api
+needs=(TPU_NAME ZONE PROJECT)
 
 vm() { # VERB WHAT FLAGS…
   run gcloud compute tpus tpu-vm "$@" --zone="$ZONE" --project="$PROJECT"
@@ -25,7 +29,6 @@ every() { # a command for all hosts
 }
 
 create() {
-  require ACCELERATOR_TYPE RUNTIME_VERSION
   machine_flags
   vm create "$TPU_NAME" --accelerator-type="$ACCELERATOR_TYPE" \
     --version="$RUNTIME_VERSION" ${MACHINE[@]+"${MACHINE[@]}"}
@@ -37,25 +40,40 @@ setup() {
   every "$(remote_setup)"
 }
 
-job() {
-  (($#)) || usage
-  generation
+job() { # JOB FLAGS…, into PROGRAM and HOST
+  generation ACCELERATOR_TYPE
   grace 30
-  job_flags "$@"
+  program "$@"
   host_variables
-  every "$(remote_start "${FLAGS[@]}")"
 }
 
 verb=${1:-}
 shift || true
 case $verb in
+  create) needs+=(ACCELERATOR_TYPE RUNTIME_VERSION) ;;
+  run | preflight)
+    (($#)) || usage
+    [[ -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
+    ;;
+  setup | stop | status | logs | delete) ;;
+  *) usage ;;
+esac
+require "${needs[@]}"
+tpu_api
+case $verb in
   create | setup) "$verb" ;;
-  run) job "$@" ;;
+  run)
+    job "$@"
+    every "$(remote_start)"
+    ;;
+  preflight)
+    job preflight "$@"
+    every "$(remote_wait)"
+    ;;
   stop) every "$(remote_stop)" ;;
   status) every "$(remote_status)" ;;
   logs)
     vm ssh "$TPU_NAME" --worker="${WORKER:-0}" --command="tail -n 100 -F job.log"
     ;;
   delete) vm delete "$TPU_NAME" --quiet ;;
-  *) usage ;;
 esac

@@ -4,19 +4,20 @@
 #   launch/xpk.sh [--dry-run] JOB --config=… --workdir=…
 #
 # Variables: CLUSTER ZONE PROJECT WORKLOAD (its name) TPU_TYPE (v6e-256, tpu7x-4x4x4)
-# TPU_GENERATION (v5e v5p v6e tpu7x) IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), GRACE_S
-# (300; spot: 15), PROVISIONING (as the cluster was created: on-demand, spot, reserved),
-# CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs). The
-# service account and the network are the cluster's. launch/README.md explains them.
+# IMAGE; NUM_SLICES (1), MAX_RESTARTS (10), GRACE_S (300; spot: 15), PROVISIONING (as the
+# cluster was created: on-demand, spot, reserved), CHECKPOINT_EVERY (spot: 200), CACHE_DIR
+# (of compiled programs), TPU_GENERATION (from TPU_TYPE). The service account and the
+# network are the cluster's. JOB is one of `sd3-jax --help`, or preflight.
+# launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require CLUSTER ZONE PROJECT WORKLOAD TPU_TYPE IMAGE
-generation
+generation TPU_TYPE
 (($#)) || usage
 grace 15
-job_flags "$@"
+program "$@"
 host_variables
 
 # XPK itself restarts at 42 and 127-255; 3 is sd3_jax's code for "start it again".
@@ -24,4 +25,4 @@ run xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT"
   --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="${NUM_SLICES:-1}" \
   --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-10}" \
   --restart-on-exit-codes=3 --termination-grace-period-seconds="$((GRACE_S + 15))" \
-  --command="$(spell "${HOST[@]}") launch/job.sh python -m sd3_jax.main $(spell "${FLAGS[@]}")"
+  --command="$(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"

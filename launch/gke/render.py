@@ -1,20 +1,26 @@
-"""A JobSet for GKE, printed: python launch/gke/render.py … | kubectl apply -f -
+"""Print a JobSet for GKE: python launch/gke/render.py … | kubectl apply -f -
 
-python launch/gke/render.py --name sd3 --slices 2 --topology 16x16 \
-    --accelerator tpu-v5-lite-podslice --chips-per-vm 4 --image IMAGE \
-    --command 'python -m sd3_jax.main train --config=configs/sd3_2b.py --workdir=gs://…'
+    python launch/gke/render.py --name sd3 --slices 2 --topology 16x16 \\
+        --accelerator tpu-v5-lite-podslice --chips-per-vm 4 --image IMAGE \\
+        train --config=configs/sd3_2b.py --workdir=gs://…
+
+JOB is one of `sd3-jax --help`, or preflight; it and its flags come last. --command
+takes any shell command in their place.
 """
 
 import argparse
 import json
 import math
+import os
 import re
+import shlex
 import string
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
 TEMPLATE = Path(__file__).with_name("jobset.yaml.template")
+JOBS = Path(__file__).parents[2] / "sd3_jax" / "jobs" / "__init__.py"
 
 
 class Accelerator(NamedTuple):
@@ -35,12 +41,16 @@ ACCELERATORS = {
 }
 GRACE = 300  # seconds for the last checkpoint, as in launch/job.sh
 SPOT_GRACE = 15  # what GKE leaves to pods of the 30 s that a Spot VM has
-SPOT_EVERY = 200  # steps between checkpoints on Spot
+SPOT_EVERY = "200"  # steps between checkpoints on Spot; or CHECKPOINT_EVERY
 MARGIN = 15  # seconds from job.sh's SIGKILL to Kubernetes's
+RUN = ["-m", "sd3_jax.main"]
+MAIN = r"(?:\bsd3_jax\.main|\bsd3-jax)"  # in a command
 
 
 def main(argv=None) -> None:
-    args = parser().parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    # The other launchers take --dry-run; here it would change nothing.
+    args = parser().parse_args([word for word in argv if word != "--dry-run"])
     try:
         print(render(**vars(args)), end="")
     except ValueError as error:
@@ -48,20 +58,29 @@ def main(argv=None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    p = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    p = argparse.ArgumentParser(
+        usage="render.py [options] JOB --config=… --workdir=…",
+        description=__doc__,
+        epilog="It only prints, with --dry-run and without.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     p.add_argument("--name", required=True)
     p.add_argument("--slices", type=int, default=1)
     p.add_argument("--topology", required=True, help="of a slice: 16x16, 4x4x8")
     p.add_argument("--accelerator", required=True, choices=ACCELERATORS)
     p.add_argument("--chips-per-vm", type=int, default=4)
     p.add_argument("--image", required=True, help="launch/Dockerfile.tpu, pushed")
-    p.add_argument("--command", required=True, help="what bash runs on every VM")
-    p.add_argument("--max-restarts", type=int, default=10, help="preemptions apart")
-    p.add_argument("--retry", default="3,42,127-255", help="exit codes for a restart")
+    p.add_argument("job", nargs=argparse.REMAINDER, help="JOB --config=… --workdir=…")
+    p.add_argument("--command", default="", help="a shell command, if no JOB")
+    restarts = "restarts allowed, not counting preemptions (10)"
+    p.add_argument("--max-restarts", type=int, default=10, help=restarts)
+    codes = "exit codes that restart (3,128-255)"
+    p.add_argument("--retry", default="3,128-255", help=codes)
     p.add_argument("--queue", default="", help="a Kueue LocalQueue")
     p.add_argument("--service-account", default="", help="a Kubernetes one")
     nodes = p.add_mutually_exclusive_group()
-    nodes.add_argument("--spot", action="store_true", help="Spot VMs")
+    spot = "Spot VMs: train saves every CHECKPOINT_EVERY (200) steps"
+    nodes.add_argument("--spot", action="store_true", help=spot)
     nodes.add_argument("--reservation", default="", help="a reservation's VMs")
     p.add_argument("--grace", type=int, help="seconds to save in (300; --spot: 15)")
     p.add_argument("--cache-dir", default="", help="JAX_COMPILATION_CACHE_DIR")
@@ -69,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def render(
-    *, name, slices, topology, accelerator, image, command, queue, **rest
+    *, name, slices, topology, accelerator, image, job, command, queue, **rest
 ) -> str:
     """The manifest; a ValueError says which flag is wrong."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
@@ -81,6 +100,7 @@ def render(
     grace = longest if rest["grace"] is None else rest["grace"]
     if grace < 1 or (spot and grace > SPOT_GRACE):
         raise ValueError(f"--grace {grace}: wanted 1 or more, at most 15 with --spot")
+    command = job_command(job, command)
     command = spot_command(command) if spot else command
     # JSON strings are YAML strings, whatever is in them.
     label = f"\n  labels:\n    kueue.x-k8s.io/queue-name: {json.dumps(queue)}"
@@ -127,7 +147,8 @@ def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
         )
     if chips > chips_per_vm != 4:
         raise ValueError(
-            f"--chips-per-vm {chips_per_vm}: VMs of a slice of several have 4 chips"
+            f"--chips-per-vm {chips_per_vm}: in a multi-host slice, each VM has four"
+            " chips"
         )
     return chips // chips_per_vm
 
@@ -144,15 +165,36 @@ def node_lines(spot: bool, reservation: str) -> str:
     return ""
 
 
+def job_command(job: list[str], command: str) -> str:
+    """The shell command, once its job and its flags are known to be some."""
+    if bool(job) == bool(command):
+        raise ValueError("wanted JOB and its flags, or --command; not both")
+    jobs = re.findall(r'^    "(\w+)": Job\(', JOBS.read_text(), re.MULTILINE)
+    names = job[:1] or re.findall(rf"{MAIN}\s+([\w-]+)", command)
+    for name in names:
+        if name not in jobs and job[:1] != ["preflight"]:
+            raise ValueError(f"unknown job {name}: wanted one of {', '.join(jobs)}")
+    if job:
+        preflight = job[0] == "preflight"
+        main = ["launch/preflight.py", *job[1:]] if preflight else [*RUN, *job]
+        command = shlex.join(["python", *main])
+    if match := re.search(r"""--(workdir|config)=(''|"")?(?=\s|$)""", command):
+        wanted = dict(workdir="gs://…", config="configs/RECIPE.py")[match[1]]
+        raise ValueError(f"--{match[1]}= is empty: wanted {wanted}")
+    return command
+
+
 def spot_command(command: str) -> str:
     """The command with a checkpoint interval that suits Spot, if it names none."""
     if "config.checkpoint.every" in command:
         return command
-    flag = f"--config.checkpoint.every={SPOT_EVERY}"
-    train = r"((?:sd3_jax\.main|\bsd3-jax)\s+train)(?=\s|$)"
-    changed, count = re.subn(train, rf"\1 {flag}", command)
-    done = f"added {flag}" if count else f"no train in --command: add {flag} yourself"
-    print(f"render: --spot: 15 s to save in; {done}", file=sys.stderr)
+    every = os.environ.get("CHECKPOINT_EVERY") or SPOT_EVERY
+    flag = f"--config.checkpoint.every={every}"
+    changed, count = re.subn(rf"{MAIN}\s+train(?=\s|$)", rf"\g<0> {flag}", command)
+    done = f"; added {flag}" if count else ""
+    if not re.search(rf"{MAIN}|preflight\.py", command):
+        done = f"; no train in --command: add {flag} yourself"
+    print(f"render: --spot: {SPOT_GRACE} s to save in{done}", file=sys.stderr)
     return changed
 
 
@@ -161,12 +203,12 @@ def _lines(indent: int, *lines: str) -> str:
 
 
 def exit_codes(text: str) -> list[int]:
-    """42,127-130 is [42, 127, 128, 129, 130]."""
+    """3,128-130 is [3, 128, 129, 130]."""
     codes = set()
     for part in text.split(","):
         low, _, high = part.partition("-")
         if not low.isdecimal() or not (high or low).isdecimal():
-            raise ValueError(f"--retry {text}: wanted codes and ranges, 3,127-255")
+            raise ValueError(f"--retry {text}: wanted codes and ranges, 3,128-255")
         codes |= set(range(int(low), int(high or low) + 1))
     return sorted(codes)
 

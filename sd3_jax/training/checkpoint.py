@@ -65,6 +65,8 @@ class Checkpoints:
         self._asked, self._preempted = -1, False
         self._grace, self._warned = grace, False
         self.save_seconds: float | None = None  # of the last save that is durable
+        self.step_seconds = 0.0  # the mean from one save to the next
+        self._since: tuple[int, float] | None = None  # a step, and when it ended
         if jax.process_index() == 0:
             with _explained(f"cannot write checkpoints to {self.directory}"):
                 _prepare(self.directory)
@@ -105,8 +107,11 @@ class Checkpoints:
             )
         if self._saving is not None and self._saving.done():
             self.wait()
+        first, then = self._since = self._since or (step, time.monotonic())
         if not due:
             return False
+        if step > first:
+            self.step_seconds = (time.monotonic() - then) / (step - first)
         self.wait()
         began = time.monotonic()
         # A copy now: orbax writes JSON later, when the caller's may have moved on.
@@ -124,7 +129,7 @@ class Checkpoints:
         with _explained(f"saving {path} failed"), _context():
             self._refuse_vanished()
             response = ocp.save_checkpointables_async(path, items, overwrite=True)
-        self._last = step
+        self._last, self._since = step, (step, time.monotonic())
         self._saving = self._thread.submit(self._finish, path, response, began)
         return True
 
@@ -226,19 +231,26 @@ class Checkpoints:
                 logging.warning("cannot delete old steps in %s: %s", path.parent, e)
 
     def _tell_seconds(self, path: epath.Path, seconds: float) -> None:
-        """Log how long the save took, and warn once if SIGTERM leaves less time."""
+        """Log how long the save took; warn once if the save on SIGTERM may not fit.
+
+        SIGTERM may come just after a save began: that save, the step in progress and
+        the last save all come before SIGKILL.
+        """
         self.save_seconds = seconds
         if jax.process_index() != 0:
             return
         log.info("step %s is saved: it took %.1f s", path.name, seconds)
-        if self._grace is not None and seconds > self._grace and not self._warned:
+        needed = 2 * seconds + self.step_seconds
+        if self._grace is not None and needed > self._grace and not self._warned:
             self._warned = True
             log.warning(
-                "a save takes %.1f s, but SIGKILL follows SIGTERM after %g s"
-                " (SD3_GRACE_S): a preempted run will lose up to %d steps; lower"
-                " --config.checkpoint.every to lose less, or raise GRACE_S where the"
-                " machine is not Spot",
+                "two saves of %.1f s and a step of %.1f s take %.1f s, but SIGKILL"
+                " follows SIGTERM after %g s (SD3_GRACE_S): a preempted run may lose up"
+                " to %d steps; lower --config.checkpoint.every to lose less, or raise"
+                " GRACE_S if the machine is not Spot",
                 seconds,
+                self.step_seconds,
+                needed,
                 self._grace,
                 self._every,
             )

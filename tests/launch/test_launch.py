@@ -21,6 +21,7 @@ import yaml
 
 from configs import quickstart
 from sd3_jax import metrics, sharding
+from sd3_jax.jobs import JOBS
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"
@@ -59,13 +60,15 @@ VM = dict(TPU_NAME="box", ZONE="zone-a", PROJECT="mine")
 QUEUED = dict(QUEUED_RESOURCE="box", ZONE="zone-a", PROJECT="mine")
 KIND = dict(ACCELERATOR_TYPE="v6e-16", RUNTIME_VERSION="v2-alpha-tpuv6e")
 V6E = dict(TPU_GENERATION="v6e")
-GKE = dict(CLUSTER="big", PROJECT="mine", IMAGE="registry/sd3:1", **V6E)
+GKE = dict(CLUSTER="big", PROJECT="mine", IMAGE="registry/sd3:1")
 XPK = dict(ZONE="zone-a", WORKLOAD="sd3", TPU_TYPE="v6e-256", **GKE)
 TOOLKIT = dict(LOCATION="here", JOB_NAME="sd3", COMPUTE_TYPE="ct6e-standard-4t", **GKE)
 PLACE = "--zone=zone-a --project=mine"
 PLACED = dict(SERVICE_ACCOUNT="me@mine", NETWORK="net", SUBNETWORK="sub")
 SPOT = dict(PROVISIONING="spot")
-RETRYABLE = [3, 42, *range(127, 256)]
+RETRYABLE = [3, *range(128, 256)]
+PREFLIGHT = ["preflight", *JOB[:2], "--workdir=gs://ours/run"]
+CHECKED = "launch/job.sh .venv/bin/python launch/preflight.py train --config=configs"
 CASES = [  # script, arguments, variables, what the dry run prints
     ("tpu_vm.sh", ["create"], VM | KIND, "tpu-vm create box --accelerator-type=v6e-16"),
     ("tpu_vm.sh", ["setup"], VM, "tpu-vm scp"),
@@ -89,6 +92,32 @@ CASES = [  # script, arguments, variables, what the dry run prints
     ("tpu_vm.sh", ["status"], VM, "echo running"),
     ("tpu_vm.sh", ["logs"], VM, "--worker=0 '--command=tail -n 100 -F job.log'"),
     ("tpu_vm.sh", ["delete"], VM, f"tpu-vm delete box --quiet {PLACE}"),
+    ("tpu_vm.sh", ["run", *JOB], VM | KIND, "env TPU_GENERATION=v6e GRACE_S=300"),
+    (
+        "tpu_vm.sh",
+        PREFLIGHT,
+        VM | KIND,
+        f"env TPU_GENERATION=v6e GRACE_S=300 {CHECKED}",
+    ),
+    (
+        "queued_resources.sh",
+        PREFLIGHT,
+        QUEUED | V6E | SPOT,
+        f"env TPU_GENERATION=v6e GRACE_S=30 {CHECKED}",
+    ),
+    (
+        "queued_resources.sh",
+        ["logs"],
+        QUEUED | dict(NODE="1", WORKER="3"),
+        "ssh box --node=1 --worker=3 '--command=tail -n 100 -F job.log' " + PLACE,
+    ),
+    ("xpk.sh", PREFLIGHT, XPK, "GRACE_S=300 launch/job.sh python launch/preflight.py "),
+    (
+        "slurm.sbatch",
+        PREFLIGHT,
+        dict(SLURM_GPUS_PER_NODE="8"),
+        CHECKED,
+    ),
     (
         "queued_resources.sh",
         ["create"],
@@ -166,20 +195,104 @@ def test_a_dry_run_prints_the_command(script, args, variables, command):
     "script, args, variables",
     [
         ("tpu_vm.sh", ["create"], VM | KIND),
-        ("tpu_vm.sh", ["run", *JOB], VM | V6E),
+        ("tpu_vm.sh", ["run", *JOB], VM | dict(ACCELERATOR_TYPE="v6e-16")),
         ("queued_resources.sh", ["create"], QUEUED | KIND),
-        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND | V6E),
+        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND),
         ("xpk.sh", JOB, XPK),
         ("cluster_toolkit.sh", JOB, TOOLKIT | dict(TOPOLOGY="4x4")),
-        ("slurm.sbatch", JOB, dict(SLURM_GPUS_PER_NODE="8")),
     ],
 )
-def test_an_unset_variable_is_named(script, args, variables):
-    for name in variables:
-        rest = {key: value for key, value in variables.items() if key != name}
+def test_unset_variables_are_named(script, args, variables):
+    def message(**rest):
         done = shell(script, "--dry-run", *args, **rest)
         assert done.returncode == 2 and done.stdout == ""
-        assert done.stderr.strip().endswith(f"{script}: {name} is not set")
+        (line,) = done.stderr.splitlines()
+        return line
+
+    for name in variables:
+        rest = {key: value for key, value in variables.items() if key != name}
+        end = f"{script}: set {name}; see launch/{script} --help"
+        assert message(**rest).endswith(end)
+    line = message()
+    assert re.search(r"set \w+(, \w+)* and \w+; see", line)
+    assert all(name in line for name in variables)
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_help_comes_before_any_check(script):
+    if script.name == "common.sh":
+        return
+    done = shell(script.name, "--help")
+    assert done.returncode == 0 and done.stderr == ""
+    assert f"launch/{script.name}" in done.stdout and "#" not in done.stdout
+    assert "SBATCH --" not in done.stdout and "set -euo" not in done.stdout
+
+
+def test_help_of_a_command_is_its_own():
+    done = shell("job.sh", "echo", "--help", "--dry-run")
+    assert done.stdout == "--help --dry-run\n"
+
+
+@pytest.mark.parametrize(
+    "script, arguments, variables",
+    [
+        ("tpu_vm.sh", ["run"], VM | KIND),
+        ("queued_resources.sh", ["run"], QUEUED | KIND),
+        ("queued_resources.sh", ["resume"], QUEUED | KIND),
+        ("xpk.sh", [], XPK),
+        ("cluster_toolkit.sh", [], TOOLKIT | dict(TOPOLOGY="4x4")),
+        ("slurm.sbatch", [], dict(SLURM_GPUS_PER_NODE="8")),
+    ],
+)
+def test_a_job_that_cannot_be_is_refused_here(script, arguments, variables):
+    def message(*job):
+        done = shell(script, "--dry-run", *arguments, *job, **variables)
+        assert done.returncode == 2 and done.stdout == ""
+        return done.stderr
+
+    names = ", ".join([*JOBS, "preflight"])
+    assert f"unknown job trian: wanted one of {names}\n" in message("trian", *JOB[1:])
+    assert "--workdir= is empty" in message(*JOB, "--workdir=")
+    assert "--config= is empty" in message("train", "--config=", "--workdir=x")
+
+
+@pytest.mark.parametrize(
+    "script, arguments, variables, name, types",
+    [
+        (
+            *("tpu_vm.sh", ["run"], VM, "ACCELERATOR_TYPE"),
+            {"v5litepod-16": "v5e", "v5p-16": "v5p", "v6e-8": "v6e"},
+        ),
+        (
+            "queued_resources.sh",
+            ["run"],
+            QUEUED,
+            "ACCELERATOR_TYPE",
+            {"v5p-256": "v5p"},
+        ),
+        ("xpk.sh", [], XPK, "TPU_TYPE", {"tpu7x-4x4x4": "tpu7x", "v6e-256": "v6e"}),
+        (
+            *("cluster_toolkit.sh", [], TOOLKIT | dict(TOPOLOGY="4x4"), "COMPUTE_TYPE"),
+            {"ct5p-hightpu-4t": "v5p", "ct5lp-hightpu-4t": "v5e"},
+        ),
+    ],
+)
+def test_the_generation_follows_from_the_type(
+    script, arguments, variables, name, types
+):
+    dry_run = [script, "--dry-run", *arguments, *JOB]
+    for kind, generation in types.items():
+        told = variables | {name: kind}
+        done = shell(*dry_run, **told)
+        assert f"TPU_GENERATION={generation} GRACE_S=300" in done.stdout, done.stderr
+        wrong = "v5e" if generation == "v6e" else "v6e"
+        done = shell(
+            script, "--dry-run", *arguments, *JOB, **told, TPU_GENERATION=wrong
+        )
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"{name}={kind} does not match TPU_GENERATION={wrong};" in done.stderr
+    done = shell(*dry_run, **variables | {name: "v9-8"})
+    assert f"{name}=v9-8: wanted v5litepod-N" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -219,7 +332,7 @@ def test_spot_saves_more_often_unless_told(script, arguments, variables, seconds
 )
 @pytest.mark.parametrize("verb", [["create"], ["run", *JOB]])
 def test_tpu7x_is_on_gke_only(script, base, verb, variables):
-    done = shell(script, "--dry-run", *verb, **base | KIND | V6E | variables)
+    done = shell(script, "--dry-run", *verb, **base | KIND | variables)
     assert done.returncode == 2 and done.stdout == ""
     (line,) = done.stderr.splitlines()
     assert "TPU7x is on GKE only; use launch/gke/render.py" in line
@@ -236,6 +349,10 @@ def test_other_mistakes():
     assert done.returncode == 2 and "GRACE_S=5m: wanted an integer" in done.stderr
     done = shell("tpu_vm.sh", "dance", **VM)
     assert done.returncode == 2 and "create|setup|stop" in done.stderr
+    done = shell("slurm.sbatch", *JOB)
+    assert done.returncode == 2 and "pass --gpus-per-node to sbatch" in done.stderr
+    done = shell("local_two_process.sh", "--dry-run", "--workdir=")
+    assert done.returncode == 2 and "--workdir= is empty" in done.stderr
 
 
 # What the hosts are told, on a machine that plays host
@@ -288,6 +405,15 @@ def test_a_host_runs_one_job_and_stops_it(host):
     assert "vmem_limit_kib=98304" in log and "--config.sample.prompt=a red fox" in log
 
 
+def test_a_host_is_checked_in_the_foreground(host):
+    python = Path(host["HOME"]) / "sd3_jax" / ".venv" / "bin" / "python"
+    program(python, '#!/bin/bash\necho "$TPU_GENERATION" "$@"\nexit 1\n')
+    done = shell("tpu_vm.sh", *PREFLIGHT, **host)
+    assert done.returncode == 1
+    assert done.stdout == f"v6e launch/preflight.py {' '.join(PREFLIGHT[1:])}\n"
+    assert settled(host) == "none"
+
+
 def test_a_host_tells_how_its_job_ended(host):
     python = Path(host["HOME"]) / "sd3_jax" / ".venv" / "bin" / "python"
     program(python, "#!/bin/bash\nexit 7\n")
@@ -331,20 +457,30 @@ def test_a_job_told_to_stop_that_fails_is_not_restarted(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "code, earlier, requeued",
-    [(0, 0, False), (1, 0, False), (2, 0, False), (3, 0, True), (134, 9, True)]
-    + [(3, 10, False), (143, 10, True)],
+    "code, earlier, requeued, failures",
+    [(0, 3, False, None), (1, 0, False, None), (2, 0, False, None), (3, 0, True, "1")]
+    + [(134, 9, True, "10"), (3, 10, False, None), (143, 10, True, "10")]
+    + [(127, 0, False, None)],
 )
-def test_slurm_queues_again_what_a_restart_may_help(tmp_path, code, earlier, requeued):
+def test_slurm_queues_again_what_a_restart_may_help(
+    tmp_path, code, earlier, requeued, failures
+):
     program(tmp_path / "srun", f"#!/bin/bash\nexit {code}\n")
     program(tmp_path / "scontrol", '#!/bin/bash\necho "$@"\n')
+    for folder in ("launch", "sd3_jax"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    count = tmp_path / "slurm-7.failures"
+    if earlier:
+        count.write_text(f"{earlier}\n")
     variables = dict(SLURM_GPUS_PER_NODE="8", SLURM_JOB_ID="7")
-    variables |= dict(SLURM_RESTART_COUNT=str(earlier), SLURM_SUBMIT_DIR=str(ROOT))
+    # Ten requeues at the time limit are no failures.
+    variables |= dict(SLURM_RESTART_COUNT="10", SLURM_SUBMIT_DIR=str(tmp_path))
     done = shell(
         "slurm.sbatch", *JOB, **variables, PATH=f"{tmp_path}:{os.environ['PATH']}"
     )
     assert done.returncode == code
     assert done.stdout == ("requeue 7\n" if requeued else "")
+    assert (count.read_text().strip() if count.exists() else None) == failures
 
 
 CLOUD = """#!/bin/bash
@@ -404,7 +540,7 @@ def test_resume_outlives_preemption(tmp_path):
     assert verbs == ["create", *start, "delete", "create", *start, *again * 3]
 
 
-@pytest.mark.parametrize("code", [1, 2])
+@pytest.mark.parametrize("code", [1, 2, 127])
 def test_resume_ends_where_a_restart_does_not_help(tmp_path, code):
     assert resume(tmp_path, "state ACTIVE", f"job exit {code}") == (code, [])
 
@@ -420,10 +556,15 @@ TPU7X = ["--accelerator=tpu7x", "--topology=4x4x4", "--reservation=held", "--gra
 TRICKY = "python -m sd3_jax.main train --config.sample.prompt=\"a: 'fox' $HOME\" # é"
 
 
-def render(*flags, command=TRICKY):
+def render(*flags, command=TRICKY, **variables):
     script = [sys.executable, LAUNCH / "gke" / "render.py", *RENDER]
-    told = [*script, *flags, f"--command={command}"]
-    return subprocess.run(told, capture_output=True, text=True)
+    given = [f"--command={command}"] if isinstance(command, str) else command
+    return subprocess.run(
+        [*script, *flags, *given],
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
 
 
 def manifest(*flags):
@@ -521,6 +662,7 @@ def outcome(made, code=None, condition=None):
     [
         (dict(code=1), "FailJobSet"),
         (dict(code=2), "FailJobSet"),
+        (dict(code=127), "FailJobSet"),  # no such program
         (dict(code=3), "RestartJobSet"),
         (dict(code=134), "RestartJobSet"),  # jax's abort after a lost peer
         (dict(code=137), "RestartJobSet"),  # killed, for memory perhaps
@@ -565,6 +707,40 @@ def test_the_jobset_on_spot():
     told = yaml.safe_load(render(*V6E_SPOT, command=f"{train} {flag}50").stdout)
     assert pod_of(told)["containers"][0]["args"] == [f"{train} {flag}50"]
     assert "add --config" in render(*V6E_SPOT, command="bash train.sh").stderr
+    done = render(*V6E_SPOT, command=JOB, CHECKPOINT_EVERY="70")
+    assert f"train {flag}70 --config=configs/sd3_2b.py" in done.stdout
+    done = render(*V6E_SPOT, command=PREFLIGHT)
+    assert flag not in done.stdout + done.stderr
+
+
+def test_the_jobset_of_a_job():
+    """JOB and its flags come last, as with the other launchers; each word survives."""
+    args = lambda *words: pod_of(yaml.safe_load(render(*V5E, command=words).stdout))[
+        "containers"
+    ][0]["args"]
+    main = "python -m sd3_jax.main train --config=configs/sd3_2b.py"
+    assert args(*JOB) == [f"{main} '--config.sample.prompt=a red fox'"]
+    assert args(*JOB[:2], "--dry-run") == [main]
+    flags = " ".join(PREFLIGHT[1:])
+    assert args(*PREFLIGHT) == [f"python launch/preflight.py {flags}"]
+    told = f"--command=python launch/preflight.py {flags}"
+    assert args(told) == [f"python launch/preflight.py {flags}"]
+
+
+@pytest.mark.parametrize(
+    "command, message",
+    [
+        (["trian", *JOB[1:]], "unknown job trian: wanted one of train, sample"),
+        ("python -m sd3_jax.main trian", "unknown job trian"),
+        ([*JOB, "--workdir="], "--workdir= is empty: wanted gs://"),
+        ("sd3-jax train --workdir='' --config=x", "--workdir= is empty"),
+        ([], "wanted JOB and its flags, or --command"),
+        (["--command=true", *JOB], "not both"),
+    ],
+)
+def test_render_refuses_a_job_that_cannot_be(command, message):
+    done = render(*V5E, command=command)
+    assert done.returncode == 2 and message in done.stderr and done.stdout == ""
 
 
 def test_the_jobset_on_a_reservation():
@@ -584,7 +760,7 @@ def test_the_jobset_on_a_reservation():
         ([*V5E, "--topology=4x4x4"], "a slice of v5e has 2 axes"),
         ([*V5P, "--topology=16x16"], "a slice of v5p has 3 axes"),
         ([*TPU7X, "--chips-per-vm=8"], "tpu7x-standard-1t, tpu7x-standard-4t"),
-        ([*V5E, "--chips-per-vm=8"], "VMs of a slice of several have 4 chips"),
+        ([*V5E, "--chips-per-vm=8"], "in a multi-host slice, each VM has four"),
         ([*V6E_SPOT, "--grace=60"], "--grace 60: wanted 1 or more, at most 15"),
         ([*V6E_SPOT, "--reservation=held"], "not allowed with argument --spot"),
         ([*V5E, "--topology=15x15"], "--chips-per-vm 4 does not divide 15x15's 225"),
@@ -769,6 +945,12 @@ def test_preflight_fails_where_a_host_loads_other_rows(tmp_path):
     lines = preflight_in("v5p-16, contiguous", tmp_path, ["fsdp=8"], code=1)
     (line,) = [line for line in lines if line.startswith("FAIL")]
     assert "rows" in line and "Invalid host data" in line and "on host 0" in line
+
+
+def test_preflight_help_lists_its_checks(capsys):
+    assert preflight().run(["train", "--help"]) == 0
+    page = capsys.readouterr().out
+    assert re.findall(r"^    (\w+)  ", page, re.MULTILINE) == [*preflight().CHECKS]
 
 
 def preflight_in(order, workdir, mesh, code=0):

@@ -4,6 +4,7 @@ import json
 import resource
 import shutil
 import sys
+import types
 from concurrent.futures import Future
 from pathlib import Path
 
@@ -347,6 +348,28 @@ def test_it_says_how_long_a_save_takes_and_warns_once(
     texts = [record.getMessage() for record in caplog.records]
     assert sum("is saved: it took" in text for text in texts) == 2
     assert sum("lower --config.checkpoint.every" in text for text in texts) == warnings
+
+
+@pytest.mark.parametrize(("grace", "warns"), [(11.0, False), (10.9, True)])
+def test_two_saves_and_a_step_must_fit(tmp_path, caplog, grace, warns):
+    """SIGTERM may come just after a save began."""
+    policy = dict(every=2, keep=9, keep_every=None, grace=grace)
+    with Checkpoints(tmp_path, **policy) as checkpoints:
+        checkpoints.step_seconds = 3.0
+        checkpoints._tell_seconds(tmp_path / "2", 4.0)
+    assert ("two saves of 4.0 s and a step of 3.0 s" in caplog.text) == warns
+
+
+def test_it_measures_the_time_of_a_step(tmp_path, monkeypatch):
+    state = {"x": jax.numpy.ones(3)}
+    now = 0.0
+    clock = types.SimpleNamespace(monotonic=lambda: now)
+    monkeypatch.setattr(checkpoint, "time", clock)
+    with Checkpoints(tmp_path, every=4, keep=9, keep_every=None) as checkpoints:
+        for step in range(1, 5):
+            now += 10.0
+            checkpoints.save(step, state, {}, {})
+        assert checkpoints.step_seconds == 10.0
 
 
 def test_storage_that_does_not_answer_is_no_mistake(tmp_path, monkeypatch):
