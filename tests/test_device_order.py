@@ -101,7 +101,8 @@ def picture_jobs(workdir, folder, raw):
     precompute = dict(part=8)  # a few for each host
     data = dict(name="records", records=raw / "records" / "*")
     train = dict(steps=2, eval_every=100, sample_every=100)
-    ready = dict(ingest=ingest, precompute=precompute)
+    # Each device has whole weights: bfloat16 sums over shards depend on their number.
+    ready = dict(ingest=ingest, precompute=precompute, mesh=dict(data=-1, fsdp=1))
     trained = dict(data=data, train=train)
     return [
         job("precompute", PICTURES, workdir / "encoded", **ready, **encoders),
