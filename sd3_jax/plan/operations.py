@@ -294,7 +294,8 @@ def splash(x: Instruction, home: Computation) -> tuple[float, int]:
     """FLOPs of a splash attention kernel, and the size of a head.
 
     Forward makes 2 products of (queries, keys, head), dq 3, dkv 4; one that makes all
-    three gradients 5, and writes a dq for every block of keys.
+    three gradients 5, and writes a dq for every block of keys. The last two axes are
+    tokens and head, in either order; the head is the one that queries and keys share.
     """
     arrays = [home.by_name[name].shapes[0] for name in x.operands]
     wide = [s.sides for s in arrays if len(s.sides) >= 3 and s.dtype in ("bf16", "f32")]
@@ -304,5 +305,6 @@ def splash(x: Instruction, home: Computation) -> tuple[float, int]:
         count = 5 if deepest > len(queries) else 4
     else:
         count = 3 if "_dq" in x.name else 2
-    *_, n, head = queries
-    return 2.0 * count * math.prod(queries) * keys[-2], head
+    shared = [a for a, b in zip(queries[-2:], keys[-2:]) if a == b]
+    head = min(shared, default=queries[-1])
+    return 2.0 * count * math.prod(queries) * math.prod(keys[-2:]) / head, head

@@ -197,3 +197,13 @@ def test_attention_kernels(name, results, products):
     )
     assert given.flops == 2 * products * 4 * 24 * 512 * 384 * 64
     assert given.narrow == 0.5 and given.kind == "attention"
+
+
+def test_attention_kernels_that_have_tokens_last():
+    given = cost(
+        "%q = bf16[4,24,64,512] parameter(1)",
+        "%k = bf16[4,24,64,384] parameter(2)",
+        "ROOT %splash_mha_fwd.1 = bf16[4,24,64,512] custom-call(%q, %k, %k),"
+        ' custom_call_target="tpu_custom_call"',
+    )
+    assert given.flops == 4 * 4 * 24 * 512 * 384 * 64 and given.narrow == 0.5
