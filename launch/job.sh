@@ -27,6 +27,12 @@ if [[ -n ${TPU_GENERATION:-} ]]; then
   given=${LIBTPU_INIT_ARGS:-} # the last of two wins
   # shellcheck source=launch/flags/v5e.env
   source "launch/flags/$TPU_GENERATION.env"
+  for word in "$@"; do # some jobs have flags of their own, as v6e.sample.env
+    if [[ $word =~ ^[a-z]+$ && -e launch/flags/$TPU_GENERATION.$word.env ]]; then
+      # shellcheck source=launch/flags/v6e.sample.env
+      source "launch/flags/$TPU_GENERATION.$word.env"
+    fi
+  done
   export LIBTPU_INIT_ARGS="$LIBTPU_INIT_ARGS $given"
 fi
 if "$DRY_RUN"; then

@@ -62,7 +62,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     aot.compiler()
     planned_for = [slices.find(name) for name in config.plan.slices]
     for each in planned_for:  # mistakes first, for a compilation takes minutes
-        aot.flags(config.plan.flags, each)
+        aot.flags(config.plan.flags, each, config.plan.job)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -193,7 +193,7 @@ def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, A
     }
     lowered = case.lower()
     try:
-        made = aot.compile(lowered, aot.flags(config.plan.flags, each))
+        made = aot.compile(lowered, aot.flags(config.plan.flags, each, config.plan.job))
     except aot.TooLarge as error:
         return row | {"needs": str(error)}
     log.info("%s: %s compiled in %.0f s", each.name, case.name, made.seconds)

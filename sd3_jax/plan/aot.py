@@ -81,8 +81,9 @@ def devices(each: Slice) -> list:
         ) from None
 
 
-def flags(folder: str, each: Slice) -> dict[str, str]:
-    """Those that launch/ would start the job with."""
+def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
+    """Those that launch/ would start the job with: the generation's, and those of the
+    generation and the job where there are any."""
     if not folder:
         return {}
     path = epath.Path(folder) / f"{each.kind}.env"
@@ -91,7 +92,9 @@ def flags(folder: str, each: Slice) -> dict[str, str]:
             f'config.plan.flags = "{folder}": there is no {path}; wanted the folder'
             ' launch/flags of the repository, or "" for the compiler\'s defaults'
         )
-    text = re.sub(r"(?m)^#.*", "", path.read_text())
+    paths = [path, path.with_name(f"{each.kind}.{job}.env")]
+    text = "\n".join(path.read_text() for path in paths if path.exists())
+    text = re.sub(r"(?m)^#.*", "", text)
     return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sd3_jax.jobs.plan import FLOORS, usual
-from sd3_jax.plan import bounds, hlo
+from sd3_jax.plan import aot, bounds, hlo, slices
 
 ROOT = Path(__file__).parents[2]
 SMALL = {  # narrower, XLA sums the small weights' gradients whole
@@ -95,6 +95,14 @@ def test_what_does_not_fit_is_a_row(tmp_path):
 )
 def test_memory_wants_a_margin(peak, verdict):
     assert bounds.verdict(peak, 15.75) == verdict
+
+
+def test_flags_of_a_job():
+    ring = "xla_jf_spmd_threshold_for_windowed_einsum_mib"
+    flags = lambda name, job: aot.flags(ROOT / "launch/flags", slices.find(name), job)
+    assert ring in flags("v6e-8", "sample") and ring not in flags("v6e-8", "train")
+    assert flags("v6e-8", "train").items() <= flags("v6e-8", "sample").items()
+    assert flags("v5e-8", "sample") == flags("v5e-8", "train") != {}
 
 
 def test_the_branch_that_most_steps_take():
