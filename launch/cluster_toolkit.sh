@@ -15,6 +15,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require CLUSTER LOCATION PROJECT JOB_NAME COMPUTE_TYPE TOPOLOGY IMAGE
+at_least 1 NUM_SLICES CHECKPOINT_EVERY
+at_least 0 MAX_RESTARTS
 generation COMPUTE_TYPE
 (($#)) || usage
 grace 15
@@ -35,4 +37,4 @@ run gcluster job submit --cluster="$CLUSTER" --location="$LOCATION" \
   --restarts="${MAX_RESTARTS:-10}" --grace-period="$((GRACE_S + 15))s" \
   --restart-on-exit-codes="3,$(seq -s, 128 255)" ${QUEUE:+--queue="$QUEUE"} \
   ${SERVICE_ACCOUNT:+--service-account="$SERVICE_ACCOUNT"} ${nodes[@]+"${nodes[@]}"} \
-  --command="$(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"
+  --command="env $(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"

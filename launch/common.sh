@@ -45,6 +45,17 @@ require() { # names of variables; all that are missing are named at once
   fail "set $list; see launch/${0##*/} --help"
 }
 
+at_least() { # MINIMUM NAMES… of variables, which hold integers if they are set
+  local name
+  for name in "${@:2}"; do
+    [[ -n ${!name:-} ]] || continue
+    # No leading zero, which bash takes for octal; no more digits than it can count with.
+    if ! [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < $1)); then
+      fail "$name=${!name}: wanted an integer, $1 or more, without leading zeros"
+    fi
+  done
+}
+
 header() { # the caller's; Slurm runs a copy, which has another name
   local file=$ROOT/launch/${0##*/}
   [[ -e $file ]] || file=$0
@@ -124,6 +135,7 @@ machine_flags() { # into MACHINE: gcloud's flags for what the hosts are and may 
 # Compute Engine takes a Spot machine 30 s after its notice, and GKE leaves 15 s of them
 # to pods, whatever a longer grace period says.
 grace() { # SPOT_SECONDS: GRACE_S, which is as long as a machine leaves for the last save
+  at_least 0 GRACE_S
   provisioning
   if [[ $PROVISIONING == spot ]]; then
     GRACE_S=$1
@@ -156,12 +168,16 @@ retryable() { # CODE: whether a restart may help: sd3_jax/errors.py's 3, and sig
 # What TPU VMs are told through ssh. The tree lies in ~/sd3_jax; job.{log,pid,code} beside
 # it are the running job's output, process and exit code.
 
-PACKED=
-pack() { # the last commit, as $PACKED/sd3_jax.tgz
+SCRATCH=
+scratch() { # a folder that goes when the script ends
+  [[ -n $SCRATCH ]] || SCRATCH=$(mktemp -d)
+  trap 'rm -rf "$SCRATCH"' EXIT
+}
+
+pack() { # the last commit, as $SCRATCH/sd3_jax.tgz
   git -C "$ROOT" diff --quiet HEAD || echo "uncommitted changes stay here" >&2
-  [[ -n $PACKED ]] || PACKED=$(mktemp -d)
-  trap 'rm -rf "$PACKED"' EXIT
-  run git -C "$ROOT" archive --format=tar.gz --output="$PACKED/sd3_jax.tgz" HEAD
+  scratch
+  run git -C "$ROOT" archive --format=tar.gz --output="$SCRATCH/sd3_jax.tgz" HEAD
 }
 
 remote_setup() { # the images' Python is 3.10, so uv brings one

@@ -7,8 +7,9 @@
 # exits with 143, so that a supervisor restarts the run. If the job exits with 1 or 2, so
 # does job.sh: a restart would not help.
 # Variables: TPU_GENERATION (v5e v5p v6e tpu7x; none: no flags), GRACE_S (300: seconds
-# until SIGKILL follows), JOB_CODE (a file for the exit code), and those of sd3_jax, such
-# as JAX_COMPILATION_CACHE_DIR. The job finds GRACE_S as SD3_GRACE_S.
+# until SIGKILL follows), JOB_CODE (a file for the exit code, or a folder with one for each
+# SLURM_PROCID), and those of sd3_jax, such as JAX_COMPILATION_CACHE_DIR. The job finds
+# GRACE_S as SD3_GRACE_S.
 
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -19,7 +20,7 @@ set -- "${all[@]}"
 ! "$DRY_RUN" || shift
 (($#)) || usage
 GRACE_S=${GRACE_S:-300}
-[[ $GRACE_S =~ ^[0-9]+$ ]] || fail "GRACE_S=$GRACE_S: wanted an integer, seconds"
+at_least 0 GRACE_S
 export SD3_GRACE_S=$GRACE_S
 
 if [[ -n ${TPU_GENERATION:-} ]]; then
@@ -43,6 +44,7 @@ if "$DRY_RUN"; then
 fi
 
 told=false
+[[ ! -d ${JOB_CODE:-} ]] || JOB_CODE+=/${SLURM_PROCID:-0}
 [[ -z ${JOB_CODE:-} ]] || trap 'echo $? >"$JOB_CODE"' EXIT
 trap 'told=true; kill -TERM -- "-$job" 2>/dev/null || true' TERM INT HUP
 set -m # a process group of its own, which -$job names
@@ -52,13 +54,11 @@ code=0
 wait "$job" || code=$?
 "$told" || exit "$code"
 for ((i = 0; i < GRACE_S; i++)); do # the trap cut wait short
-  if ! kill -0 -- "-$job" 2>/dev/null; then
-    code=0
-    wait "$job" || code=$?
-    ((code != 1 && code != 2)) || exit "$code"
-    exit 143
-  fi
+  kill -0 -- "-$job" 2>/dev/null || break
   sleep 1
 done
-kill -KILL -- "-$job" 2>/dev/null || true
-exit 143
+kill -KILL -- "-$job" 2>/dev/null || true # a child of the job may outlive it
+code=0
+wait "$job" || code=$?
+((code == 1 || code == 2)) || code=143
+exit "$code"

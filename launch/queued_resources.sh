@@ -7,8 +7,9 @@
 #
 # `resume` creates what is missing and starts the job. When the resource is preempted, it
 # deletes it, creates it anew and starts the same command, which continues from its last
-# checkpoint. It exits as the job does: 0 when done, another code if restarting cannot help.
-# `run`, `preflight` and `status` are those of tpu_vm.sh; `status` is of the first host.
+# checkpoint. It exits as the job does: 0 when done on all hosts, another code if restarting
+# cannot help, and with 255 if the hosts cannot be reached 10 times in a row.
+# `run`, `preflight` and `status` are those of tpu_vm.sh.
 # Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE (v5p-256),
 # RUNTIME_VERSION, NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the
 # project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved);
@@ -20,6 +21,9 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
+at_least 0 MAX_RESTARTS POLL_S
+at_least 1 NODE_COUNT CHECKPOINT_EVERY
+scratch
 needs=(QUEUED_RESOURCE ZONE PROJECT)
 POLL_S=${POLL_S:-60}
 
@@ -46,13 +50,14 @@ delete() { # --force: with its nodes
 }
 
 state() { # ACTIVE, SUSPENDED, …; ABSENT; UNKNOWN, if Google does not answer
-  local answer
-  if answer=$(queued describe "$QUEUED_RESOURCE" --format="value(state.state)" 2>&1); then
-    echo "$answer"
-  elif [[ $answer == *NOT_FOUND* ]]; then
+  # gcloud warns on stderr even when it succeeds.
+  if queued describe "$QUEUED_RESOURCE" --format="value(state.state)" \
+    2>"$SCRATCH/stderr"; then
+    return
+  elif grep -q NOT_FOUND "$SCRATCH/stderr"; then
     echo ABSENT
   else
-    echo "$answer" >&2
+    cat "$SCRATCH/stderr" >&2
     echo UNKNOWN
   fi
 }
@@ -62,11 +67,12 @@ wait_for() {
     state
     return
   fi
-  local now
+  local now shown=""
   while now=$(state) && [[ $now != ACTIVE ]]; do
+    [[ $now == "$shown" ]] || note "is $now"
+    shown=$now
     case $now in
       ABSENT | FAILED | SUSPENDING | SUSPENDED)
-        echo "$QUEUED_RESOURCE is $now" >&2
         return 1
         ;;
     esac
@@ -75,13 +81,40 @@ wait_for() {
 }
 
 setup() {
-  pack && queued scp "$PACKED/sd3_jax.tgz" "$QUEUED_RESOURCE:sd3_jax.tgz" \
+  pack && queued scp "$SCRATCH/sd3_jax.tgz" "$QUEUED_RESOURCE:sd3_jax.tgz" \
     --node=all --worker=all &&
     every "$(remote_setup)"
 }
 
-status() { # of the first host, whose end is every host's
-  queued ssh "$QUEUED_RESOURCE" --node=0 --worker=0 --command="$(remote_status)"
+status() { every "$(remote_status)"; }
+
+job_status() { # the one that decides; unreachable, with the reason in $SCRATCH/stderr
+  local statuses
+  # gcloud may succeed though ssh to some of several hosts did not.
+  if statuses=$(status 2>"$SCRATCH/stderr") &&
+    ! grep -q "failed with exit status" "$SCRATCH/stderr"; then
+    deciding <<<"$statuses"
+  else
+    echo unreachable
+  fi
+}
+
+# A host that is told to stop records 143, and all others 0, as when the job is done.
+deciding() { # of the hosts' statuses, a line each, the one that says what to do
+  local line rank highest=0 choice=unreachable
+  while read -r line; do
+    case $line in
+      "exit 0") rank=1 ;; # done, if it is so on all hosts
+      none) rank=2 ;;
+      running) rank=3 ;;
+      "exit 143") rank=4 ;;
+      lost | exit) rank=5 line=lost ;; # a reboot, or an empty file
+      "exit "[0-9]*) if retryable "${line#exit }"; then rank=5; else rank=6; fi ;;
+      *) rank=0 ;; # a host's greeting
+    esac
+    ((rank <= highest)) || { highest=$rank choice=$line; }
+  done
+  echo "$choice"
 }
 
 logs() {
@@ -94,7 +127,7 @@ stop() { every "$(remote_stop)"; }
 note() { echo "$(date +%T) $QUEUED_RESOURCE: $*" >&2; }
 
 resume() {
-  local now job restarts=0
+  local now job shown="" restarts=0
   if "$DRY_RUN"; then
     echo "# again and again:" && state
     echo "# where it is SUSPENDED or FAILED:" && delete
@@ -105,27 +138,44 @@ resume() {
   fi
   while true; do
     now=$(state)
+    [[ $now == "$shown" ]] || note "is $now"
+    shown=$now
     case $now in
       ABSENT) note "creating" && { create || note "not created"; } ;;
-      SUSPENDING | SUSPENDED | FAILED) note "is $now" && { delete || true; } ;;
+      SUSPENDING | SUSPENDED | FAILED) delete || true ;;
       ACTIVE)
-        job=$(status 2>/dev/null | tail -n 1) || job=unreachable
+        job=$(job_status)
         case $job in
-          none) begin || note "not reachable" ;;
-          "exit 143") again || note "not reachable" ;; # told to stop, and saved
+          unreachable) unreached "$(grep . "$SCRATCH/stderr" | tail -n 1)" ;;
+          running) ATTEMPTS=0 ;;
+          none) attempt begin ;;
+          "exit 143") attempt again ;; # told to stop, and saved
           "exit "[0-9]* | lost)
             note "the job ended: $job"
             if [[ $job == exit* ]] && ! retryable "${job#exit }"; then
               return "${job#exit }"
             fi
             ((restarts++ < ${MAX_RESTARTS:-10})) || return 1
-            again || note "not reachable"
+            attempt again
             ;;
         esac
         ;;
     esac
+    [[ $now == ACTIVE ]] || ATTEMPTS=0
     sleep "$POLL_S"
   done
+}
+
+ATTEMPTS=0 # in a row, to reach the hosts
+attempt() { # begin or again
+  if "$1"; then ATTEMPTS=0; else unreached "the job is not started"; fi
+}
+
+unreached() { # REASON: a host that boots or is preempted is not, for some minutes
+  note "not reachable: $1"
+  ((++ATTEMPTS < 10)) && return
+  note "not reachable 10 times: giving up; the machines stay until you delete them"
+  exit 255
 }
 
 # Both are tried where a failure is survived, and `set -e` sleeps.

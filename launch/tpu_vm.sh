@@ -18,6 +18,7 @@
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
+at_least 1 CHECKPOINT_EVERY
 needs=(TPU_NAME ZONE PROJECT)
 
 vm() { # VERB WHAT FLAGS…
@@ -36,7 +37,7 @@ create() {
 
 setup() {
   pack
-  vm scp "$PACKED/sd3_jax.tgz" "$TPU_NAME:sd3_jax.tgz" --worker=all
+  vm scp "$SCRATCH/sd3_jax.tgz" "$TPU_NAME:sd3_jax.tgz" --worker=all
   every "$(remote_setup)"
 }
 

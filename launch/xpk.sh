@@ -14,6 +14,8 @@ set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 require CLUSTER ZONE PROJECT WORKLOAD TPU_TYPE IMAGE
+at_least 1 NUM_SLICES CHECKPOINT_EVERY
+at_least 0 MAX_RESTARTS
 generation TPU_TYPE
 (($#)) || usage
 grace 15
@@ -25,4 +27,4 @@ run xpk workload create --cluster="$CLUSTER" --zone="$ZONE" --project="$PROJECT"
   --workload="$WORKLOAD" --tpu-type="$TPU_TYPE" --num-slices="${NUM_SLICES:-1}" \
   --docker-image="$IMAGE" --max-restarts="${MAX_RESTARTS:-10}" \
   --restart-on-exit-codes=3 --termination-grace-period-seconds="$((GRACE_S + 15))" \
-  --command="$(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"
+  --command="env $(spell "${HOST[@]}") launch/job.sh python $(spell "${PROGRAM[@]}")"

@@ -39,6 +39,10 @@ ACCELERATORS = {
     "tpu-v6e-slice": Accelerator("v6e", "ct6e-standard", (1, 4, 8), 2),
     "tpu7x": Accelerator("tpu7x", "tpu7x-standard", (1, 4), 3),
 }
+TOPOLOGIES = {  # by their axes; for three, sides that are multiples of 4 as well
+    2: "1x1 2x2 2x4 4x4 4x8 8x8 8x16 16x16".split(),
+    3: "1x1x1 2x1x1 2x2x1 2x2x2 2x2x4 2x4x4 4x4x4".split(),
+}
 GRACE = 300  # seconds for the last checkpoint, as in launch/job.sh
 SPOT_GRACE = 15  # what GKE leaves to pods of the 30 s that a Spot VM has
 SPOT_EVERY = "200"  # steps between checkpoints on Spot; or CHECKPOINT_EVERY
@@ -95,6 +99,8 @@ def render(
         raise ValueError(f"--name {name}: wanted a-z, 0-9 and -, 40 at most")
     if slices < 1:
         raise ValueError(f"--slices {slices}: wanted 1 or more")
+    if rest["max_restarts"] < 0:
+        raise ValueError(f"--max-restarts {rest['max_restarts']}: wanted 0 or more")
     spot, chips = rest["spot"], rest["chips_per_vm"]
     longest = SPOT_GRACE if spot else GRACE
     grace = longest if rest["grace"] is None else rest["grace"]
@@ -137,6 +143,10 @@ def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
         raise ValueError(
             f"--topology {topology}: a slice of {kind.generation} has {kind.axes} axes"
         )
+    if not exists(sides):
+        cubes = ", or multiples of 4 in ascending order" if kind.axes == 3 else ""
+        names = ", ".join(TOPOLOGIES[kind.axes])
+        raise ValueError(f"--topology {topology}: wanted one of {names}{cubes}")
     chips = math.prod(sides)
     if chips_per_vm not in kind.chips:
         types = ", ".join(f"{kind.machine}-{n}t" for n in kind.chips)
@@ -151,6 +161,14 @@ def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
             " chips"
         )
     return chips // chips_per_vm
+
+
+def exists(sides: list[int]) -> bool:
+    """Whether GKE publishes the topology, or it is one of whole cubes of 4x4x4."""
+    if "x".join(map(str, sides)) in TOPOLOGIES[len(sides)]:
+        return True
+    cubes = len(sides) == 3 and all(side % 4 == 0 for side in sides)
+    return cubes and sides == sorted(sides)
 
 
 def node_lines(spot: bool, reservation: str) -> str:
@@ -209,7 +227,10 @@ def exit_codes(text: str) -> list[int]:
         low, _, high = part.partition("-")
         if not low.isdecimal() or not (high or low).isdecimal():
             raise ValueError(f"--retry {text}: wanted codes and ranges, 3,128-255")
-        codes |= set(range(int(low), int(high or low) + 1))
+        low, high = int(low), int(high or low)
+        if not 1 <= low <= high <= 255:
+            raise ValueError(f"--retry {text}: {part}: wanted codes from 1 to 255")
+        codes |= set(range(low, high + 1))
     return sorted(codes)
 
 

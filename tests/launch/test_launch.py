@@ -142,9 +142,9 @@ CASES = [  # script, arguments, variables, what the dry run prints
         JOB,
         XPK,
         "--restart-on-exit-codes=3 --termination-grace-period-seconds=315"
-        " '--command=TPU_GENERATION=v6e GRACE_S=300 launch/job.sh python -m sd3",
+        " '--command=env TPU_GENERATION=v6e GRACE_S=300 launch/job.sh python -m sd3",
     ),
-    ("xpk.sh", JOB, XPK | SPOT, "--termination-grace-period-seconds=30 '--command=TPU"),
+    ("xpk.sh", JOB, XPK | SPOT, "--termination-grace-period-seconds=30 '--command=env"),
     (
         "cluster_toolkit.sh",
         JOB,
@@ -159,7 +159,7 @@ CASES = [  # script, arguments, variables, what the dry run prints
         JOB,
         TOOLKIT | SPOT | dict(TOPOLOGY="4x4", SERVICE_ACCOUNT="trainer"),
         "255 --service-account=trainer --gke-nap-provisioning=spot"
-        " '--command=TPU_GENERATION=v6e GRACE_S=15 launch/job.sh",
+        " '--command=env TPU_GENERATION=v6e GRACE_S=15 launch/job.sh",
     ),
     (
         "cluster_toolkit.sh",
@@ -355,6 +355,66 @@ def test_other_mistakes():
     assert done.returncode == 2 and "--workdir= is empty" in done.stderr
 
 
+@pytest.mark.parametrize(
+    "script, arguments, variables",
+    [
+        ("job.sh", ["true"], dict(GRACE_S="x")),
+        ("tpu_vm.sh", ["run", *JOB], VM | V6E | dict(GRACE_S="x")),
+        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND | dict(GRACE_S="x")),
+        ("xpk.sh", JOB, XPK | dict(GRACE_S="x")),
+        ("cluster_toolkit.sh", JOB, TOOLKIT | dict(TOPOLOGY="4x4", GRACE_S="x")),
+        ("slurm.sbatch", JOB, dict(SLURM_GPUS_PER_NODE="8", GRACE_S="x")),
+    ],
+)
+def test_seconds_to_save_are_an_integer(script, arguments, variables):
+    for seconds in ("08", "030", "5m", "-1", "99999999999999999999"):
+        done = shell(
+            script, "--dry-run", *arguments, **variables | {"GRACE_S": seconds}
+        )
+        assert done.returncode == 2 and done.stdout == "", seconds
+        assert f"GRACE_S={seconds}: wanted an integer, 0 or more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, arguments, variables",
+    [
+        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND | {"MAX_RESTARTS": ""}),
+        ("queued_resources.sh", ["create"], QUEUED | KIND | {"NODE_COUNT": ""}),
+        ("queued_resources.sh", ["wait"], QUEUED | {"POLL_S": ""}),
+        ("xpk.sh", JOB, XPK | {"MAX_RESTARTS": ""}),
+        ("xpk.sh", JOB, XPK | {"NUM_SLICES": ""}),
+        ("cluster_toolkit.sh", JOB, TOOLKIT | {"TOPOLOGY": "4x4", "NUM_SLICES": ""}),
+        ("slurm.sbatch", JOB, {"SLURM_GPUS_PER_NODE": "8", "MAX_RESTARTS": ""}),
+        ("tpu_vm.sh", ["run", *JOB], VM | V6E | SPOT | {"CHECKPOINT_EVERY": ""}),
+    ],
+)
+def test_counts_are_integers(script, arguments, variables):
+    (name,) = [name for name, value in variables.items() if not value]
+    least = 1 if name in ("NODE_COUNT", "NUM_SLICES", "CHECKPOINT_EVERY") else 0
+    for value in ("x", "0" if least else "-1"):
+        told = variables | {name: value}
+        done = shell(script, "--dry-run", *arguments, **told)
+        assert done.returncode == 2 and done.stdout == ""
+        assert f"{name}={value}: wanted an integer, {least} or more" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, tool, variables",
+    [
+        ("xpk.sh", "xpk", XPK),
+        ("cluster_toolkit.sh", "gcluster", TOOLKIT | dict(TOPOLOGY="4x4")),
+    ],
+)
+def test_a_folder_of_programs_may_have_a_space(tmp_path, script, tool, variables):
+    run_command = f'cd {tmp_path}; last=${{@: -1}}; bash -c "${{last#--command=}}"'
+    program(tmp_path / tool, f"#!/bin/bash\n{run_command}\n")
+    print_cache = '#!/bin/bash\necho "$JAX_COMPILATION_CACHE_DIR"\n'
+    program(tmp_path / "launch" / "job.sh", print_cache)
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = shell(script, *JOB, **variables | dict(CACHE_DIR="gs://a b", PATH=path))
+    assert done.stdout.strip() == "gs://a b", done.stderr
+
+
 # What the hosts are told, on a machine that plays host
 
 
@@ -456,53 +516,119 @@ def test_a_job_told_to_stop_that_fails_is_not_restarted(tmp_path):
         assert job.wait(10) == 2
 
 
+def test_a_job_told_to_stop_that_fails_may_leave_a_child():
+    """The child is killed after GRACE_S, and the job's own code is the result."""
+    child = "(trap '' TERM; exec sleep 60) &"
+    body = f"{child} trap 'exit 1' TERM; echo ready; while true; do sleep 0.1; done"
+    told = ["bash", LAUNCH / "job.sh", "bash", "-c", body]
+    variables = os.environ | dict(GRACE_S="1")
+    with subprocess.Popen(
+        told, env=variables, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.wait(10) == 1
+
+
 @pytest.mark.parametrize(
     "code, earlier, requeued, failures",
     [(0, 3, False, None), (1, 0, False, None), (2, 0, False, None), (3, 0, True, "1")]
-    + [(134, 9, True, "10"), (3, 10, False, None), (143, 10, True, "10")]
-    + [(127, 0, False, None)],
+    + [(134, 9, True, "10"), (3, 10, False, None), (143, 10, False, None)]
+    + [(143, 0, True, "1"), (127, 0, False, None)],
 )
 def test_slurm_queues_again_what_a_restart_may_help(
     tmp_path, code, earlier, requeued, failures
 ):
-    program(tmp_path / "srun", f"#!/bin/bash\nexit {code}\n")
-    program(tmp_path / "scontrol", '#!/bin/bash\necho "$@"\n')
-    for folder in ("launch", "sd3_jax"):
-        (tmp_path / folder).symlink_to(ROOT / folder)
     count = tmp_path / "slurm-7.failures"
     if earlier:
         count.write_text(f"{earlier}\n")
-    variables = dict(SLURM_GPUS_PER_NODE="8", SLURM_JOB_ID="7")
-    # Ten requeues at the time limit are no failures.
-    variables |= dict(SLURM_RESTART_COUNT="10", SLURM_SUBMIT_DIR=str(tmp_path))
-    done = shell(
-        "slurm.sbatch", *JOB, **variables, PATH=f"{tmp_path}:{os.environ['PATH']}"
-    )
+    done = shell("slurm.sbatch", *JOB, **slurm(tmp_path, f"exit {code}"))
     assert done.returncode == code
     assert done.stdout == ("requeue 7\n" if requeued else "")
     assert (count.read_text().strip() if count.exists() else None) == failures
+
+
+def slurm(folder, srun):
+    """Variables with which slurm.sbatch finds this srun, and a scontrol that prints."""
+    program(folder / "srun", f"#!/bin/bash\n{srun}\n")
+    program(folder / "scontrol", '#!/bin/bash\necho "$@"\n')
+    for name in ("launch", "sd3_jax"):
+        (folder / name).symlink_to(ROOT / name)
+    # Ten requeues at the time limit are no failures.
+    variables = dict(SLURM_JOB_ID="7", SLURM_RESTART_COUNT="10")
+    variables |= dict(SLURM_GPUS_PER_NODE="8", SLURM_SUBMIT_DIR=str(folder))
+    return variables | dict(PATH=f"{folder}:{os.environ['PATH']}")
+
+
+# srun of two tasks with --kill-on-bad-exit: the second is told, or killed.
+TASKS = """
+SLURM_PROCID=0 launch/job.sh bash -c 'sleep 0.5; exit {mistake}' & first=$!
+GRACE_S={grace} SLURM_PROCID=1 launch/job.sh bash -c '{slow}' & second=$!
+wait $first; kill -{signal} $second; wait $second
+"""
+
+
+@pytest.mark.parametrize("mistake", [1, 2])
+@pytest.mark.parametrize("name, code", [("TERM", 143), ("KILL", 137)])
+def test_slurm_does_not_queue_again_the_mistake_of_one_task(
+    tmp_path, mistake, name, code
+):
+    """srun returns the highest code, which is that of a task that it stopped."""
+    srun = TASKS.format(mistake=mistake, grace=5, slow="exec sleep 3", signal=name)
+    variables = slurm(tmp_path, srun + f"(($? == {code})) && exit {code}; exit 99")
+    done = shell("slurm.sbatch", *JOB, **variables)
+    assert done.returncode == mistake and "requeue" not in done.stdout, done.stderr
+    assert not list(tmp_path.glob("slurm-7.*"))
+
+
+def test_slurm_tells_the_tasks_of_the_time_limit(tmp_path):
+    """Slurm tells the batch script, which has the steps told and counts no failure."""
+    (tmp_path / "slurm-7.failures").write_text("10\n")
+    srun = f"echo $$ >{tmp_path}/pid; trap 'exit 143' TERM\n"
+    srun += "echo ready; while true; do sleep 0.1; done"
+    variables = slurm(tmp_path, srun)
+    asked = f'echo "$@"; kill -TERM $(cat {tmp_path}/pid)'
+    program(tmp_path / "scancel", f"#!/bin/bash\n{asked}\n")
+    told = ["bash", str(LAUNCH / "slurm.sbatch"), *JOB]
+    with subprocess.Popen(
+        told, env=variables, stdout=subprocess.PIPE, text=True
+    ) as job:
+        assert job.stdout.readline() == "ready\n"
+        job.send_signal(signal.SIGTERM)
+        assert job.stdout.read() == "--signal=TERM 7\nrequeue 7\n"
+        assert job.wait(10) == 143
+    assert (tmp_path / "slurm-7.failures").read_text() == "10\n"
 
 
 CLOUD = """#!/bin/bash
 # The next line of the script is the answer to the question that it begins with.
 echo "$4 ${*##*.tgz}" >>calls
 [[ $4 == describe ]] && asked=state
-[[ $4 == ssh && $* == *--node=0* ]] && asked=job
+[[ $4 == ssh && $* == *"echo running"* ]] && asked=job && echo "$*" >>asked
 [[ ${asked:-} ]] || exit 0
 read -r kind answer <script
 sed -i 1d script
 [[ $kind == "$asked" ]] || { echo "asked $asked, not $kind" >>wrong; exit 1; }
 [[ $answer != absent ]] || { echo "NOT_FOUND" >&2; exit 1; }
-echo "$answer"
+[[ $answer != denied ]] || { echo "Permission denied (publickey)." >&2; exit 255; }
+[[ $answer != *broken* ]] ||
+  echo "##### Command execution on worker 1 failed with exit status 255." >&2
+echo "WARNING: This command is using service account impersonation." >&2
+echo "$answer" | tr "|" "\\n"
 """
 
 
 def resume(folder, *answers):
     """The exit code of `resume`, and gcloud's verbs, where Google answers like this."""
+    done, changes = resumed(folder, *answers)
+    return done.returncode, changes
+
+
+def resumed(folder, *answers, verb=("resume", *JOB)):
     program(folder / "gcloud", CLOUD)
     (folder / "script").write_text("\n".join(answers) + "\n")
     done = subprocess.run(
-        ["bash", LAUNCH / "queued_resources.sh", "resume", *JOB],
+        ["bash", LAUNCH / "queued_resources.sh", *verb],
         env=QUEUED
         | KIND
         | V6E
@@ -515,9 +641,9 @@ def resume(folder, *answers):
     assert not (folder / "wrong").exists() and not (folder / "script").read_text()
     calls = (folder / "calls").read_text().splitlines()
     changes = [
-        c.split()[0] for c in calls if "describe" not in c and "--node=0" not in c
+        c.split()[0] for c in calls if "describe" not in c and "echo running" not in c
     ]
-    return done.returncode, changes
+    return done, changes
 
 
 def test_resume_outlives_preemption(tmp_path):
@@ -543,6 +669,49 @@ def test_resume_outlives_preemption(tmp_path):
 @pytest.mark.parametrize("code", [1, 2, 127])
 def test_resume_ends_where_a_restart_does_not_help(tmp_path, code):
     assert resume(tmp_path, "state ACTIVE", f"job exit {code}") == (code, [])
+
+
+@pytest.mark.parametrize(
+    "jobs, verbs",
+    [
+        ("exit 0|exit 143", ["ssh", "ssh"]),  # a host other than the first is preempted
+        ("exit 0|exit 0|exit 137", ["ssh", "ssh"]),
+        ("exit 0|lost", ["ssh", "ssh"]),
+        ("exit 0|none", ["scp", "ssh", "ssh", "ssh"]),
+        ("exit 0|running", []),  # it still saves
+        ("exit 0|broken", []),  # gcloud did not reach a host
+        ("denied", []),
+    ],
+)
+def test_resume_ends_where_all_hosts_are_done(tmp_path, jobs, verbs):
+    """SIGTERM to one host stops all, and those that were not told exit with 0."""
+    answers = ["state ACTIVE", f"job {jobs}", "state ACTIVE", "job exit 0|exit 0"]
+    assert resume(tmp_path, *answers) == (0, verbs)
+    questions = (tmp_path / "asked").read_text().splitlines()
+    assert all("--node=all --worker=all" in question for question in questions)
+
+
+def test_resume_ends_with_the_mistake_of_any_host(tmp_path):
+    answers = ["state ACTIVE", "job exit 143|exit 137|exit 2|running|lost"]
+    assert resume(tmp_path, *answers) == (2, [])
+
+
+def test_resume_gives_up_where_ssh_never_works(tmp_path):
+    done, verbs = resumed(tmp_path, *["state ACTIVE", "job denied"] * 10)
+    assert done.returncode == 255 and verbs == []
+    reason = "not reachable: Permission denied (publickey)."
+    assert done.stderr.count(reason) == 10 and "giving up" in done.stderr
+
+
+@pytest.mark.parametrize("verb", [("resume", *JOB), ("wait",)], ids=["resume", "wait"])
+def test_states_are_printed_when_they_change(tmp_path, verb):
+    states = ["WAITING_FOR_RESOURCES"] * 3 + ["PROVISIONING"] * 2 + ["ACTIVE"]
+    answers = [f"state {state}" for state in states]
+    answers += ["job exit 0"] if verb[0] == "resume" else []
+    done, _ = resumed(tmp_path, *answers, verb=verb)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("is WAITING_FOR_RESOURCES") == 1
+    assert done.stderr.count("is PROVISIONING") == 1
 
 
 # GKE
@@ -763,7 +932,14 @@ def test_the_jobset_on_a_reservation():
         ([*V5E, "--chips-per-vm=8"], "in a multi-host slice, each VM has four"),
         ([*V6E_SPOT, "--grace=60"], "--grace 60: wanted 1 or more, at most 15"),
         ([*V6E_SPOT, "--reservation=held"], "not allowed with argument --spot"),
-        ([*V5E, "--topology=15x15"], "--chips-per-vm 4 does not divide 15x15's 225"),
+        ([*V5E, "--topology=15x15"], "--topology 15x15: wanted one of 1x1, 2x2"),
+        ([*V5E, "--topology=6x6"], "--topology 6x6: wanted one of 1x1, 2x2, 2x4"),
+        ([*V5P, "--topology=4x8x4"], "4x4x4, or multiples of 4 in ascending order"),
+        ([*V5E, "--topology=1x1"], "--chips-per-vm 4 does not divide 1x1's 1"),
+        ([*V5E, "--max-restarts=-1"], "--max-restarts -1: wanted 0 or more"),
+        ([*V5E, "--retry=5-3"], "--retry 5-3: 5-3: wanted codes from 1 to 255"),
+        ([*V5E, "--retry=3,300"], "--retry 3,300: 300: wanted codes from 1 to 255"),
+        ([*V5E, "--retry=0"], "--retry 0: 0: wanted codes from 1 to 255"),
         ([*V5E, "--chips-per-vm=3"], "ct5lp-hightpu-1t, ct5lp-hightpu-4t"),
         ([*V5E, "--topology=16by16"], "--topology 16by16"),
         ([*V5E, "--name=SD3"], "--name SD3"),
