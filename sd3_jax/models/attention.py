@@ -1,9 +1,11 @@
 """Softmax attention: one function, the kernels behind it by name."""
 
 import difflib
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float
@@ -35,6 +37,22 @@ def attention(
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return KERNELS[kernel](q, k, v, bias, scale)
+
+
+def joint_attention(
+    qs: Sequence[Float[Array, "b _ a k"]],
+    ks: Sequence[Float[Array, "b _ a k"]],
+    vs: Sequence[Float[Array, "b _ a k"]],
+    *,
+    kernel: str = "auto",
+) -> list[Float[Array, "b _ a k"]]:
+    """Of all streams' queries to all their keys: an output for each of the queries."""
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in (qs, ks, vs))
+    chosen = choose(q, k, None) if kernel == "auto" else kernel
+    if chosen == "splash":  # it joins and pads at once
+        return tpu.joint(qs, ks, vs, q.shape[-1] ** -0.5)
+    ends = np.cumsum([q.shape[1] for q in qs])
+    return jnp.split(attention(q, k, v, kernel=chosen), ends[:-1], axis=1)
 
 
 def auto(q, k, v, bias, scale):

@@ -30,8 +30,25 @@ def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
         if x.ndim - inputs == 1 and axes[-1] == "embed":
             return exchanged(x, kernel, inputs)
         if ("embed",) in (axes[:inputs], axes[inputs:]):
+            if shards.parts("heads") == [1]:
+                return flat(x, kernel, axes, inputs)
             return scattered(x, kernel, axes, inputs)
     return contract(x, kernel, inputs)
+
+
+def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
+    """With the kernel as a matrix: a TPU stores and sends the last two axes in tiles of
+    8 x 128, which heads of 64 fill by half."""
+    size = math.prod(kernel.shape[:inputs])
+    merged = lambda axes: axes[0] if len(axes) == 1 else None
+    names = merged(axes[:inputs]), merged(axes[inputs:])
+    y = scattered(
+        x.reshape(*x.shape[: x.ndim - inputs], size),
+        nn.with_logical_constraint(kernel.reshape(size, -1), names),
+        names,
+        1,
+    )
+    return y.reshape(*y.shape[:-1], *kernel.shape[inputs:])
 
 
 def contract(x: Array, kernel: Array, inputs: int) -> Array:
@@ -82,20 +99,15 @@ def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
 
     XLA makes it of a matrix whose pieces lie on an axis of their own, in front. Left to
     its partitioner, or of heads apart, every device gets all of the sum, which sends
-    twice as much.
+    twice as much. Rows and tokens stay apart: a TPU would copy x and dy to merge them.
     """
     rows, over = shards.mesh_axes("batch"), shards.mesh_axes("embed")
     (pieces,) = shards.parts("embed")
     copies = tuple(axis for axis in rows if axis not in over)
-    whole = shards.parts("tokens") == shards.parts("heads") == [1]
 
     def local(x, dy):
         a, b = (x, dy) if first else (dy, x)  # the sharded axis is a's last
-        count = lead
-        if whole:
-            a, b = (y.reshape(-1, math.prod(y.shape[lead:])) for y in (a, b))
-            count = 1
-        dw = dot(a, b, range(count), range(count))  # (embed, ...)
+        dw = dot(a, b, range(lead), range(lead))  # (embed, ...)
         dw = dw.reshape(pieces, -1, *dw.shape[1:])
         if shards.platform() == "cpu":  # where XLA aborts at these sums in bfloat16
             dw = dw.astype(jnp.float32)

@@ -5,7 +5,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
@@ -13,7 +12,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
 from sd3_jax.models import shards
-from sd3_jax.models.attention import attention
+from sd3_jax.models.attention import attention, joint_attention
 from sd3_jax.models.ends import (
     Modulation,
     condition,
@@ -186,15 +185,13 @@ class Block(nn.Module):
         streams = self.streams
         opened = [s.open(x, m) for s, x, m in zip(streams, xs, modulations)]
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
-        k = jnp.concatenate([whole(o.k) for o in opened], axis=1)
-        v = jnp.concatenate([whole(o.v) for o in opened], axis=1)  # (b, n+l, heads, k)
-        queries = [opened[i].q for i in going]
+        qs = [opened[i].q for i in going]
+        ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
         if shards.parts("tokens") == [1]:
-            joint = attention(jnp.concatenate(queries, 1), k, v, kernel=self.attention)
-            ends = np.cumsum([q.shape[1] for q in queries])
-            parts = jnp.split(joint, ends[:-1], axis=1)
-        else:  # joined, they would all change devices, by two all-to-alls a block
-            parts = [attention(q, k, v, kernel=self.attention) for q in queries]
+            parts = joint_attention(qs, ks, vs, kernel=self.attention)
+        else:  # joined, queries would all change devices, by two all-to-alls a block
+            attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
+            parts = [attend(q) for q in qs]
         return tuple(
             streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
@@ -296,13 +293,16 @@ class Projections(nn.Module):
 
     def qkv(self, x: Float[Array, "b n d"]) -> Sequence[Float[Array, "b n a k"]]:
         qkv = self.to_qkv(x)  # (b, n, 3, a, k)
-        # With its heads of 64 apart what is kept takes twice the memory on a TPU.
-        kept = checkpoint_name(qkv.reshape(*qkv.shape[:3], -1), "qkv")
-        qkv = kept.reshape(qkv.shape)
         axes = ("batch", "tokens", None, "heads", None)
         qkv = nn.with_logical_constraint(qkv, axes)
-        q, k, v = jnp.unstack(qkv, axis=-3)
+        q, k, v = (kept(x) for x in jnp.unstack(qkv, axis=-3))
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 
     def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
         return checkpoint_name(self.to_out(x), "projected")
+
+
+def kept(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+    """What remat keeps of q, k or v: with its heads of 64 apart it would take twice the
+    memory on a TPU, and all three in one array would be copied to take them apart."""
+    return checkpoint_name(x.reshape(*x.shape[:2], -1), "qkv").reshape(x.shape)

@@ -1,9 +1,11 @@
 """Splash attention, the TPU's fused kernel: no buffer of heads x queries x keys."""
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jax.experimental.pallas.ops.tpu.splash_attention import (
     splash_attention_kernel as kernel,
@@ -15,6 +17,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from sd3_jax.models import shards
 from sd3_jax.models.shards import platform
 
+Parts = Sequence[Array]  # (b, n, a, k) each, that differ in n
 LANES = 128
 MOST = {  # the largest block that compiles, forward and backward, for heads of 64
     "TPU v5 lite": 1408,
@@ -34,14 +37,27 @@ def splash(
     padded to whole blocks of at most `most`; keys of padding are masked, its queries
     cut off.
     """
-    spec, parts, _ = shards.attending(q.shape)
-    most = most or largest(q)
-    n, m = q.shape[1], k.shape[1]
+    return joint((q,), (k,), (v,), scale, most=most)[0]
+
+
+def joint(
+    qs: Parts, ks: Parts, vs: Parts, scale: float, *, most: int | None = None
+) -> list[Array]:
+    """The same of queries, keys and values that are joined along their tokens: an
+    output for each of the queries.
+
+    Joined and padded at once, and cut apart once: each is a copy in memory.
+    """
+    length = lambda parts: sum(x.shape[1] for x in parts)
+    n, m = length(qs), length(ks)
+    spec, parts, _ = shards.attending((len(qs[0]), n, *qs[0].shape[2:]))
+    most = most or largest(qs[0])
     rows, columns = block(-(-n // parts), most), block(m, most)
     local = functools.partial(attend, rows=rows, columns=columns, keys=m)
-    q = pad(q * scale, rows * parts)  # splash does not scale
-    out = shards.on_each(local, spec)(q, pad(k, columns), pad(v, columns))
-    return out[:, :n]
+    q = joined([q * scale for q in qs], rows * parts)  # splash does not scale
+    out = shards.on_each(local, spec)(q, joined(ks, columns), joined(vs, columns))
+    ends = np.cumsum([q.shape[1] for q in qs])
+    return jnp.split(out, ends, axis=1)[:-1]
 
 
 def largest(q: Array) -> int:
@@ -67,8 +83,12 @@ def block(n: int, most: int) -> int:
     return min(range(min(512, most), most + 1, LANES), key=lambda s: (-n % s, -s))
 
 
-def pad(x: Array, multiple: int) -> Array:
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % multiple), (0, 0), (0, 0)))
+def joined(parts: Parts, multiple: int) -> Array:
+    """One after the other along the tokens, then zeros."""
+    b, _, *head = parts[0].shape
+    rest = -sum(x.shape[1] for x in parts) % multiple
+    zeros = [jnp.zeros((b, rest, *head), parts[0].dtype)] if rest else []
+    return jnp.concatenate([*parts, *zeros], axis=1)
 
 
 def attend(
@@ -88,6 +108,11 @@ def attend(
         block_q_dq=None if fused else rows,
         block_kv_dq=None if fused else columns,
         use_fused_bwd_kernel=fused,
+        # Tokens in the lanes: a head of 64 in the 128 lanes would take twice the
+        # memory, and the layout would be none that a linear map reads or writes.
+        q_layout=kernel.QKVLayout.SEQ_MINOR,
+        k_layout=kernel.QKVLayout.SEQ_MINOR,
+        v_layout=kernel.QKVLayout.SEQ_MINOR,
     )
     call = kernel.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((n, m))] * heads),

@@ -74,6 +74,19 @@ def test_gradients_leave_the_layers_scattered(planned):
     assert row["sent_over_least"] <= 1.25  # whole tiles: 48 numbers fill 128 lanes
 
 
+def test_modulation_sends_rows_and_not_its_weights(planned):
+    """Gathered, adaLN's weights would be a quarter of all bytes."""
+    row, _, _, text = planned
+    from sd3_jax.plan import hlo
+
+    found = hlo.collectives(text, row["mesh"])
+    # The sum of c's gradient loses its source where XLA joins all-reduces.
+    ours = [x for x in found if "adaln" in x.source]
+    joined = [x for x in found if x.kind == "all-reduce" and not x.source]
+    assert ours
+    assert sum(x.total for x in ours + joined) <= 0.03 * sum(x.total for x in found)
+
+
 def test_no_buffer_of_heads_x_tokens_x_tokens(planned):
     tokens = {256 + 154, 512}  # as they are, and as the kernel pads them
     for sides in re.findall(r"\[([\d,]+)\]", planned[3]):
