@@ -7,12 +7,11 @@
 256 pixels, batch 4096, 500k steps, logit-normal(0, 1) (Esser et al. 2024, sec. 5.3);
 higher resolutions shift the times, by 3 at 1024.
 
-Planned (benchmarks/plan.md; bounds, not measured), images a chip, GB of HBM, MFU:
-
-    1024  v5p-128  --config.mesh.data=4   4   19.4 of 95.7   0.61
-
-`sd3-jax plan --config=configs/sd35_medium.py:512` finds them for any slice, with the
-accumulation that a batch of 4096 needs.
+benchmarks/plan.md has the slices that it was planned for, with memory, bound and
+forecast. A v5p-128 takes 4 images a chip at 1024 with --config.mesh.data=4. On v5p and
+tpu7x add --config.model.remat=mlp: there is memory to recompute nothing. `sd3-jax plan
+--config=configs/sd35_medium.py:512` finds the keys for any slice, with the accumulation
+that a batch of 4096 needs.
 """
 
 from configs import base

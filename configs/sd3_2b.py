@@ -7,14 +7,11 @@
 256 pixels, batch 4096, 500k steps, logit-normal(0, 1) (Esser et al. 2024, sec. 5.3);
 higher resolutions shift the times, by 3 at 1024.
 
-Planned (benchmarks/plan.md; bounds, not measured), images a chip, GB of HBM, MFU:
-
-    256   v5e-16   --config.mesh.fsdp=16    8    5.2 of 15.8   0.82
-    1024  v5p-128  --config.mesh.data=4     4   14.4 of 95.7   0.63
-    1024  v6e-256  --config.mesh.data=4     4   13.3 of 31.2   0.42
-
-`sd3-jax plan --config=configs/sd3_2b.py:512` finds them for any slice, with the
-accumulation that a batch of 4096 needs.
+benchmarks/plan.md has the slices that it was planned for, with memory, bound and
+forecast. A v5e-16 takes 8 images a chip with --config.mesh.fsdp=16; v5p-128 and v6e-256
+take 4 at 1024 with --config.mesh.data=4. On v5p and tpu7x add --config.model.remat=mlp:
+there is memory to recompute nothing. `sd3-jax plan --config=configs/sd3_2b.py:512`
+finds the keys for any slice, with the accumulation that a batch of 4096 needs.
 """
 
 from configs import base

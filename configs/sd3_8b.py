@@ -7,14 +7,10 @@
 256 pixels, batch 4096, 500k steps, logit-normal(0, 1) (Esser et al. 2024, sec. 5.3);
 higher resolutions shift the times, by 3 at 1024.
 
-Planned (benchmarks/plan.md; bounds, not measured), images a chip, GB of HBM, MFU:
-
-    1024  v5e-256   1   10.7 of 15.8   0.69
-    1024  v5p-128   4   41.3 of 95.7   0.69
-    1024  v6e-256   4   30.2 of 31.2   0.49
-
-`sd3-jax plan --config=configs/sd3_8b.py:512` finds them for any slice, with the
-accumulation that a batch of 4096 needs.
+benchmarks/plan.md has the slices that it was planned for, with memory, bound and
+forecast. On v5p and tpu7x add --config.model.remat=mlp: there is memory to recompute
+nothing. `sd3-jax plan --config=configs/sd3_8b.py:512` finds the keys for any slice,
+with the accumulation that a batch of 4096 needs.
 """
 
 from configs import base
