@@ -148,13 +148,13 @@ def peak(compiled) -> int:
 
 def sent(compiled, mesh) -> list[str]:
     """Collectives of at least 1 MB, those that send most first."""
-    from sd3_jax.plan import hlo
+    from sd3_jax.plan import hlo, wire
 
-    found = hlo.collectives(compiled.as_text(), mesh.shape)
+    found = wire.collectives(hlo.parse(compiled.as_text()), mesh.shape)
     return [
-        f"{x.kind} {x.shape} x {x.count}, {x.total / 1e6:.1f} MB: {x.source[-60:]}"
-        for x in sorted(found, key=lambda x: -x.total)
-        if x.total >= 1e6
+        f"{x.kind} {x.shape} x {n}, {x.wire * n / 1e6:.1f} MB: {x.source[-60:]}"
+        for x, n in sorted(found, key=lambda pair: -pair[0].wire * pair[1])
+        if x.wire * n >= 1e6
     ]
 
 

@@ -9,12 +9,12 @@ import functools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from sd3_jax.plan.hlo import COLLECTIVES, Computation, Instruction
+from sd3_jax.plan.hlo import COLLECTIVES, Computation, Instruction, Module, trips
 from sd3_jax.plan.slices import Slice
 
 Groups = tuple[tuple[int, ...], ...]
@@ -66,6 +66,30 @@ def collective(
         x.source,
         _pairs(x.attributes),
     )
+
+
+def collectives(
+    module: Module, mesh: Mapping[str, int]
+) -> Iterator[tuple[Collective, int]]:
+    """Every collective of a program, and how often a run has it."""
+
+    def walk(name: str, times: int):
+        home = module[name]
+        for x in home:
+            found = collective(x, home, mesh)
+            if found is not None:
+                yield found, times
+            if x.opcode == "while":
+                body = x.attribute(r"body=%?([\w.\-]+)")
+                yield from walk(body, times * (trips(x, home, module) or 1))
+            elif x.opcode == "conditional":
+                yield from walk(max(x.branches, key=module.size), times)
+            elif x.opcode in ("call", "fusion", "async-start", "custom-call"):
+                for inner in x.called:
+                    if inner in module.computations:
+                        yield from walk(inner, times)
+
+    yield from walk(module.entry, 1)
 
 
 def sent(kind: str, whole: float, members: int) -> float:

@@ -14,7 +14,7 @@ from sd3_jax.models import attention
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.vae import VAE
 from sd3_jax.pipelines import programs
-from sd3_jax.plan import hlo
+from sd3_jax.plan import hlo, wire
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "context.py"
 spec = importlib.util.spec_from_file_location("context_benchmark", PATH)
@@ -49,7 +49,8 @@ def test_2048_pixels_want_less_memory_on_four_devices(
     )
     assert benchmark.peak(four) <= share * benchmark.peak(one)
     text = four.as_text()
-    found = hlo.collectives(text, dict(data=1, fsdp=1, context=4, tensor=1))
+    mesh = dict(data=1, fsdp=1, context=4, tensor=1)
+    found = [x for x, _ in wire.collectives(hlo.parse(text), mesh)]
     size = lambda x: np.prod([int(d) for d in re.findall(r"\d+", x.shape)[1:]])
     # Keys and values are gathered; else only text and the lines at borders are sent.
     sent = [(x.kind, size(x)) for x in found if size(x) > line]

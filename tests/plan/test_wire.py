@@ -87,6 +87,24 @@ def test_what_goes_to_other_slices(kind, slices_, sent):
     assert found.wire == sent * SIZE
 
 
+def test_every_collective_of_a_program_and_how_often():
+    text = f"""%body (w: f32[1]) -> f32[1] {{
+  {PART}
+  ROOT %g = bf16[64,96]{{1,0:T(8,128)(2,1)}} all-gather(%p), {GROUPS}
+}}
+
+ENTRY %main (p: f32[1]) -> f32[1] {{
+  %l = bf16[64,96] while(%t), condition=%c, body=%body, backend_config={{"known_trip_count":{{"n":"5"}}}}
+  ROOT %f = bf16[64,96] fusion(%l), kind=kCustom, calls=%body
+}}
+"""  # noqa: E501
+    found = list(wire.collectives(hlo.parse(text), MESH))
+    assert [(x.kind, times) for x, times in found] == [
+        ("all-gather", 5),
+        ("all-gather", 1),
+    ]
+
+
 # Links
 
 
