@@ -119,7 +119,7 @@ def memory() -> list[list]:
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
             cases = plan_sampling.cases(config, each, mesh, 1)
             case = next(x for x in cases if x.name == ("text" if text else "denoise"))
-            made = aot.compile(case.lower(), aot.flags("launch/flags", each))
+            made = aot.compile(case.lower(), aot.flags("launch/flags", each, "sample"))
         wide = re.search(STACK, made.text)
         assert bool(wide) != bool(kind) or text, wide  # the CLIPs have stacks as well
         return made.memory
