@@ -18,7 +18,10 @@ EXIT_CODES = {  # launch/README.md says what supervisors do with them
 }
 # Faults of a file system that the user must repair, and those that pass.
 DISK = "ENOSPC EDQUOT EROFS EACCES EPERM ENOTDIR EISDIR".split()
-PASSING = "EIO ESTALE ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENOTCONN".split()
+PASSING = (
+    "EIO ESTALE ETIMEDOUT EREMOTEIO ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH"
+    " ENOTCONN"
+).split()
 # absl's status codes that begin a JaxRuntimeError. RESOURCE_EXHAUSTED, INVALID_ARGUMENT
 # and UNIMPLEMENTED are absent: the same program on the same devices meets them again.
 RUNTIME = (
@@ -91,6 +94,14 @@ def passing(error: BaseException) -> bool:
     return status is not None and status[0] in STORAGE
 
 
+def os_code(error: BaseException) -> int | None:
+    """The errno of an OSError, or the one that tensorstore's text ends in."""
+    if isinstance(error, OSError):
+        return error.errno
+    match = re.search(r"os_error_code='(\d+)'", str(error))
+    return int(match[1]) if match else None
+
+
 def _kinds(error: BaseException) -> set[str]:
     """Package and name of an error and of all that it derives from, since this module
     must not import jax or gcsfs, which take seconds."""
@@ -103,8 +114,8 @@ def _http_status(error: BaseException) -> int:
 
 
 def _has_errno(error: BaseException, names: Iterable[str]) -> bool:
-    codes = [getattr(errno, name) for name in names]
-    return isinstance(error, OSError) and error.errno in codes
+    code = os_code(error)
+    return code is not None and code in {getattr(errno, x, None) for x in names}
 
 
 def near(given: str, choices: Iterable[str]) -> str | None:

@@ -6,13 +6,14 @@ nothing else is. One that is damaged is set aside, and the step before it counts
 """
 
 import contextlib
+import errno
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sd3_jax import hosts, tree
-from sd3_jax.errors import RetryableError, RunFailed, UserError, passing
+from sd3_jax.errors import RetryableError, RunFailed, UserError, os_code, passing
 from sd3_jax.training import seal
 from sd3_jax.training.seal import LISTED, UnreadableCheckpoint
 
@@ -29,6 +30,7 @@ COMMIT = "commit_success.txt"  # orbax writes it last
 TMP = ".orbax-checkpoint-tmp"  # what a killed save leaves behind
 LOOK = 5.0  # seconds between two looks for the folder that is saved to
 DAMAGED = "damaged-"  # what a step's folder is called once it is set aside
+PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
 JSON = ("data", "config", "about")
 log = logging.getLogger(__name__)
 
@@ -124,7 +126,7 @@ class Checkpoints:
                 f" infinities: {', '.join(names[:LISTED])}; the newest saved step is"
                 f" {self._last}"
             )
-        about = seal.about(prints, data, config)
+        about = seal.about(step, prints, data, config)
         items = {"state": state, "data": data, "config": config, "about": about}
         with _explained(f"saving {path} failed"), _context():
             self._refuse_vanished()
@@ -195,7 +197,7 @@ class Checkpoints:
             raise FileNotFoundError(f"{self.directory} has vanished")
 
     def _earlier(self, path: epath.Path) -> bool:
-        steps = hosts.first(lambda: _steps(self.directory))
+        steps = _known(self.directory)
         return any(step < int(path.name) for step in steps)
 
     def _set_aside(self, path: epath.Path, fault: UserError) -> None:
@@ -227,7 +229,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             try:
                 self._prune(int(path.name))
-            except OSError as e:  # a folder too many is no reason to lose a run
+            except (OSError, UserError, RetryableError) as e:  # no reason to stop
                 logging.warning("cannot delete old steps in %s: %s", path.parent, e)
 
     def _tell_seconds(self, path: epath.Path, seconds: float) -> None:
@@ -281,7 +283,7 @@ def restore_params(
     """
     directory = _absolute(directory)
     first = int(_find(directory, step).name)
-    steps = [s for s in hosts.first(lambda: _steps(directory)) if s <= first]
+    steps = [s for s in _known(directory) if s <= first]
     for number in reversed(steps):
         path = directory / str(number)
         try:
@@ -295,7 +297,9 @@ def restore_params(
 
 def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
     """The config a step was trained with; tuples have become lists."""
-    return _load(_find(_absolute(directory), step), {"config": None})["config"]
+    path = _find(_absolute(directory), step)
+    _together(path, lambda: _about(path))
+    return _together(path, lambda: _load(path, {"config": None}))["config"]
 
 
 def _absolute(directory: epath.PathLike) -> epath.Path:
@@ -327,7 +331,7 @@ def _identity(directory: epath.Path) -> Any:
 
 
 def _numbered(directory: epath.Path) -> list[int]:
-    if not directory.exists():
+    if not seal.is_there(directory):
         return []
     names = (path.name for path in directory.iterdir())
     return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
@@ -335,47 +339,83 @@ def _numbered(directory: epath.Path) -> list[int]:
 
 def _steps(directory: epath.Path) -> list[int]:
     """Complete steps, oldest first."""
-    return [s for s in _numbered(directory) if (directory / str(s) / COMMIT).exists()]
+    return [s for s in _numbered(directory) if _complete(directory / str(s))]
+
+
+def _complete(path: epath.Path) -> bool:
+    return seal.is_there(path / COMMIT)
 
 
 def _latest(directory: epath.Path) -> int | None:
-    def look() -> int | None:
-        with _explained(f"cannot read checkpoints in {directory}"):
-            return max(_steps(directory), default=None)
+    return max(_known(directory), default=None)
+
+
+def _known(directory: epath.Path) -> list[int]:
+    """Complete steps, as process 0 sees them."""
+
+    def look() -> list[int]:
+        for pause in (*PAUSES, None):
+            try:
+                with _explained(f"cannot read checkpoints in {directory}"):
+                    return _steps(directory)
+            except RetryableError as fault:
+                _pause(fault, pause)
 
     return hosts.first(look)
 
 
+def _pause(fault: RetryableError, seconds: float | None) -> None:
+    """Wait before the next try; there is none after the last."""
+    if seconds is None:
+        raise fault
+    log.warning("%s; trying again in %g s", fault, seconds)
+    time.sleep(seconds)
+
+
 def _find(directory: epath.Path, step: int | None) -> epath.Path:
-    step = _latest(directory) if step is None else step
-    if step is None:
+    steps = _known(directory)
+    if step is None and not steps:
         raise UserError(f"there is no complete checkpoint in {directory}")
-    path = directory / str(step)
-    if not (path / COMMIT).exists():
-        steps = ", ".join(map(str, _steps(directory)[-LISTED:])) or "none"
-        raise UserError(f"{path} is not a complete checkpoint; complete steps: {steps}")
+    path = directory / str(max(steps) if step is None else step)
+    if step is not None and step not in steps:
+        listed = ", ".join(map(str, steps[-LISTED:])) or "none"
+        raise UserError(
+            f"{path} is not a complete checkpoint; complete steps: {listed}"
+        )
     return path
 
 
-def _together(path: epath.Path, read) -> Any:
-    """What it reads; if that fails in one process, it fails in all.
+def _together(path: epath.Path, read: Callable[[], Any]) -> Any:
+    """What it reads, once every process has; what fails in one fails in all.
 
-    A process that met damage would else be missed in the next collective.
+    A process that met a fault alone would be missed in the next collective. Storage
+    that does not answer is asked again, and damage is believed when it is seen twice.
     """
-    found = fault = None
-    try:
-        found = read()
-    except UnreadableCheckpoint as error:
-        fault = error
-    if not hosts.all_well(fault is None):
-        raise fault or UnreadableCheckpoint(f"{path} is damaged: a peer says so")
-    return found
+    doubted = False
+    for pause in (*PAUSES, None):
+        content = fault = None
+        try:
+            content = read()
+        except (UnreadableCheckpoint, RetryableError) as error:
+            fault = error
+        if hosts.all_well(fault is None):
+            return content
+        damaged = isinstance(fault, UnreadableCheckpoint)
+        if not hosts.all_well(not damaged):
+            if doubted:
+                raise (
+                    fault
+                    if damaged
+                    else UnreadableCheckpoint(f"{path} is damaged: a peer says so")
+                )
+            doubted = True
+        _pause(fault or RetryableError(f"a peer cannot read {path}"), pause)
 
 
 def _restore(path: epath.Path, abstract: Any) -> tuple[Any, dict, dict]:
     _together(path, lambda: seal.check_files(path))  # each reads a share of them
     about = _together(path, lambda: _about(path))
-    _compare(path, abstract)
+    _together(path, lambda: _compare(path, abstract))
 
     def read():
         items = _load(path, {"state": abstract, "data": None, "config": None})
@@ -393,7 +433,7 @@ def _restore(path: epath.Path, abstract: Any) -> tuple[Any, dict, dict]:
 def _restore_part(path: epath.Path, abstract: Any, which: str) -> Any:
     _together(path, lambda: seal.check_files(path, largest=seal.SMALL))
     about = _together(path, lambda: _about(path))
-    _compare(path, {which: abstract}, only=which)
+    _together(path, lambda: _compare(path, {which: abstract}, only=which))
 
     def read():
         part = _load(path, {"state": {which: abstract}}, partial=True)["state"]
@@ -406,12 +446,13 @@ def _restore_part(path: epath.Path, abstract: Any, which: str) -> Any:
 
 def _about(path: epath.Path) -> dict:
     """What the step says of itself; {} of one that is older than this file."""
-    if not (path / "about").exists():
+    if not seal.is_there(path / "about"):
         return {}
     about = _load(path, {"about": None})["about"]
     if not isinstance(about, dict) or not isinstance(about.get("fingerprints"), dict):
         raise UnreadableCheckpoint(f"{path} is damaged: about")
     seal.refuse_newer(path, about)
+    seal.refuse_renamed(path, about)
     return about
 
 
@@ -438,10 +479,11 @@ def _require_space(directory: epath.Path, wanted: int) -> None:
 
 def _compare(path: epath.Path, abstract: Any, *, only: str | None = None) -> None:
     """Names, dtypes and shapes before any read: orbax would cast in silence."""
-    with _explained(f"cannot read {path}", UnreadableCheckpoint), _context():
-        stored = ocp.metadata(path, "state").metadata
-    if not jax.tree.leaves(stored):  # what orbax makes of damaged metadata
-        raise UnreadableCheckpoint(f"cannot read {path}: what it holds is damaged")
+    with _readable(path):
+        with _context():
+            stored = ocp.metadata(path, "state").metadata
+        if not jax.tree.leaves(stored):  # what orbax makes of damaged metadata
+            raise ValueError("it holds no leaves")
     found = _described(stored if only is None else {only: stored.get(only, {})})
     wanted = _described(abstract)
     missing = [f"{n} is not stored" for n in wanted if n not in found]
@@ -463,11 +505,32 @@ def _described(tree: Any) -> dict[str, str]:
 
 
 def _load(path: epath.Path, abstract: dict, *, partial: bool = False) -> dict:
-    with (
-        _explained(f"cannot read {path}", UnreadableCheckpoint),
-        _context(partial=partial),
-    ):
+    with _readable(path), _context(partial=partial):
         return ocp.load_checkpointables(path, abstract)
+
+
+@contextlib.contextmanager
+def _readable(path: epath.Path) -> Iterator[None]:
+    """Whatever orbax fails to read inside, told apart: damage, storage, or access.
+
+    Orbax's own error proves nothing: a read that failed once looks like a file that
+    is cut. The sums of the files decide, where the step has them.
+    """
+    what = f"cannot read {path}"
+    try:
+        with _explained(what, UnreadableCheckpoint):
+            yield
+    except UnreadableCheckpoint as fault:
+        code = os_code(fault.__cause__.__cause__ or fault.__cause__)
+        denied = code not in (None, errno.ENOENT) or "PERMISSION_DENIED" in str(fault)
+        if denied:
+            raise UserError(f"{fault}; nothing was changed") from fault.__cause__
+        if seal.check_files(path, shared=False):
+            reason = str(fault).removeprefix(f"{what}: ")
+            raise RetryableError(
+                f"{what}, though its files are as they were written: {reason}"
+            ) from fault.__cause__
+        raise
 
 
 def _context(*, partial: bool = False) -> ocp.Context:

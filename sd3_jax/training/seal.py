@@ -8,6 +8,7 @@ loads a flipped bit in silence.
 
 import hashlib
 import json
+import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,7 @@ from etils import epath
 
 import sd3_jax
 from sd3_jax import tree
-from sd3_jax.errors import UserError
+from sd3_jax.errors import RetryableError, UserError, passing
 
 FORMAT = 1  # of a step's folder; a larger one is of a later version of this code
 FOLDER = "sums"  # in it, a file for each process
@@ -32,11 +33,13 @@ class UnreadableCheckpoint(UserError):
     """A complete step whose files are damaged; an earlier step may be sound."""
 
 
-def about(prints: Mapping[str, tree.Print], data: dict, config: dict) -> dict:
+def about(
+    step: int, prints: Mapping[str, tree.Print], data: dict, config: dict
+) -> dict:
     """What a step says of itself, with a digest of all that is JSON."""
     words = {name: f"{x.word:08x}" for name, x in prints.items()}
     made = {"format": FORMAT, "made": circumstances(), "fingerprints": words}
-    return made | {"digest": _digest([made, data, config])}
+    return made | {"step": step, "digest": _digest([made, data, config])}
 
 
 def circumstances() -> dict:
@@ -57,6 +60,16 @@ def refuse_newer(path: epath.Path, about: dict) -> None:
         raise UserError(
             f"{path} has format {about['format']}, written by sd3_jax {by}; this is"
             f" sd3_jax {sd3_jax.__version__}, which reads formats up to {FORMAT}"
+        )
+
+
+def refuse_renamed(path: epath.Path, about: dict) -> None:
+    """A folder's number must be the step it was saved at; older steps do not say."""
+    step = about.get("step", int(path.name))
+    if step != int(path.name):
+        raise UserError(
+            f"{path} was saved as step {step}: rename it to {path.parent / str(step)},"
+            " for its number decides the data and the learning rate that follow"
         )
 
 
@@ -93,29 +106,43 @@ def write_sums(path: epath.Path, index: int, count: int) -> None:
     part.rename(folder / f"{index}.json")
 
 
-def check_files(path: epath.Path, *, largest: float = float("inf")) -> None:
-    """Those files of at most `largest` bytes. A step that was killed before its sums
-    were written has none, but has its leaves' fingerprints."""
+def check_files(
+    path: epath.Path, *, largest: float = float("inf"), shared: bool = True
+) -> bool:
+    """Compare the files of at most `largest` bytes with their sums.
+
+    With `shared`, each process reads a share of them, unless all are small. Returns
+    whether there are sums: a step that was killed before they were written has none,
+    but has its leaves' fingerprints. Raises UnreadableCheckpoint for a file that is
+    missing or not as written, RetryableError where storage did not answer, and
+    UserError for a file that cannot be read for another reason: neither is damage.
+    """
+    jobs = list(_jobs(path, largest, shared))
     with ThreadPoolExecutor(4) as pool:
-        wrong = [
-            x for x in pool.map(lambda job: _wrong(*job), _jobs(path, largest)) if x
-        ]
+        wrong = [x for x in pool.map(lambda job: _wrong(*job), jobs) if x]
     if wrong:
         raise UnreadableCheckpoint(f"{path} is damaged: {_listed(wrong)}")
+    return bool(jobs)
 
 
-def _jobs(path: epath.Path, largest: float) -> Iterator[tuple]:
-    """Each process reads a share, unless all are small; what one finds all hear of."""
-    whole = largest == float("inf")
-    mine, count = (jax.process_index(), jax.process_count()) if whole else (0, 1)
-    for file in (
-        sorted((path / FOLDER).glob("*.json")) if (path / FOLDER).exists() else ()
-    ):
+def reading_failed(path: epath.Path, error: OSError) -> UserError | RetryableError:
+    """What to raise where a file that should be there could not be read."""
+    kind = RetryableError if passing(error) else UserError
+    return kind(f"cannot read {path}: {error.strerror or error}; nothing was changed")
+
+
+def _jobs(path: epath.Path, largest: float, shared: bool) -> Iterator[tuple]:
+    shared &= largest == float("inf")
+    mine, count = (jax.process_index(), jax.process_count()) if shared else (0, 1)
+    folder = path / FOLDER
+    for file in sorted(folder.glob("*.json")) if is_there(folder) else ():
         try:
             found = json.loads(file.read_bytes())
             if found["digest"] != _digest(found["files"]):
                 raise ValueError
             rows = [(name, *both) for name, both in found["files"].items()]
+        except OSError as error:
+            raise reading_failed(file, error) from None
         except (ValueError, TypeError, KeyError, AttributeError):
             raise UnreadableCheckpoint(
                 f"{path} is damaged: {FOLDER}/{file.name}"
@@ -129,11 +156,26 @@ def _wrong(path: epath.Path, name: str, size: int, crc: int) -> str | None:
     """What is wrong with a file, if anything is."""
     try:
         found, sum_ = _sum(path / name)
+    except FileNotFoundError:
+        return f"{name} is missing"
     except OSError as error:
-        return f"{name}: {error.strerror or error}"
+        raise reading_failed(path / name, error) from None
     if found != size:
         return f"{name} has {found} bytes of {size}"
     return f"{name} is not as written" if sum_ != crc else None
+
+
+def is_there(path: epath.Path) -> bool:
+    """Whether the path exists. epath's own `exists` says no where a disk fails."""
+    if "://" in os.fspath(path):
+        return path.exists()
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise reading_failed(path, error) from None
+    return True
 
 
 def _files(path: epath.Path) -> Iterator[tuple[int, str]]:

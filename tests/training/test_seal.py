@@ -89,7 +89,7 @@ def test_a_leaf_is_named_where_no_sum_knows(copy, saved, caplog):
     """Values that were wrong before they were written: the files are as written."""
     with Checkpoints(copy, **POLICY) as checkpoints:
         state = make_state(saved.abstract, 3)
-        about = seal.about(tree.fingerprints(state), {"next_step": 3}, CONFIG)
+        about = seal.about(3, tree.fingerprints(state), {"next_step": 3}, CONFIG)
         head = state.ema["head"]["kernel"]
         ema = state.ema | {"head": {"kernel": head.at[0, 0].set(-head[0, 0])}}
         real, seal.about = seal.about, lambda *_: about
