@@ -6,18 +6,21 @@ holder that lives from one that is gone; no two clocks are compared.
 """
 
 import contextlib
+import errno
 import fcntl
 import json
 import os
 import socket
+import stat
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from etils import epath
 
-from sd3_jax import hosts
+from sd3_jax import files, hosts
 from sd3_jax.errors import UserError
 
 BEAT = 10.0  # seconds
@@ -50,13 +53,14 @@ class Lock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._take()
         except (OSError, ImportError) as error:  # gs:// needs its own package
+            if getattr(error, "errno", None) == errno.ELOOP:
+                raise UserError(f"{self.path} is a link: remove it") from None
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot write to {self.path.parent}: {reason}") from None
 
     def _take(self) -> None:
-        if not _remote(self.path):
-            made = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-            self._file = os.fdopen(made, "r+b", buffering=0)
+        if not files.remote(self.path):
+            self._file = _open(self.path)
             try:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
@@ -113,8 +117,13 @@ class Lock:
         )
 
 
-def _remote(path: epath.Path) -> bool:
-    return "://" in os.fspath(path)
+def _open(path: epath.Path) -> BinaryIO:
+    """The lock's file itself: what a link leads to would be truncated."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
+    file = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        raise UserError(f"{path} is no regular file: remove it, nothing needs it")
+    return file
 
 
 def _identity() -> dict:

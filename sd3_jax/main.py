@@ -8,6 +8,7 @@ import logging
 import os
 import platform
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -119,13 +120,27 @@ def keep_programs(workdir: str = "") -> None:
     lines = flags.read_text().splitlines() if flags.is_file() else []
     own = [line for line in lines if line.startswith(("model name", "flags"))][:2]
     kind = f"{zlib.crc32(' '.join([platform.machine(), *own]).encode()):08x}"
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    home = cache_home()
     # One folder per kind of host: XLA compiles for the exact processor.
     folder = str(home / "sd3_jax" / kind)
     if "://" in workdir:
         folder = f"{workdir.rstrip('/')}/compilation_cache/{kind}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def cache_home() -> Path:
+    """XDG_CACHE_HOME, ~/.cache, or where there is no home a folder below TMPDIR."""
+    if named := os.environ.get("XDG_CACHE_HOME"):
+        return Path(named)
+    try:
+        return Path.home() / ".cache"
+    except (RuntimeError, KeyError):  # no HOME, and no passwd entry: in a container
+        folder = Path(tempfile.gettempdir()) / f"cache-{os.getuid()}"
+    folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.is_symlink() or folder.stat().st_uid != os.getuid():
+        return Path(tempfile.mkdtemp())  # cached programs are run: only our own
+    return folder
 
 
 def join_processes() -> None:

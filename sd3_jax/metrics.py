@@ -6,6 +6,7 @@ Each write is one flat JSON line. JSON has no NaN and no infinity: they are writ
 
 import contextlib
 import json
+import logging
 import math
 import os
 import sys
@@ -15,6 +16,7 @@ from typing import Any
 
 from etils import epath
 
+log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
 HEAD = ("step", "kind", "time")  # of every line
 PEAK_TFLOPS = {  # dense bfloat16 of one JAX device, by jax.Device.device_kind
@@ -261,11 +263,24 @@ def _forget(path, *, after):
 
 
 def _rows(path):
-    for line in path.read_bytes().decode("utf-8", "replace").split("\n"):
-        with contextlib.suppress(ValueError):  # a cut line is no JSON
-            row = json.loads(line)
-            if isinstance(row, dict) and row.keys() >= set(HEAD):
-                yield line, row
+    """(line, row) of every line that is one of ours; the others are counted."""
+    lines = path.read_bytes().decode("utf-8", "replace").split("\n")
+    rows = [(line, _row(line)) for line in lines]
+    # A kill may have cut the last line: that is no reason to warn.
+    strange = sum(row is None and bool(line.strip()) for line, row in rows[:-1])
+    if strange:
+        log.warning("%s: %d lines are not metrics and are left out", path, strange)
+    return [(line, row) for line, row in rows if row is not None]
+
+
+def _row(line: str) -> dict | None:
+    try:
+        row = json.loads(line)
+        kinds = [type(row[name]) for name in HEAD]
+    except (ValueError, TypeError, KeyError, RecursionError):
+        return None
+    right = kinds[0] is int and kinds[1] is str and kinds[2] in (int, float)
+    return row if right and 0 <= row["step"] < 2**53 else None
 
 
 def _summary_writer(workdir, start_step):

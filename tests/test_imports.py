@@ -6,11 +6,20 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts", "outside"]
+BELOW = [
+    "errors",
+    "files",
+    "tree",
+    "metrics",
+    "pictures",
+    "sharding",
+    "hosts",
+    "outside",
+]
 MAY = {
     "diffusion": [],
     "models": [],
-    "data": ["errors", "hooks", "outside"],
+    "data": ["errors", "files", "hooks", "outside"],
     "weights": ["models", *BELOW],
     "pipelines": ["models", "diffusion", "data", "weights", *BELOW],
     "training": ["pipelines", "models", "diffusion", *BELOW],

@@ -44,6 +44,17 @@ def test_two_jobs_of_a_kind_in_one_workdir_are_refused(tmp_path, holder):
         pass
 
 
+@pytest.mark.parametrize("kind", ["link", "pipe"])
+def test_a_lock_that_is_no_file_is_refused_and_kept(tmp_path, kind):
+    target, place = tmp_path / "precious.txt", tmp_path / FILE
+    target.write_text("kept")
+    place.symlink_to(target) if kind == "link" else os.mkfifo(place)
+    with pytest.raises(UserError, match=f"{FILE} is .*remove it"):
+        with lock.held(tmp_path, "train"):
+            raise AssertionError
+    assert target.read_text() == "kept"
+
+
 def test_a_killed_job_leaves_no_lock(tmp_path, holder):
     holder.kill()
     holder.join()

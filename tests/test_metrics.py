@@ -85,6 +85,22 @@ def test_damage_is_passed_over(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
+@pytest.mark.parametrize(
+    "name, value",
+    [("step", x) for x in ("x", None, 1e30, True, -1)]
+    + [("kind", 3), ("time", "now"), ("time", None)],
+)
+def test_a_line_of_other_types_is_counted_and_left_out(tmp_path, caplog, name, value):
+    train(tmp_path, 1, 2)
+    row = {"step": 1, "kind": "train", "time": 1.0, name: value}
+    path = tmp_path / metrics.FILE
+    path.write_text(f"{json.dumps(row)}\n{path.read_text()}")
+    assert steps(tmp_path) == [1, 2]
+    assert "1 lines are not metrics" in caplog.text
+    train(tmp_path, 3, 3)  # a resumed run reads them too
+    assert steps(tmp_path) == [1, 2, 3]
+
+
 def test_only_process_0_writes(tmp_path):
     train(tmp_path / "run", 1, 3, process_index=1)
     assert not (tmp_path / "run").exists() and read(tmp_path) == []

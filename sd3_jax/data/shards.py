@@ -16,6 +16,7 @@ from array_record.python.array_record_module import (
 )
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import records
 from sd3_jax.data.records import Record
 from sd3_jax.errors import UserError
@@ -139,7 +140,7 @@ def inspect(path: str) -> Shard:
     try:
         if epath.Path(path).is_dir():
             raise UserError(f"{path}: is a folder, wanted a shard, or a glob of them")
-        size = epath.Path(path).stat().length
+        size = files.size(path)
     except OSError as error:
         reason = error.strerror or "no such file"
         raise UserError(f"{path}: cannot be read: {reason}") from None

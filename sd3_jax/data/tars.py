@@ -13,6 +13,7 @@ from typing import BinaryIO, NamedTuple
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
@@ -130,7 +131,7 @@ def _places(file, path, extensions, member) -> Iterator[Place]:
 
 def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
     """(name, what it is or "" for a file, start, size), of which nothing is read."""
-    length, at, name, told = path.stat().length, 0, "its start", {}
+    length, at, name, told = files.size(path), 0, "its start", {}
     while True:
         file.seek(at)
         block = file.read(BLOCK)

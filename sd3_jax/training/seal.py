@@ -8,7 +8,6 @@ loads a flipped bit in silence.
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +18,7 @@ import jaxlib
 from etils import epath
 
 import sd3_jax
-from sd3_jax import tree
+from sd3_jax import files, tree
 from sd3_jax.errors import RetryableError, UserError, passing
 
 FORMAT = 1  # of a step's folder; a larger one is of a later version of this code
@@ -166,16 +165,11 @@ def _wrong(path: epath.Path, name: str, size: int, crc: int) -> str | None:
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether the path exists. epath's own `exists` says no where a disk fails."""
-    if "://" in os.fspath(path):
-        return path.exists()
+    """Whether the path exists; RetryableError or UserError if that cannot be told."""
     try:
-        os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
+        return files.exists(path)
     except OSError as error:
         raise reading_failed(path, error) from None
-    return True
 
 
 def _files(path: epath.Path) -> Iterator[tuple[int, str]]:

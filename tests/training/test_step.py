@@ -71,6 +71,8 @@ def test_the_average_follows_and_then_lags():
     np.testing.assert_allclose(after, 1 - 2 / 11, rtol=1e-6)  # warming up
     late = moving_average(ema, one, jnp.int32(10_000), 0.99, 1)["w"]
     np.testing.assert_allclose(late, 0.01, rtol=1e-4)
+    early = moving_average(ema, one, jnp.int32(40), 0.99, 100)["w"]  # of a short run
+    np.testing.assert_allclose(early, 9 / 50, rtol=1e-6)
     between = moving_average(ema, one, jnp.int32(10_050), 0.99, 100)["w"]
     np.testing.assert_array_equal(between, 0.0)  # only every hundredth step
 
