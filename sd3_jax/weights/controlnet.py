@@ -1,13 +1,30 @@
 """ControlNets: their names in files, and what of a denoiser they are built from."""
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 
+from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.outside import shown
 from sd3_jax.weights.mmdit import DUAL, IMAGE, TEXT, positions_row, time_and_pooled
 from sd3_jax.weights.names import Group, Row, patches
+
+# SD3.5-large's files say by this tensor, int32 [1], what their hints are.
+CONTROL_TYPE = "control_type"
+CONTROL_TYPES = ("blur", "canny", "depth")
+FAMILIES = {  # of other nets, by a part of a tensor's name
+    "controlnet_x_embedder.": "FLUX's or Qwen-Image's",
+    "double_blocks.": "FLUX's",
+    "controlnet_cond_embedding.": "of SD1.5, SD2 or SDXL",
+    "input_hint_block.": "of SD1.5, SD2 or SDXL",
+    "zero_convs.": "of SD1.5, SD2 or SDXL",
+    "lora_controlnet": "a control LoRA of SDXL",
+    "joint_blocks.": "a denoiser, and no ControlNet,",
+}
 
 
 def table(model: ControlNet) -> list[Group]:
@@ -66,6 +83,52 @@ def example(module: ControlNet, config: dict) -> tuple:
         jnp.zeros((1, config["pooled_projection_dim"])),
         jnp.zeros((1, side, side, module.hint_channels)),
     )
+
+
+def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> None:
+    """UserError for what is no ControlNet of SD3's, by its configuration or names."""
+    kind = config.get("_class_name", "SD3ControlNetModel")
+    if kind != "SD3ControlNetModel":
+        raise UserError(
+            f"{path}: config.json is of {shown(kind)}; wanted SD3ControlNetModel, a"
+            " ControlNet of SD3 or SD3.5"
+        )
+    wanted = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
+    if all(key in tensors for key in wanted):
+        return
+    families = (FAMILIES[part] for part in FAMILIES if any(part in k for k in tensors))
+    few = ", ".join(list(tensors)[:3])
+    raise UserError(
+        f"{path}: {next(families, f'holds {few}, …')}; wanted a ControlNet of SD3 or"
+        f" SD3.5, which has {wanted[0]} and {wanted[1]}"
+    )
+
+
+def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict:
+    """{"control_type": "canny"}, as the tensors or else the configuration say it; {}
+    where neither does."""
+    kind = config.get(CONTROL_TYPE)
+    if (tensor := tensors.get(CONTROL_TYPE)) is not None:
+        value = tensor.read().reshape(-1).astype(np.float64)
+        kind = value.item() if value.size == 1 else value.tolist()
+    if kind is None:
+        return {}
+    if type(kind) in (int, float) and kind in range(len(CONTROL_TYPES)):
+        kind = CONTROL_TYPES[int(kind)]
+    if kind not in CONTROL_TYPES:
+        raise UserError(
+            f"{path}: control_type {shown(kind)}: wanted 0 (blur), 1 (canny) or 2"
+            " (depth)"
+        )
+    return {CONTROL_TYPE: kind}
+
+
+def without_borrowed(net: ControlNet, variables: Mapping) -> dict:
+    """What of a net's variables its file holds: not what is the denoiser's."""
+    if not net.borrowed:
+        return dict(variables)
+    own = {k: v for k, v in variables["params"].items() if k != "patch_embed"}
+    return {"params": own}
 
 
 def detect(x: Any) -> dict:
