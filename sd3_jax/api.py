@@ -145,13 +145,13 @@ def generate(
     noise = x0 = None
     if latents is not None:
         noise = request.latents_of(bundle, spread(latents, "latents"), None, shape)
-    if image is not None:
-        times = grids.strength(times, strength)
-        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
         mask = spread(request.latent_mask(mask, shape, bundle.factor), "mask")
+    if image is not None:
+        times = grids.strength(times, strength)
+        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
     skipped = request.layers(bundle, skip_layers) if guided else ()
     inputs = programs.Inputs(
         keys=noise_keys if noise is None else None,

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
@@ -27,7 +28,7 @@ from sd3_jax.pipelines import images as given
 from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components, controlnet
-from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
 log = logging.getLogger(__name__)
 SCHEDULER = {  # where no file says
@@ -362,22 +363,37 @@ def load_control(source: str, bundle: Bundle) -> ControlBundle:
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    component = components.CONTROLNET
-    path = sources.resolve(source, ("*.json", "*.safetensors"), what="ControlNet")
+    path = resolve_control(source)
     part = sources.control(path)
-    config = part.config
-    module = component.build(config, jnp.dtype(bundle.dtype))
+    module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
     denoiser = bundle.part("denoiser")
-    hints.require_fit(path, module, config, denoiser, bundle.configs["denoiser"])
+    hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
     if module.borrowed:  # its positions are the denoiser's too
         module = dataclasses.replace(module, pos_size=denoiser.pos_size)
-    shapes = components.abstract(component, module, config, bundle.mesh, bundle.dtype)
-    if not module.borrowed:
-        return ControlBundle(module, part.read(component, module, shapes), config)
-    own = controlnet.without_borrowed(module, shapes)
-    variables = part.read(component, module, own)
-    theirs = bundle.variables["denoiser"]
-    variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
-    if "buffers" in theirs:
-        variables["buffers"] = theirs["buffers"]
-    return ControlBundle(module, variables, config)
+    own = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    variables = part.read(CONTROLNET, module, own)
+    if module.borrowed:
+        theirs = bundle.variables["denoiser"]
+        variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
+        if "buffers" in theirs:
+            variables["buffers"] = theirs["buffers"]
+    return ControlBundle(module, variables, part.config)
+
+
+def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
+    """A ControlNet without a denoiser, as it is in its file, for writing it again."""
+    part = sources.control(path)
+    module = CONTROLNET.build(part.config, jnp.dtype("float32"))
+    own = _control_shapes(part, module, mesh, "float32")
+    own = _retyped(own, part.dtypes(CONTROLNET, module, own))
+    return ControlBundle(module, part.read(CONTROLNET, module, own), part.config)
+
+
+def resolve_control(source: str) -> epath.Path:
+    return sources.resolve(source, ("*.json", "*.safetensors"), what="ControlNet")
+
+
+def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
+    """Of what its file holds."""
+    shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
+    return controlnet.without_borrowed(module, shapes)

@@ -150,6 +150,15 @@ def _component_folder(path: epath.Path) -> dict[str, Part]:
     return {name: _from_folder(COMPONENTS[name], path)}
 
 
+def is_control(path: epath.Path) -> bool:
+    """Whether a path holds a ControlNet of SD3's, and no model."""
+    if path.is_dir():
+        file = path / "config.json"
+        kind = _read(file).get("_class_name") if file.exists() else None
+        return kind == "SD3ControlNetModel"
+    return CONTROLNET.mark in safetensors.open_file(path)[0]
+
+
 def control(path: epath.Path) -> Part:
     """A ControlNet's folder in diffusers' layout, or its single file in either."""
     config, layout, file = {}, "diffusers", path

@@ -16,14 +16,14 @@ from sd3_jax.weights.names import Group, Row, patches
 # SD3.5-large's files say by this tensor, int32 [1], what their hints are.
 CONTROL_TYPE = "control_type"
 CONTROL_TYPES = ("blur", "canny", "depth")
-FAMILIES = {  # of other nets, by a part of a tensor's name
-    "controlnet_x_embedder.": "FLUX's or Qwen-Image's",
-    "double_blocks.": "FLUX's",
-    "controlnet_cond_embedding.": "of SD1.5, SD2 or SDXL",
-    "input_hint_block.": "of SD1.5, SD2 or SDXL",
-    "zero_convs.": "of SD1.5, SD2 or SDXL",
+FAMILIES = {  # what else a file may be, by a part of a tensor's name
+    "controlnet_x_embedder.": "a ControlNet of FLUX or Qwen-Image",
+    "double_blocks.": "of FLUX",
+    "controlnet_cond_embedding.": "a ControlNet of SD1.5, SD2 or SDXL",
+    "input_hint_block.": "a ControlNet of SD1.5, SD2 or SDXL",
+    "zero_convs.": "a ControlNet of SD1.5, SD2 or SDXL",
     "lora_controlnet": "a control LoRA of SDXL",
-    "joint_blocks.": "a denoiser, and no ControlNet,",
+    "joint_blocks.": "a denoiser",
 }
 
 
