@@ -174,6 +174,7 @@ def control(path: epath.Path) -> Part:
         config = config or CONTROLNET.detect(tensors)
     except (LookupError, ValueError) as error:
         raise UserError(f"{file}: the ControlNet is not whole: {error}") from None
+    config |= controlnet.hint_channels(tensors, config)
     config |= controlnet.control_type(file, tensors, config)
     return _part(tensors, config, str(file), layout)
 

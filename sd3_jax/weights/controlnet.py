@@ -104,6 +104,13 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
     )
 
 
+def hint_channels(tensors: Mapping[str, Any], config: Mapping) -> dict:
+    """The extra channels of a hint, which alimama's published configuration leaves to
+    whoever loads its net; the tensors know."""
+    read = tensors["pos_embed_input.proj.weight"].shape[1]
+    return {"extra_conditioning_channels": read - config.get("in_channels", 16)}
+
+
 def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict:
     """{"control_type": "canny"}, as the tensors or else the configuration say it; {}
     where neither does."""
