@@ -27,7 +27,8 @@ PREFIXES = {  # what diffusers loads for SD3
     COMPONENTS[name].folder: name for name in ("denoiser", "clip_l", "clip_g")
 }
 WRAPPED = "base_model.model."  # before all names that PEFT saves
-KOHYA = {  # what its names begin with, and OneTrainer's; underscores are for dots
+KOHYA = {  # what its names begin with, OneTrainer's and, with dots, ComfyUI's
+    "diffusion_model.": "transformer",
     "lora_unet_": "transformer",
     "lora_transformer_": "transformer",
     "lora_te1_": "text_encoder",

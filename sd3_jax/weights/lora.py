@@ -35,14 +35,11 @@ def load(
     """
     shapes = {path: tuple(x.shape) for path, x in kernels(params).items()}
     ones = _pseudo(shapes, dict.fromkeys(shapes, 1))
-    # Only names of kohya's, which have no dots, need the original layout.
-    dotted = all("." in module_name for module_name in pairs)
-    layouts = ("diffusers",) if dotted else names.LAYOUTS
-    places = {
-        (kind, _module(piece)): piece.path[1:-1]
-        for kind in layouts
-        for piece in _pieces(name, module, ones, kind)[0]
-    }
+    places = _places(name, module, ones, "diffusers")
+    layouts = ["diffusers"]
+    if any(_diffusers(key, places) is None for key in pairs):
+        places |= _places(name, module, ones, "original")
+        layouts.append("original")
     known = {_known(key, places, pair): pair for key, pair in pairs.items()}
     if len(known) < len(pairs):
         raise UserError(f"LoRA of {name}: names a linear map twice")
@@ -94,18 +91,28 @@ def save(
     return path
 
 
-def _known(module: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]:
-    """The layout and the table's name there; transformers' own may lack CLIP's first
-    part, kohya's have underscores for dots."""
-    for name in (module, f"text_model.{module}"):
-        if ("diffusers", name) in places:
-            return "diffusers", name
-    flat = {key.replace(".", "_"): (kind, key) for kind, key in places}
-    if module in flat:
-        return flat[module]
-    guess = near(module, [key for _, key in places])
+def _places(name: str, module: nn.Module, ones, kind: str) -> dict[tuple, tuple]:
+    """The path of each linear map by its layout and name there."""
+    pieces = _pieces(name, module, ones, kind)[0]
+    return {(kind, _module(piece)): piece.path[1:-1] for piece in pieces}
+
+
+def _diffusers(key: str, places: Mapping[tuple, Any]) -> tuple[str, str] | None:
+    """The place of a name of diffusers'; transformers' may lack CLIP's first part."""
+    names_there = [("diffusers", key), ("diffusers", f"text_model.{key}")]
+    return next((place for place in names_there if place in places), None)
+
+
+def _known(key: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]:
+    """The place of a name, in which kohya's have underscores for dots."""
+    if place := _diffusers(key, places):
+        return place
+    flat = {name.replace(".", "_"): (kind, name) for kind, name in places}
+    if (place := flat.get(key.replace(".", "_"))) is not None:
+        return place
+    guess = near(key, [name for _, name in places])
     hint = f'; did you mean "{guess}"?' if guess else ""
-    raise UserError(f"{pair.down.path}: {module} is no linear map of the model{hint}")
+    raise UserError(f"{pair.down.path}: {key} is no linear map of the model{hint}")
 
 
 # Trees of a and of b as if each were a kernel of its own, which the table knows: the

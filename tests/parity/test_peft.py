@@ -226,6 +226,15 @@ def outer(path):
     return path
 
 
+def test_a_hub_name_brings_the_configuration_too(tmp_path, monkeypatch):
+    def resolve(source, wanted, *, what):
+        assert source == "owner/name" and adapters.PEFT_CONFIG in wanted
+        return folder(tmp_path, pair())
+
+    monkeypatch.setattr(given.sources, "resolve", resolve)
+    assert given.attached({}, {}, ["owner/name=2"], wanted=()) == {}
+
+
 def test_a_name_that_ends_in_a_number(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     epath.Path("step=1000").mkdir()
@@ -278,6 +287,16 @@ def test_kohyas_names_are_those_of_the_original_file(bundle, tmp_path):
     changes = from_original(dict(deltas))
     base = transformer().state_dict()
     agree(loaded(file, bundle), {k: x + changes[k] for k, x in base.items()}, bundle)
+    comfy = {
+        re.sub(r"^lora_unet_\w+", f"diffusion_model.{name}", key): x
+        for name in modules
+        for key, x in tensors.items()
+        if key.startswith(f"lora_unet_{name.replace('.', '_')}.")
+    }
+    assert len(comfy) == len(tensors)
+    merged = loaded(file, bundle)
+    safetensors.torch.save_file(comfy, file)
+    jax.tree.map(np.testing.assert_array_equal, loaded(file, bundle), merged)
     onetrainer = {
         f"lora_transformer_{ATTN.replace('.', '_')}.{end}.weight": x
         for end, x in (("lora_down", torch.ones(2, 64)), ("lora_up", torch.ones(64, 2)))
