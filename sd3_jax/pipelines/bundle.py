@@ -24,7 +24,7 @@ from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.pipelines import adapters, programs, sources
 from sd3_jax.pipelines import control as hints
-from sd3_jax.pipelines import images as given
+from sd3_jax.pipelines import images as inputs
 from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components, controlnet
@@ -114,7 +114,7 @@ class Bundle:
     ) -> Float[Array, "b h w c"]:
         """v = noise - x0 at time t, 1 being noise."""
         module, variables = self.part("denoiser"), self.variables["denoiser"]
-        latents = given.laid_out(latents, module.channels)
+        latents = inputs.laid_out(latents, module.channels)
         args = programs.place((latents, t, context, pooled), self.mesh)
         with programs.on(self.mesh, args):
             return programs.velocity(module, variables, *args, skip=tuple(skip_layers))
@@ -138,7 +138,7 @@ class Bundle:
         """
         module, variables = self.part("vae"), self.variables["vae"]
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
-        images = given.pixels(images)
+        images = inputs.pixels(images)
         images = hints.prepare(images, preprocess)
         images, key = programs.place((images, key), self.mesh)
         with programs.on(self.mesh, images):
@@ -158,7 +158,7 @@ class Bundle:
         design the images differ from those decoded whole.
         """
         module, variables = self.part("vae"), self.variables["vae"]
-        latents = given.laid_out(latents, module.latent_channels)
+        latents = inputs.laid_out(latents, module.latent_channels)
         latents = programs.place(latents, self.mesh)
         with programs.on(self.mesh, latents):
             return programs.decode(

@@ -55,19 +55,19 @@ def mask(masks: Pictures, name: str = "mask") -> Float[np.ndarray, "b H W 1"]:
 
 
 def latents(
-    given: Any, channels: int, name: str = "latents"
+    value: Any, channels: int, name: str = "latents"
 ) -> Float[Array | np.ndarray, "b h w c"]:
     """A caller's latents, float32 and finite; one picture's are a batch of one."""
-    x = laid_out(given, channels, name)
+    x = laid_out(value, channels, name)
     finite(x, name)
     return x.astype(np.float32)
 
 
 def laid_out(
-    given: Any, channels: int, name: str = "latents"
+    value: Any, channels: int, name: str = "latents"
 ) -> Float[Array | np.ndarray, "b h w c"]:
     """Latents of any values, channels last."""
-    x = _array(given, name)
+    x = _array(value, name)
     if x.ndim == 3 and x.shape[-1] == channels:
         x = x[None]
     if x.ndim != 4 or x.shape[-1] != channels or not all(x.shape):
@@ -80,9 +80,9 @@ def laid_out(
     return x
 
 
-def are_latents(given: Any, channels: int) -> bool:
+def are_latents(value: Any, channels: int) -> bool:
     """Whether an array has latents' channels, be they the last or, wrongly, first."""
-    shape = () if isinstance(given, list | tuple) else getattr(given, "shape", ())
+    shape = () if isinstance(value, list | tuple) else getattr(value, "shape", ())
     if len(shape) < 3 or shape[-1] in CHANNELS:
         return False
     return shape[-1] == channels or shape[-3] == channels
@@ -94,15 +94,15 @@ def finite(x: Array | np.ndarray, name: str) -> None:
         raise UserError(f"{name}: holds values that are NaN or infinite")
 
 
-def _together(given: Pictures, name: str, read: Callable, shaped: Callable):
+def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     """One batch; `read` makes an array of a PIL image, `shaped` gives it four axes."""
-    if isinstance(given, Image.Image):
-        if getattr(given, "is_animated", False) and given.format != "MPO":
+    if isinstance(value, Image.Image):
+        if getattr(value, "is_animated", False) and value.format != "MPO":
             raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
-        return shaped(read(given, name), name)
-    if not isinstance(given, list | tuple):
-        return shaped(_array(given, name), name)
-    parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(given)]
+        return shaped(read(value, name), name)
+    if not isinstance(value, list | tuple):
+        return shaped(_array(value, name), name)
+    parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(value)]
     if not parts:
         raise UserError(f"{name}: an empty list; wanted at least one")
     if len({(x.dtype, x.shape[1:]) for x in parts}) > 1:
@@ -111,16 +111,16 @@ def _together(given: Pictures, name: str, read: Callable, shaped: Callable):
     return parts[0] if len(parts) == 1 else _module(*parts).concatenate(parts)
 
 
-def _array(given: Any, name: str) -> Array | np.ndarray:
-    if isinstance(given, np.ndarray | jax.Array):
-        return given
-    if not hasattr(given, "__array__"):
+def _array(value: Any, name: str) -> Array | np.ndarray:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value
+    if not hasattr(value, "__array__"):
         raise UserError(
-            f"{name}: {shown(repr(given))}: wanted an array or a PIL image, for a file"
+            f"{name}: {shown(repr(value))}: wanted an array or a PIL image, for a file"
             " PIL.Image.open(path)"
         )
     try:
-        return np.asarray(given)  # PyTorch's, on the host
+        return np.asarray(value)  # PyTorch's, on the host
     except (TypeError, RuntimeError, ValueError) as error:
         raise UserError(f"{name}: no array of numpy's: {shown(error, 160)}") from None
 

@@ -333,13 +333,8 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
                 " wanted the same"
             )
         return hint
-    pixels, wanted = (
-        images.pixels(image, f"{name}'s image"),
-        (
-            shape[0] * bundle.factor,
-            shape[1] * bundle.factor,
-        ),
-    )
+    pixels = images.pixels(image, f"{name}'s image")
+    wanted = shape[0] * bundle.factor, shape[1] * bundle.factor
     if pixels.shape[1:3] != wanted:
         raise UserError(
             f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {wanted};"

@@ -95,10 +95,11 @@ class Settings(NamedTuple):
 
     def scale(self, module: str, rank: int) -> float:
         """alpha / rank, or alpha / sqrt(rank) of rslora; 1 without alpha."""
-        told = self._of(self.ranks, module, self.rank)
-        if told not in (None, rank):
+        configured = self._of(self.ranks, module, self.rank)
+        if configured not in (None, rank):
             raise UserError(
-                f"{self.where}: {module} is of rank {told:g}, its tensors of {rank}"
+                f"{self.where}: {module} is of rank {configured:g}, its tensors of"
+                f" {rank}"
             )
         alpha = self._of(self.alphas, module, self.alpha)
         alpha = rank if alpha is None else alpha
@@ -130,21 +131,9 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
     wrapped = path.name == PEFT_FILE or any(name != key for name, key in names.items())
     alphas = _take_alphas(path, tensors, names)
     bare = not any(name.split(".")[0] in PREFIXES for name in names)
-    owner = _owner(path, {name: tensors[key] for name, key in names.items()})
-    sides: dict[tuple[str, str], dict[str, Tensor]] = {}
-    adapters = set()
-    for name, key in names.items():
-        prefix, module, side, adapter = _place(path, name, owner if bare else None)
-        pair = sides.setdefault((prefix, module), {})
-        if side in pair:
-            raise UserError(f"{path}: {key}: {module} has two of lora_{side}")
-        pair[side] = tensors[key]
-        adapters.add(adapter)
-    if len(adapters) > 1:
-        told = ", ".join(sorted(str(x) for x in adapters))
-        raise UserError(f"{path}: holds several adapters, {told}; wanted one")
+    sides = _sides(path, {name: tensors[key] for name, key in names.items()}, bare)
     settings = _settings_of(path, metadata, wrapped, bare)
-    found: dict[str, Pairs] = {}
+    pairs: dict[str, Pairs] = {}
     for (prefix, module), pair in sides.items():
         _require_pair(path, module, pair)
         rank = pair["A"].shape[0]
@@ -152,11 +141,33 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
             scale = alpha / rank
         else:
             scale = settings[prefix].scale(module, rank)
-        kind = found.setdefault(PREFIXES[prefix], {})
-        kind[_without_kohya(module)] = Pair(pair["A"], pair["B"], scale)
+        component = pairs.setdefault(PREFIXES[prefix], {})
+        if (name := _without_kohya(module)) in component:
+            raise UserError(f"{path}: {module}: {name} stands there twice")
+        component[name] = Pair(pair["A"], pair["B"], scale)
     if alphas:
         raise UserError(f"{path}: {next(iter(alphas))} has alpha alone")
-    return found
+    return pairs
+
+
+def _sides(
+    path: epath.Path, tensors: Tensors, bare: bool
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The "A" and "B" of each (prefix, module), all of one adapter."""
+    owner = _owner(path, tensors) if bare else None
+    sides: dict[tuple[str, str], dict[str, Tensor]] = {}
+    adapters = set()
+    for name, tensor in tensors.items():
+        prefix, module, side, adapter = _place(path, name, owner)
+        pair = sides.setdefault((prefix, module), {})
+        if side in pair:
+            raise UserError(f"{path}: {name}: {module} has two of lora_{side}")
+        pair[side] = tensor
+        adapters.add(adapter)
+    if len(adapters) > 1:
+        listed = ", ".join(sorted(map(str, adapters)))
+        raise UserError(f"{path}: holds several adapters, {listed}; wanted one")
+    return sides
 
 
 def _require_pair(path: epath.Path, module: str, pair: Mapping[str, Tensor]) -> None:
