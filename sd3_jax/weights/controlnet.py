@@ -13,6 +13,7 @@ from sd3_jax.outside import shown
 from sd3_jax.weights.mmdit import DUAL, IMAGE, TEXT, positions_row, time_and_pooled
 from sd3_jax.weights.names import Group, Row, patches
 
+HINT = "pos_embed_input.proj.weight"  # reads it
 # SD3.5-large's files say by this tensor, int32 [1], what their hints are.
 CONTROL_TYPE = "control_type"
 CONTROL_TYPES = ("blur", "canny", "depth")
@@ -93,7 +94,7 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
             f"{path}: config.json is of {shown(kind)}; wanted SD3ControlNetModel, a"
             " ControlNet of SD3 or SD3.5"
         )
-    wanted = ("controlnet_blocks.0.weight", "pos_embed_input.proj.weight")
+    wanted = ("controlnet_blocks.0.weight", HINT)
     if all(key in tensors for key in wanted):
         return
     families = (FAMILIES[part] for part in FAMILIES if any(part in k for k in tensors))
@@ -107,8 +108,10 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
 def hint_channels(tensors: Mapping[str, Any], config: Mapping) -> dict:
     """The extra channels of a hint, which alimama's published configuration leaves to
     whoever loads its net; the tensors know."""
-    read = tensors["pos_embed_input.proj.weight"].shape[1]
-    return {"extra_conditioning_channels": read - config.get("in_channels", 16)}
+    shape, plain = tensors[HINT].shape, config.get("in_channels", 16)
+    if type(plain) is not int or len(shape) != 4:
+        return {}  # told of where those are checked
+    return {"extra_conditioning_channels": shape[1] - plain}
 
 
 def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict:
