@@ -4,7 +4,7 @@
     images = sd3_jax.generate(bundle, ["a red fox"], height=1024, width=1024)
 
 Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; images
-are float in [0, 1].
+are float in [0, 1], and given ones may be bytes or PIL images (pipelines/images.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -24,6 +24,7 @@ from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import programs, request
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.pipelines.export import save
+from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.request import ControlInput, Texts
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
@@ -78,8 +79,8 @@ def generate(
     max_sequence_length: int = 256,
     images_per_prompt: int = 1,
     latents: Float[Array | np.ndarray, "b h w c"] | None = None,
-    image: Float[Array | np.ndarray, "b _ _ _"] | None = None,
-    mask: Float[Array | np.ndarray, "b H W 1"] | None = None,
+    image: Pictures | None = None,
+    mask: Pictures | None = None,
     strength: float = 0.6,
     control: ControlInput | Sequence[ControlInput] | None = None,
     skip_layers: Sequence[int] | None = None,
@@ -111,6 +112,10 @@ def generate(
     request.choose("solver", solver, list(SOLVERS))
     request.choose("output", output, OUTPUTS)
     guided = guidance != 1
+    image = request.starting_image(bundle, image)
+    latents = request.starting_latents(bundle, latents)
+    request.require_embeddings(bundle, prompts, "prompts")
+    request.require_embeddings(bundle, negative_prompts, "negative_prompts")
     given = image if image is not None else latents
     shape = request.size(bundle, height, width, given)
     cond, uncond = request.encoded(
@@ -140,13 +145,13 @@ def generate(
     noise = x0 = None
     if latents is not None:
         noise = request.latents_of(bundle, spread(latents, "latents"), None, shape)
-    if image is not None:
-        times = grids.strength(times, strength)
-        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
         mask = spread(request.latent_mask(mask, shape, bundle.factor), "mask")
+    if image is not None:
+        times = grids.strength(times, strength)
+        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
     skipped = request.layers(bundle, skip_layers) if guided else ()
     inputs = programs.Inputs(
         keys=noise_keys if noise is None else None,

@@ -14,7 +14,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.jobs import assemble, released, tune
 from sd3_jax.models import layers, leaves
 from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import export
+from sd3_jax.pipelines import export, sources
 from sd3_jax.pipelines.bundle import Bundle
 from sd3_jax.weights import components
 
@@ -30,13 +30,25 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        if config.weights:
+        if config.weights and (path := control_path(config.weights)):
+            if config.sample.lora:
+                raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
+            bundle = bundles.load_stored_control(path, mesh)
+        elif config.weights:
             bundle = released.load(config, mesh, dtype="stored", quantize={})
         else:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
     if jax.process_index() == 0:
-        print(f"{out}: {', '.join(bundle.modules)} in the {layout} layout")
+        control = isinstance(bundle, bundles.ControlBundle)
+        parts = ["a ControlNet"] if control else bundle.modules
+        print(f"{out}: {', '.join(parts)} in the {layout} layout")
+
+
+def control_path(weights: str) -> epath.Path | None:
+    """The path that config.weights names, where it is a ControlNet's."""
+    path = epath.Path(weights).expanduser()
+    return path if path.exists() and sources.is_control(path) else None
 
 
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:

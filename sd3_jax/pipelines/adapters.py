@@ -1,10 +1,12 @@
 """LoRA files by name, beside the weights of the components that they adapt."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 
 import jax
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
@@ -19,12 +21,21 @@ log = logging.getLogger(__name__)
 
 
 def named(text: str) -> tuple[str, float]:
-    """Where a LoRA lies and its weight: "path=0.8", or "path", which is times 1."""
-    path, equals, weight = text.rpartition("=")
+    """Where a LoRA lies and its weight: "path=0.8", or "path", which is times 1.
+
+    What is there by the whole name, such as "step=1000", has no weight in its name;
+    "step=1000=0.5" weighs it.
+    """
+    path, equals, number = text.rpartition("=")
+    if not equals or epath.Path(text).expanduser().exists():
+        return text, 1.0
     try:
-        return (path, float(weight)) if equals else (text, 1.0)
+        weight = float(number)
     except ValueError:  # the name has that sign in it
         return text, 1.0
+    if not math.isfinite(weight):
+        raise UserError(f"LoRA {text}: weight {number}: wanted a finite number")
+    return path, weight
 
 
 def attached(
@@ -42,7 +53,7 @@ def attached(
     made = dict(variables)
     for text in given:
         source, weight = named(text)
-        path = sources.resolve(source, ("*.safetensors",), what="LoRA")
+        path = sources.resolve(source, adapters.WANTED, what="LoRA")
         for name, pairs in adapters.read(path).items():
             if name not in wanted:
                 continue

@@ -1,5 +1,6 @@
 """A released model as one thing: modules, their variables, tokenizers, settings."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -10,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
@@ -21,9 +23,12 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.pipelines import adapters, programs, sources
+from sd3_jax.pipelines import control as hints
+from sd3_jax.pipelines import images as inputs
+from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
-from sd3_jax.weights import components
-from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights import components, controlnet
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
 log = logging.getLogger(__name__)
 SCHEDULER = {  # where no file says
@@ -109,26 +114,32 @@ class Bundle:
     ) -> Float[Array, "b h w c"]:
         """v = noise - x0 at time t, 1 being noise."""
         module, variables = self.part("denoiser"), self.variables["denoiser"]
+        latents = inputs.laid_out(latents, module.channels)
         args = programs.place((latents, t, context, pooled), self.mesh)
         with programs.on(self.mesh, args):
             return programs.velocity(module, variables, *args, skip=tuple(skip_layers))
 
     def encode_image(
         self,
-        images: Float[Array | np.ndarray, "b H W 3"],
+        images: Pictures,
         key: Key[Array, "*b"] | None = None,
         *,
         shift: float | None = None,
         tile: int | None = None,
+        preprocess: str = "plain",
     ) -> Float[Array, "b h w c"]:
-        """Latents of images in [0, 1]: a draw of the posterior; without key, its mean.
+        """Latents of images: a draw of the posterior; without key, its mean.
 
-        Of one key all rows are drawn together, of a key for each row each by itself.
-        `shift` replaces the autoencoder's own. `tile` pixels square at a time take
-        less memory; by design the latents then differ from those of the whole.
+        Images are floats in [0, 1], bytes or PIL images, (b, H, W, 3) or one alone
+        (pipelines/images.py). Of one key all rows are drawn together, of a key for each
+        row each by itself. `shift` replaces the autoencoder's own. `tile` pixels square
+        at a time take less memory; by design the latents then differ from those of the
+        whole. `preprocess` is that of a ControlNet's hint (pipelines/control.py).
         """
         module, variables = self.part("vae"), self.variables["vae"]
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
+        images = inputs.pixels(images)
+        images = hints.prepare(images, preprocess)
         images, key = programs.place((images, key), self.mesh)
         with programs.on(self.mesh, images):
             return programs.encode_image(
@@ -147,6 +158,7 @@ class Bundle:
         design the images differ from those decoded whole.
         """
         module, variables = self.part("vae"), self.variables["vae"]
+        latents = inputs.laid_out(latents, module.latent_channels)
         latents = programs.place(latents, self.mesh)
         with programs.on(self.mesh, latents):
             return programs.decode(
@@ -336,7 +348,10 @@ def _retyped(shapes, dtypes):
 
 
 class ControlBundle(NamedTuple):
-    """A ControlNet with its weights and its configuration, which is diffusers'."""
+    """A ControlNet with its weights and its configuration, which is diffusers'.
+
+    config["control_type"], "blur", "canny" or "depth", is there if its file says so.
+    """
 
     module: ControlNet
     variables: dict
@@ -348,24 +363,37 @@ def load_control(source: str, bundle: Bundle) -> ControlBundle:
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    component, path = components.CONTROLNET, sources.resolve(source)
+    path = resolve_control(source)
     part = sources.control(path)
-    module = component.build(part.config, jnp.dtype(bundle.dtype))
+    module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
     denoiser = bundle.part("denoiser")
-    if module.width != denoiser.width and module.borrowed:
-        raise UserError(
-            f"{path}: a ControlNet of width {module.width} for a denoiser of width"
-            f" {denoiser.width}: wanted the same"
-        )
-    shapes = components.abstract(
-        component, module, part.config, bundle.mesh, bundle.dtype
-    )
-    if not module.borrowed:
-        return ControlBundle(module, part.read(component, module, shapes), part.config)
-    del shapes["buffers"], shapes["params"]["patch_embed"]
-    variables = part.read(component, module, shapes)
-    theirs = bundle.variables["denoiser"]
-    variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
-    if "buffers" in theirs:
-        variables["buffers"] = theirs["buffers"]
+    hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
+    if module.borrowed:  # its positions are the denoiser's too
+        module = dataclasses.replace(module, pos_size=denoiser.pos_size)
+    own = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    variables = part.read(CONTROLNET, module, own)
+    if module.borrowed:
+        theirs = bundle.variables["denoiser"]
+        variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
+        if "buffers" in theirs:
+            variables["buffers"] = theirs["buffers"]
     return ControlBundle(module, variables, part.config)
+
+
+def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
+    """A ControlNet without a denoiser, as it is in its file, for writing it again."""
+    part = sources.control(path)
+    module = CONTROLNET.build(part.config, jnp.dtype("float32"))
+    own = _control_shapes(part, module, mesh, "float32")
+    own = _retyped(own, part.dtypes(CONTROLNET, module, own))
+    return ControlBundle(module, part.read(CONTROLNET, module, own), part.config)
+
+
+def resolve_control(source: str) -> epath.Path:
+    return sources.resolve(source, ("*.json", "*.safetensors"), what="ControlNet")
+
+
+def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
+    """Of what its file holds."""
+    shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
+    return controlnet.without_borrowed(module, shapes)

@@ -1,15 +1,32 @@
-"""ControlNets beside a denoiser: their residuals, while their windows are open."""
+"""ControlNets beside a denoiser: hints made ready, and residuals in their windows."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array
 from jaxtyping import Float
 
+from sd3_jax.errors import UserError, nearest
 from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.pipelines.prompts import Conditioning
+from sd3_jax.weights import components
+
+# What is done to a hint's pixels x in [0, 1]. The autoencoder's encoder is then given
+# 2 y - 1, so that of canny it sees 255 * 0.5 * x + 0.5, far outside its usual range:
+# that is how Stability's net was trained (sd3_infer.py: vae_encode, and diffusers' own
+# processor for it). Blur and depth have no step of their own there.
+PREPROCESS = {
+    "plain": lambda x: x,
+    "blur": lambda x: x,
+    "canny": lambda x: (255 * 0.5 * x + 0.5 + 1) / 2,
+    "depth": lambda x: x,
+    # Of a map that is white where it is near; ComfyUI does so for every depth net.
+    "inverted": lambda x: 1 - x,
+}
 
 
 class Control(NamedTuple):
@@ -24,6 +41,42 @@ class Control(NamedTuple):
     hint: Float[Array, "b h w c"]
     scale: Float[Array, ""]
     window: tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def prepare(
+    pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
+) -> Float[Array | np.ndarray, "b H W 3"]:
+    """A hint's pixels as PREPROCESS has it."""
+    if preprocess not in PREPROCESS:
+        raise UserError(f'preprocess "{preprocess}"{nearest(preprocess, PREPROCESS)}')
+    return PREPROCESS[preprocess](pixels)
+
+
+def require_fit(
+    where: Any, net: ControlNet, config: Mapping, denoiser: MMDiT, theirs: Mapping
+) -> None:
+    """UserError for a net of another model than the denoiser.
+
+    `config` and `theirs` are diffusers' configurations of the two.
+    """
+    sizes = {
+        "width": (net.width, denoiser.width),
+        "patch": (net.patch, denoiser.patch),
+        "channels": (config.get("in_channels", 16), denoiser.channels),
+    }
+    shared = ("pooled_projection_dim",) + ("joint_attention_dim",) * net.joint
+    for name in shared:
+        sizes[name] = config.get(name), theirs.get(name)
+    wrong = [f"{k} {a} against {b}" for k, (a, b) in sizes.items() if a != b]
+    if net.depth > denoiser.depth:
+        wrong.append(f"{net.depth} layers against {denoiser.depth}")
+    if wrong:
+        kind = "joint" if net.joint else "single-stream (SD3.5-large's)"
+        raise UserError(
+            f"{where}: a {kind} ControlNet that is not of this denoiser,"
+            f" {components.released_name(theirs)}: {', '.join(wrong)}; wanted a"
+            " ControlNet for the same model"
+        )
 
 
 def controlled(

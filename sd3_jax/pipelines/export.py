@@ -8,28 +8,36 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.tree_util import tree_leaves_with_path
 
 from sd3_jax import tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import leaves
-from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.pipelines.bundle import Bundle, ControlBundle
 from sd3_jax.pipelines.sources import INDEX
-from sd3_jax.weights import names, safetensors, store, stream
-from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights import controlnet, names, safetensors, store, stream
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
 LAYOUTS = (*names.LAYOUTS, "orbax")
 
 
 def save(
-    bundle: Bundle, path: epath.PathLike, layout: str, *, dtype: str | None = None
+    bundle: Bundle | ControlBundle,
+    path: epath.PathLike,
+    layout: str,
+    *,
+    dtype: str | None = None,
 ) -> None:
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor keeps the one that it had in the file it came from.
-    What is attached to the weights is added to them.
+    What is attached to the weights is added to them. A ControlNet keeps the dtype that
+    it has here, and its control_type; what is the denoiser's is left out.
     """
     path = epath.Path(path)
+    if isinstance(bundle, ControlBundle):
+        return save_control(bundle, path, layout, dtype=dtype)
     bundle = dataclasses.replace(bundle, variables=leaves.arrays(bundle.variables))
     if layout == "orbax":
         variables = {}
@@ -55,6 +63,37 @@ def save(
         _write(safetensors.write_file, path, found, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+
+
+def save_control(
+    control: ControlBundle,
+    path: epath.Path,
+    layout: str,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """config.json says control_type, which diffusers lets by, and the original file has
+    it as Stability's do."""
+    module, component = control.module, CONTROLNET
+    wanted = names.LAYOUTS if module.borrowed else ("diffusers",)
+    if layout not in wanted:
+        reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
+        raise UserError(f'layout "{layout}"{reason}; wanted one of {", ".join(wanted)}')
+    variables = controlnet.without_borrowed(module, control.variables)
+    pieces = names.pieces(variables, component.table(module), layout)
+    dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
+    found = stream.entries(variables, pieces, lambda at: dtype or dtypes[at])
+    if layout == "diffusers":
+        _write(safetensors.write_folder, path, found, component.stem)
+        if jax.process_index() == 0:
+            (path / "config.json").write_text(json.dumps(control.config, indent=2))
+        return
+    if (kind := control.config.get(controlnet.CONTROL_TYPE)) is not None:
+        number = np.array([controlnet.CONTROL_TYPES.index(kind)], np.int32)
+        found[controlnet.CONTROL_TYPE] = safetensors.Entry(
+            number.dtype, number.shape, lambda: number
+        )
+    _write(safetensors.write_file, path, found)
 
 
 def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:

@@ -3,7 +3,7 @@
 import math
 import zlib
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,10 @@ from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.pipelines import images
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.pipelines.control import require_fit
+from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning
 
 Text = str | Prompt
@@ -23,18 +26,20 @@ Texts = Text | Sequence[Text] | Conditioning
 class ControlInput(NamedTuple):
     """A ControlNet and what it is to follow.
 
-    `image` (b or 1, H, W, 3) in [0, 1], as the net's preprocessor leaves it, or the
-    condition as latents. It acts `scale` strong from `start` to `stop`, shares of the
-    steps. For an inpainting net the image is what is to be repainted where `mask` (b
-    or 1, H, W, 1) is 1.
+    `image`, one or a batch (pipelines/images.py), is the hint as the net's detector
+    leaves it, or the hint as latents. It acts `scale` strong from `start` to `stop`,
+    shares of the steps. For an inpainting net the image is what is to be repainted
+    where `mask` is 1. `preprocess`, "plain", "blur", "canny", "depth" or "inverted",
+    replaces what the net's file says of its hints; without either it is "plain".
     """
 
     net: ControlBundle
-    image: Float[Array | np.ndarray, "b _ _ _"]
+    image: Pictures
     scale: float = 1.0
     start: float = 0.0
     stop: float = 1.0
-    mask: Float[Array | np.ndarray, "b H W 1"] | None = None
+    mask: Pictures | None = None
+    preprocess: str | None = None
 
 
 def listed(texts: Text | Sequence[Text]) -> list[Text]:
@@ -167,6 +172,49 @@ def times(
     return grids.make(grid or usual, steps, shift)
 
 
+def starting_image(
+    bundle: Bundle, image: Pictures | None
+) -> Float[Array | np.ndarray, "b _ _ _"] | None:
+    """generate's image as pixels in [0, 1], or as the latents that it is."""
+    channels = bundle.part("denoiser").channels
+    if image is None:
+        return None
+    if images.are_latents(image, channels):
+        return images.latents(image, channels, "image")
+    return images.pixels(image)
+
+
+def starting_latents(
+    bundle: Bundle, latents: Any
+) -> Float[Array | np.ndarray, "b h w c"] | None:
+    if latents is None:
+        return None
+    return images.latents(latents, bundle.part("denoiser").channels)
+
+
+def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
+    """UserError for embeddings that the denoiser cannot read; texts are let by."""
+    if not isinstance(texts, Conditioning):
+        return
+    config = bundle.configs["denoiser"]
+    for part, axes, key in (
+        ("context", 3, "joint_attention_dim"),
+        ("pooled", 2, "pooled_projection_dim"),
+    ):
+        x, wanted = getattr(texts, part), config.get(key)
+        if x.ndim != axes or wanted not in (None, x.shape[-1]) or not all(x.shape):
+            layout = "(b, tokens" if axes == 3 else "(b"
+            raise UserError(
+                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {wanted})"
+            )
+        images.finite(x, f"{name}: {part}")
+    if len(texts.context) != len(texts.pooled):
+        raise UserError(
+            f"{name}: context of {len(texts.context)} rows and pooled of"
+            f" {len(texts.pooled)}: wanted as many"
+        )
+
+
 def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, what: str) -> Array:
     """One for all, one for each prompt, or one for each picture."""
     n = x.shape[0]
@@ -174,7 +222,8 @@ def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, what: str) -> Arr
         return jnp.asarray(x)
     if n in (1, rows // per_prompt):
         return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
-    raise UserError(f"{n} of {what} for {rows} pictures: wanted 1 or {rows}")
+    counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
+    raise UserError(f"{n} of {what} for {rows} pictures: wanted one of {counts}")
 
 
 def latents_of(
@@ -192,14 +241,21 @@ def latents_of(
 
 
 def latent_mask(
-    mask: Array | np.ndarray, shape: tuple, factor: int
+    mask: Pictures, shape: tuple, factor: int
 ) -> Float[np.ndarray, "b h w 1"]:
     """1 where at least a half is asked for, by the nearest pixel of each latent."""
-    mask = np.asarray(mask, np.float32)
+    return (_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(np.float32)
+
+
+def _mask(mask: Pictures, shape: tuple, factor: int) -> Float[np.ndarray, "b H W 1"]:
+    mask = images.mask(mask)
     wanted = shape[0] * factor, shape[1] * factor
-    if mask.ndim != 4 or mask.shape[1:] != (*wanted, 1):
-        raise UserError(f"mask of {mask.shape}: wanted (1 or b, {wanted}, 1)")
-    return (mask[:, ::factor, ::factor] >= 0.5).astype(np.float32)
+    if mask.shape[1:3] != wanted:
+        raise UserError(
+            f"mask of {mask.shape[1:3]} pixels: the picture has {wanted}; wanted the"
+            " same"
+        )
+    return mask
 
 
 def controls_of(
@@ -212,37 +268,112 @@ def controls_of(
 ) -> tuple[tuple, tuple]:
     """The nets, and for each its variables, hint, scale and window."""
     arrays = []
-    for control in controls:
-        hint = rows_of(_hint(bundle, control, shape), rows, per_prompt, "control")
+    for i, control in enumerate(controls):
+        name = f"control {i}"
+        _require_control(bundle, control, shape, name)
+        hint = _hint(bundle, control, shape, name)
+        hint = rows_of(hint, rows, per_prompt, f"{name}'s images")
         window = grids.control_window(grid, control.start, control.stop)
         scale = np.float32(control.scale)
         arrays.append((control.net.variables, hint, scale, window))
+    depths = [control.net.module.depth for control in controls]
+    if len(set(depths)) > 1:
+        raise UserError(
+            f"ControlNets of {', '.join(map(str, depths))} layers together: wanted"
+            " equally many, as their residuals are added up layer by layer"
+        )
     return tuple(control.net.module for control in controls), tuple(arrays)
 
 
-def _hint(bundle: Bundle, control: ControlInput, shape: tuple):
-    wanted = control.net.module.hint_channels
-    image, mask = np.asarray(control.image, np.float32), control.mask
-    if image.shape[-1] != 3:
-        if image.shape[1:] != (*shape[:2], wanted):
+def _require_control(
+    bundle: Bundle, control: ControlInput, shape: tuple, name: str
+) -> None:
+    if not isinstance(control, ControlInput) or not isinstance(
+        control.net, ControlBundle
+    ):
+        raise UserError(
+            f"{name}: {type(control).__name__}: wanted ControlInput(net, image), the"
+            " net being load_control's"
+        )
+    for field in ("scale", "start", "stop"):
+        if not np.isfinite(getattr(control, field)):
+            raise UserError(f"{name}: {field} {getattr(control, field)}: not finite")
+    if not 0 <= control.start < control.stop <= 1:
+        raise UserError(
+            f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
+            " of the steps, 0 <= start < stop <= 1"
+        )
+    net, config = control.net.module, control.net.config
+    denoiser = bundle.part("denoiser")
+    require_fit(name, net, config, denoiser, bundle.configs["denoiser"])
+    most = net.pos_size * net.patch * bundle.factor
+    if max(shape[:2]) * bundle.factor > most:
+        sides = tuple(side * bundle.factor for side in shape[:2])
+        raise UserError(
+            f"{name}: the ControlNet's pictures have {most} pixels a side at"
+            f" most, not {sides}"
+        )
+
+
+def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
+    net, image, mask = control.net.module, control.image, control.mask
+    preprocess = control.preprocess or control.net.config.get("control_type", "plain")
+    paints = net.hint_channels == shape[2] + 1  # the inpainting net
+    if mask is not None and (not paints or images.are_latents(image, shape[2] + 1)):
+        raise UserError(f"{name}: a mask: wanted none, its hint is whole without")
+    if images.are_latents(image, net.hint_channels):
+        if control.preprocess is not None:
             raise UserError(
-                f"control latents of {image.shape[1:]}: wanted {(*shape[:2], wanted)}"
+                f"{name}: preprocess acts on pictures, and latents are given"
             )
-        return image
-    pixels = shape[0] * bundle.factor, shape[1] * bundle.factor
-    if image.shape[1:3] != pixels:
-        raise UserError(f"control image of {image.shape[1:3]}: wanted {pixels}")
-    if wanted == shape[2] + 1:  # the inpainting net: the picture left, and where it is
-        if mask is None:
-            raise UserError("this ControlNet repaints: wanted a mask with its image")
-        hidden = np.asarray(mask, np.float32) > 0.5
-        left = bundle.encode_image(np.where(hidden, 0.0, image).astype(np.float32))
-        keep = 1 - latent_mask(hidden, shape, bundle.factor)
-        return jnp.concatenate([left, keep], axis=-1)
-    if wanted != shape[2]:
-        raise UserError(f"this ControlNet reads {wanted} channels: wanted latents")
-    shift = 0.0 if control.net.module.zero_pooled else None  # as they were trained
-    return bundle.encode_image(image, shift=shift)
+        hint = images.latents(image, net.hint_channels, f"{name}'s latents")
+        if hint.shape[1:3] != shape[:2]:
+            raise UserError(
+                f"{name}: latents of {hint.shape[1:3]}: the picture's have {shape[:2]};"
+                " wanted the same"
+            )
+        return hint
+    pixels = images.pixels(image, f"{name}'s image")
+    wanted = shape[0] * bundle.factor, shape[1] * bundle.factor
+    if pixels.shape[1:3] != wanted:
+        raise UserError(
+            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {wanted};"
+            " wanted the same"
+        )
+    if paints:  # the picture left, and where it is
+        return _picture_left(bundle, control, pixels, shape, name)
+    if net.hint_channels != shape[2]:
+        raise UserError(
+            f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
+            " latents"
+        )
+    shift = 0.0 if net.zero_pooled else None  # as they were trained
+    return bundle.encode_image(pixels, shift=shift, preprocess=preprocess)
+
+
+def _picture_left(
+    bundle: Bundle, control: ControlInput, pixels: Any, shape: tuple, name: str
+) -> Float[Array, "b h w c"]:
+    """An inpainting net's hint: latents of the picture, black where the mask is 1, and
+    1 where it stays."""
+    if control.mask is None:
+        raise UserError(
+            f"{name}: this ControlNet repaints: wanted a mask with its image"
+        )
+    if control.preprocess not in (None, "plain"):
+        raise UserError(
+            f'{name}: preprocess "{control.preprocess}": an inpainting net has none'
+        )
+    hidden = _mask(control.mask, shape, bundle.factor) > 0.5
+    if len({len(hidden), len(pixels), 1}) > 2:
+        raise UserError(
+            f"{name}: {len(hidden)} masks for {len(pixels)} images: wanted as many, or"
+            " one"
+        )
+    left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
+    keep = 1 - latent_mask(hidden, shape, bundle.factor)
+    keep = np.broadcast_to(keep, (*left.shape[:3], 1))
+    return jnp.concatenate([left, keep], axis=-1)
 
 
 def choose(name: str, value: str, choices: Sequence[str]) -> str:

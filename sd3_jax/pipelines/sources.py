@@ -14,7 +14,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.models.leaves import is_leaf
 from sd3_jax.outside import parse_json, shown
 from sd3_jax.pipelines import programs
-from sd3_jax.weights import names, safetensors, store, stream
+from sd3_jax.weights import controlnet, names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
 log = logging.getLogger(__name__)
@@ -150,18 +150,47 @@ def _component_folder(path: epath.Path) -> dict[str, Part]:
     return {name: _from_folder(COMPONENTS[name], path)}
 
 
+def is_control(path: epath.Path) -> bool:
+    """Whether a path holds a ControlNet of SD3's, and no model."""
+    if path.is_dir():
+        file = path / "config.json"
+        kind = _read(file).get("_class_name") if file.exists() else None
+        return kind == "SD3ControlNetModel"
+    return CONTROLNET.mark in safetensors.open_file(path)[0]
+
+
 def control(path: epath.Path) -> Part:
     """A ControlNet's folder in diffusers' layout, or its single file in either."""
-    if path.is_dir():
-        if not (path / "config.json").exists():
-            raise UserError(f"{path}: wanted a ControlNet's folder, with config.json")
-        return _from_folder(CONTROLNET, path)
-    tensors, _ = safetensors.open_file(path)
-    if CONTROLNET.mark not in tensors:
-        raise UserError(f"{path}: not a ControlNet of this family")
-    fused = any(key.endswith(".attn.qkv.weight") for key in tensors)
-    layout = "original" if fused else "diffusers"
-    return _part(tensors, CONTROLNET.detect(tensors), str(path), layout)
+    config, layout, file = {}, "diffusers", path
+    if path.is_dir() and (path / "config.json").exists():
+        config, tensors = _read(path / "config.json"), safetensors.open_folder(path)
+    else:
+        file = _only_file(path, "a ControlNet's folder (config.json)")
+        tensors, _ = safetensors.open_file(file)
+        if any(key.endswith(".attn.qkv.weight") for key in tensors):
+            layout = "original"
+    controlnet.require_family(file, tensors, config)
+    try:
+        config = config or CONTROLNET.detect(tensors)
+    except (LookupError, ValueError) as error:
+        raise UserError(f"{file}: the ControlNet is not whole: {error}") from None
+    config |= controlnet.hint_channels(tensors, config)
+    config |= controlnet.control_type(file, tensors, config)
+    return _part(tensors, config, str(file), layout)
+
+
+def _only_file(path: epath.Path, wanted: str) -> epath.Path:
+    """A file, or the one .safetensors file of a folder."""
+    if not path.is_dir():
+        return path
+    files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
+    if len(files) != 1:
+        safetensors.refuse_pickles(path)
+        raise UserError(
+            f"{path}: wanted {wanted} or one .safetensors file; it has {len(files)} of"
+            " those"
+        )
+    return files[0]
 
 
 def _from_folder(component, folder: epath.Path) -> Part:

@@ -354,6 +354,7 @@ CONTROLNET = Component(
     controlnet.example,
     controlnet.table,
     "diffusion_pytorch_model",
+    ignored=(controlnet.CONTROL_TYPE,),  # read by controlnet.control_type
 )
 
 

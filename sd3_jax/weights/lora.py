@@ -1,12 +1,13 @@
-"""Our trees of LoRA from files in diffusers' layout and back, by the table of names.
+"""Our trees of LoRA from files and back, by the table of names.
 
-Every layer's map, and each of q, k and v, is by itself in a file. What we write has
+Every layer's map is by itself in a file; each of q, k and v too in diffusers' layout,
+while kohya's names are those of the original one, which fuses them. What we write has
 alpha's share in lora_B: readers that know of no alpha agree.
 """
 
 import json
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -19,7 +20,7 @@ from sd3_jax.models.lora import kernels, layout, layout_of, modules, nested
 from sd3_jax.weights import names, safetensors, stream
 from sd3_jax.weights.adapters import FILE, METADATA, PREFIXES, Pair, Pairs
 from sd3_jax.weights.components import COMPONENTS
-from sd3_jax.weights.names import Kind, Piece
+from sd3_jax.weights.names import Kind, Piece, Row
 from sd3_jax.weights.safetensors import Entry
 
 
@@ -33,23 +34,28 @@ def load(
     `params` may be shapes. Raises UserError for a module that the component lacks.
     """
     shapes = {path: tuple(x.shape) for path, x in kernels(params).items()}
-    places = {
-        _module(piece): piece.path[1:-1]
-        for piece in _pieces(name, module, _pseudo(shapes, dict.fromkeys(shapes, 1)))[0]
-    }
-    pairs = {_known(module, places, pair): pair for module, pair in pairs.items()}
+    ones = _pseudo(shapes, dict.fromkeys(shapes, 1))
+    places = _places(name, module, ones, "diffusers")
+    layouts = ["diffusers"]
+    if any(_diffusers(key, places) is None for key in pairs):
+        places |= _places(name, module, ones, "original")
+        layouts.append("original")
+    known = {_known(key, places, pair): pair for key, pair in pairs.items()}
+    if len(known) < len(pairs):
+        raise UserError(f"LoRA of {name}: names a linear map twice")
     ranks: dict[tuple, int] = {}
-    for module_name, pair in pairs.items():
-        path = places[module_name]
+    for place, pair in known.items():
+        path = places[place]
         ranks[path] = max(ranks.get(path, 0), pair.rank)
     both = _pseudo({path: shapes[path] for path in ranks}, ranks)
-    for side, (made, pieces) in enumerate(zip(both, _pieces(name, module, both))):
-        for piece in pieces:
-            if (pair := pairs.get(_module(piece))) is not None:
-                rank = ranks[piece.path[1:-1]]
-                part = _matrix(pair, side, piece, rank)
-                share = pair.scale * weight if side else 1.0
-                made[piece.path[1:-1]][piece.index] = share * piece.read(part)
+    for kind in layouts:
+        for side, pieces in enumerate(_pieces(name, module, both, kind)):
+            for piece in pieces:
+                if (pair := known.get((kind, _module(piece)))) is not None:
+                    part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
+                    share = pair.scale * weight if side else 1.0
+                    into = both[side][piece.path[1:-1]]
+                    into[piece.index] = share * piece.read(part)
     turned = {path: _turn(path, shapes[path], b) for path, b in both[1].items()}
     return nested({path: {"a": both[0][path], "b": turned[path]} for path in ranks})
 
@@ -85,14 +91,28 @@ def save(
     return path
 
 
-def _known(module: str, places: Mapping[str, Any], pair: Pair) -> str:
-    """The table's name; transformers' own may lack CLIP's first part."""
-    for name in (module, f"text_model.{module}"):
-        if name in places:
-            return name
-    guess = near(module, places)
+def _places(name: str, module: nn.Module, ones, kind: str) -> dict[tuple, tuple]:
+    """The path of each linear map by its layout and name there."""
+    pieces = _pieces(name, module, ones, kind)[0]
+    return {(kind, _module(piece)): piece.path[1:-1] for piece in pieces}
+
+
+def _diffusers(key: str, places: Mapping[tuple, Any]) -> tuple[str, str] | None:
+    """The place of a name of diffusers'; transformers' may lack CLIP's first part."""
+    names_there = [("diffusers", key), ("diffusers", f"text_model.{key}")]
+    return next((place for place in names_there if place in places), None)
+
+
+def _known(key: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]:
+    """The place of a name, in which kohya's have underscores for dots."""
+    if place := _diffusers(key, places):
+        return place
+    flat = {name.replace(".", "_"): (kind, name) for kind, name in places}
+    if (place := flat.get(key.replace(".", "_"))) is not None:
+        return place
+    guess = near(key, [name for _, name in places])
     hint = f'; did you mean "{guess}"?' if guess else ""
-    raise UserError(f"{pair.down.path}: {module} is no linear map of the model{hint}")
+    raise UserError(f"{pair.down.path}: {key} is no linear map of the model{hint}")
 
 
 # Trees of a and of b as if each were a kernel of its own, which the table knows: the
@@ -115,24 +135,32 @@ def _turn(path: tuple, shape: tuple, b: np.ndarray) -> np.ndarray:
     return np.swapaxes(b, lies.layers, lies.layers + 1) if lies.groups else b
 
 
-def _pieces(name: str, module: nn.Module, both) -> tuple[list[Piece], list[Piece]]:
+def _pieces(
+    name: str, module: nn.Module, both, layout: str = "diffusers"
+) -> tuple[list[Piece], list[Piece]]:
     groups = COMPONENTS[name].table(module)
     made = []
     for side, change in zip(both, (_first, _second)):
         table = [
-            group._replace(
-                rows=[row._replace(kind=change(row.kind)) for row in group.rows]
-            )
+            group._replace(rows=[_changed(row, change) for row in group.rows])
             for group in groups
         ]
         leaves = nested({("params", *path, "kernel"): x for path, x in side.items()})
         try:
-            made.append(names.pieces(leaves, table, "diffusers"))
+            pieces = names.pieces(leaves, table, layout)
         except KeyError as error:
             raise UserError(
                 f"LoRA of {error.args[0]}: diffusers' layout has no such module"
             ) from None
+        made.append([piece for piece in pieces if piece.key is not None])
     return made[0], made[1]
+
+
+def _changed(row: Row, change: Callable[[Kind], Kind]) -> Row:
+    other = row.original_kind
+    return row._replace(
+        kind=change(row.kind), original_kind=None if other is None else change(other)
+    )
 
 
 def _first(kind: Kind) -> Kind:
@@ -151,8 +179,9 @@ def _module(piece: Piece) -> str:
 
 
 def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
-    """A pair's down or up, filled to the rank."""
+    """A pair's down or up, filled to the rank; down once for each map that is fused."""
     tensor, wanted = pair[side], list(piece.file_shape)
+    fused = 1 if side else wanted[0] // rank
     wanted[side] = pair.rank
     if list(tensor.shape) != wanted:
         raise UserError(
@@ -164,7 +193,8 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
         raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
     more = [(0, 0)] * x.ndim
     more[side] = (0, rank - pair.rank)
-    return np.pad(x.astype(np.float32), more)
+    x = np.pad(x.astype(np.float32), more)
+    return np.concatenate([x] * fused) if fused > 1 else x
 
 
 def _tensors(
