@@ -205,8 +205,8 @@ class Bundle:
         """What takes the autoencoder's latents to the denoiser's."""
         config = self.configs["vae"]
         return {
-            "scaling": config.get("scaling_factor", 1.0),
-            "shift": config.get("shift_factor") or 0.0,
+            "scaling": config["scaling_factor"],
+            "shift": config["shift_factor"] or 0.0,
         }
 
     @property
@@ -239,7 +239,7 @@ def load(
     *,
     mesh: Mesh,
     dtype: str = "bfloat16",
-    tokenizers_from: str = "",
+    tokenizers_from: str | None = "",
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
@@ -271,19 +271,15 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
-    where = sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
-    words = tokenizers.load(where)
-    for name, tokenizer in words.items():
-        check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
+    words = tokenizers_of(paths[0], tokenizers_from or "", configs)
+    if tokenizers_from is not None:
+        for name in [x for x in TEXT if x in found and x not in words]:
+            words[name] = absent_tokenizer(name, configs[name], source)
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
-        try:
-            module = component.build(part.config, compute)
-            shapes = components.abstract(component, module, part.config, mesh, compute)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            reason = f"{name} cannot be made from its configuration: {error!r}"
-            raise UserError(f"{source}: {reason}") from error
+        module = component.build(part.config, compute)
+        shapes = components.abstract(component, module, part.config, mesh, compute)
         stored[name] = part.dtypes(component, module, shapes)
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])
@@ -310,6 +306,49 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     if kinds and dtype == "stored":
         raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
     return kinds
+
+
+def tokenizers_of(path: Any, other: str, configs: dict) -> dict[str, Any]:
+    """Those in a model's folder, or in the `other` place, and for what is CLIP's the
+    package's own; each is of its encoder's vocabulary."""
+    where = path
+    if other:
+        where = sources.resolve(other, tokenizers.WANTED, what="tokenizers")
+    words = tokenizers.load(where)
+    if other and not words:
+        raise UserError(
+            f"{where}: no tokenizers: wanted a diffusers folder, which has them in"
+            f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
+        )
+    for name, tokenizer in words.items():
+        check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
+    for name in ("clip_l", "clip_g"):
+        size = configs.get(name, {}).get("vocab_size")
+        if name not in words and size == tokenizers.CLIP_WORDS:
+            words[name] = tokenizers.packaged_clip(name)
+    return words
+
+
+def absent_tokenizer(name: str, config: dict, source: str) -> Any:
+    """T5's from the hub; a UserError that says what to give, where that cannot be."""
+    remedy = (
+        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
+        " name, or None for embeddings alone"
+    )
+    rows = config["vocab_size"]
+    if name != "t5" or rows != tokenizers.T5_WORDS:
+        raise UserError(
+            f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
+            f" published encoder: {remedy}"
+        )
+    hub = tokenizers.T5_HUB
+    try:
+        folder = sources.resolve(hub, tokenizers.WANTED, what="tokenizers")
+        tokenizer = tokenizers.read("t5", folder)
+    except UserError as error:
+        raise UserError(f"{source}: no tokenizer for t5 ({error}): {remedy}") from None
+    check_vocabulary(name, len(tokenizer), config, folder)
+    return tokenizer
 
 
 def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
