@@ -161,6 +161,7 @@ TRANSFORMERS = WHOLE | {
         # The tokenizer pads and ends; T5's ends are tied for its decoder's sake alone.
         " pad_token_id bos_token_id sep_token_id decoder_start_token_id"
         " is_encoder_decoder cross_attention_hidden_size tie_encoder_decoder"
+        " scale_decoder_outputs"
         " tie_word_embeddings tie_last_hidden_states bad_words_ids"
         " begin_suppress_tokens diversity_penalty do_sample early_stopping"
         " encoder_no_repeat_ngram_size exponential_decay_length_penalty"
