@@ -139,6 +139,9 @@ def _check_settings(path: epath.Path, settings: dict) -> None:
         needed = name in ("pad_token", "eos_token")
         if not isinstance(token, str) and (needed or token is not None):
             raise UserError(f"{path}: {name} = {shown(token)}: wanted a token")
+    longest = settings.get("model_max_length")
+    if path.name in SETTINGS and type(longest) not in (int, float, type(None)):
+        raise UserError(f"{path}: model_max_length = {shown(longest)}: wanted a number")
     if path.name == "tokenizer.json":
         model = settings.get("model")
         if not isinstance(model, dict) or not model.get("vocab"):

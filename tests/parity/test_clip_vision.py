@@ -84,7 +84,9 @@ def test_a_tower_that_is_missing_is_named(folder, tmp_path):
     config = json.loads((tmp_path / "config.json").read_text())
     config["vision_config"]["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="vision tower: num_hidden_layers = 3: wanted 2"):
+    with pytest.raises(
+        UserError, match="vision tower: num_hidden_layers = 3: wanted 2"
+    ):
         clip.load(str(tmp_path))
     config["vision_config"].update(num_hidden_layers=2, image_size=35)
     (tmp_path / "config.json").write_text(json.dumps(config))

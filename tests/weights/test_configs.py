@@ -344,7 +344,8 @@ TINY = {
     "clip_g": CLIP
     | dict(vocab_size=300, hidden_size=64, intermediate_size=96, projection_dim=64)
     | dict(num_hidden_layers=2, num_attention_heads=1, hidden_act="gelu"),
-    "t5": T5 | dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_heads=2)
+    "t5": T5
+    | dict(vocab_size=60, d_model=32, d_kv=8, d_ff=48, num_heads=2)
     | dict(num_layers=2),
     "controlnet": JOINT
     | dict(num_layers=2, num_attention_heads=1, caption_projection_dim=64)
@@ -373,7 +374,9 @@ def tensors(kind, layout):
 @pytest.mark.parametrize("layout", names.LAYOUTS)
 @pytest.mark.parametrize("kind", TINY)
 def test_a_configuration_agrees_with_its_tensors(kind, layout):
-    found = components.configured(PARTS[kind], TINY[kind], tensors(kind, layout), layout)
+    found = components.configured(
+        PARTS[kind], TINY[kind], tensors(kind, layout), layout
+    )
     assert found == configs.read(kind, TINY[kind])
 
 
