@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c.weights = (
         ""  # a folder, file or hub name of released weights, commas add; "": ours
     )
-    c.tokenizers = ""  # a folder or hub name that has them, where the weights have none
+    c.tokenizers = ""  # a folder or hub name; "": the weights', CLIP's own, T5's hub
     c.model = dict(
         name="mmdit",  # dit, crossdit, uvit, unet
         depth=24,

@@ -24,6 +24,7 @@ from sd3_jax.pipelines import adapters, programs, sources
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components
 from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.configs import fit
 
 log = logging.getLogger(__name__)
 SCHEDULER = {  # where no file says
@@ -271,6 +272,7 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
+    fit({name: part.config for name, part in found.items()}, source)
     words = tokenizers_of(paths[0], tokenizers_from or "", configs)
     if tokenizers_from is not None:
         for name in [x for x in TEXT if x in found and x not in words]:

@@ -122,6 +122,7 @@ CONTROLNET = DENOISER | {
     "pos_embed_type": only("sincos", None),
     "use_pos_embed": flag(True),
     "force_zeros_for_pooled_projection": flag(True),
+    **free("control_type"),  # not diffusers': what the hints are
 }
 VAE = WHOLE | {
     "_class_name": only("AutoencoderKL"),
@@ -384,3 +385,29 @@ def _products(kind: str, c: dict) -> dict[str, int]:
         INNER: c["num_attention_heads"] * c["attention_head_dim"],
         HINT: c["in_channels"] + extra,
     }
+
+
+def fit(found: Mapping[str, dict], source: str) -> None:
+    """A UserError if parts that were read are of different models: what one gives the
+    denoiser is not what it takes."""
+    if "denoiser" not in found:
+        return
+    denoiser = found["denoiser"]
+    pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
+    clips = [found[name] for name in ("clip_l", "clip_g") if name in found]
+    for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
+        size = sum(config[name] for config in clips)  # side by side, then zeros
+        if size > most:
+            raise UserError(
+                f"{source}: text encoders of another model: both CLIPs' {name} ="
+                f" {size}: wanted at most the denoiser's {most}"
+            )
+    for part, name, wanted in (
+        ("t5", "d_model", context),
+        ("vae", "latent_channels", denoiser["in_channels"]),
+    ):
+        if part in found and found[part][name] != wanted:
+            raise UserError(
+                f"{source}: {part} is of another model: {name} = {found[part][name]}:"
+                f" wanted the denoiser's {wanted}"
+            )
