@@ -7,6 +7,7 @@ import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -23,6 +24,7 @@ log = logging.getLogger(__name__)
 _LOCK = threading.Lock()  # padding and truncation are a tokenizer's state
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 MAIN_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json")
+FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
 LARGEST = 64 * 2**20  # bytes of a file; T5's take 2.4 MB
@@ -34,10 +36,7 @@ VOCABULARY = epath.Path(__file__).parent / "vocabulary"
 T5_HUB = "google-t5/t5-small"
 T5_WORDS = 32128  # rows of the published encoder's embedding, 100 of them of no word
 # What of a hub's repository is a tokenizer's.
-WANTED = (
-    "tokenizer*/*",
-    *(*MAIN_FILES, *SETTINGS[1:], "merges.txt", "added_tokens.json"),
-)
+WANTED = ("tokenizer*/*", *FILES)
 
 
 @functools.cache
@@ -86,11 +85,11 @@ def read(name: str, folder: epath.PathLike) -> Any:
     wrong with its files."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    folder, kind = (
-        epath.Path(folder),
-        T5TokenizerFast if name == "t5" else CLIPTokenizer,
-    )
+    folder = epath.Path(folder)
+    kind = T5TokenizerFast if name == "t5" else CLIPTokenizer
     _check_files(folder)
+    if name != "t5":
+        _check_merges(folder)
     try:
         tokenizer = kind.from_pretrained(os.fspath(folder), local_files_only=True)
         ids = _try(tokenizer)
@@ -121,15 +120,56 @@ def _try(tokenizer: Any) -> list[int]:
 def _check_files(folder: epath.Path) -> None:
     """The files' types, and those of the settings that the library would take on
     trust: null, or another type, for a token that pads or ends a text."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix not in (".json", ".txt", ".model") or path.is_dir():
-            continue
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    for path in there:
         if path.stat().length > LARGEST:
             raise UserError(f"{path}: {path.stat().length} bytes, too large to be read")
         if path.suffix == ".json":
             _check_settings(path, _json(path))
         elif path.suffix == ".txt":
             _text(path)
+    names = {path.name for path in there}
+    if names & set(MAIN_FILES) <= {"spiece.model", "tokenizer_config.json"}:
+        if "spiece.model" not in names:
+            raise UserError(
+                f"{folder}: no tokenizer: wanted {', '.join(MAIN_FILES[:3])}"
+            )
+        if not find_spec("sentencepiece"):
+            raise UserError(
+                f"{folder / 'spiece.model'}: needs `pip install sentencepiece"
+                " protobuf`; or wanted tokenizer.json, which holds the same"
+            )
+
+
+def _check_merges(folder: epath.Path) -> None:
+    """Of byte pair encoding: a list that was cut would give other ids in silence."""
+    path, vocab = folder / "tokenizer.json", folder / "vocab.json"
+    if path.exists():
+        model = _json(path)["model"]
+        pieces, merges = model["vocab"], model.get("merges")
+        if not isinstance(pieces, dict) or not isinstance(merges, list):
+            return  # of another kind
+    elif vocab.exists():
+        path, pieces = folder / "merges.txt", _json(vocab)
+        lines = _text(path).splitlines()
+        merges = [line for line in lines if not line.startswith("#version")]
+    else:
+        return
+    pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
+    if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
+        raise UserError(f"{path}: wanted merges of two pieces")
+    made = set(map("".join, pairs))
+    whole = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
+    lost = [piece for piece in pieces if not whole(piece) and piece not in made]
+    if lost:
+        raise UserError(
+            f"{path}: no merges for {len(lost)} pieces of the vocabulary,"
+            f" {shown(lost[0])} first: wanted the whole list"
+        )
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
 
 
 def _check_settings(path: epath.Path, settings: dict) -> None:

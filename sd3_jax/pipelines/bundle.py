@@ -273,7 +273,7 @@ def load(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
     fit({name: part.config for name, part in found.items()}, source)
-    words = tokenizers_of(paths[0], tokenizers_from or "", configs)
+    words = tokenizers_of(paths, tokenizers_from or "", configs)
     if tokenizers_from is not None:
         for name in [x for x in TEXT if x in found and x not in words]:
             words[name] = absent_tokenizer(name, configs[name], source)
@@ -310,20 +310,22 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     return kinds
 
 
-def tokenizers_of(path: Any, other: str, configs: dict) -> dict[str, Any]:
-    """Those in a model's folder, or in the `other` place, and for what is CLIP's the
+def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
+    """Those in a model's folders, or in the `other` place, and for what is CLIP's the
     package's own; each is of its encoder's vocabulary."""
-    where = path
     if other:
-        where = sources.resolve(other, tokenizers.WANTED, what="tokenizers")
-    words = tokenizers.load(where)
-    if other and not words:
-        raise UserError(
-            f"{where}: no tokenizers: wanted a diffusers folder, which has them in"
-            f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
-        )
-    for name, tokenizer in words.items():
-        check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
+        paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
+    words = {}
+    for path in paths:
+        found = tokenizers.load(path)
+        if other and not found:
+            raise UserError(
+                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
+                f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
+            )
+        for name in [name for name in found if name not in words]:
+            check_vocabulary(name, len(found[name]), configs.get(name, {}), path)
+            words[name] = found[name]
     for name in ("clip_l", "clip_g"):
         size = configs.get(name, {}).get("vocab_size")
         if name not in words and size == tokenizers.CLIP_WORDS:

@@ -59,7 +59,7 @@ def counts(default: Sequence[int], most: int, *, least: int, longest: int, null=
 
 def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
     """What is implemented, the first being what a file without the field has."""
-    words = " or ".join(map(_json, values)) + ", which alone is implemented"
+    words = " or ".join(map(_json, values)) + ": nothing else is implemented"
     alike = lambda x, value: (
         type(x) is type(value)
         and (math.isclose(x, value) if type(x) is float else x == value)
@@ -70,7 +70,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
 
 
 def all_of(value: str) -> Field:
-    words = f"a list of {value}, which alone is implemented"
+    words = f"a list of {value}: nothing else is implemented"
     accepts = lambda x: (
         isinstance(x, list | tuple)
         and 0 < len(x) <= LEVELS

@@ -163,10 +163,10 @@ RELEASED = {"clip_l": {"vocab_size": 49408}, "clip_g": {"vocab_size": 49408}}
 
 
 def test_the_packages_own_is_for_clips_own_vocabulary(tmp_path):
-    found = bundles.tokenizers_of(tmp_path / "model.safetensors", "", RELEASED)
+    found = bundles.tokenizers_of([tmp_path / "model.safetensors"], "", RELEASED)
     assert found == {x: tokenizers.packaged_clip(x) for x in ("clip_l", "clip_g")}
     tiny = {name: {"vocab_size": tiny_tokenizers.CLIP_VOCAB} for name in RELEASED}
-    assert bundles.tokenizers_of(tmp_path, "", tiny) == {}
+    assert bundles.tokenizers_of([tmp_path], "", tiny) == {}
     words = "no tokenizer for clip_g, whose 521 rows are not those.*tokenizers_from="
     with pytest.raises(UserError, match=f"a.safetensors: {words}"):
         bundles.absent_tokenizer("clip_g", tiny["clip_g"], "a.safetensors")
@@ -175,16 +175,24 @@ def test_the_packages_own_is_for_clips_own_vocabulary(tmp_path):
 def test_those_that_are_given_come_first(tmp_path):
     tiny_tokenizers.save(tmp_path)
     tiny = {name: {"vocab_size": tiny_tokenizers.CLIP_VOCAB} for name in RELEASED}
-    found = bundles.tokenizers_of(tmp_path / "a.safetensors", str(tmp_path), tiny)
+    found = bundles.tokenizers_of([tmp_path / "a.safetensors"], str(tmp_path), tiny)
     assert set(found) == {"clip_l", "clip_g", "t5"}
     assert len(found["clip_l"]) == tiny_tokenizers.CLIP_VOCAB
     with pytest.raises(UserError, match="tokenizer for clip_l has 521 tokens"):
-        bundles.tokenizers_of(tmp_path / "a.safetensors", str(tmp_path), RELEASED)
+        bundles.tokenizers_of([tmp_path / "a.safetensors"], str(tmp_path), RELEASED)
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match="empty: no tokenizers: wanted a diffusers fold"
     ):
-        bundles.tokenizers_of(tmp_path, str(tmp_path / "empty"), RELEASED)
+        bundles.tokenizers_of([tmp_path], str(tmp_path / "empty"), RELEASED)
+
+
+def test_each_of_several_sources_may_have_some(tmp_path):
+    tiny_tokenizers.save(tmp_path / "a")
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a" / T5).rename(tmp_path / "b" / T5)
+    paths = [tmp_path / "x.safetensors", tmp_path / "a", tmp_path / "b"]
+    assert set(bundles.tokenizers_of(paths, "", {})) == {"clip_l", "clip_g", "t5"}
 
 
 def t5_of(words):
@@ -246,6 +254,9 @@ WRONG = [
     (CLIP, "merges.txt", b"\x00\xff\xfe"),
     (CLIP, "merges.txt", b"#version\nno such pieces\n"),
     (CLIP, "merges.txt", b"#version\nzz\n"),
+    (CLIP, "merges.txt", b"#version: 0.2\nr e\nre d</w>\nf o\nfo x</w>\ni n</w>\n"),
+    (CLIP, "tokenizer.json", b'{"model": {"vocab": {"a": 0, "ab": 1}, "merges": []}}'),
+    (CLIP, "tokenizer.json", b'{"model": {"vocab": {"ab": 1}, "merges": [[1], null]}}'),
     *(
         (CLIP, "tokenizer_config.json", json.dumps({name: value}).encode())
         for name in ("pad_token", "eos_token")
@@ -297,6 +308,24 @@ def test_a_bad_regular_expression_is_named(whole, tmp_path):
     path.write_text(json.dumps(told))
     with pytest.raises(UserError, match=f"{path}: not a tokenizer, no T5Tok"):
         tokenizers.load(tmp_path)
+
+
+def test_a_folder_without_its_main_file(whole, tmp_path):
+    (tmp_path / T5).mkdir()
+    settings = tmp_path / T5 / "tokenizer_config.json"
+    settings.write_bytes((whole / T5 / settings.name).read_bytes())
+    with pytest.raises(
+        UserError, match=f"{tmp_path / T5}: no tokenizer: wanted tokeni"
+    ):
+        tokenizers.load(tmp_path)
+    (tmp_path / CLIP).mkdir()
+    for name in "vocab.json", "tokenizer_config.json":
+        (tmp_path / CLIP / name).write_bytes((whole / CLIP / name).read_bytes())
+    with pytest.raises(UserError, match="merges.txt: cannot be read: No such file"):
+        tokenizers.read("clip_l", tmp_path / CLIP)
+    (tmp_path / T5 / "spiece.model").write_bytes(b"\0binary")
+    with pytest.raises(UserError, match="spiece.model: "):  # also with sentencepiece
+        tokenizers.read("t5", tmp_path / T5)
 
 
 def test_panics_are_told_and_interrupts_pass(whole, monkeypatch):
