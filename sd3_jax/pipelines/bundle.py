@@ -276,7 +276,7 @@ def load(
     words = tokenizers_of(paths, tokenizers_from or "", configs)
     if tokenizers_from is not None:
         for name in [x for x in TEXT if x in found and x not in words]:
-            words[name] = absent_tokenizer(name, configs[name], source)
+            words[name] = fetched_tokenizer(name, configs[name], source)
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
@@ -333,7 +333,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
     return words
 
 
-def absent_tokenizer(name: str, config: dict, source: str) -> Any:
+def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
     """T5's from the hub; a UserError that says what to give, where that cannot be."""
     remedy = (
         "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"

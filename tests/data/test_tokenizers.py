@@ -169,7 +169,7 @@ def test_the_packages_own_is_for_clips_own_vocabulary(tmp_path):
     assert bundles.tokenizers_of([tmp_path], "", tiny) == {}
     words = "no tokenizer for clip_g, whose 521 rows are not those.*tokenizers_from="
     with pytest.raises(UserError, match=f"a.safetensors: {words}"):
-        bundles.absent_tokenizer("clip_g", tiny["clip_g"], "a.safetensors")
+        bundles.fetched_tokenizer("clip_g", tiny["clip_g"], "a.safetensors")
 
 
 def test_those_that_are_given_come_first(tmp_path):
@@ -212,7 +212,7 @@ def test_t5s_comes_from_the_hub(words, fits, tmp_path, monkeypatch):
         return sources.epath.Path(tmp_path)
 
     monkeypatch.setattr(sources, "resolve", resolve)
-    get = lambda: bundles.absent_tokenizer("t5", {"vocab_size": 32128}, "a")
+    get = lambda: bundles.fetched_tokenizer("t5", {"vocab_size": 32128}, "a")
     if fits:
         assert len(get()) == words and tokenizers.load(tmp_path).keys() == {"t5"}
     else:
@@ -228,7 +228,7 @@ def test_without_the_hub_it_is_told_what_to_give(monkeypatch):
 
     monkeypatch.setattr(sources, "resolve", resolve)
     with pytest.raises(UserError) as error:
-        bundles.absent_tokenizer("t5", {"vocab_size": 32128}, "sd3.safetensors")
+        bundles.fetched_tokenizer("t5", {"vocab_size": 32128}, "sd3.safetensors")
     message = str(error.value)
     assert message.startswith("sd3.safetensors: no tokenizer for t5 (tokenizers")
     assert "tokenizers_from=FOLDER (config.tokenizers)" in message
