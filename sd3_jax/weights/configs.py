@@ -96,8 +96,9 @@ def free(names: str) -> dict[str, None]:
 # --- the tables
 
 LEVELS = 8  # of an autoencoder, at most
+UNQUANTIZED = "null, which is of the model in bfloat16 or float16: name that instead"
 # Of weights that a library has quantized, only that library knows the layout.
-WHOLE = {"quantization_config": only(None, guard=True)}
+WHOLE = {"quantization_config": only(None, guard=True)._replace(allowed=UNQUANTIZED)}
 DENOISER = WHOLE | {
     "_class_name": only("SD3Transformer2DModel"),
     "sample_size": count(128),
