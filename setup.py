@@ -35,6 +35,7 @@ setup(
     description="Stable Diffusion 3 in pure-functional JAX for TPU pods",
     python_requires=">=3.11",
     packages=find_packages(include=["sd3_jax*", "configs*"]),
+    package_data={"sd3_jax.data": ["vocabulary/*"]},  # CLIP's, with its licence
     install_requires=[
         "array_record>=0.8",
         "etils[epath]>=1.10",

@@ -12,7 +12,7 @@ def get_config() -> ConfigDict:
     c.weights = (
         ""  # a folder, file or hub name of released weights, commas add; "": ours
     )
-    c.tokenizers = ""  # a folder or hub name that has them, where the weights have none
+    c.tokenizers = ""  # a folder or hub name; "": the weights', CLIP's own, T5's hub
     c.model = dict(
         name="mmdit",  # dit, crossdit, uvit, unet
         depth=24,
@@ -55,7 +55,7 @@ def get_config() -> ConfigDict:
     )
     c.encode = dict(
         weights="",  # released ones, for pictures and captions that are not encoded
-        tokenizers="",  # a folder or hub name that has them, where weights have none
+        tokenizers="",  # as config.tokenizers
         dtype="bfloat16",  # that the encoders compute in
         form="moments",  # of the latents, drawn anew at every step; or latents
         rows=8,  # examples a device at a time

@@ -37,7 +37,7 @@ def load(
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
     *,
-    tokenizers_from: str = "",
+    tokenizers_from: str | None = "",
     lora: str | Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:

@@ -841,8 +841,8 @@ def words(tmp_path_factory):
     index = {"text_encoder": ["transformers", "CLIPTextModelWithProjection"]}
     (folder / "model_index.json").write_text(json.dumps(index))
     encoder = folder / "text_encoder"
-    x = np.ones(3, np.float32)
-    safetensors.write_file(encoder / "model.safetensors", entries({"x": x}))
+    x = {f"text_model.encoder.layers.{i}.x": np.ones(3, np.float32) for i in range(12)}
+    safetensors.write_file(encoder / "model.safetensors", entries(x))
     (encoder / "config.json").write_text(json.dumps({"vocab_size": 49408}))
     return folder
 

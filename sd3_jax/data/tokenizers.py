@@ -1,11 +1,13 @@
 """Captions to token ids: bytes, which need no file, and the released models' own."""
 
 import functools
+import gzip
 import logging
 import os
 import threading
 from collections import Counter
 from collections.abc import Sequence
+from importlib.util import find_spec
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from etils import epath
 from jaxtyping import Int
 
 from sd3_jax.errors import UserError
-from sd3_jax.outside import shown
+from sd3_jax.outside import parse_json, shown
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
@@ -21,6 +23,20 @@ from transformers import ByT5Tokenizer  # noqa: E402
 log = logging.getLogger(__name__)
 _LOCK = threading.Lock()  # padding and truncation are a tokenizer's state
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
+MAIN_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json")
+FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
+TOKENS = ("pad_token", "eos_token", "bos_token", "unk_token")
+LARGEST = 64 * 2**20  # bytes of a file; T5's take 2.4 MB
+CLIP_WORDS = 49408
+VOCABULARY = epath.Path(__file__).parent / "vocabulary"
+# T5 1.1 has T5's vocabulary, byte for byte. This repository is open to all and has it
+# as tokenizer.json, which needs no sentencepiece; T5-XXL's own has spiece.model alone,
+# and SD3's are gated.
+T5_HUB = "google-t5/t5-small"
+T5_WORDS = 32128  # rows of the published encoder's embedding, 100 of them of no word
+# What of a hub's repository is a tokenizer's.
+WANTED = ("tokenizer*/*", *FILES)
 
 
 @functools.cache
@@ -43,20 +59,187 @@ def bytes_of(captions: Sequence[str], length: int) -> dict[str, np.ndarray]:
 
 
 def load(folder: epath.PathLike) -> dict[str, Any]:
-    """The tokenizers that a diffusers folder holds, by encoder; none is no error."""
+    """The tokenizers that a diffusers folder holds, by encoder; none is no error.
+
+    A folder that is itself T5's, as in a repository of that model, is that one.
+    """
+    folder = epath.Path(folder)
+    found = {
+        name: read(name, folder / place)
+        for name, place in FOLDERS.items()
+        if (folder / place).is_dir() and any((folder / place).iterdir())
+    }
+    return found or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
+
+
+def _is_t5(folder: epath.Path) -> bool:
+    settings = folder / "tokenizer_config.json"
+    kind = _json(settings).get("tokenizer_class") if settings.exists() else None
+    if kind is None:
+        return (folder / "spiece.model").exists()
+    return str(kind).startswith("T5")
+
+
+def read(name: str, folder: epath.PathLike) -> Any:
+    """An encoder's tokenizer, transformers' own, tried out; a UserError names what is
+    wrong with its files."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
-    kinds = {"clip_l": CLIPTokenizer, "clip_g": CLIPTokenizer, "t5": T5TokenizerFast}
-    found = {}
-    for name, kind in kinds.items():
-        path = epath.Path(folder) / FOLDERS[name]
-        if path.is_dir() and any(path.iterdir()):
-            try:
-                found[name] = kind.from_pretrained(os.fspath(path))
-            except (OSError, ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
-                raise UserError(f"{path}: not a tokenizer: {reason}") from error
-    return found
+    folder = epath.Path(folder)
+    kind = T5TokenizerFast if name == "t5" else CLIPTokenizer
+    _check_files(folder)
+    if name != "t5":
+        _check_merges(folder)
+    try:
+        tokenizer = kind.from_pretrained(os.fspath(folder), local_files_only=True)
+        ids = _try(tokenizer)
+    except (KeyboardInterrupt, SystemExit, MemoryError):
+        raise
+    except BaseException as error:  # the library's panics in Rust are no Exceptions
+        present = (file for file in MAIN_FILES if (folder / file).exists())
+        reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+        raise UserError(
+            f"{folder / next(present, '')}: not a tokenizer, no {kind.__name__}:"
+            f" {shown(reason, 200)}"
+        ) from error
+    if not all(0 <= i < len(tokenizer) for i in ids):
+        raise UserError(f"{folder}: a tokenizer with ids beyond its vocabulary")
+    return tokenizer
+
+
+def _try(tokenizer: Any) -> list[int]:
+    """As it will be used: what lacks a token to pad with fails here."""
+    options = dict(padding="max_length", max_length=8, truncation=True)
+    ids = tokenizer(["", "a red fox, twice!"], **options)["input_ids"]
+    tokenizer.decode(ids[1])
+    if [len(row) for row in ids] != [8, 8]:
+        raise ValueError("it does not pad or cut to a length")
+    return [i for row in ids for i in row]
+
+
+def _check_files(folder: epath.Path) -> None:
+    """The files' types, and those of the settings that the library would take on
+    trust: null, or another type, for a token that pads or ends a text."""
+    there = [folder / name for name in FILES if (folder / name).exists()]
+    for path in there:
+        if path.stat().length > LARGEST:
+            raise UserError(f"{path}: {path.stat().length} bytes, too large to be read")
+        if path.suffix == ".json":
+            _check_settings(path, _json(path))
+        elif path.suffix == ".txt":
+            _text(path)
+    names = {path.name for path in there}
+    if names & set(MAIN_FILES) <= {"spiece.model", "tokenizer_config.json"}:
+        if "spiece.model" not in names:
+            raise UserError(
+                f"{folder}: no tokenizer: wanted {', '.join(MAIN_FILES[:3])}"
+            )
+        if not find_spec("sentencepiece"):
+            raise UserError(
+                f"{folder / 'spiece.model'}: needs `pip install sentencepiece"
+                " protobuf`; or wanted tokenizer.json, which holds the same"
+            )
+
+
+def _check_merges(folder: epath.Path) -> None:
+    """Of byte pair encoding: a list that was cut would give other ids in silence."""
+    path, vocab = folder / "tokenizer.json", folder / "vocab.json"
+    if path.exists():
+        model = _json(path)["model"]
+        pieces, merges = model["vocab"], model.get("merges")
+        if not isinstance(pieces, dict) or not isinstance(merges, list):
+            return  # of another kind
+    elif vocab.exists():
+        path, pieces = folder / "merges.txt", _json(vocab)
+        lines = _text(path).splitlines()
+        merges = [line for line in lines if not line.startswith("#version")]
+    else:
+        return
+    pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
+    if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
+        raise UserError(f"{path}: wanted merges of two pieces")
+    made = set(map("".join, pairs))
+    whole = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
+    lost = [piece for piece in pieces if not whole(piece) and piece not in made]
+    if lost:
+        raise UserError(
+            f"{path}: no merges for {len(lost)} pieces of the vocabulary,"
+            f" {shown(lost[0])} first: wanted the whole list"
+        )
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _check_settings(path: epath.Path, settings: dict) -> None:
+    for name in TOKENS if path.name in SETTINGS else ():
+        token = settings.get(name, "")
+        token = token.get("content") if isinstance(token, dict) else token
+        needed = name in ("pad_token", "eos_token")
+        if not isinstance(token, str) and (needed or token is not None):
+            raise UserError(f"{path}: {name} = {shown(token)}: wanted a token")
+    longest = settings.get("model_max_length")
+    if path.name in SETTINGS and type(longest) not in (int, float, type(None)):
+        raise UserError(f"{path}: model_max_length = {shown(longest)}: wanted a number")
+    if path.name == "tokenizer.json":
+        model = settings.get("model")
+        if not isinstance(model, dict) or not model.get("vocab"):
+            raise UserError(f"{path}: wanted a model with a vocab")
+    if path.name == "vocab.json":
+        ids = settings.values()
+        if not ids or not all(type(x) is int and x >= 0 for x in ids):
+            raise UserError(f"{path}: wanted ids by token")
+
+
+def _json(path: epath.Path) -> dict:
+    try:
+        value = parse_json(_text(path))
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {shown(error, 200)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: wanted a JSON object")
+    return value
+
+
+def _text(path: epath.Path) -> str:
+    try:
+        return path.read_bytes().decode()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{path}: not UTF-8 text") from None
+
+
+@functools.cache
+def packaged_clip(name: str) -> Any:
+    """CLIP's own, of CLIP_WORDS tokens, from the vocabulary that OpenAI published.
+
+    Its bytes come first, then its bytes that end a word, its merges in their order, and
+    the start and the end of a text. The two encoders differ in what they are padded
+    with: "clip_g" by "!", whose id is 0, as its published folder has it.
+    """
+    from tokenizers import AddedToken
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import CLIPTokenizer
+
+    text = gzip.decompress((VOCABULARY / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
+    lines = text.decode().split("\n")[1 : CLIP_WORDS - 2 * 256 - 2 + 1]
+    merges = [tuple(line.split()) for line in lines]
+    # Printable bytes first, each as its character, then the others: "!" is 0.
+    letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
+    pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, merges)]
+    start, end = "<|startoftext|>", "<|endoftext|>"
+    vocab = {piece: i for i, piece in enumerate([*pieces, start, end])}
+    return CLIPTokenizer(
+        vocab=vocab,
+        merges=merges,
+        bos_token=AddedToken(start, normalized=True, special=True),
+        eos_token=AddedToken(end, normalized=name == "clip_l", special=True),
+        unk_token=AddedToken(end, normalized=name == "clip_l", special=True),
+        pad_token="!" if name == "clip_g" else end,
+        model_max_length=77,
+    )
 
 
 def save(found: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:

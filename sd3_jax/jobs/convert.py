@@ -35,7 +35,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
             bundle = bundles.load_stored_control(path, mesh)
         elif config.weights:
-            bundle = released.load(config, mesh, dtype="stored", quantize={})
+            words = config.tokenizers or None  # no prompt will be encoded
+            options = dict(dtype="stored", quantize={}, tokenizers_from=words)
+            bundle = released.load(config, mesh, **options)
         else:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
@@ -71,7 +73,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     if "buffers" in params:  # fine-tuned: what else a model has is its base's
         variables["buffers"] = params["buffers"]
         base = tune.base_of(workdir)
-        bundle = bundles.load(base, mesh=mesh, dtype="stored")
+        bundle = bundles.load(base, mesh=mesh, dtype="stored", tokenizers_from=None)
         bundle.variables["denoiser"] = variables
         return bundle
     size = model.pos_size

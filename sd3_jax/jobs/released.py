@@ -16,14 +16,13 @@ from sd3_jax.pipelines import bundle
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
     """config.weights with config.sample.lora, in config.model.dtype and where
     config.quantize says so in eight bits, over the mesh."""
-    own = dict(dtype=config.model.dtype, quantize=config.quantize.to_dict())
-    return bundle.load(
-        config.weights,
-        mesh=mesh,
+    own = dict(
+        dtype=config.model.dtype,
+        quantize=config.quantize.to_dict(),
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
-        **own | options,
     )
+    return bundle.load(config.weights, mesh=mesh, **own | options)
 
 
 class ReleasedPainter:

@@ -29,6 +29,7 @@ from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components, controlnet
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
+from sd3_jax.weights.configs import fit
 
 log = logging.getLogger(__name__)
 SCHEDULER = {  # where no file says
@@ -217,8 +218,8 @@ class Bundle:
         """What takes the autoencoder's latents to the denoiser's."""
         config = self.configs["vae"]
         return {
-            "scaling": config.get("scaling_factor", 1.0),
-            "shift": config.get("shift_factor") or 0.0,
+            "scaling": config["scaling_factor"],
+            "shift": config["shift_factor"] or 0.0,
         }
 
     @property
@@ -251,7 +252,7 @@ def load(
     *,
     mesh: Mesh,
     dtype: str = "bfloat16",
-    tokenizers_from: str = "",
+    tokenizers_from: str | None = "",
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
@@ -283,19 +284,16 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
-    where = sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
-    words = tokenizers.load(where)
-    for name, tokenizer in words.items():
-        check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
+    fit({name: part.config for name, part in found.items()}, source)
+    words = tokenizers_of(paths, tokenizers_from or "", configs)
+    if tokenizers_from is not None:
+        for name in [x for x in TEXT if x in found and x not in words]:
+            words[name] = fetched_tokenizer(name, configs[name], source)
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
     for name, part in found.items():
         component = COMPONENTS[name]
-        try:
-            module = component.build(part.config, compute)
-            shapes = components.abstract(component, module, part.config, mesh, compute)
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            reason = f"{name} cannot be made from its configuration: {error!r}"
-            raise UserError(f"{source}: {reason}") from error
+        module = component.build(part.config, compute)
+        shapes = components.abstract(component, module, part.config, mesh, compute)
         stored[name] = part.dtypes(component, module, shapes)
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])
@@ -322,6 +320,51 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     if kinds and dtype == "stored":
         raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
     return kinds
+
+
+def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
+    """Those in a model's folders, or in the `other` place, and for what is CLIP's the
+    package's own; each is of its encoder's vocabulary."""
+    if other:
+        paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
+    words = {}
+    for path in paths:
+        found = tokenizers.load(path)
+        if other and not found:
+            raise UserError(
+                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
+                f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
+            )
+        for name in [name for name in found if name not in words]:
+            check_vocabulary(name, len(found[name]), configs.get(name, {}), path)
+            words[name] = found[name]
+    for name in ("clip_l", "clip_g"):
+        size = configs.get(name, {}).get("vocab_size")
+        if name not in words and size == tokenizers.CLIP_WORDS:
+            words[name] = tokenizers.packaged_clip(name)
+    return words
+
+
+def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
+    """T5's from the hub; a UserError that says what to give, where that cannot be."""
+    remedy = (
+        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
+        " name, or None for embeddings alone"
+    )
+    rows = config["vocab_size"]
+    if name != "t5" or rows != tokenizers.T5_WORDS:
+        raise UserError(
+            f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
+            f" published encoder: {remedy}"
+        )
+    hub = tokenizers.T5_HUB
+    try:
+        folder = sources.resolve(hub, tokenizers.WANTED, what="tokenizers")
+        tokenizer = tokenizers.read("t5", folder)
+    except UserError as error:
+        raise UserError(f"{source}: no tokenizer for t5 ({error}): {remedy}") from None
+    check_vocabulary(name, len(tokenizer), config, folder)
+    return tokenizer
 
 
 def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:

@@ -1,7 +1,6 @@
 """A whole CLIP as one thing: pictures and texts to embeddings of one space."""
 
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -121,20 +120,17 @@ def load(
         what = f"{path}: CLIP's {name} tower"
         if component.mark not in own:
             raise UserError(f"{what} is missing: wanted transformers' CLIPModel, whole")
-        try:
-            config = configs[name] if configs else component.detect(own)
-            module = component.build(config, np.dtype(dtype))
-            shapes = components.abstract(component, module, config, mesh, dtype)
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except (LookupError, TypeError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{what} cannot be made: {error!r}") from error
+        config = components.configured(
+            component, configs[name] if configs else None, own, where=what
+        )
+        module = component.build(config, np.dtype(dtype))
+        shapes = components.abstract(component, module, config, mesh, dtype)
         pieces = names.pieces(shapes, component.table(module), "diffusers")
         stream.check(own, pieces, what=what, ignored=component.ignored)
         modules[name], variables[name] = module, stream.load(own, shapes, pieces)
     folder = path if path.is_dir() else path.parent
     prepare = clip_images.preparation(folder, modules["vision"].size)
-    words = _tokenizer(folder, tokenizers_from)
+    words = _tokenizer(folder, tokenizers_from, modules["text"].vocab)
     return Clip(modules, variables, prepare, words, mesh, source, rows)
 
 
@@ -151,24 +147,21 @@ def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
     if "vision_config" not in config:
         kind = shown(config.get("model_type", "another model"))
         raise UserError(f"{path}: config.json is of {kind}, wanted a CLIPModel's")
-    try:
-        return safetensors.open_folder(path), towers(config)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path}: config.json: {shown(error, 200)}") from None
+    return safetensors.open_folder(path), towers(config, f"{path / 'config.json'}")
 
 
-def _tokenizer(folder: epath.Path, other: str) -> Any:
-    """CLIP's own beside the weights, or that of a released model's first encoder."""
-    from transformers import CLIPTokenizer
-
-    places = [folder] + ([sources.resolve(other)] if other else [])
+def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
+    """CLIP's own beside the weights, that of a released model's first encoder, or the
+    package's, for a tower that knows so many `words`."""
+    places = [folder]
+    if other:
+        wanted = tokenizers.WANTED
+        places.append(sources.resolve(other, wanted, what="tokenizers"))
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
-            try:
-                return CLIPTokenizer.from_pretrained(os.fspath(place))
-            except (OSError, ValueError, KeyError) as error:
-                reason = shown(str(error).splitlines()[0], 200)
-                raise UserError(f"{place}: not a tokenizer: {reason}") from error
+            return tokenizers.read("clip_l", place)
         if found := tokenizers.load(place).get("clip_l"):
             return found
-    return None
+    return (
+        tokenizers.packaged_clip("clip_l") if words == tokenizers.CLIP_WORDS else None
+    )

@@ -15,7 +15,7 @@ from sd3_jax.models.leaves import is_leaf
 from sd3_jax.outside import parse_json, shown
 from sd3_jax.pipelines import programs
 from sd3_jax.weights import controlnet, names, safetensors, store, stream
-from sd3_jax.weights.components import COMPONENTS, CONTROLNET
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
 
 log = logging.getLogger(__name__)
 INDEX = "model_index.json"
@@ -83,13 +83,9 @@ def _original(path: epath.Path) -> dict[str, Part]:
     found = {}
     for name, prefix in _prefixes(tensors, path.name):
         own = {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)}
-        try:
-            told = known.get(name)
-            config = told if isinstance(told, dict) else COMPONENTS[name].detect(own)
-        except (LookupError, ValueError, ArithmeticError) as error:
-            raise UserError(f"{path}: {name} is not whole: {error}") from None
-        ours = name in known
-        found[name] = _part(own, config, f"{path}: {name}", "original", ours)
+        what, config = f"{path}: {name}", known.get(name)
+        config = configured(COMPONENTS[name], config, own, "original", what)
+        found[name] = _part(own, config, what, "original", name in known)
     if found and "scheduler" in known:
         found["scheduler"] = Part(None, known["scheduler"], None)
     if not found:
@@ -170,11 +166,9 @@ def control(path: epath.Path) -> Part:
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
             layout = "original"
     controlnet.require_family(file, tensors, config)
-    try:
-        config = config or CONTROLNET.detect(tensors)
-    except (LookupError, ValueError) as error:
-        raise UserError(f"{file}: the ControlNet is not whole: {error}") from None
-    config |= controlnet.hint_channels(tensors, config)
+    if config:
+        config |= controlnet.hint_channels(tensors, config)
+    config = configured(CONTROLNET, config or None, tensors, layout, str(file))
     config |= controlnet.control_type(file, tensors, config)
     return _part(tensors, config, str(file), layout)
 
@@ -194,9 +188,11 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
 
 
 def _from_folder(component, folder: epath.Path) -> Part:
-    config = _read(folder / "config.json")
+    file = folder / "config.json"
+    config, tensors = _read(file), safetensors.open_folder(folder)
     config = config.get("text_config", config)  # of a whole CLIP
-    return _part(safetensors.open_folder(folder), config, str(folder), "diffusers")
+    config = configured(component, config, tensors, "diffusers", str(file))
+    return _part(tensors, config, str(folder), "diffusers")
 
 
 def _part(
@@ -233,7 +229,11 @@ def _stored(path: epath.Path) -> dict[str, Part]:
             lambda component, module, shapes: store.dtypes(path, name),
         )
 
-    return {name: part(name, config) for name, config in store.configs(path).items()}
+    found = store.configs(path)
+    for name in COMPONENTS.keys() & found.keys():
+        where = f"{path / store.FILE}: {name}"
+        found[name] = configured(COMPONENTS[name], found[name], where=where)
+    return {name: part(name, config) for name, config in found.items()}
 
 
 def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:

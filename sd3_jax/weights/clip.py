@@ -1,20 +1,17 @@
 """A whole CLIP, transformers' CLIPModel: the names and configurations of two towers."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
 
-from sd3_jax.errors import UserError
 from sd3_jax.models.clip_vision import ClipVision
-from sd3_jax.weights import text
-from sd3_jax.weights.components import Component, Shapes, build_clip, detect_clip
+from sd3_jax.weights import configs, text
+from sd3_jax.weights.components import Component, build_clip
 from sd3_jax.weights.components import example_clip as example_text
 from sd3_jax.weights.names import AS_IS, Group, Row, patches
 
 SIDES = ("vision_model.", "visual_projection.")  # what the vision tower's names begin
-OPENAI = (768, 1024)  # widths of its ViT-B and ViT-L, with quick_gelu, heads of 64
 IGNORED = ("position_ids", "logit_scale")
 
 
@@ -34,49 +31,17 @@ def vision_table(model: ClipVision) -> list[Group]:
     return [Group("", "", "", ends), blocks]
 
 
-def detect_vision(x: Shapes) -> dict:
-    width, _, patch, _ = x["vision_model.embeddings.patch_embedding.weight"].shape
-    places = x["vision_model.embeddings.position_embedding.weight"].shape[0]
-    layers = {int(k.split(".")[3]) for k in x if ".encoder.layers." in k}
-    if width not in OPENAI:
-        raise UserError(
-            f"a vision tower of width {width}: a file alone is read as OpenAI's ViT-B"
-            " or ViT-L; wanted a folder, with its config.json"
-        )
-    return {
-        "hidden_size": width,
-        "intermediate_size": x["vision_model.encoder.layers.0.mlp.fc1.weight"].shape[0],
-        "projection_dim": x["visual_projection.weight"].shape[0],
-        "num_hidden_layers": 1 + max(layers),
-        "num_attention_heads": width // 64,
-        "num_channels": 3,
-        "image_size": patch * math.isqrt(places - 1),
-        "patch_size": patch,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
-    }
-
-
-def detect_text(x: Shapes) -> dict:
-    return detect_clip(x) | {"hidden_act": "quick_gelu"}
-
-
 def build_vision(config: dict, dtype: Any) -> ClipVision:
-    eps = config.get("layer_norm_eps", 1e-5)
-    if config.get("num_channels", 3) != 3 or eps != 1e-5:
-        raise UserError(
-            f"vision_config: num_channels {config.get('num_channels', 3)},"
-            f" layer_norm_eps {eps}: wanted 3 and 1e-05"
-        )
+    c = configs.read("clip_vision", config)
     return ClipVision(
-        depth=config["num_hidden_layers"],
-        width=config["hidden_size"],
-        num_heads=config["num_attention_heads"],
-        mlp=config["intermediate_size"],
-        projection=config["projection_dim"],
-        activation=config["hidden_act"],
-        size=config["image_size"],
-        patch=config["patch_size"],
+        depth=c["num_hidden_layers"],
+        width=c["hidden_size"],
+        num_heads=c["num_attention_heads"],
+        mlp=c["intermediate_size"],
+        projection=c["projection_dim"],
+        activation=c["hidden_act"],
+        size=c["image_size"],
+        patch=c["patch_size"],
         dtype=dtype,
     )
 
@@ -85,23 +50,28 @@ def example_vision(module: ClipVision, config: dict) -> tuple:
     return (jnp.zeros((1, module.size, module.size, 3)),)
 
 
-def towers(config: Mapping[str, Any]) -> dict[str, dict]:
-    """The two towers' configurations of a CLIPModel's, defaults filled in."""
-    from transformers import CLIPTextConfig, CLIPVisionConfig
+def towers(config: Mapping[str, Any], where: str = "config") -> dict[str, dict]:
+    """The two towers' configurations of a CLIPModel's, read.
 
-    kinds = {"vision": CLIPVisionConfig, "text": CLIPTextConfig}
+    transformers lets `text_config_dict`, of its old files, overrule `text_config`, and
+    the whole model's projection_dim those of both towers.
+    """
     size = {"projection_dim": config.get("projection_dim", 512)}
-    return {
-        name: kind(**(config.get(f"{name}_config") or {})).to_dict() | size
-        for name, kind in kinds.items()
-    }
+    told = {}
+    for name, component in TOWERS.items():
+        own, file = {}, f"{where}: {name}_config"
+        for part in (config.get(f"{name}_config{end}") for end in ("", "_dict")):
+            if part is not None:
+                own |= configs.read(component.kind, part, file)
+        told[name] = configs.read(component.kind, own | size, file)
+    return told
 
 
 VISION = Component(
     "",
     "",
     "vision_model.post_layernorm.weight",
-    detect_vision,
+    "clip_vision",
     build_vision,
     example_vision,
     vision_table,
@@ -112,7 +82,7 @@ TEXT = Component(
     "",
     "",
     "text_model.final_layer_norm.weight",
-    detect_text,
+    "clip_text",
     build_clip,
     example_text,
     text.clip_table,

@@ -1,6 +1,5 @@
 """ControlNets: their names in files, and what of a denoiser they are built from."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.outside import shown
+from sd3_jax.weights import configs
 from sd3_jax.weights.mmdit import DUAL, IMAGE, TEXT, positions_row, time_and_pooled
 from sd3_jax.weights.names import Group, Row, patches
 
@@ -58,19 +58,18 @@ def table(model: ControlNet) -> list[Group]:
 
 
 def build(config: dict, dtype: Any) -> ControlNet:
-    heads, joint = config["num_attention_heads"], config.get("joint_attention_dim")
-    hint = config.get("in_channels", 16) + config.get("extra_conditioning_channels", 0)
+    c = configs.read("controlnet", config)
     return ControlNet(
-        depth=config["num_layers"],
-        width=heads * config["attention_head_dim"],
-        num_heads=heads,
-        patch=config.get("patch_size", 2),
-        hint_channels=hint,
-        qk_norm=config.get("qk_norm") is not None,
-        dual_blocks=len(config.get("dual_attention_layers") or ()),
-        joint=joint is not None,
-        zero_pooled=config.get("force_zeros_for_pooled_projection", True),
-        pos_size=config.get("pos_embed_max_size") or 192,
+        depth=c["num_layers"],
+        width=c["num_attention_heads"] * c["attention_head_dim"],
+        num_heads=c["num_attention_heads"],
+        patch=c["patch_size"],
+        hint_channels=c["in_channels"] + c["extra_conditioning_channels"],
+        qk_norm=c["qk_norm"] is not None,
+        dual_blocks=len(c["dual_attention_layers"]),
+        joint=c["joint_attention_dim"] is not None,
+        zero_pooled=c["force_zeros_for_pooled_projection"],
+        pos_size=c["pos_embed_max_size"] or 192,
         dtype=dtype,
     )
 
@@ -139,34 +138,3 @@ def without_borrowed(net: ControlNet, variables: Mapping) -> dict:
         return dict(variables)
     own = {k: v for k, v in variables["params"].items() if k != "patch_embed"}
     return {"params": own}
-
-
-def detect(x: Any) -> dict:
-    """A single-stream net of the original layout, or a joint one of diffusers'."""
-    width, channels, patch, _ = x["pos_embed_input.proj.weight"].shape
-    layers = [int(k.split(".")[1]) for k in x if k.startswith("controlnet_blocks.")]
-    joint = x.get("context_embedder.weight")
-    table = x.get("pos_embed.pos_embed")
-    dual = {int(k.split(".")[1]) for k in x if ".attn2." in k}
-    return {
-        "_class_name": "SD3ControlNetModel",
-        "sample_size": 128,
-        "patch_size": patch,
-        "in_channels": 16,
-        "extra_conditioning_channels": channels - 16,
-        "num_layers": 1 + max(layers),
-        "attention_head_dim": 64,
-        "num_attention_heads": width // 64,
-        "joint_attention_dim": None if joint is None else joint.shape[1],
-        "caption_projection_dim": 2048 if joint is None else width,
-        "pooled_projection_dim": x[
-            "time_text_embed.text_embedder.linear_1.weight"
-        ].shape[1],
-        "out_channels": 16,
-        "pos_embed_max_size": None if table is None else math.isqrt(table.shape[1]),
-        "pos_embed_type": None if table is None else "sincos",
-        "use_pos_embed": table is not None,
-        "dual_attention_layers": sorted(dual),
-        "qk_norm": "rms_norm" if any(".norm_q." in k for k in x) else None,
-        "force_zeros_for_pooled_projection": joint is not None,
-    }

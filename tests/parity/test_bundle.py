@@ -305,9 +305,9 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, value):
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("num_layers", None, "denoiser cannot be made from its configuration"),
-        ("patch_size", "two", "denoiser cannot be made"),
-        ("dual_attention_layers", 3, "denoiser cannot be made"),
+        ("num_layers", None, "config.json: num_layers = null: wanted a whole number"),
+        ("patch_size", "two", 'config.json: patch_size = "two"'),
+        ("dual_attention_layers", 3, "config.json: dual_attention_layers = 3"),
         ("_class_name", ["a", {}], "config.json is of"),
     ],
 )

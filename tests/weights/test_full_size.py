@@ -107,7 +107,8 @@ def test_the_config_is_read_off_a_single_files_shapes(model):
     original = shapes_of(component, module, ours, "original")
     tensors = {k: torch.empty(v, device="meta") for k, v in original.items()}
     assert component.mark in tensors
-    assert component.build(component.detect(tensors), jnp.bfloat16) == module
+    found = components.configured(component, None, tensors, "original")
+    assert component.build(found, jnp.bfloat16) == module
 
 
 def test_what_people_call_it(model):
@@ -158,4 +159,5 @@ def test_control_nets_are_ours_one_to_one(kind):
     found = shapes_of(component, module, ours, "diffusers")
     assert found == {k: v.shape for k, v in theirs.state_dict().items()}
     tensors = {k: torch.empty(v, device="meta") for k, v in found.items()}
-    assert component.build(component.detect(tensors), jnp.bfloat16) == module
+    read = components.configured(component, None, tensors)
+    assert component.build(read, jnp.bfloat16) == module

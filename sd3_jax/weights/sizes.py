@@ -1,0 +1,368 @@
+"""What the names and shapes of a file's tensors tell of its model.
+
+A single file has no configuration: it is read off them. Beside a configuration they
+bound it: a number of layers is as many as the file has.
+"""
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sd3_jax.errors import UserError
+
+Shapes = Mapping[str, Any]  # tensors by name, of which only .shape is looked at
+INNER = "num_attention_heads x attention_head_dim"
+HINT = "in_channels + extra_conditioning_channels"
+T5_INNER = "num_heads x d_kv"
+BOTH = "diffusers", "original"
+HEAD = 64  # wide, in every published file without a configuration
+
+
+class Size(NamedTuple):
+    """A field that the shape of a tensor, of so many axes, tells."""
+
+    field: str
+    tensor: str
+    axes: int
+    tell: Callable[[Sequence[int]], int | None]
+    optional: bool = False
+
+
+def axis(field: str, tensor: str, axes: int, at: int, **options) -> Size:
+    return Size(field, tensor, axes, lambda shape: shape[at], **options)
+
+
+def patches(tensor: str, channels: str = "in_channels") -> tuple[Size, ...]:
+    """Of a convolution (width, channels, patch, patch)."""
+    fields = INNER, channels, "patch_size"
+    return tuple(axis(field, tensor, 4, at) for at, field in enumerate(fields))
+
+
+def positions(tensor: str, **options) -> Size:
+    """Of a table (1, side^2, width)."""
+    return Size("pos_embed_max_size", tensor, 3, lambda s: _root(s[1]), **options)
+
+
+def _root(n: int) -> int | None:
+    return math.isqrt(n) if math.isqrt(n) ** 2 == n else None
+
+
+DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
+CONTEXT = axis("joint_attention_dim", "context_embedder.weight", 2, 1)
+DENOISER = {
+    "diffusers": (
+        *patches("pos_embed.proj.weight"),
+        positions("pos_embed.pos_embed"),
+        axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
+        CONTEXT,
+    ),
+    "original": (
+        *patches("x_embedder.proj.weight"),
+        positions("pos_embed"),
+        axis("pooled_projection_dim", "y_embedder.mlp.0.weight", 2, 1),
+        CONTEXT,
+    ),
+}
+CONTROLNET = (  # diffusers' names outside the blocks, in both layouts
+    *patches("pos_embed_input.proj.weight", channels=HINT),
+    positions("pos_embed.pos_embed", optional=True),
+    axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
+    CONTEXT._replace(optional=True),
+)
+VAE = (axis("latent_channels", "decoder.conv_in.weight", 4, 1),)
+EMBEDDINGS = "text_model.embeddings"
+CLIP_TEXT = (
+    axis("vocab_size", f"{EMBEDDINGS}.token_embedding.weight", 2, 0),
+    axis("hidden_size", f"{EMBEDDINGS}.token_embedding.weight", 2, 1),
+    axis("max_position_embeddings", f"{EMBEDDINGS}.position_embedding.weight", 2, 0),
+    axis("intermediate_size", "text_model.encoder.layers.0.mlp.fc1.weight", 2, 0),
+    # CLIP-L's is not in a single file, and is then no projection: as wide as the tower.
+    axis("projection_dim", "text_projection.weight", 2, 0, optional=True),
+)
+PATCHES = "vision_model.embeddings.patch_embedding.weight"
+CLIP_VISION = (
+    axis("hidden_size", PATCHES, 4, 0),
+    axis("num_channels", PATCHES, 4, 1),
+    axis("patch_size", PATCHES, 4, 2),
+    axis("intermediate_size", "vision_model.encoder.layers.0.mlp.fc1.weight", 2, 0),
+    axis("projection_dim", "visual_projection.weight", 2, 0),
+)
+BLOCK = "encoder.block.0.layer"
+BIAS = f"{BLOCK}.0.SelfAttention.relative_attention_bias.weight"
+T5 = (
+    axis("vocab_size", "shared.weight", 2, 0),
+    axis("d_model", "shared.weight", 2, 1),
+    axis("relative_attention_num_buckets", BIAS, 2, 0),
+    axis("num_heads", BIAS, 2, 1),
+    axis(T5_INNER, f"{BLOCK}.0.SelfAttention.q.weight", 2, 0),
+    axis("d_ff", f"{BLOCK}.1.DenseReluDense.wi_0.weight", 2, 0),
+)
+SIZES = {
+    "denoiser": DENOISER,
+    "controlnet": dict.fromkeys(BOTH, CONTROLNET),
+    "vae": dict.fromkeys(BOTH, VAE),
+    "clip_l": dict.fromkeys(BOTH, CLIP_TEXT),
+    "clip_g": dict.fromkeys(BOTH, CLIP_TEXT),
+    "t5": dict.fromkeys(BOTH, T5),
+    "clip_text": {"diffusers": CLIP_TEXT},
+    "clip_vision": {"diffusers": CLIP_VISION},
+}
+CLIP_LAYERS = "num_hidden_layers", dict.fromkeys(BOTH, "text_model.encoder.layers.")
+LAYERS = {  # the field, and what the names of its layers begin with
+    "denoiser": (
+        "num_layers",
+        {"diffusers": "transformer_blocks.", "original": "joint_blocks."},
+    ),
+    "controlnet": (
+        "num_layers",
+        dict.fromkeys(BOTH, "controlnet_blocks."),
+    ),
+    "clip_l": CLIP_LAYERS,
+    "clip_g": CLIP_LAYERS,
+    "clip_text": CLIP_LAYERS,
+    "clip_vision": (
+        "num_hidden_layers",
+        {"diffusers": "vision_model.encoder.layers."},
+    ),
+    "t5": (
+        "num_layers",
+        dict.fromkeys(BOTH, "encoder.block."),
+    ),
+}
+NORMS = ".norm_q.", ".ln_q."  # of either layout
+Told = dict[str, tuple[Any, str]]  # a field's value, and the reason
+
+
+def measured(kind: str, x: Shapes, layout: str, where: str) -> Told:
+    """Every field that the tensors tell, but for those whose tensor is missing."""
+    told: Told = {}
+    for size in SIZES[kind][layout]:
+        if size.tensor in x:
+            told[size.field] = _tell(size, x[size.tensor].shape, where)
+    if kind in LAYERS:
+        field, prefixes = LAYERS[kind]
+        prefix = prefixes[layout]
+        depth = number_of_layers(x, prefix, where)
+        told[field] = depth, f"the file has {prefix}0 to {depth - 1}"
+    if kind in ("denoiser", "controlnet"):
+        told |= _blocks(x)
+    return told | _levels(x, layout, where) if kind == "vae" else told
+
+
+def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
+    reason = f"{size.tensor} is {list(shape)}"
+    if len(shape) != size.axes:
+        raise UserError(f"{where}: {reason}: wanted {size.axes} axes")
+    value = size.tell(shape)
+    if value is None:
+        raise UserError(f"{where}: {reason}, which is no {size.field}")
+    return value, reason
+
+
+def _blocks(x: Shapes) -> Told:
+    dual = sorted({int(m[1]) for k in x if (m := re.match(DUAL, k))})
+    normed = next((k for k in x if any(norm in k for norm in NORMS)), None)
+    reason = f"{normed} is there" if normed else "no layer has a norm of q"
+    return {
+        "dual_attention_layers": (dual, "of these layers there are attn2's tensors"),
+        "qk_norm": ("rms_norm" if normed else None, reason),
+    }
+
+
+DUAL = r"(?:transformer|joint)_blocks\.([0-9]{1,9})\.(?:x_block\.)?attn2\."
+
+
+def _levels(x: Shapes, layout: str, where: str) -> Told:
+    """Of the autoencoder's encoder."""
+    one, block, middle = {
+        "diffusers": ("encoder.down_blocks.", "resnets", "encoder.mid_block.attent"),
+        "original": ("encoder.down.", "block", "encoder.mid.attn_1."),
+    }[layout]
+    levels = number_of_layers(x, one, where)
+    names = [f"{one}{i}.{block}.0.conv1.weight" for i in range(levels)]
+    told: Told = {}
+    if all(name in x for name in names):
+        first = [axis("block_out_channels", name, 4, 0) for name in names]
+        widths = [_tell(size, x[size.tensor].shape, where)[0] for size in first]
+        told["block_out_channels"] = widths, f"{names[0]} and the like are so"
+    resnets = number_of_layers(x, f"{one}0.{block}.", where)
+    told["layers_per_block"] = resnets, f"{one}0 has so many"
+    there = any(name.startswith(middle) for name in x)
+    reason = f"{middle}… is {'there' if there else 'missing'}"
+    return told | {"mid_block_add_attention": (there, reason)}
+
+
+def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
+    """How many there are; a UserError if one is missing among them.
+
+    Never more than the file has tensors, whatever number stands in a name.
+    """
+    number = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
+    layers = sorted({int(m[1]) for k in x if (m := number.match(k))})
+    missing = next((i for i, n in enumerate(layers) if i != n), None)
+    if not layers:
+        raise UserError(f"{where}: {prefix}0 is missing")
+    if missing is not None:
+        raise UserError(
+            f"{where}: {prefix}{missing} is missing, though there is"
+            f" {prefix}{layers[-1]}"
+        )
+    return len(layers)
+
+
+# --- configurations of single files
+
+
+def detect(kind: str, x: Shapes, where: str = "") -> dict:
+    """The configuration, as diffusers or transformers spell it, to be read.
+
+    What no tensor tells is as in the published files.
+    """
+    where = where or kind
+    layout = "original" if "original" in SIZES[kind] else "diffusers"
+    for size in SIZES[kind][layout]:
+        if size.tensor not in x and not size.optional:
+            raise UserError(f"{where}: {size.tensor} is missing")
+    sizes = {k: value for k, (value, _) in measured(kind, x, layout, where).items()}
+    return PUBLISHED[kind](x, sizes, where)
+
+
+def _heads(width: int, where: str) -> int:
+    if not width or width % HEAD:
+        raise UserError(
+            f"{where}: {width} wide: a file without a configuration has heads of"
+            f" {HEAD}; wanted a folder with its config.json"
+        )
+    return width // HEAD
+
+
+def _denoiser(x: Shapes, sizes: dict, where: str) -> dict:
+    width = sizes.pop(INNER)
+    return sizes | {
+        "_class_name": "SD3Transformer2DModel",
+        "sample_size": 128,
+        "attention_head_dim": HEAD,
+        "num_attention_heads": _heads(width, where),
+        "caption_projection_dim": width,
+        "out_channels": sizes["in_channels"],
+    }
+
+
+def _controlnet(x: Shapes, sizes: dict, where: str) -> dict:
+    width, hint, channels = sizes.pop(INNER), sizes.pop(HINT), 16
+    joint, table = "joint_attention_dim" in sizes, "pos_embed_max_size" in sizes
+    return (
+        {"joint_attention_dim": None, "pos_embed_max_size": None}
+        | sizes
+        | {
+            "_class_name": "SD3ControlNetModel",
+            "sample_size": 128,
+            "in_channels": channels,
+            "extra_conditioning_channels": hint - channels,
+            "attention_head_dim": HEAD,
+            "num_attention_heads": _heads(width, where),
+            "caption_projection_dim": width if joint else 2048,
+            "out_channels": channels,
+            "pos_embed_type": "sincos" if table else None,
+            "use_pos_embed": table,
+            "force_zeros_for_pooled_projection": joint,
+        }
+    )
+
+
+def _vae(x: Shapes, sizes: dict, where: str) -> dict:
+    if "block_out_channels" not in sizes:
+        raise UserError(
+            f"{where}: encoder.down.0.block.0.conv1.weight or its like in"
+            " another level is missing"
+        )
+    levels = len(sizes["block_out_channels"])
+    return sizes | {
+        "_class_name": "AutoencoderKL",
+        "in_channels": 3,
+        "out_channels": 3,
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "act_fn": "silu",
+        "norm_num_groups": 32,
+        "sample_size": 1024,
+        "scaling_factor": 1.5305,
+        "shift_factor": 0.0609,
+        "force_upcast": True,
+        "use_quant_conv": "quant_conv.weight" in x,
+        "use_post_quant_conv": "post_quant_conv.weight" in x,
+    }
+
+
+def _clip(activation: str, x: Shapes, sizes: dict, where: str) -> dict:
+    width = sizes["hidden_size"]
+    return (
+        {"projection_dim": width}
+        | sizes
+        | {
+            "architectures": ["CLIPTextModelWithProjection"],
+            "model_type": "clip_text_model",
+            "num_attention_heads": _heads(width, where),
+            "hidden_act": activation,
+            "layer_norm_eps": 1e-5,
+            "bos_token_id": 0,
+            "eos_token_id": 2,  # as in the published files: the end is the largest id
+            "pad_token_id": 1,
+        }
+    )
+
+
+OPENAI = (768, 1024)  # widths of its ViT-B and ViT-L, with quick_gelu, heads of 64
+
+
+def _vision(x: Shapes, sizes: dict, where: str) -> dict:
+    width, name = (
+        sizes["hidden_size"],
+        f"{PATCHES.rsplit('.', 2)[0]}.position_embedding",
+    )
+    if width not in OPENAI:
+        raise UserError(
+            f"{where}: a vision tower of width {width}: a file alone is read as"
+            " OpenAI's ViT-B or ViT-L; wanted a folder, with its config.json"
+        )
+    if f"{name}.weight" not in x:
+        raise UserError(f"{where}: {name}.weight is missing")
+    side = Size("image_size", f"{name}.weight", 2, lambda s: _root(s[0] - 1))
+    places, _ = _tell(side, x[side.tensor].shape, where)
+    return sizes | {
+        "model_type": "clip_vision_model",
+        "num_attention_heads": _heads(width, where),
+        "image_size": sizes["patch_size"] * places,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+    }
+
+
+def _t5(x: Shapes, sizes: dict, where: str) -> dict:
+    inner, heads = sizes.pop(T5_INNER), sizes["num_heads"]
+    if not heads or inner % heads:
+        raise UserError(f"{where}: {inner} wide inside, for {heads} heads")
+    return sizes | {
+        "architectures": ["T5EncoderModel"],
+        "model_type": "t5",
+        "d_kv": inner // heads,
+        "relative_attention_max_distance": 128,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": True,
+        "pad_token_id": 0,
+        "eos_token_id": 1,
+    }
+
+
+PUBLISHED = {
+    "denoiser": _denoiser,
+    "controlnet": _controlnet,
+    "vae": _vae,
+    "clip_l": lambda *args: _clip("quick_gelu", *args),
+    "clip_g": lambda *args: _clip("gelu", *args),
+    "clip_text": lambda *args: _clip("quick_gelu", *args),
+    "clip_vision": _vision,
+    "t5": _t5,
+}
