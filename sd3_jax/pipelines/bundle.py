@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
@@ -20,7 +21,7 @@ from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.pipelines import adapters, programs, sources
+from sd3_jax.pipelines import adapters, hub, programs, sources
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
 from sd3_jax.weights import components
 from sd3_jax.weights.components import COMPONENTS
@@ -235,7 +236,7 @@ def scheduler_of(configs: Mapping[str, dict]) -> dict:
 
 
 def load(
-    source: str,
+    source: epath.PathLike | Sequence[epath.PathLike],
     *,
     mesh: Mesh,
     dtype: str = "bfloat16",
@@ -244,26 +245,32 @@ def load(
     lora: Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
-    """A diffusers folder, an original .safetensors file, our own folder or a hub name.
+    """A diffusers folder, a .safetensors file, our own folder or a hub name.
 
-    Several, with commas between, add up: a transformer's file and those of its text
-    encoders. `only` are the components wanted. Single files hold no tokenizers:
-    `tokenizers_from` is a folder or hub name that does. The dtype "stored" leaves all
-    as it is in the files, for writing it again. Each `lora` is a file of diffusers'
-    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
-    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py).
+    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
+    "owner/name/file.safetensors". Several sources, a list or with commas between, add
+    up: a transformer's file and those of its text encoders; of two that have the same
+    component the later one's is taken. `only` are the components wanted. Single files
+    hold no tokenizers: `tokenizers_from` is a folder or hub name that does. The dtype
+    "stored" leaves all as it is in the files, for writing it again. Each `lora` is a
+    file of diffusers' layout, a folder or a hub name, which "=0.8" at its end weighs;
+    they add up, beside the weights (pipelines/adapters.py). `save` writes the sum.
+    `quantize` says whose blocks have their matrices in eight bits, {"denoiser": "int8",
+    "t5": "fp8"}: they are rounded as they stream in (models/quantized.py).
     """
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     quantize = checked_kinds(quantize, dtype)
-    paths = [sources.resolve(each.strip()) for each in str(source).split(",")]
+    given = sources.split(source)
+    source = ",".join(given)
+    places = [sources.locate(each) for each in given]
     modules, variables, configs, stored, found = {}, {}, {}, {}, {}
-    for path in paths:
-        for name, part in sources.parts(path).items():
+    for place in places:
+        for name, part in sources.parts(*place).items():
+            if name in found:
+                log.info("%s: in the place of %s", part.where, found[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
                 found[name] = part
@@ -271,7 +278,9 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
-    where = sources.resolve(tokenizers_from) if tokenizers_from else paths[0]
+    where = places[0].path
+    if tokenizers_from:
+        where = sources.resolve(tokenizers_from, hub.TOKENIZERS, what="tokenizers")
     words = tokenizers.load(where)
     for name, tokenizer in words.items():
         check_vocabulary(name, len(tokenizer), configs.get(name, {}), where)
@@ -283,7 +292,7 @@ def load(
             shapes = components.abstract(component, module, part.config, mesh, compute)
         except (LookupError, TypeError, ValueError, ArithmeticError) as error:
             reason = f"{name} cannot be made from its configuration: {error!r}"
-            raise UserError(f"{source}: {reason}") from error
+            raise UserError(f"{part.where}: {reason}") from error
         stored[name] = part.dtypes(component, module, shapes)
         if dtype == "stored":
             shapes = _retyped(shapes, stored[name])
@@ -348,7 +357,9 @@ def load_control(source: str, bundle: Bundle) -> ControlBundle:
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    component, path = components.CONTROLNET, sources.resolve(source)
+    component, wanted = components.CONTROLNET, ["config.json"]
+    wanted += hub.weights(component.stem)
+    path = sources.resolve(source, wanted, what="ControlNet")
     part = sources.control(path)
     module = component.build(part.config, jnp.dtype(bundle.dtype))
     denoiser = bundle.part("denoiser")

@@ -19,7 +19,7 @@ from sd3_jax.data import clip_images, tokenizers
 from sd3_jax.data.clip_images import read_json
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
-from sd3_jax.pipelines import programs, sources
+from sd3_jax.pipelines import hub, programs, sources
 from sd3_jax.weights import components, names, safetensors, stream
 from sd3_jax.weights.clip import SIDES, TOWERS, towers
 
@@ -161,7 +161,9 @@ def _tokenizer(folder: epath.Path, other: str) -> Any:
     """CLIP's own beside the weights, or that of a released model's first encoder."""
     from transformers import CLIPTokenizer
 
-    places = [folder] + ([sources.resolve(other)] if other else [])
+    places = [folder]
+    if other:
+        places.append(sources.resolve(other, hub.TOKENIZERS, what="tokenizers"))
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
             try:
