@@ -7,6 +7,7 @@ Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; 
 are float in [0, 1], and given ones may be bytes or PIL images (pipelines/images.py).
 """
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
@@ -33,7 +34,7 @@ OUTPUTS = ("images", "latents")
 
 
 def load(
-    path_or_hub_name: str,
+    path_or_hub_name: str | os.PathLike | Sequence[str | os.PathLike],
     mesh: Mesh | None = None,
     dtype: str = "bfloat16",
     *,

@@ -247,7 +247,42 @@ MISTAKES = [
     ),
     row(45, "convert weights={other}", "other.arecord: not a safetensors file"),
     row(
-        45, "convert weights={foreign}", "foreign.safetensors: not a model of this fam"
+        45, "convert weights={foreign}", "foreign.safetensors is not a model of this fa"
+    ),
+    row(45, "convert weights={stray}", "stray.safetensors: 1 tensors of no known part"),
+    row(
+        45,
+        "convert weights={strange}/a.gguf",
+        "a.gguf is a GGUF file: wanted the .safetensors",
+    ),
+    row(
+        45,
+        "sample weights={strange}/pointer.safetensors sample.prompt=a",
+        "is a git-lfs pointer",
+        "git lfs pull",
+    ),
+    row(45, "convert weights={strange}/page.safetensors", "is a web page: download it"),
+    row(
+        45,
+        "convert weights={strange}/scaled.safetensors",
+        "is quantized, scaled fp8 (ComfyUI)",
+        "plain fp8",
+    ),
+    row(
+        45,
+        "convert weights={strange}/shards",
+        "of the 3 shards of model.safetensors 1 are not there: 2",
+    ),
+    row(
+        33,
+        "sample weights=https://huggingface.co/a/b/blob/main/c.safetensors"
+        " sample.prompt=a",
+        'name it as "a/b/c.safetensors"',
+    ),
+    row(
+        33,
+        "sample weights={trained},no/such.safetensors sample.prompt=a",
+        'error: weights "no/such.safetensors": no such file',
     ),
     row(46, "train workdir={full}", "full/checkpoints has 1e-06 GB free: wanted"),
     row(47, "train workdir=/proc/no", "cannot write to /proc/no"),
@@ -886,6 +921,33 @@ def nans(weights, tmp_path):
 def foreign(weights, tmp_path):
     change = lambda key, x: {key.replace("joint_blocks", "input_blocks"): x}
     return rewritten(weights, tmp_path / "foreign.safetensors", change, said=False)
+
+
+@pytest.fixture
+def stray(weights, tmp_path):
+    path, added = tmp_path / "stray.safetensors", {"odd.weight": np.ones(3, np.float32)}
+    return rewritten(
+        weights,
+        path,
+        lambda key, x: {key: x} | (added if key.endswith("pos_embed") else {}),
+    )
+
+
+@pytest.fixture
+def strange(tmp_path):
+    """Files that are no safetensors, or no plain weights."""
+    for name, data in {
+        "a.gguf": b"GGUF\x03\0\0\0" + bytes(40),
+        "pointer.safetensors": b"version https://git-lfs.github.com/spec/v1\noid sha",
+        "page.safetensors": b"<!doctype html><html><body>Sign in</body></html>",
+    }.items():
+        (tmp_path / name).write_bytes(data)
+    one = {"joint_blocks.0.scale_weight": np.ones(1, np.float32)}
+    safetensors.write_file(tmp_path / "scaled.safetensors", entries(one))
+    for i in 1, 3:
+        name = f"shards/model-0000{i}-of-00003.safetensors"
+        safetensors.write_file(tmp_path / name, entries({str(i): np.ones(1, "f4")}))
+    return tmp_path
 
 
 @pytest.fixture

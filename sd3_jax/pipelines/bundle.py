@@ -22,7 +22,7 @@ from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.pipelines import adapters, programs, sources
+from sd3_jax.pipelines import adapters, hub, programs, sources
 from sd3_jax.pipelines import control as hints
 from sd3_jax.pipelines import images as inputs
 from sd3_jax.pipelines.images import Pictures
@@ -248,7 +248,7 @@ def scheduler_of(configs: Mapping[str, dict]) -> dict:
 
 
 def load(
-    source: str,
+    source: epath.PathLike | Sequence[epath.PathLike],
     *,
     mesh: Mesh,
     dtype: str = "bfloat16",
@@ -257,26 +257,32 @@ def load(
     lora: Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
-    """A diffusers folder, an original .safetensors file, our own folder or a hub name.
+    """A diffusers folder, a .safetensors file, our own folder or a hub name.
 
-    Several, with commas between, add up: a transformer's file and those of its text
-    encoders. `only` are the components wanted. Single files hold no tokenizers:
-    `tokenizers_from` is a folder or hub name that does. The dtype "stored" leaves all
-    as it is in the files, for writing it again. Each `lora` is a file of diffusers'
-    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
-    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py).
+    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
+    "owner/name/file.safetensors". Several sources, a list or with commas between, add
+    up: a transformer's file and those of its text encoders; of two that have the same
+    component the later one's is taken. `only` are the components wanted. Single files
+    hold no tokenizers: `tokenizers_from` is a folder or hub name that does. The dtype
+    "stored" leaves all as it is in the files, for writing it again. Each `lora` is a
+    file of diffusers' layout, a folder or a hub name, which "=0.8" at its end weighs;
+    they add up, beside the weights (pipelines/adapters.py). `save` writes the sum.
+    `quantize` says whose blocks have their matrices in eight bits, {"denoiser": "int8",
+    "t5": "fp8"}: they are rounded as they stream in (models/quantized.py).
     """
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     quantize = checked_kinds(quantize, dtype)
-    paths = [sources.resolve(each.strip()) for each in str(source).split(",")]
+    given = sources.split(source)
+    source = ",".join(given)
+    places = [sources.locate(each) for each in given]
     modules, variables, configs, stored, found = {}, {}, {}, {}, {}
-    for path in paths:
-        for name, part in sources.parts(path).items():
+    for place in places:
+        for name, part in sources.parts(*place).items():
+            if name in found:
+                log.info("%s: in the place of %s", part.where, found[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
                 found[name] = part
@@ -285,6 +291,7 @@ def load(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
     fit({name: part.config for name, part in found.items()}, source)
+    paths = [place.path for place in places]
     words = tokenizers_of(paths, tokenizers_from or "", configs)
     if tokenizers_from is not None:
         for name in [x for x in TEXT if x in found and x not in words]:
@@ -433,7 +440,8 @@ def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
 
 
 def resolve_control(source: str) -> epath.Path:
-    return sources.resolve(source, ("*.json", "*.safetensors"), what="ControlNet")
+    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
+    return sources.resolve(source, wanted, what="ControlNet")
 
 
 def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):

@@ -15,7 +15,8 @@ from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import leaves
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle
-from sd3_jax.pipelines.sources import INDEX
+from sd3_jax.pipelines.hub import INDEX
+from sd3_jax.pipelines.sources import FULLER
 from sd3_jax.weights import controlnet, names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 
@@ -59,7 +60,8 @@ def save(
         for name in bundle.modules:
             for key, entry in _entries(bundle, name, layout, dtype).items():
                 found[COMPONENTS[name].prefix + key] = entry
-        metadata = {"sd3_jax": json.dumps(bundle.configs)}
+        fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
+        metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
         _write(safetensors.write_file, path, found, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
@@ -103,11 +105,17 @@ def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
 
 def _entries(bundle: Bundle, name: str, layout: str, dtype: str | None):
     component, variables = COMPONENTS[name], bundle.variables[name]
-    module = bundle.modules[name]
-    pieces = names.pieces(variables, component.table(module), layout)
-    if any(_own(variables, piece) for piece in pieces):
-        pieces = names.pieces(variables, component.fuller(module), layout)
+    fuller = _is_fuller(bundle, name, layout)
+    table = component.fuller if fuller else component.table
+    pieces = names.pieces(variables, table(bundle.modules[name]), layout)
     return stream.entries(variables, pieces, _dtype_of(bundle, name, dtype))
+
+
+def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
+    """Whether a component has weights that a layout has no tensor for."""
+    component, variables = COMPONENTS[name], bundle.variables[name]
+    pieces = names.pieces(variables, component.table(bundle.modules[name]), layout)
+    return any(_own(variables, piece) for piece in pieces)
 
 
 def _own(variables: dict, piece: names.Piece) -> bool:

@@ -1,8 +1,9 @@
 """What a path or a hub name holds of a released model, by component."""
 
 import logging
+import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,140 +11,253 @@ import jax.numpy as jnp
 from etils import epath
 
 from sd3_jax import tree
-from sd3_jax.errors import UserError
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError, near
 from sd3_jax.models.leaves import is_leaf
 from sd3_jax.outside import parse_json, shown
-from sd3_jax.pipelines import programs
-from sd3_jax.weights import controlnet, names, safetensors, store, stream
+from sd3_jax.pipelines import hub, programs
+from sd3_jax.weights import (
+    controlnet,
+    foreign,
+    names,
+    safetensors,
+    single,
+    store,
+    stream,
+    text,
+)
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
+from sd3_jax.weights.safetensors import open_file
 
 log = logging.getLogger(__name__)
-INDEX = "model_index.json"
-# The names without a variant are whole; fp16 ones would come as well.
-WANTED = ("*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", INDEX)
-UNWANTED = ("*fp16*", "*.bin")
+FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
+UNWANTED = ("*fp16*", "*.bin")  # of a LoRA's or a CLIP's repository
+SCHEMES = ("gs", "s3", "az")  # that epath opens, beside the hub's hf
+CLASSES = {  # of config.json and model_index.json, by component
+    "denoiser": "SD3Transformer2DModel",
+    "vae": "AutoencoderKL",
+    "clip_l": "CLIPTextModelWithProjection",
+    "clip_g": "CLIPTextModelWithProjection",
+    "t5": "T5EncoderModel",
+}
 
 
 class Part(NamedTuple):
     """One component as a path holds it: `read(component, module, shapes)` brings it,
-    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path."""
+    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path, once
+    its tensors are checked. `where` it lies is for messages."""
 
-    read: Callable
+    read: Callable | None
     config: dict
-    dtypes: Callable
+    dtypes: Callable | None
+    where: str = ""
+
+
+class Located(NamedTuple):
+    path: epath.Path
+    variant: str = ""
+
+
+def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list[str]:
+    """The sources that a list or a text with commas names. What exists by a name with
+    a comma in it is one."""
+    if not isinstance(sources, str | os.PathLike):
+        return [os.fspath(source) for source in sources]
+    pieces, source_names = os.fspath(sources).split(","), []
+    while pieces:
+        joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
+        path = next((x for x in joined if epath.Path(x).expanduser().exists()), None)
+        source_names.append(pieces[0].strip() if path is None else path)
+        pieces = pieces[1 if path is None else path.count(",") + 1 :]
+    return source_names
+
+
+def locate(
+    source: str,
+    wanted: Sequence[str] | None = None,
+    *,
+    unwanted: Sequence[str] = (),
+    what: str = "weights",
+) -> Located:
+    """Where what is meant lies, and the variant that is meant: a path, as it is, or a
+    hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
+    if not source:
+        raise UserError(f'{what} "": wanted a file, a folder or a hub name')
+    _check_scheme(source, what)
+    if existing := _existing(source):
+        return existing
+    if link := hub.link(source):
+        raise UserError(f'{what} "{source}" is a link: name it as "{link}"')
+    name = hub.parse(source)
+    first = epath.Path(source.partition("/")[0])
+    if name is None or (name.file and first.is_dir()):
+        raise UserError(
+            f'{what} "{source}": no such file, folder or hub name{_near(source)}'
+        )
+    return Located(hub.fetch(name, wanted, unwanted, what), name.variant)
+
+
+def _existing(source: str) -> Located | None:
+    """A path, alone or with a variant after a colon."""
+    if source.startswith(("hf://", "http://", "https://")):
+        return None
+    path = epath.Path(source).expanduser()
+    if path.exists():
+        return Located(path)
+    bare, _, variant = source.rpartition(":")
+    if not bare or not re.fullmatch(r"[\w-]+", variant):
+        return None
+    path = epath.Path(bare).expanduser()
+    return Located(path, variant) if path.exists() else None
 
 
 def resolve(
-    source: str, wanted: Sequence[str] = WANTED, *, what: str = "weights"
+    source: str, wanted: Sequence[str] | None = None, *, what: str = "weights"
 ) -> epath.Path:
-    """The path that is meant: as it is, or a hub's repository, downloaded."""
-    path = epath.Path(source).expanduser() if source else None
-    if path is not None and path.exists():
-        return path
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", source) or source.endswith(".safetensors"):
-        raise UserError(f'{what} "{source}": no such file, folder or hub name')
-    import huggingface_hub
+    """`locate` for what has no variants."""
+    path, variant = locate(source, wanted, unwanted=UNWANTED, what=what)
+    if variant:
+        raise UserError(f'{what} "{source}": wanted no variant (":{variant}") of it')
+    return path
 
-    try:
-        folder = huggingface_hub.snapshot_download(
-            source, allow_patterns=list(wanted), ignore_patterns=UNWANTED
-        )
-    except Exception as error:  # its errors have no common base
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0][:200]
+
+def _check_scheme(source: str, what: str) -> None:
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
+    if scheme is None or scheme[1] in (*SCHEMES, "hf") or hub.link(source):
+        return
+    if scheme[1].lower() in ("http", "https"):
         raise UserError(
-            f'{what} "{source}": no such path, and it cannot be had from the hub:'
-            f" {reason}"
-        ) from None
-    return epath.Path(folder)
+            f'{what} "{source}" is a link: download it and name the file, or name a'
+            ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
+        )
+    raise UserError(
+        f'{what} "{source}": wanted a path, or one that begins with'
+        f" {', '.join(f'{x}://' for x in SCHEMES)}"
+    )
 
 
-def parts(path: epath.Path) -> dict[str, Part]:
+def _near(source: str) -> str:
+    """What was probably meant, of the folder's names."""
+    path = epath.Path(source).expanduser()
+    if "://" in source or not path.parent.is_dir():
+        return ""
+    guess = near(path.name, (x.name for x in path.parent.iterdir()))
+    return f'; did you mean "{path.parent / guess}"?' if guess else ""
+
+
+def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     """What a path holds: by component, a function that loads it and its config."""
     if not path.is_dir():
-        return _original(path)
-    if (path / INDEX).exists():
-        return _diffusers(path)
+        return _no_variant(path, variant) or _single(path, *open_file(path))
+    if (path / hub.INDEX).exists():
+        return _diffusers(path, variant)
     if (path / store.FILE).exists():
-        return _stored(path)
-    files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
+        return _no_variant(path, variant) or _stored(path)
     if (path / "config.json").exists():
-        return _component_folder(path)
+        return _component_folder(path, variant)
+    files = sorted(p.name for p in path.iterdir() if p.name.endswith(".safetensors"))
+    if safetensors.is_sharded(files):
+        return _single(path, safetensors.open_folder(path, variant), {})
     if len(files) != 1:
-        safetensors.refuse_pickles(path)
+        foreign.refuse_pickles(path)
+        named = f" ({safetensors.listed(files)}: name one)" if files else ""
         raise UserError(
-            f"{path}: wanted a diffusers folder ({INDEX}), one of ours ({store.FILE})"
-            f" or one .safetensors file; it has {len(files)} of those"
+            f"{path}: wanted a diffusers folder ({hub.INDEX}), one of ours"
+            f" ({store.FILE}) or one .safetensors file; it has {len(files)} of"
+            f" those{named}"
         )
-    return _original(files[0])
+    return _single(path / files[0], *open_file(path / files[0]))
 
 
-def _original(path: epath.Path) -> dict[str, Part]:
-    tensors, metadata = safetensors.open_file(path)
-    known = _json(path, metadata.get("sd3_jax", "{}"))  # what shapes cannot tell
-    found = {}
-    for name, prefix in _prefixes(tensors, path.name):
-        own = {k[len(prefix) :]: x for k, x in tensors.items() if k.startswith(prefix)}
-        what, config = f"{path}: {name}", known.get(name)
-        config = configured(COMPONENTS[name], config, own, "original", what)
-        found[name] = _part(own, config, what, "original", name in known)
-    if found and "scheduler" in known:
-        found["scheduler"] = Part(None, known["scheduler"], None)
-    if not found:
-        few = ", ".join(list(tensors)[:3])
-        raise UserError(f"{path}: not a model of this family; it holds {few}, …")
-    log.info("%s holds %s", path.name, ", ".join(n for n in found if n in COMPONENTS))
-    return found
+def _no_variant(path: epath.Path, variant: str) -> None:
+    if variant:
+        raise UserError(f"{path}: has no variants: wanted it without :{variant}")
 
 
-def _prefixes(tensors: safetensors.Tensors, file: str) -> list[tuple[str, str]]:
-    """The components in a single file, and what their names there begin with."""
-    whole = [
-        (n, c.prefix) for n, c in COMPONENTS.items() if c.prefix + c.mark in tensors
-    ]
-    if whole:
-        return whole
-    alone = [name for name, c in COMPONENTS.items() if c.mark in tensors]
-    if "clip_l" in alone:  # both CLIPs have the same names
-        width = tensors[COMPONENTS["clip_l"].mark].shape[0]
-        big = width > 1024 or re.search("clip_?g|bigg", file.lower())
-        alone.remove("clip_l" if big else "clip_g")
-    return [(name, "") for name in alone]
+def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
+    """Of a single file; its metadata, if we wrote it, says what shapes cannot tell."""
+    known = _json(path, metadata.get("sd3_jax", "{}"))
+    fuller = _fuller(tensors, metadata, known)
+    components = {}
+    for name, part in single.split(path, tensors, whole=fuller).items():
+        what, component = f"{path}: {name}", COMPONENTS[name]
+        config, table = known.get(name), part.table
+        if config is not None and name in fuller:
+            table = component.fuller
+        config = configured(component, config, part.originals, "original", what)
+        components[name] = _part(part.tensors, config, what, part.layout, table)
+    if isinstance(known.get("scheduler"), dict):
+        components["scheduler"] = Part(None, known["scheduler"], None, str(path))
+    absent = [name for name in COMPONENTS if name not in components]
+    none = f"; no {', '.join(absent)}" if absent else ""
+    named = ", ".join(name for name in COMPONENTS if name in components)
+    log.info("%s holds %s%s", path.name, named, none)
+    if gone := [name for name in absent if name in known]:
+        log.warning("%s: %s, of which it tells, is gone", path, ", ".join(gone))
+    return components
 
 
-def _diffusers(path: epath.Path) -> dict[str, Part]:
-    index = _read(path / INDEX)
-    found = {}
+def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
+    """Components of a file of ours that hold what published ones leave out."""
+    if FULLER in metadata:
+        return [name for name in metadata[FULLER].split(",") if name in COMPONENTS]
+    more = lambda c: c.fuller is not None and c.prefix + text.PROJECTION in tensors
+    return [name for name, c in COMPONENTS.items() if name in known and more(c)]
+
+
+def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
+    file = path / hub.INDEX
+    entries = {k: v for k, v in _read(file).items() if _is_listed(v)}
+    components, variants = {}, set()
     for name, component in COMPONENTS.items():
-        folder = path / component.folder
-        listed = index.get(component.folder)
-        if not isinstance(listed, list) or listed[:1] in ([], [None]):
+        if component.folder not in entries:
             continue
+        folder, kind = path / component.folder, entries[component.folder][-1]
+        if kind != CLASSES[name]:
+            raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
-            raise UserError(
-                f"{path / INDEX} names {component.folder}, which lacks its config.json"
-            )
-        found[name] = _from_folder(component, folder)
+            raise UserError(f"{file} names {component.folder}, without a config.json")
+        variants |= safetensors.variants(folder)
+        components[name] = _from_folder(component, folder, variant)
+    if "unet" in entries:
+        raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+    known = {"scheduler", *tokenizers.FOLDERS.values()}
+    known |= {component.folder for component in COMPONENTS.values()}
+    if others := entries.keys() - known:
+        log.warning("%s: not loaded: %s", file, ", ".join(sorted(others)))
+    if variant and variant not in variants:
+        have = safetensors.listed(sorted(variants - {""})) or "none"
+        raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        found["scheduler"] = Part(None, _read(scheduler), None)
-    return found
+        components["scheduler"] = Part(None, _read(scheduler), None, str(scheduler))
+    return components
 
 
-def _component_folder(path: epath.Path) -> dict[str, Part]:
+def _is_listed(entry: Any) -> bool:
+    """Whether it is a library and a class; [null, null] is left out on purpose."""
+    return isinstance(entry, list) and bool(entry) and isinstance(entry[-1], str)
+
+
+def _other(kind: str, name: str = "") -> str:
+    """What else a class is than that of a component."""
+    wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
+    meaning = foreign.CLASSES.get(kind)
+    return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
+
+
+def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
     config = _read(path / "config.json")
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
-    size = config.get("hidden_size")
-    wide = isinstance(size, int) and size > 1024
-    name = {
-        "SD3Transformer2DModel": "denoiser",
-        "AutoencoderKL": "vae",
-        "CLIPTextModelWithProjection": "clip_g" if wide else "clip_l",
-        "T5EncoderModel": "t5",
-    }.get(kind)
-    if name is None:
-        raise UserError(f"{path}: config.json is of {shown(kind)}, not known")
-    return {name: _from_folder(COMPONENTS[name], path)}
+    names = [name for name, class_name in CLASSES.items() if kind == class_name]
+    if not names:
+        raise UserError(f"{path}: config.json is of {_other(kind)}")
+    if len(names) > 1:  # a CLIP, by its width or else by its activation
+        usual = "clip_l" if config.get("hidden_act") == "quick_gelu" else "clip_g"
+        width = config.get("hidden_size")
+        names = [single.WIDTHS.get(width, usual) if isinstance(width, int) else usual]
+    return {names[0]: _from_folder(COMPONENTS[names[0]], path, variant)}
 
 
 def is_control(path: epath.Path) -> bool:
@@ -152,7 +266,7 @@ def is_control(path: epath.Path) -> bool:
         file = path / "config.json"
         kind = _read(file).get("_class_name") if file.exists() else None
         return kind == "SD3ControlNetModel"
-    return CONTROLNET.mark in safetensors.open_file(path)[0]
+    return CONTROLNET.mark in open_file(path)[0]
 
 
 def control(path: epath.Path) -> Part:
@@ -162,7 +276,7 @@ def control(path: epath.Path) -> Part:
         config, tensors = _read(path / "config.json"), safetensors.open_folder(path)
     else:
         file = _only_file(path, "a ControlNet's folder (config.json)")
-        tensors, _ = safetensors.open_file(file)
+        tensors, _ = open_file(file)
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
             layout = "original"
     controlnet.require_family(file, tensors, config)
@@ -179,7 +293,7 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
         return path
     files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
     if len(files) != 1:
-        safetensors.refuse_pickles(path)
+        foreign.refuse_pickles(path)
         raise UserError(
             f"{path}: wanted {wanted} or one .safetensors file; it has {len(files)} of"
             " those"
@@ -187,9 +301,9 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
     return files[0]
 
 
-def _from_folder(component, folder: epath.Path) -> Part:
+def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     file = folder / "config.json"
-    config, tensors = _read(file), safetensors.open_folder(folder)
+    config, tensors = _read(file), safetensors.open_folder(folder, variant)
     config = config.get("text_config", config)  # of a whole CLIP
     config = configured(component, config, tensors, "diffusers", str(file))
     return _part(tensors, config, str(folder), "diffusers")
@@ -200,15 +314,13 @@ def _part(
     config: dict,
     what: str,
     layout: str,
-    ours: bool = False,
+    table: Callable | None = None,
 ) -> Part:
+    """`table` replaces the component's."""
+
     def pieces(component, module, shapes):
-        table = component.table
-        if ours and component.fuller is not None:
-            fuller = names.pieces(shapes, component.fuller(module), layout)
-            if all(piece.key in tensors for piece in fuller):
-                table = component.fuller
-        found = names.pieces(shapes, table(module), layout)
+        groups = (table or component.table)(module)
+        found = names.pieces(shapes, groups, layout)
         stream.check(tensors, found, what=what, ignored=component.ignored)
         return found
 
@@ -218,7 +330,7 @@ def _part(
     def dtypes(component, module, shapes):
         return stream.dtypes(tensors, pieces(component, module, shapes))
 
-    return Part(read, config, dtypes)
+    return Part(read, config, dtypes, what)
 
 
 def _stored(path: epath.Path) -> dict[str, Part]:
@@ -227,6 +339,7 @@ def _stored(path: epath.Path) -> dict[str, Part]:
             lambda component, module, shapes: _from_store(path, name, shapes),
             config,
             lambda component, module, shapes: store.dtypes(path, name),
+            str(path),
         )
 
     found = store.configs(path)

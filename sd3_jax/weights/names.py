@@ -64,6 +64,7 @@ class Row(NamedTuple):
     Several names stand for the first output axis of ours, which fuses them, in order.
     `original` is the diffusers name unless given, and its kind `kind` unless given.
     A name None means that the layout has no such tensor: loading takes `fill(shape)`.
+    A name that ends in "_" goes on without a dot: "in_proj_" is "in_proj_weight".
     """
 
     ours: str
@@ -187,7 +188,8 @@ def _swap(x: np.ndarray) -> np.ndarray:
 
 def _key(prefix, layer, name, parameter) -> str:
     prefix = prefix.format(layer) if layer is not None else prefix
-    return ".".join(filter(None, (prefix, name, SUFFIX.get(parameter, parameter))))
+    parts = filter(None, (prefix, name, SUFFIX.get(parameter, parameter)))
+    return ".".join(parts).replace("_.", "_")
 
 
 def _join(*names) -> str:

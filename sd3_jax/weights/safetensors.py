@@ -6,7 +6,8 @@ whole files, which neither a bucket nor a bound on memory allows.
 
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -15,6 +16,7 @@ from etils import epath
 
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json, shown
+from sd3_jax.weights import foreign
 
 DTYPES = {
     "F64": np.float64,
@@ -33,10 +35,10 @@ DTYPES = {
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 HEADER = 16 * 2**20  # bytes, at most: room for 100,000 tensors, where ours have 2,000
 NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
-PICKLES = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
-PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 SHARD = 10**10  # bytes, of a file in a folder, as diffusers writes them
-LISTED = 10  # missing files in an error, at most
+LISTED = 10  # names in an error, at most
+SHARDED = re.compile(r"(?:^|-)(\d{1,5})-of-(\d{1,5})(?=\.)")  # in a file's name
+STEMS = ("model.", "diffusion_pytorch_model.")  # of a component's file in a folder
 # The bits, sign aside, from which on a float is infinite or NaN; E4M3 has no infinity.
 BEYOND = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 BEYOND |= {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -76,11 +78,10 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     try:
         with path.open("rb") as file:
             length = path.stat().length
-            first = file.read(8)
-            refuse_pickle(path, first)
-            size = int.from_bytes(first, "little")
-            if len(first) < 8 or size > min(HEADER, length - 8):
-                raise _damaged(path, f"a header of {size} bytes in a file of {length}")
+            head = file.read(foreign.HEAD)
+            size = int.from_bytes(head[:8], "little")
+            _check_head(path, head, size, length)
+            file.seek(8)
             text = file.read(size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -91,6 +92,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         if not _texts(metadata):
             raise ValueError("__metadata__: wanted texts by name")
+        foreign.refuse_quantized(path, header, metadata)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
     except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
@@ -100,24 +102,25 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
             raise _damaged(path, "tensors overlap or leave a gap")
         end += tensor.size
     if end != length:
-        raise _damaged(path, f"{length} bytes, its header says {end}")
+        cut = ": it was not copied whole, copy it again" if length < end else ""
+        raise _damaged(path, f"{length} bytes, its header says {end}{cut}")
     return tensors, metadata
 
 
-def refuse_pickle(path: epath.Path, first: bytes) -> None:
-    if first.startswith(PICKLES) or path.suffix in PICKLED:
-        raise UserError(
-            f"{path} is a pickle, whatever it is called, and loading one may run code;"
-            " wanted a safetensors file: huggingface.co/spaces/safetensors/convert, or"
-            " safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
-        )
-
-
-def refuse_pickles(folder: epath.Path) -> None:
-    """For a folder in which nothing else was found."""
-    for path in sorted(folder.iterdir()):
-        if path.suffix in PICKLED:
-            refuse_pickle(path, PICKLES[0])
+def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
+    """The header's size, in the first eight bytes; the ninth is its brace, by which a
+    size that looks like the start of a pickle is told from one."""
+    brace = head[8:9] == b"{"
+    if brace and 2 <= size <= length - 8 and size <= HEADER:
+        return
+    if not length:
+        raise UserError(f"{path} is empty: copy it again")
+    if not brace or size > HEADER:
+        foreign.refuse_format(path, head)
+    if len(head) < 8 or size > min(HEADER, length - 8):
+        cut = brace and size <= HEADER
+        end = ": it was not copied whole, copy it again" if cut else ""
+        raise _damaged(path, f"a header of {size} bytes in a file of {length}{end}")
 
 
 def _tensor(path, key, entry, base) -> Tensor:
@@ -127,6 +130,9 @@ def _tensor(path, key, entry, base) -> Tensor:
     if not isinstance(entry, dict):
         raise ValueError(f"{key}: wanted its dtype, shape and data_offsets")
     name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
+    if name in foreign.DTYPES:
+        wanted = ", ".join(DTYPES)
+        raise UserError(f"{path}: {key} is of {name}: wanted tensors of {wanted}")
     if not isinstance(name, str) or name not in DTYPES:
         raise ValueError(f"{key}: dtype {shown(name)}, wanted {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > AXES or not _addressable(shape):
@@ -157,30 +163,88 @@ def _damaged(path, what) -> UserError:
     return UserError(f"{path}: not a safetensors file, or a damaged one: {what}")
 
 
-def open_folder(folder: epath.PathLike) -> Tensors:
-    """The tensors of a component's folder: one file, or those that its index lists.
+def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
+    """The tensors of a component's folder: one file, or the shards of one.
 
-    Of several precisions ("variants") the unnamed one counts, else the first.
+    Of several precisions ("variants") that counts which is named, else the unnamed one,
+    else the first.
     """
     folder = epath.Path(folder)
-    files = sorted((path.name for path in folder.iterdir()), key=_variant)
-    indexes = [name for name in files if _is_index(name)]
-    whole = [f for f in files if f.endswith(".safetensors") and "-of-" not in f]
-    if whole and not (indexes and _variant(indexes[0]) < _variant(whole[0])):
-        return open_file(folder / whole[0])[0]
+    names = sorted(path.name for path in folder.iterdir())
+    kinds = sorted({variant_of(x) for x in names if _is_weights(x) or _is_index(x)})
+    if not kinds:
+        foreign.refuse_pickles(folder)
+        raise UserError(f"{folder}: holds no .safetensors file")
+    kind = variant if variant in kinds else kinds[0]
+    names = [name for name in names if variant_of(name) == kind]
+    indexes = [name for name in names if _is_index(name)]
+    whole = [name for name in names if _is_weights(name) and not SHARDED.search(name)]
+    usual = [name for name in whole if name.startswith(STEMS)]
+    if len(usual) == 1 or len(whole) == 1 and not indexes:
+        return open_file(folder / (usual or whole)[0])[0]
     if indexes:
         return _open_indexed(folder, indexes[0])
-    refuse_pickles(folder)
-    raise UserError(f"{folder}: holds no .safetensors file")
+    if whole:
+        raise UserError(f"{folder}: holds {listed(whole)}: wanted one; name the file")
+    return open_shards(folder, [name for name in names if _is_weights(name)])
 
 
-def _variant(name: str) -> tuple[int, str]:
-    """To sort by: model.safetensors, and its index, before model.fp16.safetensors."""
-    return name.replace(".index", "").replace(".json", "").count("."), name
+def variants(folder: epath.Path) -> set[str]:
+    """What precisions a folder holds, "" being the unnamed one."""
+    names = (path.name for path in folder.iterdir())
+    return {variant_of(name) for name in names if _is_weights(name)}
+
+
+def variant_of(name: str) -> str:
+    """fp16 of model.fp16.safetensors, of its shards and of its index, wherever the
+    libraries put it (diffusers' hub_utils, and its older names)."""
+    bare = SHARDED.sub("", name)
+    words = bare.split(".")[1:]
+    return ".".join(w for w in words if w not in ("safetensors", "index", "json"))
+
+
+def _is_weights(name: str) -> bool:
+    return name.endswith(".safetensors")
 
 
 def _is_index(name: str) -> bool:
-    return name.endswith(".json") and ".safetensors.index" in name
+    return name.endswith(".json") and ".safetensors" in name and ".index" in name
+
+
+def is_sharded(names: Iterable[str]) -> bool:
+    """Whether they are the shards of one file."""
+    return len({SHARDED.sub("", name) for name in names if SHARDED.search(name)}) == 1
+
+
+def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
+    """Shards without an index, of which each says how many they are."""
+    numbers = {name: tuple(map(int, SHARDED.search(name).groups())) for name in names}
+    if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
+        raise UserError(f"{folder}: holds shards of {len(sets)} files: wanted one's")
+    ((stem, count),) = sets
+    have = {number for number, _ in numbers.values()}
+    first = 0 if 0 in have else 1
+    if lacking := sorted(set(range(first, first + count)) - have):
+        raise UserError(
+            f"{folder}: of the {count} shards of {stem} {len(lacking)} are not there:"
+            f" {listed(lacking)}"
+        )
+    tensors: Tensors = {}
+    for name in names:
+        part = open_file(folder / name)[0]
+        if twice := tensors.keys() & part.keys():
+            raise UserError(
+                f"{folder / name}: {shown(min(twice))} is in another shard as well"
+            )
+        tensors |= part
+    return tensors
+
+
+def listed(names: Iterable[Any]) -> str:
+    """Up to ten of them, and how many more there are."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return ", ".join(shown(name) for name in names[:LISTED]) + more
 
 
 def _open_indexed(folder: epath.Path, index: str) -> Tensors:
@@ -194,10 +258,9 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"{folder / index}: not an index: {error}") from None
     if missing := [name for name in names if not (folder / name).exists()]:
-        listed = ", ".join(missing[:LISTED]) + (", …" if missing[LISTED:] else "")
         raise UserError(
             f"{folder / index} names {len(names)} files, of which {len(missing)} are"
-            f" not there: {listed}"
+            f" not there: {listed(missing)}"
         )
     tensors = {}
     for name in names:

@@ -37,7 +37,8 @@ def check(
     what: str,
     ignored: Sequence[str] = (),
 ) -> None:
-    """Every tensor is used and every parameter covered, or the error lists them.
+    """Every tensor is used and every parameter covered, or the error lists them. None
+    is of integers, which mean something only with scales that we do not know.
 
     `ignored` are ends of names that a file may have and nothing reads.
     """
@@ -58,6 +59,12 @@ def check(
         raise UserError(
             f"{what}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
             f" of another shape: {listed}"
+        )
+    if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
+        name = integers[0]
+        raise UserError(
+            f"{what}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
+            f" file is quantized ({len(integers)} tensors of integers)"
         )
 
 

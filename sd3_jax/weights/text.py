@@ -40,6 +40,37 @@ def clip_l_table(model: ClipText) -> list[Group]:
     return clip_table(model, projected=False)
 
 
+OPEN_CLIP_BLOCK = (
+    Row("norm1", None, "ln_1"),
+    Row("to_qkv", None, "attn.in_proj_"),
+    Row("to_out", None, "attn.out_proj", kind=MERGING),
+    Row("norm2", None, "ln_2"),
+    Row("fc1", None, "mlp.c_fc"),
+    Row("fc2", None, "mlp.c_proj"),
+)
+
+
+def open_clip_table(model: ClipText, *, projected: bool = True) -> list[Group]:
+    """OpenCLIP's names of the same tower, and OpenAI's: q, k and v in one matrix, and
+    a projection that is (in, out), as ours."""
+    projection = Row("text_projection/kernel", None, "text_projection", AS_IS)
+    if not projected:
+        projection = projection._replace(original=None, fill=lambda s: np.eye(*s))
+    ends = (
+        Row("tokens", None, "token_embedding.weight", kind=AS_IS),
+        Row("positions", None, "positional_embedding", kind=AS_IS),
+        Row("final_norm", None, "ln_final"),
+        projection,
+    )
+    files = ("", "transformer.resblocks.{}")
+    blocks = Group("blocks", *files, OPEN_CLIP_BLOCK, range(model.depth))
+    return [Group("", "", "", ends), blocks]
+
+
+def open_clip_l_table(model: ClipText) -> list[Group]:
+    return open_clip_table(model, projected=False)
+
+
 def t5_table(model: T5Encoder) -> list[Group]:
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     ends = (

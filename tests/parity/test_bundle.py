@@ -1,6 +1,9 @@
 """Released files in every layout: loaded, written again, and read by diffusers."""
 
+import functools
 import json
+import tempfile
+from pathlib import Path
 
 import diffusers
 import jax
@@ -146,12 +149,18 @@ def test_diffusers_reads_a_single_file_of_ours(tmp_path):
     equal(found, wanted)
 
 
-def single(tmp_path, kind="sd35_large", keep=lambda name: True):
+@functools.cache
+def published(kind):
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.safetensors"
+        sd3_jax.save(load(miniature.folder(kind)), path, "original")
+        return safetensors.torch.load_file(path)
+
+
+def single(tmp_path, kind="sd35_large"):
     """A single file as it is published; CLIP-L's projection is not in one."""
     path = tmp_path / "model.safetensors"
-    sd3_jax.save(load(miniature.folder(kind)), path, "original")
-    state = {k: v for k, v in safetensors.torch.load_file(path).items() if keep(k)}
-    safetensors.torch.save_file(state, path)
+    safetensors.torch.save_file(published(kind), path)
     return path
 
 
@@ -168,22 +177,113 @@ def test_a_file_as_it_is_published(tmp_path):
 
 
 def test_encoders_in_files_of_their_own(tmp_path):
+    """With the prefix of the whole file, which tells miniature CLIPs from each other;
+    the published ones are told by their width (tests/weights/test_single.py)."""
     whole = single(tmp_path)
     state = safetensors.torch.load_file(whole)
     files = []
     for name in ("clip_l", "clip_g", "t5xxl"):
         prefix = f"text_encoders.{name}.transformer."
-        own = {k.removeprefix(prefix): state.pop(k) for k in list(state) if prefix in k}
-        safetensors.torch.save_file(own, tmp_path / f"{name}.safetensors")
-        files.append(tmp_path / f"{name}.safetensors")
+        own = {k: state.pop(k) for k in list(state) if prefix in k}
+        safetensors.torch.save_file(own, tmp_path / f"a,{name}.safetensors")
+        files.append(tmp_path / f"a,{name}.safetensors")
     safetensors.torch.save_file(state, tmp_path / "rest.safetensors")
     rest = load(tmp_path / "rest.safetensors")
     assert set(rest.modules) == {"denoiser", "vae"}
     with pytest.raises(UserError, match="no text encoder"):
         sd3_jax.generate(rest, PROMPTS, **RUN)
     together = load(",".join(map(str, [tmp_path / "rest.safetensors", *files])))
-    images = [sd3_jax.generate(b, PROMPTS, **RUN) for b in (load(whole), together)]
-    np.testing.assert_array_equal(*images)
+    same_variables(load(whole), together)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    listed = [tmp_path / "rest.safetensors", *files]
+    same_variables(sd3_jax.load(listed, mesh, "float32"), together)
+
+
+def folder_of(module, path):
+    """A component as its library saves it."""
+    module.save_pretrained(path)
+    return path, next(path.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("name", ["vae", "denoiser"])
+def test_diffusers_file_of_a_component_alone(name, tmp_path):
+    """Without its folder, as the users of other programs have it."""
+    options = miniature.KINDS["sd35_medium"]
+    made = miniature.vae() if name == "vae" else miniature.transformer(**options)
+    folder, file = folder_of(made, tmp_path)
+    whole, alone = load(folder), load(file)
+    assert list(alone.modules) == [name]
+    same_variables(whole, alone)
+    if name == "vae":
+        assert whole.latent_scale == alone.latent_scale
+
+
+def test_the_same_with_the_names_of_comfyui(tmp_path):
+    """As its CheckpointSave writes them: no prefix is that of Stability's files but
+    the encoders', and each of those has a logit_scale."""
+    whole = single(tmp_path)
+    state = safetensors.torch.load_file(whole)
+    renamed = {
+        k.replace("model.diffusion_model.", "diffusion_model.").replace(
+            "first_stage_model.", "vae."
+        ): x
+        for k, x in state.items()
+    }
+    for name in ("clip_l", "clip_g", "t5xxl"):
+        renamed[f"text_encoders.{name}.logit_scale"] = torch.tensor(4.6055)
+    safetensors.torch.save_file(renamed, tmp_path / "comfy.safetensors")
+    same_variables(load(whole), load(tmp_path / "comfy.safetensors"))
+
+
+def test_clip_g_in_open_clips_layout(tmp_path):
+    """Its fused matrix is q, k and v in this order, its projection (in, out): so
+    transformers' own converter reads it."""
+    whole = single(tmp_path)
+    state = safetensors.torch.load_file(whole)
+    prefix = "text_encoders.clip_g.transformer."
+    own = {k.removeprefix(prefix): state.pop(k) for k in list(state) if prefix in k}
+    other = {
+        "token_embedding.weight": own["text_model.embeddings.token_embedding.weight"],
+        "positional_embedding": own["text_model.embeddings.position_embedding.weight"],
+        "text_projection": own["text_projection.weight"].T.contiguous(),
+        "logit_scale": torch.tensor(4.6),
+    }
+    for kind in ("weight", "bias"):
+        other[f"ln_final.{kind}"] = own[f"text_model.final_layer_norm.{kind}"]
+        for i in range(3):
+            theirs, ours = (
+                f"transformer.resblocks.{i}",
+                f"text_model.encoder.layers.{i}",
+            )
+            qkv = [own[f"{ours}.self_attn.{x}_proj.{kind}"] for x in "qkv"]
+            other[f"{theirs}.attn.in_proj_{kind}"] = torch.cat(qkv)
+            for a, b in (
+                ("ln_1", "layer_norm1"),
+                ("ln_2", "layer_norm2"),
+                ("mlp.c_fc", "mlp.fc1"),
+                ("mlp.c_proj", "mlp.fc2"),
+                ("attn.out_proj", "self_attn.out_proj"),
+            ):
+                other[f"{theirs}.{a}.{kind}"] = own[f"{ours}.{b}.{kind}"]
+    state |= {f"text_encoders.clip_g.{k}": x for k, x in other.items()}
+    safetensors.torch.save_file(state, tmp_path / "open_clip.safetensors")
+    same_variables(load(whole), load(tmp_path / "open_clip.safetensors"))
+
+
+def test_eight_bits_without_scales_are_weights(tmp_path):
+    """A checkpoint that was cast to fp8, as it is sold for small cards."""
+    path = single(tmp_path)
+    state = safetensors.torch.load_file(path)
+    eight = {k: x.to(torch.float8_e4m3fn) for k, x in state.items()}
+    safetensors.torch.save_file(eight, tmp_path / "fp8.safetensors")
+    found = load(tmp_path / "fp8.safetensors").variables["denoiser"]["params"]["final"]
+    wanted = eight["model.diffusion_model.final_layer.linear.weight"].float().numpy()
+    np.testing.assert_array_equal(np.asarray(found["kernel"]).reshape(64, -1), wanted.T)
+    scale = "model.diffusion_model.final_layer.linear.scale_weight"
+    scaled = eight | {scale: torch.ones(()), "scaled_fp8": torch.zeros(2)}
+    safetensors.torch.save_file(scaled, tmp_path / "scaled.safetensors")
+    with pytest.raises(UserError, match=r"quantized, scaled fp8 \(ComfyUI\)"):
+        load(tmp_path / "scaled.safetensors")
 
 
 def test_eight_bit_t5(tmp_path):
@@ -395,8 +495,14 @@ def test_mistakes_are_told(change, message):
 
 
 def test_configs_are_kept_in_single_files(tmp_path):
-    bundle = load(words())
-    sd3_jax.save(bundle, tmp_path / "a.safetensors", "original")
-    with safetensors.safe_open(tmp_path / "a.safetensors", "np") as file:
-        configs = json.loads(file.metadata()["sd3_jax"])
-    assert configs["scheduler"]["shift"] == 3.0
+    path = tmp_path / "a.safetensors"
+    sd3_jax.save(load(words()), path, "original")
+    with safetensors.safe_open(path, "np") as file:
+        metadata = file.metadata()
+    assert json.loads(metadata["sd3_jax"])["scheduler"]["shift"] == 3.0
+    assert metadata["sd3_jax_fuller"] == "clip_l"  # its projection is not the identity
+    state = safetensors.torch.load_file(path)
+    del state["text_encoders.clip_l.transformer.text_projection.weight"]
+    safetensors.torch.save_file(state, path, metadata)
+    with pytest.raises(UserError, match="clip_l: 1 missing, .*text_projection.weight"):
+        load(path)

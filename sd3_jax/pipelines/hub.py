@@ -1,0 +1,151 @@
+"""Hub names of models, and which of a repository's files are fetched.
+
+owner/name, with a revision owner/name@v1, a variant owner/name:fp16, or of one file
+owner/name/file.safetensors, also owner/name@v1/file.safetensors.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from etils import epath
+
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError
+from sd3_jax.outside import shown
+from sd3_jax.weights.components import COMPONENTS
+
+INDEX = "model_index.json"
+REVISION = r"@(refs/(?:pr|convert)/[\w.-]+|[\w.-]+)"
+NAME = re.compile(
+    rf"(\w[\w.-]*/[\w.-]+)(?:{REVISION})?"
+    rf"(?:(/[^@:]+\.safetensors)(?:{REVISION})?|:([\w-]+))?"
+)
+PLACES = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)"
+LINK = re.compile(PLACES + r"([^/?#]+/[^/?#]+)(?:/(?:blob|resolve|tree)/([^?#]+))?.*")
+
+
+class Name(NamedTuple):
+    repo: str
+    revision: str | None = None
+    file: str = ""
+    variant: str = ""
+
+
+def parse(text: str) -> Name | None:
+    match = NAME.fullmatch(text.removeprefix("hf://"))
+    if match is None or match[1].endswith(".safetensors"):
+        return None
+    repo, before, file, after, variant = match.groups()
+    if before and after:
+        return None
+    return Name(repo, before or after, (file or "").lstrip("/"), variant or "")
+
+
+def link(url: str) -> str | None:
+    """The name of what a link to the hub leads to."""
+    match = LINK.fullmatch(url)
+    if match is None:
+        return None
+    revision, _, file = (match[2] or "main").partition("/")
+    at = "" if revision == "main" else f"@{revision}"
+    return match[1] + at + (f"/{file}" if file.endswith(".safetensors") else "")
+
+
+def weights(stem: str, variant: str = "") -> list[str]:
+    """Patterns of one component's file, its shards and its index, under any of the
+    names that the libraries have given to those of a variant."""
+    v, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    ends = f"{v}.safetensors", f"{v}{shard}.safetensors", f"{shard}{v}.safetensors"
+    index = (
+        f"{v}.safetensors.index.json",
+        f".safetensors{v}.index.json",
+        f".safetensors.index{v}.json",
+    )
+    return list(dict.fromkeys(stem + end for end in ends + index))
+
+
+def of_model(variant: str = "") -> list[str]:
+    """What a diffusers folder needs, or one component's repository: neither what lies
+    beside them for other programs, nor other variants."""
+    patterns = [INDEX, "config.json", "scheduler/*.json", *tokenizers.WANTED]
+    for stem in dict.fromkeys(x.stem for x in COMPONENTS.values()):
+        patterns += weights(stem, variant)
+    for component in COMPONENTS.values():
+        patterns.append(f"{component.folder}/config.json")
+        patterns += weights(f"{component.folder}/{component.stem}", variant)
+    return patterns
+
+
+def fetch(
+    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], what: str
+) -> epath.Path:
+    """The folder, or the file, as it lies here after its download; `wanted` are the
+    patterns of files, of a model by default."""
+    if name.file:
+        return epath.Path(_file(name, what))
+    patterns = of_model(name.variant) if wanted is None else list(wanted)
+    folder = _folder(name, patterns, unwanted, what)
+    if wanted is not None:
+        return folder
+    if bare := list(_bare(folder)):  # what has no weights of that variant, or only some
+        more = [f"{x}/*.safetensors" for x in bare]
+        more += [f"{x}/*.safetensors*.json" for x in bare]
+        folder = _folder(name, more, unwanted, what)
+    if not any((folder / x).exists() for x in (INDEX, "config.json")):
+        raise UserError(
+            f'{what} "{name.repo}": the repository has neither {INDEX} nor config.json:'
+            f' name one of its files, as "{name.repo}/FILE.safetensors"'
+        )
+    return folder
+
+
+def _bare(folder: epath.Path) -> Iterable[str]:
+    """Folders of components that were fetched without weights."""
+    for component in COMPONENTS.values():
+        place = folder / component.folder
+        if (place / "config.json").exists() and not any(
+            path.name.endswith(".safetensors") for path in place.iterdir()
+        ):
+            yield component.folder
+
+
+def _folder(name, patterns, unwanted, what) -> epath.Path:
+    import huggingface_hub
+
+    return epath.Path(
+        _downloaded(
+            name,
+            what,
+            lambda: huggingface_hub.snapshot_download(
+                name.repo,
+                revision=name.revision,
+                allow_patterns=patterns,
+                ignore_patterns=list(unwanted),
+            ),
+        )
+    )
+
+
+def _file(name, what) -> str:
+    import huggingface_hub
+
+    return _downloaded(
+        name,
+        what,
+        lambda: huggingface_hub.hf_hub_download(
+            name.repo, name.file, revision=name.revision
+        ),
+    )
+
+
+def _downloaded(name, what, download) -> str:
+    try:
+        return download()
+    except Exception as error:  # its errors have no common base
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        file = f"/{name.file}" if name.file else ""
+        raise UserError(
+            f'{what} "{name.repo}{file}": no such path, and it cannot be had from the'
+            f" hub: {shown(lines[0], 200)}"
+        ) from None
