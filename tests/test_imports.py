@@ -8,7 +8,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 BELOW = ["errors", "tree", "metrics", "pictures", "sharding", "hosts", "outside"]
 MAY = {
-    "diffusion": [],
+    "diffusion": ["errors"],
     "models": [],
     "data": ["errors", "hooks", "outside"],
     "weights": ["models", *BELOW],

@@ -14,6 +14,7 @@ from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import leaves
 from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.pipelines.scheduler import EULER
 from sd3_jax.pipelines.sources import INDEX
 from sd3_jax.weights import names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS
@@ -89,7 +90,8 @@ def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
 
 def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **bundle.scheduler}
+    scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
+    scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it
     folders = {"scheduler/scheduler_config.json": scheduler}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for name, component in COMPONENTS.items():

@@ -129,7 +129,11 @@ def _diffusers(path: epath.Path) -> dict[str, Part]:
         found[name] = _from_folder(component, folder)
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        found["scheduler"] = Part(None, _read(scheduler), None)
+        config = _read(scheduler)
+        listed = index.get("scheduler")
+        if isinstance(listed, list) and listed[1:] and isinstance(listed[1], str):
+            config["_class_name"] = listed[1]  # as diffusers, by the index
+        found["scheduler"] = Part(None, config, None)
     return found
 
 
