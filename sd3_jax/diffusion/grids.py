@@ -63,7 +63,7 @@ def custom(sigmas: Sequence[float]) -> Float64[np.ndarray, " n"]:
 
 def stretched(t: Float64[np.ndarray, " n"], end: float) -> Float64[np.ndarray, " n"]:
     """Distances from 1 scaled until the last t is `end` (`shift_terminal`)."""
-    require(t[-1] < 1, "steps", len(t), "2 or more, for a shift_terminal")
+    require(bool(t[-1] < 1), "steps", len(t), "2 or more, for a shift_terminal")
     return 1 - (1 - t) * (1 - end) / (1 - t[-1])
 
 

@@ -130,7 +130,7 @@ def image_keys(
             f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
         )
     if not all(0 <= s < 2**32 for s in seeds):
-        raise UserError(f"seed {seed}: wanted integers from 0 to {2**32 - 1}")
+        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
     numbers = prompts * per_prompt if shared else per_prompt
     rows = [(s, number) for s in seeds for number in range(numbers)]
     make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])

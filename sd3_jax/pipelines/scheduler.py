@@ -84,12 +84,12 @@ class Scheduler:
         end = 1 / CLOCK
         if mu is not None:
             # e^80 is far beyond what leaves float32 steps apart.
-            require(abs(mu) < 80, "mu", mu, "a number between -80 and 80")
+            require(bool(abs(mu) < 80), "mu", mu, "a number between -80 and 80")
             shift = mu if self.linear else math.exp(mu)
         else:
             shift = self.shift if shift is None else shift
             end = timesteps.shift(end, shift)  # shifted twice: see grids.released
-        require(0 < shift < math.inf, "shift", shift, "a finite number > 0")
+        require(bool(0 < shift < math.inf), "shift", shift, "a finite number > 0")
         if sigmas is not None:
             t = grids.custom(sigmas)
         else:
@@ -204,7 +204,7 @@ IDLE = (
 )
 
 
-def read(config: Mapping[str, Any] | None, where: str = "the scheduler") -> Scheduler:
+def read(config: Any, where: str = "the scheduler") -> Scheduler:
     """The scheduler of a scheduler_config.json, or the published one if there is none.
 
     A UserError names a setting of the wrong type or out of range. One that is right
