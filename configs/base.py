@@ -160,7 +160,7 @@ def get_config() -> ConfigDict:
         steps=28,
         solver="",  # of solver, grid and shift what is left open is as the released
         grid="",  # weights' own scheduler has it, or for ours euler, released and 3.0
-        shift=placeholder(float),
+        shift=0.0,  # 0: left open
         cfg=5.0,  # 1 or less: no guidance, one pass of the network a step
         cfg_start=0.0,  # guidance acts for t in [cfg_start, cfg_stop]
         cfg_stop=1.0,

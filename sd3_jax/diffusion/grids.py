@@ -50,7 +50,7 @@ def linear_mu(
     return mu0 + (mu1 - mu0) * (tokens - n0) / (n1 - n0)
 
 
-def custom(sigmas: Sequence[float]) -> Float64[np.ndarray, " n"]:
+def custom(sigmas: Sequence[float] | np.ndarray) -> Float64[np.ndarray, " n"]:
     """The t's that are given, without the 0 at their end."""
     t = np.asarray(sigmas, np.float64)
     falls = t.ndim == 1 and t.size > 0 and bool((np.diff(t) < 0).all())

@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from sd3_jax.diffusion.checks import require
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
-Number = float | np.ndarray | np.generic | Array
+Number = float | int | np.ndarray | np.generic | Array
 
 
 class Skip(NamedTuple):

@@ -72,8 +72,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
-    shift = config.sample.shift
-    scheduler = {"shift": PUBLISHED.shift if shift is None else float(shift)}
+    scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
     return Bundle(
         {"denoiser": model},
         {"denoiser": variables},

@@ -91,8 +91,8 @@ class Painter:
     def sampler(self) -> tuple[str, np.ndarray]:
         """The solver and its t's, the released models' where the recipe is silent."""
         s, tokens = self.config.sample, 0  # which no shift here depends on
-        named = {"solver": s.solver or None, "grid": s.grid or None}
-        return PUBLISHED.sampler(s.steps, tokens, **named, shift=s.shift)
+        given = {name: s[name] or None for name in ("solver", "grid", "shift")}
+        return PUBLISHED.sampler(s.steps, tokens, **given)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:

@@ -50,8 +50,7 @@ def check(scheduler: Scheduler, settings: Sequence[dict[str, Any]]) -> None:
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:
     """What a task says of its solver and t's; what it leaves open is the model's."""
-    named = {name: settings[name] or None for name in ("solver", "grid")}
-    return named | {"shift": settings["shift"]}
+    return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
 class ReleasedPainter:

@@ -115,9 +115,7 @@ def encoded(
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
 
 
-def image_keys(
-    prompts: int, seed: int | Sequence[int], per_prompt: int
-) -> Key[Array, " b"]:
+def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
     """A key for every picture: of its seed and its number among those of the seed.
 
     One seed's pictures are numbered through all prompts, as one generator draws them;
@@ -149,7 +147,7 @@ def settings(
     bundle: Bundle,
     shape: tuple,
     *,
-    steps: int,
+    steps: Any,
     solver: str | None,
     grid: str | None,
     shift: float | None,
@@ -177,7 +175,10 @@ def says(texts: Texts | None) -> bool:
 
 
 def guided(
-    scale: float, interval: tuple[float, float], rescale: float, **other
+    scale: guidance.Number,
+    interval: tuple[guidance.Number, guidance.Number],
+    rescale: guidance.Number,
+    **other: bool,
 ) -> bool:
     """Whether there is guidance. What a call without it has no use for is told of:
     `other` are such options, by name, where the caller gave them."""
