@@ -58,7 +58,10 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
         )
     settings = prompt_lines.task(config, "", 0).settings
     made = released.load_to_paint(config, mesh, [settings])
-    return None, made, {"weights": config.weights} | made.scheduler.told()
+    about = {"weights": config.weights}
+    if told := made.scheduler.told():
+        about["scheduler"] = told
+    return None, made, about
 
 
 def add(result: dict, found: dict) -> None:
