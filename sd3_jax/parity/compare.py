@@ -288,7 +288,7 @@ DTYPES = ("float32", "bfloat16")
 
 def _grid(subject: Subject) -> np.ndarray:
     s, config = subject.settings, subject.configs["denoiser"]
-    tokens = np.prod(subject.latents(1).shape[1:3]) // config["patch_size"] ** 2
+    tokens = np.prod(subject.latents(1).shape[1:3]) // config.get("patch_size", 2) ** 2
     return schedulers.read(subject.scheduler).sampler(s.steps, int(tokens))[1]
 
 
