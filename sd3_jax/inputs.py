@@ -12,8 +12,13 @@ from typing import Any
 from sd3_jax.errors import UserError
 
 REMOTE = ("gs://", "s3://", "az://", "hf://")  # which epath knows
-# owner/name, owner/name@revision, owner/name/file.safetensors
-HUB = re.compile(r"[\w-][\w.-]*/[\w.-]+(@[\w./-]+)?(/[\w./@-]+)?")
+REVISION = r"@[\w.-]+(?:/[\w.-]+)*?"
+# owner/name, with a revision @v1, a variant :fp16, or one of its files.
+HUB = re.compile(
+    rf"\w[\w.-]*/[\w.-]+(?:{REVISION})?"
+    rf"(?P<file>/[^@:]+\.safetensors(?:{REVISION})?)?(?::[\w-]+)?"
+)
+VARIANT = re.compile(r"(.+):[\w-]+")  # of a folder here
 
 
 def check(job: str, values: Mapping[str, Any]) -> None:
@@ -36,30 +41,33 @@ def exists(path: str) -> bool:
 
 def model(text: str) -> str:
     """Why this names no file, folder or hub's repository; "" if it may."""
-    if exists(text):
+    variant = VARIANT.fullmatch(text)
+    if exists(text) or (variant and exists(variant[1])):
         return ""
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         return (
-            "a URL, which is not downloaded: wanted a path, or a hub name such as"
+            "a link, which is not downloaded: wanted a path, or a hub name such as"
             " owner/name or owner/name/file.safetensors"
         )
-    first, _, rest = text.partition("/")
-    repository = "/" in rest or not rest.endswith(".safetensors")
-    if HUB.fullmatch(text) and repository and not os.path.isdir(first):
-        return ""
-    return "no such file, folder or hub name"
+    hub, first = HUB.fullmatch(text), text.partition("/")[0]
+    if hub and hub["file"]:
+        hub = not os.path.isdir(first)
+    elif hub:
+        hub = not text.endswith(".safetensors")
+    return "" if hub else "no such file, folder or hub name"
 
 
 def models(text: str) -> str:
     """The same of several with commas between; a path may have commas in it."""
-    if exists(text):
-        return ""
-    each = [part.strip() for part in text.split(",")]
-    wrong = [(part, reason) for part in each if (reason := model(part))]
-    if not wrong:
-        return ""
-    part, reason = wrong[0]
-    return f'"{part}": {reason}' if len(each) > 1 else reason
+    parts = text.split(",")
+    several = len(parts) > 1
+    while parts:
+        joined = [",".join(parts[:n]) for n in range(len(parts), 1, -1)]
+        whole = next(filter(exists, joined), parts[0])
+        if reason := model(whole.strip()):
+            return f'"{whole.strip()}": {reason}' if several else reason
+        parts = parts[whole.count(",") + 1 :]
+    return ""
 
 
 def weighed(text: str) -> str:
