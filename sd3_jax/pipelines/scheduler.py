@@ -101,18 +101,17 @@ class Scheduler:
         return grids.apart(np.append(grids.SPACINGS[self.spacing](t), 0), shift)
 
     def told(self) -> dict[str, Any]:
-        """What differs from the published models', for a picture's line."""
-        return {
-            field.name: getattr(self, field.name)
-            for field in dataclasses.fields(self)
-            if getattr(self, field.name) != field.default
-        }
+        """What differs from the published models', as the JSON of a picture's line."""
+        values = {x.name: (getattr(self, x.name), x.default) for x in FIELDS}
+        differing = {name: a for name, (a, b) in values.items() if a != b}
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in differing.items()}
 
 
 LINES = {  # of n t's before the shift, without the 0
     "released": lambda n, end: np.linspace(1, end, n),
     "flow": lambda n, end: np.linspace(1 - 1 / CLOCK, 0, n + 1)[:-1],
 }
+FIELDS = dataclasses.fields(Scheduler)
 PUBLISHED = Scheduler()
 
 

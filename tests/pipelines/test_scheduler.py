@@ -1,5 +1,7 @@
 """What a scheduler_config.json may say; its sigmas are in tests/parity."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -153,7 +155,7 @@ def test_keys_that_are_of_no_use_are_told_and_those_that_do_nothing_are_not():
 
 def test_a_line_tells_what_differs_from_the_published():
     assert PUBLISHED.told() == {}
-    assert scheduler.read({"shift": 5.0, "use_beta_sigmas": True}).told() == {
-        "shift": 5.0,
-        "spacing": "beta",
-    }
+    odd = {"shift": 5.0, "use_beta_sigmas": True, "max_shift": 1.3}
+    told = scheduler.read(odd).told()
+    assert told == {"shift": 5.0, "most": [4096, 1.3], "spacing": "beta"}
+    assert json.loads(json.dumps(told)) == told  # or a job begun would not go on
