@@ -215,7 +215,9 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     if name not in CLASSES:
         known = ", ".join(CLASSES)
         told = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
-        return dataclasses.replace(PUBLISHED, refused=told)
+        own = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
+        shift = own[0] if own else PUBLISHED.shift
+        return dataclasses.replace(PUBLISHED, shift=shift, refused=told)
     scheduler, complaints = CLASSES[name].make(values)
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)

@@ -137,6 +137,13 @@ def test_what_a_caller_cannot_ask_for(given, words):
     assert words in str(error.value)
 
 
+def test_a_class_that_is_not_known_still_says_its_shift():
+    for config, shift in ({"flow_shift": 5}, 5.0), ({"shift": 2.0}, 2.0), ({}, 3.0):
+        read = scheduler.read({"_class_name": "UniPCMultistepScheduler"} | config)
+        _, times = read.sampler(4, 1_024, solver="euler", grid="released")
+        np.testing.assert_array_equal(times, grids.released(4, shift))
+
+
 def test_a_terminal_needs_two_steps():
     read = scheduler.read({"shift_terminal": 0.1})
     with pytest.raises(UserError, match="steps: got 1, want 2 or more"):
