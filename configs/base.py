@@ -158,10 +158,10 @@ def get_config() -> ConfigDict:
         prompts_file="",
         negative="",
         steps=28,
-        solver="euler",
-        grid="released",
-        shift=3.0,
-        cfg=5.0,
+        solver="",  # of solver, grid and shift what is left open is as the released
+        grid="",  # weights' own scheduler has it, or for ours euler, released and 3.0
+        shift=0.0,  # 0: left open
+        cfg=5.0,  # 1 or less: no guidance, one pass of the network a step
         cfg_start=0.0,  # guidance acts for t in [cfg_start, cfg_stop]
         cfg_stop=1.0,
         rescale=0.0,

@@ -3,7 +3,9 @@
     sd3-jax sample --config=configs/released.py:sd35_medium --workdir=runs/fox \\
         --config.weights=PATH_OR_HUB_NAME --config.sample.prompt="a red fox"
 
-Steps and guidance are those of Stability's sd3_infer.py. :tiny is for random weights of
+Steps and guidance are those of Stability's sd3_infer.py; the solver and its t's are
+those of the scheduler in the model's folder, or of a file that has none the published
+ones. :tiny is for random weights of
 miniature size, in float32.
 """
 
@@ -22,7 +24,7 @@ def get_config(variant: str = ""):
     variant = variant or "sd35_medium"
     c = base.get_config()
     c.image.update(height=1024, width=1024)
-    c.sample.update(grid="released", shift=3.0, solver="euler", batch_size=8)
+    c.sample.batch_size = 8
     if variant == "tiny":
         base.shrink(c)
         c.image.update(height=64, width=64)

@@ -18,8 +18,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float
 
 from sd3_jax import sharding
-from sd3_jax.diffusion import grids
-from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.diffusion import grids, solvers
 from sd3_jax.errors import UserError
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import programs, request
@@ -76,7 +75,7 @@ def generate(
     steps: int = 28,
     guidance: float = 5.0,
     seed: int | Sequence[int] = 0,
-    solver: str = "euler",
+    solver: str | None = None,
     max_sequence_length: int = 256,
     images_per_prompt: int = 1,
     latents: Float[Array | np.ndarray, "b h w c"] | None = None,
@@ -100,25 +99,48 @@ def generate(
 ) -> Float[Array, "b _ _ _"]:
     """Pictures (b, height, width, 3) in [0, 1], or their latents; p0, p0, p1, p1, …
 
-    A picture depends on its prompt, its seed and its number among `images_per_prompt`,
-    not on the company it is made in. Prompts may be what encode_prompts gives. A
-    `guidance` of 1 is none. `latents` is the noise to start from. `image`, in [0, 1] or
-    as latents, is changed for the last `strength` of the steps; with a `mask` only
-    where that is 1. `skip_layers` are left out of a third velocity, which is steered
-    away from at the steps i of n with n skip_start < i < n skip_stop. The t's are the
-    scheduler's that came with the model; `grid`, `shift`, `mu` (its logarithm) or
-    `sigmas`, shifted as well, replace them. `preview(i, t, rgb)` sees a rough picture
-    after each step; a program is compiled for each such function.
+    The seed alone decides a picture's noise, whatever its prompt, given as a text or as
+    what encode_prompts gives. Of one `seed` all pictures of the call are numbered, and
+    picture i has the noise of (seed, i); of a seed for each prompt they are numbered
+    within `images_per_prompt`, so a row is what it is alone. `latents` are noise of
+    your own instead.
+
+    A `guidance` of 1 or less is none, one pass of the network a step: then negative
+    prompts, `skip_layers` and the other options of guidance are not used, and a warning
+    says so. `image`, in [0, 1] or as latents, is changed for the last `strength` of the
+    steps; with a `mask` only where that is 1. `skip_layers` are left out of a third
+    velocity, which is steered away from at the steps i of n with n skip_start < i < n
+    skip_stop.
+
+    The solver and the t's are those of the scheduler that came with the model; `solver`
+    and `grid`, `shift`, `mu` (the shift's logarithm) or `sigmas`, which are shifted as
+    well and whose number is that of the steps, replace them. `preview(i, t, rgb)` sees
+    a rough picture after each step; a program is compiled for each such function.
     """
-    request.choose("solver", solver, list(SOLVERS))
     request.choose("output", output, OUTPUTS)
-    guided = guidance != 1
+    guided = request.guided(
+        guidance,
+        guidance_interval,
+        guidance_rescale,
+        negative_prompts=request.says(negative_prompts),
+        skip_layers=bool(skip_layers),
+    )
     image = request.starting_image(bundle, image)
     latents = request.starting_latents(bundle, latents)
     request.require_embeddings(bundle, prompts, "prompts")
     request.require_embeddings(bundle, negative_prompts, "negative_prompts")
     given = image if image is not None else latents
     shape = request.size(bundle, height, width, given)
+    solver, times = request.settings(
+        bundle,
+        shape,
+        steps=steps,
+        solver=solver,
+        grid=grid,
+        shift=shift,
+        mu=mu,
+        sigmas=sigmas,
+    )
     cond, uncond = request.encoded(
         bundle,
         prompts,
@@ -131,17 +153,7 @@ def generate(
     rows = cond.pooled.shape[0]
     spread = lambda x, what: request.rows_of(x, rows, images_per_prompt, what)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
-        request.image_keys(prompts, seed, images_per_prompt)
-    )
-    times = request.times(
-        bundle,
-        grid=grid,
-        solver=solver,
-        steps=steps,
-        shift=shift,
-        mu=mu,
-        sigmas=sigmas,
-        shape=shape,
+        request.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
     noise = x0 = None
     if latents is not None:
@@ -153,9 +165,10 @@ def generate(
     if image is not None:
         times = grids.strength(times, strength)
         x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
-    skipped = request.layers(bundle, skip_layers) if guided else ()
+    skipped = request.layers(bundle, skip_layers, skip_scale) if guided else ()
+    draws = solvers.draws(solvers.SOLVERS[solver])
     inputs = programs.Inputs(
-        keys=noise_keys if noise is None else None,
+        keys=noise_keys if noise is None or draws else None,
         cond=cond,
         uncond=uncond,
         grid=times,

@@ -19,13 +19,13 @@ from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
+from sd3_jax import inputs
 from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
 from sd3_jax.validate import leaves, validate
 
 ROOT = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
 FLAGS = ("--config", "--workdir", "--help")
-BUCKETS = ("gs://", "s3://", "az://", "hf://")  # which epath knows
 
 
 class Call(NamedTuple):
@@ -58,7 +58,9 @@ def parse(argv: Sequence[str]) -> Call:
     if asked is not None:
         finish(keys(recipe, config))
     validate(config)
-    return Call(job, config, check_workdir(workdir))
+    workdir = check_workdir(workdir)
+    inputs.check(job, dict(leaves(config)))
+    return Call(job, config, workdir)
 
 
 def usage() -> str:
@@ -139,12 +141,12 @@ def nearest_flag(name):
 def check_workdir(workdir):
     if not workdir:
         raise UserError("no workdir given: wanted --workdir=DIR")
-    if workdir.startswith(BUCKETS):
+    if workdir.startswith(inputs.REMOTE):
         return workdir
     if match := re.match("([A-Za-z0-9]+):/+(.+)", workdir):  # as a path, ./gs:/…
         scheme, rest = f"{match[1]}://", match[2]
-        hint = f'; did you mean "{scheme}{rest}"?' if scheme in BUCKETS else ""
-        wanted = f"wanted a folder, or a bucket of {', '.join(BUCKETS)}"
+        hint = f'; did you mean "{scheme}{rest}"?' if scheme in inputs.REMOTE else ""
+        wanted = f"wanted a folder, or a bucket of {', '.join(inputs.REMOTE)}"
         raise UserError(f"--workdir={workdir}: {wanted}{hint}")
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
     for part in (path, *path.parents):

@@ -11,6 +11,7 @@ from numpy import ndarray
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from sd3_jax.errors import ConfigError
 from sd3_jax.metrics import write_whole
 
 PAPER, INK = (255, 255, 255), (72, 76, 84)
@@ -23,7 +24,7 @@ def to_uint8(images: Float[ndarray, "*shape"]) -> UInt8[ndarray, "*shape"]:
     pixels = np.asarray(images, np.float32) * 127.5 + 127.5
     if np.isnan(pixels).any():
         bad = np.isnan(pixels).mean()
-        raise ValueError(f"{bad:.1%} of the pixels are NaN: sample in float32")
+        raise ConfigError(f"{bad:.1%} of the pixels are NaN: sample in float32")
     return np.rint(np.clip(pixels, 0, 255)).astype(np.uint8)
 
 

@@ -1,5 +1,6 @@
 """What `import sd3_jax` offers beyond diffusers' pipelines."""
 
+import dataclasses
 import subprocess
 import sys
 
@@ -11,6 +12,9 @@ from parity import convert, miniature
 import sd3_jax
 from sd3_jax import sharding
 from sd3_jax.diffusion import grids
+from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.errors import UserError
+from sd3_jax.pipelines import programs, request
 
 RUN = dict(height=64, width=64, max_sequence_length=20, steps=4, output="latents")
 
@@ -65,21 +69,109 @@ def test_times_of_ones_own(bundle, plain):
 
 
 def test_a_scheduler_that_shifts_by_size(bundle):
-    shifting = {**bundle.scheduler, "use_dynamic_shifting": True}
-    moved = sd3_jax.Bundle(
-        bundle.modules,
-        bundle.variables,
-        bundle.configs | {"scheduler": shifting},
-        bundle.tokenizers,
-        bundle.mesh,
-        bundle.dtype,
-    )
+    moved = scheduled(bundle, use_dynamic_shifting=True)
     mu = grids.linear_mu(16)  # 64 pixels are 4 x 4 tokens
     assert apart(paint(moved), paint(bundle, mu=mu)) == 0
     assert apart(paint(moved), paint(bundle)) > 0.01
+    assert apart(paint(moved, shift=3.0), paint(bundle)) == 0
 
 
-@pytest.mark.parametrize("solver", ["euler", "heun", "dpmpp_2m", "dpmpp_2m_flow"])
+def scheduled(bundle, **settings):
+    """The bundle of a folder whose scheduler has other settings."""
+    config = bundle.configs["scheduler"] | settings
+    return dataclasses.replace(bundle, configs=bundle.configs | {"scheduler": config})
+
+
+def test_the_folders_scheduler_decides(bundle, plain):
+    fives = scheduled(bundle, shift=5.0)
+    assert apart(paint(fives), paint(bundle, shift=5.0)) == 0
+    assert apart(paint(fives), plain) > 0.01
+    assert apart(paint(fives, shift=3.0), plain) == 0
+    heun = scheduled(bundle, _class_name="FlowMatchHeunDiscreteScheduler")
+    assert apart(paint(heun), paint(bundle, solver="heun")) == 0
+    unknown = scheduled(bundle, _class_name="UniPCMultistepScheduler")
+    with pytest.raises(UserError, match="UniPCMultistepScheduler is not honoured"):
+        paint(unknown)
+    assert apart(paint(unknown, solver="euler", grid="released"), plain) == 0
+    broken = scheduled(bundle, shift="abc")
+    with pytest.raises(UserError, match='shift "abc": wanted a finite number'):
+        paint(broken)
+
+
+def test_a_scheduler_that_draws_on_its_way_draws_by_the_seed(bundle, plain):
+    noisy = scheduled(bundle, stochastic_sampling=True)
+    both = paint(noisy, seed=[4], images_per_prompt=2)
+    assert apart(both[:1], paint(noisy, seed=4)) < 1e-5
+    assert apart(both[:1], both[1:]) > 0.1
+    given = np.random.default_rng(0).standard_normal((1, 8, 8, 16))
+    start = dict(latents=given.astype(np.float32))
+    assert apart(paint(noisy, seed=1, **start), paint(noisy, seed=2, **start)) > 0.1
+    assert apart(paint(noisy), plain) > 0.1
+
+
+@pytest.fixture
+def plans(monkeypatch):
+    """Plans and inputs of the programs that are run from here on."""
+    seen, run = [], programs.sample
+
+    def sample(plan, variables, inputs, *rest):
+        seen.append((plan, inputs))
+        return run(plan, variables, inputs, *rest)
+
+    monkeypatch.setattr(programs, "sample", sample)
+    return seen
+
+
+def test_a_guidance_of_1_or_less_is_none(bundle, plans):
+    one = paint(bundle, guidance=1.0)
+    for guidance in (0.0, 0.5, -2.0, np.float32(0)):
+        np.testing.assert_array_equal(paint(bundle, guidance=guidance), one)
+    assert not any(plan.guided for plan, _ in plans)
+    paint(bundle, guidance=1.001)
+    assert plans[-1][0].guided
+
+
+def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
+    request.tell_once.cache_clear()
+    none = paint(bundle, guidance=0.0)
+    assert not caplog.messages
+    options = dict(negative_prompts=["blue"], skip_layers=(1,), guidance_rescale=0.5)
+    for _ in range(2):
+        given = paint(bundle, guidance=0.0, guidance_interval=(0.1, 1.0), **options)
+        np.testing.assert_array_equal(given, none)
+    (told,) = caplog.messages
+    assert "guidance 0 is none, and so not used: negative_prompts, skip_layers," in told
+    assert "guidance_interval, guidance_rescale; wanted a guidance above 1" in told
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (dict(guidance=float("nan")), "scale: got nan"),
+        (dict(guidance=float("inf")), "scale: got inf"),
+        (dict(guidance_interval=(0.6, 0.5)), "interval: got"),
+        (dict(guidance_rescale=1.5), "rescale: got"),
+        (dict(skip_layers=(1,), skip_scale=float("nan")), "skip_scale nan"),
+        (dict(steps=2.0), "steps 2.0: wanted an integer"),
+        (dict(solver="eular"), 'did you mean "euler"'),
+        (dict(grid="liner"), 'did you mean "linear"'),
+        (dict(grid="flow", mu=1.0), "grid and mu are both given"),
+        (dict(seed=1.5), "seed 1.5: wanted an integer"),
+        (dict(seed=[1.5]), "wanted an integer, or one a prompt"),
+        (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
+        (dict(seed=-1), "seed -1: wanted integers from 0"),
+        (dict(seed=2**32), "wanted integers from 0 to 4294967295"),
+        (dict(sigmas=[0.2, 0.4]), "sigmas: got"),
+        (dict(shift=-1.0), "shift: got -1.0"),
+    ],
+)
+def test_what_generate_cannot_do_is_one_line(bundle, options, words):
+    with pytest.raises(UserError) as error:
+        paint(bundle, **options)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))
 def test_solvers_come_to_the_same_end(bundle, solver):
     """Unguided and in many steps."""
     many = dict(guidance=1.0, steps=60, grid="released")
@@ -91,11 +183,49 @@ def test_the_seed_and_the_number_tell_pictures_apart(bundle, plain):
     both = paint(bundle, seed=[4], images_per_prompt=2)
     assert apart(both[:1], paint(bundle, seed=4)) < 1e-5
     assert apart(both[:1], both[1:]) > 0.1
+    np.testing.assert_array_equal(paint(bundle, seed=4, images_per_prompt=2), both)
+
+
+def test_a_picture_is_the_same_in_any_company(bundle):
+    texts = ["a fox", "a house by the sea"]
+    generate = lambda prompts, seed: sd3_jax.generate(bundle, prompts, seed=seed, **RUN)
+    both = generate(texts, [4, 7])
+    for i, seed in enumerate((4, 7)):
+        assert apart(both[i : i + 1], generate(texts[i], seed)) < 1e-5
+    encoded = bundle.encode_prompts(texts, 20)
+    assert apart(generate(encoded, [4, 7]), both) < 1e-5
+    second = jax.tree.map(lambda x: x[1:], encoded)
+    assert apart(generate(second, 7), both[1:]) < 1e-5
+
+
+def test_the_seed_alone_decides_the_noise(bundle, plans):
+    """Also that of a picture's latents, whatever the words and the batch."""
+    photo = np.random.default_rng(1).random((1, 64, 64, 3), np.float32)
+    embedded = bundle.encode_prompts(["a fox", "a wolf"], 20)
+
+    def noise(prompts, **options):
+        sd3_jax.generate(bundle, prompts, **RUN | {"steps": 1} | options)
+        return np.asarray(jax.random.key_data(plans[-1][1].keys))
+
+    four = noise(["a fox", "a wolf"], seed=4)
+    assert len({row.tobytes() for row in four}) == 2
+    for prompts in (["a red fox", "foxes"], embedded, ["a fox"] * 2):
+        np.testing.assert_array_equal(noise(prompts, seed=4), four)
+    for i, prompts in enumerate(("a fox", "a wolf", embedded)):
+        seeds = 4 if i < 2 else [4, 4]
+        rows = noise(prompts, seed=seeds)
+        np.testing.assert_array_equal(rows, four[[0] * len(rows)])
+    paired = noise("a fox", seed=4, images_per_prompt=2)
+    np.testing.assert_array_equal(paired, four)
+    drawn = []
+    for prompts, seed in ((["a fox", "foxes"], [4, 7]), ("foxes", 7), ("a wolf", 7)):
+        noise(prompts, seed=seed, image=photo, strength=1.0)
+        drawn.append(np.asarray(plans[-1][1].x0)[-1])
+    assert apart(drawn[0], drawn[1]) < 1e-5
+    np.testing.assert_array_equal(drawn[1], drawn[2])
 
 
 def test_guidance_is_no_new_program(bundle):
-    from sd3_jax.pipelines import programs
-
     paint(bundle, guidance=2.0)
     count = programs.sample._cache_size()
     paint(bundle, guidance=3.0, seed=9, shift=2.0, guidance_rescale=0.1)

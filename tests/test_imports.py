@@ -17,7 +17,7 @@ BELOW = [
     "outside",
 ]
 MAY = {
-    "diffusion": [],
+    "diffusion": ["errors"],
     "models": [],
     "data": ["errors", "files", "hooks", "outside"],
     "weights": ["models", *BELOW],

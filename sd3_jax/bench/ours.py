@@ -14,7 +14,7 @@ import numpy as np
 from sd3_jax import sharding
 from sd3_jax.bench import cases, memory, products, worker
 from sd3_jax.bench.cases import Spec
-from sd3_jax.diffusion import grids
+from sd3_jax.diffusion import grids, guidance
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.models import flops
 from sd3_jax.pipelines import programs
@@ -212,10 +212,11 @@ def sample(spec, module, variables, given) -> Made:
         rescale=number(0.0),
         noise=given["latents"],
     )
-    plan = programs.Plan(module, "euler", given["latents"].shape[1:], guided=True)
+    guided = guidance.guides(spec["cfg"])
+    plan = programs.Plan(module, "euler", given["latents"].shape[1:], guided)
     rest = (variables, inputs)
     lower = lambda: programs.sample.lower(plan, *rest)
-    count = 2 * steps * forward_flops(spec, module)
+    count = (1 + guided) * steps * forward_flops(spec, module)
     return lower, rest, count, latents
 
 

@@ -4,17 +4,19 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
+from sd3_jax.errors import ConfigError
+
 
 def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
     """table[name], or an error with the known names and the nearest of them."""
     if name in table:
         return table[name]
     nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
-    raise ValueError(
+    raise ConfigError(
         f"{field}: got {name!r}, want one of {', '.join(table)} (nearest: {nearest})"
     )
 
 
 def require(ok: bool, field: str, given: Any, want: str) -> None:
     if not ok:
-        raise ValueError(f"{field}: got {given!r}, want {want}")
+        raise ConfigError(f"{field}: got {given!r}, want {want}")

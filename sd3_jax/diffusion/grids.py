@@ -4,7 +4,8 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Float64
+from scipy.special import betaincinv
 
 from sd3_jax.diffusion import timesteps
 from sd3_jax.diffusion.checks import choose, require
@@ -38,12 +39,6 @@ def flow(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
     return np.append(t, 0).astype(np.float32)
 
 
-def dynamic(steps: int, mu: float) -> Float32[np.ndarray, " n"]:
-    """diffusers' dynamic shifting, by exp(mu)."""
-    t = timesteps.shift(np.linspace(1, 1 / 1000, steps), math.exp(mu))
-    return np.append(t, 0).astype(np.float32)
-
-
 def linear_mu(
     tokens: int,
     *,
@@ -55,15 +50,41 @@ def linear_mu(
     return mu0 + (mu1 - mu0) * (tokens - n0) / (n1 - n0)
 
 
-def custom(sigmas: Sequence[float], shift: float) -> Float32[np.ndarray, " n"]:
-    """The t's that are given, shifted as any, then 0."""
+def custom(sigmas: Sequence[float] | np.ndarray) -> Float64[np.ndarray, " n"]:
+    """The t's that are given, without the 0 at their end."""
     t = np.asarray(sigmas, np.float64)
     falls = t.ndim == 1 and t.size > 0 and bool((np.diff(t) < 0).all())
     inside = falls and bool(0 < t[-1] and t[0] <= 1)
     require(
         inside, "sigmas", list(sigmas), "numbers that fall, from 1 at most, above 0"
     )
-    return np.append(timesteps.shift(t, shift), 0).astype(np.float32)
+    return t
+
+
+def stretched(t: Float64[np.ndarray, " n"], end: float) -> Float64[np.ndarray, " n"]:
+    """Distances from 1 scaled until the last t is `end` (`shift_terminal`)."""
+    require(bool(t[-1] < 1), "steps", len(t), "2 or more, for a shift_terminal")
+    return 1 - (1 - t) * (1 - end) / (1 - t[-1])
+
+
+def karras(t: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """As many, even in t^(1/7), between the same ends (Karras et al. 2022, eq 5)."""
+    return np.linspace(t[0] ** (1 / 7), t[-1] ** (1 / 7), len(t)) ** 7
+
+
+def exponential(t: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """As many, even in log t, between the same ends."""
+    return np.exp(np.linspace(math.log(t[0]), math.log(t[-1]), len(t)))
+
+
+def beta(t: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """As many, at quantiles of Beta(0.6, 0.6) between the same ends (Lee et al. 2024):
+    dense near both."""
+    share = betaincinv(0.6, 0.6, np.linspace(1, 0, len(t)))
+    return t[-1] + share * (t[0] - t[-1])
+
+
+SPACINGS = {"": lambda t: t, "karras": karras, "exponential": exponential, "beta": beta}
 
 
 def strength(
@@ -114,7 +135,12 @@ def make(name: str, steps: int, shift: float) -> Float32[np.ndarray, " n"]:
     grid = choose("grid", name, GRIDS)
     require(steps >= 1, "steps", steps, "a whole number >= 1")
     require(0 < shift < math.inf, "shift", shift, "a finite number > 0")
-    t = grid(steps, shift)
+    return apart(grid(steps, shift), shift)
+
+
+def apart(t: np.ndarray, shift: float) -> Float32[np.ndarray, " n"]:
+    """float32, or an error where a shift so far from 1 leaves no room between them."""
+    t = t.astype(np.float32)
     falls = bool((np.diff(t) < 0).all())
-    require(falls, "shift", shift, f"one that keeps {steps} float32 steps apart")
+    require(falls, "shift", shift, f"one that keeps {len(t) - 1} float32 steps apart")
     return t

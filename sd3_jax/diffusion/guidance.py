@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from sd3_jax.diffusion.checks import require
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
-Number = float | np.ndarray | np.generic | Array
+Number = float | int | np.ndarray | np.generic | Array
 
 
 class Skip(NamedTuple):
@@ -36,18 +36,16 @@ def cfg(
 ) -> Callable[[Array, Array], Array]:
     """v_u + scale (v_c - v_u) while t is in `interval`, else v_c.
 
-    One call of velocity(x, t, cond) on a doubled batch, uncond first; at a scale of 1
-    that is no array, a plain one. The interval is that of Kynkäänniemi et al. 2024.
-    `skip` adds its scale times (v_c - v_skip) while its window is open.
+    One call of velocity(x, t, cond) on a doubled batch, uncond first. A scale of 1 or
+    less that is no array is no guidance at all, as everywhere else: one plain call, and
+    `uncond` and `skip` are not looked at. The interval is that of Kynkäänniemi et al.
+    2024. `skip` adds its scale times (v_c - v_skip) while its window is open.
     """
     start, stop = interval
-    if not isinstance(scale, Array) and scale == 1 and skip is None:
-        return lambda x, t: velocity(x, t, cond)
     if not any(isinstance(x, Array) for x in (scale, start, stop, rescale)):
-        require(math.isfinite(scale), "scale", scale, "a finite number")
-        ordered = 0 <= start <= stop <= 1
-        require(ordered, "interval", interval, "0 <= start <= stop <= 1")
-        require(0 <= rescale <= 1, "rescale", rescale, "a number in [0, 1]")
+        check(scale, interval, rescale)
+    if not isinstance(scale, Array) and not guides(scale):
+        return lambda x, t: velocity(x, t, cond)
     both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
 
     def guided(x: Batch, t: Times) -> Batch:
@@ -70,6 +68,23 @@ def cfg(
         )
 
     return guided
+
+
+def guides(scale: Number) -> bool:
+    """Whether a scale asks for guidance: from 1 down diffusers' pipelines, and the
+    users of models that are distilled from it, mean none by it."""
+    return bool(scale > 1)
+
+
+def check(
+    scale: Number, interval: tuple[Number, Number] = (0.0, 1.0), rescale: Number = 0.0
+) -> None:
+    """A ConfigError that names the option out of range."""
+    start, stop = interval
+    require(math.isfinite(scale), "scale", scale, "a finite number")
+    ordered = 0 <= start <= stop <= 1
+    require(ordered, "interval", interval, "0 <= start <= stop <= 1")
+    require(0 <= rescale <= 1, "rescale", rescale, "a number in [0, 1]")
 
 
 def match_std(v: Batch, v_c: Batch, amount: Number) -> Batch:

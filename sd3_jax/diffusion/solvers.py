@@ -2,10 +2,11 @@
 
 All take (velocity, x, grid), hold x in float32 and return it at grid[-1], which at
 t = 0 is the x0 estimate; or, asked for the trajectory, x at every t of the grid.
-Only the multistep ones look at the path. None evaluates the velocity at t = 0. Where
-`after` is given, x = after(x, t, number of the step) follows every step to t.
+Only the multistep ones and lcm look at the path. None evaluates the velocity at t = 0.
+Where `after` is given, x = after(x, t, number of the step) follows every step to t.
 """
 
+import inspect
 from collections.abc import Callable
 
 import jax
@@ -18,6 +19,7 @@ from sd3_jax.diffusion.paths import RF, Batch, Path
 Velocity = Callable[[Array, Array], Array]
 Grid = Float[Array | np.ndarray, " n"]
 After = Callable[[Array, Array, Array], Array]
+Draw = Callable[[Array], Array]
 Solution = Batch | Float[Array, "n b ..."]
 
 
@@ -107,12 +109,45 @@ def dpmpp_2m_flow(
     return _multistep(velocity, x, grid, slope, path, trajectory, after)
 
 
+def lcm(
+    velocity: Velocity,
+    x: Batch,
+    grid: Grid,
+    *,
+    draw: Draw,
+    path: Path = RF,
+    trajectory: bool = False,
+    after: After | None = None,
+) -> Solution:
+    """To the x0 estimate and back to the next t with new noise, draw(number of the
+    step): what models distilled to consistency are sampled with (Luo et al. 2023).
+
+    A random walk: it solves no equation, and more steps do not bring it nearer to one.
+    """
+    grid = jnp.asarray(grid, jnp.float32)
+    a, b = path.coefficients(grid)
+
+    def step(x, _, i, t, a_next, b_next):
+        t = _times(t, x)
+        x0 = path.x0(x, velocity(x, t), t)
+        return a_next * x0 + b_next * draw(i), None
+
+    steps = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]
+    return _scan(step, x, None, grid, steps, trajectory, after)
+
+
 SOLVERS = {
     "euler": euler,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_flow": dpmpp_2m_flow,
+    "lcm": lcm,
 }
+
+
+def draws(solver: Callable) -> bool:
+    """Whether a solver takes noise of its own, as `draw`."""
+    return "draw" in inspect.signature(solver).parameters
 
 
 def _multistep(velocity, x, grid, slope, path, trajectory, after):

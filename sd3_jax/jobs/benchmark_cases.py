@@ -33,7 +33,7 @@ def case(config: ConfigDict, text: str) -> Spec:
         "length": config.text.length,
         "steps": config.sample.steps,
         "cfg": config.sample.cfg,
-        "shift": config.sample.shift,
+        "shift": config.sample.shift or 3.0,
         "patch": model.patch,
         "depth": model.depth,
         "remat": model.remat,

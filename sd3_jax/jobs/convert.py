@@ -16,6 +16,7 @@ from sd3_jax.models import layers, leaves
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import export, sources
 from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.pipelines.scheduler import PUBLISHED
 from sd3_jax.weights import components
 
 log = logging.getLogger(__name__)
@@ -85,7 +86,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
-    scheduler = {"shift": float(config.sample.shift)}
+    scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
     return Bundle(
         {"denoiser": model},
         {"denoiser": variables},

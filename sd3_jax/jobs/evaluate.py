@@ -11,7 +11,13 @@ from sd3_jax import sharding
 from sd3_jax.data.digits import KINDS
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evals import compose
-from sd3_jax.jobs import assemble, picture_scores, prompt_scores, released
+from sd3_jax.jobs import (
+    assemble,
+    picture_scores,
+    prompt_lines,
+    prompt_scores,
+    released,
+)
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.train import Validation
 from sd3_jax.metrics import write_whole
@@ -50,8 +56,12 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
             f"weights = {config.weights}; wanted scores of pictures, or no weights"
         )
-    made = released.load(config, mesh)
-    return None, made, {"weights": config.weights}
+    settings = prompt_lines.task(config, "", 0).settings
+    made = released.load_to_paint(config, mesh, [settings])
+    about = {"weights": config.weights}
+    if told := made.scheduler.told():
+        about["scheduler"] = told
+    return None, made, about
 
 
 def add(result: dict, found: dict) -> None:

@@ -12,14 +12,14 @@ from ml_collections import ConfigDict
 
 from sd3_jax import pictures, sharding, watch
 from sd3_jax.data import tokenizers
-from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import assemble, examples
 from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import prompts
+from sd3_jax.pipelines import prompts, request
 from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.pipelines.generate import generate
+from sd3_jax.pipelines.scheduler import PUBLISHED
 
 
 def batch_size(n: int, most: int, mesh: Mesh) -> int:
@@ -44,6 +44,11 @@ class Painter:
         self.config, self.parts, self.mesh = config, parts, mesh
         if encoder is not None:
             self.encoder = encoder
+        s = config.sample
+        interval = s.cfg_start, s.cfg_stop
+        self.guided = request.guided(
+            s.cfg, interval, s.rescale, negative=bool(s.negative)
+        )
         self.program = jax.jit(self.paint)
 
     def __call__(
@@ -76,11 +81,18 @@ class Painter:
 
     @functools.cached_property
     def negative(self) -> dict[str, jax.Array]:
-        """The negative prompt, a row for every shard; {} if there is none."""
-        if not self.config.sample.negative:
+        """The negative prompt, a row for every shard; {} if there is none to use."""
+        if not self.config.sample.negative or not self.guided:
             return {}
         shards = sharding.batch_shards(self.mesh)
         return self.put(self.tokens([self.config.sample.negative] * shards), shards)
+
+    @property
+    def sampler(self) -> tuple[str, np.ndarray]:
+        """The solver and its t's, the released models' where the recipe is silent."""
+        s, tokens = self.config.sample, 0  # which no shift here depends on
+        given = {name: s[name] or None for name in ("solver", "grid", "shift")}
+        return PUBLISHED.sampler(s.steps, tokens, **given)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:
@@ -98,8 +110,7 @@ class Painter:
 
     def paint(self, params: dict, batch: dict, negative: dict) -> jax.Array:
         """A batch's text and numbers to images in [-1, 1], or latents to decode."""
-        solver = SOLVERS[self.config.sample.solver]
-        x0 = self.latents(params, batch, negative, solver)
+        x0 = self.latents(params, batch, negative, SOLVERS[self.sampler[0]])
         return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
 
     def latents(
@@ -123,7 +134,7 @@ class Painter:
             cond,
             uncond,
             shape=self.parts.shape,
-            grid=formulation.grid(grids.make(config.grid, config.steps, config.shift)),
+            grid=formulation.grid(self.sampler[1]),
             spread=formulation.spread,
             solver=solver,
             scale=config.cfg,

@@ -47,7 +47,7 @@ def batches(
 
 
 def _released(config: ConfigDict, mesh: Mesh, bundle: Bundle) -> Paint:
-    released = ReleasedPainter(config, mesh, bundle)
+    released = ReleasedPainter(bundle)
 
     def paint(captions, numbers):
         tasks = [

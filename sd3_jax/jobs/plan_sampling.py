@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
+from sd3_jax.diffusion import guidance
 from sd3_jax.jobs import assemble
 from sd3_jax.models import flops
 from sd3_jax.models import quantized as weights
@@ -25,7 +26,7 @@ WORDS = 77  # CLIP's tokens, in front of T5's
 
 def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[Case]:
     share = images / each.devices
-    guided = config.sample.cfg != 1
+    guided = guidance.guides(config.sample.cfg)
     yield text(config, mesh, images, guided, share)
     yield denoise(config, each, mesh, images, guided, share)
     yield decode(config, mesh, images, share)
@@ -110,7 +111,7 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
         rescale=scalar(),
     )
     shape = (*sides, model.channels)
-    plan = programs.Plan(module, s.solver, shape, guided)
+    plan = programs.Plan(module, s.solver or "euler", shape, guided)
     h, w = sides
     total = flops.mmdit(
         module, height=h, width=w, text=words, text_dim=config.model.context_dim

@@ -21,7 +21,7 @@ from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.jobs import assemble, prompt_lines, safety, sheet
 from sd3_jax.jobs.paint import Painter, batch_size
 from sd3_jax.jobs.prompt_lines import Task
-from sd3_jax.jobs.released import ReleasedPainter
+from sd3_jax.jobs.released import ReleasedPainter, load_to_paint
 from sd3_jax.metrics import write_whole
 from sd3_jax.outside import parse_json
 
@@ -43,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         make = released if config.weights else trained
         if make is trained and config.text.name == "bytes":
             tell_cut(tasks, config.text.length)
-        paint, facts = make(config, workdir, mesh)
+        paint, facts = make(config, workdir, mesh, tasks)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         done = recorded(workdir, lines)
         if any(done):
@@ -76,7 +76,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         finish(workdir, lines)
 
 
-def trained(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
+def trained(
+    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+) -> tuple[Callable, dict]:
     """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
     parts = assemble.parts(config)
     params, step = assemble.trained_params(config, parts, workdir, mesh)
@@ -105,9 +107,14 @@ def tell_cut(tasks: Sequence[Task], length: int) -> None:
         log.warning(told, cut, len(sizes), length - 1, max(sizes))
 
 
-def released(config: ConfigDict, workdir: epath.Path, mesh) -> tuple[Callable, dict]:
-    painter = ReleasedPainter(config, mesh)
+def released(
+    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+) -> tuple[Callable, dict]:
+    settings = {task.group: task.settings for task in tasks}
+    painter = ReleasedPainter(load_to_paint(config, mesh, list(settings.values())))
     facts = {"weights": painter.bundle.fingerprint()}
+    if told := painter.bundle.scheduler.told():
+        facts["scheduler"] = told
     if painter.bundle.quantize:
         facts["quantize"] = painter.bundle.quantize
     if config.sample.lora:

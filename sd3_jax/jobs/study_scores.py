@@ -108,7 +108,7 @@ class Traveller(paint.Painter):
     def __init__(self, *args):
         super().__init__(*args)
         self.lengths = []
-        solver = SOLVERS[self.config.sample.solver]
+        solver = SOLVERS[self.sampler[0]]
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))
         self.program = partial(self.note, travel)
 

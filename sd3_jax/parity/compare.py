@@ -11,11 +11,12 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from sd3_jax.diffusion import grids, solvers
+from sd3_jax.diffusion import solvers
 from sd3_jax.parity import layers, theirs
 from sd3_jax.parity.measure import Gap, gap
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import programs, sources
+from sd3_jax.pipelines import scheduler as schedulers
 from sd3_jax.pipelines.generate import generate
 from sd3_jax.pipelines.prompts import Conditioning
 from sd3_jax.weights import components
@@ -67,6 +68,17 @@ class Subject:
         self.configs = {
             name: part.config for name, part in sources.parts(self.path).items()
         }
+
+    @functools.cached_property
+    def scheduler(self) -> dict:
+        """The folder's, if it is Euler's method, else the published one."""
+        config = self.configs.get("scheduler", {"shift": 3.0})
+        scheduler = schedulers.read(config)
+        if (scheduler.solver, scheduler.line) == ("euler", "released"):
+            if not scheduler.refused:
+                return config
+        log.warning("%s: its scheduler is not compared, but Euler's", self.source)
+        return {"shift": scheduler.shift}
 
     @property
     def name(self) -> str:
@@ -239,7 +251,7 @@ def drift(subject: Subject) -> Drift:
     s, noise = subject.settings, subject.latents(1, seed=1)
     texts = [s.prompts[0], ""]
     narrow = {}
-    scheduler = bundles.scheduler_of(subject.configs)
+    scheduler = subject.scheduler
     conds = _their_text(subject, texts)
     modules = [subject.theirs(name) for name in ("denoiser", "vae")]
     for dtype, (cond, uncond) in conds.items():
@@ -275,8 +287,9 @@ DTYPES = ("float32", "bfloat16")
 
 
 def _grid(subject: Subject) -> np.ndarray:
-    shift = bundles.scheduler_of(subject.configs)["shift"]
-    return grids.make("released", subject.settings.steps, shift)
+    s, config = subject.settings, subject.configs["denoiser"]
+    tokens = np.prod(subject.latents(1).shape[1:3]) // config.get("patch_size", 2) ** 2
+    return schedulers.read(subject.scheduler).sampler(s.steps, int(tokens))[1]
 
 
 def _their_text(subject: Subject, texts: list[str]) -> dict:

@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -22,24 +22,19 @@ from sd3_jax.data import texts, tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.outside import shown
 from sd3_jax.pipelines import adapters, hub, programs, sources
 from sd3_jax.pipelines import control as hints
 from sd3_jax.pipelines import images as inputs
+from sd3_jax.pipelines import scheduler as schedulers
 from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning, TextModels
+from sd3_jax.pipelines.scheduler import Scheduler
 from sd3_jax.weights import components, controlnet
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.configs import fit
 
 log = logging.getLogger(__name__)
-SCHEDULER = {  # where no file says
-    "shift": 3.0,
-    "use_dynamic_shifting": False,
-    "base_image_seq_len": 256,
-    "base_shift": 0.5,
-    "max_image_seq_len": 4096,
-    "max_shift": 1.15,
-}
 DTYPES = ("float32", "bfloat16", "stored")
 QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
 TEXT = ("clip_l", "clip_g", "t5")
@@ -210,8 +205,9 @@ class Bundle:
         return {name: self.variables.get(name) for name in TEXT}
 
     @property
-    def scheduler(self) -> dict:
-        return scheduler_of(self.configs)
+    def scheduler(self) -> Scheduler:
+        """What the model is sampled with unless the caller says otherwise."""
+        return _scheduler(self.configs, self.source)
 
     @property
     def latent_scale(self) -> dict[str, float]:
@@ -242,11 +238,6 @@ class Bundle:
         return self._memo["fingerprint"]
 
 
-def scheduler_of(configs: Mapping[str, dict]) -> dict:
-    told = configs.get("scheduler", {})
-    return SCHEDULER | {k: v for k, v in told.items() if v is not None}
-
-
 def load(
     source: epath.PathLike | Sequence[epath.PathLike],
     *,
@@ -256,19 +247,23 @@ def load(
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Sequence[str] = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Scheduler], None] = lambda scheduler: None,
 ) -> Bundle:
     """A diffusers folder, a .safetensors file, our own folder or a hub name.
 
     A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
     "owner/name/file.safetensors". Several sources, a list or with commas between, add
     up: a transformer's file and those of its text encoders; of two that have the same
-    component the later one's is taken. `only` are the components wanted. Single files
-    hold no tokenizers: `tokenizers_from` is a folder or hub name that does. The dtype
-    "stored" leaves all as it is in the files, for writing it again. Each `lora` is a
-    file of diffusers' layout, a folder or a hub name, which "=0.8" at its end weighs;
-    they add up, beside the weights (pipelines/adapters.py). `save` writes the sum.
-    `quantize` says whose blocks have their matrices in eight bits, {"denoiser": "int8",
-    "t5": "fp8"}: they are rounded as they stream in (models/quantized.py).
+    component the later one's is taken. `only` are the components wanted. The dtype
+    "stored" leaves all as it is in the files, for writing it again.
+
+    `tokenizers_from` is a folder or hub name that has the tokenizers which `source`
+    lacks; None goes without, for embeddings alone. Each `lora` is a file of diffusers'
+    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
+    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
+    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
+    are rounded as they stream in (models/quantized.py). `check` is called with the
+    scheduler before any weight is read, and may raise.
     """
     if dtype not in DTYPES:
         raise UserError(
@@ -290,6 +285,9 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
+    check(_scheduler(configs, source))  # before any weight is read
+    for key in schedulers.unread(configs.get("scheduler", {})):
+        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in found.items()}, source)
     paths = [place.path for place in places]
     words = tokenizers_of(paths, tokenizers_from or "", configs)
@@ -312,6 +310,10 @@ def load(
         log.info("%s", components.released_name(configs["denoiser"]))
     own = {name: kind for name, kind in quantize.items() if name in modules}
     return Bundle(modules, variables, configs, words, mesh, dtype, source, stored, own)
+
+
+def _scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
+    return schedulers.read(configs.get("scheduler"), f"the scheduler of {source}")
 
 
 def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:

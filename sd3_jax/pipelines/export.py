@@ -16,6 +16,7 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import leaves
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle
 from sd3_jax.pipelines.hub import INDEX
+from sd3_jax.pipelines.scheduler import EULER
 from sd3_jax.pipelines.sources import FULLER
 from sd3_jax.weights import controlnet, names, safetensors, store, stream
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
@@ -136,7 +137,8 @@ def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
 
 def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
-    scheduler = {"_class_name": "FlowMatchEulerDiscreteScheduler", **bundle.scheduler}
+    scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
+    scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it
     folders = {"scheduler/scheduler_config.json": scheduler}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for name, component in COMPONENTS.items():

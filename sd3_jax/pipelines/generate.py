@@ -8,7 +8,7 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key
 
-from sd3_jax.diffusion import guidance
+from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.pipelines.latents import to_rgb
 from sd3_jax.pipelines.prompts import Conditioning
@@ -38,15 +38,16 @@ def generate(
     """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
 
     Each has noise of its own key, so a picture is the same alone and in a batch, or
-    that of `noise`. With `x0` it starts from that picture, noised to grid[0]; where
-    `mask` is 0, x0 is put back after every step, noised as far as the rest. `preview`
-    is called on the host as preview(step, t, rgb (b, h, w, 3)) after each step. Of a
-    solver that gives its trajectory all n latents are returned. `spread` is the std of
-    x at grid[0], where a formulation starts with less than pure noise.
+    that of `noise`; a solver that draws on its way needs the keys even so. With `x0` it
+    starts from that picture, noised to grid[0]; where `mask` is 0, x0 is put back after
+    every step, noised as far as the rest. `preview` is called on the host as
+    preview(step, t, rgb (b, h, w, 3)) after each step. Of a solver that gives its
+    trajectory all n latents are returned. `spread` is the std of x at grid[0], where a
+    formulation starts with less than pure noise.
     """
+    draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
     if noise is None:
-        draw = lambda key: jax.random.normal(key, shape, jnp.float32)
-        noise = jax.vmap(draw)(keys)
+        noise = draw(keys)
     guided = guidance.cfg(
         velocity,
         cond,
@@ -68,4 +69,8 @@ def generate(
 
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
     idle = mask is None and preview is None
-    return solver(guided, start, grid, after=None if idle else after)
+    own = {}
+    if solvers.draws(solver):
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        own["draw"] = lambda step: draw(fold(keys, step))
+    return solver(guided, start, grid, after=None if idle else after, **own)

@@ -9,6 +9,8 @@ from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, Int, Key
 
+from sd3_jax.errors import ConfigError
+
 
 class Conditioning(NamedTuple):
     """`context` (b, l, k), attended to; `pooled` (b, e), added to the time."""
@@ -149,7 +151,7 @@ def filled(x: Array, size: int, what: str) -> Array:
     """Zeros behind the last axis, to `size`; a negative pad would cut in silence."""
     missing = size - x.shape[-1]
     if missing < 0:
-        raise ValueError(f"{what} {size}: the text encoders give {x.shape[-1]}")
+        raise ConfigError(f"{what} {size}: the text encoders give {x.shape[-1]}")
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 

@@ -1,7 +1,8 @@
 """What a caller asks for, checked and brought to the arrays a program takes."""
 
+import functools
+import logging
 import math
-import zlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -11,14 +12,17 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float, Key
 
-from sd3_jax.diffusion import grids
+from sd3_jax.diffusion import grids, guidance
+from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.outside import shown
 from sd3_jax.pipelines import images
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.pipelines.control import require_fit
 from sd3_jax.pipelines.images import Pictures
 from sd3_jax.pipelines.prompts import Conditioning
 
+log = logging.getLogger(__name__)
 Text = str | Prompt
 Texts = Text | Sequence[Text] | Conditioning
 
@@ -116,60 +120,88 @@ def encoded(
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
 
 
-def image_keys(
-    prompts: Texts, seed: int | Sequence[int], per_prompt: int
-) -> Key[Array, " b"]:
-    """A key for every picture: of its seed, its prompt and its number for the prompt.
+def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
+    """A key for every picture: of its seed and its number among those of the seed.
 
-    Embeddings are told apart by their place.
+    One seed's pictures are numbered through all prompts, as one generator draws them;
+    of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
     """
-    if isinstance(prompts, Conditioning):
-        names = list(range(prompts.pooled.shape[0]))
-    else:
-        names = [zlib.crc32(repr(p).encode()) for p in listed(prompts)]
-    seeds = [seed] * len(names) if isinstance(seed, int | np.integer) else list(seed)
-    if len(seeds) != len(names):
+    shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    seeds = [seed] if shared else listed_seeds(seed)
+    if not shared and len(seeds) != prompts:
         raise UserError(
-            f"{len(seeds)} seeds for {len(names)} prompts: wanted one, or as many"
+            f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
         )
     if not all(0 <= s < 2**32 for s in seeds):
-        raise UserError(f"seed {seed}: wanted integers from 0 to {2**32 - 1}")
-    fold = jax.random.fold_in
-    rows = [
-        np.array([s, name, number], np.uint32)
-        for s, name in zip(seeds, names)
-        for number in range(per_prompt)
-    ]
-    make = lambda row: fold(fold(jax.random.key(row[0]), row[1]), row[2])
-    return jax.vmap(make)(np.stack(rows))
+        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
+    numbers = prompts * per_prompt if shared else per_prompt
+    rows = [(s, number) for s in seeds for number in range(numbers)]
+    make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])
+    return jax.vmap(make)(np.array(rows, np.uint32))
 
 
-def times(
+def listed_seeds(seeds: Any) -> list[int]:
+    """Integers, of any list or array of them; a float or a text is none."""
+    found = np.asarray(seeds)
+    if found.ndim != 1 or found.dtype.kind not in "iu":
+        raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
+    return found.tolist()
+
+
+def settings(
     bundle: Bundle,
+    shape: tuple,
     *,
+    steps: Any,
+    solver: str | None,
     grid: str | None,
-    solver: str,
-    steps: int,
     shift: float | None,
     mu: float | None,
     sigmas: Sequence[float] | np.ndarray | None,
-    shape: tuple,
-) -> Float[np.ndarray, " n"]:
-    """The t's to visit, by the model's own scheduler where the caller is silent."""
-    scheduler = bundle.scheduler
-    shift = scheduler["shift"] if shift is None else shift
-    if mu is not None or (grid is None and scheduler["use_dynamic_shifting"]):
-        tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
-        base = scheduler["base_image_seq_len"], scheduler["base_shift"]
-        most = scheduler["max_image_seq_len"], scheduler["max_shift"]
-        mu = grids.linear_mu(tokens, base=base, most=most) if mu is None else mu
-        if sigmas is None:
-            return grids.dynamic(steps, mu)
-        shift = math.exp(mu)
-    if sigmas is not None:
-        return grids.custom([float(t) for t in sigmas], shift)
-    usual = "flow" if solver == "dpmpp_2m_flow" else "released"
-    return grids.make(grid or usual, steps, shift)
+) -> tuple[str, Float[np.ndarray, " n"]]:
+    """The solver and the t's it visits, the model's own where the caller is silent."""
+    if not isinstance(steps, int | np.integer) or steps < 1:
+        raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
+    if solver is not None:
+        choose("solver", solver, list(SOLVERS))
+    if grid is not None:
+        choose("grid", grid, list(grids.GRIDS))
+    tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
+    return bundle.scheduler.sampler(
+        steps, tokens, solver=solver, grid=grid, shift=shift, mu=mu, sigmas=sigmas
+    )
+
+
+def says(texts: Texts | None) -> bool:
+    """Whether there is anything in them: a negative prompt is "" by default."""
+    if texts is None or isinstance(texts, Conditioning):
+        return texts is not None
+    return any(any(x) if isinstance(x, Prompt) else bool(x) for x in listed(texts))
+
+
+def guided(
+    scale: guidance.Number,
+    interval: tuple[guidance.Number, guidance.Number],
+    rescale: guidance.Number,
+    **other: bool,
+) -> bool:
+    """Whether there is guidance. What a call without it has no use for is told of:
+    `other` are such options, by name, where the caller gave them."""
+    guidance.check(scale, interval, rescale)
+    if guidance.guides(scale):
+        return True
+    other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
+    other["guidance_rescale"] = rescale != 0
+    if unused := [name for name, given in other.items() if given]:
+        told = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
+        tell_once(f"{told}; wanted a guidance above 1 for them")
+    return False
+
+
+@functools.cache
+def tell_once(text: str) -> None:
+    """A job makes the same call for every batch."""
+    log.warning("%s", text)
 
 
 def starting_image(
@@ -382,8 +414,12 @@ def choose(name: str, value: str, choices: Sequence[str]) -> str:
     return value
 
 
-def layers(bundle: Bundle, given: Sequence[int] | None) -> tuple[int, ...]:
+def layers(
+    bundle: Bundle, given: Sequence[int] | None, scale: float
+) -> tuple[int, ...]:
     depth = bundle.part("denoiser").depth
+    if given and not math.isfinite(scale):
+        raise UserError(f"skip_scale {scale}: wanted a finite number")
     for i in given or ():
         if not 0 <= i < depth:
             raise UserError(f"skip_layers {i}: wanted layers from 0 to {depth - 1}")

@@ -230,7 +230,10 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        components["scheduler"] = Part(None, _read(scheduler), None, str(scheduler))
+        config = _read(scheduler)
+        if "scheduler" in entries:
+            config["_class_name"] = entries["scheduler"][-1]  # as diffusers does
+        components["scheduler"] = Part(None, config, None, str(scheduler))
     return components
 
 

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 from jax import Array
 from jaxtyping import Float
 
+from sd3_jax.errors import ConfigError
+
 
 def encode(
     run: Callable[[Array], Array],
@@ -50,9 +52,9 @@ def decode(
 def _in_latents(tile, factor, overlap):
     """The side of a tile, and the way from one tile to the next."""
     if tile < factor or tile % factor:
-        raise ValueError(f"tile {tile}: wanted a multiple of {factor}")
+        raise ConfigError(f"tile {tile}: wanted a multiple of {factor}")
     if not 0 <= overlap < 1:
-        raise ValueError(f"overlap {overlap}: wanted at least 0 and less than 1")
+        raise ConfigError(f"overlap {overlap}: wanted at least 0 and less than 1")
     size = tile // factor
     # Where this rounds, diffusers gives pictures of a wrong size: nothing to equal.
     return size, size - int(size * overlap)

@@ -167,7 +167,7 @@ def ideal(form):
 
 
 @EACH
-@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))
 def test_gaussian_data_is_sampled_with_no_training(path, solver, key):
     form = make(path, timesteps.Uniform())
     velocity = ideal(form)

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sd3_jax.diffusion.guidance import cfg
+from sd3_jax.diffusion.guidance import Skip, cfg
 from sd3_jax.diffusion.solvers import euler
 
 
@@ -34,11 +34,13 @@ def test_extrapolates_from_uncond_through_cond(x):
     assert velocity.batches == [(6, 6, 6)]
 
 
-def test_scale_1_costs_one_pass_and_no_uncond(x):
-    velocity = Recorder()
-    v = cfg(velocity, cond, None, scale=1.0)(x, jnp.full(3, 0.5))
-    chex.assert_trees_all_equal(v, cond["w"][:, None, None] * x)
-    assert velocity.batches == [(3, 3, 3)]
+@pytest.mark.parametrize("scale", [1, 1.0, 0.999, 0.5, 0.0, -3.0])
+def test_a_scale_of_1_or_less_costs_one_pass_and_no_uncond(x, scale):
+    velocity, never = Recorder(), Skip(None, 2.8, (0.0, 1.0))
+    for skip in (None, never):  # nor are layers skipped, as in diffusers
+        v = cfg(velocity, cond, None, scale=scale, skip=skip)(x, jnp.full(3, 0.5))
+        chex.assert_trees_all_equal(v, cond["w"][:, None, None] * x)
+    assert velocity.batches == [(3, 3, 3)] * 2
 
 
 def test_outside_the_interval_is_the_conditional(x):
@@ -93,6 +95,9 @@ def test_guidance_and_solver_trace_the_network_once(x):
     "option, message",
     [
         (dict(scale=float("nan")), "scale: got nan, want a finite number"),
+        (dict(scale=float("inf")), "scale: got inf, want a finite number"),
+        (dict(scale=-float("inf")), "scale: got -inf, want a finite number"),
+        (dict(scale=0.0, rescale=2.0), "rescale: got 2.0, want a number in \\[0, 1\\]"),
         (dict(interval=(0.5, 0.2)), "interval: got \\(0.5, 0.2\\), want 0 <= start .*"),
         (dict(interval=(0.0, 1.5)), "interval: got \\(0.0, 1.5\\), want 0 <= start .*"),
         (dict(rescale=1.5), "rescale: got 1.5, want a number in \\[0, 1\\]"),

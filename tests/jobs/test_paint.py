@@ -63,6 +63,9 @@ def test_the_negative_prompt_is_encoded_too(painted, config):
     negative = Painter(own, painter.parts, painter.mesh, painter.encoder)
     a, b = (p(params, CAPTIONS[:1], [0]) for p in (painter, negative))
     assert (a != b).any()
+    own.sample.cfg = 0.5  # no guidance, and so no negative prompt
+    without = Painter(own, painter.parts, painter.mesh, painter.encoder)
+    assert without.negative == {} and not without.guided
 
 
 def test_a_study_scores_pictures_by_clip(painted, config):

@@ -134,7 +134,7 @@ def test_features_of_the_users_own(tmp_path, given):
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(tmp_path, given, capsys, changes, words):
-    early = {"weights": "none"}  # said before they are looked for
+    early = {"weights": "owner/none"}  # said before they are looked for
     assert evaluate(tmp_path, given | early | changes)[0] == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sd3-jax: error:") and words in error, error

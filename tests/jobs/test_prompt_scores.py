@@ -130,7 +130,9 @@ def test_what_is_missing_or_wrong_is_one_line(
     tmp_path, given, capsys, key, value, words
 ):
     early = not value.endswith((":broken", ":short"))
-    changed = given | {f"eval.{key}": value} | ({"weights": "none"} if early else {})
+    changed = (
+        given | {f"eval.{key}": value} | ({"weights": "owner/none"} if early else {})
+    )
     assert evaluate(tmp_path, changed) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sd3-jax: error:") and words in error, error

@@ -1,8 +1,10 @@
 """sample with released weights: files of prompts, processes, kills."""
 
 import json
+import shutil
 import time
 
+import jax
 import multiprocess
 import numpy as np
 import pytest
@@ -10,9 +12,11 @@ from etils import epath
 from parity import miniature
 from PIL import Image
 
-from sd3_jax import main, pictures, watermark
+import sd3_jax
+from sd3_jax import main, pictures, sharding, watermark
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import safety, sample
+from sd3_jax.weights import stream
 
 TINY = "--config=configs/released.py:tiny"
 
@@ -125,6 +129,7 @@ def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty)
         ("image.height", "400", "at most 256"),
         ("sample.skip_layers", "9", "skip_layers 9: wanted layers from 0 to 3"),
         ("model.dtype", "float16", "float16 overflows in T5-XXL"),
+        ("sample.shift", "1e30", "one that keeps 4 float32 steps apart"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, forty, key, value, words):
@@ -134,6 +139,67 @@ def test_mistakes_are_one_line(tmp_path, capsys, forty, key, value, words):
     assert main.main(["sample", *args]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert error.startswith("sd3-jax: error:") and words in error
+
+
+def with_scheduler(path, **settings):
+    """A folder of SD3.5-medium's kind whose scheduler has other settings."""
+    shutil.copytree(miniature.folder("sd35_medium"), path)
+    file = path / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | settings))
+    return path
+
+
+def test_the_job_and_generate_paint_the_same_by_the_folders_scheduler(tmp_path):
+    weights = with_scheduler(tmp_path / "fives", shift=5.0)
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        '{"prompt": "a red fox", "seed": 7, "per_prompt": 2}',
+        '{"prompt": "a red box", "seed": 7}',
+        '{"prompt": "a fox", "seed": 9, "shift": 3}',
+    ]
+    prompts.write_text("\n".join(rows))
+    job = flags(tmp_path / "run", prompts, weights=weights)
+    assert main.main(["sample", *(x for x in job if "sd35_medium-" not in x)]) == 0
+    found = lines(tmp_path / "run")
+    assert [line["seed"] for line in found] == [7, 8, 7, 9]
+    assert all(line["scheduler"] == {"shift": 5.0} for line in found)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    bundle = sd3_jax.load(str(weights), mesh, "float32")
+    run = dict(height=64, width=64, steps=4, guidance=5.0, max_sequence_length=16)
+    for some, options in (found[:3], {}), (found[3:], {"shift": 3.0}):
+        texts, seeds = ([x[key] for x in some] for key in ("prompt", "seed"))
+        images = sd3_jax.generate(bundle, texts, seed=seeds, **run, **options)
+        ours = pictures.to_uint8(2 * np.asarray(images) - 1).astype(int)
+        for line, image in zip(some, ours):
+            painted = np.asarray(Image.open(tmp_path / "run" / line["file"]))
+            assert np.abs(painted - image).max() <= 1, line
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        ({"shift": "abc"}, 'shift "abc": wanted a finite number > 0'),
+        ({"invert_sigmas": True}, "invert_sigmas true of FlowMatchEulerDiscrete"),
+    ],
+)
+def test_a_scheduler_that_cannot_be_honoured_is_told_before_weights_are_read(
+    tmp_path, capsys, monkeypatch, forty, settings, words
+):
+    weights = with_scheduler(tmp_path / "odd", **settings)
+    monkeypatch.setattr(stream, "load", None)
+    job = flags(tmp_path / "run", forty, weights=weights)
+    assert main.main(["sample", *(x for x in job if "sd35_medium-" not in x)]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("sd3-jax: error:") and words in error
+
+
+def test_a_bug_of_ours_keeps_its_traceback(tmp_path, forty, monkeypatch):
+    def broken(*args, **kwargs):
+        raise ValueError("Incompatible shapes for broadcasting: (2,) and (3,)")
+
+    monkeypatch.setattr(sd3_jax.api, "generate", broken)
+    with pytest.raises(ValueError, match="Incompatible shapes"):
+        main.main(["sample", *flags(tmp_path / "run", forty)])
 
 
 def test_what_a_workdir_holds_is_not_believed(tmp_path):

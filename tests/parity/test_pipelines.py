@@ -282,9 +282,10 @@ def test_a_control_net_in_its_original_file(pair, tmp_path):
 
 def test_embeddings_and_several_images_of_a_prompt(pair):
     _, bundle = pair
-    run = dict(OURS, steps=2, seed=3, output="latents")
-    both = sd3_jax.generate(bundle, PROMPTS, **run, images_per_prompt=2)
-    second = sd3_jax.generate(bundle, PROMPTS[1], **run, images_per_prompt=2)
+    run = dict(OURS, steps=2, output="latents")
+    two = run | dict(images_per_prompt=2)
+    both = sd3_jax.generate(bundle, PROMPTS, **two, seed=[3, 3])
+    second = sd3_jax.generate(bundle, PROMPTS[1], **two, seed=3)
     assert convert.error(both[2:], np.asarray(second)) < 1e-5
     assert convert.error(both[2], np.asarray(both[3])) > 0.1
     cond = bundle.encode_prompts(PROMPTS, LENGTH)

@@ -1,14 +1,22 @@
 """Grids and solvers against diffusers' schedulers, on a velocity of closed form."""
 
+import json
+import sys
+
 import diffusers
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import (
+    calculate_shift,
+)
 from parity import convert
 
 from sd3_jax.diffusion import grids, solvers
+from sd3_jax.errors import UserError
+from sd3_jax.pipelines import scheduler as schedulers
 
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 16)).astype(np.float32)
 
@@ -48,28 +56,120 @@ def test_euler(steps, shift):
     assert convert.error(ours("euler", grid), wanted) < 2e-5
 
 
-@pytest.mark.parametrize("mu", [0.5, 1.1])
-def test_dynamic_shifting(mu):
-    options = dict(use_dynamic_shifting=True, base_shift=0.5, max_shift=1.15)
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(**options)
-    scheduler.set_timesteps(num_inference_steps=9, mu=mu)
-    grid = grids.dynamic(9, mu)
-    np.testing.assert_allclose(grid, scheduler.sigmas.numpy(), rtol=1e-6)
-    for tokens, wanted in (256, 0.5), (4096, 1.15), (1024, 0.63):
-        assert grids.linear_mu(tokens) == pytest.approx(wanted)
+EULER, HEUN, LCM, DPM = (
+    diffusers.FlowMatchEulerDiscreteScheduler,
+    diffusers.FlowMatchHeunDiscreteScheduler,
+    diffusers.FlowMatchLCMScheduler,
+    diffusers.DPMSolverMultistepScheduler,
+)
+DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.3)
+FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+TOKENS = 1_600
+OPTIONS = [  # (class, its options, the solver that it is)
+    (EULER, dict(), "euler"),
+    (EULER, dict(shift=5.0), "euler"),
+    (EULER, DYNAMIC, "euler"),
+    (EULER, DYNAMIC | dict(base_image_seq_len=100, max_image_seq_len=9_000), "euler"),
+    (EULER, DYNAMIC | dict(time_shift_type="linear", shift=7.0), "euler"),
+    (EULER, dict(shift=3.0, shift_terminal=0.1), "euler"),
+    (EULER, DYNAMIC | dict(shift_terminal=0.02), "euler"),
+    (EULER, dict(shift=3.0, use_karras_sigmas=True), "euler"),
+    (EULER, DYNAMIC | dict(use_karras_sigmas=True, shift_terminal=0.1), "euler"),
+    (EULER, dict(shift=3.0, use_exponential_sigmas=True), "euler"),
+    (EULER, dict(shift=3.0, use_beta_sigmas=True), "euler"),
+    (EULER, DYNAMIC | dict(use_beta_sigmas=True, time_shift_type="linear"), "euler"),
+    (EULER, dict(shift=3.0, stochastic_sampling=True), "lcm"),
+    (HEUN, dict(shift=3.0), "heun"),
+    (LCM, dict(shift=3.0), "lcm"),
+    (LCM, DYNAMIC | dict(use_exponential_sigmas=True), "lcm"),
+    (DPM, FLOW, "dpmpp_2m_flow"),
+    (DPM, FLOW | dict(solver_order=1, lower_order_final=False), "euler"),
+    (DPM, FLOW | dict(use_dynamic_shifting=True), "dpmpp_2m_flow"),
+]
 
 
-def test_given_sigmas_are_shifted_too():
-    scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0)
-    scheduler.set_timesteps(sigmas=[1.0, 0.6, 0.2, 0.05])
-    grid = grids.custom([1.0, 0.6, 0.2, 0.05], 3.0)
-    np.testing.assert_allclose(grid, scheduler.sigmas.numpy(), rtol=1e-6)
+def folder(scheduler):
+    """What diffusers writes of it."""
+    return json.loads(scheduler.to_json_string())
+
+
+def mu_of(config):
+    """The pipeline's, for TOKENS."""
+    names = ("base_image_seq_len", "max_image_seq_len", "base_shift", "max_shift")
+    usual = (256, 4096, 0.5, 1.16)
+    return calculate_shift(TOKENS, *map(config.get, names, usual))
+
+
+@pytest.mark.parametrize("steps", [2, 5, 28])
+@pytest.mark.parametrize("kind, options, solver", OPTIONS)
+def test_a_folders_sigmas_are_diffusers(kind, options, solver, steps):
+    scheduler = kind(**options)
+    read = schedulers.read(folder(scheduler))
+    assert not schedulers.unread(folder(scheduler))
+    dynamic = {}
+    if options.get("use_dynamic_shifting"):
+        dynamic = {"mu": mu_of(scheduler.config)}
+    scheduler.set_timesteps(num_inference_steps=steps, **dynamic)
+    sigmas = scheduler.sigmas.numpy()
+    if kind is HEUN:  # which lists what is between the ends twice
+        sigmas = np.append(sigmas[:-1:2], np.float32(0))
+    assert (read.solver, read.refused) == (solver, "")
+    name, times = read.sampler(steps, TOKENS)
+    np.testing.assert_allclose(times, sigmas, atol=1e-6, rtol=1e-5)
+    assert name == solver
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(shift=3.0),
+        DYNAMIC,
+        dict(shift=3.0, shift_terminal=0.1),
+        dict(shift=3.0, use_karras_sigmas=True),
+    ],
+)
+def test_given_sigmas_go_through_the_folders_settings(options):
+    scheduler, sigmas = EULER(**options), [1.0, 0.6, 0.2, 0.05]
+    mu = {"mu": 0.7} if "use_dynamic_shifting" in options else {}
+    scheduler.set_timesteps(sigmas=sigmas, **mu)
+    read = schedulers.read(folder(scheduler))
+    _, times = read.sampler(28, TOKENS, sigmas=sigmas, **mu)
+    np.testing.assert_allclose(times, scheduler.sigmas.numpy(), atol=1e-6)
 
 
 @pytest.mark.parametrize("sigmas", [[], [0.5, 0.6], [1.1], [0.5, 0.0], [0.5, 0.5]])
 def test_sigmas_that_do_not_fall_are_refused(sigmas):
-    with pytest.raises(ValueError, match="sigmas: got"):
-        grids.custom(sigmas, 1.0)
+    with pytest.raises(UserError, match="sigmas: got"):
+        grids.custom(sigmas)
+
+
+def test_mu_lies_on_the_line_through_its_ends():
+    for tokens, wanted in (256, 0.5), (4096, 1.15), (1024, 0.63):
+        assert grids.linear_mu(tokens) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "scheduler", [LCM(shift=3.0), EULER(shift=3.0, stochastic_sampling=True)]
+)
+def test_lcm_draws_where_diffusers_does(scheduler, monkeypatch):
+    draws = np.random.default_rng(3).standard_normal((5, *X.shape)).astype(np.float32)
+    left = iter(draws)
+    module = sys.modules[type(scheduler).__module__]
+    drawn = lambda shape, **kwargs: torch.tensor(next(left))
+    monkeypatch.setattr(module, "randn_tensor", drawn)
+    wanted, _ = theirs(scheduler, num_inference_steps=5)
+    solver, grid = schedulers.read(folder(scheduler)).sampler(5, TOKENS)
+    v = lambda x, t: velocity(x, t[:, None, None, None])
+    draw = lambda i: jnp.asarray(draws)[i]
+    made = solvers.SOLVERS[solver](v, jnp.array(X), grid, draw=draw)
+    assert convert.error(made, wanted) < 2e-5
+
+
+def test_dpm_of_the_first_order_is_euler():
+    scheduler = DPM(**FLOW, solver_order=1)
+    wanted, _ = theirs(scheduler, num_inference_steps=6)
+    solver, grid = schedulers.read(folder(scheduler)).sampler(6, TOKENS)
+    assert convert.error(ours(solver, grid), wanted) < 2e-5
 
 
 @pytest.mark.parametrize("steps", [2, 4, 8, 15, 30])

@@ -246,7 +246,9 @@ def test_what_a_pipeline_has_beside_its_model_is_told(tmp_path, caplog):
         (dict(hidden_size=64, hidden_act="gelu"), "clip_g"),
     ],
 )
-def test_a_clips_folder_alone(config, name, tmp_path):
+def test_a_clips_folder_alone(config, name, tmp_path, monkeypatch):
+    as_told = lambda component, config, *_: config
+    monkeypatch.setattr(sources, "configured", as_told)  # there are no layers
     write(tmp_path / "model.safetensors")
     config |= {"architectures": ["CLIPTextModelWithProjection"]}
     (tmp_path / "config.json").write_text(json.dumps(config))
