@@ -4,8 +4,12 @@ owner/name, with a revision owner/name@v1, a variant owner/name:fp16, or of one 
 owner/name/file.safetensors, also owner/name@v1/file.safetensors.
 """
 
+import functools
 import re
-from collections.abc import Iterable, Sequence
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from etils import epath
@@ -113,39 +117,52 @@ def _bare(folder: epath.Path) -> Iterable[str]:
 def _folder(name, patterns, unwanted, what) -> epath.Path:
     import huggingface_hub
 
-    return epath.Path(
-        _downloaded(
-            name,
-            what,
-            lambda: huggingface_hub.snapshot_download(
-                name.repo,
-                revision=name.revision,
-                allow_patterns=patterns,
-                ignore_patterns=list(unwanted),
-            ),
-        )
+    download = functools.partial(
+        huggingface_hub.snapshot_download,
+        name.repo,
+        revision=name.revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(unwanted),
     )
+    return epath.Path(_downloaded(name, what, download))
 
 
 def _file(name, what) -> str:
     import huggingface_hub
 
-    return _downloaded(
-        name,
-        what,
-        lambda: huggingface_hub.hf_hub_download(
-            name.repo, name.file, revision=name.revision
-        ),
+    download = functools.partial(
+        huggingface_hub.hf_hub_download, name.repo, name.file, revision=name.revision
     )
+    return _downloaded(name, what, download)
 
 
-def _downloaded(name, what, download) -> str:
+def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
+    """Without a connection, what was fetched before: the hub's client would try again
+    for half a minute."""
+    offline = not _reachable()
     try:
-        return download()
+        return download(local_files_only=offline)
     except Exception as error:  # its errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""
-        raise UserError(
-            f'{what} "{name.repo}{file}": no such path, and it cannot be had from the'
-            f" hub: {shown(lines[0], 200)}"
-        ) from None
+        told = f'{what} "{name.repo}{file}": no such file or folder here, and the hub'
+        if offline:
+            raise UserError(
+                f"{told} cannot be reached, nor was it fetched from there before"
+            ) from None
+        raise UserError(f"{told} does not give it: {shown(lines[0], 200)}") from None
+
+
+def _reachable() -> bool:
+    """Whether the hub's host has an address; a proxy finds it itself."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True

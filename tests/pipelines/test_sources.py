@@ -388,7 +388,9 @@ def repository(monkeypatch, tmp_path):
     """What is fetched of a repository, into a folder; it holds `files`."""
     asked = []
 
-    def snapshot_download(repo_id, *, revision, allow_patterns, ignore_patterns):
+    def snapshot_download(
+        repo_id, *, revision, allow_patterns, ignore_patterns, local_files_only
+    ):
         asked.append((repo_id, revision))
         for name in filter_repo_objects(
             snapshot_download.files,
@@ -446,7 +448,7 @@ def test_a_repository_of_single_files_wants_one_named(repository):
 def test_one_file_of_a_repository(call, monkeypatch, tmp_path):
     asked = []
 
-    def hf_hub_download(repo_id, filename, *, revision):
+    def hf_hub_download(repo_id, filename, *, revision, local_files_only):
         asked.append((repo_id, filename, revision))
         return str(tmp_path / "a.safetensors")
 
@@ -457,14 +459,19 @@ def test_one_file_of_a_repository(call, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("source", ["o/n", "o/n:fp16", "o/n@v1", "o/n/a.safetensors"])
-def test_what_the_hub_refuses_is_one_line(source, monkeypatch):
-    def fails(*args, **options):
-        raise OSError("no network\nand a long explanation")
+@pytest.mark.parametrize("reachable", [True, False])
+def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
+    def fails(*args, local_files_only, **options):
+        assert local_files_only is not reachable  # else it tries for half a minute
+        raise OSError("404\nand a long explanation")
+
+    monkeypatch.setattr(hub, "_reachable", lambda: reachable)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     told = said(sources.locate, source, what="LoRA")
-    assert told.startswith('LoRA "o/n') and told.endswith("from the hub: no network")
+    assert told.startswith('LoRA "o/n') and "no such file or folder here" in told
+    assert told.endswith("give it: 404") if reachable else "be reached" in told
 
 
 def test_a_variant_of_a_path(tmp_path):
