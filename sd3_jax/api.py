@@ -10,6 +10,7 @@ are float in [0, 1], and given ones may be bytes or PIL images (pipelines/images
 import os
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,8 +21,8 @@ from jaxtyping import Float
 from sd3_jax import sharding
 from sd3_jax.diffusion import grids, solvers
 from sd3_jax.errors import UserError
+from sd3_jax.pipelines import arguments, programs, request
 from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import programs, request
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.pipelines.export import save
 from sd3_jax.pipelines.images import Pictures
@@ -38,14 +39,15 @@ def load(
     dtype: str = "bfloat16",
     *,
     tokenizers_from: str | None = "",
-    lora: str | Sequence[str] = (),
+    lora: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
     """A released model, sharded over `mesh` as it streams in; all devices by default.
 
     See pipelines.bundle.load for what may be named. An error lists what is missing,
-    extra or of another shape. `lora` names LoRA files in diffusers' layout, each with
-    a weight if it ends in one: "style.safetensors=0.8". `quantize` keeps matrices of
+    extra or of another shape. `lora` names LoRA files or folders of diffusers, PEFT or
+    kohya, with a weight if one ends in it: "style.safetensors=0.8", or {path: weight}
+    for several. `quantize` keeps matrices of
     the denoiser, of T5 or of both in eight bits: {"denoiser": "int8", "t5": "int8"};
     "fp8" as well.
     """
@@ -55,12 +57,12 @@ def load(
         mesh=mesh,
         dtype=dtype,
         tokenizers_from=tokenizers_from,
-        lora=[lora] if isinstance(lora, str) else lora,
+        lora=lora,
         quantize=quantize,
     )
 
 
-def load_control(path_or_hub_name: str, bundle: Bundle) -> ControlBundle:
+def load_control(path_or_hub_name: str | os.PathLike, bundle: Bundle) -> ControlBundle:
     """A ControlNet of either style: a diffusers folder or one .safetensors file."""
     return bundles.load_control(path_or_hub_name, bundle)
 
@@ -117,7 +119,16 @@ def generate(
     well and whose number is that of the steps, replace them. `preview(i, t, rgb)` sees
     a rough picture after each step; a program is compiled for each such function.
     """
-    request.choose("output", output, OUTPUTS)
+    arguments.choice("output", output, OUTPUTS)
+    guidance = arguments.number("guidance", guidance)
+    guidance_interval = arguments.pair("guidance_interval", guidance_interval)
+    guidance_rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
+    strength = arguments.number("strength", strength, 0, 1)
+    images_per_prompt = arguments.whole("images_per_prompt", images_per_prompt, 1, 4096)
+    skip_layers = request.layers(bundle, skip_layers)
+    skip_scale = arguments.number("skip_scale", skip_scale)
+    if preview is not None and not callable(preview):
+        raise UserError(f"preview {preview!r}: wanted a function (step, t, rgb)")
     guided = request.guided(
         guidance,
         guidance_interval,
@@ -165,7 +176,7 @@ def generate(
     if image is not None:
         times = grids.strength(times, strength)
         x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
-    skipped = request.layers(bundle, skip_layers, skip_scale) if guided else ()
+    skipped = skip_layers if guided else ()
     draws = solvers.draws(solvers.SOLVERS[solver])
     inputs = programs.Inputs(
         keys=noise_keys if noise is None or draws else None,
@@ -186,7 +197,7 @@ def generate(
     plan = programs.Plan(
         bundle.part("denoiser"), solver, shape, guided, skipped, preview
     )
-    control = [control] if isinstance(control, ControlInput) else control or ()
+    control = [control] if isinstance(control, ControlInput) else list(control or ())
     nets, acting = request.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )

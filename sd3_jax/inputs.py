@@ -44,6 +44,8 @@ def model(text: str) -> str:
     variant = VARIANT.fullmatch(text)
     if exists(text) or (variant and exists(variant[1])):
         return ""
+    if re.match(r"https?://(www\.)?(huggingface\.co|hf\.co)/", text):
+        return ""  # pipelines/hub.py says which name is meant
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         return (
             "a link, which is not downloaded: wanted a path, or a hub name such as"

@@ -7,7 +7,7 @@ from typing import Any
 
 def parse_json(text: str | bytes) -> Any:
     """json.loads, for which a name twice, NaN, infinity and depth are errors too."""
-    text = text.decode() if isinstance(text, bytes) else text
+    text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
         return json.loads(
             text,

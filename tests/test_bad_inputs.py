@@ -200,7 +200,11 @@ MISTAKES = [
     ),
     row(33, "evaluate workdir={trained}/checkpoints/2", "/2/checkpoints"),
     row(33, "convert workdir={hollow}", "cannot read", "hollow/checkpoints/7"),
-    row(33, "sample weights=no/such/model sample.prompt=a", 'weights "no/such/model"'),
+    row(
+        33,
+        "sample weights=no/such/model sample.prompt=a",
+        "config.weights = no/such/model: no",
+    ),
     row(33, "convert weights={trained}/checkpoints/2", "/2: wanted a diffusers folder"),
     row(33, "report workdir=no/run", "no/run: no metrics.jsonl to report on"),
     row(
@@ -282,7 +286,7 @@ MISTAKES = [
     row(
         33,
         "sample weights={trained},no/such.safetensors sample.prompt=a",
-        'error: weights "no/such.safetensors": no such file',
+        '"no/such.safetensors": no such file',
     ),
     row(46, "train workdir={full}", "full/checkpoints has 1e-06 GB free: wanted"),
     row(47, "train workdir=/proc/no", "cannot write to /proc/no"),

@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Int
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json, shown
 
@@ -122,8 +123,9 @@ def _check_files(folder: epath.Path) -> None:
     trust: null, or another type, for a token that pads or ends a text."""
     there = [folder / name for name in FILES if (folder / name).exists()]
     for path in there:
-        if path.stat().length > LARGEST:
-            raise UserError(f"{path}: {path.stat().length} bytes, too large to be read")
+        files.require_regular(path)
+        if (size := files.size(path)) > LARGEST:
+            raise UserError(f"{path}: {size} bytes, too large to be read")
         if path.suffix == ".json":
             _check_settings(path, _json(path))
         elif path.suffix == ".txt":

@@ -11,9 +11,11 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
+from sd3_jax.errors import UserError
 from sd3_jax.jobs import prompt_lines
-from sd3_jax.pipelines import bundle
+from sd3_jax.pipelines import arguments, bundle
 from sd3_jax.pipelines.scheduler import Scheduler
+from sd3_jax.weights import components
 
 log = logging.getLogger(__name__)
 
@@ -39,12 +41,46 @@ def load_to_paint(
         told = "config.weights = %s and config.sample.cfg = %g: turbo models are made"
         told += " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
         log.warning(told, config.weights, config.sample.cfg)
-    return load(config, mesh, check=partial(check, settings=settings))
+    made = load(config, mesh, check=partial(check, settings=settings))
+    warn_of_another_model(config, made)
+    return made
 
 
-def check(scheduler: Scheduler, settings: Sequence[dict[str, Any]]) -> None:
+def warn_of_another_model(config: ConfigDict, made: bundle.Bundle) -> None:
+    """Steps and cfg are the recipe's: those of another model make worse pictures."""
+    known = made.configs.get("denoiser")
+    if known is None:
+        return
+    recipe = config.model.depth, config.model.qk_norm, config.model.dual_blocks
+    dual = len(known.get("dual_attention_layers") or ())
+    weights = known["num_layers"], known.get("qk_norm") is not None, dual
+    if recipe != weights:
+        told = "the recipe is of another model than %s, which is %s: steps and cfg may"
+        told += " not suit it; choose configs/released.py:VARIANT by the weights"
+        name = components.released_name(known)
+        log.warning(told, config.weights, name)
+
+
+def check(
+    scheduler: Scheduler, configs: dict[str, dict], settings: Sequence[dict[str, Any]]
+) -> None:
+    """UserError for settings that the model cannot do."""
+    denoiser = configs.get("denoiser", {})
+    depth = denoiser.get("num_layers", 1)
+    unit = 8 * denoiser.get("patch_size", 2)
+    most = unit * denoiser.get("pos_embed_max_size", 2**16)
+    deepest = bundle.most_clip_skip(configs)
     for s in settings:
-        scheduler.sampler(s["steps"], 1_024, **times(s))
+        for name in ("height", "width"):
+            if s[name] > most:
+                raise UserError(
+                    f"config.image.{name} = {s[name]}: wanted at most {most} of this"
+                    " model"
+                )
+        arguments.whole_numbers("skip_layers", s["skip_layers"], 0, depth - 1)
+        arguments.whole("clip_skip", s["clip_skip"], 0, deepest)
+        tokens = s["height"] * s["width"] // unit**2
+        scheduler.sampler(s["steps"], tokens, **times(s))
 
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -13,11 +15,61 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
 from sd3_jax.models import lora
+from sd3_jax.outside import shown
 from sd3_jax.pipelines import sources
 from sd3_jax.weights import adapters
 from sd3_jax.weights import lora as files
 
 log = logging.getLogger(__name__)
+
+
+class Opened(NamedTuple):
+    """A LoRA whose header is read: its maps by component, and its weight."""
+
+    path: epath.Path
+    weight: float
+    pairs: dict[str, adapters.Pairs]
+
+
+def listed(given: Any) -> list[tuple[str, float]]:
+    """(path or hub name, weight) of one or several: texts and paths, {path: weight}, or
+    pairs (path, weight)."""
+    if isinstance(given, Mapping):
+        given = list(given.items())
+    elif isinstance(given, str | os.PathLike):
+        given = [given]
+    specs = []
+    for one in given if isinstance(given, list | tuple) else [given]:
+        pair = isinstance(one, list | tuple) and len(one) == 2
+        path, weight = one if pair else (one, None)
+        known = isinstance(path, str | os.PathLike)
+        if not known or isinstance(weight, bool | str):
+            raise UserError(
+                f"lora {shown(repr(one))}: wanted a path, (path, weight) or {{path:"
+                " weight}"
+            )
+        text = os.fspath(path)
+        specs.append(named(text) if weight is None else (text, float(weight)))
+    for path, weight in specs:
+        if not math.isfinite(weight):
+            raise UserError(f"lora {path}: weight {weight}: wanted a finite number")
+    return specs
+
+
+def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Opened]:
+    """What `given` names, without a tensor read. Of components that are not `wanted`
+    nothing is kept; one that is and is not `there` is an error."""
+    loras = []
+    for source, weight in listed(given):
+        path = sources.resolve(source, adapters.WANTED, what="LoRA")
+        pairs = {k: x for k, x in adapters.read(path).items() if k in wanted}
+        if lacking := [name for name in pairs if name not in there]:
+            raise UserError(
+                f"{path} adapts {lacking[0]}, and the weights have only"
+                f" {', '.join(there)}; name a file that has it after a comma"
+            )
+        loras.append(Opened(path, weight, pairs))
+    return loras
 
 
 def named(text: str) -> tuple[str, float]:
@@ -33,35 +85,16 @@ def named(text: str) -> tuple[str, float]:
         weight = float(number)
     except ValueError:  # the name has that sign in it
         return text, 1.0
-    if not math.isfinite(weight):
-        raise UserError(f"LoRA {text}: weight {number}: wanted a finite number")
     return path, weight
 
 
 def attached(
-    variables: Mapping[str, dict],
-    modules: Mapping[str, nn.Module],
-    given: Sequence[str],
-    *,
-    wanted: Sequence[str],
+    variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
 ) -> dict[str, dict]:
-    """Variables by component with what `given` names beside their kernels, added up.
-
-    Each is a file, a folder with one or a hub name, with its weight. Of components
-    that are not `wanted` nothing is read; one that is and is not here is an error.
-    """
+    """Variables by component with the LoRAs beside their kernels, added up."""
     made = dict(variables)
-    for text in given:
-        source, weight = named(text)
-        path = sources.resolve(source, adapters.WANTED, what="LoRA")
-        for name, pairs in adapters.read(path).items():
-            if name not in wanted:
-                continue
-            if name not in made:
-                raise UserError(
-                    f"{path} adapts {name}, and the weights have only"
-                    f" {', '.join(made)}; name a file that has it after a comma"
-                )
+    for path, weight, maps in loras:
+        for name, pairs in maps.items():
             params = made[name]["params"]
             found = files.load(pairs, name, modules[name], params, weight=weight)
             params = lora.attach(params, _placed(found, params))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.models import quantized
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.outside import shown
-from sd3_jax.pipelines import adapters, hub, programs, sources
+from sd3_jax.pipelines import adapters, arguments, hub, programs, sources
 from sd3_jax.pipelines import control as hints
 from sd3_jax.pipelines import images as inputs
 from sd3_jax.pipelines import scheduler as schedulers
@@ -38,6 +39,7 @@ log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "stored")
 QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
 TEXT = ("clip_l", "clip_g", "t5")
+CLIPS = TEXT[:2]
 
 
 class Prompt(NamedTuple):
@@ -78,12 +80,18 @@ class Bundle:
 
     def encode_prompts(
         self,
-        prompts: Sequence[str | Prompt],
+        prompts: str | Prompt | Sequence[str | Prompt],
         max_sequence_length: int = 256,
         *,
         clip_skip: int = 0,
     ) -> Conditioning:
-        """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0."""
+        """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
+
+        One text alone is a batch of one.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
+        arguments.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
+        arguments.whole("max_sequence_length", max_sequence_length, 1, 512)
         if not any(self.text_models):
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
@@ -111,9 +119,18 @@ class Bundle:
         """v = noise - x0 at time t, 1 being noise."""
         module, variables = self.part("denoiser"), self.variables["denoiser"]
         latents = inputs.laid_out(latents, module.channels)
+        t = inputs.times(t, len(latents))
+        rows = {len(latents), len(context), len(pooled)}
+        if len(rows) > 1:
+            raise UserError(
+                f"{len(latents)} latents, {len(context)} rows of context and"
+                f" {len(pooled)} of pooled: wanted as many of each"
+            )
+        last = module.depth - 1
+        skipped = arguments.whole_numbers("skip_layers", skip_layers, 0, last)
         args = programs.place((latents, t, context, pooled), self.mesh)
         with programs.on(self.mesh, args):
-            return programs.velocity(module, variables, *args, skip=tuple(skip_layers))
+            return programs.velocity(module, variables, *args, skip=tuple(skipped))
 
     def encode_image(
         self,
@@ -245,9 +262,9 @@ def load(
     dtype: str = "bfloat16",
     tokenizers_from: str | None = "",
     only: Sequence[str] = tuple(COMPONENTS),
-    lora: Sequence[str] = (),
+    lora: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
-    check: Callable[[Scheduler], None] = lambda scheduler: None,
+    check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
     """A diffusers folder, a .safetensors file, our own folder or a hub name.
 
@@ -262,17 +279,20 @@ def load(
     layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
     the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
     blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py). `check` is called with the
-    scheduler before any weight is read, and may raise.
+    are rounded as they stream in (models/quantized.py). `check` is called with
+    scheduler and configs before any weight is read, and may raise.
     """
+    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     quantize = checked_kinds(quantize, dtype)
     given = sources.split(source)
-    source = ",".join(given)
+    if not given:
+        raise UserError("no weights: wanted a file, a folder or a hub name")
     places = [sources.locate(each) for each in given]
+    source = ",".join(map(os.fspath, given))
     modules, variables, configs, stored, found = {}, {}, {}, {}, {}
     for place in places:
         for name, part in sources.parts(*place).items():
@@ -285,10 +305,11 @@ def load(
         raise UserError(
             f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
         )
-    check(_scheduler(configs, source))  # before any weight is read
+    check(_scheduler(configs, source), configs)  # before any weight is read
     for key in schedulers.unread(configs.get("scheduler", {})):
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in found.items()}, source)
+    loras = adapters.opened(lora, only, found)
     paths = [place.path for place in places]
     words = tokenizers_of(paths, tokenizers_from or "", configs)
     if tokenizers_from is not None:
@@ -305,11 +326,25 @@ def load(
         if name in quantize:
             shapes["params"] = quantized.abstract(shapes["params"], quantize[name])
         modules[name], variables[name] = module, part.read(component, module, shapes)
-    variables = adapters.attached(variables, modules, lora, wanted=only)
+    variables = adapters.attached(variables, modules, loras)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     own = {name: kind for name, kind in quantize.items() if name in modules}
     return Bundle(modules, variables, configs, words, mesh, dtype, source, stored, own)
+
+
+def most_clip_skip(configs: Mapping[str, dict]) -> int:
+    """The last layers of a CLIP that may be left out; it reads the last but one."""
+    depths = [configs[name]["num_hidden_layers"] for name in CLIPS if name in configs]
+    return max(min(depths, default=2) - 2, 0)
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Of jnp.bfloat16 and the like."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return shown(repr(dtype))
 
 
 def _scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
@@ -318,6 +353,10 @@ def _scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
 
 def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     """Kinds by component, without those that are ""."""
+    if not isinstance(quantize, Mapping):
+        raise UserError(
+            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
+        )
     for name, kind in quantize.items():
         if name not in QUANTIZED:
             raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
@@ -409,8 +448,12 @@ class ControlBundle(NamedTuple):
     variables: dict
     config: dict
 
+    def __repr__(self) -> str:
+        kind = self.config.get(controlnet.CONTROL_TYPE, "its hint's kind is not said")
+        return f"ControlBundle(depth {self.module.depth}, {kind})"
 
-def load_control(source: str, bundle: Bundle) -> ControlBundle:
+
+def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
     """A diffusers folder, one .safetensors file or a hub name, for this bundle.
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
@@ -429,7 +472,11 @@ def load_control(source: str, bundle: Bundle) -> ControlBundle:
         variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
         if "buffers" in theirs:
             variables["buffers"] = theirs["buffers"]
-    return ControlBundle(module, variables, part.config)
+    net = ControlBundle(module, variables, part.config)
+    if module.borrowed and controlnet.CONTROL_TYPE not in part.config:
+        told = "%s does not say what its hints are: they are encoded as blur and depth"
+        log.warning(f'{told}; of canny write ControlInput(preprocess="canny")', path)
+    return net
 
 
 def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:

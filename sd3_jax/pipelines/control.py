@@ -9,9 +9,10 @@ import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from sd3_jax.errors import UserError, nearest
+from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.pipelines import arguments
 from sd3_jax.pipelines.prompts import Conditioning
 from sd3_jax.weights import components
 
@@ -47,9 +48,7 @@ def prepare(
     pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
 ) -> Float[Array | np.ndarray, "b H W 3"]:
     """A hint's pixels as PREPROCESS has it."""
-    if preprocess not in PREPROCESS:
-        raise UserError(f'preprocess "{preprocess}"{nearest(preprocess, PREPROCESS)}')
-    return PREPROCESS[preprocess](pixels)
+    return PREPROCESS[arguments.choice("preprocess", preprocess, PREPROCESS)](pixels)
 
 
 def require_fit(

@@ -44,13 +44,6 @@ def pixels(pictures: Pictures, name: str = "image") -> Float[Array | np.ndarray,
 def mask(masks: Pictures, name: str = "mask") -> Float[np.ndarray, "b H W 1"]:
     """In [0, 1], of bytes (255 is 1), booleans, floats in [0, 1] or PIL images."""
     x = np.asarray(_together(masks, name, _one_channel, _masks))
-    if x.dtype == bool:
-        return x.astype(np.float32)
-    if x.dtype == np.uint8 and x.size and x.max() == 1:
-        raise UserError(
-            f"{name}: bytes of 0 and 1, where 255 is 1; wanted mask.astype(bool), or"
-            " bytes of 0 and 255"
-        )
     return _floats(x, name)
 
 
@@ -80,6 +73,19 @@ def laid_out(
     return x
 
 
+def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
+    """Times in [0, 1], one for each row or one for all."""
+    t = jnp.asarray(t, jnp.float32)
+    if t.ndim > 1 or t.size not in (1, rows):
+        raise UserError(f"t of shape {t.shape}: wanted one for each of {rows} latents")
+    if not isinstance(t, jax.core.Tracer) and not bool(((0 <= t) & (t <= 1)).all()):
+        raise UserError(
+            f"t from {float(t.min()):g} to {float(t.max()):g}: wanted 0 (data) to 1"
+            " (noise), diffusers' timesteps / 1000"
+        )
+    return jnp.broadcast_to(t, (rows,))
+
+
 def are_latents(value: Any, channels: int) -> bool:
     """Whether an array has latents' channels, be they the last or, wrongly, first."""
     shape = () if isinstance(value, list | tuple) else getattr(value, "shape", ())
@@ -99,6 +105,11 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     if isinstance(value, Image.Image):
         if getattr(value, "is_animated", False) and value.format != "MPO":
             raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
+        if value.mode in ("F", "I", "HSV", "I;16B"):
+            raise UserError(
+                f'{name} of mode {value.mode}: wanted x.convert("RGB"), or of depth'
+                " numpy.asarray(x) brought to floats from 0 to 1"
+            )
         return shaped(read(value, name), name)
     if not isinstance(value, list | tuple):
         return shaped(_array(value, name), name)
@@ -142,6 +153,10 @@ def _pictures(x: Array | np.ndarray, name: str):
 
 def _masks(x: Array | np.ndarray, name: str):
     batch = x[None] if x.ndim == 2 else x
+    if batch.ndim == 3 and batch.shape[-1] in CHANNELS[1:]:
+        raise UserError(
+            f"{name} of shape {tuple(x.shape)}: wanted one channel, x[..., 0]"
+        )
     if batch.ndim == 3:
         batch = batch[None] if batch.shape[-1] == 1 else batch[..., None]
     if batch.ndim != 4 or batch.shape[-1] != 1 or not all(batch.shape):
@@ -169,8 +184,15 @@ def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def _floats(x: Array | np.ndarray, name: str):
-    """Bytes over 255; floats as they are, if they are of [0, 1]."""
+    """Bytes over 255; floats as they are, if they are of [0, 1]; True is 1."""
+    if x.dtype == bool:
+        return x.astype(np.float32)
     if x.dtype == np.uint8:
+        if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
+            raise UserError(
+                f"{name}: bytes of 0 and 1, where 255 is 1; wanted x.astype(bool), or"
+                " bytes of 0 and 255"
+            )
         return x.astype(np.float32) / 255
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(

@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -14,9 +13,9 @@ from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import grids, guidance
 from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.errors import UserError, nearest
+from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
-from sd3_jax.pipelines import images
+from sd3_jax.pipelines import arguments, images
 from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.pipelines.control import require_fit
 from sd3_jax.pipelines.images import Pictures
@@ -46,8 +45,16 @@ class ControlInput(NamedTuple):
     preprocess: str | None = None
 
 
-def listed(texts: Text | Sequence[Text]) -> list[Text]:
-    return [texts] if isinstance(texts, str | Prompt) else list(texts)
+def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
+    several = isinstance(texts, list | tuple) and not isinstance(texts, Prompt)
+    texts = list(texts) if several or hasattr(texts, "__array__") else [texts]
+    for text in texts:
+        if not isinstance(text, str | Prompt):
+            raise UserError(
+                f"{name}: {shown(repr(text))}: wanted a text or a Prompt, a list of"
+                " these, or the Conditioning that encode_prompts gives"
+            )
+    return texts
 
 
 def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
@@ -60,10 +67,13 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
         factor = 1 if image.shape[-1] == 3 else bundle.factor
         given = [side * factor for side in image.shape[1:3]]
     usual = bundle.configs["denoiser"].get("sample_size", 128) * bundle.factor
+    if given is not None:
+        _require_sides(image, given, unit, most)
     sides = []
     for i, (name, side) in enumerate((("height", height), ("width", width))):
         if side is None:
             side = usual if given is None else given[i]
+        side = arguments.whole(name, side, 1, 2**16)
         if side < 1 or side % unit or side > most:
             near = min(max(1, round(side / unit)) * unit, most)
             raise UserError(
@@ -78,6 +88,15 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     return (*sides, denoiser.channels)
 
 
+def _require_sides(image, given: list[int], unit: int, most: int) -> None:
+    near = [min(max(1, round(side / unit)) * unit, most) for side in given]
+    if near != given:
+        raise UserError(
+            f"image of {given[0]} x {given[1]} pixels: wanted sides that are multiples"
+            f" of {unit}, at most {most}: image.resize(({near[1]}, {near[0]})) of PIL"
+        )
+
+
 def encoded(
     bundle: Bundle,
     prompts: Texts,
@@ -89,8 +108,6 @@ def encoded(
     guided: bool,
 ) -> tuple[Conditioning, Conditioning]:
     """cond and uncond, p0, p0, p1, p1, … if there are two of each."""
-    if per_prompt < 1:
-        raise UserError(f"images_per_prompt {per_prompt}: wanted 1 or more")
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
@@ -110,6 +127,11 @@ def encoded(
                 f"{len(texts)} negative prompts for {n} prompts: wanted one, or as many"
             )
         length = cond.context.shape[1] - 77
+        if length < 1:
+            raise UserError(
+                f"embeddings of {length + 77} tokens, which no text gives: wanted"
+                " negative_prompts as embeddings too"
+            )
         uncond = bundle.encode_prompts(texts, length)
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(
@@ -163,9 +185,13 @@ def settings(
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
     if solver is not None:
-        choose("solver", solver, list(SOLVERS))
+        arguments.choice("solver", solver, list(SOLVERS))
     if grid is not None:
-        choose("grid", grid, list(grids.GRIDS))
+        arguments.choice("grid", grid, list(grids.GRIDS))
+    shift = None if shift is None else arguments.number("shift", shift)
+    mu = None if mu is None else arguments.number("mu", mu)
+    if sigmas is not None:
+        sigmas = [arguments.number("sigmas", x, 0, 1) for x in np.atleast_1d(sigmas)]
     tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
     return bundle.scheduler.sampler(
         steps, tokens, solver=solver, grid=grid, shift=shift, mu=mu, sigmas=sigmas
@@ -239,6 +265,8 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
             raise UserError(
                 f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {wanted})"
             )
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise UserError(f"{name}: {part} of dtype {x.dtype}: wanted floats")
         images.finite(x, f"{name}: {part}")
     if len(texts.context) != len(texts.pooled):
         raise UserError(
@@ -328,8 +356,7 @@ def _require_control(
             " net being load_control's"
         )
     for field in ("scale", "start", "stop"):
-        if not np.isfinite(getattr(control, field)):
-            raise UserError(f"{name}: {field} {getattr(control, field)}: not finite")
+        arguments.number(f"{name}: {field}", getattr(control, field))
     if not 0 <= control.start < control.stop <= 1:
         raise UserError(
             f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
@@ -408,19 +435,6 @@ def _picture_left(
     return jnp.concatenate([left, keep], axis=-1)
 
 
-def choose(name: str, value: str, choices: Sequence[str]) -> str:
-    if value not in choices:
-        raise UserError(f'{name} "{value}"{nearest(value, choices)}')
-    return value
-
-
-def layers(
-    bundle: Bundle, given: Sequence[int] | None, scale: float
-) -> tuple[int, ...]:
-    depth = bundle.part("denoiser").depth
-    if given and not math.isfinite(scale):
-        raise UserError(f"skip_scale {scale}: wanted a finite number")
-    for i in given or ():
-        if not 0 <= i < depth:
-            raise UserError(f"skip_layers {i}: wanted layers from 0 to {depth - 1}")
-    return tuple(sorted(set(given or ())))
+def layers(bundle: Bundle, given: Any) -> tuple[int, ...]:
+    last = bundle.part("denoiser").depth - 1
+    return tuple(sorted(set(arguments.whole_numbers("skip_layers", given, 0, last))))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sd3_jax import tree
+from sd3_jax import files, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, near
 from sd3_jax.models.leaves import is_leaf
@@ -58,11 +58,14 @@ class Located(NamedTuple):
     variant: str = ""
 
 
-def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list[str]:
+def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
     """The sources that a list or a text with commas names. What exists by a name with
     a comma in it is one."""
+    if isinstance(sources, list | tuple):
+        paths = (str, os.PathLike)
+        return [os.fspath(x) if isinstance(x, paths) else x for x in sources]
     if not isinstance(sources, str | os.PathLike):
-        return [os.fspath(source) for source in sources]
+        return [sources]  # which `locate` refuses
     pieces, source_names = os.fspath(sources).split(","), []
     while pieces:
         joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
@@ -81,8 +84,13 @@ def locate(
 ) -> Located:
     """Where what is meant lies, and the variant that is meant: a path, as it is, or a
     hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
-    if not source:
-        raise UserError(f'{what} "": wanted a file, a folder or a hub name')
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise UserError(
+            f"{what} {shown(repr(source))}: wanted a file, a folder or a hub name"
+        )
+    source = os.fspath(source)
+    if not source.isprintable() or len(source) > 4096:
+        raise UserError(f'{what} "{shown(source)}": wanted a name that prints')
     _check_scheme(source, what)
     if existing := _existing(source):
         return existing
@@ -141,7 +149,9 @@ def _near(source: str) -> str:
     path = epath.Path(source).expanduser()
     if "://" in source or not path.parent.is_dir():
         return ""
-    guess = near(path.name, (x.name for x in path.parent.iterdir()))
+    if os.path.islink(path):
+        return f": it is a link to {os.readlink(path)}, which is not there"
+    guess = near(path.name, files.names(path.parent))
     return f'; did you mean "{path.parent / guess}"?' if guess else ""
 
 
@@ -155,18 +165,21 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
         return _no_variant(path, variant) or _stored(path)
     if (path / "config.json").exists():
         return _component_folder(path, variant)
-    files = sorted(p.name for p in path.iterdir() if p.name.endswith(".safetensors"))
-    if safetensors.is_sharded(files):
+    names_there = files.names(path)
+    weights = [name for name in names_there if name.endswith(".safetensors")]
+    if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
-    if len(files) != 1:
+    if len(weights) != 1:
         foreign.refuse_pickles(path)
-        named = f" ({safetensors.listed(files)}: name one)" if files else ""
+        named = f" ({safetensors.listed(weights)}: name one)" if weights else ""
+        if "snapshots" in names_there:  # the hub's cache of a repository
+            named = f"; name one of {path / 'snapshots'}"
         raise UserError(
             f"{path}: wanted a diffusers folder ({hub.INDEX}), one of ours"
-            f" ({store.FILE}) or one .safetensors file; it has {len(files)} of"
+            f" ({store.FILE}) or one .safetensors file; it has {len(weights)} of"
             f" those{named}"
         )
-    return _single(path / files[0], *open_file(path / files[0]))
+    return _single(path / weights[0], *open_file(path / weights[0]))
 
 
 def _no_variant(path: epath.Path, variant: str) -> None:
@@ -207,10 +220,12 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
 
 def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     file = path / hub.INDEX
-    entries = {k: v for k, v in _read(file).items() if _is_listed(v)}
+    entries = _entries(file)
     components, variants = {}, set()
     for name, component in COMPONENTS.items():
         if component.folder not in entries:
+            if (path / component.folder).is_dir():
+                log.warning("%s leaves out %s, which is there", file, component.folder)
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
         if kind != CLASSES[name]:
@@ -237,9 +252,21 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     return components
 
 
-def _is_listed(entry: Any) -> bool:
-    """Whether it is a library and a class; [null, null] is left out on purpose."""
-    return isinstance(entry, list) and bool(entry) and isinstance(entry[-1], str)
+def _entries(file: epath.Path) -> dict[str, list]:
+    """The parts that an index lists, [library, class]; [null, null] is left out on
+    purpose."""
+    parts = {component.folder for component in COMPONENTS.values()}
+    entries = {}
+    for key, value in _read(file).items():
+        pair = isinstance(value, list) and len(value) == 2
+        if pair and all(isinstance(x, str) for x in value):
+            entries[key] = value
+        elif key in parts and value not in (None, [None, None]):
+            raise UserError(
+                f"{file}: {key} {shown(value)}: wanted [library, class], or [null,"
+                " null] for a part that is left out"
+            )
+    return entries
 
 
 def _other(kind: str, name: str = "") -> str:
@@ -294,19 +321,21 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
     """A file, or the one .safetensors file of a folder."""
     if not path.is_dir():
         return path
-    files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
-    if len(files) != 1:
+    weights = [name for name in files.names(path) if name.endswith(".safetensors")]
+    if len(weights) != 1:
         foreign.refuse_pickles(path)
         raise UserError(
-            f"{path}: wanted {wanted} or one .safetensors file; it has {len(files)} of"
-            " those"
+            f"{path}: wanted {wanted} or one .safetensors file; it has {len(weights)}"
+            " of those"
         )
-    return files[0]
+    return path / weights[0]
 
 
 def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     file = folder / "config.json"
     config, tensors = _read(file), safetensors.open_folder(folder, variant)
+    if component.kind == "t5":
+        tensors = single.with_shared(tensors)
     config = config.get("text_config", config)  # of a whole CLIP
     config = configured(component, config, tensors, "diffusers", str(file))
     return _part(tensors, config, str(folder), "diffusers")
@@ -374,10 +403,7 @@ def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
 
 
 def _read(path: epath.Path) -> dict:
-    try:
-        return _json(path, path.read_bytes())
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    return _json(path, files.read_bytes(path))
 
 
 def _json(path, text: str | bytes) -> dict:

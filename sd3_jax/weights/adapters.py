@@ -13,13 +13,15 @@ from typing import Any, NamedTuple
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.errors import UserError, near
 from sd3_jax.outside import parse_json, shown
-from sd3_jax.weights import safetensors
+from sd3_jax.weights import foreign, safetensors
 from sd3_jax.weights.components import COMPONENTS
 from sd3_jax.weights.safetensors import Tensor, Tensors
 
 FILE = "pytorch_lora_weights.safetensors"
+LARGEST = 1e6  # of a rank or an alpha
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 WANTED = ("*.safetensors", PEFT_CONFIG)  # of a hub's repository
 METADATA = "lora_adapter_metadata"  # of the file: PEFT's configuration, as JSON
@@ -189,17 +191,19 @@ def _file(path: epath.Path) -> epath.Path:
         raise UserError(f"{path}: holds {FILE} and {PEFT_FILE}; name one of the two")
     if known:
         return known[0]
-    files = sorted(p for p in path.iterdir() if p.name.endswith(".safetensors"))
-    if len(files) != 1:
-        inner = [p.name for p in sorted(path.iterdir()) if (p / PEFT_CONFIG).exists()]
-        if not inner:
-            safetensors.refuse_pickles(path)
+    every = files.names(path)
+    names = [name for name in every if name.endswith(".safetensors")]
+    if len(names) != 1:
+        inner = [name for name in every if (path / name / PEFT_CONFIG).exists()]
+        if not inner and not names:
+            foreign.refuse_pickles(path)
         hint = f"; name {path / inner[0]}" if inner else ""
+        hint = f" ({safetensors.listed(names)}): name one" if names else hint
         raise UserError(
             f"{path}: wanted {FILE}, {PEFT_FILE} or one other .safetensors file; it has"
-            f" {len(files)} of those{hint}"
+            f" {len(names)} of those{hint}"
         )
-    return files[0]
+    return path / names[0]
 
 
 def _settings_of(
@@ -212,7 +216,7 @@ def _settings_of(
             raise UserError(
                 f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
             )
-        config = _json(beside, beside.read_bytes())
+        config = _json(beside, files.read_bytes(beside))
         usual = {"r": 8, "lora_alpha": 8}  # PEFT's own defaults
         return dict.fromkeys(PREFIXES, _settings(str(beside), usual | config))
     where = f"{path}: {METADATA}"
@@ -271,8 +275,10 @@ def _flag(where: str, name: str, value: Any) -> bool:
 def _number(where: str, name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float):
-        raise UserError(f"{where}: {name} {shown(value)}: wanted a number")
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        raise UserError(
+            f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
+        )
     return float(value)
 
 
@@ -280,6 +286,13 @@ def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
     value = {} if value is None else value
     if not isinstance(value, dict) or None in value.values():
         raise UserError(f"{where}: {name} {shown(value)}: wanted numbers by pattern")
+    for pattern in value:
+        # A group that is repeated may take a regular expression for ever.
+        if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
+            raise UserError(
+                f"{where}: {name} {shown(pattern)}: wanted a plainer pattern, without a"
+                " group that is repeated"
+            )
     return {k: _number(where, f"{name} {shown(k)}", v) for k, v in value.items()}
 
 

@@ -54,8 +54,13 @@ def load(
                 if (pair := known.get((kind, _module(piece)))) is not None:
                     part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
                     share = pair.scale * weight if side else 1.0
-                    into = both[side][piece.path[1:-1]]
-                    into[piece.index] = share * piece.read(part)
+                    scaled = share * piece.read(part)
+                    if not np.isfinite(scaled).all():
+                        raise UserError(
+                            f"{pair.up.path}: {_module(piece)}: too large for float32"
+                            f" times {share:g}, its alpha over its rank and the weight"
+                        )
+                    both[side][piece.path[1:-1]][piece.index] = scaled
     turned = {path: _turn(path, shapes[path], b) for path, b in both[1].items()}
     return nested({path: {"a": both[0][path], "b": turned[path]} for path in ranks})
 
@@ -187,6 +192,11 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
         raise UserError(
             f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
             f" {list(tensor.shape)}, wanted {wanted}"
+        )
+    if tensor.dtype.kind in "biu":
+        raise UserError(
+            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is of {tensor.dtype}:"
+            " wanted floats, which a quantized LoRA has not"
         )
     x = tensor.read()
     if not safetensors.finite(x):

@@ -14,6 +14,7 @@ import ml_dtypes
 import numpy as np
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json, shown
 from sd3_jax.weights import foreign
@@ -38,7 +39,8 @@ NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
 SHARD = 10**10  # bytes, of a file in a folder, as diffusers writes them
 LISTED = 10  # names in an error, at most
 SHARDED = re.compile(r"(?:^|-)(\d{1,5})-of-(\d{1,5})(?=\.)")  # in a file's name
-STEMS = ("model.", "diffusion_pytorch_model.")  # of a component's file in a folder
+DIFFUSERS = "diffusion_pytorch_model."
+STEMS = ("model.", DIFFUSERS)  # of a component's file in a folder
 # The bits, sign aside, from which on a float is infinite or NaN; E4M3 has no infinity.
 BEYOND = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 BEYOND |= {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
@@ -75,9 +77,10 @@ Tensors = dict[str, Tensor]
 def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     """The tensors of one file by name, and its metadata."""
     path = epath.Path(path)
+    files.require_regular(path)
     try:
         with path.open("rb") as file:
-            length = path.stat().length
+            length = files.size(path)
             head = file.read(foreign.HEAD)
             size = int.from_bytes(head[:8], "little")
             _check_head(path, head, size, length)
@@ -170,7 +173,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     else the first.
     """
     folder = epath.Path(folder)
-    names = sorted(path.name for path in folder.iterdir())
+    names = files.names(folder)
     kinds = sorted({variant_of(x) for x in names if _is_weights(x) or _is_index(x)})
     if not kinds:
         foreign.refuse_pickles(folder)
@@ -180,6 +183,11 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     indexes = [name for name in names if _is_index(name)]
     whole = [name for name in names if _is_weights(name) and not SHARDED.search(name)]
     usual = [name for name in whole if name.startswith(STEMS)]
+    # Of both, transformers reads the whole file and diffusers the shards, if they are
+    # there: the other is left over from an earlier save.
+    sharded = [x for x in indexes if x.startswith(DIFFUSERS) and _has_shards(folder, x)]
+    if sharded:
+        return _open_indexed(folder, sharded[0])
     if len(usual) == 1 or len(whole) == 1 and not indexes:
         return open_file(folder / (usual or whole)[0])[0]
     if indexes:
@@ -191,8 +199,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
 
 def variants(folder: epath.Path) -> set[str]:
     """What precisions a folder holds, "" being the unnamed one."""
-    names = (path.name for path in folder.iterdir())
-    return {variant_of(name) for name in names if _is_weights(name)}
+    return {variant_of(name) for name in files.names(folder) if _is_weights(name)}
 
 
 def variant_of(name: str) -> str:
@@ -247,16 +254,27 @@ def listed(names: Iterable[Any]) -> str:
     return ", ".join(shown(name) for name in names[:LISTED]) + more
 
 
-def _open_indexed(folder: epath.Path, index: str) -> Tensors:
+def _weight_map(path: epath.Path) -> dict[str, str]:
+    """An index's files by tensor."""
     try:
-        where = parse_json((folder / index).read_bytes())["weight_map"]
+        where = parse_json(files.read_bytes(path))["weight_map"]
         if not _texts(where):
             raise ValueError("weight_map: wanted files by tensor")
-        names = sorted(set(where.values()))
-        if any(not _neighbour(name) for name in names):
+        if any(not _neighbour(name) for name in where.values()):
             raise ValueError("names a file outside its folder")
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{folder / index}: not an index: {error}") from None
+        raise UserError(f"{path}: not an index: {error}") from None
+    return where
+
+
+def _has_shards(folder: epath.Path, index: str) -> bool:
+    names = set(_weight_map(folder / index).values())
+    return any((folder / name).exists() for name in names)
+
+
+def _open_indexed(folder: epath.Path, index: str) -> Tensors:
+    where = _weight_map(folder / index)
+    names = sorted(set(where.values()))
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UserError(
             f"{folder / index} names {len(names)} files, of which {len(missing)} are"
@@ -336,20 +354,29 @@ def write_file(
 def write_folder(
     folder: epath.PathLike, entries: Mapping[str, Entry], stem: str, shard: int = SHARD
 ) -> None:
-    """`stem`.safetensors; beyond `shard` bytes several, with their index."""
+    """`stem`.safetensors; beyond `shard` bytes several, with their index.
+
+    What an earlier save left under that stem is removed: a reader may prefer it.
+    """
     folder = epath.Path(folder)
     shards = list(_shards(entries.items(), shard))
-    if len(shards) == 1:
-        write_file(folder / f"{stem}.safetensors", dict(shards[0]))
-        return
-    where = {}
-    for i, part in enumerate(shards, 1):
-        name = f"{stem}-{i:05d}-of-{len(shards):05d}.safetensors"
+    whole, index = f"{stem}.safetensors", f"{stem}.safetensors.index.json"
+    written = [whole]
+    if len(shards) > 1:
+        numbers, last = range(1, len(shards) + 1), f"of-{len(shards):05d}.safetensors"
+        written = [f"{stem}-{number:05d}-{last}" for number in numbers]
+    for name, part in zip(written, shards, strict=True):
         write_file(folder / name, dict(part))
-        where |= {key: name for key, _ in part}
-    total = {"total_size": sum(entry.size for entry in entries.values())}
-    index = json.dumps({"metadata": total, "weight_map": where}, indent=2)
-    (folder / f"{stem}.safetensors.index.json").write_text(index)
+    if len(shards) > 1:
+        where = {key: name for name, part in zip(written, shards) for key, _ in part}
+        total = {"total_size": sum(entry.size for entry in entries.values())}
+        text = json.dumps({"metadata": total, "weight_map": where}, indent=2)
+        (folder / index).write_text(text)
+        written.append(index)
+    for name in set(files.names(folder)) - set(written):
+        shard_of = SHARDED.search(name) and SHARDED.sub("", name)
+        if name in (whole, index) or shard_of == whole:
+            (folder / name).unlink()
 
 
 def _shards(entries: Iterable, most: int) -> Iterator[list]:

@@ -51,7 +51,9 @@ BARE = {
 # What files hold beside a part and nothing reads: the name without its prefix, and why.
 CLIP_UNREAD = {
     r"(text_model\.embeddings\.)?position_ids": "the numbers 0, 1, 2, …",
-    r"logit_scale": "a factor of CLIP's loss",
+    r"logit_scale|logit_bias": "a factor of CLIP's loss",
+    r"input_resolution|context_length|vocab_size|attn_mask": "sizes, and a mask that"
+    " follows from them",
     r"(vision_model|visual|visual_projection)\..*|visual\w*": "CLIP's image tower",
 }
 UNREAD = {
@@ -222,13 +224,22 @@ def _read(
 ) -> Tensors:
     """A part without the tensors that nothing reads, if any other is left."""
     kept = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
-    embedding = "encoder.embed_tokens.weight"
-    if name == "t5" and kept and "shared.weight" not in kept and embedding in tensors:
-        kept["shared.weight"] = tensors[embedding]  # some keep the one, some the other
+    if name == "t5" and kept:
+        kept["shared.weight"] = with_shared(tensors).get("shared.weight")
+        kept = {k: x for k, x in kept.items() if x is not None}
     for key in tensors if kept else ():
         if reason := _matches(key, patterns):
             unread.setdefault(f"{name}: {reason}", []).append(key)
     return kept
+
+
+def with_shared(t5: Tensors) -> Tensors:
+    """T5's tensors with its embedding under the name that is read: some tools keep the
+    one of its two names, some the other."""
+    other = "encoder.embed_tokens.weight"
+    if "shared.weight" in t5 or other not in t5:
+        return t5
+    return t5 | {"shared.weight": t5[other]}
 
 
 def _is_unread(key: str, parts: Mapping, unread: dict[str, list]) -> bool:

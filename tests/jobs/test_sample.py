@@ -127,7 +127,7 @@ def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty)
     [
         ("weights", "no/such/file.safetensors", "no such file or folder here"),
         ("image.height", "400", "at most 256"),
-        ("sample.skip_layers", "9", "skip_layers 9: wanted layers from 0 to 3"),
+        ("sample.skip_layers", "9", "skip_layers 9: wanted a whole number 0 to 3"),
         ("model.dtype", "float16", "float16 overflows in T5-XXL"),
         ("sample.shift", "1e30", "one that keeps 4 float32 steps apart"),
     ],

@@ -475,16 +475,22 @@ def test_a_file_of_something_else(tmp_path):
         (dict(width=16_000), "width 16000: wanted a multiple of 16, at most 384"),
         (dict(solver="eular"), 'solver "eular"; did you mean "euler"'),
         (dict(output="image"), 'did you mean "images"'),
-        (dict(max_sequence_length=513), "max_sequence_length 513: wanted 1 to 512"),
+        (
+            dict(max_sequence_length=513),
+            "max_sequence_length 513: wanted a whole number 1 to 512",
+        ),
         (dict(seed=-1), "seed -1"),
         (dict(negative_prompts=["a", "b", "c"]), "3 negative prompts for 2"),
         (dict(negative_prompts="\ud800"), "prompt: .ud800 at character 1"),
         (dict(negative_prompts=8193 * "a"), "prompt: 8193 characters"),
-        (dict(skip_layers=[4]), "skip_layers 4: wanted layers from 0 to 3"),
+        (dict(skip_layers=[4]), "skip_layers 4: wanted a whole number 0 to 3"),
         (dict(mask=np.zeros((1, 64, 64, 1))), "mask without image"),
         (dict(images_per_prompt=0), "images_per_prompt 0"),
         (dict(clip_skip=7), "clip_skip 7"),
-        (dict(latents=np.zeros((1, 8, 8, 4))), "latents of .8, 8, 4."),
+        (
+            dict(latents=np.zeros((1, 8, 8, 4))),
+            "latents of shape .1, 8, 8, 4.: wanted .b, h, w, 16.",
+        ),
     ],
 )
 def test_mistakes_are_told(change, message):

@@ -232,7 +232,7 @@ def test_a_hub_name_brings_the_configuration_too(tmp_path, monkeypatch):
         return folder(tmp_path, pair())
 
     monkeypatch.setattr(given.sources, "resolve", resolve)
-    assert given.attached({}, {}, ["owner/name=2"], wanted=()) == {}
+    assert given.opened(["owner/name=2"], (), ())[0].pairs == {}
 
 
 def test_a_name_that_ends_in_a_number(tmp_path, monkeypatch):
