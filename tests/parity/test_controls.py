@@ -264,7 +264,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
         (dict(image=ZEROS, preprocess="canny"), "preprocess acts on pictures"),
         (dict(preprocess="cany"), 'preprocess "cany"; did you mean "canny"?'),
         (dict(mask=MASK), "a mask: wanted none"),
-        (dict(scale=np.nan), "scale nan: not finite"),
+        (dict(scale=np.nan), "scale nan: wanted a finite number"),
         (dict(start=0.5, stop=0.2), "from start 0.5 to stop 0.2: wanted shares"),
         (
             dict(net="canny.safetensors"),

@@ -96,7 +96,6 @@ ANIMATED.is_animated = True
         (np.where(FLOATS > 0.5, np.nan, FLOATS), "NaN or infinite"),
         (BYTES.astype(np.int64), "dtype int64: wanted uint8"),
         (BYTES.astype(np.uint16), "dtype uint16: wanted uint8"),
-        (BYTES > 100, "dtype bool: wanted uint8"),
         (BYTES.transpose(0, 3, 1, 2), "channels come last here, x.transpose(0, 2, 3,"),
         (torch.tensor(BYTES[0]).permute(2, 0, 1), "last here, x.transpose(1, 2, 0)"),
         (BYTES[..., 0], "shape (2, 24, 32): wanted (b, H, W, 3), (H, W, 3) or (H, W)"),
