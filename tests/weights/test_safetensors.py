@@ -304,3 +304,33 @@ def test_an_edited_header_is_refused_or_a_file(scratch, key, field, value):
     if found is not None:  # the others are what they were
         assert all(found[k] == whole[k] for k in found.keys() - {key})
         assert whole.keys() - {key} <= found.keys()
+
+
+def filled(value):
+    return entries(dict.fromkeys("ab", np.full((4, 4), value, np.float32)))
+
+
+@pytest.mark.parametrize("stem", ["model", "diffusion_pytorch_model"])
+@pytest.mark.parametrize("sizes", [(80, 10**9), (10**9, 80), (80, 130)])
+def test_a_second_save_leaves_nothing_of_the_first(tmp_path, stem, sizes):
+    for value, shard in enumerate(sizes):
+        safetensors.write_folder(tmp_path, filled(value), stem, shard)
+    assert safetensors.open_folder(tmp_path)["b"].read()[0, 0] == 1
+    names = {path.name for path in tmp_path.iterdir()}
+    whole = {f"{stem}.safetensors"}
+    assert names == whole or not names & whole
+
+
+@pytest.mark.parametrize(
+    "stem, wanted", [("model", "whole"), ("diffusion_pytorch_model", "shards")]
+)
+def test_of_a_whole_file_and_shards_each_library_has_its_own(tmp_path, stem, wanted):
+    """diffusers asks for the index first, transformers for the whole file."""
+    values = {"whole": 1, "shards": 2}
+    safetensors.write_folder(tmp_path, filled(2), stem, 80)
+    safetensors.write_file(tmp_path / f"{stem}.safetensors", filled(1))
+    found = lambda: safetensors.open_folder(tmp_path)["b"].read()[0, 0]
+    assert found() == values[wanted]
+    for path in tmp_path.glob("*-of-*"):  # an index without its shards is left over
+        path.unlink()
+    assert found() == 1
