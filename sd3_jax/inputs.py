@@ -24,6 +24,8 @@ VARIANT = re.compile(r"(.+):[\w-]+")  # of a folder here
 def check(job: str, values: Mapping[str, Any]) -> None:
     """UserError for the first of a job's keys that names what cannot be there; `values`
     are the config's leaves by their dotted keys."""
+    if values.get("weights") and job in INSTEAD:
+        raise UserError(f"config.weights: {job} does not read it: {INSTEAD[job]}")
     for key, jobs, kind in KEYS:
         if job not in jobs or not values.get(key):
             continue
@@ -87,6 +89,11 @@ def file(text: str) -> str:
 PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
 ENCODED = ("train", "precompute", "study")
+INSTEAD = {  # what a user of config.weights means there
+    "train": "wanted config.tune.base, the weights to start from, or"
+    " config.encode.weights, which encode text and pictures",
+    "precompute": "wanted config.encode.weights, which encode text and pictures",
+}
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),
     ("tokenizers", LOADED, model),

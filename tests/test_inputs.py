@@ -39,7 +39,7 @@ def here(tmp_path, monkeypatch):
         ("sample", {"weights": "models", "sample.lora": ("owner/name=-1.5",)}),
         ("sample", {"weights": "", "tokenizers": "WRONG", "encode.weights": "WRONG"}),
         ("report", {"weights": "WRONG"}),
-        ("train", {"weights": "WRONG", "encode.weights": "models"}),
+        ("train", {"tune.base": "WRONG", "encode.weights": "models"}),
     ],
 )
 def test_what_may_be_there(here, job, values):
@@ -51,6 +51,8 @@ def test_what_may_be_there(here, job, values):
     [
         ("sample", "weights", "WRONG", f"config.weights = WRONG: {NONE}"),
         ("sample", "weights", "/no/such", NONE),
+        ("train", "weights", "models", "train does not read it: wanted config.tune"),
+        ("precompute", "weights", "models", "wanted config.encode.weights"),
         ("sample", "weights", "./no/such", NONE),
         ("sample", "weights", "~/no/such/folder", NONE),
         ("sample", "weights", "models/sd3.safetensors", NONE),
@@ -77,7 +79,8 @@ def test_what_may_be_there(here, job, values):
 )
 def test_what_cannot_be_there(here, job, key, text, words):
     with pytest.raises(UserError) as error:
-        inputs.check(job, {"weights": "models"} | {key: text})
+        usual = {} if job in inputs.INSTEAD else {"weights": "models"}
+        inputs.check(job, usual | {key: text})
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
