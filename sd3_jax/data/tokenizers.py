@@ -206,9 +206,7 @@ def _json(path: epath.Path) -> dict:
 
 def _text(path: epath.Path) -> str:
     try:
-        return path.read_bytes().decode()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+        return files.read_bytes(path).decode()
     except UnicodeDecodeError:
         raise UserError(f"{path}: not UTF-8 text") from None
 

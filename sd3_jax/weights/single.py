@@ -224,9 +224,9 @@ def _read(
 ) -> Tensors:
     """A part without the tensors that nothing reads, if any other is left."""
     kept = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
-    if name == "t5" and kept:
-        kept["shared.weight"] = with_shared(tensors).get("shared.weight")
-        kept = {k: x for k, x in kept.items() if x is not None}
+    shared = with_shared(tensors).get("shared.weight")
+    if name == "t5" and kept and shared is not None:
+        kept["shared.weight"] = shared
     for key in tensors if kept else ():
         if reason := _matches(key, patterns):
             unread.setdefault(f"{name}: {reason}", []).append(key)

@@ -12,6 +12,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json
 
@@ -51,7 +52,7 @@ def configs(path: epath.PathLike) -> dict[str, dict]:
 
 def _head(path: epath.Path) -> dict:
     try:
-        head = parse_json(path.read_bytes())
+        head = parse_json(files.read_bytes(path))
         version, _ = head["version"], (dict(head["components"]), dict(head["dtypes"]))
         newer = version > VERSION
     except (ValueError, KeyError, TypeError) as error:
