@@ -86,7 +86,7 @@ def locate(
     hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
-            f"{what} {shown(repr(source))}: wanted a file, a folder or a hub name"
+            f'{what} "{shown(source)}": wanted a file, a folder or a hub name'
         )
     source = os.fspath(source)
     if not source.isprintable() or len(source) > 4096:
