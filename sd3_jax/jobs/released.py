@@ -64,23 +64,30 @@ def warn_of_another_model(config: ConfigDict, made: bundle.Bundle) -> None:
 def check(
     scheduler: Scheduler, configs: dict[str, dict], settings: Sequence[dict[str, Any]]
 ) -> None:
-    """UserError for settings that the model cannot do."""
+    """UserError for the first of the settings that the model cannot do."""
+    for number, asked in enumerate(settings, 1):
+        try:
+            _check(scheduler, configs, asked)
+        except UserError as error:
+            which = f"prompt {number} of {len(settings)}: " if len(settings) > 1 else ""
+            raise UserError(f"{which}{error}") from None
+
+
+def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     denoiser = configs.get("denoiser", {})
-    depth = denoiser.get("num_layers", 1)
     unit = 8 * denoiser.get("patch_size", 2)
     most = unit * denoiser.get("pos_embed_max_size", 2**16)
-    deepest = bundle.most_clip_skip(configs)
-    for s in settings:
-        for name in ("height", "width"):
-            if s[name] > most:
-                raise UserError(
-                    f"config.image.{name} = {s[name]}: wanted at most {most} of this"
-                    " model"
-                )
-        arguments.whole_numbers("skip_layers", s["skip_layers"], 0, depth - 1)
-        arguments.whole("clip_skip", s["clip_skip"], 0, deepest)
-        tokens = s["height"] * s["width"] // unit**2
-        scheduler.sampler(s["steps"], tokens, **times(s))
+    for name in ("height", "width"):
+        if asked[name] > most:
+            raise UserError(
+                f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
+                " model"
+            )
+    last = denoiser.get("num_layers", 1) - 1
+    arguments.whole_numbers("skip_layers", asked["skip_layers"], 0, last)
+    arguments.whole("clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs))
+    tokens = asked["height"] * asked["width"] // unit**2
+    scheduler.sampler(asked["steps"], tokens, **times(asked))
 
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:
