@@ -75,7 +75,8 @@ def check(
 
 def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     denoiser = configs.get("denoiser", {})
-    unit = 8 * denoiser.get("patch_size", 2)
+    levels = len(configs.get("vae", {}).get("block_out_channels", range(4)))
+    unit = 2 ** (levels - 1) * denoiser.get("patch_size", 2)
     most = unit * denoiser.get("pos_embed_max_size", 2**16)
     for name in ("height", "width"):
         if asked[name] > most:
