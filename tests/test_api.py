@@ -147,10 +147,10 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(guidance=float("nan")), "scale: got nan"),
-        (dict(guidance=float("inf")), "scale: got inf"),
+        (dict(guidance=float("nan")), "guidance nan: wanted a finite"),
+        (dict(guidance=float("inf")), "guidance inf: wanted a finite"),
         (dict(guidance_interval=(0.6, 0.5)), "interval: got"),
-        (dict(guidance_rescale=1.5), "rescale: got"),
+        (dict(guidance_rescale=1.5), "guidance_rescale 1.5: wanted a number 0 to 1"),
         (dict(skip_layers=(1,), skip_scale=float("nan")), "skip_scale nan"),
         (dict(steps=2.0), "steps 2.0: wanted an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),

@@ -1,7 +1,7 @@
 """What callers write for numbers, pairs and texts, checked and told of by its name."""
 
 import numbers
-from collections.abc import Sequence
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
     return [whole(name, x, low, high) for x in value]
 
 
-def choice(name: str, value: Any, choices: Sequence[str]) -> str:
+def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str):
         raise UserError(
             f"{name} {shown(repr(value))}: wanted one of {', '.join(choices)}"

@@ -307,7 +307,7 @@ BAD = np.full((1, 32, 48, 3), 200.0)
         ),
         (dict(latents=ZEROS.transpose(0, 3, 1, 2)), "x.transpose(0, 2, 3, 1)"),
         (dict(latents=ZEROS * np.nan), "latents: holds values that are NaN or inf"),
-        (dict(image=HINT[:17]), "height 17: wanted a multiple of 16, at most 384; the"),
+        (dict(image=HINT[:17]), "image of 17 x 48 pixels: wanted sides that are"),
         (
             dict(prompts=COND._replace(pooled=COND.pooled + np.nan)),
             "prompts: pooled: h",

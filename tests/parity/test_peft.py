@@ -245,7 +245,7 @@ def test_a_name_that_ends_in_a_number(tmp_path, monkeypatch):
     assert given.named("a=0") == ("a", 0.0)
     assert given.named("a=-1e-1") == ("a", -0.1)
     for number in ("nan", "inf", "-inf"):
-        refused("wanted a finite number", given.named, f"a={number}")
+        refused("wanted a finite number", given.listed, f"a={number}")
 
 
 def kohya(bundle, modules, rank=4, alpha=2.0):

@@ -106,7 +106,7 @@ ANIMATED.is_animated = True
         ([], "an empty list"),
         ([BYTES[0], BYTES[0, :8]], "wanted all of one size and dtype"),
         ([BYTES[0], "fox.png"], "image 1: 'fox.png'"),
-        (Image.new("F", (8, 8)), "of mode F, which has no rule"),
+        (Image.new("F", (8, 8)), 'of mode F: wanted x.convert("RGB")'),
         (ANIMATED, "animated; wanted one frame"),
         (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "no array of numpy's"),
     ],
@@ -152,7 +152,7 @@ def test_masks_of_one_bit(given):
         (MASK * np.nan, "NaN or infinite"),
         (
             (MASK > 127).astype(np.uint8),
-            "bytes of 0 and 1, where 255 is 1; wanted mask",
+            "bytes of 0 and 1, where 255 is 1; wanted x.astype(bool)",
         ),
         ((MASK > 127).astype(np.int64), "dtype int64"),
         (MASK.transpose(0, 3, 1, 2), "x.transpose(0, 2, 3, 1)"),
