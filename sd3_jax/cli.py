@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 from sd3_jax import inputs
 from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
+from sd3_jax.source_names import REMOTE
 from sd3_jax.validate import leaves, validate
 
 ROOT = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
@@ -141,12 +142,12 @@ def nearest_flag(name):
 def check_workdir(workdir):
     if not workdir:
         raise UserError("no workdir given: wanted --workdir=DIR")
-    if workdir.startswith(inputs.REMOTE):
+    if workdir.startswith(REMOTE):
         return workdir
     if match := re.match("([A-Za-z0-9]+):/+(.+)", workdir):  # as a path, ./gs:/…
         scheme, rest = f"{match[1]}://", match[2]
-        hint = f'; did you mean "{scheme}{rest}"?' if scheme in inputs.REMOTE else ""
-        wanted = f"wanted a folder, or a bucket of {', '.join(inputs.REMOTE)}"
+        hint = f'; did you mean "{scheme}{rest}"?' if scheme in REMOTE else ""
+        wanted = f"wanted a folder, or a bucket of {', '.join(REMOTE)}"
         raise UserError(f"--workdir={workdir}: {wanted}{hint}")
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
     for part in (path, *path.parents):

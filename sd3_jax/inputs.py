@@ -9,16 +9,8 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from sd3_jax import source_names
 from sd3_jax.errors import UserError
-
-REMOTE = ("gs://", "s3://", "az://", "hf://")  # which epath knows
-REVISION = r"@[\w.-]+(?:/[\w.-]+)*?"
-# owner/name, with a revision @v1, a variant :fp16, or one of its files.
-HUB = re.compile(
-    rf"\w[\w.-]*/[\w.-]+(?:{REVISION})?"
-    rf"(?P<file>/[^@:]+\.safetensors(?:{REVISION})?)?(?::[\w-]+)?"
-)
-VARIANT = re.compile(r"(.+):[\w-]+")  # of a folder here
 
 
 def check(job: str, values: Mapping[str, Any]) -> None:
@@ -38,48 +30,37 @@ def check(job: str, values: Mapping[str, Any]) -> None:
 
 
 def exists(path: str) -> bool:
-    return path.startswith(REMOTE) or os.path.exists(os.path.expanduser(path))
+    return path.startswith(source_names.REMOTE) or os.path.exists(
+        os.path.expanduser(path)
+    )
 
 
 def model(text: str) -> str:
     """Why this names no file, folder or hub's repository; "" if it may."""
-    variant = VARIANT.fullmatch(text)
-    if exists(text) or (variant and exists(variant[1])):
+    if exists(text) or exists(source_names.split_variant(text)[0]):
         return ""
-    if re.match(r"https?://(www\.)?(huggingface\.co|hf\.co)/", text):
-        return ""  # pipelines/hub.py says which name is meant
+    if name := source_names.link(text):
+        return f'a link: name it as "{name}"'
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         return (
             "a link, which is not downloaded: wanted a path, or a hub name such as"
             " owner/name or owner/name/file.safetensors"
         )
-    hub, first = HUB.fullmatch(text), text.partition("/")[0]
-    if hub and hub["file"]:
-        hub = not os.path.isdir(first)
-    elif hub:
-        hub = not text.endswith(".safetensors")
-    return "" if hub else "no such file, folder or hub name"
+    known = source_names.parse_absent(text) is not None
+    return "" if known else "no such file, folder or hub name"
 
 
 def models(text: str) -> str:
     """The same of several with commas between; a path may have commas in it."""
-    parts = text.split(",")
-    several = len(parts) > 1
-    while parts:
-        joined = [",".join(parts[:n]) for n in range(len(parts), 1, -1)]
-        whole = next(filter(exists, joined), parts[0])
-        if reason := model(whole.strip()):
-            return f'"{whole.strip()}": {reason}' if several else reason
-        parts = parts[whole.count(",") + 1 :]
-    return ""
+    sources = source_names.split(text, exists)
+    reasons = ((source, model(source)) for source in sources)
+    source, reason = next(filter(lambda pair: pair[1], reasons), ("", ""))
+    return f'"{source}": {reason}' if reason and "," in text else reason
 
 
 def weighed(text: str) -> str:
     """The same of a LoRA, which may end in its weight: "path=0.8"."""
-    path, equals, weight = text.rpartition("=")
-    if equals and not exists(text) and re.fullmatch(r"[-+]?[\d.]+(e[-+]?\d+)?", weight):
-        return model(path)
-    return model(text)
+    return model(source_names.split_weight(text, exists)[0])
 
 
 def file(text: str) -> str:

@@ -9,6 +9,7 @@ ROOT = Path(__file__).parents[1]
 BELOW = [
     "errors",
     "files",
+    "source_names",
     "tree",
     "metrics",
     "pictures",

@@ -1,5 +1,6 @@
 """LoRA files by name, beside the weights of the components that they adapt."""
 
+import functools
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sd3_jax import source_names
 from sd3_jax.errors import UserError
 from sd3_jax.models import lora
 from sd3_jax.outside import shown
@@ -21,6 +23,9 @@ from sd3_jax.weights import adapters
 from sd3_jax.weights import lora as files
 
 log = logging.getLogger(__name__)
+
+
+named = functools.partial(source_names.split_weight, exists=sources.exists)
 
 
 class Opened(NamedTuple):
@@ -70,22 +75,6 @@ def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Op
             )
         loras.append(Opened(path, weight, pairs))
     return loras
-
-
-def named(text: str) -> tuple[str, float]:
-    """Where a LoRA lies and its weight: "path=0.8", or "path", which is times 1.
-
-    What is there by the whole name, such as "step=1000", has no weight in its name;
-    "step=1000=0.5" weighs it.
-    """
-    path, equals, number = text.rpartition("=")
-    if not equals or epath.Path(text).expanduser().exists():
-        return text, 1.0
-    try:
-        weight = float(number)
-    except ValueError:  # the name has that sign in it
-        return text, 1.0
-    return path, weight
 
 
 def attached(

@@ -1,59 +1,20 @@
-"""Hub names of models, and which of a repository's files are fetched.
-
-owner/name, with a revision owner/name@v1, a variant owner/name:fp16, or of one file
-owner/name/file.safetensors, also owner/name@v1/file.safetensors.
-"""
+"""What is fetched of the hub's repositories, whose names source_names reads."""
 
 import functools
-import re
 import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 from etils import epath
 
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
+from sd3_jax.source_names import Name
 from sd3_jax.weights.components import COMPONENTS
 
 INDEX = "model_index.json"
-REVISION = r"@(refs/(?:pr|convert)/[\w.-]+|[\w.-]+)"
-NAME = re.compile(
-    rf"(\w[\w.-]*/[\w.-]+)(?:{REVISION})?"
-    rf"(?:(/[^@:]+\.safetensors)(?:{REVISION})?|:([\w-]+))?"
-)
-PLACES = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)"
-LINK = re.compile(PLACES + r"([^/?#]+/[^/?#]+)(?:/(?:blob|resolve|tree)/([^?#]+))?.*")
-
-
-class Name(NamedTuple):
-    repo: str
-    revision: str | None = None
-    file: str = ""
-    variant: str = ""
-
-
-def parse(text: str) -> Name | None:
-    match = NAME.fullmatch(text.removeprefix("hf://"))
-    if match is None or match[1].endswith(".safetensors"):
-        return None
-    repo, before, file, after, variant = match.groups()
-    if before and after:
-        return None
-    return Name(repo, before or after, (file or "").lstrip("/"), variant or "")
-
-
-def link(url: str) -> str | None:
-    """The name of what a link to the hub leads to."""
-    match = LINK.fullmatch(url)
-    if match is None:
-        return None
-    revision, _, file = (match[2] or "main").partition("/")
-    at = "" if revision == "main" else f"@{revision}"
-    return match[1] + at + (f"/{file}" if file.endswith(".safetensors") else "")
 
 
 def weights(stem: str, variant: str = "") -> list[str]:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from etils import epath
 
-from sd3_jax import files, tree
+from sd3_jax import files, source_names, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, near
 from sd3_jax.models.leaves import is_leaf
@@ -32,7 +32,6 @@ from sd3_jax.weights.safetensors import open_file
 log = logging.getLogger(__name__)
 FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
 UNWANTED = ("*fp16*", "*.bin")  # of a LoRA's or a CLIP's repository
-SCHEMES = ("gs", "s3", "az")  # that epath opens, beside the hub's hf
 CLASSES = {  # of config.json and model_index.json, by component
     "denoiser": "SD3Transformer2DModel",
     "vae": "AutoencoderKL",
@@ -66,13 +65,11 @@ def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
         return [os.fspath(x) if isinstance(x, paths) else x for x in sources]
     if not isinstance(sources, str | os.PathLike):
         return [sources]  # which `locate` refuses
-    pieces, source_names = os.fspath(sources).split(","), []
-    while pieces:
-        joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
-        path = next((x for x in joined if epath.Path(x).expanduser().exists()), None)
-        source_names.append(pieces[0].strip() if path is None else path)
-        pieces = pieces[1 if path is None else path.count(",") + 1 :]
-    return source_names
+    return source_names.split(os.fspath(sources), exists)
+
+
+def exists(path: str) -> bool:
+    return epath.Path(path).expanduser().exists()
 
 
 def locate(
@@ -94,11 +91,9 @@ def locate(
     _check_scheme(source, what)
     if existing := _existing(source):
         return existing
-    if link := hub.link(source):
+    if link := source_names.link(source):
         raise UserError(f'{what} "{source}" is a link: name it as "{link}"')
-    name = hub.parse(source)
-    first = epath.Path(source.partition("/")[0])
-    if name is None or (name.file and first.is_dir()):
+    if (name := source_names.parse_absent(source)) is None:
         raise UserError(
             f'{what} "{source}": no such file, folder or hub name{_near(source)}'
         )
@@ -109,14 +104,10 @@ def _existing(source: str) -> Located | None:
     """A path, alone or with a variant after a colon."""
     if source.startswith(("hf://", "http://", "https://")):
         return None
-    path = epath.Path(source).expanduser()
-    if path.exists():
-        return Located(path)
-    bare, _, variant = source.rpartition(":")
-    if not bare or not re.fullmatch(r"[\w-]+", variant):
-        return None
-    path = epath.Path(bare).expanduser()
-    return Located(path, variant) if path.exists() else None
+    for path, variant in (source, ""), source_names.split_variant(source):
+        if exists(path):
+            return Located(epath.Path(path).expanduser(), variant)
+    return None
 
 
 def resolve(
@@ -131,7 +122,8 @@ def resolve(
 
 def _check_scheme(source: str, what: str) -> None:
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
-    if scheme is None or scheme[1] in (*SCHEMES, "hf") or hub.link(source):
+    known = source.startswith(source_names.REMOTE) or source_names.link(source)
+    if scheme is None or known:
         return
     if scheme[1].lower() in ("http", "https"):
         raise UserError(
@@ -140,7 +132,7 @@ def _check_scheme(source: str, what: str) -> None:
         )
     raise UserError(
         f'{what} "{source}": wanted a path, or one that begins with'
-        f" {', '.join(f'{x}://' for x in SCHEMES)}"
+        f" {', '.join(source_names.BUCKETS)}"
     )
 
 

@@ -11,7 +11,7 @@ from etils import epath
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.numpy import save_file
 
-from sd3_jax import sharding
+from sd3_jax import sharding, source_names
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
 from sd3_jax.pipelines import bundle, hub, sources
@@ -286,7 +286,8 @@ NAMES = {
 
 @pytest.mark.parametrize("text", NAMES)
 def test_hub_names(text):
-    assert hub.parse(text) == (NAMES[text] and hub.Name(*NAMES[text]))
+    name = NAMES[text] and source_names.Name(*NAMES[text])
+    assert source_names.parse(text) == name
 
 
 SITE = "https://huggingface.co"
