@@ -7,10 +7,12 @@ network disk, in a container.
 
 import os
 import stat
+from typing import Any
 
 from etils import epath
 
 from sd3_jax.errors import UserError
+from sd3_jax.outside import parse_json, shown
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -58,6 +60,22 @@ def read_bytes(path: epath.PathLike) -> bytes:
         return epath.Path(path).read_bytes()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def read_object(path: epath.PathLike) -> dict:
+    """A small file's JSON object; UserError if it holds none."""
+    return parse_object(path, read_bytes(path))
+
+
+def parse_object(where: Any, text: str | bytes) -> dict:
+    """A JSON object; UserError, which names where it lies, for anything else."""
+    try:
+        value = parse_json(text)
+    except ValueError as error:
+        raise UserError(f"{where}: not JSON: {shown(error, 200)}") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: wanted a JSON object")
+    return value
 
 
 def remote(path: epath.PathLike) -> bool:

@@ -16,6 +16,8 @@ from typing import Any
 
 from etils import epath
 
+from sd3_jax import files
+
 log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
 HEAD = ("step", "kind", "time")  # of every line
@@ -153,8 +155,8 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
 
 def open_log(path: epath.PathLike) -> "_FileLog | _ObjectLog":
     """What lines are appended to, at any path of epath: append(text), close()."""
-    remote = "://" in os.fspath(path)
-    return (_ObjectLog if remote else _FileLog)(epath.Path(path))
+    kind = _ObjectLog if files.remote(path) else _FileLog
+    return kind(epath.Path(path))
 
 
 class _FileLog:

@@ -16,7 +16,7 @@ from jaxtyping import Int
 
 from sd3_jax import files
 from sd3_jax.errors import UserError
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.outside import shown
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
@@ -74,8 +74,9 @@ def load(folder: epath.PathLike) -> dict[str, Any]:
 
 
 def _is_t5(folder: epath.Path) -> bool:
-    settings = folder / "tokenizer_config.json"
-    kind = _json(settings).get("tokenizer_class") if settings.exists() else None
+    settings, kind = folder / "tokenizer_config.json", None
+    if settings.exists():
+        kind = files.parse_object(settings, _text(settings)).get("tokenizer_class")
     if kind is None:
         return (folder / "spiece.model").exists()
     return str(kind).startswith("T5")
@@ -127,7 +128,7 @@ def _check_files(folder: epath.Path) -> None:
         if (size := files.size(path)) > LARGEST:
             raise UserError(f"{path}: {size} bytes, too large to be read")
         if path.suffix == ".json":
-            _check_settings(path, _json(path))
+            _check_settings(path, files.parse_object(path, _text(path)))
         elif path.suffix == ".txt":
             _text(path)
     names = {path.name for path in there}
@@ -147,12 +148,12 @@ def _check_merges(folder: epath.Path) -> None:
     """Of byte pair encoding: a list that was cut would give other ids in silence."""
     path, vocab = folder / "tokenizer.json", folder / "vocab.json"
     if path.exists():
-        model = _json(path)["model"]
+        model = files.parse_object(path, _text(path))["model"]
         pieces, merges = model["vocab"], model.get("merges")
         if not isinstance(pieces, dict) or not isinstance(merges, list):
             return  # of another kind
     elif vocab.exists():
-        path, pieces = folder / "merges.txt", _json(vocab)
+        path, pieces = folder / "merges.txt", files.parse_object(vocab, _text(vocab))
         lines = _text(path).splitlines()
         merges = [line for line in lines if not line.startswith("#version")]
     else:
@@ -192,16 +193,6 @@ def _check_settings(path: epath.Path, settings: dict) -> None:
         ids = settings.values()
         if not ids or not all(type(x) is int and x >= 0 for x in ids):
             raise UserError(f"{path}: wanted ids by token")
-
-
-def _json(path: epath.Path) -> dict:
-    try:
-        value = parse_json(_text(path))
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {shown(error, 200)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: wanted a JSON object")
-    return value
 
 
 def _text(path: epath.Path) -> str:

@@ -7,7 +7,6 @@ This process only takes turns: each side computes in one of its own (sd3_jax/ben
 import contextlib
 import json
 import logging
-import os
 import shutil
 import signal
 import sys
@@ -18,6 +17,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from sd3_jax import files
 from sd3_jax.bench import cases, machine, startup, summary
 from sd3_jax.bench.cases import Spec
 from sd3_jax.bench.processes import Failed, Worker
@@ -37,7 +37,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     before = guarded(config.benchmark.guard)
     if jax.distributed.is_initialized():
         raise UserError("benchmark runs in one process")
-    if "://" in os.fspath(workdir):
+    if files.remote(workdir):
         raise UserError(
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )

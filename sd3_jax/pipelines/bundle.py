@@ -91,7 +91,6 @@ class Bundle:
         """
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         arguments.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
-        arguments.whole("max_sequence_length", max_sequence_length, 1, 512)
         if not any(self.text_models):
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
@@ -192,8 +191,7 @@ class Bundle:
         What they do not read to its end is told of, or with `cut` counted, by encoder.
         """
         encoders = self.modules if encoders is None else encoders
-        if not 1 <= length <= 512:
-            raise UserError(f"max_sequence_length {length}: wanted 1 to 512")
+        arguments.whole("max_sequence_length", length, 1, 512)
         full = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
         ids = {}
         for i, name in enumerate(TEXT):
@@ -386,7 +384,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
         for name in [name for name in found if name not in words]:
             check_vocabulary(name, len(found[name]), configs.get(name, {}), path)
             words[name] = found[name]
-    for name in ("clip_l", "clip_g"):
+    for name in CLIPS:
         size = configs.get(name, {}).get("vocab_size")
         if name not in words and size == tokenizers.CLIP_WORDS:
             words[name] = tokenizers.packaged_clip(name)
@@ -405,9 +403,10 @@ def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
             f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
             f" published encoder: {remedy}"
         )
-    hub = tokenizers.T5_HUB
     try:
-        folder = sources.resolve(hub, tokenizers.WANTED, what="tokenizers")
+        folder = sources.resolve(
+            tokenizers.T5_HUB, tokenizers.WANTED, what="tokenizers"
+        )
         tokenizer = tokenizers.read("t5", folder)
     except UserError as error:
         raise UserError(f"{source}: no tokenizer for t5 ({error}): {remedy}") from None

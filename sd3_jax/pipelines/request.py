@@ -74,8 +74,7 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
         if side is None:
             side = usual if given is None else given[i]
         side = arguments.whole(name, side, 1, 2**16)
-        if side < 1 or side % unit or side > most:
-            near = min(max(1, round(side / unit)) * unit, most)
+        if side != (near := _nearest(side, unit, most)):
             raise UserError(
                 f"{name} {side}: wanted a multiple of {unit}, at most {most}; the"
                 f" nearest is {near}"
@@ -88,8 +87,13 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     return (*sides, denoiser.channels)
 
 
+def _nearest(side: int, unit: int, most: int) -> int:
+    """The nearest multiple of unit that the model takes."""
+    return min(max(1, round(side / unit)) * unit, most)
+
+
 def _require_sides(image, given: list[int], unit: int, most: int) -> None:
-    near = [min(max(1, round(side / unit)) * unit, most) for side in given]
+    near = [_nearest(side, unit, most) for side in given]
     if near != given:
         raise UserError(
             f"image of {given[0]} x {given[1]} pixels: wanted sides that are multiples"

@@ -17,6 +17,7 @@ from sd3_jax.diffusion import grids, timesteps
 from sd3_jax.diffusion.checks import require
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
+from sd3_jax.weights.configs import Field, flag
 
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 LCM, DPM = "FlowMatchLCMScheduler", "DPMSolverMultistepScheduler"
@@ -118,14 +119,6 @@ PUBLISHED = Scheduler()
 # --- The file
 
 
-class Key(NamedTuple):
-    """A setting: what diffusers has for it where the file is silent, and its range."""
-
-    default: Any
-    holds: Callable[[Any], bool]
-    wanted: str
-
-
 def _shown(value: Any) -> str:
     """As the file has it."""
     return shown(json.dumps(value, default=str))
@@ -135,28 +128,24 @@ def _is_number(x: Any) -> bool:
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
-def _flag(default: bool = False) -> Key:
-    return Key(default, lambda x: isinstance(x, bool), "true or false")
-
-
-def _count(default: int) -> Key:
+def _count(default: int) -> Field:
     whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    return Key(default, lambda x: whole(x) and 1 <= x <= 10**9, "a whole number >= 1")
+    return Field(default, "a whole number >= 1", lambda x: whole(x) and 1 <= x <= 10**9)
 
 
-def _number(default: float) -> Key:
-    return Key(default, _is_number, "a finite number")
+def _number(default: float) -> Field:
+    return Field(default, "a finite number", _is_number)
 
 
-def _text(*choices: str) -> Key:
-    return Key(choices[0], lambda x: x in choices, f"one of {', '.join(choices)}")
+def _text(*choices: str) -> Field:
+    return Field(choices[0], f"one of {', '.join(choices)}", lambda x: x in choices)
 
 
-SHIFT = Key(1.0, lambda x: _is_number(x) and x > 0, "a finite number > 0")
-END = Key(None, lambda x: _is_number(x) and 0 <= x < 1, "null or a number in [0, 1)")
-SPACED = {f"use_{name}_sigmas": _flag() for name in grids.SPACINGS if name}
+SHIFT = Field(1.0, "a finite number > 0", lambda x: _is_number(x) and x > 0)
+END = Field(None, "null or a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
+SPACED = {f"use_{name}_sigmas": flag(False) for name in grids.SPACINGS if name}
 SIZED = {
-    "use_dynamic_shifting": _flag(),
+    "use_dynamic_shifting": flag(False),
     "base_shift": _number(0.5),
     "max_shift": _number(1.15),
     "base_image_seq_len": _count(256),
@@ -167,13 +156,13 @@ FLOW_KEYS = {
     "shift": SHIFT,
     **SIZED,
     **SPACED,
-    "invert_sigmas": _flag(),
+    "invert_sigmas": flag(False),
     "shift_terminal": END,
     "time_shift_type": _text("exponential", "linear"),
 }
 LCM_KEYS = FLOW_KEYS | {
-    "scale_factors": Key(None, lambda x: isinstance(x, list), "null or numbers"),
-    "upscale_mode": Key("bicubic", lambda x: isinstance(x, str), "a text"),
+    "scale_factors": Field(None, "null or numbers", lambda x: isinstance(x, list)),
+    "upscale_mode": Field("bicubic", "a text", lambda x: isinstance(x, str)),
 }
 DPM_KEYS = {
     "num_train_timesteps": _count(CLOCK),
@@ -181,8 +170,8 @@ DPM_KEYS = {
     **SIZED,
     "max_shift": _number(1.16),  # the pipeline's own, where no scheduler has one
     **SPACED,
-    "use_flow_sigmas": _flag(),
-    "use_lu_lambdas": _flag(),
+    "use_flow_sigmas": flag(False),
+    "use_lu_lambdas": flag(False),
     "prediction_type": _text("epsilon", "flow_prediction", "sample", "v_prediction"),
     "algorithm_type": _text(
         *("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++", "deis")
@@ -190,7 +179,7 @@ DPM_KEYS = {
     "solver_order": _count(2),
     "solver_type": _text("midpoint", "heun", "bh1", "bh2", "logrho"),
     "final_sigmas_type": _text("zero", "sigma_min"),
-    "thresholding": _flag(),
+    "thresholding": flag(False),
     "time_shift_type": _text("exponential"),
 }
 # Settings of DPMSolverMultistep that do nothing where sigmas are those of a flow, whose
@@ -245,12 +234,12 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     if not isinstance(name, str):
         raise UserError(f"{where}: _class_name {_shown(name)}: wanted a text")
     values = {}
-    for key, (default, holds, wanted) in _keys(name).items():
-        value = config.get(key, default)
+    for key, field in _keys(name).items():
+        value = config.get(key, field.default)
         if value is None and key not in ("shift", "flow_shift", "num_train_timesteps"):
-            value = default
-        if value is not default and not holds(value):
-            raise UserError(f"{where}: {key} {_shown(value)}: wanted {wanted}")
+            value = field.default
+        if value is not field.default and not field.accepts(value):
+            raise UserError(f"{where}: {key} {_shown(value)}: wanted {field.allowed}")
         values[key] = value
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
@@ -259,7 +248,7 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     return name, values
 
 
-def _keys(name: str) -> dict[str, Key]:
+def _keys(name: str) -> dict[str, Field]:
     """Of a class that is not known, those that have one meaning in all."""
     return (
         CLASSES[name].keys if name in CLASSES else {"shift": SHIFT, "flow_shift": SHIFT}
@@ -333,12 +322,12 @@ def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
 
 
 class Class(NamedTuple):
-    keys: dict[str, Key]
+    keys: dict[str, Field]
     make: Callable[[dict[str, Any]], tuple[Scheduler, dict[str, str]]]
 
 
 CLASSES = {
-    EULER: Class(FLOW_KEYS | {"stochastic_sampling": _flag()}, _euler),
+    EULER: Class(FLOW_KEYS | {"stochastic_sampling": flag(False)}, _euler),
     HEUN: Class({k: FLOW_KEYS[k] for k in ("num_train_timesteps", "shift")}, _heun),
     LCM: Class(LCM_KEYS, _lcm),
     DPM: Class(DPM_KEYS, _dpm),

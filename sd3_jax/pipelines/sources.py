@@ -14,7 +14,7 @@ from sd3_jax import files, source_names, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, near
 from sd3_jax.models.leaves import is_leaf
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.outside import shown
 from sd3_jax.pipelines import hub, programs
 from sd3_jax.weights import (
     controlnet,
@@ -181,7 +181,7 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
     """Of a single file; its metadata, if we wrote it, says what shapes cannot tell."""
-    known = _json(path, metadata.get("sd3_jax", "{}"))
+    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))
     fuller = _fuller(tensors, metadata, known)
     components = {}
     for name, part in single.split(path, tensors, whole=fuller).items():
@@ -189,7 +189,7 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
         config, table = known.get(name), part.table
         if config is not None and name in fuller:
             table = component.fuller
-        config = configured(component, config, part.originals, "original", what)
+        config = configured(component, config, part.measured, part.layout, what)
         components[name] = _part(part.tensors, config, what, part.layout, table)
     if isinstance(known.get("scheduler"), dict):
         components["scheduler"] = Part(None, known["scheduler"], None, str(path))
@@ -237,7 +237,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
-        config = _read(scheduler)
+        config = files.read_object(scheduler)
         if "scheduler" in entries:
             config["_class_name"] = entries["scheduler"][-1]  # as diffusers does
         components["scheduler"] = Part(None, config, None, str(scheduler))
@@ -249,7 +249,7 @@ def _entries(file: epath.Path) -> dict[str, list]:
     purpose."""
     parts = {component.folder for component in COMPONENTS.values()}
     entries = {}
-    for key, value in _read(file).items():
+    for key, value in files.read_object(file).items():
         pair = isinstance(value, list) and len(value) == 2
         if pair and all(isinstance(x, str) for x in value):
             entries[key] = value
@@ -269,7 +269,7 @@ def _other(kind: str, name: str = "") -> str:
 
 
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
-    config = _read(path / "config.json")
+    config = files.read_object(path / "config.json")
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
     names = [name for name, class_name in CLASSES.items() if kind == class_name]
@@ -286,7 +286,7 @@ def is_control(path: epath.Path) -> bool:
     """Whether a path holds a ControlNet of SD3's, and no model."""
     if path.is_dir():
         file = path / "config.json"
-        kind = _read(file).get("_class_name") if file.exists() else None
+        kind = files.read_object(file).get("_class_name") if file.exists() else None
         return kind == "SD3ControlNetModel"
     return CONTROLNET.mark in open_file(path)[0]
 
@@ -295,7 +295,8 @@ def control(path: epath.Path) -> Part:
     """A ControlNet's folder in diffusers' layout, or its single file in either."""
     config, layout, file = {}, "diffusers", path
     if path.is_dir() and (path / "config.json").exists():
-        config, tensors = _read(path / "config.json"), safetensors.open_folder(path)
+        config = files.read_object(path / "config.json")
+        tensors = safetensors.open_folder(path)
     else:
         file = _only_file(path, "a ControlNet's folder (config.json)")
         tensors, _ = open_file(file)
@@ -325,7 +326,7 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
 
 def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     file = folder / "config.json"
-    config, tensors = _read(file), safetensors.open_folder(folder, variant)
+    config, tensors = files.read_object(file), safetensors.open_folder(folder, variant)
     if component.kind == "t5":
         tensors = single.with_shared(tensors)
     config = config.get("text_config", config)  # of a whole CLIP
@@ -392,17 +393,3 @@ def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
             axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
             made[i] = programs.quantize(read(alone)[i], type(x), axes)
     return jax.tree.unflatten(treedef, made)
-
-
-def _read(path: epath.Path) -> dict:
-    return _json(path, files.read_bytes(path))
-
-
-def _json(path, text: str | bytes) -> dict:
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: wanted a JSON object")
-    return value

@@ -21,7 +21,7 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sd3_jax import hosts, tree
+from sd3_jax import files, hosts, tree
 from sd3_jax.errors import RetryableError, RunFailed, UserError, os_code, passing
 from sd3_jax.training import seal
 from sd3_jax.training.seal import LISTED, UnreadableCheckpoint
@@ -209,7 +209,7 @@ class Checkpoints:
                 name, i = f"{DAMAGED}{path.name}", 1
                 while name in names:
                     name, i = f"{DAMAGED}{path.name}-{i + 1}", i + 1
-                if "://" in os.fspath(path):  # there, no folder is renamed at once
+                if files.remote(path):  # there, no folder is renamed at once
                     (path / COMMIT).unlink(missing_ok=True)
                 path.rename(self.directory / name)
                 (self.directory / name / "damaged.txt").write_text(f"{fault}\n")
@@ -321,7 +321,7 @@ def _prepare(directory: epath.Path) -> None:
 
 def _identity(directory: epath.Path) -> Any:
     """Equal as long as it is the same folder; None if there is none."""
-    if "://" in os.fspath(directory):
+    if files.remote(directory):
         return directory.exists() or None
     try:
         found = os.stat(directory)
@@ -467,7 +467,7 @@ def _note_differences(path: epath.Path, about: dict) -> None:
 
 
 def _require_space(directory: epath.Path, wanted: int) -> None:
-    if "://" in os.fspath(directory):
+    if files.remote(directory):
         return
     free = shutil.disk_usage(directory).free
     if free < wanted:

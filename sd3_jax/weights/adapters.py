@@ -15,7 +15,7 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.errors import UserError, near
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.outside import shown
 from sd3_jax.weights import foreign, safetensors
 from sd3_jax.weights.components import COMPONENTS
 from sd3_jax.weights.safetensors import Tensor, Tensors
@@ -216,27 +216,17 @@ def _settings_of(
             raise UserError(
                 f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
             )
-        config = _json(beside, files.read_bytes(beside))
+        config = files.read_object(beside)
         usual = {"r": 8, "lora_alpha": 8}  # PEFT's own defaults
         return dict.fromkeys(PREFIXES, _settings(str(beside), usual | config))
     where = f"{path}: {METADATA}"
-    flat = _json(where, metadata.get(METADATA, "{}"))
+    flat = files.parse_object(where, metadata.get(METADATA, "{}"))
     by_prefix: dict[str, dict] = {}
     for key, value in flat.items():
         prefix, dot, name = key.partition(".")
         by_prefix.setdefault(prefix if dot else "", {})[name if dot else key] = value
     configs = {p: by_prefix.get("" if bare else p, {}) for p in PREFIXES}
     return {prefix: _settings(where, config) for prefix, config in configs.items()}
-
-
-def _json(where: Any, text: str | bytes) -> dict:
-    try:
-        value = parse_json(text)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{where}: wanted a JSON object")
-    return value
 
 
 def _settings(where: str, config: Mapping[str, Any]) -> Settings:

@@ -59,11 +59,11 @@ def configured(
 ) -> dict:
     """A part's configuration, whole and checked, also against its tensors.
 
-    None is read off the tensors of an original single file. A UserError says what is
-    wrong `where`, before anything is traced.
+    None is read off the tensors, as those of a single file are. A UserError says what
+    is wrong `where`, before anything is traced.
     """
     if config is None:
-        config = sizes.detect(component.kind, tensors, where)
+        config = sizes.detect(component.kind, tensors, where, layout=layout)
     config = configs.read(component.kind, config, where)
     if names := configs.unknown(component.kind, config):
         told = "%s: fields that nothing here reads: %s"

@@ -76,37 +76,21 @@ UNREAD = {
         r"decoder\..*|lm_head\..*": "the half of T5 that writes",
     },
 }
-# The names of the layouts that differ, as those of an original file, by which a
-# configuration is read off the shapes.
-ORIGINAL_NAMES = {
-    "denoiser": {
-        "transformer_blocks.": "joint_blocks.",
-        "pos_embed.proj.": "x_embedder.proj.",
-        "pos_embed.pos_embed": "pos_embed",
-        "time_text_embed.text_embedder.linear_1.": "y_embedder.mlp.0.",
-        "proj_out.": "final_layer.linear.",
-        ".norm_q.": ".ln_q.",
-    },
-    "vae": {
-        "encoder.down_blocks.": "encoder.down.",
-        ".resnets.": ".block.",
-        "encoder.mid_block.attentions.0.to_q.": "encoder.mid.attn_1.q.",
-    },
-    "clip": {
-        "transformer.resblocks.": "text_model.encoder.layers.",
-        ".mlp.c_fc.": ".mlp.fc1.",
-        "token_embedding.": "text_model.embeddings.token_embedding.",
-        "positional_embedding": "text_model.embeddings.position_embedding.weight",
-    },
+# OpenCLIP's names, as transformers', by which a CLIP's shapes are looked at.
+OPEN_CLIP_NAMES = {
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
 }
 
 
 class PartTensors(NamedTuple):
-    """A part's tensors by their names in it, which are of a layout, and by those of an
-    original file, which tell its configuration; `table` replaces the component's."""
+    """A part's tensors by their names in it, which are of a layout; `measured` has the
+    names by which their shapes are known, and `table` replaces the component's."""
 
     tensors: Tensors
-    originals: Tensors
+    measured: Tensors
     layout: str
     table: Callable | None = None
 
@@ -261,21 +245,19 @@ def _usual() -> list[str]:
 
 def _part(name: str, tensors: Tensors) -> PartTensors:
     begins = lambda *starts: any(key.startswith(starts) for key in tensors)
-    layout, table = "original", None
-    if name == "denoiser" and not begins("joint_blocks."):
-        layout = "diffusers" if begins("transformer_blocks.") else layout
-    if name == "vae" and begins("encoder.down_blocks.", "decoder.up_blocks."):
-        layout = "diffusers"
     if name in CLIPS and begins("transformer.resblocks."):
         table = text.open_clip_l_table if name == "clip_l" else text.open_clip_table
-    if layout == "original" and table is None:
-        return PartTensors(tensors, tensors, layout)
-    kind = "clip" if name in CLIPS else name
-    originals = {_renamed(key, ORIGINAL_NAMES[kind]): x for key, x in tensors.items()}
-    return PartTensors(tensors, originals, layout, table)
+        measured = {_renamed(key): x for key, x in tensors.items()}
+        return PartTensors(tensors, measured, "original", table)
+    of_diffusers = {
+        "denoiser": begins("transformer_blocks.") and not begins("joint_blocks."),
+        "vae": begins("encoder.down_blocks.", "decoder.up_blocks."),
+    }
+    layout = "diffusers" if of_diffusers.get(name) else "original"
+    return PartTensors(tensors, tensors, layout)
 
 
-def _renamed(key: str, changes: Mapping[str, str]) -> str:
-    for theirs, original in changes.items():
-        key = key.replace(theirs, original)
+def _renamed(key: str) -> str:
+    for theirs, ours in OPEN_CLIP_NAMES.items():
+        key = key.replace(theirs, ours)
     return key

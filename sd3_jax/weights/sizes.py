@@ -105,8 +105,8 @@ SIZES = {
     "clip_l": dict.fromkeys(BOTH, CLIP_TEXT),
     "clip_g": dict.fromkeys(BOTH, CLIP_TEXT),
     "t5": dict.fromkeys(BOTH, T5),
-    "clip_text": {"diffusers": CLIP_TEXT},
-    "clip_vision": {"diffusers": CLIP_VISION},
+    "clip_text": dict.fromkeys(BOTH, CLIP_TEXT),
+    "clip_vision": dict.fromkeys(BOTH, CLIP_VISION),
 }
 CLIP_LAYERS = "num_hidden_layers", dict.fromkeys(BOTH, "text_model.encoder.layers.")
 LAYERS = {  # the field, and what the names of its layers begin with
@@ -123,7 +123,7 @@ LAYERS = {  # the field, and what the names of its layers begin with
     "clip_text": CLIP_LAYERS,
     "clip_vision": (
         "num_hidden_layers",
-        {"diffusers": "vision_model.encoder.layers."},
+        dict.fromkeys(BOTH, "vision_model.encoder.layers."),
     ),
     "t5": (
         "num_layers",
@@ -214,13 +214,12 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
 # --- configurations of single files
 
 
-def detect(kind: str, x: Shapes, where: str = "") -> dict:
+def detect(kind: str, x: Shapes, where: str = "", *, layout: str = "original") -> dict:
     """The configuration, as diffusers or transformers spell it, to be read.
 
     What no tensor tells is as in the published files.
     """
     where = where or kind
-    layout = "original" if "original" in SIZES[kind] else "diffusers"
     for size in SIZES[kind][layout]:
         if size.tensor not in x and not size.optional:
             raise UserError(f"{where}: {size.tensor} is missing")
