@@ -3,10 +3,9 @@
     sd3-jax sample --config=configs/released.py:sd35_medium --workdir=runs/fox \\
         --config.weights=PATH_OR_HUB_NAME --config.sample.prompt="a red fox"
 
-Steps and guidance are those of Stability's sd3_infer.py; the solver and its t's are
-those of the scheduler in the model's folder, or of a file that has none the published
-ones. :tiny is for random weights of
-miniature size, in float32.
+Steps and guidance are those of Stability's sd3_infer.py. The solver and its t's are
+those of the scheduler in the model's folder; a file has none, and gets the published
+ones. :tiny is for random weights of miniature size, in float32.
 """
 
 from configs import base

@@ -45,11 +45,12 @@ def load(
     """A released model, sharded over `mesh` as it streams in; all devices by default.
 
     See pipelines.bundle.load for what may be named. An error lists what is missing,
-    extra or of another shape. `lora` names LoRA files or folders of diffusers, PEFT or
-    kohya, with a weight if one ends in it: "style.safetensors=0.8", or {path: weight}
-    for several. `quantize` keeps matrices of
-    the denoiser, of T5 or of both in eight bits: {"denoiser": "int8", "t5": "int8"};
-    "fp8" as well.
+    extra or of another shape.
+
+    `lora` names LoRA files or folders of diffusers, PEFT or kohya, each with a weight
+    if one ends in it: "style.safetensors=0.8", or {path: weight} for several.
+    `quantize` keeps matrices of the denoiser, of T5 or of both in eight bits:
+    {"denoiser": "int8", "t5": "fp8"}.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     return bundles.load(
