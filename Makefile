@@ -1,5 +1,6 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
-# make test: what CI runs
+# make test: every promise at least once; what CI runs
+# make test-slow: the same promises on more meshes, orders of devices and kinds of fault
 # make chaos: faults thrown at real runs, and what was lost; ten minutes at most
 # make bench: us and PyTorch on the clock, into benchmarks/; an idle machine, half an hour
 # make bench-guard: the same cases again, and what is more than 15 % worse than that
@@ -10,7 +11,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits plan chaos bench bench-guard test lint clean
+.PHONY: quickstart digits plan chaos bench bench-guard test test-slow lint clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -45,6 +46,9 @@ bench-guard: $(VENV)/installed-test
 
 test: $(VENV)/installed-test lint
 	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-slow: $(VENV)/installed-test
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

@@ -72,10 +72,18 @@ def in_order(tmp_path_factory):
     return workdir
 
 
-def test_digits(tmp_path, in_order):
+@pytest.mark.parametrize(
+    "order, mesh",
+    [
+        ("v5p-16", {}),
+        pytest.param("v5e-16", {}, marks=pytest.mark.slow),
+        pytest.param("2xv5e-16", dict(data=2), marks=pytest.mark.slow),
+    ],
+)
+def test_digits(tmp_path, in_order, order, mesh):
     """Train, resume, sample and evaluate as one process does."""
     workdir = tmp_path / "run"
-    run_in("v5p-16", digit_jobs(workdir, {}), *device_orders.HOSTS["v5p-16"])
+    run_in(order, digit_jobs(workdir, mesh), *device_orders.HOSTS[order])
     np.testing.assert_allclose(losses(workdir), losses(in_order), rtol=1e-5)
     painted, wanted = samples(workdir), samples(in_order)
     assert painted.keys() == wanted.keys() and len(painted) == 32
@@ -133,10 +141,17 @@ def pictures_in_order(tmp_path_factory, inputs):
     return workdir
 
 
-def test_pictures(tmp_path, pictures_in_order, inputs):
+@pytest.mark.parametrize(
+    "order",
+    [
+        "v5p-16",
+        pytest.param("v5e-16", marks=pytest.mark.slow),
+        pytest.param("2xv5e-16", marks=pytest.mark.slow),
+    ],
+)
+def test_pictures(tmp_path, pictures_in_order, inputs, order):
     """Precompute, and train with the encoders in the step, as one process does."""
-    hosts = device_orders.HOSTS["v5p-16"]
-    run_in("v5p-16", picture_jobs(tmp_path, *inputs), *hosts)
+    run_in(order, picture_jobs(tmp_path, *inputs), *device_orders.HOSTS[order])
     wanted, found = losses(pictures_in_order / "run"), losses(tmp_path / "run")
     assert len(found) == 2
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
