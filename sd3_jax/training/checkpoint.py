@@ -541,6 +541,9 @@ def _context(*, partial: bool = False) -> ocp.Context:
     context = ocp.Context()
     context.checkpointables.registry = registry
     context.async_options.create_directories_asynchronously = False  # fail at once
+    # Of a leaf that several devices hold each writes a part, cut out by a program of
+    # its own: for small leaves, compiling those takes longer than writing.
+    context.array.saving.min_slice_bytes_for_replica_parallel = 1 << 20
     context.pytree.loading.partial_load = partial
     return context
 
