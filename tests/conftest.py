@@ -13,7 +13,10 @@ os.environ["XLA_FLAGS"] = " ".join(
         os.environ.get("XLA_FLAGS", ""),
         "--xla_force_host_platform_device_count=8",
         "--xla_cpu_collective_call_terminate_timeout_seconds=60",
-        "--xla_backend_optimization_level=0",  # programs are compiled more than run
+        # Programs are compiled more than run. Fusions that go through MLIR take more
+        # than half of a step's compilation.
+        "--xla_backend_optimization_level=0",
+        "--xla_cpu_use_fusion_emitters=false",
     ]
 )
 CACHE = Path(__file__).parent / ".cache" / "jax"

@@ -24,7 +24,8 @@ XLA_FLAGS = (
     "--xla_cpu_collective_call_warn_stuck_timeout_seconds=20",
     "--xla_cpu_collective_call_terminate_timeout_seconds=60",
     "--xla_cpu_collective_timeout_seconds=60",
-    "--xla_backend_optimization_level=0",  # compiled more than run, as in conftest.py
+    "--xla_backend_optimization_level=0",  # as in conftest.py
+    "--xla_cpu_use_fusion_emitters=false",
 )
 
 

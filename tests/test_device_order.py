@@ -92,15 +92,6 @@ def test_digits(tmp_path, in_order, order, mesh):
     assert numbers(workdir) == pytest.approx(numbers(in_order), rel=1e-6)
 
 
-@pytest.mark.parametrize("order, mesh", [("v5e-16", {}), ("2xv5e-16", dict(data=2))])
-def test_digits_of_four_hosts(tmp_path, in_order, order, mesh):
-    """Their rows are no arithmetic sequence, or those of two slices."""
-    workdir = tmp_path / "run"
-    train = digit_jobs(workdir, mesh)[:1]
-    run_in(order, train, *device_orders.HOSTS[order])
-    np.testing.assert_allclose(losses(workdir), losses(in_order)[:2], rtol=1e-5)
-
-
 # Pictures: precompute, and train with the encoders in the step
 
 
