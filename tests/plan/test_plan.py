@@ -31,6 +31,7 @@ def plan(workdir, **keys):
     run = [sys.executable, "-m", "sd3_jax.main", "plan"]
     run += ["--config=configs/sd3_2b.py:256", f"--workdir={workdir}", *flags]
     env = os.environ | {"JAX_PLATFORMS": "cpu"}
+    del env["XLA_FLAGS"]  # libtpu ends where one is for CPUs
     return subprocess.run(
         run, cwd=ROOT, env=env, capture_output=True, text=True, timeout=500
     )
