@@ -5,15 +5,19 @@ import math
 from typing import Any
 
 
-def parse_json(text: str | bytes) -> Any:
-    """json.loads, for which a name twice, NaN, infinity and depth are errors too."""
+def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
+    """json.loads, for which a name twice, NaN, infinity and depth are errors too.
+
+    With `null_nonfinite` NaN and infinity are null: pandas and numpy write them for
+    values that are missing.
+    """
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
         return json.loads(
             text,
             object_pairs_hook=_unique,
-            parse_constant=_no_number,
-            parse_float=_finite,
+            parse_constant=_null if null_nonfinite else _no_number,
+            parse_float=_finite_or_null if null_nonfinite else _finite,
         )
     except RecursionError:
         raise ValueError("nested too deeply") from None
@@ -41,6 +45,15 @@ def _unique(pairs: list) -> dict:
 
 def _no_number(name: str) -> None:
     raise ValueError(f"{name} is no JSON")
+
+
+def _null(name: str) -> None:
+    return None
+
+
+def _finite_or_null(text: str) -> float | None:
+    value = float(text)
+    return value if math.isfinite(value) else None
 
 
 def _finite(text: str) -> float:

@@ -20,7 +20,8 @@ from sd3_jax.data.items import BadItem, Value, asked
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
-USUAL = ("caption", "text", "txt", "TEXT", "prompt")  # what "caption" stands for
+USUAL = ("caption", "text", "txt", "prompt", "captions")  # what "caption" stands for
+STANDING = ("caption", "synthetic")  # the default's: not every input has each of them
 WANTED = '"caption=0.5", "column=0.5" or "package.module:function=0.5"'
 
 
@@ -87,9 +88,29 @@ def draw(
     return Drawn(text, each.name if text else "")
 
 
+def prefixed(drawn: Drawn, prefix: str) -> Drawn:
+    """The caption behind the text that all have in common; without one, that text."""
+    if not prefix:
+        return drawn
+    if not drawn.text:
+        return Drawn(records.clean(prefix.rstrip(" ,")), "prefix")
+    return Drawn(records.clean(f"{prefix.rstrip(' ')} {drawn.text}"), drawn.name)
+
+
+def having(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
+    """Which of the captions that are columns the item has."""
+    plain = [each for each in captions if not each.function]
+    return [each.name for each in plain if _texts(columns, each.name)]
+
+
 def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
-    """A column's captions, cleaned; of the usual ones, the first that has any."""
-    for column in USUAL if name == "caption" else (name,):
+    """A column's captions, cleaned; of the usual ones, however their letters are cased,
+    the first that has any."""
+    names = (name,)
+    if name == "caption":
+        spelt = lambda usual: sorted(x for x in columns if x.lower() == usual)
+        names = [x for usual in USUAL for x in (usual, *spelt(usual))]
+    for column in names:
         value = columns.get(column)
         texts = map(_text, value if isinstance(value, list) else [value])
         if found := [text for text in texts if text]:

@@ -1,7 +1,8 @@
 """Folders of pictures with their captions beside them, walked in order of name.
 
-Captions stand in a.txt or a.json beside a.jpg, or in a folder's metadata.jsonl, which
-goes for the folders in it too. Hidden files and folders are not looked at.
+Captions stand beside a.jpg in a.txt, a.caption or a.json, or in a.jpg.txt and so on, or
+in a folder's metadata.jsonl or .csv, which goes for the folders in it too. Hidden files
+and folders are not looked at.
 """
 
 import functools
@@ -33,8 +34,7 @@ UNFIT = {
     OTHER: "cannot be read: not a file, or a link to none",
 }
 NOT_READ = {
-    f"metadata.{kind}": f"a metadata.{kind}, which is not read; wanted metadata.jsonl"
-    for kind in ("csv", "parquet")
+    "metadata.parquet": "a metadata.parquet, which is not read; wanted metadata.jsonl"
 }
 
 
@@ -87,8 +87,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     again, work = _Planned(part.path, part.label), []
     for directory, first, number in part.spans:
         seen = _look(part.path, directory)
-        sizes = again.add(directory, seen, first, number)
-        work.append((directory, list(zip(seen.subjects[first:], sizes))))
+        stats = again.add(directory, seen, first, number)
+        work.append((directory, list(zip(seen.subjects[first:], stats))))
     if again.made().listing != part.listing:
         where = listing.join(part.path, part.spans[0][0])
         if unread := [s.reason for _, found in work for s, _ in found if not s.name]:
@@ -100,8 +100,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     names = {listing.join(d, s.name) for d, found in work for s, _ in found}
     told = metadata.columns(part.path, {directory for directory, _ in work}, names)
     for directory, subjects in work:
-        for subject, size in subjects:
-            yield from _outcome(part, directory, subject, size, told)
+        for subject, stat in subjects:
+            yield from _outcome(part, directory, subject, *stat, told)
 
 
 def is_picture(name: str) -> bool:
@@ -112,25 +112,32 @@ class _Planned:
     """A part in the making; made from the same spans again, it has the same hash."""
 
     def __init__(self, path: str, label: str):
-        self.path, self.label, self.spans, self.hashes = path, label, [], []
+        self.path, self.label, self.spans = path, label, []
+        self.hashes, self.stamps = [], []
         self.count = self.bytes = self.weight = 0
 
-    def add(self, directory: str, seen: Seen, first: int, number: int) -> list[int]:
-        """Takes so many subjects of a directory, and gives their bytes."""
+    def add(
+        self, directory: str, seen: Seen, first: int, number: int
+    ) -> list[tuple[int, int]]:
+        """Takes so many subjects of a directory, and gives their bytes and times."""
         subjects = seen.subjects[first : first + number]
-        files = [[s.name, *(each.name for each in s.sidecars)] for s in subjects]
-        places = [listing.join(directory, name) for each in files for name in each]
-        sizes = listing.sizes([listing.join(self.path, place) for place in places])
-        governing = metadata.governing(self.path, directory)
+        groups = [[s.name, *(each.name for each in s.sidecars)] for s in subjects]
+        places = [listing.join(directory, name) for each in groups for name in each]
+        stats = listing.stats([listing.join(self.path, place) for place in places])
+        sizes = [size for size, _ in stats]
+        files = metadata.governing(self.path, directory)
+        governing = [row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in files]
         self.spans.append([directory, first, number])
         self.hashes.append(
             listing.digest(directory, first, seen.names, governing, sizes)
         )
-        self.count += sum(s.name != metadata.NAME for s in subjects)
+        paths = [listing.join(self.path, listing.join(*row[:2])) for row in files]
+        self.stamps.append(listing.digest(stats, listing.stats(paths)))
+        self.count += sum(s.name not in metadata.NAMES for s in subjects)
         self.bytes += sum(size for size in sizes if size > 0)
         self.weight += number
-        left = iter(sizes)
-        return [[next(left) for _ in each][0] for each in files]
+        left = iter(stats)
+        return [[next(left) for _ in each][0] for each in groups]
 
     def full(self, size: int) -> bool:
         return self.weight >= size or len(self.spans) >= size
@@ -144,6 +151,7 @@ class _Planned:
             count=self.count,
             bytes=self.bytes,
             listing=listing.digest(self.hashes),
+            stamp=listing.digest(self.hashes, self.stamps),
         )
 
 
@@ -175,24 +183,24 @@ def _listed(root: str, directory: str, stamp: int | None) -> Seen:
 
 def _subjects(found: list[Entry]) -> list[Subject]:
     files = [(each, *_split(each.name)) for each in found if each.kind != FOLDER]
-    pictured = {stem for _, stem, extension in files if extension in PICTURES}
+    pictures = [row for row in files if row[2] in PICTURES]
+    # a.txt or a.jpg.txt of a.jpg; of A.JPG also A.jpg.txt
+    pictured = {x for _, a, b in pictures for x in (_owner(a), f"{a}.{b}")}
     beside = {}  # stem and extension → the first of them, a.TXT before a.txt
     for each, stem, extension in files:
-        if extension in SIDECARS and stem in pictured and each.kind != LINK:
-            beside.setdefault((stem, extension), each)
+        if extension in SIDECARS and each.kind != LINK:
+            if (owner := _owner(stem)) in pictured:
+                beside.setdefault((owner, extension), each)
     subjects = []
     for each, stem, extension in files:
-        known, reason, kept = (
-            beside.get((stem, extension)),
-            UNFIT.get(each.kind, ""),
-            (),
-        )
+        known = beside.get((_owner(stem), extension))
+        reason, kept = UNFIT.get(each.kind, ""), ()
         if known is each:
             continue  # accounted for with its picture
         if not reason and extension in PICTURES:
-            # json first: what txt says of "caption" goes over it
-            found_by = [beside.get((stem, kind)) for kind in reversed(SIDECARS)]
-            kept = tuple(sidecar for sidecar in found_by if sidecar)
+            owners = _owner(stem), f"{stem}.{extension}"
+            keys = [(owner, kind) for owner in owners for kind in SIDECARS]
+            kept = tuple(beside[key] for key in keys if key in beside)
         elif not reason:
             reason = _unfit(each.name, extension, again=known is not None)
         subjects.append(Subject(each.name, reason, kept))
@@ -200,7 +208,7 @@ def _subjects(found: list[Entry]) -> list[Subject]:
 
 
 def _unfit(name: str, extension: str, *, again: bool) -> str:
-    if name == metadata.NAME:
+    if name in metadata.NAMES:
         return ""
     if again:
         return "a second sidecar of its kind"
@@ -209,11 +217,13 @@ def _unfit(name: str, extension: str, *, again: bool) -> str:
     return NOT_READ.get(name, "not JPEG, PNG or WebP by its name")
 
 
-def _outcome(part: Part, directory: str, subject: Subject, size: int, told) -> Iterator:
+def _outcome(
+    part: Part, directory: str, subject: Subject, size: int, time_: int, told
+) -> Iterator:
     inside = listing.join(directory, subject.name)
     source, path = part.label + inside, listing.join(part.path, inside)
-    if subject.name == metadata.NAME and not subject.reason:
-        for line, reason in metadata.faults(part.path, directory):
+    if subject.name in metadata.NAMES and not subject.reason:
+        for line, reason in metadata.faults(part.path, directory, subject.name):
             yield rejected(f"{source}:{line}" if line else source, reason)
         return
     if subject.reason:
@@ -230,7 +240,13 @@ def _outcome(part: Part, directory: str, subject: Subject, size: int, told) -> I
     except BadItem as error:
         yield rejected(source, error, size)
     else:
-        yield taken(source, columns, partial(read_at, path), max(0, size))
+        yield taken(source, columns, partial(read_at, path), max(0, size), time_)
+
+
+def _owner(stem: str) -> str:
+    """A sidecar's stem as its picture's name is known by: A.JPG as A.jpg."""
+    name, extension = _split(stem)
+    return f"{name}.{extension}" if extension in PICTURES else stem
 
 
 def _split(name: str) -> tuple[str, str]:

@@ -8,23 +8,11 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 
 from etils import epath
 
-from sd3_jax.data import folders, listing, parquet, shards, tars
-from sd3_jax.data.items import (
-    PICTURES,
-    SIDECARS,
-    BadItem,
-    Item,
-    Part,
-    Rejected,
-    read_at,
-    read_columns,
-    rejected,
-    taken,
-)
+from sd3_jax.data import folders, listing, parquet, samples, shards
+from sd3_jax.data.items import BadItem, Item, Part, Rejected
 from sd3_jax.errors import UserError
 
 __all__ = ["BadItem", "Item", "Part", "Rejected", "items", "plan"]
@@ -66,7 +54,7 @@ def items(part: Part) -> Iterator[Item | Rejected]:
             f"{part.path}: not what was planned: removed or changed since; begin anew,"
             " in another folder"
         )
-    yield from (parquet.items if part.kind == "parquet" else _members)(part)
+    yield from (parquet if part.kind == "parquet" else samples).items(part)
 
 
 def _kind(path: str) -> str:
@@ -132,67 +120,7 @@ def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:
         return list(folders.plan(path, label, size))
     if kind == "parquet":
         return parquet.plan(path, label, size)
-    length = listing.look(path)[1]
+    length, changed = listing.stat_of(path)
     known = listing.digest_file(path, length)
-    return [Part("tar", path, label, [], None, length, known)]
-
-
-def _members(part: Part) -> Iterator[Item | Rejected]:
-    """A tar's samples and, where they stand, the members that are not taken."""
-    key, sample, seen = "", {}, set()
-    try:
-        for place in tars.places(part.path):
-            if place.reason == tars.FOLDER:
-                continue
-            if place.reason:
-                yield _refused(part, place, place.reason)
-                continue
-            if place.key != key:
-                yield from _sample(part, sample)
-                seen.add(key)
-                key, sample = place.key, {}
-            if place.key in seen or place.extension in sample:
-                yield _refused(part, place, "a name that came before")
-            elif place.extension in PICTURES and _picture(sample):
-                yield _refused(part, place, "another picture of its sample")
-            else:
-                sample[place.extension] = place
-        yield from _sample(part, sample)
-    except tars.BadTar as error:
-        yield from _sample(part, sample, cut=True)
-        reason = str(error).removeprefix(f"{part.path}: ")
-        yield rejected(part.label, f"a damaged tar: {reason}", part.bytes)
-
-
-def _sample(part: Part, sample: dict, *, cut: bool = False) -> Iterator:
-    """The item of members that share a key, or why they are none.
-
-    Where the tar is cut off a caption may have followed: alone, a picture is not taken.
-    """
-    picture = _picture(sample)
-    beside = [sample[kind] for kind in reversed(SIDECARS) if kind in sample]
-    if not picture:
-        for place in beside:
-            yield _refused(part, place, "a caption without a picture")
-        return
-    if cut and not beside:
-        yield _refused(part, picture, "its tar is cut off after it")
-        return
-    try:
-        columns = {}
-        for place in beside:  # json, and txt over it
-            where = (part.path, place.extension, place.start, place.size)
-            columns |= read_columns(*where)
-    except BadItem as error:
-        yield _refused(part, picture, error)
-        return
-    read = partial(read_at, part.path, picture.start, picture.size)
-    yield taken(f"{part.label}:{picture.key}", columns, read, picture.size)
-
-
-def _picture(sample: dict) -> tars.Place | None:
-    return next((sample[kind] for kind in sample if kind in PICTURES), None)
-
-
-def _refused(part: Part, place: tars.Place, reason: object) -> Rejected:
-    return rejected(f"{part.label}:{place.name}", reason, place.size)
+    stamp = listing.digest(known, changed)
+    return [Part("tar", path, label, [], None, length, known, stamp)]

@@ -1,5 +1,6 @@
 """What other hands give: a picture with what came with it, or why it is not taken."""
 
+import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
 from numbers import Real
@@ -15,7 +16,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json, shown
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions, in lower case
-SIDECARS = ("txt", "json")
+SIDECARS = ("json", "caption", "txt")  # a later one's caption goes over an earlier's
 SIDECAR = 2**20  # bytes of one, at most, and of a line of metadata.jsonl
 TEXT = 2**16  # characters of a column's text, values of its list; the rest is cut
 Value = str | int | float | bool | None | list | dict
@@ -30,6 +31,7 @@ class Item(NamedTuple):
     columns: dict[str, Value]  # what came with it: captions, scores
     read: Callable[[], bytes]  # the picture's file, or a BadItem; it can be pickled
     bytes: int  # of the picture's file, about
+    time: int = 0  # in ns, when a picture in a folder was last written
 
 
 class Rejected(NamedTuple):
@@ -49,15 +51,18 @@ class Part(NamedTuple):
     count: int | None  # items and rejected ones, if known without opening
     bytes: int  # its share of the whole
     listing: str  # a hash of the names and sizes that it was planned from
+    stamp: str = ""  # a hash of all that and of the files' times
 
 
-def taken(source: str, columns: dict, read: Callable, size: int) -> Item | Rejected:
+def taken(
+    source: str, columns: dict, read: Callable, size: int, time: int = 0
+) -> Item | Rejected:
     """The item, if its source can stand in a record and its picture is of a size."""
     if REFUSED.search(source) or not source.strip() or len(source) > records.SOURCE:
         return rejected(source, "an odd name", size)
     if size > images.BYTES:
         return rejected(source, f"more than {images.BYTES} bytes", size)
-    return Item(source, columns, read, size)
+    return Item(source, columns, read, size, time)
 
 
 def rejected(source: str, reason: object, size: int = 0) -> Rejected:
@@ -83,7 +88,7 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
 def read_columns(
     path: str, extension: str, start: int = 0, size: int = SIDECAR + 1
 ) -> dict[str, Value]:
-    """What a .txt or a .json says of the picture it is beside; or a BadItem."""
+    """What a .txt, .caption or .json says of the picture it is beside; or a BadItem."""
     try:
         with epath.Path(path).open("rb") as file:
             file.seek(start)
@@ -91,27 +96,28 @@ def read_columns(
         if len(data) > SIDECAR:
             raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
         text = data.decode("utf-8-sig")
-        return {"caption": text[:TEXT]} if extension == "txt" else columns(text)
+        return columns(text) if extension == "json" else {"caption": text[:TEXT]}
     except (OSError, ValueError) as error:
         raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
 
 
 def columns(text: str) -> dict[str, Value]:
-    """An object of JSON, its long texts cut; else a ValueError."""
-    found = parse_json(text)
+    """An object of JSON, its long texts cut, NaN as null; else a ValueError."""
+    found = parse_json(text, null_nonfinite=True)
     if not isinstance(found, dict):
         raise ValueError("no object")
     return {k: v[:TEXT] if isinstance(v, str) else v for k, v in found.items()}
 
 
 def plain(value) -> Value:
-    """As JSON has it: dates and the like as text, bytes dropped, what is long cut.
+    """As JSON has it: dates and the like as text, NaN and infinity as null, bytes
+    dropped, what is long cut.
 
     Not for JSON itself, which nests deeper than this goes.
     """
     if isinstance(value, str):
         return value[:TEXT]
-    if value is None or isinstance(value, (bool, int, float)):
+    if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
         kept = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
@@ -119,7 +125,7 @@ def plain(value) -> Value:
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value[:TEXT] if not isinstance(v, bytes)]
     if isinstance(value, (Real, Decimal)):  # numpy's float16, too
-        return float(value)
+        return float(value) if math.isfinite(value) else None
     return str(value)[:TEXT]
 
 

@@ -49,12 +49,24 @@ def look(path: str) -> tuple[str, int]:
     return kind, found.st_size if kind == FILE else 0
 
 
-def sizes(paths: list[str]) -> list[int]:
-    """Of files, in bytes; -1 of what is not there."""
+def stats(paths: list[str]) -> list[tuple[int, int]]:
+    """(bytes, time of the last change in ns) of files; -1 of what is not there."""
     if paths and not local(paths[0]):
         with ThreadPoolExecutor(THREADS) as threads:
-            return [size for _, size in threads.map(look, paths)]
-    return [look(path)[1] for path in paths]
+            return list(threads.map(stat_of, paths))
+    return [stat_of(path) for path in paths]
+
+
+def stat_of(path: str) -> tuple[int, int]:
+    """(bytes, time of the last change in ns) of a file; 0 bytes of what is none."""
+    try:
+        if not local(path):
+            found = epath.Path(path).stat()
+            return found.length or 0, int(found.mtime) * 10**9
+        found = os.stat(path)
+    except (OSError, ValueError):
+        return -1, -1
+    return (found.st_size if stat.S_ISREG(found.st_mode) else 0), found.st_mtime_ns
 
 
 def local(path: str) -> bool:

@@ -1,37 +1,51 @@
-"""A folder's metadata.jsonl, as Hugging Face's imagefolder has it: a line a picture.
+"""A folder's metadata.jsonl or metadata.csv, as Hugging Face's imagefolder has it.
 
 {"file_name": "sub/a.jpg", "text": "a red fox", "aesthetic": 5.1}
 """
 
+import csv
+import io
 import os
 import re
-from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 from etils import epath
 
 from sd3_jax.data import items, listing
+from sd3_jax.data.captions import STANDING, USUAL
 from sd3_jax.data.items import SIDECAR, BadItem, Value
 from sd3_jax.outside import shown
 
-NAME = "metadata.jsonl"
-MISSING = f"{NAME} names it, and it is not there"
+NAMES = ("metadata.csv", "metadata.jsonl")  # the later one's words go over the other's
 BLOCK = 2**20  # bytes that are read at once
 PLAIN = re.compile(rb'"file_name"\s*:\s*"([^"\\]*)"')
 SPELT = re.compile(rb"\\u00[56]")  # a letter of file_name that is spelt as its number
+NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+FAULTS = (OSError, UnicodeError, csv.Error)  # of a whole file
 
 
-def governing(root: str, directory: str) -> list[tuple[str, int]]:
-    """(directory, bytes) of each metadata.jsonl that goes for it, outermost first."""
+class BadLine(BadItem):
+    """A line that is not taken; `names` are those that it seems to be about."""
+
+    def __init__(self, reason: str, names: tuple[str, ...] = ()):
+        super().__init__(reason)
+        self.names = names
+
+
+def governing(root: str, directory: str) -> list[tuple[str, str, int]]:
+    """(directory, name, bytes) of each metadata file that goes for it, outermost
+    first."""
     parts = directory.split("/") if directory else []
-    found = []
+    files = []
     for depth in range(len(parts) + 1):
         place = "/".join(parts[:depth])
-        kind, size = listing.look(listing.join(root, listing.join(place, NAME)))
-        if kind == listing.FILE:
-            found.append((place, size))
-    return found
+        for name in NAMES:
+            path = listing.join(root, listing.join(place, name))
+            kind, size = listing.look(path)
+            if kind == listing.FILE:
+                files.append((place, name, size))
+    return files
 
 
 def columns(
@@ -39,105 +53,182 @@ def columns(
 ) -> Callable[[str], dict[str, Value]]:
     """What is said of these pictures, by name; of the others nothing is kept.
 
-    An inner folder's words go over an outer one's. A picture whose metadata.jsonl
-    cannot be read is a BadItem: it is not taken for one without a caption.
+    An inner folder's words go over an outer one's. A picture whose metadata cannot be
+    read, the file or its line, is a BadItem: it is not taken for one without a caption.
     """
-    places = {place for each in directories for place, _ in governing(root, each)}
-    told, failed = {}, {}
-    for place in sorted(places, key=lambda each: len(each.split("/")) if each else 0):
-        mine = {}
+    files = {row[:2] for directory in directories for row in governing(root, directory)}
+    depth = lambda file: len(file[0].split("/")) if file[0] else 0
+    columns_of, bad_lines, bad_files = {}, {}, {}
+    for place, name in sorted(files, key=lambda file: (depth(file), file)):
+        here = {}
         try:
-            for _, found in _lines(root, place, names):
-                if not isinstance(found, BadItem) and found[0] in names:
-                    mine.setdefault(*found)
-        except OSError as error:
-            failed[place] = error.strerror or error
-        for name, more in mine.items():
-            told[name] = {**told.get(name, {}), **more}
+            for _, line in _lines(root, place, name, names):
+                if isinstance(line, BadLine):
+                    for each in set(line.names) & set(names):
+                        bad_lines.setdefault(each, f"its line in {name}: {line}")
+                elif picture := _picture(root, line[0], names):
+                    here.setdefault(picture, line[1])
+        except FAULTS as error:
+            bad_files[place, name] = getattr(error, "strerror", None) or error
+        for picture, more in here.items():
+            columns_of[picture] = {**columns_of.get(picture, {}), **more}
 
-    def of(name: str) -> dict[str, Value]:
-        for place, reason in failed.items():
-            if not place or name.startswith(f"{place}/"):
-                raise BadItem(f"its {NAME} cannot be read: {reason}")
-        return told.get(name, {})
+    def of(picture: str) -> dict[str, Value]:
+        for (place, name), reason in bad_files.items():
+            if not place or picture.startswith(f"{place}/"):
+                raise BadItem(f"its {name} cannot be read: {shown(reason)}")
+        if picture in bad_lines and picture not in columns_of:
+            raise BadItem(bad_lines[picture])
+        return columns_of.get(picture, {})
 
     return of
 
 
-def faults(root: str, directory: str) -> Iterator[tuple[int, str]]:
+def faults(root: str, directory: str, name: str) -> Iterator[tuple[int, str]]:
     """(line, why) of lines that are not taken; line 0 if the file cannot be read."""
-    first, bad = {}, []
+    first_lines, bad, tree = {}, [], _Tree(root)
     try:
-        for number, found in _lines(root, directory):
-            if isinstance(found, BadItem):
-                bad.append((number, str(found)))
-            elif found[0] in first:
+        for number, line in _lines(root, directory, name):
+            if isinstance(line, BadLine):
+                bad.append((number, str(line)))
+                continue
+            picture = next((each for each in line[0] if tree.holds(each)), None)
+            if (picture or line[0][0]) in first_lines:
                 bad.append((number, "a file_name that came before"))
-            else:
-                first[found[0]] = number
-    except OSError as error:
-        yield 0, f"cannot be read: {error.strerror or error}"
+            elif picture is None:
+                bad.append((number, f"{name} names it, and it is not there"))
+            first_lines.setdefault(picture or line[0][0], number)
+    except FAULTS as error:
+        reason = getattr(error, "strerror", None) or error
+        yield 0, f"cannot be read: {shown(reason)}"
         return
-    bad += [(first[name], reason) for name, reason in _missing(root, first)]
     yield from sorted(bad)
 
 
-def _missing(root: str, names: Collection[str]) -> Iterator[tuple[str, str]]:
-    """Names that no walk comes by, a directory looked at only once."""
-    by_directory = defaultdict(list)
-    for name in names:
+class _Tree:
+    """Which files are below a root and not hidden, a directory listed only once."""
+
+    def __init__(self, root: str):
+        self.root, self._names = root, {}
+
+    def holds(self, name: str) -> bool:
         directory, _, last = name.rpartition("/")
-        by_directory[directory].append(last)
-    for directory, last in by_directory.items():
+        if directory not in self._names:
+            self._names[directory] = self._list(directory)
+        return last in self._names[directory]
+
+    def _list(self, directory: str) -> set[str]:
         parts = directory.split("/") if directory else []
-        hidden = any(part.startswith(".") for part in parts)
-        there = set() if hidden or _linked(root, parts) else _names(root, directory)
-        for each in last:
-            if each not in there:
-                yield listing.join(directory, each), MISSING
+        if any(part.startswith(".") for part in parts) or self._linked(parts):
+            return set()
+        path = listing.join(self.root, directory)
+        try:
+            if not listing.local(path):  # what kinds they are would cost a request each
+                names = [each.name for each in epath.Path(path).iterdir()]
+                return {name for name in names if not name.startswith(".")}
+            entries = listing.entries(path)
+        except (OSError, ValueError):
+            return set()
+        gone = (listing.FOLDER, listing.LINK)
+        return {each.name for each in entries if each.kind not in gone}
+
+    def _linked(self, parts: list[str]) -> bool:
+        ends = range(1, len(parts) + 1)
+        return listing.local(self.root) and any(
+            os.path.islink(os.path.join(self.root, *parts[:end])) for end in ends
+        )
 
 
-def _names(root: str, directory: str) -> set[str]:
-    path = listing.join(root, directory)
-    try:
-        if not listing.local(path):  # what else there is of that name is not asked for
-            found = [each.name for each in epath.Path(path).iterdir()]
-            return {name for name in found if not name.startswith(".")}
-        found = listing.entries(path)
-    except (OSError, ValueError):
-        return set()
-    gone = (listing.FOLDER, listing.LINK)
-    return {each.name for each in found if each.kind not in gone}
+def _picture(
+    root: str, candidates: tuple[str, ...], names: Collection[str]
+) -> str | None:
+    """Which of these names a line is about, if it is one of `names`."""
+    for place, candidate in enumerate(candidates):
+        if candidate in names:
+            before = [listing.join(root, each) for each in candidates[:place]]
+            taken = any(listing.look(path)[0] == listing.FILE for path in before)
+            return None if taken else candidate
+    return None
 
 
-def _linked(root: str, parts: list[str]) -> bool:
-    ends = range(1, len(parts) + 1)
-    return listing.local(root) and any(
-        os.path.islink(os.path.join(root, *parts[:end])) for end in ends
-    )
+Line = tuple[int, tuple[tuple[str, ...], dict[str, Value]] | BadLine]
 
 
 def _lines(
-    root: str, directory: str, names: Collection[str] | None = None
-) -> Iterator[tuple[int, tuple[str, dict] | BadItem]]:
-    """(number, (name inside root, columns) or why not); blank lines are none.
+    root: str, directory: str, name: str, names: Collection[str] | None = None
+) -> Iterator[Line]:
+    """(number, (names inside root that it may mean, columns) or why not).
 
     Lines that clearly tell of others than `names` are passed over unparsed, in a
     third of the time: a large folder's metadata is read for each of its parts.
     """
     last = None if names is None else {_last(os.fsencode(name)) for name in names}
-    path = listing.join(root, listing.join(directory, NAME))
+    path = listing.join(root, listing.join(directory, name))
+    whole = os.path.abspath(root) if listing.local(root) else root
+    place = listing.join(whole, directory)
+    inside = lambda file_name: tuple(
+        listing.join(directory, each) for each in _inside(file_name, place)
+    )
     with epath.Path(path).open("rb") as file:
-        for number, line in enumerate(_split(file), 1):
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            if not line.strip() or (last is not None and _of_another(line, last)):
-                continue
+        rows = _csv_rows if name.endswith(".csv") else _json_rows
+        for number, row in rows(file, last):
             try:
-                name, found = _parsed(line)
-                yield number, (listing.join(directory, name), found)
-            except BadItem as error:
-                yield number, error
+                if isinstance(row, BadLine):
+                    raise row
+                file_name = row.pop("file_name", None)
+                if not isinstance(file_name, str) or not file_name:
+                    raise BadLine("a line without a file_name")
+                yield number, (inside(file_name), row)
+            except BadLine as error:
+                about = []
+                for each in error.names:
+                    try:
+                        about += inside(each)
+                    except BadLine:
+                        continue
+                yield number, BadLine(str(error), tuple(about))
+
+
+def _json_rows(
+    file: BinaryIO, last: Collection[bytes] | None
+) -> Iterator[tuple[int, dict | BadLine]]:
+    """A line's object; blank lines are none."""
+    for number, line in enumerate(_split(file), 1):
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if not line.strip() or (last is not None and _of_another(line, last)):
+            continue
+        try:
+            yield number, _parsed(line)
+        except BadLine as error:
+            yield number, error
+
+
+def _csv_rows(
+    file: BinaryIO, last: Collection[bytes] | None
+) -> Iterator[tuple[int, dict | BadLine]]:
+    """A row by the names of the first one; numbers are numbers but in captions."""
+    texts = {"file_name", *STANDING, *USUAL}
+    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
+    if "file_name" not in (reader.fieldnames or ()):
+        yield 1, BadLine("a header without file_name")
+        return
+    for row in reader:
+        name = row["file_name"] or ""
+        if last is not None and _last(os.fsencode(name)) not in last:
+            continue
+        if None in row or None in row.values():
+            short = "fewer" if None in row.values() else "more"
+            reason = f"a line that cannot be read: {short} values than its header has"
+            yield reader.line_num, BadLine(reason, (name,))
+            continue
+        yield reader.line_num, {k: _cell(v, k in texts) for k, v in row.items()}
+
+
+def _cell(text: str, as_text: bool) -> Value:
+    if as_text or not NUMBER.fullmatch(text.strip()):
+        return text[: items.TEXT] or None
+    return items.plain(float(text))
 
 
 def _split(file: BinaryIO) -> Iterator[bytes]:
@@ -166,25 +257,32 @@ def _last(name: bytes) -> bytes:
     return name.rpartition(b"/")[2]
 
 
-def _parsed(line: bytes) -> tuple[str, dict[str, Value]]:
+def _parsed(line: bytes) -> dict[str, Value]:
+    names = tuple(name.decode(errors="replace") for name in PLAIN.findall(line))
     if len(line) > SIDECAR:
-        raise BadItem(f"a line of more than {SIDECAR} bytes")
+        raise BadLine(f"a line of more than {SIDECAR} bytes", names)
     try:
-        found = items.columns(line.decode())
+        return items.columns(line.decode())
     except ValueError as error:
-        raise BadItem(f"a line that cannot be read: {shown(error)}") from None
-    name = found.pop("file_name", None)
-    if not isinstance(name, str):
-        raise BadItem("a line without a file_name")
-    return _inside(name), found
+        raise BadLine(f"a line that cannot be read: {shown(error)}", names) from None
 
 
-def _inside(name: str) -> str:
-    """A file_name without its "." and "//"; a BadItem if it leads elsewhere."""
+def _inside(name: str, folder: str) -> list[str]:
+    """What a file_name may mean inside the folder that its metadata lies in.
+
+    Itself; or, if it begins as the folder's own path ends, what follows: people write
+    it as it is from the data set's root, or with the whole path. A BadLine if it leads
+    elsewhere.
+    """
     parts = [part for part in name.split("/") if part not in ("", ".")]
-    leads = name.startswith("/") or "\\" in name or re.match("[A-Za-z]:/", name)
+    above = [part for part in folder.split("/") if part]
+    shared = [n for n in range(1, len(parts)) if above[-n:] == parts[:n]]
+    whole = name.startswith("/")
+    if whole:
+        shared = [n for n in shared if n == len(above)]
+    leads = whole and not shared or "\\" in name or re.match("[A-Za-z]:/", name)
     if leads or ".." in parts:
-        raise BadItem(f"a file_name that leads out of its folder: {shown(name)}")
+        raise BadLine(f"a file_name that leads out of its folder: {shown(name)}")
     if not parts:
-        raise BadItem("a line without a file_name")
-    return "/".join(parts)
+        raise BadLine("a line without a file_name")
+    return ["/".join(parts)] * (not whole) + ["/".join(parts[n:]) for n in shared]

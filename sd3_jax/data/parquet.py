@@ -30,9 +30,10 @@ BUFFER = 2**20  # bytes; without it a row group's pictures would be read at once
 
 def plan(path: str, label: str, size: int) -> list[Part]:
     """Row groups, put together up to `size` rows; the whole, if it cannot be read."""
-    length = listing.look(path)[1]
+    length, changed = listing.stat_of(path)
     known = listing.digest_file(path, length)
-    whole = Part("parquet", path, label, [], None, length, known)
+    stamp = listing.digest(known, changed)
+    whole = Part("parquet", path, label, [], None, length, known, stamp)
     try:
         with _opened(path) as file:
             groups = [file.metadata.row_group(i).num_rows for i in _groups(file)]

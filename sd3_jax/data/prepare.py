@@ -32,7 +32,8 @@ class Settings(NamedTuple):
     captions: Sequence[Caption]
     filters: Sequence[Filter] = ()
     excluded: Mapping[str, str] = {}  # sources, and why
-    uncaptioned: bool = True  # whether items without a caption are taken
+    prefix: str = ""  # before every caption, and the caption of what has none
+    uncaptioned: bool = False  # whether items without a caption are taken
     held_out: float = 0.0  # share that is for validation
     rejected: str = ""  # the column that names a preference's other picture
     folder: str = ""  # in which that name is looked for
@@ -87,6 +88,7 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
             source=item.source,
             picture=picture,
         )
+        drawn = captions.prefixed(drawn, settings.prefix)
     except images.BadImage as error:
         alike = common(error).replace(": ", ", ")
         return refuse(f"bad picture, {alike}: {str(error).removeprefix('image: ')}")

@@ -16,6 +16,7 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
+from sd3_jax.data import texts
 from sd3_jax.errors import UserError
 from sd3_jax.outside import parse_json
 
@@ -114,8 +115,9 @@ def decode(data: bytes, where: str) -> Record:
 def clean(caption: str | bytes | None) -> str:
     """A caption as it is kept; ValueError if it is no text, which UTF-8 could spell.
 
-    None, nothing and white space are "", the unconditional caption. Control characters
-    other than newline and tab become spaces. After 8,192 characters it is cut.
+    None, nothing and white space are "", the unconditional caption. After 8,192
+    characters it is cut, and ends of lines at its end are left out. Control characters
+    other than newline and tab become spaces.
     """
     if caption is None:
         return ""
@@ -124,7 +126,7 @@ def clean(caption: str | bytes | None) -> str:
         text.encode()  # which a lone surrogate does not survive
     except UnicodeError as error:
         raise ValueError(f"caption: not UTF-8: {error.reason}") from None
-    text = CONTROL.sub(" ", text[:CAPTION])
+    text = CONTROL.sub(" ", text[:CAPTION].rstrip(texts.ENDS))
     return "" if text.isspace() else text
 
 

@@ -18,7 +18,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
 log = logging.getLogger(__name__)
-EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "json")
+EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "caption", "json")
+OTHER = "another extension"
 MEMBER = 2**27  # bytes of one member, at most
 TOTAL = 2**35  # bytes of all that is taken from one tar
 NAME = 255  # characters
@@ -100,6 +101,18 @@ def places(
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
+def by_last_dot(place: Place) -> Place | None:
+    """A member of another extension, if what follows the last dot of its name is one
+    that is read: under the key before that dot."""
+    key, _, extension = place.name.rpartition(".")
+    parts = [part for part in key.split("/") if part not in ("", ".")]
+    if place.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
+        return None
+    reason = f"more than {MEMBER} bytes" if place.size > MEMBER else ""
+    key, extension = "/".join(parts), extension.lower()
+    return place._replace(key=key, extension=extension, reason=reason)
+
+
 def samples(
     path: epath.PathLike, *, skipped: Counter[str] | None = None, **options
 ) -> Iterator[tuple[str, dict[str, bytes]]]:
@@ -123,7 +136,7 @@ def _places(file, path, extensions, member) -> Iterator[Place]:
         key, extension = _split(name)
         reason = kind or _unfit(name, key)
         if not reason and extension not in extensions:
-            reason = "another extension"
+            reason = OTHER
         if not reason and size > member:
             reason = f"more than {member} bytes"
         yield Place(name, key, extension, start, size, reason)

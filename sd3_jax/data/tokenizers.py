@@ -15,6 +15,7 @@ from etils import epath
 from jaxtyping import Int
 
 from sd3_jax import files
+from sd3_jax.data import texts
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
@@ -55,8 +56,9 @@ def byte_ids(caption: str, length: int) -> np.ndarray:
 
 
 def bytes_of(captions: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """A batch's "ids_bytes" (b, length)."""
-    return {"ids_bytes": np.stack([byte_ids(one, length) for one in captions])}
+    """A batch's "ids_bytes" (b, length), each caption on one line as a prompt is."""
+    texts_ = map(texts.on_one_line, captions)
+    return {"ids_bytes": np.stack([byte_ids(text, length) for text in texts_])}
 
 
 def load(folder: epath.PathLike) -> dict[str, Any]:

@@ -1,0 +1,180 @@
+"""Captions as other tools lay them out: each picture comes with its own, or is told."""
+
+import io
+import json
+import tarfile
+
+import pytest
+from PIL import Image
+
+from sd3_jax.data import captions, ingest
+from sd3_jax.data.ingest import Rejected
+
+SPECS = captions.weights(["caption"])
+
+
+def picture(shade):
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), (shade, 0, 0)).save(data, "PNG")
+    return data.getvalue()
+
+
+A, B = picture(1), picture(2)
+
+
+def put(folder, files):
+    for name, data in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data.encode() if isinstance(data, str) else data)
+    return folder
+
+
+def pack(path, files):
+    with tarfile.open(path, "w") as tar:
+        for name, data in files:
+            data = data.encode() if isinstance(data, str) else data
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def captioned(path):
+    """Captions by source, and the reasons of what was rejected."""
+    (part,) = ingest.plan([str(path)])
+    items = list(ingest.items(part))
+    kept = {
+        x.source: captions.draw(x.columns, SPECS, seed=0, source=x.source).text
+        for x in items
+        if not isinstance(x, Rejected)
+    }
+    return kept, {x.source: x.reason for x in items if isinstance(x, Rejected)}
+
+
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+BOTH = {"train/a.png": "a fox", "train/b.PNG": "a hen"}
+PICTURES = {"train/a.png": A, "train/b.PNG": B}
+FOLDERS = {
+    "txt": {"train/a.txt": "a fox\n", "train/b.TXT": "\ufeffa hen\r\n"},
+    "caption": {"train/a.caption": "a fox", "train/b.caption": "a hen\n"},
+    "after the whole name": {"train/a.png.txt": "a fox", "train/b.PNG.txt": "a hen"},
+    "in other letters": {"train/a.png.caption": "a fox", "train/b.png.TXT": "a hen"},
+    "json": {
+        "train/a.json": '{"caption": "a fox", "score": NaN}',
+        "train/b.png.json": '{"Prompt": "a hen", "s": [Infinity, 1e999]}',
+    },
+    "of the folder": {
+        "train/metadata.jsonl": lines(
+            {"file_name": "a.png", "text": "a fox"},
+            {"file_name": "b.PNG", "TEXT": "a hen"},
+        )
+    },
+    "of the root": {
+        "train/metadata.jsonl": lines(
+            {"file_name": "train/a.png", "text": "a fox"},
+            {"file_name": "./train/b.PNG", "text": "a hen"},
+        )
+    },
+    "above": {
+        "metadata.jsonl": lines(
+            {"file_name": "train/a.png", "text": "a fox"},
+            {"file_name": "set/train/b.PNG", "text": "a hen"},
+        )
+    },
+    "not a number": {
+        "metadata.jsonl": '\ufeff{"file_name": "train/a.png", "text": "a fox", '
+        '"n": NaN}'
+        '\r\n{"file_name": "train/b.PNG", "n": -Infinity, "caption": "a hen"}'
+    },
+    "csv": {
+        "metadata.csv": '\ufefffile_name,text,score\r\ntrain/a.png,"a fox",0.5\r\n'
+        'train/b.PNG,"a hen",\r\n'
+    },
+    "csv of the root": {
+        "train/metadata.csv": "file_name,n,caption\ntrain/a.png,1,a fox\n"
+        'b.PNG,,"a hen"\n'
+    },
+}
+
+
+@pytest.mark.parametrize("layout", FOLDERS)
+def test_a_folders_captions(tmp_path, layout):
+    folder = put(tmp_path / "set", PICTURES | FOLDERS[layout])
+    assert captioned(folder) == (BOTH, {})
+
+
+def test_whole_paths_in_metadata(tmp_path):
+    folder = tmp_path / "set"
+    rows = [{"file_name": f"{folder}/train/{x}", "text": x} for x in ("a.png", "b.PNG")]
+    put(folder, PICTURES | {"train/metadata.jsonl": lines(*rows)})
+    assert captioned(folder)[0] == {"train/a.png": "a.png", "train/b.PNG": "b.PNG"}
+    assert captioned(folder / "train")[0] == {"a.png": "a.png", "b.PNG": "b.PNG"}
+
+
+def test_a_file_of_the_very_name_goes_before_one_of_the_root(tmp_path):
+    row = {"file_name": "train/a.png", "text": "the inner"}
+    files = PICTURES | {"train/train/a.png": A, "train/metadata.jsonl": lines(row)}
+    kept, rejected = captioned(put(tmp_path, files))
+    assert kept["train/train/a.png"] == "the inner" and kept["train/a.png"] == ""
+    assert not rejected
+
+
+def test_a_picture_whose_line_is_damaged_is_not_one_without_a_caption(tmp_path):
+    text = lines({"file_name": "train/a.png", "text": "a fox"})
+    text += '{"file_name": "train/b.PNG", "text": "cut o\n'
+    kept, rejected = captioned(put(tmp_path, PICTURES | {"metadata.jsonl": text}))
+    assert kept == {"train/a.png": "a fox"}
+    assert rejected["train/b.PNG"].startswith("its line in metadata.jsonl: a line that")
+    assert rejected["metadata.jsonl:2"].startswith("a line that cannot be read")
+    text = "file_name,text\ntrain/a.png,a fox\ntrain/b.PNG,a hen,too many\n"
+    put(tmp_path, {"metadata.csv": text})
+    (tmp_path / "metadata.jsonl").unlink()
+    kept, rejected = captioned(tmp_path)
+    assert kept == {"train/a.png": "a fox"} and "train/b.PNG" in rejected
+    put(tmp_path, {"metadata.csv": b"file_name,text\ntrain/a.png,caf\xe9\n"})
+    kept, rejected = captioned(tmp_path)
+    assert not kept and rejected["metadata.csv"].startswith("cannot be read")
+    put(tmp_path, {"metadata.csv": "image,text\ntrain/a.png,a fox\n"})
+    assert captioned(tmp_path)[1] == {"metadata.csv:1": "a header without file_name"}
+
+
+FOX, HEN = "a fox", "a hen"
+TARS = {
+    "pairs": [("1.png", A), ("1.txt", FOX), ("2.png", B), ("2.txt", HEN)],
+    "pictures first": [("1.png", A), ("2.png", B), ("1.txt", FOX), ("2.txt", HEN)],
+    "captions first": [("1.txt", FOX), ("2.txt", HEN), ("1.png", A), ("2.png", B)],
+    "caption": [("1.png", A), ("1.caption", FOX), ("2.PNG", B), ("2.Caption", HEN)],
+    "whole names": [("1.png", A), ("1.png.txt", FOX), ("2.PNG", B), ("2.png.txt", HEN)],
+    "folders first": [
+        *(("images/1.png", A), ("images/1.txt", FOX)),
+        *(("./images/2.png", B), ("./images/2.txt", HEN)),
+    ],
+    "dotted": [("1.00.png", A), ("1.00.txt", FOX), ("1.5.png", B), ("1.5.txt", HEN)],
+    "dotted, whole names": [
+        *(("v1.0.png", A), ("v2.0.png", B)),
+        *(("v1.0.png.txt", FOX), ("v2.0.png.caption", HEN)),
+    ],
+}
+
+
+@pytest.mark.parametrize("layout", TARS)
+def test_a_tars_captions(tmp_path, layout):
+    kept, rejected = captioned(pack(tmp_path / "x.tar", TARS[layout]))
+    assert list(kept.values()) == [FOX, HEN] and not rejected
+
+
+def test_captions_of_two_samples_of_one_name_are_not_mixed(tmp_path):
+    rows = [("1.png", A), ("2.png", B), ("2.txt", HEN), ("1.png", B), ("1.txt", "?")]
+    kept, rejected = captioned(pack(tmp_path / "x.tar", rows))
+    assert kept == {"x.tar:1": "", "x.tar:2": HEN}
+    assert set(rejected.values()) == {"a name that came before"}
+
+
+def test_a_second_file_of_a_sample_is_no_picture_of_its_own(tmp_path):
+    rows = [("1.png", A), ("1.seg.png", B), ("1.txt", FOX), ("1.meta.json", "{}")]
+    kept, rejected = captioned(pack(tmp_path / "x.tar", rows))
+    assert kept == {"x.tar:1": FOX}
+    assert set(rejected.values()) == {"another extension"} and len(rejected) == 2
