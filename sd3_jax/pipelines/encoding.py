@@ -28,7 +28,8 @@ class Encoder:
 
     `form` is "moments", of which training draws other latents at each step, or
     "latents", drawn once. `length` is all tokens of text, of which CLIP has 77. What is
-    kept is of `latents_dtype` and `text_dtype`. Programs are of `rows` examples a
+    kept is of `latents_dtype` and `text_dtype`. An empty caption is zeros, the
+    unconditional text of dropout and guidance. Programs are of `rows` examples a
     device, however many a batch has: another number would round otherwise.
     """
 
@@ -57,6 +58,7 @@ class Encoder:
         placed = sharding.batch_sharding(bundle.mesh)
         scale = bundle.latent_scale if "vae" in bundle.modules else {}
         models = bundle.text_models
+        empty = bundle.token_ids([""], self._t5_length) if any(models) else {}
 
         def picture(variables, image, keys):
             module = bundle.modules["vae"]
@@ -68,6 +70,8 @@ class Encoder:
 
         def text(variables, ids):
             found = prompts.encode_parts(models, variables, ids, pooled_dim=pooled_dim)
+            differ = [jnp.any(x != empty[name], axis=1) for name, x in ids.items()]
+            found = prompts.nulled(found, jnp.any(jnp.stack(differ), axis=0))
             return jax.tree.map(lambda x: x.astype(text_dtype), found)
 
         self._picture = jax.jit(picture, out_shardings=placed)

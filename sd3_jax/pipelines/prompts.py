@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float, Int, Key
+from jaxtyping import Bool, Float, Int, Key
 
 from sd3_jax.errors import ConfigError
 
@@ -43,6 +43,20 @@ LAYOUTS = {
 def null(cond: Conditioning) -> Conditioning:
     """No text at all: what a dropped encoder leaves is zeros, not an empty prompt."""
     return jax.tree.map(jnp.zeros_like, cond)
+
+
+def nulled(cond: tuple, captioned: Bool[Array, " b"]) -> tuple:
+    """`null` for the examples that have no caption: (b, ...) arrays of zeros there.
+
+    What dropout leaves and guidance goes from, so that these train the same thing; the
+    encoded empty prompt would be one more condition.
+    """
+
+    def rows(x):
+        kept = captioned.reshape(-1, *[1] * (x.ndim - 1))
+        return jnp.where(kept, x, jnp.zeros((), x.dtype))
+
+    return jax.tree.map(rows, cond)
 
 
 def drop(
@@ -184,9 +198,12 @@ def precomputed(*, length: int = 154, context_dim: int = 4096) -> TextModel:
 
 
 def trained(tower: nn.Module) -> TextModel:
-    """A small tower on bytes, trained with the denoiser."""
+    """A small tower on bytes, trained with the denoiser; no byte at all is `null`."""
     init = lambda key, batch: tower.init(key, batch["ids_bytes"])["params"]
-    encode = lambda params, batch: Conditioning(
-        *tower.apply({"params": params}, batch["ids_bytes"])
-    )
+
+    def encode(params, batch):
+        ids = batch["ids_bytes"]
+        cond = Conditioning(*tower.apply({"params": params}, ids))
+        return nulled(cond, jnp.any(ids != 0, axis=1))
+
     return TextModel("bytes", init, encode)
