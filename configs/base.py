@@ -114,7 +114,8 @@ def get_config() -> ConfigDict:
         captions=("caption=0.5", "synthetic=0.5"),  # columns or package.module:function
         filters=(),  # "aesthetic>=4.5", "width>=512", "package.module:function<0.2"
         exclude=(),  # what dedup found: its duplicates.jsonl
-        uncaptioned="keep",  # without text, as unconditional examples; or reject
+        prefix="",  # before each caption; of a picture without one, its caption
+        uncaptioned="reject",  # pictures without text; keep: as unconditional examples
         rejected="",  # the column that names the other, worse picture of a preference
     )
     c.precompute = dict(

@@ -113,6 +113,7 @@ LEVELS = Rule(
 )
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
 TEXTS = Rule(lambda x: all(isinstance(i, str) for i in x), "texts, with commas between")
+PREFIX = Rule(lambda x: isinstance(x, str) and len(x) <= 1024, "a text, or nothing")
 HOOK = Rule(
     lambda x: isinstance(x, str) and (not x or ":" in x),
     '"package.module:function", or nothing',
@@ -184,6 +185,7 @@ RULES = (
     (one_of("float32", "bfloat16"), "encode.dtype"),
     (PATHS, "ingest.inputs ingest.exclude"),
     (TEXTS, "ingest.captions ingest.filters"),
+    (PREFIX, "ingest.prefix"),
     (one_of("keep", "reject"), "ingest.uncaptioned"),
     (PARTS, "precompute.only"),
     (POSITIVE, "precompute.part precompute.threads encode.rows"),

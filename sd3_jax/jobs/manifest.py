@@ -13,6 +13,7 @@ from sd3_jax.data.items import Rejected
 from sd3_jax.data.prepare import Ready
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
+from sd3_jax.jobs import stale
 from sd3_jax.metrics import write_whole
 
 SPLITS = ("train", "val")
@@ -74,8 +75,12 @@ class Manifest:
         numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
         return {int(number) for number in numbers if int(number) < self.parts}
 
-    def add(self, number: int, about: dict, rejected: list[Rejected]) -> None:
-        """A part is done, all its shards being whole."""
+    def add(
+        self, number: int, about: dict, rejected: list[Rejected], sources: list[list]
+    ) -> None:
+        """A part is done, all its shards being whole; `sources` are rows of `stale`."""
+        lines = "".join(f"{json.dumps(row)}\n" for row in sources)
+        write_whole(stale.path(self.workdir, number), lines.encode())
         rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)

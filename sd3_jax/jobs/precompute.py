@@ -27,12 +27,12 @@ from ml_collections import ConfigDict
 from sd3_jax import hosts, lock, sharding, validate, watch
 from sd3_jax.data import captions, filters, ingest, items, listing, prepare
 from sd3_jax.data.buckets import Bucket
-from sd3_jax.data.ingest import Part, Rejected
+from sd3_jax.data.ingest import Item, Part, Rejected
 from sd3_jax.data.prepare import Ready
 from sd3_jax.data.records import REJECTED, BadRecord
 from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import examples, intake, resume
+from sd3_jax.jobs import encoders, examples, intake, resume, stale
 from sd3_jax.jobs.manifest import Manifest, PartWriter
 from sd3_jax.metrics import write_whole
 from sd3_jax.outside import shown
@@ -61,15 +61,20 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         return
     with lock.held(workdir, "precompute"), hosts.stopping() as stop:
         settings = prepare_settings(config)
+        watch.expect("the plan of the input", None)
+        plan: list[Part] = []  # process 0's
+        add_plan = lambda: plan.extend(new_plan(config, workdir, settings))
+        hosts.first(add_plan, seconds=watch.LONG)
         if jax.process_index() == 0:
             print(f"buckets: {', '.join(map(aspect, settings.buckets))}")
         watch.expect("the encoders' weights", watch.LONG)
         # A host's own devices: none waits for another, and one that ends is not missed.
         mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
         encoder = encoder_of(config, mesh)
-        watch.expect("the plan of the input", None)
         made = made_by(config, encoder, listing.digest(sorted(settings.excluded)))
-        todo = hosts.first(lambda: begin(config, workdir, made), seconds=watch.LONG)
+        prints = encoder.bundle.fingerprints() if encoder else {}
+        first_todo = lambda: begin(config, workdir, made, plan, prints)
+        todo = hosts.first(first_todo, seconds=watch.LONG)
         parts = plan_of(workdir)
         manifest = Manifest(workdir, len(parts))
         work = Work(config, encoder, mesh, settings)
@@ -78,9 +83,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if stop():
             done = len(manifest.done())
             log.info("told to stop: %d of %d parts are done", done, len(parts))
-        elif jax.process_index() == 0:
+        else:
             watch.expect("the manifest", None)
-            finish(workdir, manifest, made)
+            done = lambda: finish(workdir, manifest, made, prints)
+            hosts.first(done, seconds=watch.LONG)
         hosts.meet("precompute/end")
 
 
@@ -101,13 +107,15 @@ def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, st
             begun, cut = time.monotonic(), work.cut
             try:
                 with PartWriter(manifest.workdir, number) as shards:
-                    found = work.convert(parts[number], shards, progress, stop)
+                    rejected, sources = work.convert(
+                        parts[number], shards, progress, stop
+                    )
             except Stopped:
                 return
             about = shards.about() | {"source": parts[number].label}
             about |= {"cut": dict(work.cut - cut)}
             about |= {"seconds": round(time.monotonic() - begun, 3)}
-            manifest.add(number, about, found)
+            manifest.add(number, about, rejected, sources)
             if first:  # who alone shows it; a listing of all that is done
                 progress.at(size(manifest.done()))
 
@@ -139,12 +147,30 @@ def made_by(
     return json.loads(json.dumps(made))
 
 
-def begin(config: ConfigDict, workdir: epath.Path, made: dict) -> list[int]:
-    """The parts that are to be done, by number; the plan is made once.
+def new_plan(
+    config: ConfigDict, workdir: epath.Path, settings: prepare.Settings
+) -> list[Part]:
+    """The parts of the input; a UserError if captions would be lost."""
+    parts = intake.planned(config, size=config.precompute.part)
+    if not settings.uncaptioned and not (workdir / "plan.json").exists():
+        intake.require_captions(parts, settings.captions, prefix=settings.prefix)
+    return parts
+
+
+def begin(
+    config: ConfigDict,
+    workdir: epath.Path,
+    made: dict,
+    parts: list[Part],
+    prints: dict[str, str],
+) -> list[int]:
+    """The parts that are to be done, by number; the plan of these is written once, and
+    the input compared with it when the job is started again.
 
     Shards of a part that was not finished are removed: it is done again.
     """
     path = workdir / "plan.json"
+    plan = {"made_by": made, "parts": [part._asdict() for part in parts]}
     if path.exists():
         before = json.loads(path.read_text())["made_by"]
         differ = [
@@ -167,12 +193,15 @@ def begin(config: ConfigDict, workdir: epath.Path, made: dict) -> list[int]:
                 f" {len(changed)} that differ from what {workdir} was planned for:"
                 " wanted the same, or another workdir for what is new"
             )
+        planned = plan_of(workdir)
+        done = Manifest(workdir, len(planned)).done()
+        if stale.require_same(workdir, planned, parts, done):
+            write_whole(path, json.dumps(plan).encode())
     else:
-        parts = intake.planned(config, size=config.precompute.part)
-        plan = {"made_by": made, "parts": [part._asdict() for part in parts]}
         for name in ("parts", "records"):
             (workdir / name).mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plan).encode())
+    write_whole(workdir / encoders.NAME, json.dumps(prints).encode())
     return Manifest(workdir, len(plan_of(workdir))).clear_unfinished()
 
 
@@ -200,6 +229,7 @@ def prepare_settings(config: ConfigDict) -> prepare.Settings:
     return prepare.Settings(
         buckets=examples.table(config),
         excluded=gone,
+        prefix=given.prefix,
         uncaptioned=given.uncaptioned == "keep",
         held_out=config.precompute.held_out,
         rejected=given.rejected,
@@ -229,14 +259,15 @@ class Work:
 
     def convert(
         self, part: Part, shards: PartWriter, progress: Progress, stop: Callable
-    ) -> list[Rejected]:
-        """Write a part's records; what was not taken, in order of source."""
-        rejected, writing = [], deque()
+    ) -> tuple[list[Rejected], list[list]]:
+        """Write a part's records; what was not taken, in order of source, and a row of
+        `stale` for every item."""
+        rejected, sources, writing = [], [], deque()
         with (
             ThreadPoolExecutor(self.config.threads) as readers,
             ThreadPoolExecutor(1) as writer,
         ):
-            for batch in self.batches(part, readers, rejected, progress):
+            for batch in self.batches(part, readers, rejected, sources, progress):
                 if stop():
                     raise Stopped
                 watch.expect("a batch of records", watch.LONG)
@@ -246,18 +277,20 @@ class Work:
                     writing.popleft().result()
             for one in writing:
                 one.result()
-        return sorted(rejected)
+        return sorted(rejected), sources
 
     def batches(
-        self, part: Part, readers: ThreadPoolExecutor, rejected: list, progress
+        self, part: Part, readers: ThreadPoolExecutor, rejected, sources, progress
     ) -> Iterator[list[Ready]]:
         """What is ready, by bucket; the last of each may be fewer."""
         of = defaultdict(list)
         place = epath.Path(part.path)
         folder = place if part.kind == "folder" else place.parent
         settings = self.settings._replace(folder=str(folder))
-        ready = partial(prepare.prepare, settings=settings)
-        for made in intake.in_order(readers, ready, ingest.items(part), self.ahead):
+        ready = partial(prepared, settings=settings)
+        items_ = ingest.items(part)
+        for made, row in intake.in_order(readers, ready, items_, self.ahead):
+            sources.append(row)
             progress.add(things=1, bytes=made.bytes)
             if isinstance(made, Rejected):
                 rejected.append(made)
@@ -301,6 +334,22 @@ class Work:
         return self.encoder.picture(*jax.device_put((image, keys), self.placed))
 
 
+def prepared(
+    item: Item | Rejected, settings: prepare.Settings
+) -> tuple[Ready | Rejected, list]:
+    """The item as it is encoded, or why it is not, and its row of `stale`."""
+    sums = []
+
+    def read() -> bytes:
+        data = item.read()
+        sums.append(zlib.crc32(data))
+        return data
+
+    watched = item if isinstance(item, Rejected) else item._replace(read=read)
+    made = prepare.prepare(watched, settings)
+    return made, stale.row(item, sums[0] if sums else None)
+
+
 def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list):
     """A batch's rows to their shards; what came out not finite is rejected."""
     tensors = {name: np.asarray(x) for name, x in tensors.items()}
@@ -320,14 +369,23 @@ def wait_for_all(manifest: Manifest, stop: Callable) -> None:
         time.sleep(EVERY)
 
 
-def finish(workdir: epath.Path, manifest: Manifest, made: dict) -> None:
+def finish(
+    workdir: epath.Path, manifest: Manifest, made: dict, prints: dict[str, str]
+) -> None:
     """manifest.json and rejected.jsonl, and what they say in short."""
     total = manifest.total()
     text = "".join(f"{line}\n" for line in manifest.rejected())
     write_whole(workdir / "rejected.jsonl", text.encode())
-    about = total | {"made_by": made}
+    about = total | {"made_by": made, "encoders": prints}
     write_whole(workdir / "manifest.json", json.dumps(about, indent=1).encode())
     print(*lines(total), f"{workdir}/manifest.json, {workdir}/records", sep="\n")
+    if not total["records"]:
+        reasons = [f"{count:,} {why}" for why, count in total["rejected"].items()]
+        raise UserError(
+            f"config.ingest: of {total['files']:,} files no record was made: rejected"
+            f" {'; '.join(reasons[:3]) or 'none'}. {workdir}/rejected.jsonl names each;"
+            f" put that right and give another workdir"
+        )
 
 
 def lines(total: dict) -> Iterator[str]:
@@ -340,6 +398,11 @@ def lines(total: dict) -> Iterator[str]:
         yield f"  {bucket:>{wide}}  {by_split}"
     for reason, count in total["rejected"].items():
         yield f"  rejected {count:,}: {reason}"
+    if total["rejected"].get(prepare.UNCAPTIONED):
+        yield (
+            "  pictures without a caption are taken as unconditional examples with"
+            " --config.ingest.uncaptioned=keep; --config.ingest.prefix is one for all"
+        )
     drawn = [f"{name} {n:,}" for name, n in total["captions"].items()]
     drawn += [f"none {total['uncaptioned']:,}"] * bool(total["uncaptioned"])
     yield f"  captions: {', '.join(drawn) or 'none'}"

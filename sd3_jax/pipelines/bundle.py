@@ -246,6 +246,13 @@ class Bundle:
             )
         return self.modules[name]
 
+    def fingerprints(self) -> dict[str, str]:
+        """`fingerprint` of each part by itself."""
+        if "fingerprints" not in self._memo:
+            prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
+            self._memo["fingerprints"] = prints
+        return self._memo["fingerprints"]
+
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
         if "fingerprint" not in self._memo:

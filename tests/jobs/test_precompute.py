@@ -17,6 +17,7 @@ from sd3_jax.jobs import train
 
 TINY = "--config=configs/sd3_2b.py:tiny"  # 64 pixels
 PICTURES = ["--config.precompute.only="]
+KEEP = "--config.ingest.uncaptioned=keep"
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +65,7 @@ def same(a: records.Record, b: records.Record) -> bool:
 
 def test_every_file_is_counted_once_and_its_reason_told(folder, tmp_path, capsys):
     (folder, odd), done = folder, tmp_path / "done"
-    made = convert(done, folder, "--config.image.buckets=9", *PICTURES)
+    made = convert(done, folder, "--config.image.buckets=9", KEEP, *PICTURES)
     found = read(done)
     assert made["files"] == 120 and made["records"] == len(found) == 108
     assert sum(sum(counts.values()) for counts in made["kept"].values()) == 108
@@ -109,9 +110,9 @@ def test_training_from_records_is_training_from_pictures(
 
     make_mesh = sharding.make_mesh
     monkeypatch.setattr(sharding, "make_mesh", one)
-    split = "--config.precompute.held_out=0.2"
-    convert(tmp_path / "stored", folder[0], split, *encoders)
-    convert(tmp_path / "raw", folder[0], split, *encoders, *PICTURES)
+    split = "--config.precompute.held_out=0.2", KEEP
+    convert(tmp_path / "stored", folder[0], *split, *encoders)
+    convert(tmp_path / "raw", folder[0], *split, *encoders, *PICTURES)
     losses = {}
     for name in "stored", "raw":
         data = {split: f"{tmp_path}/{name}/records/{split}-*" for split in TRAINED}
@@ -139,7 +140,7 @@ def test_training_from_records_is_training_from_pictures(
 
 
 def test_all_of_a_hosts_devices_encode(folder, encoders, tmp_path):
-    made = convert(tmp_path / "done", folder[0] / "odd", *encoders)  # rows are missing
+    made = convert(tmp_path / "done", folder[0] / "odd", KEEP, *encoders)
     found = read(tmp_path / "done")
     assert made["records"] == len(found) == 8
     assert {r.tensors["moments"].shape for r in found.values()} == {(8, 8, 32)}

@@ -1,0 +1,86 @@
+"""Which encoders made the records of a run: by part, as fingerprints of weights.
+
+`precompute` leaves them in encoders.json and manifest.json, `train` in its checkpoints.
+What was trained on one autoencoder's latents makes nonsense of another's.
+"""
+
+import logging
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from etils import epath
+from ml_collections import ConfigDict
+
+from sd3_jax import files
+from sd3_jax.data.mixture import Records
+from sd3_jax.errors import UserError
+from sd3_jax.pipelines.encoding import Encoder
+
+log = logging.getLogger(__name__)
+NAME = "encoders.json"  # in precompute's workdir, beside records/
+
+
+def of_records(source: Any) -> dict[str, str]:
+    """Fingerprints by part ("vae", "clip_l", …) of what encoded a source's records.
+
+    Shards that were moved away from their workdir say nothing. A UserError if records
+    of different encoders are mixed.
+    """
+    found: dict[str, tuple[str, str]] = {}
+    shards = source.shards if isinstance(source, Records) else ()
+    for folder in dict.fromkeys(os.path.dirname(shard.path) for shard in shards):
+        for part, fingerprint in _read(epath.Path(folder).parent).items():
+            first, known = found.setdefault(part, (folder, fingerprint))
+            if known != fingerprint:
+                raise UserError(
+                    f"{folder} was encoded by another {part} than {first}: fingerprints"
+                    f" {fingerprint} and {known}. Wanted records of one config.encode."
+                    "weights and dtype: make one of them again with the other's"
+                )
+    return {part: fingerprint for part, (_, fingerprint) in found.items()}
+
+
+def of_run(source: Any, encoder: Encoder | None) -> dict[str, str]:
+    """Of the encoders that its records are of, and of those that encode the rest."""
+    return of_records(source) | (encoder.bundle.fingerprints() if encoder else {})
+
+
+def differing(known: Mapping[str, str], now: Mapping[str, str]) -> str:
+    """Which parts are others than known; "" if none that both name."""
+    rows = [
+        f"{part} had the fingerprint {known[part]}, now {now[part]}"
+        for part in known
+        if part in now and known[part] != now[part]
+    ]
+    return ", ".join(rows)
+
+
+def warn(config: ConfigDict, known: Mapping[str, str], encoder: Encoder) -> None:
+    """Of encoders that are others than those that a run was trained with."""
+    if known and (told := differing(known, encoder.bundle.fingerprints())):
+        words = "config.encode.weights = %s: the run was trained with others, or with"
+        words += " another encode.dtype or quantize.t5: %s; pictures will be worse"
+        log.warning(words, config.encode.weights, told)
+
+
+def compare(
+    where: Any, saved: Mapping[str, str], now: Mapping[str, str], config: ConfigDict
+) -> None:
+    """UserError if a run goes on with what other encoders made, unless that is said."""
+    told = differing(saved, now)
+    if told and not {"data", "encode", "encode.weights"} & set(config.train.changes):
+        raise UserError(
+            f"{where} was trained with other encoders: {told}. Bring those back, or go"
+            " on with these and say so: --config.train.changes=data"
+        )
+
+
+def _read(workdir: epath.Path) -> dict[str, str]:
+    for name, within in (NAME, None), ("manifest.json", "encoders"):
+        if (workdir / name).exists():
+            value = files.read_object(workdir / name)
+            value = value.get(within, {}) if within else value
+            if isinstance(value, dict):
+                return {k: v for k, v in value.items() if isinstance(v, str)}
+    return {}
