@@ -1,5 +1,7 @@
 """From a config to the things it names; below this, nobody sees a config."""
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -19,7 +21,7 @@ from sd3_jax.models.t5 import ByteTower
 from sd3_jax.pipelines import programs, prompts
 from sd3_jax.pipelines.latents import AUTOENCODERS, Autoencoder
 from sd3_jax.training import objectives
-from sd3_jax.training.checkpoint import saved_config
+from sd3_jax.training.checkpoint import saved_config, saved_data
 
 
 class Parts(NamedTuple):
@@ -31,6 +33,7 @@ class Parts(NamedTuple):
     formulation: Formulation
     shape: tuple[int, int, int]  # of one image's latents
     flops: float  # of one image's forward pass
+    encoders: Mapping[str, str] = MappingProxyType({})  # that weights were trained with
 
 
 def parts(config: ConfigDict) -> Parts:
@@ -108,6 +111,11 @@ def text_model(config: ConfigDict) -> prompts.TextModel:
 
 def checkpoints(workdir: epath.PathLike) -> epath.Path:
     return epath.Path(workdir) / tune.CHECKPOINTS
+
+
+def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
+    """Fingerprints of the encoders that a checkpoint was trained with, by part."""
+    return saved_data(checkpoints(workdir), step).get("encoders", {})
 
 
 def trained_params(

@@ -50,7 +50,11 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     if not config.weights:
         parts = assemble.parts(config)
         params, step = assemble.trained_params(config, parts, workdir, mesh)
-        return parts, params, {"step": step, "weights": config.sample.weights}
+        about = {"step": step, "weights": config.sample.weights}
+        if trained_with := assemble.trained_encoders(workdir, step):
+            parts = parts._replace(encoders=trained_with)
+            about["encoders"] = trained_with
+        return parts, params, about
     if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
         raise UserError(
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'

@@ -18,6 +18,7 @@ from sd3_jax.data.mixture import Records
 from sd3_jax.data.records import REJECTED, TENSORS, TEXTS, Record
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.jobs import encoders
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.pipelines.prompts import CLIP_LENGTH
@@ -110,6 +111,10 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
             bad_records=data.bad_records,
             seed=config.seed,
         )
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+    try:
+        encoders.of_records(found)
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
     for one in found.sets:
@@ -270,7 +275,14 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
             f"eval_every over config.train.steps = {config.train.steps}"
         )
     files = {shard.file for shard in trained_on.shards}
-    for shard in stored(config, held_out=True).shards:
+    held_out = stored(config, held_out=True)
+    known = encoders.of_records(trained_on)
+    if told := encoders.differing(known, encoders.of_records(held_out)):
+        raise UserError(
+            "config.data.held_out: encoded by others than config.data.records:"
+            f" {told}; wanted records of one config.encode.weights and dtype"
+        )
+    for shard in held_out.shards:
         if shard.file in files:
             raise UserError(
                 f"config.data.held_out: {shard.path} is one of config.data.records too"

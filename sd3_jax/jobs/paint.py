@@ -14,7 +14,7 @@ from sd3_jax import pictures, sharding, watch
 from sd3_jax.data import tokenizers
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble, examples
+from sd3_jax.jobs import assemble, encoders, examples
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines import prompts, request
 from sd3_jax.pipelines.encoding import Encoder
@@ -77,7 +77,9 @@ class Painter:
         if self.config.text.name == "bytes":
             return None
         parts = ["vae", *bundles.TEXT]
-        return examples.encoder(self.config, self.mesh, parts)
+        made = examples.encoder(self.config, self.mesh, parts)
+        encoders.warn(self.config, self.parts.encoders, made)
+        return made
 
     @functools.cached_property
     def negative(self) -> dict[str, jax.Array]:

@@ -85,13 +85,17 @@ def trained(
     facts = {"step": step, "weights": tree.fingerprint(params)}
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
+    parts = parts._replace(encoders=assemble.trained_encoders(workdir, step))
+    encoder = Painter(config, parts, mesh).encoder
+    if encoder is not None:
+        facts["encoders"] = encoder.bundle.fingerprints()
     painters = {}
 
     def paint(rows: Sequence[Task]) -> np.ndarray:
         group = rows[0].group
         if group not in painters:
             config = rows[0].config
-            painters[group] = Painter(config, assemble.parts(config), mesh)
+            painters[group] = Painter(config, assemble.parts(config), mesh, encoder)
         captions = [task.caption for task in rows]
         return painters[group](params, captions, [task.number for task in rows])
 

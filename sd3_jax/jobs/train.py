@@ -22,7 +22,7 @@ import sd3_jax
 from sd3_jax import hosts, lock, pictures, sharding, tree, watch
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
-from sd3_jax.jobs import assemble, examples, paint, resume, tune
+from sd3_jax.jobs import assemble, encoders, examples, paint, resume, tune
 from sd3_jax.jobs.paint import Painter
 from sd3_jax.jobs.trace import Trace
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
@@ -136,6 +136,8 @@ class Training:
         self.source = examples.source(config)
         self.data = json.loads(json.dumps(self.source.identity()))
         self.encoder = examples.encoder_of(config, self.source, mesh)
+        self.encoders = encoders.of_run(self.source, self.encoder)
+        self.parts = self.parts._replace(encoders=self.encoders)
         parts = self.parts.denoiser, self.parts.objective
         self.base = tune.start(config, *parts, mesh)
         self.began_with, self.frozen = tune.identity(self.base), {}
@@ -146,7 +148,8 @@ class Training:
     def run(self) -> None:
         train = self.config.train
         folder = assemble.checkpoints(self.workdir)
-        hosts.agree("data", {"data": self.data, "base": self.began_with})
+        about = {"data": self.data, "base": self.began_with}
+        hosts.agree("data", about | {"encoders": self.encoders})
         self.refuse_cpu_by_accident()
         with (
             hosts.heeding_sigterm(),
@@ -206,6 +209,8 @@ class Training:
             resume.compare(self.workdir, saved, self.config)
         resume.compare_data(self.workdir, data.get("source"), self.data, self.config)
         tune.compare(self.workdir, data.get("base", ""), self.began_with)
+        known = data.get("encoders", {})
+        encoders.compare(self.workdir, known, self.encoders, self.config)
         step = data["next_step"]
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
         log.info("goes on from step %d of %s", step, self.workdir)
@@ -320,6 +325,7 @@ class Training:
         skipped = self.nonfinite.skipped
         data = {"next_step": step, "skipped": skipped, "source": self.data}
         data |= {"base": self.began_with} if self.began_with else {}
+        data |= {"encoders": self.encoders} if self.encoders else {}
         saved = checkpoints.save(
             step, state, data, self.settings, force=last, finite=True
         )
@@ -442,6 +448,10 @@ class Validation:
         if self.encoder is None:  # and for the validations to come
             self.encoder = examples.encoder_of(self.config, source, self.mesh)
         encoder = self.encoder
+        known, held_out = self.parts.encoders, encoders.of_run(source, encoder)
+        if told := encoders.differing(known, held_out):
+            words = "config.data.held_out: encoded by others than the run's records: %s"
+            log.warning(words, told)
         batches = examples.loader(self.config, rows, made=source, encoder=encoder)
         count = max(1, self.config.eval.examples // size)
         place = encoder or partial(sharding.put, mesh=self.mesh)

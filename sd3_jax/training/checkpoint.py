@@ -302,6 +302,13 @@ def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
     return _together(path, lambda: _load(path, {"config": None}))["config"]
 
 
+def saved_data(directory: epath.PathLike, step: int | None = None) -> dict:
+    """What a step says of the data that it was trained on."""
+    path = _find(_absolute(directory), step)
+    _together(path, lambda: _about(path))
+    return _together(path, lambda: _load(path, {"data": None}))["data"]
+
+
 def _absolute(directory: epath.PathLike) -> epath.Path:
     name = os.fspath(directory)
     if "://" not in name:  # gs://, s3://
