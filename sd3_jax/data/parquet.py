@@ -1,16 +1,24 @@
 """Parquet files with a picture a row, as Hugging Face writes them, read as a stream.
 
+What a file of a few kB decodes to may be many thousand times as large: a long text that
+stands once in a dictionary, for all rows. Texts and pictures stay in their dictionaries
+until their length is known, and batches are as small as rows are large.
+
 pyarrow is imported where it is needed: to import it takes longer than a small job.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import accumulate
 
 from etils import epath
 
-from sd3_jax.data import listing
+from sd3_jax.data import images, listing
 from sd3_jax.data.items import (
+    SIDECAR,
+    TEXT,
     BadItem,
     Item,
     Part,
@@ -22,9 +30,12 @@ from sd3_jax.data.items import (
 )
 from sd3_jax.outside import shown
 
+log = logging.getLogger(__name__)
 IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
 BYTES = ("binary", "large_binary", "binary_view")  # types
-BATCH = 64  # rows, and their pictures, in memory at once
+BATCH = 64  # rows, and their pictures, in memory at once, or fewer
+BUDGET = 2**25  # bytes that a batch of several rows is decoded to, about
+LARGE = 2**27  # bytes of a column in a row group, beyond which its rows' mean counts
 BUFFER = 2**20  # bytes; without it a row group's pictures would be read at once
 
 
@@ -64,7 +75,7 @@ def items(part: Part) -> Iterator[Item | Rejected]:
 def _rows(file, part: Part) -> Iterator[Item | Rejected]:
     spans = part.spans or [["", 0, file.metadata.num_row_groups]]
     groups = {i for _, first, number in spans for i in range(first, first + number)}
-    column, wanted = _columns(file.schema_arrow)
+    column, wanted = _columns(file.schema.to_arrow_schema())
     end = 0
     for group in _groups(file):
         row, end = end, end + file.metadata.row_group(group).num_rows
@@ -72,7 +83,11 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
             continue
         try:
             for picture, columns in _read(file, group, column, wanted):
-                yield _outcome(f"{part.label}:{row}", picture, columns)
+                source = f"{part.label}:{row}"
+                if isinstance(picture, BadItem):
+                    yield rejected(source, picture)
+                else:
+                    yield _outcome(source, picture, columns)
                 row += 1
         except BadItem as error:
             yield rejected(f"{part.label}:{row}-{end - 1}", error)
@@ -80,14 +95,18 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
 
 def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
     picture = picture.get("bytes") if isinstance(picture, dict) else picture
+    if isinstance(columns.get("json"), dict):  # of a WebDataset that was converted
+        columns = {**columns.pop("json"), **columns}
     if not picture:
         return rejected(source, "no picture in its row")
     return taken(source, columns, partial(bytes, picture), len(picture))
 
 
 def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
-    """(picture, columns) of a row group's rows; a BadItem where it is damaged."""
-    batches = file.iter_batches(BATCH, [group], wanted, use_threads=False)
+    """(picture, columns) of a row group's rows, the picture a BadItem if the row is too
+    large; a BadItem is raised where the group is damaged or cannot be decoded."""
+    rows, wanted = _bounded(file, group, column, wanted)
+    batches = file.iter_batches(rows, [group], wanted, use_threads=False)
     while True:
         try:
             batch = next(batches, None)
@@ -99,9 +118,83 @@ def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
             return
         values = dict(zip(batch.schema.names, batch.columns))
         pictures = values.pop(column)
+        sizes, lengths = _lengths(pictures), {k: _lengths(x) for k, x in values.items()}
         for i in range(batch.num_rows):
-            columns = {name: _value(each, i) for name, each in values.items()}
-            yield _scalar(pictures, i), columns
+            if sizes[i] > images.BYTES:
+                yield BadItem(f"more than {images.BYTES} bytes"), {}
+            elif long := [name for name, of in lengths.items() if of[i] > SIDECAR]:
+                what = f"its {shown(long[0])} is too large, more than {SIDECAR} bytes"
+                yield BadItem(what), {}
+            else:
+                columns = {name: _value(each, i) for name, each in values.items()}
+                yield _scalar(pictures, i), columns
+
+
+def _bounded(file, group: int, column: str, wanted: list[str]) -> tuple[int, list[str]]:
+    """How many rows to decode at once, and which columns: what is neither text nor the
+    picture is left out, and told of, if its rows are too large; else a BadItem."""
+    about = file.metadata.row_group(group)
+    rows, decoded, dropped = max(1, about.num_rows), 0, set()
+    inside = lambda path, name: path == name or path.startswith(f"{name}.")
+    for i in range(about.num_columns):
+        chunk, leaf = about.column(i), file.schema.column(i)
+        name = next((x for x in wanted if inside(leaf.path, x)), None)
+        if name is None:
+            continue
+        text = leaf.physical_type == "BYTE_ARRAY"
+        width = 4 if text else leaf.length if leaf.length > 0 else 8
+        size = max(chunk.total_uncompressed_size, width * chunk.num_values)
+        picture = inside(name, column)
+        most = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
+        if size > LARGE and size > most:
+            what = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
+            if picture or text:
+                raise BadItem(f"too large to be decoded: {what}")
+            log.warning("a row group's %s; this column is not read", what)
+            dropped.add(name)
+        else:
+            decoded += size
+    return max(1, min(BATCH, BUDGET * rows // max(1, decoded))), [
+        name for name in wanted if name not in dropped
+    ]
+
+
+def _lengths(column) -> list[int]:
+    """Of each row, the bytes of all its texts, counted without decoding them."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    kind = column.type
+    if not _holds_text(kind):
+        return [0] * len(column)
+    if pa.types.is_dictionary(kind):
+        lengths = pc.binary_length(column.dictionary).take(column.indices)
+    elif _is_text(kind):
+        lengths = pc.binary_length(column)
+    elif pa.types.is_struct(kind):
+        fields = [_lengths(field) for field in column.flatten()]
+        return [sum(of) for of in zip(*fields)]
+    else:
+        sums = [0, *accumulate(_lengths(column.flatten()))]
+        counts = pc.fill_null(pc.list_value_length(column), 0).to_pylist()
+        ends = accumulate(counts)
+        return [sums[end] - sums[end - count] for end, count in zip(ends, counts)]
+    return pc.fill_null(lengths, 0).to_pylist()
+
+
+def _holds_text(kind) -> bool:
+    """Whether there are texts in it; those of maps are not counted."""
+    import pyarrow as pa
+
+    if pa.types.is_struct(kind):
+        return any(_holds_text(field.type) for field in kind)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return _holds_text(kind.value_type)
+    return _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
+
+
+def _is_text(kind) -> bool:
+    return str(kind) in (*BYTES, "string", "large_string", "string_view")
 
 
 def _value(column, i: int) -> Value:
@@ -118,6 +211,8 @@ def _scalar(column, i: int):
     try:
         if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
             value = value.cast(pa.string())  # to the nanosecond, unlike Python's own
+        if pa.types.is_list(column.type) and value[0].is_valid:
+            return value[0].values[:TEXT].to_pylist()  # no more than is kept
         return value[0].as_py()
     except (ValueError, ArithmeticError, LookupError, NotImplementedError):
         return None
@@ -135,7 +230,11 @@ def _opened(path: str) -> Iterator:
     with opened as stream:
         try:
             file = pq.ParquetFile(stream, buffer_size=BUFFER)
-            _columns(file.schema_arrow)
+            _columns(file.schema.to_arrow_schema())
+            leaves = [file.schema.column(i) for i in range(len(file.schema))]
+            texts = [x.path for x in leaves if x.physical_type == "BYTE_ARRAY"]
+            options = dict(read_dictionary=texts, metadata=file.metadata)
+            file = pq.ParquetFile(stream, buffer_size=BUFFER, **options)
         except (BadItem, MemoryError):
             raise
         except Exception as error:  # so do damaged footers

@@ -434,6 +434,7 @@ class Validation:
         encoder: Encoder | None = None,
     ):
         self.config, self.mesh, self.encoder = config, mesh, encoder
+        self.trained_with = parts.encoders
         self.key = jax.random.key(config.seed + 1)
         self.program = jax.jit(
             lambda params, key, batch, t: parts.objective.loss_at(
@@ -448,8 +449,8 @@ class Validation:
         if self.encoder is None:  # and for the validations to come
             self.encoder = examples.encoder_of(self.config, source, self.mesh)
         encoder = self.encoder
-        known, held_out = self.parts.encoders, encoders.of_run(source, encoder)
-        if told := encoders.differing(known, held_out):
+        held_out = encoders.of_run(source, encoder)
+        if told := encoders.differing(self.trained_with, held_out):
             words = "config.data.held_out: encoded by others than the run's records: %s"
             log.warning(words, told)
         batches = examples.loader(self.config, rows, made=source, encoder=encoder)
