@@ -62,7 +62,7 @@ def stat_of(path: str) -> tuple[int, int]:
     try:
         if not local(path):
             found = epath.Path(path).stat()
-            return found.length or 0, int(found.mtime) * 10**9
+            return found.length or 0, int(found.mtime or 0) * 10**9
         found = os.stat(path)
     except (OSError, ValueError):
         return -1, -1

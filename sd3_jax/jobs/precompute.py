@@ -80,13 +80,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         work = Work(config, encoder, mesh, settings)
         convert_all(work, parts, todo, manifest, stop)
         wait_for_all(manifest, stop)
+        watch.expect("the manifest", None)
+        # Whether it was told to stop, hosts see one after the other: process 0 decides.
+        conclude = lambda: None if stop() else finish(workdir, manifest, made, prints)
+        hosts.first(conclude, seconds=watch.LONG)
         if stop():
             done = len(manifest.done())
             log.info("told to stop: %d of %d parts are done", done, len(parts))
-        else:
-            watch.expect("the manifest", None)
-            done = lambda: finish(workdir, manifest, made, prints)
-            hosts.first(done, seconds=watch.LONG)
         hosts.meet("precompute/end")
 
 
@@ -173,10 +173,11 @@ def begin(
     plan = {"made_by": made, "parts": [part._asdict() for part in parts]}
     if path.exists():
         before = json.loads(path.read_text())["made_by"]
+        # A key that only one has is of another version of this code.
         differ = [
-            f"{key} was {before.get(key)}, is {made.get(key)}"
-            for key in sorted(before.keys() | made.keys())
-            if before.get(key) != made.get(key)
+            f"{key} was {before[key]}, is {made[key]}"
+            for key in sorted(before.keys() & made.keys())
+            if before[key] != made[key]
         ]
         if differ:
             raise UserError(
