@@ -75,19 +75,18 @@ def test_records_and_checkpoints_say_whose_they_are(trained):
 
 
 def test_samples_by_other_encoders_are_told_of(trained, weights, caplog):
-    lines = []
-    for folder in weights:
-        caplog.clear()
-        flags = "sample.prompt=a fox", "sample.steps=1", "sample.cfg=1"
-        assert start("sample", trained / "run", folder, *flags) == 0
-        text = (trained / "run" / "samples.jsonl").read_text()
-        lines.append(json.loads(text)["encoders"])
-        told = [x for x in caplog.messages if "vae had the fingerprint" in x]
-        assert bool(told) == (folder == weights[1])
-    one, two = lines
-    assert one["vae"] != two["vae"] and one["t5"] == two["t5"]
-    assert one["vae"] in told[0] and str(weights[1]) in told[0]
-    assert "clip_l" not in told[0] and "t5 had" not in told[0]
+    flags = "sample.prompt=a fox", "sample.steps=1", "sample.cfg=1"
+    assert start("sample", trained / "run", weights[1], *flags) == 0
+    line = json.loads((trained / "run" / "samples.jsonl").read_text())
+    one = json.loads((trained / "data" / encoders.NAME).read_text())
+    assert line["encoders"].keys() == one.keys()
+    assert {k for k in one if line["encoders"][k] != one[k]} == {"vae"}
+    (told,) = [x for x in caplog.messages if " had the fingerprint " in x]
+    assert f"config.encode.weights = {weights[1]}: the run was trained with" in told
+    assert (
+        f"vae had the fingerprint {one['vae']}, now {line['encoders']['vae']}" in told
+    )
+    assert "clip_l" not in told and "t5 had" not in told
 
 
 def test_records_of_two_encoders_are_not_mixed(trained, weights, tmp_path, capsys):
