@@ -64,6 +64,15 @@ def warn(config: ConfigDict, known: Mapping[str, str], encoder: Encoder) -> None
         log.warning(words, config.encode.weights, told)
 
 
+def warn_of_base(
+    config: ConfigDict, known: Mapping[str, str], now: Mapping[str, str]
+) -> None:
+    """Of records that were encoded otherwise than those of the run they start from."""
+    if told := differing(known, now):
+        words = "config.tune.base = %s: was trained with other encoders: %s"
+        log.warning(words, config.tune.base, told)
+
+
 def compare(
     where: Any, saved: Mapping[str, str], now: Mapping[str, str], config: ConfigDict
 ) -> None:

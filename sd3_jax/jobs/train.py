@@ -140,6 +140,7 @@ class Training:
         self.parts = self.parts._replace(encoders=self.encoders)
         parts = self.parts.denoiser, self.parts.objective
         self.base = tune.start(config, *parts, mesh)
+        encoders.warn_of_base(config, tune.base_encoders(config), self.encoders)
         self.began_with, self.frozen = tune.identity(self.base), {}
         self.validation = Validation(config, self.parts, mesh, self.encoder)
         self.painter = Painter(config, self.parts, mesh)

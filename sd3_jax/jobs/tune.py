@@ -18,7 +18,7 @@ from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.training import lora as training_lora
 from sd3_jax.training import tuning
-from sd3_jax.training.checkpoint import restore_params, saved_config
+from sd3_jax.training.checkpoint import restore_params, saved_config, saved_data
 from sd3_jax.training.objectives import Objective
 from sd3_jax.training.tuning import Tuning
 from sd3_jax.weights import lora
@@ -61,6 +61,14 @@ def base_of(workdir: epath.PathLike) -> str:
     """What a run began with."""
     saved = saved_config(epath.Path(workdir) / CHECKPOINTS)
     return saved.get("tune", {}).get("base", "")
+
+
+def base_encoders(config: ConfigDict) -> dict[str, str]:
+    """Fingerprints of the encoders that another run, the base, was trained with."""
+    if not config.tune.base:
+        return {}
+    folder = epath.Path(config.tune.base).expanduser() / CHECKPOINTS
+    return saved_data(folder).get("encoders", {}) if folder.is_dir() else {}
 
 
 def require_base(config: ConfigDict) -> None:
