@@ -32,7 +32,7 @@ def get_config() -> ConfigDict:
         pos_crop="center",  # random: anywhere on the table in training (SD3.5-medium)
         context_dim=4096,
         pooled_dim=2048,
-        dtype="bfloat16",
+        dtype="bfloat16",  # or float32; float16 is for sampling alone
         remat="full",
         unroll=1,  # blocks a turn of the scan; on a CPU all of them, which is faster
         attention="auto",  # by platform; xla, dot_product (cuDNN) or splash (TPU)
@@ -71,23 +71,28 @@ def get_config() -> ConfigDict:
         shift=1.0,
     )
     c.optim = dict(
-        name="adamw",
+        name="adamw",  # or of the others in docs/training.md
         lr=1e-4,
         b1=0.9,
         b2=0.999,
         eps=1e-15,  # with qk-norm, what keeps bfloat16 stable (paper 5.3.2)
-        weight_decay=0.0,
-        clip=1.0,
+        mu_dtype="float32",  # of the first moment; or bfloat16
+        weight_decay=0.0,  # of matrices and embeddings; no bias, scale or table
+        clip=1.0,  # largest global norm of a gradient; 0 or inf: none
         schedule="constant",
         warmup=1_000,
         muon_lr=0.02,  # of the matrices that muon takes; the rest have lr
         accumulate=1,
     )
-    c.ema = dict(decay=0.99, every=100)  # paper, appendix B.3
+    c.ema = dict(  # paper, appendix B.3
+        decay=0.99,
+        every=100,  # steps; before the hundredth the average follows each
+    )
     c.tune = dict(  # docs/finetuning.md
         base="",  # released weights or another run's workdir; "": train from the start
         method="full",  # lora: only matrices of a low rank beside those of the base
         text=True,  # whether a tower of bytes trains as well, where all weights do
+        lora="",  # a LoRA file to go on from, of tune.rank; "": a new one
         rank=16,
         alpha=0.0,  # of lora, whose update is times alpha / rank; 0: the rank
         targets="attn",  # a regex found in the path of what lora adapts; "": all linear
@@ -140,13 +145,14 @@ def get_config() -> ConfigDict:
         shards=False,  # a row for each, however many
     )
     c.train = dict(
-        steps=500_000,
+        steps=500_000,  # where a decay of the rate ends
         log_every=50,
         eval_every=5_000,
         sample_every=5_000,
         prompts=(),  # painted at every sample_every, and by sample without a prompt
         skip_nonfinite=0,  # steps without an update that a run may have; then it stops
         stuck_after=900.0,  # seconds for a step or a save; then the run is ended
+        writers=(),  # wandb, mlflow: services that get the metrics too
         changes=(),  # keys in which a run may differ from what it was so far
     )
     c.checkpoint = dict(every=1_000, keep=3, keep_every=50_000)
@@ -170,6 +176,7 @@ def get_config() -> ConfigDict:
         per_prompt=1,
         batch_size=64,
         weights="ema",
+        step=0,  # a checkpoint's; 0: the newest. Also of evaluate and convert
         lora=(),  # LoRA files for released weights: "path", or with a weight "path=0.8"
         filter="",  # package.module:function that flags pictures (docs/sampling.md)
         watermark="",  # a text of at most 16 bytes, marked in all pictures
@@ -254,6 +261,7 @@ def get_config() -> ConfigDict:
     )
     c.eval = dict(
         examples=1_024,  # held out, for the validation loss
+        batch_size=0,  # of validation; 0: data.batch_size
         scores=("val_loss",),
         pictures=240,  # of each kind and split, for "digits"
         split="test",  # prompts to report; choose settings by those of "tune"
@@ -315,5 +323,6 @@ def shrink(c: ConfigDict) -> None:
     c.optim.warmup = 2
     c.train.update(steps=10, log_every=1, eval_every=5, sample_every=5)
     c.checkpoint.every = 5
+    c.ema.every = 1  # which is the same, in a run of so few steps
     c.sample.update(steps=4)
     c.eval.examples = 16

@@ -123,23 +123,29 @@ def _refuse_or_note(name, shape, spec, mesh):
 
 
 def like_params(like, params, sharded, mesh: Mesh):
-    """Shardings for a tree such as optimizer state: a leaf that ends in a parameter's
-    path and has its shape is sharded as that parameter, any other replicated."""
+    """Shardings for a tree such as optimizer state. A leaf whose path ends in a
+    parameter's is sharded as that parameter if it has its shape, and as the axes that
+    are left if it lacks one of them (Adafactor's rows and columns). Others are
+    replicated."""
     known = {
-        tree.names(path): (leaf.shape, s)
+        tree.names(path): (leaf.shape, s.spec)
         for (path, leaf), s in zip(
             jax.tree_util.tree_leaves_with_path(params), jax.tree.leaves(sharded)
         )
     }
-    replicated = NamedSharding(mesh, PartitionSpec())
 
     def leaf(path, x):
         names = tree.names(path)
         for i in range(len(names)):
-            shape, sharding = known.get(names[i:], (None, None))
+            shape, spec = known.get(names[i:], (None, None))
             if shape == x.shape:
-                return sharding
-        return replicated
+                return NamedSharding(mesh, spec)
+            for axis in range(len(shape or ())):
+                if shape[:axis] + shape[axis + 1 :] == x.shape:
+                    axes = (*spec, *[None] * len(shape))[: len(shape)]
+                    rest = axes[:axis] + axes[axis + 1 :]
+                    return NamedSharding(mesh, PartitionSpec(*rest))
+        return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree_util.tree_map_with_path(leaf, like)
 
@@ -155,20 +161,24 @@ def batch_shards(mesh: Mesh) -> int:
 
 
 def local_rows(
-    mesh: Mesh, batch_size: int, *, process: int | None = None
+    mesh: Mesh,
+    batch_size: int,
+    *,
+    process: int | None = None,
+    key: str = "data.batch_size",
 ) -> np.ndarray:
     """Indices of the batch rows that a process's devices hold, in increasing order.
 
     The process is this one by default. Its rows are rarely contiguous: a TPU mesh
     follows the torus, not the hosts. Two processes share a row if an axis other than
-    data and fsdp crosses between them.
+    data and fsdp crosses between them. `key` is the config's, for the error.
     """
     process = jax.process_index() if process is None else process
     shards = batch_shards(mesh)
     if batch_size % shards:
         near = max(shards, round(batch_size / shards) * shards)
         raise UserError(
-            f"config.data.batch_size = {batch_size}: wanted a multiple of data x fsdp ="
+            f"config.{key} = {batch_size}: wanted a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
     index_of = batch_sharding(mesh).devices_indices_map((batch_size,))

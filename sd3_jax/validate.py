@@ -102,7 +102,7 @@ AXIS = integer(1, also=(-1,))
 FINITE = number("a finite number", math.isfinite)
 RATE = number("a finite number > 0", lambda x: 0 < x < math.inf)
 WEIGHT = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
-CLIP = number("a number > 0 (inf: none)", lambda x: x > 0)
+CLIP = number("a number >= 0 (0 or inf: none)", lambda x: x >= 0)
 BELOW_ONE = number("a number in [0, 1)", lambda x: 0 <= x < 1)
 UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
 LAYERS = Rule(
@@ -135,11 +135,13 @@ MIX = Rule(
     lambda x: len(x) == 3 and all(map(WEIGHT.holds, x)) and sum(x) > 0,
     "three finite numbers >= 0, not all 0: of single digits, pairs and numbers",
 )
+OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "prodigy", "schedule_free")
 ENCODERS = ("vae", "clip_l", "clip_g", "t5")
 PARTS = Rule(
     lambda x: all(name in ENCODERS for name in x), f"some of {', '.join(ENCODERS)}"
 )
 PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
+WRITERS = Rule(lambda x: set(x) <= {"wandb", "mlflow"}, "wandb, mlflow or both")
 MODES = Rule(lambda x: set(x) <= {"eager", "compile"}, "eager, compile or both")
 TIMED = Rule(lambda x: set(x) <= {"forward", "train"}, "forward, train or both")
 SIZES = Rule(lambda x: all(map(POSITIVE.holds, x)), "integers >= 1")
@@ -198,7 +200,8 @@ RULES = (
     (one_of("uniform", "logit_normal", "mode", "cosmap", "linear"), "flow.density"),
     (FINITE, "flow.mean flow.mode_scale"),
     (RATE, "flow.std flow.shift"),
-    (one_of("adamw", "muon"), "optim.name"),
+    (one_of(*OPTIMIZERS), "optim.name"),
+    (one_of("float32", "bfloat16"), "optim.mu_dtype"),
     (one_of("constant", "cosine", "linear"), "optim.schedule"),
     (RATE, "optim.lr optim.muon_lr optim.eps"),
     (BELOW_ONE, "optim.b1 optim.b2 ema.decay data.bad_records"),
@@ -221,6 +224,7 @@ RULES = (
     (MIX, "data.mix"),
     (STEPS, "train.steps"),
     (POSITIVE, "train.log_every train.eval_every train.sample_every"),
+    (WRITERS, "train.writers"),
     (TEXTS, "train.prompts train.changes eval.scores plan.slices compare.prompts"),
     (TEXTS, "eval.compbench_scorers"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
@@ -237,6 +241,7 @@ RULES = (
     (UNIT, "sample.skip_start sample.skip_stop"),
     (FINITE, "sample.skip_scale"),
     (integer(1, 512), "sample.max_length"),
+    (integer(0, 2**31 - 1), "sample.step"),
     (COUNT, "sample.clip_skip plan.per_chip"),
     (LAYERS, "sample.skip_layers"),
     (one_of("train", "sample"), "plan.job"),
@@ -245,6 +250,7 @@ RULES = (
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (one_of("", "int8", "fp8"), "quantize.denoiser quantize.t5"),
     (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
+    (COUNT, "eval.batch_size"),
     (one_of("tune", "test"), "eval.split"),
     (POSITIVE, "eval.per_prompt eval.rows"),
     (PATHS, "eval.real"),
@@ -388,6 +394,32 @@ def released_only(given, weights):
         return "(), or released weights for them in config.weights"
 
 
+def schedule_free_rate(schedule, name):
+    if name == "schedule_free" and schedule != "constant":
+        return '"constant", which config.optim.name = "schedule_free" takes alone'
+
+
+def schedule_free_b1(b1, name):
+    if name == "schedule_free" and b1 == 0:
+        return '> 0 for config.optim.name = "schedule_free", which divides by it'
+
+
+def has_moment(dtype, name):
+    if name in ("prodigy", "schedule_free") and dtype != "float32":
+        having = ", ".join(OPTIMIZERS[:4])
+        return f'"float32", or one of {having} in config.optim.name, not "{name}"'
+
+
+def lora_only(source, method):
+    if source and method != "lora":
+        return f'"", or config.tune.method = "lora", not "{method}"'
+
+
+def trained_only(step, weights):
+    if step and weights:
+        return "0, for config.weights are no run's checkpoint"
+
+
 def wide(kind, dtype):
     if kind and dtype == "float16":  # sums of whole numbers up to 127 are too large
         return '"", or config.model.dtype = "bfloat16"'
@@ -422,11 +454,9 @@ def prefers(objective, data, path):
         return f'"flow", or config.flow.path = "rf", not "{path}"'
 
 
-def prior(weight, objective, data, shares, accumulate):
+def prior(weight, objective, data, shares):
     if not weight:
         return None
-    if accumulate > 1:  # a part of a batch might be of one set alone
-        return f"0, or config.optim.accumulate = 1, not {accumulate}"
     if objective != "flow":
         return f'0, or config.tune.objective = "flow", not "{objective}"'
     if data not in ("records", "synthetic"):
@@ -472,6 +502,9 @@ RELATIONS = (
     (quarters, "model.width", "model.name"),
     (divisible("text.num_heads"), "text.width", "text.num_heads"),
     (divisible("optim.accumulate"), "data.batch_size", "optim.accumulate"),
+    (schedule_free_rate, "optim.schedule", "optim.name"),
+    (schedule_free_b1, "optim.b1", "optim.name"),
+    (has_moment, "optim.mu_dtype", "optim.name"),
     (only_mmdit(0), "model.dual_blocks", "model.name"),
     (only_mmdit(2), "model.weight_sets", "model.name"),
     (only_mmdit("center"), "model.pos_crop", "model.name"),
@@ -483,14 +516,12 @@ RELATIONS = (
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (released_only, "sample.lora", "weights"),
+    (trained_only, "sample.step", "weights"),
+    (lora_only, "tune.lora", "tune.method"),
     (wide, "quantize.denoiser", "model.dtype"),
     (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
-    (
-        prior,
-        *("tune.prior", "tune.objective", "data.name", "data.weights"),
-        "optim.accumulate",
-    ),
+    (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),
     (read_from(1, "digits", "synthetic"), "image.autoencoder", "data.name"),
     (colours, "model.channels", "image.autoencoder"),

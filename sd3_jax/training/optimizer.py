@@ -1,8 +1,22 @@
-"""AdamW and Muon with warm-up, decay of the kernels only, and clipping by norm."""
+"""Optimizers by name: warm-up, decay of the matrices only, and clipping by norm."""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
-from optax.contrib import MuonDimensionNumbers, muon
+from optax.contrib import (
+    MuonDimensionNumbers,
+    ScheduleFreeState,
+    prodigy,
+    scale_by_muon,
+    schedule_free,
+    schedule_free_eval_params,
+)
+
+FACTORED = 64  # the least side of a matrix that Adafactor factors: a head's width
 
 
 def make(
@@ -18,19 +32,22 @@ def make(
     warmup: int,
     steps: int,
     muon_lr: float = 0.02,
+    mu_dtype: str = "float32",
 ) -> tuple[optax.GradientTransformation, optax.Schedule]:
     """The optimizer and its learning rate over the steps.
 
-    `schedule` is constant, cosine or linear, to a fiftieth of `lr` at `steps`, after
-    `warmup` steps from zero. `clip` is the largest global norm of a gradient, 0 none.
+    `name` is a key of OPTIMIZERS. `schedule` is constant, cosine or linear, to a
+    fiftieth of `lr` at `steps`, after `warmup` steps from zero. `clip` is the largest
+    global norm of a gradient, 0 or inf none. `mu_dtype` is that of the first moment.
+    Decay is decoupled: a step without a gradient multiplies the leaves of
+    `weight_decay_mask` by 1 - rate * weight_decay and leaves all others as they are.
     """
     shape = SCHEDULES[schedule](warmup, steps)
     rate = lambda step: lr * shape(step)
-    adamw = dict(b1=b1, b2=b2, eps=eps, weight_decay=weight_decay)
-    if name == "adamw":
-        tx = optax.adamw(rate, mask=kernels, **adamw)
-    else:
-        tx = _muon(rate, lambda step: muon_lr * shape(step), **adamw)
+    muon_rate = lambda step: muon_lr * shape(step)
+    tx = OPTIMIZERS[name](
+        Settings(rate, muon_rate, b1, b2, eps, weight_decay, jnp.dtype(mu_dtype))
+    )
     if clip:
         tx = optax.chain(optax.clip_by_global_norm(clip), tx)
     return tx, rate
@@ -53,30 +70,139 @@ def linear(warmup, steps):
 
 
 SCHEDULES = {"constant": constant, "cosine": cosine, "linear": linear}
+DECAYED = ("kernel", "embedding", "a", "b")  # the last two are a LoRA's matrices
 
 
-def kernels(params):
+def weight_decay_mask(params):
     """Which leaves decay: matrices and embeddings, no bias, scale or table."""
-    decays = ("kernel", "embedding")
-    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key in decays, params)
+    return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key in DECAYED, params)
 
 
-def _muon(rate, muon_rate, *, b1, b2, eps, weight_decay):
-    """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest."""
-    return muon(
-        muon_rate,
-        beta=0.95,
-        weight_decay=weight_decay,
-        weight_decay_mask=kernels,
-        adam_b1=b1,
-        adam_b2=b2,
-        eps=eps,
-        adam_weight_decay=weight_decay,
-        adam_learning_rate=rate,
-        muon_weight_dimension_numbers=matrices,
+def averaged_params(opt_state: optax.OptState, params) -> dict | None:
+    """The parameters that a schedule-free optimizer is evaluated at, None of others."""
+    is_schedule_free = lambda x: isinstance(x, ScheduleFreeState)
+    for state in jax.tree.leaves(opt_state, is_leaf=is_schedule_free):
+        if is_schedule_free(state):
+            return schedule_free_eval_params(state, params)
+    return None
+
+
+class Settings(NamedTuple):
+    """What an optimizer is made of: the rates by step, and config.optim's numbers."""
+
+    rate: optax.Schedule
+    muon_rate: optax.Schedule
+    b1: float
+    b2: float
+    eps: float
+    weight_decay: float
+    mu_dtype: jnp.dtype
+
+
+def _decoupled(s: Settings, *scaled, rate: optax.Schedule | None = None):
+    """`scaled` gradients, decay beside them, times the rate."""
+    return optax.chain(
+        *scaled,
+        optax.add_decayed_weights(s.weight_decay, weight_decay_mask),
+        optax.scale_by_learning_rate(rate or s.rate),
     )
 
 
+def _adamw(s: Settings):
+    return _decoupled(s, optax.scale_by_adam(s.b1, s.b2, s.eps, mu_dtype=s.mu_dtype))
+
+
+def _lion(s: Settings):
+    """Chen et al. 2023: the sign of an interpolated moment."""
+    return _decoupled(s, optax.scale_by_lion(s.b1, s.b2, mu_dtype=s.mu_dtype))
+
+
+def _adafactor(s: Settings):
+    """Shazeer & Stern 2018, with a moment and AdamW's meaning of the rate (Zhai et al.
+    2021): neither is relative to a parameter's size, of which zero-initialised ones
+    have none. `eps` joins the squared gradient, squared; b2 is 1 - step^-0.8."""
+    epsilon = max(s.eps**2, 1e-30)
+    scaled = [
+        optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED, epsilon=epsilon),
+        optax.clip_by_block_rms(1.0),
+    ]
+    if s.b1:
+        scaled += [optax.ema(s.b1, debias=False, accumulator_dtype=s.mu_dtype)]
+    return _decoupled(s, *scaled)
+
+
+def _muon(s: Settings):
+    """Muon (Jordan et al. 2024) for the matrices inside blocks, AdamW for the rest.
+
+    Not optax.contrib.muon, whose AdamW is Nesterov's and decays biases.
+    """
+    orthogonal = scale_by_muon(
+        beta=0.95, mu_dtype=s.mu_dtype, weight_dimension_numbers=matrices
+    )
+    widened = optax.stateless(lambda updates, params: _scale_by_shape(updates))
+    matrix = _decoupled(s, orthogonal, widened, rate=s.muon_rate)
+    return optax.partition({"muon": matrix, "adam": _adamw(s)}, _muon_labels)
+
+
+def _muon_labels(params):
+    is_axes = lambda x: x is None or isinstance(x, MuonDimensionNumbers)
+    label = lambda axes: "adam" if axes is None else "muon"
+    return jax.tree.map(label, matrices(params), is_leaf=is_axes)
+
+
+def _scale_by_shape(updates):
+    """Times sqrt(max(1, outputs / inputs)), so that one rate does for all shapes."""
+
+    def scale(update, axes):
+        size = lambda along: math.prod(update.shape[axis] for axis in along)
+        outputs, inputs = size(axes.output_axis), size(axes.reduction_axis)
+        return update * math.sqrt(max(1, outputs / inputs))
+
+    return jax.tree.map(scale, updates, matrices(updates))
+
+
+def _schedule_free(s: Settings):
+    """AdamW without its moment, averaged instead (Defazio et al. 2024)."""
+    rms = optax.scale_by_rms(s.b2, s.eps, eps_in_sqrt=False, bias_correction=True)
+    return schedule_free(_decoupled(s, rms), s.rate, b1=s.b1)
+
+
+def _prodigy(s: Settings):
+    """AdamW that estimates its rate (Mishchenko & Defazio 2023); lr multiplies it.
+
+    optax's decays every leaf, so decay is added here, times the same rate. Without the
+    safeguard the first step of a warm-up, whose rate is 0, makes the estimate 0 / 0; so
+    does a first step without any gradient, which leaves it as it is here.
+    """
+    inner = prodigy(s.rate, (s.b1, s.b2), eps=s.eps, safeguard_warmup=True)
+
+    def init(params):
+        return inner.init(jax.tree.map(jnp.copy, params))  # kept: not to be donated
+
+    def update(grads, state, params=None):
+        updates, new = inner.update(grads, state, params)
+        undefined = jnp.isnan(new.estim_lr)
+        estim_lr = jnp.where(undefined, state.estim_lr, new.estim_lr)
+        rate = state.estim_lr * s.rate(state.count)
+
+        def decay(update, param, decays):
+            update = jnp.where(undefined, 0, update)
+            return update - rate * s.weight_decay * param if decays else update
+
+        updates = jax.tree.map(decay, updates, params, weight_decay_mask(params))
+        return updates, new._replace(estim_lr=estim_lr)
+
+    return optax.GradientTransformation(init, update)
+
+
+OPTIMIZERS: dict[str, Callable[[Settings], optax.GradientTransformation]] = {
+    "adamw": _adamw,
+    "muon": _muon,
+    "lion": _lion,
+    "adafactor": _adafactor,
+    "prodigy": _prodigy,
+    "schedule_free": _schedule_free,
+}
 PLAIN = ("fc1", "fc2", "wo", "skip", "proj_in", "proj_out")  # of a block
 
 
@@ -84,8 +210,8 @@ def matrices(params):
     """The axes that Muon makes orthogonal, None for what AdamW takes.
 
     Inside a scanned stack the first axis counts layers; q, k and v are three matrices.
-    adaLN, convolutions, the embeddings and the last layer are left to AdamW, as is the
-    custom.
+    adaLN, convolutions, the embeddings, the last layer and LoRAs are left to AdamW, as
+    is the custom.
     """
 
     def axes(path, _):

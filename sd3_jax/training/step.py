@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sd3_jax.training.optimizer import averaged_params
 from sd3_jax.training.state import TrainState
 
 
@@ -17,6 +18,7 @@ def make_train_step(
     ema_decay: float,
     ema_every: int = 1,
     accumulate: int = 1,
+    prepared: Callable[[dict], dict] = lambda batch: batch,
 ) -> Callable:
     """step(state, key, batch, frozen) -> (state, metrics), for
     loss(params, key, batch, frozen) -> (scalar, metrics of scalars).
@@ -24,11 +26,13 @@ def make_train_step(
     A step never advances a key: its own is folded in from state.step, so a resumed run
     draws what the unbroken one would have. Where loss or gradient is not finite the
     step counts but changes nothing else: one NaN would poison Adam's moments for good.
+    The whole batch goes through `prepared` before it is cut into parts to accumulate.
+    The average of a schedule-free optimizer is its own; ema_decay is not used then.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, key: Array, batch: dict, frozen: dict):
-        key = jax.random.fold_in(key, state.step)
+        key, batch = jax.random.fold_in(key, state.step), prepared(batch)
         if accumulate == 1:
             (value, metrics), grads = gradient(state.params, key, batch, frozen)
         else:
@@ -40,8 +44,10 @@ def make_train_step(
                 updates, opt_state = tx.update(grads, opt_state, params)
                 params = optax.apply_updates(params, updates)
             with jax.named_scope("ema"):
-                ema = moving_average(ema, params, now, ema_decay, ema_every)
-            return params, ema, opt_state
+                average = averaged_params(opt_state, params)
+                if average is None:
+                    average = moving_average(ema, params, now, ema_decay, ema_every)
+            return params, average, opt_state
 
         with jax.named_scope("grad_norm"):
             norm = optax.global_norm(grads)

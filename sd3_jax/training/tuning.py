@@ -11,11 +11,14 @@ from sd3_jax.training import lora
 from sd3_jax.training.objectives import Objective
 from sd3_jax.training.preference import preference_loss
 
+SETS = ("instance", "prior")  # DreamBooth's losses, NaN of a set that a batch lacks
+
 
 class Tuning(NamedTuple):
     """`init(key)` gives what trains, `whole(params, frozen)` the model's parameters.
 
-    `frozen` is the start, as `kept(start)` leaves it; `loss` is make_train_step's.
+    `frozen` is the start, as `kept(start)` leaves it; `loss` is make_train_step's, and
+    so is `prepared`, which a whole batch goes through before it is cut into parts.
     """
 
     init: Callable[[Array], dict]
@@ -23,6 +26,7 @@ class Tuning(NamedTuple):
     start: Callable[..., dict]
     whole: Callable[[dict, dict], dict]
     loss: Callable[..., tuple[Array, dict]]
+    prepared: Callable[[dict], dict] = lambda batch: batch
 
 
 def plain(objective: Objective) -> Tuning:
@@ -103,15 +107,30 @@ def preserving(
     tuning: Tuning, objective: Objective, *, weight: float, last: int
 ) -> Tuning:
     """DreamBooth's prior preservation (Ruiz et al. 2022, eq 2): batches have "set", and
-    of number `last`, the class's pictures, the loss counts `weight` times."""
+    of number `last`, the class's pictures, the loss counts `weight` times.
+
+    Each set's mean is over its examples in the whole batch, of which a part may have
+    none. The metric of a set that the whole batch lacks is NaN.
+    """
+
+    def prepared(batch):
+        prior = (batch["set"] == last).mean(dtype=jnp.float32)
+        shares = jnp.stack([1 - prior, prior])
+        return batch | {"shares": jnp.broadcast_to(shares, (len(batch["set"]), 2))}
 
     def loss(params, key, batch, frozen):
-        batch = dict(batch)
-        of = batch.pop("set")
+        batch = dict(batch if "shares" in batch else prepared(batch))
+        prior, shares = batch.pop("set") == last, batch.pop("shares")[0]
         error = objective.errors(tuning.whole(params, frozen), key, batch)
-        mean = lambda mine: (error * mine).sum() / jnp.maximum(mine.sum(), 1)
-        prior = (of == last).astype(error.dtype)
-        own, classes = mean(1 - prior), mean(prior)
-        return own + weight * classes, {"instance": own, "prior": classes}
 
-    return tuning._replace(loss=loss)
+        def mean(mine, share):
+            """Times what makes the mean over a batch's parts that over the batch."""
+            total = jnp.where(mine, error, 0).sum()
+            return total / jnp.where(share > 0, share * len(error), 1)
+
+        instance, classes = mean(~prior, shares[0]), mean(prior, shares[1])
+        present = lambda value, share: jnp.where(share > 0, value, jnp.nan)
+        metrics = map(present, (instance, classes), shares)
+        return instance + weight * classes, dict(zip(SETS, metrics))
+
+    return tuning._replace(loss=loss, prepared=prepared)

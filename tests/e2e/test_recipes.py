@@ -2,13 +2,17 @@
 
 import importlib
 import math
+from functools import cache, partial
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import pytest
 
-from sd3_jax import main, metrics
+from sd3_jax import main, metrics, tree
 from sd3_jax.jobs import assemble
+from sd3_jax.models.lora import nested
+from sd3_jax.training import lora, optimizer
 from sd3_jax.validate import validate
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem[0] != "_")
@@ -37,6 +41,30 @@ def test_a_recipe_makes_sense(name, variant):
     if name in PARAMETERS and variant != "tiny":
         assert count == PARAMETERS[name]
     assert variant != "tiny" or count < 300_000
+    shapes = tree.unbox(params)
+    if config.tune.method == "lora":
+        add = partial(lora.init, rank=4, targets=config.tune.targets)
+        shapes = jax.eval_shape(add, jax.random.key(0), shapes["denoiser"])
+    paths = jax.tree_util.tree_leaves_with_path(shapes)
+    ranks = tuple((tree.names(path), x.ndim) for path, x in paths)
+    optim = config.optim.to_dict() | dict(weight_decay=0.25, warmup=0, clip=0.0)
+    assert_only_matrices_decay(ranks, tuple(sorted(optim.items())))
+
+
+@cache  # many recipes differ in sizes alone
+def assert_only_matrices_decay(ranks, optim):
+    """Without gradients, leaves move by rate times decay, or not at all."""
+    optim = dict(optim)
+    del optim["accumulate"]
+    tx, rate = optimizer.make(**optim, steps=100)
+    params = nested({path: jnp.ones((1,) * ndim) for path, ndim in ranks})
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    run = jax.jit(lambda params: tx.update(zeros, tx.init(params), params)[0])
+    rates = [float(rate(0))] + [optim["muon_lr"]] * (optim["name"] == "muon")
+    for path, update in jax.tree_util.tree_leaves_with_path(run(params)):
+        leaf, moved = tree.names(path)[-1], -float(update.ravel()[0]) / 0.25
+        wanted = [0.0] if leaf in ("bias", "scale", "relative_bias") else rates
+        assert any(moved == pytest.approx(x, rel=1e-5, abs=0) for x in wanted), path
 
 
 def test_a_large_recipe_trains_when_tiny(tmp_path):

@@ -1,6 +1,7 @@
 """Preferences and fine-tuning: their losses, and what trains beside what does not."""
 
 import math
+from types import SimpleNamespace
 
 import chex
 import jax
@@ -154,6 +155,27 @@ def test_prior_preservation_weighs_the_two_sets(model, key):
     )
     chex.assert_trees_all_close(metrics["prior"], errors[sets == 1].mean(), rtol=1e-6)
     chex.assert_trees_all_close(value, metrics["instance"] + 0.3 * metrics["prior"])
+
+
+@pytest.mark.parametrize(
+    "sets, parts", [([0, 1, 0, 1, 1, 0, 0, 0], 4), ([0, 0, 1, 0], 2), ([0], 1)]
+)
+def test_a_sets_mean_is_that_of_the_whole_batch_however_it_is_cut(sets, parts):
+    """Parts of a batch that is accumulated may lack a set."""
+    sets, error = np.array(sets), np.arange(1.0, 1 + len(sets), dtype=np.float32)
+    fake = SimpleNamespace(errors=lambda params, key, batch: batch["error"])
+    plain = tuning.plain(SimpleNamespace(init=None, loss=None))
+    tuned = tuning.preserving(plain, fake, weight=0.3, last=1)
+    batch = tuned.prepared({"set": jnp.array(sets), "error": jnp.array(error)})
+    rows = [{k: x[i::parts] for k, x in batch.items()} for i in range(parts)]
+    losses, metrics = zip(*(tuned.loss({}, None, part, {}) for part in rows))
+    mean = lambda mine: error[mine].mean() if mine.any() else 0.0
+    wanted = mean(sets == 0), mean(sets == 1)
+    assert np.mean(losses) == pytest.approx(wanted[0] + 0.3 * wanted[1], rel=1e-6)
+    for number, (name, value) in enumerate(zip(tuning.SETS, wanted)):
+        value = value if (sets == number).any() else math.nan
+        logged = np.mean([part[name] for part in metrics])
+        assert logged == pytest.approx(value, rel=1e-6, nan_ok=True)
 
 
 def test_a_preferences_names_are_those_of_records():
