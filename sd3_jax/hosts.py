@@ -14,9 +14,9 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
-from jax._src import distributed  # its client has no public name
 from jax.experimental import multihost_utils
 
+from sd3_jax import jax_internals as distributed
 from sd3_jax.errors import RetryableError, UserError
 
 ENDED = "sd3_jax/ended"

@@ -222,17 +222,11 @@ def whole(name, default=None, *, low, high=2**31 - 1):
 
 
 def detected_processes() -> int:
-    """How many processes jax sees: on a TPU pod, under Slurm, Open MPI, Kubernetes.
+    """How many processes jax sees: `initialize` alone will not do, since in a Slurm
+    step of one task it hides all GPUs but one."""
+    from sd3_jax import jax_internals  # no earlier, for it imports jax
 
-    `initialize` alone will not do: in a Slurm step of one task it hides all GPUs
-    but one.
-    """
-    from jax._src.clusters import ClusterEnv  # no public name
-
-    for cluster in ClusterEnv._cluster_types:  # in jax's order of preference
-        if not cluster.opt_in_only_method and cluster.is_env_present():
-            return cluster.get_process_count()
-    return 1
+    return jax_internals.detected_processes()
 
 
 if __name__ == "__main__":

@@ -5,6 +5,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+from sd3_jax import jax_internals
+from sd3_jax.errors import UserError
+
 ROOT = Path(__file__).parents[1]
 BELOW = [
     "errors",
@@ -15,6 +20,7 @@ BELOW = [
     "pictures",
     "sharding",
     "hosts",
+    "jax_internals",
     "outside",
 ]
 MAY = {
@@ -56,6 +62,25 @@ def test_configs_stop_at_the_door():
     for path in (ROOT / "sd3_jax").rglob("*.py"):
         if path.relative_to(ROOT / "sd3_jax").parts[0] not in door:
             assert "ConfigDict" not in path.read_text(), path
+
+
+def test_what_of_jax_has_no_public_name_is_in_one_place():
+    for path in (ROOT / "sd3_jax").rglob("*.py"):
+        internal = "jax._src" in path.read_text()
+        assert internal == (path.name == "jax_internals.py"), path
+
+
+def test_one_process_does_without_it(monkeypatch, caplog):
+    """As if a later jax had moved it."""
+    for name in "jax._src.distributed", "jax._src.clusters":
+        monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delattr("jax._src.distributed")
+    assert jax_internals.global_state.client is None
+    assert jax_internals.detected_processes() == 1
+    assert "set SD3_COORDINATOR" in caplog.text
+    monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
+    with pytest.raises(UserError, match="wanted jax 0.10"):
+        _ = jax_internals.global_state.client
 
 
 def test_no_job_imports_pytorch():
