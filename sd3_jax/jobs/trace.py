@@ -1,5 +1,6 @@
 """An xprof trace of a few of a run's steps, written by every process."""
 
+import importlib.util
 import logging
 import tempfile
 from pathlib import Path
@@ -8,9 +9,25 @@ from typing import Any
 import jax
 from etils import epath
 
+from sd3_jax.errors import UserError
 from sd3_jax.metrics import write_whole
 
 log = logging.getLogger(__name__)
+
+
+def require_sound_profiler() -> None:
+    """UserError where libtpu is loaded and has no TPU: its tracer ends the process.
+
+    jax loads it wherever it is installed and JAX_PLATFORMS allows "tpu".
+    """
+    allowed = (jax.config.jax_platforms or "tpu").split(",")
+    platform = jax.devices()[0].platform
+    if platform != "tpu" and "tpu" in allowed and importlib.util.find_spec("libtpu"):
+        raise UserError(
+            "config.profile.start: libtpu is installed and jax found no TPU; its"
+            f" profiler would crash here: set JAX_PLATFORMS={platform}, or uninstall"
+            " libtpu"
+        )
 
 
 class Trace:
@@ -28,6 +45,8 @@ class Trace:
         """`done` steps of `total` lie behind; a start of 0 is never."""
         span = range(max(start, done + 1), min(start + steps, total + 1))
         self.steps = span if start else range(0)
+        if self.steps:
+            require_sound_profiler()
         if start and not span:
             log.info("no trace: this run goes on after step %d", done)
         self.folder, self._local = folder, None

@@ -1,5 +1,7 @@
 """Which steps a trace holds, wherever a run begins, ends or fails."""
 
+from types import SimpleNamespace
+
 import fsspec
 import jax
 import jax.numpy as jnp
@@ -7,6 +9,7 @@ import pytest
 from etils import epath
 from fsspec.implementations.memory import MemoryFileSystem
 
+from sd3_jax.errors import UserError
 from sd3_jax.jobs.trace import Trace
 
 
@@ -51,6 +54,21 @@ def traced(folder):
 def test_a_trace_holds_the_span_s_steps(tmp_path, first, last, span, wanted):
     life(tmp_path, first, last, **span)
     assert traced(tmp_path) == wanted
+
+
+@pytest.mark.parametrize("platforms", ["", "tpu,cpu"])
+def test_libtpu_without_a_tpu_is_told_of_before_it_crashes(monkeypatch, platforms):
+    """JAX_PLATFORMS=cpu, which the tests have, keeps jax from loading it."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "libtpu")
+    span = dict(start=1, steps=1, done=0, total=2)
+    Trace(epath.Path("unused"), **span)
+    fake = SimpleNamespace(jax_platforms=platforms)
+    monkeypatch.setattr("sd3_jax.jobs.trace.jax.config", fake)
+    with pytest.raises(UserError, match="set JAX_PLATFORMS=cpu"):
+        Trace(epath.Path("unused"), **span)
+    Trace(epath.Path("unused"), **span | dict(start=0))  # no trace is asked for
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    Trace(epath.Path("unused"), **span)
 
 
 def test_a_failing_run_leaves_its_trace_and_a_free_profiler(tmp_path):
