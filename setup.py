@@ -63,6 +63,8 @@ setup(
         "cuda": ["jax[cuda12]>=0.10.1"],
         "gcs": GCS,
         "torch": TORCH,
+        "mlflow": ["mlflow>=2.10"],
+        "wandb": ["wandb>=0.17"],
         "plan": PLAN,
         "dedup": DEDUP,
         "test": TEST,

@@ -11,12 +11,13 @@ import math
 import os
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from etils import epath
 
 from sd3_jax import files
+from sd3_jax.writers import Sender
 
 log = logging.getLogger(__name__)
 FILE = "metrics.jsonl"
@@ -48,11 +49,13 @@ class Metrics:
         total_steps: int,
         start_step: int | None = 0,
         process_index: int = 0,
+        writers: Sequence[Sender] = (),
     ):
         self.workdir = epath.Path(workdir)
         self.total_steps = total_steps
         self.start_step = math.inf if start_step is None else start_step
         self.silent = process_index != 0
+        self.writers = writers
         self._tensorboard = None
 
     def __enter__(self) -> "Metrics":
@@ -69,9 +72,11 @@ class Metrics:
             self._log.close()
             if self._tensorboard:
                 self._tensorboard.close()
+        for writer in self.writers:
+            writer.close()
 
     def write(self, step: int, kind: str, values: Mapping[str, Any]) -> None:
-        """One line; numbers go to TensorBoard too, strings and lists stay as is."""
+        """One line; numbers go to TensorBoard and the writers too."""
         if self.silent:
             return
         values = {name: _plain(value) for name, value in values.items()}
@@ -82,6 +87,8 @@ class Metrics:
         self._watch.show(step, kind, values)
 
     def _scalars(self, step, kind, values):
+        for writer in self.writers if values else ():
+            writer.write(step, kind, values)
         if values and self._tensorboard is None:
             self._tensorboard = _summary_writer(self.workdir, self.start_step)
         if values and self._tensorboard:
