@@ -40,6 +40,7 @@ import sd3_jax
 from sd3_jax import cli, hosts, main, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import assemble
+from sd3_jax.jobs.train import require_trainable_dtype
 from sd3_jax.training import optimizer
 from sd3_jax.training.state import abstract_state
 
@@ -98,6 +99,7 @@ def facts(config: ConfigDict, workdir: epath.Path) -> dict:
 def plan(config: ConfigDict) -> tuple[str, int]:
     """What does not fit the mesh, and the bytes of all checkpoints that are kept."""
     try:
+        require_trainable_dtype(config)
         mesh = sharding.make_mesh(**config.mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         optim = config.optim.to_dict()

@@ -80,6 +80,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("tokenizers", LOADED, model),
     ("sample.lora", (*PAINTED, "convert"), weighed),
     ("sample.prompts_file", ("sample",), file),
+    ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),
     ("encode.tokenizers", ENCODED, model),
 )

@@ -19,7 +19,8 @@ class Loader:
     `source.batch(indices)` gives the examples with these indices, and their captions
     if there are any, of which `tokenize` makes arrays. Example step *
     batch_size + row is row `row` of step `step`, whatever the number of processes and
-    threads, so a run is resumed, on any hosts, by its step alone.
+    threads, so a run is resumed, on any hosts, by its step alone. Step n of a run that
+    went on with another batch size has batch n + `ahead`.
     """
 
     def __init__(
@@ -30,14 +31,15 @@ class Loader:
         rows: np.ndarray,
         tokenize: Callable[[Sequence[str]], dict[str, np.ndarray]] | None = None,
         start: int = 0,
+        ahead: int = 0,
         threads: int = 2,
         prefetch: int = 8,
     ):
         memory.keep_freed()
-        self._source, self._batch_size = source, batch_size
+        self._source, self._batch_size, self._ahead = source, batch_size, ahead
 
         def load(step: int) -> dict[str, np.ndarray]:
-            batch = source.batch(step * batch_size + rows)
+            batch = source.batch((step + ahead) * batch_size + rows)
             captions = batch.pop("caption", None)
             return batch if captions is None else batch | tokenize(captions)
 
@@ -62,5 +64,5 @@ class Loader:
         Step 0 has the first batch, so step n's is the one that a run's n + 1st update
         is made from, whatever step this loader started at.
         """
-        first = step * self._batch_size
+        first = (step + self._ahead) * self._batch_size
         return self._source.names(np.arange(first, first + self._batch_size))

@@ -127,10 +127,12 @@ def trained_params(
     *,
     exact: bool = False,
 ):
-    """A checkpoint's weights, straight into their shardings, and its step; the newest's
-    unless `step` is given. Of fine-tuning with those that it trained beside. In eight
-    bits where config.quantize says so, unless they are to be `exact`."""
+    """A checkpoint's weights, straight into their shardings, and its step: `step`, else
+    config.sample.step, else the newest. Of fine-tuning with those that it trained
+    beside. In eight bits where config.quantize says so, unless they are to be `exact`.
+    """
     folder, which = checkpoints(workdir), config.sample.weights
+    step = step or config.sample.step or None
     params, step = tune.restored(
         config, made.objective, made.denoiser, folder, mesh, which=which, step=step
     )

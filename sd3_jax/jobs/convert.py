@@ -55,8 +55,8 @@ def control_path(weights: str) -> epath.Path | None:
 
 
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
-    """The denoiser of the newest checkpoint; its positions, a formula to us, are a
-    table in a file."""
+    """The denoiser of config.sample.step, or the newest checkpoint; its positions, a
+    formula to us, are a table in a file."""
     parts = assemble.parts(config)
     model = assemble.mmdit(config.model, "the released layouts hold no other")
     if model.weight_sets != 2:
@@ -73,7 +73,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     variables = {"params": jax.jit(leaves.arrays)(params["denoiser"])}  # with its LoRA
     if "buffers" in params:  # fine-tuned: what else a model has is its base's
         variables["buffers"] = params["buffers"]
-        base = tune.base_of(workdir)
+        base = tune.base_of(workdir, step)
         bundle = bundles.load(base, mesh=mesh, dtype="stored", tokenizers_from=None)
         bundle.variables["denoiser"] = variables
         return bundle

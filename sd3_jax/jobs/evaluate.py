@@ -1,4 +1,5 @@
-"""Score a workdir's newest checkpoint; the table is printed and kept in scores.json."""
+"""Score a workdir's checkpoint, the newest unless config.sample.step says another; the
+table is printed and kept in scores.json."""
 
 import json
 

@@ -1,6 +1,7 @@
 """From a config to the examples of a run: their source, shapes and encoders."""
 
 import functools
+import logging
 import math
 from collections.abc import Callable, Sequence
 
@@ -23,6 +24,7 @@ from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.pipelines.prompts import CLIP_LENGTH
 
+log = logging.getLogger(__name__)
 # What a recipe can make latents of, the first that a record has.
 PICTURES = {"pixels": ("image",), "latents": ("moments", "latents", "image")}
 
@@ -94,14 +96,12 @@ def shapes(config: ConfigDict, bucket: Bucket) -> dict[str, tuple[int, ...]]:
 
 
 def stored(config: ConfigDict, *, held_out: bool) -> Records:
-    """Records of the recipe's shapes, as many as a batch, or a validation, takes."""
-    data, size = config.data, config.data.batch_size
+    """Records of the recipe's shapes. A set may have fewer than its part of a batch,
+    which repeats some then; but as many are held out as a validation is to see."""
+    data, size = config.data, batch_size(config, held_out=held_out)
     key, paths, weights = "data.records", data.records, data.weights
-    least, by = size, f"of config.data.batch_size = {size}"
     if held_out:
         key, paths, weights = "data.held_out", data.held_out, ()
-        least = max(1, config.eval.examples // size) * size
-        by = f"for validation by config.eval.examples = {config.eval.examples}"
     try:
         found = Records(
             tuple(paths),
@@ -117,14 +117,14 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
         encoders.of_records(found)
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
-    for one in found.sets:
-        share = one.weight / sum(other.weight for other in found.sets)
-        wanted = math.ceil(least * share - 1e-6)
-        if len(one.numbers) < wanted:
-            raise UserError(
-                f"config.{key}: {one.name}: {len(one.numbers)} records, wanted at least"
-                f" {wanted}, its part {by}"
-            )
+    if held_out and len(found) < (wanted := validated(config)):
+        raise UserError(
+            f"config.{key}: {', '.join(paths)}: {len(found)} records, wanted at least"
+            f" {wanted} for validation by config.eval.examples ="
+            f" {config.eval.examples}; hold out more, or set"
+            f" --config.eval.examples={len(found)}"
+        )
+    tell_repeated(key, found, size)
     try:
         found.keep(fields(config, found.first))
     except UserError as error:
@@ -137,6 +137,32 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
                 f" recipe's are {by_x(wanted)}: {made(name, config, shape)}"
             )
     return found
+
+
+def batch_size(config: ConfigDict, *, held_out: bool = False) -> int:
+    """Of training, or of validation."""
+    return (held_out and config.eval.batch_size) or config.data.batch_size
+
+
+def validated(config: ConfigDict) -> int:
+    """Examples that a validation sees: whole batches, or less than one."""
+    size = batch_size(config, held_out=True)
+    return min(config.eval.examples, max(1, config.eval.examples // size) * size)
+
+
+def tell_repeated(key: str, source: Records, size: int) -> None:
+    """Log which sets, of which buckets, fill their part of a batch by repetition."""
+    for bucket in source.buckets:
+        total = sum(one.weight for one in bucket.sets)
+        for one in bucket.sets:
+            part = math.ceil(size * one.weight / total - 1e-6)
+            count = len(one.numbers)
+            if count < part:
+                log.warning(
+                    "config.%s: %s%s: %d records for %d of a batch: at least %d repeat",
+                    *(key, one.name, f", {bucket.name}" * bool(source.buckets[1:])),
+                    *(count, part, part - count),
+                )
 
 
 def by_bucket(source) -> str:
@@ -294,16 +320,19 @@ def loader(
     rows: np.ndarray,
     *,
     start: int = 0,
+    ahead: int = 0,
     made=None,
     encoder: Encoder | None = None,
+    held_out: bool = False,
 ) -> Loader:
     """This process's rows; `made` is the source, if it has been made."""
     return Loader(
-        made or source(config),
-        batch_size=config.data.batch_size,
+        made or source(config, held_out=held_out),
+        batch_size=batch_size(config, held_out=held_out),
         rows=rows,
         tokenize=tokenizer(config, encoder),
         start=start,
+        ahead=ahead,
         threads=config.data.threads,
         prefetch=config.data.prefetch,
     )

@@ -1,7 +1,9 @@
 """Going on with a run: what may differ from its settings so far, and what must not."""
 
+import inspect
 import json
 import logging
+import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -9,6 +11,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import validate
 from sd3_jax.errors import ConfigError, UserError, nearest
+from sd3_jax.training import optimizer
 
 log = logging.getLogger(__name__)
 # Keys and groups that change how a run is done, written or looked at, not what it
@@ -44,6 +47,58 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
         )
     if differ:
         log.info("goes on with other settings: %s", spelled(differ))
+
+
+def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None:
+    """UserError if train.steps, at which a decay ends, differs and is not declared.
+
+    The learning rate would jump at the step that the run goes on from. A rate that
+    differs for any declared reason is logged.
+    """
+    old_optim = config.optim.to_dict() | saved.get("optim", {})
+    old_steps = saved.get("train", {}).get("steps", config.train.steps)
+    old = learning_rate(old_optim, old_steps, step)
+    new = learning_rate(config.optim.to_dict(), config.train.steps, step)
+    rates = f"the learning rate at step {step} was {old:.3g}, is {new:.3g}"
+    decays = "constant" not in (old_optim["schedule"], config.optim.schedule)
+    moved = decays and old_steps != config.train.steps
+    if moved and not within("train.steps", config.train.changes):
+        raise UserError(
+            f"{where}: config.train.steps was {old_steps}, is {config.train.steps},"
+            f' where the decay of config.optim.schedule = "{config.optim.schedule}"'
+            f" ends: {rates}. To go on with the new one say so,"
+            " --config.train.changes=train.steps; else give back the old number, or"
+            " another workdir"
+        )
+    if moved or not math.isclose(old, new, rel_tol=1e-5):
+        log.warning("%s", rates)
+
+
+def learning_rate(optim: dict, steps: int, step: int) -> float:
+    """Of an update after `step` steps; `optim` may be of another version."""
+    known = inspect.signature(optimizer.make).parameters
+    options = {name: value for name, value in optim.items() if name in known}
+    return float(optimizer.make(**options, steps=steps)[1](step))
+
+
+def batches_ahead(data: dict, saved: dict, config: ConfigDict) -> int:
+    """How many batches the data are ahead of the step, so that no example comes twice.
+
+    `data` is a checkpoint's position, `saved` its config. After another batch size the
+    run goes on with the first whole batch of examples that it has not had: among
+    buckets, whose turn a batch is depends on its number.
+    """
+    step, size = data["next_step"], config.data.batch_size
+    old_size = saved.get("data", {}).get("batch_size", size)
+    examples = data.get("next_batch", step) * old_size
+    batch = -(-examples // size)
+    if old_size != size:
+        log.warning(
+            "config.data.batch_size was %d, is %d: %d examples were trained on, the"
+            " next is %d",
+            *(old_size, size, examples, batch * size),
+        )
+    return batch - step
 
 
 def warn(where: Any, saved: dict, config: ConfigDict) -> None:

@@ -136,6 +136,7 @@ class Study:
         config.seed = self.config.seed + one.seed
         config.train.prompts = ()
         validate(config)
+        train.require_trainable_dtype(config)
         return config
 
     def take(self, one: Run) -> bool:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable
@@ -19,12 +20,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import hosts, lock, pictures, sharding, tree, watch
+from sd3_jax import hosts, lock, pictures, sharding, tree, watch, writers
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble, encoders, examples, paint, resume, tune
 from sd3_jax.jobs.paint import Painter
-from sd3_jax.jobs.trace import Trace
+from sd3_jax.jobs.trace import Trace, require_sound_profiler
 from sd3_jax.metrics import PEAK_TFLOPS, Clock, Metrics, read, write_whole
 from sd3_jax.pipelines.encoding import Encoder
 from sd3_jax.training import optimizer
@@ -37,7 +38,7 @@ from sd3_jax.training.faults import NonFinite
 from sd3_jax.training.goodput import Goodput
 from sd3_jax.training.state import TrainState, abstract_state, init_state
 from sd3_jax.training.step import make_train_step
-from sd3_jax.training.tuning import Tuning
+from sd3_jax.training.tuning import SETS, Tuning
 
 log = logging.getLogger(__name__)
 COMPILERS = 4  # buckets' programs at once
@@ -48,6 +49,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     goodput = Goodput(float(os.environ.pop("SD3_BEGAN", time.time())))  # see main
     workdir = epath.Path(workdir)
     watch.expect("the start of the run", watch.LONG)
+    if jax.process_index() == 0:
+        writers.clients(config.train.writers)  # what is missing is told at once
+    if config.profile.start:
+        require_sound_profiler()
     mesh = sharding.make_mesh(**config.mesh)
     with (
         lock.held(workdir, "train"),
@@ -82,7 +87,38 @@ class Program(NamedTuple):
         return jax.tree.map(lambda x: x.sharding, self.abstract)
 
 
+def require_trainable_dtype(config: ConfigDict) -> None:
+    """UserError for float16, whose gradients need a scaled loss, which is not here.
+
+    A mean over a batch divides each example's gradient by its size: at batch 1024 most
+    of the entries fall below float16's least number and are zero.
+    """
+    if config.model.dtype == "float16":
+        raise UserError(
+            'config.model.dtype = "float16": gradients would be rounded to zero; wanted'
+            ' "bfloat16" or "float32" to train (float16 is for sampling alone)'
+        )
+
+
+def tell_average(config: ConfigDict) -> None:
+    """What `ema` will be, where config.ema does not say it."""
+    steps, every = config.train.steps, config.ema.every
+    if config.optim.name == "schedule_free":
+        log.info(
+            "validation, samples and exports take the average of config.optim.name ="
+            ' "schedule_free"; config.ema is not used'
+        )
+    elif steps < every:
+        log.warning(
+            "config.train.steps = %d, config.ema.every = %d: until its first turn the"
+            " average follows every step closely, and is little else than the last"
+            " weights; for an average set --config.ema.every=1",
+            *(steps, every),
+        )
+
+
 def program(config: ConfigDict, mesh: Mesh) -> Program:
+    require_trainable_dtype(config)
     parts = assemble.parts(config)
     tuning = tune.made(config, parts.objective)
     optim = config.optim.to_dict()
@@ -94,6 +130,7 @@ def program(config: ConfigDict, mesh: Mesh) -> Program:
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
         accumulate=accumulate,
+        prepared=tuning.prepared,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = abstract_state(key, tuning.init, tx, mesh)
@@ -145,6 +182,7 @@ class Training:
         self.validation = Validation(config, self.parts, mesh, self.encoder)
         self.painter = Painter(config, self.parts, mesh)
         self.settled = 0  # the newest step that was looked at
+        self.ahead = 0  # batches that the data are ahead of the step
 
     def run(self) -> None:
         train = self.config.train
@@ -161,33 +199,40 @@ class Training:
             checkpoints.require_space(self.abstract)
             state, start = self.restore_or_init(checkpoints)
             self.frozen, self.base = self.tuning.kept(self.base), {}
+            tell_average(self.config)
             self.describe(state)
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)
-                self.save_adapter(state.ema)  # it may have been killed before it did
+                self.save_adapter(state.ema, start)  # a kill may have come before it
                 return
             first = jax.process_index() == 0
             if first:  # before Metrics drops the lines of what will be done again
                 self.goodput.go_on(read(self.workdir), start)
+            names = train.writers if first else ()
             with Metrics(
                 self.workdir,
                 total_steps=train.steps,
                 start_step=start,
                 process_index=jax.process_index(),
+                writers=writers.open_all(names, self.workdir, self.settings),
             ) as metrics:
                 metrics.write(start, "goodput", self.goodput.line())
-                params = self.loop(state, start, checkpoints, metrics)
-        if params is not None:
-            self.save_adapter(params)
+                self.loop(state, start, checkpoints, metrics)
         if first:
             print(self.goodput.words())
 
-    def save_adapter(self, params: dict) -> None:
+    def save_adapter(self, params: dict, step: int) -> None:
         watch.expect("writing the LoRA", watch.LONG)
-        tune.save_adapter(self.config, self.parts.denoiser, params, self.workdir)
+        tune.save_adapter(self.config, self.parts.denoiser, params, self.workdir, step)
 
-    def begin(self, key: jax.Array, base: dict) -> TrainState:
-        return init_state(key, partial(self.tuning.start, start=base), self.tx)
+    def begin(self, key: jax.Array, base: dict, adapter: dict) -> TrainState:
+        """A new state; `adapter` is a LoRA to start from, or {}."""
+
+        def start(key):
+            params = self.tuning.start(key, base)
+            return tune.adapted(params, adapter) if adapter else params
+
+        return init_state(key, start, self.tx)
 
     def whole(self, params: dict) -> dict:
         """The model's parameters, with those that do not train."""
@@ -198,9 +243,9 @@ class Training:
         allowed = self.config.train.skip_nonfinite
         if checkpoints.latest() is None:
             self.nonfinite = NonFinite(allowed)
-            return jax.jit(self.begin, out_shardings=self.placed)(
-                self.key, self.base
-            ), 0
+            adapter = tune.initial_adapter(self.config, self.parts)
+            begin = jax.jit(self.begin, out_shardings=self.placed)
+            return begin(self.key, self.base, adapter), 0
         newest = {}
         with contextlib.suppress(UnreadableCheckpoint):  # restore will see to it
             newest = saved_config(checkpoints.directory)
@@ -213,6 +258,9 @@ class Training:
         known = data.get("encoders", {})
         encoders.compare(self.workdir, known, self.encoders, self.config)
         step = data["next_step"]
+        if step < self.config.train.steps:
+            resume.compare_rate(self.workdir, saved, self.config, step)
+            self.ahead = resume.batches_ahead(data, saved, self.config)
         self.nonfinite = NonFinite(allowed, data.get("skipped", 0), step)
         log.info("goes on from step %d of %s", step, self.workdir)
         return state, step
@@ -255,15 +303,13 @@ class Training:
                 write_whole(self.workdir / f"{name}.json", text.encode())
 
     def loop(self, state, start: int, checkpoints: Checkpoints, metrics: Metrics):
-        """One step ahead of the device: step n is given before n - 1 is waited for.
-
-        The average at the end, None if it was told to stop before.
-        """
+        """One step ahead of the device: step n is given before n - 1 is waited for."""
         train, goodput, since = self.config.train, self.goodput, start
         loader = examples.loader(
             self.config,
             self.rows,
             start=start,
+            ahead=self.ahead,
             made=self.source,
             encoder=self.encoder,
         )
@@ -306,15 +352,16 @@ class Training:
                 watch.expect(f"the save after step {step}", train.stuck_after)
                 with goodput.spend("checkpoint"):
                     saved, stop = self.save(step, state, checkpoints)
+                    if saved:
+                        self.save_adapter(state.ema, step)
                 if saved or validate_now or last or stop:
                     metrics.write(step, "goodput", goodput.line(finished=last))
                 if stop:
                     log.info("told to stop: step %d is saved", step)
-                    return None
+                    return
                 if pause:
                     clock.reset()
                     since = step
-        return state.ema
 
     def trace(self, start: int) -> Trace:
         folder, total = self.workdir / "profile", self.config.train.steps
@@ -325,6 +372,7 @@ class Training:
         last = step == self.config.train.steps
         skipped = self.nonfinite.skipped
         data = {"next_step": step, "skipped": skipped, "source": self.data}
+        data |= {"next_batch": step + self.ahead} if self.ahead else {}
         data |= {"base": self.began_with} if self.began_with else {}
         data |= {"encoders": self.encoders} if self.encoders else {}
         saved = checkpoints.save(
@@ -389,6 +437,9 @@ class Training:
             peak=PEAK_TFLOPS.get(jax.devices()[0].device_kind),
         )
         values = {name: float(value) for name, value in values.items()}
+        for name in SETS:  # nothing is logged of a set that the batch lacks
+            if math.isnan(values.get(name, 0.0)):
+                del values[name]
         lr = float(self.rate(step - 1))
         metrics.write(step, "train", {**values, "lr": lr, **rates})
 
@@ -436,25 +487,31 @@ class Validation:
     ):
         self.config, self.mesh, self.encoder = config, mesh, encoder
         self.trained_with = parts.encoders
+        self.size = examples.batch_size(config, held_out=True)
+        self.source = None  # opened by the first validation, for those to come
         self.key = jax.random.key(config.seed + 1)
         self.program = jax.jit(
             lambda params, key, batch, t: parts.objective.loss_at(
-                params, key, batch, jnp.broadcast_to(t, config.data.batch_size)
+                params, key, batch, jnp.broadcast_to(t, self.size)
             )
         )
 
     def __call__(self, params: dict) -> dict[str, float]:
-        size = self.config.data.batch_size
-        rows = sharding.local_rows(self.mesh, size)
-        source = examples.source(self.config, held_out=True)
-        if self.encoder is None:  # and for the validations to come
-            self.encoder = examples.encoder_of(self.config, source, self.mesh)
+        size = self.size
+        key = f"{'eval' if self.config.eval.batch_size else 'data'}.batch_size"
+        rows = sharding.local_rows(self.mesh, size, key=key)
+        if self.source is None:
+            self.source = examples.source(self.config, held_out=True)
+        if self.encoder is None:
+            self.encoder = examples.encoder_of(self.config, self.source, self.mesh)
         encoder = self.encoder
-        held_out = encoders.of_run(source, encoder)
+        held_out = encoders.of_run(self.source, encoder)
         if told := encoders.differing(self.trained_with, held_out):
             words = "config.data.held_out: encoded by others than the run's records: %s"
             log.warning(words, told)
-        batches = examples.loader(self.config, rows, made=source, encoder=encoder)
+        batches = examples.loader(
+            self.config, rows, made=self.source, encoder=encoder, held_out=True
+        )
         count = max(1, self.config.eval.examples // size)
         place = encoder or partial(sharding.put, mesh=self.mesh)
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from flax import linen as nn
 from jax import Array
@@ -14,13 +15,16 @@ from ml_collections import ConfigDict
 from sd3_jax import sharding, tree
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import resume
+from sd3_jax.models import lora as lora_model
 from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.pipelines import adapters, sources
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.training import lora as training_lora
 from sd3_jax.training import tuning
 from sd3_jax.training.checkpoint import restore_params, saved_config, saved_data
 from sd3_jax.training.objectives import Objective
 from sd3_jax.training.tuning import Tuning
+from sd3_jax.weights import adapters as adapter_files
 from sd3_jax.weights import lora
 
 log = logging.getLogger(__name__)
@@ -57,9 +61,9 @@ def made(config: ConfigDict, objective: Objective) -> Tuning:
     return one
 
 
-def base_of(workdir: epath.PathLike) -> str:
+def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
     """What a run began with."""
-    saved = saved_config(epath.Path(workdir) / CHECKPOINTS)
+    saved = saved_config(epath.Path(workdir) / CHECKPOINTS, step)
     return saved.get("tune", {}).get("base", "")
 
 
@@ -149,8 +153,68 @@ def restored(
     return one.whole(params, frozen), step
 
 
+def initial_adapter(config: ConfigDict, parts) -> dict:
+    """What config.tune.lora holds, as arrays on the host, {} without one.
+
+    UserError unless all of it is for the denoiser's maps that train, at their rank.
+    """
+    source, rank = config.tune.lora, config.tune.rank
+    if not source:
+        return {}
+    where = f"config.tune.lora = {source}"
+    path, weight = adapters.named(source)
+    path = sources.resolve(path, adapter_files.WANTED, what="LoRA")
+    pairs = adapter_files.read(path)
+    if others := sorted(set(pairs) - {"denoiser"}):
+        raise UserError(f"{where}: adapts {others[0]}; wanted the denoiser alone")
+    if not isinstance(parts.denoiser, MMDiT):
+        name = config.model.name
+        raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
+    ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
+    if ranks != [rank]:
+        wanted = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
+        listed = ", ".join(map(str, ranks))
+        raise UserError(
+            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {wanted}"
+        )
+    init = parts.objective.init
+    shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]
+    loaded = lora.load(
+        pairs["denoiser"], "denoiser", parts.denoiser, shapes, weight=weight
+    )
+    trained = training_lora.chosen(shapes, config.tune.targets)
+    of_file = [module for module, _ in lora_model.modules(loaded, "a")]
+    if others := ["/".join(module) for module in of_file if module not in trained]:
+        raise UserError(
+            f"{where}: adapts {others[0]}, which is not among config.tune.targets ="
+            f' "{config.tune.targets}"; "" are all'
+        )
+    log.info(
+        "%s: %d of %d linear maps start from it", where, len(of_file), len(trained)
+    )
+    scale = config.tune.alpha / rank if config.tune.alpha else 1.0  # as attach has it
+    divide = lambda pair: {"a": pair["a"], "b": pair["b"] / np.float32(scale)}
+    flat = {path: divide(pair) for path, pair in lora_model.modules(loaded, "a")}
+    return {"denoiser": lora_model.nested(flat)}
+
+
+def adapted(params: dict, adapter: dict) -> dict:
+    """A new LoRA's `params` with the adapter's matrices where it has them.
+
+    What of a map the adapter lacks (layers, or one of q, k and v) is zero in it: the
+    new a stays there, since of a and b both zero neither would ever have a gradient.
+    """
+    params = tree.unbox(params)
+    denoiser = training_lora.started(params["denoiser"], adapter["denoiser"])
+    return params | {"denoiser": denoiser}
+
+
 def save_adapter(
-    config: ConfigDict, denoiser: nn.Module, params: dict, workdir: epath.Path
+    config: ConfigDict,
+    denoiser: nn.Module,
+    params: dict,
+    workdir: epath.Path,
+    step: int,
 ) -> None:
     """A LoRA as diffusers loads it, in workdir; nothing of other training."""
     if not config.tune.base or config.tune.method != "lora":
@@ -163,9 +227,9 @@ def save_adapter(
         {"denoiser": params["denoiser"]},
         {"denoiser": denoiser},
         alpha=config.tune.alpha,
-        facts={"base": str(config.tune.base)},
+        facts={"base": str(config.tune.base), "step": str(step)},
     )
-    log.info("%s: the LoRA in diffusers' layout", path)
+    log.info("%s: the LoRA of step %d in diffusers' layout", path, step)
 
 
 def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:

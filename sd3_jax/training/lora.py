@@ -9,9 +9,18 @@ from flax import linen as nn
 from jax import Array
 
 from sd3_jax.errors import UserError, near
-from sd3_jax.models.lora import attach, kernels, layout, merge, nested, unmerge
+from sd3_jax.models.lora import (
+    attach,
+    kernels,
+    layout,
+    layout_of,
+    merge,
+    modules,
+    nested,
+    unmerge,
+)
 
-__all__ = ["attach", "chosen", "init", "merge", "unmerge"]
+__all__ = ["attach", "chosen", "init", "merge", "started", "unmerge"]
 SHOWN = 12  # paths in an error, at most
 
 
@@ -36,6 +45,22 @@ def init(key: Array, params: Any, *, rank: int, targets: str = "") -> dict:
             pair = [nn.LogicallyPartitioned(x, n) for x, n in zip(pair, names)]
         lora[path] = dict(zip("ab", pair))
     return nested(lora)
+
+
+def started(new: dict, adapter: dict) -> dict:
+    """A new LoRA with the matrices of `adapter`, where this has some; arrays.
+
+    Where all inputs of a rank's column of a are zero, in a layer or a group, `new` has
+    them still: of a and b that are both zero neither would have a gradient.
+    """
+    flat = dict(modules(new, "a"))
+    for path, pair in modules(adapter, "a"):
+        lies = layout_of(path, pair)
+        inputs = tuple(range(lies.layers, lies.layers + lies.inputs))
+        absent = jnp.all(pair["a"] == 0, axis=inputs, keepdims=True)
+        a = jnp.where(absent, flat[path]["a"], pair["a"])
+        flat[path] = {"a": a, "b": jnp.asarray(pair["b"])}
+    return nested(flat)
 
 
 def chosen(params: Any, targets: str) -> dict[tuple[str, ...], Any]:

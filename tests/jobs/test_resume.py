@@ -1,6 +1,7 @@
 """Going on with a run: with other settings, other examples, on other devices."""
 
 import logging
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -11,11 +12,13 @@ import pytest
 from etils import epath
 from flax import linen as nn
 
-from configs import sd3_2b
+from configs import dpo, dreambooth, finetune, lora, sd3_2b
 from sd3_jax import lock, main, metrics, sharding
+from sd3_jax.data.loader import Loader
 from sd3_jax.errors import ConfigError, UserError
-from sd3_jax.jobs import resume
-from sd3_jax.jobs.train import Training
+from sd3_jax.jobs import examples, resume
+from sd3_jax.jobs.train import Training, program, tell_average
+from sd3_jax.training import checkpoint
 
 TINY = "--config=configs/sd3_2b.py:tiny"
 QUIET = ["--config.train.eval_every=1000", "--config.train.sample_every=1000"]
@@ -80,6 +83,80 @@ def test_how_a_run_is_done_may_change(values):
     resume.compare("run", tiny().to_dict(), changed(**values))
 
 
+def decaying(steps, schedule="cosine", **values):
+    about = dict(train__steps=steps, optim__schedule=schedule, optim__warmup=0)
+    return changed(**about, **values)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("steps", [1_200, 300])
+def test_another_end_of_a_decay_is_refused_unless_declared(schedule, steps, caplog):
+    saved = decaying(600, schedule).to_dict()
+    with pytest.raises(UserError) as error:
+        resume.compare_rate("runs/a", saved, decaying(steps, schedule), 200)
+    message = str(error.value)
+    old, new = (float(x) for x in re.findall(r"[0-9.]+e-0\d", message))
+    assert (old < new) == (steps > 600) and "at step 200" in message
+    assert "--config.train.changes=train.steps" in message and "\n" not in message
+    for declared in "train.steps", "train":
+        config = decaying(steps, schedule, train__changes=(declared,))
+        resume.compare_rate("runs/a", saved, config, 200)
+        assert f"was {old:.3g}, is {new:.3g}" in caplog.text
+        caplog.clear()
+
+
+def test_a_constant_rate_has_no_end(caplog):
+    saved = decaying(600, "constant").to_dict()
+    resume.compare_rate("runs/a", saved, decaying(1_200, "constant"), 200)
+    assert not caplog.text
+    resume.compare_rate("a", saved, decaying(600, "constant", optim__lr=1.0), 200)
+    assert "the learning rate at step 200 was 0.0001, is 1" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "size, next_batch, wanted",
+    [(8, None, 0), (16, None, 15 - 30), (4, None, 60 - 30), (7, None, 35 - 30),
+     (8, 35, 5), (16, 35, 18 - 30)],
+)  # fmt: skip
+def test_examples_that_were_had_do_not_come_again(size, next_batch, wanted):
+    """30 steps of 8 are 240 examples."""
+    data = {"next_step": 30} | ({"next_batch": next_batch} if next_batch else {})
+    config = changed(data__batch_size=size)
+    ahead = resume.batches_ahead(data, tiny().to_dict(), config)
+    assert ahead == wanted
+    seen = (next_batch or 30) * 8
+    source = examples.source(config)
+    batches = Loader(
+        source, batch_size=size, rows=np.arange(size), start=30, ahead=ahead
+    )
+    names = batches.names(30)
+    assert 0 <= int(names[0].partition(":")[2]) - seen < size
+    first = source.example(int(names[0].partition(":")[2]))["pooled"]
+    np.testing.assert_array_equal(next(batches)["pooled"][0], first)
+
+
+RECIPES = (sd3_2b, lora, dreambooth, finetune, dpo)
+
+
+def test_a_run_too_short_for_its_average_is_told(caplog):
+    caplog.set_level(logging.INFO)
+    tell_average(changed(train__steps=99, ema__every=100))
+    assert "is little else than the last weights" in caplog.text
+    caplog.clear()
+    tell_average(changed(train__steps=100, ema__every=100))
+    assert not caplog.text
+    tell_average(changed(optim__name="schedule_free"))
+    assert "config.ema is not used" in caplog.text
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda x: x.__name__[8:])
+def test_float16_does_not_train(recipe):
+    config = recipe.get_config("tiny")
+    config.model.dtype = "float16"
+    with pytest.raises(UserError, match='"bfloat16" or "float32" to train'):
+        program(config, None)
+
+
 def test_a_key_of_another_version_is_no_change():
     saved = tiny().to_dict()
     del saved["optim"]["accumulate"]
@@ -133,8 +210,9 @@ def test_other_examples_are_refused_unless_declared():
 # Runs
 
 
-def train(workdir, devices, steps):
-    config = changed(train__steps=steps, train__eval_every=99, train__sample_every=99)
+def train(workdir, devices, steps, **values):
+    quiet = dict(train__eval_every=99, train__sample_every=99)
+    config = changed(train__steps=steps, **quiet, **values)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         Training(config, epath.Path(workdir), mesh).run()
@@ -162,6 +240,20 @@ def test_a_run_goes_on_on_fewer_devices(eight, tmp_path, devices):
     found = train(workdir, devices, AFTER)
     assert found[:BEFORE] == wanted[:BEFORE]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_run_goes_on_with_another_batch_size(eight, tmp_path, caplog):
+    workdir, sizes = (
+        shutil.copytree(eight[0], tmp_path / "run"),
+        {"data__batch_size": 16},
+    )
+    train(workdir, 1, 4, train__changes=("data.batch_size",), **sizes)
+    assert "24 examples were trained on, the next is 32" in caplog.text
+    path = epath.Path(workdir) / "checkpoints" / "4"
+    assert checkpoint._load(path, {"data": None})["data"]["next_batch"] == 3
+    caplog.clear()
+    train(workdir, 1, 4, **sizes)  # nothing is left to do, nor to declare
+    assert not caplog.text
 
 
 def test_a_run_goes_on_in_two_processes(eight, tmp_path):

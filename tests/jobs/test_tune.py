@@ -9,13 +9,15 @@ from parity import miniature
 from sd3_jax import main, metrics, sharding
 from sd3_jax.data import shards
 from sd3_jax.data.records import Record
-from sd3_jax.jobs import assemble
+from sd3_jax.jobs import assemble, tune
 from sd3_jax.pipelines import bundle as bundles
+from sd3_jax.weights import adapters, safetensors
 
 MEDIUM = {  # what the miniature is
     **{"depth": 4, "width": 64, "num_heads": 1, "dual_blocks": 2, "pos_size": 24},
     **{"context_dim": 160, "pooled_dim": 128, "dtype": "float32"},
 }
+SAVED: list[int] = []  # steps at which the run below wrote its LoRA
 SHORT = {"train.steps": 4, "checkpoint.every": 2, "train.eval_every": 100}
 
 
@@ -34,8 +36,41 @@ def released():
 def tuned(released, tmp_path_factory):
     """A LoRA beside the released miniature, trained unbroken."""
     workdir = tmp_path_factory.mktemp("lora")
-    assert train(workdir, "configs/lora.py:tiny", **released) == 0
+    save = tune.save_adapter
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            tune, "save_adapter", lambda *args: SAVED.append(args[-1]) or save(*args)
+        )
+        assert train(workdir, "configs/lora.py:tiny", **released) == 0
     return workdir
+
+
+def test_the_adapter_is_written_at_every_checkpoint(tuned):
+    assert SAVED == [2, 4]
+    _, metadata = safetensors.open_file(tuned / adapters.FILE)
+    assert metadata["step"] == "4"
+
+
+def test_a_run_starts_from_a_lora_file(tuned, released, tmp_path):
+    flags = released | {"tune.lora": tuned, "train.steps": 1, "optim.lr": 1e-12}
+    assert train(tmp_path, "configs/lora.py:tiny", **flags) == 0
+    new, _ = safetensors.open_file(tmp_path / adapters.FILE)
+    for key, tensor in safetensors.open_file(tuned / adapters.FILE)[0].items():
+        np.testing.assert_allclose(new[key].read(), tensor.read(), rtol=1e-5, atol=1e-9)
+    assert losses(tmp_path)[0] != losses(tuned)[0]
+
+
+def test_a_checkpoint_by_its_step(tuned, released, capsys):
+    argv = ["--config=configs/lora.py:tiny", f"--workdir={tuned}"]
+    argv += [f"--config.{k}={v}" for k, v in released.items()]
+    config = main.parse(["convert", *argv, "--config.sample.step=2"]).config
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        parts = assemble.parts(config)
+        assert assemble.trained_params(config, parts, tuned, mesh)[1] == 2
+    for job in "evaluate", "convert":
+        assert main.main([job, *argv, "--config.sample.step=3"]) == 2
+        assert "complete steps: 2, 4" in capsys.readouterr().err
 
 
 def losses(workdir):
@@ -106,10 +141,29 @@ def test_plan_knows_no_fine_tuning(tmp_path, capsys):
         ({"tune.base": ""}, 'config.tune.method = "lora": wanted config.tune.base'),
         ({"tune.base": "nowhere/at/all"}, "config.tune.base: "),
         ({"tune.targets": "atn"}, 'did you mean "attn"'),
+        ({"tune.lora": "nowhere/at/all.safetensors"}, "config.tune.lora = nowhere"),
     ],
 )
 def test_a_base_that_does_not_fit_is_told_of(flags, words, released, tmp_path, capsys):
     assert train(tmp_path, "configs/lora.py:tiny", **released | flags) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (
+            {"tune.rank": 8},
+            "rank 16, and config.tune.rank = 8: wanted --config.tune.rank=16",
+        ),
+        ({"tune.targets": "mlp"}, 'not among config.tune.targets = "mlp"'),
+    ],
+)
+def test_a_lora_file_that_does_not_fit_is_told_of(
+    flags, words, tuned, released, tmp_path, capsys
+):
+    flags = released | {"tune.lora": tuned} | flags
+    assert train(tmp_path, "configs/lora.py:tiny", **flags) == 2
     assert words in capsys.readouterr().err.splitlines()[-1]
 
 

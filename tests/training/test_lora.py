@@ -166,6 +166,25 @@ def _pairs(adapter, path=()):
         yield from _pairs(below, (*path, name))
 
 
+def test_what_an_adapter_lacks_of_a_map_starts_anew(params):
+    """A file with q of the first layer leaves k, v and the other layers zero."""
+    new = tree.unbox(lora.init(jax.random.key(1), params, rank=2, targets="image/attn"))
+    loaded = jax.tree.map(np.array, shaken(new))
+    path = ("blocks", "image", "attn", "to_qkv")
+    place = lambda tree_: tree_[path[0]][path[1]][path[2]][path[3]]
+    for name, x in place(loaded).items():
+        x[1:] = 0
+        x[(0, slice(None), slice(1, None)) if name == "a" else (0, slice(1, None))] = 0
+    started, fresh = lora.started(new, loaded), place(new)
+    qkv = place(started)
+    np.testing.assert_array_equal(qkv["a"][0, :, 0], place(loaded)["a"][0, :, 0])
+    np.testing.assert_array_equal(qkv["a"][0, :, 1:], fresh["a"][0, :, 1:])
+    np.testing.assert_array_equal(qkv["a"][1:], fresh["a"][1:])
+    np.testing.assert_array_equal(qkv["b"], place(loaded)["b"])
+    out = started["blocks"]["image"]["attn"]["to_out"]
+    chex.assert_trees_all_equal(out, loaded["blocks"]["image"]["attn"]["to_out"])
+
+
 def test_its_axes_are_the_kernels(boxed):
     made = lora.init(jax.random.key(1), boxed, rank=2, targets="attn")
     qkv, out = (made["blocks"]["image"]["attn"][x] for x in ("to_qkv", "to_out"))
