@@ -117,6 +117,16 @@ def tell_average(config: ConfigDict) -> None:
         )
 
 
+def tell_rate(config: ConfigDict) -> None:
+    """A rate that an optimizer which estimates its own makes too small to train."""
+    if config.optim.name == "prodigy" and config.optim.lr < 0.1:
+        log.warning(
+            'config.optim.lr = %g: config.optim.name = "prodigy" multiplies the rate'
+            " that it estimates by it; 1.0 is usual",
+            config.optim.lr,
+        )
+
+
 def program(config: ConfigDict, mesh: Mesh) -> Program:
     require_trainable_dtype(config)
     parts = assemble.parts(config)
@@ -200,6 +210,7 @@ class Training:
             state, start = self.restore_or_init(checkpoints)
             self.frozen, self.base = self.tuning.kept(self.base), {}
             tell_average(self.config)
+            tell_rate(self.config)
             self.describe(state)
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)

@@ -163,8 +163,11 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         return {}
     where = f"config.tune.lora = {source}"
     path, weight = adapters.named(source)
-    path = sources.resolve(path, adapter_files.WANTED, what="LoRA")
-    pairs = adapter_files.read(path)
+    try:
+        path = sources.resolve(path, adapter_files.WANTED, what="LoRA")
+        pairs = adapter_files.read(path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
     if others := sorted(set(pairs) - {"denoiser"}):
         raise UserError(f"{where}: adapts {others[0]}; wanted the denoiser alone")
     if not isinstance(parts.denoiser, MMDiT):

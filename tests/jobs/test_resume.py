@@ -17,7 +17,7 @@ from sd3_jax import lock, main, metrics, sharding
 from sd3_jax.data.loader import Loader
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import examples, resume
-from sd3_jax.jobs.train import Training, program, tell_average
+from sd3_jax.jobs.train import Training, program, tell_average, tell_rate
 from sd3_jax.training import checkpoint
 
 TINY = "--config=configs/sd3_2b.py:tiny"
@@ -133,6 +133,14 @@ def test_examples_that_were_had_do_not_come_again(size, next_batch, wanted):
     assert 0 <= int(names[0].partition(":")[2]) - seen < size
     first = source.example(int(names[0].partition(":")[2]))["pooled"]
     np.testing.assert_array_equal(next(batches)["pooled"][0], first)
+
+
+def test_a_rate_far_too_small_for_prodigy_is_told(caplog):
+    tell_rate(changed(optim__name="prodigy", optim__lr=1.0))
+    tell_rate(changed(optim__lr=1e-4))
+    assert not caplog.text
+    tell_rate(changed(optim__name="prodigy", optim__lr=1e-4))
+    assert "config.optim.lr = 0.0001" in caplog.text and "1.0 is usual" in caplog.text
 
 
 RECIPES = (sd3_2b, lora, dreambooth, finetune, dpo)
@@ -253,7 +261,7 @@ def test_a_run_goes_on_with_another_batch_size(eight, tmp_path, caplog):
     assert checkpoint._load(path, {"data": None})["data"]["next_batch"] == 3
     caplog.clear()
     train(workdir, 1, 4, **sizes)  # nothing is left to do, nor to declare
-    assert not caplog.text
+    assert "examples were trained on" not in caplog.text
 
 
 def test_a_run_goes_on_in_two_processes(eight, tmp_path):

@@ -1,5 +1,7 @@
 """Fine-tuning end to end: from released weights and from a run of ours."""
 
+import json
+
 import jax
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from sd3_jax import main, metrics, sharding
 from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.jobs import assemble, tune
+from sd3_jax.models.lora import modules
 from sd3_jax.pipelines import bundle as bundles
 from sd3_jax.weights import adapters, safetensors
 
@@ -58,6 +61,51 @@ def test_a_run_starts_from_a_lora_file(tuned, released, tmp_path):
     for key, tensor in safetensors.open_file(tuned / adapters.FILE)[0].items():
         np.testing.assert_allclose(new[key].read(), tensor.read(), rtol=1e-5, atol=1e-9)
     assert losses(tmp_path)[0] != losses(tuned)[0]
+
+
+def renamed(tuned, folder, kind):
+    """The run's LoRA as kohya's scripts and PEFT write one, of another alpha."""
+    tensors, _ = safetensors.open_file(tuned / adapters.FILE)
+    arrays = {key.removeprefix("transformer."): x.read() for key, x in tensors.items()}
+    if kind == "peft":
+        made = {f"base_model.model.{key}": x for key, x in arrays.items()}
+        about = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
+        (folder / adapters.PEFT_CONFIG).write_text(json.dumps(about))
+        path = folder / adapters.PEFT_FILE
+    else:
+        made, path = {}, folder / "kohya.safetensors"
+        for key, x in arrays.items():
+            module, side = key.removesuffix(".weight").rsplit(".", 1)
+            name = f"lora_transformer_{module.replace('.', '_')}"
+            down = {"lora_A": "lora_down", "lora_B": "lora_up"}[side]
+            made[f"{name}.{down}.weight"] = x
+            made[f"{name}.alpha"] = np.float32([32.0]).reshape(())
+    entry = lambda x: safetensors.Entry(x.dtype, x.shape, lambda: x)
+    safetensors.write_file(path, {key: entry(x) for key, x in made.items()})
+    return folder if kind == "peft" else path
+
+
+@pytest.mark.parametrize("kind", ["kohya", "peft"])
+def test_a_run_starts_from_other_tools_files(kind, tuned, released, tmp_path):
+    def loaded(path, *more):
+        flags = [
+            f"--config.{k}={v}" for k, v in (released | {"tune.lora": path}).items()
+        ]
+        argv = ["train", "--config=configs/lora.py:tiny", "--workdir=unused", *flags]
+        config = main.parse([*argv, *more]).config
+        adapter = tune.initial_adapter(config, assemble.parts(config))
+        return dict(modules(adapter["denoiser"], "a"))
+
+    wanted, path = loaded(tuned), renamed(tuned, tmp_path, kind)
+    for alpha, scale in (
+        (0, 2.0),
+        (8, 4.0),
+    ):  # of tune.alpha, that b is times in training
+        found = loaded(path, f"--config.tune.alpha={alpha}")
+        assert found.keys() == wanted.keys() and wanted
+        for place, pair in wanted.items():
+            np.testing.assert_allclose(found[place]["a"], pair["a"], rtol=1e-6)
+            np.testing.assert_allclose(found[place]["b"], scale * pair["b"], rtol=1e-6)
 
 
 def test_a_checkpoint_by_its_step(tuned, released, capsys):
@@ -211,7 +259,7 @@ def test_dpo_begins_at_ln_2_from_a_run_of_ours(tmp_path):
 
 
 def test_dreambooth_tells_its_two_losses_apart(released, tmp_path):
-    flags = released | {"train.steps": 2}
+    flags = released | {"train.steps": 2, "optim.accumulate": 2}
     assert train(tmp_path, "configs/dreambooth.py:tiny", **flags) == 0
     rows = [x for x in metrics.read(tmp_path) if x["kind"] == "train"]
     for row in rows:
