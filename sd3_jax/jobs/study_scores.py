@@ -87,6 +87,12 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for text in setting.split():
         override(config, f"sample.{text}", "config.study.settings")
+    if config.sample.step:
+        raise ConfigError(
+            f"config.study.settings: config.sample.step = {config.sample.step}: wanted 0,"
+            " for a study takes the step of the least validation loss; did you mean"
+            ' "steps"?'
+        )
     validate(config)
     return config
 
