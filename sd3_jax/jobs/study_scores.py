@@ -89,8 +89,8 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
         override(config, f"sample.{text}", "config.study.settings")
     if config.sample.step:
         raise ConfigError(
-            f"config.study.settings: config.sample.step = {config.sample.step}: wanted 0,"
-            " for a study takes the step of the least validation loss; did you mean"
+            f"config.study.settings: config.sample.step = {config.sample.step}: wanted"
+            " 0, for a study takes the step of the least validation loss; did you mean"
             ' "steps"?'
         )
     validate(config)
