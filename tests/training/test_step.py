@@ -83,7 +83,7 @@ def test_between_its_turns_the_average_stays_where_it_is():
     """All of the state is donated, and no leaf of it is copied on the way round."""
     side, key = 97, jax.random.key(0)
     init = lambda _: {"w": {"kernel": jnp.ones((side, side))}}
-    loss = lambda params, key, batch, frozen: (params["w"]["kernel"].sum(), {})
+    loss = lambda params, key, batch, frozen: ((params["w"]["kernel"] ** 2).sum(), {})
     tx, _ = optimizer.make(**OPTIM)
     step = make_train_step(loss, tx, ema_decay=0.9, ema_every=100)
     state = jax.eval_shape(lambda: init_state(key, init, tx))
