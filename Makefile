@@ -1,6 +1,7 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
-# make test: every promise at least once; what CI runs
+# make test: every promise at least once; CI as well
 # make test-slow: the same promises on more meshes, orders of devices and kinds of fault
+# make package: the wheel, built, installed and run from an empty folder; CI as well
 # make chaos: faults thrown at real runs, and what was lost; ten minutes at most
 # make bench: us and PyTorch on the clock, into benchmarks/; an idle machine, half an hour
 # make bench-guard: the same cases again, and what is more than 15 % worse than that
@@ -11,7 +12,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits plan chaos bench bench-guard test test-slow lint clean
+.PHONY: quickstart digits plan chaos bench bench-guard test test-slow lint package clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -54,6 +55,9 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 
+package: $(VENV)/installed-test
+	tests/package.sh $(VENV)/bin/python
+
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --upgrade pip
@@ -65,4 +69,4 @@ $(VENV)/installed-test: $(VENV)/installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) runs tests/.cache
+	rm -rf $(VENV) runs tests/.cache build dist *.egg-info

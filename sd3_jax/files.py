@@ -7,6 +7,7 @@ network disk, in a container.
 
 import os
 import stat
+from pathlib import Path
 from typing import Any
 
 from etils import epath
@@ -81,3 +82,10 @@ def parse_object(where: Any, text: str | bytes) -> dict:
 def remote(path: epath.PathLike) -> bool:
     """Whether the path is of an object store: gs://, s3://."""
     return "://" in os.fspath(path)
+
+
+def shipped(folder: str) -> Path:
+    """A folder of the repository, which a wheel holds inside the package (setup.py)."""
+    package = Path(__file__).resolve().parent
+    inside = package / Path(folder).name
+    return inside if inside.is_dir() else package.parent / folder

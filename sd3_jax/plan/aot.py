@@ -13,8 +13,10 @@ from etils import epath
 from jax.experimental import topologies
 
 from sd3_jax.errors import UserError
+from sd3_jax.files import shipped
 from sd3_jax.plan.slices import GB, Slice
 
+FLAGS = "launch/flags"  # a folder of the user's, or ours, wherever it is installed
 ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
     "TPU_SKIP_MDS_QUERY": "1",
     "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may plan at once
@@ -87,10 +89,12 @@ def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
     if not folder:
         return {}
     path = epath.Path(folder) / f"{each.kind}.env"
+    if folder == FLAGS and not path.exists():
+        path = epath.Path(shipped(FLAGS)) / path.name
     if not path.exists():
         raise UserError(
-            f'config.plan.flags = "{folder}": there is no {path}; wanted the folder'
-            ' launch/flags of the repository, or "" for the compiler\'s defaults'
+            f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
+            ' which is ours, another folder, or "" for the compiler\'s defaults'
         )
     paths = [path, path.with_name(f"{each.kind}.{job}.env")]
     text = "\n".join(path.read_text() for path in paths if path.exists())
