@@ -13,7 +13,7 @@ for word in "$@"; do
     *) words+=("$word") ;;
   esac
 done
-set -- "${words[@]}"
+set -- ${words[@]+"${words[@]}"}
 
 run() {
   if "$DRY_RUN"; then spell "$@"; else "$@"; fi
@@ -121,6 +121,35 @@ tpu_api() { # TPU VMs and queued resources are the Cloud TPU API's, which ends w
 refuse_tpu7x() {
   fail "$1: TPU7x is on GKE only; use launch/gke/render.py, launch/xpk.sh or" \
     "launch/cluster_toolkit.sh"
+}
+
+litepod() { # VARIABLE, which holds a TPU's type: v5e-N is v5litepod-N to Google's tools
+  [[ ${!1:-} == v5e-* ]] || return 0
+  printf -v "$1" %s "v5litepod-${!1#v5e-}"
+  echo "$1=v5e-${!1#v5litepod-}: Google's tools name it ${!1}" >&2
+}
+
+cloud_tpu() { # ACCELERATOR_TYPE and RUNTIME_VERSION, as the Cloud TPU API takes them
+  local version=
+  litepod ACCELERATOR_TYPE
+  case $ACCELERATOR_TYPE in # https://cloud.google.com/tpu/docs/runtimes
+    v5litepod-*) version=v2-alpha-tpuv5-lite ;;
+    v5p-*) version=v2-alpha-tpuv5 ;;
+    v6e-*) version=v2-alpha-tpuv6e ;;
+    v2-* | v3-* | v4-*) version=tpu-ubuntu2204-base ;;
+  esac
+  if [[ -z ${RUNTIME_VERSION:-} ]]; then
+    RUNTIME_VERSION=$version
+    require RUNTIME_VERSION
+    echo "RUNTIME_VERSION=$RUNTIME_VERSION, that of $ACCELERATOR_TYPE" >&2
+  fi
+  case $RUNTIME_VERSION in
+    "$version") ;;
+    v2-alpha-tpuv5-lite | v2-alpha-tpuv5 | v2-alpha-tpuv6e | tpu-ubuntu2204-base)
+      [[ -z $version ]] || fail "RUNTIME_VERSION=$RUNTIME_VERSION is of other TPUs than" \
+        "ACCELERATOR_TYPE=$ACCELERATOR_TYPE: wanted $version, or none, which means it"
+      ;;
+  esac
 }
 
 machine_flags() { # into MACHINE: gcloud's flags for what the hosts are and may do

@@ -10,8 +10,8 @@
 # checkpoint. It exits as the job does: 0 when done on all hosts, another code if restarting
 # cannot help, and with 255 if the hosts cannot be reached 10 times in a row.
 # `run`, `preflight` and `status` are those of tpu_vm.sh.
-# Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE (v5p-256),
-# RUNTIME_VERSION, NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the
+# Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE (v5p-256; v5e-16 is
+# v5litepod-16), RUNTIME_VERSION (the one that JAX wants on that type), NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the
 # project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved);
 # to run and for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300;
 # spot: 30), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs); to resume,
@@ -192,17 +192,17 @@ job() { # JOB FLAGS…, into PROGRAM and HOST
 verb=${1:-}
 shift || true
 case $verb in
-  create) needs+=(ACCELERATOR_TYPE RUNTIME_VERSION) ;;
+  create) needs+=(ACCELERATOR_TYPE) ;;
   run | preflight | resume)
     (($#)) || usage
     [[ $verb != resume && -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
-    [[ $verb != resume ]] || needs+=(RUNTIME_VERSION)
     ;;
   wait | setup | stop | status | logs | delete) ;;
   *) usage ;;
 esac
 require "${needs[@]}"
 tpu_api
+case $verb in create | resume) cloud_tpu ;; esac
 case $verb in
   wait) wait_for ;;
   run | resume)

@@ -8,9 +8,9 @@
 # `run` starts the job and returns. `preflight` checks all hosts and returns the result.
 # `status` prints a line per host: running, exit N, lost (the process is gone and left no
 # exit code: the host was rebooted) or none (no job was started since create or stop).
-# Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE (v6e-16) and
-# RUNTIME_VERSION, and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default ones); to
-# create and to run, PROVISIONING (on-demand, spot, reserved); to run and for preflight,
+# Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE (v6e-16; v5e-16 is
+# v5litepod-16), RUNTIME_VERSION (the one that JAX wants on that type), SERVICE_ACCOUNT,
+# NETWORK, SUBNETWORK (the project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved); to run and for preflight,
 # ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30),
 # CHECKPOINT_EVERY (spot: 200) and CACHE_DIR (of compiled programs); for logs, WORKER (0).
 # launch/README.md explains them.
@@ -51,7 +51,7 @@ job() { # JOB FLAGS…, into PROGRAM and HOST
 verb=${1:-}
 shift || true
 case $verb in
-  create) needs+=(ACCELERATOR_TYPE RUNTIME_VERSION) ;;
+  create) needs+=(ACCELERATOR_TYPE) ;;
   run | preflight)
     (($#)) || usage
     [[ -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
@@ -61,6 +61,7 @@ case $verb in
 esac
 require "${needs[@]}"
 tpu_api
+case $verb in create | resume) cloud_tpu ;; esac
 case $verb in
   create | setup) "$verb" ;;
   run)

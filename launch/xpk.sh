@@ -16,6 +16,7 @@ source "$(dirname "$0")/common.sh"
 require CLUSTER ZONE PROJECT WORKLOAD TPU_TYPE IMAGE
 at_least 1 NUM_SLICES CHECKPOINT_EVERY
 at_least 0 MAX_RESTARTS
+litepod TPU_TYPE
 generation TPU_TYPE
 (($#)) || usage
 grace 15

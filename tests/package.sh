@@ -23,8 +23,8 @@ site=$("$work/venv/bin/python" -c 'import site; print(site.getsitepackages()[0])
 "$python" -c 'import site; print(site.getsitepackages()[0])' >"$site/dependencies.pth"
 "$python" -m pip --quiet --python "$work/venv/bin/python" install --no-deps \
   --ignore-installed "$work"/dist/*.whl
-installed=$(cd "$site" && ls -d -- */ | grep -v dist-info)
-[[ $installed == sd3_jax/ ]] || { echo "installs $installed, wanted sd3_jax/" >&2; exit 1; }
+installed=$(find "$site" -mindepth 1 -maxdepth 1 ! -name "*.dist-info" ! -name "*.pth" -printf "%f ")
+[[ $installed == "sd3_jax " ]] || { echo "installs $installed, wanted sd3_jax/" >&2; exit 1; }
 
 mkdir "$work/empty" && cd "$work/empty"
 export PATH=$work/venv/bin:$PATH JAX_PLATFORMS=cpu XLA_FLAGS=--xla_backend_optimization_level=0

@@ -341,6 +341,9 @@ def notes(rows: list[dict]) -> list[str]:
         " published runs reach. Nothing was measured.",
         f"compiled by {aot.compiler()}: other versions make other programs",
     ]
+    for name in dict.fromkeys(row["slice"] for row in rows):
+        if (cloud := slices.cloud_name(name)).startswith(slices.LITEPOD[0]):
+            lines.append(f"{name}: {cloud} to gcloud and in launch/'s ACCELERATOR_TYPE")
     if any(row.get("verdict") == "tight" for row in rows):
         lines.append(
             f"tight: more than {bounds.TIGHT:.0%} of HBM by the compiler's count"

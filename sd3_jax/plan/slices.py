@@ -140,7 +140,13 @@ def find(name: str) -> Slice:
         )
     count = int(told[1] or 1)
     shape = tuple(int(n) for n in shapes[chips].split("x"))
-    return Slice(name, told[2], made, count * chips, shape, count)
+    return Slice(name.replace(*LITEPOD), told[2], made, count * chips, shape, count)
+
+
+def cloud_name(name: str) -> str:
+    """The type that Google's tools take: "v5litepod-16" for "v5e-16" or "2xv5e-16"."""
+    one = re.sub(r"^\d+x", "", name)
+    return one.replace(f"{LITEPOD[1]}-", f"{LITEPOD[0]}-")
 
 
 def _near(name: str) -> str:

@@ -194,10 +194,14 @@ def test_a_dry_run_prints_the_command(script, args, variables, command):
 @pytest.mark.parametrize(
     "script, args, variables",
     [
-        ("tpu_vm.sh", ["create"], VM | KIND),
+        ("tpu_vm.sh", ["create"], VM | dict(ACCELERATOR_TYPE="v6e-16")),
         ("tpu_vm.sh", ["run", *JOB], VM | dict(ACCELERATOR_TYPE="v6e-16")),
-        ("queued_resources.sh", ["create"], QUEUED | KIND),
-        ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND),
+        ("queued_resources.sh", ["create"], QUEUED | dict(ACCELERATOR_TYPE="v6e-16")),
+        (
+            "queued_resources.sh",
+            ["resume", *JOB],
+            QUEUED | dict(ACCELERATOR_TYPE="v6e-16"),
+        ),
         ("xpk.sh", JOB, XPK),
         ("cluster_toolkit.sh", JOB, TOOLKIT | dict(TOPOLOGY="4x4")),
     ],
@@ -216,6 +220,76 @@ def test_unset_variables_are_named(script, args, variables):
     line = message()
     assert re.search(r"set \w+(, \w+)* and \w+; see", line)
     assert all(name in line for name in variables)
+
+
+@pytest.fixture
+def gcloud(tmp_path, monkeypatch):
+    """A stand-in on PATH that writes down how it is called."""
+    for name in "gcloud", "xpk":
+        tool = tmp_path / name
+        tool.write_text(f'#!/bin/bash\necho "{name} $*" >>"{tmp_path}/calls"\n')
+        tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    return tmp_path / "calls"
+
+
+TYPES = [
+    ("v5e-16", "v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5litepod-16", "v5litepod-16", "v2-alpha-tpuv5-lite"),
+    ("v5p-8", "v5p-8", "v2-alpha-tpuv5"),
+    ("v6e-16", "v6e-16", "v2-alpha-tpuv6e"),
+    ("v4-8", "v4-8", "tpu-ubuntu2204-base"),
+]
+
+
+@pytest.mark.parametrize("kind, cloud, version", TYPES)
+def test_gcloud_gets_its_own_name_of_a_tpu_and_the_image_for_it(
+    gcloud, kind, cloud, version
+):
+    for script, where, flag in [
+        ("tpu_vm.sh", VM, "--version"),
+        ("queued_resources.sh", QUEUED, "--runtime-version"),
+    ]:
+        done = shell(script, "create", **where, ACCELERATOR_TYPE=kind)
+        assert done.returncode == 0, done.stderr
+        call = gcloud.read_text().splitlines()[-1].split()
+        assert call[0] == "gcloud" and "create" in call
+        assert f"--accelerator-type={cloud}" in call and f"{flag}={version}" in call
+        assert cloud in done.stderr and version in done.stderr
+        image = dict(ACCELERATOR_TYPE=kind, RUNTIME_VERSION="my-image")
+        assert shell(script, "create", **where, **image).returncode == 0
+        assert f"{flag}=my-image" in gcloud.read_text().splitlines()[-1].split()
+
+
+@pytest.mark.parametrize("kind, cloud, version", TYPES)
+def test_an_image_of_other_tpus_is_refused(gcloud, kind, cloud, version):
+    for other in {x for *_, x in TYPES} - {version}:
+        image = dict(ACCELERATOR_TYPE=kind, RUNTIME_VERSION=other)
+        done = shell("tpu_vm.sh", "create", **VM, **image)
+        assert done.returncode == 2 and not gcloud.exists()
+        assert f"ACCELERATOR_TYPE={cloud}: wanted {version}" in done.stderr
+
+
+def test_an_unknown_tpu_wants_its_image(gcloud):
+    done = shell("tpu_vm.sh", "create", **VM, ACCELERATOR_TYPE="v9-8")
+    assert done.returncode == 2 and "set RUNTIME_VERSION" in done.stderr
+    image = dict(ACCELERATOR_TYPE="v9-8", RUNTIME_VERSION="v2-alpha-tpuv5")
+    assert shell("tpu_vm.sh", "create", **VM, **image).returncode == 0
+
+
+def test_xpk_gets_google_s_name_too(gcloud):
+    done = shell("xpk.sh", *JOB, **(XPK | dict(TPU_TYPE="v5e-16")))
+    assert done.returncode == 0, done.stderr
+    call = gcloud.read_text()
+    assert "--tpu-type=v5litepod-16" in call and "TPU_GENERATION=v5e" in call
+
+
+@pytest.mark.parametrize("script", ["tpu_vm.sh", "queued_resources.sh"])
+def test_without_arguments_a_launcher_prints_its_usage(gcloud, script):
+    for args in ([], ["--dry-run"], ["crate"], ["run"]):
+        done = shell(script, *args)
+        assert done.returncode == 2 and done.stdout == "" and not gcloud.exists()
+        assert f"launch/{script} create" in done.stderr or "create|" in done.stderr
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

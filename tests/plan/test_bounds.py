@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import pytest
 
 from sd3_jax.errors import UserError
+from sd3_jax.jobs import plan
 from sd3_jax.models import attention, flops
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.plan import bounds, slices
@@ -64,6 +65,17 @@ def test_the_least_that_must_be_sent():
 def test_slices(name, chips, devices, topology):
     found = slices.find(name)
     assert (found.chips, found.devices, found.topology) == (chips, devices, topology)
+
+
+def test_a_v5e_has_google_s_name_too():
+    assert slices.find("v5litepod-16").name == "v5e-16"
+    names = "v5e-16", "2xv5e-256", "v5litepod-8", "v5p-8", "tpu7x-8"
+    clouds = "v5litepod-16", "v5litepod-256", "v5litepod-8", "v5p-8", "tpu7x-8"
+    assert tuple(map(slices.cloud_name, names)) == clouds
+    rows = [dict(slice=x, program="train") for x in ("v5p-8", "v5e-16", "v5e-16")]
+    pytest.importorskip("libtpu")
+    told = [line for line in plan.notes(rows) if "litepod" in line]
+    assert told == ["v5e-16: v5litepod-16 to gcloud and in launch/'s ACCELERATOR_TYPE"]
 
 
 @pytest.mark.parametrize(
