@@ -25,6 +25,7 @@ TEST = [
     "chex>=0.1.90",
     "build>=1.2",
     *DEDUP,
+    *GCS,
     "hypothesis>=6",
     "jsonschema>=4",
     "peft>=0.17",

@@ -63,6 +63,8 @@ def parse(argv: Sequence[str]) -> Call:
     validate(config)
     workdir = check_workdir(workdir)
     inputs.check(job, dict(leaves(config)))
+    paths = {f"config.{key}": value for key, value in leaves(config)}
+    inputs.require_drivers({"workdir": workdir} | paths)
     return Call(job, config, workdir)
 
 
@@ -104,7 +106,7 @@ def keys(recipe: str, config: ConfigDict) -> str:
 
 
 def finish(page):
-    print(page)
+    print(page, flush=True)
     raise SystemExit(0)
 
 

@@ -4,6 +4,7 @@ A wrong path is then answered at once. What a file holds, and whether the hub ha
 name, is seen when it is opened (pipelines/sources.py).
 """
 
+import importlib.util
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +28,23 @@ def check(job: str, values: Mapping[str, Any]) -> None:
         for text in value if isinstance(value, tuple | list) else [value]:
             if reason := kind(text):
                 raise UserError(f"config.{key} = {text}: {reason}")
+
+
+def require_drivers(values: Mapping[str, Any]) -> None:
+    """UserError for the first value, by its flag, that names a bucket which nothing
+    installed here can read."""
+    for name, value in values.items():
+        for text in value if isinstance(value, tuple | list) else [value]:
+            for scheme, (package, extra) in DRIVERS.items():
+                if not isinstance(text, str) or not text.startswith(scheme):
+                    continue
+                if name.rpartition(".")[2] in ("prompt", "prompts", "negative"):
+                    continue
+                if importlib.util.find_spec(package) is None:
+                    raise UserError(
+                        f"--{name}={text}: {scheme} paths need {package}, which is not"
+                        f" installed: wanted {extra}"
+                    )
 
 
 def exists(path: str) -> bool:
@@ -67,6 +85,10 @@ def file(text: str) -> str:
     return "" if exists(text) else "no such file"
 
 
+DRIVERS = {  # of etils.epath, by what a path of theirs begins with
+    "gs://": ("gcsfs", 'pip install gcsfs (the extras "gcs" and "tpu" have it)'),
+    "s3://": ("s3fs", "pip install s3fs"),
+}
 PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
 ENCODED = ("train", "precompute", "study")

@@ -1,5 +1,7 @@
 """Wrong paths are answered before jax is imported."""
 
+import importlib.util
+import re
 import subprocess
 import sys
 
@@ -102,3 +104,20 @@ def test_jax_is_not_imported_to_say_so(tmp_path, flag):
     assert done.stdout.split() == ["2"]
     assert done.stderr.startswith(f"sd3-jax: error: config.{key} = WRONG")
     assert "no such file" in done.stderr and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "values, wanted",
+    [
+        ({"workdir": "gs://b/run"}, "--workdir=gs://b/run: gs:// paths need gcsfs"),
+        ({"config.data.records": ("a", "s3://b/x")}, "s3:// paths need s3fs"),
+        ({"config.weights": "gs://b/sd3"}, '(the extras "gcs" and "tpu" have it)'),
+    ],
+)
+def test_a_bucket_wants_what_reads_it(monkeypatch, values, wanted):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=re.escape(wanted)):
+        inputs.require_drivers(values)
+    inputs.require_drivers({"workdir": "runs", "config.sample.prompt": "gs://b"})
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    inputs.require_drivers(values)
