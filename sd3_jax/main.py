@@ -1,12 +1,15 @@
 """The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
 import contextlib
+import errno
 import hashlib
 import importlib
 import importlib.metadata
 import logging
 import os
 import platform
+import select
+import socket
 import sys
 import tempfile
 import threading
@@ -16,6 +19,7 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from sd3_jax import signals
 from sd3_jax.cli import Call, parse, usage
 from sd3_jax.errors import (
     FAILED,
@@ -40,20 +44,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not argv:
         print(usage(), file=sys.stderr)
         return MISTAKE
+    with signals.answered():
+        return answer(argv)
+
+
+def answer(argv: Sequence[str]) -> int:
     try:
         call = parse(argv)
         set_up_logging()
         keep_programs(call.workdir)
         join_processes()
-        return run(call)
-    except KeyboardInterrupt:
-        reason, code = "interrupted", INTERRUPTED
+        code = run(call)
+        flush()
+        return code
+    except KeyboardInterrupt as stop:
+        reason, code = f"interrupted: {stop}".removesuffix(": "), INTERRUPTED
+        say(reason)
     except Exception as error:
         code = exit_code(error)
-        if code == MISTAKE or isinstance(error, RunFailed | RetryableError):
+        if isinstance(error, BrokenPipeError) and output_is_closed():
+            reason = "whoever read its output is gone"  # and needs no more words
+        elif code == MISTAKE or isinstance(error, RunFailed | RetryableError):
             reason = " ".join(str(error).split())
             for line in (reason, *getattr(error, "__notes__", ())):
-                print("sd3-jax: error:", *line.split(), file=sys.stderr)
+                say("error:", *line.split())
         elif code == FAILED and not joined():
             raise
         else:
@@ -72,6 +86,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     return code
 
 
+def say(*words: str) -> None:
+    with contextlib.suppress(BrokenPipeError):
+        print("sd3-jax:", *words, file=sys.stderr, flush=True)
+
+
+def flush() -> None:
+    """What is printed is out, or an error: at exit it would be a traceback."""
+    if sys.stdout is not None:
+        sys.stdout.flush()
+
+
+def output_is_closed() -> bool:
+    """Whether stdout's reader is gone (`| head`); what is left to print is dropped."""
+    poll = select.poll()
+    poll.register(sys.stdout, 0)
+    if closed := bool(poll.poll(0)):  # POLLERR of a pipe, POLLHUP of a terminal
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return closed
+
+
 def run(call: Call) -> int:
     """The job, once all processes have said that they are about to do the same."""
     from sd3_jax import hosts, watch  # no earlier, for they import jax
@@ -80,7 +114,12 @@ def run(call: Call) -> int:
         if joined():
             hosts.agree("code or config", statement(call))
         job = importlib.import_module(JOBS[call.job].module)
-        return job.run(call.config, call.workdir) or 0
+        try:
+            return job.run(call.config, call.workdir) or 0
+        except KeyboardInterrupt as stop:  # train says more
+            now = f"during {watch.doing()}; " if watch.doing() else ""
+            again = f"{now}the same command goes on"
+            raise KeyboardInterrupt(str(stop) or again) from None
 
 
 def statement(call: Call) -> dict:
@@ -158,6 +197,7 @@ def join_processes() -> None:
     import jax  # no earlier: help and mistakes are not to wait for it
 
     if peers:
+        refuse_port_in_use(peers)
         where = "process {process_id} of {num_processes}, at {coordinator_address}"
         with bounded(seconds, where.format(**peers)):
             jax.distributed.initialize(
@@ -193,6 +233,27 @@ def bounded(seconds: int, who: str) -> Iterator[None]:
         timer.cancel()
 
 
+def refuse_port_in_use(peers: dict) -> None:
+    """jax would print a stack; its processes then wait for an address of another's."""
+    address = peers["coordinator_address"]
+    port = int(address.rpartition(":")[2])
+    if peers["process_id"] != 0:
+        return
+    for family, host in (socket.AF_INET6, "::"), (socket.AF_INET, "0.0.0.0"):
+        try:
+            with socket.socket(family) as probe:  # as gRPC binds: all of the host's
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+            return
+        except OSError as error:
+            if error.errno in (errno.EADDRINUSE, errno.EACCES):
+                raise UserError(
+                    f"SD3_COORDINATOR = {address}: port {port}: {error.strerror}, on"
+                    " the host of process 0; wanted a free port over 1023, the same in"
+                    " every process, or the end of what holds it"
+                ) from None
+
+
 def joined() -> bool:
     return "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized()
 
@@ -206,7 +267,7 @@ def described_peers() -> dict:
         raise UserError(f"{absent[0]} is not set: {', '.join(names)} go together")
     address = os.environ["SD3_COORDINATOR"]
     host, _, port = address.rpartition(":")
-    if not host or not port.isdecimal():
+    if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
         raise UserError(f"SD3_COORDINATOR = {address}: wanted host:port")
     count = whole("SD3_NUM_PROCESSES", low=1)
     index = whole("SD3_PROCESS_ID", low=0, high=count - 1)

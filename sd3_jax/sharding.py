@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections import Counter
 
 import jax
 import numpy as np
@@ -33,7 +34,9 @@ def make_mesh(
     data: int = 1, fsdp: int = -1, context: int = 1, tensor: int = 1, *, devices=None
 ) -> Mesh:
     """A mesh over all devices, of all slices; -1 takes what the other axes leave."""
-    devices = jax.devices() if devices is None else devices
+    if devices is None:
+        devices = jax.devices()
+        refuse_uneven(devices)
     sizes = [data, fsdp, context, tensor]
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
@@ -50,6 +53,17 @@ def make_mesh(
         )
     # Explicit refuses what the partitioner is to solve.
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def refuse_uneven(devices) -> None:
+    """Rows of a batch and shards of a save are cut evenly over the processes."""
+    counts = Counter(device.process_index for device in devices)
+    for index in (i for i in sorted(counts) if counts[i] != counts[0]):
+        raise UserError(
+            f"processes 0 and {index} have {counts[0]} and {counts[index]} devices:"
+            " wanted as many in every process (see CUDA_VISIBLE_DEVICES,"
+            " TPU_VISIBLE_CHIPS, --xla_force_host_platform_device_count)"
+        )
 
 
 def arrange(sizes: list[int], devices) -> np.ndarray:

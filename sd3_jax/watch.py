@@ -42,6 +42,10 @@ class Watch:
         end = None if seconds is None else time.monotonic() + seconds
         self._seconds, self._what, self._deadline = seconds, what, end
 
+    @property
+    def what(self) -> str:
+        return self._what
+
     def stop(self) -> None:
         self._over.set()
         self._thread.join()
@@ -152,3 +156,8 @@ def expect(what: str, seconds: float | None) -> None:
     """Tell the watch, if there is one, what comes now and how long it may take."""
     if _watch is not None:
         _watch.expect(what, seconds)
+
+
+def doing() -> str:
+    """What the watch was told last, "" without one."""
+    return _watch.what if _watch is not None else ""

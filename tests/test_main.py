@@ -340,7 +340,17 @@ def run():
     ("body", "code", "err"),
     [
         ("print(config.train.steps, workdir)", 0, ""),
-        ("raise KeyboardInterrupt", 130, ""),
+        (
+            "raise KeyboardInterrupt",
+            130,
+            "sd3-jax: interrupted: the same command goes on\n",
+        ),
+        (
+            "from sd3_jax.watch import expect; expect('step 3', 9)\n"
+            "    raise KeyboardInterrupt",
+            130,
+            "sd3-jax: interrupted: during step 3; the same command goes on\n",
+        ),
         (
             "from sd3_jax.errors import UserError; raise UserError('no\\nweights')",
             2,
@@ -430,6 +440,58 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
         assert all(word in page for word in ("usage:", *JOBS, "A toy.", "--config.KEY"))
         assert "exit codes:" in page and "3    start it again" in page
         assert "More about it" not in page and "base.py" not in page
+
+
+PRINTS = """
+import sys
+from sd3_jax import main
+main.parse = lambda argv: main.Call("report", None, "")
+main.set_up_logging = main.join_processes = lambda: None
+main.keep_programs, main.joined = id, bool
+main.run = lambda call: print("x" * int(sys.argv[1])) or 0
+sys.exit(main.main(["report"]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["-m", "sd3_jax.main", "--help"], 1),
+        (["-m", "sd3_jax.main", "train", "--help", "--config=quickstart"], 1),
+        (["-c", PRINTS, "10"], 1),  # held back until the end
+        (["-c", PRINTS, "1000000"], 1),
+        (["-m", "sd3_jax.main", "trian"], 2),
+    ],
+)
+@pytest.mark.parametrize("also", [None, subprocess.STDOUT])
+def test_output_that_nobody_reads_is_no_traceback(here, argv, code, also):
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        done = subprocess.run(
+            [sys.executable, *argv],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=writing,
+            stderr=also or subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        os.close(writing)
+    assert done.returncode == code
+    assert also or "Traceback" not in done.stderr and "Exception" not in done.stderr
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="Linux has it")
+def test_output_to_a_full_disk_is_one_line(here):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-c", PRINTS, "10"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+    assert done.returncode == 2 and done.stderr.startswith("sd3-jax: error: [Errno 28]")
 
 
 def test_python_m_runs_main(here):

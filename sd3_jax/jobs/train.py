@@ -59,7 +59,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
     ):
-        Training(config, workdir, mesh, goodput).run()
+        training = Training(config, workdir, mesh, goodput)
+        try:
+            training.run()
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(training.interrupted()) from None
 
 
 def grace_seconds() -> float | None:
@@ -191,8 +195,9 @@ class Training:
         self.began_with, self.frozen = tune.identity(self.base), {}
         self.validation = Validation(config, self.parts, mesh, self.encoder)
         self.painter = Painter(config, self.parts, mesh)
-        self.settled = 0  # the newest step that was looked at
+        self.step_now = self.settled = 0  # the newest step that was looked at
         self.ahead = 0  # batches that the data are ahead of the step
+        self.nonfinite = NonFinite(config.train.skip_nonfinite)
 
     def run(self) -> None:
         train = self.config.train
@@ -232,6 +237,13 @@ class Training:
         if first:
             print(self.goodput.words())
 
+    def interrupted(self) -> str:
+        """Where Ctrl-C came, once all that was begun is saved, and how to go on."""
+        saved, last = self.nonfinite.last_saved, self.config.train.steps
+        step = f"at step {self.step_now} of {last}" if self.step_now else "at the start"
+        then = f"goes on from step {saved}" if saved else "starts again, from nothing"
+        return f"{step}; the same command {then}"
+
     def save_adapter(self, params: dict, step: int) -> None:
         watch.expect("writing the LoRA", watch.LONG)
         tune.save_adapter(self.config, self.parts.denoiser, params, self.workdir, step)
@@ -253,7 +265,6 @@ class Training:
         """The state, on its devices from birth, and the step it is at."""
         allowed = self.config.train.skip_nonfinite
         if checkpoints.latest() is None:
-            self.nonfinite = NonFinite(allowed)
             adapter = tune.initial_adapter(self.config, self.parts)
             begin = jax.jit(self.begin, out_shardings=self.placed)
             return begin(self.key, self.base, adapter), 0
@@ -332,6 +343,7 @@ class Training:
         with self.trace(start) as trace:
             for step in range(start + 1, train.steps + 1):
                 watch.expect(f"step {step}", train.stuck_after)
+                self.step_now = step
                 last = step == train.steps
                 log_now, validate_now, sample_now = (
                     step % every == 0 or (last and every <= train.steps)
