@@ -12,6 +12,7 @@ from sd3_jax.errors import ConfigError, near
 
 FACTOR = {"latents": 8, "pixels": 1}  # image pixels along a latent's side
 MODE_SCALE = 2 / (math.pi - 2)  # beyond it u -> t is not monotone (paper, sec. 3.1)
+TABLE = 2**30  # numbers of a position table, 4 GiB; the recipes' largest has 90 million
 
 
 def validate(config: ConfigDict) -> None:
@@ -37,11 +38,12 @@ def validate(config: ConfigDict) -> None:
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Every group, as a dict, and every leaf, by its dotted key."""
     for name, value in config.items():
+        key = f"{prefix}{name}"
         if isinstance(value, ConfigDict):
-            yield prefix + name, value.to_dict()
-            yield from flatten(value, f"{prefix}{name}.")
+            yield key, value.to_dict()
+            yield from flatten(value, f"{key}.")
         else:
-            yield prefix + name, value
+            yield key, value
 
 
 def leaves(tree: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,7 +52,7 @@ def leaves(tree: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any
         if isinstance(value, ConfigDict | dict):
             yield from leaves(value, f"{prefix}{name}.")
         else:
-            yield prefix + name, value
+            yield f"{prefix}{name}", value
 
 
 def complaint(key, value, wanted, choices=()):
@@ -66,13 +68,12 @@ class Rule(NamedTuple):
     choices: tuple[str, ...] = ()
 
 
-def integer(low, high=math.inf, also=()):
+def integer(low, high, also=()):
     is_int = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    ends = f">= {low}" if high == math.inf else f"in [{low}, {high}]"
     other = "".join(f" or {x}" for x in also)
     return Rule(
         lambda x: is_int(x) and (low <= x <= high or x in also),
-        f"an integer {ends}{other}",
+        f"an integer in [{low}, {high}]{other}",
     )
 
 
@@ -83,7 +84,18 @@ def number(wanted, holds):
 
 def one_of(*choices):
     names = ", ".join(map(str, choices)).lstrip(", ")
-    return Rule(lambda x: x in choices, f"one of {names}", tuple(map(str, choices)))
+    is_one = lambda x: any(isinstance(x, type(c)) and x == c for c in choices)
+    return Rule(is_one, f"one of {names}", tuple(map(str, choices)))
+
+
+def sequence(rule, wanted, holds=lambda x: True):
+    """Of a tuple or a list, each item of which keeps the rule."""
+    is_one = lambda x: isinstance(x, tuple | list)
+    return Rule(lambda x: is_one(x) and all(map(rule.holds, x)) and holds(x), wanted)
+
+
+def some_of(*names):
+    return sequence(one_of(*names), f"some of {', '.join(names)}")
 
 
 def is_regex(text):
@@ -94,25 +106,42 @@ def is_regex(text):
     return True
 
 
-POSITIVE = integer(1)
-STEPS = integer(1, 2**31 - 1)  # the state counts them in 32 bits
-COUNT = integer(0)
+def above_zero(high):
+    return number(f"a number in (0, {high:g}]", lambda x: 0 < x <= high)
+
+
+def between(low, high):
+    return number(f"a number in [{low:g}, {high:g}]", lambda x: low <= x <= high)
+
+
+# Every key has an upper bound: far above any use, and below what overflows 32 bits, a
+# float32 or a C library's argument after minutes of compiling.
+INT32 = 2**31 - 1
+POSITIVE = integer(1, INT32)
+COUNT = integer(0, INT32)
+DEPTH = integer(1, 1_000)
+WIDTH = integer(1, 2**16)  # of a layer, and of a picture in pixels
+FEW = integer(1, 1_024)  # heads, channels, threads
+BATCH = integer(1, 2**20)
 SEED = integer(0, 2**32 - 1)  # jax keeps 32 bits and drops the rest in silence
-AXIS = integer(1, also=(-1,))
-FINITE = number("a finite number", math.isfinite)
-RATE = number("a finite number > 0", lambda x: 0 < x < math.inf)
-WEIGHT = number("a finite number >= 0", lambda x: 0 <= x < math.inf)
-CLIP = number("a number >= 0 (0 or inf: none)", lambda x: x >= 0)
+AXIS = integer(1, 2**20, also=(-1,))
+RATE = above_zero(100)
+WEIGHT = between(0, 1e9)
+FACTORS = above_zero(1e9)
+SCALE = between(-1_000, 1_000)
+CLIP = number(
+    "a number in [0, 1e+09] (0 or inf: none)", lambda x: 0 <= x <= 1e9 or x == math.inf
+)
+SHIFT = number(
+    "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
+)
 BELOW_ONE = number("a number in [0, 1)", lambda x: 0 <= x < 1)
 UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
-LAYERS = Rule(
-    lambda x: all(COUNT.holds(i) for i in x), "layers by number, 0 being the first"
-)
-LEVELS = Rule(
-    lambda x: all(POSITIVE.holds(i) for i in x), "integers >= 1, one for each level"
-)
+LAYERS = sequence(integer(0, 999), "layers by number, 0 being the first")
+LEVELS = sequence(FEW, "integers in [1, 1024], one for each level")
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
-TEXTS = Rule(lambda x: all(isinstance(i, str) for i in x), "texts, with commas between")
+TEXT = Rule(lambda x: isinstance(x, str), "a text")
+TEXTS = sequence(TEXT, "texts, with commas between")
 PREFIX = Rule(lambda x: isinstance(x, str) and len(x) <= 1024, "a text, or nothing")
 HOOK = Rule(
     lambda x: isinstance(x, str) and (not x or ":" in x),
@@ -122,35 +151,29 @@ NPZ = Rule(
     lambda x: isinstance(x, str) and (not x or x.endswith(".npz")),
     "a path that ends with .npz, or nothing",
 )
-IGNORED = Rule(
-    lambda x: set(x) <= {"case", "punctuation", "space"},
-    "some of case, punctuation, space",
-)
+IGNORED = some_of("case", "punctuation", "space")
 REGEX = Rule(lambda x: isinstance(x, str) and is_regex(x), "a regular expression")
 MARK = Rule(
     lambda x: isinstance(x, str) and (not x or watermark.fits(x)),
     f"at most {watermark.LENGTH} bytes of text that prints",
 )
-MIX = Rule(
-    lambda x: len(x) == 3 and all(map(WEIGHT.holds, x)) and sum(x) > 0,
-    "three finite numbers >= 0, not all 0: of single digits, pairs and numbers",
+MIX = sequence(
+    WEIGHT,
+    "three numbers in [0, 1e+09], not all 0: of single digits, pairs and numbers",
+    lambda x: len(x) == 3 and sum(x) > 0,
 )
 OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "prodigy", "schedule_free")
-ENCODERS = ("vae", "clip_l", "clip_g", "t5")
-PARTS = Rule(
-    lambda x: all(name in ENCODERS for name in x), f"some of {', '.join(ENCODERS)}"
-)
-PATHS = Rule(lambda x: all(map(NAME.holds, x)), "paths of shards, or globs of them")
-WRITERS = Rule(lambda x: set(x) <= {"wandb", "mlflow"}, "wandb, mlflow or both")
-MODES = Rule(lambda x: set(x) <= {"eager", "compile"}, "eager, compile or both")
-TIMED = Rule(lambda x: set(x) <= {"forward", "train"}, "forward, train or both")
-SIZES = Rule(lambda x: all(map(POSITIVE.holds, x)), "integers >= 1")
-KINDS = Rule(
-    lambda x: len(x) > 0 and set(x) <= {"ema", "params"}, "ema, params or both"
-)
-WEIGHTS = Rule(
-    lambda x: all(map(RATE.holds, x)),
-    "finite numbers > 0; a set that is not to be drawn from is left out",
+PARTS = some_of("vae", "clip_l", "clip_g", "t5")
+WRITERS = some_of("wandb", "mlflow")
+PATHS = sequence(NAME, "paths of shards, or globs of them")
+MODES = some_of("eager", "compile")
+TIMED = some_of("forward", "train")
+SIZES = sequence(WIDTH, "integers in [1, 65536]")
+DEPTHS = sequence(DEPTH, "integers in [1, 1000]")
+KINDS = sequence(one_of("ema", "params"), "ema, params or both", lambda x: len(x) > 0)
+WEIGHTS = sequence(
+    FACTORS,
+    "numbers in (0, 1e+09]; a set that is not to be drawn from is left out",
 )
 
 RULES = (
@@ -159,10 +182,12 @@ RULES = (
     (one_of("mmdit", "dit", "crossdit", "uvit", "unet"), "model.name"),
     (one_of("bytes", "precomputed"), "text.name"),
     (one_of("rf", "edm", "eps/cos", "v/cos", "eps/linear", "v/linear"), "flow.path"),
-    (POSITIVE, "model.depth model.width model.num_heads model.patch model.channels"),
-    (POSITIVE, "model.text_split model.pos_size model.pos_base model.unroll"),
-    (POSITIVE, "model.context_dim model.pooled_dim"),
-    (COUNT, "model.dual_blocks"),
+    (DEPTH, "model.depth model.unroll text.depth"),
+    (WIDTH, "model.width model.context_dim model.pooled_dim text.width"),
+    (FEW, "model.num_heads model.patch model.channels text.num_heads"),
+    (integer(1, 2_048), "model.text_split text.length text.words"),
+    (integer(1, 8_192), "model.pos_size model.pos_base"),
+    (integer(0, 999), "model.dual_blocks"),
     (LEVELS, "model.multipliers"),
     (LAYERS, "model.attended"),
     (RATE, "model.mlp_ratio"),
@@ -173,11 +198,11 @@ RULES = (
         "model.remat",
     ),
     (one_of("auto", "xla", "dot_product", "splash"), "model.attention"),
-    (POSITIVE, "text.length text.width text.depth text.num_heads text.words"),
     (BELOW_ONE, "text.dropout"),
     (one_of(*FACTOR), "image.autoencoder"),
-    (POSITIVE, "image.height image.width image.buckets"),
-    (number("a finite number >= 1", lambda x: 1 <= x < math.inf), "image.aspect"),
+    (WIDTH, "image.height image.width"),
+    (FEW, "image.buckets"),
+    (between(1, 100), "image.aspect"),
     (one_of("center", "random"), "model.pos_crop"),
     (one_of("moments", "latents"), "encode.form"),
     (
@@ -190,69 +215,74 @@ RULES = (
     (PREFIX, "ingest.prefix"),
     (one_of("keep", "reject"), "ingest.uncaptioned"),
     (PARTS, "precompute.only"),
-    (POSITIVE, "precompute.part precompute.threads encode.rows"),
+    (POSITIVE, "precompute.part"),
+    (FEW, "precompute.threads dedup.threads"),
+    (BATCH, "encode.rows eval.rows"),
     (BELOW_ONE, "precompute.held_out"),
-    (COUNT, "precompute.plan"),
+    (integer(0, 10**15), "precompute.plan"),
     (NAME, "dedup.embed"),
     (UNIT, "dedup.threshold"),
     (COUNT, "dedup.clusters dedup.pairs inspect.records inspect.pictures"),
-    (POSITIVE, "dedup.probes dedup.batch_size dedup.threads"),
+    (POSITIVE, "dedup.probes"),
     (one_of("uniform", "logit_normal", "mode", "cosmap", "linear"), "flow.density"),
-    (FINITE, "flow.mean flow.mode_scale"),
-    (RATE, "flow.std flow.shift"),
+    (between(-100, 100), "flow.mean"),
+    (between(-1, MODE_SCALE), "flow.mode_scale"),
+    (between(1e-3, 1_000), "flow.std flow.shift"),
     (one_of(*OPTIMIZERS), "optim.name"),
     (one_of("float32", "bfloat16"), "optim.mu_dtype"),
     (one_of("constant", "cosine", "linear"), "optim.schedule"),
     (RATE, "optim.lr optim.muon_lr optim.eps"),
     (BELOW_ONE, "optim.b1 optim.b2 ema.decay data.bad_records"),
-    (WEIGHT, "optim.weight_decay"),
+    (between(0, 100), "optim.weight_decay"),
     (CLIP, "optim.clip"),
     (COUNT, "optim.warmup"),
-    (POSITIVE, "optim.accumulate ema.every"),
+    (BATCH, "optim.accumulate"),
+    (POSITIVE, "ema.every"),
     (one_of("full", "lora"), "tune.method"),
     (one_of("flow", "dpo"), "tune.objective"),
     (one_of("constant", "(1-t)^2"), "tune.weight"),
-    (POSITIVE, "tune.rank"),
+    (WIDTH, "tune.rank"),
     (WEIGHT, "tune.alpha tune.prior"),
-    (RATE, "tune.beta"),
+    (FACTORS, "tune.beta"),
     (REGEX, "tune.targets"),
     (AXIS, "mesh.data mesh.fsdp mesh.context mesh.tensor"),
-    (POSITIVE, "data.batch_size"),
-    (COUNT, "data.threads data.prefetch data.easy"),
+    (BATCH, "data.batch_size dedup.batch_size sample.batch_size"),
+    (integer(0, 1_024), "data.threads data.prefetch"),
+    (COUNT, "data.easy"),
     (PATHS, "data.records data.held_out"),
     (WEIGHTS, "data.weights"),
     (MIX, "data.mix"),
-    (STEPS, "train.steps"),
-    (POSITIVE, "train.log_every train.eval_every train.sample_every"),
+    (POSITIVE, "train.steps train.log_every train.eval_every train.sample_every"),
     (WRITERS, "train.writers"),
     (TEXTS, "train.prompts train.changes eval.scores plan.slices compare.prompts"),
     (TEXTS, "eval.compbench_scorers"),
     (POSITIVE, "checkpoint.every checkpoint.keep checkpoint.keep_every"),
     (COUNT, "profile.start train.skip_nonfinite"),
-    (RATE, "train.stuck_after"),
-    (POSITIVE, "profile.steps"),
-    (POSITIVE, "sample.steps sample.per_prompt sample.batch_size"),
+    (above_zero(1e7), "train.stuck_after"),
+    (integer(1, 10_000), "profile.steps sample.steps eval.few_steps"),
+    (integer(1, 100_000), "sample.per_prompt eval.per_prompt"),
     (one_of("", "euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "lcm"), "sample.solver"),
     (one_of("", "linear", "shifted", "released", "flow"), "sample.grid"),
     (one_of("ema", "params"), "sample.weights"),
-    (RATE, "compare.tolerance compare.bfloat16"),
-    (WEIGHT, "sample.cfg sample.shift"),
+    (FACTORS, "compare.tolerance compare.bfloat16"),
+    (between(0, 1_000), "sample.cfg"),
+    (SHIFT, "sample.shift"),
     (UNIT, "sample.cfg_start sample.cfg_stop sample.rescale"),
     (UNIT, "sample.skip_start sample.skip_stop"),
-    (FINITE, "sample.skip_scale"),
+    (SCALE, "sample.skip_scale"),
     (integer(1, 512), "sample.max_length"),
-    (integer(0, 2**31 - 1), "sample.step"),
-    (COUNT, "sample.clip_skip plan.per_chip"),
+    (COUNT, "sample.step"),
+    (integer(0, 999), "sample.clip_skip"),
+    (integer(0, 2**20), "plan.per_chip"),
     (LAYERS, "sample.skip_layers"),
     (one_of("train", "sample"), "plan.job"),
-    (POSITIVE, "plan.tries"),
+    (DEPTH, "plan.tries"),
     (one_of("diffusers", "original", "orbax"), "convert.to"),
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (one_of("", "int8", "fp8"), "quantize.denoiser quantize.t5"),
-    (POSITIVE, "eval.examples eval.pictures eval.few_steps"),
-    (COUNT, "eval.batch_size"),
+    (POSITIVE, "eval.examples eval.pictures"),
+    (integer(0, 2**20), "eval.batch_size"),
     (one_of("tune", "test"), "eval.split"),
-    (POSITIVE, "eval.per_prompt eval.rows"),
     (PATHS, "eval.real"),
     (NAME, "eval.features"),
     (NPZ, "eval.statistics"),
@@ -262,24 +292,32 @@ RULES = (
     (MARK, "sample.watermark"),
     (TEXTS, "study.variants study.sweep study.settings"),
     (one_of("loss", "score", "fid"), "study.by"),
-    (POSITIVE, "study.seeds study.pictures"),
+    (DEPTH, "study.seeds"),
+    (POSITIVE, "study.pictures"),
     (KINDS, "study.weights"),
     (MODES, "benchmark.against"),
     (one_of("float32", "bfloat16"), "benchmark.dtype"),
     (TEXTS, "benchmark.cases benchmark.apart"),
-    (POSITIVE, "benchmark.repeats benchmark.matmul benchmark.scaling.repeats"),
-    (COUNT, "benchmark.warmup benchmark.startup"),
-    (WEIGHT, "benchmark.pause"),
+    (integer(1, 10_000), "benchmark.repeats benchmark.scaling.repeats"),
+    (integer(0, 10_000), "benchmark.warmup benchmark.startup"),
+    (between(0, 3_600), "benchmark.pause"),
     (BELOW_ONE, "benchmark.worse"),
     (TIMED, "benchmark.scaling.kinds"),
-    (SIZES, "benchmark.scaling.tokens benchmark.scaling.depths benchmark.vae.channels"),
-    (POSITIVE, "benchmark.scaling.depth benchmark.scaling.width benchmark.vae.layers"),
-    (POSITIVE, "benchmark.scaling.num_heads benchmark.scaling.batch"),
-    (POSITIVE, "benchmark.scaling.unroll"),
+    (SIZES, "benchmark.scaling.tokens benchmark.vae.channels"),
+    (DEPTHS, "benchmark.scaling.depths"),
+    (DEPTH, "benchmark.scaling.depth benchmark.scaling.unroll benchmark.vae.layers"),
+    (WIDTH, "benchmark.matmul benchmark.scaling.width benchmark.scaling.batch"),
+    (FEW, "benchmark.scaling.num_heads"),
     *(
-        (POSITIVE, f"benchmark.{name}.{key}")
+        (rule, f"benchmark.{name}.{key}")
         for name in ("t5", "clip")
-        for key in "depth width num_heads mlp vocab length batch".split()
+        for rule, keys in (
+            (DEPTH, "depth"),
+            (FEW, "num_heads"),
+            (WIDTH, "width mlp length batch"),
+            (integer(1, 2**20), "vocab"),
+        )
+        for key in keys.split()
     ),
 )
 
@@ -374,9 +412,10 @@ def dual_blocks(blocks, depth):
         return f"at most {depth - 1}, one less than config.model.depth = {depth}"
 
 
-def mode_scale(scale, density):
-    if density == "mode" and not -1 <= scale <= MODE_SCALE:
-        return f"a number in [-1, {MODE_SCALE:.4f}] for the density mode"
+def table_size(pos_size, width):
+    if pos_size**2 * width > TABLE:
+        most = math.isqrt(TABLE // width)
+        return f"at most {most}, for config.model.width = {width}"
 
 
 def reached(start, steps):
@@ -510,7 +549,7 @@ RELATIONS = (
     (only_mmdit("center"), "model.pos_crop", "model.name"),
     (odd, "model.depth", "model.name"),
     (dual_blocks, "model.dual_blocks", "model.depth"),
-    (mode_scale, "flow.mode_scale", "flow.density"),
+    (table_size, "model.pos_size", "model.width"),
     (reached, "profile.start", "train.steps"),
     (interval, "sample.cfg_start", "sample.cfg_stop"),
     (one_rest, "mesh"),

@@ -143,10 +143,10 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
         (dict(records="('a', 7)"), "wanted paths of shards, or globs of them"),
         (
             dict(weights="3,0"),
-            "config.data.weights = (3, 0): wanted finite numbers > 0",
+            "config.data.weights = (3, 0): wanted numbers in (0, 1e+09]",
         ),
         (dict(weights="3"), "which are 2"),
-        (dict(weights="-1,-2"), "wanted finite numbers > 0"),
+        (dict(weights="-1,-2"), "wanted numbers in (0, 1e+09]"),
         (
             dict(held_out="()"),
             "config.data.held_out = (): wanted shards for validation",
