@@ -34,6 +34,17 @@ def size(path: epath.PathLike) -> int:
     return os.stat(path).st_size
 
 
+def children(folder: epath.Path) -> list[epath.Path]:
+    """What a folder of ours holds. In a bucket one without files is not there, whatever
+    mkdir was told: it holds nothing."""
+    try:
+        return list(folder.iterdir())
+    except FileNotFoundError:
+        if not remote(folder):
+            raise
+        return []
+
+
 def names(folder: epath.PathLike) -> list[str]:
     """A folder's names, sorted, without hidden ones: macOS keeps ._x beside x."""
     try:

@@ -53,6 +53,7 @@ def answer(argv: Sequence[str]) -> int:
         call = parse(argv)
         set_up_logging()
         keep_programs(call.workdir)
+        list_buckets_anew()
         join_processes()
         code = run(call)
         flush()
@@ -166,6 +167,16 @@ def keep_programs(workdir: str = "") -> None:
         folder = f"{workdir.rstrip('/')}/compilation_cache/{kind}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+
+
+def list_buckets_anew() -> None:
+    """Have fsspec, behind etils.epath, look at a bucket whenever it is asked.
+
+    It keeps listings, but orbax writes there by another client, and so do other hosts:
+    by an old listing a saved step is not there.
+    """
+    for name in "FSSPEC_GCS", "FSSPEC_S3":
+        os.environ.setdefault(name, '{"use_listings_cache": false}')
 
 
 def cache_home() -> Path:

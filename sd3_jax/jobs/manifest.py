@@ -8,6 +8,7 @@ from typing import Any
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import prepare, records
 from sd3_jax.data.items import Rejected
 from sd3_jax.data.prepare import Ready
@@ -71,7 +72,7 @@ class Manifest:
 
     def done(self) -> set[int]:
         """The parts that are whole."""
-        names = [path.name for path in self.folder.iterdir()]
+        names = [path.name for path in files.children(self.folder)]
         numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
         return {int(number) for number in numbers if int(number) < self.parts}
 
@@ -91,7 +92,7 @@ class Manifest:
     def clear_unfinished(self) -> list[int]:
         """Remove what a killed job left of parts that are not done; their numbers."""
         done = self.done()
-        for path in (self.workdir / "records").iterdir():
+        for path in files.children(self.workdir / "records"):
             number = path.name.split("-")[1] if path.name.count("-") >= 2 else ""
             unfinished = number.isdigit() and int(number) not in done
             if unfinished or path.name.endswith(".partial"):

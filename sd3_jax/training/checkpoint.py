@@ -205,7 +205,7 @@ class Checkpoints:
 
         def rename() -> str:
             with _explained(f"cannot set {path} aside"):
-                names = {x.name for x in self.directory.iterdir()}
+                names = {x.name for x in files.children(self.directory)}
                 name, i = f"{DAMAGED}{path.name}", 1
                 while name in names:
                     name, i = f"{DAMAGED}{path.name}-{i + 1}", i + 1
@@ -318,7 +318,7 @@ def _absolute(directory: epath.PathLike) -> epath.Path:
 
 def _prepare(directory: epath.Path) -> None:
     directory.mkdir(parents=True, exist_ok=True)
-    for path in directory.iterdir():
+    for path in files.children(directory):
         if path.name.endswith(TMP):
             path.rmtree()
     probe = directory / "write_probe"  # now, rather than a thousand steps later
@@ -329,7 +329,7 @@ def _prepare(directory: epath.Path) -> None:
 def _identity(directory: epath.Path) -> Any:
     """Equal as long as it is the same folder; None if there is none."""
     if files.remote(directory):
-        return directory.exists() or None
+        return "bucket"  # its folders come and go with the files in them
     try:
         found = os.stat(directory)
     except OSError:
@@ -340,7 +340,7 @@ def _identity(directory: epath.Path) -> Any:
 def _numbered(directory: epath.Path) -> list[int]:
     if not seal.is_there(directory):
         return []
-    names = (path.name for path in directory.iterdir())
+    names = (path.name for path in files.children(directory))
     return sorted(int(name) for name in names if re.fullmatch("[1-9][0-9]*", name))
 
 
