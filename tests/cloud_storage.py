@@ -5,8 +5,9 @@
         bucket.objects["run/config.json"].data
 
 etils and gcsfs find it by STORAGE_EMULATOR_HOST, tensorstore (orbax's arrays) by
-TENSORSTORE_GCS_HTTP_URL. One bucket, "emulated"; names in `objects` are below it. `fault` is
-asked of every request: None, an HTTP status, "slow" or "cut" (half an answer).
+TENSORSTORE_GCS_HTTP_URL. One bucket, "emulated"; names in `objects` are below it.
+`fault` is asked of every request: None, an HTTP status, "slow" or "cut" (half an
+answer).
 """
 
 import contextlib

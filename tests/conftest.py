@@ -45,6 +45,7 @@ LONG = (
     *("jobs/test_precompute", "test_launch", "jobs/test_records", "test_bundle"),
     *("jobs/test_compare", "jobs/test_resume", "test_recipes", "jobs/test_convert"),
     *("test_mmdit", "pipelines/test_context", "test_bad_inputs"),
+    *("jobs/test_cloud", "test_values", "e2e/test_container"),
 )
 
 

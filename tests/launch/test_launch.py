@@ -1048,6 +1048,8 @@ def test_images_and_tpu_hosts_have_gcsfs_and_the_planned_libtpu(monkeypatch):
     # jax[tpu] pins a libtpu, older than the one that plan compiles with.
     assert not any("jax[tpu]" in need for need in extras["tpu"])
     assert "-e '.[tpu]'" in (LAUNCH / "common.sh").read_text()
+    for image in LAUNCH.glob("Dockerfile.*"):  # setup.py reads the first of these
+        assert "COPY setup.py pyproject.toml README.md LICENSE ./" in image.read_text()
 
 
 # Flags
