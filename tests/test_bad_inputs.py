@@ -102,7 +102,7 @@ MISTAKES = [
     row(4, ["train", "sample"], "unexpected argument sample"),
     row(5, "train seed=1 seed=2", "twice: --config.seed=1 and --config.seed=2"),
     row(5, "train workdir=a workdir=b", "twice: --workdir=a and --workdir=b"),
-    row(6, ["train", "--workdir=a"], "no recipe given: wanted --config=RECIPE, "),
+    row(6, ["train", "--workdir=a"], "no recipe given: wanted --config=RECIPE"),
     row(6, ["train", f"--config={TINY}"], "no workdir given: wanted --workdir=DIR"),
     row(6, [f"--config={TINY}"], "no job given: wanted one of train, sample"),
     row(7, "train optim.lr=nan", "config.optim.lr = nan: wanted a number in (0, 100]"),
@@ -298,10 +298,16 @@ MISTAKES = [
         48, f"train config={LATENTS} workdir={{trained}}", "trained with other settings"
     ),
     row(49, "train workdir={held}", "another job is at work in ", "pid ", "since 20"),
-    row(50, "train optim.lr=1e30 train.steps=4", "step 3: loss ", "digits:16,", code=1),
+    row(
+        50,
+        "train optim.lr=100 optim.weight_decay=100 train.steps=4",
+        "step 3: loss ",
+        "digits:16,",
+        code=1,
+    ),
     row(
         51,
-        "train optim.lr=1e30 train.steps=4 train.skip_nonfinite=1",
+        "train optim.lr=100 optim.weight_decay=100 train.steps=4 train.skip_nonfinite=1",
         "step 4: loss ",
         "last good step 2",
         "2 such steps, and config.train.skip_nonfinite = 1",
