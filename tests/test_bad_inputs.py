@@ -307,7 +307,8 @@ MISTAKES = [
     ),
     row(
         51,
-        "train optim.lr=100 optim.weight_decay=100 train.steps=4 train.skip_nonfinite=1",
+        "train optim.lr=100 optim.weight_decay=100 train.steps=4"
+        " train.skip_nonfinite=1",
         "step 4: loss ",
         "last good step 2",
         "2 such steps, and config.train.skip_nonfinite = 1",

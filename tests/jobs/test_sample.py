@@ -129,7 +129,7 @@ def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty)
         ("image.height", "400", "at most 256"),
         ("sample.skip_layers", "9", "skip_layers 9: wanted a whole number 0 to 3"),
         ("model.dtype", "float16", "float16 overflows in T5-XXL"),
-        ("sample.shift", "1e30", "one that keeps 4 float32 steps apart"),
+        ("sample.shift", "1e30", "a number in [0.001, 1000]"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, forty, key, value, words):
