@@ -40,10 +40,11 @@ def run_in(order, jobs, processes=1, devices=8):
 
 def digit_jobs(workdir, mesh):
     quiet = dict(eval_every=100, sample_every=100)  # evaluate and sample come after
+    longer = dict(steps=4, changes="train.steps")
     scores = dict(pictures=16, scores="val_loss,digits,fid", features="pixels")
     return [
         job("train", DIGITS, workdir, train=dict(steps=2) | quiet, mesh=mesh),
-        job("train", DIGITS, workdir, train=dict(steps=4) | quiet, mesh=mesh),
+        job("train", DIGITS, workdir, train=longer | quiet, mesh=mesh),
         job("sample", DIGITS, workdir, mesh=mesh),
         job("evaluate", DIGITS, workdir, mesh=mesh, eval=scores),
     ]
