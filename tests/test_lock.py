@@ -8,7 +8,7 @@ import time
 import pytest
 from etils import epath
 
-from sd3_jax import lock
+from sd3_jax import files, lock
 from sd3_jax.errors import UserError
 
 FILE = ".train.lock"
@@ -97,7 +97,7 @@ def test_a_holder_on_another_host_is_known_by_its_beat(tmp_path):
 def test_on_an_object_store_the_beat_alone_tells(tmp_path, monkeypatch):
     """Where no lock of the system's reaches, as with gs://."""
     path = epath.Path(tmp_path / FILE)
-    monkeypatch.setattr(lock, "_remote", lambda path: True)
+    monkeypatch.setattr(files, "remote", lambda path: True)
     mine, other = lock.Lock(path, beat=0.1), lock.Lock(path, beat=0.1)
     mine.take()
     with pytest.raises(UserError, match="another job is at work"):

@@ -244,7 +244,7 @@ VALUES = [
     ("optim.lr=0", "a number in (0, 100]"),
     ("optim.name=AdmaW", '"adamw"'),
     ("optim.schedule=cos", "constant cosine"),
-    ("optim.clip=-1", "a number >= 0 (0 or inf: none)"),
+    ("optim.clip=-1", "a number in [0, 1e+09] (0 or inf: none)"),
     ("optim.name=schedule_free --config.optim.schedule=cosine", '"constant"'),
     ("optim.name=schedule_free --config.optim.b1=0.0", "> 0 divides"),
     ("optim.name=prodigy --config.optim.mu_dtype=bfloat16", "adamw muon lion"),

@@ -16,6 +16,7 @@ BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"  # as a compiler
 SLEEPS = "time.sleep(60)"
 PROGRAM = """
 import hashlib, signal, sys, time, types
+signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored below nohup
 from sd3_jax import main, signals
 sys.modules["sd3_jax.watch"] = types.SimpleNamespace(doing=lambda: "compiling the step")
 signals.PATIENCE = 0.2

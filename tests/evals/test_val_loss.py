@@ -34,7 +34,7 @@ def test_the_source_is_opened_once(monkeypatch):
     config = sd3_2b.get_config("tiny")
     config.eval.batch_size = 2
     at = lambda params, key, batch, t: params["w"] + jnp.mean(batch["pooled"]) * t[0]
-    parts = SimpleNamespace(objective=SimpleNamespace(loss_at=at))
+    parts = SimpleNamespace(objective=SimpleNamespace(loss_at=at), encoders={})
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     validation = Validation(config, parts, mesh)
     assert validation({"w": 1.0}) == validation({"w": 1.0})

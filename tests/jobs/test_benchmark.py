@@ -139,7 +139,7 @@ def test_ratios_are_of_pairs():
         ("cases=train batch=0", "wanted batch=NUMBER, 1 or more"),
         ("cases=t5,t5", '"t5" twice'),
         ("guard=no/such.json", "No such file"),
-        ("against=eagre", "wanted eager, compile or both"),
+        ("against=eagre", "wanted some of eager, compile"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, flag, words):

@@ -134,6 +134,7 @@ def test_records_on_a_bucket(bucket, tmp_path):
     bucket.fault = faulty()
     out = ["--config=quickstart:tiny", "--workdir=gs://emulated/data"]
     more = [f"--config.ingest.inputs={tmp_path}", "--config.precompute.only="]
+    more += ["--config.ingest.uncaptioned=keep"]
     run(bucket, "precompute", *out, *more)
     assert any(name.startswith("data/records/train") for name in bucket.objects)
     assert "data/manifest.json" in bucket.objects

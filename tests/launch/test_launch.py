@@ -1075,6 +1075,7 @@ TOPOLOGIES = {
 def compiles(generation, flags):
     told = dict(JAX_PLATFORMS="cpu", TPU_SKIP_MDS_QUERY="1", LIBTPU_INIT_ARGS=flags)
     told |= dict(ALLOW_MULTIPLE_LIBTPU_LOAD="1", JAX_COMPILATION_CACHE_DIR="")
+    told |= dict(XLA_FLAGS="")  # libtpu ends where one is for CPUs
     return subprocess.run(
         [sys.executable, "-c", COMPILE, TOPOLOGIES[generation]],
         env=os.environ | told,

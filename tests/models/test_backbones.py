@@ -359,7 +359,7 @@ def test_muon_takes_the_matrices_inside_blocks(name):
         ),
         (dict(attended=(1,)), r"attended = \(1,\): wanted \(\), or config.model.name"),
         (dict(name="unet", multipliers=(1, 2), attended=(2,)), "levels below 2"),
-        (dict(name="unet", multipliers=(1, 0)), "wanted integers >= 1, one for each"),
+        (dict(name="unet", multipliers=(1, 0)), "one for each level"),
         (dict(name="crossdit", num_heads=7), "width = 1536: wanted a multiple of"),
     ],
 )
