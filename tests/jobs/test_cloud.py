@@ -127,6 +127,7 @@ def test_pictures_and_weights_of_a_run_on_a_bucket(bucket):
     assert any("orbax" in name for name in bucket.objects)
 
 
+@pytest.mark.xfail(strict=True, reason="shards cannot be written to a bucket yet")
 def test_records_on_a_bucket(bucket, tmp_path):
     for i in range(4):
         pixels = np.full((64, 64, 3), 40 * i, np.uint8)
