@@ -181,16 +181,16 @@ def load(recipe: str) -> ConfigDict:
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ConfigError(f"{name}: get_config gave {kind}, wanted a ConfigDict")
-    refuse_strays(name, config)
+    refuse_strays(name, path, config)
     return config.lock()
 
 
-def refuse_strays(name: str, config: ConfigDict) -> None:
+def refuse_strays(name: str, path: Path, config: ConfigDict) -> None:
     """A recipe has base's keys, which jobs read, and groups of its own if it likes.
 
     Any other key would be read by nobody.
     """
-    path = find(name)  # its configs.base, where it has one of its own
+    # Of the recipe's folder, where that has a base of its own.
     base = attempt(name, path, importlib.import_module, "configs.base")
     if not hasattr(base, "get_config"):
         raise ConfigError(f"{base.__file__} hides our configs/base.py: rename it")

@@ -16,8 +16,8 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-from sd3_jax import jax_internals as distributed
 from sd3_jax.errors import RetryableError, UserError
+from sd3_jax.jax_internals import coordination_client
 
 ENDED = "sd3_jax/ended"
 LOOK = 2.0  # seconds between two looks at what others were told
@@ -29,7 +29,7 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
     """function() of process 0; its answer (JSON), or UserError, is everyone's."""
     if jax.process_count() == 1:
         return function()
-    client, key = distributed.global_state.client, f"sd3_jax/first/{next(_turn)}"
+    client, key = coordination_client(), f"sd3_jax/first/{next(_turn)}"
     if jax.process_index() == 0:
         try:
             answer = {"value": function()}
@@ -97,7 +97,7 @@ def meet(place: str, *, minutes: float = 30) -> None:
     gives up after half a minute on CPUs.
     """
     if jax.process_count() > 1:  # jax's public barriers are collectives themselves
-        client = distributed.global_state.client
+        client = coordination_client()
         client.wait_at_barrier(place, timeout_in_ms=int(60_000 * minutes))
 
 
@@ -106,7 +106,7 @@ def told_to_stop(step: int) -> bool:
 
     To be asked at every step: jax says it of one step only.
     """
-    if distributed.global_state.client is None:
+    if coordination_client() is None:
         return _told.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
 
@@ -115,14 +115,14 @@ def told_to_stop(step: int) -> bool:
 def heeding_sigterm() -> Iterator[None]:
     """In a run of one process; else jax's own handler, in C++, tells the others."""
     _told.clear()
-    alone = distributed.global_state.client is None
+    alone = coordination_client() is None
     with _sigterm_is_told() if alone else contextlib.nullcontext():
         yield
 
 
 def claim(name: str) -> bool:
     """Whether this process is the first of all to ask for it."""
-    client = distributed.global_state.client
+    client = coordination_client()
     if client is None:
         return True
     try:
@@ -141,7 +141,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
     Python's handler takes the place of jax's, which waits for a step of all to save.
     """
     _told.clear()
-    client = distributed.global_state.client
+    client = coordination_client()
     key, looked = "sd3_jax/stop", [time.monotonic()]
 
     def stop() -> bool:
@@ -174,7 +174,7 @@ def _sigterm_is_told() -> Iterator[None]:
 
 def tell_end(reason: str, code: int) -> None:
     """Let the other processes know that this one ends, and why; they end as well."""
-    client = distributed.global_state.client
+    client = coordination_client()
     if client is not None:
         note = json.dumps([jax.process_index(), reason, code])
         try:
@@ -185,7 +185,7 @@ def tell_end(reason: str, code: int) -> None:
 
 def ended() -> tuple[int, str, int] | None:
     """(process, reason, exit code) of another process that told its end."""
-    client = distributed.global_state.client
+    client = coordination_client()
     if client is None:
         return None
     try:
@@ -197,7 +197,7 @@ def ended() -> tuple[int, str, int] | None:
 
 
 def leads_others() -> bool:
-    return distributed.global_state.client is not None and jax.process_index() == 0
+    return coordination_client() is not None and jax.process_index() == 0
 
 
 def _everyones(text: str, seconds: float) -> list[str]:
@@ -205,13 +205,13 @@ def _everyones(text: str, seconds: float) -> list[str]:
     count, turn = jax.process_count(), f"sd3_jax/all/{next(_turn)}"
     if count == 1:
         return [text]
-    client = distributed.global_state.client
+    client = coordination_client()
     client.key_value_set(f"{turn}/{jax.process_index()}", text)
     return [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
 
 
 def _get(key: str, seconds: float, who: str) -> str:
-    client = distributed.global_state.client
+    client = coordination_client()
     try:
         return client.blocking_key_value_get(key, int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:

@@ -14,24 +14,19 @@ log = logging.getLogger(__name__)
 BY_HAND = "SD3_COORDINATOR, SD3_NUM_PROCESSES and SD3_PROCESS_ID"
 
 
-class _GlobalState:
-    @property
-    def client(self) -> Any:
-        """The coordination service's client, None in a run of one process."""
-        if not jax.distributed.is_initialized():
-            return None
-        try:
-            from jax._src import distributed
+def coordination_client() -> Any:
+    """The coordination service's client, None in a run of one process."""
+    if not jax.distributed.is_initialized():
+        return None
+    try:
+        from jax._src import distributed
 
-            return distributed.global_state.client
-        except (ImportError, AttributeError) as error:
-            raise UserError(
-                f"jax {jax.__version__}: {error}: a run of several processes needs its"
-                " coordination service's client; wanted jax 0.10"
-            ) from None
-
-
-global_state = _GlobalState()
+        return distributed.global_state.client
+    except (ImportError, AttributeError) as error:
+        raise UserError(
+            f"jax {jax.__version__}: {error}: a run of several processes needs its"
+            " coordination service's client; wanted jax 0.10"
+        ) from None
 
 
 def detected_processes() -> int:

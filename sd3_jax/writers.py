@@ -160,15 +160,13 @@ class Sender:
 
     def _open(self) -> None:
         path = self._workdir / IDS
-        ids = json.loads(path.read_text()) if path.exists() else {}
-        ids[self.name] = self._writer.open(
-            self._workdir.name, ids.get(self.name), self._config
-        )
+        ids = lambda: json.loads(path.read_text()) if path.exists() else {}
+        known_id = ids().get(self.name)
+        run_id = self._writer.open(self._workdir.name, known_id, self._config)
         self._opened = True
-        with LOCK:  # another writer may have put its own there
-            known = json.loads(path.read_text()) if path.exists() else {}
+        with LOCK:  # another writer may have put its own there meanwhile
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(json.dumps(known | {self.name: ids[self.name]}))
+            path.write_text(json.dumps(ids() | {self.name: run_id}))
 
     def _fail(self, reason: str, lines: int = 1) -> None:
         if not self.failed:

@@ -75,12 +75,12 @@ def test_one_process_does_without_it(monkeypatch, caplog):
     for name in "jax._src.distributed", "jax._src.clusters":
         monkeypatch.setitem(sys.modules, name, None)
     monkeypatch.delattr("jax._src.distributed")
-    assert jax_internals.global_state.client is None
+    assert jax_internals.coordination_client() is None
     assert jax_internals.detected_processes() == 1
     assert "set SD3_COORDINATOR" in caplog.text
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
     with pytest.raises(UserError, match="wanted jax 0.10"):
-        _ = jax_internals.global_state.client
+        jax_internals.coordination_client()
 
 
 def test_no_job_imports_pytorch():

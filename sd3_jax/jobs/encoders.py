@@ -27,18 +27,18 @@ def of_records(source: Any) -> dict[str, str]:
     Shards that were moved away from their workdir say nothing. A UserError if records
     of different encoders are mixed.
     """
-    found: dict[str, tuple[str, str]] = {}
+    of_part: dict[str, tuple[str, str]] = {}
     shards = source.shards if isinstance(source, Records) else ()
     for folder in dict.fromkeys(os.path.dirname(shard.path) for shard in shards):
         for part, fingerprint in _read(epath.Path(folder).parent).items():
-            first, known = found.setdefault(part, (folder, fingerprint))
+            first, known = of_part.setdefault(part, (folder, fingerprint))
             if known != fingerprint:
                 raise UserError(
                     f"{folder} was encoded by another {part} than {first}: fingerprints"
                     f" {fingerprint} and {known}. Wanted records of one config.encode."
                     "weights and dtype: make one of them again with the other's"
                 )
-    return {part: fingerprint for part, (_, fingerprint) in found.items()}
+    return {part: fingerprint for part, (_, fingerprint) in of_part.items()}
 
 
 def of_run(source: Any, encoder: Encoder | None) -> dict[str, str]:
@@ -58,30 +58,31 @@ def differing(known: Mapping[str, str], now: Mapping[str, str]) -> str:
 
 def warn(config: ConfigDict, known: Mapping[str, str], encoder: Encoder) -> None:
     """Of encoders that are others than those that a run was trained with."""
-    if known and (told := differing(known, encoder.bundle.fingerprints())):
+    if known and (differences := differing(known, encoder.bundle.fingerprints())):
         words = "config.encode.weights = %s: the run was trained with others, or with"
         words += " another encode.dtype or quantize.t5: %s; pictures will be worse"
-        log.warning(words, config.encode.weights, told)
+        log.warning(words, config.encode.weights, differences)
 
 
 def warn_of_base(
     config: ConfigDict, known: Mapping[str, str], now: Mapping[str, str]
 ) -> None:
     """Of records that were encoded otherwise than those of the run they start from."""
-    if told := differing(known, now):
+    if differences := differing(known, now):
         words = "config.tune.base = %s: was trained with other encoders: %s"
-        log.warning(words, config.tune.base, told)
+        log.warning(words, config.tune.base, differences)
 
 
 def compare(
     where: Any, saved: Mapping[str, str], now: Mapping[str, str], config: ConfigDict
 ) -> None:
     """UserError if a run goes on with what other encoders made, unless that is said."""
-    told = differing(saved, now)
-    if told and not {"data", "encode", "encode.weights"} & set(config.train.changes):
+    differences = differing(saved, now)
+    declared = {"data", "encode", "encode.weights"} & set(config.train.changes)
+    if differences and not declared:
         raise UserError(
-            f"{where} was trained with other encoders: {told}. Bring those back, or go"
-            " on with these and say so: --config.train.changes=data"
+            f"{where} was trained with other encoders: {differences}. Bring those back,"
+            " or go on with these and say so: --config.train.changes=data"
         )
 
 

@@ -67,10 +67,11 @@ def require_same(
             elif what := _change(item, old):
                 edited.append(f"{item.source}: {what}")
     kinds = {"added": added, "removed": sorted(before), "edited": edited}
-    if told := [f"{len(x):,} {kind} ({_named(x)})" for kind, x in kinds.items() if x]:
+    counted = [f"{len(x):,} {kind} ({_named(x)})" for kind, x in kinds.items() if x]
+    if counted:
         raise UserError(
-            f"config.ingest.inputs: {', '.join(told)} since {workdir} was made of it:"
-            " give back the old files, or another workdir"
+            f"config.ingest.inputs: {', '.join(counted)} since {workdir} was made of"
+            " it: give back the old files, or another workdir"
         )
     return [*map(place, planned)] == [*map(place, parts)]
 

@@ -257,11 +257,9 @@ def test_dpo_begins_at_ln_2_from_a_run_of_ours(tmp_path):
     job = ["-m", "sd3_jax.main", "train", "--config=configs/quickstart.py:tiny"]
     job += [f"--workdir={tmp_path}/dpo", *given]
     # In a process with XLA's usual fusions, where both networks round alike.
-    flags = (
-        "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    )
-    usual = {"XLA_FLAGS": flags}
-    (done,) = multiprocess.run(job, processes=1, devices=8, env=usual, timeout=300)
+    usual = "--xla_force_host_platform_device_count=8 "
+    env = {"XLA_FLAGS": usual + "--xla_backend_optimization_level=0"}
+    (done,) = multiprocess.run(job, processes=1, devices=8, env=env, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     rows = [x for x in metrics.read(tmp_path / "dpo") if x["kind"] == "train"]
     assert rows[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
