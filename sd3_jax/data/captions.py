@@ -16,7 +16,7 @@ from numpy import ndarray
 
 from sd3_jax import hooks
 from sd3_jax.data import records
-from sd3_jax.data.items import BadItem, Value, asked
+from sd3_jax.data.items import BadItem, Numeral, Value, asked
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
@@ -77,7 +77,8 @@ def draw(
     place = bisect(ends, which * ends[-1])
     each, texts = having[min(place, len(having) - 1)]  # past the last by rounding
     if not each.function:
-        return Drawn(texts[int(among * len(texts))], each.name)
+        several = " (one of several)" if len(texts) > 1 else ""
+        return Drawn(texts[int(among * len(texts))], each.name + several)
     made = asked(each.function, each.name, picture, item_columns)
     if not isinstance(made, str):
         raise BadItem(f"{each.name} gave no text: {shown(type(made).__name__)}")
@@ -119,6 +120,7 @@ def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
 
 
 def _text(value: Value) -> str:
+    value = value.text if isinstance(value, Numeral) else value
     try:
         return records.clean(value) if isinstance(value, str) else ""
     except ValueError:  # half of a surrogate pair: it came of a broken file

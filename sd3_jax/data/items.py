@@ -22,8 +22,21 @@ TEXT = 2**16  # characters of a column's text, values of its list; the rest is c
 Value = str | int | float | bool | None | list | dict
 
 
+LABELS = ("-masklabel", "-condlabel")  # end the names of OneTrainer's masks
+LABEL = "a mask or condition of another picture (OneTrainer's -masklabel, -condlabel)"
+
+
 class BadItem(UserError):
     """Why an item is not taken, as a Rejected's reason says it: where, others know."""
+
+
+class Numeral(float):
+    """A number in a CSV file. In a column of captions it is the text that it was."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = str(text)
+        return number
 
 
 class Item(NamedTuple):
@@ -95,10 +108,34 @@ def read_columns(
             data = file.read(min(size, SIDECAR + 1))
         if len(data) > SIDECAR:
             raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
-        text = data.decode("utf-8-sig")
-        return columns(text) if extension == "json" else {"caption": text[:TEXT]}
+        text = data.decode(encoding_of(data))
+        return columns(text) if extension == "json" else {"caption": _lines(text)}
     except (OSError, ValueError) as error:
         raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
+
+
+def _lines(text: str) -> str | list[str]:
+    """A text's caption, or its captions: each line is one, as OneTrainer has it."""
+    lines = [line for line in text[:TEXT].splitlines() if line.strip()]
+    return lines if len(lines) > 1 else text[:TEXT]
+
+
+def encoding_of(start: bytes) -> str:
+    """Of a text that begins with these bytes: UTF-16 has a mark there, else UTF-8."""
+    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def merge(columns: dict[str, Value], over: Mapping[str, Value]) -> dict[str, Value]:
+    """Both, the second over the first; but what is empty hides nothing."""
+    kept = {k: v for k, v in over.items() if k not in columns or not empty(v)}
+    return columns | kept
+
+
+def empty(value: Value) -> bool:
+    """Whether nothing is said: null, white space, or a list of such."""
+    if isinstance(value, list):
+        return all(map(empty, value))
+    return value is None or isinstance(value, str) and not value.strip()
 
 
 def columns(text: str) -> dict[str, Value]:

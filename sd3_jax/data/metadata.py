@@ -3,8 +3,10 @@
 {"file_name": "sub/a.jpg", "text": "a red fox", "aesthetic": 5.1}
 """
 
+import codecs
 import csv
 import io
+import math
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -22,6 +24,9 @@ BLOCK = 2**20  # bytes that are read at once
 PLAIN = re.compile(rb'"file_name"\s*:\s*"([^"\\]*)"')
 SPELT = re.compile(rb"\\u00[56]")  # a letter of file_name that is spelt as its number
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+NULLS = {"", "nan", "NaN", "None", "null", "NULL", "<NA>", "inf", "-inf"}  # pandas'
+DELIMITERS = ",\t;"
+ROW = re.compile(r"[\r\n]\s*[^,;\t\r\n]+\.(jpe?g|png|webp)\"?[,;\t]", re.IGNORECASE)
 FAULTS = (OSError, UnicodeError, csv.Error)  # of a whole file
 
 
@@ -60,23 +65,23 @@ def columns(
     depth = lambda file: len(file[0].split("/")) if file[0] else 0
     columns_of, bad_lines, bad_files = {}, {}, {}
     for place, name in sorted(files, key=lambda file: (depth(file), file)):
-        here = {}
+        of_file = {}  # by picture; the first line about it counts
         try:
             for _, line in _lines(root, place, name, names):
                 if isinstance(line, BadLine):
-                    for each in set(line.names) & set(names):
-                        bad_lines.setdefault(each, f"its line in {name}: {line}")
+                    for picture in set(line.names) & set(names):
+                        bad_lines.setdefault(picture, f"its line in {name}: {line}")
                 elif picture := _picture(root, line[0], names):
-                    here.setdefault(picture, line[1])
+                    of_file.setdefault(picture, line[1])
         except FAULTS as error:
             bad_files[place, name] = getattr(error, "strerror", None) or error
-        for picture, more in here.items():
-            columns_of[picture] = {**columns_of.get(picture, {}), **more}
+        for picture, more in of_file.items():
+            columns_of[picture] = items.merge(columns_of.get(picture, {}), more)
 
     def of(picture: str) -> dict[str, Value]:
         for (place, name), reason in bad_files.items():
             if not place or picture.startswith(f"{place}/"):
-                raise BadItem(f"its {name} cannot be read: {shown(reason)}")
+                raise BadItem(f"its {name} cannot be read: {shown(reason, 200)}")
         if picture in bad_lines and picture not in columns_of:
             raise BadItem(bad_lines[picture])
         return columns_of.get(picture, {})
@@ -100,7 +105,7 @@ def faults(root: str, directory: str, name: str) -> Iterator[tuple[int, str]]:
             first_lines.setdefault(picture or line[0][0], number)
     except FAULTS as error:
         reason = getattr(error, "strerror", None) or error
-        yield 0, f"cannot be read: {shown(reason)}"
+        yield 0, f"cannot be read: {shown(reason, 200)}"
         return
     yield from sorted(bad)
 
@@ -193,6 +198,8 @@ def _json_rows(
     file: BinaryIO, last: Collection[bytes] | None
 ) -> Iterator[tuple[int, dict | BadLine]]:
     """A line's object; blank lines are none."""
+    if (encoding := _encoding(file)) == "utf-16":
+        file = codecs.EncodedFile(file, "utf-8", encoding)
     for number, line in enumerate(_split(file), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
@@ -207,28 +214,93 @@ def _json_rows(
 def _csv_rows(
     file: BinaryIO, last: Collection[bytes] | None
 ) -> Iterator[tuple[int, dict | BadLine]]:
-    """A row by the names of the first one; numbers are numbers but in captions."""
-    texts = {"file_name", *STANDING, *USUAL}
-    reader = csv.DictReader(io.TextIOWrapper(file, "utf-8-sig", newline=""))
-    if "file_name" not in (reader.fieldnames or ()):
-        yield 1, BadLine("a header without file_name")
+    """A row by the names of the first one; numbers are numbers but in captions.
+
+    csv.Error, by its line, where quotes do not match: which of the lines that follow
+    are rows, and which belong to a caption, cannot be told.
+    """
+    csv.field_size_limit(max(csv.field_size_limit(), SIDECAR))  # the module's own
+    text = io.TextIOWrapper(file, _encoding(file), newline="")
+    header, options = _header(text.readline(SIDECAR))
+    if "file_name" not in header:
+        columns = f"its columns are {shown(', '.join(header))}"
+        what = "rename the one with the pictures' names to file_name"
+        yield 1, BadLine(f"a header without file_name: {columns}; {what}")
         return
-    for row in reader:
-        name = row["file_name"] or ""
-        if last is not None and _last(os.fsencode(name)) not in last:
+    as_text = {name.lower() for name in ("file_name", *STANDING, *USUAL)}
+    for number, values in _records(csv.reader(text, strict=True, **options)):
+        row = dict(zip(header, values))
+        row["file_name"] = row.get("file_name", "").strip()
+        last_part = _last(os.fsencode(row["file_name"].replace("\\", "/")))
+        if last is not None and last_part not in last:
             continue
-        if None in row or None in row.values():
-            short = "fewer" if None in row.values() else "more"
+        if len(values) != len(header):
+            short = "fewer" if len(values) < len(header) else "more"
             reason = f"a line that cannot be read: {short} values than its header has"
-            yield reader.line_num, BadLine(reason, (name,))
+            yield number, BadLine(reason, (row["file_name"],))
             continue
-        yield reader.line_num, {k: _cell(v, k in texts) for k, v in row.items()}
+        row.pop("", None)  # pandas' index has no name
+        yield number, {k: _cell(v, k.lower() in as_text) for k, v in row.items()}
+
+
+def _header(line: str) -> tuple[list[str], dict]:
+    """The columns' names, without spaces around them, and how the rows are separated;
+    csv.Error for a name that comes twice."""
+    spellings = {d: next(csv.reader([line], delimiter=d), []) for d in DELIMITERS}
+    names = {d: [x.strip() for x in spelt] for d, spelt in spellings.items()}
+    delimiter = next((d for d in DELIMITERS if "file_name" in names[d]), ",")
+    header, spelt = names[delimiter], spellings[delimiter]
+    if twice := [x for x in header if x and header.count(x) > 1]:
+        raise csv.Error(
+            f'line 1: the column "{shown(twice[0])}" comes {header.count(twice[0])}'
+            " times; rename or remove one"
+        )
+    spaced = any(name.startswith(" ") for name in spelt[1:])
+    return header, {"delimiter": delimiter, "skipinitialspace": spaced}
+
+
+def _records(reader) -> Iterator[tuple[int, list[str]]]:
+    """(line, values) of the rows below the header, blank ones left out."""
+    first = 2
+    while True:
+        try:
+            values = next(reader, None)
+        except csv.Error as error:
+            raise csv.Error(f"line {first}: {_fault(error)}") from None
+        if values is None:
+            return
+        if any(ROW.search(value) for value in values):
+            raise csv.Error(f"line {first}: {_fault(QUOTE)}, and takes in other rows")
+        if values:
+            yield first, values
+        first = reader.line_num + 2
+
+
+QUOTE = "a quote that is not closed; close it, or write a quote in a caption twice"
+
+
+def _fault(error: object) -> str:
+    """What Python's messages mean."""
+    if "field limit" in str(error):
+        return f"a value of more than {SIDECAR} characters"
+    if "unexpected end of data" in str(error) or "expected after" in str(error):
+        return QUOTE
+    return str(error)
 
 
 def _cell(text: str, as_text: bool) -> Value:
+    if text.strip() in NULLS:
+        return None
     if as_text or not NUMBER.fullmatch(text.strip()):
-        return text[: items.TEXT] or None
-    return items.plain(float(text))
+        return text[: items.TEXT]
+    number = items.Numeral(text)
+    return number if math.isfinite(number) else None
+
+
+def _encoding(file: BinaryIO) -> str:
+    start = file.read(2)
+    file.seek(0)
+    return items.encoding_of(start)
 
 
 def _split(file: BinaryIO) -> Iterator[bytes]:
@@ -247,10 +319,10 @@ def _split(file: BinaryIO) -> Iterator[bytes]:
 
 def _of_another(line: bytes, last: Collection[bytes]) -> bool:
     """Whether no file_name in it, at any depth, can end in one of these names."""
-    found = PLAIN.findall(line)
-    if len(found) != max(1, line.count(b"file_name")) or SPELT.search(line):
+    file_names = PLAIN.findall(line)
+    if len(file_names) != max(1, line.count(b"file_name")) or SPELT.search(line):
         return False
-    return all(name[-1:] not in b"/." and _last(name) not in last for name in found)
+    return all(x[-1:] not in b"/." and _last(x) not in last for x in file_names)
 
 
 def _last(name: bytes) -> bytes:
@@ -271,16 +343,17 @@ def _inside(name: str, folder: str) -> list[str]:
     """What a file_name may mean inside the folder that its metadata lies in.
 
     Itself; or, if it begins as the folder's own path ends, what follows: people write
-    it as it is from the data set's root, or with the whole path. A BadLine if it leads
-    elsewhere.
+    it as it is from the data set's root, or with the whole path. Windows separates by
+    backslashes. A BadLine if it leads elsewhere.
     """
+    name = name.replace("\\", "/")
     parts = [part for part in name.split("/") if part not in ("", ".")]
     above = [part for part in folder.split("/") if part]
     shared = [n for n in range(1, len(parts)) if above[-n:] == parts[:n]]
     whole = name.startswith("/")
     if whole:
         shared = [n for n in shared if n == len(above)]
-    leads = whole and not shared or "\\" in name or re.match("[A-Za-z]:/", name)
+    leads = whole and not shared or re.match("[A-Za-z]:/", name)
     if leads or ".." in parts:
         raise BadLine(f"a file_name that leads out of its folder: {shown(name)}")
     if not parts:
