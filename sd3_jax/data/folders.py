@@ -14,12 +14,15 @@ from typing import NamedTuple
 
 from sd3_jax.data import listing, metadata
 from sd3_jax.data.items import (
+    LABEL,
+    LABELS,
     PICTURES,
     SIDECARS,
     BadItem,
     Item,
     Part,
     Rejected,
+    merge,
     read_at,
     read_columns,
     rejected,
@@ -197,6 +200,8 @@ def _subjects(found: list[Entry]) -> list[Subject]:
         reason, kept = UNFIT.get(each.kind, ""), ()
         if known is each:
             continue  # accounted for with its picture
+        if not reason and extension in PICTURES and stem.endswith(LABELS):
+            reason = LABEL
         if not reason and extension in PICTURES:
             owners = _owner(stem), f"{stem}.{extension}"
             keys = [(owner, kind) for owner in owners for kind in SIDECARS]
@@ -236,7 +241,7 @@ def _outcome(
             if each.kind != FILE:
                 raise BadItem(f"its .{extension} cannot be read: not a file")
             beside = listing.join(part.path, listing.join(directory, each.name))
-            columns |= read_columns(beside, extension)
+            columns = merge(columns, read_columns(beside, extension))
     except BadItem as error:
         yield rejected(source, error, size)
     else:

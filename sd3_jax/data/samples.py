@@ -11,12 +11,15 @@ from itertools import groupby
 
 from sd3_jax.data import tars
 from sd3_jax.data.items import (
+    LABEL,
+    LABELS,
     PICTURES,
     SIDECARS,
     BadItem,
     Item,
     Part,
     Rejected,
+    merge,
     read_at,
     read_columns,
     rejected,
@@ -35,6 +38,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     places, damage = [], None
     try:
         for place in tars.places(part.path):
+            if _is_picture(place) and place.key.endswith(LABELS):
+                place = place._replace(reason=LABEL)
             if place.reason != tars.FOLDER:
                 places.append(place)
     except tars.BadTar as error:
@@ -132,7 +137,7 @@ def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
         columns = {}
         for place in beside:
             where = (part.path, place.extension, place.start, place.size)
-            columns |= read_columns(*where)
+            columns = merge(columns, read_columns(*where))
     except BadItem as error:
         yield _refused(part, picture, error)
         return

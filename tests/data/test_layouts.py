@@ -138,7 +138,10 @@ def test_a_picture_whose_line_is_damaged_is_not_one_without_a_caption(tmp_path):
     kept, rejected = captioned(tmp_path)
     assert not kept and rejected["metadata.csv"].startswith("cannot be read")
     put(tmp_path, {"metadata.csv": "image,text\ntrain/a.png,a fox\n"})
-    assert captioned(tmp_path)[1] == {"metadata.csv:1": "a header without file_name"}
+    assert captioned(tmp_path)[1] == {
+        "metadata.csv:1": "a header without file_name: its columns are image, text;"
+        " rename the one with the pictures' names to file_name"
+    }
 
 
 FOX, HEN = "a fox", "a hen"
@@ -178,3 +181,68 @@ def test_a_second_file_of_a_sample_is_no_picture_of_its_own(tmp_path):
     kept, rejected = captioned(pack(tmp_path / "x.tar", rows))
     assert kept == {"x.tar:1": FOX}
     assert set(rejected.values()) == {"another extension"} and len(rejected) == 2
+
+
+FULL = '{"caption": "a fox"}'
+HIDDEN = {
+    "an empty a.txt": {"a.json": FULL, "a.txt": " \n"},
+    "null in a.json": {"metadata.jsonl": lines({"file_name": "a.png", "text": FOX})}
+    | {"a.json": '{"text": null}'},
+    "an inner null": {"metadata.jsonl": lines({"file_name": "d/a.png", "text": FOX})}
+    | {"d/a.png": A, "d/metadata.jsonl": '{"file_name": "a.png", "text": [""]}'},
+    "metadata.csv": {"metadata.csv": "file_name,text\na.png,a fox\n"}
+    | {"metadata.jsonl": lines({"file_name": "a.png", "text": ""})},
+}
+
+
+@pytest.mark.parametrize("case", HIDDEN)
+def test_what_is_empty_hides_no_caption(tmp_path, case):
+    kept, rejected = captioned(put(tmp_path, {"a.png": A} | HIDDEN[case]))
+    assert FOX in kept.values() and not rejected
+
+
+def test_what_is_empty_hides_no_caption_in_a_tar(tmp_path):
+    rows = [("1.png", A), ("1.json", '{"caption": "a fox"}'), ("1.txt", "")]
+    assert captioned(pack(tmp_path / "x.tar", rows)) == ({"x.tar:1": FOX}, {})
+
+
+def test_masks_of_onetrainer_are_no_pictures(tmp_path):
+    files = {"a.png": A, "a.txt": FOX, "a-masklabel.png": B, "a-condlabel.png": B}
+    why = "a mask or condition of another picture (OneTrainer's -masklabel, -condlabel)"
+    kept, rejected = captioned(put(tmp_path / "in", files))
+    assert kept == {"a.png": FOX}
+    assert rejected == {"a-masklabel.png": why, "a-condlabel.png": why}
+    kept, rejected = captioned(pack(tmp_path / "x.tar", files.items()))
+    assert kept == {"x.tar:a": FOX} and set(rejected.values()) == {why}
+
+
+def test_utf16_of_windows(tmp_path):
+    row = lines({"file_name": "b.png", "text": "a hén"}).encode("utf-16")
+    files = {"a.png": A, "a.txt": "a föx".encode("utf-16"), "b.png": B}
+    kept, rejected = captioned(put(tmp_path, files | {"metadata.jsonl": row}))
+    assert kept == {"a.png": "a föx", "b.png": "a hén"} and not rejected
+
+
+def test_backslashes_separate_folders(tmp_path):
+    row = lines({"file_name": "train\\a.png", "text": FOX})
+    row += lines({"file_name": ".\\train\\none.png"})
+    kept, rejected = captioned(put(tmp_path, PICTURES | {"metadata.jsonl": row}))
+    assert kept["train/a.png"] == FOX
+    assert rejected == {
+        "metadata.jsonl:2": "metadata.jsonl names it, and it is not there"
+    }
+    (tmp_path / "metadata.jsonl").unlink()
+    put(tmp_path, {"metadata.csv": "file_name,text\ntrain\\a.png,a fox\n"})
+    assert captioned(tmp_path)[0]["train/a.png"] == FOX
+
+
+def test_each_line_of_a_text_is_a_caption_and_counted_as_such(tmp_path):
+    texts = {f"{i}.txt": "a fox\n\na hen\r\n" for i in range(30)}
+    put(tmp_path, {f"{i}.png": A for i in range(30)} | texts)
+    (part,) = ingest.plan([str(tmp_path)])
+    drawn = [
+        captions.draw(x.columns, SPECS, seed=0, source=x.source)
+        for x in ingest.items(part)
+    ]
+    assert {each.text for each in drawn} == {FOX, HEN}
+    assert {each.name for each in drawn} == {"caption (one of several)"}
