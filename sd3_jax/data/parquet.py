@@ -12,10 +12,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import accumulate
+from typing import NamedTuple
 
 from etils import epath
 
 from sd3_jax.data import images, listing
+from sd3_jax.data.captions import STANDING, USUAL
 from sd3_jax.data.items import (
     SIDECAR,
     TEXT,
@@ -24,6 +26,7 @@ from sd3_jax.data.items import (
     Part,
     Rejected,
     Value,
+    merge,
     plain,
     rejected,
     taken,
@@ -31,12 +34,22 @@ from sd3_jax.data.items import (
 from sd3_jax.outside import shown
 
 log = logging.getLogger(__name__)
-IMAGES = ("image", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
+CAPTIONS = {*STANDING, *USUAL}
 BYTES = ("binary", "large_binary", "binary_view")  # types
 BATCH = 64  # rows, and their pictures, in memory at once, or fewer
 BUDGET = 2**25  # bytes that a batch of several rows is decoded to, about
 LARGE = 2**27  # bytes of a column in a row group, beyond which its rows' mean counts
+MASKS = 2**14  # bytes a row, beyond which a column of bytes holds no texts
 BUFFER = 2**20  # bytes; without it a row group's pictures would be read at once
+
+
+class Columns(NamedTuple):
+    """What is read of a file; names in any letters."""
+
+    picture: str
+    paths: list[str]  # of all columns, the picture's bytes first
+    bytes: set[str]  # other columns of bytes: texts, where they are UTF-8
 
 
 def plan(path: str, label: str, size: int) -> list[Part]:
@@ -75,19 +88,19 @@ def items(part: Part) -> Iterator[Item | Rejected]:
 def _rows(file, part: Part) -> Iterator[Item | Rejected]:
     spans = part.spans or [["", 0, file.metadata.num_row_groups]]
     groups = {i for _, first, number in spans for i in range(first, first + number)}
-    column, wanted = _columns(file.schema.to_arrow_schema())
+    columns = _columns(file.schema.to_arrow_schema())
     end = 0
     for group in _groups(file):
         row, end = end, end + file.metadata.row_group(group).num_rows
         if group not in groups:
             continue
         try:
-            for picture, columns in _read(file, group, column, wanted):
+            for picture, values in _read(file, group, columns):
                 source = f"{part.label}:{row}"
                 if isinstance(picture, BadItem):
                     yield rejected(source, picture)
                 else:
-                    yield _outcome(source, picture, columns)
+                    yield _outcome(source, picture, values)
                 row += 1
         except BadItem as error:
             yield rejected(f"{part.label}:{row}-{end - 1}", error)
@@ -96,17 +109,17 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
 def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
     picture = picture.get("bytes") if isinstance(picture, dict) else picture
     if isinstance(columns.get("json"), dict):  # of a WebDataset that was converted
-        columns = {**columns.pop("json"), **columns}
+        columns = merge(columns.pop("json"), columns)
     if not picture:
         return rejected(source, "no picture in its row")
     return taken(source, columns, partial(bytes, picture), len(picture))
 
 
-def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
-    """(picture, columns) of a row group's rows, the picture a BadItem if the row is too
-    large; a BadItem is raised where the group is damaged or cannot be decoded."""
-    rows, wanted = _bounded(file, group, column, wanted)
-    batches = file.iter_batches(rows, [group], wanted, use_threads=False)
+def _read(file, group: int, columns: Columns) -> Iterator[tuple]:
+    """(picture, values by column) of a row group's rows, the picture a BadItem if the
+    row is not taken; a BadItem is raised where the group cannot be decoded."""
+    rows, paths = _bounded(file, group, columns)
+    batches = file.iter_batches(rows, [group], paths, use_threads=False)
     while True:
         try:
             batch = next(batches, None)
@@ -117,20 +130,24 @@ def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
         if batch is None:
             return
         values = dict(zip(batch.schema.names, batch.columns))
-        pictures = values.pop(column)
+        pictures = values.pop(columns.picture)
         sizes, lengths = _lengths(pictures), {k: _lengths(x) for k, x in values.items()}
         for i in range(batch.num_rows):
             if sizes[i] > images.BYTES:
                 yield BadItem(f"more than {images.BYTES} bytes"), {}
-            elif long := [name for name, of in lengths.items() if of[i] > SIDECAR]:
-                what = f"its {shown(long[0])} is too large, more than {SIDECAR} bytes"
-                yield BadItem(what), {}
+                continue
+            try:
+                row = {
+                    name: _value(name, of, i, lengths[name][i], name in columns.bytes)
+                    for name, of in values.items()
+                }
+            except BadItem as error:
+                yield error, {}
             else:
-                columns = {name: _value(each, i) for name, each in values.items()}
-                yield _scalar(pictures, i), columns
+                yield _scalar(pictures, i), row
 
 
-def _bounded(file, group: int, column: str, wanted: list[str]) -> tuple[int, list[str]]:
+def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
     """How many rows to decode at once, and which columns: what is neither text nor the
     picture is left out, and told of, if its rows are too large; else a BadItem."""
     about = file.metadata.row_group(group)
@@ -138,13 +155,17 @@ def _bounded(file, group: int, column: str, wanted: list[str]) -> tuple[int, lis
     inside = lambda path, name: path == name or path.startswith(f"{name}.")
     for i in range(about.num_columns):
         chunk, leaf = about.column(i), file.schema.column(i)
-        name = next((x for x in wanted if inside(leaf.path, x)), None)
+        name = next((x for x in columns.paths if inside(leaf.path, x)), None)
         if name is None:
             continue
         text = leaf.physical_type == "BYTE_ARRAY"
         width = 4 if text else leaf.length if leaf.length > 0 else 8
         size = max(chunk.total_uncompressed_size, width * chunk.num_values)
-        picture = inside(name, column)
+        picture = inside(name, columns.picture)
+        if name in columns.bytes and name.lower() not in CAPTIONS:
+            if size > MASKS * rows:  # masks and the like: not decoded to be dropped
+                dropped.add(name)
+                continue
         most = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
         if size > LARGE and size > most:
             what = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
@@ -155,7 +176,7 @@ def _bounded(file, group: int, column: str, wanted: list[str]) -> tuple[int, lis
         else:
             decoded += size
     return max(1, min(BATCH, BUDGET * rows // max(1, decoded))), [
-        name for name in wanted if name not in dropped
+        name for name in columns.paths if name not in dropped
     ]
 
 
@@ -197,9 +218,29 @@ def _is_text(kind) -> bool:
     return str(kind) in (*BYTES, "string", "large_string", "string_view")
 
 
-def _value(column, i: int) -> Value:
-    value = plain(_scalar(column, i))
-    return None if isinstance(value, bytes) else value
+def _value(name: str, column, i: int, length: int, as_bytes: bool) -> Value:
+    """A row's value; a BadItem for a caption that is no text or too large. Of other
+    bytes only those that are UTF-8 are kept."""
+    named = name.lower() in CAPTIONS
+    if length > SIDECAR:
+        if as_bytes and not named:
+            return None
+        raise BadItem(f"its {shown(name)} is too large, more than {SIDECAR} bytes")
+    value = _decoded(_scalar(column, i))
+    if named and value is None and column[i].is_valid:
+        raise BadItem(f"its {shown(name)} cannot be read: not UTF-8")
+    return plain(value)
+
+
+def _decoded(value):
+    """Bytes as the text that they spell, None where they spell none."""
+    if isinstance(value, list):
+        texts = map(_decoded, value)
+        return [text for text, x in zip(texts, value) if text is not None or x is None]
+    try:
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return None
 
 
 def _scalar(column, i: int):
@@ -242,21 +283,34 @@ def _opened(path: str) -> Iterator:
         yield file
 
 
-def _columns(schema) -> tuple[str, list[str]]:
-    """The column of pictures, and all that is read: no other bytes than those."""
+def _columns(schema) -> Columns:
+    """Which column holds the pictures, and all that is read; or a BadItem."""
     import pyarrow as pa
 
-    def pictures(kind) -> bool:
-        inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
-        return str(kind.field("bytes").type if inside else kind) in BYTES
+    if twice := [name for name in schema.names if schema.names.count(name) > 1]:
+        raise BadItem(f"the column {shown(twice[0])} comes twice: rename or remove one")
+    plain_kind = lambda kind: kind.value_type if pa.types.is_dictionary(kind) else kind
+    kinds = {name: plain_kind(schema.field(name).type) for name in schema.names}
 
-    kinds = dict(zip(schema.names, schema.types))
-    found = [name for name in IMAGES if name in kinds and pictures(kinds[name])]
-    if not found:
-        raise BadItem(f"no column of bytes; wanted one of {', '.join(IMAGES)}")
-    inside = f"{found[0]}.bytes" if pa.types.is_struct(kinds[found[0]]) else found[0]
-    others = [name for name, kind in kinds.items() if not pictures(kind)]
-    return found[0], [inside, *others]
+    def in_struct(kind) -> bool:
+        inside = pa.types.is_struct(kind) and kind.get_field_index("bytes") >= 0
+        return inside and str(plain_kind(kind.field("bytes").type)) in BYTES
+
+    in_bytes = {name for name, kind in kinds.items() if str(kind) in BYTES}
+    pictures = in_bytes | {name for name, kind in kinds.items() if in_struct(kind)}
+    images_ = [name for name in pictures if name.lower() in IMAGES]
+    if not images_:
+        columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
+        raise BadItem(
+            "no column of pictures: wanted one of bytes, or of a struct with bytes, by"
+            f" the name of {' or '.join(IMAGES[:3])}; rename it; its columns are"
+            f" {shown(columns, 150)}"
+        )
+    picture = min(images_, key=lambda x: (IMAGES.index(x.lower()), x.lower() != x, x))
+    path = picture if picture in in_bytes else f"{picture}.bytes"
+    texts = in_bytes - set(images_)
+    others = [name for name in kinds if name not in pictures or name in texts]
+    return Columns(picture, [path, *others], texts)
 
 
 def _groups(file) -> range:

@@ -519,10 +519,14 @@ def test_parts_are_row_groups_put_together(tmp_path):
         assert 0.9 < sum(p.bytes for p in parts) / os.path.getsize(path) <= 1
 
 
-@pytest.mark.parametrize("column", ["jpg", "webp", "image_bytes", "bytes"])
+@pytest.mark.parametrize(
+    "column", ["jpg", "webp", "image_bytes", "bytes", "img", "Image", "PNG"]
+)
 def test_the_column_of_pictures_is_found(tmp_path, column):
-    path = stored(tmp_path / "x.parquet", column=column, other=10 * [b"dropped"])
+    others = {"mask": 10 * [picture()], "large": 10 * [b"x" * 2**21]}
+    path = stored(tmp_path / "x.parquet", column=column, **others)
     kept, rejected = ingested(path)
+    assert kept["x.parquet:3"].columns.pop("mask") is None
     assert len(kept) == 10 and not rejected
     assert kept["x.parquet:3"].columns == {"text": "row 3"}
 
@@ -568,6 +572,64 @@ def test_values_are_plain(tmp_path):
     }
 
 
+KINDS = {
+    "binary": pa.binary(),
+    "large_binary": pa.large_binary(),
+    "binary_view": pa.binary_view(),
+    "large_string": pa.large_string(),
+    "string_view": pa.string_view(),
+    "dictionary of strings": pa.dictionary(pa.int32(), pa.string()),
+    "dictionary of bytes": pa.dictionary(pa.int8(), pa.binary()),
+    "list of bytes": pa.list_(pa.binary()),
+}
+
+
+@pytest.mark.parametrize("name", ["text", "Caption", "mine"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_every_type_are_read(tmp_path, kind, name):
+    texts = [["a fóx"], None] if "list" in kind else ["a fóx", None]
+    column = pa.array(texts).cast(KINDS[kind]) if "list" in kind else None
+    if column is None and "dictionary" in kind:
+        values = pa.array(["a fóx"]).cast(KINDS[kind].value_type)
+        places = pa.array([0, None], KINDS[kind].index_type)
+        column = pa.DictionaryArray.from_arrays(places, values)
+    elif column is None:
+        texts = [x and x.encode() for x in texts] if "binary" in kind else texts
+        column = pa.array(texts, KINDS[kind])
+    table = pa.table({"image": 2 * [picture()], name: column})
+    pq.write_table(table, tmp_path / "x.parquet")
+    kept, rejected = ingested(tmp_path / "x.parquet")
+    assert not rejected
+    found = [kept[f"x.parquet:{i}"].columns[name] for i in range(2)]
+    assert found == [["a fóx"] if "list" in kind else "a fóx", None]
+
+
+@pytest.mark.parametrize("kind", ["binary", "string"])
+def test_a_caption_that_is_not_utf8_is_refused_by_name(tmp_path, kind):
+    column = pa.array([b"caf\xe9", b"fine"])
+    column = column.view(pa.string()) if kind == "string" else column
+    path = stored(tmp_path / "x.parquet", count=2, Caption=column)
+    kept, rejected = ingested(path)
+    assert kept["x.parquet:1"].columns["Caption"] == "fine"
+    assert rejected == {"x.parquet:0": "its Caption cannot be read: not UTF-8"}
+
+
+def test_a_null_caption_hides_none_of_json(tmp_path):
+    rows = [{"caption": "a fox"}, {"caption": "a fox"}]
+    more = {"json": rows, "caption": [None, "a hen"]}
+    kept, _ = ingested(stored(tmp_path / "x.parquet", count=2, **more))
+    assert [x.columns["caption"] for x in kept.values()] == ["a fox", "a hen"]
+
+
+def test_a_column_twice_is_refused(tmp_path):
+    columns = [pa.array([picture()]), pa.array(["a fox"]), pa.array(["a hen"])]
+    table = pa.Table.from_arrays(columns, ["image", "text", "text"])
+    pq.write_table(table, tmp_path / "x.parquet")
+    kept, rejected = ingested(tmp_path / "x.parquet")
+    why = "the column text comes twice: rename or remove one"
+    assert not kept and rejected == {"x.parquet": why}
+
+
 def test_rows_without_a_picture(tmp_path):
     rows = [None, {"bytes": None, "path": "x.jpg"}, {"bytes": b"", "path": None}]
     rows.append({"bytes": picture(), "path": "y.jpg"})
@@ -585,7 +647,11 @@ def test_a_damaged_parquet_file_is_one_rejected(tmp_path):
         assert ingested(path)[0] == {}
         assert ingested(path)[1]["x.parquet"].startswith("cannot be read: ")
     stored(path, column="photo")
-    assert ingested(path)[1]["x.parquet"].startswith("no column of bytes; wanted one")
+    assert ingested(path)[1]["x.parquet"] == (
+        "no column of pictures: wanted one of bytes, or of a struct with bytes, by the"
+        " name of image or img or jpg; rename it; its columns are photo (binary), text"
+        " (string)"
+    )
     assert ingest.plan([str(path)])[0].count is None
 
 
