@@ -549,7 +549,9 @@ def test_28_a_prompt_of_too_many_tokens_is_cut_and_told_of(words, caplog):
     ]
 
 
-def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(tmp_path):
+def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(
+    tmp_path, monkeypatch
+):
     odd = {
         "../out.jpg": {},
         "/etc/out.jpg": {},
@@ -566,17 +568,18 @@ def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(tmp
             for key, value in changes.items():
                 setattr(member, key, value)
             tar.addfile(member, io.BytesIO(bytes(member.size)))
-    skipped = Counter()
-    found = tars.members(path, skipped=skipped, member=1000)
-    assert [(x.key, x.extension, len(x.data)) for x in found] == [
+    monkeypatch.setattr(tars, "MEMBER", 1000)
+    places = list(tars.places(path))
+    assert [(x.key, x.extension, x.size) for x in places if not x.reason] == [
         ("a", "jpg", 3),
         ("a", "txt", 0),
     ]
-    assert sum(skipped.values()) == len(odd) and max(skipped.values()) == 2
+    reasons = Counter(x.reason for x in places if x.reason)
+    assert sum(reasons.values()) == len(odd) and max(reasons.values()) == 2
     assert [x.name for x in tmp_path.rglob("*")] == ["in", "a.tar"]
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(tars.BadTar, match=f"{path}: at a.jpg: .*"):
-        list(tars.members(path))
+        list(tars.places(path))
 
 
 def test_35_a_checkpoint_of_another_dtype_is_not_cast(trained):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
-from sd3_jax.data import folders, listing, parquet, samples, shards
+from sd3_jax.data import folders, listing, parquet, samples, shards, tars
 from sd3_jax.data.items import BadItem, Item, Part, Rejected
 from sd3_jax.errors import UserError
 
@@ -64,9 +64,13 @@ def _kind(path: str) -> str:
         return "folder"
     if kind != listing.FILE:
         raise UserError(f"{path}: no such file or folder")
-    _, dot, extension = epath.Path(path).name.rpartition(".")
-    if dot and extension.lower() in ("tar", "parquet"):
-        return extension.lower()
+    _, dot, extension = epath.Path(path).name.lower().rpartition(".")
+    if dot and extension == "parquet":
+        return extension
+    if reason := tars.compression(path):
+        raise UserError(f"{path}: {reason}")
+    if dot and extension == "tar":
+        return extension
     raise UserError(
         f"{path}: of an unknown kind; wanted a folder, a .tar, not compressed, or a"
         " .parquet"

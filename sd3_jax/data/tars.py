@@ -1,14 +1,11 @@
-"""Samples out of WebDataset's tars, of which nothing is ever extracted.
+"""Where the members of WebDataset's tars lie, of which nothing is ever extracted.
 
 Not by tarfile: before 3.11.14 a negative size turns it in circles, and still a damaged
 header is the end to it, every member is kept and a long name read however long.
 """
 
-import logging
 import re
-from collections import Counter
-from collections.abc import Collection, Iterator
-from itertools import groupby
+from collections.abc import Iterator
 from typing import BinaryIO, NamedTuple
 
 from etils import epath
@@ -17,17 +14,21 @@ from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.outside import shown
 
-log = logging.getLogger(__name__)
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "caption", "json")
 OTHER = "another extension"
 MEMBER = 2**27  # bytes of one member, at most
-TOTAL = 2**35  # bytes of all that is taken from one tar
 NAME = 255  # characters
 LONG = 2**20  # bytes of what precedes a member with a long name
 BLOCK = 512
 FOLDER = "folder"
 KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device"}
 KINDS |= {"5": FOLDER, "6": "FIFO", "S": "sparse file", "0": "", "7": "", "\0": ""}
+COMPRESSED = {  # by its first bytes: the program, and how to unpack
+    b"\x1f\x8b": ("gzip", "gzip -dc"),
+    b"\x28\xb5\x2f\xfd": ("zstd", "zstd -dc"),
+    b"\xfd7zXZ\0": ("xz", "xz -dc"),
+    **{b"BZh%d1AY&SY" % n: ("bzip2", "bzip2 -dc") for n in range(1, 10)},
+}
 BARE = "123456"  # types that no data follows, whatever size they give
 
 
@@ -35,60 +36,18 @@ class BadTar(UserError):
     """A tar that cannot be gone on with: which, at which member, and why."""
 
 
-class Member(NamedTuple):
-    key: str  # a label with its folder, never a path
-    extension: str  # in lower case, without the first dot
-    data: bytes
-
-
 class Place(NamedTuple):
     """Where a member's bytes lie, or why it is not taken."""
 
     name: str
-    key: str
-    extension: str
+    key: str  # a label with its folder, never a path
+    extension: str  # in lower case, without the first dot
     start: int
     size: int
     reason: str  # "" if it is taken
 
 
-def members(
-    path: epath.PathLike,
-    *,
-    skipped: Counter[str] | None = None,
-    extensions: Collection[str] = EXTENSIONS,
-    member: int = MEMBER,
-    total: int = TOTAL,
-) -> Iterator[Member]:
-    """A tar's files in order; `skipped` counts the others by reason, one of each is
-    logged. A tar that is damaged or cut off is a BadTar once its end is reached."""
-    path, skipped = epath.Path(path), Counter() if skipped is None else skipped
-    told = {FOLDER}
-    try:
-        with path.open("rb") as file:
-            found = _places(file, path, extensions, member)
-            for name, key, extension, start, size, reason in found:
-                if reason:
-                    skipped[reason] += 1
-                    if reason not in told:
-                        log.warning("%s: skips %s: %s", path, shown(name), reason)
-                    told.add(reason)
-                    continue
-                total -= size
-                if total < 0:
-                    raise _bad(path, name, "with it, more than is taken from one tar")
-                file.seek(start)
-                yield Member(key, extension, _read(file, size, path, name))
-    except OSError as error:
-        raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
-
-
-def places(
-    path: epath.PathLike,
-    *,
-    extensions: Collection[str] = EXTENSIONS,
-    member: int = MEMBER,
-) -> Iterator[Place]:
+def places(path: epath.PathLike) -> Iterator[Place]:
     """Every member in order, the ones that are not taken too, of which none is read.
 
     A tar that is damaged or cut off is a BadTar once that is reached.
@@ -96,9 +55,20 @@ def places(
     path = epath.Path(path)
     try:
         with path.open("rb") as file:
-            yield from _places(file, path, extensions, member)
+            for name, kind, start, size in _entries(file, path):
+                yield _place(name, kind, start, size)
     except OSError as error:
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
+
+
+def compression(path: epath.PathLike) -> str:
+    """Why a file that is named as a tar is none, and how to make one of it, if it is
+    compressed; "" for a plain one, and for one that cannot be opened."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            return _compressed(file.read(BLOCK), str(path))
+    except OSError:  # the part that is to read it says so
+        return ""
 
 
 def by_last_dot(place: Place) -> Place | None:
@@ -113,52 +83,45 @@ def by_last_dot(place: Place) -> Place | None:
     return place._replace(key=key, extension=extension, reason=reason)
 
 
-def samples(
-    path: epath.PathLike, *, skipped: Counter[str] | None = None, **options
-) -> Iterator[tuple[str, dict[str, bytes]]]:
-    """(key, {extension: data}) of members that follow each other with one key."""
-    skipped = Counter() if skipped is None else skipped
-    found, seen = members(path, skipped=skipped, **options), set()
-    for key, group in groupby(found, key=lambda each: each.key):
-        sample = {}
-        for each in group:
-            if key in seen or each.extension in sample:
-                skipped["a name that came before"] += 1
-            else:
-                sample[each.extension] = each.data
-        seen.add(key)
-        if sample:
-            yield key, sample
+def _place(name: str, kind: str, start: int, size: int) -> Place:
+    key, extension = _split(name)
+    reason = kind or _unfit(name, key)
+    if not reason and extension not in EXTENSIONS:
+        reason = OTHER
+    if not reason and size > MEMBER:
+        reason = f"more than {MEMBER} bytes"
+    return Place(name, key, extension, start, size, reason)
 
 
-def _places(file, path, extensions, member) -> Iterator[Place]:
-    for name, kind, start, size in _entries(file, path):
-        key, extension = _split(name)
-        reason = kind or _unfit(name, key)
-        if not reason and extension not in extensions:
-            reason = OTHER
-        if not reason and size > member:
-            reason = f"more than {member} bytes"
-        yield Place(name, key, extension, start, size, reason)
+def _compressed(start: bytes, path: str) -> str:
+    for magic, (program, unpack) in COMPRESSED.items():
+        if start.startswith(magic):
+            plain = re.sub(r"(\.tar)?\.[^./]+$", "", path) + ".plain.tar"
+            how = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
+            return f"is compressed by {program}; wanted a plain tar: unpack it by {how}"
+    return ""
 
 
 def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
     """(name, what it is or "" for a file, start, size), of which nothing is read."""
-    length, at, name, told = files.size(path), 0, "its start", {}
+    length, at, name, extended = files.size(path), 0, "its start", {}
     while True:
         file.seek(at)
         block = file.read(BLOCK)
+        if not at and (reason := _compressed(block, str(path))):
+            raise BadTar(f"{path}: {reason}")
         if len(block) < BLOCK:
             raise _bad(path, name, "cut off after it")
         if not any(block):
             return
         kind, size = chr(block[156]), _octal(block[124:136])
         if size is None or _octal(block[148:156]) != _checksum(block):
-            hint = "" if at else "; wanted a plain tar, not a compressed one"
+            hint = "" if at else "; wanted a plain tar"
             raise _bad(path, name, f"no tar header after it{hint}")
         at += BLOCK
         if kind not in "xgLK":  # which only tell of the member after them
-            name, size = told.get("path", _name(block)), told.get("size", size)
+            name = extended.get("path", _name(block))
+            size = extended.get("size", size)
             if kind == "S" and block[482]:
                 raise _bad(path, name, "a sparse file in many pieces")
             size = 0 if kind in BARE else size
@@ -168,12 +131,12 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             if size > LONG:
                 raise _bad(path, name, f"a name of {size} bytes after it")
             text = _read(file, size, path, name)
-            told |= _pax(text) if kind == "x" else {"path": _text(text)}
+            extended |= _pax(text) if kind == "x" else {"path": _text(text)}
         elif kind not in "gK":
             what = KINDS.get(kind, "unknown type")
             what = FOLDER if name.endswith("/") and not what else what
-            yield name, told.get("kind", what), at, size
-            told = {}
+            yield name, extended.get("kind", what), at, size
+            extended = {}
         at += -(-size // BLOCK) * BLOCK
 
 
@@ -197,17 +160,17 @@ def _name(block: bytes) -> str:
 
 def _pax(text: bytes) -> dict:
     """What the next member's records, each "length name=value", say that matters."""
-    found = {}
+    values = {}
     while record := re.match(rb"(\d{1,7}) ([^=]+)=", text):
         name, value = record[2], text[record.end() : int(record[1]) - 1]
         text = text[max(int(record[1]), record.end()) :]
         if name == b"path":
-            found["path"] = value.decode(errors="surrogateescape")
+            values["path"] = value.decode(errors="surrogateescape")
         elif name == b"size" and re.fullmatch(rb"\d{1,18}", value):
-            found["size"] = int(value)
+            values["size"] = int(value)
         elif name.startswith(b"GNU.sparse"):
-            found["kind"] = KINDS["S"]
-    return found
+            values["kind"] = KINDS["S"]
+    return values
 
 
 def _text(field: bytes) -> str:

@@ -1,7 +1,9 @@
 """WebDataset's tars as tarfile writes them, and tars that nobody should write."""
 
+import bz2
 import gzip
 import io
+import lzma
 import tarfile
 from collections import Counter
 
@@ -9,8 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd3_jax.data import tars
-from sd3_jax.data.tars import BadTar, Member
+from sd3_jax.data import ingest, tars
+from sd3_jax.data.items import read_at
+from sd3_jax.data.tars import BadTar
+from sd3_jax.errors import UserError
 
 FORMATS = [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT]
 LONG = 100 * "f" + "/" + 80 * "a" + "ü"
@@ -54,35 +58,28 @@ def put(tmp_path):
     return put
 
 
-def taken(path, **options):
-    skipped = Counter()
-    return list(tars.members(path, skipped=skipped, **options)), dict(skipped)
+def taken(path):
+    """(key, extension, data) of the members that are taken; the others by reason."""
+    places = list(tars.places(path))
+    members = [
+        (place.key, place.extension, read_at(str(path), place.start, place.size))
+        for place in places
+        if not place.reason
+    ]
+    return members, dict(Counter(place.reason for place in places if place.reason))
 
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_tarfile_writes_is_read(put, format):
     data = [*PAIR, ("./b/2.Cls.JPG", b""), (f"{LONG}.jpg", 600 * b"x"), ("3.txt", b"3")]
-    found, skipped = taken(put(packed(*data, format=format)))
-    assert found == [
-        Member("a/1", "jpg", b"\xff\xd8 picture"),
-        Member("a/1", "txt", b"a red fox"),
-        Member(LONG, "jpg", 600 * b"x"),
-        Member("3", "txt", b"3"),
+    members, skipped = taken(put(packed(*data, format=format)))
+    assert members == [
+        ("a/1", "jpg", b"\xff\xd8 picture"),
+        ("a/1", "txt", b"a red fox"),
+        (LONG, "jpg", 600 * b"x"),
+        ("3", "txt", b"3"),
     ]
     assert skipped == {"another extension": 1}
-    found, _ = taken(put(packed(*data, format=format)), extensions=["cls.jpg"])
-    assert found == [Member("b/2", "cls.jpg", b"")]
-
-
-def test_members_of_a_sample_come_together(put):
-    again = ("a/1.json", b"{}"), ("2.txt", b"2"), ("2.txt", b"3"), ("a/1.png", b"later")
-    skipped = Counter()
-    found = list(tars.samples(put(packed(*PAIR, *again)), skipped=skipped))
-    assert [(key, list(sample)) for key, sample in found] == [
-        ("a/1", ["jpg", "txt", "json"]),
-        ("2", ["txt"]),
-    ]
-    assert found[1][1] == {"txt": b"2"} and skipped == {"a name that came before": 2}
 
 
 SKIPPED = {
@@ -114,13 +111,12 @@ SKIPPED = {
 
 
 @pytest.mark.parametrize("reason", SKIPPED)
-def test_what_is_no_sample_is_skipped_and_counted(put, reason, caplog):
+def test_what_is_no_sample_is_skipped_and_counted(put, reason, monkeypatch):
+    monkeypatch.setattr(tars, "MEMBER", 100)
     path = put(packed(SKIPPED[reason], SKIPPED[reason], *PAIR))
-    found, skipped = taken(path, member=100)
-    assert [(m.key, m.extension) for m in found] == [("a/1", "jpg"), ("a/1", "txt")]
+    members, skipped = taken(path)
+    assert [member[:2] for member in members] == [("a/1", "jpg"), ("a/1", "txt")]
     assert skipped == {reason.strip(): 2}
-    assert len(caplog.messages) == (reason != "folder")  # one of each is told of
-    assert all(text.isprintable() for text in caplog.messages)
     assert [p.name for p in path.parent.iterdir()] == ["x.tar"]
 
 
@@ -129,7 +125,7 @@ huge = header(size=b"\x80" + (2**62).to_bytes(11))
 DAMAGED = {
     "nothing": (b"", "at its start: cut off after it"),
     "text": (600 * b"x", "no tar header after it; wanted a plain tar"),
-    "compressed": (gzip.compress(bytes(10**6)), "not a compressed one"),
+    "compressed": (gzip.compress(bytes(10**6)), "is compressed by gzip; wanted"),
     "half a header": (whole[:700], "at a/1.jpg: cut off after it"),
     "half a member": (whole[:516], "at a/1.jpg: 10 bytes, of which 4 came"),
     "no end": (whole[:2048], "at a/1.txt: cut off after it"),
@@ -151,29 +147,39 @@ def test_a_damaged_tar_is_one_line_with_file_and_member(put, case):
     data, words = DAMAGED[case]
     path = put(data)
     with pytest.raises(BadTar) as caught:
-        list(tars.members(path))
+        list(tars.places(path))
     told = str(caught.value)
     assert told.startswith(f"{path}: ") and words in told and told.isprintable()
 
 
 def test_what_came_before_the_damage_is_given(put):
-    found = tars.members(put(whole[:1536]))
-    assert next(found).key == "a/1"
+    places = tars.places(put(whole[:1536]))
+    assert next(places).key == "a/1"
     with pytest.raises(BadTar, match="at a/1.txt"):
-        next(found)
+        next(places)
 
 
-def test_the_members_together_have_a_bound(put):
-    found = tars.members(put(whole), total=15)
-    assert next(found).data == PAIR[0][1]
-    with pytest.raises(BadTar, match="at a/1.txt: with it, more than is taken"):
-        next(found)
+PACKERS = {"gzip": gzip.compress, "xz": lzma.compress, "bzip2": bz2.compress}
+PACKERS["zstd"] = lambda data: b"\x28\xb5\x2f\xfd" + data
+
+
+@pytest.mark.parametrize("name", ["x.tar", "x.tgz", "x.tar.gz"])
+@pytest.mark.parametrize("program", PACKERS)
+def test_a_compressed_tar_is_refused_with_the_way_to_unpack_it(tmp_path, program, name):
+    path = tmp_path / name
+    path.write_bytes(PACKERS[program](whole))
+    with pytest.raises(UserError) as caught:
+        ingest.plan([str(path)])
+    assert str(caught.value) == (
+        f"{path}: is compressed by {program}; wanted a plain tar: unpack it by"
+        f" {program} -dc {path} > {tmp_path}/x.plain.tar"
+    )
 
 
 def test_a_path_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.tar", tmp_path):
         with pytest.raises(BadTar, match="cannot be read"):
-            list(tars.members(path))
+            list(tars.places(path))
 
 
 many = packed(
@@ -197,9 +203,9 @@ def test_damage_gives_members_or_a_bad_tar(scratch, changes, end):
         damaged[place] = value
     scratch.write_bytes(damaged[:end])
     try:
-        for key, sample in tars.samples(scratch):
+        for key, extension, _ in taken(scratch)[0]:
             assert key.isprintable() and ".." not in key.split("/")
-            assert sample.keys() <= set(tars.EXTENSIONS)
+            assert extension in tars.EXTENSIONS
     except BadTar as error:
         assert str(error).isprintable()
 
@@ -215,6 +221,6 @@ def test_damage_gives_members_or_a_bad_tar(scratch, changes, end):
 def test_any_header_with_a_true_checksum(scratch, name, kind, size, data):
     scratch.write_bytes(header(name, size, kind) + data.ljust(2048, b"\0") + whole)
     try:
-        list(tars.samples(scratch))
+        list(tars.places(scratch))
     except BadTar as error:
         assert str(error).isprintable()
