@@ -9,6 +9,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import watermark
 from sd3_jax.errors import ConfigError, near
+from sd3_jax.outside import shown
 
 FACTOR = {"latents": 8, "pixels": 1}  # image pixels along a latent's side
 MODE_SCALE = 2 / (math.pi - 2)  # beyond it u -> t is not monotone (paper, sec. 3.1)
@@ -58,7 +59,7 @@ def leaves(tree: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any
 def complaint(key, value, wanted, choices=()):
     guess = near(str(value), choices)
     hint = f'; did you mean "{guess}"?' if guess else ""
-    value = f'"{value}"' if isinstance(value, str) else value
+    value = f'"{shown(value, 1_000)}"' if isinstance(value, str) else value
     return ConfigError(f"config.{key} = {value}: wanted {wanted}{hint}")
 
 
@@ -106,6 +107,12 @@ def is_regex(text):
     return True
 
 
+def is_utf8(text):
+    """A text without halves of surrogate pairs, which stand for bytes of other
+    encodings on a command line: no record, log or page could hold it."""
+    return isinstance(text, str) and not re.search("[\ud800-\udfff]", text)
+
+
 def above_zero(high):
     return number(f"a number in (0, {high:g}]", lambda x: 0 < x <= high)
 
@@ -140,11 +147,14 @@ UNIT = number("a number in [0, 1]", lambda x: 0 <= x <= 1)
 LAYERS = sequence(integer(0, 999), "layers by number, 0 being the first")
 LEVELS = sequence(FEW, "integers in [1, 1024], one for each level")
 NAME = Rule(lambda x: isinstance(x, str) and x.strip(), "a name")
-TEXT = Rule(lambda x: isinstance(x, str), "a text")
-TEXTS = sequence(TEXT, "texts, with commas between")
-PREFIX = Rule(lambda x: isinstance(x, str) and len(x) <= 1024, "a text, or nothing")
+TEXT = Rule(is_utf8, "a text in UTF-8")
+TEXTS = sequence(TEXT, "texts in UTF-8, with commas between")
+PREFIX = Rule(
+    lambda x: is_utf8(x) and len(x) <= 1024,
+    "a text in UTF-8 of at most 1024 characters, or nothing",
+)
 HOOK = Rule(
-    lambda x: isinstance(x, str) and (not x or ":" in x),
+    lambda x: is_utf8(x) and (not x or ":" in x),
     '"package.module:function", or nothing',
 )
 NPZ = Rule(
@@ -152,7 +162,7 @@ NPZ = Rule(
     "a path that ends with .npz, or nothing",
 )
 IGNORED = some_of("case", "punctuation", "space")
-REGEX = Rule(lambda x: isinstance(x, str) and is_regex(x), "a regular expression")
+REGEX = Rule(lambda x: is_utf8(x) and is_regex(x), "a regular expression")
 MARK = Rule(
     lambda x: isinstance(x, str) and (not x or watermark.fits(x)),
     f"at most {watermark.LENGTH} bytes of text that prints",
@@ -166,6 +176,7 @@ OPTIMIZERS = ("adamw", "muon", "lion", "adafactor", "prodigy", "schedule_free")
 PARTS = some_of("vae", "clip_l", "clip_g", "t5")
 WRITERS = some_of("wandb", "mlflow")
 PATHS = sequence(NAME, "paths of shards, or globs of them")
+LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 MODES = some_of("eager", "compile")
 TIMED = some_of("forward", "train")
 SIZES = sequence(WIDTH, "integers in [1, 65536]")
@@ -287,7 +298,7 @@ RULES = (
     (NAME, "eval.features"),
     (NPZ, "eval.statistics"),
     (HOOK, "eval.detector eval.colour eval.ocr sample.filter"),
-    (TEXTS, "sample.lora"),
+    (LORAS, "sample.lora"),
     (IGNORED, "eval.ocr_ignore"),
     (MARK, "sample.watermark"),
     (TEXTS, "study.variants study.sweep study.settings"),

@@ -147,3 +147,26 @@ def test_what_is_looked_at_before_anything_compiles(config, group):
             for _ in accepted(config, key):
                 with contextlib.suppress(UserError):
                     CHECKS[group](config)
+
+
+@pytest.mark.parametrize("text", ["\udcff", "sks\ud800 style", "x" * 1025])
+def test_a_text_that_no_record_can_hold_is_refused(config, text):
+    config = config.copy_and_resolve_references()
+    config.ingest.prefix = text
+    with pytest.raises(ConfigError, match="^config.ingest.prefix = ") as caught:
+        validate(config)
+    assert str(caught.value).isprintable() and "in UTF-8 of at most" in str(
+        caught.value
+    )
+
+
+@pytest.mark.parametrize("key", ["ingest.captions", "ingest.filters", "train.prompts"])
+def test_texts_are_utf8(config, key):
+    config = config.copy_and_resolve_references()
+    holder, name = cli.place(config, key)
+    holder[name] = ("caption", "\udcff")
+    with pytest.raises(
+        ConfigError, match=f"^config.{key} = .*texts in UTF-8"
+    ) as caught:
+        validate(config)
+    assert str(caught.value).isprintable()

@@ -57,7 +57,7 @@ class Storage(NamedTuple):
     kept: float
     reading: float  # bytes a second, all hosts together, at a step of `step_seconds`
     step_seconds: float
-    images_per_second: float  # a chip, in precompute
+    images_per_second: float | None  # a chip, in precompute; None if it encodes nothing
     chips: int
     hours: float
     rate_from: str
@@ -146,7 +146,7 @@ def plan(
         kept=float(kept.sum() / max(looked, 1)),
         reading=batch_size * mean / step_seconds,
         step_seconds=step_seconds,
-        images_per_second=rate,
+        images_per_second=rate if math.isfinite(rate) else None,
         chips=chips,
         hours=hours(n, images_per_second=rate, chips=chips),
         rate_from=rate_from,
@@ -311,6 +311,9 @@ def _lines(x: Storage) -> Iterator[str]:
         f"reading: {_large(x.reading)}/s, all hosts together, at"
         f" {x.step_seconds:g} s a step"
     )
+    if x.images_per_second is None:
+        yield "precompute: nothing is encoded; its time is that of decoding and resizing"
+        return
     chips = f"{x.chips:,} chip" + "s" * (x.chips != 1)
     yield (
         f"precompute: {x.hours:,.1f} hours on {chips} at {x.images_per_second:,.1f}"

@@ -129,6 +129,12 @@ def test_hours():
     assert storage.table_7_rate(256**2, 0, encoded=False) == math.inf
 
 
+def test_nothing_to_encode_takes_no_hours_and_no_infinity():
+    made = storage.plan(1000, buckets=TABLE, latents="image", text_tokens=0)
+    assert made.hours == 0 and "inf" not in made.text()
+    json.dumps(made._asdict(), allow_nan=False)
+
+
 def test_the_papers_own_bytes():
     """Table 7: 65.5 kB of moments, 630.7 of T5's tokens, 121.3 + 202.2 of CLIPs'."""
     made = storage.plan(10, buckets=[(256, 256)], text_tokens=154)
