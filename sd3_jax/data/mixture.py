@@ -79,6 +79,7 @@ class Records:
         check_weights(weights, paths)
         self.seed, self.weights, self.bad_records = seed, tuple(weights), bad_records
         self.batch_size = batch_size
+        self.encoders: dict[str, str] = {}  # fingerprints by part, if they are known
         self._bad, self._lock = set(), threading.Lock()
         self._reader = functools.lru_cache(OPEN)(self._open)
         found = [shards.expand(path) for path in paths]

@@ -21,15 +21,15 @@ log = logging.getLogger(__name__)
 NAME = "encoders.json"  # in precompute's workdir, beside records/
 
 
-def of_records(source: Any) -> dict[str, str]:
-    """Fingerprints by part ("vae", "clip_l", …) of what encoded a source's records.
+def of_records(records: Records) -> dict[str, str]:
+    """Read the fingerprints by part ("vae", "clip_l", …) of what encoded these records.
 
     Shards that were moved away from their workdir say nothing. A UserError if records
     of different encoders are mixed.
     """
     of_part: dict[str, tuple[str, str]] = {}
-    shards = source.shards if isinstance(source, Records) else ()
-    for folder in dict.fromkeys(os.path.dirname(shard.path) for shard in shards):
+    folders = dict.fromkeys(os.path.dirname(shard.path) for shard in records.shards)
+    for folder in folders:
         for part, fingerprint in _read(epath.Path(folder).parent).items():
             first, known = of_part.setdefault(part, (folder, fingerprint))
             if known != fingerprint:
@@ -43,7 +43,8 @@ def of_records(source: Any) -> dict[str, str]:
 
 def of_run(source: Any, encoder: Encoder | None) -> dict[str, str]:
     """Of the encoders that its records are of, and of those that encode the rest."""
-    return of_records(source) | (encoder.bundle.fingerprints() if encoder else {})
+    stored = source.encoders if isinstance(source, Records) else {}
+    return stored | (encoder.bundle.fingerprints() if encoder else {})
 
 
 def differing(known: Mapping[str, str], now: Mapping[str, str]) -> str:

@@ -103,7 +103,7 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
     if held_out:
         key, paths, weights = "data.held_out", data.held_out, ()
     try:
-        found = Records(
+        records = Records(
             tuple(paths),
             weights=tuple(weights),
             shapes={str(bucket): shapes(config, bucket) for bucket in table(config)},
@@ -114,29 +114,32 @@ def stored(config: ConfigDict, *, held_out: bool) -> Records:
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
     try:
-        encoders.of_records(found)
+        records.encoders = encoders.of_records(records)
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
-    if held_out and len(found) < (wanted := validated(config)):
+    if held_out and len(records) < (wanted := validated(config)):
         raise UserError(
-            f"config.{key}: {', '.join(paths)}: {len(found)} records, wanted at least"
+            f"config.{key}: {', '.join(paths)}: {len(records)} records, wanted at least"
             f" {wanted} for validation by config.eval.examples ="
             f" {config.eval.examples}; hold out more, or set"
-            f" --config.eval.examples={len(found)}"
+            f" --config.eval.examples={len(records)}"
         )
-    tell_repeated(key, found, size)
+    tell_repeated(key, records, size)
     try:
-        found.keep(fields(config, found.first))
+        records.keep(fields(config, records.first))
     except UserError as error:
-        raise UserError(f"config.{key}: {found.shards[0].path}: {error}") from None
-    for name in found.example(found.buckets[0]):
-        wanted, shape = found.buckets[0].shapes[name], found.first.tensors[name].shape
+        raise UserError(f"config.{key}: {records.shards[0].path}: {error}") from None
+    for name in records.example(records.buckets[0]):
+        wanted, shape = (
+            records.buckets[0].shapes[name],
+            records.first.tensors[name].shape,
+        )
         if shape != wanted:
             raise UserError(
-                f"config.{key}: {found.shards[0].path}: {name} of {by_x(shape)}, the"
+                f"config.{key}: {records.shards[0].path}: {name} of {by_x(shape)}, the"
                 f" recipe's are {by_x(wanted)}: {made(name, config, shape)}"
             )
-    return found
+    return records
 
 
 def batch_size(config: ConfigDict, *, held_out: bool = False) -> int:
@@ -302,11 +305,10 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
         )
     files = {shard.file for shard in trained_on.shards}
     held_out = stored(config, held_out=True)
-    known = encoders.of_records(trained_on)
-    if told := encoders.differing(known, encoders.of_records(held_out)):
+    if differences := encoders.differing(trained_on.encoders, held_out.encoders):
         raise UserError(
             "config.data.held_out: encoded by others than config.data.records:"
-            f" {told}; wanted records of one config.encode.weights and dtype"
+            f" {differences}; wanted records of one config.encode.weights and dtype"
         )
     for shard in held_out.shards:
         if shard.file in files:
