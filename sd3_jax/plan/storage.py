@@ -312,7 +312,7 @@ def _lines(x: Storage) -> Iterator[str]:
         f" {x.step_seconds:g} s a step"
     )
     if x.images_per_second is None:
-        yield "precompute: nothing is encoded; its time is that of decoding and resizing"
+        yield "precompute: encodes nothing; its hours are the hosts', which resize"
         return
     chips = f"{x.chips:,} chip" + "s" * (x.chips != 1)
     yield (
