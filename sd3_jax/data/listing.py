@@ -73,6 +73,15 @@ def local(path: str) -> bool:
     return "://" not in path
 
 
+def absolute(path: str) -> str:
+    return os.path.abspath(path) if local(path) else path
+
+
+def resolved(path: str) -> str:
+    """One spelling of all that lead to the same place, links followed."""
+    return os.path.realpath(path) if local(path) else path
+
+
 def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder and name else folder or name
 

@@ -151,10 +151,12 @@ def new_plan(
     config: ConfigDict, workdir: epath.Path, settings: prepare.Settings
 ) -> list[Part]:
     """The parts of the input; a UserError if captions would be lost."""
-    parts = intake.planned(config, size=config.precompute.part)
-    if not settings.uncaptioned and not (workdir / "plan.json").exists():
+    begun = (workdir / "plan.json").exists()
+    known = [part.path for part in plan_of(workdir)] if begun else []
+    parts = intake.planned(config, known=known, size=config.precompute.part)
+    if not settings.uncaptioned and not begun:
         intake.require_captions(parts, settings.captions, prefix=settings.prefix)
-    return parts
+    return list(map(located, parts))
 
 
 def begin(
@@ -184,17 +186,17 @@ def begin(
                 f"{workdir} holds records that other settings made:"
                 f" {'; '.join(differ)}. Give back the old ones, or another workdir"
             )
-        known = {part.path for part in plan_of(workdir)}
-        now = {path for one in config.ingest.inputs for path in expand(one)}
-        if known != now:
-            changed = sorted(known ^ now)
+        planned = plan_of(workdir)
+        known = {listing.resolved(part.path) for part in planned}
+        paths = [path for one in config.ingest.inputs for path in expand(one)]
+        now = set(map(listing.resolved, paths))
+        if changed := sorted(known ^ now):
             raise UserError(
                 f"config.ingest.inputs: {shown(changed[0], 200)}"
                 f" {'is new' if changed[0] in now else 'is gone'}, of"
                 f" {len(changed)} that differ from what {workdir} was planned for:"
                 " wanted the same, or another workdir for what is new"
             )
-        planned = plan_of(workdir)
         done = Manifest(workdir, len(planned)).done()
         if stale.require_same(workdir, planned, parts, done):
             write_whole(path, json.dumps(plan).encode())
@@ -208,7 +210,12 @@ def begin(
 
 def plan_of(workdir: epath.Path) -> list[Part]:
     plan = json.loads((workdir / "plan.json").read_text())
-    return [Part(**part) for part in plan["parts"]]
+    return [located(Part(**part)) for part in plan["parts"]]
+
+
+def located(part: Part) -> Part:
+    """The part by an absolute path: a later run may start in another folder."""
+    return part._replace(path=listing.absolute(part.path))
 
 
 def prepare_settings(config: ConfigDict) -> prepare.Settings:

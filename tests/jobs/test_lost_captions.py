@@ -154,3 +154,32 @@ def test_tars_and_parquet_files(precompute, tmp_path):
     code, found, counts, _ = precompute({}, inputs="in/*")
     wanted = {"x.tar:1.5": "a fox", "x.tar:2": "b", "y.parquet:0": "a hen"}
     assert code == 0 and found == wanted and counts["rejected"] == {"no caption": 1}
+
+
+NOT_TEXT = {
+    "numbers": (
+        [5, 6],
+        "mine holds numbers (2), and no text, in any of the 2 pictures",
+    ),
+    "lists": ([[5], [6]], "mine holds lists of numbers (2), and no text"),
+    "booleans": ([True, False], "mine holds booleans (2), and no text"),
+}
+
+
+@pytest.mark.parametrize("case", NOT_TEXT)
+def test_a_column_that_is_no_text_is_told_from_one_that_is_not_there(precompute, case):
+    values, words = NOT_TEXT[case]
+    rows = [{"file_name": f"{x}.png", "mine": y} for x, y in zip("ab", values)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    files = {"a.png": A, "b.png": B, "metadata.jsonl": text}
+    code, _, _, said = precompute(files, "captions=mine")
+    assert code == 2 and words in said and "makes a text of other values" in said
+    text = text.replace("mine", "caption")
+    code, _, _, said = precompute({"metadata.jsonl": text})
+    assert code == 2 and "; caption holds " in said
+
+
+def test_metadata_that_is_refused_ends_the_job_at_once(precompute):
+    files = {"a.png": A, "metadata.csv": 'file_name,text\na.png,"a fox\n'}
+    code, _, _, said = precompute(files)
+    assert code == 2 and "metadata.csv cannot be read: line 2: a quote" in said

@@ -152,3 +152,73 @@ def test_a_plan_of_an_earlier_version_is_taken_as_it_is(done, capsys):
         del part["stamp"]
     (folder / "out/plan.json").write_text(json.dumps(plan))
     assert start(folder, folder / "in", capsys) == (0, first)
+
+
+def killed_after(folder, part):
+    """As if the job had been killed: what it did of later parts is gone."""
+    for path in (folder / "out/parts").iterdir():
+        if int(path.name[:5]) > part:
+            path.unlink()
+    (folder / "out/manifest.json").unlink()
+
+
+@pytest.fixture
+def killed(tmp_path, capsys):
+    """Five parts of pictures 10 to 18 in one folder, of which 0, 1 are done."""
+    (tmp_path / "in").mkdir()
+    for i in range(10, 19):
+        (tmp_path / f"in/{i}.png").write_bytes(picture(i))
+        (tmp_path / f"in/{i}.txt").write_text("x")
+    assert start(tmp_path, tmp_path / "in", capsys)[0] == 0
+    killed_after(tmp_path, 1)
+    return tmp_path
+
+
+AFTER_A_KILL = {
+    "added to what is done": (["add 105"], "inputs: 1 added (105.png) since"),
+    "removed of it": (["remove 11"], "inputs: 1 removed (11.png) since"),
+    "both": (["add 105", "remove 17"], "inputs: 1 added (105.png) since"),
+    "added before all": (["add 09"], "inputs: 1 added (09.png) since"),
+    "added to the rest": (["add 165"], "there are 6 where 5 were planned"),
+    "removed of the rest": (["remove 17"], "there are 4 where 5 were planned"),
+}
+
+
+@pytest.mark.parametrize("case", AFTER_A_KILL)
+def test_after_a_kill_the_files_that_changed_are_named(killed, capsys, case):
+    changes, words = AFTER_A_KILL[case]
+    for change in changes:
+        verb, name = change.split()
+        path = killed / f"in/{name}.png"
+        if verb == "add":
+            path.write_bytes(picture(1))
+            path.with_suffix(".txt").write_text("x")
+        else:
+            path.unlink()
+            path.with_suffix(".txt").unlink()
+    code, said = start(killed, killed / "in", capsys)
+    assert code == 2 and words in said, said
+
+
+def test_after_a_kill_what_is_not_done_may_change(killed, capsys):
+    rewrite(killed / "in/17.png", picture(99))
+    (killed / "in/18.txt").write_text("another caption")
+    code, said = start(killed, killed / "in", capsys)
+    assert code == 0 and "9 files: 9 records" in said
+
+
+def test_another_spelling_of_the_input_is_the_same(killed, capsys):
+    (killed / "link").symlink_to(killed / "in")
+    for spelling in f"{killed}/in/", f"{killed}/./in", f"{killed}/link":
+        code, said = start(killed, spelling, capsys)
+        assert code == 0 and "9 files: 9 records" in said
+    assert start(killed, os.path.relpath(killed / "in"), capsys)[0] == 0
+
+
+def test_another_spelling_of_a_tar_is_the_same(tmp_path, capsys):
+    pack(tmp_path / "x.tar", b"a fox")
+    (tmp_path / "y.tar").symlink_to(tmp_path / "x.tar")
+    assert start(tmp_path, tmp_path / "x.tar", capsys)[0] == 0
+    touch(tmp_path / "x.tar")
+    code, said = start(tmp_path, tmp_path / "y.tar", capsys)
+    assert code == 0, said
