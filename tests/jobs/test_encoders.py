@@ -131,3 +131,12 @@ def test_the_empty_caption_is_zeros(weights):
     for x in found.values():
         x = np.float32(x)
         assert not x[0].any() and np.abs(x[1]).mean() > 0.01
+
+
+def test_fingerprints_are_read_once(trained, weights, tmp_path, monkeypatch):
+    reads, really = [], encoders._read
+    count = lambda workdir: reads.append(str(workdir)) or really(workdir)
+    monkeypatch.setattr(encoders, "_read", count)
+    records = f"data.records={trained}/data/records/*"
+    assert train(tmp_path, weights[0], records) == 0
+    assert reads == [f"{trained}/data"]
