@@ -79,11 +79,11 @@ def draw(
     if not each.function:
         several = " (one of several)" if len(texts) > 1 else ""
         return Drawn(texts[int(among * len(texts))], each.name + several)
-    made = asked(each.function, each.name, picture, item_columns)
-    if not isinstance(made, str):
-        raise BadItem(f"{each.name} gave no text: {shown(type(made).__name__)}")
+    answer = asked(each.function, each.name, picture, item_columns)
+    if not isinstance(answer, str):
+        raise BadItem(f"{each.name} gave no text: {shown(type(answer).__name__)}")
     try:
-        text = records.clean(made)
+        text = records.clean(answer)
     except ValueError as error:
         raise BadItem(f"{each.name} gave no text: {error}") from None
     return Drawn(text, each.name if text else "")
@@ -114,8 +114,8 @@ def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
     for column in names:
         value = columns.get(column)
         texts = map(_text, value if isinstance(value, list) else [value])
-        if found := [text for text in texts if text]:
-            return found
+        if filled := [text for text in texts if text]:
+            return filled
     return []
 
 

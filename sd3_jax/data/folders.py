@@ -72,7 +72,7 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
             open_part.add(directory, seen, first, number)
             first += number
             if open_part.full(size):
-                yield open_part.made()
+                yield open_part.part()
                 open_part = _Planned(path, label)
             if first == len(seen.subjects):
                 break
@@ -82,7 +82,7 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
             f" for tars or parquet files, a glob as {listing.join(path, '*.tar')}"
         )
     if open_part.spans:
-        yield open_part.made()
+        yield open_part.part()
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
@@ -92,19 +92,22 @@ def items(part: Part) -> Iterator[Item | Rejected]:
         seen = _look(part.path, directory)
         stats = again.add(directory, seen, first, number)
         work.append((directory, list(zip(seen.subjects[first:], stats))))
-    if again.made().listing != part.listing:
+    if again.part().listing != part.listing:
         where = listing.join(part.path, part.spans[0][0])
-        if unread := [s.reason for _, found in work for s, _ in found if not s.name]:
+        if unread := [
+            s.reason for _, subjects in work for s, _ in subjects if not s.name
+        ]:
             raise UserError(f"{where}, or a folder after it: {unread[0]}")
         raise UserError(
             f"{where}: not what was planned: here, or in a folder after it, files were"
             " added, removed or changed since; begin anew, in another folder"
         )
-    names = {listing.join(d, s.name) for d, found in work for s, _ in found}
-    told = metadata.columns(part.path, {directory for directory, _ in work}, names)
+    names = {listing.join(d, s.name) for d, subjects in work for s, _ in subjects}
+    directories = {directory for directory, _ in work}
+    columns_of = metadata.columns(part.path, directories, names)
     for directory, subjects in work:
         for subject, stat in subjects:
-            yield from _outcome(part, directory, subject, *stat, told)
+            yield from _outcome(part, directory, subject, *stat, columns_of)
 
 
 def is_picture(name: str) -> bool:
@@ -112,7 +115,7 @@ def is_picture(name: str) -> bool:
 
 
 class _Planned:
-    """A part in the making; made from the same spans again, it has the same hash."""
+    """A part in the making; planned from the same spans again, it has the same hash."""
 
     def __init__(self, path: str, label: str):
         self.path, self.label, self.spans = path, label, []
@@ -145,7 +148,7 @@ class _Planned:
     def full(self, size: int) -> bool:
         return self.weight >= size or len(self.spans) >= size
 
-    def made(self) -> Part:
+    def part(self) -> Part:
         return Part(
             kind="folder",
             path=self.path,
@@ -173,19 +176,19 @@ def _look(root: str, directory: str) -> Seen:
 @functools.lru_cache(2)
 def _listed(root: str, directory: str, stamp: int | None) -> Seen:
     try:
-        found = listing.entries(listing.join(root, directory))
+        entries = listing.entries(listing.join(root, directory))
     except OSError as error:
         if not directory:
             reason = error.strerror or error
             raise UserError(f"{root}: cannot be read: {reason}") from None
         reason = f"cannot be read: {error.strerror or error}"
         return Seen([Subject("", reason)], [], "")
-    folders = [each.name for each in found if each.kind == FOLDER]
-    return Seen(_subjects(found), folders, listing.digest(found))
+    folders = [each.name for each in entries if each.kind == FOLDER]
+    return Seen(_subjects(entries), folders, listing.digest(entries))
 
 
-def _subjects(found: list[Entry]) -> list[Subject]:
-    files = [(each, *_split(each.name)) for each in found if each.kind != FOLDER]
+def _subjects(entries: list[Entry]) -> list[Subject]:
+    files = [(each, *_split(each.name)) for each in entries if each.kind != FOLDER]
     pictures = [row for row in files if row[2] in PICTURES]
     # a.txt or a.jpg.txt of a.jpg; of A.JPG also A.jpg.txt
     pictured = {x for _, a, b in pictures for x in (_owner(a), f"{a}.{b}")}
@@ -223,7 +226,7 @@ def _unfit(name: str, extension: str, *, again: bool) -> str:
 
 
 def _outcome(
-    part: Part, directory: str, subject: Subject, size: int, time_: int, told
+    part: Part, directory: str, subject: Subject, size: int, time_: int, columns_of
 ) -> Iterator:
     inside = listing.join(directory, subject.name)
     source, path = part.label + inside, listing.join(part.path, inside)
@@ -235,7 +238,7 @@ def _outcome(
         yield rejected(source if subject.name else f"{source}/", subject.reason, size)
         return
     try:
-        columns = dict(told(inside))
+        columns = dict(columns_of(inside))
         for each in subject.sidecars:
             extension = _split(each.name)[1]
             if each.kind != FILE:

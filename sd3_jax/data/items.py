@@ -140,10 +140,10 @@ def empty(value: Value) -> bool:
 
 def columns(text: str) -> dict[str, Value]:
     """An object of JSON, its long texts cut, NaN as null; else a ValueError."""
-    found = parse_json(text, null_nonfinite=True)
-    if not isinstance(found, dict):
+    columns = parse_json(text, null_nonfinite=True)
+    if not isinstance(columns, dict):
         raise ValueError("no object")
-    return {k: v[:TEXT] if isinstance(v, str) else v for k, v in found.items()}
+    return {k: v[:TEXT] if isinstance(v, str) else v for k, v in columns.items()}
 
 
 def plain(value) -> Value:

@@ -228,17 +228,17 @@ def _csv_rows(
         yield 1, BadLine(f"a header without file_name: {columns}; {what}")
         return
     as_text = {name.lower() for name in ("file_name", *STANDING, *USUAL)}
+    place = header.index("file_name")
     for number, values in _records(csv.reader(text, strict=True, **options)):
-        row = dict(zip(header, values))
-        row["file_name"] = row.get("file_name", "").strip()
-        last_part = _last(os.fsencode(row["file_name"].replace("\\", "/")))
-        if last is not None and last_part not in last:
+        name = values[place].strip() if place < len(values) else ""
+        if last is not None and _last(os.fsencode(name.replace("\\", "/"))) not in last:
             continue
         if len(values) != len(header):
             short = "fewer" if len(values) < len(header) else "more"
             reason = f"a line that cannot be read: {short} values than its header has"
-            yield number, BadLine(reason, (row["file_name"],))
+            yield number, BadLine(reason, (name,))
             continue
+        row = dict(zip(header, values)) | {"file_name": name}
         row.pop("", None)  # pandas' index has no name
         yield number, {k: _cell(v, k.lower() in as_text) for k, v in row.items()}
 
@@ -269,7 +269,9 @@ def _records(reader) -> Iterator[tuple[int, list[str]]]:
             raise csv.Error(f"line {first}: {_fault(error)}") from None
         if values is None:
             return
-        if any(ROW.search(value) for value in values):
+        # A caption of several lines is fine, but not one that has a row in it.
+        several = reader.line_num + 1 > first
+        if several and any(ROW.search(value) for value in values):
             raise csv.Error(f"line {first}: {_fault(QUOTE)}, and takes in other rows")
         if values:
             yield first, values

@@ -1,15 +1,19 @@
-"""Runs whose workdir is a bucket, on an emulator that refuses, stalls and cuts."""
+"""Runs with a workdir or input in a bucket: an emulator that refuses, stalls, cuts."""
 
+import io
 import itertools
 import json
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 
 import cloud_storage
 import multiprocess
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -139,3 +143,32 @@ def test_records_on_a_bucket(bucket, tmp_path):
     run(bucket, "precompute", *out, *more)
     assert any(name.startswith("data/records/train") for name in bucket.objects)
     assert "data/manifest.json" in bucket.objects
+
+
+def picture(shade):
+    data = io.BytesIO()
+    Image.new("RGB", (64, 64), (shade, 90, 10)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_precompute_reads_a_bucket(bucket, tmp_path):
+    bucket.fault = lambda method, path: None
+    rows = "file_name;text\nd\\0.png;a fox\nd/1.png;42\n".encode("utf-16")
+    files = {"set/d/0.png": picture(0), "set/d/1.png": picture(1)}
+    files |= {"set/metadata.csv": rows, "set/d/1.txt": b" "}
+    tar, table = io.BytesIO(), io.BytesIO()
+    with tarfile.open(fileobj=tar, mode="w") as file:
+        for name, data in ("1.jpg", picture(2)), ("1.txt", b"a hen"):
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            file.addfile(info, io.BytesIO(data))
+    pq.write_table(pa.table({"jpg": [picture(3)], "caption": ["a cat"]}), table)
+    files |= {"tars/0.tar": tar.getvalue(), "tars/0.parquet": table.getvalue()}
+    for name, data in files.items():
+        bucket.put(name, data, None)
+    inputs = "gs://emulated/set,gs://emulated/tars/*.tar,gs://emulated/tars/*.parquet"
+    flags = f"--config.ingest.inputs={inputs}", "--config.precompute.only="
+    tiny = "--config=configs/sd3_2b.py:tiny"
+    for _ in range(2):  # to begin with, and when all is done
+        out = run(bucket, "precompute", tiny, f"--workdir={tmp_path}", *flags)
+        assert "4 files: 4 records, 0 rejected" in out and "caption 4" in out
