@@ -223,7 +223,7 @@ def _csv_rows(
     text = io.TextIOWrapper(file, _encoding(file), newline="")
     header, options = _header(text.readline(SIDECAR))
     if "file_name" not in header:
-        columns = f"its columns are {shown(', '.join(header))}"
+        columns = f"its columns are {shown(', '.join(header)) or 'none'}"
         what = "rename the one with the pictures' names to file_name"
         yield 1, BadLine(f"a header without file_name: {columns}; {what}")
         return
@@ -245,11 +245,13 @@ def _csv_rows(
 
 def _header(line: str) -> tuple[list[str], dict]:
     """The columns' names, without spaces around them, and how the rows are separated;
-    csv.Error for a name that comes twice."""
+    csv.Error for a name that comes twice, or that goes on in the next line."""
     spellings = {d: next(csv.reader([line], delimiter=d), []) for d in DELIMITERS}
     names = {d: [x.strip() for x in spelt] for d, spelt in spellings.items()}
     delimiter = next((d for d in DELIMITERS if "file_name" in names[d]), ",")
     header, spelt = names[delimiter], spellings[delimiter]
+    if len(line) == SIDECAR or line.count('"') % 2:
+        raise csv.Error(f"line 1: wanted the columns' names: {QUOTE}")
     if twice := [x for x in header if x and header.count(x) > 1]:
         raise csv.Error(
             f'line 1: the column "{shown(twice[0])}" comes {header.count(twice[0])}'

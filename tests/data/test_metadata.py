@@ -60,7 +60,10 @@ BROKEN = {
     "to the next": ('a.png,"a fox\nb.png,"a hen"\n', f"line 2: {QUOTE}"),
     "to a last one": ('a.png,"a fox\nb.png,a hen"\n', f"line 2: {QUOTE}, and takes"),
     "inside": ('a.png,"a "red" fox"\n', f"line 2: {QUOTE}"),
-    "long": (f'a.png,"{"x" * 2**20}y"\n', "line 2: a value of more than 1048576 char"),
+    "in a long caption": (
+        f'a.png,"{"x" * 2**20}y"\n',
+        "line 2: a value of more than 1048576 char",
+    ),
 }
 
 
@@ -84,3 +87,12 @@ def test_a_column_twice_is_refused(tmp_path):
     kept, rejected = ingested(tmp_path, "file_name,text,text \na.png,a fox,a hen\n")
     why = 'line 1: the column "text" comes 2 times; rename or remove one'
     assert not kept and rejected["metadata.csv"] == f"cannot be read: {why}"
+
+
+@pytest.mark.parametrize(
+    "text", ['file_name,"te\nxt"\na.png,fox\n', "file_name," * 2**17]
+)
+def test_a_header_that_does_not_end_is_refused(tmp_path, text):
+    kept, rejected = ingested(tmp_path, text)
+    words = "cannot be read: line 1: wanted the columns' names"
+    assert not kept and rejected["metadata.csv"].startswith(words)
