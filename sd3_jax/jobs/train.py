@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import hosts, lock, pictures, sharding, tree, watch, writers
+from sd3_jax import hosts, lock, pictures, sharding, signals, tree, watch, writers
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble, encoders, examples, paint, resume, tune
@@ -278,7 +278,7 @@ class Training:
             print(self.goodput.words())
 
     def interrupted(self) -> str:
-        """Where Ctrl-C came, once all that was begun is saved, and how to go on."""
+        """Where a signal came, once all that was begun is saved, and how to go on."""
         saved, last = self.nonfinite.last_saved, self.config.train.steps
         step = f"at step {self.step_now} of {last}" if self.step_now else "at the start"
         then = f"goes on from step {saved}" if saved else "starts again, from nothing"
@@ -420,7 +420,8 @@ class Training:
                 if saved or validate_now or last or stop:
                     metrics.write(step, "goodput", goodput.line(finished=last))
                 if stop:
-                    log.info("told to stop: step %d is saved", step)
+                    if jax.process_index() == 0:
+                        signals.say(f"SIGTERM: stopped {self.interrupted()}")
                     return
                 if pause:
                     clock.reset()
@@ -438,12 +439,14 @@ class Training:
         data |= {"next_batch": step + self.ahead} if self.ahead else {}
         data |= {"base": self.began_with} if self.began_with else {}
         data |= {"encoders": self.encoders} if self.encoders else {}
+        stop = checkpoints.reached_preemption(step)
+        if stop and hosts.leads_others():  # a run of one process: see signals
+            signals.say(f"SIGTERM: saves step {step}, then all processes stop")
         saved = checkpoints.save(
             step, state, data, self.settings, force=last, finite=True
         )
         if saved:
             self.nonfinite.last_saved = step
-        stop = checkpoints.reached_preemption(step)
         if last or stop:
             checkpoints.wait()
         return saved, stop
