@@ -100,6 +100,8 @@ def _file(name, what) -> str:
 def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
     """Without a connection, what was fetched before: the hub's client would try again
     for half a minute."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     offline = not _reachable()
     try:
         return download(local_files_only=offline)
@@ -111,7 +113,13 @@ def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
             raise UserError(
                 f"{told} cannot be reached, nor was it fetched from there before"
             ) from None
-        raise UserError(f"{told} does not give it: {shown(lines[0], 200)}") from None
+        told += f" does not give it: {shown(lines[0], 200)}"
+        if isinstance(error, RepositoryNotFoundError):  # gated, private or not there
+            told += (
+                f"; if it is gated, accept its licence on huggingface.co/{name.repo},"
+                " then run `hf auth login` or set HF_TOKEN"
+            )
+        raise UserError(told) from None
 
 
 def _reachable() -> bool:

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -87,6 +88,13 @@ def test_other_settings_are_refused_unless_declared(values, was, caplog):
 )
 def test_how_a_run_is_done_may_change(values):
     resume.compare("run", tiny().to_dict(), changed(**values))
+
+
+def test_the_docs_list_what_may_change():
+    page = Path("docs/training.md").read_text()
+    _, _, section = page.partition("These may differ:")
+    listed = re.findall("`([a-z_.]+)`", section.partition("Any other change")[0])
+    assert sorted(listed) == sorted(resume.FREE)
 
 
 def decaying(steps, schedule="cosine", **values):
