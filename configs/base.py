@@ -89,7 +89,7 @@ def get_config() -> ConfigDict:
         every=100,  # steps; before the hundredth the average follows each
     )
     c.tune = dict(  # docs/finetuning.md
-        base="",  # released weights or another run's workdir; "": train from the start
+        base="",  # released weights, a run's workdir or RUN/checkpoints/STEP; "": none
         method="full",  # lora: only matrices of a low rank beside those of the base
         text=True,  # whether a tower of bytes trains as well, where all weights do
         lora="",  # a LoRA file to go on from, of tune.rank; "": a new one
@@ -176,7 +176,7 @@ def get_config() -> ConfigDict:
         per_prompt=1,
         batch_size=64,
         weights="ema",
-        step=0,  # a checkpoint's; 0: the newest. Also of evaluate and convert
+        step=0,  # a checkpoint's; 0: the newest. Also of evaluate, convert; not train
         lora=(),  # LoRA files for released weights: "path", or with a weight "path=0.8"
         filter="",  # package.module:function that flags pictures (docs/sampling.md)
         watermark="",  # a text of at most 16 bytes, marked in all pictures

@@ -21,7 +21,7 @@ def get_config(variant: str = ""):
     c.tune.update(method="lora", rank=128, targets="", objective="dpo", beta=5_000.0)
     c.optim.update(name="adamw", lr=1e-5, warmup=100, schedule="constant")
     c.text.dropout = 0.0
-    c.train.steps = 4_000
+    c.train.update(steps=4_000, eval_every=500, sample_every=500)
     c.train.prompts = ()
     c.data.update(name="records", batch_size=64)
     base.resolution(c, 1024) if not variant else None

@@ -3,10 +3,14 @@
     IN="--config=configs/dreambooth.py --config.tune.base=SD35 \
         --config.encode.weights=SD35"
     sd3-jax train $IN --workdir=runs/dog --config.data.name=records \
-        --config.data.records='DOG/train-*,DOGS/train-*' --config.data.weights=1,1
+        --config.data.records='DOG/records/train-*,DOGS/records/train-*' \
+        --config.data.weights=1,1
 
-The last of data.records are the class's pictures, which `sample` makes of "a dog" by
-the base itself; the loss on them counts tune.prior times. Half of a batch is of each.
+`precompute` writes DOG/records from the subject's pictures, and DOGS/records from the
+class's, which `sample` makes of "a photo of a dog" by the base. The loss on the last of
+data.records counts tune.prior times; data.weights=1,1 gives each half of a batch. To
+train without the class, set --config.tune.prior=0 and name DOG's records alone.
+docs/finetuning.md has all the commands.
 """
 
 from configs import base, lora

@@ -22,7 +22,8 @@ def get_config(variant: str = ""):
     c.text.dropout = 0.1
     c.ema.update(decay=0.99, every=1)
     c.data.batch_size = 8
-    c.train.update(steps=1_000, eval_every=10_000, log_every=10)
+    c.train.update(steps=1_000, log_every=10, sample_every=100)
+    c.train.eval_every = 10_000  # none: few pictures, none held out
     c.checkpoint.every = 250
     if variant == "tiny":
         base.shrink(c)

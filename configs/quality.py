@@ -1,9 +1,11 @@
 """The aesthetic stage after training: few steps on the best pictures.
 
     IN="--config=configs/quality.py --config.ingest.inputs=PICTURES"
-    sd3-jax precompute $IN --workdir=runs/best --config.encode.weights=SD35
+    sd3-jax precompute $IN --workdir=runs/best --config.encode.weights=SD35 \
+        --config.precompute.held_out=0.01
     sd3-jax train $IN --workdir=gs://BUCKET/RUN --config.tune.base=PRETRAINED \
-        --config.data.name=records --config.data.records='runs/best/records/train-*'
+        --config.data.name=records --config.data.records='runs/best/records/train-*' \
+        --config.data.held_out='runs/best/records/val-*'
 
 Full weights, a lower rate to zero, and filters of `precompute` by what the pictures'
 metadata says. SD3-medium's card tells of 30 M pictures of high aesthetic rating after

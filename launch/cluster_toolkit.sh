@@ -8,8 +8,10 @@
 # QUEUE (of Kueue), SERVICE_ACCOUNT (of Kubernetes), GRACE_S (300; spot: 15), PROVISIONING
 # (on-demand, spot, reserved: of nodes that GKE creates for the job; reserved needs
 # RESERVATION), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs),
-# TPU_GENERATION (from COMPUTE_TYPE). The network is the cluster's. JOB is one of
-# `sd3-jax --help`, or preflight. launch/README.md explains them.
+# TPU_GENERATION (from COMPUTE_TYPE). The network is the cluster's, the extras the image's.
+# gcluster passes no variables of yours (PASS_ENV): use gke/render.py --secret for a job
+# that needs some. JOB is one of `sd3-jax --help`, or preflight. launch/README.md explains
+# them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
@@ -22,6 +24,13 @@ generation COMPUTE_TYPE
 grace 15
 program "$@"
 host_variables
+image_extras
+# gcluster would have them in the command, which `ps` and the cluster show.
+[[ -z ${PASS_ENV:-} ]] ||
+  fail "PASS_ENV=$PASS_ENV: gcluster passes no variables; use launch/gke/render.py --secret"
+passed 2>/dev/null
+((${#PASSED[@]} == 0)) ||
+  echo "the job does not get ${PASSED[*]}: use launch/gke/render.py --secret for that" >&2
 nodes=()
 case $PROVISIONING in
   spot) nodes=(--gke-nap-provisioning=spot) ;;

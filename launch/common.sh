@@ -190,12 +190,51 @@ host_variables() { # into HOST: what job.sh is to have in its environment
   fi
 }
 
+check_extras() { # EXTRAS, of setup.py
+  [[ ${EXTRAS:-} =~ ^([a-z]+(,[a-z]+)*)?$ ]] ||
+    fail "EXTRAS=$EXTRAS: wanted extras of setup.py with commas between, such as wandb,mlflow"
+}
+
+image_extras() { # where an image is run, it has its extras already
+  check_extras
+  [[ -z ${EXTRAS:-} ]] ||
+    echo "EXTRAS=$EXTRAS: IMAGE needs them: docker build --build-arg EXTRAS=$EXTRAS" >&2
+}
+
+# Credentials and addresses of services. Their values are written to files that only you
+# can read: never to a command line, which `ps` shows, and never to the output.
+
+passed() { # into PASSED: names of the variables that the job gets from your environment
+  local name
+  PASSED=()
+  for name in ${PASS_ENV-WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI}; do
+    [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
+      fail "PASS_ENV=$PASS_ENV: wanted names of variables with spaces between"
+    [[ -n ${!name:-} || -z ${PASS_ENV:-} ]] || fail "PASS_ENV names $name, which is not set"
+    [[ -n ${!name:-} ]] || continue
+    [[ ${!name} != *$'\n'* ]] || fail "$name has more than one line: it is not passed"
+    PASSED+=("$name")
+  done
+  ((${#PASSED[@]} == 0)) || echo "the job gets ${PASSED[*]} from your environment" >&2
+}
+
+write_passed() { # FILE [quoted]: NAME=VALUE lines; quoted for a shell, else as they are
+  local name value quote="'"
+  (umask 077 && : >"$1")
+  for name in ${PASSED[@]+"${PASSED[@]}"}; do
+    value=${!name}
+    [[ -z ${2:-} ]] || value="'${value//$quote/$quote\\$quote$quote}'"
+    echo "$name=$value" >>"$1"
+  done
+}
+
 retryable() { # CODE: whether a restart may help: sd3_jax/errors.py's 3, and signals
   (($1 == 3 || $1 >= 128))
 }
 
 # What TPU VMs are told through ssh. The tree lies in ~/sd3_jax; job.{log,pid,code} beside
-# it are the running job's output, process and exit code.
+# it are the running job's output, process and exit code. job.env holds what PASS_ENV
+# names, until the job has read it.
 
 SCRATCH=
 scratch() { # a folder that goes when the script ends
@@ -213,19 +252,24 @@ remote_setup() { # the images' Python is 3.10, so uv brings one
   echo "mkdir -p sd3_jax && tar -xzf sd3_jax.tgz -C sd3_jax && cd sd3_jax" \
     "&& python3 -m pip install --quiet --user uv" \
     "&& python3 -m uv venv --quiet --allow-existing --python 3.11 .venv" \
-    "&& python3 -m uv pip install --quiet --python .venv/bin/python -e '.[tpu]'"
+    "&& python3 -m uv pip install --quiet --python .venv/bin/python" \
+    "-e '.[tpu${EXTRAS:+,$EXTRAS}]'"
 }
 
 remote_start() {
-  echo "$(remote_idle) rm -f ../job.code;" \
+  echo "$(remote_passed)$(remote_idle) rm -f ../job.code;" \
     "nohup env $(spell "${HOST[@]}") JOB_CODE=../job.code launch/job.sh" \
     ".venv/bin/python $(spell "${PROGRAM[@]}")" \
     ">>../job.log 2>&1 </dev/null & echo \$! >../job.pid"
 }
 
 remote_wait() { # the same in the foreground, with its output and exit code
-  echo "$(remote_idle) env $(spell "${HOST[@]}") launch/job.sh" \
+  echo "$(remote_passed)$(remote_idle) env $(spell "${HOST[@]}") launch/job.sh" \
     ".venv/bin/python $(spell "${PROGRAM[@]}")"
+}
+
+remote_passed() { # read job.env, which is then gone
+  ((${#PASSED[@]} == 0)) || echo "set -a; . ./job.env; set +a; rm -f job.env; "
 }
 
 remote_idle() { # two jobs cannot share a TPU

@@ -11,18 +11,22 @@
 # cannot help, and with 255 if the hosts cannot be reached 10 times in a row.
 # `run`, `preflight` and `status` are those of tpu_vm.sh.
 # Variables: QUEUED_RESOURCE ZONE PROJECT; to create, ACCELERATOR_TYPE (v5p-256; v5e-16 is
-# v5litepod-16), RUNTIME_VERSION (the one that JAX wants on that type), NODE_COUNT (1: slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the
-# project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved);
-# to run and for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300;
-# spot: 30), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs); to resume,
-# POLL_S (60) and MAX_RESTARTS (10: of a job that failed by itself); for logs, NODE (0: the
-# slice) and WORKER (0: its host). launch/README.md explains them.
+# v5litepod-16), RUNTIME_VERSION (the one that JAX wants on that type), NODE_COUNT (1:
+# slices), and SERVICE_ACCOUNT, NETWORK, SUBNETWORK (the project's default ones); to create
+# and to run, PROVISIONING (on-demand, spot, reserved); to set up, EXTRAS (of setup.py:
+# wandb,mlflow); to run and for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p
+# v6e), GRACE_S (300; spot: 30), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled
+# programs) and PASS_ENV (names of variables that the job gets; those set of WANDB_API_KEY
+# HF_TOKEN MLFLOW_TRACKING_URI); to resume, POLL_S (60) and MAX_RESTARTS (10: of a job that
+# failed by itself); for logs, NODE (0: the slice) and WORKER (0: its host).
+# launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 at_least 0 MAX_RESTARTS POLL_S
 at_least 1 NODE_COUNT CHECKPOINT_EVERY
+check_extras
 scratch
 needs=(QUEUED_RESOURCE ZONE PROJECT)
 POLL_S=${POLL_S:-60}
@@ -122,7 +126,14 @@ logs() {
     --command="tail -n 100 -F job.log"
 }
 
-start() { every "$(remote_start)"; }
+start() { send_passed && every "$(remote_start)"; }
+
+send_passed() { # to all hosts, before the job that reads it
+  ((${#PASSED[@]})) || return 0
+  write_passed "$SCRATCH/job.env" quoted &&
+    queued scp "$SCRATCH/job.env" "$QUEUED_RESOURCE:job.env" --node=all --worker=all
+}
+
 stop() { every "$(remote_stop)"; }
 note() { echo "$(date +%T) $QUEUED_RESOURCE: $*" >&2; }
 
@@ -182,11 +193,12 @@ unreached() { # REASON: a host that boots or is preempted is not, for some minut
 begin() { note "starting" && setup && again; }
 again() { stop && start; } # some hosts may still run
 
-job() { # JOB FLAGS…, into PROGRAM and HOST
+job() { # JOB FLAGS…, into PROGRAM, HOST and PASSED
   generation ACCELERATOR_TYPE
   grace 30
   program "$@"
   host_variables
+  passed
 }
 
 verb=${1:-}
@@ -211,6 +223,7 @@ case $verb in
     ;;
   preflight)
     job preflight "$@"
+    send_passed
     every "$(remote_wait)"
     ;;
   *) "$verb" ;;

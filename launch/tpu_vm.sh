@@ -10,15 +10,18 @@
 # exit code: the host was rebooted) or none (no job was started since create or stop).
 # Variables: TPU_NAME ZONE PROJECT; to create, ACCELERATOR_TYPE (v6e-16; v5e-16 is
 # v5litepod-16), RUNTIME_VERSION (the one that JAX wants on that type), SERVICE_ACCOUNT,
-# NETWORK, SUBNETWORK (the project's default ones); to create and to run, PROVISIONING (on-demand, spot, reserved); to run and for preflight,
-# ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30),
-# CHECKPOINT_EVERY (spot: 200) and CACHE_DIR (of compiled programs); for logs, WORKER (0).
-# launch/README.md explains them.
+# NETWORK, SUBNETWORK (the project's default ones); to create and to run, PROVISIONING
+# (on-demand, spot, reserved); to set up, EXTRAS (of setup.py: wandb,mlflow); to run and
+# for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30),
+# CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs) and PASS_ENV (names of
+# variables that the job gets; those set of WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI);
+# for logs, WORKER (0). launch/README.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh
 source "$(dirname "$0")/common.sh"
 at_least 1 CHECKPOINT_EVERY
+check_extras
 needs=(TPU_NAME ZONE PROJECT)
 
 vm() { # VERB WHAT FLAGS…
@@ -41,11 +44,19 @@ setup() {
   every "$(remote_setup)"
 }
 
-job() { # JOB FLAGS…, into PROGRAM and HOST
+job() { # JOB FLAGS…, into PROGRAM, HOST and PASSED
   generation ACCELERATOR_TYPE
   grace 30
   program "$@"
   host_variables
+  passed
+}
+
+send_passed() { # to all hosts, before the job that reads it
+  ((${#PASSED[@]})) || return 0
+  scratch
+  write_passed "$SCRATCH/job.env" quoted
+  vm scp "$SCRATCH/job.env" "$TPU_NAME:job.env" --worker=all
 }
 
 verb=${1:-}
@@ -66,10 +77,12 @@ case $verb in
   create | setup) "$verb" ;;
   run)
     job "$@"
+    send_passed
     every "$(remote_start)"
     ;;
   preflight)
     job preflight "$@"
+    send_passed
     every "$(remote_wait)"
     ;;
   stop) every "$(remote_stop)" ;;

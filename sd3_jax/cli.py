@@ -8,6 +8,7 @@ import difflib
 import functools
 import importlib
 import importlib.util
+import json
 import operator
 import os
 import re
@@ -308,7 +309,12 @@ def hint(text, kind):
 
 
 def show(value):
-    """The inverse of read."""
+    """The inverse of read: true, 0.1, text, or ("a", "b") for a tuple or a list."""
     if isinstance(value, tuple | list):
-        return ",".join(map(show, value))
+        # Commas alone would not do: a prompt may hold some.
+        inside = ", ".join(
+            json.dumps(x, ensure_ascii=False) if isinstance(x, str) else show(x)
+            for x in value
+        )
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
     return str(value).lower() if isinstance(value, bool) else str(value)

@@ -38,26 +38,27 @@ def answered() -> Iterator[None]:
         os.close(reading)
 
 
+def say(text: str) -> None:
+    """One line on stderr, past Python's buffers; a closed stderr is no error."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"sd3-jax: {text}\n".encode())
+
+
 def _answer(reading: int) -> None:
     interrupted = False
     while number := os.read(reading, 1):
         if number[0] == signal.SIGTERM:
-            _say(f"SIGTERM: stops as soon as it can{_doing()}")
+            say(f"SIGTERM: stops as soon as it can{_doing()}")
         if number[0] != signal.SIGINT:
             continue
         if interrupted:
             os._exit(INTERRUPTED)
         interrupted = True
         if not select.select([reading], [], [], PATIENCE)[0]:
-            _say(f"Ctrl-C: stops as soon as it can; again: at once{_doing()}")
+            say(f"Ctrl-C: stops as soon as it can; again: at once{_doing()}")
 
 
 def _doing() -> str:
     watch = sys.modules.get("sd3_jax.watch")  # which imports jax; perhaps not there yet
     doing = watch.doing() if watch else ""
     return f" (now: {doing})" if doing else ""
-
-
-def _say(text: str) -> None:
-    with contextlib.suppress(OSError):
-        os.write(2, f"sd3-jax: {text}\n".encode())

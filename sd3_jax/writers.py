@@ -91,16 +91,27 @@ def open_all(
 
 
 def clients(names: Sequence[str]) -> dict[str, ModuleType]:
-    """The services' packages by name."""
+    """The services' packages by name; UserError for one that is not installed."""
     modules = {}
     for name in names:
         try:
             modules[name] = importlib.import_module(name)
         except ImportError as error:
-            raise UserError(
-                f'config.train.writers: "{name}": {error}; wanted pip install {name}'
-            ) from None
+            raise _not_installed(name, str(error)) from None
+        # wandb writes its files to ./wandb. Without the package, Python imports that
+        # folder as a namespace package, which has no file and no functions.
+        spec = modules[name].__spec__
+        if spec is not None and spec.origin is None:
+            (folder, *_) = spec.submodule_search_locations
+            raise _not_installed(name, f"{folder} is a folder, not the package")
     return modules
+
+
+def _not_installed(name: str, reason: str) -> UserError:
+    return UserError(
+        f'config.train.writers: "{name}": {reason}; install it with pip install {name}'
+        f' (the extra "{name}" has it)'
+    )
 
 
 class Sender:

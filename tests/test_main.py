@@ -1,5 +1,6 @@
 """The command line: every mistake is one line, said before jax is imported."""
 
+import importlib
 import logging
 import os
 import shlex
@@ -13,10 +14,11 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sd3_jax import main
+from sd3_jax import cli, main
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import JOBS, Job
-from sd3_jax.validate import RELATIONS, RULES, flatten, validate
+from sd3_jax.recipes import recipes
+from sd3_jax.validate import RELATIONS, RULES, flatten, leaves, validate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -167,6 +169,39 @@ def test_help_prints_each_key_as_the_flag_that_sets_it(here, capsys):
     flags = [line for line in lines if line.startswith("  --") and "<" not in line]
     config = parse(*(shlex.split(flag)[0] for flag in flags)).config
     assert config.sample.prompt == "a red fox" and config.extra.sizes == (1, 2)
+    assert "  --config.extra.sizes='(1, 2)'" in lines
+
+
+def every_variant():
+    for name, path in recipes().items():
+        variants = importlib.import_module(f"configs.{path.stem}")
+        for variant in ("", *getattr(variants, "VARIANTS", ())):
+            yield f"{name}:{variant}".rstrip(":")
+
+
+@pytest.mark.parametrize("recipe", every_variant())
+def test_every_line_of_help_reads_back(recipe):
+    config, again = cli.load(recipe), cli.load(recipe)
+    lines = [x for x in cli.keys(recipe, config).splitlines() if "--config" in x]
+    settings = dict(leaves(config))
+    assert len(lines) == len(settings)
+    for line in lines:
+        if "=<" not in line:  # not set: <int>
+            (flag,) = shlex.split(line)
+            key, _, text = flag.removeprefix("--config.").partition("=")
+            holder, name = cli.place(again, key)
+            old = holder[name]
+            holder[name] = cli.read(text, holder.get_type(name), old)
+            assert holder[name] == old == settings[key], line
+            assert type(holder[name]) is type(old), line
+
+
+@pytest.mark.parametrize(
+    "value",
+    [(), ("a, b", ""), ('"42"', "it's"), ("1", "2"), ("é\n",), (1,), (0.5,)],
+)
+def test_a_shown_tuple_reads_back(value):
+    assert cli.read(cli.show(value), tuple, value) == value
 
 
 # What is wrong
@@ -444,7 +479,7 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
 
 PRINTS = """
 import sys
-from sd3_jax import main
+from sd3_jax import cli, main
 main.parse = lambda argv: main.Call("report", None, "")
 main.set_up_logging = main.join_processes = lambda: None
 main.keep_programs, main.joined = id, bool

@@ -121,6 +121,17 @@ def test_a_writer_that_hangs_holds_nothing_up(name, service, tmp_path, monkeypat
 def test_a_package_that_is_missing_is_one_line(monkeypatch, tmp_path):
     for name in writers.WRITERS:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-        with pytest.raises(UserError, match=f"wanted pip install {name}$") as error:
+        with pytest.raises(UserError, match=f"with pip install {name} ") as error:
             writers.open_all([name], tmp_path, CONFIG)
         assert f'config.train.writers: "{name}"' in str(error.value)
+
+
+def test_a_folder_of_the_service_s_name_is_not_its_package(monkeypatch, tmp_path):
+    """wandb leaves ./wandb behind, which imports where wandb is not installed."""
+    for name in writers.WRITERS:
+        (tmp_path / name).mkdir()
+        monkeypatch.delitem(sys.modules, name, raising=False)
+        monkeypatch.setattr(sys, "path", [str(tmp_path)])
+        with pytest.raises(UserError, match=f"{name} is a folder, not the package"):
+            writers.clients([name])
+        monkeypatch.delitem(sys.modules, name)  # or later tests would import it

@@ -88,6 +88,8 @@ def parser() -> argparse.ArgumentParser:
     nodes.add_argument("--reservation", default="", help="a reservation's VMs")
     p.add_argument("--grace", type=int, help="seconds to save in (300; --spot: 15)")
     p.add_argument("--cache-dir", default="", help="JAX_COMPILATION_CACHE_DIR")
+    secret = "a Kubernetes Secret whose keys the job gets as variables: WANDB_API_KEY"
+    p.add_argument("--secret", default="", help=secret)
     return p
 
 
@@ -114,6 +116,9 @@ def render(
     account = _lines(14, account)
     cache = f"  value: {json.dumps(rest['cache_dir'])}"
     cache = _lines(20, "- name: JAX_COMPILATION_CACHE_DIR", cache)
+    # By name: the values stay in the cluster, and out of the manifest.
+    reference = ["- secretRef:", f"    name: {json.dumps(rest['secret'])}"]
+    secret = _lines(18, "envFrom:") + _lines(20, *reference)
     return string.Template(TEMPLATE.read_text()).substitute(
         name=json.dumps(name),
         labels=label if queue else "",
@@ -132,6 +137,7 @@ def render(
         grace=grace,
         termination=grace + MARGIN,
         cache=cache if rest["cache_dir"] else "",
+        secret=secret if rest["secret"] else "",
     )
 
 

@@ -19,6 +19,11 @@ from sd3_jax.pipelines.encoding import Encoder
 
 log = logging.getLogger(__name__)
 NAME = "encoders.json"  # in precompute's workdir, beside records/
+# What a fingerprint depends on: to declare a change of one of these is enough.
+DECLARED = (
+    *("data", "encode", "encode.weights", "encode.dtype"),
+    *("quantize", "quantize.t5"),
+)
 
 
 def of_records(records: Records) -> dict[str, str]:
@@ -79,8 +84,7 @@ def compare(
 ) -> None:
     """UserError if a run goes on with what other encoders made, unless that is said."""
     differences = differing(saved, now)
-    declared = {"data", "encode", "encode.weights"} & set(config.train.changes)
-    if differences and not declared:
+    if differences and not set(DECLARED) & set(config.train.changes):
         raise UserError(
             f"{where} was trained with other encoders: {differences}. Bring those back,"
             " or go on with these and say so: --config.train.changes=data"

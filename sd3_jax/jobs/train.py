@@ -20,7 +20,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import hosts, lock, pictures, sharding, tree, watch, writers
+from sd3_jax import hosts, lock, pictures, sharding, signals, tree, watch, writers
 from sd3_jax.errors import UserError
 from sd3_jax.evals.val_loss import val_loss
 from sd3_jax.jobs import assemble, encoders, examples, paint, resume, tune
@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Leaves metrics.jsonl, samples/, checkpoints/ and config.json in workdir."""
     goodput = Goodput(float(os.environ.pop("SD3_BEGAN", time.time())))  # see main
     workdir = epath.Path(workdir)
+    refuse_sample_step(config, workdir)
     watch.expect("the start of the run", watch.LONG)
     if jax.process_index() == 0:
         writers.clients(config.train.writers)  # what is missing is told at once
@@ -74,6 +75,20 @@ def grace_seconds() -> float | None:
     if not text.isdecimal():
         raise UserError(f"SD3_GRACE_S = {text}: wanted an integer, seconds")
     return float(text)
+
+
+def refuse_sample_step(config: ConfigDict, workdir: epath.Path) -> None:
+    """UserError for sample.step, which reads a checkpoint and does not go back to it.
+
+    A run that went on from the middle of its own steps would have to delete the rest.
+    """
+    if step := config.sample.step:
+        raise UserError(
+            f"config.sample.step = {step}: train goes on from the newest checkpoint. To"
+            f" go on from an earlier one, copy {workdir}/checkpoints/{step} to"
+            f" NEW/checkpoints/{step} and train with --workdir=NEW; to start a new run"
+            f" from its weights, set --config.tune.base={workdir}/checkpoints/{step}"
+        )
 
 
 class Program(NamedTuple):
@@ -128,6 +143,30 @@ def tell_rate(config: ConfigDict) -> None:
             'config.optim.lr = %g: config.optim.name = "prodigy" multiplies the rate'
             " that it estimates by it; 1.0 is usual",
             config.optim.lr,
+        )
+
+
+def warn_of_short_run(config: ConfigDict) -> None:
+    """What the config asks for and a run of train.steps does not come to."""
+    train, warmup = config.train, config.optim.warmup
+    for name, asked, consequence in (
+        ("log_every", True, "metrics.jsonl gets no losses"),
+        ("eval_every", config.data.held_out, "the held-out records are never used"),
+        ("sample_every", train.prompts, "config.train.prompts are never painted"),
+    ):
+        if asked and train[name] > train.steps:
+            log.warning(
+                "config.train.%s = %d is more than config.train.steps = %d: %s; set"
+                " --config.train.%s=%d",
+                *(name, train[name], train.steps, consequence),
+                *(name, max(1, train.steps // 10)),
+            )
+    if warmup > train.steps:
+        log.warning(
+            "config.optim.warmup = %d is more than config.train.steps = %d: the"
+            " learning rate does not reach config.optim.lr = %g; set"
+            " --config.optim.warmup=%d",
+            *(warmup, train.steps, config.optim.lr, train.steps // 20),
         )
 
 
@@ -216,6 +255,7 @@ class Training:
             self.frozen, self.base = self.tuning.kept(self.base), {}
             tell_average(self.config)
             tell_rate(self.config)
+            warn_of_short_run(self.config)
             self.describe(state)
             if start >= train.steps:
                 log.info("%s has all of its %d steps", self.workdir, train.steps)
@@ -238,7 +278,7 @@ class Training:
             print(self.goodput.words())
 
     def interrupted(self) -> str:
-        """Where Ctrl-C came, once all that was begun is saved, and how to go on."""
+        """Where a signal came, once all that was begun is saved, and how to go on."""
         saved, last = self.nonfinite.last_saved, self.config.train.steps
         step = f"at step {self.step_now} of {last}" if self.step_now else "at the start"
         then = f"goes on from step {saved}" if saved else "starts again, from nothing"
@@ -380,7 +420,8 @@ class Training:
                 if saved or validate_now or last or stop:
                     metrics.write(step, "goodput", goodput.line(finished=last))
                 if stop:
-                    log.info("told to stop: step %d is saved", step)
+                    if jax.process_index() == 0:
+                        signals.say(f"SIGTERM: stopped {self.interrupted()}")
                     return
                 if pause:
                     clock.reset()
@@ -398,12 +439,14 @@ class Training:
         data |= {"next_batch": step + self.ahead} if self.ahead else {}
         data |= {"base": self.began_with} if self.began_with else {}
         data |= {"encoders": self.encoders} if self.encoders else {}
+        stop = checkpoints.reached_preemption(step)
+        if stop and hosts.leads_others():  # a run of one process: see signals
+            signals.say(f"SIGTERM: saves step {step}, then all processes stop")
         saved = checkpoints.save(
             step, state, data, self.settings, force=last, finite=True
         )
         if saved:
             self.nonfinite.last_saved = step
-        stop = checkpoints.reached_preemption(step)
         if last or stop:
             checkpoints.wait()
         return saved, stop

@@ -67,12 +67,24 @@ def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
     return saved.get("tune", {}).get("base", "")
 
 
+def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
+    """The folder of a run's checkpoints and the step, None for the newest.
+
+    `base` is the run's workdir, or WORKDIR/checkpoints/STEP. The folder of released
+    weights does not exist.
+    """
+    path = epath.Path(base).expanduser()
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        return path.parent, int(path.name)
+    return path / CHECKPOINTS, None
+
+
 def base_encoders(config: ConfigDict) -> dict[str, str]:
     """Fingerprints of the encoders that another run, the base, was trained with."""
     if not config.tune.base:
         return {}
-    folder = epath.Path(config.tune.base).expanduser() / CHECKPOINTS
-    return saved_data(folder).get("encoders", {}) if folder.is_dir() else {}
+    folder, step = checkpoint_of(config.tune.base)
+    return saved_data(folder, step).get("encoders", {}) if folder.is_dir() else {}
 
 
 def require_base(config: ConfigDict) -> None:
@@ -95,16 +107,18 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
         return {}
     beside = config.tune.method == "lora"
     dtype = config.model.dtype if beside else "float32"
-    folder = epath.Path(base).expanduser() / CHECKPOINTS
+    folder, step = checkpoint_of(base)
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
-    saved = saved_config(folder)
+    saved = saved_config(folder, step)
     if rows := resume.differing(saved, config):
         raise UserError(
             f"config.tune.base = {base}: was trained with other settings:"
             f" {resume.spelled(rows)}"
         )
-    params, step = restored(config, objective, denoiser, folder, mesh, which="ema")
+    params, step = restored(
+        config, objective, denoiser, folder, mesh, which="ema", step=step
+    )
     log.info("starts from step %d of %s", step, base)
     return jax.tree.map(lambda x: x.astype(dtype), params)
 

@@ -100,18 +100,27 @@ def _file(name, what) -> str:
 def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
     """Without a connection, what was fetched before: the hub's client would try again
     for half a minute."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
     offline = not _reachable()
     try:
         return download(local_files_only=offline)
     except Exception as error:  # its errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""
-        told = f'{what} "{name.repo}{file}": no such file or folder here, and the hub'
+        place = f'{what} "{name.repo}{file}"'
+        message = f"{place}: no such file or folder here, and the hub"
         if offline:
             raise UserError(
-                f"{told} cannot be reached, nor was it fetched from there before"
+                f"{message} cannot be reached, nor was it fetched from there before"
             ) from None
-        raise UserError(f"{told} does not give it: {shown(lines[0], 200)}") from None
+        message += f" does not give it: {shown(lines[0], 200)}"
+        if isinstance(error, RepositoryNotFoundError):  # gated, private or not there
+            message += (
+                f"; if it is gated, accept its licence on huggingface.co/{name.repo},"
+                " then run `hf auth login` or set HF_TOKEN"
+            )
+        raise UserError(message) from None
 
 
 def _reachable() -> bool:

@@ -211,7 +211,8 @@ def matrices(params):
 
     Inside a scanned stack the first axis counts layers; q, k and v are three matrices.
     adaLN, convolutions, the embeddings, the last layer and LoRAs are left to AdamW, as
-    is the custom.
+    is the custom. So is `wo` of the byte tower (text/encoder/stack/blocks), whose other
+    matrices are Muon's: the digits' published numbers were trained like this.
     """
 
     def axes(path, _):

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from sd3_jax import main, sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import encoders, examples
+from sd3_jax.jobs import encoders, examples, resume
 from sd3_jax.training.checkpoint import saved_data
 
 TINY = "--config=configs/sd3_2b.py:tiny"
@@ -119,6 +119,19 @@ def test_what_the_run_encodes_itself_counts_as_well():
     with config.unlocked():
         config.train.changes = ("data",)
     compare("run", {"vae": "a"}, {"vae": "b"}, config)
+
+
+@pytest.mark.parametrize("change", ["encode.dtype=float32", "quantize.t5=int8"])
+def test_another_encoder_dtype_needs_one_declaration(change):
+    """The setting's own message asks for it, and the fingerprints ask no further."""
+    flag, key = f"--config.{change}", change.partition("=")[0]
+    parse = lambda *flags: main.parse(["train", TINY, "--workdir=unused", *flags])
+    saved = parse().config.to_dict()
+    with pytest.raises(UserError, match=f"--config.train.changes={key};"):
+        resume.compare("run", saved, parse(flag).config)
+    declared = parse(flag, f"--config.train.changes={key}").config
+    resume.compare("run", saved, declared)
+    encoders.compare("run", {"vae": "a"}, {"vae": "b"}, declared)
 
 
 def test_the_empty_caption_is_zeros(weights):

@@ -3,6 +3,7 @@
 import logging
 import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -12,12 +13,18 @@ import pytest
 from etils import epath
 from flax import linen as nn
 
-from configs import dpo, dreambooth, finetune, lora, sd3_2b
+from configs import dpo, dreambooth, finetune, lora, quality, sd3_2b
 from sd3_jax import lock, main, metrics, sharding
 from sd3_jax.data.loader import Loader
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import examples, resume
-from sd3_jax.jobs.train import Training, program, tell_average, tell_rate
+from sd3_jax.jobs.train import (
+    Training,
+    program,
+    tell_average,
+    tell_rate,
+    warn_of_short_run,
+)
 from sd3_jax.training import checkpoint
 
 TINY = "--config=configs/sd3_2b.py:tiny"
@@ -83,6 +90,13 @@ def test_how_a_run_is_done_may_change(values):
     resume.compare("run", tiny().to_dict(), changed(**values))
 
 
+def test_the_docs_list_what_may_change():
+    page = Path("docs/training.md").read_text()
+    _, _, section = page.partition("These may differ:")
+    listed = re.findall("`([a-z_.]+)`", section.partition("Any other change")[0])
+    assert sorted(listed) == sorted(resume.FREE)
+
+
 def decaying(steps, schedule="cosine", **values):
     about = dict(train__steps=steps, optim__schedule=schedule, optim__warmup=0)
     return changed(**about, **values)
@@ -141,6 +155,39 @@ def test_a_rate_far_too_small_for_prodigy_is_told(caplog):
     assert not caplog.text
     tell_rate(changed(optim__name="prodigy", optim__lr=1e-4))
     assert "config.optim.lr = 0.0001" in caplog.text and "1.0 is usual" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        (
+            dict(train__sample_every=5_000, train__prompts=("a fox",)),
+            "sample_every = 5000 is more than config.train.steps = 1000:"
+            " config.train.prompts are never painted; set --config.train.sample_every=",
+        ),
+        (dict(train__log_every=1_001), "metrics.jsonl gets no losses"),
+        (
+            dict(train__eval_every=1_001, data__held_out=("val-*",)),
+            "the held-out records are never used",
+        ),
+        (
+            dict(optim__warmup=1_001),
+            "config.optim.warmup = 1001 is more than config.train.steps = 1000",
+        ),
+    ],
+)
+def test_what_a_short_run_does_not_come_to_is_told(values, words, caplog):
+    warn_of_short_run(changed(train__steps=1_000, **values))
+    (message,) = caplog.messages
+    assert words in message
+
+
+@pytest.mark.parametrize("recipe", [sd3_2b, lora, dreambooth, finetune, dpo, quality])
+def test_no_recipe_asks_for_what_it_does_not_come_to(recipe, caplog):
+    config = recipe.get_config()
+    config.train.prompts = ("a fox",)
+    warn_of_short_run(config)
+    assert not caplog.text
 
 
 RECIPES = (sd3_2b, lora, dreambooth, finetune, dpo)
@@ -248,6 +295,42 @@ def test_a_run_goes_on_on_fewer_devices(eight, tmp_path, devices):
     found = train(workdir, devices, AFTER)
     assert found[:BEFORE] == wanted[:BEFORE]
     np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+def test_a_copied_checkpoint_goes_on_as_the_run_that_it_is_of(eight, tmp_path):
+    """To the last bit: weights, moments, average and the position in the data."""
+    whole = shutil.copytree(eight[0], tmp_path / "whole")
+    wanted = train(whole, 8, AFTER, checkpoint__every=5)
+    fork = tmp_path / "fork"
+    shutil.copytree(whole / "checkpoints" / "5", fork / "checkpoints" / "5")
+    assert train(fork, 8, AFTER) == wanted[5:]
+    path = lambda workdir: epath.Path(workdir) / "checkpoints" / str(AFTER)
+    prints = [checkpoint._about(path(x))["fingerprints"] for x in (whole, fork)]
+    assert prints[0] == prints[1]
+
+
+def test_train_refuses_the_step_that_other_jobs_read(eight, capsys):
+    argv = ["train", TINY, f"--workdir={eight[0]}", "--config.sample.step=2"]
+    assert main.main(argv) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"copy {eight[0]}/checkpoints/2 to NEW/checkpoints/2" in line
+    assert f"--config.tune.base={eight[0]}/checkpoints/2" in line
+
+
+def test_an_earlier_step_is_a_base(eight, tmp_path, caplog, capsys):
+    """Its average is what the run starts from; its number is not."""
+    caplog.set_level(logging.INFO)
+    run = shutil.copytree(eight[0], tmp_path / "run")
+    train(run, 8, 5)
+    flags = [*QUIET, "--config.train.steps=1", "--config.optim.lr=1e-12"]
+    for base, step in (run, 5), (run / "checkpoints" / "3", 3):
+        caplog.clear()
+        argv = ["train", TINY, f"--workdir={tmp_path}/{step}", *flags]
+        assert main.main([*argv, f"--config.tune.base={base}"]) == 0
+        assert f"starts from step {step} of {base}" in caplog.text
+    absent = f"--config.tune.base={run}/checkpoints/4"
+    assert main.main(["train", TINY, f"--workdir={tmp_path}/4", *flags, absent]) == 2
+    assert "not a complete checkpoint; complete steps: 3, 5" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_with_another_batch_size(eight, tmp_path, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 
 import jax
 import multiprocess
@@ -85,6 +86,27 @@ def test_two_processes_train_as_one(tmp_path, one_device):
     traces = (tmp_path / "profile/plugins/profile/step_00000004").glob("*.xplane.pb")
     assert sorted(path.name[:2] for path in traces) == ["0.", "1."]
     assert [r.stdout.count("goodput") for r in results] == [1, 0]
+
+
+def test_process_0_says_where_sigterm_stopped_all(tmp_path):
+    flags = ["--config.train.steps=2000", "--config.train.eval_every=9999"]
+    flags += ["--config.train.sample_every=9999", "--config.checkpoint.every=999"]
+    job = ["-m", "sd3_jax.main", "train", TINY, f"--workdir={tmp_path}", *flags]
+    with multiprocess.start(job, devices=1) as cluster:
+        deadline = time.monotonic() + 200
+        while not (tmp_path / "metrics.jsonl").exists() or len(losses(tmp_path)) < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        cluster[1].terminate()
+        codes = [process.wait(120) for process in cluster]
+        said, silent = (multiprocess.result(x).stderr for x in cluster)
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    step = folder.name
+    assert codes == [0, 0], said[-2000:]
+    assert f"sd3-jax: SIGTERM: saves step {step}, then all processes stop" in said
+    where = f"at step {step} of 2000; the same command goes on from step {step}"
+    assert f"sd3-jax: SIGTERM: stopped {where}" in said
+    assert "sd3-jax: SIGTERM" not in silent
 
 
 def train(workdir, **env):

@@ -489,6 +489,86 @@ def test_a_folder_of_programs_may_have_a_space(tmp_path, script, tool, variables
     assert done.stdout.strip() == "gs://a b", done.stderr
 
 
+# Extras, and variables that the job gets
+
+SECRETS = dict(WANDB_API_KEY="a'b $c", HF_TOKEN="hf_1234")
+PASSING = [
+    ("tpu_vm.sh", ["run", *JOB], VM | V6E),
+    ("tpu_vm.sh", PREFLIGHT, VM | V6E),
+    ("queued_resources.sh", ["run", *JOB], QUEUED | V6E),
+    ("queued_resources.sh", ["resume", *JOB], QUEUED | KIND),
+    ("xpk.sh", JOB, XPK),
+]
+
+
+@pytest.mark.parametrize("script, args, variables", PASSING)
+def test_no_secret_is_printed(script, args, variables):
+    done = shell(script, "--dry-run", *args, **variables | SECRETS)
+    assert done.returncode == 0, done.stderr
+    printed = done.stdout + done.stderr
+    assert not any(value in printed for value in SECRETS.values())
+    assert "the job gets WANDB_API_KEY HF_TOKEN from your environment" in done.stderr
+    assert "job.env" in done.stdout
+    none = shell(script, "--dry-run", *args, **variables | SECRETS | {"PASS_ENV": ""})
+    assert "job.env" not in none.stdout and "the job gets" not in none.stderr
+    assert "job.env" not in shell(script, "--dry-run", *args, **variables).stdout
+
+
+@pytest.mark.parametrize("script, args, variables", PASSING)
+def test_pass_env_names_variables_that_are_set(script, args, variables):
+    run = lambda names, **more: shell(
+        script, "--dry-run", *args, **variables | SECRETS | dict(PASS_ENV=names) | more
+    )
+    assert "the job gets MINE from" in run("MINE", MINE="1").stderr
+    for names, message, more in [
+        ("MINE", "PASS_ENV names MINE, which is not set", {}),
+        ("A=b", "PASS_ENV=A=b: wanted names of variables", {}),
+        ("MINE", "MINE has more than one line", dict(MINE="1\n2")),
+    ]:
+        done = run(names, **more)
+        assert done.returncode == 2 and message in done.stderr and not done.stdout
+
+
+def test_cluster_toolkit_says_that_it_passes_none():
+    job = ["cluster_toolkit.sh", "--dry-run", *JOB]
+    toolkit = TOOLKIT | dict(TOPOLOGY="4x4") | SECRETS
+    done = shell(*job, **toolkit)
+    assert "the job does not get WANDB_API_KEY HF_TOKEN" in done.stderr
+    assert done.returncode == 0 and "hf_1234" not in done.stdout + done.stderr
+    done = shell(*job, **toolkit, PASS_ENV="HF_TOKEN")
+    assert done.returncode == 2 and "use launch/gke/render.py --secret" in done.stderr
+
+
+def test_xpk_reads_the_variables_from_a_file(tmp_path):
+    read = "for word; do\n[[ $word != --env-file=* ]] || file=${word#*=}\ndone\n"
+    show = 'stat -c %a "$file"; cat "$file"; echo "$*" >&2\n'
+    program(tmp_path / "xpk", f"#!/bin/bash\n{read}{show}")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    done = shell("xpk.sh", *JOB, **XPK | SECRETS | dict(PATH=path))
+    lines = [f"{name}={value}" for name, value in SECRETS.items()]
+    assert done.stdout.splitlines() == ["600", *lines]
+    assert "hf_1234" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "script, variables", [("tpu_vm.sh", VM), ("queued_resources.sh", QUEUED)]
+)
+def test_extras_are_installed(script, variables):
+    setup = lambda **more: shell(script, "setup", "--dry-run", **variables | more)
+    unquoted = lambda done: done.stdout.replace("'\\''", "'")
+    assert "-e '.[tpu]'" in unquoted(setup())
+    assert "-e '.[tpu,wandb,dedup]'" in unquoted(setup(EXTRAS="wandb,dedup"))
+    for wrong in "wandb mlflow", "wandb,", "[wandb]":
+        done = setup(EXTRAS=wrong)
+        assert done.returncode == 2 and "wanted extras of setup.py" in done.stderr
+
+
+def test_an_image_has_its_extras():
+    for script, told in ("xpk.sh", XPK), ("cluster_toolkit.sh", TOOLKIT):
+        done = shell(script, "--dry-run", *JOB, **told, TOPOLOGY="4x4", EXTRAS="wandb")
+        assert "docker build --build-arg EXTRAS=wandb" in done.stderr
+
+
 # What the hosts are told, on a machine that plays host
 
 
@@ -500,13 +580,15 @@ def program(path, text):
 
 @pytest.fixture
 def host(tmp_path):
-    """Variables with which `gcloud … --command=X` runs X in a folder of ours."""
+    """Variables with which `gcloud … --command=X` runs X in a folder of ours, and
+    `gcloud … scp FILE box:NAME` copies into it."""
     home = tmp_path / "home"
     shutil.copytree(LAUNCH, home / "sd3_jax" / "launch")
     program(
         tmp_path / "bin" / "gcloud",
         "#!/bin/bash\nfor word; do\n"
         "[[ $word != --command=* ]] || told=${word#*=}\ndone\n"
+        f'[[ $4 != scp ]] || exec cp -p "$5" "{home}/${{6#*:}}"\n'
         f'cd {home} && bash -c "$told"\n',
     )
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
@@ -537,6 +619,24 @@ def test_a_host_runs_one_job_and_stops_it(host):
     assert settled(host) == "none"
     log = (home / "job.log").read_text()
     assert "vmem_limit_kib=98304" in log and "--config.sample.prompt=a red fox" in log
+
+
+@pytest.mark.parametrize("verb", ["run", "preflight"])
+def test_a_host_s_job_gets_the_variables_and_keeps_no_file(host, verb):
+    home = Path(host["HOME"])
+    python = home / "sd3_jax" / ".venv" / "bin" / "python"
+    show = (
+        'echo "$WANDB_API_KEY" "$HF_TOKEN"; ls -a ~; tr "\\0" " " </proc/$PPID/cmdline'
+    )
+    program(python, f"#!/bin/bash\n{show}\n")
+    words = ["run", *JOB] if verb == "run" else PREFLIGHT
+    done = shell("tpu_vm.sh", *words, **host | SECRETS)
+    assert done.returncode == 0, done.stderr
+    if verb == "run":
+        assert settled(host) == "exit 0"
+    log = done.stdout if verb == "preflight" else (home / "job.log").read_text()
+    assert log.startswith("a'b $c hf_1234\n") and "job.env" not in log
+    assert log.count("hf_1234") == 1 and "launch/job.sh" in log
 
 
 def test_a_host_is_checked_in_the_foreground(host):
@@ -835,7 +935,7 @@ def test_the_jobset_obeys_its_definition(path):
         schemas = {v["name"]: v["schema"] for v in schema["spec"]["versions"]}
         schema = schemas["v1alpha2"]["openAPIV3Schema"]
     validator = jsonschema.Draft202012Validator(closed(schema))
-    for flags in (V5E, V5P, V6E_SPOT, TPU7X):
+    for flags in (V5E, V5P, V6E_SPOT, [*TPU7X, "--secret=sd3"]):
         made = manifest(*flags)
         assert made["apiVersion"] == "jobset.x-k8s.io/v1alpha2"
         validator.validate(made)
@@ -956,6 +1056,15 @@ def test_the_jobset_on_spot():
     assert flag not in done.stdout + done.stderr
 
 
+def test_the_jobset_takes_variables_from_a_secret_by_its_name():
+    done = render(*V5E, "--secret=sd3", **SECRETS)
+    (container,) = pod_of(yaml.safe_load(done.stdout))["containers"]
+    assert container["envFrom"] == [{"secretRef": {"name": "sd3"}}]
+    assert "hf_1234" not in done.stdout + done.stderr
+    (container,) = pod_of(manifest(*V5E))["containers"]
+    assert "envFrom" not in container
+
+
 def test_the_jobset_of_a_job():
     """JOB and its flags come last, as with the other launchers; each word survives."""
     args = lambda *words: pod_of(yaml.safe_load(render(*V5E, command=words).stdout))[
@@ -1027,11 +1136,11 @@ def test_render_names_a_wrong_flag(flags, flag):
 
 
 def test_images_hold_what_they_copy_and_what_runs():
-    for name, extra in (("tpu", "[tpu]"), ("gpu", "[cuda,gcs]")):
+    for name, extra in (("tpu", "tpu"), ("gpu", "cuda,gcs")):
         text = (LAUNCH / f"Dockerfile.{name}").read_text()
         copied = [line.split()[1:-1] for line in text.splitlines() if "COPY" in line]
         assert all((ROOT / path).exists() for paths in copied for path in paths)
-        assert f'".{extra}"' in text
+        assert f'".[{extra}${{EXTRAS:+,$EXTRAS}}]"' in text and 'ARG EXTRAS=""' in text
         entry = text.partition("ENTRYPOINT ")[2]
         assert json.loads(entry) == ["python", "-m", "sd3_jax.main"]
 
@@ -1044,10 +1153,14 @@ def test_images_and_tpu_hosts_have_gcsfs_and_the_planned_libtpu(monkeypatch):
     assert "jax>=0.10.1" in needs
     for name in ("tpu", "gcs"):
         assert any(need.startswith("gcsfs") for need in extras[name])
+    for page in LAUNCH / "README.md", ROOT / "README.md":
+        rows = [x.split("|")[1] for x in page.read_text().split("\n") if x[:3] == "| `"]
+        listed = re.findall("`([a-z]+)`", " ".join(rows))
+        assert set(extras) <= set(listed), page
     assert set(extras["plan"]) <= set(extras["tpu"])
     # jax[tpu] pins a libtpu, older than the one that plan compiles with.
     assert not any("jax[tpu]" in need for need in extras["tpu"])
-    assert "-e '.[tpu]'" in (LAUNCH / "common.sh").read_text()
+    assert "-e '.[tpu${EXTRAS:+,$EXTRAS}]'" in (LAUNCH / "common.sh").read_text()
     for image in LAUNCH.glob("Dockerfile.*"):  # setup.py reads the first of these
         assert "COPY setup.py pyproject.toml README.md LICENSE ./" in image.read_text()
 

@@ -475,6 +475,17 @@ def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
     assert told.endswith("give it: 404") if reachable else "be reached" in told
 
 
+def test_a_gated_repository_says_how_to_get_in(monkeypatch):
+    def fails(*args, **options):
+        kind = huggingface_hub.errors.GatedRepoError
+        raise kind.__new__(kind, "401 Client Error.")  # without a response
+
+    monkeypatch.setattr(hub, "_reachable", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
+    told = said(sources.locate, "o/n", what="model")
+    assert "accept its licence on huggingface.co/o/n, then run `hf auth" in told
+
+
 def test_a_variant_of_a_path(tmp_path):
     write(tmp_path / "model.fp16.safetensors")
     assert sources.locate(f"{tmp_path}:fp16") == (tmp_path, "fp16")

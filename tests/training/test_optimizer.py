@@ -1,5 +1,7 @@
 """Every optimizer: what decays, its state, and going on from a checkpoint."""
 
+from pathlib import Path
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -8,7 +10,9 @@ import optax
 import pytest
 from flax import linen as nn
 
+from configs import digits
 from sd3_jax import sharding, tree
+from sd3_jax.jobs import assemble
 from sd3_jax.training import optimizer
 from sd3_jax.training.checkpoint import Checkpoints, _described
 from sd3_jax.training.state import abstract_state, init_state
@@ -172,6 +176,20 @@ def test_muons_other_leaves_have_plain_adam():
         updates[name] = jax.jit(two_steps)(params)
     for leaf in "patch_embed", "lora", "text", "norm":
         chex.assert_trees_all_equal(updates["muon"][leaf], updates["adamw"][leaf])
+
+
+def test_what_muon_leaves_of_the_digits_model_is_what_the_docs_say():
+    init = assemble.parts(digits.get_config()).objective.init
+    shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))
+    labels = jax.tree_util.tree_leaves_with_path(optimizer._muon_labels(shapes))
+    left = {
+        tree.names(p)[:-1] for p, x in labels if x == "adam" and p[-1].key == "kernel"
+    }
+    inside = {names for names in left if any(x.endswith("block") for x in names[:-1])}
+    inside |= {names for names in left if "blocks" in names}
+    adaln = {names for names in inside if "adaln" in names}
+    assert inside - adaln == {("text", "encoder", "stack", "blocks", "wo")}
+    assert "(`wo`) in the byte tower" in Path("docs/training.md").read_text()
 
 
 def test_a_run_with_optaxs_muon_goes_on_with_ours():
