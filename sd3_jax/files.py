@@ -115,6 +115,24 @@ def read_range(path: str, start: int, end: int) -> bytes:
     return retried(read, f"{path}: cannot be read")
 
 
+def read_whole(path: str) -> bytes:
+    """A bucket's object, in one request."""
+
+    def read() -> bytes:
+        store, name = _store(path)
+        return store.cat_file(name)
+
+    return retried(read, f"{path}: cannot be read")
+
+
+def require_answered(path: str, error: Exception) -> None:
+    """A RetryableError for a fault of a bucket that may pass: it says nothing about
+    the file, and nobody is to conclude that it is damaged or missing."""
+    if remote(path) and passing(error):
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RetryableError(f"{path}: cannot be read: {reason}") from error
+
+
 def write_object(path: epath.PathLike, data: bytes) -> None:
     """All of a bucket's object, in one request, or nothing."""
 

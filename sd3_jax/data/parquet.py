@@ -15,6 +15,7 @@ from itertools import accumulate
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import images, listing
 from sd3_jax.data.items import (
     SIDECAR,
@@ -82,7 +83,7 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
         if group not in groups:
             continue
         try:
-            for picture, columns in _read(file, group, column, wanted):
+            for picture, columns in _read(file, part.path, group, column, wanted):
                 source = f"{part.label}:{row}"
                 if isinstance(picture, BadItem):
                     yield rejected(source, picture)
@@ -102,7 +103,9 @@ def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
     return taken(source, columns, partial(bytes, picture), len(picture))
 
 
-def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
+def _read(
+    file, path: str, group: int, column: str, wanted: list[str]
+) -> Iterator[tuple]:
     """(picture, columns) of a row group's rows, the picture a BadItem if the row is too
     large; a BadItem is raised where the group is damaged or cannot be decoded."""
     rows, wanted = _bounded(file, group, column, wanted)
@@ -113,6 +116,7 @@ def _read(file, group: int, column: str, wanted: list[str]) -> Iterator[tuple]:
         except MemoryError:
             raise
         except Exception as error:  # damaged pages raise most things
+            files.require_answered(path, error)
             raise BadItem(f"cannot be read: {_why(error)}") from None
         if batch is None:
             return
@@ -226,6 +230,7 @@ def _opened(path: str) -> Iterator:
     try:
         opened = epath.Path(path).open("rb")
     except OSError as error:
+        files.require_answered(path, error)
         raise BadItem(f"cannot be read: {_why(error)}") from None
     with opened as stream:
         try:
@@ -238,6 +243,7 @@ def _opened(path: str) -> Iterator:
         except (BadItem, MemoryError):
             raise
         except Exception as error:  # so do damaged footers
+            files.require_answered(path, error)
             raise BadItem(f"cannot be read: {_why(error)}") from None
         yield file
 

@@ -80,6 +80,7 @@ def members(
                 file.seek(start)
                 yield Member(key, extension, _read(file, size, path, name))
     except OSError as error:
+        files.require_answered(str(path), error)
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
@@ -98,6 +99,7 @@ def places(
         with path.open("rb") as file:
             yield from _places(file, path, extensions, member)
     except OSError as error:
+        files.require_answered(str(path), error)
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
 

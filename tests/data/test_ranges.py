@@ -1,5 +1,7 @@
 """Shards in buckets, of which ArrayRecord's own reader is the oracle."""
 
+import contextlib
+
 import numpy as np
 import pytest
 from array_record.python.array_record_module import (
@@ -8,7 +10,7 @@ from array_record.python.array_record_module import (
 )
 
 from sd3_jax import files
-from sd3_jax.data import ranges, shards
+from sd3_jax.data import folders, items, listing, parquet, ranges, shards, tars
 from sd3_jax.errors import RetryableError, UserError
 
 BLOCK = ranges.BLOCK
@@ -123,3 +125,45 @@ def test_only_faults_that_may_pass_are_tried_again(monkeypatch):
     left = [PermissionError("Forbidden: b/x\nno")]
     with pytest.raises(UserError, match="gs://b/x: Forbidden: b/x no"):
         files.retried(call, "gs://b/x")
+
+
+class Store:
+    """An object store's client whose every answer is an error."""
+
+    def __init__(self, error):
+        self.error = error
+
+    def __getattr__(self, name):
+        def fail(*_, **__):
+            raise self.error
+
+        return fail
+
+
+READS = {
+    "a picture": lambda: items.read_at("gs://b/a.png"),
+    "a picture in a tar": lambda: items.read_at("gs://b/a.tar", 512, 9),
+    "a caption": lambda: items.read_columns("gs://b/a.txt", "txt"),
+    "a caption in a tar": lambda: items.read_columns("gs://b/a.tar", "txt", 512, 9),
+    "a tar": lambda: list(tars.places("gs://b/a.tar")),
+    "a path": lambda: listing.look("gs://b/a"),
+    "times": lambda: listing.stats(["gs://b/a"]),
+    "a folder": lambda: list(folders.plan("gs://b", "", 9)),
+    "a parquet file": lambda: parquet.plan("gs://b/a.parquet", "", 9),
+}
+
+
+@pytest.mark.parametrize("what", READS)
+def test_a_fault_that_may_pass_rejects_no_picture(what, monkeypatch):
+    """Of a picture that was once rejected nobody would ask again."""
+    store = Store(ConnectionError("reset by peer"))
+    monkeypatch.setattr(files, "PAUSES", ())
+    monkeypatch.setattr(files, "_store", lambda path: (store, path))
+    monkeypatch.setattr(
+        "etils.epath.backend._FileSystemSpecBackend.fs", lambda self, path: store
+    )
+    with pytest.raises(RetryableError, match="cannot be read: reset by peer"):
+        READS[what]()
+    store.error = PermissionError("Forbidden")
+    with contextlib.suppress(UserError):
+        READS[what]()
