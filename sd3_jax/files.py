@@ -5,15 +5,22 @@ the names of owner and group, which fails for an owner without a passwd entry: o
 network disk, in a container.
 """
 
+import logging
 import os
 import stat
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from etils import epath
 
-from sd3_jax.errors import UserError
+from sd3_jax.errors import RetryableError, UserError, passing
 from sd3_jax.outside import parse_json, shown
+
+log = logging.getLogger(__name__)
+PAUSES = (1.0, 4.0)  # seconds before a bucket is asked again
+T = TypeVar("T")
 
 
 def exists(path: epath.PathLike) -> bool:
@@ -93,6 +100,89 @@ def parse_object(where: Any, text: str | bytes) -> dict:
 def remote(path: epath.PathLike) -> bool:
     """Whether the path is of an object store: gs://, s3://."""
     return "://" in os.fspath(path)
+
+
+def read_range(path: str, start: int, end: int) -> bytes:
+    """Bytes start to end of a bucket's object, in one request."""
+
+    def read() -> bytes:
+        store, name = _store(path)
+        data = store.cat_file(name, start=start, end=end)
+        if len(data) != end - start:
+            raise ConnectionError(f"{len(data)} of {end - start} bytes came")
+        return data
+
+    return retried(read, f"{path}: cannot be read")
+
+
+def read_whole(path: str) -> bytes:
+    """A bucket's object, in one request."""
+
+    def read() -> bytes:
+        store, name = _store(path)
+        return store.cat_file(name)
+
+    return retried(read, f"{path}: cannot be read")
+
+
+def require_answered(path: str, error: Exception) -> None:
+    """A RetryableError for a fault of a bucket that may pass: it says nothing about
+    the file, and nobody is to conclude that it is damaged or missing."""
+    if remote(path) and passing(error):
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise RetryableError(f"{path}: cannot be read: {reason}") from error
+
+
+def write_object(path: epath.PathLike, data: bytes) -> None:
+    """All of a bucket's object, in one request, or nothing."""
+
+    def write() -> None:
+        store, name = _store(os.fspath(path))
+        store.pipe_file(name, data)
+
+    retried(write, f"{path}: cannot be written")
+
+
+def upload(local: epath.PathLike, path: epath.PathLike) -> None:
+    """A local file to a bucket, where it has its name only once it is whole."""
+    length = os.stat(local).st_size
+
+    def put() -> None:
+        store, name = _store(os.fspath(path))
+        store.put_file(os.fspath(local), name)
+        if (stored := store.info(name)["size"]) != length:
+            raise ConnectionError(f"{stored} of {length} bytes came")
+
+    retried(put, f"{path}: cannot be written")
+
+
+def retried(call: Callable[[], T], what: str) -> T:
+    """call(), tried again after faults of the network or the storage.
+
+    A RetryableError, which begins with `what`, if those do not pass, and a UserError
+    for what the storage refuses. fsspec's clients try six times themselves.
+    """
+    for pause in (*PAUSES, None):
+        try:
+            return call()
+        except Exception as error:
+            reason = f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+            if not passing(error):
+                if isinstance(error, OSError):
+                    raise UserError(reason) from error
+                raise
+            if pause is None:
+                raise RetryableError(reason) from error
+            log.warning("%s; trying again in %g s", reason, pause)
+            time.sleep(pause)
+    raise AssertionError("unreachable")
+
+
+def _store(path: str) -> tuple[Any, str]:
+    """fsspec's client, of which there is one a process, and its name of the path."""
+    from fsspec.core import url_to_fs  # not needed for local files
+
+    return url_to_fs(path)
 
 
 def shipped(folder: str) -> Path:

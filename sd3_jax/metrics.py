@@ -148,14 +148,20 @@ class Clock:
 
 
 def write_whole(path: epath.PathLike, data: bytes) -> None:
-    """All of the file or nothing: written beside `path`, then renamed onto it."""
+    """All of the file or nothing: written beside `path`, then renamed onto it.
+
+    In a bucket objects are whole or absent, and a renaming whose answer was lost fails
+    when it is tried again: the new name is there and the old one gone.
+    """
     path = epath.Path(path)
+    if files.remote(path):
+        return files.write_object(path, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with part.open("wb") as file:
         file.write(data)
         file.flush()
-        with contextlib.suppress(OSError, AttributeError):  # an object store has none
+        with contextlib.suppress(OSError):
             os.fsync(file.fileno())
     part.replace(path)
 

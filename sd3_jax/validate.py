@@ -291,7 +291,8 @@ RULES = (
     (one_of("diffusers", "original", "orbax"), "convert.to"),
     (one_of("", "float32", "float16", "bfloat16"), "convert.dtype"),
     (one_of("", "int8", "fp8"), "quantize.denoiser quantize.t5"),
-    (POSITIVE, "eval.examples eval.pictures"),
+    (POSITIVE, "eval.examples"),
+    (integer(1, 10**6), "eval.pictures"),  # their captions are in memory, all at once
     (integer(0, 2**20), "eval.batch_size"),
     (one_of("tune", "test"), "eval.split"),
     (PATHS, "eval.real"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
-from sd3_jax import metrics
+from sd3_jax import files, metrics
 from sd3_jax.metrics import Clock, Metrics, read
 
 
@@ -142,6 +142,7 @@ def test_an_object_store_gets_the_whole_file(monkeypatch, capsys):
     monkeypatch.setattr(
         "etils.epath.backend._FileSystemSpecBackend.fs", lambda self, path: gcs
     )
+    monkeypatch.setattr(files, "_store", lambda path: (gcs, path))
     monkeypatch.setattr(metrics, "_summary_writer", lambda *_: False)
     train("gs://bucket/run", 1, 7)
     train("gs://bucket/run", 5, 6)

@@ -5,15 +5,20 @@ pictures, the source and the loader of examples.
 """
 
 import contextlib
+import json
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 from flax import linen as nn
+from PIL import Image
 
 from sd3_jax import cli, sharding
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import (
+    evaluate,
     examples,
     paint,
     picture_scores,
@@ -99,9 +104,102 @@ def built(config, tmp_path):
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(state.ema, rows, painter.negative)
         assert images.shape[0] == size
+        scored(config, job.parts, state.ema, mesh)
     assert all(
         np.isfinite(float(job.rate(step))) for step in (0, config.train.steps - 1)
     )
+
+
+def measured(config):
+    """What evaluate paints, and what judges it."""
+    evaluate.check(config)
+    captions, extract, _ = picture_scores.measured(config)
+    benchmarks = [prompt_scores.benchmark(x, config) for x in prompt_scores.BENCHMARKS]
+    return captions and extract and all(asked for _, asked in benchmarks)
+
+
+def scored(config, parts, params, mesh):
+    """Evaluation by every measure up to what it would compile."""
+    measured(config)
+    shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
+    for painter in evaluate.digit_painters(config, parts, mesh):
+        size = paint.batch_size(3, config.sample.batch_size, mesh)
+        rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
+        images = painter.program.eval_shape(params, rows, painter.negative)
+        assert images.shape[0] == size
+    validation = train.Validation(config, parts, mesh)
+    validation.batches()
+    batch = examples.nominal(config)
+    batch = {
+        k: jax.ShapeDtypeStruct((validation.size, *x.shape[1:]), x.dtype)
+        for k, x in batch.items()
+    }
+    t = jax.ShapeDtypeStruct((), np.float32)
+    losses = validation.program.eval_shape(params, validation.key, batch, t)
+    assert {x.shape for x in jax.tree.leaves(losses)} == {()}
+
+
+def prepared(config, workdir):
+    """precompute up to the first batch that it would encode."""
+    if config.precompute.plan:
+        assert precompute.planned(config, workdir)
+    settings = precompute.prepare_settings(config)
+    parts = precompute.new_plan(config, workdir, settings)
+    work = precompute.new_work(config, settings)
+    made_by = precompute.made_by(config, work.encoder, "")
+    todo = precompute.begin(config, workdir, made_by, parts, {})
+    assert todo == [*range(len(parts))]
+    progress = SimpleNamespace(add=lambda **_: None)
+    with ThreadPoolExecutor(config.precompute.threads) as readers:
+        batches = work.batches(parts[0], readers, [], [], progress)
+        for batch in batches:
+            assert 0 < len(batch) <= work.size
+    return True
+
+
+HOOKS = """
+def some(images, *_):
+    return [0.5] * len(images)
+"""
+
+
+@pytest.fixture
+def inputs(tmp_path, monkeypatch):
+    """Pictures, prompts and functions, for the keys that name some, in a folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "judged.py").write_text(HOOKS)
+    (tmp_path / "pictures").mkdir()
+    for i in range(3):
+        path = tmp_path / "pictures" / f"{i}.png"
+        Image.fromarray(np.full((16, 12 + i, 3), i, np.uint8)).save(path)
+        path.with_suffix(".txt").write_text("one")
+    line = {"tag": "colors", "prompt": "a", "include": [{"class": "cat", "count": 1}]}
+    (tmp_path / "metadata.jsonl").write_text(json.dumps(line))
+    (tmp_path / "words.txt").write_text('a sign, "a fox"')
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "color_val.txt").write_text("a red fox")
+    return {
+        "ingest.inputs": ("pictures",),
+        "precompute.only": (),
+        "eval.scores": ("val_loss", "digits", "fid", "kid", *prompt_scores.BENCHMARKS),
+        "eval.features": "pixels",
+        "eval.real": ("pictures",),
+        "eval.geneval": "metadata.jsonl",
+        "eval.detector": "judged:some",
+        "eval.typography": "words.txt",
+        "eval.ocr": "judged:some",
+        "eval.compbench": "prompts",
+        "eval.compbench_scorers": ("color=judged:some",),
+    }
+
+
+def with_inputs(config, inputs):
+    config = config.copy_and_resolve_references()
+    for key, value in inputs.items():
+        holder, name = cli.place(config, key)
+        holder[name] = value
+    return config
 
 
 # A table that is made at once, and what only records have.
@@ -117,9 +215,9 @@ APART = "model.pos_size", "image.buckets"
     ],
 )
 def test_the_least_and_the_most_of_every_number_build_the_job(
-    config, groups, extreme, tmp_path
+    config, groups, extreme, tmp_path, inputs
 ):
-    config = config.copy_and_resolve_references()
+    config = with_inputs(config, inputs)
     for key, _ in leaves(config):
         if key.partition(".")[0] not in groups.split() or key in APART:
             continue
@@ -134,9 +232,7 @@ def test_the_least_and_the_most_of_every_number_build_the_job(
 CHECKS = {
     "mesh": lambda config: sharding.make_mesh(**config.mesh),
     "sample": prompt_lines.tasks,
-    "ingest": precompute.prepare_settings,
     "image": examples.table,
-    "eval": lambda config: (picture_scores.check(config), prompt_scores.check(config)),
 }
 
 
@@ -170,3 +266,33 @@ def test_texts_are_utf8(config, key):
     ) as caught:
         validate(config)
     assert str(caught.value).isprintable()
+
+
+def test_every_value_of_an_evaluation_builds_or_is_refused(config, inputs):
+    config = with_inputs(config, inputs)
+    assert measured(config)
+    for key, _ in leaves(config):
+        if key.startswith("eval."):
+            for _ in accepted(config, key):
+                with contextlib.suppress(UserError):
+                    measured(config)
+    config.eval.scores = ("clip_score",)
+    for key in "eval.clip", "eval.features", "eval.real", "eval.scores":
+        for _ in accepted(config, key):
+            with contextlib.suppress(UserError):
+                evaluate.check(config)
+
+
+# Of the keys in precompute.MAKING those that a recipe of pixels reads, and some more.
+@pytest.mark.parametrize("groups", ["seed precompute mesh", "ingest", "encode image"])
+def test_every_value_of_precompute_builds_or_is_refused(
+    config, inputs, groups, tmp_path
+):
+    config, count = with_inputs(config, inputs), 0
+    assert prepared(config, tmp_path / "plain")
+    for key, _ in leaves(config):
+        if key.partition(".")[0] in groups.split():
+            for _ in accepted(config, key):
+                count += 1
+                with contextlib.suppress(UserError):
+                    prepared(config, tmp_path / str(count))

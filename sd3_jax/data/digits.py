@@ -154,13 +154,17 @@ class Digits:
 
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
-        chosen = [
-            self.scene(*row).ordered() if index < self.easy else self.scene(*row)
-            for index, row in zip(indices, draws(self.seed, indices, 2))
-        ]
+        chosen = self.scenes(indices)
         rows = draws(self.seed + 1, indices, 2)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}
+
+    def scenes(self, indices: np.ndarray) -> list[Scene]:
+        """What the examples with these indices show; their captions are its text."""
+        return [
+            self.scene(*row).ordered() if index < self.easy else self.scene(*row)
+            for index, row in zip(indices, draws(self.seed, indices, 2))
+        ]
 
     def names(self, indices: np.ndarray) -> list[str]:
         """The examples with these indices, for messages: "digits:104"."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
+from sd3_jax import files
 from sd3_jax.data import listing, metadata
 from sd3_jax.data.items import (
     LABEL,
@@ -131,13 +132,13 @@ class _Planned:
         places = [listing.join(directory, name) for each in groups for name in each]
         stats = listing.stats([listing.join(self.path, place) for place in places])
         sizes = [size for size, _ in stats]
-        files = metadata.governing(self.path, directory)
-        governing = [row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in files]
+        about = metadata.governing(self.path, directory)
+        governing = [row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in about]
         self.spans.append([directory, first, number])
         self.hashes.append(
             listing.digest(directory, first, seen.names, governing, sizes)
         )
-        paths = [listing.join(self.path, listing.join(*row[:2])) for row in files]
+        paths = [listing.join(self.path, listing.join(*row[:2])) for row in about]
         self.stamps.append(listing.digest(stats, listing.stats(paths)))
         self.count += sum(s.name not in metadata.NAMES for s in subjects)
         self.bytes += sum(size for size in sizes if size > 0)
@@ -178,6 +179,7 @@ def _listed(root: str, directory: str, stamp: int | None) -> Seen:
     try:
         entries = listing.entries(listing.join(root, directory))
     except OSError as error:
+        files.require_answered(root, error)
         if not directory:
             reason = error.strerror or error
             raise UserError(f"{root}: cannot be read: {reason}") from None
@@ -188,17 +190,17 @@ def _listed(root: str, directory: str, stamp: int | None) -> Seen:
 
 
 def _subjects(entries: list[Entry]) -> list[Subject]:
-    files = [(each, *_split(each.name)) for each in entries if each.kind != FOLDER]
-    pictures = [row for row in files if row[2] in PICTURES]
+    rows = [(each, *_split(each.name)) for each in entries if each.kind != FOLDER]
+    pictures = [row for row in rows if row[2] in PICTURES]
     # a.txt or a.jpg.txt of a.jpg; of A.JPG also A.jpg.txt
     pictured = {x for _, a, b in pictures for x in (_owner(a), f"{a}.{b}")}
     beside = {}  # stem and extension → the first of them, a.TXT before a.txt
-    for each, stem, extension in files:
+    for each, stem, extension in rows:
         if extension in SIDECARS and each.kind != LINK:
             if (owner := _owner(stem)) in pictured:
                 beside.setdefault((owner, extension), each)
     subjects = []
-    for each, stem, extension in files:
+    for each, stem, extension in rows:
         known = beside.get((_owner(stem), extension))
         reason, kept = UNFIT.get(each.kind, ""), ()
         if known is each:

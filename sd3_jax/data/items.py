@@ -10,6 +10,7 @@ from etils import epath
 from jaxtyping import UInt8
 from numpy import ndarray
 
+from sd3_jax import files
 from sd3_jax.data import images, records
 from sd3_jax.data.texts import REFUSED
 from sd3_jax.errors import UserError
@@ -86,10 +87,15 @@ def rejected(source: str, reason: object, size: int = 0) -> Rejected:
 def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
     """So many bytes of a file, or all of a picture's; or a BadItem."""
     try:
-        with epath.Path(path).open("rb") as file:
-            file.seek(start)
-            data = file.read(images.BYTES + 1 if size is None else size)
-    except (OSError, ValueError) as error:
+        if not files.remote(path):
+            with epath.Path(path).open("rb") as file:
+                file.seek(start)
+                data = file.read(images.BYTES + 1 if size is None else size)
+        elif size is None:  # and `taken` has seen that it is not too large
+            data = files.read_whole(path)
+        else:  # by epath 5 MB would be read for each picture of a tar
+            data = files.read_range(path, start, start + size)
+    except (OSError, ValueError, UserError) as error:
         raise BadItem(f"cannot be read: {_why(error)}") from None
     if len(data) > images.BYTES:
         raise BadItem(f"more than {images.BYTES} bytes")
@@ -99,18 +105,25 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
 
 
 def read_columns(
-    path: str, extension: str, start: int = 0, size: int = SIDECAR + 1
+    path: str, extension: str, start: int = 0, size: int | None = None
 ) -> dict[str, Value]:
     """What a .txt, .caption or .json says of the picture it is beside; or a BadItem."""
     try:
-        with epath.Path(path).open("rb") as file:
-            file.seek(start)
-            data = file.read(min(size, SIDECAR + 1))
+        most = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
+        if size is not None and files.remote(path):  # of a tar
+            data = files.read_range(path, start, start + most)
+        else:
+            with epath.Path(path).open("rb") as file:
+                file.seek(start)
+                data = file.read(most)
         if len(data) > SIDECAR:
             raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
         text = data.decode(encoding_of(data))
         return columns(text) if extension == "json" else {"caption": _lines(text)}
-    except (OSError, ValueError) as error:
+    except BadItem:
+        raise
+    except (OSError, ValueError, UserError) as error:
+        files.require_answered(path, error)
         raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
 
 
@@ -189,4 +202,6 @@ def asked(
 
 
 def _why(error: Exception) -> str:
+    if isinstance(error, UserError):  # of `files`, which names the path as well
+        error = error.__cause__ or error
     return shown(getattr(error, "strerror", None) or error, 120)

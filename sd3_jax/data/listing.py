@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 from etils import epath
 
+from sd3_jax import files
+
 FILE, FOLDER, LINK, OTHER = "file", "folder", "link to a folder", "other"
 THREADS = 32  # that ask a bucket for sizes
 
@@ -42,7 +44,8 @@ def look(path: str) -> tuple[str, int]:
             found = epath.Path(path).stat()
             return (FOLDER if found.is_directory else FILE), found.length or 0
         found = os.stat(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        files.require_answered(path, error)
         return OTHER, -1
     kinds = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER}
     kind = kinds.get(stat.S_IFMT(found.st_mode), OTHER)
@@ -64,7 +67,8 @@ def stat_of(path: str) -> tuple[int, int]:
             found = epath.Path(path).stat()
             return found.length or 0, int(found.mtime or 0) * 10**9
         found = os.stat(path)
-    except (OSError, ValueError):
+    except (OSError, ValueError) as error:
+        files.require_answered(path, error)
         return -1, -1
     return (found.st_size if stat.S_ISREG(found.st_mode) else 0), found.st_mtime_ns
 

@@ -6,7 +6,7 @@ import grain
 import numpy as np
 
 from sd3_jax.data import memory
-from sd3_jax.errors import UserError
+from sd3_jax.errors import RetryableError, UserError
 
 STEPS = 2**31 - 1  # more than any run has
 
@@ -54,7 +54,7 @@ class Loader:
     def __next__(self) -> dict[str, np.ndarray]:
         try:
             return next(self._batches)
-        except UserError as error:
+        except (UserError, RetryableError) as error:
             error.__notes__ = []  # grain's, on the frames of the traceback
             raise
 

@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import items, listing
 from sd3_jax.data.captions import STANDING, USUAL
 from sd3_jax.data.items import SIDECAR, BadItem, Value
@@ -42,15 +43,15 @@ def governing(root: str, directory: str) -> list[tuple[str, str, int]]:
     """(directory, name, bytes) of each metadata file that goes for it, outermost
     first."""
     parts = directory.split("/") if directory else []
-    files = []
+    governing_files = []
     for depth in range(len(parts) + 1):
         place = "/".join(parts[:depth])
         for name in NAMES:
             path = listing.join(root, listing.join(place, name))
             kind, size = listing.look(path)
             if kind == listing.FILE:
-                files.append((place, name, size))
-    return files
+                governing_files.append((place, name, size))
+    return governing_files
 
 
 def columns(
@@ -61,10 +62,12 @@ def columns(
     An inner folder's words go over an outer one's. A picture whose metadata cannot be
     read, the file or its line, is a BadItem: it is not taken for one without a caption.
     """
-    files = {row[:2] for directory in directories for row in governing(root, directory)}
+    governing_files = {
+        row[:2] for directory in directories for row in governing(root, directory)
+    }
     depth = lambda file: len(file[0].split("/")) if file[0] else 0
     columns_of, bad_lines, bad_files = {}, {}, {}
-    for place, name in sorted(files, key=lambda file: (depth(file), file)):
+    for place, name in sorted(governing_files, key=lambda file: (depth(file), file)):
         of_file = {}  # by picture; the first line about it counts
         try:
             for _, line in _lines(root, place, name, names):
@@ -74,6 +77,7 @@ def columns(
                 elif picture := _picture(root, line[0], names):
                     of_file.setdefault(picture, line[1])
         except FAULTS as error:
+            files.require_answered(root, error)
             bad_files[place, name] = getattr(error, "strerror", None) or error
         for picture, more in of_file.items():
             columns_of[picture] = items.merge(columns_of.get(picture, {}), more)
@@ -104,6 +108,7 @@ def faults(root: str, directory: str, name: str) -> Iterator[tuple[int, str]]:
                 bad.append((number, f"{name} names it, and it is not there"))
             first_lines.setdefault(picture or line[0][0], number)
     except FAULTS as error:
+        files.require_answered(root, error)
         reason = getattr(error, "strerror", None) or error
         yield 0, f"cannot be read: {shown(reason, 200)}"
         return
@@ -132,7 +137,8 @@ class _Tree:
                 names = [each.name for each in epath.Path(path).iterdir()]
                 return {name for name in names if not name.startswith(".")}
             entries = listing.entries(path)
-        except (OSError, ValueError):
+        except (OSError, ValueError) as error:
+            files.require_answered(path, error)
             return set()
         gone = (listing.FOLDER, listing.LINK)
         return {each.name for each in entries if each.kind not in gone}

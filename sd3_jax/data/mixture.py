@@ -18,13 +18,16 @@ import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
+from sd3_jax import files
 from sd3_jax.data import records, shards
 from sd3_jax.data.buckets import Turns
+from sd3_jax.data.ranges import RangeReader
 from sd3_jax.data.records import BadRecord, Record
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
 OPEN = 256  # shards at a time: a process may have 1,024 files
+INDEXED = 2**14  # shards in buckets whose indices, 8 bytes a record, are in memory
 SPREAD = 1e6  # of weights, from the least to the greatest
 
 
@@ -81,7 +84,8 @@ class Records:
         self.batch_size = batch_size
         self.encoders: dict[str, str] = {}  # fingerprints by part, if they are known
         self._bad, self._lock = set(), threading.Lock()
-        self._reader = functools.lru_cache(OPEN)(self._open)
+        most = INDEXED if all(map(files.remote, paths)) else OPEN
+        self._reader = functools.lru_cache(most)(self._open)
         found = [shards.expand(path) for path in paths]
         if not found:
             raise UserError("no paths: wanted shards of records, or globs of them")
@@ -156,15 +160,15 @@ class Records:
 
     def identity(self) -> dict[str, Any]:
         """What data this is, flat and short: the shards' names, sizes and counts."""
-        files = [(os.path.basename(s.path), s.bytes, s.count) for s in self.shards]
+        listed = [(os.path.basename(s.path), s.bytes, s.count) for s in self.shards]
         return {
             "name": "records",
             "seed": self.seed,
             "weights": list(self.weights),
-            "shards": len(files),
+            "shards": len(listed),
             "records": len(self),
             "bytes": sum(shard.bytes for shard in self.shards),
-            "listing": hashlib.sha256(json.dumps(files).encode()).hexdigest()[:16],
+            "listing": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
         }
 
     def _kinds(self, shapes) -> list[int]:
@@ -295,7 +299,7 @@ class Records:
         shard, index = self._place(number)
         return f"{self.shards[shard].path}:{index}"
 
-    def _open(self, place: int) -> ArrayRecordReader:
+    def _open(self, place: int) -> ArrayRecordReader | RangeReader:
         shard = self.shards[place]
         reader = shards.open_shard(shard.path)
         if reader.num_records() != shard.count:

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import images, listing
 from sd3_jax.data.captions import STANDING, USUAL
 from sd3_jax.data.items import (
@@ -95,7 +96,7 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
         if group not in groups:
             continue
         try:
-            for picture, values in _read(file, group, columns):
+            for picture, values in _read(file, part.path, group, columns):
                 source = f"{part.label}:{row}"
                 if isinstance(picture, BadItem):
                     yield rejected(source, picture)
@@ -115,7 +116,7 @@ def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
     return taken(source, columns, partial(bytes, picture), len(picture))
 
 
-def _read(file, group: int, columns: Columns) -> Iterator[tuple]:
+def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
     """(picture, values by column) of a row group's rows, the picture a BadItem if the
     row is not taken; a BadItem is raised where the group cannot be decoded."""
     rows, paths = _bounded(file, group, columns)
@@ -126,6 +127,7 @@ def _read(file, group: int, columns: Columns) -> Iterator[tuple]:
         except MemoryError:
             raise
         except Exception as error:  # damaged pages raise most things
+            files.require_answered(path, error)
             raise BadItem(f"cannot be read: {_why(error)}") from None
         if batch is None:
             return
@@ -267,6 +269,7 @@ def _opened(path: str) -> Iterator:
     try:
         opened = epath.Path(path).open("rb")
     except OSError as error:
+        files.require_answered(path, error)
         raise BadItem(f"cannot be read: {_why(error)}") from None
     with opened as stream:
         try:
@@ -279,6 +282,7 @@ def _opened(path: str) -> Iterator:
         except (BadItem, MemoryError):
             raise
         except Exception as error:  # so do damaged footers
+            files.require_answered(path, error)
             raise BadItem(f"cannot be read: {_why(error)}") from None
         yield file
 

@@ -1,11 +1,15 @@
 """Shards: files of records, which are whole or have no name, and how one is opened.
 
 A shard is an ArrayRecord file with a record a group, so that any record is one read.
+ArrayRecord opens local files only: to a bucket shards are uploaded whole, and from one
+they are read by `ranges`.
 """
 
 import logging
 import os
 import re
+import sys
+import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -18,6 +22,7 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.data import records
+from sd3_jax.data.ranges import RangeReader
 from sd3_jax.data.records import Record
 from sd3_jax.errors import UserError
 
@@ -34,11 +39,16 @@ class Writer:
 
     def __init__(self, path: epath.PathLike):
         self.path, self.count = epath.Path(path), 0
-        self._partial = self.path.parent / f"{self.path.name}.partial"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise self._failed(error.strerror or error) from None
+        self._temporary = None
+        if files.remote(self.path):
+            self._temporary = _temporary_file()
+            self._partial = epath.Path(_path_of(self._temporary))
+        else:
+            self._partial = self.path.parent / f"{self.path.name}.partial"
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise self._failed(error.strerror or error) from None
         # Latents and embeddings do not compress; zstd would cost half of a read.
         options = "group_size:1,uncompressed"
         self._writer = ArrayRecordWriter(os.fspath(self._partial), options)
@@ -67,18 +77,26 @@ class Writer:
             if kind is None:
                 raise self._failed(fault) from None
         finally:
-            self._partial.unlink(missing_ok=True)
+            if self._temporary is None:
+                self._partial.unlink(missing_ok=True)
+            else:
+                self._temporary.close()
 
     def _name_it(self):
         if not self.count:
             raise self._failed("no record was written to it")
-        found = inspect(os.fspath(self._partial)).count
-        if found != self.count:
-            raise self._failed(f"{found} of {self.count} records are in it")
-        if "://" not in os.fspath(self._partial):  # a bucket's files are whole or not
+        self._require_all(os.fspath(self._partial))
+        if self._temporary is None:
             with open(self._partial, "rb") as file:
                 os.fsync(file.fileno())
-        self._partial.replace(self.path)
+            self._partial.replace(self.path)
+        else:
+            files.upload(self._partial, self.path)
+            self._require_all(os.fspath(self.path))
+
+    def _require_all(self, path: str):
+        if (stored := inspect(path).count) != self.count:
+            raise self._failed(f"{stored} of {self.count} records are in it")
 
     def _failed(self, why) -> UserError:
         return UserError(f"{self.path}: cannot be written: {why}")
@@ -156,8 +174,16 @@ def inspect(path: str) -> Shard:
     return Shard(path, file_of(path), size, count)
 
 
-def open_shard(path: str) -> ArrayRecordReader:
-    """ArrayRecord opens anything, and says of what it cannot read: 0 records."""
+def open_shard(path: str) -> ArrayRecordReader | RangeReader:
+    """A shard's reader; a UserError if it is none, or not whole.
+
+    ArrayRecord opens anything, and says of what it cannot read: 0 records.
+    """
+    if files.remote(path):
+        try:
+            return RangeReader(path)
+        except RuntimeError as error:
+            raise _no_shard(path, error) from None
     options = "readahead_buffer_size:0,max_parallelism:0"  # for one record at a time
     reader = ArrayRecordReader(path, options, file_reader_buffer_size=2**15)
     if not reader.ok():
@@ -166,8 +192,24 @@ def open_shard(path: str) -> ArrayRecordReader:
             reader.close()
         except RuntimeError as error:
             reason = str(error)
-        raise UserError(f"{path}: not a shard, or a truncated or damaged one: {reason}")
+        raise _no_shard(path, reason)
     return reader
+
+
+def _no_shard(path: str, reason: object) -> UserError:
+    return UserError(f"{path}: not a shard, or a truncated or damaged one: {reason}")
+
+
+def _temporary_file():
+    """A file in TMPDIR. On Linux it has no name, so that a kill leaves nothing."""
+    linux = sys.platform == "linux"
+    return (tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile)()
+
+
+def _path_of(file) -> str:
+    """A path by which another opens a file that may have no name."""
+    named = isinstance(file.name, str)
+    return file.name if named else f"/proc/self/fd/{file.fileno()}"
 
 
 def file_of(path: str) -> Any:

@@ -58,6 +58,7 @@ def places(path: epath.PathLike) -> Iterator[Place]:
             for name, kind, start, size in _entries(file, path):
                 yield _place(name, kind, start, size)
     except OSError as error:
+        files.require_answered(str(path), error)
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
 

@@ -26,11 +26,7 @@ from sd3_jax.metrics import write_whole
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Runs config.eval.scores: "val_loss" and, for pictures of digits, "digits"."""
-    for name in config.eval.scores:
-        if name not in SCORES:
-            raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
-    picture_scores.check(config)
-    prompt_scores.check(config)
+    check(config)
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -43,6 +39,15 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         workdir.mkdir(parents=True, exist_ok=True)
         write_whole(workdir / "scores.json", json.dumps(result, indent=2).encode())
         print(*lines(result), sep="\n")
+
+
+def check(config: ConfigDict) -> None:
+    """A UserError for scores that cannot be had, before anything is loaded."""
+    for name in config.eval.scores:
+        if name not in SCORES:
+            raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
+    picture_scores.check(config)
+    prompt_scores.check(config)
 
 
 def weights(config: ConfigDict, workdir: epath.Path, mesh):
@@ -69,9 +74,9 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     return None, made, about
 
 
-def add(result: dict, found: dict) -> None:
+def add(result: dict, scored: dict) -> None:
     """Several scores may give rows: "scores" and "prompts" are joined."""
-    for name, value in found.items():
+    for name, value in scored.items():
         joined = isinstance(value, list) and name in result
         result[name] = result[name] + value if joined else value
 
@@ -82,17 +87,9 @@ def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
 
 def digits(config: ConfigDict, parts, mesh, params) -> dict:
     """Single digits, pairs and numbers that the recipe's mix has, seen and held out."""
-    if config.data.name != "digits":
-        raise UserError(
-            f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
-            f'name = "{config.data.name}"; wanted "digits" there, or other scores'
-        )
     count = config.eval.pictures
-    painter = Painter(config, parts, mesh)
+    painter, hasty = digit_painters(config, parts, mesh)
     paint = lambda captions, numbers: painter(params, captions, numbers)
-    few = config.copy_and_resolve_references()
-    few.sample.steps = config.eval.few_steps
-    hasty = Painter(few, parts, mesh)
     paint_few = lambda captions, numbers: hasty(params, captions, numbers)
 
     scores, by_prompt = [], []
@@ -126,6 +123,18 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
         else:
             scores.append(compose.ceiling(*sides, kind, 1_000)._asdict())
     return {"scores": scores, "prompts": merged(by_prompt)}
+
+
+def digit_painters(config: ConfigDict, parts, mesh) -> tuple[Painter, Painter]:
+    """In config.sample.steps and in config.eval.few_steps; nothing is compiled yet."""
+    if config.data.name != "digits":
+        raise UserError(
+            f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
+            f'name = "{config.data.name}"; wanted "digits" there, or other scores'
+        )
+    few = config.copy_and_resolve_references()
+    few.sample.steps = config.eval.few_steps
+    return Painter(config, parts, mesh), Painter(few, parts, mesh)
 
 
 def merged(rows: list[dict]) -> list[dict]:

@@ -5,7 +5,7 @@ features are. Each process looks at its share of each batch.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache, partial
 from typing import Any
 
@@ -22,6 +22,7 @@ from sd3_jax.evals.precision_recall import precision_recall
 from sd3_jax.evals.statistics import About, Stored
 from sd3_jax.jobs import assemble, features, painters, real
 from sd3_jax.jobs.features import Features
+from sd3_jax.pipelines.clip import Clip
 
 log = logging.getLogger(__name__)
 
@@ -51,24 +52,35 @@ def check(config: ConfigDict) -> None:
 
 def score(config: ConfigDict, parts: assemble.Parts | None, mesh: Mesh, params: Any):
     """Rows of all that config.eval.scores has of these measures."""
-    names = [name for name in NAMES if name in config.eval.scores]
-    compared = [name for name in names if name in COMPARED]
-    captions = real.captions(config)
-    loaded = cache(lambda: features.load_clip(config))
-    extract = features.extractor(config, loaded) if compared else None
-    reference = references(config, extract, names) if compared else None
+    captions, extract, clip = measured(config)
+    names = config.eval.scores
+    reference = references(config, extract, names) if extract is not None else None
     paint = painters.painter(config, parts, mesh, params)
-    clip = loaded() if "clip_score" in names else None
     made, cosines = look(config, paint, captions, extract, clip, "fid" in names)
     rows = []
     if clip is not None:
         rows.append(mean("CLIP score", cosines))
-    for name in compared:
-        rows += COMPARED[name](extract.name, reference, made)
+    for name in COMPARED:
+        if name in names:
+            rows += COMPARED[name](extract.name, reference, made)
     return {"scores": rows}
 
 
-def references(config: ConfigDict, extract: Extractor, names: list[str]) -> Features:
+def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | None]:
+    """The captions to paint, and what looks at their pictures: of those that are
+    compared with real ones, and for the CLIP score."""
+    compared = set(config.eval.scores) & set(COMPARED)
+    loaded = cache(lambda: features.load_clip(config))
+    return (
+        real.captions(config),
+        features.extractor(config, loaded) if compared else None,
+        loaded() if "clip_score" in config.eval.scores else None,
+    )
+
+
+def references(
+    config: ConfigDict, extract: Extractor, names: Sequence[str]
+) -> Features:
     """Of the real pictures, or of the file that has them; kept if that is wished."""
     about = About(
         extract.name, extract.fingerprint, config.image.height, config.image.width

@@ -68,16 +68,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if jax.process_index() == 0:
             print(f"buckets: {', '.join(map(aspect, settings.buckets))}")
         watch.expect("the encoders' weights", watch.LONG)
-        # A host's own devices: none waits for another, and one that ends is not missed.
-        mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
-        encoder = encoder_of(config, mesh)
+        work = new_work(config, settings)
+        encoder = work.encoder
         made = made_by(config, encoder, listing.digest(sorted(settings.excluded)))
         prints = encoder.bundle.fingerprints() if encoder else {}
         first_todo = lambda: begin(config, workdir, made, plan, prints)
         todo = hosts.first(first_todo, seconds=watch.LONG)
         parts = plan_of(workdir)
         manifest = Manifest(workdir, len(parts))
-        work = Work(config, encoder, mesh, settings)
         convert_all(work, parts, todo, manifest, stop)
         wait_for_all(manifest, stop)
         watch.expect("the manifest", None)
@@ -118,6 +116,13 @@ def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, st
             manifest.add(number, about, rejected, sources)
             if first:  # who alone shows it; a listing of all that is done
                 progress.at(size(manifest.done()))
+
+
+def new_work(config: ConfigDict, settings: prepare.Settings) -> "Work":
+    """This host's, its encoders loaded; nothing is compiled or read yet."""
+    # A host's own devices: none waits for another, and one that ends is not missed.
+    mesh = sharding.make_mesh(**config.mesh, devices=jax.local_devices())
+    return Work(config, encoder_of(config, mesh), mesh, settings)
 
 
 def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
@@ -285,6 +290,7 @@ class Work:
                     writing.popleft().result()
             for one in writing:
                 one.result()
+        watch.expect("a part's shards, written whole", watch.LONG)
         return sorted(rejected), sources
 
     def batches(

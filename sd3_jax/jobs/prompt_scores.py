@@ -39,14 +39,19 @@ def score(
     name: str, config: ConfigDict, parts: assemble.Parts | None, mesh: Mesh, params: Any
 ) -> dict:
     """The benchmark's rows, and one for each of its prompts with what was wrong."""
-    bench = BENCHMARKS[name](config)
-    asked = [each for each in bench.asked for _ in range(config.eval.per_prompt)]
+    bench, asked = benchmark(name, config)
     paint = painters.painter(config, parts, mesh, params)
     verdicts = judge(paint, asked, bench.scorer, config.sample.batch_size)
     return {
         "scores": [row(each) for each in bench.rows(asked, verdicts)],
         "prompts": scorers.prompts(bench.name, asked, verdicts),
     }
+
+
+def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
+    """With its prompts, each as often as it is painted."""
+    bench = BENCHMARKS[name](config)
+    return bench, [each for each in bench.asked for _ in range(config.eval.per_prompt)]
 
 
 def judge(

@@ -1,5 +1,6 @@
 """What painted pictures are measured against: captions, and real pictures."""
 
+import functools
 import itertools
 import logging
 from collections.abc import Callable, Iterator
@@ -70,7 +71,7 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
         )
     if data.name == "digits":
         source = examples.source(config, held_out=True)
-        return lambda indices, _: _digits(source, indices)
+        return functools.partial(_digits, source)
     found = records(config)
     least = config.eval.pictures
     if len(found) < least:
@@ -101,7 +102,10 @@ def records(config: ConfigDict) -> Records:
         raise UserError(f"config.data.held_out: {error}") from None
 
 
-def _digits(source, indices) -> Iterator:
+def _digits(source, indices, pictures: bool) -> Iterator:
+    if not pictures:
+        yield from ((str(scene), None) for scene in source.scenes(indices))
+        return
     for start in range(0, len(indices), 64):
         batch = source.batch(indices[start : start + 64])
         yield from zip(batch["caption"], batch["image"])

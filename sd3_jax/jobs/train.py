@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
@@ -563,6 +563,10 @@ class Validation:
         )
 
     def __call__(self, params: dict) -> dict[str, float]:
+        return dict(val_loss(self.program, params, self.key, self.batches()))
+
+    def batches(self) -> Iterator[dict]:
+        """The held-out examples, each batch read and placed when it is asked for."""
         size = self.size
         key = f"{'eval' if self.config.eval.batch_size else 'data'}.batch_size"
         rows = sharding.local_rows(self.mesh, size, key=key)
@@ -575,7 +579,7 @@ class Validation:
         if told := encoders.differing(self.trained_with, held_out):
             words = "config.data.held_out: encoded by others than the run's records: %s"
             log.warning(words, told)
-        batches = examples.loader(
+        loader = examples.loader(
             self.config, rows, made=self.source, encoder=encoder, held_out=True
         )
         count = max(1, self.config.eval.examples // size)
@@ -583,7 +587,6 @@ class Validation:
 
         def put(_):
             watch.expect("a batch of validation", watch.LONG)
-            return place(next(batches), batch_size=size)
+            return place(next(loader), batch_size=size)
 
-        some = map(put, range(count))
-        return dict(val_loss(self.program, params, self.key, some))
+        return map(put, range(count))
