@@ -19,9 +19,10 @@ import jax  # noqa: E402
 import jax.numpy as jnp  # noqa: E402
 from jax.sharding import NamedSharding, PartitionSpec  # noqa: E402
 
-from sd3_jax import sharding, tree  # noqa: E402
-from sd3_jax.training import seal  # noqa: E402
-from sd3_jax.training.checkpoint import Checkpoints  # noqa: E402
+from sd3_jax import tree
+from sd3_jax.checkpoints import integrity  # noqa: E402
+from sd3_jax.checkpoints.manager import Checkpoints  # noqa: E402
+from sd3_jax.distributed import sharding  # noqa: E402
 
 TIMES = 5
 V5E = 819e9  # bytes/s of a chip's memory
@@ -70,8 +71,8 @@ def measure(width: int) -> dict:
                 blocks.append(block)
                 wholes.append(block + timed(checkpoints.wait))
                 path = checkpoints.directory / str(step)
-                shutil.rmtree(path / seal.FOLDER)
-                sums.append(timed(lambda: seal.write_sums(path, 0, 1)))  # noqa: B023
+                shutil.rmtree(path / integrity.FOLDER)
+                sums.append(timed(lambda: integrity.write_sums(path, 0, 1)))  # noqa: B023
                 durable.append(wholes[-1] + timed(os.sync))
     return {
         "MB": round(size / 1e6),

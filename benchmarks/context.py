@@ -30,7 +30,7 @@ class Program(NamedTuple):
     mesh: Any
 
     def compile(self, **options):
-        from sd3_jax.pipelines import programs
+        from sd3_jax.sampling import compiled as programs
 
         with programs.on(self.mesh):
             low = self.jitted.lower(*self.static, *self.abstract, **self.options)
@@ -87,7 +87,7 @@ def devices(count: int, tpu: str | None) -> list:
 
 
 def mesh(devices):
-    from sd3_jax import sharding
+    from sd3_jax.distributed import sharding
 
     return sharding.make_mesh(fsdp=1, context=len(devices), devices=devices)
 
@@ -100,11 +100,12 @@ def program(
     import jax.numpy as jnp
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from sd3_jax import sharding, tree
+    from sd3_jax import tree
+    from sd3_jax.distributed import sharding
     from sd3_jax.models.mmdit import MMDiT
     from sd3_jax.models.vae import VAE
-    from sd3_jax.pipelines import programs
-    from sd3_jax.pipelines.prompts import Conditioning
+    from sd3_jax.sampling import compiled as programs
+    from sd3_jax.sampling.prompts import Conditioning
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     put = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(
@@ -148,9 +149,9 @@ def peak(compiled) -> int:
 
 def sent(compiled, mesh) -> list[str]:
     """Collectives of at least 1 MB, those that send most first."""
-    from sd3_jax.plan import hlo, wire
+    from sd3_jax.tools.plan import hlo, link_traffic
 
-    found = wire.collectives(hlo.parse(compiled.as_text()), mesh.shape)
+    found = link_traffic.collectives(hlo.parse(compiled.as_text()), mesh.shape)
     return [
         f"{x.kind} {x.shape} x {n}, {x.wire * n / 1e6:.1f} MB: {x.source[-60:]}"
         for x, n in sorted(found, key=lambda pair: -pair[0].wire * pair[1])
@@ -163,7 +164,7 @@ def run(made: Program):
     import jax
     import numpy as np
 
-    from sd3_jax.pipelines import programs
+    from sd3_jax.sampling import compiled as programs
 
     start = time.perf_counter()
     weights, *inputs = made.abstract

@@ -22,7 +22,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageEnhance
 
-from sd3_jax.data import duplicates, fingerprints
+from sd3_jax.tools.dedup import duplicates, fingerprints
 
 SEEDS = {"tune": 1, "test": 2, "portrait": 3, "fresh": 4}
 SIDES = 64, 260  # of crops, in pixels

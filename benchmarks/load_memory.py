@@ -89,8 +89,8 @@ def write(path: str, depth: str) -> dict:
 
 def pieces(depth: int) -> list:
     """Every tensor that an original file of SD3-medium has."""
-    from sd3_jax import sharding
-    from sd3_jax.weights import components, names
+    from sd3_jax.distributed import sharding
+    from sd3_jax.weights import components, key_mapping
 
     config = {
         "num_layers": depth,
@@ -105,14 +105,14 @@ def pieces(depth: int) -> list:
     model = component.build(config, "float32")
     mesh = sharding.make_mesh()
     shapes = components.abstract(component, model, config, mesh, "float32")
-    return names.pieces(shapes, component.table(model), "original")
+    return key_mapping.pieces(shapes, component.table(model), "original")
 
 
 def load(path: str, dtype: str) -> dict:
     import jax
 
     import sd3_jax
-    from sd3_jax import sharding
+    from sd3_jax.distributed import sharding
 
     mesh = sharding.make_mesh(fsdp=DEVICES)
     imported, before, start = peaks()[0], os.times(), time.perf_counter()

@@ -16,13 +16,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from sd3_jax import main, metrics, sharding
+from sd3_jax import main
+from sd3_jax.assembly import model_parts
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
-from sd3_jax.evals import compose
-from sd3_jax.evals.reader import INK, matches
-from sd3_jax.jobs import assemble
-from sd3_jax.jobs.paint import Painter
+from sd3_jax.distributed import sharding
+from sd3_jax.evaluation import digit_scenes
+from sd3_jax.evaluation.digit_reader import INK, matches
+from sd3_jax.monitoring import metrics
+from sd3_jax.sampling.sampler import Painter
 
 PAIRS, SCORED, HELD_OUT = 3_000, 1_200, 128
 RECIPE = "configs/dpo.py:digits"
@@ -33,8 +35,8 @@ def painter(workdir, *flags):
     config = main.parse(argv).config
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = assemble.parts(config)
-        params, _ = assemble.trained_params(config, parts, workdir, mesh)
+        parts = model_parts.parts(config)
+        params, _ = model_parts.trained_params(config, parts, workdir, mesh)
     made = Painter(config, parts, mesh)
 
     def paint(captions, numbers):
@@ -51,7 +53,7 @@ def ink(images):
 
 def write_pairs(paint, folder):
     """Shards of preferences, and how many there are."""
-    scenes = compose.some("single", "train", PAIRS)
+    scenes = digit_scenes.some("single", "train", PAIRS)
     captions, numbers = [str(scene) for scene in scenes], np.arange(2 * PAIRS)
     a, b = (paint(captions, numbers[i::2].tolist()) for i in range(2))
     thick, kept = ink(a) - ink(b), []
@@ -69,7 +71,7 @@ def write_pairs(paint, folder):
 
 def look(paint):
     """Of each scored picture, whether it is right, and its ink."""
-    scenes = compose.some("single", "train", SCORED)
+    scenes = digit_scenes.some("single", "train", SCORED)
     numbers = list(range(1_000_000, 1_000_000 + SCORED))
     images = paint([str(scene) for scene in scenes], numbers)
     right = np.array([matches(*pair) for pair in zip(scenes, images)])

@@ -43,9 +43,9 @@ def error() -> list[list]:
     import jax.numpy as jnp
 
     from sd3_jax import tree
-    from sd3_jax.models import quantized
     from sd3_jax.models.mmdit import MMDiT
     from sd3_jax.models.t5 import T5Encoder
+    from sd3_jax.params import quantization
 
     keys = jax.random.split(jax.random.key(0), 6)
     given = (
@@ -68,7 +68,7 @@ def error() -> list[list]:
         for dtype in jnp.float32, jnp.bfloat16:
             velocity = run(dtype)
             for kind in KINDS:
-                own = quantized.quantized(made, kind) if kind else made
+                own = quantization.quantized(made, kind) if kind else made
                 found = velocity(own)
                 off = jnp.linalg.norm(found - wanted) / jnp.linalg.norm(wanted)
                 cells.append(f"{100 * float(off):.2f} %" if off else "0")
@@ -99,15 +99,15 @@ def error() -> list[list]:
 
 def memory() -> list[list]:
     """Of SD3 2B's denoising and of the text encoders, as compiled for one chip."""
-    from sd3_jax.plan import aot, slices
+    from sd3_jax.tools.plan import aot, slices
 
     aot.prepare()
     import jax
     from flax import linen as nn
 
     from configs import sd3_2b
-    from sd3_jax import sharding
-    from sd3_jax.jobs import plan_sampling
+    from sd3_jax.distributed import sharding
+    from sd3_jax.tools.plan import sampling_programs
 
     each = slices.find("v5e-1")
     mesh = sharding.make_mesh(devices=aot.devices(each))
@@ -117,7 +117,7 @@ def memory() -> list[list]:
         config.quantize.update(denoiser=kind, t5=kind)
         config.sample.update(cfg=cfg, max_length=77)
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-            cases = plan_sampling.cases(config, each, mesh, 1)
+            cases = sampling_programs.cases(config, each, mesh, 1)
             case = next(x for x in cases if x.name == ("text" if text else "denoise"))
             made = aot.compile(case.lower(), aot.flags("launch/flags", each, "sample"))
         wide = re.search(STACK, made.text)
@@ -206,12 +206,12 @@ def differing(workdir: Path) -> list[list[str]]:
     from flax import linen as nn
 
     from configs import quickstart
-    from sd3_jax import sharding
-    from sd3_jax.jobs import assemble
-    from sd3_jax.jobs.paint import Painter
+    from sd3_jax.assembly import model_parts
+    from sd3_jax.distributed import sharding
+    from sd3_jax.sampling.sampler import Painter
 
     config, mesh, rows = quickstart.get_config(), sharding.make_mesh(), []
-    made, captions, plain = assemble.parts(config), config.train.prompts, None
+    made, captions, plain = model_parts.parts(config), config.train.prompts, None
     draw = np.random.default_rng(0).standard_normal
     sizes = made.shape, (4, config.model.context_dim), (config.model.pooled_dim,)
     xt, *cond = (draw((64, *size), np.float32) for size in sizes)
@@ -221,7 +221,7 @@ def differing(workdir: Path) -> list[list[str]]:
         painter = Painter(config, made, mesh)
         for kind in KINDS:
             config.quantize.denoiser = kind
-            params, _ = assemble.trained_params(config, made, str(workdir), mesh)
+            params, _ = model_parts.trained_params(config, made, str(workdir), mesh)
             v = velocity(params["denoiser"])
             images = painter(params, captions, range(len(captions))).astype(float)
             plain = plain or (v, images)

@@ -110,8 +110,8 @@ def write(folder: str, count: str, side: str) -> dict:
 
 def load(folder: str, threads: str, prefetch: str) -> dict:
     """Batches as training takes them: an epoch, after a batch to start with."""
+    from sd3_jax.data.dataset import Records
     from sd3_jax.data.loader import Loader
-    from sd3_jax.data.mixture import Records
 
     before = peak()
     records = Records([f"{folder}/*.arecord"], batch_size=BATCH)
@@ -145,9 +145,9 @@ def divide(folder: str) -> dict:
     import numpy as np
     import safetensors
 
-    from sd3_jax.data import memory, records, shards
+    from sd3_jax.data import malloc, records, shards
 
-    memory.keep_freed()
+    malloc.keep_freed()
     path = f"{folder}/0.arecord"
     reader = shards.open_shard(path)
     count = min(64, reader.num_records())
@@ -188,7 +188,7 @@ def hold(folder: str, count: str) -> dict:
 
     import numpy as np
 
-    from sd3_jax.data.mixture import Records
+    from sd3_jax.data.dataset import Records
     from sd3_jax.data.records import Record
     from sd3_jax.data.shards import Writer
 

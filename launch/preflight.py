@@ -37,12 +37,14 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 import sd3_jax
-from sd3_jax import cli, hosts, main, sharding
+from sd3_jax import main
+from sd3_jax.assembly import model_parts
+from sd3_jax.config import command_line
+from sd3_jax.distributed import processes, sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble
-from sd3_jax.jobs.train import require_trainable_dtype
 from sd3_jax.training import optimizer
 from sd3_jax.training.state import abstract_state
+from sd3_jax.training.trainer import require_trainable_dtype
 
 CLOCKS = 30.0  # seconds between hosts
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")
@@ -56,7 +58,7 @@ def run(argv: Sequence[str]) -> int:
         return 0
     try:
         job = [] if argv[:1] == ["train"] else ["train"]
-        _, config, workdir = cli.parse([*job, *argv])
+        _, config, workdir = command_line.parse([*job, *argv])
         main.join_processes()
     except UserError as error:
         print("preflight: error:", *str(error).split(), file=sys.stderr)
@@ -90,9 +92,9 @@ def facts(config: ConfigDict, workdir: epath.Path) -> dict:
         flags=digest(flags),
         workdir=place(workdir),
         free=free(workdir),
-        need=need - held(assemble.checkpoints(workdir)),
+        need=need - held(model_parts.checkpoints(workdir)),
     )
-    hosts.meet("the clocks")  # so that all read theirs at once
+    processes.meet("the clocks")  # so that all read theirs at once
     return told | dict(clock=time.time())
 
 
@@ -105,7 +107,7 @@ def plan(config: ConfigDict) -> tuple[str, int]:
         optim = config.optim.to_dict()
         del optim["accumulate"]
         tx, _ = optimizer.make(**optim, steps=config.train.steps)
-        init = assemble.parts(config).objective.init
+        init = model_parts.parts(config).objective.init
         state = abstract_state(jax.random.key(0), init, tx, mesh)
     except UserError as error:
         return " ".join(str(error).split())[:1000], 0
@@ -165,10 +167,10 @@ def place(workdir: epath.Path) -> str:
         mine.write_text("written")
     except Exception as error:  # of whichever file system
         wrong = f"not writable: {type(error).__name__}"
-    hosts.meet("the marks are written")
+    processes.meet("the marks are written")
     if not wrong and not mark(0).exists():
         wrong = "not shared: process 0's file is not there"
-    hosts.meet("the marks are seen")
+    processes.meet("the marks are seen")
     if mine.exists():
         mine.unlink()
     return wrong

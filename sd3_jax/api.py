@@ -18,15 +18,15 @@ from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float
 
-from sd3_jax import sharding
 from sd3_jax.diffusion import grids, solvers
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.pipelines import arguments, programs, request
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines.bundle import Bundle, ControlBundle, Prompt
-from sd3_jax.pipelines.export import save
-from sd3_jax.pipelines.images import Pictures
-from sd3_jax.pipelines.request import ControlInput, Texts
+from sd3_jax.sampling import argument_checks, arguments, compiled
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling.arguments import ControlInput, Texts
+from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.export import save
+from sd3_jax.sampling.input_images import Pictures
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
 __all__ += ["generate", "load", "load_control", "save"]
@@ -120,30 +120,34 @@ def generate(
     well and whose number is that of the steps, replace them. `preview(i, t, rgb)` sees
     a rough picture after each step; a program is compiled for each such function.
     """
-    arguments.choice("output", output, OUTPUTS)
-    guidance = arguments.number("guidance", guidance)
-    guidance_interval = arguments.pair("guidance_interval", guidance_interval)
-    guidance_rescale = arguments.number("guidance_rescale", guidance_rescale, 0, 1)
-    strength = arguments.number("strength", strength, 0, 1)
-    images_per_prompt = arguments.whole("images_per_prompt", images_per_prompt, 1, 4096)
-    skip_layers = request.layers(bundle, skip_layers)
-    skip_scale = arguments.number("skip_scale", skip_scale)
+    argument_checks.choice("output", output, OUTPUTS)
+    guidance = argument_checks.number("guidance", guidance)
+    guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
+    guidance_rescale = argument_checks.number(
+        "guidance_rescale", guidance_rescale, 0, 1
+    )
+    strength = argument_checks.number("strength", strength, 0, 1)
+    images_per_prompt = argument_checks.whole(
+        "images_per_prompt", images_per_prompt, 1, 4096
+    )
+    skip_layers = arguments.layers(bundle, skip_layers)
+    skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: wanted a function (step, t, rgb)")
-    guided = request.guided(
+    guided = arguments.guided(
         guidance,
         guidance_interval,
         guidance_rescale,
-        negative_prompts=request.says(negative_prompts),
+        negative_prompts=arguments.says(negative_prompts),
         skip_layers=bool(skip_layers),
     )
-    image = request.starting_image(bundle, image)
-    latents = request.starting_latents(bundle, latents)
-    request.require_embeddings(bundle, prompts, "prompts")
-    request.require_embeddings(bundle, negative_prompts, "negative_prompts")
+    image = arguments.starting_image(bundle, image)
+    latents = arguments.starting_latents(bundle, latents)
+    arguments.require_embeddings(bundle, prompts, "prompts")
+    arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
     given = image if image is not None else latents
-    shape = request.size(bundle, height, width, given)
-    solver, times = request.settings(
+    shape = arguments.size(bundle, height, width, given)
+    solver, times = arguments.settings(
         bundle,
         shape,
         steps=steps,
@@ -153,7 +157,7 @@ def generate(
         mu=mu,
         sigmas=sigmas,
     )
-    cond, uncond = request.encoded(
+    cond, uncond = arguments.encoded(
         bundle,
         prompts,
         negative_prompts,
@@ -163,23 +167,23 @@ def generate(
         guided=guided,
     )
     rows = cond.pooled.shape[0]
-    spread = lambda x, what: request.rows_of(x, rows, images_per_prompt, what)
+    spread = lambda x, what: arguments.rows_of(x, rows, images_per_prompt, what)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
-        request.image_keys(rows // images_per_prompt, seed, images_per_prompt)
+        arguments.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
     noise = x0 = None
     if latents is not None:
-        noise = request.latents_of(bundle, spread(latents, "latents"), None, shape)
+        noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
-        mask = spread(request.latent_mask(mask, shape, bundle.factor), "mask")
+        mask = spread(arguments.latent_mask(mask, shape, bundle.factor), "mask")
     if image is not None:
         times = grids.strength(times, strength)
-        x0 = request.latents_of(bundle, spread(image, "image"), image_keys, shape)
+        x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
     skipped = skip_layers if guided else ()
     draws = solvers.draws(solvers.SOLVERS[solver])
-    inputs = programs.Inputs(
+    inputs = compiled.Inputs(
         keys=noise_keys if noise is None or draws else None,
         cond=cond,
         uncond=uncond,
@@ -195,16 +199,16 @@ def generate(
         x0=x0,
         mask=mask,
     )
-    plan = programs.Plan(
+    plan = compiled.Plan(
         bundle.part("denoiser"), solver, shape, guided, skipped, preview
     )
     control = [control] if isinstance(control, ControlInput) else list(control or ())
-    nets, acting = request.controls_of(
+    nets, acting = arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )
-    place = lambda x: programs.place(x, bundle.mesh)
-    with programs.on(bundle.mesh):
-        latents = programs.sample(
+    place = lambda x: compiled.place(x, bundle.mesh)
+    with compiled.on(bundle.mesh):
+        latents = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
         )
     return latents if output == "latents" else bundle.decode(latents)

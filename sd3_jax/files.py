@@ -5,6 +5,7 @@ the names of owner and group, which fails for an owner without a passwd entry: o
 network disk, in a container.
 """
 
+import contextlib
 import logging
 import os
 import stat
@@ -16,7 +17,7 @@ from typing import Any, TypeVar
 from etils import epath
 
 from sd3_jax.errors import RetryableError, UserError, passing
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.foreign_text import parse_json, shown
 
 log = logging.getLogger(__name__)
 PAUSES = (1.0, 4.0)  # seconds before a bucket is asked again
@@ -190,3 +191,22 @@ def shipped(folder: str) -> Path:
     package = Path(__file__).resolve().parent
     inside = package / Path(folder).name
     return inside if inside.is_dir() else package.parent / folder
+
+
+def write_whole(path: epath.PathLike, data: bytes) -> None:
+    """All of the file or nothing: written beside `path`, then renamed onto it.
+
+    In a bucket objects are whole or absent, and a renaming whose answer was lost fails
+    when it is tried again: the new name is there and the old one gone.
+    """
+    path = epath.Path(path)
+    if remote(path):
+        return write_object(path, data)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with part.open("wb") as file:
+        file.write(data)
+        file.flush()
+        with contextlib.suppress(OSError):
+            os.fsync(file.fileno())
+    part.replace(path)

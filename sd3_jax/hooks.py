@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from pathlib import PurePath
 
 from sd3_jax.errors import UserError, near
-from sd3_jax.outside import shown
+from sd3_jax.foreign_text import shown
 
 
 def load(name: str) -> Callable:

@@ -19,8 +19,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from sd3_jax import signals
-from sd3_jax.cli import Call, parse, usage
+from sd3_jax.config.command_line import Call, parse, usage
+from sd3_jax.config.validation import leaves
+from sd3_jax.distributed import signals
 from sd3_jax.errors import (
     FAILED,
     INTERRUPTED,
@@ -32,7 +33,6 @@ from sd3_jax.errors import (
     exit_code,
 )
 from sd3_jax.jobs import JOBS
-from sd3_jax.validate import leaves
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint grain numpy".split()
 
@@ -75,15 +75,15 @@ def answer(argv: Sequence[str]) -> int:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
         if joined() and code != MISTAKE and not isinstance(error, RunFailed):
-            from sd3_jax import watch
+            from sd3_jax.distributed import watchdog
 
             # A peer's end fails the collectives that it was in, and its code is the
             # true one: a mistake on one host must not end the others with "retry".
-            watch.follow(seconds=2 * watch.EVERY if code == RETRY else 0)
+            watchdog.follow(seconds=2 * watchdog.EVERY if code == RETRY else 0)
     if joined():
-        from sd3_jax import watch
+        from sd3_jax.distributed import watchdog
 
-        watch.leave(reason, code)
+        watchdog.leave(reason, code)
     return code
 
 
@@ -109,16 +109,19 @@ def output_is_closed() -> bool:
 
 def run(call: Call) -> int:
     """The job, once all processes have said that they are about to do the same."""
-    from sd3_jax import hosts, watch  # no earlier, for they import jax
+    from sd3_jax.distributed import (  # no earlier, for they import jax
+        processes,
+        watchdog,
+    )
 
-    with watch.watching():
+    with watchdog.watching():
         if joined():
-            hosts.agree("code or config", statement(call))
+            processes.agree("code or config", statement(call))
         job = importlib.import_module(JOBS[call.job].module)
         try:
             return job.run(call.config, call.workdir) or 0
         except KeyboardInterrupt as stop:  # train says more
-            now = f"during {watch.doing()}; " if watch.doing() else ""
+            now = f"during {watchdog.doing()}; " if watchdog.doing() else ""
             again = f"{now}the same command goes on"
             raise KeyboardInterrupt(str(stop) or again) from None
 
@@ -296,7 +299,7 @@ def whole(name, default=None, *, low, high=2**31 - 1):
 def detected_processes() -> int:
     """How many processes jax sees: `initialize` alone will not do, since in a Slurm
     step of one task it hides all GPUs but one."""
-    from sd3_jax import jax_internals  # no earlier, for it imports jax
+    from sd3_jax.distributed import jax_internals  # no earlier, for it imports jax
 
     return jax_internals.detected_processes()
 

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sd3_jax.errors import ConfigError
-from sd3_jax.metrics import write_whole
+from sd3_jax.files import write_whole
 
 PAPER, INK = (255, 255, 255), (72, 76, 84)
 TILE, SHEET = 96, 4096  # pixels: a tile's least height and width, a sheet's most width

@@ -31,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 
 import multiprocess  # noqa: E402
 
-from sd3_jax import metrics  # noqa: E402
+from sd3_jax.monitoring import metrics  # noqa: E402
 
 WORKER = str(Path(__file__).with_name("chaos_worker.py"))
 STEPS, EVERY = 24, 4
@@ -271,7 +271,7 @@ def vanished(folder: Path) -> Outcome:
 
 def flips(rng: random.Random, folder: Path, tries: int) -> Outcome:
     """A bit, anywhere in the newest checkpoint."""
-    from training.checkpoint_worker import files, flip
+    from checkpoints.checkpoint_worker import files, flip
 
     saved, abstract = two_steps(folder / "flips")
     detected = recovered = 0
@@ -288,7 +288,7 @@ def flips(rng: random.Random, folder: Path, tries: int) -> Outcome:
 
 def damages(folder: Path) -> Outcome:
     """Every file of the newest checkpoint: cut in half, emptied, deleted."""
-    from training.checkpoint_worker import damage, files
+    from checkpoints.checkpoint_worker import damage, files
 
     saved, abstract = two_steps(folder / "damages")
     tries = detected = recovered = harmless = 0
@@ -309,7 +309,7 @@ def damages(folder: Path) -> Outcome:
 
 def two_steps(folder: Path):
     """A folder with two small checkpoints, and the state that they are of."""
-    from training.checkpoint_worker import abstract_state, write
+    from checkpoints.checkpoint_worker import abstract_state, write
 
     saved = folder / "saved"
     return saved, write(saved, 1, 2, abstract=abstract_state(1, width=128))
@@ -323,9 +323,9 @@ def fresh(saved: Path) -> Path:
 
 def falls_back(work: Path, abstract) -> tuple[bool, bool]:
     """Whether step 2 was not taken, and whether all that was is exactly as saved."""
-    from training.checkpoint_worker import POLICY, assert_bits
+    from checkpoints.checkpoint_worker import POLICY, assert_bits
 
-    from sd3_jax.training.checkpoint import Checkpoints
+    from sd3_jax.checkpoints.manager import Checkpoints
 
     with Checkpoints(work, **POLICY) as checkpoints:
         state, data, _ = checkpoints.restore(abstract)
@@ -338,16 +338,16 @@ def falls_back(work: Path, abstract) -> tuple[bool, bool]:
 
 def killed_saving(folder: Path) -> Outcome:
     """SIGKILL while the files of step 2 are being written."""
-    from training.checkpoint_worker import POLICY, abstract_state, assert_bits
+    from checkpoints.checkpoint_worker import POLICY, abstract_state, assert_bits
 
-    from sd3_jax.training.checkpoint import Checkpoints
+    from sd3_jax.checkpoints.manager import Checkpoints
 
-    worker = Path(__file__).with_name("training") / "checkpoint_worker.py"
+    worker = Path(__file__).with_name("checkpoints") / "checkpoint_worker.py"
     detected, recovered, tries = 0, 0, 3
     for n in range(tries):
         workdir = folder / f"saving{n}"
         args = [
-            Path(__file__).with_name("training") / Path(worker).name,
+            Path(__file__).with_name("checkpoints") / Path(worker).name,
             "die",
             workdir,
         ]

@@ -42,8 +42,8 @@ def interrupted(write):
 
 
 if __name__ == "__main__":
-    from sd3_jax import metrics
     from sd3_jax.data.synthetic import Synthetic
+    from sd3_jax.monitoring import metrics
 
     metrics.Metrics.write = interrupted(metrics.Metrics.write)
     if at("NAN_AT") > 0:

@@ -28,23 +28,28 @@ import pytest  # noqa: E402
 from jaxtyping import install_import_hook  # noqa: E402
 
 # Not training: a TrainState holds arrays, and as often their shapes or shardings.
-CHECKED = "diffusion models weights data pipelines evals metrics pictures report"
+CHECKED = "diffusion models params weights data sampling evaluation reports pictures"
 install_import_hook(
     [f"sd3_jax.{name}" for name in CHECKED.split()], "beartype.beartype"
 )
 
-from sd3_jax.bench import memory  # noqa: E402
+from sd3_jax.tools.benchmark import process_memory  # noqa: E402
 
 # Longest first, so that no worker sits at one alone in the end (see `make test`).
 LONG = (
     *("test_device_order", "test_chaos", "jobs/test_train", "jobs/test_sample"),
-    *("plan/test_plan",),
-    *("jobs/test_tune", "models/test_backbones", "jobs/test_study", "parity/test_lora"),
-    *("training/test_lora", "training/test_tuning", "jobs/test_paint"),
-    *("jobs/test_picture_scores", "jobs/test_prompt_scores"),
+    *("tools/plan/test_plan",),
+    *(
+        "test_finetune_start",
+        "models/test_backbones",
+        "jobs/test_study",
+        "parity/test_lora",
+    ),
+    *("training/test_lora", "training/test_finetuning", "test_sampler"),
+    *("test_picture_scores", "test_prompt_scores"),
     *("jobs/test_precompute", "test_launch", "jobs/test_records", "test_bundle"),
-    *("jobs/test_compare", "jobs/test_resume", "test_recipes", "jobs/test_convert"),
-    *("test_mmdit", "pipelines/test_context", "test_bad_inputs"),
+    *("jobs/test_compare", "test_compatibility", "test_recipes", "jobs/test_convert"),
+    *("test_mmdit", "sampling/test_context", "test_bad_inputs"),
     *("jobs/test_cloud", "test_values", "e2e/test_container"),
 )
 
@@ -64,10 +69,10 @@ ROOM = 4e9  # bytes that a worker may hold when it begins with a file
 def room():
     """Compiled programs are dropped before they fill a small machine's memory."""
     yield
-    if memory.now() > ROOM:
+    if process_memory.now() > ROOM:
         jax.clear_caches()
         gc.collect()
-        memory.reset()  # gives the system what is free
+        process_memory.reset()  # gives the system what is free
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ import runpy
 import sys
 
 # By place in the mesh the index in jax.devices(), which lists process after process.
-# tests/plan/test_host_rows.py compares the first two with libtpu's.
+# tests/tools/plan/test_host_rows.py compares the first two with libtpu's.
 ORDERS = {
     "v5p-16": [0, 4, 2, 6, 1, 5, 3, 7],  # 2 processes of 4 devices
     "v5e-16": [0, 1, 4, 5, 7, 6, 3, 9, 12, 13, 15, 14, 11, 10, 8, 2],  # 4 of 4
@@ -29,7 +29,7 @@ def permute(order: list[int]) -> None:
     import jax
     import numpy as np
 
-    from sd3_jax import sharding
+    from sd3_jax.distributed import sharding
 
     place = {jax.devices()[index]: i for i, index in enumerate(order)}
     sharding.arrange = lambda sizes, devices: np.array(
@@ -40,7 +40,7 @@ def permute(order: list[int]) -> None:
 def load_contiguous_rows() -> None:
     import numpy as np
 
-    from sd3_jax import sharding
+    from sd3_jax.distributed import sharding
 
     local_rows = sharding.local_rows
 

@@ -1,10 +1,11 @@
-"""What tests/test_hosts.py runs in two processes: python tests/hosts_worker.py VERB."""
+"""Run in two processes by tests/distributed/test_processes.py, with a verb."""
 
 import re
 import sys
 import time
 
-from sd3_jax import cli, main
+from sd3_jax import main
+from sd3_jax.config import command_line
 from sd3_jax.errors import UserError
 
 main.join_processes()
@@ -12,34 +13,34 @@ main.join_processes()
 import jax  # noqa: E402
 from jax.experimental.multihost_utils import sync_global_devices  # noqa: E402
 
-from sd3_jax import hosts, watch  # noqa: E402
+from sd3_jax.distributed import processes, watchdog  # noqa: E402
 
 ME = jax.process_index()
 
 
 def differ():
-    hosts.agree("config", {"lr": 1e-4 * (1 + ME), "depth": 2})
+    processes.agree("config", {"lr": 1e-4 * (1 + ME), "depth": 2})
 
 
 def same():
-    hosts.agree("config", {"lr": 1e-4, "depth": 2})
+    processes.agree("config", {"lr": 1e-4, "depth": 2})
 
 
 def first():
     """Process 0's mistake is everyone's."""
-    assert hosts.first(lambda: [1, {"a": None}] if ME == 0 else 1 / 0) == [
+    assert processes.first(lambda: [1, {"a": None}] if ME == 0 else 1 / 0) == [
         1,
         {"a": None},
     ]
-    assert not hosts.all_well(ME == 0) and hosts.all_well(True)
+    assert not processes.all_well(ME == 0) and processes.all_well(True)
     rows = lambda mine: [f"{i} of {ME}" for i in mine]
-    assert hosts.shared(rows, 3) == ["0 of 0", "1 of 1", "2 of 0"]
-    assert hosts.shared(rows if ME == 0 else None, 1) == ["0 of 0"]  # none for 1
+    assert processes.shared(rows, 3) == ["0 of 0", "1 of 1", "2 of 0"]
+    assert processes.shared(rows if ME == 0 else None, 1) == ["0 of 0"]  # none for 1
 
     def fails():
         raise UserError("no such folder")
 
-    hosts.first(fails)
+    processes.first(fails)
 
 
 def fail():
@@ -52,7 +53,7 @@ def fail():
 def stuck():
     """Process 1 stands still, and process 0 waits for it."""
     if ME == 1:
-        watch.expect("step 7", 3)
+        watchdog.expect("step 7", 3)
         time.sleep(300)
     sync_global_devices("never")
 
@@ -61,7 +62,7 @@ def waits():
     """Process 1 stands still without a bound; process 0, which waits, has one."""
     if ME == 1:
         time.sleep(300)
-    watch.expect("step 8", 3)
+    watchdog.expect("step 8", 3)
     sync_global_devices("never")
 
 
@@ -75,18 +76,18 @@ def mistake():
 
 def gil():
     """C code that holds the GIL, so that no Python thread runs."""
-    watch.GRACE = 0.0
-    watch.expect("step 9", 3)
-    time.sleep(2 * watch.EVERY)  # the watch arms itself at its next look
+    watchdog.GRACE = 0.0
+    watchdog.expect("step 9", 3)
+    time.sleep(2 * watchdog.EVERY)  # the watch arms itself at its next look
     re.match(r"(a+)+$", "a" * 40 + "b")
 
 
 def run(call):
-    with watch.watching():
+    with watchdog.watching():
         globals()[call.job]()
 
 
 if __name__ == "__main__":  # main's own way out, round a verb in place of a job
     main.join_processes = lambda: None
-    main.parse, main.run = (lambda argv: cli.Call(argv[0], None, "")), run
+    main.parse, main.run = (lambda argv: command_line.Call(argv[0], None, "")), run
     sys.exit(main.main(sys.argv[1:]))

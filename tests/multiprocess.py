@@ -1,6 +1,6 @@
 """Several Python processes that form one JAX cluster over loopback, for tests.
 
-    results = multiprocess.run(["tests/training/checkpoint_worker.py", "save", path])
+    results = multiprocess.run(["tests/checkpoints/checkpoint_worker.py", "save", path])
     results = multiprocess.run(["-m", "sd3_jax.main", "train", ...], processes=2)
 
 Each finds SD3_COORDINATOR, SD3_NUM_PROCESSES, SD3_PROCESS_ID and bounds on waiting

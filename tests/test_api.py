@@ -10,11 +10,11 @@ import pytest
 from parity import convert, miniature
 
 import sd3_jax
-from sd3_jax import sharding
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.pipelines import programs, request
+from sd3_jax.sampling import arguments, compiled
 
 RUN = dict(height=64, width=64, max_sequence_length=20, steps=4, output="latents")
 
@@ -112,13 +112,13 @@ def test_a_scheduler_that_draws_on_its_way_draws_by_the_seed(bundle, plain):
 @pytest.fixture
 def plans(monkeypatch):
     """Plans and inputs of the programs that are run from here on."""
-    seen, run = [], programs.sample
+    seen, run = [], compiled.sample
 
     def sample(plan, variables, inputs, *rest):
         seen.append((plan, inputs))
         return run(plan, variables, inputs, *rest)
 
-    monkeypatch.setattr(programs, "sample", sample)
+    monkeypatch.setattr(compiled, "sample", sample)
     return seen
 
 
@@ -132,7 +132,7 @@ def test_a_guidance_of_1_or_less_is_none(bundle, plans):
 
 
 def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
-    request.tell_once.cache_clear()
+    arguments.tell_once.cache_clear()
     none = paint(bundle, guidance=0.0)
     assert not caplog.messages
     options = dict(negative_prompts=["blue"], skip_layers=(1,), guidance_rescale=0.5)
@@ -227,9 +227,9 @@ def test_the_seed_alone_decides_the_noise(bundle, plans):
 
 def test_guidance_is_no_new_program(bundle):
     paint(bundle, guidance=2.0)
-    count = programs.sample._cache_size()
+    count = compiled.sample._cache_size()
     paint(bundle, guidance=3.0, seed=9, shift=2.0, guidance_rescale=0.1)
-    assert programs.sample._cache_size() == count
+    assert compiled.sample._cache_size() == count
 
 
 def test_import_is_quick_and_lists_the_api():

@@ -5,16 +5,17 @@ line, with the culprit. Where the right behaviour is no error, a test with the n
 its name says what it is. Depth is elsewhere; these are short, and compile next to
 nothing. Not here:
 
-    15  of the coordinator: nobody answers, or peers do not come: tests/test_hosts.py;
-        here is what is wrong with the variables that name it
+    15  of the coordinator: nobody answers, or peers do not come:
+        tests/distributed/test_processes.py; here is what is wrong with the
+        variables that name it
     55  a batch too large for memory: train says so in one line, from the compiler's;
-        what fits, `plan` says (tests/plan/test_plan.py)
-    56  CPUs by accident: large models are refused, tests/jobs/test_resume.py; here,
-        that run.json names the devices
+        what fits, `plan` says (tests/tools/plan/test_plan.py)
+    56  CPUs by accident: large models are refused,
+        tests/assembly/test_compatibility.py; here, that run.json names the devices
     57  HTTP: there is no server
-    58  signals: tests/chaos.py, tests/training/test_checkpoint.py
+    58  signals: tests/chaos.py, tests/checkpoints/test_manager.py
     59  a loader's worker process that dies: the loader has threads
-    60  clocks, slow disks, stuck hosts: tests/test_hosts.py
+    60  clocks, slow disks, stuck hosts: tests/distributed/test_processes.py
     62  statistics for FID: there are none yet
 """
 
@@ -44,13 +45,17 @@ from array_record.python.array_record_module import ArrayRecordWriter
 from flax import linen as nn
 from PIL import Image
 
-from sd3_jax import lock, main, metrics, sharding, tree
-from sd3_jax.data import images, records, shards, tars, tokenizers
+from sd3_jax import main, tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.checkpoints.manager import Checkpoints, restore_params
+from sd3_jax.data import images, records, shards, tokenizers
+from sd3_jax.data.ingest import tars
 from sd3_jax.data.records import Record
+from sd3_jax.distributed import lock, sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble, prompt_lines
-from sd3_jax.parity import tiny_tokenizers
-from sd3_jax.training.checkpoint import Checkpoints, restore_params
+from sd3_jax.monitoring import metrics
+from sd3_jax.sampling import prompt_file
+from sd3_jax.tools.parity import tiny_tokenizers
 from sd3_jax.weights import safetensors
 from sd3_jax.weights.safetensors import Entry
 
@@ -583,7 +588,9 @@ def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(
 
 
 def test_35_a_checkpoint_of_another_dtype_is_not_cast(trained):
-    parts = assemble.parts(main.parse(["train", f"--config={TINY}", "--workdir=a"])[1])
+    parts = model_parts.parts(
+        main.parse(["train", f"--config={TINY}", "--workdir=a"])[1]
+    )
     params = tree.unbox(jax.eval_shape(parts.objective.init, jax.random.key(0)))
     half = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params)
     with pytest.raises(UserError, match=r"is float32\[.*\], wanted bfloat16\["):
@@ -659,7 +666,7 @@ def test_52_a_spike_is_in_the_log(trained):
 def test_54_any_text_is_a_prompt(text):
     command = ["sample", f"--config={TINY}", "--workdir=a"]
     config = main.parse([*command, f"--config.sample.prompt={text}"]).config
-    (task,) = prompt_lines.tasks(config)
+    (task,) = prompt_file.tasks(config)
     ids = tokenizers.byte_ids(task.caption, 24)
     assert task.caption == text and ids.shape == (24,) and ids.max() < 384
 

@@ -1,4 +1,6 @@
-"""Some of what make chaos throws at runs; tests/training/test_seal.py has the rest.
+"""Some of what make chaos throws at runs.
+
+The rest is in tests/checkpoints/test_integrity.py.
 
 The slow ones have a quicker test of the same promise beside what keeps it.
 """

@@ -10,8 +10,9 @@ import real_pictures
 from parity import miniature
 from PIL import Image
 
-from sd3_jax import main, metrics
+from sd3_jax import main
 from sd3_jax.data import records, shards
+from sd3_jax.monitoring import metrics
 
 DIGITS = "--config=configs/quickstart.py:tiny"
 PICTURES = "--config=configs/sd3_2b.py:tiny"  # 64 pixels

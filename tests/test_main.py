@@ -14,11 +14,12 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import base
-from sd3_jax import cli, main
+from sd3_jax import main
+from sd3_jax.config import command_line
+from sd3_jax.config.recipes import recipes
+from sd3_jax.config.validation import RELATIONS, RULES, flatten, leaves, validate
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import JOBS, Job
-from sd3_jax.recipes import recipes
-from sd3_jax.validate import RELATIONS, RULES, flatten, leaves, validate
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -149,8 +150,9 @@ def test_the_working_directory_hides_no_installed_module(here):
         (here / f"{name}.py").write_text("raise SystemExit('hidden')\n")
     (here / "mine.py").write_text("def filter(images): return images\n")
     code = f"""if True:
-        from sd3_jax import cli, hooks
-        cli.parse({["train", "--config=toy", "--workdir=a"]})
+        from sd3_jax import hooks
+        from sd3_jax.config import command_line
+        command_line.parse({["train", "--config=toy", "--workdir=a"]})
         for name in {modules}: __import__(name)
         print(hooks.load("mine:filter")(1))"""
     env = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -181,17 +183,19 @@ def every_variant():
 
 @pytest.mark.parametrize("recipe", every_variant())
 def test_every_line_of_help_reads_back(recipe):
-    config, again = cli.load(recipe), cli.load(recipe)
-    lines = [x for x in cli.keys(recipe, config).splitlines() if "--config" in x]
+    config, again = command_line.load(recipe), command_line.load(recipe)
+    lines = [
+        x for x in command_line.keys(recipe, config).splitlines() if "--config" in x
+    ]
     settings = dict(leaves(config))
     assert len(lines) == len(settings)
     for line in lines:
         if "=<" not in line:  # not set: <int>
             (flag,) = shlex.split(line)
             key, _, text = flag.removeprefix("--config.").partition("=")
-            holder, name = cli.place(again, key)
+            holder, name = command_line.place(again, key)
             old = holder[name]
-            holder[name] = cli.read(text, holder.get_type(name), old)
+            holder[name] = command_line.read(text, holder.get_type(name), old)
             assert holder[name] == old == settings[key], line
             assert type(holder[name]) is type(old), line
 
@@ -201,7 +205,7 @@ def test_every_line_of_help_reads_back(recipe):
     [(), ("a, b", ""), ('"42"', "it's"), ("1", "2"), ("é\n",), (1,), (0.5,)],
 )
 def test_a_shown_tuple_reads_back(value):
-    assert cli.read(cli.show(value), tuple, value) == value
+    assert command_line.read(command_line.show(value), tuple, value) == value
 
 
 # What is wrong
@@ -343,12 +347,13 @@ def test_every_rule_is_about_a_key_that_exists():
 
 def test_the_choices_are_those_of_the_code():
     from sd3_jax.diffusion import grids, solvers, timesteps
-    from sd3_jax.models import attention, denoisers, stack
+    from sd3_jax.models import denoisers, scan
+    from sd3_jax.models.attention import attention
 
     choices = {key: rule.choices for rule, keys in RULES for key in keys.split()}
     for key, table in {
         "model.name": denoisers.DENOISERS,
-        "model.remat": stack.REMAT,
+        "model.remat": scan.REMAT,
         "model.attention": attention.KERNELS,
         "flow.density": timesteps.DENSITIES,
         "sample.solver": solvers.SOLVERS,
@@ -381,7 +386,7 @@ def run():
             "sd3-jax: interrupted: the same command goes on\n",
         ),
         (
-            "from sd3_jax.watch import expect; expect('step 3', 9)\n"
+            "from sd3_jax.distributed.watchdog import expect; expect('step 3', 9)\n"
             "    raise KeyboardInterrupt",
             130,
             "sd3-jax: interrupted: during step 3; the same command goes on\n",
@@ -439,12 +444,12 @@ def test_only_our_logging_is_informative(monkeypatch, capsys):
     monkeypatch.setattr(logging.root, "handlers", [])
     monkeypatch.setattr(logging.root, "level", logging.WARNING)
     main.set_up_logging()
-    for name in ("sd3_jax.jobs.train", None, "absl", "orbax", "jax._src"):
+    for name in ("sd3_jax.training.trainer", None, "absl", "orbax", "jax._src"):
         logging.getLogger(name).info("info of %s", name)
     logging.getLogger("orbax").warning("careful")
     err = capsys.readouterr().err
     assert err.count("info of") == 2 and "careful" in err
-    assert "sd3_jax.jobs.train" in err
+    assert "sd3_jax.training.trainer" in err
 
 
 def shell(code, **env):
@@ -479,7 +484,7 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
 
 PRINTS = """
 import sys
-from sd3_jax import cli, main
+from sd3_jax import main
 main.parse = lambda argv: main.Call("report", None, "")
 main.set_up_logging = main.join_processes = lambda: None
 main.keep_programs, main.joined = id, bool

@@ -11,7 +11,7 @@ from numpy import ndarray
 from PIL import Image
 
 from sd3_jax.errors import UserError
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.foreign_text import parse_json, shown
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the pictures it trained on
 STD = (0.26862954, 0.26130258, 0.27577711)

@@ -14,7 +14,7 @@ from numpy import ndarray
 from PIL import Image, ImageFile
 
 from sd3_jax.errors import UserError
-from sd3_jax.outside import shown
+from sd3_jax.foreign_text import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 BYTES = 2**27  # of a file

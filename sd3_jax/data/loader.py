@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import grain
 import numpy as np
 
-from sd3_jax.data import memory
+from sd3_jax.data import malloc
 from sd3_jax.errors import RetryableError, UserError
 
 STEPS = 2**31 - 1  # more than any run has
@@ -35,7 +35,7 @@ class Loader:
         threads: int = 2,
         prefetch: int = 8,
     ):
-        memory.keep_freed()
+        malloc.keep_freed()
         self._source, self._batch_size, self._ahead = source, batch_size, ahead
 
         def load(step: int) -> dict[str, np.ndarray]:

@@ -16,9 +16,9 @@ import numpy as np
 import safetensors
 from safetensors.numpy import save
 
-from sd3_jax.data import texts
+from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
-from sd3_jax.outside import parse_json
+from sd3_jax.foreign_text import parse_json
 
 FORMAT, VERSION = (
     "sd3_jax.record",
@@ -126,7 +126,7 @@ def clean(caption: str | bytes | None) -> str:
         text.encode()  # which a lone surrogate does not survive
     except UnicodeError as error:
         raise ValueError(f"caption: not UTF-8: {error.reason}") from None
-    text = CONTROL.sub(" ", text[:CAPTION].rstrip(texts.ENDS))
+    text = CONTROL.sub(" ", text[:CAPTION].rstrip(prompt_text.ENDS))
     return "" if text.isspace() else text
 
 

@@ -15,9 +15,9 @@ from etils import epath
 from jaxtyping import Int
 
 from sd3_jax import files
-from sd3_jax.data import texts
+from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
-from sd3_jax.outside import shown
+from sd3_jax.foreign_text import shown
 
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
 from transformers import ByT5Tokenizer  # noqa: E402
@@ -57,7 +57,7 @@ def byte_ids(caption: str, length: int) -> np.ndarray:
 
 def bytes_of(captions: Sequence[str], length: int) -> dict[str, np.ndarray]:
     """A batch's "ids_bytes" (b, length), each caption on one line as a prompt is."""
-    texts_ = map(texts.on_one_line, captions)
+    texts_ = map(prompt_text.on_one_line, captions)
     return {"ids_bytes": np.stack([byte_ids(text, length) for text in texts_])}
 
 

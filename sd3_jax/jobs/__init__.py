@@ -14,7 +14,8 @@ class Job(NamedTuple):
 
 JOBS = {
     "train": Job(
-        "train a model, or go on from WORKDIR's last checkpoint", "sd3_jax.jobs.train"
+        "train a model, or go on from WORKDIR's last checkpoint",
+        "sd3_jax.jobs.train",
     ),
     "sample": Job("turn prompts into pictures", "sd3_jax.jobs.sample"),
     "evaluate": Job("score a checkpoint", "sd3_jax.jobs.evaluate"),

@@ -18,16 +18,23 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sd3_jax import files
-from sd3_jax.bench import cases, machine, startup, summary
-from sd3_jax.bench.cases import Spec
-from sd3_jax.bench.processes import Failed, Worker
+from sd3_jax.distributed.lock import Lock
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import benchmark_cases, benchmark_page
-from sd3_jax.lock import Lock
-from sd3_jax.metrics import PEAK_TFLOPS, write_whole
+from sd3_jax.files import write_whole
+from sd3_jax.monitoring.metrics import PEAK_TFLOPS
+from sd3_jax.tools.benchmark import (
+    benchmark_page,
+    case_selection,
+    cases,
+    machine,
+    startup,
+    timing_summary,
+)
+from sd3_jax.tools.benchmark.cases import Spec
+from sd3_jax.tools.benchmark.side_processes import Failed, Worker
 
 log = logging.getLogger(__name__)
-OURS, THEIRS = "sd3_jax.bench.ours", "sd3_jax.bench.theirs"
+OURS, THEIRS = "sd3_jax.tools.benchmark.jax_side", "sd3_jax.tools.benchmark.torch_side"
 # Beside PyTorch on one GPU: jax would take three quarters of its memory at once.
 SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
@@ -41,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError(
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )
-    todo = benchmark_cases.made(config)
+    todo = case_selection.made(config)
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -56,7 +63,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         lock.release()
     print(benchmark_page.table(made.result), Path(workdir, "benchmark.md"), sep="\n")
     wrong = [name for case in made.result["cases"] for name in case["refused"]]
-    lines = summary.worse(made.result, before, config.benchmark.worse) if before else ()
+    lines = (
+        timing_summary.worse(made.result, before, config.benchmark.worse)
+        if before
+        else ()
+    )
     print(*(f"worse than {config.benchmark.guard}: {x}" for x in lines), sep="\n")
     return 1 if wrong or lines or not all(map(whole, made.result["cases"])) else 0
 
@@ -71,7 +82,7 @@ def guarded(path: str) -> dict | None:
         return None
     try:
         found = json.loads(Path(path).read_text())
-        summary.measured(found)
+        timing_summary.measured(found)
     except OSError as error:
         raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
@@ -264,7 +275,7 @@ class Benchmark:
             if not seconds or side in entry["refused"]:
                 continue
             own = sides[side]
-            own["seconds"] = summary.spread(seconds)
+            own["seconds"] = timing_summary.spread(seconds)
             own["busy_cores"] = sum(own.pop("cpu")) / sum(seconds)
             if entry["flops"]:
                 rate = entry["flops"] / own["seconds"]["median"] / 1e12
@@ -273,7 +284,7 @@ class Benchmark:
                 published = peak and peak["published"]
                 own["mfu"] = rate / published if published else None
             if side != "ours" and turns.get("ours"):
-                entry["ratios"][side] = summary.ratios(turns["ours"], seconds)
+                entry["ratios"][side] = timing_summary.ratios(turns["ours"], seconds)
 
     def file(self, spec: Spec) -> Path:
         """The weights of a case's component, made when they are first asked for."""
@@ -298,7 +309,7 @@ class Benchmark:
             for axis, values in axes.items():
                 log.info("scaling: %s over %s", kind, axis)
                 points = self.points(kind, axis, values)
-                grown = summary.grown(points) if points else []
+                grown = timing_summary.grown(points) if points else []
                 made = {"kind": kind, "axis": axis, "points": points, "growth": grown}
                 self.result["scaling"].append(made)
                 self.save()
@@ -321,7 +332,7 @@ class Benchmark:
                     time.sleep(self.config.benchmark.pause)
                     point["turns"].append(worker.ask("run")["seconds"])
             for worker, point in zip(workers, made):
-                point["seconds"] = summary.spread(point["turns"])
+                point["seconds"] = timing_summary.spread(point["turns"])
                 point |= worker.ask("peak")
         return made
 
@@ -332,7 +343,7 @@ class Benchmark:
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.model.update(width=scaling.width, num_heads=scaling.num_heads)
-        spec = benchmark_cases.case(
+        spec = case_selection.case(
             config, f"{kind} depth={depth} batch={scaling.batch}"
         )
         spec["unroll"] = scaling.unroll

@@ -10,10 +10,10 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.metrics import write_whole
-from sd3_jax.report import parity as report
+from sd3_jax.files import write_whole
+from sd3_jax.reports import parity_page as report
 
 log = logging.getLogger(__name__)
 FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
@@ -49,7 +49,7 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
     if config.weights:
         yield config.weights, ""
         return
-    from sd3_jax.parity import miniature
+    from sd3_jax.tools.parity import miniature
 
     for kind in miniature.KINDS:
         folder = workdir / "models" / kind
@@ -59,9 +59,9 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
 
 
 def measure(config: ConfigDict, source: str, name: str) -> dict:
-    from sd3_jax.parity import compare
+    from sd3_jax.tools.parity import component_comparison
 
-    settings = compare.Settings(
+    settings = component_comparison.Settings(
         prompts=tuple(config.compare.prompts),
         height=config.image.height,
         width=config.image.width,
@@ -71,16 +71,16 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
         seed=config.seed,
     )
     mesh = sharding.make_mesh(**config.mesh)
-    subject = compare.Subject(source, config.tokenizers, settings, mesh)
+    subject = component_comparison.Subject(source, config.tokenizers, settings, mesh)
     name = name or subject.name
     found, first = {}, None
-    for part, rows in compare.parts(subject):
+    for part, rows in component_comparison.parts(subject):
         log.info("%s: %s, %d layers", name, part, len(rows))
         found[part] = [plain(row) for row in rows]
     made = {"name": name, "source": source, "parts": found}
     known = set(subject.configs)
-    if {"denoiser", "vae"} <= known and known & set(compare.bundles.TEXT):
-        drift = compare.drift(subject)
+    if {"denoiser", "vae"} <= known and known & set(component_comparison.bundles.TEXT):
+        drift = component_comparison.drift(subject)
         rows = [plain(row) for row in (*drift.rows, drift.picture)]
         found["trajectory"] = rows
         made |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}

@@ -9,15 +9,16 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax.assembly import finetune_start, model_parts
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble, released, tune
-from sd3_jax.models import layers, leaves
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import export, sources
-from sd3_jax.pipelines.bundle import Bundle
-from sd3_jax.pipelines.scheduler import PUBLISHED
-from sd3_jax.weights import components
+from sd3_jax.models import position_table
+from sd3_jax.params import parametrization
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import export, released_sampler
+from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.scheduler_config import PUBLISHED
+from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
 OUT = {"diffusers": "diffusers", "original": "model.safetensors", "orbax": "orbax"}
@@ -38,7 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         elif config.weights:
             words = config.tokenizers or None  # no prompt will be encoded
             options = dict(dtype="stored", quantize={}, tokenizers_from=words)
-            bundle = released.load(config, mesh, **options)
+            bundle = released_sampler.load(config, mesh, **options)
         else:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
@@ -57,8 +58,8 @@ def control_path(weights: str) -> epath.Path | None:
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     """The denoiser of config.sample.step, or the newest checkpoint; its positions, a
     formula to us, are a table in a file."""
-    parts = assemble.parts(config)
-    model = assemble.mmdit(config.model, "the released layouts hold no other")
+    parts = model_parts.parts(config)
+    model = model_parts.mmdit(config.model, "the released layouts hold no other")
     if model.weight_sets != 2:
         raise UserError(
             f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"
@@ -68,17 +69,21 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         raise UserError(
             f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
         )
-    params, step = assemble.trained_params(config, parts, workdir, mesh, exact=True)
+    params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("step %d of %s", step, workdir)
-    variables = {"params": jax.jit(leaves.arrays)(params["denoiser"])}  # with its LoRA
+    variables = {
+        "params": jax.jit(parametrization.arrays)(params["denoiser"])
+    }  # with its LoRA
     if "buffers" in params:  # fine-tuned: what else a model has is its base's
         variables["buffers"] = params["buffers"]
-        base = tune.base_of(workdir, step)
+        base = finetune_start.base_of(workdir, step)
         bundle = bundles.load(base, mesh=mesh, dtype="stored", tokenizers_from=None)
         bundle.variables["denoiser"] = variables
         return bundle
     size = model.pos_size
-    table = layers.positions(size, size, model.width, size=size, base=model.pos_base)
+    table = position_table.positions(
+        size, size, model.width, size=size, base=model.pos_base
+    )
     variables["buffers"] = {"pos_embed": jnp.asarray(table, jnp.float32)[None]}
     config_ = components.denoiser_config(
         model,

@@ -24,14 +24,16 @@ from etils import epath
 from ml_collections import ConfigDict
 from numpy import ndarray
 
-from sd3_jax import hooks, hosts, lock, watch
-from sd3_jax.data import duplicates, fingerprints, images, ingest, items, prepare
-from sd3_jax.data.fingerprints import Prints
-from sd3_jax.data.ingest import Part, Rejected
+from sd3_jax import hooks
+from sd3_jax.data import images
+from sd3_jax.data.ingest import input_parts, intake, items, prepare
+from sd3_jax.data.ingest.input_parts import Part, Rejected
+from sd3_jax.distributed import lock, processes, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import dedup_page, intake
-from sd3_jax.metrics import write_whole
-from sd3_jax.progress import Progress
+from sd3_jax.files import write_whole
+from sd3_jax.monitoring.progress import Progress
+from sd3_jax.tools.dedup import dedup_page, duplicates, fingerprints
+from sd3_jax.tools.dedup.fingerprints import Prints
 
 PAPER = 0.5  # SSCD's cosine that the paper trains below, and other embeddings' default
 MARGIN = 0.05  # below the threshold: found for the page, to show what it spares
@@ -51,11 +53,11 @@ class Pictures(NamedTuple):
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Leaves duplicates.jsonl, dedup.json and duplicates.html in workdir."""
     workdir = epath.Path(workdir)
-    watch.expect("a search for near-duplicates, by process 0", None)
+    watchdog.expect("a search for near-duplicates, by process 0", None)
     with lock.held(workdir, "dedup"):
         if jax.process_index() == 0:
             dedup(config, workdir)
-        hosts.meet("dedup/end", minutes=DAYS * 24 * 60)
+        processes.meet("dedup/end", minutes=DAYS * 24 * 60)
 
 
 def dedup(config: ConfigDict, workdir: epath.Path) -> None:
@@ -125,7 +127,7 @@ def read_all(
     unread, told, found = Counter(), [], []
     total = sum(part.bytes for part in parts)
     given = chain.from_iterable(
-        ((number, item) for item in ingest.items(part))
+        ((number, item) for item in input_parts.items(part))
         for number, part in enumerate(parts)
     )
     look = partial(read, printed=embed is None)
@@ -210,7 +212,7 @@ def shots(parts: Sequence[Part], pictures: Pictures, pairs: ndarray) -> dict:
         of[pictures.sources[index]] = index
     made = {}
     for number, by_source in wanted.items():
-        for item in ingest.items(parts[number]):
+        for item in input_parts.items(parts[number]):
             if isinstance(item, Rejected) or item.source not in by_source:
                 continue
             picture = images.read(item.read(), item.source)

@@ -8,20 +8,15 @@ from etils import epath
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding
+from sd3_jax.assembly import model_parts
 from sd3_jax.data.digits import KINDS
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError, nearest
-from sd3_jax.evals import compose
-from sd3_jax.jobs import (
-    assemble,
-    picture_scores,
-    prompt_lines,
-    prompt_scores,
-    released,
-)
-from sd3_jax.jobs.paint import Painter
-from sd3_jax.jobs.train import Validation
-from sd3_jax.metrics import write_whole
+from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores
+from sd3_jax.files import write_whole
+from sd3_jax.sampling import prompt_file, released_sampler
+from sd3_jax.sampling.sampler import Painter
+from sd3_jax.training.trainer import Validation
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -54,10 +49,10 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     """(parts, params, what scores.json says of them): the newest checkpoint's or, of
     config.weights, (None, their bundle, ...); the scores take either to `painter`."""
     if not config.weights:
-        parts = assemble.parts(config)
-        params, step = assemble.trained_params(config, parts, workdir, mesh)
+        parts = model_parts.parts(config)
+        params, step = model_parts.trained_params(config, parts, workdir, mesh)
         about = {"step": step, "weights": config.sample.weights}
-        if trained_with := assemble.trained_encoders(workdir, step):
+        if trained_with := model_parts.trained_encoders(workdir, step):
             parts = parts._replace(encoders=trained_with)
             about["encoders"] = trained_with
         return parts, params, about
@@ -66,8 +61,8 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
             f"weights = {config.weights}; wanted scores of pictures, or no weights"
         )
-    settings = prompt_lines.task(config, "", 0).settings
-    made = released.load_to_paint(config, mesh, [settings])
+    settings = prompt_file.task(config, "", 0).settings
+    made = released_sampler.load_to_paint(config, mesh, [settings])
     about = {"weights": config.weights}
     if told := made.scheduler.told():
         about["scheduler"] = told
@@ -95,9 +90,9 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
     scores, by_prompt = [], []
 
     def judge(name, paint, kind, split):
-        scenes = compose.some(kind, split, count)
-        right = compose.judge(paint, scenes)
-        scores.append(compose.score(name, right)._asdict())
+        scenes = digit_scenes.some(kind, split, count)
+        right = digit_scenes.judge(paint, scenes)
+        scores.append(digit_scenes.score(name, right)._asdict())
         by_prompt.extend(
             {"prompt": str(scene), "score": float(ok), "n": 1, "split": name}
             for scene, ok in zip(scenes, right)
@@ -105,7 +100,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
 
     kinds = [kind for kind, share in zip(KINDS, config.data.mix) if share > 0]
     for kind in kinds:
-        name = compose.NAMES[kind]
+        name = digit_scenes.NAMES[kind]
         if kind == "single":
             judge(name, paint, kind, "train")
             continue
@@ -114,14 +109,14 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
         steps = config.eval.few_steps
         judge(f"{name}, held out, {steps} steps", paint_few, kind, config.eval.split)
     for kind in kinds:
-        scenes = compose.some(kind, "train", 16)
-        row = {"name": f"variety of {compose.NAMES[kind]}", "n": len(scenes)}
-        scores.append(row | {"score": compose.variety(paint, scenes)})
+        scenes = digit_scenes.some(kind, "train", 16)
+        row = {"name": f"variety of {digit_scenes.NAMES[kind]}", "n": len(scenes)}
+        scores.append(row | {"score": digit_scenes.variety(paint, scenes)})
         sides = config.image.height, config.image.width
         if kind == "single":
-            scores.append(compose.read_scans(*sides)._asdict())
+            scores.append(digit_scenes.read_scans(*sides)._asdict())
         else:
-            scores.append(compose.ceiling(*sides, kind, 1_000)._asdict())
+            scores.append(digit_scenes.ceiling(*sides, kind, 1_000)._asdict())
     return {"scores": scores, "prompts": merged(by_prompt)}
 
 

@@ -18,14 +18,15 @@ import numpy as np
 from etils import epath
 from ml_collections import ConfigDict
 
-from sd3_jax import hosts, sharding, watch
 from sd3_jax.data import shards
+from sd3_jax.distributed import processes, sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import inspect_page, released, survey
-from sd3_jax.jobs.inspect_page import Contact
-from sd3_jax.jobs.survey import KINDS, WAIT, Choice, Tally, name_of
-from sd3_jax.metrics import write_whole
-from sd3_jax.outside import parse_json, shown
+from sd3_jax.files import write_whole
+from sd3_jax.foreign_text import parse_json, shown
+from sd3_jax.sampling import released_sampler
+from sd3_jax.tools.inspect import inspect_page, survey
+from sd3_jax.tools.inspect.inspect_page import Contact
+from sd3_jax.tools.inspect.survey import KINDS, WAIT, Choice, Tally, name_of
 
 log = logging.getLogger(__name__)
 FOLD = 50  # shards; the rows of more are folded by bucket
@@ -36,9 +37,9 @@ HEAD = ("shard", "records", "MB", "bucket", "captions", "bad", "holds")
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Prints the table, leaves workdir/inspect.html; 1 if a record or shard is bad."""
-    watch.expect("process 0, which inspects the records", WAIT)
-    code = hosts.first(lambda: inspected(config, epath.Path(workdir)), seconds=WAIT)
-    watch.expect("the end", None)
+    watchdog.expect("process 0, which inspects the records", WAIT)
+    code = processes.first(lambda: inspected(config, epath.Path(workdir)), seconds=WAIT)
+    watchdog.expect("the end", None)
     return code
 
 
@@ -223,7 +224,7 @@ def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str
 
     def decode(x0):
         nonlocal made
-        made = made or released.load(config, mesh, only=("vae",))
+        made = made or released_sampler.load(config, mesh, only=("vae",))
         fits = x0.shape[-1] == made.part("vae").latent_channels
         if not fits or math.prod(x0.shape[:2]) > DECODED:
             return inspect_page.preview(x0)
@@ -236,7 +237,7 @@ def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
     """Each read again, so that no more than one is in memory at a time."""
     made = []
     for path, index in places:
-        watch.expect("a picture", watch.LONG)
+        watchdog.expect("a picture", watchdog.LONG)
         try:
             reader = shards.open_shard(path)
             record, size = survey.read(reader, path, index)

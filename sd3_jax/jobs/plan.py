@@ -11,13 +11,26 @@ from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
-from sd3_jax import sharding, tree
+from sd3_jax import tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble, paint, plan_sampling, train
-from sd3_jax.metrics import write_whole
-from sd3_jax.plan import aot, bounds, chart, hlo, schedule, search, slices, wire
-from sd3_jax.plan.aot import Case
-from sd3_jax.plan.slices import Slice
+from sd3_jax.files import write_whole
+from sd3_jax.sampling import sampler
+from sd3_jax.tools.plan import (
+    aot,
+    bounds,
+    hlo,
+    link_traffic,
+    mesh_search,
+    plan_chart,
+    sampling_programs,
+    schedule,
+    slices,
+)
+from sd3_jax.tools.plan.aot import Case
+from sd3_jax.tools.plan.slices import Slice
+from sd3_jax.training import trainer
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -50,7 +63,7 @@ FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Prints a row a slice and program; leaves plan.json, plan.png, and the programs'
     text if asked, in workdir."""
-    assemble.mmdit(config.model, "plan knows no other's bounds")
+    model_parts.mmdit(config.model, "plan knows no other's bounds")
     tune = config.tune
     if tune.base or (tune.method, tune.objective) != ("full", "flow"):
         raise UserError(
@@ -70,7 +83,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         for row in JOBS[config.plan.job](config, each, workdir):
             rows.append(row)
             write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
-    write_whole(workdir / "plan.png", chart.draw(rows))
+    write_whole(workdir / "plan.png", plan_chart.draw(rows))
     print(*table(rows), *map(details, rows), *notes(rows), sep="\n")
     print(workdir / "plan.json", workdir / "plan.png", sep="\n")
     return 0
@@ -88,7 +101,7 @@ def training(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]
         )
     made = sized(config, each)
     rows: list[dict] = []
-    for candidate, estimate in search.ordered(batch=batch, **made):
+    for candidate, estimate in mesh_search.ordered(batch=batch, **made):
         best = max((row.get("mfu", 0.0) for row in rows), default=0.0)
         if len(rows) == config.plan.tries or estimate.mfu <= best:
             break
@@ -106,7 +119,7 @@ def sized(config: ConfigDict, each: Slice) -> dict:
     """What a search knows without compiling anything."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = train.program(config, mesh)
+        made = trainer.program(config, mesh)
     params = tree.count(made.abstract.params)
     return dict(
         model=made.parts.denoiser,
@@ -117,7 +130,7 @@ def sized(config: ConfigDict, each: Slice) -> dict:
     )
 
 
-def work_of(config: ConfigDict, parts: assemble.Parts, each: Slice) -> bounds.Work:
+def work_of(config: ConfigDict, parts: model_parts.Parts, each: Slice) -> bounds.Work:
     h, w, _ = parts.shape
     return bounds.work_on(
         each.generation,
@@ -144,16 +157,16 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     accumulate = config.optim.accumulate
     images = config.data.batch_size / each.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = train.program(config, mesh)
+        made = trainer.program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         key = jax.eval_shape(lambda: jax.random.key(0))
         placed = NamedSharding(mesh, PartitionSpec())
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
         program = lambda: made.step.lower(
-            made.abstract, key, train.example(config, mesh), {}
+            made.abstract, key, trainer.example(config, mesh), {}
         )
         model, work = made.parts.denoiser, work_of(config, made.parts, each)
-        again = search.AGAIN.get(model.remat, 0.0)
+        again = mesh_search.AGAIN.get(model.remat, 0.0)
         head = model.width // model.num_heads
         compute = bounds.training(work, each.generation, head=head, again=again)
         case = Case(
@@ -201,7 +214,7 @@ def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, A
         name = f"plan-{each.name}-{case.name}.hlo"
         write_whole(workdir / name, made.text.encode())
     module = hlo.parse(made.text)
-    links = wire.Links(each, list(mesh.devices.flat))
+    links = link_traffic.Links(each, list(mesh.devices.flat))
     program = schedule.Schedule(module, each.generation, mesh.shape, links, usual)
     account = program.run()
     return (
@@ -278,11 +291,11 @@ def sampled(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(each))
     per_chip = config.plan.per_chip
     most = per_chip * each.chips if per_chip else config.sample.batch_size
-    images = paint.batch_size(most, most, mesh)  # as `sample` fills its batches
+    images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         return [
             planned(config, each, mesh, case, workdir)
-            for case in plan_sampling.cases(config, each, mesh, images)
+            for case in sampling_programs.cases(config, each, mesh, images)
         ]
 
 

@@ -24,22 +24,32 @@ from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import hosts, lock, sharding, validate, watch
-from sd3_jax.data import captions, filters, ingest, items, listing, prepare
+from sd3_jax.assembly import compatibility, encoder_identity, examples
+from sd3_jax.config import validation
 from sd3_jax.data.buckets import Bucket
-from sd3_jax.data.ingest import Item, Part, Rejected
-from sd3_jax.data.prepare import Ready
+from sd3_jax.data.ingest import (
+    captions,
+    filters,
+    input_changes,
+    input_parts,
+    intake,
+    items,
+    listing,
+    prepare,
+)
+from sd3_jax.data.ingest.input_parts import Item, Part, Rejected
+from sd3_jax.data.ingest.manifest import Manifest, PartWriter
+from sd3_jax.data.ingest.prepare import Ready
 from sd3_jax.data.records import REJECTED, BadRecord
 from sd3_jax.data.shards import expand
+from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import encoders, examples, intake, resume, stale
-from sd3_jax.jobs.manifest import Manifest, PartWriter
-from sd3_jax.metrics import write_whole
-from sd3_jax.outside import shown
-from sd3_jax.pipelines.bundle import TEXT
-from sd3_jax.pipelines.encoding import Encoder
-from sd3_jax.plan import storage
-from sd3_jax.progress import Progress
+from sd3_jax.files import write_whole
+from sd3_jax.foreign_text import shown
+from sd3_jax.monitoring.progress import Progress
+from sd3_jax.sampling.bundle import TEXT
+from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.tools.plan import storage
 
 log = logging.getLogger(__name__)
 WAITING = 2  # batches that are encoded and not yet written, at most
@@ -59,33 +69,33 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if jax.process_index() == 0:
             print(planned(config, workdir))
         return
-    with lock.held(workdir, "precompute"), hosts.stopping() as stop:
+    with lock.held(workdir, "precompute"), processes.stopping() as stop:
         settings = prepare_settings(config)
-        watch.expect("the plan of the input", None)
+        watchdog.expect("the plan of the input", None)
         plan: list[Part] = []  # process 0's
         add_plan = lambda: plan.extend(new_plan(config, workdir, settings))
-        hosts.first(add_plan, seconds=watch.LONG)
+        processes.first(add_plan, seconds=watchdog.LONG)
         if jax.process_index() == 0:
             print(f"buckets: {', '.join(map(aspect, settings.buckets))}")
-        watch.expect("the encoders' weights", watch.LONG)
+        watchdog.expect("the encoders' weights", watchdog.LONG)
         work = new_work(config, settings)
         encoder = work.encoder
         made = made_by(config, encoder, listing.digest(sorted(settings.excluded)))
         prints = encoder.bundle.fingerprints() if encoder else {}
         first_todo = lambda: begin(config, workdir, made, plan, prints)
-        todo = hosts.first(first_todo, seconds=watch.LONG)
+        todo = processes.first(first_todo, seconds=watchdog.LONG)
         parts = plan_of(workdir)
         manifest = Manifest(workdir, len(parts))
         convert_all(work, parts, todo, manifest, stop)
         wait_for_all(manifest, stop)
-        watch.expect("the manifest", None)
+        watchdog.expect("the manifest", None)
         # Whether it was told to stop, hosts see one after the other: process 0 decides.
         conclude = lambda: None if stop() else finish(workdir, manifest, made, prints)
-        hosts.first(conclude, seconds=watch.LONG)
+        processes.first(conclude, seconds=watchdog.LONG)
         if stop():
             done = len(manifest.done())
             log.info("told to stop: %d of %d parts are done", done, len(parts))
-        hosts.meet("precompute/end")
+        processes.meet("precompute/end")
 
 
 def aspect(bucket: Bucket) -> str:
@@ -100,7 +110,7 @@ def convert_all(work, parts: list[Part], todo: list[int], manifest: Manifest, st
     first = jax.process_index() == 0
     with Progress("pictures", total=size(every), done=done, shown=first) as progress:
         for number in todo:
-            if stop() or not hosts.claim(f"precompute/{number}"):
+            if stop() or not processes.claim(f"precompute/{number}"):
                 continue
             begun, cut = time.monotonic(), work.cut
             try:
@@ -143,8 +153,8 @@ def made_by(
     config: ConfigDict, encoder: Encoder | None, exclusions: str
 ) -> dict[str, Any]:
     """The settings that make the records, and fingerprints of what they name."""
-    values = dict(validate.leaves(config))
-    made = {key: x for key, x in values.items() if resume.within(key, MAKING)}
+    values = dict(validation.leaves(config))
+    made = {key: x for key, x in values.items() if compatibility.within(key, MAKING)}
     for key in "encode.weights", "encode.tokenizers", "ingest.exclude", "ingest.inputs":
         made.pop(key)  # where, not what
     made["excluded"] = exclusions
@@ -203,13 +213,13 @@ def begin(
                 " wanted the same, or another workdir for what is new"
             )
         done = Manifest(workdir, len(planned)).done()
-        if stale.require_same(workdir, planned, parts, done):
+        if input_changes.require_same(workdir, planned, parts, done):
             write_whole(path, json.dumps(plan).encode())
     else:
         for name in ("parts", "records"):
             (workdir / name).mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plan).encode())
-    write_whole(workdir / encoders.NAME, json.dumps(prints).encode())
+    write_whole(workdir / encoder_identity.NAME, json.dumps(prints).encode())
     return Manifest(workdir, len(plan_of(workdir))).clear_unfinished()
 
 
@@ -283,14 +293,14 @@ class Work:
             for batch in self.batches(part, readers, rejected, sources, progress):
                 if stop():
                     raise Stopped
-                watch.expect("a batch of records", watch.LONG)
+                watchdog.expect("a batch of records", watchdog.LONG)
                 tensors = self.encode(batch)
                 writing.append(writer.submit(write, shards, batch, tensors, rejected))
                 if len(writing) > WAITING:
                     writing.popleft().result()
             for one in writing:
                 one.result()
-        watch.expect("a part's shards, written whole", watch.LONG)
+        watchdog.expect("a part's shards, written whole", watchdog.LONG)
         return sorted(rejected), sources
 
     def batches(
@@ -302,7 +312,7 @@ class Work:
         folder = place if part.kind == "folder" else place.parent
         settings = self.settings._replace(folder=str(folder))
         ready = partial(prepared, settings=settings)
-        items_ = ingest.items(part)
+        items_ = input_parts.items(part)
         for made, row in intake.in_order(readers, ready, items_, self.ahead):
             sources.append(row)
             progress.add(things=1, bytes=made.bytes)
@@ -361,7 +371,7 @@ def prepared(
 
     watched = item if isinstance(item, Rejected) else item._replace(read=read)
     made = prepare.prepare(watched, settings)
-    return made, stale.row(item, sums[0] if sums else None)
+    return made, input_changes.row(item, sums[0] if sums else None)
 
 
 def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list):
@@ -378,7 +388,7 @@ def write(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list)
 
 def wait_for_all(manifest: Manifest, stop: Callable) -> None:
     """Until the others are done with their parts; the watch sees to one that ends."""
-    watch.expect("the other hosts' parts", None)
+    watchdog.expect("the other hosts' parts", None)
     while len(manifest.done()) < manifest.parts and not stop():
         time.sleep(EVERY)
 

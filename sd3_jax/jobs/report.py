@@ -14,10 +14,10 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from configs import base
-from sd3_jax import metrics
+from sd3_jax import files
 from sd3_jax.errors import UserError
-from sd3_jax.report import page, sections, words
-from sd3_jax.training import goodput
+from sd3_jax.monitoring import goodput, metrics
+from sd3_jax.reports import html_page, number_format, run_sections
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -34,21 +34,23 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     )
     default = base.get_config().to_dict()
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
-    text = page.document(
+    text = html_page.document(
         f"{name}: training report",
-        sections.head(name, rows, settings, facts),
-        sections.samples(workdir),
-        sections.scores(scores),
-        sections.training(rows),
-        sections.validation(rows),
-        sections.goodput(goodput.table(rows)),
-        sections.samples_over_training(workdir, rows),
-        sections.settings(settings, default, facts),
-        page.element("footer", f"{workdir} · written {words.date(datetime.now(UTC))}"),
+        run_sections.head(name, rows, settings, facts),
+        run_sections.samples(workdir),
+        run_sections.scores(scores),
+        run_sections.training(rows),
+        run_sections.validation(rows),
+        run_sections.goodput(goodput.table(rows)),
+        run_sections.samples_over_training(workdir, rows),
+        run_sections.settings(settings, default, facts),
+        html_page.element(
+            "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
+        ),
     )
     path = workdir / "report.html"
-    metrics.write_whole(path, text.encode())
-    print(path, *words.score_lines(scores), sep="\n")
+    files.write_whole(path, text.encode())
+    print(path, *number_format.score_lines(scores), sep="\n")
 
 
 def _object(path):

@@ -16,14 +16,17 @@ from flax import linen as nn
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from sd3_jax import hosts, lock, metrics, pictures, sharding, tree, watch
+from sd3_jax import pictures, tree
+from sd3_jax.assembly import model_parts
 from sd3_jax.data.images import BadImage, read_own
-from sd3_jax.jobs import assemble, prompt_lines, safety, sheet
-from sd3_jax.jobs.paint import Painter, batch_size
-from sd3_jax.jobs.prompt_lines import Task
-from sd3_jax.jobs.released import ReleasedPainter, load_to_paint
-from sd3_jax.metrics import write_whole
-from sd3_jax.outside import parse_json
+from sd3_jax.distributed import lock, processes, sharding, watchdog
+from sd3_jax.files import write_whole
+from sd3_jax.foreign_text import parse_json
+from sd3_jax.monitoring import metrics
+from sd3_jax.sampling import contact_sheet, output_filter, prompt_file
+from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.released_sampler import ReleasedPainter, load_to_paint
+from sd3_jax.sampling.sampler import Painter, batch_size
 
 log = logging.getLogger(__name__)
 LINES = "samples.jsonl"
@@ -35,9 +38,9 @@ UNUSED = "max_length clip_skip skip_layers skip_scale skip_start skip_stop".spli
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
-    tasks = prompt_lines.tasks(config)
+    tasks = prompt_file.tasks(config)
     sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
-    guard = safety.load(config.sample.filter, config.sample.watermark, sides)
+    guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
@@ -55,7 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 if not left:
                     continue
                 began = time.monotonic()
-                watch.expect("a batch of pictures", watch.LONG)
+                watchdog.expect("a batch of pictures", watchdog.LONG)
                 images = paint(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
                 flags = guard.flags(images, [batch[i].caption for i in left])
@@ -63,7 +66,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                     line |= {"filtered": flag} if flag else {}
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, guard, enlarged=pixels)
-                hosts.meet(f"sample/{fresh[0]['file']}")  # all are on disk
+                processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
                 written.extend(fresh)
                 pace = (time.monotonic() - began) / len(left)
                 count = len(written.lines)
@@ -71,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if flagged := sum("filtered" in line for line in lines):
         told = "%d of %d pictures are black: config.sample.filter flagged them"
         log.warning(told, flagged, len(lines))
-    watch.expect("the contact sheets", watch.LONG)
+    watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
 
@@ -80,12 +83,12 @@ def trained(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
-    parts = assemble.parts(config)
-    params, step = assemble.trained_params(config, parts, workdir, mesh)
+    parts = model_parts.parts(config)
+    params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
-    parts = parts._replace(encoders=assemble.trained_encoders(workdir, step))
+    parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
     encoder = Painter(config, parts, mesh).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
@@ -95,7 +98,7 @@ def trained(
         group = rows[0].group
         if group not in painters:
             config = rows[0].config
-            painters[group] = Painter(config, assemble.parts(config), mesh, encoder)
+            painters[group] = Painter(config, model_parts.parts(config), mesh, encoder)
         captions = [task.caption for task in rows]
         return painters[group](params, captions, [task.number for task in rows])
 
@@ -209,7 +212,7 @@ def save(
     workdir: epath.Path,
     lines: list[dict],
     images: np.ndarray,
-    guard: safety.Safety,
+    guard: output_filter.Safety,
     *,
     enlarged: bool,
 ) -> None:
@@ -256,7 +259,7 @@ class Lines:
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
     """The lines in order, and two contact sheets."""
     write_whole(workdir / LINES, Lines.text(lines).encode())
-    write_whole(workdir / "samples.html", sheet.html(lines).encode())
+    write_whole(workdir / "samples.html", contact_sheet.html(lines).encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
     first = [line for line in lines if there(line)][:SHOWN]
     images = [read_own(workdir / line["file"])[0] for line in first]

@@ -18,10 +18,14 @@ from typing import NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
-from sd3_jax import hosts, lock, metrics, watch
+from sd3_jax import files
+from sd3_jax.config.validation import validate
+from sd3_jax.distributed import lock, processes, watchdog
 from sd3_jax.errors import ConfigError, UserError
-from sd3_jax.jobs import study_page, study_scores, study_tables, train
-from sd3_jax.validate import validate
+from sd3_jax.jobs import train
+from sd3_jax.monitoring import metrics
+from sd3_jax.tools.study import run_scores, study_page, study_tables
+from sd3_jax.training import trainer
 
 log = logging.getLogger(__name__)
 WAIT = 5.0  # seconds between looks at what other processes have done
@@ -44,13 +48,13 @@ class Run(NamedTuple):
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     workdir = epath.Path(workdir)
     study = Study(config, workdir)
-    with hosts.stopping() as stop:
+    with processes.stopping() as stop:
         while not stop() and (left := study.left()):
             for one in left:
                 if stop() or study.take(one):
                     break
             else:  # all that is left is at work elsewhere
-                watch.expect("the runs of other processes", None)
+                watchdog.expect("the runs of other processes", None)
                 time.sleep(WAIT)
     results = study.results()
     if not results:
@@ -60,11 +64,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if left := len(study.left()):
         told = f"{told}\n\n{left} or more runs are still to come.\n"
     page = study_page.html(results, workdir)
-    metrics.write_whole(workdir / "study.md", told.encode())
-    metrics.write_whole(workdir / "study.html", page.encode())
-    metrics.write_whole(workdir / RESULT, json.dumps(results, indent=1).encode())
+    files.write_whole(workdir / "study.md", told.encode())
+    files.write_whole(workdir / "study.html", page.encode())
+    files.write_whole(workdir / RESULT, json.dumps(results, indent=1).encode())
     for name, svg in study_page.figures(results).items():
-        metrics.write_whole(workdir / f"{name}.svg", svg.encode())
+        files.write_whole(workdir / f"{name}.svg", svg.encode())
     print(told, workdir / "study.html", sep="\n")
 
 
@@ -81,8 +85,8 @@ class Study:
         self.options = tuple(config.study.sweep) or ("",)
         for one in self.wanted():  # mistakes are told of before anything is trained
             for setting in config.study.settings:
-                study_scores.sampling(self.settings(one), setting)
-        study_scores.check(config)
+                run_scores.sampling(self.settings(one), setting)
+        run_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
         """Of the sweep's options only seed 0 until all of a variant's are measured;
@@ -132,11 +136,11 @@ class Study:
     def settings(self, one: Run) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
         for text in (*self.variants[one.variant], *one.option.split()):
-            study_scores.override(config, text, f"study of {one.variant}")
+            run_scores.override(config, text, f"study of {one.variant}")
         config.seed = self.config.seed + one.seed
         config.train.prompts = ()
         validate(config)
-        train.require_trainable_dtype(config)
+        trainer.require_trainable_dtype(config)
         return config
 
     def take(self, one: Run) -> bool:
@@ -167,10 +171,10 @@ class Study:
         path = folder / RESULT
         about = one._asdict() | {"settings": self.variants[one.variant]}
         result = json.loads(path.read_text()) if path.exists() else about
-        keep: Callable[[dict], None] = lambda result: metrics.write_whole(
+        keep: Callable[[dict], None] = lambda result: files.write_whole(
             path, json.dumps(result, indent=1).encode()
         )
-        study_scores.measure(config, folder, validations, result, keep)
+        run_scores.measure(config, folder, validations, result, keep)
 
 
 def parse(text: str) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int
 
-from sd3_jax.models.attention import attention
+from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, normal, zeros
 
 LEGACY_EOS = 2  # in a config: the end is where the largest id is

@@ -8,9 +8,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sd3_jax.models.ends import condition, cut, position_table
 from sd3_jax.models.layers import Dense, patchify, zeros
 from sd3_jax.models.mmdit import Block
+from sd3_jax.models.position_table import position_table
+from sd3_jax.models.token_io import condition, cut
 
 
 class ControlNet(nn.Module):

@@ -7,8 +7,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sd3_jax.models.attention import attention
-from sd3_jax.models.ends import (
+from sd3_jax.models.attention.attention import attention
+from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate, zeros
+from sd3_jax.models.mmdit import Projections
+from sd3_jax.models.scan import scanned
+from sd3_jax.models.token_io import (
     Modulation,
     condition,
     cut,
@@ -17,9 +20,6 @@ from sd3_jax.models.ends import (
     velocity,
     whole,
 )
-from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate, zeros
-from sd3_jax.models.mmdit import Projections
-from sd3_jax.models.stack import scanned
 
 
 class DiT(nn.Module):

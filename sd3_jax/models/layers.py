@@ -11,9 +11,10 @@ from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float
 
-from sd3_jax.models import leaves, shards
+from sd3_jax.distributed import mesh_context
+from sd3_jax.params import parametrization
 
 zeros = nn.initializers.zeros
 xavier = nn.initializers.xavier_uniform()
@@ -47,10 +48,12 @@ class Dense(nn.Module):
             )
 
         kernel_init = nn.with_logical_partitioning(kernel_init, tuple(self.axes))
-        kernel = leaves.stored(self, "kernel")
+        kernel = parametrization.stored(self, "kernel")
         if kernel is None:
             kernel = self.param("kernel", kernel_init, (*shape, *out))
-        y = leaves.product(x.astype(self.dtype), kernel, tuple(self.axes), inputs)
+        y = parametrization.product(
+            x.astype(self.dtype), kernel, tuple(self.axes), inputs
+        )
         if self.bias:
             bias_init = nn.with_logical_partitioning(zeros, tuple(self.axes[inputs:]))
             bias = self.param("bias", bias_init, tuple(out))
@@ -66,7 +69,7 @@ def remade(function: Callable) -> Callable:
     @functools.wraps(function)
     def call(*arrays, **options):
         chosen = functools.partial(function, **options)
-        again = shards.platform() == "cpu"
+        again = mesh_context.platform() == "cpu"
         return (jax.checkpoint(chosen) if again else chosen)(*arrays)
 
     return call
@@ -166,67 +169,3 @@ def unpatchify(
     b = x.shape[0]
     x = x.reshape(b, h // p, w // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     return x.reshape(b, h, w, -1)
-
-
-def positions(
-    h: int,
-    w: int,
-    width: int,
-    *,
-    size: int,
-    base: int,
-    place: Int[Array, "b 2"] | None = None,
-) -> Float[Array, "*b n d"]:
-    """A part h x w of a size x size sin-cos table, as (h * w, width), float32.
-
-    Along each axis the table's tokens lie at (i - size/2 + base/2) * 16/base: `base`
-    of them span 16 units, those of a 256-pixel image, and larger tables extend outward
-    (SD3 paper, sec. 5.3.2; the released 192 and 384 tables have base 64). The part is
-    its centre; or for each of b images the one whose top and left `place` gives.
-    """
-    check_part(h, w, size)
-    if place is None:
-        rows, columns = (axis_table(n, width // 2, size, base) for n in (h, w))
-    else:
-        whole = axis_table(size, width // 2, size, base)
-        rows, columns = (
-            whole[start[:, None] + jnp.arange(n)] for start, n in zip(place.T, (h, w))
-        )
-    shape = (*rows.shape[:-2], h, w, width // 2)
-    columns = jnp.broadcast_to(columns[..., None, :, :], shape)  # x comes first
-    rows = jnp.broadcast_to(rows[..., :, None, :], shape)
-    return jnp.concatenate([columns, rows], -1).reshape(*shape[:-3], h * w, width)
-
-
-def crop(
-    table: Float[Array, "1 p d"],
-    h: int,
-    w: int,
-    place: Int[Array, "b 2"] | None = None,
-) -> Float[Array, "*b n d"]:
-    """The centre h x w of a stored square table, or where `place` says: (h * w, d)."""
-    size = math.isqrt(table.shape[1])
-    check_part(h, w, size)
-    table = table.reshape(size, size, -1)
-    if place is None:
-        top, left = (size - h) // 2, (size - w) // 2
-        return table[top : top + h, left : left + w].reshape(h * w, -1)
-    part = lambda at: jax.lax.dynamic_slice(table, (*at, 0), (h, w, table.shape[-1]))
-    return jax.vmap(part)(place).reshape(len(place), h * w, -1)
-
-
-def check_part(h: int, w: int, size: int) -> None:
-    if h > size or w > size:
-        raise ValueError(
-            f"positions: {h}x{w} tokens do not fit a table of {size}x{size};"
-            f" raise model.pos_size to {max(h, w)} or more"
-        )
-
-
-def axis_table(n: int, width: int, size: int, base: int) -> Array:
-    top = (size - n) // 2
-    place = (np.arange(top, top + n) - (size - base) // 2) * (16.0 / base)
-    frequency = 10000.0 ** -(np.arange(width // 2) / (width // 2))
-    angle = place[:, None] * frequency  # float64, as the published table was made
-    table = np.concatenate([np.sin(angle), np.cos(angle)], -1)
-    return jnp.asarray(table, jnp.float32)

@@ -10,7 +10,7 @@ from flax import linen as nn
 from jax import Array
 from jax.sharding import PartitionSpec
 
-from sd3_jax.models import shards
+from sd3_jax.distributed import mesh_context
 
 Axes = tuple[str | None, ...]
 
@@ -23,14 +23,14 @@ def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
     reduce-scatter. Of vectors, one a picture, the rows change devices and the weights
     stay where they are.
     """
-    (rows,), (pieces,) = shards.parts("batch"), shards.parts("embed")
+    (rows,), (pieces,) = mesh_context.parts("batch"), mesh_context.parts("embed")
     if pieces == 1 or "embed" not in axes or len(x) % rows:
         return contract(x, kernel, inputs)
     if kernel.shape[axes.index("embed")] % pieces == 0:
         if x.ndim - inputs == 1 and axes[-1] == "embed":
             return exchanged(x, kernel, inputs)
         if ("embed",) in (axes[:inputs], axes[inputs:]):
-            if shards.parts("heads") == [1]:
+            if mesh_context.parts("heads") == [1]:
                 return flat(x, kernel, axes, inputs)
             return scattered(x, kernel, axes, inputs)
     return contract(x, kernel, inputs)
@@ -57,7 +57,7 @@ def contract(x: Array, kernel: Array, inputs: int) -> Array:
     mesh, the axes stay apart: merging them would cost a sharded program its shardings.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if shards.platform() == "cpu" and (mesh.empty or mesh.size == 1):
+    if mesh_context.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         rows = math.prod(kernel.shape[:inputs])
         y = x.reshape(-1, rows) @ kernel.reshape(rows, -1)
         return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
@@ -82,7 +82,7 @@ def backward(axes: Axes, inputs: int, kept: tuple[Array, Array], dy: Array):
     lead = x.ndim - inputs
     dx = dot(dy, kernel, range(lead, dy.ndim), range(inputs, kernel.ndim))
     first = axes[:inputs] == ("embed",)
-    if shards.parts("batch") != shards.parts("embed"):
+    if mesh_context.parts("batch") != mesh_context.parts("embed"):
         dw = summed(x, dy, lead, first)
     else:  # of one group of all devices XLA makes rings by itself, and only so
         dw = dot(x, dy, range(lead), range(lead))
@@ -101,15 +101,17 @@ def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
     its partitioner, or of heads apart, every device gets all of the sum, which sends
     twice as much. Rows and tokens stay apart: a TPU would copy x and dy to merge them.
     """
-    rows, over = shards.mesh_axes("batch"), shards.mesh_axes("embed")
-    (pieces,) = shards.parts("embed")
+    rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
+    (pieces,) = mesh_context.parts("embed")
     copies = tuple(axis for axis in rows if axis not in over)
 
     def local(x, dy):
         a, b = (x, dy) if first else (dy, x)  # the sharded axis is a's last
         dw = dot(a, b, range(lead), range(lead))  # (embed, ...)
         dw = dw.reshape(pieces, -1, *dw.shape[1:])
-        if shards.platform() == "cpu":  # where XLA aborts at these sums in bfloat16
+        if (
+            mesh_context.platform() == "cpu"
+        ):  # where XLA aborts at these sums in bfloat16
             dw = dw.astype(jnp.float32)
         dw = jax.lax.psum_scatter(dw, over, scatter_dimension=0)
         return jax.lax.psum(dw, copies).astype(x.dtype)
@@ -132,7 +134,7 @@ def exchanged(x: Array, kernel: Array, inputs: int) -> Array:
     an all-to-all brings each row's outputs together. Rows are smaller than weights:
     of SD3's adaLN, 8 a device, they are a hundredth.
     """
-    over = shards.mesh_axes("embed")
+    over = mesh_context.mesh_axes("embed")
 
     def local(x, kernel):
         x = jax.lax.all_gather(x, over, tiled=True)
@@ -147,7 +149,7 @@ def exchanged_forward(x: Array, kernel: Array, inputs: int):
 
 
 def exchanged_backward(inputs: int, kept: tuple[Array, Array], dy: Array):
-    rows, over = shards.mesh_axes("batch"), shards.mesh_axes("embed")
+    rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
     copies = tuple(axis for axis in rows if axis not in over)
     few = len(dy) <= math.prod(kept[1].shape[:inputs])
 
@@ -174,7 +176,7 @@ exchanged.defvjp(exchanged_forward, exchanged_backward)
 def by_rows(local: Callable, axes: int, *, backward: bool = False) -> Callable:
     """local(x, kernel, ...) of a device's rows and its piece of the kernel's last
     axis."""
-    rows, over = shards.mesh_axes("batch"), shards.mesh_axes("embed")
+    rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
     row, piece = PartitionSpec(rows), PartitionSpec(*(None,) * (axes - 1), over)
     return jax.shard_map(
         local,

@@ -11,9 +11,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
-from sd3_jax.models import shards
-from sd3_jax.models.attention import attention, joint_attention
-from sd3_jax.models.ends import (
+from sd3_jax.distributed import mesh_context
+from sd3_jax.models.attention.attention import attention, joint_attention
+from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate
+from sd3_jax.models.scan import scanned, stacked
+from sd3_jax.models.token_io import (
     Modulation,
     condition,
     cut,
@@ -22,8 +24,6 @@ from sd3_jax.models.ends import (
     velocity,
     whole,
 )
-from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate
-from sd3_jax.models.stack import scanned, stacked
 
 
 class MMDiT(nn.Module):
@@ -187,7 +187,7 @@ class Block(nn.Module):
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
         qs = [opened[i].q for i in going]
         ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
-        if shards.parts("tokens") == [1]:
+        if mesh_context.parts("tokens") == [1]:
             parts = joint_attention(qs, ks, vs, kernel=self.attention)
         else:  # joined, queries would all change devices, by two all-to-alls a block
             attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]

@@ -7,7 +7,7 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Bool, Float, Int
 
-from sd3_jax.models.attention import attention
+from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, RmsNorm, normal
 
 PAD = 0  # of ByT5's ids; 1 ends, and byte b is b + 3

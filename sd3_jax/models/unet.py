@@ -13,9 +13,9 @@ from jaxtyping import Float
 from sd3_jax.models import vae
 from sd3_jax.models.clip import LayerNorm
 from sd3_jax.models.dit import CrossAttention, self_attention
-from sd3_jax.models.ends import condition, cut
 from sd3_jax.models.layers import Dense, patchify, unpatchify, zeros
-from sd3_jax.models.stack import REMAT
+from sd3_jax.models.scan import REMAT
+from sd3_jax.models.token_io import condition, cut
 from sd3_jax.models.vae import Conv, spread
 
 

@@ -9,7 +9,6 @@ from jaxtyping import Float
 
 from sd3_jax.models.clip import LayerNorm
 from sd3_jax.models.dit import block_of, self_attention
-from sd3_jax.models.ends import cut, image_tokens, text_tokens
 from sd3_jax.models.layers import (
     Dense,
     Embedder,
@@ -18,7 +17,8 @@ from sd3_jax.models.layers import (
     unpatchify,
     zeros,
 )
-from sd3_jax.models.stack import scanned
+from sd3_jax.models.scan import scanned
+from sd3_jax.models.token_io import cut, image_tokens, text_tokens
 from sd3_jax.models.vae import Conv
 
 

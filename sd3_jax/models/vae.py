@@ -9,8 +9,8 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float, Key
 
-from sd3_jax.models import shards
-from sd3_jax.models.attention import attention
+from sd3_jax.distributed import mesh_context
+from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, zeros
 
 LOGVAR = (-30.0, 20.0)
@@ -203,9 +203,9 @@ def spread(x: Float[Array, "b h *_"], *, height: str | None = "height") -> Array
     It leaves all where its rows do not divide, such as a single large picture's. The
     convolutions then exchange the lines at the borders of the shards.
     """
-    rows = "batch" if len(x) % shards.parts("batch")[0] == 0 else None
+    rows = "batch" if len(x) % mesh_context.parts("batch")[0] == 0 else None
     axes = (rows, height, *[None] * (x.ndim - 2))
-    if x.shape[1] % shards.parts(*axes)[1]:
+    if x.shape[1] % mesh_context.parts(*axes)[1]:
         return x
     return nn.with_logical_constraint(x, axes)
 

@@ -11,10 +11,10 @@ from jax import Array
 from sd3_jax import tree
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.diffusion.losses import flow_loss, loss_at
-from sd3_jax.pipelines import prompts
-from sd3_jax.pipelines.latents import Autoencoder
-from sd3_jax.pipelines.prompts import Conditioning, TextModel
-from sd3_jax.training.preference import alternate
+from sd3_jax.sampling import prompts
+from sd3_jax.sampling.latents import Autoencoder
+from sd3_jax.sampling.prompts import Conditioning, TextModel
+from sd3_jax.training.dpo import alternate
 
 REJECTED = "rejected_"  # before the names of a preference's other picture
 

@@ -6,7 +6,8 @@ import optax
 from flax import struct
 from jax import Array
 
-from sd3_jax import sharding, tree
+from sd3_jax import tree
+from sd3_jax.distributed import sharding
 
 
 @struct.dataclass

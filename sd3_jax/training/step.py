@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import optax
 from jax import Array
 
+from sd3_jax.training.ema import moving_average
 from sd3_jax.training.optimizer import averaged_params
 from sd3_jax.training.state import TrainState
 
@@ -83,18 +84,3 @@ def make_train_step(
         return jax.tree.map(lambda x: x / accumulate, total)
 
     return step
-
-
-def moving_average(ema, params, step: Array, decay: float, every: int):
-    """ema += (1 - decay) (params - ema), once every `every` steps.
-
-    Early on the decay is (1 + n) / (10 + n) at the n-th time, so that a short run's
-    average does not remember its initialisation. Until step `every` it follows at each
-    step: a run of fewer steps would else export the weights that it began with.
-    """
-    early = step < every
-    n = jnp.where(early, step, step // every).astype(jnp.float32)
-    rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
-    follow = lambda ema: jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
-    # A branch, so that on the other steps nothing of it is read or written.
-    return jax.lax.cond(early | (step % every == 0), follow, lambda ema: ema, ema)

@@ -15,16 +15,24 @@ from flax import linen as nn
 from jax import ShapeDtypeStruct as Shape
 from jax.sharding import Mesh
 
-from sd3_jax import sharding, tree
+from sd3_jax import tree
+from sd3_jax.distributed import sharding
+from sd3_jax.foreign_text import shown
 from sd3_jax.models.clip import ClipText
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import T5Encoder
 from sd3_jax.models.vae import VAE
-from sd3_jax.outside import shown
-from sd3_jax.weights import configs, controlnet, mmdit, sizes, text, vae
-from sd3_jax.weights.names import Group
-from sd3_jax.weights.sizes import Shapes
+from sd3_jax.weights import (
+    controlnet_keys,
+    inferred_sizes,
+    mmdit_keys,
+    published_configs,
+    text_keys,
+    vae_keys,
+)
+from sd3_jax.weights.inferred_sizes import Shapes
+from sd3_jax.weights.key_mapping import Group
 
 log = logging.getLogger(__name__)
 
@@ -63,13 +71,13 @@ def configured(
     is wrong `where`, before anything is traced.
     """
     if config is None:
-        config = sizes.detect(component.kind, tensors, where, layout=layout)
-    config = configs.read(component.kind, config, where)
-    if names := configs.unknown(component.kind, config):
+        config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
+    config = published_configs.read(component.kind, config, where)
+    if names := published_configs.unknown(component.kind, config):
         told = "%s: fields that nothing here reads: %s"
         log.warning(told, where, shown(", ".join(names), 200))
     if tensors is not None:
-        configs.agree(component.kind, config, tensors, layout, where)
+        published_configs.agree(component.kind, config, tensors, layout, where)
     return config
 
 
@@ -115,7 +123,7 @@ def denoiser_config(
 
 
 def build_denoiser(config: dict, dtype: Any) -> MMDiT:
-    c = configs.read("denoiser", config)
+    c = published_configs.read("denoiser", config)
     return MMDiT(
         depth=c["num_layers"],
         width=c["caption_projection_dim"],
@@ -144,7 +152,7 @@ def example_denoiser(module: MMDiT, config: dict) -> tuple:
 
 
 def build_vae(config: dict, dtype: Any) -> VAE:
-    c = configs.read("vae", config)
+    c = published_configs.read("vae", config)
     return VAE(
         channels=tuple(c["block_out_channels"]),
         latent_channels=c["latent_channels"],
@@ -164,7 +172,7 @@ def example_vae(module: VAE, config: dict) -> tuple:
 
 
 def build_clip(config: dict, dtype: Any) -> ClipText:
-    c = configs.read("clip_text", config)
+    c = published_configs.read("clip_text", config)
     return ClipText(
         vocab=c["vocab_size"],
         length=c["max_position_embeddings"],
@@ -184,7 +192,7 @@ def example_clip(module: ClipText, config: dict) -> tuple:
 
 
 def build_t5(config: dict, dtype: Any) -> T5Encoder:
-    c = configs.read("t5", config)
+    c = published_configs.read("t5", config)
     return T5Encoder(
         vocab=c["vocab_size"],
         depth=c["num_layers"],
@@ -210,7 +218,7 @@ COMPONENTS = {
         "denoiser",
         build_denoiser,
         example_denoiser,
-        mmdit.table,
+        mmdit_keys.table,
         "diffusion_pytorch_model",
     ),
     "vae": Component(
@@ -220,7 +228,7 @@ COMPONENTS = {
         "vae",
         build_vae,
         example_vae,
-        vae.table,
+        vae_keys.table,
         "diffusion_pytorch_model",
     ),
     "clip_l": Component(
@@ -229,9 +237,9 @@ COMPONENTS = {
         LAST_NORM,
         "clip_l",
         *CLIP,
-        text.clip_l_table,
-        ignored=(*text.IGNORED, text.PROJECTION),
-        fuller=text.clip_table,
+        text_keys.clip_l_table,
+        ignored=(*text_keys.IGNORED, text_keys.PROJECTION),
+        fuller=text_keys.clip_table,
     ),
     "clip_g": Component(
         "text_encoder_2",
@@ -239,8 +247,8 @@ COMPONENTS = {
         LAST_NORM,
         "clip_g",
         *CLIP,
-        text.clip_table,
-        ignored=text.IGNORED,
+        text_keys.clip_table,
+        ignored=text_keys.IGNORED,
     ),
     "t5": Component(
         "text_encoder_3",
@@ -249,8 +257,8 @@ COMPONENTS = {
         "t5",
         build_t5,
         example_t5,
-        text.t5_table,
-        ignored=text.IGNORED,
+        text_keys.t5_table,
+        ignored=text_keys.IGNORED,
     ),
 }
 CONTROLNET = Component(
@@ -258,11 +266,11 @@ CONTROLNET = Component(
     "",
     "controlnet_blocks.0.weight",
     "controlnet",
-    controlnet.build,
-    controlnet.example,
-    controlnet.table,
+    controlnet_keys.build,
+    controlnet_keys.example,
+    controlnet_keys.table,
     "diffusion_pytorch_model",
-    ignored=(controlnet.CONTROL_TYPE,),  # read by controlnet.control_type
+    ignored=(controlnet_keys.CONTROL_TYPE,),  # read by controlnet.control_type
 )
 
 

@@ -16,8 +16,8 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.errors import UserError
-from sd3_jax.outside import parse_json, shown
-from sd3_jax.weights import foreign
+from sd3_jax.foreign_text import parse_json, shown
+from sd3_jax.weights import unsupported_formats
 
 DTYPES = {
     "F64": np.float64,
@@ -81,7 +81,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     try:
         with path.open("rb") as file:
             length = files.size(path)
-            head = file.read(foreign.HEAD)
+            head = file.read(unsupported_formats.HEAD)
             size = int.from_bytes(head[:8], "little")
             _check_head(path, head, size, length)
             file.seek(8)
@@ -95,7 +95,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         if not _texts(metadata):
             raise ValueError("__metadata__: wanted texts by name")
-        foreign.refuse_quantized(path, header, metadata)
+        unsupported_formats.refuse_quantized(path, header, metadata)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
     except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
@@ -119,7 +119,7 @@ def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
     if not length:
         raise UserError(f"{path} is empty: copy it again")
     if not brace or size > HEADER:
-        foreign.refuse_format(path, head)
+        unsupported_formats.refuse_format(path, head)
     if len(head) < 8 or size > min(HEADER, length - 8):
         cut = brace and size <= HEADER
         end = ": it was not copied whole, copy it again" if cut else ""
@@ -133,7 +133,7 @@ def _tensor(path, key, entry, base) -> Tensor:
     if not isinstance(entry, dict):
         raise ValueError(f"{key}: wanted its dtype, shape and data_offsets")
     name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
-    if name in foreign.DTYPES:
+    if name in unsupported_formats.DTYPES:
         wanted = ", ".join(DTYPES)
         raise UserError(f"{path}: {key} is of {name}: wanted tensors of {wanted}")
     if not isinstance(name, str) or name not in DTYPES:
@@ -176,7 +176,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     names = files.names(folder)
     kinds = sorted({variant_of(x) for x in names if _is_weights(x) or _is_index(x)})
     if not kinds:
-        foreign.refuse_pickles(folder)
+        unsupported_formats.refuse_pickles(folder)
         raise UserError(f"{folder}: holds no .safetensors file")
     kind = variant if variant in kinds else kinds[0]
     names = [name for name in names if variant_of(name) == kind]

@@ -10,7 +10,8 @@ from array_record.python.array_record_module import (
 )
 
 from sd3_jax import files
-from sd3_jax.data import folders, items, listing, parquet, ranges, shards, tars
+from sd3_jax.data import ranges, shards
+from sd3_jax.data.ingest import folders, items, listing, parquet, tars
 from sd3_jax.errors import RetryableError, UserError
 
 BLOCK = ranges.BLOCK

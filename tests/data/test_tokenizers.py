@@ -15,9 +15,9 @@ import transformers
 
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import MISTAKE, UserError, exit_code
-from sd3_jax.parity import tiny_tokenizers
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import sources
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.tools.parity import tiny_tokenizers
+from sd3_jax.weights import sources
 
 ROOT = Path(__file__).parents[2]
 FILE = Path(str(tokenizers.VOCABULARY)) / "bpe_simple_vocab_16e6.txt.gz"

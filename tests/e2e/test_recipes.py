@@ -9,11 +9,13 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sd3_jax import main, metrics, tree
-from sd3_jax.jobs import assemble
-from sd3_jax.models.lora import nested
-from sd3_jax.training import lora, optimizer
-from sd3_jax.validate import validate
+from sd3_jax import main, tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.config.validation import validate
+from sd3_jax.monitoring import metrics
+from sd3_jax.params import lora
+from sd3_jax.params.lora import nested
+from sd3_jax.training import optimizer
 
 RECIPES = sorted(p.stem for p in Path("configs").glob("*.py") if p.stem[0] != "_")
 RECIPES.remove("base")
@@ -35,7 +37,7 @@ def variants():
 def test_a_recipe_makes_sense(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     validate(config)
-    made = assemble.parts(config)
+    made = model_parts.parts(config)
     params = jax.eval_shape(made.objective.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params["denoiser"]))
     if name in PARAMETERS and variant != "tiny":

@@ -66,10 +66,10 @@ def parameters(recipe: str) -> dict[str, list[int]]:
     import jax
 
     from sd3_jax import tree
-    from sd3_jax.jobs import assemble
+    from sd3_jax.assembly import model_parts
 
     config = importlib.import_module(f"configs.{recipe}").get_config("tiny")
-    objective = assemble.parts(config).objective
+    objective = model_parts.parts(config).objective
     params = tree.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(tree.names(path)): list(x.shape) for path, x in leaves}

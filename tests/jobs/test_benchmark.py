@@ -12,10 +12,10 @@ import pytest
 
 from configs.benchmark import get_config
 from sd3_jax import main
-from sd3_jax.bench import cases, machine, summary
+from sd3_jax.distributed.lock import Lock
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import benchmark, benchmark_page
-from sd3_jax.lock import Lock
+from sd3_jax.jobs import benchmark
+from sd3_jax.tools.benchmark import benchmark_page, cases, machine, timing_summary
 
 ROOT = Path(__file__).parents[2]
 TINY = "--config=configs/benchmark.py:tiny"
@@ -105,11 +105,11 @@ def result(**ratios):
 def test_the_guard_names_what_got_worse():
     before = result(forward=1.2, train=1.0, sample=1.5, t5=2.0)
     now = result(forward=1.03, train=0.84, sample=None)
-    assert summary.worse(now, before, 0.15) == [
+    assert timing_summary.worse(now, before, 0.15) == [
         "train, eager: 0.84, was 1.00: 16% worse",
         "sample, eager: not measured, was 1.50",
     ]
-    assert summary.worse(before, before, 0.15) == []
+    assert timing_summary.worse(before, before, 0.15) == []
 
 
 def test_the_committed_table_is_one_that_the_guard_reads():
@@ -122,7 +122,7 @@ def test_the_committed_table_is_one_that_the_guard_reads():
 
 
 def test_ratios_are_of_pairs():
-    assert summary.ratios([1.0, 2.0, 4.0], [2.0, 2.0, 2.0]) == {
+    assert timing_summary.ratios([1.0, 2.0, 4.0], [2.0, 2.0, 2.0]) == {
         "median": 1.0,
         "min": 0.5,
         "max": 2.0,

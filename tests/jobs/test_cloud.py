@@ -75,7 +75,7 @@ from sd3_jax.data import records, shards
 main.list_buckets_anew()
 from etils import epath
 from sd3_jax import files
-from sd3_jax.training import checkpoint
+from sd3_jax.checkpoints import manager as checkpoint
 run = epath.Path("gs://emulated/looks")
 assert files.children(run) == []
 checkpoint._prepare(run)  # no folder is there, and none must be
@@ -203,8 +203,8 @@ INPUTS = """
 import os, sys
 from sd3_jax import main
 main.list_buckets_anew()
-from sd3_jax.data import ingest
-from sd3_jax.data.items import Item
+from sd3_jax.data.ingest import input_parts as ingest
+from sd3_jax.data.ingest.items import Item
 def rows(root, names):
     for part in ingest.plan([f"{root}/{name}" for name in names], size=3):
         for item in ingest.items(part):

@@ -12,7 +12,7 @@ from parity import miniature
 import sd3_jax
 from sd3_jax import main
 from sd3_jax.models import clip
-from sd3_jax.parity import measure
+from sd3_jax.tools.parity import gap
 
 
 def compare(workdir, weights, *flags):
@@ -72,9 +72,9 @@ def test_without_pytorch(tmp_path, capsys, monkeypatch):
 
 
 def test_the_measures():
-    a = measure.gap([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])
+    a = gap.gap([1.0, 2.0, 3.0], [1.0, 2.0, 4.0])
     assert a.largest == pytest.approx(1 / 1.2472191)
     assert a.relative == pytest.approx(1 / 21**0.5)
     assert a.angle == pytest.approx(1 - 17 / (14 * 21) ** 0.5)
     with pytest.raises(ValueError, match="ours is"):
-        measure.gap([1.0], [1.0, 2.0])
+        gap.gap([1.0], [1.0, 2.0])

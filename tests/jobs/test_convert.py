@@ -10,8 +10,9 @@ from parity import convert, miniature
 
 import sd3_jax
 from configs import quickstart
-from sd3_jax import main, sharding
-from sd3_jax.jobs import assemble
+from sd3_jax import main
+from sd3_jax.assembly import model_parts
+from sd3_jax.distributed import sharding
 
 TINY = "--config=configs/released.py:tiny"
 
@@ -64,9 +65,9 @@ def test_what_we_trained_runs_in_pytorch(trained):
     folder = workdir / "diffusers" / "transformer"
     theirs = diffusers.SD3Transformer2DModel.from_pretrained(folder).eval()
     config = quickstart.get_config("tiny")
-    made = assemble.parts(config)
+    made = model_parts.parts(config)
     mesh = sharding.make_mesh()
-    params, _ = assemble.trained_params(config, made, workdir, mesh)
+    params, _ = model_parts.trained_params(config, made, workdir, mesh)
     draw = np.random.default_rng(0).standard_normal
     h, w, c = made.shape
     shapes = (

@@ -9,7 +9,7 @@ import pytest
 from ml_collections import ConfigDict
 from PIL import Image
 
-from sd3_jax.data import prepare
+from sd3_jax.data.ingest import prepare
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import dedup
 

@@ -16,7 +16,8 @@ from sd3_jax.data import records
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import inspect, inspect_page, survey
+from sd3_jax.jobs import inspect
+from sd3_jax.tools.inspect import inspect_page, survey
 
 EVIL = '<script>alert("1")</script> & a fox'
 

@@ -9,10 +9,12 @@ import pytest
 from etils import epath
 
 from configs import base
-from sd3_jax import metrics, pictures
+from sd3_jax import pictures
 from sd3_jax.data.images import BadImage
-from sd3_jax.jobs import report, sheet
-from sd3_jax.report import page, parity
+from sd3_jax.jobs import report
+from sd3_jax.monitoring import metrics
+from sd3_jax.reports import html_page, parity_page
+from sd3_jax.sampling import contact_sheet
 
 SCRIPT = "<script>alert(1)</script>"
 EVIL = (
@@ -39,7 +41,7 @@ def samples(tmp_path):
     settings = dict(steps=4, solver=EVIL, cfg=4.0, width=64, height=64)
     line = dict(prompt=EVIL, file="samples/0.png", weights=EVIL, seed=EVIL)
     line["settings"] = settings
-    return sheet.html([line, line | {"prompt": ["a", EVIL, "b"]}])
+    return contact_sheet.html([line, line | {"prompt": ["a", EVIL, "b"]}])
 
 
 def training(tmp_path):
@@ -69,9 +71,9 @@ def comparison(tmp_path):
     row = dict(layer=EVIL, float32=number, bfloat16=number, theirs=number)
     made = dict(name=EVIL, source=EVIL, first_departure=dict(part=EVIL, layer=EVIL))
     made |= dict(parts={"denoiser": [row]})
-    made["pictures"] = parity.pictures({EVIL: np.zeros((16, 16, 3))})
+    made["pictures"] = parity_page.pictures({EVIL: np.zeros((16, 16, 3))})
     limit = dict(float32=1e-4, bfloat16=2.0)
-    return parity.html(
+    return parity_page.html(
         dict(tolerance=limit, models=[made], passed=False), epath.Path(tmp_path)
     )
 
@@ -96,4 +98,4 @@ def test_what_is_shown_is_never_markup(made, tmp_path):
 def test_a_picture_that_is_none_is_refused():
     bomb = b"\x89PNG\r\n\x1a\n" + bytes(30)
     with pytest.raises(BadImage, match="wanted a whole JPEG"):
-        page.image(bomb, "a\nb", limit=1000)
+        html_page.image(bomb, "a\nb", limit=1000)

@@ -11,9 +11,11 @@ import pytest
 import real_pictures
 from parity import miniature
 
-from sd3_jax import main, metrics, sharding
+from sd3_jax import main
 from sd3_jax.data import records, shards
-from sd3_jax.jobs import train
+from sd3_jax.distributed import sharding
+from sd3_jax.monitoring import metrics
+from sd3_jax.training import trainer
 
 TINY = "--config=configs/sd3_2b.py:tiny"  # 64 pixels
 PICTURES = ["--config.precompute.only="]
@@ -286,7 +288,7 @@ def test_training_over_buckets_goes_on_as_if_unbroken(folder, tmp_path, monkeypa
     assert len(json.loads((data / "manifest.json").read_text())["kept"]) == 5
     events = []
 
-    compile_, write = train.compile_, metrics.Metrics.write
+    compile_, write = trainer.compile_, metrics.Metrics.write
 
     def compiled(lowered):
         events.append("compiled")
@@ -296,7 +298,7 @@ def test_training_over_buckets_goes_on_as_if_unbroken(folder, tmp_path, monkeypa
         events.append(kind)
         write(self, step, kind, values)
 
-    monkeypatch.setattr(train, "compile_", compiled)
+    monkeypatch.setattr(trainer, "compile_", compiled)
     monkeypatch.setattr(metrics.Metrics, "write", written)
 
     flags = [f"--config.data.records={data}/records/*", "--config.data.name=records"]

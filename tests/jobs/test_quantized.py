@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 from parity import miniature
 
-from sd3_jax import main, sharding
-from sd3_jax.jobs import assemble, examples
-from sd3_jax.models import leaves, lora, quantized
-from sd3_jax.models.quantized import Int8
+from sd3_jax import main
+from sd3_jax.assembly import examples, model_parts
+from sd3_jax.distributed import sharding
+from sd3_jax.params import lora, parametrization, quantization
+from sd3_jax.params.quantization import Int8
 
 RECIPE = "--config=configs/quickstart.py:tiny"
 
@@ -26,15 +27,15 @@ def workdir(tmp_path_factory):
 def params_of(workdir, *flags, **options):
     config = main.parse(["sample", RECIPE, f"--workdir={workdir}", *flags]).config
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
-    made = assemble.parts(config)
-    return assemble.trained_params(config, made, workdir, mesh, **options)[0]
+    made = model_parts.parts(config)
+    return model_parts.trained_params(config, made, workdir, mesh, **options)[0]
 
 
 def test_a_runs_blocks_are_rounded_as_it_is_read(workdir):
     flag = "--config.quantize.denoiser=int8"
     plain, made = params_of(workdir), params_of(workdir, flag)
     wanted, found = lora.kernels(plain["denoiser"]), lora.kernels(made["denoiser"])
-    for path in quantized.chosen(plain["denoiser"]):
+    for path in quantization.chosen(plain["denoiser"]):
         assert isinstance(found[path], Int8)
         assert found[path].q.sharding.is_equivalent_to(
             wanted[path].sharding, wanted[path].ndim
@@ -42,7 +43,10 @@ def test_a_runs_blocks_are_rounded_as_it_is_read(workdir):
         top = np.abs(wanted[path]).max()
         np.testing.assert_allclose(found[path].array(), wanted[path], atol=top / 250)
     assert not any(
-        map(leaves.is_leaf, jax.tree.leaves(made["text"], is_leaf=leaves.is_leaf))
+        map(
+            parametrization.is_leaf,
+            jax.tree.leaves(made["text"], is_leaf=parametrization.is_leaf),
+        )
     )
     exact = params_of(workdir, flag, exact=True)  # what convert writes
     jax.tree.map(np.testing.assert_array_equal, exact, plain)

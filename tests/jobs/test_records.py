@@ -5,11 +5,12 @@ import numpy as np
 import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
-from sd3_jax import main, metrics
+from sd3_jax import main
+from sd3_jax.assembly import examples
 from sd3_jax.data import records
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
-from sd3_jax.jobs import examples
+from sd3_jax.monitoring import metrics
 
 RECIPE = "configs/sd3_2b.py:tiny"  # 64 pixels: latents of 8 x 8 x 16
 BATCH = 8

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from configs import base
-from sd3_jax import metrics, pictures
+from sd3_jax import pictures
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import report
+from sd3_jax.monitoring import metrics
 
 EVIL = '<script>alert("1 & 2")</script> three <b>red</b> circles'
 PROMPTS = [

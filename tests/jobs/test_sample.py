@@ -13,10 +13,12 @@ from parity import miniature
 from PIL import Image
 
 import sd3_jax
-from sd3_jax import main, pictures, sharding, watermark
+from sd3_jax import main, pictures
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import safety, sample
-from sd3_jax.weights import stream
+from sd3_jax.jobs import sample
+from sd3_jax.sampling import output_filter, watermark
+from sd3_jax.weights import sharded_load
 
 TINY = "--config=configs/released.py:tiny"
 
@@ -186,7 +188,7 @@ def test_a_scheduler_that_cannot_be_honoured_is_told_before_weights_are_read(
     tmp_path, capsys, monkeypatch, forty, settings, words
 ):
     weights = with_scheduler(tmp_path / "odd", **settings)
-    monkeypatch.setattr(stream, "load", None)
+    monkeypatch.setattr(sharded_load, "load", None)
     job = flags(tmp_path / "run", forty, weights=weights)
     assert main.main(["sample", *(x for x in job if "sd35_medium-" not in x)]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
@@ -266,7 +268,7 @@ def test_flagged_pictures_are_black_and_their_lines_say_so(tmp_path, looked_at):
     ],
 )
 def test_what_filters_give_wrongly_is_told(given, words):
-    guard = safety.Safety("x:y", lambda images, prompts: given, "")
+    guard = output_filter.Safety("x:y", lambda images, prompts: given, "")
     with pytest.raises(UserError) as error:
         guard.flags(np.zeros((2, 8, 8, 3), np.uint8), ["a", "b"])
     assert words in str(error.value)
@@ -276,7 +278,7 @@ def test_what_is_written_is_marked_black_pictures_too(tmp_path):
     images = np.random.default_rng(0).integers(0, 256, (2, 256, 256, 3), np.uint8)
     found = [{"file": f"samples/{i}.png", "prompt": "a fox"} for i in range(2)]
     found[1]["filtered"] = "flagged"
-    guard = safety.load("", "sd3-jax", [(256, 256), (512, 512)])
+    guard = output_filter.load("", "sd3-jax", [(256, 256), (512, 512)])
     assert guard.facts() == {"watermark": "sd3-jax"}
     sample.save(epath.Path(tmp_path), found, images, guard, enlarged=False)
     marked = [np.asarray(Image.open(tmp_path / line["file"])) for line in found]

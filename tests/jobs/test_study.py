@@ -4,10 +4,11 @@ import json
 
 import pytest
 
-from sd3_jax import lock, main
+from sd3_jax import main
+from sd3_jax.distributed import lock
 from sd3_jax.errors import ConfigError
-from sd3_jax.jobs import study_page, study_tables
 from sd3_jax.jobs.study import Run, parse
+from sd3_jax.tools.study import study_page, study_tables
 
 FLAGS = [
     "--config=configs/formulations.py:tiny",
@@ -62,7 +63,7 @@ def test_what_is_measured_is_not_done_again(workdir, monkeypatch, capsys):
 
 
 def test_a_run_of_another_process_is_left_to_it(workdir):
-    from sd3_jax.cli import load
+    from sd3_jax.config.command_line import load
     from sd3_jax.jobs.study import Study
 
     config = load("configs/formulations.py:tiny")

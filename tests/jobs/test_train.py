@@ -14,11 +14,13 @@ from orbax.checkpoint import v1 as ocp
 from PIL import Image
 
 from configs import quickstart
-from sd3_jax import main, metrics, sharding
+from sd3_jax import main
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs.paint import Painter
-from sd3_jax.jobs.train import Training, example, program
-from sd3_jax.training.goodput import KINDS
+from sd3_jax.monitoring import metrics
+from sd3_jax.monitoring.goodput import KINDS
+from sd3_jax.sampling.sampler import Painter
+from sd3_jax.training.trainer import Training, example, program
 
 TINY = "--config=configs/quickstart.py:tiny"
 

@@ -20,8 +20,9 @@ import pytest
 import yaml
 
 from configs import quickstart
-from sd3_jax import metrics, sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.jobs import JOBS
+from sd3_jax.monitoring import metrics
 
 ROOT = Path(__file__).parents[2]
 LAUNCH = ROOT / "launch"

@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sd3_jax import sharding
-from sd3_jax.models import attention as kernels
-from sd3_jax.models import blockwise
-from sd3_jax.models.attention import KERNELS, attention
-from sd3_jax.models.splash import MOST, block, splash
+from sd3_jax.distributed import sharding
+from sd3_jax.models.attention import attention as kernels
+from sd3_jax.models.attention import chunked
+from sd3_jax.models.attention.attention import KERNELS, attention
+from sd3_jax.models.attention.splash import MOST, block, splash
 
 SHAPES = {"plain": (128, 128), "padded": (72, 200), "odd": (131, 77)}
 NEAR = {jnp.float32: 2e-5, jnp.bfloat16: 2e-2}
@@ -127,7 +127,7 @@ def test_long_sequences_are_attended_to_by_blocks(key, monkeypatch, dtype, limit
     wanted = both(kernel("xla"), *given)
     whole = 4 * 2 * 2 * 150 * 200
     monkeypatch.setattr(kernels, "LIMIT", limit(whole))
-    monkeypatch.setattr(blockwise, "ROWS", 1)
+    monkeypatch.setattr(chunked, "ROWS", 1)
     blocks = jax.jit(lambda *given: both.__wrapped__(kernel("xla"), *given))
     close(blocks(*given), wanted, dtype)
     sizes = dict(data=1, fsdp=2, context=2, tensor=2)
@@ -215,8 +215,8 @@ import jax, jax.numpy as jnp, sys
 from flax import linen as nn
 from jax.experimental import topologies
 from jax.sharding import NamedSharding, PartitionSpec
-from sd3_jax import sharding
-from sd3_jax.models.attention import attention
+from sd3_jax.distributed import sharding
+from sd3_jax.models.attention.attention import attention
 
 name, (n, heads, size) = sys.argv[1], map(int, sys.argv[2:])
 devices = topologies.get_topology_desc(platform="tpu", topology_name=name).devices

@@ -11,16 +11,17 @@ import pytest
 from ml_collections import ConfigDict
 
 from configs import backbones
-from sd3_jax import sharding, tree
+from sd3_jax import tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.config.validation import validate
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import assemble
 from sd3_jax.models import flops
 from sd3_jax.models.denoisers import DENOISERS
 from sd3_jax.models.unet import UNet
 from sd3_jax.models.uvit import UViT
-from sd3_jax.pipelines import programs
+from sd3_jax.sampling import compiled
 from sd3_jax.training import optimizer
-from sd3_jax.validate import validate
 
 TOKENS = dict(depth=3, width=32, num_heads=2, pos_size=8, pos_base=4)
 SIZES = dict(
@@ -133,7 +134,7 @@ def test_unrolling_and_remat_change_nothing(name, options):
 def test_a_mesh_changes_no_gradient(name):
     sizes = dict(data=1, fsdp=2, context=2, tensor=2)
     wanted = gradients(name)
-    with programs.on(sharding.make_mesh(**sizes)):
+    with compiled.on(sharding.make_mesh(**sizes)):
         found = programmed(name)(weights(name), *inputs())
     for x, y in zip(jax.tree.leaves(wanted), jax.tree.leaves(found)):
         np.testing.assert_allclose(x, y, rtol=0, atol=1e-6 + 1e-4 * np.abs(x).max())
@@ -240,7 +241,7 @@ def test_what_a_uvit_and_a_unet_refuse():
 def count(variant):
     c = backbones.get_config(variant)
     validate(c)
-    made = assemble.parts(c)
+    made = model_parts.parts(c)
     params = jax.eval_shape(made.objective.init, jax.random.key(0))
     return tree.count(params["denoiser"]), tree.count(params["text"])
 
@@ -380,7 +381,7 @@ def test_a_picture_that_a_unet_cannot_halve_is_refused():
 
 def test_jobs_that_know_the_mmdit_alone_say_so():
     with pytest.raises(UserError, match='"dit": no other; wanted "mmdit"'):
-        assemble.mmdit(ConfigDict(dict(name="dit")), "no other")
+        model_parts.mmdit(ConfigDict(dict(name="dit")), "no other")
     with pytest.raises(ValueError, match='"vit": wanted one of mmdit'):
         backbones.matched(backbones.get_config(), "vit")
 
@@ -391,4 +392,4 @@ def test_matched_is_for_any_recipe_of_the_digits():
         assert backbones.get_config(name).model.to_dict() == (
             backbones.matched(c.copy_and_resolve_references(), name).model.to_dict()
         )
-    assert isinstance(assemble.denoiser(backbones.matched(c, "uvit").model), UViT)
+    assert isinstance(model_parts.denoiser(backbones.matched(c, "uvit").model), UViT)

@@ -7,7 +7,7 @@ import pytest
 from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.models import linear
 
 MESHES = [dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 
 from sd3_jax import tree
-from sd3_jax.models import flops, layers
-from sd3_jax.models.layers import patchify, positions, unpatchify
+from sd3_jax.models import flops, position_table
+from sd3_jax.models.layers import patchify, unpatchify
 from sd3_jax.models.mmdit import Block, MMDiT
-from sd3_jax.models.stack import REMAT
+from sd3_jax.models.position_table import positions
+from sd3_jax.models.scan import REMAT
 
 SMALL = dict(depth=3, width=32, num_heads=2, channels=4, pos_size=8, pos_base=4)
 
@@ -199,16 +200,18 @@ def test_flops_are_the_analytic_count(depth, dual, side, text, tera):
 
 
 def test_positions_anywhere_on_the_table(key):
-    whole = layers.positions(8, 8, 32, size=8, base=4).reshape(8, 8, 32)
+    whole = position_table.positions(8, 8, 32, size=8, base=4).reshape(8, 8, 32)
     place = jnp.array([[0, 0], [5, 2], [2, 3]])
-    found = layers.positions(3, 2, 32, size=8, base=4, place=place)
-    stored = layers.crop(whole.reshape(1, 64, 32), 3, 2, place)
+    found = position_table.positions(3, 2, 32, size=8, base=4, place=place)
+    stored = position_table.crop(whole.reshape(1, 64, 32), 3, 2, place)
     for at, one, other in zip(np.array(place), found, stored):
         part = whole[at[0] : at[0] + 3, at[1] : at[1] + 2].reshape(6, 32)
         chex.assert_trees_all_close(one, part, atol=1e-6)
         chex.assert_trees_all_equal(other, part)
-    centre = layers.positions(3, 2, 32, size=8, base=4)
-    again = layers.positions(3, 2, 32, size=8, base=4, place=jnp.array([[2, 3]]))
+    centre = position_table.positions(3, 2, 32, size=8, base=4)
+    again = position_table.positions(
+        3, 2, 32, size=8, base=4, place=jnp.array([[2, 3]])
+    )
     chex.assert_trees_all_close(again[0], centre, atol=1e-6)
 
 
@@ -220,7 +223,9 @@ def test_the_papers_table(side):
     frequency = 10000.0 ** -(np.arange(8) / 8)
     angle = places[:, None] * frequency
     rows = np.concatenate([np.sin(angle), np.cos(angle)], 1)
-    found = layers.positions(most, 2, 32, size=most, base=s).reshape(most, 2, 32)
+    found = position_table.positions(most, 2, 32, size=most, base=s).reshape(
+        most, 2, 32
+    )
     chex.assert_trees_all_close(found[:, 0, 16:], rows.astype(np.float32), atol=1e-5)
 
 

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.models.t5 import ByteTower, T5Stack, relative_buckets, words
 from sd3_jax.weights import components
 

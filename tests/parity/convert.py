@@ -4,8 +4,8 @@ import jax
 import numpy as np
 
 from sd3_jax import tree
-from sd3_jax.parity.miniature import randomise  # noqa: F401
-from sd3_jax.weights import names
+from sd3_jax.tools.parity.miniature import randomise  # noqa: F401
+from sd3_jax.weights import key_mapping
 
 
 def from_torch(variables, table, state_dict, layout="diffusers", ignore=()):
@@ -14,7 +14,7 @@ def from_torch(variables, table, state_dict, layout="diffusers", ignore=()):
         lambda x: np.full(x.shape, np.nan, np.float32), tree.unbox(variables)
     )
     unused = set(state_dict) - set(ignore)
-    for piece in names.pieces(leaves, table, layout):
+    for piece in key_mapping.pieces(leaves, table, layout):
         if piece.key is None:
             part = piece.fill()
         else:

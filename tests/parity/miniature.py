@@ -6,8 +6,8 @@ from pathlib import Path
 
 import transformers
 
-from sd3_jax.parity import tiny_tokenizers
-from sd3_jax.parity.miniature import (  # noqa: F401
+from sd3_jax.tools.parity import tiny_tokenizers
+from sd3_jax.tools.parity.miniature import (  # noqa: F401
     KINDS,
     clip,
     pipeline,

@@ -16,7 +16,7 @@ import torch
 from parity import convert, miniature
 
 import sd3_jax
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.weights.components import COMPONENTS
 
@@ -178,7 +178,7 @@ def test_a_file_as_it_is_published(tmp_path):
 
 def test_encoders_in_files_of_their_own(tmp_path):
     """With the prefix of the whole file, which tells miniature CLIPs from each other;
-    the published ones are told by their width (tests/weights/test_single.py)."""
+    the published ones are told by their width (tests/weights/test_single_file.py)."""
     whole = single(tmp_path)
     state = safetensors.torch.load_file(whole)
     files = []

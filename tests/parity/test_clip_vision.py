@@ -12,12 +12,12 @@ from parity import convert, miniature
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from sd3_jax import sharding
 from sd3_jax.data import clip_images
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.pipelines import clip
-from sd3_jax.weights import clip as weights
-from sd3_jax.weights import components, names
+from sd3_jax.evaluation import clip_embedder
+from sd3_jax.weights import clip_keys as weights
+from sd3_jax.weights import components, key_mapping
 
 SIZE = miniature.CLIP_SIZE
 TEXTS = ["a red fox in the rain", "Foxes, 3 of them!", ""]
@@ -39,7 +39,7 @@ def theirs(folder):
 
 
 def test_both_towers_embed_as_theirs(folder):
-    ours, wanted = clip.load(str(folder), rows=1), theirs(folder)
+    ours, wanted = clip_embedder.load(str(folder), rows=1), theirs(folder)
     processor = CLIPImageProcessorPil.from_pretrained(folder)
     x = processor([Image.fromarray(p) for p in pictures()], return_tensors="pt")
     with torch.inference_mode():
@@ -64,7 +64,7 @@ def test_pictures_are_prepared_as_by_their_processor(folder):
 
 
 def folder_of(path):
-    return clip.epath.Path(path)
+    return clip_embedder.epath.Path(path)
 
 
 def test_a_file_alone_is_read_as_openais(folder, tmp_path):
@@ -73,9 +73,9 @@ def test_a_file_alone_is_read_as_openais(folder, tmp_path):
         (folder / "model.safetensors").read_bytes()
     )
     with pytest.raises(UserError, match="width 48.*config.json"):
-        clip.load(str(tmp_path / "model.safetensors"))
+        clip_embedder.load(str(tmp_path / "model.safetensors"))
     with pytest.raises(UserError, match="no config.json"):
-        clip.load(str(tmp_path))
+        clip_embedder.load(str(tmp_path))
 
 
 def test_a_tower_that_is_missing_is_named(folder, tmp_path):
@@ -87,11 +87,11 @@ def test_a_tower_that_is_missing_is_named(folder, tmp_path):
     with pytest.raises(
         UserError, match="vision tower: num_hidden_layers = 3: wanted 2"
     ):
-        clip.load(str(tmp_path))
+        clip_embedder.load(str(tmp_path))
     config["vision_config"].update(num_hidden_layers=2, image_size=35)
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match="position_embedding.*wanted"):
-        clip.load(str(tmp_path))
+        clip_embedder.load(str(tmp_path))
     (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": false}')
     with pytest.raises(UserError, match="do_center_crop"):
         clip_images.preparation(folder_of(tmp_path), SIZE)
@@ -116,7 +116,7 @@ def test_full_size_is_theirs_one_to_one():
     for name, component in weights.TOWERS.items():
         module = component.build(configs[name], jnp.float32)
         shapes = components.abstract(component, module, configs[name], mesh, "float32")
-        pieces = names.pieces(shapes, component.table(module), "diffusers")
+        pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
         found |= {piece.key: piece.file_shape for piece in pieces}
         count += sum(x.size for x in jax.tree.leaves(shapes))
         tensors = {k: torch.empty(v, device="meta") for k, v in found.items()}

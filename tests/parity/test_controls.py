@@ -17,10 +17,10 @@ from PIL import Image
 import sd3_jax
 from sd3_jax import main
 from sd3_jax.errors import UserError
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.pipelines import request
-from sd3_jax.pipelines.bundle import ControlBundle
-from sd3_jax.pipelines.prompts import Conditioning
+from sd3_jax.sampling import arguments
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling.bundle import ControlBundle
+from sd3_jax.sampling.prompts import Conditioning
 
 KIND = "sd35_large"
 SIZE = dict(height=32, width=48)
@@ -92,7 +92,7 @@ def wanted_hint(theirs, processor, picture):
 
 def hint(bundle, net, image, **options):
     control = sd3_jax.ControlInput(net, image, **options)
-    _, arrays = request.controls_of(bundle, [control], GRID, SHAPE, 1, 1)
+    _, arrays = arguments.controls_of(bundle, [control], GRID, SHAPE, 1, 1)
     return np.asarray(arrays[0][1])
 
 
@@ -274,7 +274,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
 )
 def test_controls_that_are_refused(options, said, bundle, net):
     control = sd3_jax.ControlInput(net, HINT)._replace(**options)
-    refused(said, request.controls_of, bundle, [control], GRID, SHAPE, 1, 1)
+    refused(said, arguments.controls_of, bundle, [control], GRID, SHAPE, 1, 1)
 
 
 def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
@@ -282,15 +282,15 @@ def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
     other = sd3_jax.load_control(str(tmp_path), bundle)
     both = [sd3_jax.ControlInput(x, ZEROS) for x in (net, other)]
     said = "ControlNets of 2, 3 layers together: wanted equally many"
-    refused(said, request.controls_of, bundle, both, GRID, SHAPE, 1, 1)
+    refused(said, arguments.controls_of, bundle, both, GRID, SHAPE, 1, 1)
     foreign = ControlBundle(other.module.clone(width=128), {}, other.config)
     alone = [sd3_jax.ControlInput(foreign, ZEROS)]
     said = "control 0: a joint ControlNet that is not of this denoiser"
-    refused(said, request.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
+    refused(said, arguments.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
     large = (4, 50, 16)  # beyond a table of 24 positions
     control = [sd3_jax.ControlInput(other, np.zeros((1, *large), np.float32))]
     said = "control 0: the ControlNet's pictures have 384 pixels a side at most"
-    refused(said, request.controls_of, bundle, control, GRID, large, 1, 1)
+    refused(said, arguments.controls_of, bundle, control, GRID, large, 1, 1)
 
 
 COND = Conditioning(np.zeros((1, 80, 160), np.float32), np.zeros((1, 128), np.float32))

@@ -13,14 +13,14 @@ import safetensors.torch
 import torch
 from parity import miniature
 
-from sd3_jax import main, sharding
+from sd3_jax import main
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import leaves
-from sd3_jax.models.leaves import LowRank
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.training import lora
-from sd3_jax.weights import adapters
-from sd3_jax.weights import lora as files
+from sd3_jax.params import lora, parametrization
+from sd3_jax.params.parametrization import LowRank
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.weights import lora_files as files
+from sd3_jax.weights import lora_formats
 
 KIND = "sd35_medium"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "norm_out.linear"]
@@ -110,7 +110,7 @@ def test_ours_of_all_linear_layers_in_diffusers(bundle, base, theirs, mesh, tmp_
     again = loaded(mesh, f"{file}=1.0")
     agree(again.velocity(*inputs()), wanted, base)
     trained = lora.merge(params, made, alpha=6.0)
-    found = leaves.arrays(again.variables["denoiser"]["params"])
+    found = parametrization.arrays(again.variables["denoiser"]["params"])
     chex.assert_trees_all_close(found, trained, atol=1e-6)
 
 
@@ -170,7 +170,7 @@ def some(name="transformer.transformer_blocks.0.attn.to_q", rank=2, d=64):
 
 
 def tree_of(path, bundle):
-    pairs = adapters.read(path)["denoiser"]
+    pairs = lora_formats.read(path)["denoiser"]
     params = bundle.variables["denoiser"]["params"]
     return files.load(pairs, "denoiser", bundle.modules["denoiser"], params)
 
@@ -224,7 +224,7 @@ def test_text_encoders_as_transformers_and_peft_have_them(mesh, tmp_path):
         f"{name}.{k}": v for name in names for k, v in dict(r=3, lora_alpha=8).items()
     }
     path = tmp_path / "text.safetensors"
-    saved(path, tensors, {adapters.METADATA: json.dumps(told)})
+    saved(path, tensors, {lora_formats.METADATA: json.dumps(told)})
     found = loaded(mesh, str(path), only=("denoiser", "clip_l", "clip_g"))
     for name, (after, before) in zip(("clip_l", "clip_g"), wanted):
         run = jax.jit(found.modules[name].apply)
@@ -241,7 +241,7 @@ def test_weights_add_up_and_count_in_the_fingerprint(bundle, mesh, tmp_path):
     b = files.save(tmp_path / "b", {"denoiser": two}, parts)
     both = loaded(mesh, f"{a}=0.5", f"{b}=-2").variables["denoiser"]["params"]
     merged = lora.merge(lora.merge(params, one, weight=0.5), two, weight=-2.0)
-    chex.assert_trees_all_close(leaves.arrays(both), merged, atol=1e-6)
+    chex.assert_trees_all_close(parametrization.arrays(both), merged, atol=1e-6)
     prints = {loaded(mesh, f"{a}={weight}").fingerprint() for weight in (0.5, 0.6)}
     assert len(prints) == 2
 
@@ -290,7 +290,7 @@ FIRST = "transformer.transformer_blocks.0.attn."
 )
 def test_what_is_no_lora_of_ours(tensors, told, said, bundle, tmp_path):
     path = saved(
-        tmp_path / "x.safetensors", tensors, {adapters.METADATA: json.dumps(told)}
+        tmp_path / "x.safetensors", tensors, {lora_formats.METADATA: json.dumps(told)}
     )
     with pytest.raises(UserError) as caught:
         tree_of(path, bundle)

@@ -11,7 +11,7 @@ from diffusers import SD3Transformer2DModel
 from parity import convert
 
 from sd3_jax.models.mmdit import MMDiT
-from sd3_jax.weights import mmdit
+from sd3_jax.weights import mmdit_keys
 
 KINDS = {
     "sd3_medium": dict(),
@@ -51,7 +51,7 @@ def pair(request):
     shapes = jax.eval_shape(ours.init, jax.random.key(0), *inputs())
     shapes["buffers"] = {"pos_embed": jax.ShapeDtypeStruct(table.shape, jnp.float32)}
     state = theirs.state_dict()
-    return theirs, ours, convert.from_torch(shapes, mmdit.table(ours), state)
+    return theirs, ours, convert.from_torch(shapes, mmdit_keys.table(ours), state)
 
 
 def inputs(b=2):
@@ -141,7 +141,7 @@ def test_epsilon_of_the_norms(pair):
     small = SD3Transformer2DModel.from_config(theirs.config).eval()
     small.load_state_dict(state)
     wanted = run_theirs(small, *inputs())
-    weights = convert.from_torch(variables, mmdit.table(ours), state)
+    weights = convert.from_torch(variables, mmdit_keys.table(ours), state)
     assert convert.error(run(ours, weights, *inputs()), wanted) < 1e-4
 
 

@@ -16,13 +16,13 @@ from etils import epath
 from parity import convert, miniature
 from transformers import CLIPTextModelWithProjection
 
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import lora
-from sd3_jax.pipelines import adapters as given
-from sd3_jax.pipelines import bundle as bundles
-from sd3_jax.weights import adapters, names
-from sd3_jax.weights import lora as files
+from sd3_jax.params import lora
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import lora_adapters as given
+from sd3_jax.weights import key_mapping, lora_formats
+from sd3_jax.weights import lora_files as files
 from sd3_jax.weights.components import COMPONENTS
 
 KIND = "sd35_medium"
@@ -56,7 +56,7 @@ def adapted(model, **options):
 
 
 def loaded(path, bundle, name="denoiser"):
-    pairs = adapters.read(path)
+    pairs = lora_formats.read(path)
     assert list(pairs) == [name]
     params = bundle.variables[name]["params"]
     found = files.load(pairs[name], name, bundle.modules[name], params)
@@ -66,7 +66,7 @@ def loaded(path, bundle, name="denoiser"):
 def agree(merged, state, bundle, name="denoiser"):
     variables = bundle.variables[name] | {"params": merged}
     table = COMPONENTS[name].table(bundle.modules[name])
-    keys = {p.key for p in names.pieces(variables, table, "diffusers")}
+    keys = {p.key for p in key_mapping.pieces(variables, table, "diffusers")}
     rest = set(state) - keys
     assert all("position_ids" in key for key in rest)
     wanted = convert.from_torch(variables, table, state, ignore=rest)["params"]
@@ -92,7 +92,9 @@ def test_a_folder_of_peft(options, bundle, tmp_path):
     params = bundle.variables["denoiser"]["params"]
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), merged, params)
     assert max(jax.tree.leaves(moved)) > 0.1
-    file = tmp_path / adapters.PEFT_FILE  # by its own path, and with PEFT's names left
+    file = (
+        tmp_path / lora_formats.PEFT_FILE
+    )  # by its own path, and with PEFT's names left
     jax.tree.map(np.testing.assert_array_equal, loaded(file, bundle), merged)
     named = {
         re.sub(r"(lora_[AB])", r"\1.default", key): x
@@ -123,13 +125,13 @@ def test_the_width_tells_the_clips_apart(tmp_path):
             tensors[f"{module}.{key}.lora_A.weight"] = torch.ones(8, inputs)
             tensors[f"{module}.{key}.lora_B.weight"] = torch.ones(outputs, 8)
         folder(tmp_path, tensors)
-        assert list(adapters.read(tmp_path)) == [name]
+        assert list(lora_formats.read(tmp_path)) == [name]
 
 
 def folder(path, tensors, config=None):
     path.mkdir(exist_ok=True)
-    safetensors.torch.save_file(tensors, path / adapters.PEFT_FILE)
-    (path / adapters.PEFT_CONFIG).write_text(json.dumps(config or {}))
+    safetensors.torch.save_file(tensors, path / lora_formats.PEFT_FILE)
+    (path / lora_formats.PEFT_CONFIG).write_text(json.dumps(config or {}))
     return path
 
 
@@ -170,7 +172,7 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
     ],
 )
 def test_options_that_are_refused(config, said, tmp_path):
-    refused(said, adapters.read, folder(tmp_path, pair(), config))
+    refused(said, lora_formats.read, folder(tmp_path, pair(), config))
 
 
 def refused(said, function, *args):
@@ -200,35 +202,35 @@ WORDS = "base_model.model.text_model.embeddings.token_embedding"
     ],
 )
 def test_tensors_that_are_refused(tensors, said, tmp_path):
-    refused(said, adapters.read, folder(tmp_path, tensors))
+    refused(said, lora_formats.read, folder(tmp_path, tensors))
 
 
 def test_folders_that_are_refused(tmp_path):
     alone = folder(tmp_path / "alone", pair())
-    (alone / adapters.PEFT_CONFIG).unlink()
-    refused("wanted adapter_config.json beside it", adapters.read, alone)
+    (alone / lora_formats.PEFT_CONFIG).unlink()
+    refused("wanted adapter_config.json beside it", lora_formats.read, alone)
     both = folder(tmp_path / "both", pair())
-    safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / adapters.FILE)
-    refused("name one of the two", adapters.read, both)
+    safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / lora_formats.FILE)
+    refused("name one of the two", lora_formats.read, both)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_model.bin").write_bytes(b"PK\x03\x04")
-    refused("is a pickle", adapters.read, pickled)
+    refused("is a pickle", lora_formats.read, pickled)
     folder(tmp_path / "outer", pair())
-    refused(f"name {tmp_path / 'alone'}", adapters.read, outer(tmp_path))
+    refused(f"name {tmp_path / 'alone'}", lora_formats.read, outer(tmp_path))
     folder(tmp_path / "text", pair())
-    (tmp_path / "text" / adapters.PEFT_CONFIG).write_text("{")
-    refused("adapter_config.json: not JSON", adapters.read, tmp_path / "text")
+    (tmp_path / "text" / lora_formats.PEFT_CONFIG).write_text("{")
+    refused("adapter_config.json: not JSON", lora_formats.read, tmp_path / "text")
 
 
 def outer(path):
-    (path / "alone" / adapters.PEFT_CONFIG).write_text("{}")
+    (path / "alone" / lora_formats.PEFT_CONFIG).write_text("{}")
     return path
 
 
 def test_a_hub_name_brings_the_configuration_too(tmp_path, monkeypatch):
     def resolve(source, wanted, *, what):
-        assert source == "owner/name" and adapters.PEFT_CONFIG in wanted
+        assert source == "owner/name" and lora_formats.PEFT_CONFIG in wanted
         return folder(tmp_path, pair())
 
     monkeypatch.setattr(given.sources, "resolve", resolve)
@@ -252,7 +254,7 @@ def kohya(bundle, modules, rank=4, alpha=2.0):
     """A file by sd-scripts' rules for maps of the original file, and the deltas."""
     variables = bundle.variables["denoiser"]
     table = COMPONENTS["denoiser"].table(bundle.modules["denoiser"])
-    pieces = names.pieces(variables, table, "original")
+    pieces = key_mapping.pieces(variables, table, "original")
     deltas = {p.key: torch.zeros(p.file_shape) for p in pieces}
     draw, tensors = torch.Generator().manual_seed(0), {}
     for module in modules:

@@ -13,8 +13,9 @@ from diffusers.pipelines import stable_diffusion_3 as theirs
 from parity import convert, miniature
 
 import sd3_jax
-from sd3_jax import errors, sharding
-from sd3_jax.pipelines.prompts import Conditioning
+from sd3_jax import errors
+from sd3_jax.distributed import sharding
+from sd3_jax.sampling.prompts import Conditioning
 
 PROMPTS = ["a red fox in the rain", "Red! FOX, the 2nd"]
 SECOND = ["the fox", "a fox in red"]

@@ -8,10 +8,11 @@ import pytest
 from parity import miniature
 
 import sd3_jax
-from sd3_jax import main, sharding
+from sd3_jax import main
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import leaves, lora, quantized
-from sd3_jax.weights import stream
+from sd3_jax.params import lora, parametrization, quantization
+from sd3_jax.weights import sharded_load
 
 BOTH = {"denoiser": "int8", "t5": "int8"}
 FOLDER = "sd35_medium"  # of all kinds of blocks
@@ -47,9 +48,9 @@ def test_what_streams_in_is_what_the_arrays_would_become(plain, eight):
         wanted = variables
         if name in BOTH:
             wanted = variables | {
-                "params": quantized.quantized(variables["params"], "int8")
+                "params": quantization.quantized(variables["params"], "int8")
             }
-            paths = quantized.chosen(variables["params"])
+            paths = quantization.chosen(variables["params"])
             assert len(paths) == (29 if name == "denoiser" else 4), paths
         same(eight.variables[name], wanted)
     assert eight.quantize == BOTH and "t5 int8" in repr(eight)
@@ -58,16 +59,16 @@ def test_what_streams_in_is_what_the_arrays_would_become(plain, eight):
 
 def test_no_more_is_made_than_a_tensor_and_what_stays(monkeypatch):
     """Buffers of a whole leaf are of eight bits from the start."""
-    made, original = [], stream._aligned
+    made, original = [], sharded_load._aligned
 
     def listen(shape, dtype):
         made.append((tuple(shape), np.dtype(dtype).itemsize))
         return original(shape, dtype)
 
-    monkeypatch.setattr(stream, "_aligned", listen)
+    monkeypatch.setattr(sharded_load, "_aligned", listen)
     bundle = load(quantize=BOTH, dtype="bfloat16")
     for name in BOTH:
-        for path in quantized.chosen(bundle.variables[name]["params"]):
+        for path in quantization.chosen(bundle.variables[name]["params"]):
             kernel = lora.kernels(bundle.variables[name]["params"])[path]
             if path[0] == "last_block":  # final_adaln has the shape of one of them
                 continue
@@ -95,7 +96,7 @@ def test_pictures_are_near(plain, eight):
 def test_what_is_saved_is_what_it_computes_with(eight, tmp_path):
     sd3_jax.save(eight, tmp_path / "saved", "diffusers")
     again = load(tmp_path / "saved")
-    made = leaves.arrays(eight.variables["denoiser"])
+    made = parametrization.arrays(eight.variables["denoiser"])
     same(again.variables["denoiser"], made)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from parity import convert, miniature
 
-from sd3_jax.weights import components, text
+from sd3_jax.weights import components, text_keys
 
 KINDS = {"clip_l": ("quick_gelu", 2), "clip_g": ("gelu", 3)}
 
@@ -24,7 +24,7 @@ def build(name, theirs, **changes):
 
 
 def ignored(state):
-    return [key for key in state if key.endswith(text.IGNORED)]
+    return [key for key in state if key.endswith(text_keys.IGNORED)]
 
 
 def clip_ids(b=3):

@@ -10,10 +10,10 @@ import torch
 from parity import convert, miniature
 from parity.test_vae import SIZES, nchw, nhwc, variables
 
-from sd3_jax import sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.models import vae
-from sd3_jax.pipelines import tiles
-from sd3_jax.pipelines.bundle import Bundle
+from sd3_jax.sampling import tiling
+from sd3_jax.sampling.bundle import Bundle
 
 # In latents. Tiles are 8 wide, one every 6: of 13 the last is 1 and that before it 7.
 SHAPES = {
@@ -68,14 +68,14 @@ def around(network, tiled, x, factor, channels):
 def test_the_moments(theirs, shape):
     x = draw(shape, 3, factor=8)
     wanted = nhwc(theirs.encode(nchw(x)).latent_dist.parameters)
-    got = around(theirs.encoder, tiles.encode, x, 1 / 8, 32)
+    got = around(theirs.encoder, tiling.encode, x, 1 / 8, 32)
     assert convert.error(got, wanted) < 1e-6
 
 
 def test_the_decoded_image(theirs, shape):
     z = draw(shape, 16)
     wanted = nhwc(theirs.decode(nchw(z)).sample)
-    got = around(theirs.decoder, tiles.decode, z, 8, 3)
+    got = around(theirs.decoder, tiling.decode, z, 8, 3)
     assert convert.error(got, wanted) < 1e-6
 
 
@@ -100,11 +100,11 @@ def test_what_is_local_does_not_change(overlap):
     """By tiles of ten latents, of which none, three or seven overlap."""
     x = draw((13, 23), 3)
     run = lambda x: x.repeat(2, axis=1).repeat(2, axis=2)
-    tiled = jax.jit(lambda x: tiles.decode(run, x, tile=20, factor=2, overlap=overlap))
+    tiled = jax.jit(lambda x: tiling.decode(run, x, tile=20, factor=2, overlap=overlap))
     np.testing.assert_allclose(tiled(x), run(x), atol=1e-6)
 
 
-@pytest.mark.parametrize("tiled", [tiles.encode, tiles.decode])
+@pytest.mark.parametrize("tiled", [tiling.encode, tiling.decode])
 def test_tiles_that_cannot_be(tiled):
     run = functools.partial(tiled, lambda x: x, draw((16, 16), 3), factor=8)
     with pytest.raises(ValueError, match="^tile 100: wanted a multiple of 8$"):

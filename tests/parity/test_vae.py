@@ -10,7 +10,7 @@ import torch
 from parity import convert, miniature
 
 from sd3_jax.models import vae
-from sd3_jax.weights import vae as table_of_vae
+from sd3_jax.weights import vae_keys as table_of_vae
 
 SIZES = dict(channels=(32, 32, 64, 64), layers=1, groups=32, dtype=jnp.float32)
 

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from sd3_jax import sharding, tree
+from sd3_jax import tree
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import leaves
 from sd3_jax.models.clip import ClipText
 from sd3_jax.models.denoisers import DENOISERS
-from sd3_jax.models.ends import Modulation
 from sd3_jax.models.layers import Dense, Mlp, modulate
-from sd3_jax.models.leaves import LowRank
-from sd3_jax.models.lora import kernels, layout
 from sd3_jax.models.mmdit import Projections
-from sd3_jax.models.stack import scanned
+from sd3_jax.models.scan import scanned
 from sd3_jax.models.t5 import ByteTower
-from sd3_jax.training import lora
+from sd3_jax.models.token_io import Modulation
+from sd3_jax.params import lora, parametrization
+from sd3_jax.params.lora import kernels, layout
+from sd3_jax.params.parametrization import LowRank
 
 SIZES = dict(depth=4, width=32, num_heads=2, dtype=jnp.float32)
 ARGS = (jnp.ones((2, 8, 8, 16)), jnp.ones(2), jnp.ones((2, 6, 24)), jnp.ones((2, 12)))
@@ -130,7 +130,7 @@ def test_several_add_up(params):
     one, two = random_lora(params, 2, "attn"), random_lora(params, 3, "to_qkv|mlp")
     both = lora.attach(lora.attach(params, one, weight=0.7), two, alpha=1.0)
     merged = lora.merge(lora.merge(params, one, weight=0.7), two, alpha=1.0)
-    chex.assert_trees_all_close(leaves.arrays(both), merged, atol=1e-6)
+    chex.assert_trees_all_close(parametrization.arrays(both), merged, atol=1e-6)
     close(velocity(both), velocity(merged), 1e-5)
 
 

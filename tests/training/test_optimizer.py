@@ -11,13 +11,14 @@ import pytest
 from flax import linen as nn
 
 from configs import digits
-from sd3_jax import sharding, tree
-from sd3_jax.jobs import assemble
+from sd3_jax import tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.checkpoints.manager import Checkpoints, _described
+from sd3_jax.config.validation import OPTIMIZERS
+from sd3_jax.distributed import sharding
 from sd3_jax.training import optimizer
-from sd3_jax.training.checkpoint import Checkpoints, _described
 from sd3_jax.training.state import abstract_state, init_state
 from sd3_jax.training.step import make_train_step
-from sd3_jax.validate import OPTIMIZERS
 
 OPTIM = dict(
     lr=1e-2, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.1, clip=1.0,
@@ -179,7 +180,7 @@ def test_muons_other_leaves_have_plain_adam():
 
 
 def test_what_muon_leaves_of_the_digits_model_is_what_the_docs_say():
-    init = assemble.parts(digits.get_config()).objective.init
+    init = model_parts.parts(digits.get_config()).objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))
     labels = jax.tree_util.tree_leaves_with_path(optimizer._muon_labels(shapes))
     left = {

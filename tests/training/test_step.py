@@ -10,8 +10,9 @@ import optax
 import pytest
 
 from sd3_jax.training import optimizer
+from sd3_jax.training.ema import moving_average
 from sd3_jax.training.state import init_state
-from sd3_jax.training.step import make_train_step, moving_average
+from sd3_jax.training.step import make_train_step
 
 OPTIM = dict(
     name="adamw", lr=1e-2, b1=0.9, b2=0.99, eps=1e-8, weight_decay=0.0, clip=1.0,

@@ -8,9 +8,9 @@ import torch
 import transformers
 from diffusers.loaders import single_file_utils
 
-from sd3_jax import sharding
-from sd3_jax.weights import components, names, text
-from sd3_jax.weights.released import CONFIGS
+from sd3_jax.distributed import sharding
+from sd3_jax.weights import components, key_mapping, text_keys
+from sd3_jax.weights.encoder_configs import CONFIGS
 
 COUNTS = {
     "sd3_medium": 2_028_328_000,
@@ -68,7 +68,7 @@ def model(request):
 
 
 def shapes_of(component, module, ours, layout):
-    pieces = names.pieces(ours, component.table(module), layout)
+    pieces = key_mapping.pieces(ours, component.table(module), layout)
     keys = [piece.key for piece in pieces if piece.key is not None]
     assert len(keys) == len(set(keys))
     return {p.key: torch.Size(p.file_shape) for p in pieces if p.key is not None}
@@ -76,7 +76,9 @@ def shapes_of(component, module, ours, layout):
 
 def test_the_diffusers_layout_is_ours_one_to_one(model):
     name, component, module, _, theirs, ours = model
-    wanted = {k: v.shape for k, v in theirs.items() if not k.endswith(text.IGNORED)}
+    wanted = {
+        k: v.shape for k, v in theirs.items() if not k.endswith(text_keys.IGNORED)
+    }
     assert shapes_of(component, module, ours, "diffusers") == wanted
     assert sum(x.size for x in jax.tree.leaves(ours["params"])) == COUNTS[name]
 
@@ -93,7 +95,9 @@ def test_the_original_layout_by_the_way_diffusers_reads_it(model):
         read = single_file_utils.convert_ldm_vae_checkpoint
         found = read({f"first_stage_model.{k}": v for k, v in tensors.items()}, config)
     else:  # transformers' own names, without CLIP-L's projection
-        wanted = {k: v.shape for k, v in theirs.items() if not k.endswith(text.IGNORED)}
+        wanted = {
+            k: v.shape for k, v in theirs.items() if not k.endswith(text_keys.IGNORED)
+        }
         if name == "clip_l":
             del wanted["text_projection.weight"]
         assert original == wanted

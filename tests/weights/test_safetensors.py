@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from safetensors import numpy as library
 
 from sd3_jax.errors import UserError
-from sd3_jax.pipelines import sources
-from sd3_jax.weights import safetensors
+from sd3_jax.weights import safetensors, sources
 from sd3_jax.weights.safetensors import Entry, open_file, open_folder
 
 ARRAYS = {

@@ -1,0 +1,277 @@
+"""What training starts from, and what of it trains: config.tune."""
+
+import logging
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import tree
+from sd3_jax.assembly import compatibility
+from sd3_jax.checkpoints.manager import restore_params, saved_config, saved_data
+from sd3_jax.distributed import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.params import lora
+from sd3_jax.params import lora as lora_model
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import lora_adapters
+from sd3_jax.training import finetuning
+from sd3_jax.training.finetuning import Tuning
+from sd3_jax.training.objectives import Objective
+from sd3_jax.weights import lora_files, sources
+from sd3_jax.weights import lora_formats as adapter_files
+
+log = logging.getLogger(__name__)
+CHECKPOINTS = "checkpoints"  # in a workdir
+PLAIN = dict(base="", method="full", objective="flow", prior=0.0)
+# What the denoiser of released weights fixes, and the recipe has to agree with.
+SHAPE = (
+    *("depth", "width", "num_heads", "patch", "channels", "qk_norm", "dual_blocks"),
+    *("weight_sets", "mlp_ratio"),
+)
+
+
+def made(config: ConfigDict, objective: Objective) -> Tuning:
+    """What config.tune means for an objective."""
+    tune = config.tune
+    if not tune.base:
+        require_base(config)
+        one = finetuning.plain(objective)
+    elif tune.method == "full":
+        bytewise = config.text.name == "bytes" and tune.text
+        one = finetuning.full(
+            objective, text=bytewise, reference=tune.objective == "dpo"
+        )
+    else:
+        shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
+        lora.chosen(tree.unbox(shapes), tune.targets)  # a mistake is told of
+        one = finetuning.low_rank(
+            objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
+        )
+    if tune.objective == "dpo":
+        about = dict(beta=tune.beta, weight=tune.weight)
+        return finetuning.preferring(one, objective, **about)
+    if tune.prior:
+        last = max(1, len(config.data.records) - 1)
+        return finetuning.preserving(one, objective, weight=tune.prior, last=last)
+    return one
+
+
+def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
+    """What a run began with."""
+    saved = saved_config(epath.Path(workdir) / CHECKPOINTS, step)
+    return saved.get("tune", {}).get("base", "")
+
+
+def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
+    """The folder of a run's checkpoints and the step, None for the newest.
+
+    `base` is the run's workdir, or WORKDIR/checkpoints/STEP. The folder of released
+    weights does not exist.
+    """
+    path = epath.Path(base).expanduser()
+    if path.parent.name == CHECKPOINTS and path.name.isdecimal():
+        return path.parent, int(path.name)
+    return path / CHECKPOINTS, None
+
+
+def base_encoders(config: ConfigDict) -> dict[str, str]:
+    """Fingerprints of the encoders that another run, the base, was trained with."""
+    if not config.tune.base:
+        return {}
+    folder, step = checkpoint_of(config.tune.base)
+    return saved_data(folder, step).get("encoders", {}) if folder.is_dir() else {}
+
+
+def require_base(config: ConfigDict) -> None:
+    for key, value, plain in (
+        ("method", config.tune.method, "full"),
+        ("objective", config.tune.objective, "flow"),
+    ):
+        if value != plain:
+            raise UserError(
+                f'config.tune.{key} = "{value}": wanted config.tune.base, released'
+                f' weights or another run\'s workdir, to start from; or "{plain}"'
+            )
+
+
+def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: Mesh):
+    """The base's parameters in their shardings, {} without one: a tree of "denoiser",
+    "text" and, of released weights, "buffers"."""
+    base = config.tune.base
+    if not base:
+        return {}
+    beside = config.tune.method == "lora"
+    dtype = config.model.dtype if beside else "float32"
+    folder, step = checkpoint_of(base)
+    if not folder.is_dir():
+        return released(config, denoiser, mesh, dtype)
+    saved = saved_config(folder, step)
+    if rows := compatibility.differing(saved, config):
+        raise UserError(
+            f"config.tune.base = {base}: was trained with other settings:"
+            f" {compatibility.spelled(rows)}"
+        )
+    params, step = restored(
+        config, objective, denoiser, folder, mesh, which="ema", step=step
+    )
+    log.info("starts from step %d of %s", step, base)
+    return jax.tree.map(lambda x: x.astype(dtype), params)
+
+
+def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
+    base = config.tune.base
+    try:
+        bundle = bundles.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
+    except UserError as error:
+        raise UserError(f"config.tune.base: {error}") from None
+    theirs = bundle.part("denoiser")
+    pairs = {name: (getattr(theirs, name), getattr(denoiser, name)) for name in SHAPE}
+    if wrong := [name for name, (a, b) in pairs.items() if a != b]:
+        told = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in wrong)
+        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in wrong)
+        raise UserError(f"config.tune.base = {base}: {told}; wanted {keys}")
+    variables = bundle.variables["denoiser"]
+    found = {"denoiser": variables["params"], "text": {}}
+    if "buffers" in variables:
+        found["buffers"] = variables["buffers"]
+    return found
+
+
+def restored(
+    config: ConfigDict,
+    objective: Objective,
+    denoiser: nn.Module,
+    folder: epath.Path,
+    mesh: Mesh,
+    *,
+    which: str,
+    step: int | None = None,
+) -> tuple[dict, int]:
+    """A checkpoint's weights, with those that it was trained beside, and its step.
+
+    What was trained, and from what, the checkpoint knows better than `config`.
+    """
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
+    one = made(config, objective)
+    params, step = restore_params(
+        folder, abstract(one.init, mesh), which=which, step=step
+    )
+    frozen = one.kept(start(config, denoiser, objective, mesh))
+    return one.whole(params, frozen), step
+
+
+def initial_adapter(config: ConfigDict, parts) -> dict:
+    """What config.tune.lora holds, as arrays on the host, {} without one.
+
+    UserError unless all of it is for the denoiser's maps that train, at their rank.
+    """
+    source, rank = config.tune.lora, config.tune.rank
+    if not source:
+        return {}
+    where = f"config.tune.lora = {source}"
+    path, weight = lora_adapters.named(source)
+    try:
+        path = sources.resolve(path, adapter_files.WANTED, what="LoRA")
+        pairs = adapter_files.read(path)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    if others := sorted(set(pairs) - {"denoiser"}):
+        raise UserError(f"{where}: adapts {others[0]}; wanted the denoiser alone")
+    if not isinstance(parts.denoiser, MMDiT):
+        name = config.model.name
+        raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
+    ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
+    if ranks != [rank]:
+        wanted = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
+        listed = ", ".join(map(str, ranks))
+        raise UserError(
+            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {wanted}"
+        )
+    init = parts.objective.init
+    shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]
+    loaded = lora_files.load(
+        pairs["denoiser"], "denoiser", parts.denoiser, shapes, weight=weight
+    )
+    trained = lora.chosen(shapes, config.tune.targets)
+    of_file = [module for module, _ in lora_model.modules(loaded, "a")]
+    if others := ["/".join(module) for module in of_file if module not in trained]:
+        raise UserError(
+            f"{where}: adapts {others[0]}, which is not among config.tune.targets ="
+            f' "{config.tune.targets}"; "" are all'
+        )
+    log.info(
+        "%s: %d of %d linear maps start from it", where, len(of_file), len(trained)
+    )
+    scale = config.tune.alpha / rank if config.tune.alpha else 1.0  # as attach has it
+    divide = lambda pair: {"a": pair["a"], "b": pair["b"] / np.float32(scale)}
+    flat = {path: divide(pair) for path, pair in lora_model.modules(loaded, "a")}
+    return {"denoiser": lora_model.nested(flat)}
+
+
+def adapted(params: dict, adapter: dict) -> dict:
+    """A new LoRA's `params` with the adapter's matrices where it has them.
+
+    What of a map the adapter lacks (layers, or one of q, k and v) is zero in it: the
+    new a stays there, since of a and b both zero neither would ever have a gradient.
+    """
+    params = tree.unbox(params)
+    denoiser = lora.started(params["denoiser"], adapter["denoiser"])
+    return params | {"denoiser": denoiser}
+
+
+def save_adapter(
+    config: ConfigDict,
+    denoiser: nn.Module,
+    params: dict,
+    workdir: epath.Path,
+    step: int,
+) -> None:
+    """A LoRA as diffusers loads it, in workdir; nothing of other training."""
+    if not config.tune.base or config.tune.method != "lora":
+        return
+    if not isinstance(denoiser, MMDiT):
+        log.info("diffusers has no layout for %s", type(denoiser).__name__)
+        return
+    path = lora_files.save(
+        workdir,
+        {"denoiser": params["denoiser"]},
+        {"denoiser": denoiser},
+        alpha=config.tune.alpha,
+        facts={"base": str(config.tune.base), "step": str(step)},
+    )
+    log.info("%s: the LoRA of step %d in diffusers' layout", path, step)
+
+
+def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
+    """Shapes of what init gives, with their shardings."""
+    boxed = jax.eval_shape(init, jax.random.key(0))
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        tree.unbox(boxed),
+        sharding.shardings(boxed, mesh),
+    )
+
+
+def identity(base: dict) -> str:
+    """Of the base's weights, for a run that goes on to compare; "" of none."""
+    return tree.fingerprint(base) if base else ""
+
+
+def compare(where: Any, saved: str, given: str) -> None:
+    """UserError if a run goes on beside other weights than it began with."""
+    if saved != given:
+        raise UserError(
+            f"{where} began with other weights: config.tune.base had the fingerprint"
+            f" {saved or 'of none'}, now {given or 'of none'}. Bring those back, or use"
+            " another workdir"
+        )

@@ -1,0 +1,145 @@
+"""From a config to the things it names; below this, nobody sees a config."""
+
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax.assembly import compatibility, examples, finetune_start
+from sd3_jax.checkpoints.manager import saved_config, saved_data
+from sd3_jax.diffusion import formulations, timesteps
+from sd3_jax.diffusion.formulations import Formulation
+from sd3_jax.errors import UserError
+from sd3_jax.models import flops
+from sd3_jax.models.denoisers import DENOISERS
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.models.t5 import ByteTower
+from sd3_jax.params import quantization
+from sd3_jax.sampling import prompts
+from sd3_jax.sampling.latents import AUTOENCODERS, Autoencoder
+from sd3_jax.training import objectives
+
+
+class Parts(NamedTuple):
+    """What a config describes, built; nothing here holds an array."""
+
+    denoiser: nn.Module
+    autoencoder: Autoencoder
+    objective: objectives.Objective
+    formulation: Formulation
+    shape: tuple[int, int, int]  # of one image's latents
+    flops: float  # of one image's forward pass
+    encoders: Mapping[str, str] = MappingProxyType({})  # that weights were trained with
+
+
+def parts(config: ConfigDict) -> Parts:
+    model, autoencoder = denoiser(config.model), AUTOENCODERS[config.image.autoencoder]
+    sides = (config.image.height, config.image.width)
+    shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
+    made = formulation(config.flow)
+    objective = objectives.flow_matching(
+        model,
+        text_model(config),
+        autoencoder,
+        formulation=made,
+        dropout=config.text.dropout,
+        example=examples.nominal(config),
+        random_positions=config.model.pos_crop == "random",
+    )
+    bytewise = config.text.name == "bytes"
+    tokens = config.text.words if bytewise else config.text.length
+    image_flops = flops.forward(
+        model,
+        height=shape[0],
+        width=shape[1],
+        text=tokens,
+        text_dim=config.model.context_dim,
+    )
+    return Parts(model, autoencoder, objective, made, shape, image_flops)
+
+
+def formulation(flow: ConfigDict) -> Formulation:
+    density = timesteps.make(
+        flow.density,
+        mean=flow.mean,
+        std=flow.std,
+        mode_scale=flow.mode_scale,
+        shift=flow.shift,
+    )
+    return formulations.make(flow.path, density)
+
+
+def denoiser(model: ConfigDict) -> nn.Module:
+    kind = DENOISERS[model.name]
+    fields = {k: v for k, v in model.items() if k in kind.__dataclass_fields__}
+    fields["width"] = model.width or 64 * model.depth
+    fields["num_heads"] = model.num_heads or model.depth
+    fields["dtype"] = jnp.dtype(model.dtype)
+    del fields["name"]  # linen's, not ours
+    return kind(**fields)
+
+
+def mmdit(model: ConfigDict, why: str) -> MMDiT:
+    """The denoiser, where it must be the paper's."""
+    if model.name != "mmdit":
+        raise UserError(f'config.model.name = "{model.name}": {why}; wanted "mmdit"')
+    return denoiser(model)
+
+
+def text_model(config: ConfigDict) -> prompts.TextModel:
+    text = config.text
+    if text.name == "precomputed":
+        return prompts.precomputed(
+            length=text.length, context_dim=config.model.context_dim
+        )
+    tower = ByteTower(
+        depth=text.depth,
+        width=text.width,
+        num_heads=text.num_heads,
+        words=text.words,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+        unroll=config.model.unroll,
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    return prompts.trained(tower)
+
+
+def checkpoints(workdir: epath.PathLike) -> epath.Path:
+    return epath.Path(workdir) / finetune_start.CHECKPOINTS
+
+
+def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
+    """Fingerprints of the encoders that a checkpoint was trained with, by part."""
+    return saved_data(checkpoints(workdir), step).get("encoders", {})
+
+
+def trained_params(
+    config: ConfigDict,
+    made: Parts,
+    workdir: str,
+    mesh: Mesh,
+    step: int | None = None,
+    *,
+    exact: bool = False,
+):
+    """A checkpoint's weights, straight into their shardings, and its step: `step`, else
+    config.sample.step, else the newest. Of fine-tuning with those that it trained
+    beside. In eight bits where config.quantize says so, unless they are to be `exact`.
+    """
+    folder, which = checkpoints(workdir), config.sample.weights
+    step = step or config.sample.step or None
+    params, step = finetune_start.restored(
+        config, made.objective, made.denoiser, folder, mesh, which=which, step=step
+    )
+    compatibility.warn(workdir, saved_config(folder, step), config)
+    if config.quantize.denoiser and not exact:
+        kind = quantization.KINDS[config.quantize.denoiser]
+        make = lambda x, axes: quantization.quantize_placed(x, kind, axes)
+        params["denoiser"] = quantization.replaced(params["denoiser"], make)
+    return params, step

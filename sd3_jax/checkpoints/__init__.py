@@ -1,0 +1,1 @@
+"""Steps that are saved whole, and proven so on the way back."""

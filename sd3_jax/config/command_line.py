@@ -1,0 +1,320 @@
+"""The command line: from argv to a job, its checked config and its workdir.
+
+Nothing here imports jax, so help and mistakes are answered at once.
+"""
+
+import ast
+import difflib
+import functools
+import importlib
+import importlib.util
+import json
+import operator
+import os
+import re
+import shlex
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ml_collections import ConfigDict
+
+from sd3_jax.config import input_files
+from sd3_jax.config.recipes import find, make_importable, recipes, summary
+from sd3_jax.config.validation import leaves, validate
+from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
+from sd3_jax.jobs import JOBS
+from sd3_jax.weights.source_names import REMOTE
+
+FLAGS = ("--config", "--workdir", "--help")
+
+
+class Call(NamedTuple):
+    job: str
+    config: ConfigDict  # locked
+    workdir: str
+
+
+def parse(argv: Sequence[str]) -> Call:
+    """Check the whole command line; a UserError says what is wrong with it."""
+    words, flags = split(argv)
+    job, recipe = next(iter(words), None), flags.pop("--config", "")
+    asked, workdir = flags.pop("--help", None), flags.pop("--workdir", "")
+    if job is not None and job not in JOBS:
+        raise UserError(f'unknown job "{job}"{nearest(job, JOBS)}')
+    if words[1:]:
+        extra = f"unexpected argument {shlex.quote(words[1])}"
+        raise UserError(f"{extra}: did you forget --? (or quotes around a value)")
+    if asked is not None and not recipe:
+        finish(usage())
+    if job is None and asked is None:
+        raise UserError(f"no job given: wanted one of {', '.join(JOBS)}")
+    if job is not None:
+        recipe, workdir = recipe or JOBS[job].recipe, workdir or JOBS[job].workdir
+    if not recipe:
+        raise UserError(
+            "no recipe given: wanted --config=RECIPE[:VARIANT], such as quickstart:tiny"
+        )
+    config = load(recipe)
+    for name, text in flags.items():
+        override(config, name.removeprefix("--config."), text)
+    if asked is not None:
+        finish(keys(recipe, config))
+    validate(config)
+    workdir = check_workdir(workdir)
+    input_files.check(job, dict(leaves(config)))
+    paths = {f"config.{key}": value for key, value in leaves(config)}
+    input_files.require_drivers({"workdir": workdir} | paths)
+    return Call(job, config, workdir)
+
+
+def usage() -> str:
+    """The page of help: jobs, recipes, flags."""
+    tables = {
+        "jobs": {name: job.help for name, job in JOBS.items()},
+        "recipes": {name: summary(path) for name, path in recipes().items()},
+        "flags": {
+            "--config=RECIPE[:VARIANT]": "a recipe's name or file, and a form of it",
+            "--workdir=DIR": "where the job reads and writes; gs://... too",
+            "--config.KEY=VALUE": "another value for one of the recipe's keys",
+            "": '--config.optim.lr=3e-4 or --config.sample.prompt="a red fox"',
+            "--help": "this page; with --config, the recipe's keys and values",
+        },
+        "exit codes": {str(code): text for code, text in EXIT_CODES.items()},
+    }
+    page = """usage: sd3-jax JOB --config=RECIPE[:VARIANT] --workdir=DIR [flags]
+   or: python -m sd3_jax.main JOB ..."""
+    for title, rows in tables.items():
+        wide = max(map(len, rows), default=0)
+        lines = [f"  {name:{wide}}  {text}".rstrip() for name, text in rows.items()]
+        page += "\n".join([f"\n\n{title}:", *lines])
+    return page
+
+
+def keys(recipe: str, config: ConfigDict) -> str:
+    """A recipe's keys and values by group, each line a flag that could be given."""
+    lines, group = [f"{recipe} sets:"], None
+    for key in sorted(dict(leaves(config)), key=lambda key: ("." in key, key)):
+        if key.rpartition(".")[0] != group:
+            group = key.rpartition(".")[0]
+            lines.append("")
+        holder, name = place(config, key)
+        value, kind = holder[name], holder.get_type(name)
+        text = f"<{kind.__name__}>" if value is None else shlex.quote(show(value))
+        lines.append(f"  --config.{key}={text}")
+    return "\n".join(lines)
+
+
+def finish(page):
+    print(page, flush=True)
+    raise SystemExit(0)
+
+
+# The words and the flags
+
+
+def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Bare words, and flags by name; `--name value` is `--name=value`."""
+    words, flags, rest = [], {}, list(argv)
+    while rest:
+        name, equals, value = rest.pop(0).partition("=")
+        if name in ("-h", "--help"):
+            flags["--help"] = value
+        elif not name.startswith("-"):
+            words.append(name + equals + value)
+        elif name not in FLAGS and not name.startswith("--config."):
+            raise UserError(f"unknown flag {name}{nearest_flag(name)}")
+        elif not equals and (not rest or rest[0].startswith("--")):
+            raise UserError(f"{name} has no value: wanted {name}=VALUE")
+        else:
+            value = value if equals else rest.pop(0)
+            if name in flags:
+                given = f"{name}={flags[name]} and {name}={value}"
+                raise UserError(f"the same flag twice: {given}")
+            flags[name] = value
+    return words, flags
+
+
+def nearest_flag(name):
+    head, _, key = name.partition(".")
+    if key:  # --confg.optim.lr, --optim.lr
+        key = key if near(head, ["--config"]) else name.lstrip("-")
+        return f'; did you mean "--config.{key}"?'
+    return nearest(name, FLAGS)
+
+
+def check_workdir(workdir):
+    if not workdir:
+        raise UserError("no workdir given: wanted --workdir=DIR")
+    if workdir.startswith(REMOTE):
+        return workdir
+    if match := re.match("([A-Za-z0-9]+):/+(.+)", workdir):  # as a path, ./gs:/…
+        scheme, rest = f"{match[1]}://", match[2]
+        hint = f'; did you mean "{scheme}{rest}"?' if scheme in REMOTE else ""
+        wanted = f"wanted a folder, or a bucket of {', '.join(REMOTE)}"
+        raise UserError(f"--workdir={workdir}: {wanted}{hint}")
+    path = Path(os.path.abspath(os.path.expanduser(workdir)))
+    for part in (path, *path.parents):
+        if os.path.isfile(part):
+            raise UserError(f"--workdir={workdir}: {part} is a file, wanted a folder")
+    return str(path)
+
+
+# The recipe
+
+
+def load(recipe: str) -> ConfigDict:
+    """The locked config that `RECIPE[:VARIANT]` describes."""
+    name, _, variant = recipe.partition(":")
+    path = find(name)
+    make_importable(path)
+    spec = importlib.util.spec_from_file_location("recipe", path)
+    module = importlib.util.module_from_spec(spec)
+    attempt(name, path, spec.loader.exec_module, module)
+    if not hasattr(module, "get_config"):
+        raise ConfigError(f"{name} has no get_config(variant)")
+    variants = getattr(module, "VARIANTS", ())
+    if variant and variant not in variants:
+        wanted = nearest(variant, variants) or "; the recipe has none"
+        raise ConfigError(f'{name} has no variant "{variant}"{wanted}')
+    config = attempt(name, path, module.get_config, *filter(None, [variant]))
+    if not isinstance(config, ConfigDict):
+        kind = type(config).__name__
+        raise ConfigError(f"{name}: get_config gave {kind}, wanted a ConfigDict")
+    refuse_strays(name, path, config)
+    return config.lock()
+
+
+def refuse_strays(name: str, path: Path, config: ConfigDict) -> None:
+    """A recipe has base's keys, which jobs read, and groups of its own if it likes.
+
+    Any other key would be read by nobody.
+    """
+    # Of the recipe's folder, where that has a base of its own.
+    base = attempt(name, path, importlib.import_module, "configs.base")
+    if not hasattr(base, "get_config"):
+        raise ConfigError(f"{base.__file__} hides our configs/base.py: rename it")
+    ours, theirs = base.get_config(), dict(leaves(config))
+    known = dict(leaves(ours))
+    for key in sorted(set(theirs) - set(known)):
+        head, _, rest = key.partition(".")
+        if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
+            raise ConfigError(f"{name}: {unknown(ours, key, known)}")
+    for key in sorted(set(known) - set(theirs)):
+        raise ConfigError(f"{name}: no key config.{key}: wanted all of configs/base.py")
+
+
+def attempt(name, path, function, *args):
+    """function(*args); if the recipe fails, say at which of its lines, and how."""
+    try:
+        return function(*args)
+    except Exception as error:
+        frames = traceback.extract_tb(error.__traceback__)
+        line = [frame.lineno for frame in frames if Path(frame.filename) == path]
+        where = f"{name}:{line[-1]}" if line else name
+        if isinstance(error, SyntaxError) and not line:
+            where = f"{name}:{error.lineno}"
+        what = " ".join(str(getattr(error, "msg", error)).split())
+        raise ConfigError(f"{where} raised {type(error).__name__}: {what}") from error
+
+
+# The overrides
+
+
+def override(config: ConfigDict, key: str, text: str) -> None:
+    """config.key = text, read as the type that the key has."""
+    known = dict(leaves(config))
+    if key not in known:
+        raise ConfigError(unknown(config, key, known))
+    holder, name = place(config, key)
+    kind = holder.get_type(name)
+    try:
+        holder[name] = read(text, kind, holder[name])
+    except (KeyError, ValueError):
+        wanted = "true or false" if kind is bool else kind.__name__
+        complaint = f"config.{key} = {text}: wanted {wanted}{hint(text, kind)}"
+        raise ConfigError(complaint) from None
+
+
+def place(config, key):
+    """The group that holds a key, and the key's name in it."""
+    *groups, name = key.split(".")
+    return functools.reduce(operator.getitem, groups, config), name
+
+
+def unknown(config, key, known):
+    """No such key: the nearest one, or what there is in its group."""
+    group, name = config, "config"
+    for part in key.split("."):
+        if part not in group or not isinstance(group[part], ConfigDict):
+            break
+        group, name = group[part], f"{name}.{part}"
+    if name == f"config.{key}":
+        return f"{name} is a group: wanted one of its keys, {', '.join(group)}"
+    best = max(known, key=lambda other: likeness(key, other), default=None)
+    if best is not None and likeness(key, best) > 1.4:
+        return f'unknown key config.{key}; did you mean "config.{best}"?'
+    return f"unknown key config.{key}; {name} has {', '.join(group)}"
+
+
+def likeness(a, b):
+    """How alike two keys are, as a whole and in their last part; 2 is close."""
+    ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
+    x, y = a.rpartition(".")[2], b.rpartition(".")[2]
+    return ratio(a, b) + (2 if short(x, y) or short(y, x) else ratio(x, y))
+
+
+def short(x, y):
+    """batch and bs are short for batch_size."""
+    initials = "".join(word[:1] for word in y.split("_"))
+    return f"{y}_".startswith(f"{x}_") or x == initials
+
+
+def read(text: str, kind: type, old: Any) -> Any:
+    """The value that a text means for a key of this type; `old` is its present one."""
+    if kind in (tuple, list):
+        of = {type(item) for item in old or ()}
+        one = (lambda item: read(str(item), *of, None)) if len(of) == 1 else lambda x: x
+        return kind(one(item) for item in items(text))
+    return READERS[kind](text)
+
+
+READERS = {
+    bool: lambda text: {"true": True, "false": False}[text.lower()],
+    int: int,
+    float: float,
+    str: str,
+}
+
+
+def items(text):
+    """(1, 2) or [1, 2] or 1,2 or ("a", "b") or a,b: what is between the commas."""
+    try:
+        value = ast.literal_eval(text)
+        return value if isinstance(value, tuple | list) else (value,)
+    except (SyntaxError, ValueError):
+        bare = text.strip("()[] ")
+        return [item.strip() for item in bare.split(",") if item.strip()]
+
+
+def hint(text, kind):
+    """An int written as a float, 1e3, can be set right."""
+    try:
+        if kind is int and float(text).is_integer():
+            return f'; did you mean "{int(float(text))}"?'
+    except ValueError:
+        pass
+    return ""
+
+
+def show(value):
+    """The inverse of read: true, 0.1, text, or ("a", "b") for a tuple or a list."""
+    if isinstance(value, tuple | list):
+        # Commas alone would not do: a prompt may hold some.
+        inside = ", ".join(
+            json.dumps(x, ensure_ascii=False) if isinstance(x, str) else show(x)
+            for x in value
+        )
+        return f"({inside},)" if len(value) == 1 else f"({inside})"
+    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,108 @@
+"""Whether the files that a config names can be there, asked before jax is imported.
+
+A wrong path is then answered at once. What a file holds, and whether the hub has a
+name, is seen when it is opened (pipelines/sources.py).
+"""
+
+import importlib.util
+import os
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from sd3_jax.errors import UserError
+from sd3_jax.weights import source_names
+
+
+def check(job: str, values: Mapping[str, Any]) -> None:
+    """UserError for the first of a job's keys that names what cannot be there; `values`
+    are the config's leaves by their dotted keys."""
+    if values.get("weights") and job in INSTEAD:
+        raise UserError(f"config.weights: {job} does not read it: {INSTEAD[job]}")
+    for key, jobs, kind in KEYS:
+        if job not in jobs or not values.get(key):
+            continue
+        if key in ("tokenizers", "sample.lora") and not values.get("weights"):
+            continue  # of released weights alone
+        value = values[key]
+        for text in value if isinstance(value, tuple | list) else [value]:
+            if reason := kind(text):
+                raise UserError(f"config.{key} = {text}: {reason}")
+
+
+def require_drivers(values: Mapping[str, Any]) -> None:
+    """UserError for the first value, by its flag, that names a bucket which nothing
+    installed here can read."""
+    for name, value in values.items():
+        for text in value if isinstance(value, tuple | list) else [value]:
+            for scheme, (package, extra) in DRIVERS.items():
+                if not isinstance(text, str) or not text.startswith(scheme):
+                    continue
+                if name.rpartition(".")[2] in ("prompt", "prompts", "negative"):
+                    continue
+                if importlib.util.find_spec(package) is None:
+                    raise UserError(
+                        f"--{name}={text}: {scheme} paths need {package}, which is not"
+                        f" installed: wanted {extra}"
+                    )
+
+
+def exists(path: str) -> bool:
+    return path.startswith(source_names.REMOTE) or os.path.exists(
+        os.path.expanduser(path)
+    )
+
+
+def model(text: str) -> str:
+    """Why this names no file, folder or hub's repository; "" if it may."""
+    if exists(text) or exists(source_names.split_variant(text)[0]):
+        return ""
+    if name := source_names.link(text):
+        return f'a link: name it as "{name}"'
+    if re.match(r"[A-Za-z][\w+.-]*://", text):
+        return (
+            "a link, which is not downloaded: wanted a path, or a hub name such as"
+            " owner/name or owner/name/file.safetensors"
+        )
+    known = source_names.parse_absent(text) is not None
+    return "" if known else "no such file, folder or hub name"
+
+
+def models(text: str) -> str:
+    """The same of several with commas between; a path may have commas in it."""
+    sources = source_names.split(text, exists)
+    reasons = ((source, model(source)) for source in sources)
+    source, reason = next(filter(lambda pair: pair[1], reasons), ("", ""))
+    return f'"{source}": {reason}' if reason and "," in text else reason
+
+
+def weighed(text: str) -> str:
+    """The same of a LoRA, which may end in its weight: "path=0.8"."""
+    return model(source_names.split_weight(text, exists)[0])
+
+
+def file(text: str) -> str:
+    return "" if exists(text) else "no such file"
+
+
+DRIVERS = {  # of etils.epath, by what a path of theirs begins with
+    "gs://": ("gcsfs", 'pip install gcsfs (the extras "gcs" and "tpu" have it)'),
+    "s3://": ("s3fs", "pip install s3fs"),
+}
+PAINTED = ("sample", "evaluate")
+LOADED = (*PAINTED, "convert", "compare", "inspect")
+ENCODED = ("train", "precompute", "study")
+INSTEAD = {  # what a user of config.weights means there
+    "train": "wanted config.tune.base, the weights to start from, or"
+    " config.encode.weights, which encode text and pictures",
+    "precompute": "wanted config.encode.weights, which encode text and pictures",
+}
+KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
+    ("weights", LOADED, models),
+    ("tokenizers", LOADED, model),
+    ("sample.lora", (*PAINTED, "convert"), weighed),
+    ("sample.prompts_file", ("sample",), file),
+    ("tune.lora", ("train",), weighed),
+    ("encode.weights", ENCODED, models),
+    ("encode.tokenizers", ENCODED, model),
+)

@@ -1,0 +1,1 @@
+"""Pictures and captions of other tools, planned in parts and read as items."""

@@ -1,0 +1,265 @@
+"""Folders of pictures with their captions beside them, walked in order of name.
+
+Captions stand beside a.jpg in a.txt, a.caption or a.json, or in a.jpg.txt and so on, or
+in a folder's metadata.jsonl or .csv, which goes for the folders in it too. Hidden files
+and folders are not looked at.
+"""
+
+import functools
+import os
+import time
+from collections.abc import Iterator
+from functools import partial
+from typing import NamedTuple
+
+from sd3_jax import files
+from sd3_jax.data.ingest import listing, metadata
+from sd3_jax.data.ingest.items import (
+    LABEL,
+    LABELS,
+    PICTURES,
+    SIDECARS,
+    BadItem,
+    Item,
+    Part,
+    Rejected,
+    merge,
+    read_at,
+    read_columns,
+    rejected,
+    taken,
+)
+from sd3_jax.data.ingest.listing import FILE, FOLDER, LINK, OTHER, Entry
+from sd3_jax.errors import UserError
+
+COARSE = 2 * 10**9  # ns in which a directory may change twice under one time
+UNFIT = {
+    LINK: "a link to a folder, which is not followed",
+    OTHER: "cannot be read: not a file, or a link to none",
+}
+NOT_READ = {
+    "metadata.parquet": "a metadata.parquet, which is not read; wanted metadata.jsonl"
+}
+
+
+class Subject(NamedTuple):
+    """What is accounted for once: a picture, or a file that is none."""
+
+    name: str
+    reason: str = ""  # why it is rejected
+    sidecars: tuple[Entry, ...] = ()  # of a picture
+
+
+class Seen(NamedTuple):
+    """A directory as it is now."""
+
+    subjects: list[Subject]
+    folders: list[str]
+    names: str  # a hash of all that is in it
+
+
+def plan(path: str, label: str, size: int) -> Iterator[Part]:
+    """Parts of at most `size` pictures and other files; a UserError if it holds no
+    picture. A small directory shares a part with those after it."""
+    waiting, open_part, pictures = [""], _Planned(path, label), 0
+    while waiting:
+        directory = waiting.pop()
+        seen = _look(path, directory)
+        waiting += [listing.join(directory, name) for name in reversed(seen.folders)]
+        pictures += sum(is_picture(s.name) and not s.reason for s in seen.subjects)
+        first = 0
+        while True:
+            number = min(size - open_part.weight, len(seen.subjects) - first)
+            open_part.add(directory, seen, first, number)
+            first += number
+            if open_part.full(size):
+                yield open_part.part()
+                open_part = _Planned(path, label)
+            if first == len(seen.subjects):
+                break
+    if not pictures:
+        raise UserError(
+            f"{path}: no picture in it, wanted {', '.join(PICTURES)} by their names;"
+            f" for tars or parquet files, a glob as {listing.join(path, '*.tar')}"
+        )
+    if open_part.spans:
+        yield open_part.part()
+
+
+def items(part: Part) -> Iterator[Item | Rejected]:
+    """Each file of a planned part once; a UserError if it is not as it was planned."""
+    again, work = _Planned(part.path, part.label), []
+    for directory, first, number in part.spans:
+        seen = _look(part.path, directory)
+        stats = again.add(directory, seen, first, number)
+        work.append((directory, list(zip(seen.subjects[first:], stats))))
+    if again.part().listing != part.listing:
+        where = listing.join(part.path, part.spans[0][0])
+        if unread := [
+            s.reason for _, subjects in work for s, _ in subjects if not s.name
+        ]:
+            raise UserError(f"{where}, or a folder after it: {unread[0]}")
+        raise UserError(
+            f"{where}: not what was planned: here, or in a folder after it, files were"
+            " added, removed or changed since; begin anew, in another folder"
+        )
+    names = {listing.join(d, s.name) for d, subjects in work for s, _ in subjects}
+    directories = {directory for directory, _ in work}
+    columns_of = metadata.columns(part.path, directories, names)
+    for directory, subjects in work:
+        for subject, stat in subjects:
+            yield from _outcome(part, directory, subject, *stat, columns_of)
+
+
+def is_picture(name: str) -> bool:
+    return _split(name)[1] in PICTURES
+
+
+class _Planned:
+    """A part in the making; planned from the same spans again, it has the same hash."""
+
+    def __init__(self, path: str, label: str):
+        self.path, self.label, self.spans = path, label, []
+        self.hashes, self.stamps = [], []
+        self.count = self.bytes = self.weight = 0
+
+    def add(
+        self, directory: str, seen: Seen, first: int, number: int
+    ) -> list[tuple[int, int]]:
+        """Takes so many subjects of a directory, and gives their bytes and times."""
+        subjects = seen.subjects[first : first + number]
+        groups = [[s.name, *(each.name for each in s.sidecars)] for s in subjects]
+        places = [listing.join(directory, name) for each in groups for name in each]
+        stats = listing.stats([listing.join(self.path, place) for place in places])
+        sizes = [size for size, _ in stats]
+        about = metadata.governing(self.path, directory)
+        governing = [row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in about]
+        self.spans.append([directory, first, number])
+        self.hashes.append(
+            listing.digest(directory, first, seen.names, governing, sizes)
+        )
+        paths = [listing.join(self.path, listing.join(*row[:2])) for row in about]
+        self.stamps.append(listing.digest(stats, listing.stats(paths)))
+        self.count += sum(s.name not in metadata.NAMES for s in subjects)
+        self.bytes += sum(size for size in sizes if size > 0)
+        self.weight += number
+        left = iter(stats)
+        return [[next(left) for _ in each][0] for each in groups]
+
+    def full(self, size: int) -> bool:
+        return self.weight >= size or len(self.spans) >= size
+
+    def part(self) -> Part:
+        return Part(
+            kind="folder",
+            path=self.path,
+            label=self.label,
+            spans=self.spans,
+            count=self.count,
+            bytes=self.bytes,
+            listing=listing.digest(self.hashes),
+            stamp=listing.digest(self.hashes, self.stamps),
+        )
+
+
+def _look(root: str, directory: str) -> Seen:
+    """A directory of many parts is listed once, as long as it does not change."""
+    where = listing.join(root, directory)
+    try:
+        stamp = os.stat(where).st_mtime_ns if listing.local(where) else None
+    except OSError:
+        stamp = None
+    if stamp is None or time.time_ns() - stamp < COARSE:
+        return _listed.__wrapped__(root, directory, stamp)
+    return _listed(root, directory, stamp)
+
+
+@functools.lru_cache(2)
+def _listed(root: str, directory: str, stamp: int | None) -> Seen:
+    try:
+        entries = listing.entries(listing.join(root, directory))
+    except OSError as error:
+        files.require_answered(root, error)
+        if not directory:
+            reason = error.strerror or error
+            raise UserError(f"{root}: cannot be read: {reason}") from None
+        reason = f"cannot be read: {error.strerror or error}"
+        return Seen([Subject("", reason)], [], "")
+    folders = [each.name for each in entries if each.kind == FOLDER]
+    return Seen(_subjects(entries), folders, listing.digest(entries))
+
+
+def _subjects(entries: list[Entry]) -> list[Subject]:
+    rows = [(each, *_split(each.name)) for each in entries if each.kind != FOLDER]
+    pictures = [row for row in rows if row[2] in PICTURES]
+    # a.txt or a.jpg.txt of a.jpg; of A.JPG also A.jpg.txt
+    pictured = {x for _, a, b in pictures for x in (_owner(a), f"{a}.{b}")}
+    beside = {}  # stem and extension → the first of them, a.TXT before a.txt
+    for each, stem, extension in rows:
+        if extension in SIDECARS and each.kind != LINK:
+            if (owner := _owner(stem)) in pictured:
+                beside.setdefault((owner, extension), each)
+    subjects = []
+    for each, stem, extension in rows:
+        known = beside.get((_owner(stem), extension))
+        reason, kept = UNFIT.get(each.kind, ""), ()
+        if known is each:
+            continue  # accounted for with its picture
+        if not reason and extension in PICTURES and stem.endswith(LABELS):
+            reason = LABEL
+        if not reason and extension in PICTURES:
+            owners = _owner(stem), f"{stem}.{extension}"
+            keys = [(owner, kind) for owner in owners for kind in SIDECARS]
+            kept = tuple(beside[key] for key in keys if key in beside)
+        elif not reason:
+            reason = _unfit(each.name, extension, again=known is not None)
+        subjects.append(Subject(each.name, reason, kept))
+    return subjects
+
+
+def _unfit(name: str, extension: str, *, again: bool) -> str:
+    if name in metadata.NAMES:
+        return ""
+    if again:
+        return "a second sidecar of its kind"
+    if extension in SIDECARS:
+        return "a caption without a picture"
+    return NOT_READ.get(name, "not JPEG, PNG or WebP by its name")
+
+
+def _outcome(
+    part: Part, directory: str, subject: Subject, size: int, time_: int, columns_of
+) -> Iterator:
+    inside = listing.join(directory, subject.name)
+    source, path = part.label + inside, listing.join(part.path, inside)
+    if subject.name in metadata.NAMES and not subject.reason:
+        for line, reason in metadata.faults(part.path, directory, subject.name):
+            yield rejected(f"{source}:{line}" if line else source, reason)
+        return
+    if subject.reason:
+        yield rejected(source if subject.name else f"{source}/", subject.reason, size)
+        return
+    try:
+        columns = dict(columns_of(inside))
+        for each in subject.sidecars:
+            extension = _split(each.name)[1]
+            if each.kind != FILE:
+                raise BadItem(f"its .{extension} cannot be read: not a file")
+            beside = listing.join(part.path, listing.join(directory, each.name))
+            columns = merge(columns, read_columns(beside, extension))
+    except BadItem as error:
+        yield rejected(source, error, size)
+    else:
+        yield taken(source, columns, partial(read_at, path), max(0, size), time_)
+
+
+def _owner(stem: str) -> str:
+    """A sidecar's stem as its picture's name is known by: A.JPG as A.jpg."""
+    name, extension = _split(stem)
+    return f"{name}.{extension}" if extension in PICTURES else stem
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Up to the last dot, and what follows it in lower case."""
+    stem, dot, extension = name.rpartition(".")
+    return (stem, extension.lower()) if dot else (name, "")

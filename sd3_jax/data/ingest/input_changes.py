@@ -1,0 +1,163 @@
+"""Whether the input is still what finished parts were made of.
+
+A part's line in plan.json has a hash of its files' names and sizes, and one of their
+times as well. Only where these differ are items looked at again: their columns, and
+their pictures if the time or the size is another, against what DIR/parts says of them.
+"""
+
+import bisect
+import json
+import logging
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from sd3_jax.data.ingest import input_parts, listing
+from sd3_jax.data.ingest.input_parts import BadItem, Item, Part, Rejected
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+log = logging.getLogger(__name__)
+NAMED = 3  # sources of a kind in an error, at most
+
+
+class Differences(NamedTuple):
+    """Between the input and what finished parts were made of, by source; and how many
+    files are in the place of those that are not done, beside how many were planned."""
+
+    added: list[str]
+    removed: list[str]
+    edited: list[str]
+    todo_now: int
+    todo_planned: int
+
+
+def row(item: Item | Rejected, crc: int | None) -> list[Any]:
+    """What tells an item from a changed one; `crc` of its picture, if that was read."""
+    if isinstance(item, Rejected):
+        return [item.source, item.bytes, 0, None, ""]
+    return [item.source, item.bytes, item.time, crc, listing.digest(item.columns)]
+
+
+def path(workdir: epath.Path, number: int) -> epath.Path:
+    return workdir / "parts" / f"{number:05d}.sources.jsonl"
+
+
+def require_same(
+    workdir: epath.Path,
+    planned: Sequence[Part],
+    parts: Sequence[Part],
+    done: set[int],
+) -> bool:
+    """Compare the parts that are in the input with those that were planned; a UserError
+    if what is `done` was made of other files, or if more or fewer are left to do.
+
+    Returns whether the plan may have the new parts: times differ, or what is not done.
+    """
+    if not any(part.stamp for part in planned):
+        log.warning("%s: planned by an earlier version; changes are not seen", workdir)
+        return False
+    if {*map(json.dumps, planned)} == {*map(json.dumps, parts)}:
+        return False
+    differences = _compare(workdir, planned, parts, done)
+    by_kind = differences._asdict()
+    changes = [
+        f"{len(by_kind[kind]):,} {kind} ({_named(by_kind[kind])})"
+        for kind in ("added", "removed", "edited")
+        if by_kind[kind]
+    ]
+    place = lambda part: [part.path, part.label, part.spans]
+    if not changes and [*map(place, planned)] != [*map(place, parts)]:
+        counts = f"{differences.todo_now:,} where {differences.todo_planned:,} were"
+        changes = [f"of files that are not done yet there are {counts} planned,"]
+    if changes:
+        raise UserError(
+            f"config.ingest.inputs: {', '.join(changes)} since {workdir} was made of"
+            " it: give back the old files, or another workdir"
+        )
+    return True
+
+
+def _compare(
+    workdir: epath.Path,
+    planned: Sequence[Part],
+    parts: Sequence[Part],
+    done: set[int],
+) -> Differences:
+    """What is added, removed and edited, told from what is merely not done.
+
+    Sources come in one order, whatever parts they are put in, so that one that no done
+    part has, between two that done parts have, was planned for the part between these;
+    if there is none, it was added.
+    """
+    both = {*map(json.dumps, planned)} & {*map(json.dumps, parts)}
+    timeless = lambda part: json.dumps(part._replace(stamp=""))
+    at, before, todo = {}, {}, {}  # positions in the plan; rows; counts by position
+    for number, part in enumerate(planned):
+        position = len(at)
+        if (text := json.dumps(part)) in both:
+            at[text] = position
+        elif number not in done:
+            at[timeless(part)], todo[position] = position, part.count or 0
+        else:
+            rows = {each[0]: each for each in _rows(workdir, number)}
+            before |= rows
+            at |= {source: position + i for i, source in enumerate(rows)}
+    added, edited, unplaced, todo_now, last = [], [], [], 0, -1
+    gaps = sorted(todo)
+
+    def place(position: int) -> int:
+        """Decides on what lies between the last position and this one."""
+        between = bisect.bisect_left(gaps, position) - bisect.bisect_right(gaps, last)
+        if between <= 0:
+            added.extend(unplaced)
+        count = len(unplaced) if between > 0 else 0
+        unplaced.clear()
+        return count
+
+    for part in parts:
+        whole = at.get(json.dumps(part), at.get(timeless(part)))
+        if whole is not None:  # nothing of it is to be read
+            todo_now += place(whole)
+            last = whole
+            todo.pop(whole, None)
+            continue
+        for item in input_parts.items(part):
+            if (old := before.pop(item.source, None)) is None:
+                unplaced.append(item.source)
+                continue
+            todo_now += place(at[item.source])
+            last = at[item.source]
+            if change := _change(item, old):
+                edited.append(f"{item.source}: {change}")
+    todo_now += place(len(at))
+    return Differences(added, sorted(before), edited, todo_now, sum(todo.values()))
+
+
+def _rows(workdir: epath.Path, number: int) -> Iterator[list]:
+    for line in path(workdir, number).read_text().splitlines():
+        yield json.loads(line)
+
+
+def _change(item: Item | Rejected, old: list) -> str:
+    """Which part of an item is another than it was; "" if none is."""
+    _, size, time, crc, columns = row(item, None)
+    if isinstance(item, Rejected):
+        return "" if (size, columns) == (old[1], old[4]) else "the file"
+    if columns != old[4]:
+        return "its caption or another column"
+    if size != old[1]:
+        return "the picture"
+    if old[3] is None or (time and time == old[2]):
+        return ""
+    try:
+        return "" if zlib.crc32(item.read()) == old[3] else "the picture"
+    except BadItem:
+        return "the picture"
+
+
+def _named(sources: Sequence[str]) -> str:
+    more = ", …" if len(sources) > NAMED else ""
+    return ", ".join(shown(each) for each in sources[:NAMED]) + more

@@ -1,0 +1,207 @@
+"""What other hands give: a picture with what came with it, or why it is not taken."""
+
+import math
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from numbers import Real
+from typing import NamedTuple
+
+from etils import epath
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sd3_jax import files
+from sd3_jax.data import images, records
+from sd3_jax.data.prompt_text import REFUSED
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import parse_json, shown
+
+PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions, in lower case
+SIDECARS = ("json", "caption", "txt")  # a later one's caption goes over an earlier's
+SIDECAR = 2**20  # bytes of one, at most, and of a line of metadata.jsonl
+TEXT = 2**16  # characters of a column's text, values of its list; the rest is cut
+Value = str | int | float | bool | None | list | dict
+
+
+LABELS = ("-masklabel", "-condlabel")  # end the names of OneTrainer's masks
+LABEL = "a mask or condition of another picture (OneTrainer's -masklabel, -condlabel)"
+
+
+class BadItem(UserError):
+    """Why an item is not taken, as a Rejected's reason says it: where, others know."""
+
+
+class Numeral(float):
+    """A number in a CSV file. In a column of captions it is the text that it was."""
+
+    def __new__(cls, text: str):
+        number = super().__new__(cls, text)
+        number.text = str(text)
+        return number
+
+
+class Item(NamedTuple):
+    source: str  # an address for people and records: at most 1024 characters
+    columns: dict[str, Value]  # what came with it: captions, scores
+    read: Callable[[], bytes]  # the picture's file, or a BadItem; it can be pickled
+    bytes: int  # of the picture's file, about
+    time: int = 0  # in ns, when a picture in a folder was last written
+
+
+class Rejected(NamedTuple):
+    source: str
+    reason: str  # what many have in common; what one alone has follows ": "
+    bytes: int = 0
+
+
+class Part(NamedTuple):
+    """What one host does at a time. It goes through JSON and back unchanged."""
+
+    kind: str  # "folder", "tar" or "parquet"
+    path: str  # of the input: a file, or a folder
+    label: str  # what its sources begin with, so that no two inputs share one
+    spans: list[list]  # [directory, first, number] of a folder's files;
+    # of a parquet file's row groups ["", first, number]; none is the whole of it
+    count: int | None  # items and rejected ones, if known without opening
+    bytes: int  # its share of the whole
+    listing: str  # a hash of the names and sizes that it was planned from
+    stamp: str = ""  # a hash of all that and of the files' times
+
+
+def taken(
+    source: str, columns: dict, read: Callable, size: int, time: int = 0
+) -> Item | Rejected:
+    """The item, if its source can stand in a record and its picture is of a size."""
+    if REFUSED.search(source) or not source.strip() or len(source) > records.SOURCE:
+        return rejected(source, "an odd name", size)
+    if size > images.BYTES:
+        return rejected(source, f"more than {images.BYTES} bytes", size)
+    return Item(source, columns, read, size, time)
+
+
+def rejected(source: str, reason: object, size: int = 0) -> Rejected:
+    """A source that nothing is known of yet is made fit for a line."""
+    return Rejected(shown(source, records.SOURCE), shown(reason, 300), max(0, size))
+
+
+def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
+    """So many bytes of a file, or all of a picture's; or a BadItem."""
+    try:
+        if not files.remote(path):
+            with epath.Path(path).open("rb") as file:
+                file.seek(start)
+                data = file.read(images.BYTES + 1 if size is None else size)
+        elif size is None:  # and `taken` has seen that it is not too large
+            data = files.read_whole(path)
+        else:  # by epath 5 MB would be read for each picture of a tar
+            data = files.read_range(path, start, start + size)
+    except (OSError, ValueError, UserError) as error:
+        raise BadItem(f"cannot be read: {_why(error)}") from None
+    if len(data) > images.BYTES:
+        raise BadItem(f"more than {images.BYTES} bytes")
+    if size is not None and len(data) < size:
+        raise BadItem(f"cannot be read: {size} bytes, of which {len(data)} came")
+    return data
+
+
+def read_columns(
+    path: str, extension: str, start: int = 0, size: int | None = None
+) -> dict[str, Value]:
+    """What a .txt, .caption or .json says of the picture it is beside; or a BadItem."""
+    try:
+        most = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
+        if size is not None and files.remote(path):  # of a tar
+            data = files.read_range(path, start, start + most)
+        else:
+            with epath.Path(path).open("rb") as file:
+                file.seek(start)
+                data = file.read(most)
+        if len(data) > SIDECAR:
+            raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
+        text = data.decode(encoding_of(data))
+        return columns(text) if extension == "json" else {"caption": _lines(text)}
+    except BadItem:
+        raise
+    except (OSError, ValueError, UserError) as error:
+        files.require_answered(path, error)
+        raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
+
+
+def _lines(text: str) -> str | list[str]:
+    """A text's caption, or its captions: each line is one, as OneTrainer has it."""
+    lines = [line for line in text[:TEXT].splitlines() if line.strip()]
+    return lines if len(lines) > 1 else text[:TEXT]
+
+
+def encoding_of(start: bytes) -> str:
+    """Of a text that begins with these bytes: UTF-16 has a mark there, else UTF-8."""
+    return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
+
+
+def merge(columns: dict[str, Value], over: Mapping[str, Value]) -> dict[str, Value]:
+    """Both, the second over the first; but what is empty hides nothing."""
+    kept = {k: v for k, v in over.items() if k not in columns or not empty(v)}
+    return columns | kept
+
+
+def empty(value: Value) -> bool:
+    """Whether nothing is said: null, white space, or a list of such."""
+    if isinstance(value, list):
+        return all(map(empty, value))
+    return value is None or isinstance(value, str) and not value.strip()
+
+
+def columns(text: str) -> dict[str, Value]:
+    """An object of JSON, its long texts cut, NaN as null; else a ValueError."""
+    columns = parse_json(text, null_nonfinite=True)
+    if not isinstance(columns, dict):
+        raise ValueError("no object")
+    return {k: v[:TEXT] if isinstance(v, str) else v for k, v in columns.items()}
+
+
+def plain(value) -> Value:
+    """As JSON has it: dates and the like as text, NaN and infinity as null, bytes
+    dropped, what is long cut.
+
+    Not for JSON itself, which nests deeper than this goes.
+    """
+    if isinstance(value, str):
+        return value[:TEXT]
+    if value is None or isinstance(value, (bool, int)):
+        return value
+    if isinstance(value, Mapping):
+        kept = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
+        return {k: plain(v) for k, v in kept.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value[:TEXT] if not isinstance(v, bytes)]
+    if isinstance(value, (Real, Decimal)):  # numpy's float16, too
+        return float(value) if math.isfinite(value) else None
+    return str(value)[:TEXT]
+
+
+def asked(
+    function: Callable,
+    name: str,
+    picture: UInt8[ndarray, "h w 3"] | None,
+    columns: Mapping[str, Value],
+):
+    """What the user's function says of an item; its exception is a BadItem.
+
+    It has the picture to look at, not to write on: the record is made of it.
+    """
+    if picture is not None:
+        picture = picture.view()
+        picture.flags.writeable = False
+    try:
+        return function(picture, dict(columns))
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise BadItem(f"{name} failed: {shown(what, 200)}") from error
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, UserError):  # of `files`, which names the path as well
+        error = error.__cause__ or error
+    return shown(getattr(error, "strerror", None) or error, 120)

@@ -1,0 +1,136 @@
+"""What precompute has done: a file for each part that is whole, and their sum."""
+
+import json
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+from etils import epath
+
+from sd3_jax import files
+from sd3_jax.data import records
+from sd3_jax.data.ingest import input_changes, prepare
+from sd3_jax.data.ingest.items import Rejected
+from sd3_jax.data.ingest.prepare import Ready
+from sd3_jax.data.records import Record
+from sd3_jax.data.shards import Writer
+from sd3_jax.files import write_whole
+
+SPLITS = ("train", "val")
+
+
+class PartWriter:
+    """A part's shards, one for each bucket and split: all whole, or none has a name."""
+
+    def __init__(self, workdir: epath.Path, number: int):
+        self.folder, self.number = workdir / "records", number
+        self._open, self._writers = ExitStack(), {}  # by bucket and split
+        self._sources = Counter()
+        self.uncaptioned = 0
+
+    def __enter__(self):
+        self._open.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        return self._open.__exit__(*error)
+
+    def write(self, ready: Ready, tensors: dict[str, Any]) -> None:
+        """A BadRecord, and nothing written, if a value is not finite."""
+        said = ready.source, ready.caption, ready.size, ready.crop, ready.caption_from
+        data = records.encode(Record(tensors, *said))
+        key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
+        if key not in self._writers:
+            writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
+            self._writers[key] = self._open.enter_context(writer)
+        self._writers[key].add(data)
+        self._sources[ready.caption_from] += bool(ready.caption_from)
+        self.uncaptioned += not ready.caption
+
+    def about(self) -> dict[str, Any]:
+        """Counts by bucket and split, by caption, and the shards, now all whole."""
+        kept, shards = {}, []
+        by_name = lambda each: each[1].path.name
+        for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
+            kept.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
+            shards.append({"name": writer.path.name, "records": writer.count})
+        return {
+            "kept": kept,
+            "captions": dict(sorted((+self._sources).items())),
+            "uncaptioned": self.uncaptioned,
+            "shards": shards,
+        }
+
+
+class Manifest:
+    """DIR/parts: 00012.json once a part is done, and what it rejected beside it."""
+
+    def __init__(self, workdir: epath.Path, parts: int):
+        self.workdir, self.parts = workdir, parts
+        self.folder = workdir / "parts"
+
+    def done(self) -> set[int]:
+        """The parts that are whole."""
+        names = [path.name for path in files.children(self.folder)]
+        numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
+        return {int(number) for number in numbers if int(number) < self.parts}
+
+    def add(
+        self, number: int, about: dict, rejected: list[Rejected], sources: list[list]
+    ) -> None:
+        """A part is done, all its shards being whole; `sources` are rows of `stale`."""
+        lines = "".join(f"{json.dumps(row)}\n" for row in sources)
+        write_whole(input_changes.path(self.workdir, number), lines.encode())
+        rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
+        text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
+        write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
+        reasons = Counter(prepare.reasons(row.reason) for row in rejected)
+        about = about | {"rejected": dict(sorted(reasons.items()))}
+        write_whole(self.folder / f"{number:05d}.json", json.dumps(about).encode())
+
+    def clear_unfinished(self) -> list[int]:
+        """Remove what a killed job left of parts that are not done; their numbers."""
+        done = self.done()
+        for path in files.children(self.workdir / "records"):
+            number = path.name.split("-")[1] if path.name.count("-") >= 2 else ""
+            unfinished = number.isdigit() and int(number) not in done
+            if unfinished or path.name.endswith(".partial"):
+                path.unlink(missing_ok=True)
+        return [number for number in range(self.parts) if number not in done]
+
+    def total(self) -> dict[str, Any]:
+        """The sum of all parts: every file of the input counted once."""
+        kept, shards, counts = {}, [], Counter()
+        sums = {name: Counter() for name in ("rejected", "captions", "cut")}
+        for about in self._abouts():
+            for bucket, by_split in about["kept"].items():
+                kept.setdefault(bucket, Counter()).update(by_split)
+            for name, total in sums.items():
+                total.update(about[name])
+            for name in ("uncaptioned", "seconds"):
+                counts[name] += about[name]
+            shards += about["shards"]
+        records = sum(sum(x.values()) for x in kept.values())
+        rejected = sum(sums["rejected"].values())
+        return {
+            "files": records + rejected,
+            "records": records,
+            "kept": {name: dict(kept[name]) for name in sorted(kept)},
+            "rejected": dict(sums["rejected"].most_common()),
+            "captions": dict(sums["captions"].most_common()),
+            "uncaptioned": counts["uncaptioned"],
+            "cut": dict(+sums["cut"]),
+            "host_seconds": round(counts["seconds"], 1),
+            "shards": shards,
+        }
+
+    def rejected(self) -> Iterator[str]:
+        """The lines of all that was not taken, in the order of the input."""
+        for number in range(self.parts):
+            path = self.folder / f"{number:05d}.rejected.jsonl"
+            yield from path.read_text().splitlines()
+
+    def _abouts(self) -> Iterator[dict]:
+        for number in range(self.parts):
+            yield json.loads((self.folder / f"{number:05d}.json").read_text())

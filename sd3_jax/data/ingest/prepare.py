@@ -1,0 +1,161 @@
+"""An item of other hands to what is encoded: filtered, decoded, cut, captioned.
+
+All of it is a function of the item and the settings: the same on any host, and when it
+is done again.
+"""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from etils import epath
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sd3_jax.data import buckets, images
+from sd3_jax.data.buckets import Bucket
+from sd3_jax.data.ingest import captions, filters
+from sd3_jax.data.ingest.captions import Caption
+from sd3_jax.data.ingest.filters import Filter
+from sd3_jax.data.ingest.items import BadItem, Item, Rejected, read_at, rejected
+from sd3_jax.errors import UserError
+
+UNCAPTIONED = "no caption"
+
+
+class Settings(NamedTuple):
+    """Which items are taken, and what is made of them."""
+
+    buckets: Sequence[Bucket]
+    captions: Sequence[Caption]
+    filters: Sequence[Filter] = ()
+    excluded: Mapping[str, str] = {}  # sources, and why
+    prefix: str = ""  # before every caption, and the caption of what has none
+    uncaptioned: bool = False  # whether items without a caption are taken
+    held_out: float = 0.0  # share that is for validation
+    rejected: str = ""  # the column that names a preference's other picture
+    folder: str = ""  # in which that name is looked for
+    seed: int = 0
+
+
+class Ready(NamedTuple):
+    """A picture in its bucket's shape, and all else that its record will say."""
+
+    source: str
+    image: UInt8[ndarray, "h w 3"]
+    bucket: Bucket
+    caption: str
+    caption_from: str
+    size: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    held_out: bool
+    bytes: int  # of its file
+    rejected: UInt8[ndarray, "h w 3"] | None = None  # in the same shape
+
+
+def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
+    """The item as it is encoded, or why it is not; filters on columns come first.
+
+    To an item's columns are added its height and width in pixels, `enlarged`, the
+    factor by which its bucket enlarges it, and `kept`, the share that is not cut off.
+    """
+    if isinstance(item, Rejected):
+        return item
+    refuse = lambda reason: rejected(item.source, reason, item.bytes)
+    if item.source in settings.excluded:
+        return refuse(f"excluded: {settings.excluded[item.source]}")
+    of_columns, of_pictures = filters.split(settings.filters)
+    known = {"height", "width", "enlarged", "kept"}
+    before = [one for one in of_columns if one.name not in known]
+    try:
+        if refusal := filters.refuse(before, item.columns):
+            return refuse(_filtered(refusal))
+        picture = images.read(item.read())
+        height, width = size = picture.shape[:2]
+        fit = buckets.fit(height, width, settings.buckets)
+        columns = dict(item.columns, height=height, width=width)
+        columns |= dict(enlarged=fit.enlarged, kept=fit.kept)
+        after = [one for one in of_columns if one.name in known]
+        if refusal := filters.refuse([*after, *of_pictures], columns, picture):
+            return refuse(_filtered(refusal))
+        other = worse(item, settings, fit.bucket)
+        drawn = captions.draw(
+            columns,
+            settings.captions,
+            seed=settings.seed,
+            source=item.source,
+            picture=picture,
+        )
+        drawn = captions.prefixed(drawn, settings.prefix)
+    except images.BadImage as error:
+        alike = common(error).replace(": ", ", ")
+        return refuse(f"bad picture, {alike}: {str(error).removeprefix('image: ')}")
+    except BadItem as error:
+        return refuse(str(error))
+    if not (drawn.text or settings.uncaptioned):
+        return refuse(UNCAPTIONED)
+    held_out = chance(settings.seed, item.source) < settings.held_out
+    made = buckets.cut(picture, fit)
+    text = drawn.text, drawn.name
+    where = size, fit.crop, held_out, item.bytes
+    return Ready(item.source, made, fit.bucket, *text, *where, other)
+
+
+def worse(
+    item: Item, settings: Settings, bucket: Bucket
+) -> UInt8[ndarray, "h w 3"] | None:
+    """The other picture of a preference, in the bucket of the first; or a BadItem."""
+    if not settings.rejected:
+        return None
+    name = item.columns.get(settings.rejected)
+    if not isinstance(name, str) or not name.strip():
+        raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+    if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
+        raise BadItem(f'bad "{settings.rejected}": outside the folder')
+    path = epath.Path(settings.folder) / name
+    try:
+        picture = images.read(read_at(str(path)))
+    except (images.BadImage, BadItem) as error:
+        told = str(error).removeprefix("image: ")
+        raise BadItem(f'bad "{settings.rejected}": {told}') from None
+    return buckets.cut(picture, buckets.fit(*picture.shape[:2], [bucket]))
+
+
+def excluded(lines: Sequence[str], where: str) -> dict[str, str]:
+    """Sources that dedup's duplicates.jsonl removes, and why; or a UserError."""
+    found = {}
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found[row["source"]] = f"near-duplicate of {row['kept']}"
+        except (ValueError, TypeError, KeyError):
+            raise UserError(
+                f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
+                " sd3-jax dedup writes it"
+            ) from None
+    return found
+
+
+def chance(seed: int, source: str) -> float:
+    """In [0, 1): for whether an example is held out, whatever else is drawn of it."""
+    data = json.dumps([seed, source]).encode()
+    made = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
+    return (int.from_bytes(made) >> 11) / 2**53
+
+
+def reasons(reason: str) -> str:
+    """What a reason has in common with others: all before its first colon."""
+    return reason.partition(": ")[0]
+
+
+def common(error: UserError) -> str:
+    """What a picture's fault has in common with others: not where, nor its numbers."""
+    what, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    return re.sub(r"\d+", "N", what)
+
+
+def _filtered(refusal: filters.Refusal) -> str:
+    return f"filter {refusal.spec}: {refusal.reason}"

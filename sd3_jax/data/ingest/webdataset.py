@@ -1,0 +1,157 @@
+"""A WebDataset tar's samples: pictures with the captions that share their key.
+
+A key ends at the first dot of a member's name, as in WebDataset: 0001.seg.png is a
+second file of the sample 0001. Where no picture has that key, names have dots of their
+own, 22.00.png beside 22.00.txt, and the key ends at the last dot.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+from itertools import groupby
+
+from sd3_jax.data.ingest import tars
+from sd3_jax.data.ingest.items import (
+    LABEL,
+    LABELS,
+    PICTURES,
+    SIDECARS,
+    BadItem,
+    Item,
+    Part,
+    Rejected,
+    merge,
+    read_at,
+    read_columns,
+    rejected,
+    taken,
+)
+from sd3_jax.data.ingest.tars import Place
+
+TWICE = "a name that came before"
+
+
+def items(part: Part) -> Iterator[Item | Rejected]:
+    """A tar's samples and, where they stand, the members that are not taken.
+
+    A caption may lie anywhere in the tar: some tools write all pictures first.
+    """
+    places, damage = [], None
+    try:
+        for place in tars.places(part.path):
+            if _is_picture(place) and place.key.endswith(LABELS):
+                place = place._replace(reason=LABEL)
+            if place.reason != tars.FOLDER:
+                places.append(place)
+    except tars.BadTar as error:
+        damage = str(error).removeprefix(f"{part.path}: ")
+    runs = [list(run) for _, run in groupby(_keyed(places), key=lambda each: each.key)]
+    merged = _merged(runs)
+    for number, run in enumerate(runs):
+        for place in run:
+            if place.reason:
+                yield _refused(part, place, place.reason)
+        if number in merged:
+            cut = damage is not None and number == len(runs) - 1
+            yield from _sample(part, merged[number], cut=cut)
+    if damage is not None:
+        yield rejected(part.label, f"a damaged tar: {damage}", part.bytes)
+
+
+def _keyed(places: Sequence[Place]) -> list[Place]:
+    """The members under the keys of their samples."""
+    by_first_dot = {each.key for each in places if _is_picture(each)}
+    keyed = []
+    for place in places:
+        again = tars.by_last_dot(place)
+        if again and _is_picture(again) and place.key not in by_first_dot:
+            place = again
+        keyed.append(place)
+    pictured = {each.key for each in keyed if _is_picture(each)}
+    owners = {f"{p.key}.{p.extension}": p.key for p in keyed if _is_picture(p)}
+    for i, place in enumerate(keyed):
+        again = tars.by_last_dot(place)
+        if again and not _is_picture(again):
+            stem, dot, extension = again.key.rpartition(".")
+            owner = owners.get(f"{stem}{dot}{extension.lower()}", again.key)
+            if owner in pictured:
+                keyed[i] = again._replace(key=owner)
+    return keyed
+
+
+def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
+    """Samples by extension, at the place of the run that has the picture.
+
+    Members that follow each other with one key are a run. One without a picture adds
+    its captions to the run of its key that has one; a second picture of a key is of
+    another sample, whose captions are not mixed with the first's. What is left over is
+    given its reason in `runs`.
+    """
+    samples, place_of = {}, {}
+    for number, run in enumerate(runs):
+        sample = {}
+        for i, place in enumerate(run):
+            if place.reason:
+                continue
+            if place.extension in sample:
+                run[i] = place._replace(reason=TWICE)
+            elif place.extension in PICTURES and _picture(sample):
+                run[i] = place._replace(reason="another picture of its sample")
+            else:
+                sample[place.extension] = place
+        if sample:
+            samples[number] = sample
+            key = run[0].key
+            if key not in place_of or (
+                _picture(sample) and not _picture(samples[place_of[key]])
+            ):
+                place_of[key] = number
+    for number, sample in list(samples.items()):
+        first = place_of[runs[number][0].key]
+        if number == first:
+            continue
+        target = samples[first]
+        for extension, place in samples.pop(number).items():
+            if _picture(sample) or extension in target:
+                at = runs[number].index(place)
+                runs[number][at] = place._replace(reason=TWICE)
+            else:
+                target[extension] = place
+    return samples
+
+
+def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
+    """The item of members that share a key, or why they are none.
+
+    Where the tar is cut off a caption may have followed: alone, a picture is not taken.
+    """
+    picture = _picture(sample)
+    beside = [sample[kind] for kind in SIDECARS if kind in sample]
+    if not picture:
+        for place in beside:
+            yield _refused(part, place, "a caption without a picture")
+        return
+    if cut and not beside:
+        yield _refused(part, picture, "its tar is cut off after it")
+        return
+    try:
+        columns = {}
+        for place in beside:
+            where = (part.path, place.extension, place.start, place.size)
+            columns = merge(columns, read_columns(*where))
+    except BadItem as error:
+        yield _refused(part, picture, error)
+        return
+    read = partial(read_at, part.path, picture.start, picture.size)
+    yield taken(f"{part.label}:{picture.key}", columns, read, picture.size)
+
+
+def _is_picture(place: Place) -> bool:
+    return not place.reason and place.extension in PICTURES
+
+
+def _picture(sample: dict[str, Place]) -> Place | None:
+    return next((sample[kind] for kind in sample if kind in PICTURES), None)
+
+
+def _refused(part: Part, place: Place, reason: object) -> Rejected:
+    return rejected(f"{part.label}:{place.name}", reason, place.size)

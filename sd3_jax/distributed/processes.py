@@ -1,0 +1,218 @@
+"""Processes as one: they start alike, wait with bounds, and end together.
+
+What goes between them here goes through jax's coordination service, not the devices:
+it works before the first program, beside a running one, and when a peer is stuck.
+"""
+
+import contextlib
+import itertools
+import json
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+
+from sd3_jax.distributed.jax_internals import coordination_client
+from sd3_jax.errors import RetryableError, UserError
+
+ENDED = "sd3_jax/ended"
+LOOK = 2.0  # seconds between two looks at what others were told
+_turn = itertools.count()  # every process makes the same calls in the same order
+_told = threading.Event()  # by SIGTERM, in a run of one process
+
+
+def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
+    """function() of process 0; its answer (JSON), or UserError, is everyone's."""
+    if jax.process_count() == 1:
+        return function()
+    client, key = coordination_client(), f"sd3_jax/first/{next(_turn)}"
+    if jax.process_index() == 0:
+        try:
+            answer = {"value": function()}
+        except UserError as error:
+            client.key_value_set(key, json.dumps({"error": str(error)}))
+            raise
+        client.key_value_set(key, json.dumps(answer))
+        return answer["value"]
+    answer = json.loads(_get(key, seconds, "process 0's answer"))
+    if "error" in answer:
+        raise UserError(answer["error"])
+    return answer["value"]
+
+
+def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
+    """Refuse, in every process, if one states something else than process 0.
+
+    `statement` is flat JSON. Two hosts that run different programs compute nonsense,
+    and as long as their collectives match in silence.
+    """
+    mine = json.dumps(statement, sort_keys=True, default=str)
+    ours, *others = map(json.loads, _everyones(mine, seconds))
+    for index, other in enumerate(others, 1):
+        if differences := list(differing(ours, other)):
+            raise UserError(
+                f"processes 0 and {index} have different {what}: "
+                + "; ".join(differences[:5])
+                + (f"; and {len(differences) - 5} more" if differences[5:] else "")
+            )
+
+
+def differing(a: Mapping[str, Any], b: Mapping[str, Any]):
+    """`key: x and y`, for each key that is not in both with the same value."""
+    for key in sorted(a.keys() | b.keys()):
+        x, y = a.get(key, "nothing"), b.get(key, "nothing")
+        if x != y:
+            yield f"{key}: {x} and {y}"
+
+
+def shared(
+    function: Callable[[list[int]], list], count: int, *, seconds: float = 3_600
+) -> list:
+    """One answer (JSON) for each of `count` rows, from every process for its share.
+
+    function(rows) is of the rows of this process, and not called for none of them.
+    """
+    index, step = jax.process_index(), jax.process_count()
+    rows = list(range(index, count, step))
+    mine = json.dumps(function(rows) if rows else [])
+    made = [None] * count
+    for i, text in enumerate(_everyones(mine, seconds)):
+        made[i::step] = json.loads(text)
+    return made
+
+
+def all_well(well: bool, *, seconds: float = 600) -> bool:
+    """Whether it is so in every process."""
+    return "no" not in _everyones("yes" if well else "no", seconds)
+
+
+def meet(place: str, *, minutes: float = 30) -> None:
+    """Wait until every process is here.
+
+    Hosts do not compile equally fast, and the first collective of the one that is ahead
+    gives up after half a minute on CPUs.
+    """
+    if jax.process_count() > 1:  # jax's public barriers are collectives themselves
+        client = coordination_client()
+        client.wait_at_barrier(place, timeout_in_ms=int(60_000 * minutes))
+
+
+def told_to_stop(step: int) -> bool:
+    """Whether SIGTERM came to some process and all are to stop after this very step.
+
+    To be asked at every step: jax says it of one step only.
+    """
+    if coordination_client() is None:
+        return _told.is_set()
+    return multihost_utils.reached_preemption_sync_point(step)
+
+
+@contextlib.contextmanager
+def heeding_sigterm() -> Iterator[None]:
+    """In a run of one process; else jax's own handler, in C++, tells the others."""
+    _told.clear()
+    alone = coordination_client() is None
+    with _sigterm_is_told() if alone else contextlib.nullcontext():
+        yield
+
+
+def claim(name: str) -> bool:
+    """Whether this process is the first of all to ask for it."""
+    client = coordination_client()
+    if client is None:
+        return True
+    try:
+        client.key_value_set(f"sd3_jax/claim/{name}", str(jax.process_index()))
+    except jax.errors.JaxRuntimeError as error:
+        if "ALREADY_EXISTS" not in str(error):
+            raise
+        return False
+    return True
+
+
+@contextlib.contextmanager
+def stopping() -> Iterator[Callable[[], bool]]:
+    """`stop()` says whether SIGTERM came to any process; for those not in step.
+
+    Python's handler takes the place of jax's, which waits for a step of all to save.
+    """
+    _told.clear()
+    client = coordination_client()
+    key, looked = "sd3_jax/stop", [time.monotonic()]
+
+    def stop() -> bool:
+        if client is None or _told.is_set():
+            if client is not None:
+                client.key_value_set(f"{key}/told", "now", allow_overwrite=True)
+            return _told.is_set()
+        if time.monotonic() - looked[0] > LOOK:
+            looked[0] = time.monotonic()
+            if client.key_value_dir_get(key):
+                _told.set()
+        return _told.is_set()
+
+    with _sigterm_is_told():
+        yield stop
+
+
+@contextlib.contextmanager
+def _sigterm_is_told() -> Iterator[None]:
+    """Only the main thread may say what a signal does; elsewhere as it is."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def tell_end(reason: str, code: int) -> None:
+    """Let the other processes know that this one ends, and why; they end as well."""
+    client = coordination_client()
+    if client is not None:
+        note = json.dumps([jax.process_index(), reason, code])
+        try:
+            client.key_value_set(f"{ENDED}/{jax.process_index()}", note)
+        except Exception:  # the service is gone: its process has ended before
+            pass
+
+
+def ended() -> tuple[int, str, int] | None:
+    """(process, reason, exit code) of another process that told its end."""
+    client = coordination_client()
+    if client is None:
+        return None
+    try:
+        notes = [json.loads(text) for _, text in client.key_value_dir_get(ENDED)]
+    except Exception:  # jax itself ends this process if the service is gone
+        return None
+    others = [note for note in notes if note[0] != jax.process_index()]
+    return tuple(others[0]) if others else None
+
+
+def leads_others() -> bool:
+    return coordination_client() is not None and jax.process_index() == 0
+
+
+def _everyones(text: str, seconds: float) -> list[str]:
+    """What each process says, by its index."""
+    count, turn = jax.process_count(), f"sd3_jax/all/{next(_turn)}"
+    if count == 1:
+        return [text]
+    client = coordination_client()
+    client.key_value_set(f"{turn}/{jax.process_index()}", text)
+    return [_get(f"{turn}/{i}", seconds, f"process {i}") for i in range(count)]
+
+
+def _get(key: str, seconds: float, who: str) -> str:
+    client = coordination_client()
+    try:
+        return client.blocking_key_value_get(key, int(1000 * seconds))
+    except jax.errors.JaxRuntimeError as error:
+        raise RetryableError(f"waited {seconds:g} s for {who} ({key})") from error

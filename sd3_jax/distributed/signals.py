@@ -1,0 +1,65 @@
+"""Ctrl-C and SIGTERM get an answer while the main thread is in the compiler."""
+
+import contextlib
+import os
+import select
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+
+from sd3_jax.errors import INTERRUPTED
+
+PATIENCE = 2.0  # seconds for a first Ctrl-C to end the run before it is answered
+
+
+@contextlib.contextmanager
+def answered() -> Iterator[None]:
+    """Within, a second Ctrl-C ends the process at once, whatever it does.
+
+    Python runs a signal's handler once the main thread is in Python again, which it is
+    not while XLA compiles. But it writes the signal's number to a pipe at once, and
+    a thread reads it. SIGTERM is answered where a job has a handler for it.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+    thread = threading.Thread(target=_answer, args=(reading,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writing)  # the thread reads nothing more, and ends
+        thread.join()
+        os.close(reading)
+
+
+def say(text: str) -> None:
+    """One line on stderr, past Python's buffers; a closed stderr is no error."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"sd3-jax: {text}\n".encode())
+
+
+def _answer(reading: int) -> None:
+    interrupted = False
+    while number := os.read(reading, 1):
+        if number[0] == signal.SIGTERM:
+            say(f"SIGTERM: stops as soon as it can{_doing()}")
+        if number[0] != signal.SIGINT:
+            continue
+        if interrupted:
+            os._exit(INTERRUPTED)
+        interrupted = True
+        if not select.select([reading], [], [], PATIENCE)[0]:
+            say(f"Ctrl-C: stops as soon as it can; again: at once{_doing()}")
+
+
+def _doing() -> str:
+    # It imports jax, and is perhaps not there yet.
+    watchdog = sys.modules.get("sd3_jax.distributed.watchdog")
+    doing = watchdog.doing() if watchdog else ""
+    return f" (now: {doing})" if doing else ""

@@ -1,0 +1,163 @@
+"""No wait without a bound: what stands still is ended, with its stacks printed.
+
+A collective whose peer is gone or stuck waits for ever, and so may a disk. A thread
+looks at the clock, and whether another process has told its end.
+"""
+
+import contextlib
+import faulthandler
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+from sd3_jax.distributed import processes
+from sd3_jax.errors import RETRY
+
+EVERY = 2.0  # seconds between two looks
+LONG = 3600.0  # seconds for what may have a compilation or a large read in it
+GRACE = 60.0  # after which even a process that cannot run Python any more is ended
+STACKS = 5.0  # seconds that faulthandler has to print them before SIGALRM
+STUCK = "stuck: "
+
+
+class Watch:
+    """expect(what, seconds) says by when the process will call it again.
+
+    The clock is monotonic: one that is set changes nothing. A process that was paused
+    as a whole, with its virtual machine, is given its time anew.
+    """
+
+    def __init__(self, every: float = EVERY):
+        self._what, self._deadline, self._armed = "", None, None
+        self._every, self._over = every, threading.Event()
+        self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
+        self._thread.start()
+
+    def expect(self, what: str, seconds: float | None) -> None:
+        """From now on it does `what`, for at most so long; None: for ever."""
+        end = None if seconds is None else time.monotonic() + seconds
+        self._seconds, self._what, self._deadline = seconds, what, end
+
+    @property
+    def what(self) -> str:
+        return self._what
+
+    def stop(self) -> None:
+        self._over.set()
+        self._thread.join()
+        self._disarm()
+
+    def _look(self) -> None:
+        looked = time.monotonic()
+        while not self._over.wait(self._every):
+            now = time.monotonic()
+            paused, looked = now - looked - self._every, now
+            if self._deadline is not None and paused > 5 * self._every:
+                self._deadline += paused
+            if self._deadline is not None and now > self._deadline:
+                self._stuck()
+            follow()
+            self._arm()
+
+    def _arm(self) -> None:
+        """Print stacks and die without this thread, which may never get the GIL.
+
+        faulthandler's own thread prints them. It could exit too, but with code 1, which
+        says that a restart is of no use; the kernel's SIGALRM ends with 128 + 14.
+        """
+        deadline = self._deadline
+        if deadline != self._armed:
+            self._disarm()
+            if deadline is not None:
+                left = deadline - time.monotonic() + GRACE
+                left = max(left, 0.001)  # 0 would disarm both
+                faulthandler.dump_traceback_later(left, file=_stderr())
+                signal.setitimer(signal.ITIMER_REAL, left + STACKS)
+            self._armed = deadline
+
+    def _disarm(self) -> None:
+        if self._armed is not None:
+            faulthandler.cancel_dump_traceback_later()
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            self._armed = None
+
+    def _stuck(self) -> None:
+        reason = f"{STUCK}{self._what} has taken more than {self._seconds:g} s"
+        print(f"sd3-jax: error: {reason}; all stacks follow", file=sys.stderr)
+        _print_stacks()
+        leave(reason, RETRY)
+
+
+def follow(seconds: float = 0) -> None:
+    """End this process if a peer tells its own end within so many seconds."""
+    deadline = time.monotonic() + seconds
+    while (note := processes.ended()) is None and time.monotonic() < deadline:
+        time.sleep(0.1)
+    if note is None:
+        return
+    process, reason, code = note
+    print(
+        f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
+        file=sys.stderr,
+    )
+    if reason.startswith(STUCK):  # it waited, and for this one perhaps
+        _print_stacks()
+    _exit(code)
+
+
+def leave(reason: str, code: int) -> None:
+    """End this process now, and have its peers follow.
+
+    At exit jax would wait for them, and they for our collectives.
+    """
+    processes.tell_end(reason, code)
+    if processes.leads_others():
+        time.sleep(2 * EVERY)  # the service that tells them lives in this process
+    _exit(code)
+
+
+def _exit(code: int) -> None:
+    logging.shutdown()
+    for stream in sys.stdout, sys.stderr:
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
+
+
+def _print_stacks() -> None:
+    sys.stderr.flush()
+    faulthandler.dump_traceback(file=_stderr(), all_threads=True)
+
+
+def _stderr():
+    return sys.__stderr__ or sys.stderr
+
+
+_watch: Watch | None = None
+
+
+@contextlib.contextmanager
+def watching() -> Iterator[None]:
+    """Of this process, for as long as the block runs; main's, round every job."""
+    global _watch
+    before, _watch = _watch, Watch()
+    try:
+        yield
+    finally:
+        _watch.stop()
+        _watch = before
+
+
+def expect(what: str, seconds: float | None) -> None:
+    """Tell the watch, if there is one, what comes now and how long it may take."""
+    if _watch is not None:
+        _watch.expect(what, seconds)
+
+
+def doing() -> str:
+    """What the watch was told last, "" without one."""
+    return _watch.what if _watch is not None else ""

@@ -1,0 +1,168 @@
+"""A whole CLIP as one thing: pictures and texts to embeddings of one space."""
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+from jaxtyping import Float, UInt8
+from numpy import ndarray
+
+from sd3_jax import tree
+from sd3_jax.data import clip_images, tokenizers
+from sd3_jax.data.clip_images import read_json
+from sd3_jax.distributed import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+from sd3_jax.sampling import compiled
+from sd3_jax.weights import components, key_mapping, safetensors, sharded_load, sources
+from sd3_jax.weights.clip_keys import SIDES, TOWERS, towers
+
+WANTED = ("*.json", "*.safetensors", "*.txt")  # of a hub's repository
+
+
+@dataclass(frozen=True, repr=False)
+class Clip:
+    """Both towers over a mesh; `image` and `text` embed, `prepare` is on the host."""
+
+    modules: dict[str, nn.Module]  # "vision" and "text"
+    variables: dict[str, dict]
+    prepare: clip_images.Preparation
+    tokenizer: Any  # None: texts cannot be embedded
+    mesh: Mesh
+    source: str
+    rows: int = 8  # a device at a time
+    _memo: dict = field(default_factory=dict, compare=False)
+
+    @property
+    def dim(self) -> int:
+        return self.modules["vision"].projection
+
+    def image(
+        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]] | UInt8[ndarray, "n _ _ 3"]
+    ) -> Float[ndarray, "n e"]:
+        """Projected embeddings, not normalised, of this process's pictures."""
+        return self._batched("vision", pictures, self.prepare)
+
+    def text(self, texts: Sequence[str]) -> Float[ndarray, "n e"]:
+        """Projected embeddings, not normalised; a long text is cut at 77 tokens."""
+        if self.tokenizer is None:
+            raise UserError(
+                f"{self.source}: no tokenizer of CLIP: wanted its vocab.json and"
+                " merges.txt beside the weights, or config.tokenizers"
+            )
+        length = self.modules["text"].length
+        ids = lambda some: tokenizers.clip_ids(self.tokenizer, some, length)
+        return self._batched("text", texts, ids)
+
+    def fingerprint(self) -> str:
+        """Of the vision tower's weights and of how pictures are prepared for it."""
+        if "fingerprint" not in self._memo:
+            weights = tree.fingerprint(self.variables["vision"])
+            told = f"{weights} {self.modules['vision']} {self.prepare}"
+            made = hashlib.sha256(told.encode()).hexdigest()[:12]
+            self._memo["fingerprint"] = made
+        return self._memo["fingerprint"]
+
+    def _batched(self, tower, things, ready) -> ndarray:
+        """Batches of one size, rows over the mesh, the last filled with its first."""
+        size = min(self.rows, -(-len(things) // sharding.batch_shards(self.mesh)))
+        size = max(1, size) * sharding.batch_shards(self.mesh)
+        done = [np.zeros((0, self.dim), np.float32)]
+        for start in range(0, len(things), size):
+            some = list(things[start : start + size])
+            x = ready(some)
+            x = np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)])
+            with compiled.on(self.mesh):
+                made = embed(
+                    self.modules[tower],
+                    self.variables[tower],
+                    compiled.place(x, self.mesh),
+                )
+            done.append(np.asarray(made, np.float32)[: len(some)])
+        return np.concatenate(done)
+
+
+@jax.jit(static_argnames="module")
+def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
+    found = module.apply(variables, x)
+    return found if isinstance(found, jax.Array) else found[1]  # a text's pooled vector
+
+
+def load(
+    source: str,
+    *,
+    mesh: Mesh | None = None,
+    dtype: str = "float32",
+    tokenizers_from: str = "",
+    rows: int = 8,
+) -> Clip:
+    """A folder of transformers' CLIPModel, one .safetensors of it, or a hub name.
+
+    Of `mesh`, by default this process's devices, every weight is whole on each: a CLIP
+    is small, and processes embed what is theirs without waiting for each other.
+    `tokenizers_from` is a folder or hub name of a released model, or of a tokenizer,
+    for a file that has none beside it. A UserError says what is missing.
+    """
+    path = sources.resolve(source, WANTED)
+    devices = jax.local_devices()
+    mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
+    tensors, configs = _found(path)
+    modules, variables = {}, {}
+    for name, component in TOWERS.items():
+        own = {
+            k: x for k, x in tensors.items() if k.startswith(SIDES) == (name != "text")
+        }
+        what = f"{path}: CLIP's {name} tower"
+        if component.mark not in own:
+            raise UserError(f"{what} is missing: wanted transformers' CLIPModel, whole")
+        config = components.configured(
+            component, configs[name] if configs else None, own, where=what
+        )
+        module = component.build(config, np.dtype(dtype))
+        shapes = components.abstract(component, module, config, mesh, dtype)
+        pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
+        sharded_load.check(own, pieces, what=what, ignored=component.ignored)
+        modules[name], variables[name] = module, sharded_load.load(own, shapes, pieces)
+    folder = path if path.is_dir() else path.parent
+    prepare = clip_images.preparation(folder, modules["vision"].size)
+    words = _tokenizer(folder, tokenizers_from, modules["text"].vocab)
+    return Clip(modules, variables, prepare, words, mesh, source, rows)
+
+
+def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
+    """The tensors, and the towers' configurations where a config.json tells them."""
+    if not path.is_dir():
+        return safetensors.open_file(path)[0], None
+    if not (path / "config.json").exists():
+        raise UserError(
+            f"{path}: no config.json: wanted a folder of transformers' CLIPModel, such"
+            " as openai/clip-vit-large-patch14, or its .safetensors"
+        )
+    config = read_json(path / "config.json")
+    if "vision_config" not in config:
+        kind = shown(config.get("model_type", "another model"))
+        raise UserError(f"{path}: config.json is of {kind}, wanted a CLIPModel's")
+    return safetensors.open_folder(path), towers(config, f"{path / 'config.json'}")
+
+
+def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
+    """CLIP's own beside the weights, that of a released model's first encoder, or the
+    package's, for a tower that knows so many `words`."""
+    places = [folder]
+    if other:
+        wanted = tokenizers.WANTED
+        places.append(sources.resolve(other, wanted, what="tokenizers"))
+    for place in places:
+        if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
+            return tokenizers.read("clip_l", place)
+        if found := tokenizers.load(place).get("clip_l"):
+            return found
+    return (
+        tokenizers.packaged_clip("clip_l") if words == tokenizers.CLIP_WORDS else None
+    )

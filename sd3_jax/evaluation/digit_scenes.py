@@ -1,0 +1,76 @@
+"""GenEval and typography in small: the share of pictures that show what was asked."""
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+
+from sd3_jax.data import digits
+from sd3_jax.data.digits import Digits, Scene, Thing
+from sd3_jax.evaluation.digit_reader import matches
+from sd3_jax.evaluation.scorers import Asked, Score, Verdict, score
+
+NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
+
+
+def some(kind: str, split: str, count: int) -> list[Scene]:
+    """`count` scenes of a kind and split in a fixed mixed order, round and round."""
+    every = digits.scenes(kind, split)
+    order = np.random.default_rng(1).permutation(len(every))
+    return [every[order[i % len(every)]] for i in range(count)]
+
+
+def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
+    """Each scene painted once, each from noise of its own, and looked at."""
+    asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
+    images = paint([each.prompt for each in asked], list(range(len(asked))))
+    return [verdict.value == 1 for verdict in scorer(asked, images)]
+
+
+def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Verdict]:
+    """A scorer (evals/scorers.py) of pictures of digits; `wanted` is a Scene."""
+    found = zip(asked, images, strict=True)
+    return [Verdict(float(matches(each.wanted, image))) for each, image in found]
+
+
+def read_scans(height: int, width: int) -> Score:
+    """The scorer on every scan that it was not fitted to, once."""
+    canvas, colours = Digits(height, width), itertools.cycle(digits.COLOURS)
+    right = []
+    for ink, digit, colour in zip(*digits.scans(held_out=True), colours):
+        scene = Scene("single", (Thing(colour, int(digit)),))
+        right.append(matches(scene, canvas.compose(scene, [ink])))
+    return score("scorer on real scans", right)
+
+
+def ceiling(height: int, width: int, kind: str, count: int) -> Score:
+    """The scorer on real compositions, of scans that it was not fitted to."""
+    mix = tuple(float(k == kind) for k in digits.KINDS)
+    batch = Digits(height, width, mix, held_out=True).batch(np.arange(count))
+    right = [
+        matches(digits.parse(caption), image)
+        for caption, image in zip(batch["caption"], batch["image"])
+    ]
+    return score(f"scorer on real {NAMES[kind]}", right)
+
+
+def variety(paint: Callable, scenes: Sequence[Scene], *, each: int = 8) -> float:
+    """How far apart the pictures of one prompt are, with real ones as 1.
+
+    The mean distance between two pictures of a caption, over the mean distance between
+    two compositions of it from real scans: 0 is one picture again and again.
+    """
+    captions = [str(scene) for scene in scenes for _ in range(each)]
+    images = paint(captions, list(range(len(captions))))
+    real = Digits(*images.shape[1:3], held_out=True)
+    u = digits.draws(0, np.arange(len(captions)), 2)
+    drawn = [real.draw(scenes[i // each], u[i]) for i in range(len(captions))]
+    return _spread(images, each) / _spread(np.stack(drawn), each)
+
+
+def _spread(images: np.ndarray, each: int) -> float:
+    x = images.reshape(-1, each, np.prod(images.shape[1:])).astype(np.float64)
+    apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
+    return float(apart.sum() / (len(x) * each * (each - 1)))

@@ -1,0 +1,99 @@
+"""What makes features of pictures: one interface for FID, KID, precision and recall."""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, UInt8
+from numpy import ndarray
+
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation.clip_embedder import Clip
+from sd3_jax.foreign_text import shown
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """Called with u8 pictures (n, h, w, 3), gives float32 features (n, dim).
+
+    `name` and `fingerprint` say whose features they are, in files of statistics.
+    `dim` is None where only the features tell.
+    """
+
+    name: str
+    fingerprint: str
+    extract: Callable[[UInt8[ndarray, "n h w 3"]], Any]
+    dim: int | None = None
+
+    def __call__(self, images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
+        """A UserError if `extract` gives anything else."""
+        found = np.asarray(self.extract(images))
+        wide = found.shape[1:] == (self.dim,) if self.dim else found.ndim == 2
+        if not wide or len(found) != len(images) or found.dtype.kind != "f":
+            raise UserError(
+                f"{self.name}: gave {found.dtype} of shape {found.shape} for"
+                f" {len(images)} pictures; wanted float32 of shape ({len(images)},"
+                f" {self.dim or 'd'})"
+            )
+        if not np.isfinite(found).all():
+            raise UserError(f"{self.name}: gave numbers that are not finite")
+        return found.astype(np.float32)
+
+
+def pixels(images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
+    """The pictures themselves in [0, 1], flat: for toy sets."""
+    return images.reshape(len(images), -1).astype(np.float32) / 255
+
+
+PIXELS = Extractor("pixels", "1", pixels)
+
+
+def of_clip(clip: Clip) -> Extractor:
+    """CLIP's projected embeddings, not normalised."""
+    return Extractor("clip", clip.fingerprint(), clip.image, clip.dim)
+
+
+def of_function(name: str, function: Callable) -> Extractor:
+    """The user's: its own attribute `fingerprint`, if any, tells its weights apart."""
+    return Extractor(name, str(getattr(function, "fingerprint", "")), function)
+
+
+def of_torchscript(path: epath.PathLike) -> Extractor:
+    """The file of Inception that StyleGAN's and others' FID is made with.
+
+    Its module takes u8 (n, 3, h, w), whatever h and w, and with `return_features=True`
+    gives (n, 2048). PyTorch runs it, on the CPU.
+    """
+    path = epath.Path(path)
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            f"{path}: TorchScript needs PyTorch, which is not installed: pip install"
+            ' "sd3-jax[torch]"'
+        ) from None
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
+            file.seek(0)
+            model = torch.jit.load(file, map_location="cpu").eval()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    except RuntimeError as error:
+        told = shown(str(error).splitlines()[0], 120)
+        raise UserError(f"{path}: {told}; wanted a file of TorchScript") from None
+
+    def extract(images):
+        x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
+        try:
+            with torch.inference_mode():
+                return model(x, return_features=True).float().numpy()
+        except RuntimeError as error:
+            told = shown(str(error).strip().splitlines()[-1], 120)
+            wanted = "wanted Inception's, which takes (images, return_features=True)"
+            raise UserError(f"{path}: failed: {told}; {wanted}") from error
+
+    return Extractor(path.name, digest, extract)

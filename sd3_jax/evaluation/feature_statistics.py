@@ -1,0 +1,156 @@
+"""Mean and covariance of features, summed part by part and kept in a file."""
+
+import functools
+import io
+import json
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float, Float64
+from numpy import ndarray
+
+from sd3_jax.errors import UserError
+from sd3_jax.files import write_whole
+from sd3_jax.foreign_text import parse_json, shown
+
+FORMAT = 1  # of the file
+FIELDS = ("mean", "scatter", "features", "about")
+DIM = 8_192  # of a covariance, which takes 0.5 GB then
+KEPT = 50_000  # features that a file has beside the sums
+
+
+class Statistics(NamedTuple):
+    """Of `count` features: their mean, and the sum of squares about it."""
+
+    count: int
+    mean: Float64[ndarray, " d"]
+    scatter: Float64[ndarray, "d d"]
+
+    @property
+    def covariance(self) -> Float64[ndarray, "d d"]:
+        """Unbiased, over count - 1 as numpy.cov; a UserError of fewer than two."""
+        if self.count < 2:
+            raise UserError(f"statistics of {self.count} features; wanted 2 or more")
+        return self.scatter / (self.count - 1)
+
+    def __str__(self) -> str:
+        return f"{self.count} features of {len(self.mean)} numbers"
+
+
+class About(NamedTuple):
+    """What makes two files comparable: who made the features, of what pictures."""
+
+    extractor: str
+    fingerprint: str  # of its weights, as Extractor has it
+    height: int  # pixels, as the extractor got them
+    width: int
+
+
+class Stored(NamedTuple):
+    about: About
+    statistics: Statistics
+    features: Float[ndarray, "n d"]  # the first KEPT of them
+
+
+def none(dim: int) -> Statistics:
+    return Statistics(0, np.zeros(dim), np.zeros((dim, dim)))
+
+
+def of(features: Float[ndarray, "n d"]) -> Statistics:
+    """In float64, about the mean itself: nothing is lost where the mean is large."""
+    x = np.asarray(features, np.float64)
+    if x.ndim != 2 or x.shape[1] > DIM:
+        raise UserError(f"features of shape {x.shape}; wanted (n, d), d <= {DIM}")
+    if len(x) == 0:
+        return none(x.shape[1])
+    mean = x.mean(0)
+    return Statistics(len(x), mean, (x - mean).T @ (x - mean))
+
+
+def merged(a: Statistics, b: Statistics) -> Statistics:
+    """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+    if a.mean.shape != b.mean.shape:
+        raise UserError(f"{a} and {b}: wanted features of one extractor")
+    count = a.count + b.count
+    if count == 0:
+        return a
+    apart, share = b.mean - a.mean, b.count / count
+    between = np.outer(apart, apart) * (a.count * share)
+    return Statistics(count, a.mean + share * apart, a.scatter + b.scatter + between)
+
+
+def summed(parts: Iterable[Statistics]) -> Statistics:
+    """One or more merged, in their order."""
+    return functools.reduce(merged, parts)
+
+
+def save(path: epath.PathLike, stored: Stored) -> None:
+    """An .npz, whole or not at all; the features are what KID and recall need."""
+    stats = stored.statistics
+    about = {"format": FORMAT, "count": stats.count, **stored.about._asdict()}
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        mean=stats.mean,
+        scatter=stats.scatter,
+        features=np.asarray(stored.features[:KEPT], np.float32),
+        about=np.array(json.dumps(about)),
+    )
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(path, buffer.getvalue())
+
+
+def load(path: epath.PathLike) -> Stored:
+    """A UserError says what a file lacks; a pickle in it is never opened."""
+    try:
+        with epath.Path(path).open("rb") as file:
+            with np.load(file, allow_pickle=False) as found:
+                return _checked({k: found[k] for k in FIELDS if k in found.files})
+    except OSError as error:
+        reason = error.strerror or "not an .npz"
+        raise UserError(f"{path}: cannot be read: {shown(reason)}") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # what a damaged zip raises is of many kinds
+        told = shown(f"{error}", 200)
+        wanted = "wanted statistics that config.eval.statistics wrote"
+        raise UserError(f"{path}: {told}; {wanted}") from None
+
+
+def _checked(found: dict[str, ndarray]) -> Stored:
+    if missing := [name for name in FIELDS if name not in found]:
+        raise ValueError(f"no {', '.join(missing)} in it")
+    about = parse_json(str(found["about"][()]))
+    if about.pop("format", None) != FORMAT:
+        raise ValueError(f"of another format than {FORMAT}")
+    count, mean, scatter = about.pop("count"), found["mean"], found["scatter"]
+    features, d = found["features"], mean.shape[-1]
+    shapes = mean.shape, scatter.shape, features.shape[1:]
+    if shapes != ((d,), (d, d), (d,)) or not isinstance(count, int) or count < 0:
+        raise ValueError(f"shapes {shapes} and count {count} do not belong together")
+    for x in (mean, scatter, features):
+        if x.dtype.kind != "f" or not np.isfinite(x).all():
+            raise ValueError("numbers that are not finite")
+    stats = Statistics(count, mean.astype(np.float64), scatter.astype(np.float64))
+    return Stored(About(**about), stats, features)
+
+
+def check(stored: Stored, about: About, dim: int, *, least: int, where: str) -> None:
+    """A UserError if features of `about`, of `dim` numbers, are not to be compared with
+    the stored ones, or these are of fewer than `least` pictures."""
+    theirs, stats = stored.about, stored.statistics
+    pairs = {
+        "the extractor": (theirs.extractor, about.extractor),
+        "the extractor's fingerprint": (theirs.fingerprint, about.fingerprint),
+        "pictures": tuple(f"{x.height} x {x.width}" for x in (theirs, about)),
+        "numbers a feature": (len(stats.mean), dim),
+    }
+    for what, (given, wanted) in pairs.items():
+        if given != wanted:
+            told = f"{shown(str(given), 100)}, wanted {wanted}"
+            raise UserError(f"{where}: {what}: {told}, which this run compares by")
+    if stats.count < least:
+        raise UserError(f"{where}: {stats.count} pictures, wanted {least} or more")

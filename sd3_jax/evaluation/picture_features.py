@@ -1,0 +1,163 @@
+"""Features of pictures that processes share, put together to the last bit."""
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from jax.experimental import multihost_utils
+from ml_collections import ConfigDict
+
+from sd3_jax import hooks
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation import clip_embedder, extractors, feature_statistics
+from sd3_jax.evaluation.clip_embedder import Clip
+from sd3_jax.evaluation.extractors import Extractor
+from sd3_jax.evaluation.feature_statistics import KEPT, Statistics
+from sd3_jax.weights import sources
+
+
+class Features(NamedTuple):
+    """Of all processes' pictures; `rows` are the first KEPT, in their order."""
+
+    rows: np.ndarray  # (n, d) float32
+    statistics: Statistics | None  # of every one, where they are wanted
+
+
+def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
+    """A UserError, before anything is painted, if what makes features is not named."""
+    name = config.eval.features
+    if name not in KINDS and not name.endswith(".pt") and ":" not in name:
+        raise UserError(
+            f'config.eval.features = "{name}": wanted {", ".join(KINDS)},'
+            ' "package.module:function" or a TorchScript file of Inception, *.pt'
+        )
+    if (scored or (compared and name == "clip")) and not config.eval.clip:
+        raise UserError(
+            f'config.eval.clip = "": wanted CLIP\'s weights for'
+            f" {'clip_score' if scored else 'config.eval.features = clip'}: a folder of"
+            " transformers' CLIPModel, its .safetensors or a hub name, such as"
+            " openai/clip-vit-large-patch14"
+        )
+    if config.eval.clip and (scored or name == "clip"):
+        with blamed("eval.clip"):
+            sources.resolve(config.eval.clip, clip_embedder.WANTED)
+    numbers = 3 * config.image.height * config.image.width
+    if (
+        name == "pixels"
+        and "fid" in config.eval.scores
+        and numbers > feature_statistics.DIM
+    ):
+        raise UserError(
+            f'config.eval.features = "pixels": {numbers} numbers a picture, and FID'
+            f" takes {feature_statistics.DIM} at most; wanted smaller pictures, or clip"
+        )
+    if compared and name.endswith(".pt") and not epath.Path(name).exists():
+        raise UserError(f"config.eval.features = {name}: no such file")
+    if compared and ":" in name:
+        hooks.guarded("eval.features", name)
+
+
+def load_clip(config: ConfigDict) -> Clip:
+    with blamed("eval.clip"):
+        return clip_embedder.load(
+            config.eval.clip, tokenizers_from=config.tokenizers, rows=config.eval.rows
+        )
+
+
+@contextlib.contextmanager
+def blamed(key: str):
+    """A UserError names the key of the config."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+
+
+def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
+    """By config.eval.features."""
+    name = config.eval.features
+    if name in KINDS:
+        return KINDS[name](loaded)
+    if name.endswith(".pt"):
+        return extractors.of_torchscript(name)
+    made = extractors.of_function(name, hooks.load(name))
+    return extractors.Extractor(
+        name, made.fingerprint, hooks.guarded("eval.features", name)
+    )
+
+
+KINDS = {
+    "clip": lambda loaded: extractors.of_clip(loaded()),
+    "pixels": lambda loaded: extractors.PIXELS,
+}
+
+
+def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
+    """Of this process's features, part by part, and the others'.
+
+    Feature i of all is of process i mod processes. The sums are merged in float64,
+    which a device's arrays are not.
+    """
+    count, kept, left = None, [], -(-KEPT // jax.process_count())
+    for part in parts:
+        if summed:
+            one = feature_statistics.of(part)
+            count = one if count is None else feature_statistics.merged(count, one)
+        kept.append(part[:left])
+        left -= len(kept[-1])
+    rows = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
+    every = everyones(rows)
+    dim = max(x.shape[1] for x in every)
+    whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
+    if not summed:
+        return Features(whole, None)
+    mine = feature_statistics.none(dim) if count is None else count
+    return Features(
+        whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
+    )
+
+
+def share(start: int, index: int, count: int) -> slice:
+    """Of a batch that begins with row `start` of all, those of process `index`."""
+    return slice((index - start) % count, None, count)
+
+
+def interleaved(every: list[np.ndarray]) -> np.ndarray:
+    """Row i from process i mod processes; the inverse of each taking its share.
+
+    A process that has fewer rows, because files were unreadable, drops out earlier.
+    """
+    turns = np.concatenate([np.arange(len(part)) for part in every])
+    return np.concatenate(every)[np.argsort(turns, kind="stable")]
+
+
+def packed(x: Statistics) -> np.ndarray:
+    return np.concatenate([[np.float64(x.count)], x.mean, x.scatter.ravel()])
+
+
+def unpacked(x: np.ndarray) -> Statistics:
+    d = int((np.sqrt(4 * len(x) - 3) - 1) / 2)  # 1 + d + d^2 numbers
+    return Statistics(int(x[0]), x[1 : 1 + d], x[1 + d :].reshape(d, d))
+
+
+def everyones(x: np.ndarray) -> list[np.ndarray]:
+    """The array of each process, by its index; of any shapes, and to the last bit."""
+    if jax.process_count() == 1:
+        return [x]
+    shape = np.zeros(8, np.int32)
+    shape[: x.ndim + 1] = x.ndim, *x.shape
+    shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]
+    sizes = [int(np.prod(each)) * x.itemsize for each in shapes]
+    raw = np.zeros(max(sizes), np.uint8)
+    raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
+    found = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
+    read = functools.partial(_array, dtype=x.dtype)
+    return [read(row[:n], shape=s) for row, n, s in zip(found, sizes, shapes)]
+
+
+def _array(raw: np.ndarray, shape: np.ndarray, dtype) -> np.ndarray:
+    return np.ascontiguousarray(raw).view(dtype).reshape(shape)

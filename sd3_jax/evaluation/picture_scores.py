@@ -1,0 +1,204 @@
+"""CLIP score, FID, KID, precision and recall of painted pictures (paper, B.3).
+
+The pictures are painted once and looked at by every measure; they are not kept, their
+features are. Each process looks at its share of each batch.
+"""
+
+import logging
+from collections.abc import Callable, Sequence
+from functools import cache, partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax.assembly import model_parts
+from sd3_jax.distributed import processes, watchdog
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation import (
+    clip_score,
+    feature_statistics,
+    fid,
+    kid,
+    picture_features,
+    reference_images,
+)
+from sd3_jax.evaluation.clip_embedder import Clip
+from sd3_jax.evaluation.extractors import Extractor
+from sd3_jax.evaluation.feature_statistics import About, Stored
+from sd3_jax.evaluation.picture_features import Features
+from sd3_jax.evaluation.precision_recall import precision_recall
+from sd3_jax.sampling import sampler_choice
+
+log = logging.getLogger(__name__)
+
+
+def check(config: ConfigDict) -> None:
+    """A UserError, before anything is loaded or painted, if something is not named."""
+    names = set(config.eval.scores)
+    if not names & set(NAMES):
+        return
+    compared = bool(names & set(COMPARED))
+    picture_features.check(config, scored="clip_score" in names, compared=compared)
+    path = stored_at(config)
+    reference_images.check(config, compared=compared and not path)
+    if config.eval.statistics and not compared:
+        raise UserError(
+            f"config.eval.statistics = {config.eval.statistics}: those of real pictures"
+            f" are made for {', '.join(COMPARED)} in config.eval.scores alone"
+        )
+    if compared and path:
+        if config.eval.statistics:
+            raise UserError(
+                f"config.eval.statistics = {config.eval.statistics}: wanted none, for"
+                f" config.eval.real = {path} has been made before"
+            )
+        feature_statistics.load(path)
+
+
+def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, params: Any):
+    """Rows of all that config.eval.scores has of these measures."""
+    captions, extract, clip = measured(config)
+    names = config.eval.scores
+    reference = references(config, extract, names) if extract is not None else None
+    paint = sampler_choice.painter(config, parts, mesh, params)
+    made, cosines = look(config, paint, captions, extract, clip, "fid" in names)
+    rows = []
+    if clip is not None:
+        rows.append(mean("CLIP score", cosines))
+    for name in COMPARED:
+        if name in names:
+            rows += COMPARED[name](extract.name, reference, made)
+    return {"scores": rows}
+
+
+def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | None]:
+    """The captions to paint, and what looks at their pictures: of those that are
+    compared with real ones, and for the CLIP score."""
+    compared = set(config.eval.scores) & set(COMPARED)
+    loaded = cache(lambda: picture_features.load_clip(config))
+    return (
+        reference_images.captions(config),
+        picture_features.extractor(config, loaded) if compared else None,
+        loaded() if "clip_score" in config.eval.scores else None,
+    )
+
+
+def references(
+    config: ConfigDict, extract: Extractor, names: Sequence[str]
+) -> Features:
+    """Of the real pictures, or of the file that has them; kept if that is wished."""
+    about = About(
+        extract.name, extract.fingerprint, config.image.height, config.image.width
+    )
+    if path := stored_at(config):
+        stored = feature_statistics.load(path)
+        dim = extract.dim or len(stored.statistics.mean)
+        least = config.eval.pictures
+        feature_statistics.check(stored, about, dim, least=least, where=path)
+        return Features(stored.features, stored.statistics)
+    keep = config.eval.statistics
+    some = map(extract, reference_images.mine(config, ROWS))
+    found = picture_features.gather(some, summed=bool(keep) or "fid" in names)
+    if len(found.rows) < 2:
+        raise UserError(
+            f"config.eval.real: {len(found.rows)} pictures that can be read; wanted 2"
+            " or more"
+        )
+    if keep and jax.process_index() == 0:
+        feature_statistics.save(keep, Stored(about, found.statistics, found.rows))
+        log.info("%s: statistics of %d pictures", keep, found.statistics.count)
+    return found
+
+
+def stored_at(config: ConfigDict) -> str:
+    """The file of statistics that config.eval.real names, if it is one."""
+    given = tuple(config.eval.real)
+    files = [path for path in given if path.endswith(".npz")]
+    if files and len(given) > 1:
+        raise UserError(
+            f"config.eval.real = {', '.join(given)}: wanted one .npz of statistics, or"
+            " pictures"
+        )
+    return files[0] if files else ""
+
+
+def look(
+    config: ConfigDict,
+    paint: sampler_choice.Paint,
+    captions: list[str],
+    extract: Extractor | None,
+    clip: Any,
+    summed: bool,
+) -> tuple[Features | None, np.ndarray | None]:
+    """Features of the painted pictures, and cosines to their captions."""
+    found, embedded, at = [], [], 0
+    index, step = jax.process_index(), jax.process_count()
+    numbers, size = range(len(captions)), config.sample.batch_size
+    for images in sampler_choice.batches(paint, captions, numbers, size):
+        watchdog.expect("features of a batch of pictures", watchdog.LONG)
+        some, at = images[picture_features.share(at, index, step)], at + len(images)
+        if extract is not None:
+            found.append(extract(some))
+        if clip is not None:
+            shared = extract is not None and extract.extract == clip.image
+            embedded.append(found[-1] if shared else clip.image(some))
+    processes.meet("picture_scores")
+    made = (
+        picture_features.gather(found, summed=summed) if extract is not None else None
+    )
+    if clip is None:
+        return made, None
+    texts = clip.text(captions[index::step])
+    pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
+    cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
+    return made, picture_features.interleaved(cosines)
+
+
+def mean(name: str, values: np.ndarray) -> dict:
+    """With the 95 % interval of a mean over pictures."""
+    n, score = len(values), float(values.mean())
+    row = {"name": name, "score": score, "n": n}
+    half = 1.96 * float(values.std(ddof=1)) / n**0.5 if n > 1 else None
+    return row if half is None else row | {"low": score - half, "high": score + half}
+
+
+def of_fid(name: str, reference: Features, made: Features) -> list[dict]:
+    real, ours = reference.statistics, made.statistics
+    if min(real.count, ours.count) <= len(ours.mean):
+        told = "FID of %d pictures against %d, of %d numbers each: too high, and to be"
+        told += " compared only between equal numbers of pictures"
+        log.warning(told, ours.count, real.count, len(ours.mean))
+    found = fid.frechet(real, ours)
+    row = {"name": f"FID, {name}", "score": found, "n": ours.count}
+    return [row | {"real": real.count}]
+
+
+def of_kid(name: str, reference: Features, made: Features) -> list[dict]:
+    found = kid.kid(reference.rows, made.rows)
+    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * found.mean}
+    more = {"std": 1_000 * found.std, "subset": found.size}
+    return [row | {"n": len(made.rows), "real": len(reference.rows)} | more]
+
+
+def of_precision_recall(name: str, reference: Features, made: Features) -> list[dict]:
+    """Of as many real pictures as made ones: the balls are then of like sizes."""
+    n = min(len(reference.rows), len(made.rows))
+    found = precision_recall(reference.rows[:n], made.rows[:n])
+    row = partial(dict, n=n, real=n)
+    return [
+        row(name=f"{what}, {name}", score=value)
+        for what, value in found._asdict().items()
+    ]
+
+
+ROWS = 64  # real pictures at a time
+COMPARED: dict[str, Callable] = {
+    "fid": of_fid,
+    "kid": of_kid,
+    "precision_recall": of_precision_recall,
+}
+NAMES = ("clip_score", *COMPARED)
+SCORES = dict.fromkeys(NAMES, score)

@@ -1,0 +1,160 @@
+"""Scores of prompts' pictures by the user's functions: GenEval, typography, CompBench.
+
+Every process asks the functions about its share of each batch, so they are to be on
+every host, and all get every verdict. What they do wrong is told on one line.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import hooks
+from sd3_jax.assembly import model_parts
+from sd3_jax.distributed import processes, watchdog
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation import compbench, geneval, scorers, typography
+from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
+from sd3_jax.sampling import prompt_file, sampler_choice
+
+
+class Benchmark(NamedTuple):
+    name: str  # as its rows call it
+    asked: list[Asked]
+    scorer: Scorer
+    rows: Callable[[Sequence[Asked], Sequence[Verdict]], list[Score]]
+
+
+def check(config: ConfigDict) -> None:
+    """A UserError, before anything is painted, if a file or a function is not there."""
+    for name in config.eval.scores:
+        if name in BENCHMARKS:
+            BENCHMARKS[name](config)
+
+
+def score(
+    name: str,
+    config: ConfigDict,
+    parts: model_parts.Parts | None,
+    mesh: Mesh,
+    params: Any,
+) -> dict:
+    """The benchmark's rows, and one for each of its prompts with what was wrong."""
+    bench, asked = benchmark(name, config)
+    paint = sampler_choice.painter(config, parts, mesh, params)
+    verdicts = judge(paint, asked, bench.scorer, config.sample.batch_size)
+    return {
+        "scores": [row(each) for each in bench.rows(asked, verdicts)],
+        "prompts": scorers.prompts(bench.name, asked, verdicts),
+    }
+
+
+def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
+    """With its prompts, each as often as it is painted."""
+    bench = BENCHMARKS[name](config)
+    return bench, [each for each in bench.asked for _ in range(config.eval.per_prompt)]
+
+
+def judge(
+    paint: sampler_choice.Paint, asked: Sequence[Asked], scorer: Scorer, size: int
+) -> list[Verdict]:
+    """A picture of each, from noise of its own, `size` at a time; none is kept."""
+    prompts = [each.prompt for each in asked]
+    verdicts = []
+    for images in sampler_choice.batches(paint, prompts, range(len(prompts)), size):
+        watchdog.expect("scores of a batch of pictures", watchdog.LONG)
+        some = asked[len(verdicts) : len(verdicts) + len(images)]
+        verdicts += processes.shared(
+            functools.partial(_share, scorer, some, images), len(some)
+        )
+    return [Verdict(*verdict) for verdict in verdicts]
+
+
+def _share(scorer, asked, images: np.ndarray, rows: list[int]) -> list[Verdict]:
+    return scorer([asked[i] for i in rows], images[rows])
+
+
+def row(each: Score) -> dict:
+    """For scores.json, in which no number is infinite."""
+    return {
+        key: value
+        for key, value in each._asdict().items()
+        if isinstance(value, str) or math.isfinite(value)
+    }
+
+
+def _geneval(config: ConfigDict) -> Benchmark:
+    asked = _read(
+        config, "geneval", "GenEval's evaluation_metadata.jsonl", geneval.parse
+    )
+    includes = [part for each in asked for part in each.wanted["include"]]
+    coloured = any("color" in part for part in includes)
+    detect = _hook(config, "detector")
+    colour = _hook(config, "colour") if coloured or config.eval.colour else None
+    return Benchmark("GenEval", asked, geneval.scorer(detect, colour), geneval.rows)
+
+
+def _typography(config: ConfigDict) -> Benchmark:
+    wanted = "a file of prompts with their text in quotes"
+    asked = _read(config, "typography", wanted, typography.parse)
+    scorer = typography.scorer(_hook(config, "ocr"), tuple(config.eval.ocr_ignore))
+    return Benchmark("typography", asked, scorer, typography.rows)
+
+
+def _compbench(config: ConfigDict) -> Benchmark:
+    key, specs = "eval.compbench_scorers", config.eval.compbench_scorers
+    try:
+        names = compbench.names(specs)
+    except UserError as error:
+        raise UserError(f"config.{key}: {error}") from None
+    if not names:
+        raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
+    functions, asked = {}, []
+    for category, name in names.items():
+        functions[category] = hooks.guarded(key, name)
+        parse = functools.partial(compbench.parse, category=category)
+        file, wanted = compbench.file(category), "T2I-CompBench's folder of prompts"
+        asked += _read(config, "compbench", wanted, parse, file)
+    scorer = compbench.scorer(functions)
+    return Benchmark("T2I-CompBench", asked, scorer, compbench.rows)
+
+
+def _read(
+    config: ConfigDict, key: str, wanted: str, parse: Callable, file: str = ""
+) -> list[Asked]:
+    """Every line of the file, or of a file in the folder, that config.eval.`key` names.
+
+    A line that makes no sense is an error, for without it the score is another.
+    """
+    given = config.eval[key]
+    if not given:
+        raise UserError(
+            f'config.eval.scores: "{key}" wants config.eval.{key}: {wanted}'
+        )
+    path = epath.Path(given) / file if file else epath.Path(given)
+    asked, name = [], f"config.eval.{key} = {path}"
+    for number, line in enumerate(prompt_file.text_lines(path, name), 1):
+        try:
+            asked += [parse(line.strip())] if line.strip() else []
+        except UserError as error:
+            raise UserError(f"{name}, line {number}: {error}") from None
+    if not asked:
+        raise UserError(f"{name}: holds no prompt")
+    return asked
+
+
+def _hook(config: ConfigDict, key: str) -> Callable:
+    name = config.eval[key]
+    if not name:
+        told = f"config.eval.{key}: no function"
+        raise UserError(f'{told}; wanted "package.module:function" (docs/measures.md)')
+    return hooks.guarded(f"eval.{key}", name)
+
+
+BENCHMARKS = {"geneval": _geneval, "typography": _typography, "compbench": _compbench}
+SCORES = {name: functools.partial(score, name) for name in BENCHMARKS}

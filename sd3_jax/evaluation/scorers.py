@@ -1,0 +1,119 @@
+"""How pictures are judged: digits, objects, text and the user's own by one interface.
+
+A scorer is f(asked, images u8 (n, h, w, 3)) -> n verdicts: whether picture i shows what
+asked[i] says.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+
+class Asked(NamedTuple):
+    """A prompt, what it is counted under, and what its scorer wants to see."""
+
+    prompt: str
+    category: str
+    wanted: Any = None
+
+
+class Verdict(NamedTuple):
+    """Of a picture: 1 is right, 0 wrong, and why; other figures by name."""
+
+    value: float
+    reason: str = ""
+    others: Mapping[str, float] = {}
+
+
+Scorer = Callable[[Sequence[Asked], np.ndarray], list[Verdict]]
+
+
+class Score(NamedTuple):
+    """The share of n pictures that are right, and its 95 % interval."""
+
+    name: str
+    score: float
+    n: int
+    low: float
+    high: float
+
+
+def score(name: str, right: Sequence[bool]) -> Score:
+    """Of pictures that are right or wrong; Wilson's interval."""
+    n, p, z = len(right), float(np.mean(right)), 1.96
+    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
+    return Score(name, p, n, float(centre - half), float(centre + half))
+
+
+def mean(name: str, values: Sequence[float]) -> Score:
+    """Of any figures; the interval of a normal mean, without end for a single one."""
+    x = np.asarray(values, np.float64)
+    half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
+    middle = float(x.mean())
+    return Score(name, middle, len(x), float(middle - half), float(middle + half))
+
+
+def overall(name: str, parts: Sequence[Score]) -> Score:
+    """The mean of scores, each counting once; their intervals put together (MOVER).
+
+    Zou and Donner 2008: what the bounds are off is squared and summed.
+    """
+    p = np.mean([part.score for part in parts])
+    root = lambda off: np.sqrt(np.sum(np.square(off))) / len(parts)
+    low = p - root([part.score - part.low for part in parts])
+    high = p + root([part.high - part.score for part in parts])
+    return Score(name, float(p), sum(x.n for x in parts), float(low), float(high))
+
+
+def by_category(
+    asked: Sequence[Asked], verdicts: Sequence[Verdict]
+) -> dict[str, list[Verdict]]:
+    found = {}
+    for each, verdict in zip(asked, verdicts, strict=True):
+        found.setdefault(each.category, []).append(verdict)
+    return found
+
+
+def prompts(
+    name: str, asked: Sequence[Asked], verdicts: Sequence[Verdict]
+) -> list[dict]:
+    """A row for each prompt of a category: its score, pictures and what was wrong."""
+    found = {}
+    for each, verdict in zip(asked, verdicts, strict=True):
+        found.setdefault((each.category, each.prompt), []).append(verdict)
+    return [
+        {
+            "prompt": prompt,
+            "split": f"{name} {category}",
+            "score": float(np.mean([v.value for v in some])),
+            "n": len(some),
+            "reasons": [v.reason for v in some if v.reason],
+        }
+        for (category, prompt), some in found.items()
+    ]
+
+
+def answers(function: Callable, wanted: str, count: int, *given: Any) -> list:
+    """What the user's function says of `count` things; a UserError if not as many.
+
+    Its __name__ is what messages call it.
+    """
+    made = function(*given)
+    name = called(function)
+    try:
+        made = list(made)
+    except TypeError:
+        kind = shown(type(made).__name__)
+        raise UserError(f"{name} gave {kind}; wanted {count} {wanted}") from None
+    if len(made) != count:
+        raise UserError(f"{name} gave {len(made)} {wanted}; wanted {count}")
+    return made
+
+
+def called(function: Callable) -> str:
+    return getattr(function, "__name__", type(function).__name__)

@@ -1,0 +1,116 @@
+"""Whether a picture spells what its prompt asks for in quotes, by the user's OCR.
+
+    read(images u8 (n, h, w, 3)) -> n texts
+
+Right is the same text, exactly, but for what `ignore` says; the character error rate is
+the edits from what is asked for to what is read, over the former's length.
+"""
+
+import re
+import unicodedata
+from collections.abc import Callable, Sequence
+
+from sd3_jax.data import prompt_text
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation import scorers
+from sd3_jax.evaluation.scorers import Asked, Score, Verdict, answers, called
+from sd3_jax.foreign_text import parse_json, shown
+
+QUOTED = re.compile(
+    '"([^"]+)"|“([^”]+)”|«([^»]+)»|„([^“”]+)[“”]'
+    "|(?<!\\w)'([^']+)'(?!\\w)|‘([^’]+)’(?!\\w)"
+)
+READ = 2_000  # characters that count, of what is read; a word asked for has ten
+ERRORS = "character error rate"
+
+
+def _spaces(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _marks(text: str) -> str:
+    return "".join(c for c in text if unicodedata.category(c)[0] != "P")
+
+
+IGNORE = {"case": str.casefold, "punctuation": _marks, "space": _spaces}
+
+
+def parse(line: str) -> Asked:
+    """A prompt with its text in quotes, or {"prompt": …, "text": …, "category": …}.
+
+    Several quotes are one text, spaces between. A UserError if nothing is asked for.
+    """
+    given = {"prompt": line}
+    if line.startswith("{"):
+        try:
+            given = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"not JSON: {error}") from None
+    prompt = given.get("prompt")
+    text, category = given.get("text"), given.get("category", "text")
+    if not isinstance(prompt, str) or not isinstance(category, str):
+        raise UserError('wanted {"prompt": TEXT, "text": TEXT, "category": TEXT}')
+    text = quoted(prompt) if text is None else text
+    if not isinstance(text, str) or not text.strip():
+        raise UserError(f'"{shown(prompt, 60)}" asks for no text; wanted it in quotes')
+    return Asked(prompt_text.checked(prompt), category, text)
+
+
+def quoted(prompt: str) -> str:
+    """What stands in quotes, of any of the usual kinds; an apostrophe is none."""
+    found = ["".join(groups) for groups in QUOTED.findall(prompt)]
+    return " ".join(found)
+
+
+def normal(text: str, ignore: Sequence[str] = ()) -> str:
+    """In Unicode's composed form, without what is ignored: some of IGNORE's."""
+    text = unicodedata.normalize("NFC", text)
+    for name, without in IGNORE.items():
+        text = without(text) if name in ignore else text
+    return text
+
+
+def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer:
+    """A scorer by the user's function that reads pictures."""
+
+    def judge(asked, images):
+        found = answers(read, "texts", len(images), images)
+        for text in found:
+            if not isinstance(text, str):
+                kind = type(text).__name__
+                raise UserError(f"{called(read)} gave {kind}; wanted a text a picture")
+        return [judged(x.wanted, text, ignore) for x, text in zip(asked, found)]
+
+    return judge
+
+
+def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdict:
+    wanted, read = normal(wanted, ignore), normal(read, ignore)[:READ]
+    rate = edits(wanted, read) / max(len(wanted), 1)
+    reason = "" if wanted == read else f'wanted "{wanted}", read "{shown(read)}"'
+    return Verdict(float(wanted == read), reason, {ERRORS: rate})
+
+
+def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
+    """The share that is right, of each category if there are some, and the errors."""
+    found = scorers.by_category(asked, verdicts)
+    made = [_exact("typography", verdicts)]
+    if len(found) > 1:
+        made += [_exact(f"typography, {name}", some) for name, some in found.items()]
+    rates = [v.others[ERRORS] for v in verdicts]
+    return [*made, scorers.mean(f"typography, {ERRORS}", rates)]
+
+
+def edits(a: str, b: str) -> int:
+    """Levenshtein's distance: characters put in, left out or exchanged."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            kept = above + (x != y)
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, kept)
+    return row[-1]
+
+
+def _exact(name: str, verdicts: Sequence[Verdict]) -> Score:
+    return scorers.score(name, [v.value == 1 for v in verdicts])

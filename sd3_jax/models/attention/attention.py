@@ -1,0 +1,114 @@
+"""Softmax attention: one function, the kernels behind it by name."""
+
+import difflib
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from sd3_jax.distributed import mesh_context
+from sd3_jax.distributed.mesh_context import platform
+from sd3_jax.models.attention import splash as tpu
+from sd3_jax.models.attention.chunked import blockwise
+
+# Bytes of float32 logits that "xla" makes at once: more are no faster.
+LIMIT, CACHE = 2**28, 2**22  # anywhere; on a CPU, whose cache they should not leave
+
+
+def attention(
+    q: Float[Array, "b n a k"],
+    k: Float[Array, "b m a k"],
+    v: Float[Array, "b m a k"],
+    *,
+    bias: Float[Array, "#b #a #n m"] | None = None,
+    scale: float | None = None,
+    kernel: str = "auto",
+) -> Float[Array, "b n a k"]:
+    """softmax(q k^T * scale + bias) v for each of the `a` heads; scale 1/sqrt(k)."""
+    if kernel not in KERNELS:
+        near = difflib.get_close_matches(kernel, KERNELS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f'attention kernel "{kernel}": wanted one of {", ".join(KERNELS)};'
+            f' did you mean "{near}"?'
+        )
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    return KERNELS[kernel](q, k, v, bias, scale)
+
+
+def joint_attention(
+    qs: Sequence[Float[Array, "b _ a k"]],
+    ks: Sequence[Float[Array, "b _ a k"]],
+    vs: Sequence[Float[Array, "b _ a k"]],
+    *,
+    kernel: str = "auto",
+) -> list[Float[Array, "b _ a k"]]:
+    """Of all streams' queries to all their keys: an output for each of the queries."""
+    q, k, v = (jnp.concatenate(parts, axis=1) for parts in (qs, ks, vs))
+    chosen = choose(q, k, None) if kernel == "auto" else kernel
+    if chosen == "splash":  # it joins and pads at once
+        return tpu.joint(qs, ks, vs, q.shape[-1] ** -0.5)
+    ends = np.cumsum([q.shape[1] for q in qs])
+    return jnp.split(attention(q, k, v, kernel=chosen), ends[:-1], axis=1)
+
+
+def auto(q, k, v, bias, scale):
+    return KERNELS[choose(q, k, bias)](q, k, v, bias, scale)
+
+
+def choose(q, k, bias) -> str:
+    """The platform's kernel; XLA's with a bias, for few tokens or a head over 512."""
+    if bias is not None or min(q.shape[1], k.shape[1]) < 128 or q.shape[-1] > 512:
+        return "xla"
+    return {"tpu": "splash", "gpu": "dot_product"}.get(platform(), "xla")
+
+
+def xla(q, k, v, bias, scale):
+    """Products in the inputs' dtype, accumulated in float32; the softmax in float32."""
+    limit = LIMIT if platform() != "cpu" else min(LIMIT, CACHE)
+    if bias is None and logits(q, k) > limit:
+        return blockwise(q, k, v, scale, limit)
+    return checkpoint_name(plain(q, k, v, bias, scale), "attention")
+
+
+def logits(q, k) -> int:
+    """Bytes of a device's logits, had it all the queries of its rows and heads."""
+    b, n, a, _ = q.shape
+    return 4 * b * a * n * k.shape[1] // mesh_context.attending(q.shape)[2]
+
+
+def plain(q, k, v, bias, scale):
+    logits = jnp.einsum("bnak,bmak->banm", q, k, preferred_element_type=jnp.float32)
+    logits = logits * scale
+    if bias is not None:
+        logits = logits + bias
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    return jnp.einsum("banm,bmak->bnak", weights, v)
+
+
+def dot_product(q, k, v, bias, scale):
+    """jax.nn.dot_product_attention: cuDNN's where it can, which JAX does not look up.
+
+    That is on NVIDIA's GPUs in half precision, with heads of at most 128. With a bias
+    cuDNN refuses odd lengths and some broadcasts.
+    """
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
+    cudnn = fits and tpu.device_kind().startswith("NVIDIA")
+    implementation = "cudnn" if cudnn else "xla"
+    found = jax.nn.dot_product_attention(
+        q, k, v, bias, scale=scale, implementation=implementation
+    )
+    return checkpoint_name(found, "attention")
+
+
+def splash(q, k, v, bias, scale):
+    if bias is not None:
+        raise ValueError('attention kernel "splash" takes no bias; use "xla"')
+    return tpu.splash(q, k, v, scale)
+
+
+KERNELS = {"auto": auto, "xla": xla, "dot_product": dot_product, "splash": splash}

@@ -1,0 +1,115 @@
+"""Attention by blocks: of its logits only a few heads' or queries' exist at a time."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import Float
+
+from sd3_jax.distributed import mesh_context
+
+ROWS = 256  # for fewer queries it does not pay to read all keys and values
+
+
+def blockwise(
+    q: Float[Array, "b n a k"],
+    k: Float[Array, "b m a k"],
+    v: Float[Array, "b m a k"],
+    scale: float,
+    limit: int,
+) -> Float[Array, "b n a k"]:
+    """softmax(q k^T * scale) v, with at most `limit` bytes of float32 logits, or those
+    of ROWS queries, on each device at once; the backward pass makes them again.
+
+    Small blocks stay in a CPU's cache: with 4 MB the gradient takes half the time it
+    does with all logits in memory (benchmarks/speed_cpu.md).
+    """
+    spec, parts, _ = mesh_context.attending(q.shape)
+    n = q.shape[1]
+
+    def local(q, k, v):
+        b, n, heads, size = q.shape
+        m = k.shape[1]
+        group = largest_divisor(b * heads, limit // (4 * n * m))
+        rows = min(n, max(ROWS, limit // (4 * group * m)))
+        rows = -(-n // -(-n // rows))  # of about equal blocks
+        blocks = -(-n // rows)
+
+        def grouped(x):  # (groups, group, tokens, size)
+            return x.swapaxes(1, 2).reshape(-1, group, x.shape[1], size)
+
+        q = jnp.pad(grouped(q), ((0, 0), (0, 0), (0, blocks * rows - n), (0, 0)))
+        q = q.reshape(-1, group, blocks, rows, size).swapaxes(1, 2)
+        out = attend(q, grouped(k), grouped(v), scale)
+        out = out.swapaxes(1, 2).reshape(b, heads, blocks * rows, size)
+        return out[:, :, :n].swapaxes(1, 2)
+
+    q = jnp.pad(q, ((0, 0), (0, -n % parts), (0, 0), (0, 0)))
+    return mesh_context.on_each(local, spec)(q, k, v)[:, :n]
+
+
+def largest_divisor(n: int, most: int) -> int:
+    """Of n, at most `most`, and at least 1."""
+    return max(i for i in range(1, max(1, min(n, most)) + 1) if n % i == 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def attend(
+    q: Float[Array, "groups blocks g n k"],
+    k: Float[Array, "groups g m k"],
+    v: Float[Array, "groups g m k"],
+    scale: float,
+) -> Float[Array, "groups blocks g n k"]:
+    return forward(q, k, v, scale)[0]
+
+
+def forward(q, k, v, scale):
+    def group(given):
+        q, k, v = given
+        return jax.lax.map(lambda q: block(q, k, v, scale), q)
+
+    found = jax.lax.map(group, (q, k, v))
+    # By these names remat keeps both: without either it would attend twice.
+    out, total = (checkpoint_name(x, "attention") for x in found)
+    return out, (q, k, v, out, total)
+
+
+def block(q, k, v, scale):
+    """Its answer, and the logarithm of its softmax's denominator (g, n, 1), float32."""
+    logits = product("gnk,gmk->gnm", q, k)
+    top = jnp.max(logits, -1, keepdims=True)
+    weights = jnp.exp(scale * (logits - top))
+    total = jnp.sum(weights, -1, keepdims=True)
+    out = product("gnm,gmk->gnk", weights.astype(v.dtype), v) / total
+    return out.astype(q.dtype), scale * top + jnp.log(total)
+
+
+def backward(scale, kept, dout):
+    def group(given):
+        q, k, v, out, total, dout = given
+
+        def one(sums, given):
+            q, out, total, dout = given
+            weights = jnp.exp(scale * product("gnk,gmk->gnm", q, k) - total)
+            dv = product("gnm,gnk->gmk", weights.astype(v.dtype), dout)
+            dweights = product("gnk,gmk->gnm", dout, v)
+            own = out.astype(jnp.float32) * dout.astype(jnp.float32)
+            dweights = dweights - jnp.sum(own, -1, keepdims=True)
+            dlogits = (scale * weights * dweights).astype(q.dtype)
+            dk = product("gnm,gnk->gmk", dlogits, q)
+            dq = product("gnm,gmk->gnk", dlogits, k).astype(q.dtype)
+            return (sums[0] + dk, sums[1] + dv), dq
+
+        zeros = tuple(jnp.zeros(x.shape, jnp.float32) for x in (k, v))
+        sums, dq = jax.lax.scan(one, zeros, (q, out, total, dout))
+        return dq, *(x.astype(k.dtype) for x in sums)
+
+    return jax.lax.map(group, (*kept, dout))
+
+
+attend.defvjp(forward, backward)
+
+
+product = functools.partial(jnp.einsum, preferred_element_type=jnp.float32)

@@ -1,0 +1,129 @@
+"""Splash attention, the TPU's fused kernel: no buffer of heads x queries x keys."""
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_kernel as kernel,
+)
+from jax.experimental.pallas.ops.tpu.splash_attention import (
+    splash_attention_mask as masks,
+)
+
+from sd3_jax.distributed import mesh_context
+from sd3_jax.distributed.mesh_context import platform
+
+Parts = Sequence[Array]  # (b, n, a, k) each, that differ in n
+LANES = 128
+MOST = {  # the largest block that compiles, forward and backward, for heads of 64
+    "TPU v5 lite": 1408,
+    "TPU v5": 1408,
+    "TPU v6 lite": 1536,
+    "TPU7x": 1536,
+}
+FUSED = 6  # blocks of keys up to which backward is one kernel
+
+
+def splash(
+    q: Array, k: Array, v: Array, scale: float, *, most: int | None = None
+) -> Array:
+    """softmax(q k^T * scale) v, on every shard of the current mesh by itself.
+
+    A shard has some of the rows, heads and queries, and all of their keys. Lengths are
+    padded to whole blocks of at most `most`; keys of padding are masked, its queries
+    cut off.
+    """
+    return joint((q,), (k,), (v,), scale, most=most)[0]
+
+
+def joint(
+    qs: Parts, ks: Parts, vs: Parts, scale: float, *, most: int | None = None
+) -> list[Array]:
+    """The same of queries, keys and values that are joined along their tokens: an
+    output for each of the queries.
+
+    Joined and padded at once, and cut apart once: each is a copy in memory.
+    """
+    length = lambda parts: sum(x.shape[1] for x in parts)
+    n, m = length(qs), length(ks)
+    spec, parts, _ = mesh_context.attending((len(qs[0]), n, *qs[0].shape[2:]))
+    most = most or largest(qs[0])
+    rows, columns = block(-(-n // parts), most), block(m, most)
+    local = functools.partial(attend, rows=rows, columns=columns, keys=m)
+    q = joined([q * scale for q in qs], rows * parts)  # splash does not scale
+    out = mesh_context.on_each(local, spec)(q, joined(ks, columns), joined(vs, columns))
+    ends = np.cumsum([q.shape[1] for q in qs])
+    return jnp.split(out, ends, axis=1)[:-1]
+
+
+def largest(q: Array) -> int:
+    """The largest block for q's dtype and size of head on this generation of TPUs."""
+    if q.shape[-1] > LANES:
+        return 512  # the autoencoder's one head
+    return min(MOST.get(device_kind(), 1024), 4096 // q.dtype.itemsize)
+
+
+def device_kind() -> str:
+    """The kind of device that the program being traced is for, as shards.platform."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return (jax.devices()[0] if mesh.empty else mesh.abstract_device).device_kind
+
+
+def block(n: int, most: int) -> int:
+    """All of n, or the block from 512 to `most` that pads it least, the larger first.
+
+    The kernel wants multiples of 128.
+    """
+    if n <= most:
+        return -(-n // LANES) * LANES
+    return min(range(min(512, most), most + 1, LANES), key=lambda s: (-n % s, -s))
+
+
+def joined(parts: Parts, multiple: int) -> Array:
+    """One after the other along the tokens, then zeros."""
+    b, _, *head = parts[0].shape
+    rest = -sum(x.shape[1] for x in parts) % multiple
+    zeros = [jnp.zeros((b, rest, *head), parts[0].dtype)] if rest else []
+    return jnp.concatenate([*parts, *zeros], axis=1)
+
+
+def attend(
+    q: Array, k: Array, v: Array, *, rows: int, columns: int, keys: int
+) -> Array:
+    """One device's share; from `keys` on, k and v are padding."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, a, n, k)
+    heads, n, m = *q.shape[1:3], k.shape[2]
+    # One backward kernel makes 5 products of a block and not 7, but writes dq once a
+    # block of keys: with 24 heads and 4250 tokens about 100 MB more an image.
+    fused = m // columns <= FUSED
+    sizes = kernel.BlockSizes(
+        block_q=rows,
+        block_kv=columns,
+        block_q_dkv=rows,
+        block_kv_dkv=columns,
+        block_q_dq=None if fused else rows,
+        block_kv_dq=None if fused else columns,
+        use_fused_bwd_kernel=fused,
+        # Tokens in the lanes: a head of 64 in the 128 lanes would take twice the
+        # memory, and the layout would be none that a linear map reads or writes.
+        q_layout=kernel.QKVLayout.SEQ_MINOR,
+        k_layout=kernel.QKVLayout.SEQ_MINOR,
+        v_layout=kernel.QKVLayout.SEQ_MINOR,
+    )
+    call = kernel.make_splash_mha(
+        masks.MultiHeadMask([masks.FullMask((n, m))] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name="attention",  # for remat, see stack.REMAT
+        interpret=platform() == "cpu",
+    )
+    ids = None
+    if keys < m:
+        padding = (jnp.arange(m) >= keys).astype(jnp.int32)
+        ids = kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)
+    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids).swapaxes(1, 2)

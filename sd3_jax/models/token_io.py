@@ -1,0 +1,93 @@
+"""What denoisers of tokens begin and end with; the submodules are the caller's own."""
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+from jax.typing import DTypeLike
+from jaxtyping import Float, Int
+
+from sd3_jax.models.layers import (
+    Dense,
+    Embedder,
+    layer_norm,
+    modulate,
+    patchify,
+    timestep_features,
+    unpatchify,
+    zeros,
+)
+from sd3_jax.models.position_table import position_table
+
+
+def image_tokens(
+    model: nn.Module,
+    xt: Float[Array, "b h w c"],
+    place: Int[Array, "b 2"] | None = None,
+) -> Float[Array, "b n d"]:
+    """Its patches, each where it lies on the position table."""
+    h, w = xt.shape[1] // model.patch, xt.shape[2] // model.patch
+    axes = (None, "embed")
+    embed = Dense(model.width, axes, dtype=model.dtype, name="patch_embed")
+    x = embed(patchify(xt, model.patch))
+    return cut(x + position_table(model, h, w, place).astype(x.dtype))
+
+
+def text_tokens(
+    model: nn.Module, context: Float[Array, "b l k"]
+) -> Float[Array, "b l d"]:
+    axes = (None, "embed")
+    return Dense(model.width, axes, dtype=model.dtype, name="context_embed")(context)
+
+
+def condition(
+    t: Float[Array, " b"], pooled: Float[Array, "b e"], width: int, dtype: DTypeLike
+) -> Float[Array, "b d"]:
+    """What every adaLN reads."""
+    t = Embedder(width, dtype=dtype, name="time_embed")(timestep_features(t))
+    y = Embedder(width, dtype=dtype, name="pooled_embed")(pooled)
+    return nn.silu(t + y)
+
+
+def velocity(
+    model: nn.Module,
+    x: Float[Array, "b n d"],
+    c: Float[Array, "b d"],
+    h: int,
+    w: int,
+) -> Float[Array, "b h w c"]:
+    """The last adaLN and linear map, zero at birth, and the picture of h x w."""
+    modulation = Modulation(2, model.width, model.dtype, name="final_adaln")(c)
+    shift, scale = jnp.unstack(modulation, axis=1)
+    x = modulate(layer_norm(x), shift, scale)
+    out = model.patch**2 * model.channels
+    x = Dense(out, ("embed", None), init=zeros, dtype=model.dtype, name="final")(x)
+    return unpatchify(x, model.patch, h, w).astype(jnp.float32)
+
+
+class Modulation(nn.Module):
+    """adaLN's linear layer: c to `chunks` vectors, all zero at the start.
+
+    Its outputs are sharded, not its inputs: see linear.exchanged.
+    """
+
+    chunks: int
+    width: int
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b d"]) -> Float[Array, "b _ d"]:
+        axes = (None, None, "embed")
+        linear = Dense(
+            (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
+        )
+        return linear(c)
+
+
+def cut(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Tokens over the mesh's context axis."""
+    return nn.with_logical_constraint(x, ("batch", "tokens", None))
+
+
+def whole(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+    """Keys or values, of which every query wants all."""
+    return nn.with_logical_constraint(x, ("batch", None, "heads", None))

@@ -1,1 +1,0 @@
-"""What a program would do on a TPU slice that is not there: compiled, not run."""

@@ -1,1 +1,0 @@
-"""The report as text: plots to SVG, tables and figures to one HTML page."""

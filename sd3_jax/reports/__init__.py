@@ -1,0 +1,1 @@
+"""The parts of HTML pages: plots as SVG, tables, figures."""

@@ -1,0 +1,69 @@
+"""What callers write for numbers, pairs and texts, checked and told of by its name."""
+
+import numbers
+from collections.abc import Collection
+from typing import Any
+
+import numpy as np
+
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.foreign_text import shown
+
+LARGEST = float(np.finfo(np.float32).max)  # programs compute in float32
+
+
+def number(
+    name: str, value: Any, low: float | int = -LARGEST, high: float | int = LARGEST
+) -> float:
+    """A finite number in [low, high]: Python's, numpy's or a 0-d array."""
+    x = _scalar(value)
+    real = isinstance(x, numbers.Real) and not isinstance(x, bool)
+    if not real or not low <= x <= high:  # NaN is in no range
+        whole_range = (low, high) == (-LARGEST, LARGEST)
+        wanted = "a finite number" if whole_range else f"a number {low:g} to {high:g}"
+        raise UserError(f"{name} {shown(repr(value))}: wanted {wanted}")
+    return float(x)
+
+
+def whole(name: str, value: Any, low: int, high: int) -> int:
+    """A whole number in [low, high]; a float is none, not even 2.0."""
+    x = _scalar(value)
+    integral = isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    if not integral or not low <= x <= high:
+        raise UserError(
+            f"{name} {shown(repr(value))}: wanted a whole number {low} to {high}"
+        )
+    return int(x)
+
+
+def pair(name: str, value: Any) -> tuple[float, float]:
+    if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
+        raise UserError(f"{name} {shown(repr(value))}: wanted two numbers")
+    return number(name, value[0]), number(name, value[1])
+
+
+def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
+    """Of a list, a tuple or an array; None is none."""
+    if value is None:
+        return []
+    if not isinstance(value, list | tuple | range | set) and not (
+        hasattr(value, "__array__") and np.ndim(value) == 1
+    ):
+        raise UserError(f"{name} {shown(repr(value))}: wanted a list of whole numbers")
+    return [whole(name, x, low, high) for x in value]
+
+
+def choice(name: str, value: Any, choices: Collection[str]) -> str:
+    if not isinstance(value, str):
+        raise UserError(
+            f"{name} {shown(repr(value))}: wanted one of {', '.join(choices)}"
+        )
+    if value not in choices:
+        raise UserError(f'{name} "{shown(value)}"{nearest(value, choices)}')
+    return value
+
+
+def _scalar(value: Any) -> Any:
+    """Arrays of no axes as what they hold."""
+    array = hasattr(value, "__array__") and not isinstance(value, np.generic)
+    return value.item() if array and np.ndim(value) == 0 else value

@@ -1,0 +1,199 @@
+"""The compiled programs behind a bundle: pure functions, their modules static.
+
+A program is compiled for the shapes it meets and kept, as are its files where
+JAX_COMPILATION_CACHE_DIR says so.
+"""
+
+import contextlib
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from sd3_jax.diffusion import guidance
+from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.distributed import sharding
+from sd3_jax.models import vae
+from sd3_jax.sampling import prompts, tiling
+from sd3_jax.sampling.control import Control, controlled
+from sd3_jax.sampling.generate import generate
+from sd3_jax.sampling.prompts import Conditioning
+
+
+@contextlib.contextmanager
+def on(mesh: Mesh, *given: Any):
+    """The mesh and the rules for logical axes, as everything here wants them.
+
+    Where what is `given` is being traced, the mesh is the caller's to set.
+    """
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    with contextlib.nullcontext() if traced else jax.set_mesh(mesh):
+        with nn.logical_axis_rules(sharding.RULES):
+            yield
+
+
+def place(tree: Any, mesh: Mesh) -> Any:
+    """Host arrays onto the mesh, rows over data and fsdp where these divide them.
+
+    Every process gives the same, whole arrays.
+    """
+
+    def leaf(x):
+        if isinstance(x, jax.core.Tracer):
+            return x
+        return _put(x, placement(getattr(x, "shape", ()), mesh))
+
+    return jax.tree.map(leaf, tree)
+
+
+def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """Where `place` puts an array of this shape."""
+    split = len(shape) > 0 and shape[0] % sharding.batch_shards(mesh) == 0
+    spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
+    return NamedSharding(mesh, spec)
+
+
+def _put(x: Any, where: NamedSharding) -> Array:
+    """Also onto devices of other processes, which have the same x."""
+    if isinstance(x, Array) and not x.is_fully_addressable:
+        return x  # it came from a program, and the next takes it as it lies
+    if where.is_fully_addressable:
+        return jax.device_put(x, where)
+    if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
+    host = np.asarray(x)
+    return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
+
+
+@functools.partial(
+    jax.jit,
+    static_argnames=("models", "clip_skip", "context_dim", "pooled_dim", "length"),
+)
+def encode_prompts(
+    models: prompts.TextModels,
+    variables: dict,
+    ids: dict,
+    *,
+    clip_skip: int,
+    context_dim: int,
+    pooled_dim: int,
+    length: int,
+) -> Conditioning:
+    return prompts.encode_released(
+        models,
+        variables,
+        ids,
+        clip_skip=clip_skip,
+        context_dim=context_dim,
+        pooled_dim=pooled_dim,
+        length=length,
+    )
+
+
+@functools.partial(jax.jit, static_argnames=("denoiser", "skip"))
+def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
+    return denoiser.apply(variables, x, t, context, pooled, skip=skip)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "tile"))
+def encode_image(
+    module, variables, images, key, *, scaling, shift, tile: int | None = None
+) -> Array:
+    """Images in [0, 1] to latents: of a key a draw of the posterior, else its mean."""
+    run = _by_tiles(module, variables, "encode", tile)
+    moments = run(2 * images - 1)
+    if key is None:
+        z = vae.posterior(moments)[0]
+    else:
+        z = (jax.vmap(vae.sample) if key.ndim else vae.sample)(key, moments)
+    return vae.to_latents(z, scaling=scaling, shift=shift)
+
+
+@functools.partial(jax.jit, static_argnames=("module", "tile"))
+def decode(
+    module, variables, latents, *, scaling, shift, tile: int | None = None
+) -> Array:
+    """Latents to images in [0, 1]."""
+    z = vae.from_latents(latents, scaling=scaling, shift=shift)
+    images = _by_tiles(module, variables, "decode", tile)(z)
+    return jnp.clip(images / 2 + 0.5, 0, 1)
+
+
+def _by_tiles(module, variables, method, tile):
+    """The autoencoder's method, whole where tile is None."""
+    run = functools.partial(module.apply, variables, method=method)
+    if tile is None:
+        return run
+    factor = 2 ** (len(module.channels) - 1)
+    return functools.partial(getattr(tiling, method), run, tile=tile, factor=factor)
+
+
+class Plan(NamedTuple):
+    """What a sampling program is compiled for, besides the shapes of its inputs."""
+
+    denoiser: nn.Module
+    solver: str
+    shape: tuple[int, int, int]
+    guided: bool
+    skip_layers: tuple[int, ...] = ()
+    preview: Callable | None = None
+
+
+class Inputs(NamedTuple):
+    """What may differ from call to call of one program; None is static."""
+
+    keys: Array | None
+    cond: Conditioning
+    uncond: Conditioning
+    grid: Array
+    scale: Array
+    interval: tuple[Array, Array]
+    rescale: Array
+    skip_scale: Array | None = None
+    skip_window: tuple[Array, Array] | None = None
+    noise: Array | None = None
+    x0: Array | None = None
+    mask: Array | None = None
+
+
+@functools.partial(jax.jit, static_argnames=("plan", "nets"))
+def sample(
+    plan: Plan,
+    variables: dict,
+    inputs: Inputs,
+    nets: Sequence[nn.Module] = (),
+    controls: Sequence[tuple] = (),
+) -> Array:
+    """Latents (b, h, w, c). `controls` are the fields of each Control after its net."""
+
+    def denoiser(x, t, *cond, **kwargs):
+        return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
+
+    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+    skip = None
+    if plan.skip_layers:
+        skipping = controlled(denoiser, (), skip=plan.skip_layers)
+        skip = guidance.Skip(skipping, inputs.skip_scale, inputs.skip_window)
+    return generate(
+        controlled(denoiser, acting),
+        inputs.keys,
+        inputs.cond,
+        inputs.uncond,
+        shape=plan.shape,
+        grid=inputs.grid,
+        solver=SOLVERS[plan.solver],
+        scale=inputs.scale if plan.guided else 1.0,
+        interval=inputs.interval,
+        rescale=inputs.rescale,
+        skip=skip,
+        noise=inputs.noise,
+        x0=inputs.x0,
+        mask=inputs.mask,
+        preview=plan.preview,
+    )

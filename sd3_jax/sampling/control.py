@@ -1,0 +1,116 @@
+"""ControlNets beside a denoiser: hints made ready, and residuals in their windows."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+
+from sd3_jax.errors import UserError
+from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.weights import components
+
+# What is done to a hint's pixels x in [0, 1]. The autoencoder's encoder is then given
+# 2 y - 1, so that of canny it sees 255 * 0.5 * x + 0.5, far outside its usual range:
+# that is how Stability's net was trained (sd3_infer.py: vae_encode, and diffusers' own
+# processor for it). Blur and depth have no step of their own there.
+PREPROCESS = {
+    "plain": lambda x: x,
+    "blur": lambda x: x,
+    "canny": lambda x: (255 * 0.5 * x + 0.5 + 1) / 2,
+    "depth": lambda x: x,
+    # Of a map that is white where it is near; ComfyUI does so for every depth net.
+    "inverted": lambda x: 1 - x,
+}
+
+
+class Control(NamedTuple):
+    """One ControlNet at work; the arrays may differ from call to call.
+
+    `hint` is the condition as scaled latents, (b, h, w, 16) or more channels; it acts
+    for t in `window`, times `scale`. `pooled` 0 where the net was trained without.
+    """
+
+    net: ControlNet
+    variables: Any
+    hint: Float[Array, "b h w c"]
+    scale: Float[Array, ""]
+    window: tuple[Float[Array, ""], Float[Array, ""]]
+
+
+def prepare(
+    pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
+) -> Float[Array | np.ndarray, "b H W 3"]:
+    """A hint's pixels as PREPROCESS has it."""
+    return PREPROCESS[argument_checks.choice("preprocess", preprocess, PREPROCESS)](
+        pixels
+    )
+
+
+def require_fit(
+    where: Any, net: ControlNet, config: Mapping, denoiser: MMDiT, theirs: Mapping
+) -> None:
+    """UserError for a net of another model than the denoiser.
+
+    `config` and `theirs` are diffusers' configurations of the two.
+    """
+    sizes = {
+        "width": (net.width, denoiser.width),
+        "patch": (net.patch, denoiser.patch),
+        "channels": (config.get("in_channels", 16), denoiser.channels),
+    }
+    shared = ("pooled_projection_dim",) + ("joint_attention_dim",) * net.joint
+    for name in shared:
+        sizes[name] = config.get(name), theirs.get(name)
+    wrong = [f"{k} {a} against {b}" for k, (a, b) in sizes.items() if a != b]
+    if net.depth > denoiser.depth:
+        wrong.append(f"{net.depth} layers against {denoiser.depth}")
+    if wrong:
+        kind = "joint" if net.joint else "single-stream (SD3.5-large's)"
+        raise UserError(
+            f"{where}: a {kind} ControlNet that is not of this denoiser,"
+            f" {components.released_name(theirs)}: {', '.join(wrong)}; wanted a"
+            " ControlNet for the same model"
+        )
+
+
+def controlled(
+    denoiser: Callable[..., Array], controls: Sequence[Control], **kwargs
+) -> Callable[[Array, Array, Conditioning], Array]:
+    """velocity(x, t, cond): `denoiser(x, t, *cond, residuals=...)` with all controls.
+
+    Their residuals are added up, so they must be of equally many blocks. Guidance runs
+    several conditions in a batch, one after the other: the hints are repeated for them.
+    """
+    counts = sorted({control.net.depth for control in controls})
+    if len(counts) > 1:
+        raise ValueError(f"ControlNets of {counts} blocks: wanted equally many in each")
+
+    def velocity(x, t, cond):
+        if not controls:
+            return denoiser(x, t, *cond, **kwargs)
+        parts = [_residuals(control, x, t, cond) for control in controls]
+        return denoiser(x, t, *cond, residuals=sum(parts), **kwargs)
+
+    return velocity
+
+
+def _residuals(control: Control, x, t, cond):
+    times = x.shape[0] // control.hint.shape[0]
+    hint = jnp.tile(control.hint, (times, 1, 1, 1))
+    pooled = jnp.zeros_like(cond.pooled) if control.net.zero_pooled else cond.pooled
+
+    def run():
+        args = (x, t, cond.context, pooled, hint)
+        return control.net.apply(control.variables, *args, scale=control.scale)
+
+    low, high = control.window
+    open_ = (low <= t[0]) & (t[0] <= high)
+    none = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(run))
+    return jax.lax.cond(open_, run, lambda: none)

@@ -1,0 +1,152 @@
+"""Pictures and captions to what training reads, by a released model's encoders.
+
+`precompute` and `train` call the same programs, so that what is computed before
+training and what is computed in it are the same bits.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Key, UInt8
+
+from sd3_jax.distributed import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.models import vae
+from sd3_jax.sampling import compiled, latents, prompts
+from sd3_jax.sampling.bundle import Bundle
+
+IMAGES = ("image", "rejected_image")
+
+
+class Encoder:
+    """A bundle's autoencoder and text encoders, as a batch of training wants them.
+
+    `form` is "moments", of which training draws other latents at each step, or
+    "latents", drawn once. `length` is all tokens of text, of which CLIP has 77. What is
+    kept is of `latents_dtype` and `text_dtype`. An empty caption is zeros, the
+    unconditional text of dropout and guidance. Programs are of `rows` examples a
+    device, however many a batch has: another number would round otherwise.
+    """
+
+    def __init__(
+        self,
+        bundle: Bundle,
+        *,
+        form: str = "moments",
+        latents_dtype: str = "float16",
+        text_dtype: str = "bfloat16",
+        length: int = 154,
+        context_dim: int = 4096,
+        pooled_dim: int = 2048,
+        rows: int = 8,
+    ):
+        self.bundle, self.form, self.rows = bundle, form, rows
+        self.shards = sharding.batch_shards(bundle.mesh)
+        self.context_dim = context_dim
+        self.cut = Counter()  # captions of which an encoder does not read all
+        self._t5_length = length - prompts.CLIP_LENGTH
+        if self._t5_length < 1 and any(bundle.text_models):
+            raise UserError(
+                f"config.text.length = {length}: wanted more than CLIP's"
+                f" {prompts.CLIP_LENGTH}, T5's tokens following them"
+            )
+        placed = sharding.batch_sharding(bundle.mesh)
+        scale = bundle.latent_scale if "vae" in bundle.modules else {}
+        models = bundle.text_models
+        empty = bundle.token_ids([""], self._t5_length) if any(models) else {}
+
+        def picture(variables, image, keys):
+            module = bundle.modules["vae"]
+            found = module.apply(variables, latents.pixels(image), method="encode")
+            found = latents.scaled(found, **scale)
+            if form == "latents":
+                found = jax.vmap(vae.sample)(keys, found)
+            return found.astype(latents_dtype)
+
+        def text(variables, ids):
+            found = prompts.encode_parts(models, variables, ids, pooled_dim=pooled_dim)
+            differ = [jnp.any(x != empty[name], axis=1) for name, x in ids.items()]
+            found = prompts.nulled(found, jnp.any(jnp.stack(differ), axis=0))
+            return jax.tree.map(lambda x: x.astype(text_dtype), found)
+
+        self._picture = jax.jit(picture, out_shardings=placed)
+        self._text = jax.jit(text, out_shardings=placed)
+        join = partial(joined, shards=self.shards)
+        self._join = jax.jit(join, static_argnums=1, out_shardings=placed)
+
+    def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
+        """Ids by encoder; what they do not read to its end is counted in `cut`."""
+        return self.bundle.token_ids(captions, self._t5_length, cut=self.cut)
+
+    def picture(
+        self, image: UInt8[Array, "b H W 3"], keys: Key[Array, " b"] | None = None
+    ) -> dict[str, Array]:
+        """{form: (b, H/8, W/8, c)} of images over the mesh; a key a row for a draw."""
+        with compiled.on(self.bundle.mesh):
+            found = self._picture(self.bundle.variables["vae"], image, keys)
+        return {self.form: found}
+
+    def check(self) -> None:
+        """ValueError or TypeError if the text encoders' widths are not as they must be:
+        before any program is compiled."""
+        ids = self.tokenize([""] * self.shards)
+        with compiled.on(self.bundle.mesh):
+            made = jax.eval_shape(self._text, self.bundle.text_variables, ids)
+            jax.eval_shape(
+                partial(prompts.put_together, length=1, context_dim=self.context_dim),
+                *made,
+            )
+
+    def text(self, ids: dict[str, Array]) -> dict[str, Array]:
+        """clip (b, 77, pooled_dim), t5 (b, length - 77, context_dim) if there is one,
+        and pooled (b, pooled_dim): what context is put together from."""
+        with compiled.on(self.bundle.mesh):
+            found = self._text(self.bundle.text_variables, ids)._asdict()
+        return {name: x for name, x in found.items() if x is not None}
+
+    def __call__(
+        self, rows: dict[str, np.ndarray], batch_size: int
+    ) -> dict[str, Array]:
+        """This process's rows of a batch, as loaded, to the batch over the mesh, in
+        which pictures and token ids have become what they stand for."""
+        raw = {k: x for k, x in rows.items() if k in IMAGES or k.startswith("ids_")}
+        rest = {name: x for name, x in rows.items() if name not in raw}
+        own = batch_size // self.shards  # a device's
+        parts = []
+        for start in range(0, own, self.rows):
+            part = {k: cut(x, own, start, self.rows) for k, x in raw.items()}
+            size = self.rows * self.shards
+            parts.append(self._encode(sharding.put(part, self.bundle.mesh, size)))
+        made = self._join(parts, own)
+        return sharding.put(rest, self.bundle.mesh, batch_size) | made
+
+    def _encode(self, batch: dict[str, Array]) -> dict[str, Array]:
+        ids = {name: x for name, x in batch.items() if name not in IMAGES}
+        made = self.text(ids) if ids else {}
+        for name in [name for name in IMAGES if name in batch]:
+            for form, x in self.picture(batch[name]).items():
+                made[name.removesuffix("image") + form] = x
+        return made
+
+
+def cut(x: np.ndarray, own: int, start: int, rows: int) -> np.ndarray:
+    """Rows from `start` on of each device, which has `own`; zeros for what is not."""
+    x = x.reshape(-1, own, *x.shape[1:])[:, start : start + rows]
+    missing = [(0, 0), (0, rows - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
+    return np.pad(x, missing).reshape(-1, *x.shape[2:])
+
+
+def joined(parts: Sequence[dict[str, Array]], own: int, shards: int) -> dict:
+    """The inverse of `cut`, of what was made of each part; no device waits for one."""
+
+    def leaf(*xs):
+        xs = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
+        whole = jnp.concatenate(xs, axis=1)[:, :own]
+        return whole.reshape(-1, *whole.shape[2:])
+
+    return jax.tree.map(leaf, *parts)

@@ -1,0 +1,167 @@
+"""A bundle to files: a diffusers folder, an original single file, or our own."""
+
+import dataclasses
+import json
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from etils import epath
+from jax.tree_util import tree_leaves_with_path
+
+from sd3_jax import tree
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.params import parametrization
+from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.scheduler_config import EULER
+from sd3_jax.weights import (
+    controlnet_keys,
+    key_mapping,
+    native_format,
+    safetensors,
+    sharded_load,
+)
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
+from sd3_jax.weights.hub import INDEX
+from sd3_jax.weights.sources import FULLER
+
+LAYOUTS = (*key_mapping.LAYOUTS, "orbax")
+
+
+def save(
+    bundle: Bundle | ControlBundle,
+    path: epath.PathLike,
+    layout: str,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """A diffusers folder, an original single file or our own; all processes call it.
+
+    Without `dtype` every tensor keeps the one that it had in the file it came from.
+    What is attached to the weights is added to them. A ControlNet keeps the dtype that
+    it has here, and its control_type; what is the denoiser's is left out.
+    """
+    path = epath.Path(path)
+    if isinstance(bundle, ControlBundle):
+        return save_control(bundle, path, layout, dtype=dtype)
+    bundle = dataclasses.replace(
+        bundle, variables=parametrization.arrays(bundle.variables)
+    )
+    if layout == "orbax":
+        variables = {}
+        for name, own in bundle.variables.items():
+            kept = _dtype_of(bundle, name, dtype)
+            cast = lambda at, x, kept=kept: x.astype(kept(tree.names(at)))
+            variables[name] = jax.tree_util.tree_map_with_path(cast, own)
+        native_format.save(path, variables, bundle.configs)
+    elif layout == "diffusers":
+        for name in bundle.modules:
+            component = COMPONENTS[name]
+            found = _entries(bundle, name, layout, dtype)
+            folder = path / component.folder
+            _write(safetensors.write_folder, folder, found, component.stem)
+        if jax.process_index() == 0:
+            _save_side_files(bundle, path)
+    elif layout == "original":
+        found = {}
+        for name in bundle.modules:
+            for key, entry in _entries(bundle, name, layout, dtype).items():
+                found[COMPONENTS[name].prefix + key] = entry
+        fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
+        metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
+        _write(safetensors.write_file, path, found, metadata)
+    else:
+        raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+
+
+def save_control(
+    control: ControlBundle,
+    path: epath.Path,
+    layout: str,
+    *,
+    dtype: str | None = None,
+) -> None:
+    """config.json says control_type, which diffusers lets by, and the original file has
+    it as Stability's do."""
+    module, component = control.module, CONTROLNET
+    wanted = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
+    if layout not in wanted:
+        reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
+        raise UserError(f'layout "{layout}"{reason}; wanted one of {", ".join(wanted)}')
+    variables = controlnet_keys.without_borrowed(module, control.variables)
+    pieces = key_mapping.pieces(variables, component.table(module), layout)
+    dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
+    found = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
+    if layout == "diffusers":
+        _write(safetensors.write_folder, path, found, component.stem)
+        if jax.process_index() == 0:
+            (path / "config.json").write_text(json.dumps(control.config, indent=2))
+        return
+    if (kind := control.config.get(controlnet_keys.CONTROL_TYPE)) is not None:
+        number = np.array([controlnet_keys.CONTROL_TYPES.index(kind)], np.int32)
+        found[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
+            number.dtype, number.shape, lambda: number
+        )
+    _write(safetensors.write_file, path, found)
+
+
+def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
+    stored = bundle.file_dtypes.get(name, {})
+    return lambda path: jnp.dtype(dtype or stored.get(path, bundle.dtype))
+
+
+def _entries(bundle: Bundle, name: str, layout: str, dtype: str | None):
+    component, variables = COMPONENTS[name], bundle.variables[name]
+    fuller = _is_fuller(bundle, name, layout)
+    table = component.fuller if fuller else component.table
+    pieces = key_mapping.pieces(variables, table(bundle.modules[name]), layout)
+    return sharded_load.entries(variables, pieces, _dtype_of(bundle, name, dtype))
+
+
+def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
+    """Whether a component has weights that a layout has no tensor for."""
+    component, variables = COMPONENTS[name], bundle.variables[name]
+    pieces = key_mapping.pieces(
+        variables, component.table(bundle.modules[name]), layout
+    )
+    return any(_own(variables, piece) for piece in pieces)
+
+
+def _own(variables: dict, piece: key_mapping.Piece) -> bool:
+    """Whether weights are not those that a layout without them stands for."""
+    if piece.key is not None:
+        return False
+    return not np.array_equal(sharded_load.part(variables, piece), piece.fill())
+
+
+def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
+    """By process 0; the others take their part in gathering each tensor."""
+    if jax.process_index() == 0:
+        write(path, found, *rest)
+    else:
+        for entry in found.values():
+            entry.data()
+
+
+def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
+    index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
+    scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
+    scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it
+    folders = {"scheduler/scheduler_config.json": scheduler}
+    index["scheduler"] = ["diffusers", scheduler["_class_name"]]
+    for name, component in COMPONENTS.items():
+        kind = [None, None]
+        if name in bundle.modules:
+            config = bundle.configs[name]
+            folders[f"{component.folder}/config.json"] = config
+            if "_class_name" in config:
+                kind = ["diffusers", config["_class_name"]]
+            else:
+                kind = ["transformers", config["architectures"][0]]
+        index[component.folder] = kind
+    index |= tokenizers.save(bundle.tokenizers, path)
+    for file, value in (*folders.items(), (INDEX, index)):
+        (path / file).parent.mkdir(parents=True, exist_ok=True)
+        (path / file).write_text(json.dumps(value, indent=2))

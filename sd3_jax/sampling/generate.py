@@ -1,0 +1,76 @@
+"""Noise to latents: the one sampler, which the jobs and the evaluations call."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Key
+
+from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.diffusion.paths import RF
+from sd3_jax.sampling.latents import to_rgb
+from sd3_jax.sampling.prompts import Conditioning
+
+Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
+
+
+def generate(
+    velocity: Callable[[Array, Array, Conditioning], Array],
+    keys: Key[Array, " b"] | None,
+    cond: Conditioning,
+    uncond: Conditioning,
+    *,
+    shape: tuple[int, int, int],
+    grid: Float[np.ndarray | Array, " n"],
+    solver: Callable,
+    scale: guidance.Number,
+    interval: tuple[guidance.Number, guidance.Number] = (0.0, 1.0),
+    rescale: guidance.Number = 0.0,
+    skip: guidance.Skip | None = None,
+    noise: Float[Array, "b h w c"] | None = None,
+    x0: Float[Array, "b h w c"] | None = None,
+    mask: Float[Array, "b h w 1"] | None = None,
+    preview: Preview | None = None,
+    spread: float = 1.0,
+) -> Float[Array, "*n b h w c"]:
+    """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
+
+    Each has noise of its own key, so a picture is the same alone and in a batch, or
+    that of `noise`; a solver that draws on its way needs the keys even so. With `x0` it
+    starts from that picture, noised to grid[0]; where `mask` is 0, x0 is put back after
+    every step, noised as far as the rest. `preview` is called on the host as
+    preview(step, t, rgb (b, h, w, 3)) after each step. Of a solver that gives its
+    trajectory all n latents are returned. `spread` is the std of x at grid[0], where a
+    formulation starts with less than pure noise.
+    """
+    draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
+    if noise is None:
+        noise = draw(keys)
+    guided = guidance.cfg(
+        velocity,
+        cond,
+        uncond,
+        scale=scale,
+        interval=interval,
+        rescale=rescale,
+        skip=skip,
+    )
+    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
+
+    def after(x, t, step):
+        if mask is not None:
+            x = (1 - mask) * at(t) + mask * x
+        if preview is not None:
+            # Not ordered: on several devices jax knows no order of callbacks.
+            jax.debug.callback(preview, step, t, to_rgb(x))
+        return x
+
+    start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
+    idle = mask is None and preview is None
+    own = {}
+    if solvers.draws(solver):
+        fold = jax.vmap(jax.random.fold_in, (0, None))
+        own["draw"] = lambda step: draw(fold(keys, step))
+    return solver(guided, start, grid, after=None if idle else after, **own)

@@ -1,0 +1,210 @@
+"""Pictures, masks and latents as callers give them, checked and brought to floats.
+
+PIL images follow the rules of the data path (data/images.py): upright by their EXIF,
+transparency over white, sixteen bits rounded to eight. Values are not looked at where
+they are being traced.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jaxtyping import Float
+from PIL import Image
+
+from sd3_jax.data import images as files
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+Pictures = Any  # an array, a PIL image, or a sequence of these
+# One step of bfloat16 above 1: what a decoder in that dtype, or resampling, leaves
+# beyond the range. It is clipped; values farther out are of another range.
+SLACK = 2.0**-7
+CHANNELS = (1, 3, 4)  # grey, RGB, RGBA
+MASKS = ("1", "L", "I;16")  # PIL's modes of one channel
+
+
+def pixels(pictures: Pictures, name: str = "image") -> Float[Array | np.ndarray, "..."]:
+    """(b, H, W, 3) in [0, 1] of bytes, floats in [0, 1] or PIL images.
+
+    One picture is a batch of one; grey ones become RGB and alpha goes over white.
+    """
+    x = _floats(_together(pictures, name, files.pixels, _pictures), name)
+    if x.shape[-1] == 1:
+        return x.repeat(3, axis=-1)
+    if x.shape[-1] == 4:
+        alpha = x[..., 3:]
+        return x[..., :3] * alpha + (1 - alpha)
+    return x
+
+
+def mask(masks: Pictures, name: str = "mask") -> Float[np.ndarray, "b H W 1"]:
+    """In [0, 1], of bytes (255 is 1), booleans, floats in [0, 1] or PIL images."""
+    x = np.asarray(_together(masks, name, _one_channel, _masks))
+    return _floats(x, name)
+
+
+def latents(
+    value: Any, channels: int, name: str = "latents"
+) -> Float[Array | np.ndarray, "b h w c"]:
+    """A caller's latents, float32 and finite; one picture's are a batch of one."""
+    x = laid_out(value, channels, name)
+    finite(x, name)
+    return x.astype(np.float32)
+
+
+def laid_out(
+    value: Any, channels: int, name: str = "latents"
+) -> Float[Array | np.ndarray, "b h w c"]:
+    """Latents of any values, channels last."""
+    x = _array(value, name)
+    if x.ndim == 3 and x.shape[-1] == channels:
+        x = x[None]
+    if x.ndim != 4 or x.shape[-1] != channels or not all(x.shape):
+        raise UserError(
+            f"{name} of shape {tuple(x.shape)}: wanted (b, h, w, {channels})"
+            f"{_transposed(x, (channels,))}"
+        )
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(f"{name} of dtype {x.dtype}: wanted floats")
+    return x
+
+
+def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
+    """Times in [0, 1], one for each row or one for all."""
+    t = jnp.asarray(t, jnp.float32)
+    if t.ndim > 1 or t.size not in (1, rows):
+        raise UserError(f"t of shape {t.shape}: wanted one for each of {rows} latents")
+    if not isinstance(t, jax.core.Tracer) and not bool(((0 <= t) & (t <= 1)).all()):
+        raise UserError(
+            f"t from {float(t.min()):g} to {float(t.max()):g}: wanted 0 (data) to 1"
+            " (noise), diffusers' timesteps / 1000"
+        )
+    return jnp.broadcast_to(t, (rows,))
+
+
+def are_latents(value: Any, channels: int) -> bool:
+    """Whether an array has latents' channels, be they the last or, wrongly, first."""
+    shape = () if isinstance(value, list | tuple) else getattr(value, "shape", ())
+    if len(shape) < 3 or shape[-1] in CHANNELS:
+        return False
+    return shape[-1] == channels or shape[-3] == channels
+
+
+def finite(x: Array | np.ndarray, name: str) -> None:
+    """UserError where values are NaN or infinite."""
+    if not isinstance(x, jax.core.Tracer) and not bool(_module(x).isfinite(x).all()):
+        raise UserError(f"{name}: holds values that are NaN or infinite")
+
+
+def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
+    """One batch; `read` makes an array of a PIL image, `shaped` gives it four axes."""
+    if isinstance(value, Image.Image):
+        if getattr(value, "is_animated", False) and value.format != "MPO":
+            raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
+        if value.mode in ("F", "I", "HSV", "I;16B"):
+            raise UserError(
+                f'{name} of mode {value.mode}: wanted x.convert("RGB"), or of depth'
+                " numpy.asarray(x) brought to floats from 0 to 1"
+            )
+        return shaped(read(value, name), name)
+    if not isinstance(value, list | tuple):
+        return shaped(_array(value, name), name)
+    parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(value)]
+    if not parts:
+        raise UserError(f"{name}: an empty list; wanted at least one")
+    if len({(x.dtype, x.shape[1:]) for x in parts}) > 1:
+        kinds = ", ".join(f"{x.dtype} {x.shape[1:]}" for x in parts[:8])
+        raise UserError(f"{name}: {kinds}; wanted all of one size and dtype")
+    return parts[0] if len(parts) == 1 else _module(*parts).concatenate(parts)
+
+
+def _array(value: Any, name: str) -> Array | np.ndarray:
+    if isinstance(value, np.ndarray | jax.Array):
+        return value
+    if not hasattr(value, "__array__"):
+        raise UserError(
+            f"{name}: {shown(repr(value))}: wanted an array or a PIL image, for a file"
+            " PIL.Image.open(path)"
+        )
+    try:
+        return np.asarray(value)  # PyTorch's, on the host
+    except (TypeError, RuntimeError, ValueError) as error:
+        raise UserError(f"{name}: no array of numpy's: {shown(error, 160)}") from None
+
+
+def _module(*arrays):
+    return jnp if any(isinstance(x, jax.Array) for x in arrays) else np
+
+
+def _pictures(x: Array | np.ndarray, name: str):
+    batch = x[None, ..., None] if x.ndim == 2 else x
+    batch = batch[None] if batch.ndim == 3 and batch.shape[-1] in CHANNELS else batch
+    if batch.ndim != 4 or batch.shape[-1] not in CHANNELS or not all(batch.shape):
+        raise UserError(
+            f"{name} of shape {tuple(x.shape)}: wanted (b, H, W, 3), (H, W, 3) or (H,"
+            f" W){_transposed(x, CHANNELS)}"
+        )
+    return batch
+
+
+def _masks(x: Array | np.ndarray, name: str):
+    batch = x[None] if x.ndim == 2 else x
+    if batch.ndim == 3 and batch.shape[-1] in CHANNELS[1:]:
+        raise UserError(
+            f"{name} of shape {tuple(x.shape)}: wanted one channel, x[..., 0]"
+        )
+    if batch.ndim == 3:
+        batch = batch[None] if batch.shape[-1] == 1 else batch[..., None]
+    if batch.ndim != 4 or batch.shape[-1] != 1 or not all(batch.shape):
+        raise UserError(
+            f"{name} of shape {tuple(x.shape)}: wanted (b, H, W, 1), (b, H, W) or (H,"
+            f" W){_transposed(x, (1,))}"
+        )
+    return batch
+
+
+def _transposed(x: Array | np.ndarray, channels: tuple[int, ...]) -> str:
+    """What to do about channels that come first, as PyTorch has them."""
+    first = x.ndim in (3, 4) and x.shape[-3] in channels
+    axes = "0, 2, 3, 1" if x.ndim == 4 else "1, 2, 0"
+    return f"; channels come last here, x.transpose({axes})" if first else ""
+
+
+def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
+    if picture.mode not in MASKS:
+        raise UserError(
+            f'{name} of mode {picture.mode}: wanted "1" or "L", mask.convert("L"), or'
+            ' mask.getchannel("A") for what is opaque'
+        )
+    return files.pixels(picture, name)[..., :1]
+
+
+def _floats(x: Array | np.ndarray, name: str):
+    """Bytes over 255; floats as they are, if they are of [0, 1]; True is 1."""
+    if x.dtype == bool:
+        return x.astype(np.float32)
+    if x.dtype == np.uint8:
+        if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
+            raise UserError(
+                f"{name}: bytes of 0 and 1, where 255 is 1; wanted x.astype(bool), or"
+                " bytes of 0 and 255"
+            )
+        return x.astype(np.float32) / 255
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise UserError(
+            f"{name} of dtype {x.dtype}: wanted uint8, or floats from 0 to 1"
+        )
+    x = x.astype(np.float32)
+    finite(x, name)
+    if not isinstance(x, jax.core.Tracer):
+        low, high = float(x.min()), float(x.max())
+        if not -SLACK <= low <= high <= 1 + SLACK:
+            raise UserError(
+                f"{name}: floats from {low:g} to {high:g}; wanted 0 to 1: x / 255 of"
+                " 0 to 255, (x + 1) / 2 of -1 to 1, else x.clip(0, 1)"
+            )
+    return x.clip(0, 1)

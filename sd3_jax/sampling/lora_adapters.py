@@ -1,0 +1,112 @@
+"""LoRA files by name, beside the weights of the components that they adapt."""
+
+import functools
+import logging
+import math
+import os
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+from sd3_jax.params import lora
+from sd3_jax.weights import lora_files as files
+from sd3_jax.weights import lora_formats, source_names, sources
+
+log = logging.getLogger(__name__)
+
+
+named = functools.partial(source_names.split_weight, exists=sources.exists)
+
+
+class Opened(NamedTuple):
+    """A LoRA whose header is read: its maps by component, and its weight."""
+
+    path: epath.Path
+    weight: float
+    pairs: dict[str, lora_formats.Pairs]
+
+
+def listed(given: Any) -> list[tuple[str, float]]:
+    """(path or hub name, weight) of one or several: texts and paths, {path: weight}, or
+    pairs (path, weight)."""
+    if isinstance(given, Mapping):
+        given = list(given.items())
+    elif isinstance(given, str | os.PathLike):
+        given = [given]
+    specs = []
+    for one in given if isinstance(given, list | tuple) else [given]:
+        pair = isinstance(one, list | tuple) and len(one) == 2
+        path, weight = one if pair else (one, None)
+        known = isinstance(path, str | os.PathLike)
+        if not known or isinstance(weight, bool | str):
+            raise UserError(
+                f"lora {shown(repr(one))}: wanted a path, (path, weight) or {{path:"
+                " weight}"
+            )
+        text = os.fspath(path)
+        specs.append(named(text) if weight is None else (text, float(weight)))
+    for path, weight in specs:
+        if not math.isfinite(weight):
+            raise UserError(f"lora {path}: weight {weight}: wanted a finite number")
+    return specs
+
+
+def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Opened]:
+    """What `given` names, without a tensor read. Of components that are not `wanted`
+    nothing is kept; one that is and is not `there` is an error."""
+    loras = []
+    for source, weight in listed(given):
+        path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
+        pairs = {k: x for k, x in lora_formats.read(path).items() if k in wanted}
+        if lacking := [name for name in pairs if name not in there]:
+            raise UserError(
+                f"{path} adapts {lacking[0]}, and the weights have only"
+                f" {', '.join(there)}; name a file that has it after a comma"
+            )
+        loras.append(Opened(path, weight, pairs))
+    return loras
+
+
+def attached(
+    variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
+) -> dict[str, dict]:
+    """Variables by component with the LoRAs beside their kernels, added up."""
+    made = dict(variables)
+    for path, weight, maps in loras:
+        for name, pairs in maps.items():
+            params = made[name]["params"]
+            found = files.load(pairs, name, modules[name], params, weight=weight)
+            params = lora.attach(params, _placed(found, params))
+            made[name] = made[name] | {"params": params}
+            log.info(
+                "%s: %d linear maps of %s, times %g", path, len(pairs), name, weight
+            )
+    return made
+
+
+def _placed(found: dict, params: dict) -> dict:
+    """a and b as their kernels lie, along the axes that they share with these."""
+    kernels, made = lora.kernels(params), {}
+    for path, pair in lora.modules(found, "a"):
+        kernel = kernels[path]
+        mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
+        spec += (None,) * (kernel.ndim - len(spec))
+        specs = lora.layout(path, kernel.ndim).shapes(spec, None)
+        made[path] = {
+            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*own)))
+            for name, own in zip("ab", specs)
+        }
+    return lora.nested(made)
+
+
+def _put(x: np.ndarray, where: NamedSharding) -> Array:
+    """Every process has the same x, and keeps its own shards."""
+    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])

@@ -1,0 +1,73 @@
+"""What `sample` does to pictures before they are written: a filter and a watermark.
+
+    config.sample.filter = "package.module:function"
+    function(images u8 (n, h, w, 3), prompts) -> n times None or False, True or a reason
+
+A flagged picture becomes black, with the watermark if there is one, and its line, which
+the PNG holds too, says "filtered": reason. A filter that fails ends the job: no picture
+is written that it has not seen.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from sd3_jax import hooks
+from sd3_jax.distributed import processes
+from sd3_jax.errors import UserError
+from sd3_jax.evaluation.scorers import answers
+from sd3_jax.foreign_text import shown
+from sd3_jax.sampling import watermark
+
+
+class Safety(NamedTuple):
+    filter: str  # the function's name, "" for none
+    function: Callable | None
+    mark: str  # "" for none
+
+    def facts(self) -> dict[str, str]:
+        """What a picture's line says of them, if they are there."""
+        named = {"filter": self.filter, "watermark": self.mark}
+        return {name: value for name, value in named.items() if value}
+
+    def flags(self, images: np.ndarray, prompts: Sequence[str]) -> list[str]:
+        """Why each picture is not shown, "" if it is; a process asks about its share.
+
+        Every process has the same pictures, makes this call and gets all answers.
+        """
+        if self.function is None:
+            return [""] * len(images)
+        ask = functools.partial(_flags, self.function, images, prompts)
+        return processes.shared(ask, len(images))
+
+    def finished(self, image: np.ndarray, flag: str) -> np.ndarray:
+        """The picture as it is written: u8 (h, w, 3)."""
+        image = np.zeros_like(image) if flag else image
+        return watermark.embed(image, self.mark) if self.mark else image
+
+
+def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
+    """A UserError if there is no such function, or (h, w) are too small for a mark."""
+    height, width = min(sides, key=min)
+    if mark and min(height, width) < watermark.SIDE:
+        given = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
+        raise UserError(f"{given}; wanted sides of {watermark.SIDE} or more")
+    function = hooks.guarded("sample.filter", filter) if filter else None
+    return Safety(filter, function, mark)
+
+
+def _flags(function, images, prompts, rows: list[int]) -> list[str]:
+    given = images[rows], [prompts[i] for i in rows]
+    found = answers(function, "flags", len(rows), *given)
+    return [_flag(value, function.__name__) for value in found]
+
+
+def _flag(value, name: str) -> str:
+    if value is None or isinstance(value, bool | np.bool_):
+        return "flagged" if value else ""
+    if not isinstance(value, str):
+        wanted = "wanted None, False, True or a reason a picture"
+        raise UserError(f"{name} gave {shown(repr(value))}; {wanted}")
+    return shown(value, 300)

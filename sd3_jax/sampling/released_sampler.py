@@ -1,0 +1,132 @@
+"""Released weights as config.weights names them, painting batches of tasks."""
+
+import logging
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import api, pictures
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import argument_checks, bundle, prompt_file
+from sd3_jax.sampling.scheduler_config import Scheduler
+from sd3_jax.weights import components
+
+log = logging.getLogger(__name__)
+
+
+def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
+    """config.weights with config.sample.lora, in config.model.dtype and where
+    config.quantize says so in eight bits, over the mesh."""
+    own = dict(
+        dtype=config.model.dtype,
+        quantize=config.quantize.to_dict(),
+        tokenizers_from=config.tokenizers,
+        lora=config.sample.lora,
+    )
+    return bundle.load(config.weights, mesh=mesh, **own | options)
+
+
+def load_to_paint(
+    config: ConfigDict, mesh: Mesh, settings: Sequence[dict[str, Any]]
+) -> bundle.Bundle:
+    """load, which stops before it reads the weights if one of these settings of tasks
+    asks for what the model's scheduler cannot do."""
+    if "turbo" in config.weights.lower() and config.sample.cfg > 1:
+        told = "config.weights = %s and config.sample.cfg = %g: turbo models are made"
+        told += " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
+        log.warning(told, config.weights, config.sample.cfg)
+    made = load(config, mesh, check=partial(check, settings=settings))
+    warn_of_another_model(config, made)
+    return made
+
+
+def warn_of_another_model(config: ConfigDict, made: bundle.Bundle) -> None:
+    """Steps and cfg are the recipe's: those of another model make worse pictures."""
+    known = made.configs.get("denoiser")
+    if known is None:
+        return
+    recipe = config.model.depth, config.model.qk_norm, config.model.dual_blocks
+    dual = len(known.get("dual_attention_layers") or ())
+    weights = known["num_layers"], known.get("qk_norm") is not None, dual
+    if recipe != weights:
+        told = "the recipe is of another model than %s, which is %s: steps and cfg may"
+        told += " not suit it; choose configs/released.py:VARIANT by the weights"
+        name = components.released_name(known)
+        log.warning(told, config.weights, name)
+
+
+def check(
+    scheduler: Scheduler, configs: dict[str, dict], settings: Sequence[dict[str, Any]]
+) -> None:
+    """UserError for the first of the settings that the model cannot do."""
+    for number, asked in enumerate(settings, 1):
+        try:
+            _check(scheduler, configs, asked)
+        except UserError as error:
+            which = f"prompt {number} of {len(settings)}: " if len(settings) > 1 else ""
+            raise UserError(f"{which}{error}") from None
+
+
+def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
+    denoiser = configs.get("denoiser", {})
+    levels = len(configs.get("vae", {}).get("block_out_channels", range(4)))
+    unit = 2 ** (levels - 1) * denoiser.get("patch_size", 2)
+    most = unit * denoiser.get("pos_embed_max_size", 2**16)
+    for name in ("height", "width"):
+        if asked[name] > most:
+            raise UserError(
+                f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
+                " model"
+            )
+    last = denoiser.get("num_layers", 1) - 1
+    argument_checks.whole_numbers("skip_layers", asked["skip_layers"], 0, last)
+    argument_checks.whole(
+        "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
+    )
+    tokens = asked["height"] * asked["width"] // unit**2
+    scheduler.sampler(asked["steps"], tokens, **times(asked))
+
+
+def times(settings: dict[str, Any]) -> dict[str, Any]:
+    """What a task says of its solver and t's; what it leaves open is the model's."""
+    return {name: settings[name] or None for name in ("solver", "grid", "shift")}
+
+
+class ReleasedPainter:
+    """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
+
+    def __init__(self, made: bundle.Bundle):
+        self.bundle = made
+
+    def __call__(self, rows: Sequence[prompt_file.Task]) -> np.ndarray:
+        prompts = [
+            x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
+            for x in rows
+        ]
+        s = rows[0].settings
+        images = api.generate(
+            self.bundle,
+            prompts,
+            negative_prompts=[x.settings["negative"] for x in rows],
+            seed=[x.settings["seed"] + x.number for x in rows],
+            height=s["height"],
+            width=s["width"],
+            steps=s["steps"],
+            guidance=s["cfg"],
+            guidance_interval=(s["cfg_start"], s["cfg_stop"]),
+            guidance_rescale=s["rescale"],
+            **times(s),
+            max_sequence_length=s["max_length"],
+            clip_skip=s["clip_skip"],
+            skip_layers=s["skip_layers"],
+            skip_scale=s["skip_scale"],
+            skip_start=s["skip_start"],
+            skip_stop=s["skip_stop"],
+        )
+        images = multihost_utils.process_allgather(images, tiled=True)
+        return pictures.to_uint8(2 * images.astype(np.float32) - 1)

@@ -1,0 +1,1 @@
+"""What a user of training and sampling need not read."""

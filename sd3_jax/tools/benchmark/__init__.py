@@ -1,0 +1,1 @@
+"""sd3_jax and PyTorch timed in turn, each in a process of its own."""

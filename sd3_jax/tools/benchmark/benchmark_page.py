@@ -1,0 +1,155 @@
+"""A benchmark's result for people: benchmark.md, and the ratios as benchmark.svg."""
+
+import logging
+import statistics
+from collections.abc import Iterator
+from pathlib import Path
+
+from sd3_jax.files import write_whole
+
+log = logging.getLogger(__name__)
+IDLE = 0.5  # processes that want a core, at most, on a machine that is ours
+WIDE = 0.15  # by which time may grow other than FLOPs do
+
+
+def write(result: dict, workdir: Path) -> None:
+    write_whole(workdir / "benchmark.md", (page(result) + "\n").encode())
+    bars = {
+        f"{case['name']}, {side}": (ratio["median"], ratio["min"], ratio["max"])
+        for case in result["cases"]
+        for side, ratio in case["ratios"].items()
+    }
+    if not bars:
+        return
+    try:
+        from sd3_jax.reports import plots
+    except ImportError as error:
+        log.warning("no benchmark.svg: %s", error)
+        return
+    drawn = plots.bars(bars, "times as fast as PyTorch", mark=1.0)
+    write_whole(workdir / "benchmark.svg", plots.standalone(drawn).encode())
+
+
+def page(result: dict) -> str:
+    about, peak = result["about"], result["peak"]
+    versions = ", ".join(f"{k} {v or '-'}" for k, v in about["versions"].items())
+    parts = [
+        "# sd3_jax beside PyTorch",
+        f"`{about['command']}`, {about['date'][:10]}: {about['cpu']}, {about['cores']}"
+        f" cores; {about['dtype']}; {versions}.",
+    ]
+    if peak:
+        theirs = peak.get("eager_tflops")
+        beside = f" ({peak['ours_tflops']:.3g} and {theirs:.3g})" if theirs else ""
+        published = peak["published"]
+        of = f"; published {published:g}" if published else ""
+        parts.append(
+            f"On {peak['device']}; peak by a product of {peak['size']} squared:"
+            f" {peak['tflops']:.3g} TFLOP/s{beside}{of}."
+        )
+    if about["load"][0] > IDLE:
+        parts.append(
+            f"**The machine was not idle: load {about['load'][0]:.1f} when it began.**"
+        )
+    if result["missing"]:
+        parts.append(f"Ours alone: {'; '.join(result['missing'])}.")
+    if result["cases"]:
+        parts.append(
+            "Ratio: PyTorch's time over ours, pair by pair; above 1 ours is faster."
+            " Median (least to most) of the turns."
+        )
+        parts.append(table(result))
+    parts += scaling(result)
+    parts += startup(result)
+    return "\n\n".join(parts)
+
+
+def table(result: dict) -> str:
+    names = (
+        *("case", "side", "ms", "ratio", "memory, MB", "compile s", "first call s"),
+        *("TFLOP/s", "of peak", "gap"),
+    )
+    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
+    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
+    return "\n".join(lines)
+
+
+def rows(result: dict) -> Iterator[list[str]]:
+    for case in result["cases"]:
+        for side, own in case["sides"].items():
+            name = case["name"] if side == "ours" else ""
+            label = side if side == "ours" else f"PyTorch {side}"
+            wrong = own.get("failed") or case["refused"].get(side)
+            if wrong:
+                kind = "failed" if own.get("failed") else "refused"
+                yield [name, label, f"{kind}: {wrong}", *[""] * 7]
+                continue
+            compile_ = own.get("lower", 0) + own.get("compile", 0)
+            ratio = case["ratios"].get(side)
+            gap = case["gaps"].get(side)
+            yield [
+                name,
+                label,
+                spread(own["seconds"], 1e3),
+                spread(ratio, 1) if ratio else "",
+                f"{own['peak'] / 1e6:,.0f}" if "peak" in own else "",
+                f"{compile_:.1f}" if "compile" in own else "",
+                f"{own['first']:.2f}",
+                f"{own['tflops']:.3g}",
+                share(own),
+                "" if gap is None else f"{gap:.0e}",
+            ]
+
+
+def spread(values: dict, times: float) -> str:
+    median, low, high = (short(times * values[k]) for k in ("median", "min", "max"))
+    return f"{median} ({low} to {high})"
+
+
+def short(x: float) -> str:
+    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
+
+
+def share(own: dict) -> str:
+    mfu = f", MFU {own['mfu']:.0%}" if own.get("mfu") else ""
+    return f"{own['of_peak']:.0%}{mfu}" if own.get("of_peak") else ""
+
+
+def scaling(result: dict) -> Iterator[str]:
+    """A table for each kind and axis that has points."""
+    for made in result["scaling"]:
+        if not made["points"]:
+            continue
+        axis = made["axis"]
+        far = max(abs(x["relative"] - 1) for x in made["growth"])
+        words = "within" if far <= WIDE else "not within"
+        yield (
+            f"## {made['kind']} over {axis}: time against FLOPs {words} {WIDE:.0%}"
+            f" ({far:.0%})"
+        )
+        lines = [
+            f"| {axis} | ms | time grown | FLOPs grown | time / FLOPs | compile s |",
+            "|---|---|---|---|---|---|",
+        ]
+        for point, grown in zip(made["points"], made["growth"]):
+            cells = (
+                f"{point[axis]}",
+                spread(point["seconds"], 1e3),
+                *(f"{grown[k]:.2f}" for k in ("time", "flops", "relative")),
+                f"{point['lower'] + point['compile']:.1f}",
+            )
+            lines.append(f"| {' | '.join(cells)} |")
+        yield "\n".join(lines)
+
+
+def startup(result: dict) -> Iterator[str]:
+    found = {k: x for k, x in result["startup"].items() if k != "failed"}
+    if found:
+        yield "## Start-up, seconds, of configs/quickstart.py:tiny"
+        lines = ["| | median | least to most |", "|---|---|---|"]
+        for name, seconds in found.items():
+            ends = f"{min(seconds):.2f} to {max(seconds):.2f}"
+            lines.append(f"| {name} | {statistics.median(seconds):.2f} | {ends} |")
+        yield "\n".join(lines)
+    for text in result["startup"].get("failed", ()):
+        yield f"Start-up failed: {text}"

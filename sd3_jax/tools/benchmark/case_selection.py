@@ -1,0 +1,78 @@
+"""From a config to what is timed."""
+
+from ml_collections import ConfigDict
+
+from sd3_jax.errors import UserError
+from sd3_jax.tools.benchmark import cases
+from sd3_jax.tools.benchmark.cases import Spec
+
+
+def made(config: ConfigDict) -> list[Spec]:
+    specs = [case(config, text) for text in config.benchmark.cases]
+    for kind in config.benchmark.apart:
+        if kind not in cases.KINDS:
+            wanted = f"wanted some of {', '.join(cases.KINDS)}"
+            raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
+    names = [spec["name"] for spec in specs]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise UserError(f'config.benchmark.cases: "{twice[0]}" twice')
+    return specs
+
+
+def case(config: ConfigDict, text: str) -> Spec:
+    model, bench = config.model, config.benchmark
+    if model.name != "mmdit" or model.weight_sets != 2:
+        raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
+    optim = config.optim.to_dict()
+    del optim["accumulate"]
+    defaults = {
+        "dtype": bench.dtype,
+        "batch": config.data.batch_size,
+        "height": config.image.height // cases.FACTOR,
+        "width": config.image.width // cases.FACTOR,
+        "length": config.text.length,
+        "steps": config.sample.steps,
+        "cfg": config.sample.cfg,
+        "shift": config.sample.shift or 3.0,
+        "patch": model.patch,
+        "depth": model.depth,
+        "remat": model.remat,
+        "attention": model.attention,
+        "unroll": model.unroll,
+        "optim": optim | {"steps": config.train.steps},
+        "ema": config.ema.decay,
+        "seed": config.seed,
+    }
+    kind = (text.split() or [""])[0]
+    if kind in ("t5", "clip"):
+        defaults |= {k: bench[kind][k] for k in ("batch", "length")}
+    spec = cases.parse(text, defaults)
+    heads = model.num_heads or spec["depth"]
+    configs = {
+        "denoiser": lambda: cases.denoiser(
+            depth=spec["depth"],
+            width=model.width or 64 * spec["depth"],
+            num_heads=heads,
+            patch=model.patch,
+            channels=model.channels,
+            qk_norm=model.qk_norm,
+            dual_blocks=model.dual_blocks,
+            pos_size=model.pos_size,
+            pos_base=model.pos_base,
+            context_dim=model.context_dim,
+            pooled_dim=model.pooled_dim,
+        ),
+        "vae": lambda: cases.vae(**bench.vae, latent_channels=model.channels),
+        "t5": lambda: cases.t5(**bench.t5),
+        "clip_l": lambda: cases.clip(**bench.clip),
+    }
+    most = model.pos_size * model.patch
+    if spec["component"] == "denoiser" and max(spec["height"], spec["width"]) > most:
+        raise UserError(
+            f'config.benchmark.cases: "{text}": at most {most * cases.FACTOR} pixels a'
+            f" side, config.model.pos_size = {model.pos_size} tokens"
+        )
+    spec["config"] = configs[spec["component"]]()
+    if kind == "clip" and spec["length"] > spec["config"]["max_position_embeddings"]:
+        raise UserError("config.benchmark.clip.length: at most 77")
+    return spec

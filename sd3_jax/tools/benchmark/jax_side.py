@@ -1,0 +1,267 @@
+"""Our side of a case, by the jobs' own programs.
+
+Run by `python -m sd3_jax.tools.benchmark.jax_side`.
+Compiled anew every time: jax's cache of programs is off in this process.
+"""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sd3_jax.diffusion import grids, guidance
+from sd3_jax.diffusion.paths import RF
+from sd3_jax.distributed import sharding
+from sd3_jax.models import flops
+from sd3_jax.sampling import compiled as programs
+from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
+from sd3_jax.tools.benchmark.cases import Spec
+from sd3_jax.training import optimizer
+from sd3_jax.training.state import init_state
+from sd3_jax.training.step import make_train_step
+from sd3_jax.weights import components, key_mapping, safetensors, sharded_load
+from sd3_jax.weights.components import COMPONENTS
+
+SCALE = dict(scaling=cases.SCALING, shift=cases.SHIFT)
+DENOISER = ("remat", "attention", "unroll")  # what a spec may say of the module
+
+
+class Case:
+    """A program, compiled by `first`, and what it is called with; on one device."""
+
+    def __init__(self, spec: Spec):
+        self.spec, self.device = spec, jax.devices()[0]
+        self.mesh = sharding.make_mesh(devices=[self.device])
+        given = {k: jnp.asarray(x) for k, x in cases.inputs(spec).items()}
+        if spec["kind"] == "matmul":
+            self.module = self.variables = None
+        else:
+            self.module, self.variables = load(spec, self.mesh)
+        made = MAKE[spec["kind"]](spec, self.module, self.variables, given)
+        self.lower, self.arguments, self.flops, self.named = made
+        if spec["kind"] == "train":
+            self.variables = None  # the state has them
+        self.result = None
+        self.keywords = SCALE if spec["kind"].startswith("vae") else {}
+
+    def about(self) -> dict:
+        kind = self.device.device_kind
+        return {"platform": self.device.platform, "device": kind, "flops": self.flops}
+
+    def first(self) -> dict:
+        start = time.perf_counter()
+        with programs.on(self.mesh):
+            lowered = self.lower()
+        self.lower = None  # and the arguments that it holds
+        lower = time.perf_counter() - start
+        self.program = lowered.compile()
+        compiled = time.perf_counter() - start
+        if self.spec["kind"] == "train":
+            self.losses = [self.step() for _ in range(cases.CHECKED_STEPS)]
+        else:
+            self.call()
+        return {
+            "lower": lower,
+            "compile": compiled - lower,
+            "first": time.perf_counter() - start - compiled,
+        }
+
+    def call(self) -> None:
+        if self.spec["kind"] == "train":
+            self.step()
+        else:
+            self.result = jax.block_until_ready(
+                self.program(*self.arguments, **self.keywords)
+            )
+
+    def step(self) -> tuple[float, float]:
+        """A training step: the state that it takes is gone, as in `train`."""
+        state, *rest = self.arguments
+        state, metrics = self.program(state, *rest)
+        jax.block_until_ready(state)
+        self.arguments = (state, *rest)
+        return float(metrics["loss"]), float(metrics["grad_norm"])
+
+    def outputs(self) -> dict[str, np.ndarray]:
+        if self.spec["kind"] == "train":
+            loss, norm = zip(*self.losses)
+            return {"loss": np.array(loss), "grad_norm": np.array(norm)}
+        made = self.named(self.result)
+        return {k: np.asarray(x.astype(jnp.float32)) for k, x in made.items()}
+
+    def peak(self) -> int:
+        stats = self.device.memory_stats() if self.device.platform != "cpu" else None
+        return stats["peak_bytes_in_use"] if stats else process_memory.peak()
+
+    def reset_peak(self) -> bool:
+        return self.device.platform == "cpu" and process_memory.reset()
+
+
+def load(spec: Spec, mesh) -> tuple[Any, dict]:
+    """The module and its variables; in training these stay float32."""
+    component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
+    module = component.build(spec["config"], dtype)
+    if spec["component"] == "denoiser":
+        module = module.clone(**{name: spec[name] for name in DENOISER})
+    kept = jnp.float32 if spec["kind"] == "train" else dtype
+    shapes = components.abstract(component, module, spec["config"], mesh, kept)
+    tensors, _ = safetensors.open_file(spec["weights"])
+    pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
+    return module, sharded_load.load(tensors, shapes, pieces)
+
+
+def make_weights(spec: Spec, path: str) -> dict:
+    """A file of random weights in diffusers' layout, for both sides."""
+    component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
+    module = component.build(spec["config"], dtype)
+    mesh = sharding.make_mesh(devices=jax.devices()[:1])
+    shapes = components.abstract(component, module, spec["config"], mesh, dtype)
+    rng = np.random.default_rng(spec["seed"])
+    block = rng.standard_normal(1_000_003, np.float32)
+    entries = {}
+    for piece in key_mapping.pieces(shapes, component.table(module), "diffusers"):
+
+        def draw(key=piece.key, shape=piece.file_shape):
+            x = cases.weight(rng, key, shape, block)
+            if key.endswith("SelfAttention.q.weight"):  # T5 does not divide by it
+                x = x * np.float32(spec["config"]["d_kv"] ** -0.5)
+            return x.astype(dtype)
+
+        entries[piece.key] = safetensors.Entry(dtype, piece.file_shape, draw)
+    safetensors.write_file(path, entries)
+    return {"bytes": sum(entry.size for entry in entries.values())}
+
+
+# What each kind is: (lower, arguments, FLOPs, outputs by name)
+
+Made = tuple[Callable, tuple, float, Callable]
+velocity = lambda x: {"velocity": x}
+latents = lambda x: {"latents": x}
+
+
+def matmul(spec, module, variables, given) -> Made:
+    a, b = (given[k].astype(spec["dtype"]) for k in "ab")
+    program = jax.jit(jnp.matmul)
+    return lambda: program.lower(a, b), (a, b), 2.0 * len(a) ** 3, lambda x: {"ab": x}
+
+
+def forward(spec, module, variables, given) -> Made:
+    dtype = spec["dtype"]
+    x, t = given["latents"], given["t"]
+    context, pooled = (given[k].astype(dtype) for k in ("context", "pooled"))
+    rest = (variables, x, t, context, pooled)
+    lower = lambda: programs.velocity.lower(module, *rest, skip=())
+    return lower, rest, forward_flops(spec, module), velocity
+
+
+def forward_flops(spec, module) -> float:
+    one = flops.forward(
+        module,
+        height=spec["height"],
+        width=spec["width"],
+        text=spec["length"],
+        text_dim=spec["config"]["joint_attention_dim"],
+    )
+    return spec["batch"] * one
+
+
+def train(spec, module, variables, given) -> Made:
+    tx, _ = optimizer.make(**spec["optim"])
+    step = make_train_step(flow_loss(module), tx, ema_decay=spec["ema"], ema_every=1)
+    buffers = {k: x for k, x in variables.items() if k != "params"}
+    key = jax.random.key(spec["seed"])
+    begin = jax.jit(
+        lambda params: init_state(key, lambda _: params, tx), donate_argnums=0
+    )
+    state = begin(variables["params"])
+    program = jax.jit(step, donate_argnums=0)
+    rest = (state, key, given, buffers)
+    return lambda: program.lower(*rest), rest, 3 * forward_flops(spec, module), None
+
+
+def flow_loss(module) -> Callable:
+    """diffusion/losses.py's with the noise and the t's of the batch."""
+
+    def loss(params, key, batch, buffers):
+        x0, noise, t = batch["latents"], batch["noise"], batch["t"]
+        variables = {"params": params, **buffers}
+        xt = RF.interpolate(x0, noise, t)
+        v = module.apply(variables, xt, t, batch["context"], batch["pooled"])
+        return jnp.mean(jnp.square(v - RF.target(x0, noise, t))), {}
+
+    return loss
+
+
+def sample(spec, module, variables, given) -> Made:
+    dtype, steps = spec["dtype"], spec["steps"]
+    cond, uncond = (
+        Conditioning(*(given[f"{no}{k}"].astype(dtype) for k in Conditioning._fields))
+        for no in ("", "no_")
+    )
+    number = lambda x: jnp.asarray(x, jnp.float32)
+    inputs = programs.Inputs(
+        keys=None,
+        cond=cond,
+        uncond=uncond,
+        grid=jnp.asarray(grids.released(steps, spec["shift"])),
+        scale=number(spec["cfg"]),
+        interval=(number(0.0), number(1.0)),
+        rescale=number(0.0),
+        noise=given["latents"],
+    )
+    guided = guidance.guides(spec["cfg"])
+    plan = programs.Plan(module, "euler", given["latents"].shape[1:], guided)
+    rest = (variables, inputs)
+    lower = lambda: programs.sample.lower(plan, *rest)
+    count = (1 + guided) * steps * forward_flops(spec, module)
+    return lower, rest, count, latents
+
+
+def vae_encode(spec, module, variables, given) -> Made:
+    rest = (variables, given["image"], None)
+    lower = lambda: programs.encode_image.lower(module, *rest, **SCALE, tile=None)
+    count = matmul_flops.flops(
+        lambda v, x: module.apply(v, x, method="encode"), variables, given["image"]
+    )
+    return lower, rest, count, latents
+
+
+def vae_decode(spec, module, variables, given) -> Made:
+    rest = (variables, given["latents"])
+    lower = lambda: programs.decode.lower(module, *rest, **SCALE, tile=None)
+    count = matmul_flops.flops(
+        lambda v, x: module.apply(v, x, method="decode"), variables, given["latents"]
+    )
+    return lower, rest, count, lambda x: {"image": x}
+
+
+def encoder(spec, module, variables, given) -> Made:
+    program = jax.jit(module.apply)
+    rest = (variables, given["ids"])
+    name = {
+        "t5": lambda x: {"states": x},
+        "clip": lambda x: dict(zip(("states", "pooled"), x)),
+    }
+    lower = lambda: program.lower(*rest)
+    return lower, rest, matmul_flops.flops(module.apply, *rest), name[spec["kind"]]
+
+
+MAKE = {
+    "matmul": matmul,
+    "forward": forward,
+    "train": train,
+    "sample": sample,
+    "vae_encode": vae_encode,
+    "vae_decode": vae_decode,
+    "t5": encoder,
+    "clip": encoder,
+}
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_compilation_cache", False)
+    side_worker.serve(Case, weights=make_weights)

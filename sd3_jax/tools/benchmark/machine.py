@@ -1,0 +1,64 @@
+"""What a benchmark ran on: the machine, its packages, the command."""
+
+import datetime
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from sd3_jax.tools.benchmark import cases, process_memory
+
+PACKAGES = "jax jaxlib flax optax numpy torch diffusers transformers".split()
+
+
+def present(module: str) -> bool:
+    return importlib.util.find_spec(module) is not None
+
+
+def missing(kind: str) -> str:
+    """Why PyTorch's side of a kind cannot be had, or ""."""
+    absent = [x for x in cases.NEEDS.get(kind, cases.DIFFUSERS) if not present(x)]
+    return f"{absent[0]} is not installed" if absent else ""
+
+
+def about(*, dtype: str, repeats: int) -> dict:
+    return {
+        "command": command(),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "cpu": processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load": list(os.getloadavg()),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in ("sd3-jax", *PACKAGES)},
+        "dtype": dtype,
+        "repeats": repeats,
+        "memory_reset": process_memory.CLEAR.exists(),
+    }
+
+
+def command() -> str:
+    first, *rest = sys.argv
+    ours = os.path.basename(first) in ("main.py", "sd3-jax")
+    return shlex.join(["sd3-jax", *rest] if ours else [os.path.basename(first), *rest])
+
+
+def version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def processor() -> str:
+    path = Path("/proc/cpuinfo")
+    text = path.read_text() if path.is_file() else ""
+    named: Mapping = dict(
+        (part.strip() for part in line.split(":", 1))
+        for line in text.splitlines()
+        if ":" in line
+    )
+    return named.get("model name") or platform.processor() or platform.machine()

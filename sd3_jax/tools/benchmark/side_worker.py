@@ -1,0 +1,90 @@
+"""One side's process: it reads commands as lines of JSON and answers in the same way.
+
+It does one thing at a time, when it is told to, and ends with the process that started
+it, whatever it is doing: a thread of its own sees the end of the pipe.
+"""
+
+import json
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+
+import numpy as np
+
+from sd3_jax.tools.benchmark import process_memory
+
+
+def serve(side: Callable, **others: Callable) -> None:
+    """`side(spec)` makes what runs a case: first(), call(), outputs(), peak(), ...;
+    `others` are commands of this side's own."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)  # what libraries print is no answer
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
+    commands: queue.Queue = queue.Queue()
+    threading.Thread(target=_read, args=(commands,), daemon=True).start()
+    loaded, began = None, process_memory.now()
+    while True:
+        name, given = commands.get()
+        try:
+            if name == "load":
+                start = time.perf_counter()
+                loaded = side(given["spec"])
+                answer = {"seconds": time.perf_counter() - start, "began": began}
+                answer |= loaded.about()
+            elif name in others:
+                answer = others[name](**given)
+            else:
+                answer = COMMANDS[name](loaded, **given)
+        except Exception as error:
+            traceback.print_exc()
+            text = " ".join(f"{type(error).__name__}: {error}".split())
+            answer = {"failed": text[:300]}
+        answers.write(json.dumps(answer) + "\n")
+
+
+def _read(commands: queue.Queue) -> None:
+    for line in sys.stdin:
+        commands.put(json.loads(line))
+    os._exit(0)
+
+
+def _first(loaded) -> dict:
+    """What a user waits for once: compilation, and the first run."""
+    return loaded.first()
+
+
+def _check(loaded, path: str) -> dict:
+    np.savez(path, **loaded.outputs())
+    return {}
+
+
+def _warm(loaded, times: int) -> dict:
+    before = loaded.peak()
+    for _ in range(times):
+        loaded.call()
+    return {"first_peak": before, "reset": loaded.reset_peak()}
+
+
+def _run(loaded) -> dict:
+    start, cpu = time.perf_counter(), time.process_time()
+    loaded.call()
+    seconds = time.perf_counter() - start
+    return {"seconds": seconds, "cpu": time.process_time() - cpu}
+
+
+def _peak(loaded) -> dict:
+    return {"peak": loaded.peak()}
+
+
+COMMANDS = {
+    "first": _first,
+    "check": _check,
+    "warm": _warm,
+    "run": _run,
+    "peak": _peak,
+}

@@ -1,0 +1,91 @@
+"""How long it takes from a command to its first effect, each time a new process."""
+
+import contextlib
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from sd3_jax.tools.benchmark.side_processes import Failed, end_with_parent, environment
+
+IMPORTS = {
+    "import sd3_jax": "import sd3_jax",
+    "from sd3_jax import generate": "from sd3_jax import generate",
+    "from diffusers import StableDiffusion3Pipeline": (
+        "from diffusers import StableDiffusion3Pipeline"
+    ),
+}
+MAIN = (sys.executable, "-m", "sd3_jax.main")
+RECIPE = "configs/quickstart.py:tiny"
+LONG = 600.0  # seconds, for any of them
+LOOK = 0.01
+
+
+def imports(without: Sequence[str], log: Path) -> Iterator[tuple[str, float]]:
+    """Of Python alone, of ours, and of theirs unless it is not there."""
+    yield "python", seconds([sys.executable, "-c", ""], log)
+    for name, code in IMPORTS.items():
+        if not any(word in code for word in without):
+            yield name, seconds([sys.executable, "-c", code], log)
+    yield "sd3-jax --help", seconds([*MAIN, "--help"], log)
+
+
+def jobs(log: Path) -> Iterator[tuple[str, float]]:
+    """From command to first training step and to first picture, without compiled
+    programs and with those of the time before."""
+    with tempfile.TemporaryDirectory(prefix="sd3-benchmark-") as scratch:
+        cache = Path(scratch, "cache")
+        env = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
+        for state in ("cold", "cached"):
+            workdir = Path(scratch, state)
+            common = [f"--config={RECIPE}", f"--workdir={workdir}"]
+            rest = ["log_every=1", "eval_every=9", "sample_every=9"]
+            few = [f"--config.train.{word}" for word in ("steps=1", *rest)]
+            train = [*MAIN, "train", *common, *few]
+            lines = workdir / "metrics.jsonl"
+            done = lambda path=lines: path.exists() and '"train"' in path.read_text()
+            yield f"first step, {state}", seconds(train, log, env, done)
+            words = "--config.sample.prompt=a red four"
+            sample = [*MAIN, "sample", *common, words]
+            before = set(workdir.rglob("*.png"))
+            done = lambda dir=workdir, old=before: set(dir.rglob("*.png")) - old
+            yield f"first picture, {state}", seconds(sample, log, env, done)
+
+
+def seconds(
+    command: Sequence[str],
+    log: Path,
+    env: Mapping[str, str] | None = None,
+    done=None,
+) -> float:
+    """Until it has ended, or until done(); it ends all the same."""
+    with log.open("a") as out:
+        start, at = time.perf_counter(), None
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=out,
+            env=environment(env),
+            preexec_fn=end_with_parent,
+        )
+        try:
+            while process.poll() is None:
+                if done is not None and at is None and done():
+                    at = time.perf_counter() - start
+                if time.perf_counter() - start > LONG:
+                    raise Failed(f"{' '.join(command)}: more than {LONG:g} s")
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(LOOK)
+        finally:
+            process.kill()
+            process.wait()
+    if process.returncode:
+        name = " ".join([os.path.basename(command[0]), *command[1:]])
+        raise Failed(f"{name}: exit code {process.returncode}; see {log}")
+    if at is None and done is not None and not done():
+        raise Failed(f"{' '.join(command)}: ended without what was waited for")
+    return time.perf_counter() - start if at is None else at

@@ -1,0 +1,1 @@
+"""Near-duplicate pictures: fingerprints, search, and the page."""

@@ -1,0 +1,324 @@
+"""What a picture is compared by: a perceptual hash of our own, or SSCD.
+
+An embedding is any function of RGB pictures, (h, w, 3) uint8 each, that gives (n, d)
+float32, whose cosines are compared. SSCD (arXiv 2202.10261) is the SD3 paper's, in its
+appendix E.2. The hash needs no weights and takes two steps: `prints` has descriptors to
+search by, loosely, and `likeness` lays the thumbnails of what is found over each other.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jaxtyping import Float32, Int64, UInt8
+from numpy import ndarray
+from PIL import Image
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+# Chosen on the tuning half of benchmarks/dedup.py, whose other half is reported.
+LOOSE = 0.93  # cosine of descriptors: which pairs are laid over each other
+THRESHOLD = 0.92  # likeness of a near-duplicate
+SIDE = 48  # of a thumbnail's luminance, in pixels
+COARSE = 16  # of its two chroma planes
+TERMS = 6, 3  # cosine terms a side of the descriptor: of luminance, of chroma
+FALL = 3  # terms: high ones turn round when a picture is cropped, and weigh less
+CHROMA = 2  # weight of chroma in the descriptor
+MEAN = 0.15  # weight of the mean luminance, and a constant beside it: without them,
+FLOOR = 10  # flat pictures are all noise, and white is black
+NOISE = 3  # levels: what JPEG at quality 30 leaves of a flat picture, and less counts
+TINT = 0.5  # levels that a mean of chroma may be off by, in a picture compressed anew
+TINGE = 4  # squared levels that its planes may differ by beside it
+STILL = 300  # weight of no movement, in squared levels a pixel
+SHIFT, STRETCH = 0.06, 0.12  # of the side, at most: crops of 5 % at either end
+GAIN = 1.3  # of contrast and colour, or its inverse, at most
+LIGHTER = 1.12  # of brightness, or its inverse, at most
+WHITE = 248  # levels: from here on a channel may have been cut off at 255
+BROAD = 2.5  # weight of what is left in means of 4 x 4 pixels: a crop's is at edges
+STAIN = 1  # squared levels that compression leaves there
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # JPEG's, as its chroma
+LEVELS = (4, 2, 1)  # the thumbnails' reductions, coarse first: 5 % are 0.6 pixels there
+STEPS = 4  # of Gauss-Newton on each
+BLOCK = 256  # pairs at once: 20 MB of derivatives
+SSCD_SIDE = 320  # its README's choice for batches: squares, whatever the aspect
+SSCD_MEAN, SSCD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
+
+
+class Prints(NamedTuple):
+    """Fingerprints of n pictures, 3 kB each."""
+
+    descriptors: Float32[ndarray, "n d"]  # of length 1
+    light: UInt8[ndarray, "n s s"]
+    chroma: UInt8[ndarray, "n 2 c c"]
+
+
+def prints(pictures: Sequence[UInt8[ndarray, "_ _ 3"]]) -> Prints:
+    thumbnails = [_thumbnail(picture) for picture in pictures]
+    light = np.array([x for x, _ in thumbnails], np.uint8).reshape(-1, SIDE, SIDE)
+    chroma = np.array([x for _, x in thumbnails], np.uint8)
+    chroma = chroma.reshape(-1, 2, COARSE, COARSE)
+    return Prints(_descriptors(light, chroma), light, chroma)
+
+
+def joined(parts: Sequence[Prints]) -> Prints:
+    """The parts' pictures in one, in order."""
+    return Prints(*map(np.concatenate, zip(*parts or [prints([])])))
+
+
+def likeness(found: Prints, pairs: Int64[ndarray, "m 2"]) -> Float32[ndarray, " m"]:
+    """How alike two pictures are once laid over each other: in [0, 1], 1 for equal.
+
+    What is left of the one's variance when the other, shifted, stretched, its contrast
+    and brightness fitted, explains it; chroma's part too, absolute differences in it.
+    The darker one explains the other, white as far as brightening it cuts it off.
+    """
+    made = np.zeros(len(pairs), np.float32)
+    for start in range(0, len(pairs), BLOCK):
+        i, j = pairs[start : start + BLOCK].T
+        ours = found.light[i].astype(np.float32), _centred(found.chroma[i])
+        other = found.light[j].astype(np.float32), _centred(found.chroma[j])
+        made[start : start + BLOCK] = _explained(*ours, *other)
+    return made
+
+
+class SSCD:
+    """The embedding of a TorchScript file of SSCD's: (n, 512) float32 for most of them.
+
+    SSCD("sscd_disc_mixup.torchscript.pt")(pictures); `device` is "cpu" or "cuda".
+    Pictures are squeezed to 320 x 320, as its README has it for batches.
+    """
+
+    def __init__(self, path: epath.PathLike, *, device: str = "cpu"):
+        torch, path = _torch(), epath.Path(path)
+        try:
+            with path.open("rb") as file:
+                self._model = torch.jit.load(file, map_location=device).eval()
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{path}: cannot be read: {reason}") from None
+        except RuntimeError as error:
+            raise UserError(
+                f"{path}: {shown(str(error).splitlines()[0], 120)}; wanted a file of"
+                " TorchScript, such as sscd_disc_mixup.torchscript.pt, and a device"
+                f' that is there, given "{device}"'
+            ) from None
+        self._device = device
+
+    def __call__(
+        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]]
+    ) -> Float32[ndarray, "n d"]:
+        torch = _torch()
+        batch = np.stack([_square(picture) for picture in pictures])  # (n, 3, s, s)
+        with torch.inference_mode():
+            made = self._model(torch.from_numpy(batch).to(self._device))
+        return made.float().cpu().numpy()
+
+
+def embedded(
+    embed: Callable, pictures: Sequence[UInt8[ndarray, "_ _ 3"]], name: str = "embed"
+) -> Float32[ndarray, "n d"]:
+    """What a function of other hands gives, if it is an embedding; or a UserError."""
+    try:
+        made = np.asarray(embed(pictures))
+    except MemoryError:
+        raise
+    except Exception as error:
+        what = f"{type(error).__name__}: {error}"
+        raise UserError(f"{name} failed: {shown(what, 200)}") from error
+    if made.ndim != 2 or len(made) != len(pictures) or made.dtype.kind != "f":
+        raise UserError(
+            f"{name}: gave {made.dtype} of shape {made.shape} for {len(pictures)}"
+            f" pictures; wanted float32 of shape ({len(pictures)}, d)"
+        )
+    if not np.isfinite(made).all():
+        raise UserError(f"{name}: gave numbers that are not finite")
+    return made.astype(np.float32)
+
+
+def _thumbnail(picture):
+    """Luminance (s, s) and two chroma planes (2, c, c), these about 128."""
+    image = Image.fromarray(picture)
+    small = image.resize((SIDE, SIDE), Image.Resampling.BILINEAR, reducing_gap=3)
+    rgb = np.asarray(small, np.float32)
+    y = rgb @ LUMA
+    chroma = np.stack([(rgb[..., 2] - y) / 1.772, (rgb[..., 0] - y) / 1.402])
+    chroma = _reduced(chroma, SIDE // COARSE) + 128
+    return y.round().astype(np.uint8), chroma.round().clip(0, 255).astype(np.uint8)
+
+
+def _descriptors(light, chroma):
+    """Low cosine terms of luminance and chroma, of which brightness moves few."""
+    rows, coarse = _cosines(TERMS[0], SIDE), _cosines(TERMS[1], COARSE)
+    y = rows @ light.astype(np.float32) @ rows.T  # (n, terms, terms)
+    c = CHROMA * (coarse @ _centred(chroma) @ coarse.T)
+    y[:, 0, 0] *= MEAN
+    y, c = y.reshape(-1, TERMS[0] ** 2), c.reshape(-1, 2 * TERMS[1] ** 2)
+    made = np.concatenate([np.full((len(y), 1), FLOOR, np.float32), y, c], axis=1)
+    return made / np.linalg.norm(made, axis=1, keepdims=True)
+
+
+def _cosines(terms, side):
+    """The first rows of a DCT, falling off."""
+    k, x = np.arange(terms)[:, None], (np.arange(side) + 0.5) / side
+    scale = np.where(k, np.sqrt(2), 1) / side * np.exp(-0.5 * (k / FALL) ** 2)
+    return (np.cos(np.pi * k * x) * scale).astype(np.float32)
+
+
+def _centred(chroma):
+    return chroma.astype(np.float32) - 128
+
+
+def _reduced(x, by):
+    *most, h, w = x.shape
+    return x.reshape(*most, h // by, by, w // by, by).mean((-3, -1))
+
+
+def _blurred(x):
+    """By a Gaussian of one pixel: JPEG's noise goes, derivatives are smooth."""
+    weights = np.exp(-0.5 * np.arange(-3, 4, dtype=np.float32) ** 2)
+    rows, n = np.zeros((x.shape[-1],) * 2, np.float32), x.shape[-1]
+    for offset, weight in zip(range(-3, 4), weights / weights.sum()):
+        rows[np.arange(n), np.clip(np.arange(n) + offset, 0, n - 1)] += weight
+    return rows @ x @ rows.T
+
+
+def _explained(y1, c1, y2, c2):
+    """The share of one's variance (and NOISE) that the other explains; (m,)."""
+    move = np.zeros((len(y1), 4), np.float32)
+    for by in LEVELS:
+        a, b = _blurred(_reduced(y1, by)), _blurred(_reduced(y2, by))
+        move = _moved(a, b, move)
+    y, inside = _warped(a, move)
+    planes = [_warped(c, move)[0] for c in np.moveaxis(c1, 1, 0)]
+    coarse = _warped(c1[:, 0], move)[1]
+    y, c1, b, c2 = _darker_first(y, np.stack(planes, 1), b, c2)
+    y, c1 = _lighter(y, c1, b, c2)
+    (mean1, var1), (mean2, var2), shared = _moments(y, b, inside)
+    gain = (shared / np.maximum(var1, 1e-6)).clip(1 / GAIN, GAIN)
+    left = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
+    whole = var2 + NOISE**2
+    broad = BROAD * _broad(y, b, gain, inside)
+    brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / LIGHTER, LIGHTER)
+    left += np.square(mean2 - brighter * mean1)
+    for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
+        (mean1, var1), (mean2, var2), shared = _moments(a, b, coarse)
+        apart = var2 - 2 * gain * shared + gain**2 * var1
+        left += (apart - TINGE).clip(0)
+        left += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
+        whole += var2
+    return (1 - np.maximum(left / whole, broad)).clip(0, 1)
+
+
+def _darker_first(y1, c1, y2, c2):
+    """Pair by pair: what was cut off at white cannot be made from the brighter one."""
+    swap = y1.mean((1, 2)) > y2.mean((1, 2))
+    ys = np.where(swap[:, None, None], (y2, y1), (y1, y2))
+    cs = np.where(swap[:, None, None, None], (c2, c1), (c1, c2))
+    return ys[0], cs[0], ys[1], cs[1]
+
+
+def _lighter(y1, c1, y2, c2):
+    """The first as light as the second, and cut off at white as that was.
+
+    The gain is least squares where the second is not cut off; if it is everywhere,
+    the most there may be.
+    """
+    one, other = _rgb(y1, c1), _rgb(y2, c2)  # (m, 3, s, s)
+    clear = one * (other < WHITE)
+    shared, own = (np.einsum("mcij,mcij->m", clear, x) for x in (other, one))
+    gain = np.where(own > 0, shared / np.maximum(own, 1), LIGHTER).clip(1, LIGHTER)
+    return _ycc((one * gain[:, None, None, None]).clip(0, 255))
+
+
+def _rgb(y, c):
+    """(m, 3, s, s) of luminance (m, s, s) and chroma (m, 2, c, c) about 0."""
+    blue, red = np.moveaxis(c.repeat(SIDE // COARSE, 2).repeat(SIDE // COARSE, 3), 1, 0)
+    green = y - (0.114 * 1.772 * blue + 0.299 * 1.402 * red) / 0.587
+    return np.stack([y + 1.402 * red, green, y + 1.772 * blue], 1)
+
+
+def _ycc(rgb):
+    y = np.einsum("mcij,c->mij", rgb, LUMA)
+    chroma = np.stack([(rgb[:, 2] - y) / 1.772, (rgb[:, 0] - y) / 1.402], 1)
+    return y, _reduced(chroma, SIDE // COARSE)
+
+
+def _broad(y1, y2, gain, inside):
+    """The share of the second's variance left in means of 4 x 4 pixels; (m,).
+
+    Two digits differ by whole strokes, a picture from its crop at edges.
+    """
+    (mean1, _), (mean2, _), _ = _moments(y1, y2, inside)
+    one = (y1 - mean1[:, None, None]) * gain[:, None, None] * inside
+    other = (y2 - mean2[:, None, None]) * inside
+    left = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
+    whole = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
+    return (left - STAIN).clip(0) / whole
+
+
+def _moved(a, b, move):
+    """Gauss-Newton from `move` on: (shift, stretch) down and across, in sides, so that
+    a there is gain * b + offset. What is flat or plain stays where it is (STILL)."""
+    n, limit = a.shape[-1], np.array([SHIFT, STRETCH] * 2, np.float32)
+    place = (np.arange(n, dtype=np.float32) + 0.5) / n - 0.5
+    down, across = (x * n for x in np.gradient(a, axis=(1, 2)))
+    centred = b - b.mean((1, 2), keepdims=True)
+    still = np.array([STILL] * 4 + [0, 0], np.float32) * n * n
+    for _ in range(STEPS):
+        y, inside = _warped(a, move)
+        dy, dx = _warped(down, move)[0], _warped(across, move)[0]
+        slopes = [dy, dy * place[:, None], dx, dx * place, -centred, -np.ones_like(b)]
+        slopes = np.stack(slopes, 1) * inside[:, None]  # (m, 6, n, n)
+        slopes = slopes.reshape(len(a), 6, n * n)
+        normal = slopes @ slopes.swapaxes(1, 2)
+        damping = 1e-3 * np.einsum("mii->mi", normal) + still + 1
+        force = slopes @ -(y * inside).reshape(len(a), n * n, 1)
+        force[:, :4, 0] -= still[:4] * move
+        normal += np.eye(6, dtype=np.float32) * damping[:, None]
+        step = np.linalg.solve(normal, force)[:, :4, 0]
+        move = (move + step.clip(-0.05, 0.05)).clip(-limit, limit)
+    return move
+
+
+def _warped(x, move):
+    """x (m, n, n) where `move` (m, 4) says, and where that lies in x."""
+    n = x.shape[-1]
+    place = (np.arange(n, dtype=np.float32) + 0.5) / n - 0.5
+    inside = []
+    for shift, stretch in (move[:, :2].T, move[:, 2:].T):  # rows, then columns
+        at = (place * (1 + stretch[:, None]) + shift[:, None] + 0.5) * n - 0.5
+        inside.append((at >= -0.5) & (at <= n - 0.5))
+        at = at.clip(0, n - 1.001)
+        low = at.astype(int)
+        part, each = (at - low)[..., None], np.arange(len(x))[:, None]
+        x = x[each, low] * (1 - part) + x[each, low + 1] * part
+        x = x.swapaxes(1, 2)
+    return x, (inside[0][:, :, None] & inside[1][:, None, :]).astype(np.float32)
+
+
+def _moments(a, b, inside):
+    """(mean, variance) of each, and what they vary together, over what is inside."""
+    count = inside.sum((1, 2))
+    mean = lambda x: (x * inside).sum((1, 2)) / count
+    mean1, mean2 = mean(a), mean(b)
+    a, b = a - mean1[:, None, None], b - mean2[:, None, None]
+    return (mean1, mean(a * a)), (mean2, mean(b * b)), mean(a * b)
+
+
+def _square(picture):
+    size = SSCD_SIDE, SSCD_SIDE
+    image = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
+    x = (np.asarray(image, np.float32) / 255 - SSCD_MEAN) / SSCD_STD
+    return x.transpose(2, 0, 1).astype(np.float32)
+
+
+def _torch():
+    try:
+        import torch
+    except ImportError:
+        raise UserError(
+            'SSCD needs PyTorch, which is not installed: pip install "sd3-jax[torch]"'
+        ) from None
+    return torch

@@ -1,0 +1,1 @@
+"""What shards hold: a survey, and the page."""

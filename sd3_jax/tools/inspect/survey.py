@@ -1,0 +1,195 @@
+"""What there is in shards of records, counted; memory does not grow with it."""
+
+import collections
+import itertools
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from sd3_jax.data import records, shards
+from sd3_jax.data.records import BadRecord, Record
+from sd3_jax.distributed import watchdog
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+TOLD = 50  # bad records and shards told one by one
+KINDS = 30  # reasons, sources of captions and the like that are counted apart
+BUCKETS = 128  # of which there are pictures to choose from
+THREADS = 4  # shards read at a time
+FACTOR = 8  # pixels along a latent's side
+WAIT = 7 * 86_400.0  # seconds for a shard, which may be large and all be read
+
+
+@dataclass
+class Tally:
+    """What was found in a shard, or in several. Memory is bounded, whatever is bad."""
+
+    name: str
+    shards: int = 0
+    records: int = 0  # as the files say
+    bytes: int = 0
+    good: int = 0  # of those that were read
+    captions: int = 0  # of the good ones
+    bad_count: int = 0  # records and shards
+    holds: Counter = field(default_factory=Counter)
+    buckets: Counter = field(default_factory=Counter)  # of all records, by those read
+    bucket_bytes: Counter = field(default_factory=Counter)
+    made_by: Counter = field(default_factory=Counter)
+    reasons: Counter = field(default_factory=Counter)
+    bad: list[str] = field(default_factory=list)  # the first of them
+
+    def saw(self, record: Record) -> None:
+        self.good += 1
+        self.captions += bool(record.caption)
+        _count(self.holds, held(record))
+        if record.caption:
+            _count(self.made_by, record.caption_from or "not told")
+
+    def fault(self, error: UserError, reason: str) -> None:
+        self.bad_count += 1
+        _count(self.reasons, reason)
+        if len(self.bad) < TOLD:
+            self.bad.append(shown(error, 400))
+
+    def add(self, other: "Tally") -> None:
+        for name in ("shards", "records", "bytes", "good", "captions", "bad_count"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        for name in ("holds", "buckets", "bucket_bytes", "made_by", "reasons"):
+            for key, n in getattr(other, name).items():
+                _count(getattr(self, name), key, n)
+        self.bad += other.bad[: TOLD - len(self.bad)]
+
+    def bucket(self) -> str:
+        """The commonest, by which its row is folded with others."""
+        return max(self.buckets, key=self.buckets.get, default="unknown")
+
+
+class Choice:
+    """Records for the contact sheet, of every bucket alike: a reservoir for each."""
+
+    def __init__(self, pictures: int):
+        self.pictures, self._kept, self._seen = pictures, {}, Counter()
+        self._rng = np.random.default_rng(0)
+
+    def offer(self, path: str, index: int, bucket: str) -> None:
+        if bucket not in self._kept and len(self._kept) == BUCKETS:
+            return
+        self._seen[bucket] += 1
+        kept = self._kept.setdefault(bucket, [])
+        if len(kept) < self.pictures:
+            kept.append((path, index))
+        elif (place := self._rng.integers(self._seen[bucket])) < self.pictures:
+            kept[place] = (path, index)
+
+    def chosen(self) -> list[tuple[str, int]]:
+        """At most so many, bucket by bucket, each having its turn until all are in."""
+        names = sorted(self._kept, key=sides)
+        turns = [[(name, x) for x in self._kept[name]] for name in names]
+        rounds = itertools.chain(*itertools.zip_longest(*turns))
+        some = list(itertools.islice(filter(None, rounds), self.pictures))
+        return [x for own in names for name, x in some if name == own]
+
+
+def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, Tally]]:
+    """Shard by shard, in order, a few being read ahead."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        rest = iter(paths)
+        submit = lambda path: (path, threads.submit(look, path, most))
+        ahead = collections.deque(map(submit, itertools.islice(rest, 2 * THREADS)))
+        while ahead:
+            path, made = ahead.popleft()
+            watchdog.expect(f"the records of {name_of(path)}", WAIT)
+            tally, found = made.result()
+            ahead.extend(map(submit, itertools.islice(rest, 1)))
+            for index, own in found:
+                choice.offer(path, index, own)
+            yield path, tally
+
+
+def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
+    """`most` records of a shard, evenly spread (0: all), and the good ones' buckets."""
+    tally, found = Tally(name_of(path), shards=1), []
+    try:
+        shard = shards.inspect(path)
+        reader = shards.open_shard(path)
+    except UserError as error:
+        tally.fault(error, "not readable")
+        return tally, found
+    tally.records, tally.bytes = shard.count, shard.bytes
+    try:
+        for index in spread(shard.count, most):
+            try:
+                record, _ = read(reader, path, index)
+            except UserError as error:
+                tally.fault(error, reason(error, f"{path}:{index}: "))
+                continue
+            tally.saw(record)
+            found.append((index, bucket(record)))
+    finally:
+        reader.close()
+    for name, n in Counter(name for _, name in found).items():
+        tally.buckets[name] = tally.records * n / len(found)
+        tally.bucket_bytes[name] = tally.bytes * n / len(found)
+    return tally, found
+
+
+def read(reader, path: str, index: int) -> tuple[Record, int]:
+    """A record, and how many bytes it has; or a UserError."""
+    where = f"{path}:{index}"
+    try:
+        (data,) = reader.read([index])
+    except RuntimeError as error:
+        raise BadRecord(f"{where}: unreadable: {error}") from None
+    return records.decode(data, where), len(data)
+
+
+def spread(count: int, most: int) -> Iterable[int]:
+    """The first, the last, and between them as many as are asked for."""
+    if not 0 < most < count:
+        return range(count)
+    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+
+
+def reason(error: UserError, where: str) -> str:
+    """An error's kind in a word or two: "checksum", "not a record", "latents"."""
+    told = re.match(r"[\w ]{1,24}(?=:| )", str(error).removeprefix(where))
+    return told[0] if told else "damaged"
+
+
+def held(record: Record) -> str:
+    """Its tensors: moments 64x64x32 F16, context 154x4096 BF16, pooled 2048 F16."""
+    return ", ".join(
+        f"{name} {'x'.join(map(str, x.shape))} {records.NAMES[x.dtype]}"
+        for name in records.TENSORS
+        if (x := record.tensors.get(name)) is not None
+    )
+
+
+def bucket(record: Record) -> str:
+    """Height x width in pixels: an image's, or of what latents are the latents."""
+    if "image" in record.tensors:
+        height, width, _ = record.tensors["image"].shape
+        return f"{height}x{width}"
+    name = "moments" if "moments" in record.tensors else "latents"
+    height, width, _ = record.tensors[name].shape
+    return f"{FACTOR * height}x{FACTOR * width}"
+
+
+def sides(name: str) -> tuple[float, str]:
+    """Tall buckets first."""
+    found = re.fullmatch(r"(\d+)x(\d+)", name)
+    return (int(found[2]) / int(found[1]) if found else np.inf, name)
+
+
+def name_of(path: str) -> str:
+    return shown(os.path.basename(path), 120)
+
+
+def _count(counter: Counter, key: str, n: float = 1) -> None:
+    """One more, but of no more than so many kinds: other hands write these."""
+    counter[key if key in counter or len(counter) < KINDS else "other"] += n

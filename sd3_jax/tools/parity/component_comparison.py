@@ -1,0 +1,336 @@
+"""Both sides of every component at the same inputs, and down the same trajectory."""
+
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import torch
+from jax.sharding import Mesh
+
+from sd3_jax.diffusion import solvers
+from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.generate import generate
+from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.tools.parity import layer_pairs, torch_components
+from sd3_jax.tools.parity.gap import Gap, gap
+from sd3_jax.weights import components, sources
+from sd3_jax.weights.components import COMPONENTS
+
+log = logging.getLogger(__name__)
+HALVES = {"vae encoder": ("vae", "encode"), "vae decoder": ("vae", "decode")}
+BF16 = torch.bfloat16
+
+
+class Settings(NamedTuple):
+    """What both sides are run on."""
+
+    prompts: tuple[str, ...]
+    height: int
+    width: int
+    length: int  # of T5's tokens
+    steps: int
+    scale: float
+    seed: int = 0
+
+
+class Row(NamedTuple):
+    """A layer: ours in float32 and in bfloat16, and PyTorch's own in bfloat16, each
+    against PyTorch in float32."""
+
+    layer: str
+    float32: Gap
+    bfloat16: Gap
+    theirs: Gap
+
+
+class Drift(NamedTuple):
+    """The same for the latents after each step, and the pictures at the end."""
+
+    t: list[float]
+    rows: list[Row]
+    picture: Row
+    pictures: dict[str, np.ndarray]  # "ours", "theirs" (h, w, 3) in [0, 1]
+
+
+class Subject:
+    """A source of weights, its parts' configurations and the inputs for them."""
+
+    def __init__(self, source: str, tokenizers: str, settings: Settings, mesh: Mesh):
+        self.source, self.tokenizers, self.settings = source, tokenizers, settings
+        self.mesh = mesh
+        self.path = sources.resolve(source)
+        self.configs = {
+            name: part.config for name, part in sources.parts(self.path).items()
+        }
+
+    @functools.cached_property
+    def scheduler(self) -> dict:
+        """The folder's, if it is Euler's method, else the published one."""
+        config = self.configs.get("scheduler", {"shift": 3.0})
+        scheduler = schedulers.read(config)
+        if (scheduler.solver, scheduler.line) == ("euler", "released"):
+            if not scheduler.refused:
+                return config
+        log.warning("%s: its scheduler is not compared, but Euler's", self.source)
+        return {"shift": scheduler.shift}
+
+    @property
+    def name(self) -> str:
+        if "denoiser" not in self.configs:
+            return self.source
+        return components.released_name(self.configs["denoiser"]).split(":")[0]
+
+    def load(self, dtype: str, *only: str) -> bundles.Bundle:
+        return bundles.load(
+            self.source,
+            mesh=self.mesh,
+            dtype=dtype,
+            tokenizers_from=self.tokenizers,
+            only=only,
+        )
+
+    def theirs(self, name: str) -> torch.nn.Module:
+        return torch_components.component(self.path, name, self.configs[name])
+
+    @functools.cached_property
+    def ids(self) -> dict[str, np.ndarray]:
+        s, bundle = self.settings, self.load("float32")  # no weights
+        return bundle.token_ids(s.prompts, s.length, encoders=self.configs)
+
+    def images(self) -> np.ndarray:
+        """Smooth, as pictures are: few waves of random colours, in [-1, 1]."""
+        draw = np.random.default_rng(self.settings.seed)
+        s = self.settings
+        y, x = np.mgrid[: s.height, : s.width] / max(s.height, s.width)
+        waves = draw.uniform(-9, 9, (8, 2)) @ np.stack([y.ravel(), x.ravel()])
+        colours = draw.standard_normal((8, 3))
+        image = np.sin(waves + draw.uniform(0, 6, (8, 1))).T @ colours
+        image = image.reshape(1, s.height, s.width, 3) / np.abs(image).max()
+        return image.astype(np.float32)
+
+    def latents(self, b: int, seed: int = 0) -> np.ndarray:
+        draw = np.random.default_rng((self.settings.seed, seed))
+        factor = 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
+        side = self.settings.height // factor, self.settings.width // factor
+        channels = self.configs["denoiser"].get("in_channels", 16)
+        return draw.standard_normal((b, *side, channels)).astype(np.float32)
+
+
+def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
+    """Every component, its layers against PyTorch's."""
+    for name in COMPONENTS:
+        if name not in subject.configs:
+            continue
+        module = subject.theirs(name)
+        labels = HALVES if name == "vae" else {name: (name, None)}
+        cases = {label: CASES[name](subject, label) for label in labels}
+        wide = {
+            label: case.theirs(module, torch.float32) for label, case in cases.items()
+        }
+        module.to(BF16)
+        narrow = {label: case.theirs(module, BF16) for label, case in cases.items()}
+        del module
+        found = {}
+        for dtype in ("float32", "bfloat16"):
+            bundle = subject.load(dtype, name)
+            for label, case in cases.items():
+                found[label, dtype] = case.ours(bundle)
+        for label in cases:
+            yield (
+                label,
+                [
+                    Row(
+                        layer,
+                        gap(found[label, "float32"][layer], wide[label][layer]),
+                        gap(found[label, "bfloat16"][layer], wide[label][layer]),
+                        gap(narrow[label][layer], wide[label][layer]),
+                    )
+                    for layer in wide[label]
+                ],
+            )
+
+
+class Case(NamedTuple):
+    """One component at its inputs, on either side: layers' answers by name."""
+
+    name: str
+    table: Any  # (variables) -> list of Layer
+    args: tuple
+    call: Any  # (module, dtype) -> what PyTorch computes
+    method: str | None = None
+
+    def ours(self, bundle: bundles.Bundle) -> dict[str, np.ndarray]:
+        module, variables = bundle.modules[self.name], bundle.variables[self.name]
+        table = self.table(variables)
+
+        @jax.jit
+        def run(variables, *args):
+            options = {"method": self.method} if self.method else {}
+            _, state = module.apply(
+                variables,
+                *args,
+                capture_intermediates=True,
+                mutable=["intermediates"],
+                **options,
+            )
+            taken = state["intermediates"]
+            return {x.name: x.ours(taken).astype(jnp.float32) for x in table}
+
+        args = compiled.place(self.args, bundle.mesh)
+        with compiled.on(bundle.mesh):
+            return jax.tree.map(np.asarray, run(variables, *args))
+
+    def theirs(self, module: torch.nn.Module, dtype: torch.dtype) -> dict:
+        table = self.table(None)
+        wanted = {x.name: (x.theirs, x.pick) for x in table}
+        return torch_components.captured(module, lambda m: self.call(m, dtype), wanted)
+
+
+def _text_case(subject: Subject, label: str) -> Case:
+    ids, config = subject.ids[f"ids_{label}"], subject.configs[label]
+    rows = layer_pairs.t5(config) if label == "t5" else layer_pairs.clip(config)
+    call = lambda module, dtype: module(torch.tensor(ids).long())
+    return Case(label, lambda variables: rows, (ids,), call)
+
+
+def _vae_case(subject: Subject, label: str) -> Case:
+    config, half = subject.configs["vae"], HALVES[label][1]
+    rows = (
+        layer_pairs.encoder(config) if half == "encode" else layer_pairs.decoder(config)
+    )
+    x = subject.images() if half == "encode" else subject.latents(1)
+    call = lambda module, dtype: getattr(module, half)(torch_components.nchw(x, dtype))
+    return Case("vae", lambda variables: rows, (x,), call, half)
+
+
+def _denoiser_case(subject: Subject, label: str) -> Case:
+    """Two examples, near the noise and near the data."""
+    config, xt = subject.configs["denoiser"], subject.latents(2)
+    t = np.array([0.97, 0.2], np.float32)
+    draw = np.random.default_rng((subject.settings.seed, 9))
+    tokens = 77 + subject.settings.length
+    context = draw.standard_normal((2, tokens, config["joint_attention_dim"]))
+    pooled = draw.standard_normal((2, config["pooled_projection_dim"]))
+    context, pooled = context.astype(np.float32), pooled.astype(np.float32)
+
+    def table(variables):
+        if variables is None:  # PyTorch's side needs the names alone
+            side = config["pos_embed_max_size"]
+            width = config["num_attention_heads"] * config["attention_head_dim"]
+            empty = jnp.zeros((1, side**2, width))
+            variables = {"buffers": {"pos_embed": empty}}
+        return layer_pairs.denoiser(config, variables, xt.shape[1:3])
+
+    def call(module, dtype):
+        return module(
+            torch_components.nchw(xt, dtype),
+            timestep=torch.tensor(t) * 1000,
+            encoder_hidden_states=torch.tensor(context).to(dtype),
+            pooled_projections=torch.tensor(pooled).to(dtype),
+        )
+
+    return Case("denoiser", table, (xt, t, context, pooled), call)
+
+
+CASES = {
+    "denoiser": _denoiser_case,
+    "vae": _vae_case,
+    "clip_l": _text_case,
+    "clip_g": _text_case,
+    "t5": _text_case,
+}
+
+
+def drift(subject: Subject) -> Drift:
+    """The first prompt under guidance from one noise, by both, each with its own text
+    encoders; what differs grows on the way."""
+    s, noise = subject.settings, subject.latents(1, seed=1)
+    texts = [s.prompts[0], ""]
+    narrow = {}
+    scheduler = subject.scheduler
+    conds = _their_text(subject, texts)
+    modules = [subject.theirs(name) for name in ("denoiser", "vae")]
+    for dtype, (cond, uncond) in conds.items():
+        narrow[dtype] = torch_components.trajectory(
+            *(module.to(dtype) for module in modules),
+            scheduler,
+            cond,
+            uncond,
+            noise,
+            steps=s.steps,
+            scale=s.scale,
+        )
+    del modules
+    found = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
+    (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
+    rows = [
+        Row(
+            f"step {i + 1}",
+            gap(found["float32"][0][i + 1], wanted[i]),
+            gap(found["bfloat16"][0][i + 1], wanted[i]),
+            gap(half[i], wanted[i]),
+        )
+        for i in range(len(wanted))
+    ]
+    ours, ours_half = found["float32"][1], found["bfloat16"][1]
+    ends = (gap(ours, picture), gap(ours_half, picture), gap(half_picture, picture))
+    grid = _grid(subject)
+    pictures = {"ours": ours[0], "theirs": picture[0], "ours, bfloat16": ours_half[0]}
+    return Drift(grid[1:].tolist(), rows, Row("picture", *ends), pictures)
+
+
+DTYPES = ("float32", "bfloat16")
+
+
+def _grid(subject: Subject) -> np.ndarray:
+    s, config = subject.settings, subject.configs["denoiser"]
+    tokens = np.prod(subject.latents(1).shape[1:3]) // config.get("patch_size", 2) ** 2
+    return schedulers.read(subject.scheduler).sampler(s.steps, int(tokens))[1]
+
+
+def _their_text(subject: Subject, texts: list[str]) -> dict:
+    """(cond, uncond) by dtype."""
+    names = [name for name in bundles.TEXT if name in subject.configs]
+    modules = {name: subject.theirs(name) for name in names}
+    words, length = subject.load("float32").tokenizers, subject.settings.length
+    found = {}
+    for dtype in (torch.float32, BF16):
+        modules = {name: module.to(dtype) for name, module in modules.items()}
+        context, pooled = torch_components.encoded(modules, words, texts, length)
+        found[dtype] = (context[:1], pooled[:1]), (context[1:], pooled[1:])
+    return found
+
+
+def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray]:
+    s = subject.settings
+    bundle = subject.load(dtype, *bundles.TEXT)
+    both = bundle.encode_prompts(texts, s.length)
+    cond, uncond = (Conditioning(*(x[i : i + 1] for x in both)) for i in (0, 1))
+    bundle = subject.load(dtype, "denoiser", "vae")
+    module, grid = bundle.modules["denoiser"], _grid(subject)
+
+    @jax.jit
+    def run(variables, cond, uncond, noise):
+        return generate(
+            lambda x, t, cond: module.apply(variables, x, t, *cond),
+            None,
+            cond,
+            uncond,
+            shape=noise.shape[1:],
+            grid=grid,
+            solver=functools.partial(solvers.euler, trajectory=True),
+            scale=s.scale,
+            noise=noise,
+        )
+
+    args = compiled.place((cond, uncond, noise), bundle.mesh)
+    with compiled.on(bundle.mesh):
+        visited = run(bundle.variables["denoiser"], *args)
+    images = bundle.decode(visited[-1])
+    return np.asarray(visited), np.asarray(images)

@@ -1,0 +1,145 @@
+"""Which answer of ours is which of PyTorch's, layer by layer, in their order."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from sd3_jax.models import position_table
+from sd3_jax.tools.parity.torch_components import nhwc
+
+
+class Layer(NamedTuple):
+    """`ours(taken)` finds it in flax's intermediates; PyTorch's is what `pick` takes
+    of the answer of `theirs`, a submodule's name."""
+
+    name: str
+    ours: Callable[[dict], Any]
+    theirs: str
+    pick: Callable = lambda answer: answer
+
+
+def at(*path: str) -> Callable[[dict], Any]:
+    """The only call's answer of the module at a path."""
+
+    def find(taken):
+        for name in path:
+            taken = taken[name]
+        return taken["__call__"][0]
+
+    return find
+
+
+def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Layer]:
+    """`shape` is that of the latents."""
+    depth, patch = config["num_layers"], config.get("patch_size", 2)
+    dual = len(config.get("dual_attention_layers") or ())
+    table = variables["buffers"]["pos_embed"].astype(np.float32)
+    place = position_table.crop(table, *(side // patch for side in shape))
+    time = "time_text_embed.{}_embedder"
+    found = [
+        Layer("patches", at("patch_embed"), "pos_embed.proj", _tokens),
+        Layer(
+            "patches + positions",
+            lambda taken: at("patch_embed")(taken).astype(np.float32) + place,
+            "pos_embed",
+        ),
+        Layer("context", at("context_embed"), "context_embedder"),
+        Layer("time", at("time_embed"), time.format("timestep")),
+        Layer("pooled text", at("pooled_embed"), time.format("text")),
+    ]
+    for i in range(depth):
+        group, j = ("dual_blocks", i) if i < dual else ("blocks", i - dual)
+        for stream, name in enumerate(("image", "text")):
+            if i == depth - 1:
+                ours = lambda taken: at("last_block")(taken)[0]
+            else:
+                ours = lambda taken, group=group, j=j, stream=stream: at(group)(taken)[
+                    stream
+                ][j]
+            if i < depth - 1 or name == "image":
+                pick = lambda answer, stream=stream: answer[1 - stream]
+                block = f"transformer_blocks.{i}"
+                found.append(Layer(f"block {i} {name}", ours, block, pick))
+    return [*found, Layer("tokens out", at("final"), "proj_out")]
+
+
+def _tokens(answer):
+    return answer.flatten(2).transpose(1, 2)
+
+
+def encoder(config: dict) -> list[Layer]:
+    levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
+    found = [_conv("encoder", "conv_in")]
+    for i in range(levels):
+        name, ours = f"encoder.down_blocks.{i}", f"down_{i}"
+        found += _level("encoder", name, ours, i, resnets, "down", levels)
+    return [*found, *_end("encoder")]
+
+
+def decoder(config: dict) -> list[Layer]:
+    levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
+    found = [_conv("decoder", "conv_in"), _middle("decoder")]
+    for i in range(levels):
+        name, ours = f"decoder.up_blocks.{i}", f"up_{i}"
+        found += _level("decoder", name, ours, i, resnets, "up", levels)
+    return [*found, *(x for x in _end("decoder") if x.name != "decoder middle")]
+
+
+def _conv(half, name, ours=None):
+    return Layer(f"{half} {name}", at(half, ours or name), f"{half}.{name}", nhwc)
+
+
+def _middle(half):
+    return Layer(f"{half} middle", at(half, "mid"), f"{half}.mid_block", nhwc)
+
+
+def _end(half):
+    return _middle(half), _conv(half, "conv_out")
+
+
+def _level(half, name, ours, i, resnets, way, levels):
+    for j in range(resnets):
+        label = f"{half} {way} {i} resnet {j}"
+        path = at(half, f"{ours}_resnet_{j}")
+        yield Layer(label, path, f"{name}.resnets.{j}", nhwc)
+    if i < levels - 1:
+        sampler = f"{name}.{way}samplers.0"
+        yield Layer(f"{half} {way} {i} conv", at(half, f"{ours}_conv"), sampler, nhwc)
+
+
+def clip(config: dict) -> list[Layer]:
+    blocks = [
+        Layer(
+            f"block {i}",
+            lambda taken, i=i: at("blocks")(taken)[i],
+            f"text_model.encoder.layers.{i}",
+            _first,
+        )
+        for i in range(config["num_hidden_layers"])
+    ]
+    return [
+        *blocks,
+        Layer("final norm", at("final_norm"), "text_model.final_layer_norm"),
+        Layer("pooled", at("text_projection"), "text_projection"),
+    ]
+
+
+def t5(config: dict) -> list[Layer]:
+    blocks = [
+        Layer(
+            f"block {i}",
+            lambda taken, i=i: at("stack", "blocks")(taken)[i],
+            f"encoder.block.{i}",
+            _first,
+        )
+        for i in range(config["num_layers"])
+    ]
+    return [
+        *blocks,
+        Layer("final norm", at("stack", "norm"), "encoder.final_layer_norm"),
+    ]
+
+
+def _first(answer):
+    return answer[0] if isinstance(answer, tuple) else answer

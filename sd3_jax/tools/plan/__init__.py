@@ -1,0 +1,1 @@
+"""What a program does on a TPU slice, compiled without one."""

@@ -1,0 +1,143 @@
+"""The TPU's own compiler, run for slices that are not there."""
+
+import os
+import re
+import tempfile
+import time
+from collections.abc import Callable
+from importlib import metadata
+from typing import NamedTuple
+
+import jax
+from etils import epath
+from jax.experimental import topologies
+
+from sd3_jax.errors import UserError
+from sd3_jax.files import shipped
+from sd3_jax.tools.plan.slices import GB, Slice
+
+FLAGS = "launch/flags"  # a folder of the user's, or ours, wherever it is installed
+ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # several processes may plan at once
+    "TPU_ACCELERATOR_TYPE": "v5litepod-1",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_STDERR_LOG_LEVEL": "4",
+    "TPU_MIN_LOG_LEVEL": "4",
+}
+
+
+class TooLarge(Exception):
+    """As the compiler tells it: "21.30G of 15.75G"."""
+
+
+class Case(NamedTuple):
+    """A program and what it must do on a device."""
+
+    name: str
+    lower: Callable
+    seconds: dict[str, float] | None  # of products, by what for; None: as compiled
+    flops: float  # of the model alone; 0: as compiled
+    images: float
+    parameters: int
+
+
+class Compiled(NamedTuple):
+    """A program's text, after all of XLA's passes, and its memory on a device in GB."""
+
+    text: str
+    memory: dict[str, float]
+    seconds: float
+
+
+def prepare() -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_enable_compilation_cache", False)  # no client could read it
+
+
+def compiler() -> str:
+    """The versions that a plan is of; UserError without a TPU compiler."""
+    try:
+        version = metadata.version("libtpu")
+    except metadata.PackageNotFoundError:
+        raise UserError(
+            "plan needs libtpu, the TPU's compiler: pip install libtpu"
+        ) from None
+    return f"libtpu {version}, jax {jax.__version__}"
+
+
+def devices(each: Slice) -> list:
+    try:
+        return topologies.get_topology_desc(
+            platform="tpu",
+            topology_name=each.topology,
+            wrap=each.wrap,
+            num_slices=each.slices,
+        ).devices
+    except Exception as error:
+        reason = str(error).splitlines()[0][:200]
+        raise UserError(
+            f"no TPU compiler for {each.topology} ({reason}); wanted pip install libtpu"
+        ) from None
+
+
+def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
+    """Those that launch/ would start the job with: the generation's, and those of the
+    generation and the job where there are any."""
+    if not folder:
+        return {}
+    path = epath.Path(folder) / f"{each.kind}.env"
+    if folder == FLAGS and not path.exists():
+        path = epath.Path(shipped(FLAGS)) / path.name
+    if not path.exists():
+        raise UserError(
+            f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
+            ' which is ours, another folder, or "" for the compiler\'s defaults'
+        )
+    paths = [path, path.with_name(f"{each.kind}.{job}.env")]
+    text = "\n".join(path.read_text() for path in paths if path.exists())
+    text = re.sub(r"(?m)^#.*", "", text)
+    return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
+
+
+def compile(lowered, options: dict[str, str]) -> Compiled:
+    """Raises TooLarge where it does not fit."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        # Of programs that use the SparseCores as_text() fails, the dump does not.
+        dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        try:
+            made = lowered.compile(compiler_options=options | dump)
+        except jax.errors.JaxRuntimeError as error:
+            raise TooLarge(too_large(error)) from None
+        (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
+        text = path.read_text()
+    return Compiled(text, memory(made), time.perf_counter() - begin)
+
+
+def too_large(error: Exception) -> str:
+    size = r"([\d.]+[KMGT])"
+    forms = (
+        rf"\({size}\) exceeds available HBM \({size}\)",
+        rf"Used {size} of {size} hbm",  # and not of vmem or smem
+    )
+    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
+    if told is None:
+        raise error
+    return f"{told[1]} of {told[2]}"
+
+
+def memory(compiled) -> dict[str, float]:
+    m = compiled.memory_analysis()
+    sizes = {
+        "arguments": m.argument_size_in_bytes,
+        "temporaries": m.temp_size_in_bytes,
+        "peak": m.argument_size_in_bytes
+        + m.temp_size_in_bytes
+        + m.output_size_in_bytes
+        - m.alias_size_in_bytes
+        + m.generated_code_size_in_bytes,
+    }
+    return {name: size / GB for name, size in sizes.items()}

@@ -1,0 +1,103 @@
+"""How fast a program could be at most, by what each of its parts must do.
+
+The matrix products' part is analytic: 2 FLOPs a multiply-add, three times the forward
+pass for training. What a compiled program does beside them is read off it, by
+schedule.py.
+"""
+
+from typing import NamedTuple
+
+from sd3_jax.models.attention import splash
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.tools.plan.slices import Generation
+
+# What published runs on TPUs reach of a bound computed as here. Training: Flux of
+# MaxDiffusion on v5p 0.62 to 0.64, Llama 3.1 on v6e 0.62 to 0.73; dense models with
+# heads of 128 go higher (0.79 to 0.89 on v5e, v5p). Sampling: one run, Flux on v6e-4.
+FORECAST = {"train": (0.62, 0.75), "sample": (0.50, 0.50)}
+TIGHT = 0.93  # of HBM; the runtime wants some, and the compiler may err
+
+
+class Work(NamedTuple):
+    """FLOPs of one image's forward pass: in linear maps, and in attention as it is
+    run, of padded lengths."""
+
+    linear: float
+    attention: float
+    padded: float
+    tokens: int  # of image and text
+
+
+class Compute(NamedTuple):
+    """Seconds of one image on one device, by what they are for."""
+
+    linear: float
+    recomputed: float  # linear maps run again in the backward pass
+    attention: float  # as the model counts it, at full rate
+    kernel: float  # the attention kernel's backward makes one product once more
+    padding: float
+    narrow: float  # heads narrower than the matrix unit
+
+    @property
+    def total(self) -> float:
+        return sum(self)
+
+
+def training(work: Work, chip: Generation, *, head: int, again: float) -> Compute:
+    """Of a step. `again`: the share of the linear maps that remat runs a second time,
+    and of the attention's forward pass if it is 1.
+
+    Attention is two products of equal size; its backward pass is four, and a fused
+    kernel makes a fifth, the first one once more. Each has a side as wide as a head,
+    which fills only that part of the matrix unit.
+    """
+    one = work.attention / 2
+    fifth = one + (2 * one if again >= 1 else 0)
+    return _compute(
+        work, chip, head, 3 * work.linear, again * work.linear, 6 * one, fifth
+    )
+
+
+def forward(work: Work, chip: Generation, *, head: int) -> Compute:
+    """Of one call of the model."""
+    return _compute(work, chip, head, work.linear, 0.0, work.attention, 0.0)
+
+
+def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute:
+    stretch = work.padded / work.attention
+    fill = min(1.0, head / chip.matrix)
+    padding = (attention + kernel) * (stretch - 1)
+    narrow = (attention + kernel) * stretch * (1 / fill - 1)
+    parts = (linear, recomputed, attention, kernel, padding, narrow)
+    return Compute(*(flops / chip.peak for flops in parts))
+
+
+def least_wire(params: int, shards: int, copies: int) -> float:
+    """Bytes a device must send: weights in bfloat16 gathered twice and gradients
+    scattered once over `shards`, and what is left summed over `copies` of them."""
+    ring = 3 * 2 * params * (shards - 1) / shards
+    return ring + 2 * 2 * params / shards * (copies - 1) / copies
+
+
+def work_on(
+    chip: Generation, model: MMDiT, *, height: int, width: int, text: int, total: float
+) -> Work:
+    """Of latents of this height and width, in the kernel's blocks for this chip."""
+    tokens = height * width // model.patch**2
+    size = splash.block(tokens + text, splash.MOST[chip.kind])
+    padded = -(-(tokens + text) // size) * size
+    return work(model, tokens=tokens, text=text, padded=padded, total=total)
+
+
+def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:
+    """A forward pass's FLOPs apart; `padded` is the length that the kernel sees."""
+    d, both = model.width, tokens + text
+    joint = 4 * d * ((model.depth - 1) * both**2 + tokens * both)
+    dual = model.dual_blocks * 4 * d * tokens**2
+    longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
+    return Work(total - joint - dual, joint + dual, longer + dual, both)
+
+
+def verdict(peak: float, capacity: float) -> str:
+    """Of a program that the compiler let pass."""
+    return "tight" if peak > TIGHT * capacity else "fits"

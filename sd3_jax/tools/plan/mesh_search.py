@@ -1,0 +1,80 @@
+"""Which mesh, images a chip and remat to try first, by floors that need no compiler."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.tools.plan import bounds
+from sd3_jax.tools.plan.slices import Slice
+
+# Of a block: what is kept of each token for the backward pass, in widths of bfloat16
+# (attention's heads of 64 lie in 128 lanes), and what share of its linear maps is run
+# again: fc1 is 4 of 12 d^2.
+KEPT = {"mlp": 12, "attention": 8, "full": 1}  # what is searched
+AGAIN = {"attention": 1 / 3, "offload": 1 / 3, "full": 1.0}
+STATE = 16  # bytes a parameter: it, its average, and two moments, in float32
+ROOM = 0.75  # of HBM; gathered weights and a block's own work want the rest
+
+
+class Candidate(NamedTuple):
+    data: int
+    fsdp: int
+    per_chip: int
+    remat: str
+
+    def keys(self, batch: int, chips: int) -> dict:
+        """The recipe's keys that it stands for."""
+        return {
+            "mesh.data": self.data,
+            "mesh.fsdp": self.fsdp,
+            "model.remat": self.remat,
+            "optim.accumulate": batch // (self.per_chip * chips),
+        }
+
+
+class Estimate(NamedTuple):
+    mfu: float
+    links: float  # over compute
+    memory: float  # bytes, at least
+
+
+def ordered(model: MMDiT, each: Slice, *, batch: int, params: int, work, total):
+    """Candidates that may fit, the most promising first, each with its Estimate."""
+    found = [
+        (candidate, estimate(candidate, model, each, batch, params, work, total))
+        for candidate in candidates(each, batch, model.width)
+    ]
+    fitting = [x for x in found if x[1].memory < each.generation.hbm]
+    return sorted(fitting, key=lambda x: rank(x[1], each.generation.hbm))
+
+
+def rank(x: Estimate, hbm: float) -> tuple:
+    return x.memory > ROOM * hbm, -round(x.mfu, 3), x.links
+
+
+def candidates(each: Slice, batch: int, width: int) -> Iterator[Candidate]:
+    share = batch // each.chips
+    for power in range(each.devices.bit_length()):
+        fsdp = 2**power
+        data, rest = divmod(each.devices, fsdp)
+        if rest or width % fsdp or data % each.slices:
+            continue
+        per_chip = each.generation.devices  # each of a chip's devices takes a row
+        while per_chip <= share:
+            if batch % (per_chip * each.chips) == 0:
+                for remat in KEPT:
+                    yield Candidate(data, fsdp, per_chip, remat)
+            per_chip *= 2
+
+
+def estimate(x: Candidate, model: MMDiT, each: Slice, batch, params, work, total):
+    chip, images = each.generation, x.per_chip / each.generation.devices
+    head, again = model.width // model.num_heads, AGAIN.get(x.remat, 0.0)
+    compute = images * bounds.training(work, chip, head=head, again=again).total
+    sent = bounds.least_wire(params, x.fsdp, x.data)
+    links = sent / (chip.link_rate * each.links(x.fsdp))
+    accumulates = batch > x.per_chip * each.chips
+    state = (STATE + 4 * accumulates) * params / x.fsdp
+    kept = 2 * KEPT[x.remat] * model.width * work.tokens * (model.depth - 1) * images
+    mfu = 3 * total * images / chip.peak / max(compute, links)
+    return Estimate(mfu, links / compute, state + kept)

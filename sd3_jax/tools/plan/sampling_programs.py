@@ -1,0 +1,138 @@
+"""The programs that `sample` runs with released weights, as shapes on a mesh."""
+
+from collections.abc import Iterator
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.diffusion import guidance
+from sd3_jax.models import flops
+from sd3_jax.params import quantization as weights
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.prompts import Conditioning, TextModels
+from sd3_jax.tools.plan import bounds
+from sd3_jax.tools.plan.aot import Case
+from sd3_jax.tools.plan.slices import Slice
+from sd3_jax.weights import components
+from sd3_jax.weights.encoder_configs import CONFIGS
+
+WORDS = 77  # CLIP's tokens, in front of T5's
+
+
+def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[Case]:
+    share = images / each.devices
+    guided = guidance.guides(config.sample.cfg)
+    yield text(config, mesh, images, guided, share)
+    yield denoise(config, each, mesh, images, guided, share)
+    yield decode(config, mesh, images, share)
+
+
+def part(name: str, mesh: Mesh, dtype, kind: str = ""):
+    component = components.COMPONENTS[name]
+    module = component.build(CONFIGS[name], dtype)
+    shapes = components.abstract(component, module, CONFIGS[name], mesh, dtype)
+    return module, quantized(shapes, kind)
+
+
+def quantized(variables: dict, kind: str) -> dict:
+    if not kind:
+        return variables
+    return variables | {"params": weights.abstract(variables["params"], kind)}
+
+
+def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=compiled.placement(shape, mesh))
+
+
+def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
+    """Prompts, and as many negative ones where there is guidance."""
+    dtype, count = jnp.dtype(config.model.dtype), images * (1 + guided)
+    made = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g")}
+    made["t5"] = part("t5", mesh, dtype, config.quantize.t5)
+    lengths = {"clip_l": WORDS, "clip_g": WORDS, "t5": config.sample.max_length}
+    ids = {f"ids_{k}": rows(mesh, (count, n), np.int32) for k, n in lengths.items()}
+    total = sum(
+        2 * count_of(variables) * lengths[name] for name, (_, variables) in made.items()
+    )
+    lower = lambda: compiled.encode_prompts.lower(
+        TextModels(*(module for module, _ in made.values())),
+        {name: variables for name, (_, variables) in made.items()},
+        ids,
+        clip_skip=0,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+        length=config.sample.max_length,
+    )
+    size = sum(tree.count(variables) for _, variables in made.values())
+    return Case("text", lower, None, total * share * (1 + guided), share, size)
+
+
+def count_of(variables: dict) -> int:
+    """Parameters that multiply every token: tables of embeddings are only read."""
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    named = [(jax.tree_util.keystr(path), x.size) for path, x in leaves]
+    return sum(size for path, size in named if "embed" not in path)
+
+
+def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: float):
+    """The whole loop of steps, as one program."""
+    s, model = config.sample, model_parts.mmdit(config.model, "plan knows no other's")
+    sides = config.image.height // 8, config.image.width // 8
+    words = WORDS + s.max_length
+    component = components.COMPONENTS["denoiser"]
+    told = components.denoiser_config(
+        model,
+        sample_size=sides[0],
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    module = component.build(told, model.dtype).clone(attention=model.attention)
+    variables = components.abstract(component, module, told, mesh, model.dtype)
+    size = tree.count(variables["params"])
+    variables = quantized(variables, config.quantize.denoiser)
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    scalar = lambda: rows(mesh, (), np.float32)
+    cond = Conditioning(
+        rows(mesh, (images, words, config.model.context_dim), model.dtype),
+        rows(mesh, (images, config.model.pooled_dim), model.dtype),
+    )
+    inputs = compiled.Inputs(
+        keys=rows(mesh, key.shape, key.dtype),
+        cond=cond,
+        uncond=cond,
+        grid=rows(mesh, (s.steps + 1,), np.float32),
+        scale=scalar(),
+        interval=(scalar(), scalar()),
+        rescale=scalar(),
+    )
+    shape = (*sides, model.channels)
+    plan = compiled.Plan(module, s.solver or "euler", shape, guided)
+    h, w = sides
+    total = flops.mmdit(
+        module, height=h, width=w, text=words, text_dim=config.model.context_dim
+    )
+    work = bounds.work_on(
+        each.generation, module, height=h, width=w, text=words, total=total
+    )
+    calls = s.steps * (1 + guided) * share
+    head = module.width // module.num_heads
+    compute = bounds.forward(work, each.generation, head=head)
+    seconds = {k: v * calls for k, v in compute._asdict().items()}
+    lower = lambda: compiled.sample.lower(plan, variables, inputs)
+    return Case("denoise", lower, seconds, total * calls, share, size)
+
+
+def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
+    """Latents to images; its FLOPs are those of the program's convolutions."""
+    module, variables = part("vae", mesh, jnp.dtype(config.model.dtype))
+    sides = config.image.height // 8, config.image.width // 8
+    latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
+    vae = CONFIGS["vae"]
+    scale = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"])
+    lower = lambda: compiled.decode.lower(module, variables, latents, **scale)
+    return Case("decode", lower, None, 0.0, share, tree.count(variables))

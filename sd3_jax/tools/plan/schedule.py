@@ -1,0 +1,268 @@
+"""The time that a compiled program takes at least, run in the order that XLA gave it.
+
+A core runs one operation after another: each takes its FLOPs at the matrix unit's peak
+or its bytes at the rate of HBM, whichever is longer. Collectives and copies that have a
+start and an end run beside what lies between; what is left of them at the end is waited
+for. Vector units, latencies and what operations lose to each other are left out: the
+sum is a bound and no forecast.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from sd3_jax.tools.plan import operation_costs
+from sd3_jax.tools.plan.hlo import Computation, Instruction, Module, trips
+from sd3_jax.tools.plan.link_traffic import Collective, Links, channel, collective
+from sd3_jax.tools.plan.operation_costs import Cost
+from sd3_jax.tools.plan.slices import Generation
+
+
+@dataclass
+class Account:
+    """Of one device and one run of the program."""
+
+    seconds: float = 0.0  # the serial floor
+    by_kind: Counter = field(default_factory=Counter)  # of seconds
+    flops: float = 0.0  # of matrix products, as run
+    read: float = 0.0  # bytes of HBM
+    written: float = 0.0
+    wire: Counter = field(default_factory=Counter)  # bytes sent, by (axes, kind)
+    outside: float = 0.0  # bytes sent to other slices
+    host: float = 0.0  # bytes to and from the host's memory
+    beside: float = 0.0  # bytes sent while a product ran
+    hidden: float = 0.0  # bytes sent that nothing waited for
+    links: Counter = field(default_factory=Counter)  # seconds that links are busy
+    sources: Counter = field(default_factory=Counter)  # bytes sent, by source
+
+    @property
+    def hbm(self) -> float:
+        return self.read + self.written
+
+    @property
+    def sent(self) -> float:
+        """Bytes between the chips of a slice."""
+        return sum(self.wire.values())
+
+
+class Event(NamedTuple):
+    """What an instruction does to the clock."""
+
+    action: str  # run, start, end, loop, call
+    name: str = ""  # of what starts or ends; of what is called
+    cost: Cost = Cost()
+    transfer: Collective | None = None
+    seconds: float = 0.0
+    times: int = 1
+    background: float = 0.0  # seconds of HBM, of an asynchronous copy
+
+
+# What the clock waits for, by the network or memory that is late.
+WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch", "host": "host"}
+
+
+class Schedule:
+    """A program's operations as events, and the account of a run.
+
+    `branch(x, lengths)` says which of a conditional's computations, of so many
+    instructions each, a usual run takes; without it the longest. Loops of unknown
+    length count one turn and kernels of unknown FLOPs none: see `unknown`.
+    """
+
+    def __init__(
+        self,
+        module: Module,
+        chip: Generation,
+        mesh: Mapping[str, int],
+        links: Links,
+        branch: Callable[[Instruction, dict[str, int]], str] | None = None,
+    ):
+        self.module, self.chip, self.mesh, self.links = module, chip, mesh, links
+        self.branch = branch or (lambda _, lengths: max(lengths, key=lengths.get))
+        self.unknown: set[str] = set()  # what could not be counted
+        self._events: dict[str, list[Event]] = {}
+
+    def run(self) -> Account:
+        account = Account()
+        self._clock = 0.0
+        self._free = defaultdict(float)  # when a network is free again
+        self._ends: dict[str, tuple[float, str, Event]] = {}
+        self._begun: dict[str, float] = {}  # product seconds until a transfer began
+        self._products = 0.0
+        self._asked, self._moved = 0.0, 0.0  # seconds of HBM in the background
+        self._play(self.module.entry, account)
+        account.seconds = self._clock
+        return account
+
+    # From instructions to events
+
+    def events(self, name: str) -> list[Event]:
+        if name not in self._events:
+            home = self.module[name]
+            self._events[name] = [e for x in home for e in self._of(x, home)]
+        return self._events[name]
+
+    def _of(self, x: Instruction, home: Computation) -> Iterator[Event]:
+        if x.opcode == "while":
+            body = x.attribute(r"body=%?([\w.\-]+)")
+            turns = trips(x, home, self.module)
+            if turns is None:
+                self.unknown.add(f"turns of {x.name}")
+            yield Event("call", body, times=1 if turns is None else turns)
+        elif x.opcode == "call":
+            yield Event("call", x.called[0])
+        elif x.opcode == "conditional":
+            lengths = {name: self.module.size(name) for name in x.branches}
+            yield Event("call", self.branch(x, lengths))
+        elif operation_costs.is_done(x):
+            yield Event("end", _first(x, home))
+        else:
+            cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
+            transfers = list(self._transfers(x, home))
+            fused = [t for t in transfers if t[0]]
+            whole = [t for t in transfers if not t[0]]
+            for number, transfer in fused:
+                yield Event(
+                    "start",
+                    f"channel {number}",
+                    transfer=transfer,
+                    seconds=self.links.seconds(transfer),
+                )
+            if operation_costs.is_start(x):
+                seconds = [self.links.seconds(t) for _, t in whole]
+                background = 0.0 if whole else cost.bytes / self.chip.hbm_rate
+                if cost.host and not whole:
+                    transfer = Collective("host", (), cost.host, (), "", x.source)
+                    seconds = cost.host / self.chip.host_rate
+                    yield Event("start", x.name, cost, transfer, seconds)
+                    return
+                transfer = whole[0][1] if whole else None
+                yield Event(
+                    "start",
+                    x.name,
+                    cost,
+                    transfer,
+                    sum(seconds),
+                    background=background,
+                )
+            elif whole:
+                for _, transfer in whole:
+                    seconds = self.links.seconds(transfer)
+                    yield Event("start", x.name, cost, transfer, seconds)
+                    yield Event("end", x.name)
+                    cost = Cost()
+            elif cost.kind:
+                if x.opcode == "custom-call" and not cost.flops:
+                    self.unknown.add(f"FLOPs of {x.name}")
+                yield Event("run", x.name, cost)
+            for number in self._finished(x):
+                yield Event("end", f"channel {number}")
+
+    def _transfers(self, x, home) -> Iterator[tuple[str, Collective]]:
+        """Collectives that `x` is or that it calls, each with its channel if it runs
+        through several operations."""
+        found = [(x, home)]
+        if x.opcode in ("fusion", "async-start", "custom-call"):
+            found += [(y, body) for body in self.module.reached(x) for y in body]
+        for y, body in found:
+            transfer = collective(y, body, self.mesh)
+            if transfer is not None:
+                yield channel(y), transfer
+
+    def _finished(self, x: Instruction) -> Iterator[str]:
+        """Channels that end in a fusion."""
+        if x.opcode == "fusion":
+            for body in self.module.reached(x):
+                if "AsyncCollectiveDone" in body.root.attributes:
+                    yield from {channel(y) for y in body if channel(y)}
+
+    # The clock
+
+    def _play(self, name: str, account: Account) -> None:
+        for event in self.events(name):
+            if event.action == "call":
+                for _ in range(event.times):
+                    self._play(event.name, account)
+            elif event.action == "run":
+                self._count(event.cost, account)
+                self._run(event.cost, account)
+            elif event.action == "start":
+                if event.name in self._ends and event.name.startswith("channel"):
+                    continue  # it is under way
+                self._count(event.cost, account)
+                self._start(event, account)
+            elif event.name in self._ends:
+                self._end(event.name, account)
+
+    def _count(self, cost: Cost, account: Account) -> None:
+        account.flops += cost.flops
+        account.read += cost.read
+        account.written += cost.written
+
+    def _run(self, cost: Cost, account: Account) -> None:
+        compute = cost.flops / self.chip.peak / cost.narrow
+        memory = cost.bytes / self.chip.hbm_rate
+        seconds = max(compute, memory)
+        self._clock += seconds
+        if cost.flops:
+            self._products += seconds
+        self._moved = min(self._asked, self._moved + max(0.0, compute - memory))
+        if compute >= memory:
+            account.by_kind[cost.kind] += seconds
+        else:
+            account.by_kind[cost.kind] += compute
+            slow = "HBM of matmuls" if cost.flops else cost.kind
+            account.by_kind[slow] += memory - compute
+
+    def _start(self, event: Event, account: Account) -> None:
+        transfer = event.transfer
+        if transfer is None:
+            self._asked += event.background
+            self._ends[event.name] = (self._asked, "hbm", event)
+            return
+        network = "dcn" if transfer.outside else "ici"
+        if transfer.kind == "host":
+            network = "host"
+            account.host += transfer.wire
+        elif transfer.outside:
+            account.outside += transfer.wire
+        else:
+            axes = " x ".join(transfer.axes) or "none"
+            account.wire[axes, transfer.kind] += transfer.wire
+        if network != "host":
+            account.sources[transfer.source] += transfer.wire
+        account.links[network] += event.seconds
+        self._free[network] = max(self._clock, self._free[network]) + event.seconds
+        self._ends[event.name] = (self._free[network], network, event)
+        self._begun[event.name] = self._products
+
+    def _end(self, name: str, account: Account) -> None:
+        when, network, event = self._ends.pop(name)
+        if network == "hbm":
+            wait = max(0.0, when - self._moved)
+            self._moved = max(self._moved, when)
+        else:
+            wait = max(0.0, when - self._clock)
+            self._moved = min(self._asked, self._moved + wait)
+            products = self._products - self._begun.pop(name)
+            share = min(1.0, products / event.seconds) if event.seconds else 1.0
+            if network == "host":
+                share = 0.0
+            account.beside += share * event.transfer.wire
+            if event.seconds and network != "host":
+                account.hidden += max(0.0, 1 - wait / event.seconds) * (
+                    event.transfer.wire
+                )
+        self._clock += wait
+        account.by_kind[WAITS[network]] += wait
+
+
+def _first(x: Instruction, home: Computation) -> str:
+    """The name of the start that an end belongs to."""
+    name = x.operands[0]
+    while name in home.by_name and not operation_costs.is_start(home.by_name[name]):
+        if not home.by_name[name].operands:
+            return name
+        name = home.by_name[name].operands[0]
+    return name

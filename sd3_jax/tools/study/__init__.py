@@ -1,0 +1,1 @@
+"""Variants of a recipe compared as the paper compares them."""

@@ -1,0 +1,147 @@
+"""A study on one HTML page, and its plots as files."""
+
+from collections.abc import Sequence
+from datetime import UTC, datetime
+
+import numpy as np
+from etils import epath
+
+from sd3_jax.reports import html_page, number_format, plots
+from sd3_jax.tools.study import study_tables as tables
+
+
+def html(results: Sequence[dict], workdir: epath.Path) -> str:
+    ranked = tables.ranks(results)
+    figures = [
+        ("variants", str(len(ranked)), ""),
+        ("runs", str(len(results)), ""),
+        ("best by rank", ranked[0]["variant"], ""),
+    ]
+    drawn = [html_page.panel(*x) for x in panels(results)]
+    return html_page.document(
+        f"{workdir.name}: study",
+        html_page.element("p", "Study", class_="eyebrow"),
+        html_page.element("h1", workdir.name),
+        html_page.stats(figures),
+        html_page.section("Ranks", html_page.note(RANKS), rank_table(ranked, results)),
+        html_page.section("Curves", html_page.panels(drawn)),
+        html_page.section("Tables", html_page.element("pre", tables.told(results))),
+        html_page.element(
+            "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
+        ),
+    )
+
+
+RANKS = (
+    "Mean front by non-dominated sorting on score and FID, over seeds, weights and "
+    "sampler settings; lower is better (paper, Table 1)."
+)
+
+
+def rank_table(rows: Sequence[dict], results: Sequence[dict]) -> html_page.Html:
+    every = [steps for steps, _ in tables.samplers(results)]
+    most = max(row["all"] for row in rows)
+    head = {"Variant": "code", "All": "number", "": "bar"}
+    head |= {f"{every[0]} steps": "number", f"{every[-1]} steps ": "number"}
+    return html_page.table(
+        head,
+        [
+            (
+                *(r["variant"], f"{r['all']:.2f}", html_page.filled(r["all"] / most)),
+                *(f"{r['few']:.2f}", f"{r['many']:.2f}"),
+            )
+            for r in rows
+        ],
+    )
+
+
+def figures(results: Sequence[dict]) -> dict[str, str]:
+    """Plots by the names of their files, as in the page."""
+    name = lambda title: title.lower().replace(" ", "_")
+    return {name(title): plots.standalone(svg) for title, svg, _ in panels(results)}
+
+
+def panels(results: Sequence[dict]) -> list[tuple[str, str, str]]:
+    """(title, plot, caption) each."""
+    first = tables.ranks(results)[0]["variant"]
+    weights = results[0]["scores"][0]["weights"]
+    _, cfg = tables.middle(results)
+    drawn = [
+        ("Score over steps", *over_steps(results, "score", cfg, weights, first)),
+        ("FID over steps", *over_steps(results, "fid", cfg, weights, first)),
+        ("Score and FID", *plane(results, weights, first)),
+    ]
+    if tables.comparable(results):
+        drawn += [
+            ("Loss over FLOPs", *over_flops(results, first)),
+            ("Loss by t", *by_t(results, first)),
+            ("Loss and score", *against(results, weights, first)),
+        ]
+    return drawn
+
+
+def over_steps(results, kind, cfg, weights, first) -> tuple[str, str]:
+    lines = {}
+    for name in tables.names(tables.best(results)):
+        steps = [n for n, c in tables.samplers(results) if c == cfg]
+        rows = [tables.scores(results, (n, cfg), weights) for n in steps]
+        lines[name] = steps, [pick(x, name)[kind] for x in rows]
+    label = {"score": "score", "fid": "FID"}[kind]
+    drawn = plots.curves(lines, "sampling steps", label, log="x", first=first)
+    return drawn, f"Guidance {cfg:g}, mean over seeds (paper, Figure 3)."
+
+
+def plane(results, weights, first) -> tuple[str, str]:
+    rows = tables.scores(results, tables.middle(results), weights)
+    points = {r["variant"]: ([r["score"]], [r["fid"]]) for r in rows}
+    steps, cfg = tables.middle(results)
+    drawn = plots.curves(points, "score", "FID", joined=False, first=first)
+    return drawn, f"At {steps} steps and guidance {cfg:g}: best is right and low."
+
+
+def over_flops(results, first) -> tuple[str, str]:
+    lines: dict[str, tuple] = dict(tables.points(results))
+    caption = "Each mark is a validation, mean over seeds."
+    if law := tables.law(results):
+        every = np.concatenate([x for x, _ in lines.values()])
+        x = np.geomspace(every.min(), every.max(), 40)
+        lines["fitted"] = x, law(x)
+        caption = f"Fitted to the least loss: {law}."
+    drawn = plots.curves(
+        lines, "training FLOPs", "validation loss", log="xy", first=first
+    )
+    return drawn, caption
+
+
+def by_t(results, first) -> tuple[str, str]:
+    lines = {}
+    for name in tables.names(tables.best(results)):
+        mine = tables.of(tables.best(results), name)
+        last = [x["validation"][-1] for x in mine]
+        times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))
+        lines[name] = times, [np.mean([x[f"loss_t{t:g}"] for x in last]) for t in times]
+    drawn = plots.curves(
+        lines, "t (0 is data, 1 is noise)", "validation loss", first=first
+    )
+    return drawn, "At the end of training."
+
+
+def against(results, weights, first) -> tuple[str, str]:
+    points = {}
+    sampler = tables.middle(results)
+    for name in tables.names(results):
+        rows = [
+            (x["loss"], s["score"])
+            for x in tables.of(results, name)
+            for s in x["scores"]
+            if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
+        ]
+        points[name] = tuple(zip(*rows))
+    found = tables.correlations(results, weights)
+    told = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
+    drawn = plots.curves(points, "validation loss", "score", joined=False, first=first)
+    return drawn, f"Every run; rank correlation of the loss with {told}."
+
+
+def pick(rows: Sequence[dict], name: str) -> dict:
+    return next(row for row in rows if row["variant"] == name)

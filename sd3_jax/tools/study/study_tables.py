@@ -1,0 +1,286 @@
+"""A study's results as the paper's tables: ranks (1), scores (2), steps (6), sizes."""
+
+import math
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from sd3_jax.tools.study import ranking, scaling_laws
+
+Result = dict
+LOWER = ("loss", "fid")  # better when lower; "score" is better when higher
+
+
+def merit(result: Result, by: str) -> float:
+    """Of a run, better when lower: its validation loss, or a score of its pictures."""
+    if by == "loss":
+        return result["loss"]
+    value = float(np.mean([row[by] for row in result["scores"]]))
+    return value if by in LOWER else -value
+
+
+def best(results: Iterable[Result]) -> list[Result]:
+    return [x for x in results if x["best"]]
+
+
+def names(results: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(x["variant"] for x in results))
+
+
+def of(results: Iterable[Result], variant: str) -> list[Result]:
+    return [x for x in results if x["variant"] == variant]
+
+
+def samplers(results: Sequence[Result]) -> list[tuple[int, float]]:
+    """(steps, cfg) of all settings, by rising steps."""
+    return sorted({(s["steps"], s["cfg"]) for x in results for s in x["scores"]})
+
+
+def controls(results: Sequence[Result], steps: int | None = None, seed=None):
+    """The control settings, {variant: (-score, fid)} each: a seed, a set of weights, a
+    sampler."""
+    found: dict[tuple, dict[str, tuple[float, float]]] = {}
+    for x in results:
+        for s in x["scores"]:
+            if steps in (None, s["steps"]) and seed in (None, x["seed"]):
+                key = x["seed"], s["weights"], s["setting"]
+                found.setdefault(key, {})[x["variant"]] = (-s["score"], s["fid"])
+    return list(found.values())
+
+
+def ranks(results: Sequence[Result]) -> list[dict]:
+    """Table 1: the mean rank over all control settings, and over those of the fewest
+    and of the most steps; with its spread over the seeds. Best first."""
+    results = best(results)
+    every = [steps for steps, _ in samplers(results)]
+    seeds = sorted({x["seed"] for x in results})
+    overall = ranking.mean_ranks(controls(results))
+    few = ranking.mean_ranks(controls(results, every[0]))
+    many = ranking.mean_ranks(controls(results, every[-1]))
+    by_seed = [ranking.mean_ranks(controls(results, seed=seed)) for seed in seeds]
+    rows = [
+        {
+            "variant": name,
+            "all": rank,
+            "few": few[name],
+            "many": many[name],
+            "spread": spread([x[name] for x in by_seed if name in x]),
+        }
+        for name, rank in overall.items()
+    ]
+    return sorted(rows, key=lambda row: row["all"])
+
+
+def scores(results: Sequence[Result], sampler: tuple[int, float], weights: str):
+    """Table 2: each variant's scores at a sampler setting, over its seeds."""
+    rows = []
+    for name in names(best(results)):
+        row = {"variant": name}
+        for kind in ("score", "fid"):
+            values = values_of(of(best(results), name), kind, sampler, weights)
+            row |= {kind: float(np.mean(values)), f"{kind}_spread": spread(values)}
+        rows.append(row)
+    return rows
+
+
+def values_of(results: Iterable[Result], kind: str, sampler, weights) -> list[float]:
+    """Of each run, at a sampler setting."""
+    return [
+        s[kind]
+        for x in results
+        for s in x["scores"]
+        if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
+    ]
+
+
+def _mean(*args) -> float:
+    return float(np.mean(values_of(*args)))
+
+
+def middle(results: Sequence[Result]) -> tuple[int, float]:
+    """The sampler of Table 2: the most steps below the most of all."""
+    found = samplers(results)
+    below = [x for x in found if x[0] < found[-1][0]]
+    return (below or found)[-1]
+
+
+def few_steps(results: Sequence[Result], weights: str) -> tuple[list[int], list[dict]]:
+    """Table 6: how much of the score at the most steps is lost at fewer, in %, at the
+    guidance that has most of them; and the length of the way at the most."""
+    results = best(results)
+    found = samplers(results)
+    cfg = max({c for _, c in found}, key=lambda c: (sum(x[1] == c for x in found), c))
+    every = [steps for steps, c in found if c == cfg]
+    rows = []
+    for name in names(results):
+        mine = of(results, name)
+        mean = [_mean(mine, "score", (steps, cfg), weights) for steps in every]
+        top = mean[-1] or math.nan
+        drops = [100 * (1 - value / top) for value in mean[:-1]]
+        path = _mean(mine, "path", (every[-1], cfg), weights)
+        rows.append({"variant": name, "drops": drops, "path": path})
+    return every, rows
+
+
+def sizes(results: Sequence[Result]) -> list[dict]:
+    """Parameters, training FLOPs, validation loss and what won a sweep."""
+    rows = []
+    for name in names(best(results)):
+        mine = of(best(results), name)
+        losses = [x["loss"] for x in mine]
+        rows.append(
+            {
+                "variant": name,
+                "option": mine[0]["option"],
+                "parameters": mine[0]["parameters"],
+                "flops": mine[0]["flops"] * mine[0]["validation"][-1]["step"],
+                "loss": float(np.mean(losses)),
+                "loss_spread": spread(losses),
+                "seeds": len(mine),
+            }
+        )
+    return rows
+
+
+def points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """Validation loss over training FLOPs, by variant, each mean over the seeds."""
+    found = {}
+    for name in names(best(results)):
+        mine = of(best(results), name)
+        flops = [row["step"] * mine[0]["flops"] for row in mine[0]["validation"]]
+        losses = [[row["loss"] for row in x["validation"]] for x in mine]
+        least = min(map(len, losses))
+        found[name] = (
+            np.array(flops[:least], float),
+            np.mean([x[:least] for x in losses], axis=0),
+        )
+    return found
+
+
+def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
+    """Of the least validation loss for training FLOPs, where variants differ in size
+    and have one loss."""
+    sizes = [x["parameters"] for x in results]
+    if not comparable(results) or max(sizes) < 1.5 * min(sizes):
+        return None
+    x, loss = (np.concatenate(z) for z in zip(*points(results).values()))
+    at = scaling_laws.frontier(x, loss)
+    return scaling_laws.power_law(x[at], loss[at]) if len(at) > 1 else None
+
+
+def comparable(results: Sequence[Result]) -> bool:
+    """Whether a validation loss says the same of all: of one target."""
+    return len({x["path_of_flow"] for x in results}) == 1
+
+
+def correlations(results: Sequence[Result], weights: str) -> dict[str, float]:
+    """Of validation loss with each score at the middle sampler, over all runs."""
+    sampler, rows = middle(results), []
+    for x in results:
+        for s in x["scores"]:
+            if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights):
+                rows.append((x["loss"], s))
+    kinds = [k for k in rows[0][1] if k.startswith(("score", "fid"))] if rows else []
+    losses = np.array([loss for loss, _ in rows])
+    found = {
+        kind: scaling_laws.correlation(losses, np.array([s[kind] for _, s in rows]))
+        for kind in kinds
+        if all(kind in s for _, s in rows)
+    }
+    return {kind: value for kind, value in found.items() if not math.isnan(value)}
+
+
+def spread(values: Sequence[float]) -> float:
+    """Standard deviation over seeds."""
+    return float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+
+
+# As text
+
+
+def told(results: Sequence[Result]) -> str:
+    """All tables in Markdown."""
+    weights = results[0]["scores"][0]["weights"]
+    steps, cfg = sampler = middle(results)
+    every = [n for n, _ in samplers(results)]
+    parts = [
+        "Mean rank by non-dominated sorting on (score, FID), lower is better\n",
+        table(
+            ["variant", "all", f"{every[0]} steps", f"{every[-1]} steps", "± seeds"],
+            [
+                (
+                    r["variant"],
+                    *(f"{r[k]:.2f}" for k in ("all", "few", "many")),
+                    plus(r["spread"]),
+                )
+                for r in ranks(results)
+            ],
+        ),
+        f"\nAt {steps} steps, guidance {cfg:g}, weights {weights}\n",
+        table(
+            ["variant", "score", "± seeds", "FID", "± seeds"],
+            [
+                (
+                    *(r["variant"], f"{r['score']:.3f}", plus(r["score_spread"], 3)),
+                    *(f"{r['fid']:.3f}", plus(r["fid_spread"], 3)),
+                )
+                for r in scores(results, sampler, weights)
+            ],
+        ),
+    ]
+    counts, rows = few_steps(results, weights)
+    if len(counts) > 1:
+        head = [f"{n} steps" for n in counts[:-1]]
+        parts += [
+            f"\nLoss of score against {counts[-1]} steps in %, and length of the way\n",
+            table(
+                ["variant", *head, "path length"],
+                [
+                    (
+                        r["variant"],
+                        *(f"{d:.2f}" for d in r["drops"]),
+                        f"{r['path']:.2f}",
+                    )
+                    for r in rows
+                ],
+            ),
+        ]
+    parts += ["\nSize and validation loss\n", sizes_told(results)]
+    if found := law(results):
+        parts.append(f"\nLeast loss for x FLOPs: {found}, off by {found.error:.2%}")
+    if comparable(results) and (rows := correlations(results, weights)):
+        words = ", ".join(f"{name} {value:+.2f}" for name, value in rows.items())
+        parts.append(f"\nRank correlation of validation loss with {words}")
+    return "\n".join(parts)
+
+
+def sizes_told(results: Sequence[Result]) -> str:
+    swept = any(x["option"] for x in results)
+    head = [
+        "variant",
+        "parameters",
+        "training FLOPs",
+        "validation loss",
+        "± seeds",
+        "seeds",
+    ]
+    return table(
+        [*head, "chosen"] if swept else head,
+        [
+            (
+                *(r["variant"], f"{r['parameters']:,}", f"{r['flops']:.3g}"),
+                *(f"{r['loss']:.4f}", plus(r["loss_spread"], 4), str(r["seeds"])),
+                *([r["option"]] if swept else []),
+            )
+            for r in sizes(results)
+        ],
+    )
+
+
+def plus(value: float, digits: int = 2) -> str:
+    return "" if math.isnan(value) else f"{value:.{digits}f}"
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)

@@ -1,0 +1,85 @@
+"""An xprof trace of a few of a run's steps, written by every process."""
+
+import importlib.util
+import logging
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+from etils import epath
+
+from sd3_jax.errors import UserError
+from sd3_jax.files import write_whole
+
+log = logging.getLogger(__name__)
+
+
+def require_sound_profiler() -> None:
+    """UserError where libtpu is loaded and has no TPU: its tracer ends the process.
+
+    jax loads it wherever it is installed and JAX_PLATFORMS allows "tpu".
+    """
+    allowed = (jax.config.jax_platforms or "tpu").split(",")
+    platform = jax.devices()[0].platform
+    if platform != "tpu" and "tpu" in allowed and importlib.util.find_spec("libtpu"):
+        raise UserError(
+            "config.profile.start: libtpu is installed and jax found no TPU; its"
+            f" profiler would crash here: set JAX_PLATFORMS={platform}, or uninstall"
+            " libtpu"
+        )
+
+
+class Trace:
+    """Steps start, start + 1, ... of the run, those of them that this life does.
+
+    jax writes to a temporary folder, and its files are copied. Itself it knows no
+    object store but Google's, fails for good where that fails, and names a trace by
+    the second and a file by the host: processes of one host, or of two seconds, would
+    not come together.
+    """
+
+    def __init__(
+        self, folder: epath.Path, *, start: int, steps: int, done: int, total: int
+    ):
+        """`done` steps of `total` lie behind; a start of 0 is never."""
+        span = range(max(start, done + 1), min(start + steps, total + 1))
+        self.steps = span if start else range(0)
+        if self.steps:
+            require_sound_profiler()
+        if start and not span:
+            log.info("no trace: this run goes on after step %d", done)
+        self.folder, self._local = folder, None
+
+    def __enter__(self) -> "Trace":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.stop()
+
+    def begin(self, step: int, before: Any) -> None:
+        """Ahead of every step; `before` is what an earlier one still has to give."""
+        if step in self.steps and self._local is None:
+            jax.block_until_ready(before)
+            self._local = tempfile.TemporaryDirectory(prefix="sd3-trace-")
+            self._run = f"step_{step:08d}"
+            jax.profiler.start_trace(self._local.name)
+
+    def ends(self, step: int) -> bool:
+        return step + 1 == self.steps.stop
+
+    def stop(self) -> None:
+        """Nothing, where none runs; a trace that cannot be written costs no run."""
+        if self._local is None:
+            return
+        to = self.folder / "plugins" / "profile" / self._run  # where xprof looks
+        with self._local as local:
+            try:
+                jax.profiler.stop_trace()
+                for path in Path(local).rglob("*.*"):
+                    name = f"{jax.process_index()}.{path.name}"
+                    write_whole(to / name, path.read_bytes())
+                log.info("wrote a trace to %s", to)
+            except (OSError, RuntimeError) as error:  # jax's own are RuntimeErrors
+                log.warning("no trace in %s: %s", to, error)
+        self._local, self.steps = None, range(0)

@@ -1,0 +1,140 @@
+"""ControlNets: their names in files, and what of a denoiser they are built from."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.weights import published_configs
+from sd3_jax.weights.key_mapping import Group, Row, patches
+from sd3_jax.weights.mmdit_keys import DUAL, IMAGE, TEXT, positions_row, time_and_pooled
+
+HINT = "pos_embed_input.proj.weight"  # reads it
+# SD3.5-large's files say by this tensor, int32 [1], what their hints are.
+CONTROL_TYPE = "control_type"
+CONTROL_TYPES = ("blur", "canny", "depth")
+FAMILIES = {  # what else a file may be, by a part of a tensor's name
+    "controlnet_x_embedder.": "a ControlNet of FLUX or Qwen-Image",
+    "double_blocks.": "of FLUX",
+    "controlnet_cond_embedding.": "a ControlNet of SD1.5, SD2 or SDXL",
+    "input_hint_block.": "a ControlNet of SD1.5, SD2 or SDXL",
+    "zero_convs.": "a ControlNet of SD1.5, SD2 or SDXL",
+    "lora_controlnet": "a control LoRA of SDXL",
+    "joint_blocks.": "a denoiser",
+}
+
+
+def table(model: ControlNet) -> list[Group]:
+    """The original single-stream file has diffusers' names outside the blocks, and in
+    them those of the released code."""
+    ends = (
+        *(row._replace(original="") for row in time_and_pooled()),
+        Row("hint_embed", "pos_embed_input.proj", kind=patches(model.patch)),
+    )
+    if model.joint:
+        ends += (
+            *positions_row(model.patch, original=""),
+            Row("context_embed", "context_embedder"),
+        )
+    dual = model.dual_blocks
+    image = tuple(
+        row._replace(original=row.original.removeprefix("x_block.")) for row in IMAGE
+    )
+    blocks = image + TEXT if model.joint else image
+    files = ("transformer_blocks.{}",) * 2
+    zero = (Row("zero", ""),)
+    groups = [Group("", "", "", ends)]
+    for ours, rows, layers in (
+        ("dual_blocks", blocks + DUAL, range(dual)),
+        ("blocks", blocks, range(dual, model.depth)),
+    ):
+        groups.append(Group(f"{ours}/block", *files, rows, layers))
+        groups.append(Group(ours, *("controlnet_blocks.{}",) * 2, zero, layers))
+    return groups
+
+
+def build(config: dict, dtype: Any) -> ControlNet:
+    c = published_configs.read("controlnet", config)
+    return ControlNet(
+        depth=c["num_layers"],
+        width=c["num_attention_heads"] * c["attention_head_dim"],
+        num_heads=c["num_attention_heads"],
+        patch=c["patch_size"],
+        hint_channels=c["in_channels"] + c["extra_conditioning_channels"],
+        qk_norm=c["qk_norm"] is not None,
+        dual_blocks=len(c["dual_attention_layers"]),
+        joint=c["joint_attention_dim"] is not None,
+        zero_pooled=c["force_zeros_for_pooled_projection"],
+        pos_size=c["pos_embed_max_size"] or 192,
+        dtype=dtype,
+    )
+
+
+def example(module: ControlNet, config: dict) -> tuple:
+    side = module.patch
+    return (
+        jnp.zeros((1, side, side, config.get("in_channels", 16))),
+        jnp.zeros(1),
+        jnp.zeros((1, 1, config.get("joint_attention_dim") or 1)),
+        jnp.zeros((1, config["pooled_projection_dim"])),
+        jnp.zeros((1, side, side, module.hint_channels)),
+    )
+
+
+def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> None:
+    """UserError for what is no ControlNet of SD3's, by its configuration or names."""
+    kind = config.get("_class_name", "SD3ControlNetModel")
+    if kind != "SD3ControlNetModel":
+        raise UserError(
+            f"{path}: config.json is of {shown(kind)}; wanted SD3ControlNetModel, a"
+            " ControlNet of SD3 or SD3.5"
+        )
+    wanted = ("controlnet_blocks.0.weight", HINT)
+    if all(key in tensors for key in wanted):
+        return
+    families = (FAMILIES[part] for part in FAMILIES if any(part in k for k in tensors))
+    few = ", ".join(list(tensors)[:3])
+    raise UserError(
+        f"{path}: {next(families, f'holds {few}, …')}; wanted a ControlNet of SD3 or"
+        f" SD3.5, which has {wanted[0]} and {wanted[1]}"
+    )
+
+
+def hint_channels(tensors: Mapping[str, Any], config: Mapping) -> dict:
+    """The extra channels of a hint, which alimama's published configuration leaves to
+    whoever loads its net; the tensors know."""
+    shape, plain = tensors[HINT].shape, config.get("in_channels", 16)
+    if type(plain) is not int or len(shape) != 4:
+        return {}  # told of where those are checked
+    return {"extra_conditioning_channels": shape[1] - plain}
+
+
+def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict:
+    """{"control_type": "canny"}, as the tensors or else the configuration say it; {}
+    where neither does."""
+    kind = config.get(CONTROL_TYPE)
+    if (tensor := tensors.get(CONTROL_TYPE)) is not None:
+        value = tensor.read().reshape(-1).astype(np.float64)
+        kind = value.item() if value.size == 1 else value.tolist()
+    if kind is None:
+        return {}
+    if type(kind) in (int, float) and kind in range(len(CONTROL_TYPES)):
+        kind = CONTROL_TYPES[int(kind)]
+    if kind not in CONTROL_TYPES:
+        raise UserError(
+            f"{path}: control_type {shown(kind)}: wanted 0 (blur), 1 (canny) or 2"
+            " (depth)"
+        )
+    return {CONTROL_TYPE: kind}
+
+
+def without_borrowed(net: ControlNet, variables: Mapping) -> dict:
+    """What of a net's variables its file holds: not what is the denoiser's."""
+    if not net.borrowed:
+        return dict(variables)
+    own = {k: v for k, v in variables["params"].items() if k != "patch_embed"}
+    return {"params": own}

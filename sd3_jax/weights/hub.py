@@ -1,0 +1,138 @@
+"""What is fetched of the hub's repositories, whose names source_names reads."""
+
+import functools
+import socket
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Iterable, Sequence
+
+from etils import epath
+
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.source_names import Name
+
+INDEX = "model_index.json"
+
+
+def weights(stem: str, variant: str = "") -> list[str]:
+    """Patterns of one component's file, its shards and its index, under any of the
+    names that the libraries have given to those of a variant."""
+    v, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    ends = f"{v}.safetensors", f"{v}{shard}.safetensors", f"{shard}{v}.safetensors"
+    index = (
+        f"{v}.safetensors.index.json",
+        f".safetensors{v}.index.json",
+        f".safetensors.index{v}.json",
+    )
+    return list(dict.fromkeys(stem + end for end in ends + index))
+
+
+def of_model(variant: str = "") -> list[str]:
+    """What a diffusers folder needs, or one component's repository: neither what lies
+    beside them for other programs, nor other variants."""
+    patterns = [INDEX, "config.json", "scheduler/*.json", *tokenizers.WANTED]
+    for stem in dict.fromkeys(x.stem for x in COMPONENTS.values()):
+        patterns += weights(stem, variant)
+    for component in COMPONENTS.values():
+        patterns.append(f"{component.folder}/config.json")
+        patterns += weights(f"{component.folder}/{component.stem}", variant)
+    return patterns
+
+
+def fetch(
+    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], what: str
+) -> epath.Path:
+    """The folder, or the file, as it lies here after its download; `wanted` are the
+    patterns of files, of a model by default."""
+    if name.file:
+        return epath.Path(_file(name, what))
+    patterns = of_model(name.variant) if wanted is None else list(wanted)
+    folder = _folder(name, patterns, unwanted, what)
+    if wanted is not None:
+        return folder
+    if bare := list(_bare(folder)):  # what has no weights of that variant, or only some
+        more = [f"{x}/*.safetensors" for x in bare]
+        more += [f"{x}/*.safetensors*.json" for x in bare]
+        folder = _folder(name, more, unwanted, what)
+    if not any((folder / x).exists() for x in (INDEX, "config.json")):
+        raise UserError(
+            f'{what} "{name.repo}": the repository has neither {INDEX} nor config.json:'
+            f' name one of its files, as "{name.repo}/FILE.safetensors"'
+        )
+    return folder
+
+
+def _bare(folder: epath.Path) -> Iterable[str]:
+    """Folders of components that were fetched without weights."""
+    for component in COMPONENTS.values():
+        place = folder / component.folder
+        if (place / "config.json").exists() and not any(
+            path.name.endswith(".safetensors") for path in place.iterdir()
+        ):
+            yield component.folder
+
+
+def _folder(name, patterns, unwanted, what) -> epath.Path:
+    import huggingface_hub
+
+    download = functools.partial(
+        huggingface_hub.snapshot_download,
+        name.repo,
+        revision=name.revision,
+        allow_patterns=patterns,
+        ignore_patterns=list(unwanted),
+    )
+    return epath.Path(_downloaded(name, what, download))
+
+
+def _file(name, what) -> str:
+    import huggingface_hub
+
+    download = functools.partial(
+        huggingface_hub.hf_hub_download, name.repo, name.file, revision=name.revision
+    )
+    return _downloaded(name, what, download)
+
+
+def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
+    """Without a connection, what was fetched before: the hub's client would try again
+    for half a minute."""
+    from huggingface_hub.errors import RepositoryNotFoundError
+
+    offline = not _reachable()
+    try:
+        return download(local_files_only=offline)
+    except Exception as error:  # its errors have no common base
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        file = f"/{name.file}" if name.file else ""
+        place = f'{what} "{name.repo}{file}"'
+        message = f"{place}: no such file or folder here, and the hub"
+        if offline:
+            raise UserError(
+                f"{message} cannot be reached, nor was it fetched from there before"
+            ) from None
+        message += f" does not give it: {shown(lines[0], 200)}"
+        if isinstance(error, RepositoryNotFoundError):  # gated, private or not there
+            message += (
+                f"; if it is gated, accept its licence on huggingface.co/{name.repo},"
+                " then run `hf auth login` or set HF_TOKEN"
+            )
+        raise UserError(message) from None
+
+
+def _reachable() -> bool:
+    """Whether the hub's host has an address; a proxy finds it itself."""
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    if urllib.request.getproxies():
+        return True
+    try:
+        socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, None)
+    except OSError:
+        return False
+    return True

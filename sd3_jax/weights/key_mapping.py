@@ -1,0 +1,198 @@
+"""Our parameter trees against the published files: one table a model, both directions.
+
+A table is a list of groups of rows. A row names a module of ours (or a bare parameter)
+and its tensors in a diffusers folder and in an original single file; a group gives its
+rows a prefix and, for modules under a scan, the layers that their first axis stacks.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from sd3_jax import tree
+from sd3_jax.params import parametrization
+
+LAYOUTS = ("diffusers", "original")
+# What a module's parameters are called in a file, after the module's name.
+SUFFIX = {"kernel": "weight", "scale": "weight", "embedding": "weight", "bias": "bias"}
+
+
+class Kind(NamedTuple):
+    """How a kernel lies in a file: `read(tensor, shape)` gives ours, `write` undoes it.
+
+    Vectors and embeddings are the same in both. `swap` exchanges the halves of the
+    outputs, which the two layouts have in different orders.
+    """
+
+    read: Callable[[np.ndarray, Sequence[int]], np.ndarray]
+    write: Callable[[Any], Any]
+    swap: bool = False
+
+
+AS_IS = Kind(lambda x, shape: x.reshape(shape), lambda x: x)
+# (out, in) against (in, *outs).
+LINEAR = Kind(lambda x, shape: x.T.reshape(shape), lambda x: x.reshape(len(x), -1).T)
+SWAPPED = LINEAR._replace(swap=True)
+# (out, in) against (*ins, out).
+MERGING = LINEAR._replace(write=lambda x: x.reshape(-1, x.shape[-1]).T)
+# OIHW against HWIO.
+CONV = Kind(
+    lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
+    lambda x: x.transpose(3, 2, 0, 1),
+)
+# A convolution of one pixel, (out, in, 1, 1), against a linear map.
+CONV_1X1 = Kind(
+    lambda x, shape: x.reshape(len(x), -1).T.reshape(shape),
+    lambda x: x.reshape(len(x), -1).T[:, :, None, None],
+)
+
+
+def patches(p: int) -> Kind:
+    """A p x p convolution of stride p against a linear map of (p, q, c) patches."""
+    return Kind(
+        lambda x, shape: x.transpose(2, 3, 1, 0).reshape(shape),
+        lambda x: x.reshape(p, p, -1, x.shape[-1]).transpose(3, 2, 0, 1),
+    )
+
+
+class Row(NamedTuple):
+    """One module of ours and its names in the two layouts.
+
+    Several names stand for the first output axis of ours, which fuses them, in order.
+    `original` is the diffusers name unless given, and its kind `kind` unless given.
+    A name None means that the layout has no such tensor: loading takes `fill(shape)`.
+    A name that ends in "_" goes on without a dot: "in_proj_" is "in_proj_weight".
+    """
+
+    ours: str
+    diffusers: str | Sequence[str] | None
+    original: str | Sequence[str] | None = ""
+    kind: Kind = LINEAR
+    original_kind: Kind | None = None
+    fill: Callable[[Sequence[int]], np.ndarray] | None = None
+
+    def names(self, layout: str) -> str | Sequence[str] | None:
+        return (
+            self.diffusers
+            if layout == "diffusers" or self.original == ""
+            else (self.original)
+        )
+
+    def kind_in(self, layout: str) -> Kind:
+        other = layout == "original" and self.original_kind is not None
+        return self.original_kind if other else self.kind
+
+
+class Group(NamedTuple):
+    """Rows below a prefix; `{}` in the file's prefixes is the layer's number.
+
+    `layers` are stacked by the first axis of our leaves; without, there is none.
+    """
+
+    ours: str
+    diffusers: str
+    original: str
+    rows: Sequence[Row]
+    layers: Sequence[int] | None = None
+
+
+class Piece(NamedTuple):
+    """A file's tensor `key` and the part `leaf[index]` of ours that it is.
+
+    Where `key` is None, the layout lacks it: `fill()` is what ours then holds.
+    """
+
+    key: str | None
+    path: tuple[str, ...]
+    index: tuple
+    shape: tuple[int, ...]
+    file_shape: tuple[int, ...]
+    read: Callable[[np.ndarray], np.ndarray]
+    write: Callable[[np.ndarray], np.ndarray]
+    fill: Callable[[], np.ndarray] | None = None
+
+
+def pieces(variables: Any, groups: Sequence[Group], layout: str) -> list[Piece]:
+    """Every tensor of a `layout` file for a tree of variables (or of their shapes).
+
+    A path's first name, the collection, is not in the table. Each leaf must have a
+    row: what a table forgets is a KeyError here, not a silent default.
+    """
+    rows = {
+        _join(group.ours, row.ours): (group, row)
+        for group in groups
+        for row in group.rows
+    }
+    made = []
+    of_one = jax.tree_util.tree_leaves_with_path(
+        variables, is_leaf=parametrization.is_leaf
+    )
+    for path, leaf in of_one:
+        names = tree.names(path)
+        module, parameter = "/".join(names[1:-1]), names[-1]
+        bare = "/".join(names[1:])
+        group, row = rows[bare] if bare in rows else rows[module]
+        parameter = None if bare in rows else parameter
+        made.extend(_of_leaf(names, tuple(leaf.shape), group, row, parameter, layout))
+    return made
+
+
+def _of_leaf(path, shape, group, row, parameter, layout) -> Iterator[Piece]:
+    names, kind = row.names(layout), row.kind_in(layout)
+    prefix = group.diffusers if layout == "diffusers" else group.original
+    kernel = parameter == "kernel" or (parameter is None and row.kind is not AS_IS)
+    for position, layer in enumerate(group.layers or (None,)):
+        at = () if group.layers is None else (position,)
+        if names is None:
+            yield _piece(None, path, at, shape, kind, kernel, row.fill)
+        elif isinstance(names, str):
+            key = _key(prefix, layer, names, parameter)
+            yield _piece(key, path, at, shape, kind, kernel)
+        else:
+            for i, name in enumerate(names):
+                index = (*at, slice(None), i) if kernel else (*at, i)
+                key = _key(prefix, layer, name, parameter)
+                yield _piece(key, path, index, shape, kind, kernel)
+
+
+def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
+    shape = indexed(leaf_shape, index)
+    to_file = kind.write if kernel else AS_IS.write
+    if path[-1] in ("bias", "scale"):  # of heads and chunks: one axis in the file
+        to_file = lambda x: x.reshape(-1)
+    read = kind.read if kernel else AS_IS.read
+    turn = _swap if kind.swap else lambda x: x
+    return Piece(
+        key,
+        path,
+        index,
+        shape,
+        jax.eval_shape(to_file, jax.ShapeDtypeStruct(shape, jnp.float32)).shape,
+        read=lambda x: read(turn(x), shape),
+        write=lambda x: turn(to_file(x)),
+        fill=None if fill is None else lambda: fill(shape),
+    )
+
+
+def indexed(shape, index):
+    """The shape of an array's part."""
+    left = [size for size, i in zip(shape, index) if isinstance(i, slice)]
+    return (*left, *shape[len(index) :])
+
+
+def _swap(x: np.ndarray) -> np.ndarray:
+    """The halves of the first axis exchanged; its own inverse."""
+    return np.concatenate(np.split(x, 2)[::-1])
+
+
+def _key(prefix, layer, name, parameter) -> str:
+    prefix = prefix.format(layer) if layer is not None else prefix
+    parts = filter(None, (prefix, name, SUFFIX.get(parameter, parameter)))
+    return ".".join(parts).replace("_.", "_")
+
+
+def _join(*names) -> str:
+    return "/".join(filter(None, names))

@@ -1,0 +1,259 @@
+"""Our trees of LoRA from files and back, by the table of names.
+
+Every layer's map is by itself in a file; each of q, k and v too in diffusers' layout,
+while kohya's names are those of the original one, which fuses them. What we write has
+alpha's share in lora_B: readers that know of no alpha agree.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from flax import linen as nn
+
+from sd3_jax.errors import UserError, near
+from sd3_jax.params.lora import kernels, layout, layout_of, modules, nested
+from sd3_jax.weights import key_mapping, safetensors, sharded_load
+from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.key_mapping import Kind, Piece, Row
+from sd3_jax.weights.lora_formats import FILE, METADATA, PREFIXES, Pair, Pairs
+from sd3_jax.weights.safetensors import Entry
+
+
+def load(
+    pairs: Pairs, name: str, module: nn.Module, params: Any, *, weight: float = 1.0
+) -> dict:
+    """The pairs of a component as a LoRA (models/lora.py) on the host, float32.
+
+    Alphas and `weight` are in b: attach it without alpha. Of a stack's layers and of
+    q, k and v, those not in the file are zero, and shorter ranks are filled with zeros.
+    `params` may be shapes. Raises UserError for a module that the component lacks.
+    """
+    shapes = {path: tuple(x.shape) for path, x in kernels(params).items()}
+    ones = _pseudo(shapes, dict.fromkeys(shapes, 1))
+    places = _places(name, module, ones, "diffusers")
+    layouts = ["diffusers"]
+    if any(_diffusers(key, places) is None for key in pairs):
+        places |= _places(name, module, ones, "original")
+        layouts.append("original")
+    known = {_known(key, places, pair): pair for key, pair in pairs.items()}
+    if len(known) < len(pairs):
+        raise UserError(f"LoRA of {name}: names a linear map twice")
+    ranks: dict[tuple, int] = {}
+    for place, pair in known.items():
+        path = places[place]
+        ranks[path] = max(ranks.get(path, 0), pair.rank)
+    both = _pseudo({path: shapes[path] for path in ranks}, ranks)
+    for kind in layouts:
+        for side, pieces in enumerate(_pieces(name, module, both, kind)):
+            for piece in pieces:
+                if (pair := known.get((kind, _module(piece)))) is not None:
+                    part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
+                    share = pair.scale * weight if side else 1.0
+                    scaled = share * piece.read(part)
+                    if not np.isfinite(scaled).all():
+                        raise UserError(
+                            f"{pair.up.path}: {_module(piece)}: too large for float32"
+                            f" times {share:g}, its alpha over its rank and the weight"
+                        )
+                    both[side][piece.path[1:-1]][piece.index] = scaled
+    turned = {path: _turn(path, shapes[path], b) for path, b in both[1].items()}
+    return nested({path: {"a": both[0][path], "b": turned[path]} for path in ranks})
+
+
+def save(
+    path: epath.PathLike,
+    loras: Mapping[str, dict],
+    parts: Mapping[str, nn.Module],
+    *,
+    alpha: float = 0.0,
+    dtype: Any = np.float32,
+    facts: Mapping[str, str] | None = None,
+) -> epath.Path:
+    """A .safetensors file, or FILE in a folder, that diffusers loads; all processes.
+
+    `loras` and their modules, `parts`, are by component; `alpha` is that of attach.
+    `facts` go into the file's metadata beside PEFT's configuration.
+    """
+    path = epath.Path(path)
+    path = path if path.name.endswith(".safetensors") else path / FILE
+    found: dict[str, Entry] = {}
+    told: dict[str, Any] = {}
+    for name, lora in loras.items():
+        own = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
+        prefix = next(k for k, v in PREFIXES.items() if v == name)
+        told |= {f"{prefix}.{k}": v for k, v in _peft(own).items()}
+        found |= {f"{prefix}.{k}": _entry(x) for k, x in own.items()}
+    metadata = dict(facts or {}) | {
+        METADATA: json.dumps(told, indent=2, sort_keys=True)
+    }
+    if jax.process_index() == 0:
+        safetensors.write_file(path, found, metadata)
+    return path
+
+
+def _places(name: str, module: nn.Module, ones, kind: str) -> dict[tuple, tuple]:
+    """The path of each linear map by its layout and name there."""
+    pieces = _pieces(name, module, ones, kind)[0]
+    return {(kind, _module(piece)): piece.path[1:-1] for piece in pieces}
+
+
+def _diffusers(key: str, places: Mapping[tuple, Any]) -> tuple[str, str] | None:
+    """The place of a name of diffusers'; transformers' may lack CLIP's first part."""
+    names_there = [("diffusers", key), ("diffusers", f"text_model.{key}")]
+    return next((place for place in names_there if place in places), None)
+
+
+def _known(key: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]:
+    """The place of a name, in which kohya's have underscores for dots."""
+    if place := _diffusers(key, places):
+        return place
+    flat = {name.replace(".", "_"): (kind, name) for kind, name in places}
+    if (place := flat.get(key.replace(".", "_"))) is not None:
+        return place
+    guess = near(key, [name for _, name in places])
+    hint = f'; did you mean "{guess}"?' if guess else ""
+    raise UserError(f"{pair.down.path}: {key} is no linear map of the model{hint}")
+
+
+# Trees of a and of b as if each were a kernel of its own, which the table knows: the
+# rank is a's outputs and b's inputs. Of maps that are fused it lies before them in b.
+
+
+def _pseudo(shapes: Mapping[tuple, tuple], ranks: Mapping[tuple, int]):
+    """Zeros for a and for b, turned, by the path of the kernels of these shapes."""
+    a, b = {}, {}
+    for path, shape in shapes.items():
+        first, second = layout(path, len(shape)).shapes(shape, ranks[path])
+        a[path] = np.zeros(first, np.float32)
+        b[path] = _turn(path, shape, np.zeros(second, np.float32))
+    return a, b
+
+
+def _turn(path: tuple, shape: tuple, b: np.ndarray) -> np.ndarray:
+    """Groups and rank exchanged, where there are groups."""
+    lies = layout(path, len(shape))
+    return np.swapaxes(b, lies.layers, lies.layers + 1) if lies.groups else b
+
+
+def _pieces(
+    name: str, module: nn.Module, both, layout: str = "diffusers"
+) -> tuple[list[Piece], list[Piece]]:
+    groups = COMPONENTS[name].table(module)
+    made = []
+    for side, change in zip(both, (_first, _second)):
+        table = [
+            group._replace(rows=[_changed(row, change) for row in group.rows])
+            for group in groups
+        ]
+        leaves = nested({("params", *path, "kernel"): x for path, x in side.items()})
+        try:
+            pieces = key_mapping.pieces(leaves, table, layout)
+        except KeyError as error:
+            raise UserError(
+                f"LoRA of {error.args[0]}: diffusers' layout has no such module"
+            ) from None
+        made.append([piece for piece in pieces if piece.key is not None])
+    return made[0], made[1]
+
+
+def _changed(row: Row, change: Callable[[Kind], Kind]) -> Row:
+    other = row.original_kind
+    return row._replace(
+        kind=change(row.kind), original_kind=None if other is None else change(other)
+    )
+
+
+def _first(kind: Kind) -> Kind:
+    """Of lora_A, whose outputs are the rank: no halves to exchange."""
+    return kind._replace(swap=False)
+
+
+def _second(kind: Kind) -> Kind:
+    """Of lora_B, which after a convolution is one of a single pixel."""
+    plain = kind in (
+        key_mapping.LINEAR,
+        key_mapping.SWAPPED,
+        key_mapping.MERGING,
+        key_mapping.AS_IS,
+    )
+    return kind if plain else key_mapping.CONV_1X1
+
+
+def _module(piece: Piece) -> str:
+    return piece.key.removesuffix(".weight")
+
+
+def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
+    """A pair's down or up, filled to the rank; down once for each map that is fused."""
+    tensor, wanted = pair[side], list(piece.file_shape)
+    fused = 1 if side else wanted[0] // rank
+    wanted[side] = pair.rank
+    if list(tensor.shape) != wanted:
+        raise UserError(
+            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
+            f" {list(tensor.shape)}, wanted {wanted}"
+        )
+    if tensor.dtype.kind in "biu":
+        raise UserError(
+            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is of {tensor.dtype}:"
+            " wanted floats, which a quantized LoRA has not"
+        )
+    x = tensor.read()
+    if not safetensors.finite(x):
+        raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
+    more = [(0, 0)] * x.ndim
+    more[side] = (0, rank - pair.rank)
+    x = np.pad(x.astype(np.float32), more)
+    return np.concatenate([x] * fused) if fused > 1 else x
+
+
+def _tensors(
+    name: str, module: nn.Module, lora: dict, alpha: float, dtype: np.dtype
+) -> dict[str, np.ndarray]:
+    """lora_A and lora_B by their names, alpha / rank in the latter."""
+    a, b = {}, {}
+    for path, pair in modules(lora, "a"):
+        lies = layout_of(path, pair)
+        up = _host(pair["b"]).astype(np.float32)
+        up = up * np.float32(
+            alpha / up.shape[lies.layers + lies.groups] if alpha else 1
+        )
+        a[path] = _host(pair["a"])
+        b[path] = np.swapaxes(up, lies.layers, lies.layers + 1) if lies.groups else up
+    made = {}
+    for side, tree, pieces in zip("AB", (a, b), _pieces(name, module, (a, b))):
+        for piece in pieces:
+            part = piece.write(tree[piece.path[1:-1]][piece.index])
+            made[f"{_module(piece)}.lora_{side}.weight"] = part.astype(dtype)
+    return made
+
+
+def _host(x: Any) -> np.ndarray:
+    return x if isinstance(x, np.ndarray) else sharded_load.fetch(x)
+
+
+def _peft(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """PEFT's configuration: every alpha is the rank."""
+    end = ".lora_A.weight"
+    ranks = {
+        key.removesuffix(end): len(x) for key, x in tensors.items() if key.endswith(end)
+    }
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    others = {f"^{module}": rank for module, rank in ranks.items() if rank != usual}
+    return {
+        "peft_type": "LORA",
+        "r": usual,
+        "lora_alpha": usual,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        "target_modules": sorted(ranks),
+    }
+
+
+def _entry(x: np.ndarray) -> Entry:
+    return Entry(x.dtype, x.shape, lambda: x)

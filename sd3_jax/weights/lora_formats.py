@@ -1,0 +1,363 @@
+"""What a LoRA file holds, by component and module: of diffusers, PEFT or kohya.
+
+Of each linear map it has lora_A (rank, in) and lora_B (out, rank). Any map may be
+missing, and has a rank and an alpha of its own: diffusers' files have alpha in their
+metadata (without, it is the rank), PEFT's in adapter_config.json beside them, kohya's
+in a tensor of each map.
+"""
+
+import math
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from etils import epath
+
+from sd3_jax import files
+from sd3_jax.errors import UserError, near
+from sd3_jax.foreign_text import shown
+from sd3_jax.weights import safetensors, unsupported_formats
+from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.safetensors import Tensor, Tensors
+
+FILE = "pytorch_lora_weights.safetensors"
+LARGEST = 1e6  # of a rank or an alpha
+PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+WANTED = ("*.safetensors", PEFT_CONFIG)  # of a hub's repository
+METADATA = "lora_adapter_metadata"  # of the file: PEFT's configuration, as JSON
+PREFIXES = {  # what diffusers loads for SD3
+    COMPONENTS[name].folder: name for name in ("denoiser", "clip_l", "clip_g")
+}
+WRAPPED = "base_model.model."  # before all names that PEFT saves
+KOHYA = {  # what its names begin with, OneTrainer's and, with dots, ComfyUI's
+    "diffusion_model.": "transformer",
+    "lora_unet_": "transformer",
+    "lora_transformer_": "transformer",
+    "lora_te1_": "text_encoder",
+    "lora_te2_": "text_encoder_2",
+}
+CLIP = ("text_model.", "encoder.layers.", "text_projection")  # names without a prefix
+T5 = ("encoder.block.", "shared.", "lora_te3_")
+ADAPTER = r"(?:\.(?P<adapter>\w+))?"  # PEFT's name of it, where it was left in
+SIDE = re.compile(
+    r"(.+)\.(lora_A|lora_B|lora_down|lora_up|lora(?:_linear_layer)?\.(?:down|up))"
+    + ADAPTER
+    + r"\.weight"
+)
+OLD = re.compile(
+    r"(.+\.)to_(q|k|v|out)_lora\.(down|up)\.weight"
+)  # before diffusers 0.20
+REFUSED = {  # what in a name means that more than A and B is to be computed
+    "lora_magnitude_vector": "DoRA",
+    "dora_scale": "DoRA",
+    "lokr_": "LoKr",
+    "hada_": "LoHa",
+    "oft_": "OFT",
+    "lora_B.bias": "a LoRA with biases",
+    "lora_mid": "LoCon's third matrix",
+    "lora_embedding_": "a LoRA of embeddings",
+    "modules_to_save.": "a module that is saved whole",
+}
+# PEFT's options that change nothing once A and B are there, or that Settings reads.
+NEUTRAL = set(
+    "peft_type task_type auto_mapping base_model_name_or_path revision peft_version"
+    " inference_mode r lora_alpha rank_pattern alpha_pattern use_rslora target_modules"
+    " exclude_modules layers_to_transform layers_pattern lora_dropout eva_config"
+    " megatron_core qalora_group_size runtime_config ensure_weight_tying".split()
+)
+# Other values change the base's weights as well, when training begins.
+INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
+
+
+class Pair(NamedTuple):
+    """One linear map's matrices in a file: its weight gains scale * up down."""
+
+    down: Tensor  # (rank, in); of a convolution (rank, in, p, p)
+    up: Tensor  # (out, rank); of a convolution (out, rank, 1, 1)
+    scale: float
+
+    @property
+    def rank(self) -> int:
+        return self.down.shape[0]
+
+
+Pairs = dict[str, Pair]  # by diffusers' name of the module
+
+
+class Settings(NamedTuple):
+    """Of PEFT's configuration what scales; patterns are regular expressions of the ends
+    of modules' names, the first that matches counts."""
+
+    where: str
+    rank: float | None = None
+    alpha: float | None = None
+    ranks: Mapping[str, float] = {}
+    alphas: Mapping[str, float] = {}
+    rslora: bool = False
+
+    def scale(self, module: str, rank: int) -> float:
+        """alpha / rank, or alpha / sqrt(rank) of rslora; 1 without alpha."""
+        configured = self._of(self.ranks, module, self.rank)
+        if configured not in (None, rank):
+            raise UserError(
+                f"{self.where}: {module} is of rank {configured:g}, its tensors of"
+                f" {rank}"
+            )
+        alpha = self._of(self.alphas, module, self.alpha)
+        alpha = rank if alpha is None else alpha
+        return alpha / (math.sqrt(rank) if self.rslora else rank)
+
+    def _of(self, patterns: Mapping[str, float], module: str, usual: Any) -> Any:
+        for pattern, value in patterns.items():
+            try:
+                if re.match(rf"(.*\.)?({pattern})$", module):
+                    return value
+            except re.error as error:
+                reason = f"{shown(pattern)}: {shown(error)}"
+                raise UserError(f"{self.where}: pattern {reason}") from None
+        return usual
+
+
+def read(path: epath.PathLike) -> dict[str, Pairs]:
+    """What a file, or a folder with one, adapts: by component, "denoiser" or a CLIP's.
+
+    Raises UserError for any tensor that is no part of a pair.
+    """
+    path = _file(epath.Path(path))
+    tensors, metadata = safetensors.open_file(path)
+    if not tensors:
+        raise UserError(f"{path}: holds no tensors, wanted lora_A and lora_B")
+    names = {key.removeprefix(WRAPPED): key for key in tensors}
+    if len(names) < len(tensors):
+        raise UserError(f"{path}: holds names with {WRAPPED} and without")
+    wrapped = path.name == PEFT_FILE or any(name != key for name, key in names.items())
+    alphas = _take_alphas(path, tensors, names)
+    bare = not any(name.split(".")[0] in PREFIXES for name in names)
+    sides = _sides(path, {name: tensors[key] for name, key in names.items()}, bare)
+    settings = _settings_of(path, metadata, wrapped, bare)
+    pairs: dict[str, Pairs] = {}
+    for (prefix, module), pair in sides.items():
+        _require_pair(path, module, pair)
+        rank = pair["A"].shape[0]
+        if (alpha := alphas.pop(module, None)) is not None:
+            scale = alpha / rank
+        else:
+            scale = settings[prefix].scale(module, rank)
+        component = pairs.setdefault(PREFIXES[prefix], {})
+        if (name := _without_kohya(module)) in component:
+            raise UserError(f"{path}: {module}: {name} stands there twice")
+        component[name] = Pair(pair["A"], pair["B"], scale)
+    if alphas:
+        raise UserError(f"{path}: {next(iter(alphas))} has alpha alone")
+    return pairs
+
+
+def _sides(
+    path: epath.Path, tensors: Tensors, bare: bool
+) -> dict[tuple[str, str], dict[str, Tensor]]:
+    """The "A" and "B" of each (prefix, module), all of one adapter."""
+    owner = _owner(path, tensors) if bare else None
+    sides: dict[tuple[str, str], dict[str, Tensor]] = {}
+    adapters = set()
+    for name, tensor in tensors.items():
+        prefix, module, side, adapter = _place(path, name, owner)
+        pair = sides.setdefault((prefix, module), {})
+        if side in pair:
+            raise UserError(f"{path}: {name}: {module} has two of lora_{side}")
+        pair[side] = tensor
+        adapters.add(adapter)
+    if len(adapters) > 1:
+        listed = ", ".join(sorted(map(str, adapters)))
+        raise UserError(f"{path}: holds several adapters, {listed}; wanted one")
+    return sides
+
+
+def _require_pair(path: epath.Path, module: str, pair: Mapping[str, Tensor]) -> None:
+    if len(pair) < 2:
+        raise UserError(f"{path}: {module} has lora_{min(pair)} alone, wanted both")
+    down, up = pair["A"].shape, pair["B"].shape
+    if not len(down) == len(up) >= 2 or down[0] != up[1] or not down[0]:
+        raise UserError(
+            f"{path}: {module}: lora_A {list(down)}, lora_B {list(up)}: wanted (rank,"
+            " in) and (out, rank)"
+        )
+
+
+def _file(path: epath.Path) -> epath.Path:
+    if not path.is_dir():
+        return path
+    known = [path / name for name in (FILE, PEFT_FILE) if (path / name).exists()]
+    if len(known) == 2:
+        raise UserError(f"{path}: holds {FILE} and {PEFT_FILE}; name one of the two")
+    if known:
+        return known[0]
+    every = files.names(path)
+    names = [name for name in every if name.endswith(".safetensors")]
+    if len(names) != 1:
+        inner = [name for name in every if (path / name / PEFT_CONFIG).exists()]
+        if not inner and not names:
+            unsupported_formats.refuse_pickles(path)
+        hint = f"; name {path / inner[0]}" if inner else ""
+        hint = f" ({safetensors.listed(names)}): name one" if names else hint
+        raise UserError(
+            f"{path}: wanted {FILE}, {PEFT_FILE} or one other .safetensors file; it has"
+            f" {len(names)} of those{hint}"
+        )
+    return path / names[0]
+
+
+def _settings_of(
+    path: epath.Path, metadata: Mapping[str, str], wrapped: bool, bare: bool
+) -> dict[str, Settings]:
+    """By a component's prefix."""
+    beside = path.parent / PEFT_CONFIG
+    if wrapped and METADATA not in metadata:
+        if not beside.exists():
+            raise UserError(
+                f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
+            )
+        config = files.read_object(beside)
+        usual = {"r": 8, "lora_alpha": 8}  # PEFT's own defaults
+        return dict.fromkeys(PREFIXES, _settings(str(beside), usual | config))
+    where = f"{path}: {METADATA}"
+    flat = files.parse_object(where, metadata.get(METADATA, "{}"))
+    by_prefix: dict[str, dict] = {}
+    for key, value in flat.items():
+        prefix, dot, name = key.partition(".")
+        by_prefix.setdefault(prefix if dot else "", {})[name if dot else key] = value
+    configs = {p: by_prefix.get("" if bare else p, {}) for p in PREFIXES}
+    return {prefix: _settings(where, config) for prefix, config in configs.items()}
+
+
+def _settings(where: str, config: Mapping[str, Any]) -> Settings:
+    """Of a configuration that asks for nothing but A and B."""
+    kind, bias = config.get("peft_type", "LORA"), config.get("bias")
+    initial = config.get("init_lora_weights")
+    for name, value, good in (
+        ("peft_type", kind, kind == "LORA"),
+        ("bias", bias, bias in (None, "none")),
+        ("init_lora_weights", initial, initial in INITIAL),
+    ):
+        if not good:
+            raise UserError(f"{where}: {name} {shown(value)}: wanted a plain LoRA")
+    read_here = NEUTRAL | {"bias", "init_lora_weights"}
+    for name, value in config.items():
+        if value and name not in read_here:
+            raise UserError(
+                f"{where}: {shown(name)} {shown(value)}: wanted a plain LoRA, without"
+            )
+    return Settings(
+        where,
+        _number(where, "r", config.get("r")),
+        _number(where, "lora_alpha", config.get("lora_alpha")),
+        _numbers(where, "rank_pattern", config.get("rank_pattern")),
+        _numbers(where, "alpha_pattern", config.get("alpha_pattern")),
+        _flag(where, "use_rslora", config.get("use_rslora")),
+    )
+
+
+def _flag(where: str, name: str, value: Any) -> bool:
+    if value not in (None, True, False):
+        raise UserError(f"{where}: {name} {shown(value)}: wanted true or false")
+    return bool(value)
+
+
+def _number(where: str, name: str, value: Any) -> float | None:
+    if value is None:
+        return None
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+        raise UserError(
+            f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
+        )
+    return float(value)
+
+
+def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
+    value = {} if value is None else value
+    if not isinstance(value, dict) or None in value.values():
+        raise UserError(f"{where}: {name} {shown(value)}: wanted numbers by pattern")
+    for pattern in value:
+        # A group that is repeated may take a regular expression for ever.
+        if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
+            raise UserError(
+                f"{where}: {name} {shown(pattern)}: wanted a plainer pattern, without a"
+                " group that is repeated"
+            )
+    return {k: _number(where, f"{name} {shown(k)}", v) for k, v in value.items()}
+
+
+def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, float]:
+    """kohya's scalars by module, taken out of the names."""
+    alphas = {}
+    for name in [n for n in names if n.startswith(tuple(KOHYA))]:
+        module, dot, last = name.rpartition(".")
+        if last == "alpha":
+            value = tensors[names.pop(name)].read()
+            if value.size != 1 or not math.isfinite(float(value.reshape(-1)[0])):
+                raise UserError(f"{path}: {name}: wanted one finite number")
+            alphas[module] = float(value.reshape(-1)[0])
+    return alphas
+
+
+def _owner(path: epath.Path, tensors: Tensors) -> str:
+    """The prefix of a file whose names have none: the transformer's, or of the CLIPs,
+    which have the same names, that of the one of this width."""
+    for name in tensors:
+        if name.startswith(T5):
+            raise UserError(
+                f"{path}: {name} is of T5; wanted a LoRA of {', '.join(PREFIXES)}"
+            )
+    clip = {name: x for name, x in tensors.items() if name.startswith(CLIP)}
+    if not clip:
+        return "transformer"
+    inputs = [
+        x.shape[-1]
+        for name, x in clip.items()
+        if re.search(r"(?<!fc2)\.(lora_A|lora\S*down)\b", name) and x.shape
+    ]
+    outputs = [x.shape[0] for name, x in clip.items() if "fc2.lora_B" in name]
+    return (
+        "text_encoder_2" if min(inputs + outputs, default=0) > 1024 else "text_encoder"
+    )
+
+
+def _without_kohya(module: str) -> str:
+    start = next((start for start in KOHYA if module.startswith(start)), "")
+    return module.removeprefix(start)
+
+
+def _place(
+    path: epath.Path, key: str, owner: str | None
+) -> tuple[str, str, str, str | None]:
+    """(prefix, module, "A" or "B", adapter) of a tensor's name; the prefix is `owner`
+    where names have none."""
+    for mark, kind in REFUSED.items():
+        if mark in key:
+            raise UserError(f"{path}: {key}: {kind}; wanted lora_A and lora_B alone")
+    prefix, _, name = key.partition(".")
+    if owner is not None:
+        start = next((KOHYA[x] for x in KOHYA if key.startswith(x)), None)
+        prefix, name = start or owner, key
+    if prefix not in PREFIXES:
+        guess = near(prefix, PREFIXES)
+        hint = f'; did you mean "{guess}"?' if guess else ""
+        raise UserError(
+            f"{path}: {key} is of none of {', '.join(PREFIXES)}, which may have a"
+            f" LoRA{hint}"
+        )
+    name = name.replace(".processor.", ".")
+    if old := OLD.fullmatch(name):
+        before, which, side = old.groups()
+        clip = PREFIXES[prefix] != "denoiser"
+        last = (
+            {"out": "out_proj"}.get(which, f"{which}_proj") if clip else f"to_{which}"
+        )
+        name = f"{before}{last}{'.0' if last == 'to_out' else ''}.lora.{side}.weight"
+    match = SIDE.fullmatch(name)
+    if match is None:
+        raise UserError(
+            f"{path}: {key} is not known; wanted MODULE.lora_A.weight and"
+            " MODULE.lora_B.weight"
+        )
+    side = "A" if match[2].endswith(("A", "down")) else "B"
+    return prefix, match[1], side, match["adapter"]

@@ -1,0 +1,79 @@
+"""A released model in our own format: an orbax tree a component, and bundle.json.
+
+What it holds lies as the mesh of the next run wants it, with no names to translate.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint import v1 as ocp
+
+from sd3_jax import files
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import parse_json
+
+FILE = "bundle.json"
+VERSION = 1
+LEFT = ocp.PLACEHOLDER
+
+
+def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None:
+    """Every component's variables, and the configurations; all processes call."""
+    path = epath.Path(path)
+    with _explained(f"cannot write {path}"):
+        for name, tree in variables.items():
+            ocp.save_pytree(path / name, tree, overwrite=True)
+        if jax.process_index() == 0:
+            head = {"version": VERSION, "components": configs}
+            head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
+            (path / FILE).write_text(json.dumps(head, indent=2))
+
+
+def _dtypes(tree: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
+    return {name(path): x.dtype.name for path, x in leaves}
+
+
+def dtypes(path: epath.PathLike, name: str) -> dict[tuple[str, ...], str]:
+    """How each leaf of a component is stored, by its path."""
+    stored = _head(epath.Path(path) / FILE)["dtypes"][name]
+    return {tuple(leaf.split("/")): dtype for leaf, dtype in stored.items()}
+
+
+def configs(path: epath.PathLike) -> dict[str, dict]:
+    """The configurations of the components that a folder holds."""
+    return _head(epath.Path(path) / FILE)["components"]
+
+
+def _head(path: epath.Path) -> dict:
+    try:
+        head = parse_json(files.read_bytes(path))
+        version, _ = head["version"], (dict(head["components"]), dict(head["dtypes"]))
+        newer = version > VERSION
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged: {error!r}") from None
+    if newer:
+        raise UserError(f"{path}: version {version}, this code reads up to {VERSION}")
+    return head
+
+
+def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
+    """A component's variables, in the shardings and dtypes of `abstract`, but for what
+    is LEFT there."""
+    with _explained(f"cannot read {path}/{name}"):
+        return ocp.load_pytree(epath.Path(path) / name, abstract)
+
+
+@contextlib.contextmanager
+def _explained(what: str) -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        truth = error.__cause__ or error
+        reason = " ".join(str(truth).split())[:300]
+        raise UserError(f"{what}: {type(truth).__name__}: {reason}") from error

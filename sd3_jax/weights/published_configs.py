@@ -1,0 +1,416 @@
+"""Published configurations, read: diffusers' and transformers' own fields, checked.
+
+A table a class has every field of it. A field is honoured, held to the one value that
+is implemented, or free, because no number of ours depends on it. What a configuration
+says is compared with the tensors beside it, before a program is traced from it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+from sd3_jax.weights import inferred_sizes
+from sd3_jax.weights.inferred_sizes import HINT, INNER, T5_INNER, Shapes
+
+WIDTH, WORDS, LAYERS = 2**16, 2**20, 1024  # at most; no published model is near
+
+
+class Field(NamedTuple):
+    """What a field may be; where a file lacks it, it has the library's default.
+
+    A `guard` is no setting: files without it stay without it.
+    """
+
+    default: Any
+    allowed: str
+    accepts: Callable[[Any], bool]
+    guard: bool = False
+
+
+def count(default: int | None, most: int = WIDTH, *, least: int = 1, null=False):
+    """A whole number: true is no 1, and 1.5 none either."""
+    words = f"a whole number from {least} to {most}" + (" or null" if null else "")
+    accepts = lambda x: type(x) is int and least <= x <= most
+    return Field(default, words, _or_null(accepts) if null else accepts)
+
+
+def real(default: float | None, least: float, most: float, *, null=False):
+    words = f"a number from {least:g} to {most:g}" + (" or null" if null else "")
+    accepts = lambda x: type(x) in (int, float) and least <= x <= most  # NaN is not
+    return Field(default, words, _or_null(accepts) if null else accepts)
+
+
+def flag(default: bool) -> Field:
+    return Field(default, "true or false", lambda x: type(x) is bool)
+
+
+def counts(default: Sequence[int], most: int, *, least: int, longest: int, null=False):
+    words = f"a list of at most {longest} whole numbers from {least} to {most}"
+    one = count(None, most, least=least).accepts
+    accepts = lambda x: (
+        isinstance(x, list | tuple) and len(x) <= longest and all(map(one, x))
+    )
+    words += " or null" if null else ""
+    return Field(default, words, _or_null(accepts) if null else accepts)
+
+
+def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
+    """What is implemented, the first being what a file without the field has."""
+    words = " or ".join(map(_json, values)) + ": nothing else is implemented"
+    alike = lambda x, value: (
+        type(x) is type(value)
+        and (math.isclose(x, value) if type(x) is float else x == value)
+    )
+    accepts = lambda x: any(alike(x, value) for value in values)
+    default = values[0] if default is ... else default
+    return Field(default, words, accepts, guard)
+
+
+def all_of(value: str) -> Field:
+    words = f"a list of {value}: nothing else is implemented"
+    accepts = lambda x: (
+        isinstance(x, list | tuple)
+        and 0 < len(x) <= LEVELS
+        and all(one == value for one in x)
+    )
+    return Field((value,), words, accepts)
+
+
+def _or_null(accepts):
+    return lambda x: x is None or accepts(x)
+
+
+def _json(value: Any) -> str:
+    """As a file has it; values of other kinds come of dictionaries made in Python."""
+    return shown(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def free(names: str) -> dict[str, None]:
+    """Fields on which nothing here depends."""
+    return dict.fromkeys(names.split())
+
+
+# --- the tables
+
+LEVELS = 8  # of an autoencoder, at most
+UNQUANTIZED = "null, which is of the model in bfloat16 or float16: name that instead"
+# Of weights that a library has quantized, only that library knows the layout.
+WHOLE = {"quantization_config": only(None, guard=True)._replace(allowed=UNQUANTIZED)}
+DENOISER = WHOLE | {
+    "_class_name": only("SD3Transformer2DModel"),
+    "sample_size": count(128),
+    "patch_size": count(2, 64),
+    "in_channels": count(16),
+    "out_channels": count(16, null=True),
+    "num_layers": count(18, LAYERS),
+    "attention_head_dim": count(64),
+    "num_attention_heads": count(18),
+    "joint_attention_dim": count(4096),
+    "caption_projection_dim": count(1152),
+    "pooled_projection_dim": count(2048),
+    "pos_embed_max_size": count(96, 4096),
+    "dual_attention_layers": counts((), LAYERS, least=0, longest=LAYERS, null=True),
+    "qk_norm": only(None, "rms_norm"),
+}
+CONTROLNET = DENOISER | {
+    "_class_name": only("SD3ControlNetModel"),
+    "joint_attention_dim": count(4096, null=True),  # null: of a single stream
+    "pos_embed_max_size": count(96, 4096, null=True),
+    "extra_conditioning_channels": count(0, least=0),
+    "pos_embed_type": only("sincos", None),
+    "use_pos_embed": flag(True),
+    "force_zeros_for_pooled_projection": flag(True),
+    **free("control_type"),  # not diffusers': what the hints are
+}
+VAE = WHOLE | {
+    "_class_name": only("AutoencoderKL"),
+    "in_channels": only(3),
+    "out_channels": only(3),
+    "down_block_types": all_of("DownEncoderBlock2D"),
+    "up_block_types": all_of("UpDecoderBlock2D"),
+    "block_out_channels": counts((64,), WIDTH, least=1, longest=LEVELS),
+    "layers_per_block": count(1, LAYERS),
+    "act_fn": only("silu", "swish"),  # two names of one function
+    "latent_channels": count(4),
+    "norm_num_groups": count(32),
+    "scaling_factor": real(0.18215, 1e-6, 1e6),
+    "shift_factor": real(None, -1e6, 1e6, null=True),
+    "latents_mean": only(None),
+    "latents_std": only(None),
+    "use_quant_conv": only(False, default=True),
+    "use_post_quant_conv": only(False, default=True),
+    "mid_block_add_attention": flag(True),
+    # Of diffusers' own tiles, and of what it computes in half precision.
+    **free("sample_size force_upcast"),
+}
+# What every configuration of transformers may have: bookkeeping, settings of training,
+# of heads and of generation, which old versions wrote in full.
+TRANSFORMERS = WHOLE | {
+    "pruned_heads": only({}, guard=True),
+    "per_layer_config": only(None, guard=True),
+    "is_decoder": only(False, guard=True),
+    "add_cross_attention": only(False, guard=True),
+    **free(
+        "architectures transformers_version torch_dtype dtype torchscript use_bfloat16"
+        " name_or_path chunk_size_feed_forward tf_legacy_loss tokenizer_class prefix"
+        " output_attentions output_hidden_states output_past output_scores return_dict"
+        " return_dict_in_generate use_cache initializer_factor initializer_range"
+        " attention_dropout dropout dropout_rate classifier_dropout finetuning_task"
+        " id2label label2id num_labels problem_type task_specific_params"
+        # The tokenizer pads and ends; T5's ends are tied for its decoder's sake alone.
+        " pad_token_id bos_token_id sep_token_id decoder_start_token_id"
+        " is_encoder_decoder cross_attention_hidden_size tie_encoder_decoder"
+        " scale_decoder_outputs"
+        " tie_word_embeddings tie_last_hidden_states bad_words_ids"
+        " begin_suppress_tokens diversity_penalty do_sample early_stopping"
+        " encoder_no_repeat_ngram_size exponential_decay_length_penalty"
+        " forced_bos_token_id forced_eos_token_id length_penalty max_length min_length"
+        " no_repeat_ngram_size num_beam_groups num_beams num_return_sequences"
+        " remove_invalid_values repetition_penalty suppress_tokens temperature top_k"
+        " top_p typical_p gradient_checkpointing"
+    ),
+}
+TOWER = TRANSFORMERS | {  # what CLIP's two have in common
+    "hidden_act": only("quick_gelu", "gelu"),
+    "layer_norm_eps": only(1e-5),
+    "projection_dim": count(512),
+}
+CLIP_TEXT = TOWER | {
+    "model_type": only("clip_text_model"),
+    "vocab_size": count(49408, WORDS),
+    "hidden_size": count(512),
+    "intermediate_size": count(2048),
+    "num_hidden_layers": count(12, LAYERS, least=2),  # the last but one is read
+    "num_attention_heads": count(8),
+    "max_position_embeddings": count(77),
+    "eos_token_id": count(49407, WORDS, least=0),
+}
+CLIP_VISION = TOWER | {
+    "model_type": only("clip_vision_model"),
+    "hidden_size": count(768),
+    "intermediate_size": count(3072),
+    "num_hidden_layers": count(12, LAYERS),
+    "num_attention_heads": count(12),
+    "num_channels": only(3),
+    "image_size": count(224),
+    "patch_size": count(32),
+}
+T5 = TRANSFORMERS | {
+    "model_type": only("t5"),
+    "vocab_size": count(32128, WORDS),
+    "d_model": count(512),
+    "d_kv": count(64),
+    "d_ff": count(2048),
+    "num_layers": count(6, LAYERS),
+    "num_heads": count(8),
+    "relative_attention_num_buckets": only(32),
+    "relative_attention_max_distance": only(128),
+    "layer_norm_epsilon": only(1e-6),
+    "feed_forward_proj": only("gated-gelu", default="relu"),
+    "is_gated_act": only(True, guard=True),
+    "dense_act_fn": only("gelu_new", guard=True),
+    **free("num_decoder_layers eos_token_id"),
+}
+# SD3's two put 77 tokens before T5's, whatever their own length.
+SD3_TEXT = CLIP_TEXT | {"max_position_embeddings": only(77)}
+TABLES = {
+    "denoiser": DENOISER,
+    "controlnet": CONTROLNET,
+    "vae": VAE,
+    "clip_l": SD3_TEXT,
+    "clip_g": SD3_TEXT,
+    "t5": T5,
+    "clip_text": CLIP_TEXT,
+    "clip_vision": CLIP_VISION,
+}
+
+
+# --- reading
+
+
+def read(kind: str, config: Any, where: str = "") -> dict:
+    """The configuration with its defaults filled in; a UserError names a field.
+
+    `where` is its file. Fields that no table has are left as they are: see `unknown`.
+    """
+    where = where or kind
+    if not isinstance(config, Mapping):
+        raise UserError(f"{where}: {_json(config)}: wanted a JSON object")
+    table, values = TABLES[kind], dict(config)
+    for name, field in table.items():
+        if field is None:
+            continue
+        value = config.get(name, field.default)
+        if not field.guard:
+            values[name] = value
+        if not field.accepts(value):
+            lack = "" if name in config else " (the default of a file without it)"
+            raise UserError(
+                f"{where}: {name} = {_json(value)}{lack}: wanted {field.allowed}"
+            )
+    for name, value, wanted in RULES[kind](values):
+        raise UserError(f"{where}: {name} = {_json(value)}: wanted {wanted}")
+    return values
+
+
+def unknown(kind: str, config: Mapping) -> list[str]:
+    """Fields that nothing reads, for a report; those that begin with _ are notes."""
+    return [k for k in config if k not in TABLES[kind] and not str(k).startswith("_")]
+
+
+# Each rule gives the fields that do not agree, with what is wanted of them.
+
+
+def _denoiser_rules(c: dict):
+    if c["out_channels"] is None:
+        c["out_channels"] = c["in_channels"]
+    c["dual_attention_layers"] = dual = list(c["dual_attention_layers"] or ())
+    inner = c["num_attention_heads"] * c["attention_head_dim"]
+    if inner % 4 or inner > WIDTH:  # the table of positions has sin and cos of x and y
+        words = f"num_attention_heads x it a multiple of 4, at most {WIDTH}"
+        yield "attention_head_dim", c["attention_head_dim"], words
+    joint = c["joint_attention_dim"] is not None
+    if joint and c["caption_projection_dim"] != inner:
+        words = f"num_attention_heads x attention_head_dim = {inner}"
+        yield "caption_projection_dim", c["caption_projection_dim"], words
+    if dual != list(range(len(dual))):
+        yield "dual_attention_layers", dual, "the first layers, [0, 1, …]"
+
+
+def _mmdit_rules(c: dict):
+    yield from _denoiser_rules(c)
+    if c["out_channels"] != c["in_channels"]:
+        yield "out_channels", c["out_channels"], f"in_channels = {c['in_channels']}"
+    if len(c["dual_attention_layers"]) >= c["num_layers"]:
+        words = f"fewer than num_layers = {c['num_layers']}"
+        yield "dual_attention_layers", c["dual_attention_layers"], words
+
+
+def _controlnet_rules(c: dict):
+    yield from _denoiser_rules(c)
+    if len(c["dual_attention_layers"]) > c["num_layers"]:
+        words = f"at most num_layers = {c['num_layers']}"
+        yield "dual_attention_layers", c["dual_attention_layers"], words
+    if c["joint_attention_dim"] is None:  # its image tokens are the denoiser's
+        if c["use_pos_embed"]:
+            words = "false, for joint_attention_dim is null: a single stream has none"
+            yield "use_pos_embed", True, words
+        return
+    for name, wanted in ("use_pos_embed", True), ("pos_embed_type", "sincos"):
+        if c[name] != wanted:
+            yield name, c[name], f"{_json(wanted)}, for joint_attention_dim is not null"
+    if c["pos_embed_max_size"] is None:
+        yield (
+            "pos_embed_max_size",
+            None,
+            "a number, for joint_attention_dim is not null",
+        )
+
+
+def _vae_rules(c: dict):
+    levels, groups = c["block_out_channels"], c["norm_num_groups"]
+    if not levels or any(n % groups for n in levels):
+        words = f"multiples of norm_num_groups = {groups}"
+        yield "block_out_channels", levels, words
+    for name in "down_block_types", "up_block_types":
+        if len(c[name]) != len(levels):
+            yield name, c[name], f"one for each of block_out_channels = {_json(levels)}"
+
+
+def _heads_rules(c: dict):
+    heads, width = c["num_attention_heads"], c["hidden_size"]
+    if width % heads:
+        yield "num_attention_heads", heads, f"a divisor of hidden_size = {width}"
+
+
+def _clip_rules(c: dict):
+    yield from _heads_rules(c)
+    eos, words = c["eos_token_id"], c["vocab_size"]
+    if eos >= words:
+        yield "eos_token_id", eos, f"one below vocab_size = {words}"
+
+
+def _vision_rules(c: dict):
+    yield from _heads_rules(c)
+    if c["image_size"] % c["patch_size"]:
+        words = f"a multiple of patch_size = {c['patch_size']}"
+        yield "image_size", c["image_size"], words
+
+
+def _t5_rules(c: dict):
+    if c["num_heads"] * c["d_kv"] > WIDTH:
+        yield "d_kv", c["d_kv"], f"num_heads x d_kv of at most {WIDTH}"
+
+
+RULES = {
+    "denoiser": _mmdit_rules,
+    "controlnet": _controlnet_rules,
+    "vae": _vae_rules,
+    "clip_l": _clip_rules,
+    "clip_g": _clip_rules,
+    "t5": _t5_rules,
+    "clip_text": _clip_rules,
+    "clip_vision": _vision_rules,
+}
+
+
+def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> None:
+    """A UserError if the tensors tell otherwise than a configuration that was read.
+
+    Where a tensor is missing it tells nothing: whoever loads it lists it.
+    """
+    said = config | _products(kind, config)
+    for name, (value, reason) in inferred_sizes.measured(
+        kind, tensors, layout, where
+    ).items():
+        if isinstance(value, list):
+            same = list(said[name]) == value
+        else:
+            same = said[name] == value
+        if not same:
+            raise UserError(
+                f"{where}: {name} = {_json(said[name])}: wanted {_json(value)}, for"
+                f" {reason}"
+            )
+
+
+def _products(kind: str, c: dict) -> dict[str, int]:
+    """What tensors tell of two fields together."""
+    if kind == "t5":
+        return {T5_INNER: c["num_heads"] * c["d_kv"]}
+    if kind not in ("denoiser", "controlnet"):
+        return {}
+    extra = c.get("extra_conditioning_channels", 0)
+    return {
+        INNER: c["num_attention_heads"] * c["attention_head_dim"],
+        HINT: c["in_channels"] + extra,
+    }
+
+
+def fit(found: Mapping[str, dict], source: str) -> None:
+    """A UserError if parts that were read are of different models: what one gives the
+    denoiser is not what it takes."""
+    if "denoiser" not in found:
+        return
+    denoiser = found["denoiser"]
+    pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
+    clips = [found[name] for name in ("clip_l", "clip_g") if name in found]
+    for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
+        size = sum(config[name] for config in clips)  # side by side, then zeros
+        if size > most:
+            raise UserError(
+                f"{source}: text encoders of another model: both CLIPs' {name} ="
+                f" {size}: wanted at most the denoiser's {most}"
+            )
+    for part, name, wanted in (
+        ("t5", "d_model", context),
+        ("vae", "latent_channels", denoiser["in_channels"]),
+    ):
+        if part in found and found[part][name] != wanted:
+            raise UserError(
+                f"{source}: {part} is of another model: {name} = {found[part][name]}:"
+                f" wanted the denoiser's {wanted}"
+            )

@@ -1,0 +1,267 @@
+"""Whose each tensor of a single file is: by the names that the tools write.
+
+The names are those of Stability's files, of ComfyUI, kohya's scripts and A1111, which
+save the same with other prefixes, of diffusers and of OpenCLIP. A tensor is a part's,
+or it is in UNREAD, or the file is refused.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import NamedTuple
+
+from etils import epath
+
+from sd3_jax.errors import UserError
+from sd3_jax.weights import text_keys, unsupported_formats
+from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.safetensors import Tensors, listed
+
+log = logging.getLogger(__name__)
+CLIPS = ("clip_l", "clip_g")
+WIDTHS = {768: "clip_l", 1280: "clip_g"}  # by which a CLIP without a prefix is known
+TOKENS = "token_embedding.weight"
+# What a part's names begin with, the longer first; then the names themselves.
+PREFIXES = {
+    "model.diffusion_model.": "denoiser",
+    "diffusion_model.": "denoiser",
+    "first_stage_model.": "vae",
+    "vae.": "vae",
+    "text_encoders.clip_l.": "clip_l",
+    "text_encoders.clip_g.": "clip_g",
+    "text_encoders.t5xxl.": "t5",
+    "clip_l.": "clip_l",
+    "clip_g.": "clip_g",
+    "t5xxl.": "t5",
+    "text_encoder.": "clip_l",  # diffusers' folders, merged into one file
+    "text_encoder_2.": "clip_g",
+    "text_encoder_3.": "t5",
+    "model.": "denoiser",
+}
+BARE = {
+    r"(joint_blocks|transformer_blocks|pos_embed|x_embedder|t_embedder|y_embedder"
+    r"|context_embedder|time_text_embed|final_layer|norm_out|proj_out)\b": "denoiser",
+    r"(en|de)coder\.(conv_in|conv_out|conv_norm_out|norm_out|mid|mid_block|down|up"
+    r"|down_blocks|up_blocks)\b|(post_)?quant_conv\.": "vae",
+    r"(text_model|text_projection|token_embedding|positional_embedding|ln_final"
+    r"|transformer\.resblocks|vision_model|visual|visual_projection)\b": "clip",
+    r"(en|de)coder\.(block|final_layer_norm|embed_tokens)\b|(shared|lm_head)\.": "t5",
+    r"transformer\.": "denoiser",  # diffusers' folder, after transformer.resblocks
+}
+# What files hold beside a part and nothing reads: the name without its prefix, and why.
+CLIP_UNREAD = {
+    r"(text_model\.embeddings\.)?position_ids": "the numbers 0, 1, 2, …",
+    r"logit_scale|logit_bias": "a factor of CLIP's loss",
+    r"input_resolution|context_length|vocab_size|attn_mask": "sizes, and a mask that"
+    " follows from them",
+    r"(vision_model|visual|visual_projection)\..*|visual\w*": "CLIP's image tower",
+}
+UNREAD = {
+    "denoiser": {
+        r"model_ema\.(decay|num_updates|diffusion_model\w*)": "an average of the"
+        " weights, which stand beside it",
+        r"(model\.)?model_sampling\.sigmas|denoiser\.(log_)?sigmas": "noise levels,"
+        " which the scheduler computes",
+        r"(model\.)?(betas|logvar|lvlb_weights|alphas_cumprod(_prev)?|posterior_\w+"
+        r"|(sqrt|log)_\w*alphas_cumprod)": "the schedule of"
+        " another kind of model, which A1111 and LDM add to any file",
+    },
+    "vae": {r"loss\..*": "the discriminator that it was trained with"},
+    "clip_l": CLIP_UNREAD
+    | {r"text_projection(\.weight)?": "SD3 takes CLIP-L's vector unprojected"},
+    "clip_g": CLIP_UNREAD,
+    "t5": {
+        r"encoder\.embed_tokens\.weight": "shared.weight once more",
+        r"logit_scale": "ComfyUI saves one with each encoder",
+        r"decoder\..*|lm_head\..*": "the half of T5 that writes",
+    },
+}
+# OpenCLIP's names, as transformers', by which a CLIP's shapes are looked at.
+OPEN_CLIP_NAMES = {
+    "transformer.resblocks.": "text_model.encoder.layers.",
+    ".mlp.c_fc.": ".mlp.fc1.",
+    "token_embedding.": "text_model.embeddings.token_embedding.",
+    "positional_embedding": "text_model.embeddings.position_embedding.weight",
+}
+
+
+class PartTensors(NamedTuple):
+    """A part's tensors by their names in it, which are of a layout; `measured` has the
+    names by which their shapes are known, and `table` replaces the component's."""
+
+    tensors: Tensors
+    measured: Tensors
+    layout: str
+    table: Callable | None = None
+
+
+def split(
+    path: epath.Path, tensors: Tensors, whole: Collection[str] = ()
+) -> dict[str, PartTensors]:
+    """The parts in a file, by component. Raises UserError for a tensor of none.
+
+    Of the components in `whole` every tensor is read: what others leave out, we wrote.
+    """
+    unsupported_formats.refuse_others(path, tensors)
+    groups: dict[str, Tensors] = {}
+    rest = []
+    for key, tensor in tensors.items():
+        name, bare_key = place(key)
+        if name is None:
+            rest.append(key)
+            continue
+        group = groups.setdefault(name, {})
+        if bare_key in group:
+            raise UserError(
+                f"{path}: {key}: its part has {bare_key} twice, by two prefixes: remove"
+                " one of them"
+            )
+        group[bare_key] = tensor
+    groups = _clips_by_width(path, groups, rest)
+    parts, unread = {}, {}
+    for name in COMPONENTS:
+        patterns = {} if name in whole else UNREAD[name]
+        if part := _read(name, groups.get(name, {}), patterns, unread):
+            parts[name] = part
+        else:
+            rest += groups.get(name, {})
+    unknown = [key for key in rest if not _is_unread(key, parts, unread)]
+    if not parts:
+        raise UserError(
+            f"{path}: not a model of this family; it holds {listed(unknown)}; wanted"
+            f" names that begin with {', '.join(_usual())}"
+        )
+    if unknown:
+        raise UserError(
+            f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
+            f" wanted names that begin with {', '.join(_usual())}"
+        )
+    for reason, keys in unread.items():
+        log.info("%s: not read: %s (%s)", path.name, listed(keys), reason)
+    return {name: _part(name, part) for name, part in parts.items()}
+
+
+def place(key: str) -> tuple[str | None, str]:
+    """The component of a tensor, and its name there; "clip" where the width decides."""
+    for prefix, name in PREFIXES.items():
+        if key.startswith(prefix):
+            bare_key = key.removeprefix(prefix)
+            if prefix == "model." and _matches(bare_key, UNREAD["denoiser"]):
+                return None, key
+            wrapped = name not in ("denoiser", "vae")  # in ComfyUI's and Stability's
+            if wrapped and not bare_key.startswith("transformer.resblocks."):
+                bare_key = bare_key.removeprefix("transformer.")
+            return name, bare_key
+    for pattern, name in BARE.items():
+        if match := re.match(pattern, key):
+            return name, key[match.end() :] if match[0] == "transformer." else key
+    return None, key
+
+
+def _clips_by_width(
+    path: epath.Path, groups: dict[str, Tensors], rest: list[str]
+) -> dict[str, Tensors]:
+    """CLIP-L and CLIP-G have the same names, so that a file of one alone says only by
+    its width which it is; where a prefix says it, the width must agree."""
+    for name in CLIPS:
+        width = _width(groups.get(name, {}))
+        if WIDTHS.get(width, name) != name:
+            raise UserError(
+                f"{path}: {name} is {width} wide, which is {WIDTHS[width]}'s width:"
+                f" wanted its tensors below text_encoders.{WIDTHS[width]}."
+            )
+    alone = groups.pop("clip", {})
+    if all(_matches(key, CLIP_UNREAD) for key in alone):
+        rest += alone
+        return groups
+    width = _width(alone)
+    if width is None:
+        raise UserError(
+            f"{path}: holds part of a CLIP, without its token_embedding:"
+            f" {listed(alone)}"
+        )
+    if width not in WIDTHS:
+        raise UserError(
+            f"{path}: a CLIP of width {width}: wanted 768 (CLIP-L) or 1280 (CLIP-G), or"
+            " names that begin with text_encoders.clip_l. or text_encoders.clip_g."
+        )
+    name = WIDTHS[width]
+    if twice := groups.get(name, {}).keys() & alone.keys():
+        raise UserError(
+            f"{path}: {name} has {min(twice)} twice, with and without prefix"
+        )
+    return groups | {name: groups.get(name, {}) | alone}
+
+
+def _width(clip: Tensors) -> int | None:
+    for key in (
+        "text_model.embeddings.token_embedding.weight",
+        "token_embedding.weight",
+    ):
+        if key in clip and len(clip[key].shape) == 2:
+            return clip[key].shape[1]
+    return None
+
+
+def _read(
+    name: str, tensors: Tensors, patterns: Mapping[str, str], unread: dict[str, list]
+) -> Tensors:
+    """A part without the tensors that nothing reads, if any other is left."""
+    kept = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
+    shared = with_shared(tensors).get("shared.weight")
+    if name == "t5" and kept and shared is not None:
+        kept["shared.weight"] = shared
+    for key in tensors if kept else ():
+        if reason := _matches(key, patterns):
+            unread.setdefault(f"{name}: {reason}", []).append(key)
+    return kept
+
+
+def with_shared(t5: Tensors) -> Tensors:
+    """T5's tensors with its embedding under the name that is read: some tools keep the
+    one of its two names, some the other."""
+    other = "encoder.embed_tokens.weight"
+    if "shared.weight" in t5 or other not in t5:
+        return t5
+    return t5 | {"shared.weight": t5[other]}
+
+
+def _is_unread(key: str, parts: Mapping, unread: dict[str, list]) -> bool:
+    """Whether one of no part is known to stand beside a part that is there."""
+    for name in parts:
+        if reason := _matches(key, UNREAD[name]):
+            unread.setdefault(f"{name}: {reason}", []).append(key)
+            return True
+    return False
+
+
+def _matches(key: str, patterns: Mapping[str, str]) -> str | None:
+    return next((why for p, why in patterns.items() if re.fullmatch(p, key)), None)
+
+
+def _usual() -> list[str]:
+    return [component.prefix for component in COMPONENTS.values()]
+
+
+def _part(name: str, tensors: Tensors) -> PartTensors:
+    begins = lambda *starts: any(key.startswith(starts) for key in tensors)
+    if name in CLIPS and begins("transformer.resblocks."):
+        table = (
+            text_keys.open_clip_l_table
+            if name == "clip_l"
+            else text_keys.open_clip_table
+        )
+        measured = {_renamed(key): x for key, x in tensors.items()}
+        return PartTensors(tensors, measured, "original", table)
+    of_diffusers = {
+        "denoiser": begins("transformer_blocks.") and not begins("joint_blocks."),
+        "vae": begins("encoder.down_blocks.", "decoder.up_blocks."),
+    }
+    layout = "diffusers" if of_diffusers.get(name) else "original"
+    return PartTensors(tensors, tensors, layout)
+
+
+def _renamed(key: str) -> str:
+    for theirs, ours in OPEN_CLIP_NAMES.items():
+        key = key.replace(theirs, ours)
+    return key

@@ -1,0 +1,399 @@
+"""What a path or a hub name holds of a released model, by component."""
+
+import logging
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from sd3_jax import files, tree
+from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError, near
+from sd3_jax.foreign_text import shown
+from sd3_jax.params import quantization
+from sd3_jax.params.parametrization import is_leaf
+from sd3_jax.weights import (
+    controlnet_keys,
+    hub,
+    key_mapping,
+    native_format,
+    safetensors,
+    sharded_load,
+    single_file,
+    source_names,
+    text_keys,
+    unsupported_formats,
+)
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
+from sd3_jax.weights.safetensors import open_file
+
+log = logging.getLogger(__name__)
+FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
+UNWANTED = ("*fp16*", "*.bin")  # of a LoRA's or a CLIP's repository
+CLASSES = {  # of config.json and model_index.json, by component
+    "denoiser": "SD3Transformer2DModel",
+    "vae": "AutoencoderKL",
+    "clip_l": "CLIPTextModelWithProjection",
+    "clip_g": "CLIPTextModelWithProjection",
+    "t5": "T5EncoderModel",
+}
+
+
+class Part(NamedTuple):
+    """One component as a path holds it: `read(component, module, shapes)` brings it,
+    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path, once
+    its tensors are checked. `where` it lies is for messages."""
+
+    read: Callable | None
+    config: dict
+    dtypes: Callable | None
+    where: str = ""
+
+
+class Located(NamedTuple):
+    path: epath.Path
+    variant: str = ""
+
+
+def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
+    """The sources that a list or a text with commas names. What exists by a name with
+    a comma in it is one."""
+    if isinstance(sources, list | tuple):
+        paths = (str, os.PathLike)
+        return [os.fspath(x) if isinstance(x, paths) else x for x in sources]
+    if not isinstance(sources, str | os.PathLike):
+        return [sources]  # which `locate` refuses
+    return source_names.split(os.fspath(sources), exists)
+
+
+def exists(path: str) -> bool:
+    return epath.Path(path).expanduser().exists()
+
+
+def locate(
+    source: str,
+    wanted: Sequence[str] | None = None,
+    *,
+    unwanted: Sequence[str] = (),
+    what: str = "weights",
+) -> Located:
+    """Where what is meant lies, and the variant that is meant: a path, as it is, or a
+    hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
+    if not isinstance(source, str | os.PathLike) or not os.fspath(source):
+        raise UserError(
+            f'{what} "{shown(source)}": wanted a file, a folder or a hub name'
+        )
+    source = os.fspath(source)
+    if not source.isprintable() or len(source) > 4096:
+        raise UserError(f'{what} "{shown(source)}": wanted a name that prints')
+    _check_scheme(source, what)
+    if existing := _existing(source):
+        return existing
+    if link := source_names.link(source):
+        raise UserError(f'{what} "{source}" is a link: name it as "{link}"')
+    if (name := source_names.parse_absent(source)) is None:
+        raise UserError(
+            f'{what} "{source}": no such file, folder or hub name{_near(source)}'
+        )
+    return Located(hub.fetch(name, wanted, unwanted, what), name.variant)
+
+
+def _existing(source: str) -> Located | None:
+    """A path, alone or with a variant after a colon."""
+    if source.startswith(("hf://", "http://", "https://")):
+        return None
+    for path, variant in (source, ""), source_names.split_variant(source):
+        if exists(path):
+            return Located(epath.Path(path).expanduser(), variant)
+    return None
+
+
+def resolve(
+    source: str, wanted: Sequence[str] | None = None, *, what: str = "weights"
+) -> epath.Path:
+    """`locate` for what has no variants."""
+    path, variant = locate(source, wanted, unwanted=UNWANTED, what=what)
+    if variant:
+        raise UserError(f'{what} "{source}": wanted no variant (":{variant}") of it')
+    return path
+
+
+def _check_scheme(source: str, what: str) -> None:
+    scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
+    known = source.startswith(source_names.REMOTE) or source_names.link(source)
+    if scheme is None or known:
+        return
+    if scheme[1].lower() in ("http", "https"):
+        raise UserError(
+            f'{what} "{source}" is a link: download it and name the file, or name a'
+            ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
+        )
+    raise UserError(
+        f'{what} "{source}": wanted a path, or one that begins with'
+        f" {', '.join(source_names.BUCKETS)}"
+    )
+
+
+def _near(source: str) -> str:
+    """What was probably meant, of the folder's names."""
+    path = epath.Path(source).expanduser()
+    if "://" in source or not path.parent.is_dir():
+        return ""
+    if os.path.islink(path):
+        return f": it is a link to {os.readlink(path)}, which is not there"
+    guess = near(path.name, files.names(path.parent))
+    return f'; did you mean "{path.parent / guess}"?' if guess else ""
+
+
+def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
+    """What a path holds: by component, a function that loads it and its config."""
+    if not path.is_dir():
+        return _no_variant(path, variant) or _single(path, *open_file(path))
+    if (path / hub.INDEX).exists():
+        return _diffusers(path, variant)
+    if (path / native_format.FILE).exists():
+        return _no_variant(path, variant) or _stored(path)
+    if (path / "config.json").exists():
+        return _component_folder(path, variant)
+    names_there = files.names(path)
+    weights = [name for name in names_there if name.endswith(".safetensors")]
+    if safetensors.is_sharded(weights):
+        return _single(path, safetensors.open_folder(path, variant), {})
+    if len(weights) != 1:
+        unsupported_formats.refuse_pickles(path)
+        named = f" ({safetensors.listed(weights)}: name one)" if weights else ""
+        if "snapshots" in names_there:  # the hub's cache of a repository
+            named = f"; name one of {path / 'snapshots'}"
+        raise UserError(
+            f"{path}: wanted a diffusers folder ({hub.INDEX}), one of ours"
+            f" ({native_format.FILE}) or one .safetensors file; it has"
+            f" {len(weights)} of those{named}"
+        )
+    return _single(path / weights[0], *open_file(path / weights[0]))
+
+
+def _no_variant(path: epath.Path, variant: str) -> None:
+    if variant:
+        raise UserError(f"{path}: has no variants: wanted it without :{variant}")
+
+
+def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
+    """Of a single file; its metadata, if we wrote it, says what shapes cannot tell."""
+    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))
+    fuller = _fuller(tensors, metadata, known)
+    components = {}
+    for name, part in single_file.split(path, tensors, whole=fuller).items():
+        what, component = f"{path}: {name}", COMPONENTS[name]
+        config, table = known.get(name), part.table
+        if config is not None and name in fuller:
+            table = component.fuller
+        config = configured(component, config, part.measured, part.layout, what)
+        components[name] = _part(part.tensors, config, what, part.layout, table)
+    if isinstance(known.get("scheduler"), dict):
+        components["scheduler"] = Part(None, known["scheduler"], None, str(path))
+    absent = [name for name in COMPONENTS if name not in components]
+    none = f"; no {', '.join(absent)}" if absent else ""
+    named = ", ".join(name for name in COMPONENTS if name in components)
+    log.info("%s holds %s%s", path.name, named, none)
+    if gone := [name for name in absent if name in known]:
+        log.warning("%s: %s, of which it tells, is gone", path, ", ".join(gone))
+    return components
+
+
+def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
+    """Components of a file of ours that hold what published ones leave out."""
+    if FULLER in metadata:
+        return [name for name in metadata[FULLER].split(",") if name in COMPONENTS]
+    more = lambda c: c.fuller is not None and c.prefix + text_keys.PROJECTION in tensors
+    return [name for name, c in COMPONENTS.items() if name in known and more(c)]
+
+
+def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
+    file = path / hub.INDEX
+    entries = _entries(file)
+    components, variants = {}, set()
+    for name, component in COMPONENTS.items():
+        if component.folder not in entries:
+            if (path / component.folder).is_dir():
+                log.warning("%s leaves out %s, which is there", file, component.folder)
+            continue
+        folder, kind = path / component.folder, entries[component.folder][-1]
+        if kind != CLASSES[name]:
+            raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
+        if not (folder / "config.json").exists():
+            raise UserError(f"{file} names {component.folder}, without a config.json")
+        variants |= safetensors.variants(folder)
+        components[name] = _from_folder(component, folder, variant)
+    if "unet" in entries:
+        raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+    known = {"scheduler", *tokenizers.FOLDERS.values()}
+    known |= {component.folder for component in COMPONENTS.values()}
+    if others := entries.keys() - known:
+        log.warning("%s: not loaded: %s", file, ", ".join(sorted(others)))
+    if variant and variant not in variants:
+        have = safetensors.listed(sorted(variants - {""})) or "none"
+        raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
+    scheduler = path / "scheduler" / "scheduler_config.json"
+    if scheduler.exists():
+        config = files.read_object(scheduler)
+        if "scheduler" in entries:
+            config["_class_name"] = entries["scheduler"][-1]  # as diffusers does
+        components["scheduler"] = Part(None, config, None, str(scheduler))
+    return components
+
+
+def _entries(file: epath.Path) -> dict[str, list]:
+    """The parts that an index lists, [library, class]; [null, null] is left out on
+    purpose."""
+    parts = {component.folder for component in COMPONENTS.values()}
+    entries = {}
+    for key, value in files.read_object(file).items():
+        pair = isinstance(value, list) and len(value) == 2
+        if pair and all(isinstance(x, str) for x in value):
+            entries[key] = value
+        elif key in parts and value not in (None, [None, None]):
+            raise UserError(
+                f"{file}: {key} {shown(value)}: wanted [library, class], or [null,"
+                " null] for a part that is left out"
+            )
+    return entries
+
+
+def _other(kind: str, name: str = "") -> str:
+    """What else a class is than that of a component."""
+    wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
+    meaning = unsupported_formats.CLASSES.get(kind)
+    return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
+
+
+def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
+    config = files.read_object(path / "config.json")
+    kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
+    kind = str(kind[0] if isinstance(kind, list) else kind)
+    names = [name for name, class_name in CLASSES.items() if kind == class_name]
+    if not names:
+        raise UserError(f"{path}: config.json is of {_other(kind)}")
+    if len(names) > 1:  # a CLIP, by its width or else by its activation
+        usual = "clip_l" if config.get("hidden_act") == "quick_gelu" else "clip_g"
+        width = config.get("hidden_size")
+        names = [
+            single_file.WIDTHS.get(width, usual) if isinstance(width, int) else usual
+        ]
+    return {names[0]: _from_folder(COMPONENTS[names[0]], path, variant)}
+
+
+def is_control(path: epath.Path) -> bool:
+    """Whether a path holds a ControlNet of SD3's, and no model."""
+    if path.is_dir():
+        file = path / "config.json"
+        kind = files.read_object(file).get("_class_name") if file.exists() else None
+        return kind == "SD3ControlNetModel"
+    return CONTROLNET.mark in open_file(path)[0]
+
+
+def control(path: epath.Path) -> Part:
+    """A ControlNet's folder in diffusers' layout, or its single file in either."""
+    config, layout, file = {}, "diffusers", path
+    if path.is_dir() and (path / "config.json").exists():
+        config = files.read_object(path / "config.json")
+        tensors = safetensors.open_folder(path)
+    else:
+        file = _only_file(path, "a ControlNet's folder (config.json)")
+        tensors, _ = open_file(file)
+        if any(key.endswith(".attn.qkv.weight") for key in tensors):
+            layout = "original"
+    controlnet_keys.require_family(file, tensors, config)
+    if config:
+        config |= controlnet_keys.hint_channels(tensors, config)
+    config = configured(CONTROLNET, config or None, tensors, layout, str(file))
+    config |= controlnet_keys.control_type(file, tensors, config)
+    return _part(tensors, config, str(file), layout)
+
+
+def _only_file(path: epath.Path, wanted: str) -> epath.Path:
+    """A file, or the one .safetensors file of a folder."""
+    if not path.is_dir():
+        return path
+    weights = [name for name in files.names(path) if name.endswith(".safetensors")]
+    if len(weights) != 1:
+        unsupported_formats.refuse_pickles(path)
+        raise UserError(
+            f"{path}: wanted {wanted} or one .safetensors file; it has {len(weights)}"
+            " of those"
+        )
+    return path / weights[0]
+
+
+def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
+    file = folder / "config.json"
+    config, tensors = files.read_object(file), safetensors.open_folder(folder, variant)
+    if component.kind == "t5":
+        tensors = single_file.with_shared(tensors)
+    config = config.get("text_config", config)  # of a whole CLIP
+    config = configured(component, config, tensors, "diffusers", str(file))
+    return _part(tensors, config, str(folder), "diffusers")
+
+
+def _part(
+    tensors: safetensors.Tensors,
+    config: dict,
+    what: str,
+    layout: str,
+    table: Callable | None = None,
+) -> Part:
+    """`table` replaces the component's."""
+
+    def pieces(component, module, shapes):
+        groups = (table or component.table)(module)
+        found = key_mapping.pieces(shapes, groups, layout)
+        sharded_load.check(tensors, found, what=what, ignored=component.ignored)
+        return found
+
+    def read(component, module, shapes):
+        return sharded_load.load(tensors, shapes, pieces(component, module, shapes))
+
+    def dtypes(component, module, shapes):
+        return sharded_load.dtypes(tensors, pieces(component, module, shapes))
+
+    return Part(read, config, dtypes, what)
+
+
+def _stored(path: epath.Path) -> dict[str, Part]:
+    def part(name, config):
+        return Part(
+            lambda component, module, shapes: _from_store(path, name, shapes),
+            config,
+            lambda component, module, shapes: native_format.dtypes(path, name),
+            str(path),
+        )
+
+    found = native_format.configs(path)
+    for name in COMPONENTS.keys() & found.keys():
+        where = f"{path / native_format.FILE}: {name}"
+        found[name] = configured(COMPONENTS[name], found[name], where=where)
+    return {name: part(name, config) for name, config in found.items()}
+
+
+def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
+    """What is to be in eight bits is read as it is stored, and rounded, a leaf at a
+    time."""
+    places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
+    made = [native_format.LEFT if is_leaf(x) else x for _, x in places]
+    read = lambda wanted: jax.tree.leaves(
+        native_format.load(path, name, jax.tree.unflatten(treedef, wanted)),
+        is_leaf=lambda x: x is native_format.LEFT,
+    )
+    made, dtypes = read(made), native_format.dtypes(path, name)
+    for i, (at, x) in enumerate(places):
+        if is_leaf(x):
+            dtype = jnp.dtype(dtypes[tree.names(at)])
+            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+            alone = [native_format.LEFT] * len(places)
+            alone[i] = whole
+            axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
+            made[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
+    return jax.tree.unflatten(treedef, made)

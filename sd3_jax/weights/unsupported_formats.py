@@ -1,0 +1,186 @@
+"""Files that cannot be loaded, by name: other formats, and what is not plain weights.
+
+A format is known by its first bytes, quantization and other models by the names of the
+tensors. Each function raises a UserError that says what the file is and what to do.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+
+from etils import epath
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+HEAD = 512  # first bytes of a file, which tell its format
+PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
+AGAIN = "download it again"
+UNPACK = "unpack it and name the .safetensors within"
+FORMATS = {  # first bytes, in lower case where they are letters: what it is, what to do
+    b"gguf": ("a GGUF file", "wanted the .safetensors that it was made from"),
+    b"lmgg": ("a GGML file", "wanted the .safetensors that it was made from"),
+    b"tjgg": ("a GGML file", "wanted the .safetensors that it was made from"),
+    b"version https://git-lfs": (
+        "a git-lfs pointer, not the file that it stands for",
+        "run `git lfs pull` in its repository, or download the file itself",
+    ),
+    b"<!doctype html": ("a web page", f"{AGAIN}, from the link of the file itself"),
+    b"<html": ("a web page", f"{AGAIN}, from the link of the file itself"),
+    b"<?xml": ("an XML page", f"{AGAIN}, from the link of the file itself"),
+    b"pk\x03\x04": ("a zip archive", UNPACK),
+    b"\x1f\x8b": ("a gzip archive", UNPACK),
+    b"bzh": ("a bzip2 archive", UNPACK),
+    b"\xfd7zxz": ("an xz archive", UNPACK),
+    b"\x28\xb5\x2f\xfd": (
+        "a zstd archive",
+        UNPACK,
+    ),
+    b"7z\xbc\xaf": ("a 7z archive", UNPACK),
+    b"rar!": ("a RAR archive", UNPACK),
+    b"\x89hdf": ("an HDF5 file", "wanted the model as .safetensors"),
+    b"\x93numpy": ("a numpy file", "wanted the model as .safetensors"),
+    b"\x89png": ("a PNG picture", "wanted the model as .safetensors"),
+    b"\xff\xd8\xff": ("a JPEG picture", "wanted the model as .safetensors"),
+}
+SUFFIXES = {  # formats without first bytes of their own
+    ".onnx": "an ONNX program",
+    ".msgpack": "flax's msgpack",
+    ".tflite": "a TFLite program",
+    ".engine": "a TensorRT program",
+    ".plan": "a TensorRT program",
+}
+
+
+def refuse_format(path: epath.Path, head: bytes) -> None:
+    """For a file whose first bytes are not those of safetensors."""
+    low, suffix = head.lower().lstrip(b"\xef\xbb\xbf\r\n\t "), path.suffix.lower()
+    zipped = head.startswith(b"PK\x03\x04") and (b".pkl" in head or suffix in PICKLED)
+    if head.startswith(PICKLES) or zipped:
+        raise UserError(_pickle(path))
+    for first, (kind, remedy) in FORMATS.items():
+        if low.startswith(first):
+            raise UserError(f"{path} is {kind}: {remedy}")
+    if suffix in PICKLED:
+        raise UserError(_pickle(path))
+    if suffix in SUFFIXES:
+        kind = SUFFIXES[suffix]
+        raise UserError(f"{path} is {kind}: wanted the model as .safetensors")
+    if head[257:262] == b"ustar":
+        raise UserError(f"{path} is a tar archive: unpack it and name the file within")
+    if len(head) == HEAD and not any(head):
+        raise UserError(f"{path} begins with zeros, as a download that broke off")
+    if _is_text(head):
+        begin = shown(" ".join(head.decode(errors="ignore").split()), 60)
+        raise UserError(f'{path} is text, "{begin}": wanted a .safetensors file')
+
+
+def refuse_pickles(folder: epath.Path) -> None:
+    """For a folder in which nothing else was found."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in PICKLED:
+            raise UserError(_pickle(path))
+        if path.suffix.lower() == ".gguf":
+            refuse_format(path, b"GGUF")
+
+
+def _pickle(path: epath.Path) -> str:
+    return (
+        f"{path} is a pickle, whatever it is called, and loading one may run code;"
+        " wanted a safetensors file: huggingface.co/spaces/safetensors/convert, or"
+        " safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
+    )
+
+
+def _is_text(head: bytes) -> bool:
+    try:
+        text = head[:200].decode()
+    except UnicodeDecodeError as error:
+        if error.start < len(head[:200]) - 3:  # no character that is cut
+            return False
+        text = head[: error.start].decode()
+    return len(text) > 8 and all(c.isprintable() or c.isspace() for c in text)
+
+
+# By a tensor's name. The first that matches is told, so the specific ones come first.
+QUANTIZED = {
+    r"\.quant_state\.bitsandbytes__(nf4|fp4)$": "bitsandbytes in 4 bits",
+    r"\.(nested_)?(absmax|quant_map)$": "bitsandbytes in 4 bits",
+    r"\.(SCB|weight_format)$": "bitsandbytes in 8 bits (LLM.int8)",
+    r"\.(wscales|smooth(_factor(_orig)?)?|wtscale|wcscales)$": "SVDQuant",
+    r"\.g_idx$": "GPTQ",
+    r"\.(qweight|qzeros)$": "GPTQ or AWQ",
+    r"\.weight_scale_2$": "NVFP4",
+    r"(^|\.)scaled_fp8$": "scaled fp8 (ComfyUI)",
+    r"\.(scale_weight|scale_input)$": "scaled fp8 (ComfyUI)",
+    r"\.comfy_quant$": "ComfyUI's quantized layers",
+    r"\.(weight_scale|weight_scale_inv|input_scale)$": "scaled fp8 or int8",
+    r"\.weight\.?_(data|scale|qdata|zero_point)$": "quanto or torchao",
+    r":_weight_(qdata|scale)$": "torchao",
+}
+DTYPES = (  # of safetensors, that no published SD3 has but in a quantized form
+    *("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+    *("U16", "U32", "U64", "C64"),
+)
+METADATA = "_quantization_metadata"  # ComfyUI's, of a file
+
+
+def refuse_quantized(
+    path: epath.Path, names: Collection[str], metadata: Mapping[str, str]
+) -> None:
+    """Weights that mean something only with scales that stand beside them.
+
+    Plain eight-bit floats are weights like others, and are none of these.
+    """
+    for pattern, kind in QUANTIZED.items():
+        name = next((name for name in names if re.search(pattern, name)), None)
+        if name is not None:
+            raise UserError(_quantized(path, kind, shown(name)))
+    if METADATA in metadata:
+        raise UserError(_quantized(path, "ComfyUI's quantized layers", METADATA))
+
+
+def _quantized(path: epath.Path, kind: str, sign: str) -> str:
+    return (
+        f"{path} is quantized, {kind}, as {sign} says: wanted the model in fp32, fp16,"
+        " bf16 or plain fp8; quantize={...} rounds to eight bits here"
+    )
+
+
+OTHERS = {  # names of tensors of what is not a part of a Stable Diffusion 3
+    r"(^|[._])lora_|\.lora\.|\.dora_scale$|\.hada_w|\.lokr_": (
+        "a LoRA: name it beside the weights, lora=[PATH] or config.sample.lora"
+    ),
+    r"^controlnet_blocks\.": "a ControlNet: wanted sd3_jax.load_control(PATH, bundle)",
+    r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": (
+        "TAESD, an autoencoder for previews: wanted SD3's own (vae/ of a diffusers"
+        " folder, or first_stage_model. of a single file)"
+    ),
+    r"(^|\.)(input_blocks|output_blocks)\.\d": (
+        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): wanted"
+        " Stable Diffusion 3 or 3.5"
+    ),
+    r"^(up|down)_blocks\.\d+\.attentions\.": (
+        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): wanted"
+        " Stable Diffusion 3 or 3.5"
+    ),
+    r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d": (
+        "not a model of this family but Flux, or one like it: wanted Stable Diffusion 3"
+        " or 3.5"
+    ),
+}
+
+
+def refuse_others(path: epath.Path, names: Collection[str]) -> None:
+    for pattern, kind in OTHERS.items():
+        if any(re.search(pattern, name) for name in names):
+            raise UserError(f"{path} is {kind}")
+
+
+CLASSES = {  # of config.json
+    "AutoencoderTiny": "TAESD, an autoencoder for previews: wanted SD3's AutoencoderKL",
+    "SD3ControlNetModel": "a ControlNet: wanted sd3_jax.load_control(PATH, bundle)",
+    "CLIPModel": "a whole CLIP: wanted its .safetensors, of which the text is read",
+    "CLIPTextModel": "a CLIP without a projection: wanted its .safetensors, as CLIP-L",
+    "T5ForConditionalGeneration": "a whole T5: wanted its .safetensors",
+}

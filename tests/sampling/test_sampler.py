@@ -1,0 +1,82 @@
+"""Painting and scoring runs on latents, whose text a released model encodes."""
+
+import jax
+import numpy as np
+import pytest
+from flax import linen as nn
+from parity import miniature
+
+from sd3_jax import main, tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.data import shards
+from sd3_jax.data.records import Record
+from sd3_jax.distributed import sharding
+from sd3_jax.sampling.sampler import Painter
+from sd3_jax.tools.study import run_scores
+
+CAPTIONS = ["a red fox", "a blue house by the sea"]
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    path = tmp_path_factory.mktemp("held_out") / "held-out.arecord"
+    image = np.random.default_rng(0).integers(0, 256, (4, 64, 64, 3), np.uint8)
+    with shards.Writer(path) as shard:
+        for i, x in enumerate(image):
+            shard.write(Record({"image": x}, f"{i}", CAPTIONS[i % 2]))
+    flags = {
+        **{"model.context_dim": 160, "model.pooled_dim": 128, "text.length": 100},
+        **{"encode.weights": miniature.folder("sd35_large"), "sample.steps": 2},
+        **{"data.name": "records", "data.held_out": path, "study.pictures": 3},
+        **{"eval.clip": miniature.whole_clip(), "encode.dtype": "float32"},
+        **{"encode.text_dtype": "float32", "encode.latents_dtype": "float32"},
+    }
+    given = [f"--config.{name}={value}" for name, value in flags.items()]
+    argv = ["sample", "--config=configs/sd3_2b.py:tiny", "--workdir=unused", *given]
+    return main.parse(argv).config
+
+
+@pytest.fixture(scope="module")
+def painted(config):
+    """A painter whose denoiser is not all zeros, and its weights."""
+    mesh = sharding.make_mesh()
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        parts = model_parts.parts(config)
+        init = jax.jit(lambda key: tree.unbox(parts.objective.init(key)))
+        off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
+        params = jax.tree.map(off, init(jax.random.key(0)))
+        yield Painter(config, parts, mesh), params
+
+
+def test_a_run_on_latents_paints_by_the_encoders_it_is_given(painted, config):
+    painter, params = painted
+    images = painter(params, [*CAPTIONS, CAPTIONS[0]], [0, 1, 0])
+    assert images.shape == (3, 64, 64, 3) and images.std() > 1
+    assert (images[0] == images[2]).all() and (images[0] != images[1]).any()
+    other = painter(params, [CAPTIONS[1], CAPTIONS[1]], [0, 1])
+    assert (other[0] != images[0]).any()  # the words matter
+    np.testing.assert_array_equal(other[1], images[1])  # whatever the company
+
+
+def test_the_negative_prompt_is_encoded_too(painted, config):
+    painter, params = painted
+    own = config.copy_and_resolve_references()
+    own.sample.negative = CAPTIONS[0]
+    negative = Painter(own, painter.parts, painter.mesh, painter.encoder)
+    a, b = (p(params, CAPTIONS[:1], [0]) for p in (painter, negative))
+    assert (a != b).any()
+    own.sample.cfg = 0.5  # no guidance, and so no negative prompt
+    without = Painter(own, painter.parts, painter.mesh, painter.encoder)
+    assert without.negative == {} and not without.guided
+
+
+def test_a_study_scores_pictures_by_clip(painted, config):
+    painter, params = painted
+    run_scores.check(config)
+    judge = run_scores.judge_of(config)
+    traveller = run_scores.Traveller(
+        config, painter.parts, painter.mesh, painter.encoder
+    )
+    found = judge(traveller, params)
+    assert -1 <= found["score"] <= 1 and found["fid"] > 0
+    assert traveller.length() > 0

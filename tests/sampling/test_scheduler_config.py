@@ -1,0 +1,172 @@
+"""What a scheduler_config.json may say; its sigmas are in tests/parity."""
+
+import json
+
+import numpy as np
+import pytest
+
+from sd3_jax.diffusion import grids
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import scheduler_config
+from sd3_jax.sampling.scheduler_config import DPM, EULER, HEUN, LCM, PUBLISHED
+
+FLOW = {
+    "_class_name": DPM,
+    "use_flow_sigmas": True,
+    "prediction_type": "flow_prediction",
+    "flow_shift": 3.0,
+}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"shift": "abc"}, 'shift "abc": wanted a finite number > 0'),
+        ({"shift": None}, "shift null: wanted a finite number > 0"),
+        ({"shift": 0}, "shift 0: wanted"),
+        ({"shift": -3.0}, "shift -3.0: wanted"),
+        ({"shift": float("nan")}, "shift NaN: wanted"),
+        ({"shift": float("inf")}, "shift Infinity: wanted"),
+        ({"shift": True}, "shift true: wanted"),
+        ({"shift": [3.0]}, "shift [3.0]: wanted"),
+        ({"use_karras_sigmas": 1}, "use_karras_sigmas 1: wanted true or false"),
+        ({"use_dynamic_shifting": "no"}, 'use_dynamic_shifting "no": wanted true'),
+        ({"shift_terminal": 1.0}, "shift_terminal 1.0: wanted null or a number in [0"),
+        ({"shift_terminal": -0.1}, "shift_terminal -0.1: wanted"),
+        ({"time_shift_type": "log"}, "wanted one of exponential, linear"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0: wanted a whole number"),
+        ({"num_train_timesteps": 1e3}, "num_train_timesteps 1000.0: wanted"),
+        ({"base_shift": "x"}, 'base_shift "x": wanted a finite number'),
+        ({"base_image_seq_len": 1.5}, "base_image_seq_len 1.5: wanted"),
+        (
+            {"use_dynamic_shifting": True, "max_image_seq_len": 256},
+            "base_image_seq_len and max_image_seq_len are the same",
+        ),
+        ({"_class_name": 3}, "_class_name 3: wanted a text"),
+        ({"_class_name": "Own", "shift": {}}, "shift {}: wanted"),
+        ({**FLOW, "flow_shift": "3"}, 'flow_shift "3": wanted'),
+        ({**FLOW, "solver_order": 2.0}, "solver_order 2.0: wanted"),
+        ({**FLOW, "algorithm_type": "x"}, "wanted one of dpmsolver++"),
+        ([], "[]: wanted a JSON object"),
+    ],
+)
+def test_a_setting_of_the_wrong_type_or_out_of_range(config, words):
+    with pytest.raises(UserError) as error:
+        scheduler_config.read(config, "the scheduler of sd3/")
+    assert str(error.value).startswith("the scheduler of sd3/: ")
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        ({"invert_sigmas": True}, f"invert_sigmas true of {EULER} is not honoured"),
+        ({"num_train_timesteps": 500}, "num_train_timesteps 500 of"),
+        (
+            {"use_karras_sigmas": True, "use_beta_sigmas": True},
+            "wanted false, or use_karras_sigmas false",
+        ),
+        ({"_class_name": LCM, "scale_factors": [0.5]}, "scale_factors [0.5] of"),
+        ({**FLOW, "use_flow_sigmas": False}, "use_flow_sigmas false of"),
+        ({**FLOW, "prediction_type": "epsilon"}, 'wanted "flow_prediction"'),
+        ({**FLOW, "solver_order": 3}, "solver_order 3 of"),
+        ({**FLOW, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ({**FLOW, "solver_type": "heun"}, 'solver_type "heun" of'),
+        ({**FLOW, "final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
+        ({**FLOW, "thresholding": True}, "thresholding true of"),
+        ({**FLOW, "use_lu_lambdas": True}, "use_lu_lambdas true of"),
+        ({**FLOW, "use_karras_sigmas": True}, "use_karras_sigmas true of"),
+        ({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}, LCM),
+        ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler is not"),
+    ],
+)
+def test_what_is_not_honoured_is_refused_by_name_unless_replaced(config, words):
+    read = scheduler_config.read(config)
+    for given in {}, {"solver": "euler"}, {"grid": "released"}, {"shift": 2.0}:
+        with pytest.raises(UserError) as error:
+            read.sampler(4, 1_024, **given)
+        assert words in str(error.value)
+        assert str(error.value).endswith("or give both a solver and a grid")
+    solver, times = read.sampler(4, 1_024, solver="heun", grid="shifted", shift=2.0)
+    np.testing.assert_array_equal(times, grids.shifted(4, 2.0))
+    assert solver == "heun"
+
+
+def test_a_file_that_says_nothing_has_diffusers_defaults_and_no_file_the_published():
+    assert scheduler_config.read(None) == PUBLISHED and PUBLISHED.shift == 3.0
+    assert scheduler_config.read({}).shift == 1.0
+    assert scheduler_config.read({"shift": 3}) == PUBLISHED
+    optional = ("base_shift", "use_karras_sigmas", "shift_terminal")
+    assert scheduler_config.read({"shift": 3.0} | dict.fromkeys(optional)) == PUBLISHED
+    _, times = PUBLISHED.sampler(28, 1_024)
+    np.testing.assert_array_equal(times, grids.released(28, 3.0))
+
+
+def test_a_caller_replaces_what_he_names():
+    read = scheduler_config.read({"shift": 5.0, "use_dynamic_shifting": True})
+    times = lambda **given: read.sampler(4, 1_024, **given)[1]
+    np.testing.assert_array_equal(times(shift=2.0), grids.released(4, 2.0))
+    np.testing.assert_array_equal(times(grid="shifted"), grids.shifted(4, 5.0))
+    assert read.sampler(4, 1_024, solver="dpmpp_2m")[0] == "dpmpp_2m"
+    np.testing.assert_array_equal(times(solver="dpmpp_2m"), times())
+    flow = PUBLISHED.sampler(4, 1_024, solver="dpmpp_2m_flow")[1]
+    np.testing.assert_array_equal(flow, grids.flow(4, 3.0))
+    # Of a folder of another line, its own solver named is no change.
+    first = scheduler_config.read({**FLOW, "solver_order": 1})
+    named = first.sampler(4, 1_024, solver="euler")[1]
+    np.testing.assert_array_equal(named, first.sampler(4, 1_024)[1])
+
+
+@pytest.mark.parametrize(
+    "given, words",
+    [
+        ({"grid": "flow", "mu": 0.5}, "grid and mu are both given"),
+        ({"grid": "flow", "sigmas": [0.5]}, "grid and sigmas are both given"),
+        ({"shift": 2.0, "mu": 0.5}, "shift and mu are both given"),
+        ({"shift": 0.0}, "shift: got 0.0"),
+        ({"shift": float("nan")}, "shift: got nan"),
+        ({"shift": 1e30}, "keeps 4 float32 steps apart"),
+        ({"mu": 1e6}, "mu: got"),
+        ({"mu": float("nan")}, "mu: got nan"),
+        ({"steps": 0}, "steps: got 0"),
+    ],
+)
+def test_what_a_caller_cannot_ask_for(given, words):
+    with pytest.raises(UserError) as error:
+        PUBLISHED.sampler(**{"steps": 4, "tokens": 1_024} | given)
+    assert words in str(error.value)
+
+
+def test_a_class_that_is_not_known_still_says_its_shift():
+    for config, shift in ({"flow_shift": 5}, 5.0), ({"shift": 2.0}, 2.0), ({}, 3.0):
+        read = scheduler_config.read(
+            {"_class_name": "UniPCMultistepScheduler"} | config
+        )
+        _, times = read.sampler(4, 1_024, solver="euler", grid="released")
+        np.testing.assert_array_equal(times, grids.released(4, shift))
+
+
+def test_a_terminal_needs_two_steps():
+    read = scheduler_config.read({"shift_terminal": 0.1})
+    with pytest.raises(UserError, match="steps: got 1, want 2 or more"):
+        read.sampler(1, 1_024)
+    assert read.sampler(2, 1_024)[1][-2] == np.float32(0.1)
+
+
+def test_keys_that_are_of_no_use_are_told_and_those_that_do_nothing_are_not():
+    own = {"_diffusers_version": "0.42.1", "shift": 3.0, "shfit": 4.0}
+    assert scheduler_config.unread(own) == ["shfit"]
+    assert scheduler_config.unread({"_class_name": HEUN, "use_beta_sigmas": True}) == [
+        "use_beta_sigmas"
+    ]
+    assert (
+        scheduler_config.unread({**FLOW, "beta_start": 1e-4, "steps_offset": 1}) == []
+    )
+
+
+def test_a_line_tells_what_differs_from_the_published():
+    assert PUBLISHED.told() == {}
+    odd = {"shift": 5.0, "use_beta_sigmas": True, "max_shift": 1.3}
+    told = scheduler_config.read(odd).told()
+    assert told == {"shift": 5.0, "most": [4096, 1.3], "spacing": "beta"}
+    assert json.loads(json.dumps(told)) == told  # or a job begun would not go on
