@@ -1,7 +1,7 @@
 """Whether the code stays one that people find their way in: sizes, names, comments.
 
     python tests/house.py            # the figures, and what is over a bound
-    python tests/house.py --list     # also every long file and function, every vague name
+    python tests/house.py --list     # and every long file, vague name
 
 Exit code 1 when a bound is passed. What the figures are for: style guides say "short
 files" and "names that say what they hold"; this says how many do not.
