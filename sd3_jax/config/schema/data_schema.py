@@ -42,15 +42,13 @@ DATA = dict(
     name=Key(
         "synthetic",
         NAME,
-        "Source of examples: synthetic (noise), digits (drawn scenes) or records.",
+        "Source of examples: synthetic (noise), digits (drawn) or records.",
     ),
     batch_size=Key(1024, BATCH, "Number of examples in a step, over all devices."),
     threads=Key(4, QUEUE, "Threads of each process that read examples."),
     prefetch=Key(8, QUEUE, "Number of batches that are read ahead."),
     mix=Key(
-        (0.2, 0.5, 0.3),
-        MIX,
-        "Shares of single digits, pairs and numbers among the digits.",
+        (0.2, 0.5, 0.3), MIX, "Shares of single digits, pairs and numbers in digits."
     ),
     easy=Key(
         0,
@@ -62,9 +60,7 @@ DATA = dict(
         (), PATHS, "Shards to train on, or globs of them, for the source records."
     ),
     weights=Key(
-        (),
-        SHARES,
-        "How often each entry of data.records is drawn from; (): all are one set.",
+        (), SHARES, "How often each of data.records is drawn from; (): all are one set."
     ),
     held_out=Key((), PATHS, "Shards for validation only, or globs of them."),
     bad_records=Key(
@@ -75,11 +71,7 @@ DATA = dict(
     ),
 )
 INGEST = dict(
-    inputs=Key(
-        (),
-        PATHS,
-        "Folders of pictures, WebDataset tars, parquet files, or globs of them.",
-    ),
+    inputs=Key((), PATHS, "Folders of pictures, WebDataset tars and parquet files."),
     # The paper trains on half original, half synthetic captions (sec. 4.2).
     captions=Key(
         ("caption=0.5", "synthetic=0.5"),
@@ -96,11 +88,7 @@ INGEST = dict(
     exclude=Key(
         (), PATHS, "Files duplicates.jsonl of dedup, whose pictures are left out."
     ),
-    prefix=Key(
-        "",
-        PREFIX,
-        "Text before each caption; it is the caption of a picture that has none.",
-    ),
+    prefix=Key("", PREFIX, "Text before each caption, or alone if a picture has none."),
     uncaptioned=Key(
         "reject",
         one_of("keep", "reject"),
@@ -108,10 +96,7 @@ INGEST = dict(
         " examples.",
     ),
     rejected=Key(
-        "",
-        FREE,
-        "Column that names the other, worse picture of a preference; empty: no"
-        " preferences.",
+        "", FREE, "Column that names the other, worse picture of a preference."
     ),
 )
 PRECOMPUTE = dict(
@@ -125,7 +110,7 @@ PRECOMPUTE = dict(
     part=Key(
         4_096,
         POSITIVE,
-        "Number of pictures, about, in a part, which is done whole or again.",
+        "Number of pictures in a part, about: it is done whole or again.",
     ),
     threads=Key(4, FEW, "Threads that read and decode pictures."),
     held_out=Key(
@@ -139,14 +124,10 @@ PRECOMPUTE = dict(
 )
 DEDUP = dict(
     embed=Key(
-        "hash",
-        NAME,
-        "Embedding: hash, an SSCD TorchScript file, or package.module:function.",
+        "hash", NAME, "Embedding: hash, SSCD's TorchScript, or package.module:function."
     ),
     threshold=Key(
-        0.0,
-        UNIT,
-        "Similarity from which pictures are duplicates; 0: the embedding's default.",
+        0.0, UNIT, "Least similarity of duplicates; 0: the embedding's default."
     ),
     clusters=Key(
         0, COUNT, "Number of clusters of the search; 0: by the number of pictures."

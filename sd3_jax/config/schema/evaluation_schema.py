@@ -33,9 +33,7 @@ EVAL = dict(
         1_024, POSITIVE, "Number of held-out examples for the validation loss."
     ),
     batch_size=Key(
-        0,
-        integer(0, 2**20),
-        "Number of examples in a validation batch; 0: data.batch_size.",
+        0, integer(0, 2**20), "Size of a validation batch; 0: data.batch_size."
     ),
     scores=Key(
         ("val_loss",),
@@ -45,9 +43,7 @@ EVAL = dict(
     ),
     # Their captions are in memory, all at once.
     pictures=Key(
-        240,
-        integer(1, 10**6),
-        "Number of pictures to score; for digits, of each kind and split.",
+        240, integer(1, 10**6), "Number of pictures to score; in digits, of each kind."
     ),
     split=Key(
         "test",
@@ -58,15 +54,9 @@ EVAL = dict(
         5, TURNS, "Number of solver steps of the digits' second, quick score."
     ),
     prompts_file=Key(
-        "",
-        FREE,
-        "File of captions to paint, one a line; empty: those of the held-out examples.",
+        "", FREE, "File of captions, one a line; empty: the held-out ones."
     ),
-    clip=Key(
-        "",
-        FREE,
-        "CLIP's folder, file or hub name, such as openai/clip-vit-large-patch14.",
-    ),
+    clip=Key("", FREE, "CLIP's folder, file or hub name."),
     features=Key(
         "clip",
         NAME,
@@ -80,9 +70,7 @@ EVAL = dict(
         " the held-out ones.",
     ),
     statistics=Key(
-        "",
-        NPZ,
-        "File .npz in which the real pictures' statistics are kept; empty: none.",
+        "", NPZ, "File that keeps the real pictures' statistics; empty: none."
     ),
     rows=Key(8, BATCH, "Number of pictures that a device puts through CLIP at a time."),
     per_prompt=Key(
@@ -104,34 +92,19 @@ EVAL = dict(
     ),
     compbench=Key("", FREE, "T2I-CompBench's folder of prompts."),
     compbench_scorers=Key(
-        (),
-        TEXTS,
-        "Function of each category to score, such as color=package.module:function.",
+        (), TEXTS, "Functions by category: color=package.module:function."
     ),
 )
 STUDY = dict(
-    variants=Key(
-        (),
-        TEXTS,
-        "Variants of the recipe to compare, each as NAME: KEY=VALUE KEY=VALUE.",
-    ),
-    sweep=Key(
-        (),
-        TEXTS,
-        "Settings KEY=VALUE that each variant is tried with on one seed, to keep the"
-        " best.",
-    ),
+    variants=Key((), TEXTS, "Variants of the recipe, as NAME: KEY=VALUE KEY=VALUE."),
+    sweep=Key((), TEXTS, "Settings that each variant is tried with; the best is kept."),
     by=Key(
         "loss",
         one_of("loss", "score", "fid"),
         "What the sweep chooses by: validation loss, score or FID.",
     ),
     seeds=Key(3, DEPTH, "Number of seeds of each variant."),
-    settings=Key(
-        SETTINGS,
-        TEXTS,
-        "Settings of config.sample with which each run paints its pictures.",
-    ),
+    settings=Key(SETTINGS, TEXTS, "Settings of config.sample to paint with."),
     weights=Key(("ema", "params"), KINDS, "Weights of each run that are scored."),
     pictures=Key(1_000, POSITIVE, "Number of pictures for each setting."),
 )

@@ -69,9 +69,7 @@ MODEL = dict(
     text_split=Key(77, TOKENS, "First text token of the third weight set."),
     pos_size=Key(192, TABLE_SIDE, "Side of the position table, in tokens."),
     pos_base=Key(
-        64,
-        TABLE_SIDE,
-        "Number of tokens that span the 16 units of the position table's scale.",
+        64, TABLE_SIDE, "Number of tokens that span the position table's 16 units."
     ),
     multipliers=Key(
         (),
@@ -101,11 +99,9 @@ MODEL = dict(
         one_of("none", "mlp", "attention", "offload", "dots", "full"),
         "What the backward pass recomputes in each block to save memory.",
     ),
-    # On a CPU a loop over blocks copies their weights, so there all are unrolled.
+    # Unrolled, what is kept for the backward pass is not stacked (docs/speed.md).
     unroll=Key(
-        1,
-        DEPTH,
-        "Number of blocks in one turn of the scan; on a CPU, depth is fastest.",
+        1, DEPTH, "Number of blocks in a turn of the scan; on a CPU depth is best."
     ),
     attention=Key(
         "auto",
@@ -148,11 +144,7 @@ IMAGE = dict(
     buckets=Key(
         1, FEW, "Number of picture shapes of about height * width pixels; 1: one shape."
     ),
-    aspect=Key(
-        2.0,
-        between(1, 100),
-        "Largest ratio of a bucket's longer side to its shorter one.",
-    ),
+    aspect=Key(2.0, between(1, 100), "Largest ratio of a bucket's sides."),
 )
 ENCODE = dict(
     weights=Key(
@@ -181,12 +173,7 @@ QUANTIZE = dict(
     denoiser=Key(
         "",
         one_of("", "int8", "fp8"),
-        "8-bit format of the matrices in the denoiser's blocks, in sampling; empty:"
-        " none.",
+        "8-bit format of the denoiser's blocks; empty: none.",
     ),
-    t5=Key(
-        "",
-        one_of("", "int8", "fp8"),
-        "8-bit format of the matrices in T5's blocks; empty: none.",
-    ),
+    t5=Key("", one_of("", "int8", "fp8"), "8-bit format of T5's blocks; empty: none."),
 )

@@ -26,11 +26,7 @@ LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 
 SAMPLE = dict(
     prompt=Key("", FREE, "The prompt; empty: those of prompts_file, or train.prompts."),
-    prompts_file=Key(
-        "",
-        FREE,
-        "File of prompts, one a line, or .jsonl with settings of each; empty: none.",
-    ),
+    prompts_file=Key("", FREE, "File of prompts, one a line, or .jsonl; empty: none."),
     negative=Key("", FREE, "The negative prompt; empty: the unconditional text."),
     steps=Key(28, TURNS, "Number of solver steps."),
     # What these three leave open is the scheduler's of released weights; for a run of
@@ -45,11 +41,7 @@ SAMPLE = dict(
         one_of("", "linear", "shifted", "released", "flow"),
         "Grid of times; empty: that of the weights' scheduler, or released.",
     ),
-    shift=Key(
-        0.0,
-        SHIFT,
-        "Shift of the grid to more noise; 0: that of the weights' scheduler, or 3.",
-    ),
+    shift=Key(0.0, SHIFT, "Shift of the grid to more noise; 0: the scheduler's, or 3."),
     cfg=Key(
         5.0,
         between(0, 1_000),
@@ -72,15 +64,9 @@ SAMPLE = dict(
         64, BATCH, "Number of pictures that are painted at a time, over all devices."
     ),
     weights=Key(
-        "ema",
-        one_of("ema", "params"),
-        "Weights of a run that paint: the average, or the last ones.",
+        "ema", one_of("ema", "params"), "Weights of a run: the average, or the last."
     ),
-    step=Key(
-        0,
-        COUNT,
-        "Step of the checkpoint that sample, evaluate and convert take; 0: the newest.",
-    ),
+    step=Key(0, COUNT, "Step of the checkpoint to read; 0: the newest."),
     lora=Key(
         (), LORAS, "LoRA files for released weights: path, or path=0.8 with a weight."
     ),
@@ -90,19 +76,11 @@ SAMPLE = dict(
         "Function that flags pictures, which are then written black"
         " (docs/sampling.md); empty: none.",
     ),
-    watermark=Key(
-        "",
-        WATERMARK,
-        "Invisible text in all pictures, of at most 16 bytes; empty: none.",
-    ),
+    watermark=Key("", WATERMARK, "Invisible text in all pictures; empty: none."),
     max_length=Key(
         256, integer(1, 512), "Number of T5's tokens, for released weights."
     ),
-    clip_skip=Key(
-        0,
-        integer(0, 999),
-        "Number of CLIP's last layers to skip, for released weights.",
-    ),
+    clip_skip=Key(0, integer(0, 999), "Number of CLIP's last layers to skip."),
     skip_layers=Key(
         (),
         LAYERS,
@@ -129,6 +107,6 @@ CONVERT = dict(
     dtype=Key(
         "",
         one_of("", "float32", "float16", "bfloat16"),
-        "Dtype of the tensors; empty: as each was.",
+        "Dtype to write; empty: as it was.",
     ),
 )

@@ -93,11 +93,7 @@ SCALING = dict(  # ours alone: time over tokens, and over depth
         some_of("forward", "train"),
         "Programs to time over tokens and over depth; (): none.",
     ),
-    tokens=Key(
-        (256, 512, 1024, 2048, 4096),
-        SIZES,
-        "Numbers of image tokens to time, at scaling.depth.",
-    ),
+    tokens=Key((256, 512, 1024, 2048, 4096), SIZES, "Numbers of image tokens to time."),
     depths=Key(
         (4, 8, 16, 24), DEPTHS, "Depths to time, at the first of scaling.tokens."
     ),
@@ -128,9 +124,7 @@ BENCHMARK = dict(
         (), TEXTS, "Kinds of cases whose two sides do not fit into memory together."
     ),
     matmul=Key(
-        2048,
-        WIDTH,
-        "Side of the square matrices whose product measures the machine's peak.",
+        2048, WIDTH, "Side of the matrices whose product measures the machine's peak."
     ),
     vae=dict(
         channels=Key(
@@ -146,10 +140,6 @@ BENCHMARK = dict(
     startup=Key(
         3, NONE_OR_TURNS, "How often imports and first steps are timed; 0: never."
     ),
-    guard=Key(
-        "",
-        FREE,
-        "Earlier benchmark.json to compare ratios with, for exit code 1; empty: none.",
-    ),
+    guard=Key("", FREE, "Earlier benchmark.json whose ratios must hold; empty: none."),
     worse=Key(0.15, BELOW_ONE, "Share by which a ratio may be worse than the guard's."),
 )

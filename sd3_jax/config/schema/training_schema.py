@@ -52,11 +52,7 @@ FLOW = dict(
     mode_scale=Key(
         1.29, between(-1, MODE_SCALE), "Scale of the density mode (paper, sec. 3.1)."
     ),
-    shift=Key(
-        1.0,
-        between(1e-3, 1_000),
-        "Shift of training times to more noise; 1: none, 3 at 1024 pixels.",
-    ),
+    shift=Key(1.0, between(1e-3, 1_000), "Shift of times to more noise; 1: none."),
 )
 OPTIM = dict(
     name=Key("adamw", one_of(*OPTIMIZERS), "Optimizer (docs/training.md)."),
@@ -111,11 +107,7 @@ TUNE = dict(
     text=Key(True, SWITCH, "Train the byte tower too, if all weights train."),
     lora=Key("", FREE, "LoRA file to go on from, of rank tune.rank; empty: a new one."),
     rank=Key(16, WIDTH, "Rank of the LoRA."),
-    alpha=Key(
-        0.0,
-        WEIGHT,
-        "The LoRA's update is scaled by alpha / rank; 0: alpha is the rank.",
-    ),
+    alpha=Key(0.0, WEIGHT, "The LoRA's update is scaled by alpha / rank; 0: by 1."),
     targets=Key(
         "attn",
         REGEX,
@@ -123,15 +115,13 @@ TUNE = dict(
         " adapted, all if it is empty.",
     ),
     objective=Key(
-        "flow",
-        one_of("flow", "dpo"),
-        "Loss: flow matching, or DPO on records of preferences.",
+        "flow", one_of("flow", "dpo"), "Loss: flow matching, or DPO on preferences."
     ),
     # The published 5000 is for means over a latent, as in diffusers, not for sums.
     beta=Key(
         5_000.0,
         POSITIVE_FACTOR,
-        "Beta of DPO, for errors that are means over a latent's numbers.",
+        "Beta of DPO, for errors that are means over a latent.",
     ),
     weight=Key(
         "constant",
@@ -141,31 +131,18 @@ TUNE = dict(
     prior=Key(
         0.0,
         WEIGHT,
-        "Weight of the loss on the last set of data.records (DreamBooth); 0: none.",
+        "Weight of the loss on the last of data.records, the class in DreamBooth; 0:"
+        " none.",
     ),
 )
 MESH = dict(
-    data=Key(
-        1, AXIS, "Devices over which only the batch is split; -1: all that are left."
-    ),
-    fsdp=Key(
-        -1,
-        AXIS,
-        "Devices over which batch and weights are split; -1: all that are left.",
-    ),
-    context=Key(
-        1, AXIS, "Devices over which the tokens are split; -1: all that are left."
-    ),
-    tensor=Key(
-        1, AXIS, "Devices over which heads and MLPs are split; -1: all that are left."
-    ),
+    data=Key(1, AXIS, "Devices that split only the batch; -1: all that are left."),
+    fsdp=Key(-1, AXIS, "Devices that split batch and weights; -1: all that are left."),
+    context=Key(1, AXIS, "Devices that split the tokens; -1: all that are left."),
+    tensor=Key(1, AXIS, "Devices that split heads and MLPs; -1: all that are left."),
 )
 TRAIN = dict(
-    steps=Key(
-        500_000,
-        POSITIVE,
-        "Step at which training ends, and a decay of the learning rate too.",
-    ),
+    steps=Key(500_000, POSITIVE, "Step at which training ends, and the decay of lr."),
     log_every=Key(50, POSITIVE, "Number of steps between lines of metrics."),
     eval_every=Key(5_000, POSITIVE, "Number of steps between validations."),
     sample_every=Key(
@@ -185,24 +162,16 @@ TRAIN = dict(
         above_zero(1e7),
         "Seconds that a step or a save may take; after them the run is ended.",
     ),
-    writers=Key(
-        (),
-        some_of("wandb", "mlflow"),
-        "Services that get the metrics besides metrics.jsonl.",
-    ),
+    writers=Key((), some_of("wandb", "mlflow"), "Services that get the metrics too."),
     changes=Key(
-        (),
-        TEXTS,
-        "Keys or groups in which a run that goes on may differ from its checkpoint.",
+        (), TEXTS, "Keys in which a resumed run may differ from its checkpoint."
     ),
 )
 CHECKPOINT = dict(
     every=Key(1_000, POSITIVE, "Number of steps between checkpoints."),
     keep=Key(3, POSITIVE, "Number of newest checkpoints to keep."),
     keep_every=Key(
-        50_000,
-        POSITIVE,
-        "Checkpoints of steps that this number divides are kept for good.",
+        50_000, POSITIVE, "Checkpoints whose step this divides are kept for good."
     ),
 )
 PROFILE = dict(
