@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from flax import linen as nn
 from PIL import Image
 
@@ -284,10 +285,10 @@ def test_every_value_of_precompute_builds_or_is_refused(
     config, inputs, groups, tmp_path
 ):
     config, count = with_inputs(config, inputs), 0
-    assert prepared(config, tmp_path / "plain")
+    assert prepared(config, epath.Path(tmp_path) / "plain")
     for key, _ in leaves(config):
         if key.partition(".")[0] in groups.split():
             for _ in accepted(config, key):
                 count += 1
                 with contextlib.suppress(UserError):
-                    prepared(config, tmp_path / str(count))
+                    prepared(config, epath.Path(tmp_path) / str(count))
