@@ -113,7 +113,7 @@ def key_lines(key: str, value, config: ConfigDict) -> list[str]:
     if entry.rule.wanted.startswith(("one of", "some of")):
         text += f" {entry.rule.wanted[0].upper()}{entry.rule.wanted[1:]}."
     if changed and entry.default is not None:
-        text += f" Default: {flag_text(schema.defaults(), key)}."
+        text += f" Default: {shlex.quote(show(entry.default))}."
     wrapped = textwrap.wrap(text, WIDTH - 6, break_on_hyphens=False)
     return [f"{'*' if changed else ' '} {flag}", *(f"      {line}" for line in wrapped)]
 
