@@ -15,9 +15,12 @@ from ml_collections import ConfigDict
 
 from configs import base
 from sd3_jax import main
-from sd3_jax.config import command_line
+from sd3_jax.config import command_line, help_pages
 from sd3_jax.config.recipes import recipes
-from sd3_jax.config.validation import RELATIONS, RULES, flatten, leaves, validate
+from sd3_jax.config.relations import RELATIONS
+from sd3_jax.config.schema import KEYS as SCHEMA
+from sd3_jax.config.validation import flatten, leaves, validate
+from sd3_jax.config.value_text import read, show
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import JOBS, Job
 
@@ -167,8 +170,9 @@ def test_help_prints_each_key_as_the_flag_that_sets_it(here, capsys):
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     assert "  --config.model.width=<int>" in lines
-    assert "  --config.sample.prompt='a red fox'" in lines
-    flags = [line for line in lines if line.startswith("  --") and "<" not in line]
+    assert "* --config.sample.prompt='a red fox'" in lines  # not the default
+    assert not any("config.plan" in line for line in lines)  # train does not read it
+    flags = [line[2:] for line in lines if line[2:4] == "--" and "<" not in line]
     config = parse(*(shlex.split(flag)[0] for flag in flags)).config
     assert config.sample.prompt == "a red fox" and config.extra.sizes == (1, 2)
     assert "  --config.extra.sizes='(1, 2)'" in lines
@@ -184,20 +188,21 @@ def every_variant():
 @pytest.mark.parametrize("recipe", every_variant())
 def test_every_line_of_help_reads_back(recipe):
     config, again = command_line.load(recipe), command_line.load(recipe)
-    lines = [
-        x for x in command_line.keys(recipe, config).splitlines() if "--config" in x
-    ]
+    page = help_pages.recipe_page(recipe, config).splitlines()
+    assert all(len(line) <= 100 for line in page if "--config" not in line)
+    lines = [line for line in page if "--config" in line]
     settings = dict(leaves(config))
     assert len(lines) == len(settings)
     for line in lines:
         if "=<" not in line:  # not set: <int>
-            (flag,) = shlex.split(line)
+            (flag,) = shlex.split(line.lstrip("* "))
             key, _, text = flag.removeprefix("--config.").partition("=")
             holder, name = command_line.place(again, key)
             old = holder[name]
-            holder[name] = command_line.read(text, holder.get_type(name), old)
+            holder[name] = read(text, holder.get_type(name), old)
             assert holder[name] == old == settings[key], line
             assert type(holder[name]) is type(old), line
+            assert (old != SCHEMA[key].default) == line.startswith("* "), line
 
 
 @pytest.mark.parametrize(
@@ -205,7 +210,7 @@ def test_every_line_of_help_reads_back(recipe):
     [(), ("a, b", ""), ('"42"', "it's"), ("1", "2"), ("é\n",), (1,), (0.5,)],
 )
 def test_a_shown_tuple_reads_back(value):
-    assert command_line.read(command_line.show(value), tuple, value) == value
+    assert read(show(value), tuple, value) == value
 
 
 # What is wrong
@@ -337,11 +342,9 @@ def test_absent_keys_pass_and_wrong_types_in_a_recipe_do_not():
         validate(ConfigDict(dict(optim=dict(lr="1"))))
 
 
-def test_every_rule_is_about_a_key_that_exists():
+def test_every_relation_is_about_keys_that_exist():
     known = {key for key, _ in flatten(base.get_config())}
-    ruled = {key for _, keys in RULES for key in keys.split()}
-    related = {key for _, *keys in RELATIONS for key in keys}
-    assert ruled | related <= known
+    assert {key for _, *keys in RELATIONS for key in keys} <= known
     validate(base.get_config())
 
 
@@ -350,7 +353,6 @@ def test_the_choices_are_those_of_the_code():
     from sd3_jax.models import denoisers, scan
     from sd3_jax.models.attention import attention
 
-    choices = {key: rule.choices for rule, keys in RULES for key in keys.split()}
     for key, table in {
         "model.name": denoisers.DENOISERS,
         "model.remat": scan.REMAT,
@@ -359,7 +361,7 @@ def test_the_choices_are_those_of_the_code():
         "sample.solver": solvers.SOLVERS,
         "sample.grid": grids.GRIDS,
     }.items():
-        assert {*choices[key]} - {""} == set(table), key
+        assert {*SCHEMA[key].rule.choices} - {""} == set(table), key
 
 
 # Running

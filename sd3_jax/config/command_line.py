@@ -3,12 +3,10 @@
 Nothing here imports jax, so help and mistakes are answered at once.
 """
 
-import ast
 import difflib
 import functools
 import importlib
 import importlib.util
-import json
 import operator
 import os
 import re
@@ -16,14 +14,16 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ml_collections import ConfigDict
 
-from sd3_jax.config import input_files
-from sd3_jax.config.recipes import find, make_importable, recipes, summary
+from sd3_jax.config import help_pages, input_files
+from sd3_jax.config.help_pages import usage
+from sd3_jax.config.recipes import find, make_importable
 from sd3_jax.config.validation import leaves, validate
-from sd3_jax.errors import EXIT_CODES, ConfigError, UserError, near, nearest
+from sd3_jax.config.value_text import hint, read
+from sd3_jax.errors import ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
 from sd3_jax.weights.source_names import REMOTE
 
@@ -47,7 +47,7 @@ def parse(argv: Sequence[str]) -> Call:
         extra = f"unexpected argument {shlex.quote(words[1])}"
         raise UserError(f"{extra}: did you forget --? (or quotes around a value)")
     if asked is not None and not recipe:
-        finish(usage())
+        finish(help_pages.job_page(job) if job else usage())
     if job is None and asked is None:
         raise UserError(f"no job given: wanted one of {', '.join(JOBS)}")
     if job is not None:
@@ -60,7 +60,7 @@ def parse(argv: Sequence[str]) -> Call:
     for name, text in flags.items():
         override(config, name.removeprefix("--config."), text)
     if asked is not None:
-        finish(keys(recipe, config))
+        finish(help_pages.recipe_page(recipe, config, job))
     validate(config)
     workdir = check_workdir(workdir)
     input_files.check(job, dict(leaves(config)))
@@ -69,44 +69,7 @@ def parse(argv: Sequence[str]) -> Call:
     return Call(job, config, workdir)
 
 
-def usage() -> str:
-    """The page of help: jobs, recipes, flags."""
-    tables = {
-        "jobs": {name: job.help for name, job in JOBS.items()},
-        "recipes": {name: summary(path) for name, path in recipes().items()},
-        "flags": {
-            "--config=RECIPE[:VARIANT]": "a recipe's name or file, and a form of it",
-            "--workdir=DIR": "where the job reads and writes; gs://... too",
-            "--config.KEY=VALUE": "another value for one of the recipe's keys",
-            "": '--config.optim.lr=3e-4 or --config.sample.prompt="a red fox"',
-            "--help": "this page; with --config, the recipe's keys and values",
-        },
-        "exit codes": {str(code): text for code, text in EXIT_CODES.items()},
-    }
-    page = """usage: sd3-jax JOB --config=RECIPE[:VARIANT] --workdir=DIR [flags]
-   or: python -m sd3_jax.main JOB ..."""
-    for title, rows in tables.items():
-        wide = max(map(len, rows), default=0)
-        lines = [f"  {name:{wide}}  {text}".rstrip() for name, text in rows.items()]
-        page += "\n".join([f"\n\n{title}:", *lines])
-    return page
-
-
-def keys(recipe: str, config: ConfigDict) -> str:
-    """A recipe's keys and values by group, each line a flag that could be given."""
-    lines, group = [f"{recipe} sets:"], None
-    for key in sorted(dict(leaves(config)), key=lambda key: ("." in key, key)):
-        if key.rpartition(".")[0] != group:
-            group = key.rpartition(".")[0]
-            lines.append("")
-        holder, name = place(config, key)
-        value, kind = holder[name], holder.get_type(name)
-        text = f"<{kind.__name__}>" if value is None else shlex.quote(show(value))
-        lines.append(f"  --config.{key}={text}")
-    return "\n".join(lines)
-
-
-def finish(page):
+def finish(page: str) -> None:
     print(page, flush=True)
     raise SystemExit(0)
 
@@ -130,8 +93,8 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         else:
             value = value if equals else rest.pop(0)
             if name in flags:
-                given = f"{name}={flags[name]} and {name}={value}"
-                raise UserError(f"the same flag twice: {given}")
+                values = f"{name}={flags[name]} and {name}={value}"
+                raise UserError(f"the same flag twice: {values}")
             flags[name] = value
     return words, flags
 
@@ -215,8 +178,9 @@ def attempt(name, path, function, *args):
         where = f"{name}:{line[-1]}" if line else name
         if isinstance(error, SyntaxError) and not line:
             where = f"{name}:{error.lineno}"
-        what = " ".join(str(getattr(error, "msg", error)).split())
-        raise ConfigError(f"{where} raised {type(error).__name__}: {what}") from error
+        message = " ".join(str(getattr(error, "msg", error)).split())
+        kind = type(error).__name__
+        raise ConfigError(f"{where} raised {kind}: {message}") from error
 
 
 # The overrides
@@ -269,52 +233,3 @@ def short(x, y):
     """batch and bs are short for batch_size."""
     initials = "".join(word[:1] for word in y.split("_"))
     return f"{y}_".startswith(f"{x}_") or x == initials
-
-
-def read(text: str, kind: type, old: Any) -> Any:
-    """The value that a text means for a key of this type; `old` is its present one."""
-    if kind in (tuple, list):
-        of = {type(item) for item in old or ()}
-        one = (lambda item: read(str(item), *of, None)) if len(of) == 1 else lambda x: x
-        return kind(one(item) for item in items(text))
-    return READERS[kind](text)
-
-
-READERS = {
-    bool: lambda text: {"true": True, "false": False}[text.lower()],
-    int: int,
-    float: float,
-    str: str,
-}
-
-
-def items(text):
-    """(1, 2) or [1, 2] or 1,2 or ("a", "b") or a,b: what is between the commas."""
-    try:
-        value = ast.literal_eval(text)
-        return value if isinstance(value, tuple | list) else (value,)
-    except (SyntaxError, ValueError):
-        bare = text.strip("()[] ")
-        return [item.strip() for item in bare.split(",") if item.strip()]
-
-
-def hint(text, kind):
-    """An int written as a float, 1e3, can be set right."""
-    try:
-        if kind is int and float(text).is_integer():
-            return f'; did you mean "{int(float(text))}"?'
-    except ValueError:
-        pass
-    return ""
-
-
-def show(value):
-    """The inverse of read: true, 0.1, text, or ("a", "b") for a tuple or a list."""
-    if isinstance(value, tuple | list):
-        # Commas alone would not do: a prompt may hold some.
-        inside = ", ".join(
-            json.dumps(x, ensure_ascii=False) if isinstance(x, str) else show(x)
-            for x in value
-        )
-        return f"({inside},)" if len(value) == 1 else f"({inside})"
-    return str(value).lower() if isinstance(value, bool) else str(value)

@@ -1,0 +1,112 @@
+"""Keys of sampling, and of the jobs that export weights."""
+
+from sd3_jax.config.schema.key_rules import (
+    BATCH,
+    COUNT,
+    FREE,
+    HOOK,
+    LAYERS,
+    SEED,
+    TURNS,
+    UNIT,
+    WATERMARK,
+    Key,
+    Rule,
+    between,
+    integer,
+    number,
+    one_of,
+    sequence,
+)
+
+SHIFT = number(
+    "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
+)
+LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
+
+SAMPLE = dict(
+    prompt=Key("", FREE, "The prompt; empty: those of prompts_file, or train.prompts."),
+    prompts_file=Key("", FREE, "File of prompts, one a line, or .jsonl; empty: none."),
+    negative=Key("", FREE, "The negative prompt; empty: the unconditional text."),
+    steps=Key(28, TURNS, "Number of solver steps."),
+    # What these three leave open is the scheduler's of released weights; for a run of
+    # ours it is euler, released and 3.0.
+    solver=Key(
+        "",
+        one_of("", "euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "lcm"),
+        "ODE solver; empty: that of the weights' scheduler, or euler.",
+    ),
+    grid=Key(
+        "",
+        one_of("", "linear", "shifted", "released", "flow"),
+        "Grid of times; empty: that of the weights' scheduler, or released.",
+    ),
+    shift=Key(0.0, SHIFT, "Shift of the grid to more noise; 0: the scheduler's, or 3."),
+    cfg=Key(
+        5.0,
+        between(0, 1_000),
+        "Scale of classifier-free guidance; 1 or less: none, and one pass of the"
+        " network a step.",
+    ),
+    cfg_start=Key(0.0, UNIT, "Least t at which guidance acts."),
+    cfg_stop=Key(1.0, UNIT, "Largest t at which guidance acts."),
+    rescale=Key(
+        0.0,
+        UNIT,
+        "How far guidance is rescaled to the standard deviation without it (Lin et al."
+        " 2023); 0: not.",
+    ),
+    seed=Key(
+        0, SEED, "Seed of the first picture of each prompt; picture n has seed + n."
+    ),
+    per_prompt=Key(1, integer(1, 100_000), "Number of pictures for each prompt."),
+    batch_size=Key(
+        64, BATCH, "Number of pictures that are painted at a time, over all devices."
+    ),
+    weights=Key(
+        "ema", one_of("ema", "params"), "Weights of a run: the average, or the last."
+    ),
+    step=Key(0, COUNT, "Step of the checkpoint to read; 0: the newest."),
+    lora=Key(
+        (), LORAS, "LoRA files for released weights: path, or path=0.8 with a weight."
+    ),
+    filter=Key(
+        "",
+        HOOK,
+        "Function that flags pictures, which are then written black"
+        " (docs/sampling.md); empty: none.",
+    ),
+    watermark=Key("", WATERMARK, "Invisible text in all pictures; empty: none."),
+    max_length=Key(
+        256, integer(1, 512), "Number of T5's tokens, for released weights."
+    ),
+    clip_skip=Key(0, integer(0, 999), "Number of CLIP's last layers to skip."),
+    skip_layers=Key(
+        (),
+        LAYERS,
+        "Blocks left out by skip-layer guidance, for released weights; 7, 8, 9 suit"
+        " SD3.5-medium; (): none.",
+    ),
+    skip_scale=Key(2.8, between(-1_000, 1_000), "Scale of skip-layer guidance."),
+    skip_start=Key(
+        0.01, UNIT, "Share of the steps after which skip-layer guidance begins."
+    ),
+    skip_stop=Key(
+        0.2, UNIT, "Share of the steps after which skip-layer guidance ends."
+    ),
+)
+CONVERT = dict(
+    to=Key(
+        "diffusers",
+        one_of("diffusers", "original", "orbax"),
+        "Layout to write: a diffusers folder, Stability's single file, or our own.",
+    ),
+    out=Key(
+        "", FREE, "Path to write, which must be new; empty: a path in the workdir."
+    ),
+    dtype=Key(
+        "",
+        one_of("", "float32", "float16", "bfloat16"),
+        "Dtype to write; empty: as it was.",
+    ),
+)

@@ -1,0 +1,117 @@
+"""Every key once: with a default that is allowed, in help and in docs/keys.md."""
+
+import ast
+import importlib.util
+import shlex
+import textwrap
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from configs import base
+from sd3_jax import main
+from sd3_jax.config import key_page, schema
+from sd3_jax.config.validation import leaves
+from sd3_jax.jobs import JOBS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_a_config_has_the_schema_s_keys_and_a_value_of_its_own():
+    config, other = base.get_config(), base.get_config()
+    assert {key for key, _ in leaves(config)} == schema.KEYS.keys()
+    assert {*config} == {*schema.TOP_LEVEL} and config.is_locked
+    config.model.width, config.benchmark.t5.depth = 64, 2
+    assert other.model.width is None and other.benchmark.t5.depth == 8
+
+
+@pytest.mark.parametrize("key", schema.KEYS)
+def test_a_key_has_a_default_that_is_allowed_and_one_sentence(key):
+    entry = schema.KEYS[key]
+    assert entry.default is not None or entry.kind is not None
+    assert entry.default is None or entry.rule.holds(entry.default)
+    assert entry.about[0] == entry.about[0].upper() and entry.about.endswith(".")
+    assert not any(mark in entry.about for mark in ("|", "\n", "  "))
+
+
+def test_docs_keys_is_what_the_schema_makes():
+    again = "python -m sd3_jax.config.key_page > docs/keys.md"
+    assert (ROOT / "docs" / "keys.md").read_text() == key_page.page(), again
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_s_own_page_of_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.parse([name, "--help"])
+    page, job = capsys.readouterr().out, JOBS[name]
+    assert stop.value.code == 0 and max(map(len, page.splitlines())) <= 100
+    assert page.startswith(f"usage: sd3-jax {name} ")
+    assert all(f"  {group} " in page for group in job.groups)
+    assert page.endswith(f"example:\n{textwrap.indent(job.example, '  ')}\n")
+    program, *words = shlex.split(job.example.replace("\\\n", ""))
+    assert program == "sd3-jax" and words[0] == name
+    with pytest.raises(SystemExit):  # its recipe and keys are there
+        main.parse([*words, "--help"])
+
+
+# What a job imports and does not run; each is true of the code that the job calls.
+RESTORED = "a checkpoint's own replaces it when a run is restored"
+TRAINER = "in modules of training, of which this job calls other functions"
+RELEASED = "in the loader of released weights, for what this job does not load"
+UNREAD = {
+    "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
+    "evaluate": dict(
+        **dict.fromkeys(("optim", "ema", "train", "checkpoint", "profile"), TRAINER),
+        tune=RESTORED,
+        ingest="in the reader of pictures, which gets eval.real here",
+    ),
+    "study": dict(
+        weights="a study scores its own runs",
+        ingest="in the reader of pictures, which gets eval.real here",
+    ),
+    "convert": dict(
+        **dict.fromkeys(("seed", "encode", "optim", "data", "train", "eval"), TRAINER),
+        tune=RESTORED,
+        quantize=RELEASED,
+    ),
+    "precompute": dict.fromkeys(("optim", "tune", "train", "eval"), TRAINER),
+    "inspect": dict.fromkeys(("tokenizers", "sample", "train", "quantize"), RELEASED),
+    "plan": dict.fromkeys(("encode", "checkpoint", "profile", "eval"), TRAINER),
+}
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_lists_the_groups_that_its_modules_read(name):
+    read, seen, todo = set(), set(), [JOBS[name].module]
+    while todo:
+        module = todo.pop()
+        if module not in seen:
+            seen.add(module)
+            groups, imported = looked_up(module)
+            read |= groups
+            todo += imported
+    listed, unread = {*JOBS[name].groups}, {*UNREAD.get(name, ())}
+    assert read == listed | unread and not listed & unread
+
+
+@cache
+def looked_up(module: str) -> tuple[set[str], set[str]]:
+    """The `config.GROUP`s of a module's code, and the modules of ours it imports."""
+    tree = ast.parse(Path(importlib.util.find_spec(module).origin).read_text())
+    groups, imported = set(), set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in schema.TOP_LEVEL:
+            of = node.value  # config.data, self.config.data
+            if "config" in (getattr(of, "id", ""), getattr(of, "attr", "")):
+                groups.add(node.attr)
+        elif isinstance(node, ast.ImportFrom) and node.module.startswith("sd3_jax"):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+            imported |= {name if is_module(name) else node.module for name in names}
+    return groups, imported - {"sd3_jax"}
+
+
+@cache
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
