@@ -145,8 +145,8 @@ def generate(
     latents = arguments.starting_latents(bundle, latents)
     arguments.require_embeddings(bundle, prompts, "prompts")
     arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
-    given = image if image is not None else latents
-    shape = arguments.size(bundle, height, width, given)
+    start = image if image is not None else latents  # what gives the size
+    shape = arguments.size(bundle, height, width, start)
     solver, times = arguments.settings(
         bundle,
         shape,
@@ -167,7 +167,7 @@ def generate(
         guided=guided,
     )
     rows = cond.pooled.shape[0]
-    spread = lambda x, what: arguments.rows_of(x, rows, images_per_prompt, what)
+    spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         arguments.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )

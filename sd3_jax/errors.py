@@ -118,17 +118,17 @@ def _has_errno(error: BaseException, names: Iterable[str]) -> bool:
     return code is not None and code in {getattr(errno, x, None) for x in names}
 
 
-def near(given: str, choices: Iterable[str]) -> str | None:
+def near(name: str, choices: Iterable[str]) -> str | None:
     """The choice that was probably meant, if any is close."""
     spelling = {choice.lower(): choice for choice in choices}
-    match = difflib.get_close_matches(given.lower(), spelling, n=1)
+    match = difflib.get_close_matches(name.lower(), spelling, n=1)
     return spelling[match[0]] if match else None
 
 
-def nearest(given: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of a message: `; did you mean "euler"?`, or else all the choices."""
     choices = list(choices)
-    match = near(given, choices)
+    match = near(name, choices)
     if match is not None:
         return f'; did you mean "{match}"?'
     return f"; wanted one of {', '.join(choices)}" if choices else ""

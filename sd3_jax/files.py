@@ -157,17 +157,19 @@ def upload(local: epath.PathLike, path: epath.PathLike) -> None:
     retried(put, f"{path}: cannot be written")
 
 
-def retried(call: Callable[[], T], what: str) -> T:
+def retried(call: Callable[[], T], failure: str) -> T:
     """call(), tried again after faults of the network or the storage.
 
-    A RetryableError, which begins with `what`, if those do not pass, and a UserError
+    A RetryableError, which begins with `failure`, if those do not pass, and a UserError
     for what the storage refuses. fsspec's clients try six times themselves.
     """
     for pause in (*PAUSES, None):
         try:
             return call()
         except Exception as error:
-            reason = f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+            reason = (
+                f"{failure}: {' '.join(str(error).split()) or type(error).__name__}"
+            )
             if not passing(error):
                 if isinstance(error, OSError):
                     raise UserError(reason) from error

@@ -35,12 +35,12 @@ def _printed(c: str) -> str:
 
 
 def _unique(pairs: list) -> dict:
-    made = {}
+    values = {}
     for name, value in pairs:
-        if name in made:
+        if name in values:
             raise ValueError(f'"{shown(name)}" stands twice')
-        made[name] = value
-    return made
+        values[name] = value
+    return values
 
 
 def _no_number(name: str) -> None:

@@ -76,7 +76,7 @@ def _print(x: Array) -> Array:
     place = place * jnp.uint32(0x9E3779B1)  # golden: spreads the places over all bits
     word = (x.astype(jnp.uint32) ^ place) * jnp.uint32(0x85EBCA6B)
     word = word ^ (word >> 15)  # lest flips of two high bits cancel
-    both, zero = (word, strange.astype(jnp.uint32)), jnp.uint32(0)
+    terms, zero = (word, strange.astype(jnp.uint32)), jnp.uint32(0)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
     # Together: XLA reads the leaf once, and on a CPU 30 times as fast as for two sums.
-    return jnp.stack(jax.lax.reduce(both, (zero, zero), add, tuple(range(x.ndim))))
+    return jnp.stack(jax.lax.reduce(terms, (zero, zero), add, tuple(range(x.ndim))))

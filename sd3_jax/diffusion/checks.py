@@ -17,6 +17,6 @@ def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
     )
 
 
-def require(ok: bool, field: str, given: Any, want: str) -> None:
+def require(ok: bool, field: str, value: Any, want: str) -> None:
     if not ok:
-        raise ConfigError(f"{field}: got {given!r}, want {want}")
+        raise ConfigError(f"{field}: got {value!r}, want {want}")

@@ -113,8 +113,8 @@ class Preconditioned:
     def velocity(self, xt: Batch, answer: Batch, t: Times) -> Batch:
         t = expand(t, xt)  # (xt - x0) / t, in which t cancels
         norm = self._norm(t)
-        kept = (t - SIGMA_DATA**2 * (1 - t)) / norm**2
-        return kept * xt - SIGMA_DATA / norm * answer
+        skip = (t - SIGMA_DATA**2 * (1 - t)) / norm**2
+        return skip * xt - SIGMA_DATA / norm * answer
 
     def spread(self, t: float) -> float:
         return t

@@ -46,10 +46,10 @@ def cfg(
         check(scale, interval, rescale)
     if not isinstance(scale, Array) and not guides(scale):
         return lambda x, t: velocity(x, t, cond)
-    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    condition = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
 
     def guided(x: Batch, t: Times) -> Batch:
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), condition)
         with jax.named_scope("guidance"):
             v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
             v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)

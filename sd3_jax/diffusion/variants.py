@@ -4,7 +4,7 @@
 def _variants() -> dict[str, dict]:
     """The 61 of the paper's study (5.1.1) by name: config.flow's path and density."""
     normal = lambda mean, std: dict(density="logit_normal", mean=mean, std=std)
-    found = {
+    variants = {
         "eps/linear": dict(path="eps/linear", density="linear"),
         "v/linear": dict(path="v/linear", density="linear"),
         "eps/cos": dict(path="eps/cos", density="cosmap"),
@@ -16,16 +16,16 @@ def _variants() -> dict[str, dict]:
     }
     for scale in sorted([*(-1 + 2.75 * i / 6 for i in range(7)), 1.0]):
         mode = dict(path="rf", density="mode", mode_scale=scale)
-        found[f"rf/mode({scale:.2f})"] = mode
+        variants[f"rf/mode({scale:.2f})"] = mode
     for mean in (-1.0, -0.5, 0.0, 0.5, 1.0):
         for std in (0.2, 0.6, 1.0, 1.4, 1.8, 2.2):
             name = f"rf/lognorm({mean:.2f},{std:.2f})"
-            found[name] = dict(path="rf", **normal(mean, std))
+            variants[name] = dict(path="rf", **normal(mean, std))
     for mean in (-1.2, -0.6, 0.0, 0.6, 1.2):
         for std in (0.6, 1.2, 1.8):
             name = f"edm({mean:.2f},{std:.2f})"
-            found[name] = dict(path="edm", **normal(mean, std))
-    return found
+            variants[name] = dict(path="edm", **normal(mean, std))
+    return variants
 
 
 VARIANTS = _variants()

@@ -53,14 +53,14 @@ class ClipText(nn.Module):
         block = ClipBlock(
             self.num_heads, self.mlp, self.activation, self.dtype, name="blocks"
         )
-        asked = self.depth - 2 - clip_skip  # 0-based layer whose output is wanted
-        if not 0 <= asked < self.depth:
+        last = self.depth - 2 - clip_skip  # 0-based layer whose output is returned
+        if not 0 <= last < self.depth:
             raise ValueError(f"clip_skip {clip_skip}: wanted 0 to {self.depth - 2}")
 
         def body(block, carry, layer):
-            x, kept = carry
+            x, hidden = carry
             x = block(x)
-            return (x, jnp.where(layer == asked, x, kept)), None
+            return (x, jnp.where(layer == last, x, hidden)), None
 
         scan = nn.scan(
             body,

@@ -66,13 +66,13 @@ class ControlNet(nn.Module):
                 self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
             )
             streams = (x, text(context))
-        dual, found = self.dual_blocks, []
+        dual, residuals = self.dual_blocks, []
         for name, length in ("dual_blocks", dual), ("blocks", self.depth - dual):
             if length:
                 stack = self.stack(length, name, dual=name == "dual_blocks")
-                streams, residuals = stack(streams, c)
-                found.append(residuals)
-        return jnp.concatenate(found) * jnp.asarray(scale, x.dtype)
+                streams, of_stack = stack(streams, c)
+                residuals.append(of_stack)
+        return jnp.concatenate(residuals) * jnp.asarray(scale, x.dtype)
 
     def stack(self, length: int, name: str, **kwargs):
         scan = nn.scan(

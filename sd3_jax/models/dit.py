@@ -179,8 +179,8 @@ def self_attention(block: nn.Module):
         width, options = x.shape[-1], dict(qk_norm=block.qk_norm, dtype=block.dtype)
         attn = Projections(width, block.num_heads, **options, name="attn")
         q, k, v = attn.qkv(x)
-        found = attention(q, whole(k), whole(v), kernel=block.attention)
-        return attn.project(found)
+        h = attention(q, whole(k), whole(v), kernel=block.attention)
+        return attn.project(h)
 
     return attend
 

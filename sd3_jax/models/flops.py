@@ -44,15 +44,15 @@ def crossdit(
     model: CrossDiT, *, height: int, width: int, text: int, text_dim: int
 ) -> float:
     d, n = model.width, tokens(model, height, width)
-    each = block(d, n, model.mlp_ratio) + cross(d, n, text, d)
-    return float(model.depth * each + modulated(model) + ends(model, n, text, text_dim))
+    blocks = model.depth * (block(d, n, model.mlp_ratio) + cross(d, n, text, d))
+    return float(blocks + modulated(model) + ends(model, n, text, text_dim))
 
 
 def uvit(model: UViT, *, height: int, width: int, text: int, text_dim: int) -> float:
     d, n, p = model.width, tokens(model, height, width), model.patch
-    both = 2 + text + n  # time and pooled text are tokens
-    skips = model.depth // 2 * 2 * 2 * d**2 * both
-    blocks = model.depth * block(d, both, model.mlp_ratio) + skips
+    length = 2 + text + n  # time and pooled text are tokens
+    skips = model.depth // 2 * 2 * 2 * d**2 * length
+    blocks = model.depth * block(d, length, model.mlp_ratio) + skips
     conv = 2 * 9 * model.channels**2 * n * p**2
     vectors = 2 * d**2 * 2 + 2 * 256 * d
     return float(blocks + conv + vectors + ends(model, n, text, text_dim))

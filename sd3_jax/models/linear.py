@@ -77,8 +77,8 @@ def forward(x: Array, kernel: Array, axes: Axes, inputs: int):
     return contract(x, kernel, inputs), (x, kernel)
 
 
-def backward(axes: Axes, inputs: int, kept: tuple[Array, Array], dy: Array):
-    x, kernel = kept
+def backward(axes: Axes, inputs: int, residuals: tuple[Array, Array], dy: Array):
+    x, kernel = residuals
     lead = x.ndim - inputs
     dx = dot(dy, kernel, range(lead, dy.ndim), range(inputs, kernel.ndim))
     first = axes[:inputs] == ("embed",)
@@ -148,10 +148,11 @@ def exchanged_forward(x: Array, kernel: Array, inputs: int):
     return exchanged(x, kernel, inputs), (x, kernel)
 
 
-def exchanged_backward(inputs: int, kept: tuple[Array, Array], dy: Array):
+def exchanged_backward(inputs: int, residuals: tuple[Array, Array], dy: Array):
+    x, kernel = residuals
     rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
     copies = tuple(axis for axis in rows if axis not in over)
-    few = len(dy) <= math.prod(kept[1].shape[:inputs])
+    few = len(dy) <= math.prod(kernel.shape[:inputs])
 
     def local(x, kernel, dy):
         dy = jax.lax.all_to_all(dy, over, dy.ndim - 1, 0, tiled=True)
@@ -166,7 +167,6 @@ def exchanged_backward(inputs: int, kept: tuple[Array, Array], dy: Array):
         dw = dot(x.astype(jnp.float32), dy.astype(jnp.float32), [0], [0])
         return dx, jax.lax.psum(dw, copies).astype(kernel.dtype)
 
-    x, kernel = kept
     return by_rows(local, kernel.ndim, backward=True)(x, kernel, dy)
 
 

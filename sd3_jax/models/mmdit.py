@@ -257,8 +257,8 @@ class Stream(nn.Module):
         if self.dual:  # among the image tokens alone, from the same normed x
             shift, scale, gate = modulation[6:]
             q2, k2, v2 = self.attn2.qkv(modulate(normed, shift, scale))
-            own = attention(q2, whole(k2), whole(v2), kernel=self.attention)
-            dual = gate[:, None] * self.attn2.project(own)
+            h = attention(q2, whole(k2), whole(v2), kernel=self.attention)
+            dual = gate[:, None] * self.attn2.project(h)
         return Opened(q, k, v, modulation, dual)
 
     def close(self, x: Array, joint: Array, opened: Opened) -> Array:
@@ -295,14 +295,14 @@ class Projections(nn.Module):
         qkv = self.to_qkv(x)  # (b, n, 3, a, k)
         axes = ("batch", "tokens", None, "heads", None)
         qkv = nn.with_logical_constraint(qkv, axes)
-        q, k, v = (kept(x) for x in jnp.unstack(qkv, axis=-3))
+        q, k, v = (saved(x) for x in jnp.unstack(qkv, axis=-3))
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 
     def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
         return checkpoint_name(self.to_out(x), "projected")
 
 
-def kept(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+def saved(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
     """What remat keeps of q, k or v: with its heads of 64 apart it would take twice the
     memory on a TPU, and all three in one array would be copied to take them apart."""
     return checkpoint_name(x.reshape(*x.shape[:2], -1), "qkv").reshape(x.shape)

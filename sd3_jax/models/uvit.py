@@ -104,9 +104,9 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"] | None = None
     ) -> Float[Array, "b n d"]:
         if skip is not None:
-            both = jnp.concatenate([x, skip], axis=-1)
+            joined = jnp.concatenate([x, skip], axis=-1)
             axes = (None, "embed")
-            x = cut(Dense(x.shape[-1], axes, dtype=self.dtype, name="skip")(both))
+            x = cut(Dense(x.shape[-1], axes, dtype=self.dtype, name="skip")(joined))
         x = cut(x + self_attention(self)(LayerNorm(name="norm1")(x)))
         mlp = Mlp(self.mlp_ratio, dtype=self.dtype, name="mlp")
         return cut(x + checkpoint_name(mlp(LayerNorm(name="norm2")(x)), "fed"))

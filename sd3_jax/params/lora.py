@@ -33,10 +33,10 @@ class Layout(NamedTuple):
 
     def shapes(self, kernel: tuple, rank: Any) -> tuple[tuple, tuple]:
         """Of a and b; or of their axes' names, of the kernel's."""
-        start, own = self.layers + self.inputs, self.groups
-        layers, groups = kernel[: self.layers], kernel[start : start + own]
+        start = self.layers + self.inputs
+        layers, groups = kernel[: self.layers], kernel[start : start + self.groups]
         a = (*kernel[:start], *groups, rank)
-        return a, (*layers, *groups, rank, *kernel[start + own :])
+        return a, (*layers, *groups, rank, *kernel[start + self.groups :])
 
 
 def layout(path: tuple[str, ...], ndim: int) -> Layout | None:
@@ -58,12 +58,12 @@ def layout_of(path: tuple[str, ...], pair: dict) -> Layout:
 
 def kernels(params: Any) -> dict[tuple[str, ...], Any]:
     """The kernels of all linear maps by their modules' paths; boxes stay closed."""
-    found = {}
+    by_path = {}
     for path, module in modules(params, "kernel"):
         kernel = module["kernel"]
         if layout(path, len(_open(kernel).shape)) is not None:
-            found[path] = kernel
-    return found
+            by_path[path] = kernel
+    return by_path
 
 
 def modules(tree: Any, name: str) -> Iterator[tuple[tuple[str, ...], dict]]:
@@ -77,33 +77,33 @@ def modules(tree: Any, name: str) -> Iterator[tuple[tuple[str, ...], dict]]:
 
 def nested(flat: Mapping[tuple[str, ...], Any]) -> dict:
     """A tree of dictionaries from what lies at its paths."""
-    made: dict = {}
+    root: dict = {}
     for (*path, last), value in flat.items():
-        place = made
+        place = root
         for name in path:
             place = place.setdefault(name, {})
         place[last] = value
-    return made
+    return root
 
 
 def init(key: Array, params: Any, *, rank: int, targets: str = "") -> dict:
-    """The params' tree, cut down to {"a", "b"} of the linear maps that are `chosen`.
+    """The params' tree, cut down to {"a", "b"} of the targeted linear maps.
 
     a is normal with deviation 1 / rank, as in diffusers' script for SD3, b is zero: the
     model is at first what it was. Both are float32. Of params only the shapes matter
     and, where they are boxed, the names of axes, which a and b then have.
     """
-    found = chosen(params, targets)
+    targeted = target_kernels(params, targets)
     lora = {}
-    keys = jax.random.split(key, len(found))
-    for own, (path, kernel) in zip(keys, found.items()):
+    keys = jax.random.split(key, len(targeted))
+    for a_key, (path, kernel) in zip(keys, targeted.items()):
         boxed = isinstance(kernel, nn.LogicallyPartitioned)
         shape = (kernel.value if boxed else kernel).shape
-        lies = layout(path, len(shape))
-        first, second = lies.shapes(tuple(shape), rank)
-        pair = [jax.random.normal(own, first) / rank, jnp.zeros(second)]
+        axes = layout(path, len(shape))
+        first, second = axes.shapes(tuple(shape), rank)
+        pair = [jax.random.normal(a_key, first) / rank, jnp.zeros(second)]
         if boxed:
-            names = lies.shapes(kernel.names, None)
+            names = axes.shapes(kernel.names, None)
             pair = [nn.LogicallyPartitioned(x, n) for x, n in zip(pair, names)]
         lora[path] = dict(zip("ab", pair))
     return nested(lora)
@@ -117,15 +117,15 @@ def started(new: dict, adapter: dict) -> dict:
     """
     flat = dict(modules(new, "a"))
     for path, pair in modules(adapter, "a"):
-        lies = layout_of(path, pair)
-        inputs = tuple(range(lies.layers, lies.layers + lies.inputs))
+        axes = layout_of(path, pair)
+        inputs = tuple(range(axes.layers, axes.layers + axes.inputs))
         absent = jnp.all(pair["a"] == 0, axis=inputs, keepdims=True)
         a = jnp.where(absent, flat[path]["a"], pair["a"])
         flat[path] = {"a": a, "b": jnp.asarray(pair["b"])}
     return nested(flat)
 
 
-def chosen(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
+def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
     """Kernels of the linear maps in whose path, such as "blocks/image/attn/to_qkv",
     the regex `targets` is found; of all of them for ""."""
     try:
@@ -134,15 +134,15 @@ def chosen(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
         raise UserError(f'LoRA targets "{targets}": no regex: {error}') from None
     every = {"/".join(path): (path, x) for path, x in kernels(params).items()}
     every = dict(sorted(every.items()))  # the same draws, however a tree is ordered
-    found = [name for name in every if pattern.search(name)]
-    if not found:
+    matching = [name for name in every if pattern.search(name)]
+    if not matching:
         match = near(
             targets, [*every, *(part for p, _ in every.values() for part in p)]
         )
-        some = ", ".join(list(every)[:SHOWN]) + (", …" if len(every) > SHOWN else "")
-        hint = f'; did you mean "{match}"?' if match else f"; wanted a part of {some}"
+        shown = ", ".join(list(every)[:SHOWN]) + (", …" if len(every) > SHOWN else "")
+        hint = f'; did you mean "{match}"?' if match else f"; wanted a part of {shown}"
         raise UserError(f'LoRA targets "{targets}" are in no linear map{hint}')
-    return dict(every[name] for name in found)
+    return dict(every[name] for name in matching)
 
 
 def attach(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):
@@ -186,15 +186,15 @@ def replaced(params: dict, path: tuple[str, ...], change) -> dict:
 def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
     a, b = pair["a"], pair["b"]
     shape, rank, name = tuple(kernel.shape), a.shape[-1], "/".join(path)
-    lies = layout(path, len(shape))
-    if lies is None or lies.shapes(shape, rank) != (a.shape, b.shape):
-        wanted = "a linear map" if lies is None else lies.shapes(shape, rank)
+    axes = layout(path, len(shape))
+    if axes is None or axes.shapes(shape, rank) != (a.shape, b.shape):
+        wanted = "a linear map" if axes is None else axes.shapes(shape, rank)
         raise ValueError(
             f"LoRA {name}: a {a.shape}, b {b.shape} for a kernel {shape}: wanted"
             f" {wanted}"
         )
     scale = weight * (alpha / rank if alpha else 1.0)
-    return LowRank(kernel, a, b, scale, bool(lies.groups))
+    return LowRank(kernel, a, b, scale, bool(axes.groups))
 
 
 def _open(x: Any) -> Any:

@@ -52,8 +52,8 @@ def stored(module: nn.Module, name: str) -> Leaf | None:
     would compare with the array's shape; else None."""
     if not module.has_variable("params", name):
         return None
-    found = module.get_variable("params", name)
-    return found if isinstance(found, Leaf) else None
+    value = module.get_variable("params", name)
+    return value if isinstance(value, Leaf) else None
 
 
 def product(x: Array, kernel: Any, axes: Axes, inputs: int) -> Array:
@@ -115,11 +115,11 @@ class LowRank(Leaf):
 
     def update(self) -> Array:
         """a b, in float32 and base's shape."""
-        own = 1 + self.groups  # axes that a has last and b first, of base one or none
-        layers = self.a.ndim + self.b.ndim - len(self.shape) - own - 1
+        shared = 1 + self.groups  # a's last axes and b's first: [groups,] rank
+        layers = self.a.ndim + self.b.ndim - len(self.shape) - shared - 1
         a, b = (x.astype(jnp.float32) for x in (self.a, self.b))
         groups, rank = a.shape[-2] if self.groups else 1, a.shape[-1]
         stack = math.prod(a.shape[:layers])
         a, b = a.reshape(stack, -1, groups, rank), b.reshape(stack, groups, rank, -1)
-        made = jnp.einsum("lxgr,lgry->lxgy", a, b, precision="highest")
-        return made.reshape(self.shape)
+        delta = jnp.einsum("lxgr,lgry->lxgy", a, b, precision="highest")
+        return delta.reshape(self.shape)

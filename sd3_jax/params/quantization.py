@@ -84,7 +84,7 @@ class Float8(Quantized):
 KINDS: dict[str, type[Quantized]] = {"int8": Int8, "fp8": Float8}
 
 
-def chosen(params: Any) -> set[tuple[str, ...]]:
+def quantizable_paths(params: Any) -> set[tuple[str, ...]]:
     """Paths of the modules whose kernels are quantized: the linear maps in the blocks
     of a denoiser or a text encoder. Norms, biases, tables and what a model begins and
     ends with are not."""
@@ -96,17 +96,20 @@ def chosen(params: Any) -> set[tuple[str, ...]]:
 def replaced(params: dict, make: Callable[[Any, Sequence[int]], Any]) -> dict:
     """Params with make(kernel, its input axes) for the kernels that are chosen; of a
     LowRank, for its base."""
-    made = params
-    for path in chosen(params):
-        made = lora.replaced(made, path, lambda x, path=path: _made(x, path, make))
-    return made
+    result = params
+    for path in quantizable_paths(params):
+        change = lambda x, path=path: _replace_kernel(x, path, make)
+        result = lora.replaced(result, path, change)
+    return result
 
 
-def _made(kernel: Any, path: tuple[str, ...], make: Callable) -> Any:
+def _replace_kernel(kernel: Any, path: tuple[str, ...], make: Callable) -> Any:
     if isinstance(kernel, LowRank):
-        return dataclasses.replace(kernel, base=_made(kernel.base, path, make))
-    lies = lora.layout(path, len(kernel.shape))
-    return make(kernel, range(lies.layers, lies.layers + lies.inputs))
+        return dataclasses.replace(
+            kernel, base=_replace_kernel(kernel.base, path, make)
+        )
+    axes = lora.layout(path, len(kernel.shape))
+    return make(kernel, range(axes.layers, axes.layers + axes.inputs))
 
 
 def quantized(params: dict, kind: str) -> dict:

@@ -57,14 +57,14 @@ def towers(config: Mapping[str, Any], where: str = "config") -> dict[str, dict]:
     the whole model's projection_dim those of both towers.
     """
     size = {"projection_dim": config.get("projection_dim", 512)}
-    told = {}
+    configs = {}
     for name, component in TOWERS.items():
-        own, file = {}, f"{where}: {name}_config"
+        fields, file = {}, f"{where}: {name}_config"
         for part in (config.get(f"{name}_config{end}") for end in ("", "_dict")):
             if part is not None:
-                own |= published_configs.read(component.kind, part, file)
-        told[name] = published_configs.read(component.kind, own | size, file)
-    return told
+                fields |= published_configs.read(component.kind, part, file)
+        configs[name] = published_configs.read(component.kind, fields | size, file)
+    return configs
 
 
 VISION = Component(

@@ -74,8 +74,8 @@ def configured(
         config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
     config = published_configs.read(component.kind, config, where)
     if names := published_configs.unknown(component.kind, config):
-        told = "%s: fields that nothing here reads: %s"
-        log.warning(told, where, shown(", ".join(names), 200))
+        message = "%s: fields that nothing here reads: %s"
+        log.warning(message, where, shown(", ".join(names), 200))
     if tensors is not None:
         published_configs.agree(component.kind, config, tensors, layout, where)
     return config

@@ -136,5 +136,5 @@ def without_borrowed(net: ControlNet, variables: Mapping) -> dict:
     """What of a net's variables its file holds: not what is the denoiser's."""
     if not net.borrowed:
         return dict(variables)
-    own = {k: v for k, v in variables["params"].items() if k != "patch_embed"}
-    return {"params": own}
+    params = {k: v for k, v in variables["params"].items() if k != "patch_embed"}
+    return {"params": params}

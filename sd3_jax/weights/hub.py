@@ -43,24 +43,25 @@ def of_model(variant: str = "") -> list[str]:
 
 
 def fetch(
-    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], what: str
+    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], label: str
 ) -> epath.Path:
     """The folder, or the file, as it lies here after its download; `wanted` are the
     patterns of files, of a model by default."""
     if name.file:
-        return epath.Path(_file(name, what))
+        return epath.Path(_file(name, label))
     patterns = of_model(name.variant) if wanted is None else list(wanted)
-    folder = _folder(name, patterns, unwanted, what)
+    folder = _folder(name, patterns, unwanted, label)
     if wanted is not None:
         return folder
-    if bare := list(_bare(folder)):  # what has no weights of that variant, or only some
+    # Components with no weights of that variant, or only some: take the plain ones.
+    if bare := list(_bare(folder)):
         more = [f"{x}/*.safetensors" for x in bare]
         more += [f"{x}/*.safetensors*.json" for x in bare]
-        folder = _folder(name, more, unwanted, what)
+        folder = _folder(name, more, unwanted, label)
     if not any((folder / x).exists() for x in (INDEX, "config.json")):
         raise UserError(
-            f'{what} "{name.repo}": the repository has neither {INDEX} nor config.json:'
-            f' name one of its files, as "{name.repo}/FILE.safetensors"'
+            f'{label} "{name.repo}": the repository has neither {INDEX} nor'
+            f' config.json: name one of its files, as "{name.repo}/FILE.safetensors"'
         )
     return folder
 
@@ -75,7 +76,7 @@ def _bare(folder: epath.Path) -> Iterable[str]:
             yield component.folder
 
 
-def _folder(name, patterns, unwanted, what) -> epath.Path:
+def _folder(name, patterns, unwanted, label) -> epath.Path:
     import huggingface_hub
 
     download = functools.partial(
@@ -85,19 +86,19 @@ def _folder(name, patterns, unwanted, what) -> epath.Path:
         allow_patterns=patterns,
         ignore_patterns=list(unwanted),
     )
-    return epath.Path(_downloaded(name, what, download))
+    return epath.Path(_downloaded(name, label, download))
 
 
-def _file(name, what) -> str:
+def _file(name, label) -> str:
     import huggingface_hub
 
     download = functools.partial(
         huggingface_hub.hf_hub_download, name.repo, name.file, revision=name.revision
     )
-    return _downloaded(name, what, download)
+    return _downloaded(name, label, download)
 
 
-def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
+def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
     """Without a connection, what was fetched before: the hub's client would try again
     for half a minute."""
     from huggingface_hub.errors import RepositoryNotFoundError
@@ -108,7 +109,7 @@ def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
     except Exception as error:  # its errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""
-        place = f'{what} "{name.repo}{file}"'
+        place = f'{label} "{name.repo}{file}"'
         message = f"{place}: no such file or folder here, and the hub"
         if offline:
             raise UserError(

@@ -131,23 +131,23 @@ LAYERS = {  # the field, and what the names of its layers begin with
     ),
 }
 NORMS = ".norm_q.", ".ln_q."  # of either layout
-Told = dict[str, tuple[Any, str]]  # a field's value, and the reason
+Measured = dict[str, tuple[Any, str]]  # a field's value, and the reason
 
 
-def measured(kind: str, x: Shapes, layout: str, where: str) -> Told:
+def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
     """Every field that the tensors tell, but for those whose tensor is missing."""
-    told: Told = {}
+    fields: Measured = {}
     for size in SIZES[kind][layout]:
         if size.tensor in x:
-            told[size.field] = _tell(size, x[size.tensor].shape, where)
+            fields[size.field] = _tell(size, x[size.tensor].shape, where)
     if kind in LAYERS:
         field, prefixes = LAYERS[kind]
         prefix = prefixes[layout]
         depth = number_of_layers(x, prefix, where)
-        told[field] = depth, f"the file has {prefix}0 to {depth - 1}"
+        fields[field] = depth, f"the file has {prefix}0 to {depth - 1}"
     if kind in ("denoiser", "controlnet"):
-        told |= _blocks(x)
-    return told | _levels(x, layout, where) if kind == "vae" else told
+        fields |= _blocks(x)
+    return fields | _levels(x, layout, where) if kind == "vae" else fields
 
 
 def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
@@ -160,7 +160,7 @@ def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
     return value, reason
 
 
-def _blocks(x: Shapes) -> Told:
+def _blocks(x: Shapes) -> Measured:
     dual = sorted({int(m[1]) for k in x if (m := re.match(DUAL, k))})
     normed = next((k for k in x if any(norm in k for norm in NORMS)), None)
     reason = f"{normed} is there" if normed else "no layer has a norm of q"
@@ -173,7 +173,7 @@ def _blocks(x: Shapes) -> Told:
 DUAL = r"(?:transformer|joint)_blocks\.([0-9]{1,9})\.(?:x_block\.)?attn2\."
 
 
-def _levels(x: Shapes, layout: str, where: str) -> Told:
+def _levels(x: Shapes, layout: str, where: str) -> Measured:
     """Of the autoencoder's encoder."""
     one, block, middle = {
         "diffusers": ("encoder.down_blocks.", "resnets", "encoder.mid_block.attent"),
@@ -181,16 +181,16 @@ def _levels(x: Shapes, layout: str, where: str) -> Told:
     }[layout]
     levels = number_of_layers(x, one, where)
     names = [f"{one}{i}.{block}.0.conv1.weight" for i in range(levels)]
-    told: Told = {}
+    fields: Measured = {}
     if all(name in x for name in names):
         first = [axis("block_out_channels", name, 4, 0) for name in names]
         widths = [_tell(size, x[size.tensor].shape, where)[0] for size in first]
-        told["block_out_channels"] = widths, f"{names[0]} and the like are so"
+        fields["block_out_channels"] = widths, f"{names[0]} and the like are so"
     resnets = number_of_layers(x, f"{one}0.{block}.", where)
-    told["layers_per_block"] = resnets, f"{one}0 has so many"
-    there = any(name.startswith(middle) for name in x)
-    reason = f"{middle}… is {'there' if there else 'missing'}"
-    return told | {"mid_block_add_attention": (there, reason)}
+    fields["layers_per_block"] = resnets, f"{one}0 has so many"
+    attends = any(name.startswith(middle) for name in x)
+    reason = f"{middle}… is {'there' if attends else 'missing'}"
+    return fields | {"mid_block_add_attention": (attends, reason)}
 
 
 def number_of_layers(x: Shapes, prefix: str, where: str) -> int:

@@ -126,18 +126,20 @@ def pieces(variables: Any, groups: Sequence[Group], layout: str) -> list[Piece]:
         for group in groups
         for row in group.rows
     }
-    made = []
-    of_one = jax.tree_util.tree_leaves_with_path(
+    tensors = []
+    leaves = jax.tree_util.tree_leaves_with_path(
         variables, is_leaf=parametrization.is_leaf
     )
-    for path, leaf in of_one:
+    for path, leaf in leaves:
         names = tree.names(path)
         module, parameter = "/".join(names[1:-1]), names[-1]
         bare = "/".join(names[1:])
         group, row = rows[bare] if bare in rows else rows[module]
         parameter = None if bare in rows else parameter
-        made.extend(_of_leaf(names, tuple(leaf.shape), group, row, parameter, layout))
-    return made
+        tensors.extend(
+            _of_leaf(names, tuple(leaf.shape), group, row, parameter, layout)
+        )
+    return tensors
 
 
 def _of_leaf(path, shape, group, row, parameter, layout) -> Iterator[Piece]:
@@ -164,15 +166,15 @@ def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
     if path[-1] in ("bias", "scale"):  # of heads and chunks: one axis in the file
         to_file = lambda x: x.reshape(-1)
     read = kind.read if kernel else AS_IS.read
-    turn = _swap if kind.swap else lambda x: x
+    exchange = _swap if kind.swap else lambda x: x
     return Piece(
         key,
         path,
         index,
         shape,
         jax.eval_shape(to_file, jax.ShapeDtypeStruct(shape, jnp.float32)).shape,
-        read=lambda x: read(turn(x), shape),
-        write=lambda x: turn(to_file(x)),
+        read=lambda x: read(exchange(x), shape),
+        write=lambda x: exchange(to_file(x)),
         fill=None if fill is None else lambda: fill(shape),
     )
 

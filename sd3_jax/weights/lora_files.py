@@ -47,9 +47,9 @@ def load(
     for place, pair in known.items():
         path = places[place]
         ranks[path] = max(ranks.get(path, 0), pair.rank)
-    both = _pseudo({path: shapes[path] for path in ranks}, ranks)
+    matrices = _pseudo({path: shapes[path] for path in ranks}, ranks)
     for kind in layouts:
-        for side, pieces in enumerate(_pieces(name, module, both, kind)):
+        for side, pieces in enumerate(_pieces(name, module, matrices, kind)):
             for piece in pieces:
                 if (pair := known.get((kind, _module(piece)))) is not None:
                     part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
@@ -60,9 +60,10 @@ def load(
                             f"{pair.up.path}: {_module(piece)}: too large for float32"
                             f" times {share:g}, its alpha over its rank and the weight"
                         )
-                    both[side][piece.path[1:-1]][piece.index] = scaled
-    turned = {path: _turn(path, shapes[path], b) for path, b in both[1].items()}
-    return nested({path: {"a": both[0][path], "b": turned[path]} for path in ranks})
+                    matrices[side][piece.path[1:-1]][piece.index] = scaled
+    a, turned_b = matrices
+    b = {path: _turn(path, shapes[path], x) for path, x in turned_b.items()}
+    return nested({path: {"a": a[path], "b": b[path]} for path in ranks})
 
 
 def save(
@@ -81,18 +82,18 @@ def save(
     """
     path = epath.Path(path)
     path = path if path.name.endswith(".safetensors") else path / FILE
-    found: dict[str, Entry] = {}
-    told: dict[str, Any] = {}
+    entries: dict[str, Entry] = {}
+    peft: dict[str, Any] = {}
     for name, lora in loras.items():
-        own = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
+        tensors = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
         prefix = next(k for k, v in PREFIXES.items() if v == name)
-        told |= {f"{prefix}.{k}": v for k, v in _peft(own).items()}
-        found |= {f"{prefix}.{k}": _entry(x) for k, x in own.items()}
+        peft |= {f"{prefix}.{k}": v for k, v in _peft(tensors).items()}
+        entries |= {f"{prefix}.{k}": _entry(x) for k, x in tensors.items()}
     metadata = dict(facts or {}) | {
-        METADATA: json.dumps(told, indent=2, sort_keys=True)
+        METADATA: json.dumps(peft, indent=2, sort_keys=True)
     }
     if jax.process_index() == 0:
-        safetensors.write_file(path, found, metadata)
+        safetensors.write_file(path, entries, metadata)
     return path
 
 
@@ -136,29 +137,29 @@ def _pseudo(shapes: Mapping[tuple, tuple], ranks: Mapping[tuple, int]):
 
 def _turn(path: tuple, shape: tuple, b: np.ndarray) -> np.ndarray:
     """Groups and rank exchanged, where there are groups."""
-    lies = layout(path, len(shape))
-    return np.swapaxes(b, lies.layers, lies.layers + 1) if lies.groups else b
+    axes = layout(path, len(shape))
+    return np.swapaxes(b, axes.layers, axes.layers + 1) if axes.groups else b
 
 
 def _pieces(
-    name: str, module: nn.Module, both, layout: str = "diffusers"
+    name: str, module: nn.Module, matrices, layout: str = "diffusers"
 ) -> tuple[list[Piece], list[Piece]]:
     groups = COMPONENTS[name].table(module)
-    made = []
-    for side, change in zip(both, (_first, _second)):
+    sides = []
+    for by_path, change in zip(matrices, (_first, _second)):
         table = [
             group._replace(rows=[_changed(row, change) for row in group.rows])
             for group in groups
         ]
-        leaves = nested({("params", *path, "kernel"): x for path, x in side.items()})
+        leaves = nested({("params", *path, "kernel"): x for path, x in by_path.items()})
         try:
             pieces = key_mapping.pieces(leaves, table, layout)
         except KeyError as error:
             raise UserError(
                 f"LoRA of {error.args[0]}: diffusers' layout has no such module"
             ) from None
-        made.append([piece for piece in pieces if piece.key is not None])
-    return made[0], made[1]
+        sides.append([piece for piece in pieces if piece.key is not None])
+    return sides[0], sides[1]
 
 
 def _changed(row: Row, change: Callable[[Kind], Kind]) -> Row:
@@ -190,13 +191,13 @@ def _module(piece: Piece) -> str:
 
 def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     """A pair's down or up, filled to the rank; down once for each map that is fused."""
-    tensor, wanted = pair[side], list(piece.file_shape)
-    fused = 1 if side else wanted[0] // rank
-    wanted[side] = pair.rank
-    if list(tensor.shape) != wanted:
+    tensor, shape = pair[side], list(piece.file_shape)
+    fused = 1 if side else shape[0] // rank
+    shape[side] = pair.rank
+    if list(tensor.shape) != shape:
         raise UserError(
             f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
-            f" {list(tensor.shape)}, wanted {wanted}"
+            f" {list(tensor.shape)}, wanted {shape}"
         )
     if tensor.dtype.kind in "biu":
         raise UserError(
@@ -206,9 +207,9 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     x = tensor.read()
     if not safetensors.finite(x):
         raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
-    more = [(0, 0)] * x.ndim
-    more[side] = (0, rank - pair.rank)
-    x = np.pad(x.astype(np.float32), more)
+    padding = [(0, 0)] * x.ndim
+    padding[side] = (0, rank - pair.rank)
+    x = np.pad(x.astype(np.float32), padding)
     return np.concatenate([x] * fused) if fused > 1 else x
 
 
@@ -218,19 +219,19 @@ def _tensors(
     """lora_A and lora_B by their names, alpha / rank in the latter."""
     a, b = {}, {}
     for path, pair in modules(lora, "a"):
-        lies = layout_of(path, pair)
+        axes = layout_of(path, pair)
         up = _host(pair["b"]).astype(np.float32)
         up = up * np.float32(
-            alpha / up.shape[lies.layers + lies.groups] if alpha else 1
+            alpha / up.shape[axes.layers + axes.groups] if alpha else 1
         )
         a[path] = _host(pair["a"])
-        b[path] = np.swapaxes(up, lies.layers, lies.layers + 1) if lies.groups else up
-    made = {}
+        b[path] = np.swapaxes(up, axes.layers, axes.layers + 1) if axes.groups else up
+    tensors = {}
     for side, tree, pieces in zip("AB", (a, b), _pieces(name, module, (a, b))):
         for piece in pieces:
             part = piece.write(tree[piece.path[1:-1]][piece.index])
-            made[f"{_module(piece)}.lora_{side}.weight"] = part.astype(dtype)
-    return made
+            tensors[f"{_module(piece)}.lora_{side}.weight"] = part.astype(dtype)
+    return tensors
 
 
 def _host(x: Any) -> np.ndarray:

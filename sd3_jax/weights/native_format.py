@@ -70,10 +70,10 @@ def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        truth = error.__cause__ or error
-        reason = " ".join(str(truth).split())[:300]
-        raise UserError(f"{what}: {type(truth).__name__}: {reason}") from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]
+        raise UserError(f"{failure}: {type(cause).__name__}: {reason}") from error

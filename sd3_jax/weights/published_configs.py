@@ -390,14 +390,14 @@ def _products(kind: str, c: dict) -> dict[str, int]:
     }
 
 
-def fit(found: Mapping[str, dict], source: str) -> None:
+def fit(configs: Mapping[str, dict], source: str) -> None:
     """A UserError if parts that were read are of different models: what one gives the
     denoiser is not what it takes."""
-    if "denoiser" not in found:
+    if "denoiser" not in configs:
         return
-    denoiser = found["denoiser"]
+    denoiser = configs["denoiser"]
     pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
-    clips = [found[name] for name in ("clip_l", "clip_g") if name in found]
+    clips = [configs[name] for name in ("clip_l", "clip_g") if name in configs]
     for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
@@ -409,8 +409,8 @@ def fit(found: Mapping[str, dict], source: str) -> None:
         ("t5", "d_model", context),
         ("vae", "latent_channels", denoiser["in_channels"]),
     ):
-        if part in found and found[part][name] != wanted:
+        if part in configs and configs[part][name] != wanted:
             raise UserError(
-                f"{source}: {part} is of another model: {name} = {found[part][name]}:"
+                f"{source}: {part} is of another model: {name} = {configs[part][name]}:"
                 f" wanted the denoiser's {wanted}"
             )

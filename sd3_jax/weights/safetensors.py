@@ -162,8 +162,8 @@ def _texts(x: Any) -> bool:
     return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
 
 
-def _damaged(path, what) -> UserError:
-    return UserError(f"{path}: not a safetensors file, or a damaged one: {what}")
+def _damaged(path, reason) -> UserError:
+    return UserError(f"{path}: not a safetensors file, or a damaged one: {reason}")
 
 
 def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
@@ -229,12 +229,12 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
     if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
         raise UserError(f"{folder}: holds shards of {len(sets)} files: wanted one's")
     ((stem, count),) = sets
-    have = {number for number, _ in numbers.values()}
-    first = 0 if 0 in have else 1
-    if lacking := sorted(set(range(first, first + count)) - have):
+    present = {number for number, _ in numbers.values()}
+    first = 0 if 0 in present else 1
+    if missing := sorted(set(range(first, first + count)) - present):
         raise UserError(
-            f"{folder}: of the {count} shards of {stem} {len(lacking)} are not there:"
-            f" {listed(lacking)}"
+            f"{folder}: of the {count} shards of {stem} {len(missing)} are not there:"
+            f" {listed(missing)}"
         )
     tensors: Tensors = {}
     for name in names:
@@ -282,8 +282,8 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
         )
     tensors = {}
     for name in names:
-        own = open_file(folder / name)[0]
-        tensors |= {k: x for k, x in own.items() if where.get(k, name) == name}
+        shard = open_file(folder / name)[0]
+        tensors |= {k: x for k, x in shard.items() if where.get(k, name) == name}
     if absent := [key for key in where if key not in tensors]:
         raise UserError(
             f"{folder / index}: {len(absent)} tensors are not in the files that it"

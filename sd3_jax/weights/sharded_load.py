@@ -34,7 +34,7 @@ def check(
     tensors: Mapping[str, Any],
     pieces: Sequence[Piece],
     *,
-    what: str,
+    where: str,
     ignored: Sequence[str] = (),
 ) -> None:
     """Every tensor is used and every parameter covered, or the error lists them. None
@@ -57,13 +57,13 @@ def check(
     if wrong := missing + extra + shapes:
         listed = "; ".join(wrong[:LISTED]) + (" …" if len(wrong) > LISTED else "")
         raise UserError(
-            f"{what}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
+            f"{where}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
             f" of another shape: {listed}"
         )
     if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
         name = integers[0]
         raise UserError(
-            f"{what}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
+            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
             f" file is quantized ({len(integers)} tensors of integers)"
         )
 
@@ -93,8 +93,8 @@ def _load_leaf(tensors, leaf, pieces) -> Any:
         if isinstance(leaf, Quantized):
             scale = key_mapping.indexed(leaf.scale.shape, piece.index)
             parts = quantization.on_host(part, type(leaf), scale)
-        for x, own in zip(filling, parts):
-            x.fill(piece.index, own)
+        for x, values in zip(filling, parts):
+            x.fill(piece.index, values)
 
     with ThreadPoolExecutor(READERS) as pool:
         list(pool.map(bring, pieces))  # each fills a part of its own
@@ -122,8 +122,8 @@ class _Shards:
     def fill(self, index: tuple, part: np.ndarray) -> None:
         for bound, buffer in self.buffers.items():
             if selection := _overlap(index, bound):
-                into, of = selection
-                buffer[into] = _cast(part[of], buffer.dtype)
+                target, source = selection
+                buffer[target] = _cast(part[source], buffer.dtype)
 
     def array(self) -> jax.Array:
         """On the devices; each buffer goes as its shards are there."""
@@ -157,16 +157,16 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
 def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
     """Where in a shard a piece goes and which of it, or None if nowhere."""
     index = index + (slice(None),) * (len(bound) - len(index))
-    into, of = [], []
+    target, source = [], []
     for i, (start, stop) in zip(index, bound):
         if isinstance(i, slice):
-            into.append(slice(None))
-            of.append(slice(start, stop))
+            target.append(slice(None))
+            source.append(slice(start, stop))
         elif start <= i < stop:
-            into.append(i - start)
+            target.append(i - start)
         else:
             return None
-    return tuple(into), tuple(of)
+    return tuple(target), tuple(source)
 
 
 def _cast(x: np.ndarray, dtype) -> np.ndarray:
@@ -180,13 +180,13 @@ def dtypes(tensors: Tensors, pieces: Sequence[Piece]) -> dict[tuple[str, ...], s
 
     A leaf that the file lacks is as most others are.
     """
-    found: dict[tuple, set] = {}
+    by_path: dict[tuple, set] = {}
     for piece in pieces:
         dtype = {tensors[piece.key].dtype} if piece.key is not None else set()
-        found.setdefault(piece.path, set()).update(dtype)
-    widest = {k: max(v, key=lambda d: d.itemsize) for k, v in found.items() if v}
+        by_path.setdefault(piece.path, set()).update(dtype)
+    widest = {k: max(v, key=lambda d: d.itemsize) for k, v in by_path.items() if v}
     usual = Counter(widest.values()).most_common(1)[0][0]
-    return {path: widest.get(path, usual).name for path in found}
+    return {path: widest.get(path, usual).name for path in by_path}
 
 
 def entries(

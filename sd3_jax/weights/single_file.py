@@ -104,11 +104,11 @@ def split(
     """
     unsupported_formats.refuse_others(path, tensors)
     groups: dict[str, Tensors] = {}
-    rest = []
+    unplaced = []
     for key, tensor in tensors.items():
         name, bare_key = place(key)
         if name is None:
-            rest.append(key)
+            unplaced.append(key)
             continue
         group = groups.setdefault(name, {})
         if bare_key in group:
@@ -117,15 +117,15 @@ def split(
                 " one of them"
             )
         group[bare_key] = tensor
-    groups = _clips_by_width(path, groups, rest)
+    groups = _clips_by_width(path, groups, unplaced)
     parts, unread = {}, {}
     for name in COMPONENTS:
         patterns = {} if name in whole else UNREAD[name]
         if part := _read(name, groups.get(name, {}), patterns, unread):
             parts[name] = part
         else:
-            rest += groups.get(name, {})
-    unknown = [key for key in rest if not _is_unread(key, parts, unread)]
+            unplaced += groups.get(name, {})
+    unknown = [key for key in unplaced if not _is_unread(key, parts, unread)]
     if not parts:
         raise UserError(
             f"{path}: not a model of this family; it holds {listed(unknown)}; wanted"
@@ -159,7 +159,7 @@ def place(key: str) -> tuple[str | None, str]:
 
 
 def _clips_by_width(
-    path: epath.Path, groups: dict[str, Tensors], rest: list[str]
+    path: epath.Path, groups: dict[str, Tensors], unplaced: list[str]
 ) -> dict[str, Tensors]:
     """CLIP-L and CLIP-G have the same names, so that a file of one alone says only by
     its width which it is; where a prefix says it, the width must agree."""
@@ -172,7 +172,7 @@ def _clips_by_width(
             )
     alone = groups.pop("clip", {})
     if all(_matches(key, CLIP_UNREAD) for key in alone):
-        rest += alone
+        unplaced += alone
         return groups
     width = _width(alone)
     if width is None:
@@ -207,14 +207,14 @@ def _read(
     name: str, tensors: Tensors, patterns: Mapping[str, str], unread: dict[str, list]
 ) -> Tensors:
     """A part without the tensors that nothing reads, if any other is left."""
-    kept = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
+    part = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
     shared = with_shared(tensors).get("shared.weight")
-    if name == "t5" and kept and shared is not None:
-        kept["shared.weight"] = shared
-    for key in tensors if kept else ():
+    if name == "t5" and part and shared is not None:
+        part["shared.weight"] = shared
+    for key in tensors if part else ():
         if reason := _matches(key, patterns):
             unread.setdefault(f"{name}: {reason}", []).append(key)
-    return kept
+    return part
 
 
 def with_shared(t5: Tensors) -> Tensors:

@@ -79,27 +79,27 @@ def locate(
     wanted: Sequence[str] | None = None,
     *,
     unwanted: Sequence[str] = (),
-    what: str = "weights",
+    label: str = "weights",
 ) -> Located:
     """Where what is meant lies, and the variant that is meant: a path, as it is, or a
     hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
-            f'{what} "{shown(source)}": wanted a file, a folder or a hub name'
+            f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
         )
     source = os.fspath(source)
     if not source.isprintable() or len(source) > 4096:
-        raise UserError(f'{what} "{shown(source)}": wanted a name that prints')
-    _check_scheme(source, what)
+        raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
+    _check_scheme(source, label)
     if existing := _existing(source):
         return existing
     if link := source_names.link(source):
-        raise UserError(f'{what} "{source}" is a link: name it as "{link}"')
+        raise UserError(f'{label} "{source}" is a link: name it as "{link}"')
     if (name := source_names.parse_absent(source)) is None:
         raise UserError(
-            f'{what} "{source}": no such file, folder or hub name{_near(source)}'
+            f'{label} "{source}": no such file, folder or hub name{_near(source)}'
         )
-    return Located(hub.fetch(name, wanted, unwanted, what), name.variant)
+    return Located(hub.fetch(name, wanted, unwanted, label), name.variant)
 
 
 def _existing(source: str) -> Located | None:
@@ -113,27 +113,27 @@ def _existing(source: str) -> Located | None:
 
 
 def resolve(
-    source: str, wanted: Sequence[str] | None = None, *, what: str = "weights"
+    source: str, wanted: Sequence[str] | None = None, *, label: str = "weights"
 ) -> epath.Path:
     """`locate` for what has no variants."""
-    path, variant = locate(source, wanted, unwanted=UNWANTED, what=what)
+    path, variant = locate(source, wanted, unwanted=UNWANTED, label=label)
     if variant:
-        raise UserError(f'{what} "{source}": wanted no variant (":{variant}") of it')
+        raise UserError(f'{label} "{source}": wanted no variant (":{variant}") of it')
     return path
 
 
-def _check_scheme(source: str, what: str) -> None:
+def _check_scheme(source: str, label: str) -> None:
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
     known = source.startswith(source_names.REMOTE) or source_names.link(source)
     if scheme is None or known:
         return
     if scheme[1].lower() in ("http", "https"):
         raise UserError(
-            f'{what} "{source}" is a link: download it and name the file, or name a'
+            f'{label} "{source}" is a link: download it and name the file, or name a'
             ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
         )
     raise UserError(
-        f'{what} "{source}": wanted a path, or one that begins with'
+        f'{label} "{source}": wanted a path, or one that begins with'
         f" {', '.join(source_names.BUCKETS)}"
     )
 
@@ -187,12 +187,12 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
     fuller = _fuller(tensors, metadata, known)
     components = {}
     for name, part in single_file.split(path, tensors, whole=fuller).items():
-        what, component = f"{path}: {name}", COMPONENTS[name]
+        where, component = f"{path}: {name}", COMPONENTS[name]
         config, table = known.get(name), part.table
         if config is not None and name in fuller:
             table = component.fuller
-        config = configured(component, config, part.measured, part.layout, what)
-        components[name] = _part(part.tensors, config, what, part.layout, table)
+        config = configured(component, config, part.measured, part.layout, where)
+        components[name] = _part(part.tensors, config, where, part.layout, table)
     if isinstance(known.get("scheduler"), dict):
         components["scheduler"] = Part(None, known["scheduler"], None, str(path))
     absent = [name for name in COMPONENTS if name not in components]
@@ -341,7 +341,7 @@ def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
 def _part(
     tensors: safetensors.Tensors,
     config: dict,
-    what: str,
+    where: str,
     layout: str,
     table: Callable | None = None,
 ) -> Part:
@@ -349,9 +349,10 @@ def _part(
 
     def pieces(component, module, shapes):
         groups = (table or component.table)(module)
-        found = key_mapping.pieces(shapes, groups, layout)
-        sharded_load.check(tensors, found, what=what, ignored=component.ignored)
-        return found
+        file_pieces = key_mapping.pieces(shapes, groups, layout)
+        ignored = component.ignored
+        sharded_load.check(tensors, file_pieces, where=where, ignored=ignored)
+        return file_pieces
 
     def read(component, module, shapes):
         return sharded_load.load(tensors, shapes, pieces(component, module, shapes))
@@ -359,7 +360,7 @@ def _part(
     def dtypes(component, module, shapes):
         return sharded_load.dtypes(tensors, pieces(component, module, shapes))
 
-    return Part(read, config, dtypes, what)
+    return Part(read, config, dtypes, where)
 
 
 def _stored(path: epath.Path) -> dict[str, Part]:
@@ -371,23 +372,23 @@ def _stored(path: epath.Path) -> dict[str, Part]:
             str(path),
         )
 
-    found = native_format.configs(path)
-    for name in COMPONENTS.keys() & found.keys():
+    configs = native_format.configs(path)
+    for name in COMPONENTS.keys() & configs.keys():
         where = f"{path / native_format.FILE}: {name}"
-        found[name] = configured(COMPONENTS[name], found[name], where=where)
-    return {name: part(name, config) for name, config in found.items()}
+        configs[name] = configured(COMPONENTS[name], configs[name], where=where)
+    return {name: part(name, config) for name, config in configs.items()}
 
 
 def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
     """What is to be in eight bits is read as it is stored, and rounded, a leaf at a
     time."""
     places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
-    made = [native_format.LEFT if is_leaf(x) else x for _, x in places]
-    read = lambda wanted: jax.tree.leaves(
-        native_format.load(path, name, jax.tree.unflatten(treedef, wanted)),
+    leaves = [native_format.LEFT if is_leaf(x) else x for _, x in places]
+    read = lambda abstract: jax.tree.leaves(
+        native_format.load(path, name, jax.tree.unflatten(treedef, abstract)),
         is_leaf=lambda x: x is native_format.LEFT,
     )
-    made, dtypes = read(made), native_format.dtypes(path, name)
+    leaves, dtypes = read(leaves), native_format.dtypes(path, name)
     for i, (at, x) in enumerate(places):
         if is_leaf(x):
             dtype = jnp.dtype(dtypes[tree.names(at)])
@@ -395,5 +396,5 @@ def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
             alone = [native_format.LEFT] * len(places)
             alone[i] = whole
             axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
-            made[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
-    return jax.tree.unflatten(treedef, made)
+            leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
+    return jax.tree.unflatten(treedef, leaves)

@@ -99,10 +99,10 @@ def dot_product(q, k, v, bias, scale):
     fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     cudnn = fits and tpu.device_kind().startswith("NVIDIA")
     implementation = "cudnn" if cudnn else "xla"
-    found = jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, bias, scale=scale, implementation=implementation
     )
-    return checkpoint_name(found, "attention")
+    return checkpoint_name(out, "attention")
 
 
 def splash(q, k, v, bias, scale):

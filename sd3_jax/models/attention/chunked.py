@@ -66,13 +66,13 @@ def attend(
 
 
 def forward(q, k, v, scale):
-    def group(given):
-        q, k, v = given
+    def group(qkv):
+        q, k, v = qkv
         return jax.lax.map(lambda q: block(q, k, v, scale), q)
 
-    found = jax.lax.map(group, (q, k, v))
+    outputs = jax.lax.map(group, (q, k, v))
     # By these names remat keeps both: without either it would attend twice.
-    out, total = (checkpoint_name(x, "attention") for x in found)
+    out, total = (checkpoint_name(x, "attention") for x in outputs)
     return out, (q, k, v, out, total)
 
 
@@ -86,17 +86,17 @@ def block(q, k, v, scale):
     return out.astype(q.dtype), scale * top + jnp.log(total)
 
 
-def backward(scale, kept, dout):
-    def group(given):
-        q, k, v, out, total, dout = given
+def backward(scale, residuals, dout):
+    def group(arrays):
+        q, k, v, out, total, dout = arrays
 
-        def one(sums, given):
-            q, out, total, dout = given
+        def one(sums, arrays):
+            q, out, total, dout = arrays
             weights = jnp.exp(scale * product("gnk,gmk->gnm", q, k) - total)
             dv = product("gnm,gnk->gmk", weights.astype(v.dtype), dout)
             dweights = product("gnk,gmk->gnm", dout, v)
-            own = out.astype(jnp.float32) * dout.astype(jnp.float32)
-            dweights = dweights - jnp.sum(own, -1, keepdims=True)
+            delta = out.astype(jnp.float32) * dout.astype(jnp.float32)
+            dweights = dweights - jnp.sum(delta, -1, keepdims=True)
             dlogits = (scale * weights * dweights).astype(q.dtype)
             dk = product("gnm,gnk->gmk", dlogits, q)
             dq = product("gnm,gmk->gnk", dlogits, k).astype(q.dtype)
@@ -106,7 +106,7 @@ def backward(scale, kept, dout):
         sums, dq = jax.lax.scan(one, zeros, (q, out, total, dout))
         return dq, *(x.astype(k.dtype) for x in sums)
 
-    return jax.lax.map(group, (*kept, dout))
+    return jax.lax.map(group, (*residuals, dout))
 
 
 attend.defvjp(forward, backward)

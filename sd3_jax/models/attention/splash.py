@@ -86,8 +86,8 @@ def block(n: int, most: int) -> int:
 def joined(parts: Parts, multiple: int) -> Array:
     """One after the other along the tokens, then zeros."""
     b, _, *head = parts[0].shape
-    rest = -sum(x.shape[1] for x in parts) % multiple
-    zeros = [jnp.zeros((b, rest, *head), parts[0].dtype)] if rest else []
+    pad = -sum(x.shape[1] for x in parts) % multiple
+    zeros = [jnp.zeros((b, pad, *head), parts[0].dtype)] if pad else []
     return jnp.concatenate([*parts, *zeros], axis=1)
 
 
