@@ -67,7 +67,7 @@ def velocity(
 class Modulation(nn.Module):
     """adaLN's linear layer: c to `chunks` vectors, all zero at the start.
 
-    Its outputs are sharded, not its inputs: see linear.exchanged.
+    Its outputs are sharded, not its inputs: see sharded_linear.exchanged.
     """
 
     chunks: int

@@ -12,7 +12,7 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from sd3_jax.models.linear import Axes, linear
+from sd3_jax.models.sharded_linear import Axes, linear
 
 
 class Leaf:

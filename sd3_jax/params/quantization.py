@@ -18,7 +18,7 @@ from flax import struct
 from jax import Array, ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sd3_jax.models.linear import Axes, linear
+from sd3_jax.models.sharded_linear import Axes, linear
 from sd3_jax.params import lora
 from sd3_jax.params.parametrization import Leaf, LowRank
 
