@@ -1,4 +1,4 @@
-"""What is fetched of the hub's repositories, whose names source_names reads."""
+"""Download from the Hugging Face hub; source_names parses the names."""
 
 import functools
 import socket
@@ -18,8 +18,8 @@ INDEX = "model_index.json"
 
 
 def weights(stem: str, variant: str = "") -> list[str]:
-    """Patterns of one component's file, its shards and its index, under any of the
-    names that the libraries have given to those of a variant."""
+    """Patterns of one component's file, its shards and its index, for a variant."""
+    # Libraries have put the variant in different places over time.
     v, shard = f".{variant}" if variant else "", "-?????-of-?????"
     ends = f"{v}.safetensors", f"{v}{shard}.safetensors", f"{shard}{v}.safetensors"
     index = (
@@ -31,8 +31,8 @@ def weights(stem: str, variant: str = "") -> list[str]:
 
 
 def of_model(variant: str = "") -> list[str]:
-    """What a diffusers folder needs, or one component's repository: neither what lies
-    beside them for other programs, nor other variants."""
+    """Patterns of files that a diffusers folder or one component needs."""
+    # Neither what lies beside them for other programs, nor other variants.
     patterns = [INDEX, "config.json", "scheduler/*.json", *tokenizers.WANTED]
     for stem in dict.fromkeys(x.stem for x in COMPONENTS.values()):
         patterns += weights(stem, variant)
@@ -45,8 +45,11 @@ def of_model(variant: str = "") -> list[str]:
 def fetch(
     name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], label: str
 ) -> epath.Path:
-    """The folder, or the file, as it lies here after its download; `wanted` are the
-    patterns of files, of a model by default."""
+    """Local path of the downloaded folder, or of the file that `name` names.
+
+    `wanted` are patterns of files, by default those of a model; `unwanted` patterns are
+    left out. `label` begins messages, such as "weights" or "LoRA".
+    """
     if name.file:
         return epath.Path(_file(name, label))
     patterns = of_model(name.variant) if wanted is None else list(wanted)
@@ -67,7 +70,7 @@ def fetch(
 
 
 def _bare(folder: epath.Path) -> Iterable[str]:
-    """Folders of components that were fetched without weights."""
+    """Folders of components whose configuration came without weights."""
     for component in COMPONENTS.values():
         place = folder / component.folder
         if (place / "config.json").exists() and not any(
@@ -77,7 +80,7 @@ def _bare(folder: epath.Path) -> Iterable[str]:
 
 
 def _folder(name, patterns, unwanted, label) -> epath.Path:
-    import huggingface_hub
+    import huggingface_hub  # not needed for local paths
 
     download = functools.partial(
         huggingface_hub.snapshot_download,
@@ -99,10 +102,11 @@ def _file(name, label) -> str:
 
 
 def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
-    """Without a connection, what was fetched before: the hub's client would try again
-    for half a minute."""
+    """The path that `download` returns; UserError with what to do if it fails."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    # Without a connection the hub's client retries for half a minute, even for what it
+    # has in its cache.
     offline = not _reachable()
     try:
         return download(local_files_only=offline)
@@ -125,7 +129,7 @@ def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
 
 
 def _reachable() -> bool:
-    """Whether the hub's host has an address; a proxy finds it itself."""
+    """Whether the hub's host resolves; with a proxy, which resolves names, always."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

@@ -1,4 +1,4 @@
-"""What a path or a hub name holds of a released model, by component."""
+"""Open released models: a path or hub name to components and how to load them."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ from sd3_jax.weights.safetensors import open_file
 
 log = logging.getLogger(__name__)
 FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
-UNWANTED = ("*fp16*", "*.bin")  # of a LoRA's or a CLIP's repository
+UNWANTED = ("*fp16*", "*.bin")  # not fetched from a LoRA's or a CLIP's repository
 CLASSES = {  # of config.json and model_index.json, by component
     "denoiser": "SD3Transformer2DModel",
     "vae": "AutoencoderKL",
@@ -44,9 +44,12 @@ CLASSES = {  # of config.json and model_index.json, by component
 
 
 class Part(NamedTuple):
-    """One component as a path holds it: `read(component, module, shapes)` brings it,
-    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path, once
-    its tensors are checked. `where` it lies is for messages."""
+    """One component at a path.
+
+    `read(component, module, shapes)` loads its variables. `dtypes`, of the same
+    arguments, checks the tensors and gives each leaf's stored dtype by path. Both are
+    None for a scheduler. `where` is for messages.
+    """
 
     read: Callable | None
     config: dict
@@ -55,13 +58,14 @@ class Part(NamedTuple):
 
 
 class Located(NamedTuple):
+    """A local or remote path, and the variant that the user named."""
+
     path: epath.Path
     variant: str = ""
 
 
 def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
-    """The sources that a list or a text with commas names. What exists by a name with
-    a comma in it is one."""
+    """The sources in a list or a comma-separated text (source_names.split)."""
     if isinstance(sources, list | tuple):
         paths = (str, os.PathLike)
         return [os.fspath(x) if isinstance(x, paths) else x for x in sources]
@@ -71,6 +75,7 @@ def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
 
 
 def exists(path: str) -> bool:
+    """Whether a path exists, with ~ expanded."""
     return epath.Path(path).expanduser().exists()
 
 
@@ -81,8 +86,11 @@ def locate(
     unwanted: Sequence[str] = (),
     label: str = "weights",
 ) -> Located:
-    """Where what is meant lies, and the variant that is meant: a path, as it is, or a
-    hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
+    """The path and variant that a source names; hub names are downloaded.
+
+    `wanted` and `unwanted` are patterns of files to download. `label` begins messages.
+    Raises UserError if there is no such file, folder or hub name.
+    """
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
             f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
@@ -91,6 +99,7 @@ def locate(
     if not source.isprintable() or len(source) > 4096:
         raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
     _check_scheme(source, label)
+    # What exists counts before what the hub may have by the same name.
     if existing := _existing(source):
         return existing
     if link := source_names.link(source):
@@ -103,7 +112,7 @@ def locate(
 
 
 def _existing(source: str) -> Located | None:
-    """A path, alone or with a variant after a colon."""
+    """An existing path, alone or with a variant after a colon; else None."""
     if source.startswith(("hf://", "http://", "https://")):
         return None
     for path, variant in (source, ""), source_names.split_variant(source):
@@ -115,7 +124,7 @@ def _existing(source: str) -> Located | None:
 def resolve(
     source: str, wanted: Sequence[str] | None = None, *, label: str = "weights"
 ) -> epath.Path:
-    """`locate` for what has no variants."""
+    """The path of `locate`; UserError for a variant, where there are none."""
     path, variant = locate(source, wanted, unwanted=UNWANTED, label=label)
     if variant:
         raise UserError(f'{label} "{source}": wanted no variant (":{variant}") of it')
@@ -123,6 +132,7 @@ def resolve(
 
 
 def _check_scheme(source: str, label: str) -> None:
+    """UserError for a URL that neither epath nor the hub opens."""
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
     known = source.startswith(source_names.REMOTE) or source_names.link(source)
     if scheme is None or known:
@@ -139,7 +149,7 @@ def _check_scheme(source: str, label: str) -> None:
 
 
 def _near(source: str) -> str:
-    """What was probably meant, of the folder's names."""
+    """The end of a message: the name in the folder that was probably meant, or ""."""
     path = epath.Path(source).expanduser()
     if "://" in source or not path.parent.is_dir():
         return ""
@@ -150,7 +160,11 @@ def _near(source: str) -> str:
 
 
 def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
-    """What a path holds: by component, a function that loads it and its config."""
+    """The components at a path: a file, or a folder of one of the known forms.
+
+    Raises UserError for a folder of another form, and for what cannot be loaded.
+    """
+    # The order matters: a diffusers folder may hold single files beside it.
     if not path.is_dir():
         return _no_variant(path, variant) or _single(path, *open_file(path))
     if (path / hub.INDEX).exists():
@@ -182,7 +196,8 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 
 
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
-    """Of a single file; its metadata, if we wrote it, says what shapes cannot tell."""
+    """Components of a single file."""
+    # Metadata of a file that we wrote has configurations: shapes cannot tell all.
     known = files.parse_object(path, metadata.get("sd3_jax", "{}"))
     fuller = _fuller(tensors, metadata, known)
     components = {}
@@ -206,6 +221,7 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
 
 def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
     """Components of a file of ours that hold what published ones leave out."""
+    # Our earlier files have no such metadata: known by CLIP-L's projection.
     if FULLER in metadata:
         return [name for name in metadata[FULLER].split(",") if name in COMPONENTS]
     more = lambda c: c.fuller is not None and c.prefix + text_keys.PROJECTION in tensors
@@ -213,6 +229,7 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
 
 
 def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
+    """Components of a diffusers folder, as its model_index.json lists them."""
     file = path / hub.INDEX
     entries = _entries(file)
     components, variants = {}, set()
@@ -230,6 +247,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         components[name] = _from_folder(component, folder, variant)
     if "unet" in entries:
         raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+    # --- report what is listed and not loaded
     known = {"scheduler", *tokenizers.FOLDERS.values()}
     known |= {component.folder for component in COMPONENTS.values()}
     if others := entries.keys() - known:
@@ -237,6 +255,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     if variant and variant not in variants:
         have = safetensors.listed(sorted(variants - {""})) or "none"
         raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
+    # --- the scheduler, which decides solver and t's unless the user does
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         config = files.read_object(scheduler)
@@ -247,8 +266,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
 
 
 def _entries(file: epath.Path) -> dict[str, list]:
-    """The parts that an index lists, [library, class]; [null, null] is left out on
-    purpose."""
+    """{folder: [library, class]} of an index; [null, null] is left out on purpose."""
     parts = {component.folder for component in COMPONENTS.values()}
     entries = {}
     for key, value in files.read_object(file).items():
@@ -264,20 +282,21 @@ def _entries(file: epath.Path) -> dict[str, list]:
 
 
 def _other(kind: str, name: str = "") -> str:
-    """What else a class is than that of a component."""
+    """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
     meaning = unsupported_formats.CLASSES.get(kind)
     return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
 
 
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
+    """A folder with the config.json of a single component."""
     config = files.read_object(path / "config.json")
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
     names = [name for name, class_name in CLASSES.items() if kind == class_name]
     if not names:
         raise UserError(f"{path}: config.json is of {_other(kind)}")
-    if len(names) > 1:  # a CLIP, by its width or else by its activation
+    if len(names) > 1:  # both CLIPs: by width, or for another width by activation
         usual = "clip_l" if config.get("hidden_act") == "quick_gelu" else "clip_g"
         width = config.get("hidden_size")
         names = [
@@ -287,7 +306,7 @@ def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
 
 
 def is_control(path: epath.Path) -> bool:
-    """Whether a path holds a ControlNet of SD3's, and no model."""
+    """Whether a path holds a ControlNet of SD3 instead of a model."""
     if path.is_dir():
         file = path / "config.json"
         kind = files.read_object(file).get("_class_name") if file.exists() else None
@@ -296,7 +315,7 @@ def is_control(path: epath.Path) -> bool:
 
 
 def control(path: epath.Path) -> Part:
-    """A ControlNet's folder in diffusers' layout, or its single file in either."""
+    """A ControlNet: a diffusers folder, or a single file in either layout."""
     config, layout, file = {}, "diffusers", path
     if path.is_dir() and (path / "config.json").exists():
         config = files.read_object(path / "config.json")
@@ -305,7 +324,7 @@ def control(path: epath.Path) -> Part:
         file = _only_file(path, "a ControlNet's folder (config.json)")
         tensors, _ = open_file(file)
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
-            layout = "original"
+            layout = "original"  # qkv is fused there alone
     controlnet_keys.require_family(file, tensors, config)
     if config:
         config |= controlnet_keys.hint_channels(tensors, config)
@@ -315,7 +334,7 @@ def control(path: epath.Path) -> Part:
 
 
 def _only_file(path: epath.Path, wanted: str) -> epath.Path:
-    """A file, or the one .safetensors file of a folder."""
+    """The path of a file, or of the only .safetensors file in a folder."""
     if not path.is_dir():
         return path
     weights = [name for name in files.names(path) if name.endswith(".safetensors")]
@@ -333,7 +352,7 @@ def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     config, tensors = files.read_object(file), safetensors.open_folder(folder, variant)
     if component.kind == "t5":
         tensors = single_file.with_shared(tensors)
-    config = config.get("text_config", config)  # of a whole CLIP
+    config = config.get("text_config", config)  # the config.json of a whole CLIP
     config = configured(component, config, tensors, "diffusers", str(file))
     return _part(tensors, config, str(folder), "diffusers")
 
@@ -345,7 +364,7 @@ def _part(
     layout: str,
     table: Callable | None = None,
 ) -> Part:
-    """`table` replaces the component's."""
+    """A Part that loads `tensors`; `table`, if given, replaces the component's."""
 
     def pieces(component, module, shapes):
         groups = (table or component.table)(module)
@@ -364,6 +383,8 @@ def _part(
 
 
 def _stored(path: epath.Path) -> dict[str, Part]:
+    """Components of a folder in our own format."""
+
     def part(name, config):
         return Part(
             lambda component, module, shapes: _from_store(path, name, shapes),
@@ -380,8 +401,9 @@ def _stored(path: epath.Path) -> dict[str, Part]:
 
 
 def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
-    """What is to be in eight bits is read as it is stored, and rounded, a leaf at a
-    time."""
+    """A component's variables from our own format; eight-bit leaves one at a time."""
+    # orbax reads whole leaves: those to be rounded are left out of the first read, then
+    # read as stored and rounded one by one, so that only one is in full precision.
     places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
     leaves = [native_format.LEFT if is_leaf(x) else x for _, x in places]
     read = lambda abstract: jax.tree.leaves(
@@ -392,6 +414,7 @@ def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
     for i, (at, x) in enumerate(places):
         if is_leaf(x):
             dtype = jnp.dtype(dtypes[tree.names(at)])
+            # Rounded on the devices, from the dtype that the folder has.
             whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
             alone = [native_format.LEFT] * len(places)
             alone[i] = whole
