@@ -12,7 +12,7 @@ from sd3_jax.weights.components import example_clip as example_text
 from sd3_jax.weights.key_mapping import AS_IS, Group, Row, patches
 
 SIDES = ("vision_model.", "visual_projection.")  # prefixes of the vision tower's names
-IGNORED = ("position_ids", "logit_scale")
+IGNORED = ("position_ids", "logit_scale")  # 0, 1, 2, ... and the loss's temperature
 
 
 def vision_table(model: ClipVision) -> list[Group]:
@@ -28,7 +28,7 @@ def vision_table(model: ClipVision) -> list[Group]:
         Row("final_norm", "vision_model.post_layernorm"),
         Row("visual_projection", "visual_projection"),
     )
-    files = ("vision_model.encoder.layers.{}",) * 2
+    files = ("vision_model.encoder.layers.{}",) * 2  # the same in both layouts
     blocks = Group("blocks", *files, text_keys.CLIP_BLOCK, range(model.depth))
     return [Group("", "", "", ends), blocks]
 
@@ -69,6 +69,7 @@ def towers(config: Mapping[str, Any], where: str = "config") -> dict[str, dict]:
     return configs
 
 
+# A CLIPModel is one file with both towers: no folder and no prefix of their own.
 VISION = Component(
     "",
     "",

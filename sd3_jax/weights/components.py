@@ -72,6 +72,7 @@ def configured(
     """
     # All before anything is traced: a wrong size would be an error deep inside XLA.
     if config is None:
+        # A single file, or a ControlNet's without its config.json.
         config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
     config = published_configs.read(component.kind, config, where)
     if names := published_configs.unknown(component.kind, config):
@@ -87,6 +88,7 @@ def abstract(
 ) -> dict:
     """The component's variables as shapes with shardings; nothing is allocated."""
     example = lambda: component.example(module, config)
+    # Boxed leaves have their logical axes, from which shardings follow.
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *example()))
     # Released files hold a position table, which is no parameter of ours.
     if isinstance(module, MMDiT | ControlNet):
@@ -132,9 +134,9 @@ def build_denoiser(config: dict, dtype: Any) -> MMDiT:
         width=c["caption_projection_dim"],
         num_heads=c["num_attention_heads"],
         patch=c["patch_size"],
-        channels=c["out_channels"],
+        channels=c["out_channels"],  # equal to in_channels: see published_configs
         qk_norm=c["qk_norm"] is not None,
-        dual_blocks=len(c["dual_attention_layers"]),
+        dual_blocks=len(c["dual_attention_layers"]),  # the first so many
         pos_size=c["pos_embed_max_size"],
         dtype=dtype,
         remat="none",
@@ -211,7 +213,7 @@ def build_t5(config: dict, dtype: Any) -> T5Encoder:
 
 
 def example_t5(module: T5Encoder, config: dict) -> tuple:
-    return (jnp.zeros((1, 8), jnp.int32),)
+    return (jnp.zeros((1, 8), jnp.int32),)  # any length will do
 
 
 CLIP = (build_clip, example_clip)
@@ -222,7 +224,7 @@ COMPONENTS = {
         "transformer",
         "model.diffusion_model.",
         "joint_blocks.0.x_block.attn.qkv.weight",
-        "denoiser",
+        "denoiser",  # key of published_configs.TABLES
         build_denoiser,
         example_denoiser,
         mmdit_keys.table,
@@ -283,12 +285,13 @@ CONTROLNET = Component(
 
 def released_name(config: dict) -> str:
     """The common name and the sizes of the denoiser of a configuration."""
+    # Stability publishes no name in the configuration: the sizes tell.
     qk, dual = config.get("qk_norm"), config.get("dual_attention_layers")
     sizes = config["num_layers"], config["num_attention_heads"]
     names = {  # by depth, qk-norm and number of dual blocks
-        (24, False, 0): "SD3-medium",
+        (24, False, 0): "SD3-medium",  # 2B
         (24, True, 13): "SD3.5-medium",
-        (38, True, 0): "SD3.5-large or -turbo",
+        (38, True, 0): "SD3.5-large or -turbo",  # 8B; the same sizes
     }
     name = names.get((sizes[0], bool(qk), len(dual or ())), "an SD3 transformer")
     return (

@@ -16,7 +16,7 @@ from sd3_jax.weights.mmdit_keys import DUAL, IMAGE, TEXT, positions_row, time_an
 HINT = "pos_embed_input.proj.weight"  # the convolution that reads the hint
 # SD3.5-large's files say what their hints are by a tensor of this name, int32 [1].
 CONTROL_TYPE = "control_type"
-CONTROL_TYPES = ("blur", "canny", "depth")
+CONTROL_TYPES = ("blur", "canny", "depth")  # by the tensor's value
 FAMILIES = {  # other kinds of file, by a part of a tensor's name
     "controlnet_x_embedder.": "a ControlNet of FLUX or Qwen-Image",
     "double_blocks.": "of FLUX",
@@ -35,7 +35,7 @@ def table(model: ControlNet) -> list[Group]:
     outside the blocks, the released code's inside.
     """
     ends = (
-        *(row._replace(original="") for row in time_and_pooled()),
+        *(row._replace(original="") for row in time_and_pooled()),  # as in diffusers
         Row("hint_embed", "pos_embed_input.proj", kind=patches(model.patch)),
     )
     # A single stream borrows positions and patch embedding from its denoiser.
@@ -57,6 +57,7 @@ def table(model: ControlNet) -> list[Group]:
         ("dual_blocks", blocks + DUAL, range(dual)),
         ("blocks", blocks, range(dual, model.depth)),
     ):
+        # ControlBlock has the denoiser's Block as "block", and the map out of it.
         groups.append(Group(f"{ours}/block", *files, rows, layers))
         groups.append(Group(ours, *("controlnet_blocks.{}",) * 2, zero, layers))
     return groups
@@ -73,7 +74,7 @@ def build(config: dict, dtype: Any) -> ControlNet:
         hint_channels=c["in_channels"] + c["extra_conditioning_channels"],
         qk_norm=c["qk_norm"] is not None,
         dual_blocks=len(c["dual_attention_layers"]),
-        joint=c["joint_attention_dim"] is not None,
+        joint=c["joint_attention_dim"] is not None,  # null: image tokens alone
         zero_pooled=c["force_zeros_for_pooled_projection"],
         pos_size=c["pos_embed_max_size"] or 192,
         dtype=dtype,
@@ -127,6 +128,7 @@ def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict
     """
     kind = config.get(CONTROL_TYPE)
     if (tensor := tensors.get(CONTROL_TYPE)) is not None:
+        # Shape [1] or a scalar, and any dtype: compared as a number.
         value = tensor.read().reshape(-1).astype(np.float64)
         kind = value.item() if value.size == 1 else value.tolist()
     if kind is None:

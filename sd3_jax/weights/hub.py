@@ -20,13 +20,14 @@ INDEX = "model_index.json"
 def weights(stem: str, variant: str = "") -> list[str]:
     """Patterns of one component's file, its shards and its index, for a variant."""
     # Libraries have put the variant in different places over time.
-    v, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    v, shard = f".{variant}" if variant else "", "-?????-of-?????"  # five digits
     ends = f"{v}.safetensors", f"{v}{shard}.safetensors", f"{shard}{v}.safetensors"
     index = (
         f"{v}.safetensors.index.json",
         f".safetensors{v}.index.json",
         f".safetensors.index{v}.json",
     )
+    # Without a variant some patterns are equal.
     return list(dict.fromkeys(stem + end for end in ends + index))
 
 
@@ -120,7 +121,8 @@ def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
                 f"{message} cannot be reached, nor was it fetched from there before"
             ) from None
         message += f" does not give it: {shown(lines[0], 200)}"
-        if isinstance(error, RepositoryNotFoundError):  # gated, private or not there
+        # The hub does not tell a gated or private repository from an absent one.
+        if isinstance(error, RepositoryNotFoundError):
             message += (
                 f"; if it is gated, accept its licence on huggingface.co/{name.repo},"
                 " then run `hf auth login` or set HF_TOKEN"

@@ -51,6 +51,7 @@ def _root(n: int) -> int | None:
     return math.isqrt(n) if math.isqrt(n) ** 2 == n else None
 
 
+# linear_1 reads the pooled text, so its inputs are that wide.
 DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
 CONTEXT = axis("joint_attention_dim", "context_embedder.weight", 2, 1)
 DENOISER = {
@@ -73,6 +74,7 @@ CONTROLNET = (  # diffusers' names outside the blocks, in both layouts
     axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
     CONTEXT._replace(optional=True),
 )
+# The decoder's: the encoder ends in twice as many, mean and log-variance.
 VAE = (axis("latent_channels", "decoder.conv_in.weight", 4, 1),)
 EMBEDDINGS = "text_model.embeddings"
 CLIP_TEXT = (
@@ -96,7 +98,7 @@ BIAS = f"{BLOCK}.0.SelfAttention.relative_attention_bias.weight"
 T5 = (
     axis("vocab_size", "shared.weight", 2, 0),
     axis("d_model", "shared.weight", 2, 1),
-    axis("relative_attention_num_buckets", BIAS, 2, 0),
+    axis("relative_attention_num_buckets", BIAS, 2, 0),  # (buckets, heads)
     axis("num_heads", BIAS, 2, 1),
     axis(T5_INNER, f"{BLOCK}.0.SelfAttention.q.weight", 2, 0),
     axis("d_ff", f"{BLOCK}.1.DenseReluDense.wi_0.weight", 2, 0),
@@ -133,7 +135,7 @@ LAYERS = {  # the field, and the prefix of its layers' names by layout
         dict.fromkeys(BOTH, "encoder.block."),
     ),
 }
-NORMS = ".norm_q.", ".ln_q."  # of either layout
+NORMS = ".norm_q.", ".ln_q."  # qk-norm in diffusers' and in the original layout
 Measured = dict[str, tuple[Any, str]]  # by field: value, and reason for a message
 
 
@@ -232,6 +234,7 @@ def detect(kind: str, x: Shapes, where: str = "", *, layout: str = "original") -
 
 
 def _heads(width: int, where: str) -> int:
+    # The number of heads is in no shape.
     if not width or width % HEAD:
         raise UserError(
             f"{where}: {width} wide: a file without a configuration has heads of"
@@ -295,7 +298,7 @@ def _vae(x: Shapes, sizes: dict, where: str) -> dict:
         "scaling_factor": 1.5305,  # SD3's; no tensor tells it
         "shift_factor": 0.0609,
         "force_upcast": True,
-        "use_quant_conv": "quant_conv.weight" in x,
+        "use_quant_conv": "quant_conv.weight" in x,  # refused: SD3 has none
         "use_post_quant_conv": "post_quant_conv.weight" in x,
     }
 
@@ -318,7 +321,9 @@ def _clip(activation: str, x: Shapes, sizes: dict, where: str) -> dict:
     )
 
 
-OPENAI = (768, 1024)  # widths of its ViT-B and ViT-L, with quick_gelu, heads of 64
+# Widths of OpenAI's ViT-B and ViT-L, which have quick_gelu and heads of 64. Others may
+# have another activation, which no tensor tells.
+OPENAI = (768, 1024)
 
 
 def _vision(x: Shapes, sizes: dict, where: str) -> dict:
@@ -352,7 +357,7 @@ def _t5(x: Shapes, sizes: dict, where: str) -> dict:
     return sizes | {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "d_kv": inner // heads,
+        "d_kv": inner // heads,  # both from shapes: the relative bias has the heads
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "gated-gelu",

@@ -71,7 +71,7 @@ class Row(NamedTuple):
     ours: str
     diffusers: str | Sequence[str] | None
     original: str | Sequence[str] | None = ""
-    kind: Kind = LINEAR
+    kind: Kind = LINEAR  # of the kernel; norms and biases are not transposed
     original_kind: Kind | None = None
     fill: Callable[[Sequence[int]], np.ndarray] | None = None
 
@@ -150,9 +150,9 @@ def _of_leaf(path, shape, group, row, parameter, layout) -> Iterator[Piece]:
     kernel = parameter == "kernel" or (parameter is None and row.kind is not AS_IS)
     for position, layer in enumerate(group.layers or (None,)):
         at = () if group.layers is None else (position,)  # index in the stack
-        if names is None:
+        if names is None:  # the layout lacks it
             yield _piece(None, path, at, shape, kind, kernel, row.fill)
-        elif isinstance(names, str):
+        elif isinstance(names, str):  # one tensor a layer
             key = _key(prefix, layer, names, parameter)
             yield _piece(key, path, at, shape, kind, kernel)
         else:

@@ -41,6 +41,7 @@ def load(
     if any(_diffusers(key, places) is None for key in pairs):
         places |= _places(name, module, ones, "original")
         layouts.append("original")
+    # kohya's and diffusers' name of one map in a single file would collide here.
     known = {_known(key, places, pair): pair for key, pair in pairs.items()}
     if len(known) < len(pairs):
         raise UserError(f"LoRA of {name}: names a linear map twice")
@@ -58,6 +59,7 @@ def load(
                     part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
                     share = pair.scale * weight if side else 1.0  # in b alone
                     scaled = share * piece.read(part)
+                    # Finite factors may overflow: alpha may be up to LARGEST.
                     if not np.isfinite(scaled).all():
                         raise UserError(
                             f"{pair.up.path}: {_module(piece)}: too large for float32"
@@ -89,12 +91,13 @@ def save(
     peft: dict[str, Any] = {}
     for name, lora in loras.items():
         tensors = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
-        prefix = next(k for k, v in PREFIXES.items() if v == name)
+        prefix = next(k for k, v in PREFIXES.items() if v == name)  # "transformer"
         peft |= {f"{prefix}.{k}": v for k, v in _peft(tensors).items()}
         entries |= {f"{prefix}.{k}": _entry(x) for k, x in tensors.items()}
     metadata = dict(facts or {}) | {
         METADATA: json.dumps(peft, indent=2, sort_keys=True)
     }
+    # All processes gathered the arrays; one writes.
     if jax.process_index() == 0:
         safetensors.write_file(path, entries, metadata)
     return path
@@ -164,6 +167,7 @@ def _pieces(
             raise UserError(
                 f"LoRA of {error.args[0]}: diffusers' layout has no such module"
             ) from None
+        # Without a key: a map that the layout lacks, such as CLIP-L's projection.
         sides.append([piece for piece in pieces if piece.key is not None])
     return sides[0], sides[1]
 
@@ -199,7 +203,7 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     """A pair's down (side 0) or up (1) in float32, padded to the kernel's rank."""
     # The original layout fuses q, k and v: one down for all, repeated for each of ours.
     tensor, shape = pair[side], list(piece.file_shape)
-    fused = 1 if side else shape[0] // rank
+    fused = 1 if side else shape[0] // rank  # 3 for qkv in the original layout
     shape[side] = pair.rank
     if list(tensor.shape) != shape:
         raise UserError(
@@ -215,7 +219,7 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     if not safetensors.finite(x):
         raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
     padding = [(0, 0)] * x.ndim
-    padding[side] = (0, rank - pair.rank)
+    padding[side] = (0, rank - pair.rank)  # zeros add nothing to a b
     x = np.pad(x.astype(np.float32), padding)
     return np.concatenate([x] * fused) if fused > 1 else x
 
@@ -243,6 +247,7 @@ def _tensors(
 
 
 def _host(x: Any) -> np.ndarray:
+    # A collective for sharded arrays: hence all processes must call save.
     return x if isinstance(x, np.ndarray) else sharded_load.fetch(x)
 
 

@@ -106,6 +106,7 @@ class Settings(NamedTuple):
 
         Raises UserError if the configuration's rank is not the tensors'.
         """
+        # A rank that disagrees means that the configuration is of another file.
         configured = self._of(self.ranks, module, self.rank)
         if configured not in (None, rank):
             raise UserError(
@@ -282,7 +283,7 @@ def _flag(where: str, name: str, value: Any) -> bool:
 def _number(where: str, name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:  # nor NaN
         raise UserError(
             f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
         )
@@ -306,6 +307,7 @@ def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
 def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, float]:
     """kohya's alphas by module; their names are removed from `names`."""
     alphas = {}
+    # A list first, since names are removed on the way.
     for name in [n for n in names if n.startswith(tuple(KOHYA))]:
         module, dot, last = name.rpartition(".")
         if last == "alpha":
@@ -336,6 +338,7 @@ def _owner(path: epath.Path, tensors: Tensors) -> str:
         if re.search(r"(?<!fc2)\.(lora_A|lora\S*down)\b", name) and x.shape
     ]
     outputs = [x.shape[0] for name, x in clip.items() if "fc2.lora_B" in name]
+    # CLIP-L is 768 wide, CLIP-G 1280.
     return (
         "text_encoder_2" if min(inputs + outputs, default=0) > 1024 else "text_encoder"
     )
@@ -371,6 +374,7 @@ def _place(
     name = name.replace(".processor.", ".")
     if old := OLD.fullmatch(name):
         before, which, side = old.groups()
+        # The old names are the attention processor's, today's the linear maps'.
         clip = PREFIXES[prefix] != "denoiser"
         last = (
             {"out": "out_proj"}.get(which, f"{which}_proj") if clip else f"to_{which}"

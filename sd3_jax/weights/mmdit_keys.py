@@ -19,12 +19,14 @@ def stream(
     # The released files fuse q, k and v as we do; diffusers has three matrices.
     q, k, v = (qkv.format(letter) for letter in "qkv")
     return (
+        # adaLN_modulation.0 and diffusers' norm1.silu have no weights.
         Row(f"{ours}/adaln/linear", f"{norm}.linear", f"{original}.adaLN_modulation.1"),
         Row(f"{ours}/attn/to_qkv", (q, k, v), f"{original}.attn.qkv"),
         # qk-norm: in SD3.5's files, not in SD3-medium's.
         Row(f"{ours}/attn/norm_q", norms.format("q"), f"{original}.attn.ln_q"),
         Row(f"{ours}/attn/norm_k", norms.format("k"), f"{original}.attn.ln_k"),
         Row(f"{ours}/attn/to_out", out, f"{original}.attn.proj", MERGING),
+        # diffusers' FeedForward: net.0 projects and has the GELU, net.1 is dropout.
         Row(f"{ours}/mlp/fc1", f"{mlp}.net.0.proj", f"{original}.mlp.fc1"),
         Row(f"{ours}/mlp/fc2", f"{mlp}.net.2", f"{original}.mlp.fc2"),
     )
@@ -69,7 +71,7 @@ FINAL = Row(
 
 def positions_row(patch: int, original: str = "x_embedder.proj") -> tuple[Row, Row]:
     """Rows of the stored position table and of the patch embedding."""
-    table = "pos_embed" if original else ""
+    table = "pos_embed" if original else ""  # "": as in diffusers, for ControlNets
     return (
         Row("pos_embed", "pos_embed.pos_embed", table, AS_IS),
         Row("patch_embed", "pos_embed.proj", original, patches(patch)),

@@ -17,7 +17,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import parse_json
 
 FILE = "bundle.json"
-VERSION = 1
+VERSION = 1  # raised when an older reader would misread a folder
 LEFT = ocp.PLACEHOLDER  # a leaf that load leaves out
 
 
@@ -30,6 +30,7 @@ def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None
         # Last: a folder counts as a model once it has bundle.json.
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
+            # So that `load` can be asked for the stored dtypes without orbax.
             head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
             (path / FILE).write_text(json.dumps(head, indent=2))
 
@@ -79,5 +80,5 @@ def _explained(failure: str) -> Iterator[None]:
     except Exception as error:
         # orbax wraps the storage's own error, which says more.
         cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]
+        reason = " ".join(str(cause).split())[:300]  # on one line
         raise UserError(f"{failure}: {type(cause).__name__}: {reason}") from error

@@ -75,6 +75,7 @@ def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
 
     Leaves of `abstract` may be Int8 or Float8 of shapes (params/quantization.py).
     """
+    # groupby needs no sort: key_mapping.pieces goes leaf by leaf.
     by_leaf = {k: list(p) for k, p in groupby(pieces, key=lambda piece: piece.path)}
 
     def leaf(path, x):
@@ -116,11 +117,11 @@ class _Shards:
     def __init__(self, leaf: jax.ShapeDtypeStruct):
         self.leaf, sharding = leaf, leaf.sharding
         places = sharding.addressable_devices_indices_map(leaf.shape)
-        self.bounds = {
+        self.bounds = {  # (start, stop) of each axis, by device
             device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
             for device, index in places.items()
         }
-        self.buffers = {
+        self.buffers = {  # by bounds
             bound: _aligned([stop - start for start, stop in bound], leaf.dtype)
             for bound in self.bounds.values()
         }
@@ -143,7 +144,7 @@ class _Shards:
             device, bound = bounds.popitem()
             shards.append(jax.device_put(self.buffers[bound], device))
             shards[-1].block_until_ready()  # else all buffers would wait in memory
-            if bound not in bounds.values():
+            if bound not in bounds.values():  # no replica is left to place
                 del self.buffers[bound]
         shape, sharding = self.leaf.shape, self.leaf.sharding
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -163,7 +164,7 @@ def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
     # XLA's CPU devices take over host memory that is aligned to 64 bytes.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -raw.ctypes.data % ALIGNMENT  # bytes to the next multiple
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
@@ -176,10 +177,10 @@ def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
     index = index + (slice(None),) * (len(bound) - len(index))
     target, source = [], []
     for i, (start, stop) in zip(index, bound):
-        if isinstance(i, slice):
+        if isinstance(i, slice):  # key_mapping's slices are always whole
             target.append(slice(None))
             source.append(slice(start, stop))
-        elif start <= i < stop:
+        elif start <= i < stop:  # one layer of a stack, or one of q, k, v
             target.append(i - start)
         else:
             return None
@@ -249,5 +250,6 @@ def part(variables: Any, piece: Piece) -> np.ndarray:
 def fetch(x: jax.Array) -> np.ndarray:
     """The whole array in host memory; a collective if other hosts have shards."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        # tiled: the global array, without a new axis of processes.
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)

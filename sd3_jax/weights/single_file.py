@@ -113,7 +113,7 @@ def split(
     unplaced = []
     for key, tensor in tensors.items():
         name, bare_key = place(key)
-        if name is None:
+        if name is None:  # it may still stand beside a component: see _is_unread
             unplaced.append(key)
             continue
         group = groups.setdefault(name, {})
@@ -144,6 +144,7 @@ def split(
             f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
             f" wanted names that begin with {', '.join(_usual())}"
         )
+    # Not in silence: the log lists what was left out, and why.
     for reason, keys in unread.items():
         log.info("%s: not read: %s (%s)", path.name, listed(keys), reason)
     return {name: _part(name, part) for name, part in parts.items()}
@@ -187,6 +188,7 @@ def _clips_by_width(
                 f" wanted its tensors below text_encoders.{WIDTHS[width]}."
             )
     alone = groups.pop("clip", {})  # without a prefix
+    # Nothing but what CLIP's files hold beside the text tower.
     if all(_matches(key, CLIP_UNREAD) for key in alone):
         unplaced += alone
         return groups
@@ -276,6 +278,7 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
             if name == "clip_l"
             else text_keys.open_clip_table
         )
+        # Sizes are inferred by transformers' names, values read by OpenCLIP's.
         measured = {_renamed(key): x for key, x in tensors.items()}
         return PartTensors(tensors, measured, "original", table)
     of_diffusers = {

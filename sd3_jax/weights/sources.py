@@ -96,7 +96,7 @@ def locate(
             f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
         )
     source = os.fspath(source)
-    if not source.isprintable() or len(source) > 4096:
+    if not source.isprintable() or len(source) > 4096:  # as long as Linux' paths
         raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
     _check_scheme(source, label)
     # What exists counts before what the hub may have by the same name.
@@ -115,6 +115,7 @@ def _existing(source: str) -> Located | None:
     """An existing path, alone or with a variant after a colon; else None."""
     if source.startswith(("hf://", "http://", "https://")):
         return None
+    # The whole text first: a folder may have a colon in its name.
     for path, variant in (source, ""), source_names.split_variant(source):
         if exists(path):
             return Located(epath.Path(path).expanduser(), variant)
@@ -153,7 +154,7 @@ def _near(source: str) -> str:
     path = epath.Path(source).expanduser()
     if "://" in source or not path.parent.is_dir():
         return ""
-    if os.path.islink(path):
+    if os.path.islink(path):  # `exists` follows links: this one is broken
         return f": it is a link to {os.readlink(path)}, which is not there"
     guess = near(path.name, files.names(path.parent))
     return f'; did you mean "{path.parent / guess}"?' if guess else ""
@@ -175,6 +176,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
         return _component_folder(path, variant)
     names_there = files.names(path)
     weights = [name for name in names_there if name.endswith(".safetensors")]
+    # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
     if len(weights) != 1:
@@ -198,7 +200,7 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
     """Components of a single file."""
     # Metadata of a file that we wrote has configurations: shapes cannot tell all.
-    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))
+    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))  # by component
     fuller = _fuller(tensors, metadata, known)
     components = {}
     for name, part in single_file.split(path, tensors, whole=fuller).items():
@@ -214,6 +216,7 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
     none = f"; no {', '.join(absent)}" if absent else ""
     named = ", ".join(name for name in COMPONENTS if name in components)
     log.info("%s holds %s%s", path.name, named, none)
+    # A tool dropped a component of a file that we wrote.
     if gone := [name for name in absent if name in known]:
         log.warning("%s: %s, of which it tells, is gone", path, ", ".join(gone))
     return components
@@ -239,13 +242,14 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
                 log.warning("%s leaves out %s, which is there", file, component.folder)
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
+        # Another class with the same fields would be another computation.
         if kind != CLASSES[name]:
             raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{file} names {component.folder}, without a config.json")
         variants |= safetensors.variants(folder)
         components[name] = _from_folder(component, folder, variant)
-    if "unet" in entries:
+    if "unet" in entries:  # Stable Diffusion 1, 2 or XL
         raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
     # --- report what is listed and not loaded
     known = {"scheduler", *tokenizers.FOLDERS.values()}
@@ -260,7 +264,8 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     if scheduler.exists():
         config = files.read_object(scheduler)
         if "scheduler" in entries:
-            config["_class_name"] = entries["scheduler"][-1]  # as diffusers does
+            # As diffusers does: the index decides, whatever the file says.
+            config["_class_name"] = entries["scheduler"][-1]
         components["scheduler"] = Part(None, config, None, str(scheduler))
     return components
 
@@ -291,6 +296,7 @@ def _other(kind: str, name: str = "") -> str:
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
     """A folder with the config.json of a single component."""
     config = files.read_object(path / "config.json")
+    # diffusers says _class_name, transformers a list of architectures.
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
     names = [name for name, class_name in CLASSES.items() if kind == class_name]
@@ -350,7 +356,7 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
 def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     file = folder / "config.json"
     config, tensors = files.read_object(file), safetensors.open_folder(folder, variant)
-    if component.kind == "t5":
+    if component.kind == "t5":  # its embedding may have either of two names
         tensors = single_file.with_shared(tensors)
     config = config.get("text_config", config)  # the config.json of a whole CLIP
     config = configured(component, config, tensors, "diffusers", str(file))
@@ -416,7 +422,7 @@ def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
             dtype = jnp.dtype(dtypes[tree.names(at)])
             # Rounded on the devices, from the dtype that the folder has.
             whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-            alone = [native_format.LEFT] * len(places)
+            alone = [native_format.LEFT] * len(places)  # all but one are left out
             alone[i] = whole
             axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
             leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)

@@ -54,7 +54,7 @@ OPEN_CLIP_BLOCK = (
     Row("to_qkv", None, "attn.in_proj_"),
     Row("to_out", None, "attn.out_proj", kind=MERGING),
     Row("norm2", None, "ln_2"),
-    Row("fc1", None, "mlp.c_fc"),
+    Row("fc1", None, "mlp.c_fc"),  # GPT-2's names
     Row("fc2", None, "mlp.c_proj"),
 )
 
@@ -71,7 +71,7 @@ def open_clip_table(model: ClipText, *, projected: bool = True) -> list[Group]:
         Row("final_norm", None, "ln_final"),
         projection,
     )
-    files = ("", "transformer.resblocks.{}")
+    files = ("", "transformer.resblocks.{}")  # diffusers has no such layout
     blocks = Group("blocks", *files, OPEN_CLIP_BLOCK, range(model.depth))
     return [Group("", "", "", ends), blocks]
 
@@ -86,7 +86,7 @@ def t5_table(model: T5Encoder) -> list[Group]:
     # One table for all layers: transformers stores it in the first block.
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     ends = (
-        Row("embedding", "shared.weight", kind=AS_IS),
+        Row("embedding", "shared.weight", kind=AS_IS),  # shared with T5's decoder
         Row("stack/relative_bias", bias, kind=AS_IS),
         Row("stack/norm", "encoder.final_layer_norm"),
     )

@@ -20,8 +20,10 @@ AGAIN = "download it again"
 UNPACK = "unpack it and name the .safetensors within"
 FORMATS = {  # first bytes, in lower case where they are letters: what it is, what to do
     b"gguf": ("a GGUF file", "wanted the .safetensors that it was made from"),
+    # llama.cpp's older formats, whose magic numbers are little-endian.
     b"lmgg": ("a GGML file", "wanted the .safetensors that it was made from"),
     b"tjgg": ("a GGML file", "wanted the .safetensors that it was made from"),
+    # What git checks out without git-lfs: three lines of text.
     b"version https://git-lfs": (
         "a git-lfs pointer, not the file that it stands for",
         "run `git lfs pull` in its repository, or download the file itself",
@@ -72,7 +74,7 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
     if suffix in SUFFIXES:
         kind = SUFFIXES[suffix]
         raise UserError(f"{path} is {kind}: wanted the model as .safetensors")
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar":  # a tar begins with its first member's name
         raise UserError(f"{path} is a tar archive: unpack it and name the file within")
     if len(head) == HEAD and not any(head):
         raise UserError(f"{path} begins with zeros, as a download that broke off")
@@ -107,6 +109,7 @@ def _is_text(head: bytes) -> bool:
         if error.start < len(head[:200]) - 3:
             return False
         text = head[: error.start].decode()
+    # Short heads may print by chance.
     return len(text) > 8 and all(c.isprintable() or c.isspace() for c in text)
 
 
@@ -144,6 +147,7 @@ def refuse_quantized(
         name = next((name for name in names if re.search(pattern, name)), None)
         if name is not None:
             raise UserError(_quantized(path, kind, shown(name)))
+    # ComfyUI may say it in the metadata alone.
     if METADATA in metadata:
         raise UserError(_quantized(path, "ComfyUI's quantized layers", METADATA))
 

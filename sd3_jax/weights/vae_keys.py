@@ -8,6 +8,7 @@ def table(model: VAE) -> list[Group]:
     """Groups for every module of a VAE."""
     groups = []
     for half in ("encoder", "decoder"):
+        # Encoder and decoder have the same names at both ends and in the middle.
         groups.append(Group(half, half, half, ENDS))
         groups.append(Group(f"{half}/mid", f"{half}.mid_block", f"{half}.mid", MIDDLE))
     # LDM counts the decoder's levels from the output, diffusers from the latent.
@@ -36,7 +37,7 @@ def level(ours, diffusers, original, way, layers) -> list[Group]:
     ]
     conv = Row(
         f"{ours}_conv",
-        f"{diffusers}.{way}samplers.0.conv",
+        f"{diffusers}.{way}samplers.0.conv",  # a list of one in diffusers
         f"{original}.{way}sample.conv",
         CONV,
     )
@@ -51,6 +52,7 @@ RESNET = (
     Row("conv2", "conv2", kind=CONV),
     Row("shortcut", "conv_shortcut", "nin_shortcut", CONV),
 )
+# conv_norm_out is diffusers' name of LDM's norm_out.
 ENDS = (
     Row("conv_in", "conv_in", kind=CONV),
     Row("norm_out", "conv_norm_out", "norm_out"),
