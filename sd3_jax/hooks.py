@@ -1,4 +1,4 @@
-"""Functions of the user's own, by name: "package.module:function"."""
+"""Load user functions by name: "package.module:function"."""
 
 import importlib
 import pkgutil
@@ -12,7 +12,7 @@ from sd3_jax.foreign_text import shown
 
 
 def load(name: str) -> Callable:
-    """The function of that name; a UserError if its module or it is not there."""
+    """The function of that name; UserError if it or its module cannot be found."""
     path, colon, attribute = name.partition(":")
     if not (colon and all(part.isidentifier() for part in path.split("."))):
         raise UserError(f'{shown(name)}: no function; wanted "package.module:function"')
@@ -30,9 +30,10 @@ def load(name: str) -> Callable:
 
 
 def guarded(key: str, name: str) -> Callable:
-    """The function of that name, which config.`key` has; what it raises is the user's.
+    """The function that config.`key` names, with its exceptions as UserErrors.
 
-    A UserError on one line says where in their code, and is what to look for there.
+    The one-line message names the config key, the exception and the line of the user's
+    code that raised it.
     """
     try:
         function = load(name)
@@ -58,6 +59,7 @@ def _module(path: str):
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        # A module that the user's own module imports is another fault: say so.
         missing = error.name or ""
         if missing != path and not path.startswith(f"{missing}."):
             raise UserError(f"{path}: cannot be imported: {error}") from None
