@@ -173,17 +173,17 @@ class ByteTower(nn.Module):
         )(ids, ids != PAD)
         member = words(ids, self.words).astype(self.dtype)  # (b, words, l)
         count = member.sum(-1, keepdims=True)
-        there = count > 0  # (b, words, 1)
+        present = count > 0  # (b, words, 1)
         x = jnp.einsum("bwl,bld->bwd", member, states) / jnp.maximum(count, 1)
         # The mean over words; at least 1, for a text that has none.
-        mean = x.sum(1) / jnp.maximum(there.sum(1), 1)
+        mean = x.sum(1) / jnp.maximum(present.sum(1), 1)
         context = Dense(
             self.context_dim, ("embed", None), dtype=self.dtype, name="context"
         )(x)
         pooled = Dense(
             self.pooled_dim, ("embed", None), dtype=self.dtype, name="pooled"
         )(mean)
-        return context * there, pooled  # slots without a word are zero
+        return context * present, pooled  # slots without a word are zero
 
 
 def words(ids: Int[Array, "b l"], most: int) -> Bool[Array, "b w l"]:

@@ -55,8 +55,8 @@ def check(
         for k, shape in wanted.items()
         if k in tensors and tuple(tensors[k].shape) != shape
     ]
-    if wrong := missing + extra + shapes:
-        listed = "; ".join(wrong[:LISTED]) + (" …" if len(wrong) > LISTED else "")
+    if faults := missing + extra + shapes:
+        listed = "; ".join(faults[:LISTED]) + (" …" if len(faults) > LISTED else "")
         raise UserError(
             f"{where}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
             f" of another shape: {listed}"

@@ -290,6 +290,6 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
 
 
 def _renamed(key: str) -> str:
-    for theirs, ours in OPEN_CLIP_NAMES.items():
-        key = key.replace(theirs, ours)
+    for open_clip, transformers in OPEN_CLIP_NAMES.items():
+        key = key.replace(open_clip, transformers)
     return key
