@@ -1,10 +1,10 @@
-"""What `import sd3_jax` offers: load a released model, make pictures, look inside.
+"""The public API: load a released model, generate images, inspect the model.
 
     bundle = sd3_jax.load("sd3.5_medium/", dtype="bfloat16")
     images = sd3_jax.generate(bundle, ["a red fox"], height=1024, width=1024)
 
-Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; images
-are float in [0, 1], and given ones may be bytes or PIL images (pipelines/images.py).
+Arrays are NHWC. Latents are shifted and scaled. t is in [0, 1], and 1 is noise. Images
+are floats in [0, 1]; inputs may also be bytes or PIL images (sampling/input_images.py).
 """
 
 import os
@@ -42,15 +42,13 @@ def load(
     lora: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
 ) -> Bundle:
-    """A released model, sharded over `mesh` as it streams in; all devices by default.
+    """Load a released model, sharded over `mesh` (by default all devices).
 
-    See pipelines.bundle.load for what may be named. An error lists what is missing,
-    extra or of another shape.
-
-    `lora` names LoRA files or folders of diffusers, PEFT or kohya, each with a weight
-    if one ends in it: "style.safetensors=0.8", or {path: weight} for several.
-    `quantize` keeps matrices of the denoiser, of T5 or of both in eight bits:
-    {"denoiser": "int8", "t5": "fp8"}.
+    See sampling.bundle.load for what `path_or_hub_name` may be. `lora` names LoRA files
+    or folders of diffusers, PEFT or kohya, with weights as in "style.safetensors=0.8"
+    or {path: weight}. `quantize` keeps matrices of the denoiser or T5 in eight bits:
+    {"denoiser": "int8", "t5": "fp8"}. Raises UserError, which lists tensors that are
+    missing, extra or of another shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     return bundles.load(
@@ -64,7 +62,7 @@ def load(
 
 
 def load_control(path_or_hub_name: str | os.PathLike, bundle: Bundle) -> ControlBundle:
-    """A ControlNet of either style: a diffusers folder or one .safetensors file."""
+    """Load a ControlNet for `bundle`: a diffusers folder or one .safetensors file."""
     return bundles.load_control(path_or_hub_name, bundle)
 
 
@@ -100,26 +98,30 @@ def generate(
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     output: str = "images",
 ) -> Float[Array, "b _ _ _"]:
-    """Pictures (b, height, width, 3) in [0, 1], or their latents; p0, p0, p1, p1, …
+    """Generate images (b, height, width, 3) in [0, 1], or their latents.
 
-    The seed alone decides a picture's noise, whatever its prompt, given as a text or as
-    what encode_prompts gives. Of one `seed` all pictures of the call are numbered, and
-    picture i has the noise of (seed, i); of a seed for each prompt they are numbered
-    within `images_per_prompt`, so a row is what it is alone. `latents` are noise of
-    your own instead.
+    Rows are in the order p0, p0, p1, p1, ... for `images_per_prompt` of 2. Prompts are
+    texts, or what encode_prompts returns.
 
-    A `guidance` of 1 or less is none, one pass of the network a step: then negative
-    prompts, `skip_layers` and the other options of guidance are not used, and a warning
-    says so. `image`, in [0, 1] or as latents, is changed for the last `strength` of the
-    steps; with a `mask` only where that is 1. `skip_layers` are left out of a third
-    velocity, which is steered away from at the steps i of n with n skip_start < i < n
-    skip_stop.
+    The noise depends on the seed alone, not on the prompt. With one `seed`, image i of
+    the call has the noise of (seed, i). With a seed for each prompt, images count from
+    0 within each prompt, so that a row does not depend on the other rows. `latents`
+    replace the noise.
 
-    The solver and the t's are those of the scheduler that came with the model; `solver`
-    and `grid`, `shift`, `mu` (the shift's logarithm) or `sigmas`, which are shifted as
-    well and whose number is that of the steps, replace them. `preview(i, t, rgb)` sees
-    a rough picture after each step; a program is compiled for each such function.
+    A `guidance` of 1 or less means none: one pass of the network per step. A warning
+    says so if negative prompts, `skip_layers` or other options of guidance are given.
+    `image`, in [0, 1] or as latents, is changed over the last `strength` of the steps,
+    with a `mask` only where that is 1. `skip_layers` are left out of a third velocity,
+    from which guidance steers away in steps i of n with n skip_start < i < n skip_stop.
+
+    The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
+    `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
+    well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
+    rough image after each step; each such function compiles a program.
+
+    Raises UserError for arguments of wrong types or out of range.
     """
+    # --- check the arguments
     argument_checks.choice("output", output, OUTPUTS)
     guidance = argument_checks.number("guidance", guidance)
     guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
@@ -145,8 +147,8 @@ def generate(
     latents = arguments.starting_latents(bundle, latents)
     arguments.require_embeddings(bundle, prompts, "prompts")
     arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
-    given = image if image is not None else latents
-    shape = arguments.size(bundle, height, width, given)
+    start = image if image is not None else latents  # gives the size by default
+    shape = arguments.size(bundle, height, width, start)
     solver, times = arguments.settings(
         bundle,
         shape,
@@ -157,6 +159,7 @@ def generate(
         mu=mu,
         sigmas=sigmas,
     )
+    # --- encode prompts; one row for each image
     cond, uncond = arguments.encoded(
         bundle,
         prompts,
@@ -167,10 +170,11 @@ def generate(
         guided=guided,
     )
     rows = cond.pooled.shape[0]
-    spread = lambda x, what: arguments.rows_of(x, rows, images_per_prompt, what)
+    spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         arguments.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
+    # --- noise, starting image and mask as latents
     noise = x0 = None
     if latents is not None:
         noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
@@ -181,6 +185,7 @@ def generate(
     if image is not None:
         times = grids.strength(times, strength)
         x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
+    # --- numbers are data of the compiled program, the Plan is what compiles
     skipped = skip_layers if guided else ()
     draws = solvers.draws(solvers.SOLVERS[solver])
     inputs = compiled.Inputs(
@@ -206,6 +211,7 @@ def generate(
     nets, acting = arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )
+    # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
     with compiled.on(bundle.mesh):
         latents = compiled.sample(

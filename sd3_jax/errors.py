@@ -1,6 +1,6 @@
-"""Errors, and the exit codes that they end a process with (EXIT_CODES).
+"""Errors, and the exit codes with which they end a process (EXIT_CODES).
 
-All processes of a run end with the code of the first one that ended.
+All processes of a run exit with the code of the first one that ended.
 """
 
 import difflib
@@ -28,10 +28,11 @@ RUNTIME = (
     "ABORTED CANCELLED DATA_LOSS DEADLINE_EXCEEDED FAILED_PRECONDITION INTERNAL"
     " UNAVAILABLE UNKNOWN"
 ).split()
-COMPILING = ("Mosaic failed to compile", "during compilation")  # and fails again
-# The same, of what tensorstore raises as a ValueError.
+COMPILING = ("Mosaic failed to compile", "during compilation")  # it would fail again
+# The codes that may pass in what tensorstore raises as a ValueError.
 STORAGE = ("ABORTED", "DEADLINE_EXCEEDED", "UNAVAILABLE")
-# Of other packages, by the names of their errors and of those that they derive from.
+# Errors of other packages, by name, so that none of them is imported here. Base classes
+# count as well.
 NETWORK = {
     *("socket.gaierror", "ssl.SSLError", "urllib.URLError", "http.HTTPException"),
     *("requests.ConnectionError", "requests.Timeout", "requests.ChunkedEncodingError"),
@@ -47,23 +48,23 @@ NETWORK = {
 
 
 class UserError(Exception):
-    """What only the user can put right: main prints it in one line and exits with 2."""
+    """A fault that the user must correct: main prints one line and exits with 2."""
 
 
 class ConfigError(UserError, ValueError):
-    """A recipe, a key or a value that cannot be."""
+    """An invalid recipe, config key or value."""
 
 
 class RunFailed(Exception):
-    """A run that cannot go on, and not by the user's mistake: one line, exit code 1."""
+    """A run that cannot continue, through no user mistake: one line, exit code 1."""
 
 
 class RetryableError(Exception):
-    """A cause outside the run that may pass: one line, exit code 3, start it again."""
+    """A fault outside the run that may pass: one line, exit code 3, restart."""
 
 
 def exit_code(error: BaseException) -> int:
-    """The exit code of a process that this error ends."""
+    """The exit code of a process that ends with this error."""
     if isinstance(error, RetryableError):
         return RETRY
     if isinstance(error, UserError) or _has_errno(error, DISK):
@@ -103,8 +104,8 @@ def os_code(error: BaseException) -> int | None:
 
 
 def _kinds(error: BaseException) -> set[str]:
-    """Package and name of an error and of all that it derives from, since this module
-    must not import jax or gcsfs, which take seconds."""
+    """ "package.Name" of an error's class and all base classes."""
+    # Names, since importing jax or gcsfs takes seconds.
     return {f"{c.__module__.partition('.')[0]}.{c.__name__}" for c in type(error).mro()}
 
 
@@ -118,17 +119,17 @@ def _has_errno(error: BaseException, names: Iterable[str]) -> bool:
     return code is not None and code in {getattr(errno, x, None) for x in names}
 
 
-def near(given: str, choices: Iterable[str]) -> str | None:
-    """The choice that was probably meant, if any is close."""
+def near(name: str, choices: Iterable[str]) -> str | None:
+    """The choice that was probably meant, or None; case does not matter."""
     spelling = {choice.lower(): choice for choice in choices}
-    match = difflib.get_close_matches(given.lower(), spelling, n=1)
+    match = difflib.get_close_matches(name.lower(), spelling, n=1)
     return spelling[match[0]] if match else None
 
 
-def nearest(given: str, choices: Iterable[str]) -> str:
+def nearest(name: str, choices: Iterable[str]) -> str:
     """The end of a message: `; did you mean "euler"?`, or else all the choices."""
     choices = list(choices)
-    match = near(given, choices)
+    match = near(name, choices)
     if match is not None:
         return f'; did you mean "{match}"?'
     return f"; wanted one of {', '.join(choices)}" if choices else ""

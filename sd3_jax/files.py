@@ -1,8 +1,8 @@
-"""Looking at files at any path of epath, where epath's own answers mislead.
+"""Files at any path of epath, where epath's own answers mislead.
 
-Of a local path, epath's `exists` says no where the disk fails, and its `stat` asks for
-the names of owner and group, which fails for an owner without a passwd entry: on a
-network disk, in a container.
+For local paths, epath's `exists` is false when the disk fails, and its `stat` looks up
+the names of owner and group, which fails for an owner without a passwd entry (network
+disks, containers).
 """
 
 import contextlib
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def exists(path: epath.PathLike) -> bool:
-    """Whether the path exists; OSError where that cannot be told."""
+    """Whether the path exists; OSError if the file system does not answer."""
     if remote(path):
         return epath.Path(path).exists()
     try:
@@ -43,8 +43,8 @@ def size(path: epath.PathLike) -> int:
 
 
 def children(folder: epath.Path) -> list[epath.Path]:
-    """What a folder of ours holds. In a bucket one without files is not there, whatever
-    mkdir was told: it holds nothing."""
+    """The paths in a folder of ours, which exists."""
+    # A bucket has no empty folders, whatever mkdir was told: it holds nothing then.
     try:
         return list(folder.iterdir())
     except FileNotFoundError:
@@ -54,7 +54,8 @@ def children(folder: epath.Path) -> list[epath.Path]:
 
 
 def names(folder: epath.PathLike) -> list[str]:
-    """A folder's names, sorted, without hidden ones: macOS keeps ._x beside x."""
+    """A folder's names, sorted, without hidden ones; UserError on failure."""
+    # macOS keeps a hidden ._x beside x on foreign file systems.
     try:
         every = [path.name for path in epath.Path(folder).iterdir()]
     except OSError as error:
@@ -64,7 +65,7 @@ def names(folder: epath.PathLike) -> list[str]:
 
 
 def require_regular(path: epath.PathLike) -> None:
-    """UserError for a pipe or a device, whose reader would wait for ever."""
+    """UserError for a pipe, socket or device, whose reader could wait for ever."""
     try:
         mode = stat.S_IFREG if remote(path) else os.stat(path).st_mode
     except OSError:
@@ -88,7 +89,7 @@ def read_object(path: epath.PathLike) -> dict:
 
 
 def parse_object(where: Any, text: str | bytes) -> dict:
-    """A JSON object; UserError, which names where it lies, for anything else."""
+    """The JSON object in a text; UserError, beginning with `where`, otherwise."""
     try:
         value = parse_json(text)
     except ValueError as error:
@@ -99,7 +100,7 @@ def parse_object(where: Any, text: str | bytes) -> dict:
 
 
 def remote(path: epath.PathLike) -> bool:
-    """Whether the path is of an object store: gs://, s3://."""
+    """Whether the path is in an object store: gs://, s3://."""
     return "://" in os.fspath(path)
 
 
@@ -127,15 +128,17 @@ def read_whole(path: str) -> bytes:
 
 
 def require_answered(path: str, error: Exception) -> None:
-    """A RetryableError for a fault of a bucket that may pass: it says nothing about
-    the file, and nobody is to conclude that it is damaged or missing."""
+    """RetryableError if `error` is a bucket's fault that may pass.
+
+    Such a fault says nothing about the file, which must not be taken for damaged.
+    """
     if remote(path) and passing(error):
         reason = " ".join(str(error).split()) or type(error).__name__
         raise RetryableError(f"{path}: cannot be read: {reason}") from error
 
 
 def write_object(path: epath.PathLike, data: bytes) -> None:
-    """All of a bucket's object, in one request, or nothing."""
+    """Write a bucket's object in one request: all of it, or nothing."""
 
     def write() -> None:
         store, name = _store(os.fspath(path))
@@ -145,7 +148,7 @@ def write_object(path: epath.PathLike, data: bytes) -> None:
 
 
 def upload(local: epath.PathLike, path: epath.PathLike) -> None:
-    """A local file to a bucket, where it has its name only once it is whole."""
+    """Upload a local file to a bucket; it gets its name once it is complete."""
     length = os.stat(local).st_size
 
     def put() -> None:
@@ -157,17 +160,19 @@ def upload(local: epath.PathLike, path: epath.PathLike) -> None:
     retried(put, f"{path}: cannot be written")
 
 
-def retried(call: Callable[[], T], what: str) -> T:
-    """call(), tried again after faults of the network or the storage.
+def retried(call: Callable[[], T], failure: str) -> T:
+    """call(), retried after faults of the network or the storage.
 
-    A RetryableError, which begins with `what`, if those do not pass, and a UserError
-    for what the storage refuses. fsspec's clients try six times themselves.
+    Raises RetryableError if they do not pass, and UserError for what the storage
+    refuses; both begin with `failure`. fsspec's clients retry six times themselves.
     """
     for pause in (*PAUSES, None):
         try:
             return call()
         except Exception as error:
-            reason = f"{what}: {' '.join(str(error).split()) or type(error).__name__}"
+            reason = (
+                f"{failure}: {' '.join(str(error).split()) or type(error).__name__}"
+            )
             if not passing(error):
                 if isinstance(error, OSError):
                     raise UserError(reason) from error
@@ -180,25 +185,23 @@ def retried(call: Callable[[], T], what: str) -> T:
 
 
 def _store(path: str) -> tuple[Any, str]:
-    """fsspec's client, of which there is one a process, and its name of the path."""
+    """(fsspec's client, its name of the path); there is one client per process."""
     from fsspec.core import url_to_fs  # not needed for local files
 
     return url_to_fs(path)
 
 
 def shipped(folder: str) -> Path:
-    """A folder of the repository, which a wheel holds inside the package (setup.py)."""
+    """A folder of the repository; a wheel has it inside the package (setup.py)."""
     package = Path(__file__).resolve().parent
     inside = package / Path(folder).name
     return inside if inside.is_dir() else package.parent / folder
 
 
 def write_whole(path: epath.PathLike, data: bytes) -> None:
-    """All of the file or nothing: written beside `path`, then renamed onto it.
-
-    In a bucket objects are whole or absent, and a renaming whose answer was lost fails
-    when it is tried again: the new name is there and the old one gone.
-    """
+    """Write a file completely or not at all: beside `path`, then renamed onto it."""
+    # A bucket's objects are complete or absent. A rename there could fail when retried:
+    # if the first answer was lost, the old name is gone.
     path = epath.Path(path)
     if remote(path):
         return write_object(path, data)

@@ -1,4 +1,4 @@
-"""What comes from outside hands: JSON without its loopholes, text fit for a message."""
+"""Untrusted input: strict JSON, and text that is safe in a message."""
 
 import json
 import math
@@ -6,11 +6,12 @@ from typing import Any
 
 
 def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
-    """json.loads, for which a name twice, NaN, infinity and depth are errors too.
+    """json.loads that also rejects duplicate names, NaN, infinity and deep nesting.
 
-    With `null_nonfinite` NaN and infinity are null: pandas and numpy write them for
-    values that are missing.
+    With `null_nonfinite`, NaN and infinity become None: pandas and numpy write them for
+    missing values. Raises ValueError.
     """
+    # utf-8-sig: some Windows editors write a byte-order mark.
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
     try:
         return json.loads(
@@ -24,7 +25,8 @@ def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
 
 
 def shown(value: Any, most: int = 80) -> str:
-    """On one line: what does not print, or turns the line round, is escaped."""
+    """A value as text on one line, of at most `most` characters."""
+    # What does not print is escaped, and marks that reverse the line's direction.
     text = str(value)
     ends = "…" if len(text) > most else ""
     return "".join(map(_printed, text[:most])) + ends
@@ -35,12 +37,12 @@ def _printed(c: str) -> str:
 
 
 def _unique(pairs: list) -> dict:
-    made = {}
+    values = {}
     for name, value in pairs:
-        if name in made:
+        if name in values:
             raise ValueError(f'"{shown(name)}" stands twice')
-        made[name] = value
-    return made
+        values[name] = value
+    return values
 
 
 def _no_number(name: str) -> None:

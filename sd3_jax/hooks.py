@@ -1,4 +1,4 @@
-"""Functions of the user's own, by name: "package.module:function"."""
+"""Load user functions by name: "package.module:function"."""
 
 import importlib
 import pkgutil
@@ -12,43 +12,44 @@ from sd3_jax.foreign_text import shown
 
 
 def load(name: str) -> Callable:
-    """The function of that name; a UserError if its module or it is not there."""
+    """The function of that name; UserError if it or its module cannot be found."""
     path, colon, attribute = name.partition(":")
     if not (colon and all(part.isidentifier() for part in path.split("."))):
         raise UserError(f'{shown(name)}: no function; wanted "package.module:function"')
-    found = _module(path)
+    value = _module(path)
     for part in attribute.split("."):
-        if not hasattr(found, part):
-            choices = [each for each in dir(found) if not each.startswith("_")]
-            hint = _meant(part, choices)
+        if not hasattr(value, part):
+            choices = [attr for attr in dir(value) if not attr.startswith("_")]
+            hint = _did_you_mean(part, choices)
             raise UserError(f'{shown(name)}: {path} has no "{shown(part)}"{hint}')
-        found = getattr(found, part)
-    if not callable(found):
-        kind = type(found).__name__
+        value = getattr(value, part)
+    if not callable(value):
+        kind = type(value).__name__
         raise UserError(f"{shown(name)}: is of type {kind}, wanted a function")
-    return found
+    return value
 
 
 def guarded(key: str, name: str) -> Callable:
-    """The function of that name, which config.`key` has; what it raises is the user's.
+    """The function that config.`key` names, with its exceptions as UserErrors.
 
-    A UserError on one line says where in their code, and is what to look for there.
+    The one-line message names the config key, the exception and the line of the user's
+    code that raised it.
     """
     try:
         function = load(name)
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
 
-    def call(*given):
+    def call(*args):
         try:
-            return function(*given)
+            return function(*args)
         except UserError:
             raise
         except Exception as error:
             place = traceback.extract_tb(error.__traceback__)[-1]
             where = f"{PurePath(place.filename).name}:{place.lineno}"
-            what = shown(f"{type(error).__name__}: {error}", 300)
-            raise UserError(f"{call.__name__}: {what} ({where})") from error
+            reason = shown(f"{type(error).__name__}: {error}", 300)
+            raise UserError(f"{call.__name__}: {reason} ({where})") from error
 
     call.__name__ = f"config.{key} = {name}"
     return call
@@ -58,17 +59,18 @@ def _module(path: str):
     try:
         return importlib.import_module(path)
     except ModuleNotFoundError as error:
+        # A module that the user's own module imports is another fault: say so.
         missing = error.name or ""
         if missing != path and not path.startswith(f"{missing}."):
             raise UserError(f"{path}: cannot be imported: {error}") from None
         parent, _, last = missing.rpartition(".")
-        hint = _meant(last, _modules(parent))
+        hint = _did_you_mean(last, _modules(parent))
         raise UserError(
             f'no module "{shown(missing)}"{hint or "; is its folder in PYTHONPATH?"}'
         ) from None
     except Exception as error:  # whatever the user's module does when it is imported
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{path}: cannot be imported: {shown(what, 200)}") from error
+        reason = f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: cannot be imported: {shown(reason, 200)}") from error
 
 
 def _modules(parent: str) -> list[str]:
@@ -76,9 +78,9 @@ def _modules(parent: str) -> list[str]:
     if parent and not (spec and spec.submodule_search_locations):
         return []
     places = spec.submodule_search_locations if spec else None
-    return [found.name for found in pkgutil.iter_modules(places)]
+    return [module.name for module in pkgutil.iter_modules(places)]
 
 
-def _meant(given: str, choices: Iterable[str]) -> str:
-    match = near(given, choices)
+def _did_you_mean(name: str, choices: Iterable[str]) -> str:
+    match = near(name, choices)
     return f'; did you mean "{match}"?' if match else ""

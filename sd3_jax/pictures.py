@@ -1,4 +1,4 @@
-"""Images as people see them: pixels from floats, contact sheets, PNG files."""
+"""Images for people: pixels from floats, contact sheets, PNG files."""
 
 import io
 import itertools
@@ -16,11 +16,11 @@ from sd3_jax.files import write_whole
 
 PAPER, INK = (255, 255, 255), (72, 76, 84)
 TILE, SHEET = 96, 4096  # pixels: a tile's least height and width, a sheet's most width
-LINES = 4  # of a caption
+LINES = 4  # of a caption, at most
 
 
 def to_uint8(images: Float[ndarray, "*shape"]) -> UInt8[ndarray, "*shape"]:
-    """[-1, 1] to 0…255: clamped, the nearest integer, halves to the even one."""
+    """[-1, 1] to 0…255: clipped, and rounded half to even. ConfigError for NaN."""
     pixels = np.asarray(images, np.float32) * 127.5 + 127.5
     if np.isnan(pixels).any():
         bad = np.isnan(pixels).mean()
@@ -35,10 +35,10 @@ def grid(
     scale: int | float | None = None,
     captions: list[str] | None = None,
 ) -> Image.Image:
-    """A contact sheet, row by row; without `columns` about square.
+    """A contact sheet, row by row; about square by default.
 
-    Without `scale` tiny images grow by a whole factor to tiles of at least 96 px, and
-    only a sheet wider than 4096 px shrinks, to no less than 256 px a tile.
+    By default, tiny images are enlarged by a whole factor to tiles of at least 96 px. A
+    sheet wider than 4096 px is reduced, but tiles stay at 256 px or more.
     """
     n, h, w = images.shape[:3]
     if captions is not None and len(captions) != n:
@@ -65,7 +65,7 @@ def grid(
 
 
 def enlarged(image: UInt8[ndarray, "h w 3"]) -> Image.Image:
-    """A tiny image grown by a whole factor to at least 96 px, as on a sheet."""
+    """A tiny image enlarged by a whole factor to at least 96 px, as on a sheet."""
     return _resize(image, max(1, math.ceil(TILE / min(image.shape[:2]))))
 
 
@@ -75,7 +75,10 @@ def save_png(
     *,
     info: dict[str, str] | None = None,
 ) -> None:
-    """A whole PNG or none, at any path of epath; `info` becomes its text chunks."""
+    """Write a PNG at any path of epath, complete or not at all.
+
+    `info` becomes the PNG's text chunks.
+    """
     image = Image.fromarray(image) if isinstance(image, ndarray) else image
     chunks = PngInfo()
     for name, text in (info or {}).items():
@@ -100,7 +103,7 @@ def _resize(image, scale):
 
 
 def _wrap(text, font, width):
-    """Lines no wider than `width`; a word that is gets cut, and so does a long text."""
+    """Lines no wider than `width` pixels; longer words, and longer texts, are cut."""
     lines = [""]
     for word in text[: LINES * width].split():  # no glyph is narrower than a pixel
         for piece in _pieces(word, font, width):

@@ -1,4 +1,4 @@
-"""Trees of parameters."""
+"""Trees of parameters: names, sizes and fingerprints."""
 
 import hashlib
 from typing import NamedTuple
@@ -11,36 +11,37 @@ from jax import Array
 
 
 def unbox(tree):
-    """Without the logical axis names; flax's own would constrain shardings as well."""
+    """The tree without flax's boxes of logical axis names."""
+    # flax's own unbox would constrain shardings as well.
     boxed = lambda x: isinstance(x, nn.meta.AxisMetadata)
     bare = lambda x: x.unbox(apply_constraint=False) if boxed(x) else x
     return jax.tree.map(bare, tree, is_leaf=boxed)
 
 
 def names(path) -> tuple[str, ...]:
-    """A path of jax.tree_util as plain strings."""
+    """A jax.tree_util path as plain strings."""
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
 def count(tree) -> int:
-    """Numbers in all leaves."""
+    """Number of values in all leaves."""
     return sum(x.size for x in jax.tree.leaves(tree))
 
 
 class Print(NamedTuple):
-    """Of a leaf: a word of all its bits, and how many values are NaN or infinite."""
+    """A leaf's hash of all bits, and its number of values that are NaN or infinite."""
 
     word: int
     strange: int
 
 
 def fingerprints(tree) -> dict[str, Print]:
-    """By a leaf's name, parts joined by "/".
+    """The Print of each leaf, by its name "a/b/c".
 
-    Every bit pattern is mixed with its place and the results are added modulo 2^32, on
-    the devices: no mesh and no order of addition changes the sum. The mixing is one to
-    one, so that a change of a single value always shows.
+    Does not depend on the mesh. A change of a single value always changes the hash.
     """
+    # Each bit pattern is mixed with its index, and the results are added modulo 2^32 on
+    # the devices: integer addition has no order. The mixing is one to one.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
     name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
@@ -49,7 +50,7 @@ def fingerprints(tree) -> dict[str, Print]:
 
 
 def fingerprint(tree) -> str:
-    """Twelve hexadecimal digits of every leaf's name, shape, dtype and bits."""
+    """Twelve hexadecimal digits of all leaves' names, shapes, dtypes and bits."""
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     words = [x.word for x in fingerprints(tree).values()]
     digest = hashlib.sha256(np.array(words, np.uint32).tobytes())
@@ -69,6 +70,7 @@ def _print(x: Array) -> Array:
     floating = jnp.issubdtype(x.dtype, jnp.floating)
     strange = ~jnp.isfinite(x) if floating else jnp.zeros(x.shape, bool)
     x = x.astype(kind) if x.dtype == bool else jax.lax.bitcast_convert_type(x, kind)
+    # The flat index of each value, modulo 2^32, without a reshape across shards.
     place = jnp.zeros((), jnp.uint32)
     for axis, size in enumerate(x.shape):
         at = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
@@ -76,7 +78,7 @@ def _print(x: Array) -> Array:
     place = place * jnp.uint32(0x9E3779B1)  # golden: spreads the places over all bits
     word = (x.astype(jnp.uint32) ^ place) * jnp.uint32(0x85EBCA6B)
     word = word ^ (word >> 15)  # lest flips of two high bits cancel
-    both, zero = (word, strange.astype(jnp.uint32)), jnp.uint32(0)
+    terms, zero = (word, strange.astype(jnp.uint32)), jnp.uint32(0)
     add = lambda a, b: (a[0] + b[0], a[1] + b[1])
     # Together: XLA reads the leaf once, and on a CPU 30 times as fast as for two sums.
-    return jnp.stack(jax.lax.reduce(both, (zero, zero), add, tuple(range(x.ndim))))
+    return jnp.stack(jax.lax.reduce(terms, (zero, zero), add, tuple(range(x.ndim))))

@@ -51,7 +51,7 @@ def made(config: ConfigDict, objective: Objective) -> Tuning:
         )
     else:
         shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
-        lora.chosen(tree.unbox(shapes), tune.targets)  # a mistake is told of
+        lora.target_kernels(tree.unbox(shapes), tune.targets)  # a mistake is told of
         one = finetuning.low_rank(
             objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
         )
@@ -181,7 +181,7 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     where = f"config.tune.lora = {source}"
     path, weight = lora_adapters.named(source)
     try:
-        path = sources.resolve(path, adapter_files.WANTED, what="LoRA")
+        path = sources.resolve(path, adapter_files.WANTED, label="LoRA")
         pairs = adapter_files.read(path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
@@ -202,7 +202,7 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     loaded = lora_files.load(
         pairs["denoiser"], "denoiser", parts.denoiser, shapes, weight=weight
     )
-    trained = lora.chosen(shapes, config.tune.targets)
+    trained = lora.target_kernels(shapes, config.tune.targets)
     of_file = [module for module, _ in lora_model.modules(loaded, "a")]
     if others := ["/".join(module) for module in of_file if module not in trained]:
         raise UserError(

@@ -8,15 +8,17 @@ from sd3_jax.errors import ConfigError
 
 
 def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
-    """table[name], or an error with the known names and the nearest of them."""
+    """table[name]; ConfigError with the known names and the nearest one otherwise."""
     if name in table:
         return table[name]
+    # cutoff 0: always one name, however far, since the message has a place for it.
     nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
     raise ConfigError(
         f"{field}: got {name!r}, want one of {', '.join(table)} (nearest: {nearest})"
     )
 
 
-def require(ok: bool, field: str, given: Any, want: str) -> None:
+def require(ok: bool, field: str, value: Any, want: str) -> None:
+    """ConfigError "field: got value, want ..." unless `ok`."""
     if not ok:
-        raise ConfigError(f"{field}: got {given!r}, want {want}")
+        raise ConfigError(f"{field}: got {value!r}, want {want}")

@@ -16,8 +16,10 @@ Number = float | int | np.ndarray | np.generic | Array
 
 
 class Skip(NamedTuple):
-    """Skip-layer guidance: `velocity` with layers left out, steered away from by
-    `scale` while t is in `window`."""
+    """Skip-layer guidance: `velocity` leaves layers out, and is steered away from.
+
+    `scale` multiplies the difference while t is in `window`, [low, high].
+    """
 
     velocity: Callable[[Array, Array, PyTree], Array]
     scale: Number
@@ -34,26 +36,30 @@ def cfg(
     rescale: Number = 0.0,
     skip: Skip | None = None,
 ) -> Callable[[Array, Array], Array]:
-    """v_u + scale (v_c - v_u) while t is in `interval`, else v_c.
+    """A guided velocity: v_u + scale (v_c - v_u) while t is in `interval`, else v_c.
 
-    One call of velocity(x, t, cond) on a doubled batch, uncond first. A scale of 1 or
-    less that is no array is no guidance at all, as everywhere else: one plain call, and
-    `uncond` and `skip` are not looked at. The interval is that of Kynkäänniemi et al.
-    2024. `skip` adds its scale times (v_c - v_skip) while its window is open.
+    velocity(x, t, cond) is called once, on a doubled batch. A `scale` of 1 or less that
+    is no array means no guidance: one plain call without `uncond` and `skip`. The
+    interval is that of Kynkäänniemi et al. 2024; `rescale` is that of match_std. `skip`
+    adds its scale times (v_c - v_skip) in its window. Raises ConfigError for options
+    out of range, unless they are arrays.
     """
     start, stop = interval
+    # Traced options are checked before they are traced, by the caller.
     if not any(isinstance(x, Array) for x in (scale, start, stop, rescale)):
         check(scale, interval, rescale)
     if not isinstance(scale, Array) and not guides(scale):
         return lambda x, t: velocity(x, t, cond)
-    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    # The unconditional half comes first; it is split again below.
+    condition = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
 
     def guided(x: Batch, t: Times) -> Batch:
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both)
+        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), condition)
         with jax.named_scope("guidance"):
+            # float32 before the difference: `scale` multiplies its rounding error.
             v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
             v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)
-            v = jnp.where(expand((start <= t) & (t <= stop), x), v, v_c)
+            v = jnp.where(expand((start <= t) & (t <= stop), x), v, v_c)  # by example
         if skip is None:
             return v
         with jax.named_scope("skip_guidance"):
@@ -61,7 +67,9 @@ def cfg(
 
     def away(skip: Skip, x: Batch, t: Times, v_c: Batch) -> Batch:
         low, high = skip.window
-        return jax.lax.cond(  # all examples are at the same t
+        # A branch, not a mask: outside the window a third pass would be wasted. All
+        # examples of a batch are at the same t.
+        return jax.lax.cond(
             (low <= t[0]) & (t[0] <= high),
             lambda: skip.scale * (v_c - skip.velocity(x, t, cond).astype(jnp.float32)),
             lambda: jnp.zeros_like(v_c),
@@ -71,15 +79,16 @@ def cfg(
 
 
 def guides(scale: Number) -> bool:
-    """Whether a scale asks for guidance: from 1 down diffusers' pipelines, and the
-    users of models that are distilled from it, mean none by it."""
+    """Whether a scale asks for guidance: 1 or less means none, as in diffusers."""
+    # Users of distilled models pass 0 or 1 for "none"; taken literally, 0 would paint
+    # the negative prompt.
     return bool(scale > 1)
 
 
 def check(
     scale: Number, interval: tuple[Number, Number] = (0.0, 1.0), rescale: Number = 0.0
 ) -> None:
-    """A ConfigError that names the option out of range."""
+    """Raise a ConfigError that names the option out of range."""
     start, stop = interval
     require(math.isfinite(scale), "scale", scale, "a finite number")
     ordered = 0 <= start <= stop <= 1
@@ -88,11 +97,12 @@ def check(
 
 
 def match_std(v: Batch, v_c: Batch, amount: Number) -> Batch:
-    """v brought towards the std of v_c (Lin et al. 2023, 3.4).
+    """v with its std moved towards that of v_c (Lin et al. 2023, sec. 3.4).
 
-    In the space of velocities, not x0: it is the network's output, as in their code.
+    `amount` is 0 for v as it is, 1 for the std of v_c.
     """
+    # On the network's output, here the velocity, as in their code; not on x0.
     axes = tuple(range(1, v.ndim))
-    std, std_c = (jnp.std(a, axis=axes, keepdims=True) for a in (v, v_c))
-    ratio = jnp.where(std > 0, std_c / std, 1)  # an untrained network answers 0
+    std, std_c = (jnp.std(a, axis=axes, keepdims=True) for a in (v, v_c))  # (b, 1, …)
+    ratio = jnp.where(std > 0, std_c / std, 1)  # a network at initialisation returns 0
     return amount * ratio * v + (1 - amount) * v

@@ -1,6 +1,6 @@
-"""Forward processes x_t = a_t x0 + b_t noise: t = 0 is data, t = 1 noise (paper, 2).
+"""Forward processes x_t = a_t x0 + b_t noise (paper, sec. 2): t = 0 is data, 1 noise.
 
-A path is also how x_t and a velocity become x0 and noise again.
+A path also recovers x0 and noise from x_t and a velocity.
 """
 
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ Times = Float[Array, " b"]
 
 @runtime_checkable
 class Regression(Protocol):
-    """What losses ask of a forward process, or of a formulation of it."""
+    """What losses need: a forward process, and what a network regresses."""
 
     def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
     def target(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
@@ -22,7 +22,7 @@ class Regression(Protocol):
 
 @runtime_checkable
 class Path(Regression, Protocol):
-    """What solvers ask besides."""
+    """What solvers need as well."""
 
     def coefficients(self, t: Array) -> tuple[Array, Array]: ...
     def velocity(self, x0: Batch, noise: Batch, t: Times) -> Batch: ...
@@ -35,7 +35,7 @@ class RectifiedFlow:
     """Straight lines: x_t = (1 - t) x0 + t noise (paper, eq 13)."""
 
     def coefficients(self, t: Array) -> tuple[Array, Array]:
-        return 1 - t, t
+        return 1 - t, t  # a_t, b_t
 
     def interpolate(self, x0: Batch, noise: Batch, t: Times) -> Batch:
         t = expand(t, x0)
@@ -47,6 +47,8 @@ class RectifiedFlow:
 
     target = velocity  # what a network regresses
 
+    # Both follow from x_t = x0 + t v and v = noise - x0, without a division: they hold
+    # at t = 0 and t = 1 too.
     def x0(self, xt: Batch, v: Batch, t: Times) -> Batch:
         return xt - expand(t, xt) * v
 
@@ -58,5 +60,5 @@ RF = RectifiedFlow()
 
 
 def expand(t: Shaped[Array, " b"], x: Batch) -> Shaped[Array, "b ..."]:
-    """t with axes of size 1 behind, to broadcast against x."""
+    """t (b,) as (b, 1, ...), to broadcast against x."""
     return t.reshape(t.shape + (1,) * (x.ndim - 1))

@@ -127,7 +127,7 @@ def load(
         module = component.build(config, np.dtype(dtype))
         shapes = components.abstract(component, module, config, mesh, dtype)
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
-        sharded_load.check(own, pieces, what=what, ignored=component.ignored)
+        sharded_load.check(own, pieces, where=what, ignored=component.ignored)
         modules[name], variables[name] = module, sharded_load.load(own, shapes, pieces)
     folder = path if path.is_dir() else path.parent
     prepare = clip_images.preparation(folder, modules["vision"].size)
@@ -157,7 +157,7 @@ def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
     places = [folder]
     if other:
         wanted = tokenizers.WANTED
-        places.append(sources.resolve(other, wanted, what="tokenizers"))
+        places.append(sources.resolve(other, wanted, label="tokenizers"))
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
             return tokenizers.read("clip_l", place)

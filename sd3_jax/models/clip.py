@@ -10,18 +10,20 @@ from jaxtyping import Float, Int
 from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, normal, zeros
 
-LEGACY_EOS = 2  # in a config: the end is where the largest id is
+# Published configs say eos_token_id 2, which was never CLIP's end token: with it, as
+# in transformers, a text ends at its largest id (49407 in CLIP's vocabulary).
+LEGACY_EOS = 2
 ACTIVATIONS = {
-    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),
-    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "quick_gelu": lambda x: x * nn.sigmoid(1.702 * x),  # OpenAI's CLIP-L
+    "gelu": lambda x: nn.gelu(x, approximate=False),  # OpenCLIP's bigG
 }
 
 
 class ClipText(nn.Module):
-    """Token ids to the states that SD3 attends to, and a pooled vector.
+    """Token ids to hidden states and a pooled vector (Radford et al. 2021).
 
-    A causal mask and no other. `eos` is the config's eos_token_id: LEGACY_EOS, or the
-    id whose first place ends a text.
+    The only mask is causal: padding is attended to. `eos` is the config's eos_token_id:
+    LEGACY_EOS, or the id whose first occurrence ends a text.
     """
 
     vocab: int
@@ -39,28 +41,34 @@ class ClipText(nn.Module):
     def __call__(
         self, ids: Int[Array, "b l"], *, clip_skip: int = 0
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
-        """(states of the layer `clip_skip` before the last but one, pooled).
+        """(hidden states, pooled vector).
 
-        The states have not been through the final norm; the pooled vector has, at the
-        end of the text, and through the projection.
+        The states are those of the last layer but one, or of `clip_skip` layers before
+        it, without the final norm (SD3 paper, sec. 4). The pooled vector is the last
+        layer's state at the end of the text, normalised and projected. Raises
+        ValueError if the model has no such layer.
         """
         named = lambda init, axes: nn.with_logical_partitioning(init, axes)
         init = named(normal(0.02), ("vocab", "embed"))
         tokens = self.param("tokens", init, (self.vocab, self.width))
         init = named(normal(0.01), (None, "embed"))
         places = self.param("positions", init, (self.length, self.width))
-        x = (jnp.take(tokens, ids, axis=0) + places[: ids.shape[1]]).astype(self.dtype)
+        # The sum is in the parameters' dtype, the blocks compute in `dtype`.
+        x = jnp.take(tokens, ids, axis=0) + places[: ids.shape[1]]
+        x = x.astype(self.dtype)  # (b, l, d)
         block = ClipBlock(
             self.num_heads, self.mlp, self.activation, self.dtype, name="blocks"
         )
-        asked = self.depth - 2 - clip_skip  # 0-based layer whose output is wanted
-        if not 0 <= asked < self.depth:
+        last = self.depth - 2 - clip_skip  # 0-based layer whose output is returned
+        if not 0 <= last < self.depth:
             raise ValueError(f"clip_skip {clip_skip}: wanted 0 to {self.depth - 2}")
 
+        # One layer's states ride in the carry: to stack those of every layer as the
+        # scan's output would take `depth` times the memory.
         def body(block, carry, layer):
-            x, kept = carry
+            x, hidden = carry
             x = block(x)
-            return (x, jnp.where(layer == asked, x, kept)), None
+            return (x, jnp.where(layer == last, x, hidden)), None
 
         scan = nn.scan(
             body,
@@ -71,7 +79,7 @@ class ClipText(nn.Module):
         )
         (x, hidden), _ = scan(block, (x, x), jnp.arange(self.depth))
         x = LayerNorm(name="final_norm")(x)
-        pooled = x[jnp.arange(len(ids)), end_of_text(ids, self.eos)]
+        pooled = x[jnp.arange(len(ids)), end_of_text(ids, self.eos)]  # (b, d)
         project = Dense(
             self.projection,
             ("embed", None),
@@ -83,7 +91,7 @@ class ClipText(nn.Module):
 
 
 class ClipBlock(nn.Module):
-    """Attention and an MLP, each after a norm; a text's looks back only."""
+    """A pre-norm transformer block; `causal` for text, False for images."""
 
     num_heads: int
     mlp: int
@@ -99,17 +107,18 @@ class ClipBlock(nn.Module):
         )
         heads = (3, self.num_heads, d // self.num_heads)
         h = LayerNorm(name="norm1")(x)
-        qkv = dense(heads, ("embed", None, "heads", None), "to_qkv")(h)
-        back = jnp.where(jnp.tri(n, dtype=bool), 0.0, -jnp.inf)[None, None]
-        bias = back if self.causal else None
-        h = attention(*jnp.unstack(qkv, axis=-3), bias=bias)
+        axes = ("embed", None, "heads", None)
+        qkv = dense(heads, axes, "to_qkv")(h)  # (b, l, 3, a, k)
+        mask = jnp.where(jnp.tri(n, dtype=bool), 0.0, -jnp.inf)[None, None]
+        bias = mask if self.causal else None  # (1, 1, l, l)
+        h = attention(*jnp.unstack(qkv, axis=-3), bias=bias)  # (b, l, a, k)
         x = x + dense(d, ("heads", None, "embed"), "to_out")(h)
         h = dense(self.mlp, ("embed", "mlp"), "fc1")(LayerNorm(name="norm2")(x))
         return x + dense(d, ("mlp", "embed"), "fc2")(ACTIVATIONS[self.activation](h))
 
 
 class LayerNorm(nn.Module):
-    """With scale and bias, its statistics in float32."""
+    """Layer norm with scale and bias; mean and variance in float32."""
 
     eps: float = 1e-5
 
@@ -118,12 +127,16 @@ class LayerNorm(nn.Module):
         names = lambda init: nn.with_logical_partitioning(init, (None,))
         scale = self.param("scale", names(nn.initializers.ones), x.shape[-1:])
         bias = self.param("bias", names(zeros), x.shape[-1:])
-        h = x.astype(jnp.float32)
+        h = x.astype(jnp.float32)  # in bfloat16 the mean square loses too many bits
         h = h - jnp.mean(h, -1, keepdims=True)
         h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + self.eps)
         return (h * scale + bias).astype(x.dtype)
 
 
 def end_of_text(ids: Int[Array, "b l"], eos: int) -> Int[Array, " b"]:
-    """Where each text ends: the first `eos`, or by the legacy rule the largest id."""
+    """Index of each text's end: its first `eos`, or by the legacy rule its largest id.
+
+    0 for a text without `eos`.
+    """
+    # argmax takes the first of equals: padding with the end token changes nothing.
     return jnp.argmax(ids if eos == LEGACY_EOS else ids == eos, axis=-1)

@@ -11,7 +11,10 @@ from sd3_jax.models.layers import Dense, normal
 
 
 class ClipVision(nn.Module):
-    """Normalised pictures of `size` pixels square to their embeddings."""
+    """Normalised images (b, size, size, 3) to projected embeddings (b, e).
+
+    The embedding is the class token's last state, normalised and projected.
+    """
 
     depth: int
     width: int
@@ -25,18 +28,21 @@ class ClipVision(nn.Module):
 
     @nn.compact
     def __call__(self, images: Float[Array, "b s s 3"]) -> Float[Array, "b e"]:
+        # The published 14 x 14 convolution of stride 14, as one matrix product.
         n, p, d = self.size // self.patch, self.patch, self.width
-        x = images.reshape(-1, n, p, n, p, 3).swapaxes(2, 3)
+        x = images.reshape(-1, n, p, n, p, 3).swapaxes(2, 3)  # (b, n, n, p, p, 3)
         x = x.reshape(-1, n * n, p * p * 3)  # (b, n*n, p*p*3)
         project = lambda features, axes, name: Dense(
             features, axes, bias=False, dtype=self.dtype, name=name
         )
-        x = project(d, (None, "embed"), "patch_embed")(x.astype(self.dtype))
+        x = x.astype(self.dtype)
+        x = project(d, (None, "embed"), "patch_embed")(x)  # (b, n*n, d)
         named = lambda axes: nn.with_logical_partitioning(normal(0.02), axes)
         first = self.param("class_token", named(("embed",)), (d,))
         places = self.param("positions", named((None, "embed")), (n * n + 1, d))
         first = jnp.broadcast_to(first, (len(x), 1, d)).astype(x.dtype)
-        x = jnp.concatenate([first, x], axis=1) + places.astype(x.dtype)
+        x = jnp.concatenate([first, x], axis=1)  # (b, n*n+1, d)
+        x = x + places.astype(x.dtype)
         block = ClipBlock(
             self.num_heads,
             self.mlp,
@@ -52,6 +58,7 @@ class ClipVision(nn.Module):
             length=self.depth,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )
+        # CLIP has a norm before the first block too (pre_layrnorm in its files).
         x, _ = scan(block, LayerNorm(name="first_norm")(x), None)
         x = LayerNorm(name="final_norm")(x[:, 0])  # (b, d)
         return project(self.projection, ("embed", None), "visual_projection")(x)

@@ -1,4 +1,4 @@
-"""ControlNets for the MMDiT: of joint blocks as its own, or of a single stream."""
+"""ControlNets for the MMDiT, of joint blocks or of image tokens alone."""
 
 from typing import Any
 
@@ -15,12 +15,12 @@ from sd3_jax.models.token_io import condition, cut
 
 
 class ControlNet(nn.Module):
-    """A noised latent, its condition, time and text to residuals for a denoiser.
+    """ControlNet (Zhang et al. 2023): residuals for the blocks of an MMDiT.
 
-    `joint` blocks see the text as the denoiser's do; without, the net reads the image
-    alone, and its patch embedding and position table are the denoiser's own
-    (`borrowed`). `zero_pooled`: trained with no pooled text, and conditions encoded
-    without the autoencoder's shift.
+    With `joint`, the blocks attend over image and text as the denoiser's do. Without,
+    the net sees image tokens only, and takes its patch embedding and position table
+    from the denoiser (`borrowed`). `zero_pooled`: the net was trained with a pooled
+    text of zeros, and with hints encoded without the autoencoder's shift.
     """
 
     depth: int
@@ -51,30 +51,35 @@ class ControlNet(nn.Module):
         *,
         scale: Any = 1.0,
     ) -> Float[Array, "r b n d"]:
-        """`scale` times one residual of each of the r = depth blocks."""
-        h, w = xt.shape[1] // self.patch, xt.shape[2] // self.patch
+        """`scale` times the residuals (r, b, n, d), one from each of r blocks."""
+        # --- tokens: the latent's with positions, plus the hint's
+        h, w = xt.shape[1] // self.patch, xt.shape[2] // self.patch  # in tokens
         embed = lambda x, init, name: Dense(
             self.width, (None, "embed"), dtype=self.dtype, name=name, **init
         )(patchify(x, self.patch))
         x = embed(xt, {}, "patch_embed") + position_table(self, h, w).astype(self.dtype)
-        x = x + embed(hint, {"init": zeros}, "hint_embed")
+        # Zero, as the map out of each block: a new net leaves its denoiser unchanged.
+        x = x + embed(hint, {"init": zeros}, "hint_embed")  # (b, n, d)
         x = cut(x)
         c = condition(t, pooled, self.width, self.dtype)
+        # --- blocks: with text a pair of streams, without it the image's alone
         streams = (x,)
         if self.joint:
             text = Dense(
                 self.width, (None, "embed"), dtype=self.dtype, name="context_embed"
             )
             streams = (x, text(context))
-        dual, found = self.dual_blocks, []
+        # The dual blocks are another scan, since they have more weights.
+        dual, residuals = self.dual_blocks, []
         for name, length in ("dual_blocks", dual), ("blocks", self.depth - dual):
             if length:
                 stack = self.stack(length, name, dual=name == "dual_blocks")
-                streams, residuals = stack(streams, c)
-                found.append(residuals)
-        return jnp.concatenate(found) * jnp.asarray(scale, x.dtype)
+                streams, of_stack = stack(streams, c)
+                residuals.append(of_stack)  # (length, b, n, d)
+        return jnp.concatenate(residuals) * jnp.asarray(scale, x.dtype)
 
     def stack(self, length: int, name: str, **kwargs):
+        """Blocks in one scan, whose stacked outputs are the residuals."""
         scan = nn.scan(
             lambda block, streams, c: block(streams, c),
             variable_axes={"params": 0, "intermediates": 0},
@@ -89,7 +94,7 @@ class ControlNet(nn.Module):
 
 
 class ControlBlock(nn.Module):
-    """A denoiser's block, and a linear map from its image tokens to a residual."""
+    """A block of the MMDiT, and a linear map from its image tokens to a residual."""
 
     width: int
     num_heads: int
@@ -111,4 +116,4 @@ class ControlBlock(nn.Module):
         streams = block(streams, block.modulations(c))
         axes = ("embed", None)
         out = Dense(self.width, axes, init=zeros, dtype=self.dtype, name="zero")
-        return streams, out(streams[0])
+        return streams, out(streams[0])  # the image stream is first

@@ -1,4 +1,4 @@
-"""DiT, whose text is tokens among the image's, and CrossDiT, which looks it up."""
+"""DiT over image and text tokens, and CrossDiT with cross-attention to the text."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,11 +23,11 @@ from sd3_jax.models.token_io import (
 
 
 class DiT(nn.Module):
-    """DiT (Peebles & Xie 2023) over image and text tokens in one sequence, the same
-    weights for both (SD3 paper, sec. 5.2.3).
+    """DiT (Peebles & Xie 2023) on one sequence of image and text tokens.
 
-    It is the MMDiT with one weight set: adaLN-zero by time and pooled text, sin-cos
-    positions for the image and none for text.
+    The baseline of the SD3 paper (sec. 5.2.3): an MMDiT with one set of weights for
+    both modalities. adaLN-zero reads time and pooled text. Image tokens have sin-cos
+    positions, text tokens none.
     """
 
     depth: int
@@ -62,17 +62,19 @@ class DiT(nn.Module):
             unroll=self.unroll,
         )
         n = x.shape[1]
+        # Image first: its tokens are then x[:, :n], whatever the text's length.
         x = cut(jnp.concatenate([x, text], axis=1))  # (b, n+l, d)
         x, _ = run(block_of(self, DiTBlock), x, c)
+        # The text's last states are not used.
         return velocity(self, x[:, :n], c, *xt.shape[1:3])
 
 
 class CrossDiT(nn.Module):
-    """DiT over image tokens alone, with a cross-attention to the text in each block,
-    after the self-attention, as in PixArt-alpha (Chen et al. 2023).
+    """DiT on image tokens, with cross-attention to the text after each self-attention.
 
-    adaLN has weights of its own in each block, as DiT's, so that the way of the text is
-    all that differs from it; PixArt shares them between blocks.
+    After PixArt-alpha (Chen et al. 2023), except that each block has its own adaLN
+    weights, as in DiT: the two models then differ only in how they read the text.
+    PixArt shares one adaLN between all blocks.
     """
 
     depth: int
@@ -124,7 +126,7 @@ def block_of(
 
 
 class DiTBlock(nn.Module):
-    """Self-attention and MLP, each modulated and gated; the identity at birth."""
+    """Self-attention and MLP with adaLN-zero; the identity at initialisation."""
 
     num_heads: int
     mlp_ratio: int = 4
@@ -137,7 +139,7 @@ class DiTBlock(nn.Module):
         self, x: Float[Array, "b n d"], c: Float[Array, "b d"]
     ) -> Float[Array, "b n d"]:
         modulation = Modulation(6, x.shape[-1], self.dtype, name="adaln")(c)
-        modulation = jnp.unstack(modulation, axis=1)
+        modulation = jnp.unstack(modulation, axis=1)  # 6 of (b, d)
         shift, scale, gate = modulation[:3]
         attend = self_attention(self)
         x = cut(x + gate[:, None] * attend(modulate(layer_norm(x), shift, scale)))
@@ -161,7 +163,7 @@ class CrossBlock(nn.Module):
         text: Float[Array, "b l d"],
     ) -> Float[Array, "b n d"]:
         modulation = Modulation(6, x.shape[-1], self.dtype, name="adaln")(c)
-        modulation = jnp.unstack(modulation, axis=1)
+        modulation = jnp.unstack(modulation, axis=1)  # 6 of (b, d)
         shift, scale, gate = modulation[:3]
         attend = self_attention(self)
         x = cut(x + gate[:, None] * attend(modulate(layer_norm(x), shift, scale)))
@@ -173,27 +175,33 @@ class CrossBlock(nn.Module):
 
 
 def self_attention(block: nn.Module):
-    """Of the block that calls; its weights are the submodule "attn"."""
+    """Self-attention with the options of `block`, whose submodule "attn" it makes.
+
+    Called inside the block's compact method, so that flax files the weights there.
+    """
 
     def attend(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         width, options = x.shape[-1], dict(qk_norm=block.qk_norm, dtype=block.dtype)
         attn = Projections(width, block.num_heads, **options, name="attn")
-        q, k, v = attn.qkv(x)
-        found = attention(q, whole(k), whole(v), kernel=block.attention)
-        return attn.project(found)
+        q, k, v = attn.qkv(x)  # (b, n, a, k) each
+        # Under context parallelism queries stay sharded; keys and values do not.
+        h = attention(q, whole(k), whole(v), kernel=block.attention)
+        return attn.project(h)
 
     return attend
 
 
 def fed(block: nn.Module, x: Float[Array, "b n d"], modulation) -> Array:
+    """x plus the gated MLP of the modulated x; `modulation` is shift, scale, gate."""
     shift, scale, gate = modulation
     mlp = Mlp(block.mlp_ratio, dtype=block.dtype, name="mlp")
     h = mlp(modulate(layer_norm(x), shift, scale))
+    # Saved by remat: the gate's gradient needs it, and fc2 would run again for it.
     return cut(x + gate[:, None] * checkpoint_name(h, "fed"))
 
 
 class CrossAttention(nn.Module):
-    """From tokens to a text of any width; adds nothing at birth."""
+    """Attention from tokens (b, n, d) to text (b, l, k); zero at initialisation."""
 
     num_heads: int
     qk_norm: bool = True
@@ -211,10 +219,12 @@ class CrossAttention(nn.Module):
         )
         q = checkpoint_name(dense(heads, ("embed", "heads", None), "to_q")(x), "qkv")
         kv = dense((2, *heads), ("embed", None, "heads", None), "to_kv")(text)
+        # (b, l, 2, a, k)
         k, v = jnp.unstack(checkpoint_name(kv, "qkv"), axis=-3)  # (b, l, a, k)
         if self.qk_norm:
             q, k = RmsNorm(name="norm_q")(q), RmsNorm(name="norm_k")(k)
         q = nn.with_logical_constraint(q, ("batch", "tokens", "heads", None))
         h = attention(q, whole(k), whole(v), kernel=self.attention)
+        # Zero, since nothing gates it: a new block starts as DiT's.
         out = dense(d, ("heads", None, "embed"), "to_out", init=zeros)
         return checkpoint_name(out(h), "projected")

@@ -1,8 +1,8 @@
 """Floating-point operations of a forward pass, counted by hand: 2 a multiply-add.
 
-XLA's own count sees a scanned block once and a kernel of ours as nothing, so model
-FLOPs, and the utilisation made of them, are analytic (as for any published MFU).
-Every count is of one image: latent sides in latents, `text` tokens of `text_dim`.
+XLA's cost analysis counts a scanned block once and a Pallas kernel as nothing, so model
+FLOPs and MFU are analytic, as published MFU is. Every count is for one image, `height`
+and `width` in latents, with `text` tokens of width `text_dim`.
 """
 
 from flax import linen as nn
@@ -16,7 +16,7 @@ from sd3_jax.models.uvit import UViT
 def forward(
     model: nn.Module, *, height: int, width: int, text: int, text_dim: int
 ) -> float:
-    """One image through any of the denoisers."""
+    """FLOPs of one image through a denoiser; KeyError for another kind of module."""
     count = COUNTS[type(model)]
     return count(model, height=height, width=width, text=text, text_dim=text_dim)
 
@@ -26,8 +26,12 @@ def mmdit(model: MMDiT, *, height: int, width: int, text: int, text_dim: int) ->
     token = 2 * (4 + 2 * model.mlp_ratio) * d**2  # qkv, out and the two of the MLP
     image = model.depth * token * n
     words = ((model.depth - 1) * token + 2 * 3 * d**2) * text  # the last has qkv only
+    # q k^T and weights v: 2 d a pair of tokens each. The last block has image queries.
     joint = 4 * d * ((model.depth - 1) * (n + text) ** 2 + n * (n + text))
+    # qkv and out, attention among n tokens, and three more chunks of adaLN.
     dual = model.dual_blocks * (8 * d**2 * n + 4 * d * n**2 + 6 * d**2)
+    # adaLN has 6 chunks a stream (the last text stream 2), the final one 2; the rest
+    # is the embedders of time (256 -> d -> d) and of the pooled text, its second layer.
     vectors = 2 * d**2 * (12 * model.depth - 4 + 2 + 2) + 2 * 256 * d
     return float(
         image + words + joint + dual + vectors + ends(model, n, text, text_dim)
@@ -44,15 +48,15 @@ def crossdit(
     model: CrossDiT, *, height: int, width: int, text: int, text_dim: int
 ) -> float:
     d, n = model.width, tokens(model, height, width)
-    each = block(d, n, model.mlp_ratio) + cross(d, n, text, d)
-    return float(model.depth * each + modulated(model) + ends(model, n, text, text_dim))
+    blocks = model.depth * (block(d, n, model.mlp_ratio) + cross(d, n, text, d))
+    return float(blocks + modulated(model) + ends(model, n, text, text_dim))
 
 
 def uvit(model: UViT, *, height: int, width: int, text: int, text_dim: int) -> float:
     d, n, p = model.width, tokens(model, height, width), model.patch
-    both = 2 + text + n  # time and pooled text are tokens
-    skips = model.depth // 2 * 2 * 2 * d**2 * both
-    blocks = model.depth * block(d, both, model.mlp_ratio) + skips
+    length = 2 + text + n  # time and pooled text are tokens
+    skips = model.depth // 2 * 2 * 2 * d**2 * length  # from 2d to d
+    blocks = model.depth * block(d, length, model.mlp_ratio) + skips
     conv = 2 * 9 * model.channels**2 * n * p**2
     vectors = 2 * d**2 * 2 + 2 * 256 * d
     return float(blocks + conv + vectors + ends(model, n, text, text_dim))
@@ -61,7 +65,7 @@ def uvit(model: UViT, *, height: int, width: int, text: int, text_dim: int) -> f
 def unet(model: UNet, *, height: int, width: int, text: int, text_dim: int) -> float:
     last, e = len(model.multipliers) - 1, 4 * model.width
     sizes = [model.width * times for times in model.multipliers]
-    points = [
+    points = [  # pixels of each level
         height * width // (model.patch * 2**level) ** 2 for level in range(last + 1)
     ]
 
@@ -77,10 +81,10 @@ def unet(model: UNet, *, height: int, width: int, text: int, text_dim: int) -> f
             total += cross(d, n, text, text_dim)
         return total
 
-    vectors = 2 * (256 + 2 * e) * e
+    vectors = 2 * (256 + 2 * e) * e  # embedders of time and of the pooled text
     ends = 2 * conv(0, model.patch**2 * model.channels, model.width)
     total, at = vectors + ends, model.width
-    skips = [at]
+    skips = [at]  # channels, pushed on the way down and popped on the way up
     for level in range(last + 1):
         for _ in range(model.depth):
             total, at = total + one(level, at, level in model.attended), sizes[level]
@@ -94,7 +98,7 @@ def unet(model: UNet, *, height: int, width: int, text: int, text_dim: int) -> f
             total += one(level, at + skips.pop(), level in model.attended)
             at = sizes[level]
         if level:
-            total += conv(level - 1, at, at)
+            total += conv(level - 1, at, at)  # after upsampling
     return float(total)
 
 
@@ -106,17 +110,17 @@ def tokens(model: nn.Module, height: int, width: int) -> int:
 
 
 def block(d: int, n: int, ratio: int | float) -> float:
-    """qkv, out and the MLP's two of n tokens, and their attention to each other."""
+    """qkv, out and the MLP of n tokens, and their self-attention."""
     return float(2 * (4 + 2 * ratio) * d**2 * n + 4 * d * n**2)
 
 
 def cross(d: int, n: int, text: int, text_dim: int) -> float:
-    """q and out of n tokens, k and v of the text's, and the attention."""
+    """Cross-attention: q and out of n tokens, k and v of the text's."""
     return float(2 * 2 * d**2 * n + 2 * 2 * text_dim * d * text + 4 * d * n * text)
 
 
 def modulated(model: nn.Module) -> float:
-    """adaLN of every block and of the end, and what it reads."""
+    """adaLN of every block and of the end, and the embedders of the condition."""
     d = model.width
     return float(2 * d**2 * (6 * model.depth + 2 + 2) + 2 * 256 * d)
 

@@ -1,4 +1,4 @@
-"""The layers every denoiser and text tower is made of; weights carry logical axes."""
+"""Layers of the denoisers and text encoders; weights carry logical axis names."""
 
 import functools
 import math
@@ -22,12 +22,11 @@ normal = nn.initializers.normal
 
 
 class Dense(nn.Module):
-    """A linear map over the last axes of x, onto axes of any number.
+    """A linear map from the last axes of x to one or more output axes.
 
-    `axes` names the kernel's axes, those of the input first: ("embed", "mlp"), or
-    ("embed", None, "heads", None) for a fused qkv. The kernel is initialised as the
-    matrix it is when input and output axes are each flattened; what stands for it may
-    take its place among the parameters (models/leaves.py).
+    `axes` names the kernel's logical axes, inputs first: ("embed", "mlp"), or
+    ("embed", None, "heads", None) for a fused qkv. A LoRA or an eight-bit weight may
+    take the kernel's place among the parameters (params/parametrization.py).
     """
 
     features: int | Sequence[int]
@@ -38,16 +37,19 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        out = np.atleast_1d(self.features).tolist()
-        inputs = len(self.axes) - len(out)
+        out = np.atleast_1d(self.features).tolist()  # the output axes
+        inputs = len(self.axes) - len(out)  # how many axes of x are contracted
         shape = x.shape[-inputs:]
 
+        # Fan-in and fan-out are those of the flat matrix: xavier would otherwise count
+        # the axes 3 and heads of a fused qkv as receptive field.
         def kernel_init(key, full, dtype=jnp.float32):
             return self.init(key, (math.prod(shape), math.prod(out)), dtype).reshape(
                 full
             )
 
         kernel_init = nn.with_logical_partitioning(kernel_init, tuple(self.axes))
+        # flax would compare what stands for a kernel with the kernel's shape.
         kernel = parametrization.stored(self, "kernel")
         if kernel is None:
             kernel = self.param("kernel", kernel_init, (*shape, *out))
@@ -58,13 +60,16 @@ class Dense(nn.Module):
             bias_init = nn.with_logical_partitioning(zeros, tuple(self.axes[inputs:]))
             bias = self.param("bias", bias_init, tuple(out))
             y = y + bias.astype(self.dtype)
-        return y
+        return y  # (b, ..., *out)
 
 
 def remade(function: Callable) -> Callable:
-    """On a CPU the backward pass keeps nothing of it but its arrays, and computes the
-    rest again: that is sooner done than read from memory. Elsewhere XLA fuses it, and
-    what is kept is the blocks' own choice (stack.REMAT)."""
+    """Rematerialise `function` on a CPU: its backward pass keeps only the arguments.
+
+    XLA's CPU backend cannot fuse several outputs into one loop, so recomputing is
+    faster than reloading. Elsewhere XLA fuses it, and the blocks' policy decides what
+    is kept (scan.REMAT).
+    """
 
     @functools.wraps(function)
     def call(*arrays, **options):
@@ -76,7 +81,7 @@ def remade(function: Callable) -> Callable:
 
 
 class RmsNorm(nn.Module):
-    """x / rms(x) * scale over the last axis; the mean square in float32."""
+    """x / rms(x) * scale over the last axis (Zhang & Sennrich 2019), in float32."""
 
     eps: float = 1e-6
 
@@ -89,22 +94,24 @@ class RmsNorm(nn.Module):
 
 @remade
 def rms_norm(x: Array, scale: Array, eps: float) -> Array:
-    h = x.astype(jnp.float32)
+    h = x.astype(jnp.float32)  # a mean of squares in bfloat16 keeps 8 bits
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + eps)
     return (h * scale).astype(x.dtype)
 
 
 @remade
 def layer_norm(x: Array, eps: float = 1e-6) -> Array:
-    """Zero mean and unit variance over the last axis, no parameters, in float32."""
+    """Layer norm over the last axis without scale and bias, in float32."""
     h = x.astype(jnp.float32)
+    # Centred first: E[x^2] - E[x]^2 cancels where the mean is large.
     h = h - jnp.mean(h, -1, keepdims=True)
     h = h * jax.lax.rsqrt(jnp.mean(jnp.square(h), -1, keepdims=True) + eps)
     return h.astype(x.dtype)
 
 
 def modulate(x: Array, shift: Array, scale: Array) -> Array:
-    """adaLN: x (b, n, d), shift and scale (b, d)."""
+    """adaLN (Peebles & Xie 2023): x (b, n, d), shift and scale (b, d)."""
+    # 1 + scale: a layer whose outputs are zero at initialisation leaves x as it is.
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
@@ -118,6 +125,7 @@ class Mlp(nn.Module):
     def __call__(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         d = x.shape[-1]
         h = Dense(self.ratio * d, ("embed", "mlp"), dtype=self.dtype, name="fc1")(x)
+        # Before the GELU, so that remat "mlp" keeps what its backward pass needs.
         h = checkpoint_name(h, "mlp")  # (b, n, ratio*d)
         h = nn.with_logical_constraint(h, ("batch", "tokens", "mlp"))
         h = gelu(h)
@@ -130,14 +138,14 @@ def gelu(x: Array) -> Array:
 
 
 class Embedder(nn.Module):
-    """Linear, SiLU, Linear: what brings t and the pooled text to the model's width."""
+    """Linear, SiLU, Linear: embeds t or the pooled text (b, k) as (b, width)."""
 
     width: int
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
     def __call__(self, x: Float[Array, "b k"]) -> Float[Array, "b d"]:
-        init = normal(0.02)
+        init = normal(0.02)  # as DiT initialises its timestep MLP
         h = Dense(self.width, (None, "embed"), init=init, dtype=self.dtype, name="fc1")(
             x
         )
@@ -148,10 +156,14 @@ class Embedder(nn.Module):
 
 
 def timestep_features(t: Float[Array, " b"], size: int = 256) -> Float[Array, "b k"]:
-    """cos and sin of 1000 t at `size / 2` frequencies from 1 to 1e-4, in float32."""
+    """cos and sin of 1000 t at `size / 2` frequencies from 1 to 1e-4, in float32.
+
+    Ho et al. 2020; 1000 t is the step number that the published models were given.
+    """
     half = size // 2
     frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
-    angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency
+    # float32: bfloat16 has 8 bits, and would merge neighbouring steps of 1000.
+    angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency  # (b, size/2)
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 
@@ -159,13 +171,15 @@ def patchify(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b n k"]:
     """Rows of p x p patches, each flattened as (p, q, c), channel fastest."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // p, p, w // p, p, c).transpose(0, 1, 3, 2, 4, 5)
+    # (b, h/p, w/p, p, p, c)
     return x.reshape(b, (h // p) * (w // p), p * p * c)
 
 
 def unpatchify(
     x: Float[Array, "b n k"], p: int, h: int, w: int
 ) -> Float[Array, "b h w c"]:
-    """The inverse of patchify, for a picture of h x w."""
+    """The inverse of patchify, for images of h x w."""
     b = x.shape[0]
     x = x.reshape(b, h // p, w // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
+    # (b, h/p, p, w/p, p, c)
     return x.reshape(b, h, w, -1)

@@ -27,12 +27,12 @@ from sd3_jax.models.token_io import (
 
 
 class MMDiT(nn.Module):
-    """The denoiser: a noised latent, its time and its text to a velocity.
+    """The SD3 denoiser (paper, sec. 4): (xt, t, context, pooled) to a velocity.
 
-    `dual_blocks` first blocks add an attention among the image tokens alone (MMDiT-X,
-    SD3.5-medium). `weight_sets=3` gives the text tokens from `text_split` on, T5's,
+    The first `dual_blocks` blocks add self-attention among image tokens (MMDiT-X of
+    SD3.5-medium). With `weight_sets=3`, text tokens from `text_split` on, T5's, have
     weights of their own (sec. 5.2.3). A variable pos_embed (1, pos_size^2, width) in
-    the collection "buffers", where given, replaces the position table's formula.
+    the collection "buffers" replaces the sin-cos formula where it is present.
     """
 
     depth: int
@@ -45,11 +45,11 @@ class MMDiT(nn.Module):
     dual_blocks: int = 0
     weight_sets: int = 2
     text_split: int = 77
-    pos_size: int = 192
-    pos_base: int = 64
+    pos_size: int = 192  # of SD3-medium; SD3.5-medium has 384
+    pos_base: int = 64  # tokens that span the units of a 256-pixel image
     dtype: DTypeLike = jnp.bfloat16
     remat: str = "full"
-    unroll: int = 1  # blocks a turn of the scan; all of them on a CPU, where it is dear
+    unroll: int = 1  # blocks an iteration of the scan; on a CPU a loop costs: use depth
     attention: str = "auto"
 
     @nn.compact
@@ -65,35 +65,39 @@ class MMDiT(nn.Module):
         skip: Sequence[int] = (),
         place: Int[Array, "b 2"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """The velocity at (xt, t).
+        """The velocity (b, h, w, c) at (xt, t), in float32.
 
-        Of ControlNet's r residuals, block i adds number int(i / (depth / r)). The last
-        block adds none unless `residual_last`: diffusers leaves it out, the released
-        code does not. Blocks in `skip` change nothing (skip-layer guidance). `place` is
-        where on the position table, in tokens from its top and left, each image lies;
-        its centre otherwise.
+        Block i adds ControlNet residual int(i / (depth / r)) of r. Blocks in `skip` are
+        the identity (skip-layer guidance). `place` is the top left of each image on the
+        position table, in tokens; by default images lie at its centre.
         """
-        x = image_tokens(self, xt, place)
+        # --- embed the image, the text, and time with the pooled text
+        x = image_tokens(self, xt, place)  # (b, n, d)
         text = text_tokens(self, context)
         c = condition(t, pooled, self.width, self.dtype)
 
+        # --- joint blocks: those with dual attention, the others, the last one
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
         last, dual = self.depth - 1, self.dual_blocks
         for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
             blocks = self.stack(layers, name, skip, dual=name == "dual_blocks")
             streams = blocks(streams, c, residuals)
+        # The last block has fewer weights (its text stream ends), so it is no layer of
+        # the scan.
         block = self.block(pre_only=True, name="last_block")
         x = streams[0] if last in skip else block(streams, block.modulations(c))[0]
+        # diffusers adds no residual after the last block, the released code does.
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
 
+        # --- final layer
         return velocity(self, x, c, *xt.shape[1:3])
 
     def random_place(
         self, key: Key[Array, ""], shape: Sequence[int]
     ) -> Int[Array, "b 2"]:
-        """Anywhere that latents of this shape (b, h, w, c) fit on the table."""
+        """Uniform places (b, 2) where latents (b, h, w, c) fit on the table."""
         b, h, w, _ = shape
         last = self.pos_size - jnp.array([h, w]) // self.patch
         return jax.random.randint(key, (b, 2), 0, last + 1)
@@ -111,11 +115,16 @@ class MMDiT(nn.Module):
         )
 
     def stack(self, layers: range, name: str, skip: Sequence[int], **kwargs):
-        """Blocks in one scan: the program does not grow with depth."""
+        """Blocks in one scan: program size does not grow with depth.
+
+        Returns run(streams, c, residuals) -> streams.
+        """
         if not layers:
             return lambda streams, c, residuals: streams
 
         def body(block, streams, layer, residuals):
+            # None where no layer is skipped, and no ControlNet is there: the program
+            # then has neither a branch nor an addition.
             keep, source, modulations = layer
             if keep is None:
                 streams = block(streams, modulations)
@@ -134,6 +143,8 @@ class MMDiT(nn.Module):
             unroll=self.unroll,
             in_axes=(0, nn.broadcast),
         )
+        # adaLN reads c alone: one product for all layers before the scan, instead of a
+        # small one with its own collectives in every layer.
         modulations = stacked(lambda block, c: block.modulations(c), len(layers))
         block = self.block(**kwargs, name=name)
         keep = jnp.array([i not in skip for i in layers]) if skip else None
@@ -141,9 +152,8 @@ class MMDiT(nn.Module):
         def run(streams, c, residuals):
             source = None
             if residuals is not None:
-                span = self.depth / len(
-                    residuals
-                )  # a float: 16 residuals for 38 blocks
+                # A float, as in diffusers: 16 residuals for 38 blocks.
+                span = self.depth / len(residuals)
                 source = jnp.array([int(i / span) for i in layers])
             inputs = keep, source, modulations(block, c)
             return scan(block, streams, inputs, residuals)[0]
@@ -152,7 +162,7 @@ class MMDiT(nn.Module):
 
 
 class Block(nn.Module):
-    """Modulate each stream, attend over all of them together, add, and the MLPs."""
+    """One joint block: modulate each stream, attend over all, add, then the MLPs."""
 
     width: int
     num_heads: int
@@ -174,7 +184,7 @@ class Block(nn.Module):
         return [getattr(self, name) for name in sets]
 
     def modulations(self, c: Float[Array, "b d"]) -> Sequence[Float[Array, "b _ d"]]:
-        """What c makes of each stream's adaLN, which needs no tokens."""
+        """adaLN outputs (b, chunks, d) of each stream for the condition c."""
         return tuple(stream.adaln(c) for stream in self.streams)
 
     def __call__(
@@ -184,12 +194,13 @@ class Block(nn.Module):
     ) -> tuple[Float[Array, "b _ d"], ...]:
         streams = self.streams
         opened = [s.open(x, m) for s, x, m in zip(streams, xs, modulations)]
+        # Streams that end here have keys and values, but no query is needed.
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
         qs = [opened[i].q for i in going]
         ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
         if mesh_context.parts("tokens") == [1]:
             parts = joint_attention(qs, ks, vs, kernel=self.attention)
-        else:  # joined, queries would all change devices, by two all-to-alls a block
+        else:  # tokens are sharded: joined queries would take two all-to-alls a block
             attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
             parts = [attend(q) for q in qs]
         return tuple(
@@ -210,17 +221,21 @@ class Block(nn.Module):
 
 
 class Opened(NamedTuple):
-    """What a stream brings to the joint attention, and what it keeps for afterwards."""
+    """A stream before the joint attention: its q, k, v, and what `close` needs."""
 
     q: Array
     k: Array
     v: Array
-    modulation: Sequence[Array]
-    dual: Array | None
+    modulation: Sequence[Array]  # chunks of (b, d)
+    dual: Array | None  # gated output of the attention among image tokens
 
 
 class Stream(nn.Module):
-    """One modality's weights in a block; adaLN's chunks in the released order."""
+    """One modality's weights in a block.
+
+    The adaLN chunks are in the released order: shift, scale and gate of attention, then
+    of the MLP, then of the dual attention.
+    """
 
     width: int
     num_heads: int
@@ -232,6 +247,7 @@ class Stream(nn.Module):
     attention: str
 
     def setup(self):
+        # Shift and scale of attention; with its gate and the MLP's 6; with attn2 9.
         chunks = 2 if self.pre_only else 9 if self.dual else 6
         self.adaln = Modulation(chunks, self.width, dtype=self.dtype)
         self.attn = Projections(**self.projections(out=not self.pre_only))
@@ -254,11 +270,13 @@ class Stream(nn.Module):
         normed = layer_norm(x)
         q, k, v = self.attn.qkv(modulate(normed, *modulation[:2]))
         dual = None
-        if self.dual:  # among the image tokens alone, from the same normed x
+        # MMDiT-X: both attentions read the same normed x, so both outputs are added
+        # to the x of before the block.
+        if self.dual:
             shift, scale, gate = modulation[6:]
             q2, k2, v2 = self.attn2.qkv(modulate(normed, shift, scale))
-            own = attention(q2, whole(k2), whole(v2), kernel=self.attention)
-            dual = gate[:, None] * self.attn2.project(own)
+            h = attention(q2, whole(k2), whole(v2), kernel=self.attention)
+            dual = gate[:, None] * self.attn2.project(h)
         return Opened(q, k, v, modulation, dual)
 
     def close(self, x: Array, joint: Array, opened: Opened) -> Array:
@@ -271,7 +289,10 @@ class Stream(nn.Module):
 
 
 class Projections(nn.Module):
-    """Into q, k and v, RMS-normed by head where `qk_norm`, and out of attention."""
+    """Linear maps to q, k and v and out of attention; qk-norm keeps logits bounded.
+
+    q and k are RMS-normed by head where `qk_norm` (paper, sec. 5.3.2).
+    """
 
     width: int
     num_heads: int
@@ -295,14 +316,16 @@ class Projections(nn.Module):
         qkv = self.to_qkv(x)  # (b, n, 3, a, k)
         axes = ("batch", "tokens", None, "heads", None)
         qkv = nn.with_logical_constraint(qkv, axes)
-        q, k, v = (kept(x) for x in jnp.unstack(qkv, axis=-3))
+        # Saved before the norms: the backward pass then redoes cheap norms only.
+        q, k, v = (saved(x) for x in jnp.unstack(qkv, axis=-3))
         return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
 
     def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
         return checkpoint_name(self.to_out(x), "projected")
 
 
-def kept(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
-    """What remat keeps of q, k or v: with its heads of 64 apart it would take twice the
-    memory on a TPU, and all three in one array would be copied to take them apart."""
+def saved(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+    """q, k or v (b, n, a, k) under the name by which remat keeps it."""
+    # Flat: a TPU pads heads of 64 to 128 lanes, twice the memory. Not all three in one
+    # array: XLA would copy it to take them apart.
     return checkpoint_name(x.reshape(*x.shape[:2], -1), "qkv").reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Blocks in one scan, so that a program does not grow with depth, and their remat."""
+"""Blocks in one scan, so that program size does not grow with depth, with remat."""
 
 from collections.abc import Callable
 from typing import Any
@@ -6,14 +6,14 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-# A block's products except fc1's, of four times the width. Those out of attention and
-# fc2 are wanted by their gates' gradients.
+# Outputs of a block's matrix products, except fc1's, which are four times as wide. The
+# gradients of the gates need the outputs of attention and of fc2.
 KEPT = ("qkv", "attention", "projected", "fed")
 policies = jax.checkpoint_policies
-REMAT = {  # by what is kept of a block for its backward pass
-    "none": None,  # all
-    "mlp": policies.save_only_these_names(*KEPT, "mlp"),
-    "attention": policies.save_only_these_names(*KEPT),
+REMAT = {  # what a block keeps for its backward pass
+    "none": None,  # everything
+    "mlp": policies.save_only_these_names(*KEPT, "mlp"),  # no product runs twice
+    "attention": policies.save_only_these_names(*KEPT),  # fc1 runs twice
     "offload": policies.save_and_offload_only_these_names(
         names_which_can_be_saved=[],
         names_which_can_be_offloaded=[*KEPT],
@@ -33,13 +33,14 @@ def scanned(
     unroll: int = 1,
     in_axes: Any = nn.broadcast,
 ) -> Callable:
-    """body(block, carry, *inputs) -> (carry, out), `length` times in a row.
+    """A scan of body(block, carry, *inputs) -> (carry, out) over `length` layers.
 
-    Call it with a block, whose parameters get a first axis "layers".
+    Call the result as (block, carry, *inputs); the block's parameters get a first axis
+    "layers". `remat` is a key of REMAT, `unroll` the layers an iteration runs.
     """
     if remat != "none":
-        # Of a loop XLA cannot take the backward's computations for the forward's. With
-        # none left it would, and keep all.
+        # In a loop XLA cannot merge the backward's recomputation with the forward pass.
+        # Fully unrolled it could (CSE), and would keep everything.
         body = nn.remat(body, policy=REMAT[remat], prevent_cse=unroll >= length)
     return nn.scan(
         body,
@@ -53,8 +54,11 @@ def scanned(
 
 
 def stacked(function: Callable, length: int) -> Callable:
-    """function(block, x) of `length` layers at once, on the same x: what every block
-    computes of it, before the scan."""
+    """function(block, x) for `length` layers at once, all on the same x.
+
+    For what every block computes from the condition: one large product before the scan
+    instead of a small one in each layer. Outputs have a first axis (length, ...).
+    """
     return nn.vmap(
         function,
         variable_axes={"params": 0},

@@ -1,4 +1,4 @@
-"""T5 1.1 encoder (Raffel et al. 2020; Shazeer 2020), and a small one on bytes."""
+"""T5 1.1 encoder (Raffel et al. 2020; Shazeer 2020), and a small byte-level one."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -14,10 +14,10 @@ PAD = 0  # of ByT5's ids; 1 ends, and byte b is b + 3
 
 
 class T5Encoder(nn.Module):
-    """Token ids to states.
+    """Token ids (b, l) to states (b, l, d).
 
-    Every token is attended to, padding as well, unless `mask` says otherwise; the
-    released models give none.
+    `mask` is true for keys that are attended to. The released models take none: there
+    padding is attended to as well.
     """
 
     vocab: int
@@ -35,7 +35,8 @@ class T5Encoder(nn.Module):
     ) -> Float[Array, "b l d"]:
         init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
         table = self.param("embedding", init, (self.vocab, self.width))
-        x = jnp.take(table, ids, axis=0).astype(self.dtype)
+        # No factor sqrt(width), and no position table: positions enter by the bias.
+        x = jnp.take(table, ids, axis=0).astype(self.dtype)  # (b, l, d)
         return T5Stack(
             self.depth,
             self.num_heads,
@@ -48,7 +49,7 @@ class T5Encoder(nn.Module):
 
 
 class T5Stack(nn.Module):
-    """Pre-norm blocks that share one relative-position bias, and the last norm."""
+    """Pre-norm blocks with one relative-position bias for all, and a final norm."""
 
     depth: int
     num_heads: int
@@ -70,7 +71,8 @@ class T5Stack(nn.Module):
         buckets = relative_buckets(x.shape[1], self.buckets, self.max_distance)
         bias = bias[buckets].transpose(2, 0, 1)[None]  # (1, heads, l, l)
         if mask is not None:
-            bias = jnp.where(mask[:, None, None, :], bias, -1e9)
+            # Finite: a row of nothing but -inf would be NaN after the softmax.
+            bias = jnp.where(mask[:, None, None, :], bias, -1e9)  # (b, heads, l, l)
 
         def body(block, x, bias):
             return block(x, bias), None
@@ -92,6 +94,8 @@ class T5Stack(nn.Module):
 
 
 class T5Block(nn.Module):
+    """Self-attention and a gated GELU, no biases (T5 1.1)."""
+
     num_heads: int
     head_size: int
     mlp: int
@@ -107,6 +111,7 @@ class T5Block(nn.Module):
         h = RmsNorm(name="norm_attn")(x)
         heads = (3, self.num_heads, self.head_size)
         qkv = dense(heads, ("embed", None, "heads", None), "to_qkv")(h)
+        # T5 does not divide logits by sqrt(k): its initialisation does instead.
         h = attention(*jnp.unstack(qkv, axis=-3), bias=bias, scale=1.0)
         x = x + dense(d, ("heads", None, "embed"), "to_out")(h)
 
@@ -114,16 +119,21 @@ class T5Block(nn.Module):
         gate, h = jnp.unstack(
             dense((2, self.mlp), ("embed", None, "mlp"), "wi")(h), axis=-2
         )
-        h = nn.gelu(gate, approximate=True) * h
+        h = nn.gelu(gate, approximate=True) * h  # "gated-gelu": the tanh form
         return x + dense(d, ("mlp", "embed"), "wo")(h)
 
 
 def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray:
-    """Bucket of each (query, key) pair: near distances exact, far ones logarithmic."""
+    """Bucket (l, l) of each (query, key) pair (Raffel et al. 2020, sec. 2.1).
+
+    Near distances have a bucket each, far ones share logarithmic buckets; from
+    `max_distance` on all share the last.
+    """
     distance = np.arange(length)[None] - np.arange(length)[:, None]
-    half, exact = buckets // 2, buckets // 4
+    half, exact = buckets // 2, buckets // 4  # half for keys after the query
     sign = np.where(distance > 0, half, 0)
     distance = np.abs(distance)
+    # float32, as PyTorch computes it: the edges of buckets are floors of it.
     ratio = np.log(np.maximum(distance, 1).astype(np.float32) / np.float32(exact))
     far = ratio / np.log(np.float32(max_distance) / np.float32(exact))
     far = exact + (far * np.float32(half - exact)).astype(np.int32)
@@ -131,10 +141,10 @@ def relative_buckets(length: int, buckets: int, max_distance: int) -> np.ndarray
 
 
 class ByteTower(nn.Module):
-    """ByT5 ids to a context vector a word and a pooled one; small, to be trained.
+    """ByT5 ids (b, l) to a context (b, words, k) and a pooled vector (b, e).
 
-    A word is the average of its bytes' states: the joint attention then sees eight
-    tokens instead of forty.
+    A small text encoder to train from scratch. A word's context is the average of its
+    bytes' states, so that the joint attention sees eight tokens instead of forty.
     """
 
     depth: int
@@ -163,24 +173,26 @@ class ByteTower(nn.Module):
         )(ids, ids != PAD)
         member = words(ids, self.words).astype(self.dtype)  # (b, words, l)
         count = member.sum(-1, keepdims=True)
-        there = count > 0
+        present = count > 0  # (b, words, 1)
         x = jnp.einsum("bwl,bld->bwd", member, states) / jnp.maximum(count, 1)
-        whole = x.sum(1) / jnp.maximum(there.sum(1), 1)
+        # The mean over words; at least 1, for a text that has none.
+        mean = x.sum(1) / jnp.maximum(present.sum(1), 1)
         context = Dense(
             self.context_dim, ("embed", None), dtype=self.dtype, name="context"
         )(x)
         pooled = Dense(
             self.pooled_dim, ("embed", None), dtype=self.dtype, name="pooled"
-        )(whole)
-        return context * there, pooled
+        )(mean)
+        return context * present, pooled  # slots without a word are zero
 
 
 def words(ids: Int[Array, "b l"], most: int) -> Bool[Array, "b w l"]:
-    """Which bytes make up which word: runs of letters, every other mark by itself."""
+    """Membership (b, words, l) of bytes: runs of letters, other marks by themselves."""
     byte = ids - 3
-    lower = byte | 32
+    lower = byte | 32  # ASCII letters in lower case
+    # From 128 on: parts of a UTF-8 character, which are not to be split.
     letter = ((lower >= ord("a")) & (lower <= ord("z"))) | (byte >= 128)
     mark = (byte > ord(" ")) & ~letter
     before = jnp.pad(letter, ((0, 0), (1, 0)))[:, :-1]
-    index = jnp.cumsum(mark | (letter & ~before), -1) - 1
+    index = jnp.cumsum(mark | (letter & ~before), -1) - 1  # a word starts there
     return (index[:, None] == jnp.arange(most)[:, None]) & (letter | mark)[:, None]

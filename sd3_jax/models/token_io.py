@@ -1,4 +1,7 @@
-"""What denoisers of tokens begin and end with; the submodules are the caller's own."""
+"""Tokens from images and text, and velocities from tokens, for all denoisers.
+
+Called inside a denoiser's compact method: the submodules belong to the caller.
+"""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -24,17 +27,18 @@ def image_tokens(
     xt: Float[Array, "b h w c"],
     place: Int[Array, "b 2"] | None = None,
 ) -> Float[Array, "b n d"]:
-    """Its patches, each where it lies on the position table."""
+    """Embedded patches (b, n, d) of the noised latent, with their positions."""
     h, w = xt.shape[1] // model.patch, xt.shape[2] // model.patch
     axes = (None, "embed")
     embed = Dense(model.width, axes, dtype=model.dtype, name="patch_embed")
-    x = embed(patchify(xt, model.patch))
+    x = embed(patchify(xt, model.patch))  # (b, n, d)
     return cut(x + position_table(model, h, w, place).astype(x.dtype))
 
 
 def text_tokens(
     model: nn.Module, context: Float[Array, "b l k"]
 ) -> Float[Array, "b l d"]:
+    """The text encoders' states (b, l, k) in the model's width (b, l, d)."""
     axes = (None, "embed")
     return Dense(model.width, axes, dtype=model.dtype, name="context_embed")(context)
 
@@ -42,9 +46,11 @@ def text_tokens(
 def condition(
     t: Float[Array, " b"], pooled: Float[Array, "b e"], width: int, dtype: DTypeLike
 ) -> Float[Array, "b d"]:
-    """What every adaLN reads."""
+    """The condition (b, d) of every adaLN: embedded time plus embedded pooled text."""
+    # Features of t are float32: see timestep_features.
     t = Embedder(width, dtype=dtype, name="time_embed")(timestep_features(t))
     y = Embedder(width, dtype=dtype, name="pooled_embed")(pooled)
+    # The SiLU that opens every adaLN, once for all of them.
     return nn.silu(t + y)
 
 
@@ -55,19 +61,24 @@ def velocity(
     h: int,
     w: int,
 ) -> Float[Array, "b h w c"]:
-    """The last adaLN and linear map, zero at birth, and the picture of h x w."""
+    """Tokens (b, n, d) to the velocity (b, h, w, c): final adaLN and linear map.
+
+    Zero at initialisation, as DiT's final layer. float32, whatever `model.dtype` is:
+    losses and solvers compute in float32.
+    """
     modulation = Modulation(2, model.width, model.dtype, name="final_adaln")(c)
-    shift, scale = jnp.unstack(modulation, axis=1)
+    shift, scale = jnp.unstack(modulation, axis=1)  # (b, d)
     x = modulate(layer_norm(x), shift, scale)
     out = model.patch**2 * model.channels
     x = Dense(out, ("embed", None), init=zeros, dtype=model.dtype, name="final")(x)
+    # (b, n, p*p*c)
     return unpatchify(x, model.patch, h, w).astype(jnp.float32)
 
 
 class Modulation(nn.Module):
-    """adaLN's linear layer: c to `chunks` vectors, all zero at the start.
+    """adaLN's linear layer: c (b, d) to (b, chunks, d), zero at initialisation.
 
-    Its outputs are sharded, not its inputs: see linear.exchanged.
+    The kernel is sharded along its outputs: see sharded_linear.exchanged.
     """
 
     chunks: int
@@ -76,6 +87,8 @@ class Modulation(nn.Module):
 
     @nn.compact
     def __call__(self, c: Float[Array, "b d"]) -> Float[Array, "b _ d"]:
+        # A third of SD3's weights are adaLN's, and c is one row an image: devices
+        # exchange rows, which is far less than gathering these weights.
         axes = (None, None, "embed")
         linear = Dense(
             (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
@@ -84,10 +97,10 @@ class Modulation(nn.Module):
 
 
 def cut(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
-    """Tokens over the mesh's context axis."""
+    """Shard tokens over the mesh's context axis."""
     return nn.with_logical_constraint(x, ("batch", "tokens", None))
 
 
 def whole(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
-    """Keys or values, of which every query wants all."""
+    """Keys or values with all tokens on every device, since every query reads all."""
     return nn.with_logical_constraint(x, ("batch", None, "heads", None))

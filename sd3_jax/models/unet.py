@@ -1,4 +1,4 @@
-"""A U-Net of convolutions and transformers that reads text by cross-attention."""
+"""A U-Net of convolutions and transformers with cross-attention to the text."""
 
 import functools
 from collections.abc import Sequence
@@ -20,16 +20,15 @@ from sd3_jax.models.vae import Conv, spread
 
 
 class UNet(nn.Module):
-    """The U-Net of latent diffusion (Rombach et al. 2022) as Stable Diffusion 2.1 has
-    it, whose sizes are the defaults.
+    """The U-Net of Stable Diffusion 2.1 (Rombach et al. 2022), the defaults its sizes.
 
     Level i has width * multipliers[i] channels and half the height and width of level
-    i - 1; `depth` blocks on the way down and one more on the way up; a transformer in
-    each block of the levels `attended`, and in the middle. Heads are as wide at every
-    level: `num_heads` is the first one's. As in SDXL the pooled text is added to the
-    time. A `patch` over 1 turns pixels into channels first. q and k are normed where
-    `qk_norm`, which SD's are not. The mesh's axes context and tensor share the
-    transformers' work and weights, not the convolutions'.
+    i - 1. It has `depth` blocks on the way down and depth + 1 on the way up; those of
+    the levels in `attended`, and the middle, have a transformer. Heads are equally wide
+    at every level; `num_heads` is the first level's. The embedded pooled text is added
+    to the time, as in SDXL. With `patch` over 1, patches become channels first.
+    `qk_norm` is an addition. Over the mesh's axes context and tensor only transformers
+    are sharded, not convolutions.
     """
 
     depth: int = 2
@@ -53,45 +52,56 @@ class UNet(nn.Module):
         context: Float[Array, "b l k"],
         pooled: Float[Array, "b e"],
     ) -> Float[Array, "b h w c"]:
-        """The velocity at (xt, t); height and width divide by `unit`."""
+        """The velocity (b, h, w, c) at (xt, t), in float32.
+
+        Raises ValueError unless `unit` divides height and width.
+        """
         _, h, w, _ = xt.shape
         if h % self.unit or w % self.unit:
             raise ValueError(
                 f"UNet: latents of {h}x{w}: wanted sides that {self.unit} divides"
             )
+        # --- condition and first convolution
         c = condition(t, pooled, 4 * self.width, self.dtype)
         conv = functools.partial(convolution, self.dtype)
         x = by_rows(fold(xt, self.patch))
         x = conv(self.width, "conv_in")(x)
         skips, last = [x], len(self.multipliers) - 1
+        # --- down: every block's output is a skip, and every downsampling's
         for level in range(last + 1):
             for i in range(self.depth):
                 x = self.block(level, f"down_{level}_block_{i}")(x, c, context)
                 skips.append(x)
             if level < last:
+                # Padded on both sides, as PyTorch does; "SAME" of stride 2 is not.
                 x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
                 x = conv(x.shape[-1], f"down_{level}_conv", stride=2)(x)
                 skips.append(x)
+        # --- middle: one block with a transformer, one without
         for i, attends in enumerate((True, False)):
             x = self.block(last, f"mid_block_{i}", attends)(x, c, context)
+        # --- up: skips in reverse
         for level in reversed(range(last + 1)):
             for i in range(self.depth + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
                 x = self.block(level, f"up_{level}_block_{i}")(x, c, context)
             if level:
+                # Nearest neighbours, (b, 2h, 2w, d).
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
                 x = conv(x.shape[-1], f"up_{level}_conv")(x)
+        # --- velocity, zero at initialisation
         x = nn.silu(group_norm(x, "norm_out"))
         x = conv(self.patch**2 * self.channels, "conv_out", init=zeros)(x)
-        x = x.reshape(len(x), -1, x.shape[-1])
+        x = x.reshape(len(x), -1, x.shape[-1])  # (b, n, p*p*c)
         return unpatchify(x, self.patch, h, w).astype(jnp.float32)
 
     @property
     def unit(self) -> int:
-        """What divides a latent's sides."""
+        """The factor that must divide a latent's height and width."""
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
     def block(self, level: int, name: str, attends: bool | None = None) -> nn.Module:
+        # No scan: blocks differ in shape. Remat is by block all the same.
         kind = Block
         if self.remat != "none":
             kind = nn.remat(Block, policy=REMAT[self.remat])
@@ -109,29 +119,32 @@ class UNet(nn.Module):
 
 
 def fold(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h2 w2 c2"]:
-    """p x p pixels to one of p^2 times the channels; patchify, still a picture."""
+    """Patches of p x p as p^2 times the channels: (b, h/p, w/p, p*p*c)."""
     b, h, w, _ = x.shape
     return patchify(x, p).reshape(b, h // p, w // p, -1)
 
 
 def convolution(dtype: DTypeLike, features: int, name: str, **options) -> Conv:
+    # height=None: see by_rows.
     return Conv(features, height=None, dtype=dtype, name=name, **options)
 
 
 def by_rows(x: Float[Array, "b h w c"]) -> Float[Array, "b h w c"]:
-    """Pictures over the mesh's batch axes, each whole: of heights in parts, which the
-    autoencoder has, XLA's partitioner gets some gradients wrong."""
+    """Shard images over the mesh's batch axes alone."""
+    # The autoencoder also shards heights. XLA's partitioner gets some gradients of such
+    # convolutions wrong, and this model is trained.
     return spread(x, height=None)
 
 
 def group_norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]:
-    """32 groups, or fewer: of one channel each they would undo what time adds."""
+    """Group norm with at most 32 groups of at least two channels."""
+    # Groups of one channel would subtract again what the time adds to each channel.
     groups = next(n for n in (32, 16, 8, 4, 2, 1) if x.shape[-1] % (2 * n) == 0)
     return vae.GroupNorm(groups, name=name)(x)
 
 
 class Block(nn.Module):
-    """A residual block that hears of the time, and a transformer where there is one."""
+    """A residual block conditioned on time, then a transformer where there is one."""
 
     features: int
     num_heads: int
@@ -173,7 +186,7 @@ class Resnet(nn.Module):
         conv = functools.partial(convolution, self.dtype, self.features)
         h = conv("conv1")(nn.silu(group_norm(x, "norm1")))
         time = Dense(self.features, ("embed", None), dtype=self.dtype, name="time")
-        h = h + time(c)[:, None, None]
+        h = h + time(c)[:, None, None]  # (b, 1, 1, d) over all pixels
         h = conv("conv2", init=zeros)(nn.silu(group_norm(h, "norm2")))
         if x.shape[-1] != self.features:
             x = conv("shortcut", size=1)(x)
@@ -181,8 +194,11 @@ class Resnet(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Self-attention, cross-attention and GEGLU between two linear maps; the picture's
-    points are its tokens, which have no positions but what convolutions tell."""
+    """Self-attention, cross-attention and GEGLU (Shazeer 2020) between linear maps.
+
+    Pixels are tokens, without position embeddings: convolutions know where they are.
+    Zero at initialisation, so that the block starts as its input.
+    """
 
     num_heads: int
     mlp_ratio: int
@@ -198,7 +214,8 @@ class Transformer(nn.Module):
         dense = lambda features, axes, name, **init: Dense(
             features, axes, dtype=self.dtype, name=name, **init
         )
-        x = group_norm(picture, "norm").reshape(b, h * w, d)
+        x = group_norm(picture, "norm").reshape(b, h * w, d)  # (b, n, d)
+        # `cut` shards tokens over context; by_rows below undoes it for convolutions.
         x = cut(dense(d, (None, "embed"), "proj_in")(x))
         x = cut(x + self_attention(self)(LayerNorm(name="norm1")(x)))
         look = CrossAttention(
@@ -206,8 +223,8 @@ class Transformer(nn.Module):
         )
         x = cut(x + look(LayerNorm(name="norm2")(x), text))
         wide = dense((2, self.mlp_ratio * d), ("embed", None, "mlp"), "wi")
-        gate, y = jnp.unstack(wide(LayerNorm(name="norm3")(x)), axis=-2)
+        gate, y = jnp.unstack(wide(LayerNorm(name="norm3")(x)), axis=-2)  # (b, n, r*d)
         y = checkpoint_name(y * nn.gelu(gate), "mlp")
         x = x + checkpoint_name(dense(d, ("mlp", "embed"), "wo")(y), "fed")
-        x = dense(d, ("embed", None), "proj_out", init=zeros)(cut(x))
+        x = dense(d, ("embed", None), "proj_out", init=zeros)(cut(x))  # (b, n, d)
         return by_rows(picture + x.reshape(b, h, w, d))

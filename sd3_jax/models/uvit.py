@@ -1,4 +1,4 @@
-"""U-ViT: everything is a token, and shallow blocks reach deep ones by long skips."""
+"""U-ViT: time, text and patches are tokens, with long skips between blocks."""
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -23,15 +23,16 @@ from sd3_jax.models.vae import Conv
 
 
 class UViT(nn.Module):
-    """U-ViT (Bao et al. 2022, "All are Worth Words"), its text-to-image form.
+    """U-ViT (Bao et al. 2022, "All are Worth Words"), text-to-image.
 
-    Time, pooled text and text are tokens before the image's; plain pre-norm blocks,
-    no adaLN; the first half's outputs join the second half's inputs, side by side and
-    through a linear map; a 3x3 convolution ends it. (Hoogeboom et al. 2023 call UViT
-    what is a U-Net with a transformer in its middle; that is not this.) Ours differs in
-    that positions are the sin-cos table's, for any resolution, time has an MLP, the
-    pooled text a token, q and k are normed where `qk_norm`, qkv has a bias, and the
-    convolution is zero at birth.
+    Time, pooled text and text are tokens before the image's. Blocks are pre-norm,
+    without adaLN. Outputs of the first half are concatenated to inputs of the second
+    half and projected; a 3x3 convolution follows the last block. (The UViT of Hoogeboom
+    et al. 2023, a U-Net with a transformer in the middle, is another model.)
+
+    Differences from the paper: sin-cos positions, for any resolution; an MLP for time;
+    a token for the pooled text; optional `qk_norm`; a bias in qkv; and a convolution
+    that is zero at initialisation.
     """
 
     depth: int  # odd: as many blocks before the middle one as after it
@@ -56,7 +57,7 @@ class UViT(nn.Module):
         context: Float[Array, "b l k"],
         pooled: Float[Array, "b e"],
     ) -> Float[Array, "b h w c"]:
-        """The velocity at (xt, t)."""
+        """The velocity (b, h, w, c) at (xt, t), float32. ValueError for even depth."""
         if self.depth % 2 == 0:
             raise ValueError(f"UViT: depth {self.depth}: wanted an odd number")
         embed = lambda x, name: Embedder(self.width, self.dtype, name=name)(x)[:, None]
@@ -69,6 +70,7 @@ class UViT(nn.Module):
         )
         x = cut(jnp.concatenate(tokens, axis=1))  # (b, 2+l+n, d)
 
+        # --- blocks: the first half stacks its outputs, the second pops them
         half, shared = self.depth // 2, dict(remat=self.remat, unroll=self.unroll)
         down = lambda block, x: (block(x),) * 2
         up = lambda block, x, skip: (block(x, skip), None)
@@ -80,9 +82,11 @@ class UViT(nn.Module):
         x, _ = scanned(down, 1, **shared)(block_of(self, Block, "mid_blocks"), x)
         if half:
             run = scanned(up, half, **shared, in_axes=0)
+            # Reversed: the first half's last output goes to the first block here.
             x, _ = run(block_of(self, Block, "out_blocks"), x, skips[::-1])
 
-        x = LayerNorm(name="final_norm")(x[:, -image.shape[1] :])
+        # --- image tokens to pixels
+        x = LayerNorm(name="final_norm")(x[:, -image.shape[1] :])  # (b, n, d)
         out = self.patch**2 * self.channels
         x = Dense(out, ("embed", None), dtype=self.dtype, name="final")(x)
         picture = unpatchify(x, self.patch, *xt.shape[1:3])
@@ -91,7 +95,7 @@ class UViT(nn.Module):
 
 
 class Block(nn.Module):
-    """A vision transformer's, before it the long skip where there is one."""
+    """A pre-norm ViT block, after a projection of [x, skip] where there is a skip."""
 
     num_heads: int
     mlp_ratio: int
@@ -104,9 +108,9 @@ class Block(nn.Module):
         self, x: Float[Array, "b n d"], skip: Float[Array, "b n d"] | None = None
     ) -> Float[Array, "b n d"]:
         if skip is not None:
-            both = jnp.concatenate([x, skip], axis=-1)
+            joined = jnp.concatenate([x, skip], axis=-1)  # (b, n, 2d)
             axes = (None, "embed")
-            x = cut(Dense(x.shape[-1], axes, dtype=self.dtype, name="skip")(both))
+            x = cut(Dense(x.shape[-1], axes, dtype=self.dtype, name="skip")(joined))
         x = cut(x + self_attention(self)(LayerNorm(name="norm1")(x)))
         mlp = Mlp(self.mlp_ratio, dtype=self.dtype, name="mlp")
         return cut(x + checkpoint_name(mlp(LayerNorm(name="norm2")(x)), "fed"))

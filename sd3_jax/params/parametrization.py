@@ -1,6 +1,6 @@
-"""What may stand for a weight's array, such as a matrix with one of low rank (LoRA).
+"""Leaves that take the place of a weight's array, such as a LoRA beside its base.
 
-Eight bits for a weight are in models/quantized.py.
+Eight-bit weights are in params/quantization.py.
 """
 
 import math
@@ -12,11 +12,11 @@ from flax import linen as nn
 from flax import struct
 from jax import Array
 
-from sd3_jax.models.linear import Axes, linear
+from sd3_jax.models.sharded_linear import Axes, linear
 
 
 class Leaf:
-    """A pytree node in the place of a weight, which `array()` makes of it."""
+    """A pytree node in the place of a weight; `array()` computes the weight."""
 
     shape: tuple[int, ...]
     dtype: Any
@@ -34,12 +34,12 @@ class Leaf:
 
 
 def array(x: Any) -> Any:
-    """The weight that x is, or that it stands for."""
+    """x itself, or the weight that the Leaf x stands for."""
     return x.array() if isinstance(x, Leaf) else x
 
 
 def arrays(tree: Any) -> Any:
-    """A tree with nothing in it but arrays."""
+    """The tree with each Leaf replaced by the weight that it stands for."""
     return jax.tree.map(array, tree, is_leaf=is_leaf)
 
 
@@ -48,16 +48,16 @@ def is_leaf(x: Any) -> bool:
 
 
 def stored(module: nn.Module, name: str) -> Leaf | None:
-    """The module's parameter where it stands for an array, which flax's own `param`
-    would compare with the array's shape; else None."""
+    """The module's parameter if it is a Leaf, else None."""
+    # flax's own `param` would compare the leaves of the Leaf with the array's shape.
     if not module.has_variable("params", name):
         return None
-    found = module.get_variable("params", name)
-    return found if isinstance(found, Leaf) else None
+    value = module.get_variable("params", name)
+    return value if isinstance(value, Leaf) else None
 
 
 def product(x: Array, kernel: Any, axes: Axes, inputs: int) -> Array:
-    """linear(x, kernel) in x's dtype; what stands for a kernel makes no array."""
+    """linear(x, kernel) in x's dtype, for a kernel that is an array or a Leaf."""
     if isinstance(kernel, Leaf):
         return kernel.product(x, axes, inputs)
     return linear(x, kernel.astype(x.dtype), axes, inputs)
@@ -67,15 +67,16 @@ def product(x: Array, kernel: Any, axes: Axes, inputs: int) -> Array:
 class LowRank(Leaf):
     """base + scale * a b, for LoRA (Hu et al. 2021); `scale` is alpha / rank.
 
-    base (*inputs, *outputs), a weight or what stands for one; a (*inputs, rank) and b
-    (rank, *outputs). With `groups` the first output axis counts maps that base fuses,
-    each of which has its own: a (*inputs, groups, rank), b (groups, rank, *others). In
-    a stack of layers all three have their axis in front.
+    base is (*inputs, *outputs), an array or another Leaf; a (*inputs, rank) and b
+    (rank, *outputs). With `groups`, the first output axis counts fused maps, such as q,
+    k and v, each with its own a (*inputs, groups, rank) and b (groups, rank, *others).
+    In a stack of layers all three have the layers' axis in front.
     """
 
     base: Any
     a: Any
     b: Any
+    # Static fields: optimizers, EMA and sharding see base, a and b alone.
     scale: float = struct.field(pytree_node=False)
     groups: bool = struct.field(pytree_node=False, default=False)
 
@@ -96,12 +97,13 @@ class LowRank(Leaf):
         return self.a.shape[-1]
 
     def array(self) -> Array:
-        """The sum in float32, then in base's dtype."""
+        """base + scale * a b, summed in float32 and returned in base's dtype."""
         base = array(self.base)
         total = base.astype(jnp.float32) + self.scale * self.update()
         return total.astype(base.dtype)
 
     def product(self, x: Array, axes: Axes, inputs: int) -> Array:
+        # x W + (x a) b: in bfloat16, W + a b would round a small update away.
         y = product(x, self.base, axes, inputs)
         rank = (None, None) if self.groups else (None,)
         h = linear(x, self.a.astype(x.dtype), (*axes[:inputs], *rank), inputs)
@@ -109,17 +111,20 @@ class LowRank(Leaf):
         b = self.b.astype(x.dtype)
         if not self.groups:
             return y + linear(h, b, (None, *axes[inputs:]), 1)
+        # --- fused maps: h (b, ..., groups, rank), b (groups, rank, *others)
         axis, outputs = h.ndim - 2, (None, *axes[inputs + 1 :])
         parts = [linear(h[..., i, :], b[i], outputs, 1) for i in range(len(b))]
         return y + jnp.stack(parts, axis)
 
     def update(self) -> Array:
-        """a b, in float32 and base's shape."""
-        own = 1 + self.groups  # axes that a has last and b first, of base one or none
-        layers = self.a.ndim + self.b.ndim - len(self.shape) - own - 1
+        """a b, in float32 and in base's shape."""
+        shared = 1 + self.groups  # a's last axes and b's first: [groups,] rank
+        layers = self.a.ndim + self.b.ndim - len(self.shape) - shared - 1
         a, b = (x.astype(jnp.float32) for x in (self.a, self.b))
         groups, rank = a.shape[-2] if self.groups else 1, a.shape[-1]
-        stack = math.prod(a.shape[:layers])
+        stack = math.prod(a.shape[:layers])  # 1 for a module outside a scan
+        # All inputs as one axis, x, and all other outputs as one, y.
         a, b = a.reshape(stack, -1, groups, rank), b.reshape(stack, groups, rank, -1)
-        made = jnp.einsum("lxgr,lgry->lxgy", a, b, precision="highest")
-        return made.reshape(self.shape)
+        # "highest": TPUs and GPUs would round float32 factors, and merge keeps the sum.
+        delta = jnp.einsum("lxgr,lgry->lxgy", a, b, precision="highest")
+        return delta.reshape(self.shape)

@@ -1,8 +1,8 @@
-"""Weights in eight bits: which matrices, what stands for them, and how it is made.
+"""Eight-bit weights: which matrices are quantized, their leaves, and how to round.
 
-Symmetric and by output: an output's weights are int8's whole numbers, or fp8's floats
-of four bits of exponent and three of mantissa, times a scale of its own. So
-x W = (x q) scale, and of W no more than q is read or held.
+Symmetric, one scale for each output: W = q * scale, where q is int8, or fp8 with four
+bits of exponent and three of mantissa (e4m3). Then x W = (x q) * scale, and only q is
+held and read.
 """
 
 import dataclasses
@@ -18,31 +18,32 @@ from flax import struct
 from jax import Array, ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
-from sd3_jax.models.linear import Axes, linear
+from sd3_jax.models.sharded_linear import Axes, linear
 from sd3_jax.params import lora
 from sd3_jax.params.parametrization import Leaf, LowRank
 
-BLOCKS = "block"  # in the path of what is quantized: the blocks' matrices alone
-CHUNK = 2**20  # numbers in float32 at a time, on the host
+BLOCKS = "block"  # in the path of every quantized matrix: those of the blocks alone
+CHUNK = 2**20  # float32 numbers at a time on the host, so that no full copy is made
 
 
 @struct.dataclass
 class Quantized(Leaf):
-    """q * scale, q (*inputs, *outputs) and scale (*ones, *outputs), in float32.
+    """q * scale: q (*inputs, *outputs), scale (*ones, *outputs) in float32.
 
-    In a stack of layers both have their axis in front.
+    In a stack of layers both have the layers' axis in front.
     """
 
     q: Any
     scale: Any
 
     TYPE: ClassVar[Any]
-    MOST: ClassVar[float]  # that an output's largest weight becomes
+    MOST: ClassVar[float]  # q of an output's largest weight
 
     @property
     def shape(self) -> tuple[int, ...]:
         return tuple(self.q.shape)
 
+    # The dtype that the weight has for others: q's says nothing of it.
     @property
     def dtype(self) -> Any:
         return self.scale.dtype
@@ -55,7 +56,7 @@ class Quantized(Leaf):
         return self.q.astype(jnp.float32) * self.scale
 
     def product(self, x: Array, axes: Axes, inputs: int) -> Array:
-        """The scale comes after the sum: what the program reads of the weight is q."""
+        # Scaled after the sum over inputs: the program reads q, never a float weight.
         y = linear(x, self.q.astype(x.dtype), axes, inputs)
         return (y * self.scale.reshape(self.shape[inputs:])).astype(x.dtype)
 
@@ -63,18 +64,18 @@ class Quantized(Leaf):
 @struct.dataclass
 class Int8(Quantized):
     TYPE = jnp.int8
-    MOST = 127.0
+    MOST = 127.0  # not 128: symmetric, and -w is as exact as w
 
     @staticmethod
     def rounded(x: Any) -> Any:
-        xp = np if isinstance(x, np.ndarray) else jnp
+        xp = np if isinstance(x, np.ndarray) else jnp  # numpy stays on the host
         return xp.rint(x).astype(jnp.int8)
 
 
 @struct.dataclass
 class Float8(Quantized):
     TYPE = jnp.float8_e4m3fn
-    MOST = 448.0
+    MOST = 448.0  # e4m3's largest finite number
 
     @staticmethod
     def rounded(x: Any) -> Any:
@@ -84,59 +85,73 @@ class Float8(Quantized):
 KINDS: dict[str, type[Quantized]] = {"int8": Int8, "fp8": Float8}
 
 
-def chosen(params: Any) -> set[tuple[str, ...]]:
-    """Paths of the modules whose kernels are quantized: the linear maps in the blocks
-    of a denoiser or a text encoder. Norms, biases, tables and what a model begins and
-    ends with are not."""
+def quantizable_paths(params: Any) -> set[tuple[str, ...]]:
+    """Module paths of the kernels to quantize: linear maps in a model's blocks.
+
+    Norms, biases, tables, and the first and last layers keep their precision.
+    """
     return {
         path for path in lora.kernels(params) if any(BLOCKS in name for name in path)
     }
 
 
 def replaced(params: dict, make: Callable[[Any, Sequence[int]], Any]) -> dict:
-    """Params with make(kernel, its input axes) for the kernels that are chosen; of a
-    LowRank, for its base."""
-    made = params
-    for path in chosen(params):
-        made = lora.replaced(made, path, lambda x, path=path: _made(x, path, make))
-    return made
+    """`params` with make(kernel, input axes) in place of each quantizable kernel.
+
+    Of a LowRank, its base is replaced.
+    """
+    result = params
+    for path in quantizable_paths(params):
+        change = lambda x, path=path: _replace_kernel(x, path, make)
+        result = lora.replaced(result, path, change)
+    return result
 
 
-def _made(kernel: Any, path: tuple[str, ...], make: Callable) -> Any:
+def _replace_kernel(kernel: Any, path: tuple[str, ...], make: Callable) -> Any:
     if isinstance(kernel, LowRank):
-        return dataclasses.replace(kernel, base=_made(kernel.base, path, make))
-    lies = lora.layout(path, len(kernel.shape))
-    return make(kernel, range(lies.layers, lies.layers + lies.inputs))
+        return dataclasses.replace(
+            kernel, base=_replace_kernel(kernel.base, path, make)
+        )
+    axes = lora.layout(path, len(kernel.shape))
+    return make(kernel, range(axes.layers, axes.layers + axes.inputs))
 
 
 def quantized(params: dict, kind: str) -> dict:
-    """Arrays, one after the other; to trace or compile it is the caller's."""
+    """`params` with Int8 or Float8 leaves; `kind` is a key of KINDS.
+
+    Kernels are rounded one after the other; callers jit it or not.
+    """
     return replaced(params, lambda x, axes: quantize(x, KINDS[kind], axes))
 
 
 def abstract(params: dict, kind: str) -> dict:
-    """Of shapes with shardings: q lies as its weight, the scale as its outputs."""
+    """`quantized` for shapes: q is sharded as the weight, the scale as its outputs."""
     return replaced(params, lambda x, axes: shape_of(x, KINDS[kind], axes))
 
 
 def quantize(x: Array, kind: type[Quantized], axes: Sequence[int]) -> Quantized:
-    """A weight whose inputs are `axes`."""
-    x = x.astype(jnp.float32)
+    """A weight as q and scale; `axes` are its input axes."""
+    x = x.astype(jnp.float32)  # exact from bfloat16 and float16
     top = jnp.max(jnp.abs(x), tuple(axes), keepdims=True)
-    scale = jnp.where(top > 0, top * least(kind), 1.0)
+    scale = jnp.where(top > 0, top * least(kind), 1.0)  # an output of zeros: any scale
     return kind(kind.rounded(x * (1 / scale)), scale)
 
 
 def least(kind: type[Quantized]) -> np.float32:
-    """What an output's largest is multiplied by: XLA divides unlike numpy."""
+    """1 / MOST, the scale of an output whose largest weight is 1."""
+    # A factor, not a division by MOST: XLA divides unlike numpy, and device and host
+    # must round to the same bits.
     return np.float32(1 / kind.MOST)
 
 
 def shape_of(
     x: Array | ShapeDtypeStruct, kind: type[Quantized], axes: Sequence[int]
 ) -> Quantized:
+    """Shapes of q and scale for a weight with a sharding; `axes` are its inputs."""
+    # A PartitionSpec may be shorter than the shape.
     spec = tuple(x.sharding.spec) + (None,) * (x.ndim - len(x.sharding.spec))
     keep = lambda sizes, one: [one if i in axes else n for i, n in enumerate(sizes)]
+    # Input axes have size 1 in the scale, so they cannot be sharded.
     placed = NamedSharding(x.sharding.mesh, PartitionSpec(*keep(spec, None)))
     return kind(
         ShapeDtypeStruct(x.shape, kind.TYPE, sharding=x.sharding),
@@ -147,12 +162,16 @@ def shape_of(
 def on_host(
     x: np.ndarray, kind: type[Quantized], scale_shape: Sequence[int]
 ) -> list[np.ndarray]:
-    """[q, scale] as quantize makes them, in float32 a little at a time; the inputs are
-    where `scale_shape` is 1, the first axis one of them."""
+    """[q, scale] with the bits that `quantize` gives, computed in numpy.
+
+    Input axes are those where `scale_shape` is 1; the first axis must be one. Chunks of
+    CHUNK numbers are float32 at a time, not the whole weight.
+    """
     axes = tuple(i for i, size in enumerate(scale_shape) if size == 1)
     rows = max(1, CHUNK // math.prod(x.shape[1:]))
     parts = [slice(i, i + rows) for i in range(0, len(x), rows)]
     wide = lambda part: x[part].astype(np.float32)
+    # Two passes, since the scale must be known before anything is rounded.
     top = np.zeros(scale_shape, np.float32)
     for part in parts:
         top = np.maximum(top, np.abs(wide(part)).max(axes, keepdims=True))
@@ -164,7 +183,7 @@ def on_host(
 
 
 def quantize_placed(x: Array, kind: type[Quantized], axes: Sequence[int]) -> Quantized:
-    """A weight on the devices in eight bits, which lie as it does."""
+    """`quantize` on the devices, with q in the weight's sharding."""
     shapes = shape_of(x, kind, axes)
     placed = jax.tree.map(lambda y: y.sharding, shapes)
     run = functools.partial(quantize, kind=kind, axes=tuple(axes))

@@ -381,7 +381,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
     """Those in a model's folders, or in the `other` place, and for what is CLIP's the
     package's own; each is of its encoder's vocabulary."""
     if other:
-        paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
+        paths = [sources.resolve(other, tokenizers.WANTED, label="tokenizers")]
     words = {}
     for path in paths:
         found = tokenizers.load(path)
@@ -414,7 +414,7 @@ def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
         )
     try:
         folder = sources.resolve(
-            tokenizers.T5_HUB, tokenizers.WANTED, what="tokenizers"
+            tokenizers.T5_HUB, tokenizers.WANTED, label="tokenizers"
         )
         tokenizer = tokenizers.read("t5", folder)
     except UserError as error:
@@ -500,7 +500,7 @@ def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
 
 def resolve_control(source: str) -> epath.Path:
     wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    return sources.resolve(source, wanted, what="ControlNet")
+    return sources.resolve(source, wanted, label="ControlNet")
 
 
 def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):

@@ -64,7 +64,7 @@ def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Op
     nothing is kept; one that is and is not `there` is an error."""
     loras = []
     for source, weight in listed(given):
-        path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
+        path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
         pairs = {k: x for k, x in lora_formats.read(path).items() if k in wanted}
         if lacking := [name for name in pairs if name not in there]:
             raise UserError(

@@ -1,8 +1,8 @@
-"""The parts of a released model: which files hold them, what they are built from.
+"""The components of a released model: their files, configurations and modules.
 
-Configurations are diffusers' and transformers' own dictionaries, as their folders hold
-them; of an original single file they are read off the names and shapes of its tensors.
-Every one is read by `configs`, which refuses what is not implemented.
+Configurations are diffusers' and transformers' dictionaries from a folder, or are
+inferred from names and shapes of a single file's tensors. published_configs reads them
+and refuses what is not implemented.
 """
 
 import logging
@@ -38,12 +38,12 @@ log = logging.getLogger(__name__)
 
 
 class Component(NamedTuple):
-    """One part: its folder in diffusers' layout and its prefix in a single file.
+    """One component: its folder in diffusers' layout, its prefix in a single file.
 
-    `mark` is a tensor that only this part has, by which it is found. `kind` is the
-    table of its configuration. `build(config, dtype)` makes the module,
-    `example(module, config)` arguments for its init.
-    `fuller` is the table of a single file of ours that holds what published ones lack.
+    `mark` is a tensor that only this component has. `kind` names the table of its
+    configuration. `build(config, dtype)` makes the module, `example(module, config)`
+    arguments for its init. `fuller` is the table of a single file of ours, which holds
+    what published ones lack.
     """
 
     folder: str
@@ -65,17 +65,19 @@ def configured(
     layout: str = "diffusers",
     where: str = "",
 ) -> dict:
-    """A part's configuration, whole and checked, also against its tensors.
+    """A component's configuration with defaults, checked against its tensors.
 
-    None is read off the tensors, as those of a single file are. A UserError says what
-    is wrong `where`, before anything is traced.
+    A `config` of None is inferred from the tensors. Raises UserError, which begins
+    with `where`.
     """
+    # All before anything is traced: a wrong size would be an error deep inside XLA.
     if config is None:
+        # A single file, or a ControlNet's without its config.json.
         config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
     config = published_configs.read(component.kind, config, where)
     if names := published_configs.unknown(component.kind, config):
-        told = "%s: fields that nothing here reads: %s"
-        log.warning(told, where, shown(", ".join(names), 200))
+        message = "%s: fields that nothing here reads: %s"
+        log.warning(message, where, shown(", ".join(names), 200))
     if tensors is not None:
         published_configs.agree(component.kind, config, tensors, layout, where)
     return config
@@ -84,9 +86,11 @@ def configured(
 def abstract(
     component: Component, module: nn.Module, config: dict, mesh: Mesh, dtype: Any
 ) -> dict:
-    """The part's variables as shapes with shardings; nothing is allocated."""
+    """The component's variables as shapes with shardings; nothing is allocated."""
     example = lambda: component.example(module, config)
+    # Boxed leaves have their logical axes, from which shardings follow.
     boxed = jax.eval_shape(lambda: module.init(jax.random.key(0), *example()))
+    # Released files hold a position table, which is no parameter of ours.
     if isinstance(module, MMDiT | ControlNet):
         table = (1, module.pos_size**2, module.width)
         boxed["buffers"] = {"pos_embed": Shape(table, jnp.float32)}
@@ -97,7 +101,7 @@ def abstract(
     )
 
 
-# The denoiser
+# --- the denoiser
 
 
 def denoiser_config(
@@ -123,15 +127,16 @@ def denoiser_config(
 
 
 def build_denoiser(config: dict, dtype: Any) -> MMDiT:
+    """The module of diffusers' SD3Transformer2DModel configuration."""
     c = published_configs.read("denoiser", config)
     return MMDiT(
         depth=c["num_layers"],
         width=c["caption_projection_dim"],
         num_heads=c["num_attention_heads"],
         patch=c["patch_size"],
-        channels=c["out_channels"],
+        channels=c["out_channels"],  # equal to in_channels: see published_configs
         qk_norm=c["qk_norm"] is not None,
-        dual_blocks=len(c["dual_attention_layers"]),
+        dual_blocks=len(c["dual_attention_layers"]),  # the first so many
         pos_size=c["pos_embed_max_size"],
         dtype=dtype,
         remat="none",
@@ -139,7 +144,7 @@ def build_denoiser(config: dict, dtype: Any) -> MMDiT:
 
 
 def example_denoiser(module: MMDiT, config: dict) -> tuple:
-    side = module.patch
+    side = module.patch  # one token: parameters do not depend on the size
     return (
         jnp.zeros((1, side, side, config.get("in_channels", 16))),
         jnp.zeros(1),
@@ -148,10 +153,11 @@ def example_denoiser(module: MMDiT, config: dict) -> tuple:
     )
 
 
-# The autoencoder
+# --- the autoencoder
 
 
 def build_vae(config: dict, dtype: Any) -> VAE:
+    """The module of diffusers' AutoencoderKL configuration."""
     c = published_configs.read("vae", config)
     return VAE(
         channels=tuple(c["block_out_channels"]),
@@ -164,14 +170,15 @@ def build_vae(config: dict, dtype: Any) -> VAE:
 
 
 def example_vae(module: VAE, config: dict) -> tuple:
-    side = 2 ** (len(module.channels) - 1)
+    side = 2 ** (len(module.channels) - 1)  # one latent
     return (jnp.zeros((1, side, side, 3)),)
 
 
-# The text encoders
+# --- the text encoders
 
 
 def build_clip(config: dict, dtype: Any) -> ClipText:
+    """The module of transformers' CLIPTextConfig."""
     c = published_configs.read("clip_text", config)
     return ClipText(
         vocab=c["vocab_size"],
@@ -192,6 +199,7 @@ def example_clip(module: ClipText, config: dict) -> tuple:
 
 
 def build_t5(config: dict, dtype: Any) -> T5Encoder:
+    """The module of transformers' T5Config, its encoder alone."""
     c = published_configs.read("t5", config)
     return T5Encoder(
         vocab=c["vocab_size"],
@@ -205,17 +213,18 @@ def build_t5(config: dict, dtype: Any) -> T5Encoder:
 
 
 def example_t5(module: T5Encoder, config: dict) -> tuple:
-    return (jnp.zeros((1, 8), jnp.int32),)
+    return (jnp.zeros((1, 8), jnp.int32),)  # any length will do
 
 
 CLIP = (build_clip, example_clip)
+# Both CLIPs have it: which of the two a file is, single_file tells by its width.
 LAST_NORM = "text_model.final_layer_norm.weight"
 COMPONENTS = {
     "denoiser": Component(
         "transformer",
         "model.diffusion_model.",
         "joint_blocks.0.x_block.attn.qkv.weight",
-        "denoiser",
+        "denoiser",  # key of published_configs.TABLES
         build_denoiser,
         example_denoiser,
         mmdit_keys.table,
@@ -237,7 +246,7 @@ COMPONENTS = {
         LAST_NORM,
         "clip_l",
         *CLIP,
-        text_keys.clip_l_table,
+        text_keys.clip_l_table,  # original files have no projection that is read
         ignored=(*text_keys.IGNORED, text_keys.PROJECTION),
         fuller=text_keys.clip_table,
     ),
@@ -270,18 +279,19 @@ CONTROLNET = Component(
     controlnet_keys.example,
     controlnet_keys.table,
     "diffusion_pytorch_model",
-    ignored=(controlnet_keys.CONTROL_TYPE,),  # read by controlnet.control_type
+    ignored=(controlnet_keys.CONTROL_TYPE,),  # read by controlnet_keys.control_type
 )
 
 
 def released_name(config: dict) -> str:
-    """What people call the denoiser of this configuration."""
+    """The common name and the sizes of the denoiser of a configuration."""
+    # Stability publishes no name in the configuration: the sizes tell.
     qk, dual = config.get("qk_norm"), config.get("dual_attention_layers")
     sizes = config["num_layers"], config["num_attention_heads"]
-    names = {
-        (24, False, 0): "SD3-medium",
+    names = {  # by depth, qk-norm and number of dual blocks
+        (24, False, 0): "SD3-medium",  # 2B
         (24, True, 13): "SD3.5-medium",
-        (38, True, 0): "SD3.5-large or -turbo",
+        (38, True, 0): "SD3.5-large or -turbo",  # 8B; the same sizes
     }
     name = names.get((sizes[0], bool(qk), len(dual or ())), "an SD3 transformer")
     return (

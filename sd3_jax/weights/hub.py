@@ -1,4 +1,4 @@
-"""What is fetched of the hub's repositories, whose names source_names reads."""
+"""Download from the Hugging Face hub; source_names parses the names."""
 
 import functools
 import socket
@@ -18,21 +18,22 @@ INDEX = "model_index.json"
 
 
 def weights(stem: str, variant: str = "") -> list[str]:
-    """Patterns of one component's file, its shards and its index, under any of the
-    names that the libraries have given to those of a variant."""
-    v, shard = f".{variant}" if variant else "", "-?????-of-?????"
+    """Patterns of one component's file, its shards and its index, for a variant."""
+    # Libraries have put the variant in different places over time.
+    v, shard = f".{variant}" if variant else "", "-?????-of-?????"  # five digits
     ends = f"{v}.safetensors", f"{v}{shard}.safetensors", f"{shard}{v}.safetensors"
     index = (
         f"{v}.safetensors.index.json",
         f".safetensors{v}.index.json",
         f".safetensors.index{v}.json",
     )
+    # Without a variant some patterns are equal.
     return list(dict.fromkeys(stem + end for end in ends + index))
 
 
 def of_model(variant: str = "") -> list[str]:
-    """What a diffusers folder needs, or one component's repository: neither what lies
-    beside them for other programs, nor other variants."""
+    """Patterns of files that a diffusers folder or one component needs."""
+    # Neither what lies beside them for other programs, nor other variants.
     patterns = [INDEX, "config.json", "scheduler/*.json", *tokenizers.WANTED]
     for stem in dict.fromkeys(x.stem for x in COMPONENTS.values()):
         patterns += weights(stem, variant)
@@ -43,30 +44,34 @@ def of_model(variant: str = "") -> list[str]:
 
 
 def fetch(
-    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], what: str
+    name: Name, wanted: Sequence[str] | None, unwanted: Sequence[str], label: str
 ) -> epath.Path:
-    """The folder, or the file, as it lies here after its download; `wanted` are the
-    patterns of files, of a model by default."""
+    """Local path of the downloaded folder, or of the file that `name` names.
+
+    `wanted` are patterns of files, by default those of a model; `unwanted` patterns are
+    left out. `label` begins messages, such as "weights" or "LoRA".
+    """
     if name.file:
-        return epath.Path(_file(name, what))
+        return epath.Path(_file(name, label))
     patterns = of_model(name.variant) if wanted is None else list(wanted)
-    folder = _folder(name, patterns, unwanted, what)
+    folder = _folder(name, patterns, unwanted, label)
     if wanted is not None:
         return folder
-    if bare := list(_bare(folder)):  # what has no weights of that variant, or only some
+    # Components with no weights of that variant, or only some: take the plain ones.
+    if bare := list(_bare(folder)):
         more = [f"{x}/*.safetensors" for x in bare]
         more += [f"{x}/*.safetensors*.json" for x in bare]
-        folder = _folder(name, more, unwanted, what)
+        folder = _folder(name, more, unwanted, label)
     if not any((folder / x).exists() for x in (INDEX, "config.json")):
         raise UserError(
-            f'{what} "{name.repo}": the repository has neither {INDEX} nor config.json:'
-            f' name one of its files, as "{name.repo}/FILE.safetensors"'
+            f'{label} "{name.repo}": the repository has neither {INDEX} nor'
+            f' config.json: name one of its files, as "{name.repo}/FILE.safetensors"'
         )
     return folder
 
 
 def _bare(folder: epath.Path) -> Iterable[str]:
-    """Folders of components that were fetched without weights."""
+    """Folders of components whose configuration came without weights."""
     for component in COMPONENTS.values():
         place = folder / component.folder
         if (place / "config.json").exists() and not any(
@@ -75,8 +80,8 @@ def _bare(folder: epath.Path) -> Iterable[str]:
             yield component.folder
 
 
-def _folder(name, patterns, unwanted, what) -> epath.Path:
-    import huggingface_hub
+def _folder(name, patterns, unwanted, label) -> epath.Path:
+    import huggingface_hub  # not needed for local paths
 
     download = functools.partial(
         huggingface_hub.snapshot_download,
@@ -85,37 +90,39 @@ def _folder(name, patterns, unwanted, what) -> epath.Path:
         allow_patterns=patterns,
         ignore_patterns=list(unwanted),
     )
-    return epath.Path(_downloaded(name, what, download))
+    return epath.Path(_downloaded(name, label, download))
 
 
-def _file(name, what) -> str:
+def _file(name, label) -> str:
     import huggingface_hub
 
     download = functools.partial(
         huggingface_hub.hf_hub_download, name.repo, name.file, revision=name.revision
     )
-    return _downloaded(name, what, download)
+    return _downloaded(name, label, download)
 
 
-def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
-    """Without a connection, what was fetched before: the hub's client would try again
-    for half a minute."""
+def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
+    """The path that `download` returns; UserError with what to do if it fails."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    # Without a connection the hub's client retries for half a minute, even for what it
+    # has in its cache.
     offline = not _reachable()
     try:
         return download(local_files_only=offline)
     except Exception as error:  # its errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""
-        place = f'{what} "{name.repo}{file}"'
+        place = f'{label} "{name.repo}{file}"'
         message = f"{place}: no such file or folder here, and the hub"
         if offline:
             raise UserError(
                 f"{message} cannot be reached, nor was it fetched from there before"
             ) from None
         message += f" does not give it: {shown(lines[0], 200)}"
-        if isinstance(error, RepositoryNotFoundError):  # gated, private or not there
+        # The hub does not tell a gated or private repository from an absent one.
+        if isinstance(error, RepositoryNotFoundError):
             message += (
                 f"; if it is gated, accept its licence on huggingface.co/{name.repo},"
                 " then run `hf auth login` or set HF_TOKEN"
@@ -124,7 +131,7 @@ def _downloaded(name: Name, what: str, download: Callable[..., str]) -> str:
 
 
 def _reachable() -> bool:
-    """Whether the hub's host has an address; a proxy finds it itself."""
+    """Whether the hub's host resolves; with a proxy, which resolves names, always."""
     from huggingface_hub import constants
 
     if constants.HF_HUB_OFFLINE:

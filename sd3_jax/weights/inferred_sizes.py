@@ -1,7 +1,7 @@
-"""What the names and shapes of a file's tensors tell of its model.
+"""Infer a model's configuration from names and shapes of a file's tensors.
 
-A single file has no configuration: it is read off them. Beside a configuration they
-bound it: a number of layers is as many as the file has.
+A single file has no other configuration. Where there is one, it must agree with the
+tensors (published_configs.agree).
 """
 
 import math
@@ -11,16 +11,17 @@ from typing import Any, NamedTuple
 
 from sd3_jax.errors import UserError
 
-Shapes = Mapping[str, Any]  # tensors by name, of which only .shape is looked at
+Shapes = Mapping[str, Any]  # tensors by name, of which only .shape is read
+# Products of fields, which a shape tells where it does not tell the factors.
 INNER = "num_attention_heads x attention_head_dim"
 HINT = "in_channels + extra_conditioning_channels"
 T5_INNER = "num_heads x d_kv"
 BOTH = "diffusers", "original"
-HEAD = 64  # wide, in every published file without a configuration
+HEAD = 64  # size of a head in every published file without a configuration
 
 
 class Size(NamedTuple):
-    """A field that the shape of a tensor, of so many axes, tells."""
+    """A field that tell(shape) gives from the shape of a tensor with `axes` axes."""
 
     field: str
     tensor: str
@@ -30,24 +31,27 @@ class Size(NamedTuple):
 
 
 def axis(field: str, tensor: str, axes: int, at: int, **options) -> Size:
+    """A field that is the size of axis `at`."""
     return Size(field, tensor, axes, lambda shape: shape[at], **options)
 
 
 def patches(tensor: str, channels: str = "in_channels") -> tuple[Size, ...]:
-    """Of a convolution (width, channels, patch, patch)."""
+    """Fields from a patch embedding (width, channels, patch, patch)."""
     fields = INNER, channels, "patch_size"
     return tuple(axis(field, tensor, 4, at) for at, field in enumerate(fields))
 
 
 def positions(tensor: str, **options) -> Size:
-    """Of a table (1, side^2, width)."""
+    """The field of a position table (1, side^2, width)."""
     return Size("pos_embed_max_size", tensor, 3, lambda s: _root(s[1]), **options)
 
 
 def _root(n: int) -> int | None:
+    """The square root of a square number, else None."""
     return math.isqrt(n) if math.isqrt(n) ** 2 == n else None
 
 
+# linear_1 reads the pooled text, so its inputs are that wide.
 DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
 CONTEXT = axis("joint_attention_dim", "context_embedder.weight", 2, 1)
 DENOISER = {
@@ -70,6 +74,7 @@ CONTROLNET = (  # diffusers' names outside the blocks, in both layouts
     axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
     CONTEXT._replace(optional=True),
 )
+# The decoder's: the encoder ends in twice as many, mean and log-variance.
 VAE = (axis("latent_channels", "decoder.conv_in.weight", 4, 1),)
 EMBEDDINGS = "text_model.embeddings"
 CLIP_TEXT = (
@@ -77,7 +82,7 @@ CLIP_TEXT = (
     axis("hidden_size", f"{EMBEDDINGS}.token_embedding.weight", 2, 1),
     axis("max_position_embeddings", f"{EMBEDDINGS}.position_embedding.weight", 2, 0),
     axis("intermediate_size", "text_model.encoder.layers.0.mlp.fc1.weight", 2, 0),
-    # CLIP-L's is not in a single file, and is then no projection: as wide as the tower.
+    # A single file lacks CLIP-L's projection: the vector is as wide as the tower.
     axis("projection_dim", "text_projection.weight", 2, 0, optional=True),
 )
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
@@ -93,7 +98,7 @@ BIAS = f"{BLOCK}.0.SelfAttention.relative_attention_bias.weight"
 T5 = (
     axis("vocab_size", "shared.weight", 2, 0),
     axis("d_model", "shared.weight", 2, 1),
-    axis("relative_attention_num_buckets", BIAS, 2, 0),
+    axis("relative_attention_num_buckets", BIAS, 2, 0),  # (buckets, heads)
     axis("num_heads", BIAS, 2, 1),
     axis(T5_INNER, f"{BLOCK}.0.SelfAttention.q.weight", 2, 0),
     axis("d_ff", f"{BLOCK}.1.DenseReluDense.wi_0.weight", 2, 0),
@@ -109,7 +114,7 @@ SIZES = {
     "clip_vision": dict.fromkeys(BOTH, CLIP_VISION),
 }
 CLIP_LAYERS = "num_hidden_layers", dict.fromkeys(BOTH, "text_model.encoder.layers.")
-LAYERS = {  # the field, and what the names of its layers begin with
+LAYERS = {  # the field, and the prefix of its layers' names by layout
     "denoiser": (
         "num_layers",
         {"diffusers": "transformer_blocks.", "original": "joint_blocks."},
@@ -130,24 +135,24 @@ LAYERS = {  # the field, and what the names of its layers begin with
         dict.fromkeys(BOTH, "encoder.block."),
     ),
 }
-NORMS = ".norm_q.", ".ln_q."  # of either layout
-Told = dict[str, tuple[Any, str]]  # a field's value, and the reason
+NORMS = ".norm_q.", ".ln_q."  # qk-norm in diffusers' and in the original layout
+Measured = dict[str, tuple[Any, str]]  # by field: value, and reason for a message
 
 
-def measured(kind: str, x: Shapes, layout: str, where: str) -> Told:
-    """Every field that the tensors tell, but for those whose tensor is missing."""
-    told: Told = {}
+def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
+    """Every field that the tensors tell. A missing tensor tells nothing."""
+    fields: Measured = {}
     for size in SIZES[kind][layout]:
         if size.tensor in x:
-            told[size.field] = _tell(size, x[size.tensor].shape, where)
+            fields[size.field] = _tell(size, x[size.tensor].shape, where)
     if kind in LAYERS:
         field, prefixes = LAYERS[kind]
         prefix = prefixes[layout]
         depth = number_of_layers(x, prefix, where)
-        told[field] = depth, f"the file has {prefix}0 to {depth - 1}"
+        fields[field] = depth, f"the file has {prefix}0 to {depth - 1}"
     if kind in ("denoiser", "controlnet"):
-        told |= _blocks(x)
-    return told | _levels(x, layout, where) if kind == "vae" else told
+        fields |= _blocks(x)
+    return fields | _levels(x, layout, where) if kind == "vae" else fields
 
 
 def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
@@ -160,7 +165,8 @@ def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
     return value, reason
 
 
-def _blocks(x: Shapes) -> Told:
+def _blocks(x: Shapes) -> Measured:
+    # Both optional parts are known by the names of their tensors.
     dual = sorted({int(m[1]) for k in x if (m := re.match(DUAL, k))})
     normed = next((k for k in x if any(norm in k for norm in NORMS)), None)
     reason = f"{normed} is there" if normed else "no layer has a norm of q"
@@ -173,31 +179,30 @@ def _blocks(x: Shapes) -> Told:
 DUAL = r"(?:transformer|joint)_blocks\.([0-9]{1,9})\.(?:x_block\.)?attn2\."
 
 
-def _levels(x: Shapes, layout: str, where: str) -> Told:
-    """Of the autoencoder's encoder."""
+def _levels(x: Shapes, layout: str, where: str) -> Measured:
+    """Widths, resnets and attention of the autoencoder, from its encoder."""
     one, block, middle = {
         "diffusers": ("encoder.down_blocks.", "resnets", "encoder.mid_block.attent"),
         "original": ("encoder.down.", "block", "encoder.mid.attn_1."),
     }[layout]
     levels = number_of_layers(x, one, where)
     names = [f"{one}{i}.{block}.0.conv1.weight" for i in range(levels)]
-    told: Told = {}
+    fields: Measured = {}
     if all(name in x for name in names):
         first = [axis("block_out_channels", name, 4, 0) for name in names]
         widths = [_tell(size, x[size.tensor].shape, where)[0] for size in first]
-        told["block_out_channels"] = widths, f"{names[0]} and the like are so"
+        fields["block_out_channels"] = widths, f"{names[0]} and the like are so"
     resnets = number_of_layers(x, f"{one}0.{block}.", where)
-    told["layers_per_block"] = resnets, f"{one}0 has so many"
-    there = any(name.startswith(middle) for name in x)
-    reason = f"{middle}… is {'there' if there else 'missing'}"
-    return told | {"mid_block_add_attention": (there, reason)}
+    fields["layers_per_block"] = resnets, f"{one}0 has so many"
+    attends = any(name.startswith(middle) for name in x)
+    reason = f"{middle}… is {'there' if attends else 'missing'}"
+    return fields | {"mid_block_add_attention": (attends, reason)}
 
 
 def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
-    """How many there are; a UserError if one is missing among them.
-
-    Never more than the file has tensors, whatever number stands in a name.
-    """
+    """Number of layers below a prefix; UserError if one is missing among them."""
+    # Counted, not the largest number plus one: a forged name must not become a model of
+    # 10^9 layers.
     number = re.compile(re.escape(prefix) + r"([0-9]{1,9})\.")
     layers = sorted({int(m[1]) for k in x if (m := number.match(k))})
     missing = next((i for i, n in enumerate(layers) if i != n), None)
@@ -215,9 +220,10 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
 
 
 def detect(kind: str, x: Shapes, where: str = "", *, layout: str = "original") -> dict:
-    """The configuration, as diffusers or transformers spell it, to be read.
+    """The configuration in diffusers' or transformers' fields, for published_configs.
 
-    What no tensor tells is as in the published files.
+    Fields that no tensor tells are as in the published files. Raises UserError if a
+    tensor is missing or of another number of axes.
     """
     where = where or kind
     for size in SIZES[kind][layout]:
@@ -228,6 +234,7 @@ def detect(kind: str, x: Shapes, where: str = "", *, layout: str = "original") -
 
 
 def _heads(width: int, where: str) -> int:
+    # The number of heads is in no shape.
     if not width or width % HEAD:
         raise UserError(
             f"{where}: {width} wide: a file without a configuration has heads of"
@@ -240,7 +247,7 @@ def _denoiser(x: Shapes, sizes: dict, where: str) -> dict:
     width = sizes.pop(INNER)
     return sizes | {
         "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,
+        "sample_size": 128,  # 1024 pixels
         "attention_head_dim": HEAD,
         "num_attention_heads": _heads(width, where),
         "caption_projection_dim": width,
@@ -249,7 +256,9 @@ def _denoiser(x: Shapes, sizes: dict, where: str) -> dict:
 
 
 def _controlnet(x: Shapes, sizes: dict, where: str) -> dict:
+    # The hint's channels are the latent's 16 and extra ones, such as a mask.
     width, hint, channels = sizes.pop(INNER), sizes.pop(HINT), 16
+    # A file without text embedding is a single stream, one without table borrows it.
     joint, table = "joint_attention_dim" in sizes, "pos_embed_max_size" in sizes
     return (
         {"joint_attention_dim": None, "pos_embed_max_size": None}
@@ -286,10 +295,10 @@ def _vae(x: Shapes, sizes: dict, where: str) -> dict:
         "act_fn": "silu",
         "norm_num_groups": 32,
         "sample_size": 1024,
-        "scaling_factor": 1.5305,
+        "scaling_factor": 1.5305,  # SD3's; no tensor tells it
         "shift_factor": 0.0609,
         "force_upcast": True,
-        "use_quant_conv": "quant_conv.weight" in x,
+        "use_quant_conv": "quant_conv.weight" in x,  # refused: SD3 has none
         "use_post_quant_conv": "post_quant_conv.weight" in x,
     }
 
@@ -306,13 +315,15 @@ def _clip(activation: str, x: Shapes, sizes: dict, where: str) -> dict:
             "hidden_act": activation,
             "layer_norm_eps": 1e-5,
             "bos_token_id": 0,
-            "eos_token_id": 2,  # as in the published files: the end is the largest id
+            "eos_token_id": 2,  # as published: see clip.LEGACY_EOS
             "pad_token_id": 1,
         }
     )
 
 
-OPENAI = (768, 1024)  # widths of its ViT-B and ViT-L, with quick_gelu, heads of 64
+# Widths of OpenAI's ViT-B and ViT-L, which have quick_gelu and heads of 64. Others may
+# have another activation, which no tensor tells.
+OPENAI = (768, 1024)
 
 
 def _vision(x: Shapes, sizes: dict, where: str) -> dict:
@@ -327,6 +338,7 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
         )
     if f"{name}.weight" not in x:
         raise UserError(f"{where}: {name}.weight is missing")
+    # (side^2 + 1, width): one more position, for the class token.
     side = Size("image_size", f"{name}.weight", 2, lambda s: _root(s[0] - 1))
     places, _ = _tell(side, x[side.tensor].shape, where)
     return sizes | {
@@ -345,7 +357,7 @@ def _t5(x: Shapes, sizes: dict, where: str) -> dict:
     return sizes | {
         "architectures": ["T5EncoderModel"],
         "model_type": "t5",
-        "d_kv": inner // heads,
+        "d_kv": inner // heads,  # both from shapes: the relative bias has the heads
         "relative_attention_max_distance": 128,
         "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "gated-gelu",

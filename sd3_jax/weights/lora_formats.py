@@ -1,9 +1,9 @@
-"""What a LoRA file holds, by component and module: of diffusers, PEFT or kohya.
+"""Read LoRA files of diffusers, PEFT and kohya, by component and module.
 
-Of each linear map it has lora_A (rank, in) and lora_B (out, rank). Any map may be
-missing, and has a rank and an alpha of its own: diffusers' files have alpha in their
-metadata (without, it is the rank), PEFT's in adapter_config.json beside them, kohya's
-in a tensor of each map.
+A file has lora_A (rank, in) and lora_B (out, rank) for each linear map that it adapts,
+each with its own rank and alpha. diffusers keeps alpha in the file's metadata (without
+it, alpha is the rank), PEFT in adapter_config.json beside the file, kohya in a tensor
+for each map.
 """
 
 import math
@@ -21,15 +21,15 @@ from sd3_jax.weights.components import COMPONENTS
 from sd3_jax.weights.safetensors import Tensor, Tensors
 
 FILE = "pytorch_lora_weights.safetensors"
-LARGEST = 1e6  # of a rank or an alpha
+LARGEST = 1e6  # rank or alpha in a configuration, at most
 PEFT_FILE, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
-WANTED = ("*.safetensors", PEFT_CONFIG)  # of a hub's repository
+WANTED = ("*.safetensors", PEFT_CONFIG)  # files to download from the hub
 METADATA = "lora_adapter_metadata"  # of the file: PEFT's configuration, as JSON
 PREFIXES = {  # what diffusers loads for SD3
     COMPONENTS[name].folder: name for name in ("denoiser", "clip_l", "clip_g")
 }
-WRAPPED = "base_model.model."  # before all names that PEFT saves
-KOHYA = {  # what its names begin with, OneTrainer's and, with dots, ComfyUI's
+WRAPPED = "base_model.model."  # PEFT's prefix of all names that it saves
+KOHYA = {  # prefixes of kohya's and OneTrainer's names and, with dots, of ComfyUI's
     "diffusion_model.": "transformer",
     "lora_unet_": "transformer",
     "lora_transformer_": "transformer",
@@ -38,7 +38,7 @@ KOHYA = {  # what its names begin with, OneTrainer's and, with dots, ComfyUI's
 }
 CLIP = ("text_model.", "encoder.layers.", "text_projection")  # names without a prefix
 T5 = ("encoder.block.", "shared.", "lora_te3_")
-ADAPTER = r"(?:\.(?P<adapter>\w+))?"  # PEFT's name of it, where it was left in
+ADAPTER = r"(?:\.(?P<adapter>\w+))?"  # PEFT's adapter name, where it was left in
 SIDE = re.compile(
     r"(.+)\.(lora_A|lora_B|lora_down|lora_up|lora(?:_linear_layer)?\.(?:down|up))"
     + ADAPTER
@@ -47,7 +47,9 @@ SIDE = re.compile(
 OLD = re.compile(
     r"(.+\.)to_(q|k|v|out)_lora\.(down|up)\.weight"
 )  # before diffusers 0.20
-REFUSED = {  # what in a name means that more than A and B is to be computed
+# Parts of names by which a file needs more than A and B: read as a plain LoRA, it
+# would give wrong pictures.
+REFUSED = {
     "lora_magnitude_vector": "DoRA",
     "dora_scale": "DoRA",
     "lokr_": "LoKr",
@@ -65,12 +67,13 @@ NEUTRAL = set(
     " exclude_modules layers_to_transform layers_pattern lora_dropout eva_config"
     " megatron_core qalora_group_size runtime_config ensure_weight_tying".split()
 )
-# Other values change the base's weights as well, when training begins.
+# Values of init_lora_weights that leave the base as it is. Others (PiSSA, OLoRA, ...)
+# change the base's weights when training begins: A and B are not the whole update.
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 class Pair(NamedTuple):
-    """One linear map's matrices in a file: its weight gains scale * up down."""
+    """One linear map's matrices in a file: the weight becomes W + scale * up down."""
 
     down: Tensor  # (rank, in); of a convolution (rank, in, p, p)
     up: Tensor  # (out, rank); of a convolution (out, rank, 1, 1)
@@ -85,8 +88,11 @@ Pairs = dict[str, Pair]  # by diffusers' name of the module
 
 
 class Settings(NamedTuple):
-    """Of PEFT's configuration what scales; patterns are regular expressions of the ends
-    of modules' names, the first that matches counts."""
+    """The ranks and alphas of PEFT's configuration.
+
+    Patterns are regular expressions for the end of a module's name; as in PEFT, the
+    first that matches counts.
+    """
 
     where: str
     rank: float | None = None
@@ -96,7 +102,11 @@ class Settings(NamedTuple):
     rslora: bool = False
 
     def scale(self, module: str, rank: int) -> float:
-        """alpha / rank, or alpha / sqrt(rank) of rslora; 1 without alpha."""
+        """alpha / rank, or alpha / sqrt(rank) with rsLoRA; alpha defaults to the rank.
+
+        Raises UserError if the configuration's rank is not the tensors'.
+        """
+        # A rank that disagrees means that the configuration is of another file.
         configured = self._of(self.ranks, module, self.rank)
         if configured not in (None, rank):
             raise UserError(
@@ -119,10 +129,12 @@ class Settings(NamedTuple):
 
 
 def read(path: epath.PathLike) -> dict[str, Pairs]:
-    """What a file, or a folder with one, adapts: by component, "denoiser" or a CLIP's.
+    """Pairs of a file, or of a folder with one, by component and module.
 
-    Raises UserError for any tensor that is no part of a pair.
+    Components are "denoiser", "clip_l" and "clip_g". Raises UserError for a tensor that
+    is no part of a pair, and for kinds of adapters that are no plain LoRA.
     """
+    # --- open, and strip PEFT's prefix
     path = _file(epath.Path(path))
     tensors, metadata = safetensors.open_file(path)
     if not tensors:
@@ -131,9 +143,11 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
     if len(names) < len(tensors):
         raise UserError(f"{path}: holds names with {WRAPPED} and without")
     wrapped = path.name == PEFT_FILE or any(name != key for name, key in names.items())
+    # --- kohya's alphas leave `names`: what remains are matrices
     alphas = _take_alphas(path, tensors, names)
     bare = not any(name.split(".")[0] in PREFIXES for name in names)
     sides = _sides(path, {name: tensors[key] for name, key in names.items()}, bare)
+    # --- pairs with their scales
     settings = _settings_of(path, metadata, wrapped, bare)
     pairs: dict[str, Pairs] = {}
     for (prefix, module), pair in sides.items():
@@ -156,7 +170,7 @@ def _sides(
     path: epath.Path, tensors: Tensors, bare: bool
 ) -> dict[tuple[str, str], dict[str, Tensor]]:
     """The "A" and "B" of each (prefix, module), all of one adapter."""
-    owner = _owner(path, tensors) if bare else None
+    owner = _owner(path, tensors) if bare else None  # of names without a prefix
     sides: dict[tuple[str, str], dict[str, Tensor]] = {}
     adapters = set()
     for name, tensor in tensors.items():
@@ -184,6 +198,7 @@ def _require_pair(path: epath.Path, module: str, pair: Mapping[str, Tensor]) -> 
 
 
 def _file(path: epath.Path) -> epath.Path:
+    """The LoRA file of a folder, or the path itself if it is a file."""
     if not path.is_dir():
         return path
     known = [path / name for name in (FILE, PEFT_FILE) if (path / name).exists()]
@@ -194,6 +209,7 @@ def _file(path: epath.Path) -> epath.Path:
     every = files.names(path)
     names = [name for name in every if name.endswith(".safetensors")]
     if len(names) != 1:
+        # PEFT saves adapters that have a name in a folder of that name.
         inner = [name for name in every if (path / name / PEFT_CONFIG).exists()]
         if not inner and not names:
             unsupported_formats.refuse_pickles(path)
@@ -209,7 +225,7 @@ def _file(path: epath.Path) -> epath.Path:
 def _settings_of(
     path: epath.Path, metadata: Mapping[str, str], wrapped: bool, bare: bool
 ) -> dict[str, Settings]:
-    """By a component's prefix."""
+    """Settings by component prefix, from the file's metadata or PEFT's file."""
     beside = path.parent / PEFT_CONFIG
     if wrapped and METADATA not in metadata:
         if not beside.exists():
@@ -217,10 +233,11 @@ def _settings_of(
                 f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
             )
         config = files.read_object(beside)
-        usual = {"r": 8, "lora_alpha": 8}  # PEFT's own defaults
+        usual = {"r": 8, "lora_alpha": 8}  # LoraConfig's defaults
         return dict.fromkeys(PREFIXES, _settings(str(beside), usual | config))
     where = f"{path}: {METADATA}"
     flat = files.parse_object(where, metadata.get(METADATA, "{}"))
+    # diffusers flattens one configuration per component: "transformer.r", ...
     by_prefix: dict[str, dict] = {}
     for key, value in flat.items():
         prefix, dot, name = key.partition(".")
@@ -230,7 +247,8 @@ def _settings_of(
 
 
 def _settings(where: str, config: Mapping[str, Any]) -> Settings:
-    """Of a configuration that asks for nothing but A and B."""
+    """Settings of a PEFT configuration; UserError if it is no plain LoRA."""
+    # A field that is set and that nothing here reads might change the computation.
     kind, bias = config.get("peft_type", "LORA"), config.get("bias")
     initial = config.get("init_lora_weights")
     for name, value, good in (
@@ -265,7 +283,7 @@ def _flag(where: str, name: str, value: Any) -> bool:
 def _number(where: str, name: str, value: Any) -> float | None:
     if value is None:
         return None
-    if type(value) not in (int, float) or not abs(value) <= LARGEST:
+    if type(value) not in (int, float) or not abs(value) <= LARGEST:  # nor NaN
         raise UserError(
             f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
         )
@@ -277,7 +295,7 @@ def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or None in value.values():
         raise UserError(f"{where}: {name} {shown(value)}: wanted numbers by pattern")
     for pattern in value:
-        # A group that is repeated may take a regular expression for ever.
+        # A repeated group may make a regular expression run for ever.
         if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
             raise UserError(
                 f"{where}: {name} {shown(pattern)}: wanted a plainer pattern, without a"
@@ -287,8 +305,9 @@ def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
 
 
 def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, float]:
-    """kohya's scalars by module, taken out of the names."""
+    """kohya's alphas by module; their names are removed from `names`."""
     alphas = {}
+    # A list first, since names are removed on the way.
     for name in [n for n in names if n.startswith(tuple(KOHYA))]:
         module, dot, last = name.rpartition(".")
         if last == "alpha":
@@ -300,8 +319,10 @@ def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, f
 
 
 def _owner(path: epath.Path, tensors: Tensors) -> str:
-    """The prefix of a file whose names have none: the transformer's, or of the CLIPs,
-    which have the same names, that of the one of this width."""
+    """The prefix for a file whose names have none.
+
+    Both CLIPs have the same names: the width decides between them.
+    """
     for name in tensors:
         if name.startswith(T5):
             raise UserError(
@@ -310,12 +331,14 @@ def _owner(path: epath.Path, tensors: Tensors) -> str:
     clip = {name: x for name, x in tensors.items() if name.startswith(CLIP)}
     if not clip:
         return "transformer"
+    # lora_A's inputs are as wide as the tower, but for fc2's, which are the MLP's.
     inputs = [
         x.shape[-1]
         for name, x in clip.items()
         if re.search(r"(?<!fc2)\.(lora_A|lora\S*down)\b", name) and x.shape
     ]
     outputs = [x.shape[0] for name, x in clip.items() if "fc2.lora_B" in name]
+    # CLIP-L is 768 wide, CLIP-G 1280.
     return (
         "text_encoder_2" if min(inputs + outputs, default=0) > 1024 else "text_encoder"
     )
@@ -329,8 +352,10 @@ def _without_kohya(module: str) -> str:
 def _place(
     path: epath.Path, key: str, owner: str | None
 ) -> tuple[str, str, str, str | None]:
-    """(prefix, module, "A" or "B", adapter) of a tensor's name; the prefix is `owner`
-    where names have none."""
+    """(prefix, module, "A" or "B", adapter) of a tensor's name.
+
+    `owner` is the prefix where names have none. Raises UserError for unknown names.
+    """
     for mark, kind in REFUSED.items():
         if mark in key:
             raise UserError(f"{path}: {key}: {kind}; wanted lora_A and lora_B alone")
@@ -345,9 +370,11 @@ def _place(
             f"{path}: {key} is of none of {', '.join(PREFIXES)}, which may have a"
             f" LoRA{hint}"
         )
+    # Before version 0.20 diffusers kept LoRAs in attention processors.
     name = name.replace(".processor.", ".")
     if old := OLD.fullmatch(name):
         before, which, side = old.groups()
+        # The old names are the attention processor's, today's the linear maps'.
         clip = PREFIXES[prefix] != "denoiser"
         last = (
             {"out": "out_proj"}.get(which, f"{which}_proj") if clip else f"to_{which}"

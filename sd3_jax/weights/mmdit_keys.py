@@ -1,4 +1,4 @@
-"""The denoiser's names; diffusers splits qkv and turns two shift-scale pairs round."""
+"""The MMDiT's key table; diffusers splits qkv and swaps two shift-scale pairs."""
 
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.weights.key_mapping import (
@@ -15,19 +15,24 @@ from sd3_jax.weights.key_mapping import (
 def stream(
     ours: str, norm: str, qkv: str, norms: str, out: str, mlp: str, original: str
 ):
-    """One stream's rows, all of them; a block has those that its parameters ask for."""
+    """All rows of one stream; rows without a parameter in the model are not used."""
+    # The released files fuse q, k and v as we do; diffusers has three matrices.
     q, k, v = (qkv.format(letter) for letter in "qkv")
     return (
+        # adaLN_modulation.0 and diffusers' norm1.silu have no weights.
         Row(f"{ours}/adaln/linear", f"{norm}.linear", f"{original}.adaLN_modulation.1"),
         Row(f"{ours}/attn/to_qkv", (q, k, v), f"{original}.attn.qkv"),
+        # qk-norm: in SD3.5's files, not in SD3-medium's.
         Row(f"{ours}/attn/norm_q", norms.format("q"), f"{original}.attn.ln_q"),
         Row(f"{ours}/attn/norm_k", norms.format("k"), f"{original}.attn.ln_k"),
         Row(f"{ours}/attn/to_out", out, f"{original}.attn.proj", MERGING),
+        # diffusers' FeedForward: net.0 projects and has the GELU, net.1 is dropout.
         Row(f"{ours}/mlp/fc1", f"{mlp}.net.0.proj", f"{original}.mlp.fc1"),
         Row(f"{ours}/mlp/fc2", f"{mlp}.net.2", f"{original}.mlp.fc2"),
     )
 
 
+# diffusers names image weights plainly and text weights "context" or "added".
 IMAGE = stream(
     "image", "norm1", "attn.to_{}", "attn.norm_{}", "attn.to_out.0", "ff", "x_block"
 )
@@ -40,6 +45,8 @@ TEXT = stream(
     "ff_context",
     "context_block",
 )
+# MMDiT-X's second attention, of SD3.5-medium's first 13 blocks. Its adaLN chunks are
+# the last 3 of the block's 9, so norm1 covers them.
 DUAL = (
     Row(
         "image/attn2/to_qkv",
@@ -50,7 +57,8 @@ DUAL = (
     Row("image/attn2/norm_k", "attn2.norm_k", "x_block.attn2.ln_k"),
     Row("image/attn2/to_out", "attn2.to_out.0", "x_block.attn2.proj", MERGING),
 )
-# The released code has shift before scale everywhere; diffusers turns these two round.
+# adaLN of the two norms that have no gate. The released code has shift before scale
+# everywhere, diffusers' AdaLayerNormContinuous scale before shift.
 LAST_TEXT = TEXT[0]._replace(kind=SWAPPED, original_kind=LINEAR)
 FINAL = Row(
     "final_adaln/linear",
@@ -62,8 +70,8 @@ FINAL = Row(
 
 
 def positions_row(patch: int, original: str = "x_embedder.proj") -> tuple[Row, Row]:
-    """The table of positions, which files hold, and the embedding of patches."""
-    table = "pos_embed" if original else ""
+    """Rows of the stored position table and of the patch embedding."""
+    table = "pos_embed" if original else ""  # "": as in diffusers, for ControlNets
     return (
         Row("pos_embed", "pos_embed.pos_embed", table, AS_IS),
         Row("patch_embed", "pos_embed.proj", original, patches(patch)),
@@ -71,11 +79,12 @@ def positions_row(patch: int, original: str = "x_embedder.proj") -> tuple[Row, R
 
 
 def time_and_pooled() -> tuple[Row, ...]:
+    """Rows of the embedders of time and of the pooled text, Linear-SiLU-Linear."""
     time, text = (
         f"time_text_embed.{name}_embedder.linear_" for name in ("timestep", "text")
     )
     return (
-        Row("time_embed/fc1", f"{time}1", "t_embedder.mlp.0"),
+        Row("time_embed/fc1", f"{time}1", "t_embedder.mlp.0"),  # mlp.1 is the SiLU
         Row("time_embed/fc2", f"{time}2", "t_embedder.mlp.2"),
         Row("pooled_embed/fc1", f"{text}1", "y_embedder.mlp.0"),
         Row("pooled_embed/fc2", f"{text}2", "y_embedder.mlp.2"),
@@ -83,7 +92,7 @@ def time_and_pooled() -> tuple[Row, ...]:
 
 
 def ends(patch: int) -> tuple[Row, ...]:
-    """What comes before the blocks and after them."""
+    """Rows of the layers before and after the blocks."""
     return (
         *positions_row(patch),
         Row("context_embed", "context_embedder"),
@@ -94,13 +103,14 @@ def ends(patch: int) -> tuple[Row, ...]:
 
 
 def table(model: MMDiT) -> list[Group]:
-    """For a denoiser of two weight sets, which is what has been published."""
+    """The table of an MMDiT with two weight sets, as all published ones have."""
     files = ("transformer_blocks.{}", "joint_blocks.{}")
     dual, last = model.dual_blocks, model.depth - 1
     return [
         Group("", "", "", ends(model.patch)),
         Group("dual_blocks", *files, IMAGE + TEXT + DUAL, range(dual)),
         Group("blocks", *files, IMAGE + TEXT, range(dual, last)),
+        # Its text stream ends at keys and values: adaLN without gate, no MLP.
         Group(
             "last_block",
             *(name.format(last) for name in files),

@@ -1,6 +1,6 @@
-"""A released model in our own format: an orbax tree a component, and bundle.json.
+"""Our own format of a released model: an orbax tree per component, and bundle.json.
 
-What it holds lies as the mesh of the next run wants it, with no names to translate.
+A later run reads each shard straight into its mesh, without renaming tensors.
 """
 
 import contextlib
@@ -17,18 +17,20 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import parse_json
 
 FILE = "bundle.json"
-VERSION = 1
-LEFT = ocp.PLACEHOLDER
+VERSION = 1  # raised when an older reader would misread a folder
+LEFT = ocp.PLACEHOLDER  # a leaf that load leaves out
 
 
 def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None:
-    """Every component's variables, and the configurations; all processes call."""
+    """Write every component's variables and configuration; all processes must call."""
     path = epath.Path(path)
     with _explained(f"cannot write {path}"):
         for name, tree in variables.items():
             ocp.save_pytree(path / name, tree, overwrite=True)
+        # Last: a folder counts as a model once it has bundle.json.
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
+            # So that `load` can be asked for the stored dtypes without orbax.
             head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
             (path / FILE).write_text(json.dumps(head, indent=2))
 
@@ -40,13 +42,13 @@ def _dtypes(tree: Any) -> dict[str, str]:
 
 
 def dtypes(path: epath.PathLike, name: str) -> dict[tuple[str, ...], str]:
-    """How each leaf of a component is stored, by its path."""
+    """Stored dtype of each leaf of a component, by path."""
     stored = _head(epath.Path(path) / FILE)["dtypes"][name]
     return {tuple(leaf.split("/")): dtype for leaf, dtype in stored.items()}
 
 
 def configs(path: epath.PathLike) -> dict[str, dict]:
-    """The configurations of the components that a folder holds."""
+    """Configurations of the components in a folder; UserError if it is damaged."""
     return _head(epath.Path(path) / FILE)["components"]
 
 
@@ -54,7 +56,7 @@ def _head(path: epath.Path) -> dict:
     try:
         head = parse_json(files.read_bytes(path))
         version, _ = head["version"], (dict(head["components"]), dict(head["dtypes"]))
-        newer = version > VERSION
+        newer = version > VERSION  # a TypeError if it is no number
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error!r}") from None
     if newer:
@@ -63,17 +65,20 @@ def _head(path: epath.Path) -> dict:
 
 
 def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
-    """A component's variables, in the shardings and dtypes of `abstract`, but for what
-    is LEFT there."""
+    """A component's variables in the shardings and dtypes of `abstract`.
+
+    Leaves that are LEFT there are not read. Raises UserError if orbax cannot read.
+    """
     with _explained(f"cannot read {path}/{name}"):
         return ocp.load_pytree(epath.Path(path) / name, abstract)
 
 
 @contextlib.contextmanager
-def _explained(what: str) -> Iterator[None]:
+def _explained(failure: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        truth = error.__cause__ or error
-        reason = " ".join(str(truth).split())[:300]
-        raise UserError(f"{what}: {type(truth).__name__}: {reason}") from error
+        # orbax wraps the storage's own error, which says more.
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]  # on one line
+        raise UserError(f"{failure}: {type(cause).__name__}: {reason}") from error

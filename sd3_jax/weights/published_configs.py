@@ -1,8 +1,8 @@
-"""Published configurations, read: diffusers' and transformers' own fields, checked.
+"""Read and check published configurations in diffusers' and transformers' fields.
 
-A table a class has every field of it. A field is honoured, held to the one value that
-is implemented, or free, because no number of ours depends on it. What a configuration
-says is compared with the tensors beside it, before a program is traced from it.
+There is one table per class, with every field of that class. A field is honoured, or
+restricted to the values that are implemented, or free, because nothing depends on it.
+Configurations are compared with the tensors beside them before anything is traced.
 """
 
 import json
@@ -19,9 +19,9 @@ WIDTH, WORDS, LAYERS = 2**16, 2**20, 1024  # at most; no published model is near
 
 
 class Field(NamedTuple):
-    """What a field may be; where a file lacks it, it has the library's default.
+    """A field's default in its library, and the values that are accepted.
 
-    A `guard` is no setting: files without it stay without it.
+    A `guard` field is only checked: it is not added to a configuration without it.
     """
 
     default: Any
@@ -31,23 +31,27 @@ class Field(NamedTuple):
 
 
 def count(default: int | None, most: int = WIDTH, *, least: int = 1, null=False):
-    """A whole number: true is no 1, and 1.5 none either."""
+    """An integer field. `null` accepts null as well."""
+    # type(), not isinstance: JSON's true would be an int in Python.
     words = f"a whole number from {least} to {most}" + (" or null" if null else "")
     accepts = lambda x: type(x) is int and least <= x <= most
     return Field(default, words, _or_null(accepts) if null else accepts)
 
 
 def real(default: float | None, least: float, most: float, *, null=False):
+    """A number field."""
     words = f"a number from {least:g} to {most:g}" + (" or null" if null else "")
     accepts = lambda x: type(x) in (int, float) and least <= x <= most  # NaN is not
     return Field(default, words, _or_null(accepts) if null else accepts)
 
 
 def flag(default: bool) -> Field:
+    """A boolean field."""
     return Field(default, "true or false", lambda x: type(x) is bool)
 
 
 def counts(default: Sequence[int], most: int, *, least: int, longest: int, null=False):
+    """A field that is a list of at most `longest` integers."""
     words = f"a list of at most {longest} whole numbers from {least} to {most}"
     one = count(None, most, least=least).accepts
     accepts = lambda x: (
@@ -58,7 +62,8 @@ def counts(default: Sequence[int], most: int, *, least: int, longest: int, null=
 
 
 def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
-    """What is implemented, the first being what a file without the field has."""
+    """A field of which only `values` are implemented; the first is the default."""
+    # Floats by isclose: files print them with more or fewer digits.
     words = " or ".join(map(_json, values)) + ": nothing else is implemented"
     alike = lambda x, value: (
         type(x) is type(value)
@@ -70,6 +75,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
 
 
 def all_of(value: str) -> Field:
+    """A field that is a list of one value repeated."""
     words = f"a list of {value}: nothing else is implemented"
     accepts = lambda x: (
         isinstance(x, list | tuple)
@@ -84,12 +90,13 @@ def _or_null(accepts):
 
 
 def _json(value: Any) -> str:
-    """As a file has it; values of other kinds come of dictionaries made in Python."""
+    """A value as JSON, for a message."""
+    # default=str: a configuration may also be a dictionary made in Python.
     return shown(json.dumps(value, ensure_ascii=False, default=str))
 
 
 def free(names: str) -> dict[str, None]:
-    """Fields on which nothing here depends."""
+    """Fields, separated by spaces, on which nothing here depends."""
     return dict.fromkeys(names.split())
 
 
@@ -104,14 +111,14 @@ DENOISER = WHOLE | {
     "sample_size": count(128),
     "patch_size": count(2, 64),
     "in_channels": count(16),
-    "out_channels": count(16, null=True),
+    "out_channels": count(16, null=True),  # null: as in_channels
     "num_layers": count(18, LAYERS),
     "attention_head_dim": count(64),
     "num_attention_heads": count(18),
     "joint_attention_dim": count(4096),
     "caption_projection_dim": count(1152),
     "pooled_projection_dim": count(2048),
-    "pos_embed_max_size": count(96, 4096),
+    "pos_embed_max_size": count(96, 4096),  # tokens a side
     "dual_attention_layers": counts((), LAYERS, least=0, longest=LAYERS, null=True),
     "qk_norm": only(None, "rms_norm"),
 }
@@ -136,19 +143,21 @@ VAE = WHOLE | {
     "act_fn": only("silu", "swish"),  # two names of one function
     "latent_channels": count(4),
     "norm_num_groups": count(32),
-    "scaling_factor": real(0.18215, 1e-6, 1e6),
+    "scaling_factor": real(0.18215, 1e-6, 1e6),  # the default is Stable Diffusion 1's
     "shift_factor": real(None, -1e6, 1e6, null=True),
     "latents_mean": only(None),
     "latents_std": only(None),
+    # SD3's has none; a file without the fields is of an older autoencoder that has.
     "use_quant_conv": only(False, default=True),
     "use_post_quant_conv": only(False, default=True),
     "mid_block_add_attention": flag(True),
-    # Of diffusers' own tiles, and of what it computes in half precision.
+    # For diffusers' tiling, and its choice of precision.
     **free("sample_size force_upcast"),
 }
 # What every configuration of transformers may have: bookkeeping, settings of training,
 # of heads and of generation, which old versions wrote in full.
 TRANSFORMERS = WHOLE | {
+    # Each of these would change the computation.
     "pruned_heads": only({}, guard=True),
     "per_layer_config": only(None, guard=True),
     "is_decoder": only(False, guard=True),
@@ -175,7 +184,7 @@ TRANSFORMERS = WHOLE | {
 }
 TOWER = TRANSFORMERS | {  # what CLIP's two have in common
     "hidden_act": only("quick_gelu", "gelu"),
-    "layer_norm_eps": only(1e-5),
+    "layer_norm_eps": only(1e-5),  # LayerNorm's default in models/clip.py
     "projection_dim": count(512),
 }
 CLIP_TEXT = TOWER | {
@@ -186,7 +195,7 @@ CLIP_TEXT = TOWER | {
     "num_hidden_layers": count(12, LAYERS, least=2),  # the last but one is read
     "num_attention_heads": count(8),
     "max_position_embeddings": count(77),
-    "eos_token_id": count(49407, WORDS, least=0),
+    "eos_token_id": count(49407, WORDS, least=0),  # files say 2: clip.LEGACY_EOS
 }
 CLIP_VISION = TOWER | {
     "model_type": only("clip_vision_model"),
@@ -206,15 +215,15 @@ T5 = TRANSFORMERS | {
     "d_ff": count(2048),
     "num_layers": count(6, LAYERS),
     "num_heads": count(8),
-    "relative_attention_num_buckets": only(32),
+    "relative_attention_num_buckets": only(32),  # T5Stack's defaults
     "relative_attention_max_distance": only(128),
     "layer_norm_epsilon": only(1e-6),
-    "feed_forward_proj": only("gated-gelu", default="relu"),
+    "feed_forward_proj": only("gated-gelu", default="relu"),  # relu is T5 1.0's
     "is_gated_act": only(True, guard=True),
     "dense_act_fn": only("gelu_new", guard=True),
     **free("num_decoder_layers eos_token_id"),
 }
-# SD3's two put 77 tokens before T5's, whatever their own length.
+# In SD3 the CLIPs' 77 tokens come before T5's: another length is not implemented.
 SD3_TEXT = CLIP_TEXT | {"max_position_embeddings": only(77)}
 TABLES = {
     "denoiser": DENOISER,
@@ -232,21 +241,23 @@ TABLES = {
 
 
 def read(kind: str, config: Any, where: str = "") -> dict:
-    """The configuration with its defaults filled in; a UserError names a field.
+    """The configuration with defaults filled in.
 
-    `where` is its file. Fields that no table has are left as they are: see `unknown`.
+    `where` is its file, for messages. Raises UserError, which names the field, for a
+    value that is not accepted. Fields that no table has are kept: see `unknown`.
     """
     where = where or kind
     if not isinstance(config, Mapping):
         raise UserError(f"{where}: {_json(config)}: wanted a JSON object")
     table, values = TABLES[kind], dict(config)
     for name, field in table.items():
-        if field is None:
+        if field is None:  # free
             continue
         value = config.get(name, field.default)
         if not field.guard:
             values[name] = value
         if not field.accepts(value):
+            # A default may be what is wrong: say that the file does not have it.
             lack = "" if name in config else " (the default of a file without it)"
             raise UserError(
                 f"{where}: {name} = {_json(value)}{lack}: wanted {field.allowed}"
@@ -257,16 +268,17 @@ def read(kind: str, config: Any, where: str = "") -> dict:
 
 
 def unknown(kind: str, config: Mapping) -> list[str]:
-    """Fields that nothing reads, for a report; those that begin with _ are notes."""
+    """Fields that nothing reads, for a warning. Those that begin with _ are notes."""
     return [k for k in config if k not in TABLES[kind] and not str(k).startswith("_")]
 
 
-# Each rule gives the fields that do not agree, with what is wanted of them.
+# --- rules between fields: each yields (field, value, what is wanted) for a fault
 
 
 def _denoiser_rules(c: dict):
     if c["out_channels"] is None:
         c["out_channels"] = c["in_channels"]
+    # Normalised in place, so that what follows sees a number and a list.
     c["dual_attention_layers"] = dual = list(c["dual_attention_layers"] or ())
     inner = c["num_attention_heads"] * c["attention_head_dim"]
     if inner % 4 or inner > WIDTH:  # the table of positions has sin and cos of x and y
@@ -276,6 +288,7 @@ def _denoiser_rules(c: dict):
     if joint and c["caption_projection_dim"] != inner:
         words = f"num_attention_heads x attention_head_dim = {inner}"
         yield "caption_projection_dim", c["caption_projection_dim"], words
+    # The model has two scans: dual blocks first, then the others.
     if dual != list(range(len(dual))):
         yield "dual_attention_layers", dual, "the first layers, [0, 1, …]"
 
@@ -284,6 +297,7 @@ def _mmdit_rules(c: dict):
     yield from _denoiser_rules(c)
     if c["out_channels"] != c["in_channels"]:
         yield "out_channels", c["out_channels"], f"in_channels = {c['in_channels']}"
+    # The last block is not of the scans, and has no dual attention.
     if len(c["dual_attention_layers"]) >= c["num_layers"]:
         words = f"fewer than num_layers = {c['num_layers']}"
         yield "dual_attention_layers", c["dual_attention_layers"], words
@@ -358,9 +372,9 @@ RULES = {
 
 
 def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> None:
-    """A UserError if the tensors tell otherwise than a configuration that was read.
+    """UserError if the tensors contradict a configuration from `read`.
 
-    Where a tensor is missing it tells nothing: whoever loads it lists it.
+    A missing tensor contradicts nothing: loading lists it.
     """
     said = config | _products(kind, config)
     for name, (value, reason) in inferred_sizes.measured(
@@ -378,7 +392,7 @@ def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> 
 
 
 def _products(kind: str, c: dict) -> dict[str, int]:
-    """What tensors tell of two fields together."""
+    """Products of two fields, which shapes tell."""
     if kind == "t5":
         return {T5_INNER: c["num_heads"] * c["d_kv"]}
     if kind not in ("denoiser", "controlnet"):
@@ -390,14 +404,16 @@ def _products(kind: str, c: dict) -> dict[str, int]:
     }
 
 
-def fit(found: Mapping[str, dict], source: str) -> None:
-    """A UserError if parts that were read are of different models: what one gives the
-    denoiser is not what it takes."""
-    if "denoiser" not in found:
+def fit(configs: Mapping[str, dict], source: str) -> None:
+    """UserError if components are of different models.
+
+    The text encoders' widths and the latent channels must be what the denoiser takes.
+    """
+    if "denoiser" not in configs:
         return
-    denoiser = found["denoiser"]
+    denoiser = configs["denoiser"]
     pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
-    clips = [found[name] for name in ("clip_l", "clip_g") if name in found]
+    clips = [configs[name] for name in ("clip_l", "clip_g") if name in configs]
     for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
@@ -409,8 +425,8 @@ def fit(found: Mapping[str, dict], source: str) -> None:
         ("t5", "d_model", context),
         ("vae", "latent_channels", denoiser["in_channels"]),
     ):
-        if part in found and found[part][name] != wanted:
+        if part in configs and configs[part][name] != wanted:
             raise UserError(
-                f"{source}: {part} is of another model: {name} = {found[part][name]}:"
+                f"{source}: {part} is of another model: {name} = {configs[part][name]}:"
                 f" wanted the denoiser's {wanted}"
             )

@@ -1,7 +1,8 @@
-"""Tensors of safetensors files, read and written one at a time, at any path of epath.
+"""Read and write safetensors files one tensor at a time, at any path of epath.
 
-The header is checked before a byte of a tensor is believed; the library's reader maps
-whole files, which neither a bucket nor a bound on memory allows.
+The format: 8 bytes of header size, a JSON header, then the tensors' bytes. The header
+is checked before any tensor is read. The safetensors library maps whole files instead,
+which works on no bucket and does not bound memory.
 """
 
 import json
@@ -19,7 +20,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import parse_json, shown
 from sd3_jax.weights import unsupported_formats
 
-DTYPES = {
+DTYPES = {  # plain ones; those of quantized files are in unsupported_formats
     "F64": np.float64,
     "F32": np.float32,
     "F16": np.float16,
@@ -34,20 +35,21 @@ DTYPES = {
     "BOOL": np.bool_,
 }
 NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
-HEADER = 16 * 2**20  # bytes, at most: room for 100,000 tensors, where ours have 2,000
+HEADER = 16 * 2**20  # bytes, at most: room for 100,000 tensors; models have 2,000
 NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
-SHARD = 10**10  # bytes, of a file in a folder, as diffusers writes them
+SHARD = 10**10  # bytes of a shard at most, as diffusers writes them
 LISTED = 10  # names in an error, at most
 SHARDED = re.compile(r"(?:^|-)(\d{1,5})-of-(\d{1,5})(?=\.)")  # in a file's name
 DIFFUSERS = "diffusion_pytorch_model."
-STEMS = ("model.", DIFFUSERS)  # of a component's file in a folder
-# The bits, sign aside, from which on a float is infinite or NaN; E4M3 has no infinity.
+STEMS = ("model.", DIFFUSERS)  # transformers' and diffusers' names of weights
+# The bits, without the sign, from which on a float is infinite or NaN: all bits of the
+# exponent are set. E4M3 has no infinity, and a single NaN.
 BEYOND = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
 BEYOND |= {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 
 
 class Tensor(NamedTuple):
-    """Where a tensor lies and what it is; `read()` brings it."""
+    """A tensor in a file: dtype, shape and position. `read()` reads its values."""
 
     path: epath.Path
     dtype: np.dtype
@@ -59,12 +61,13 @@ class Tensor(NamedTuple):
         return math.prod(self.shape) * self.dtype.itemsize
 
     def read(self) -> np.ndarray:
+        # Straight into the array: no second copy of a large tensor.
         x = np.empty(self.shape, self.dtype)
         with self.path.open("rb") as file:
             file.seek(self.start)
             data = memoryview(x.reshape(-1).view(np.uint8))
             while len(data):
-                count = file.readinto(data)
+                count = file.readinto(data)  # a bucket may give less than asked
                 if not count:
                     raise UserError(f"{self.path}: ends within a tensor")
                 data = data[count:]
@@ -75,8 +78,12 @@ Tensors = dict[str, Tensor]
 
 
 def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
-    """The tensors of one file by name, and its metadata."""
+    """(tensors by name, metadata) of one file; values are not read.
+
+    Raises UserError for a file that is damaged, truncated or of another format.
+    """
     path = epath.Path(path)
+    # --- read the header
     files.require_regular(path)
     try:
         with path.open("rb") as file:
@@ -88,6 +95,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
             text = file.read(size)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
+    # --- parse it; each ValueError below is a damaged header
     try:
         header = parse_json(text)
         if not isinstance(header, dict):
@@ -95,10 +103,12 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
         metadata = header.pop("__metadata__", {})
         if not _texts(metadata):
             raise ValueError("__metadata__: wanted texts by name")
+        # Before dtypes: a quantized file is told as such, not as an unknown dtype.
         unsupported_formats.refuse_quantized(path, header, metadata)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
     except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
+    # --- tensors must fill the file, one after the other
     end = 8 + size
     for tensor in sorted(tensors.values(), key=lambda x: (x.start, x.size)):
         if tensor.start != end:
@@ -111,8 +121,9 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
 
 
 def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
-    """The header's size, in the first eight bytes; the ninth is its brace, by which a
-    size that looks like the start of a pickle is told from one."""
+    """UserError unless the first bytes are a header's size and its opening brace."""
+    # A pickle begins with bytes such as 80 02, which a size may have as well: the ninth
+    # byte, "{", tells them apart.
     brace = head[8:9] == b"{"
     if brace and 2 <= size <= length - 8 and size <= HEADER:
         return
@@ -127,7 +138,8 @@ def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
 
 
 def _tensor(path, key, entry, base) -> Tensor:
-    """What the header says of a tensor; a name that prints is safe in any message."""
+    """The Tensor of a header's entry; ValueError for one that cannot be."""
+    # Names go into messages and logs: only such as print, and not too long.
     if len(key) > NAME or not key.isprintable():
         raise ValueError(f'"{shown(key)}": wanted a name of {NAME} that print')
     if not isinstance(entry, dict):
@@ -154,7 +166,7 @@ def _counts(x: Any) -> bool:  # true is no 1
 
 
 def _addressable(shape: list[int]) -> bool:
-    """An empty array may not have just any other axis either, in numpy."""
+    """Whether numpy can hold the shape, whose size must fit even if an axis is 0."""
     return math.prod(max(n, 1) for n in shape) < 2**59
 
 
@@ -162,15 +174,15 @@ def _texts(x: Any) -> bool:
     return isinstance(x, dict) and all(isinstance(v, str) for v in x.values())
 
 
-def _damaged(path, what) -> UserError:
-    return UserError(f"{path}: not a safetensors file, or a damaged one: {what}")
+def _damaged(path, reason) -> UserError:
+    return UserError(f"{path}: not a safetensors file, or a damaged one: {reason}")
 
 
 def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
-    """The tensors of a component's folder: one file, or the shards of one.
+    """Tensors of a component's folder: one file, or the shards of one.
 
-    Of several precisions ("variants") that counts which is named, else the unnamed one,
-    else the first.
+    If the folder has several precisions ("variants"), `variant` is taken, else the
+    unnamed one, else the first. Raises UserError if no single file can be chosen.
     """
     folder = epath.Path(folder)
     names = files.names(folder)
@@ -178,13 +190,13 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     if not kinds:
         unsupported_formats.refuse_pickles(folder)
         raise UserError(f"{folder}: holds no .safetensors file")
-    kind = variant if variant in kinds else kinds[0]
+    kind = variant if variant in kinds else kinds[0]  # "" sorts first
     names = [name for name in names if variant_of(name) == kind]
     indexes = [name for name in names if _is_index(name)]
     whole = [name for name in names if _is_weights(name) and not SHARDED.search(name)]
     usual = [name for name in whole if name.startswith(STEMS)]
-    # Of both, transformers reads the whole file and diffusers the shards, if they are
-    # there: the other is left over from an earlier save.
+    # If both a whole file and shards are there, one is left over from an earlier save.
+    # transformers reads the whole file, diffusers the shards, and so do we.
     sharded = [x for x in indexes if x.startswith(DIFFUSERS) and _has_shards(folder, x)]
     if sharded:
         return _open_indexed(folder, sharded[0])
@@ -198,13 +210,14 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
 
 
 def variants(folder: epath.Path) -> set[str]:
-    """What precisions a folder holds, "" being the unnamed one."""
+    """Precisions that a folder holds; "" is the unnamed one."""
     return {variant_of(name) for name in files.names(folder) if _is_weights(name)}
 
 
 def variant_of(name: str) -> str:
-    """fp16 of model.fp16.safetensors, of its shards and of its index, wherever the
-    libraries put it (diffusers' hub_utils, and its older names)."""
+    """The variant in a file's name: "fp16" of model.fp16.safetensors, else ""."""
+    # Libraries put it before or after the shard's number, and before or after "index":
+    # what is left without the known words is the variant.
     bare = SHARDED.sub("", name)
     words = bare.split(".")[1:]
     return ".".join(w for w in words if w not in ("safetensors", "index", "json"))
@@ -219,22 +232,25 @@ def _is_index(name: str) -> bool:
 
 
 def is_sharded(names: Iterable[str]) -> bool:
-    """Whether they are the shards of one file."""
+    """Whether the names are shards of a single file."""
     return len({SHARDED.sub("", name) for name in names if SHARDED.search(name)}) == 1
 
 
 def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
-    """Shards without an index, of which each says how many they are."""
+    """Tensors of shards without an index; UserError if one is missing.
+
+    Each shard's name says how many there are.
+    """
     numbers = {name: tuple(map(int, SHARDED.search(name).groups())) for name in names}
     if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
         raise UserError(f"{folder}: holds shards of {len(sets)} files: wanted one's")
     ((stem, count),) = sets
-    have = {number for number, _ in numbers.values()}
-    first = 0 if 0 in have else 1
-    if lacking := sorted(set(range(first, first + count)) - have):
+    present = {number for number, _ in numbers.values()}
+    first = 0 if 0 in present else 1  # some tools count from 0
+    if missing := sorted(set(range(first, first + count)) - present):
         raise UserError(
-            f"{folder}: of the {count} shards of {stem} {len(lacking)} are not there:"
-            f" {listed(lacking)}"
+            f"{folder}: of the {count} shards of {stem} {len(missing)} are not there:"
+            f" {listed(missing)}"
         )
     tensors: Tensors = {}
     for name in names:
@@ -248,18 +264,19 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
 
 
 def listed(names: Iterable[Any]) -> str:
-    """Up to ten of them, and how many more there are."""
+    """The first ten names, and how many more there are, for a message."""
     names = list(names)
     more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
     return ", ".join(shown(name) for name in names[:LISTED]) + more
 
 
 def _weight_map(path: epath.Path) -> dict[str, str]:
-    """An index's files by tensor."""
+    """The file of each tensor, from an index; UserError for a damaged one."""
     try:
         where = parse_json(files.read_bytes(path))["weight_map"]
         if not _texts(where):
             raise ValueError("weight_map: wanted files by tensor")
+        # An index from elsewhere must not name files outside its folder.
         if any(not _neighbour(name) for name in where.values()):
             raise ValueError("names a file outside its folder")
     except (ValueError, TypeError, KeyError) as error:
@@ -282,8 +299,9 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
         )
     tensors = {}
     for name in names:
-        own = open_file(folder / name)[0]
-        tensors |= {k: x for k, x in own.items() if where.get(k, name) == name}
+        shard = open_file(folder / name)[0]
+        # The index decides where a tensor is in two files; others are taken as well.
+        tensors |= {k: x for k, x in shard.items() if where.get(k, name) == name}
     if absent := [key for key in where if key not in tensors]:
         raise UserError(
             f"{folder / index}: {len(absent)} tensors are not in the files that it"
@@ -298,18 +316,19 @@ def _neighbour(name: str) -> bool:
 
 
 def finite(x: np.ndarray) -> bool:
-    """Whether nothing in it is NaN or infinite; by the bits, as quick as a copy."""
+    """Whether no value is NaN or infinite."""
+    # By the bits: as fast as a copy, and numpy has no isfinite for eight-bit floats.
     beyond = BEYOND.get(NAMES[x.dtype])
     if beyond is None:
         return True
     bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
     number = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # all but the sign
-    starts = range(0, bits.size, 2**18)  # what stays in a core's cache
+    starts = range(0, bits.size, 2**18)  # blocks that stay in a core's cache
     return all((bits[i : i + 2**18] & number).max() < beyond for i in starts)
 
 
 class Entry(NamedTuple):
-    """A tensor to be written; `data()` is asked for when its turn comes."""
+    """A tensor to write; `data()` is called when its turn comes, and not before."""
 
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -325,8 +344,9 @@ def write_file(
     entries: Mapping[str, Entry],
     metadata: Mapping[str, str] | None = None,
 ) -> None:
-    """One file, a tensor at a time; it has its name only when it is whole."""
+    """Write one file, a tensor at a time; it gets its name once it is complete."""
     path = epath.Path(path)
+    # transformers refuses files without format "pt" in their metadata.
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for key, entry in entries.items():
         header[key] = {
@@ -336,7 +356,7 @@ def write_file(
         }
         end += entry.size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.parent / f"{path.name}.partial"
     with partial.open("wb") as file:
@@ -354,9 +374,9 @@ def write_file(
 def write_folder(
     folder: epath.PathLike, entries: Mapping[str, Entry], stem: str, shard: int = SHARD
 ) -> None:
-    """`stem`.safetensors; beyond `shard` bytes several, with their index.
+    """Write `stem`.safetensors, or several shards of `shard` bytes and their index.
 
-    What an earlier save left under that stem is removed: a reader may prefer it.
+    Files of an earlier save under that stem are removed: readers may prefer them.
     """
     folder = epath.Path(folder)
     shards = list(_shards(entries.items(), shard))
@@ -373,6 +393,7 @@ def write_folder(
         text = json.dumps({"metadata": total, "weight_map": where}, indent=2)
         (folder / index).write_text(text)
         written.append(index)
+    # --- remove what is left of an earlier save, once the new one is complete
     for name in set(files.names(folder)) - set(written):
         shard_of = SHARDED.search(name) and SHARDED.sub("", name)
         if name in (whole, index) or shard_of == whole:

@@ -1,8 +1,8 @@
-"""A file's tensors straight into their shardings, and leaves back to tensors.
+"""Load a file's tensors straight into their shardings, and export leaves to tensors.
 
-A process holds its own shards, READERS tensors of the file and, where devices have
-memory of their own, one leaf of its shards while that moves there. What is to be in
-eight bits is rounded a tensor at a time: of the rest no more is there than those.
+A process holds its own shards, READERS tensors of the file, and one leaf's shards while
+they move to a device with memory of its own. Eight-bit leaves are rounded a tensor at a
+time, so no full-precision copy of them exists.
 """
 
 import math
@@ -34,14 +34,15 @@ def check(
     tensors: Mapping[str, Any],
     pieces: Sequence[Piece],
     *,
-    what: str,
+    where: str,
     ignored: Sequence[str] = (),
 ) -> None:
-    """Every tensor is used and every parameter covered, or the error lists them. None
-    is of integers, which mean something only with scales that we do not know.
+    """UserError unless the file has exactly the tensors of `pieces`, in their shapes.
 
-    `ignored` are ends of names that a file may have and nothing reads.
+    `where` begins the message, which lists what differs. Names that end in one of
+    `ignored` may be there. Tensors of integers are refused.
     """
+    # --- names and shapes
     wanted = {p.key: p.file_shape for p in pieces if p.key is not None}
     missing = [f"{k} is missing" for k in wanted if k not in tensors]
     extra = [
@@ -54,23 +55,27 @@ def check(
         for k, shape in wanted.items()
         if k in tensors and tuple(tensors[k].shape) != shape
     ]
-    if wrong := missing + extra + shapes:
-        listed = "; ".join(wrong[:LISTED]) + (" …" if len(wrong) > LISTED else "")
+    if faults := missing + extra + shapes:
+        listed = "; ".join(faults[:LISTED]) + (" …" if len(faults) > LISTED else "")
         raise UserError(
-            f"{what}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
+            f"{where}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
             f" of another shape: {listed}"
         )
+    # --- dtypes: integers mean something only with scales that we do not know
     if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
         name = integers[0]
         raise UserError(
-            f"{what}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
+            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
             f" file is quantized ({len(integers)} tensors of integers)"
         )
 
 
 def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
-    """The tree that `abstract` describes: shapes, dtypes and shardings, or in the place
-    of such a shape what stands for it (models/quantized.py)."""
+    """The tree that `abstract` describes by shapes with dtypes and shardings.
+
+    Leaves of `abstract` may be Int8 or Float8 of shapes (params/quantization.py).
+    """
+    # groupby needs no sort: key_mapping.pieces goes leaf by leaf.
     by_leaf = {k: list(p) for k, p in groupby(pieces, key=lambda piece: piece.path)}
 
     def leaf(path, x):
@@ -82,63 +87,71 @@ def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
 
 
 def _load_leaf(tensors, leaf, pieces) -> Any:
-    wanted, treedef = jax.tree.flatten(leaf)  # one, or q and its scale
+    wanted, treedef = jax.tree.flatten(leaf)  # one shape, or those of q and scale
     filling = [_Shards(x) for x in wanted]
 
     def bring(piece):
         if not any(x.has(piece.index) for x in filling):
-            return  # another process's layers
+            return  # layers of other processes: their bytes are not read here
         part = piece.fill() if piece.key is None else piece.read(_read(tensors, piece))
         parts = [part]
+        # Scales are by output, so a piece (a layer, or q of qkv) is rounded by itself.
         if isinstance(leaf, Quantized):
             scale = key_mapping.indexed(leaf.scale.shape, piece.index)
             parts = quantization.on_host(part, type(leaf), scale)
-        for x, own in zip(filling, parts):
-            x.fill(piece.index, own)
+        for x, values in zip(filling, parts):
+            x.fill(piece.index, values)
 
     with ThreadPoolExecutor(READERS) as pool:
-        list(pool.map(bring, pieces))  # each fills a part of its own
+        # Threads need no lock: each piece fills its own part. list() raises errors.
+        list(pool.map(bring, pieces))
     return jax.tree.unflatten(treedef, [x.array() for x in filling])
 
 
 class _Shards:
-    """An array's shards on this process's devices, filled on the host."""
+    """An array's shards on this process's devices, filled in host memory.
+
+    Replicas share a buffer: buffers are by bounds, not by device.
+    """
 
     def __init__(self, leaf: jax.ShapeDtypeStruct):
         self.leaf, sharding = leaf, leaf.sharding
         places = sharding.addressable_devices_indices_map(leaf.shape)
-        self.bounds = {
+        self.bounds = {  # (start, stop) of each axis, by device
             device: tuple(s.indices(n)[:2] for s, n in zip(index, leaf.shape))
             for device, index in places.items()
         }
-        self.buffers = {
+        self.buffers = {  # by bounds
             bound: _aligned([stop - start for start, stop in bound], leaf.dtype)
             for bound in self.bounds.values()
         }
 
     def has(self, index: tuple) -> bool:
+        """Whether a part of leaf[index] is on this process's devices."""
         return any(_overlap(index, bound) for bound in self.buffers)
 
     def fill(self, index: tuple, part: np.ndarray) -> None:
+        """Copy the values of leaf[index] into every shard that overlaps it."""
         for bound, buffer in self.buffers.items():
             if selection := _overlap(index, bound):
-                into, of = selection
-                buffer[into] = _cast(part[of], buffer.dtype)
+                target, source = selection
+                buffer[target] = _cast(part[source], buffer.dtype)
 
     def array(self) -> jax.Array:
-        """On the devices; each buffer goes as its shards are there."""
+        """The array on the devices; a buffer is freed when its shards are there."""
         shards, bounds = [], self.bounds
         while bounds:
             device, bound = bounds.popitem()
             shards.append(jax.device_put(self.buffers[bound], device))
-            shards[-1].block_until_ready()
-            if bound not in bounds.values():
+            shards[-1].block_until_ready()  # else all buffers would wait in memory
+            if bound not in bounds.values():  # no replica is left to place
                 del self.buffers[bound]
         shape, sharding = self.leaf.shape, self.leaf.sharding
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
 
 
 def _read(tensors, piece) -> np.ndarray:
+    # Checked here, where the file and the tensor can be named.
     x = tensors[piece.key].read()
     if not safetensors.finite(x):
         path = tensors[piece.key].path
@@ -147,54 +160,61 @@ def _read(tensors, piece) -> np.ndarray:
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:
-    """Empty, for device_put: a CPU's devices take it as it is, replicas share it."""
+    """An empty array that device_put can use on a CPU without copying it."""
+    # XLA's CPU devices take over host memory that is aligned to 64 bytes.
     size = math.prod(shape) * np.dtype(dtype).itemsize
     raw = np.empty(size + ALIGNMENT, np.uint8)
-    start = -raw.ctypes.data % ALIGNMENT
+    start = -raw.ctypes.data % ALIGNMENT  # bytes to the next multiple
     return raw[start : start + size].view(dtype).reshape(shape)
 
 
 def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
-    """Where in a shard a piece goes and which of it, or None if nowhere."""
+    """(index in the shard, index in the piece) of their overlap, or None.
+
+    `bound` is the shard's (start, stop) along each axis of the leaf.
+    """
+    # Missing axes are whole.
     index = index + (slice(None),) * (len(bound) - len(index))
-    into, of = [], []
+    target, source = [], []
     for i, (start, stop) in zip(index, bound):
-        if isinstance(i, slice):
-            into.append(slice(None))
-            of.append(slice(start, stop))
-        elif start <= i < stop:
-            into.append(i - start)
+        if isinstance(i, slice):  # key_mapping's slices are always whole
+            target.append(slice(None))
+            source.append(slice(start, stop))
+        elif start <= i < stop:  # one layer of a stack, or one of q, k, v
+            target.append(i - start)
         else:
             return None
-    return tuple(into), tuple(of)
+    return tuple(target), tuple(source)
 
 
 def _cast(x: np.ndarray, dtype) -> np.ndarray:
-    """To `dtype`; eight bits go by float32, numpy knowing no shorter way."""
+    """x ready to assign to `dtype`; eight-bit floats by way of float32."""
+    # numpy has no direct cast from them to every other dtype.
     eight = x.dtype.itemsize == 1 and x.dtype != dtype
     return x.astype(np.float32) if eight else x
 
 
 def dtypes(tensors: Tensors, pieces: Sequence[Piece]) -> dict[tuple[str, ...], str]:
-    """The dtype of each leaf's tensors in the file, the widest if they differ.
+    """Dtype of each leaf in the file, by path; the widest if its tensors differ.
 
-    A leaf that the file lacks is as most others are.
+    A leaf that the file lacks gets the most common dtype.
     """
-    found: dict[tuple, set] = {}
+    by_path: dict[tuple, set] = {}
     for piece in pieces:
         dtype = {tensors[piece.key].dtype} if piece.key is not None else set()
-        found.setdefault(piece.path, set()).update(dtype)
-    widest = {k: max(v, key=lambda d: d.itemsize) for k, v in found.items() if v}
+        by_path.setdefault(piece.path, set()).update(dtype)
+    widest = {k: max(v, key=lambda d: d.itemsize) for k, v in by_path.items() if v}
     usual = Counter(widest.values()).most_common(1)[0][0]
-    return {path: widest.get(path, usual).name for path in found}
+    return {path: widest.get(path, usual).name for path in by_path}
 
 
 def entries(
     variables: Any, pieces: Sequence[Piece], dtype_of: Callable[[tuple], Any]
 ) -> dict[str, Entry]:
-    """What a file is to hold, each leaf in the dtype that its path has.
+    """Entries of a file of the variables, each leaf in dtype_of(path).
 
-    Every process must ask each entry for its data, in order.
+    Every process must call each entry's data(), in order: leaves are gathered from all
+    processes.
     """
     arrays = {
         tree.names(path): leaf
@@ -204,7 +224,7 @@ def entries(
 
     def data(piece):
         if piece.path not in host:
-            host.clear()  # one leaf at a time
+            host.clear()  # one leaf at a time in host memory
             host[piece.path] = fetch(arrays[piece.path])
         return piece.write(host[piece.path][piece.index])
 
@@ -212,7 +232,7 @@ def entries(
         p.key: Entry(
             jnp.dtype(dtype_of(p.path)),
             p.file_shape,
-            lambda p=p: data(p),
+            lambda p=p: data(p),  # bound now: p changes in the loop
         )
         for p in pieces
         if p.key is not None
@@ -220,7 +240,7 @@ def entries(
 
 
 def part(variables: Any, piece: Piece) -> np.ndarray:
-    """The part of our tree that a piece is, on this host."""
+    """The values leaf[index] of a piece, on this host."""
     leaf = variables
     for name in piece.path:
         leaf = leaf[name]
@@ -228,7 +248,8 @@ def part(variables: Any, piece: Piece) -> np.ndarray:
 
 
 def fetch(x: jax.Array) -> np.ndarray:
-    """A whole array on this host, from wherever its shards are."""
+    """The whole array in host memory; a collective if other hosts have shards."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        # tiled: the global array, without a new axis of processes.
         return multihost_utils.process_allgather(x, tiled=True)
     return np.asarray(x)

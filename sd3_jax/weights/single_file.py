@@ -1,8 +1,8 @@
-"""Whose each tensor of a single file is: by the names that the tools write.
+"""Split a single file into components, by the names that tools write.
 
-The names are those of Stability's files, of ComfyUI, kohya's scripts and A1111, which
-save the same with other prefixes, of diffusers and of OpenCLIP. A tensor is a part's,
-or it is in UNREAD, or the file is refused.
+Names are those of Stability's files; of ComfyUI, kohya's scripts and A1111, which use
+other prefixes; of diffusers; and of OpenCLIP. Every tensor belongs to a component, or
+is listed in UNREAD, or the file is refused.
 """
 
 import logging
@@ -19,9 +19,9 @@ from sd3_jax.weights.safetensors import Tensors, listed
 
 log = logging.getLogger(__name__)
 CLIPS = ("clip_l", "clip_g")
-WIDTHS = {768: "clip_l", 1280: "clip_g"}  # by which a CLIP without a prefix is known
+WIDTHS = {768: "clip_l", 1280: "clip_g"}  # identify a CLIP without a prefix
 TOKENS = "token_embedding.weight"
-# What a part's names begin with, the longer first; then the names themselves.
+# Prefixes by component, in order: a longer one comes before what it begins with.
 PREFIXES = {
     "model.diffusion_model.": "denoiser",
     "diffusion_model.": "denoiser",
@@ -38,6 +38,8 @@ PREFIXES = {
     "text_encoder_3.": "t5",
     "model.": "denoiser",
 }
+# Names without a prefix, as a component's own file has them. encoder.* is the
+# autoencoder's or T5's, so the next part of the name decides.
 BARE = {
     r"(joint_blocks|transformer_blocks|pos_embed|x_embedder|t_embedder|y_embedder"
     r"|context_embedder|time_text_embed|final_layer|norm_out|proj_out)\b": "denoiser",
@@ -48,7 +50,7 @@ BARE = {
     r"(en|de)coder\.(block|final_layer_norm|embed_tokens)\b|(shared|lm_head)\.": "t5",
     r"transformer\.": "denoiser",  # diffusers' folder, after transformer.resblocks
 }
-# What files hold beside a part and nothing reads: the name without its prefix, and why.
+# Tensors that files hold and nothing reads: the name without its prefix, and why.
 CLIP_UNREAD = {
     r"(text_model\.embeddings\.)?position_ids": "the numbers 0, 1, 2, …",
     r"logit_scale|logit_bias": "a factor of CLIP's loss",
@@ -76,7 +78,7 @@ UNREAD = {
         r"decoder\..*|lm_head\..*": "the half of T5 that writes",
     },
 }
-# OpenCLIP's names, as transformers', by which a CLIP's shapes are looked at.
+# OpenCLIP's names as transformers', in which inferred_sizes knows a CLIP's shapes.
 OPEN_CLIP_NAMES = {
     "transformer.resblocks.": "text_model.encoder.layers.",
     ".mlp.c_fc.": ".mlp.fc1.",
@@ -86,8 +88,11 @@ OPEN_CLIP_NAMES = {
 
 
 class PartTensors(NamedTuple):
-    """A part's tensors by their names in it, which are of a layout; `measured` has the
-    names by which their shapes are known, and `table` replaces the component's."""
+    """A component's tensors, by names without prefix, and the layout of these names.
+
+    `measured` has them by the names that inferred_sizes knows; `table`, if not None,
+    replaces the component's key table.
+    """
 
     tensors: Tensors
     measured: Tensors
@@ -98,17 +103,18 @@ class PartTensors(NamedTuple):
 def split(
     path: epath.Path, tensors: Tensors, whole: Collection[str] = ()
 ) -> dict[str, PartTensors]:
-    """The parts in a file, by component. Raises UserError for a tensor of none.
+    """The components in a file. Raises UserError for a tensor of none.
 
-    Of the components in `whole` every tensor is read: what others leave out, we wrote.
+    Of components in `whole`, which we wrote, UNREAD tensors are read as well.
     """
+    # --- a component and a bare name for each tensor
     unsupported_formats.refuse_others(path, tensors)
     groups: dict[str, Tensors] = {}
-    rest = []
+    unplaced = []
     for key, tensor in tensors.items():
         name, bare_key = place(key)
-        if name is None:
-            rest.append(key)
+        if name is None:  # it may still stand beside a component: see _is_unread
+            unplaced.append(key)
             continue
         group = groups.setdefault(name, {})
         if bare_key in group:
@@ -117,15 +123,17 @@ def split(
                 " one of them"
             )
         group[bare_key] = tensor
-    groups = _clips_by_width(path, groups, rest)
+    # --- set aside what nothing reads; a component of nothing else is not there
+    groups = _clips_by_width(path, groups, unplaced)
     parts, unread = {}, {}
     for name in COMPONENTS:
         patterns = {} if name in whole else UNREAD[name]
         if part := _read(name, groups.get(name, {}), patterns, unread):
             parts[name] = part
         else:
-            rest += groups.get(name, {})
-    unknown = [key for key in rest if not _is_unread(key, parts, unread)]
+            unplaced += groups.get(name, {})
+    # --- every tensor is accounted for, or the file is refused
+    unknown = [key for key in unplaced if not _is_unread(key, parts, unread)]
     if not parts:
         raise UserError(
             f"{path}: not a model of this family; it holds {listed(unknown)}; wanted"
@@ -136,18 +144,24 @@ def split(
             f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
             f" wanted names that begin with {', '.join(_usual())}"
         )
+    # Not in silence: the log lists what was left out, and why.
     for reason, keys in unread.items():
         log.info("%s: not read: %s (%s)", path.name, listed(keys), reason)
     return {name: _part(name, part) for name, part in parts.items()}
 
 
 def place(key: str) -> tuple[str | None, str]:
-    """The component of a tensor, and its name there; "clip" where the width decides."""
+    """(component, name in it) of a tensor.
+
+    The component is "clip" where the width decides, and None for an unknown name.
+    """
     for prefix, name in PREFIXES.items():
         if key.startswith(prefix):
             bare_key = key.removeprefix(prefix)
             if prefix == "model." and _matches(bare_key, UNREAD["denoiser"]):
                 return None, key
+            # Text encoders are "transformer." below their prefix, except in OpenCLIP's
+            # names, which have "transformer.resblocks." of their own.
             wrapped = name not in ("denoiser", "vae")  # in ComfyUI's and Stability's
             if wrapped and not bare_key.startswith("transformer.resblocks."):
                 bare_key = bare_key.removeprefix("transformer.")
@@ -159,10 +173,13 @@ def place(key: str) -> tuple[str | None, str]:
 
 
 def _clips_by_width(
-    path: epath.Path, groups: dict[str, Tensors], rest: list[str]
+    path: epath.Path, groups: dict[str, Tensors], unplaced: list[str]
 ) -> dict[str, Tensors]:
-    """CLIP-L and CLIP-G have the same names, so that a file of one alone says only by
-    its width which it is; where a prefix says it, the width must agree."""
+    """`groups` with "clip" replaced by CLIP-L or CLIP-G; UserError for other widths.
+
+    Both have the same names, so only the width tells them apart, never the file's name.
+    Where a prefix tells, the width must agree.
+    """
     for name in CLIPS:
         width = _width(groups.get(name, {}))
         if WIDTHS.get(width, name) != name:
@@ -170,9 +187,10 @@ def _clips_by_width(
                 f"{path}: {name} is {width} wide, which is {WIDTHS[width]}'s width:"
                 f" wanted its tensors below text_encoders.{WIDTHS[width]}."
             )
-    alone = groups.pop("clip", {})
+    alone = groups.pop("clip", {})  # without a prefix
+    # Nothing but what CLIP's files hold beside the text tower.
     if all(_matches(key, CLIP_UNREAD) for key in alone):
-        rest += alone
+        unplaced += alone
         return groups
     width = _width(alone)
     if width is None:
@@ -194,6 +212,7 @@ def _clips_by_width(
 
 
 def _width(clip: Tensors) -> int | None:
+    """The width of a CLIP by its token embedding (vocab, width), or None."""
     for key in (
         "text_model.embeddings.token_embedding.weight",
         "token_embedding.weight",
@@ -206,20 +225,23 @@ def _width(clip: Tensors) -> int | None:
 def _read(
     name: str, tensors: Tensors, patterns: Mapping[str, str], unread: dict[str, list]
 ) -> Tensors:
-    """A part without the tensors that nothing reads, if any other is left."""
-    kept = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
+    """A component without the tensors that nothing reads; {} if none is left.
+
+    Adds those to `unread`, by reason.
+    """
+    part = {k: x for k, x in tensors.items() if not _matches(k, patterns)}
     shared = with_shared(tensors).get("shared.weight")
-    if name == "t5" and kept and shared is not None:
-        kept["shared.weight"] = shared
-    for key in tensors if kept else ():
+    if name == "t5" and part and shared is not None:
+        part["shared.weight"] = shared
+    for key in tensors if part else ():
         if reason := _matches(key, patterns):
             unread.setdefault(f"{name}: {reason}", []).append(key)
-    return kept
+    return part
 
 
 def with_shared(t5: Tensors) -> Tensors:
-    """T5's tensors with its embedding under the name that is read: some tools keep the
-    one of its two names, some the other."""
+    """T5's tensors with its embedding as shared.weight."""
+    # PyTorch ties two names to one tensor, and tools keep either of them.
     other = "encoder.embed_tokens.weight"
     if "shared.weight" in t5 or other not in t5:
         return t5
@@ -227,7 +249,10 @@ def with_shared(t5: Tensors) -> Tensors:
 
 
 def _is_unread(key: str, parts: Mapping, unread: dict[str, list]) -> bool:
-    """Whether one of no part is known to stand beside a part that is there."""
+    """Whether a tensor of no component is one that tools save beside one that is there.
+
+    Adds it to `unread` if so.
+    """
     for name in parts:
         if reason := _matches(key, UNREAD[name]):
             unread.setdefault(f"{name}: {reason}", []).append(key)
@@ -236,6 +261,7 @@ def _is_unread(key: str, parts: Mapping, unread: dict[str, list]) -> bool:
 
 
 def _matches(key: str, patterns: Mapping[str, str]) -> str | None:
+    """The reason of the first pattern that matches the whole name."""
     return next((why for p, why in patterns.items() if re.fullmatch(p, key)), None)
 
 
@@ -244,6 +270,7 @@ def _usual() -> list[str]:
 
 
 def _part(name: str, tensors: Tensors) -> PartTensors:
+    # The layout is told by names that only one of the two has.
     begins = lambda *starts: any(key.startswith(starts) for key in tensors)
     if name in CLIPS and begins("transformer.resblocks."):
         table = (
@@ -251,6 +278,7 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
             if name == "clip_l"
             else text_keys.open_clip_table
         )
+        # Sizes are inferred by transformers' names, values read by OpenCLIP's.
         measured = {_renamed(key): x for key, x in tensors.items()}
         return PartTensors(tensors, measured, "original", table)
     of_diffusers = {
@@ -262,6 +290,6 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
 
 
 def _renamed(key: str) -> str:
-    for theirs, ours in OPEN_CLIP_NAMES.items():
-        key = key.replace(theirs, ours)
+    for open_clip, transformers in OPEN_CLIP_NAMES.items():
+        key = key.replace(open_clip, transformers)
     return key

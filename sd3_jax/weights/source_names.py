@@ -1,8 +1,8 @@
-"""How users name models: paths, commas between them, the hub's names, links, weights.
+"""Parse how users name models: paths, lists, hub names, links and LoRA weights.
 
-owner/name, with a revision owner/name@v1, a variant owner/name:fp16, or of one file
-owner/name/file.safetensors, also owner/name@v1/file.safetensors. Nothing here imports
-more than the standard library: the command line asks before jax is imported.
+Hub names are owner/name, owner/name@revision, owner/name:variant and, for one file,
+owner/name/file.safetensors or owner/name@revision/file.safetensors. Only the standard
+library is imported: the command line asks before jax is imported.
 """
 
 import os
@@ -10,8 +10,9 @@ import re
 from collections.abc import Callable
 from typing import NamedTuple
 
-BUCKETS = ("gs://", "s3://", "az://")  # that epath opens
+BUCKETS = ("gs://", "s3://", "az://")  # which epath opens
 REMOTE = (*BUCKETS, "hf://")
+# Branches and tags without slashes, and the hub's refs/pr/N and refs/convert/NAME.
 REVISION = r"@(refs/(?:pr|convert)/[\w.-]+|[\w.-]+)"
 NAME = re.compile(
     rf"(\w[\w.-]*/[\w.-]+)(?:{REVISION})?"
@@ -22,6 +23,8 @@ LINK = re.compile(PLACES + r"([^/?#]+/[^/?#]+)(?:/(?:blob|resolve|tree)/([^?#]+)
 
 
 class Name(NamedTuple):
+    """A hub name; revision None is the default branch, file "" the whole repository."""
+
     repo: str
     revision: str | None = None
     file: str = ""
@@ -29,19 +32,20 @@ class Name(NamedTuple):
 
 
 def parse(text: str) -> Name | None:
-    """A hub's name; None for what is none."""
+    """The hub name that a text is, or None."""
     match = NAME.fullmatch(text.removeprefix("hf://"))
+    # folder/file.safetensors looks like owner/name, and is a path.
     if match is None or match[1].endswith(".safetensors"):
         return None
     repo, before, file, after, variant = match.groups()
-    if before and after:
+    if before and after:  # two revisions
         return None
     return Name(repo, before or after, (file or "").lstrip("/"), variant or "")
 
 
 def parse_absent(path: str) -> Name | None:
-    """The hub's name that a path may be which is not there. One below a folder that
-    is there is the path of a file that was meant to be in it."""
+    """The hub name of a path that does not exist, or None."""
+    # Below an existing folder it is a mistyped path, not a name to look up on the hub.
     name = parse(path)
     if name is not None and name.file and os.path.isdir(path.partition("/")[0]):
         return None
@@ -49,18 +53,19 @@ def parse_absent(path: str) -> Name | None:
 
 
 def link(url: str) -> str | None:
-    """The name of what a link to the hub leads to."""
+    """The hub name that a browser's link to the hub leads to, or None."""
     match = LINK.fullmatch(url)
     if match is None:
         return None
+    # blob, resolve and tree pages have the revision first.
     revision, _, file = (match[2] or "main").partition("/")
     at = "" if revision == "main" else f"@{revision}"
     return match[1] + at + (f"/{file}" if file.endswith(".safetensors") else "")
 
 
 def split(text: str, exists: Callable[[str], bool]) -> list[str]:
-    """The sources that a text with commas names. What exists by a name with a comma in
-    it is one."""
+    """The sources in a comma-separated text; an existing name with commas is one."""
+    # The longest run of pieces that exists is taken first.
     pieces, sources = text.split(","), []
     while pieces:
         joined = (",".join(pieces[:n]) for n in range(len(pieces), 1, -1))
@@ -71,21 +76,21 @@ def split(text: str, exists: Callable[[str], bool]) -> list[str]:
 
 
 def split_variant(text: str) -> tuple[str, str]:
-    """(path, variant) of "folder:fp16"; the variant is "" where there is none."""
+    """(path, variant) of "folder:fp16"; the variant is "" if there is none."""
     path, _, variant = text.rpartition(":")
     return (path, variant) if path and re.fullmatch(r"[\w-]+", variant) else (text, "")
 
 
 def split_weight(text: str, exists: Callable[[str], bool]) -> tuple[str, float]:
-    """Where a LoRA lies and its weight: "path=0.8", or "path", which is times 1.
+    """(path, weight) of a LoRA: "path=0.8", or "path" with weight 1.
 
-    What is there by the whole name, such as "step=1000", has no weight in its name;
-    "step=1000=0.5" weighs it.
+    An existing path such as "step=1000" has no weight in its name; "step=1000=0.5" is
+    that path with weight 0.5.
     """
     path, equals, number = text.rpartition("=")
     if not equals or exists(text):
         return text, 1.0
     try:
         return path, float(number)
-    except ValueError:  # the name has that sign in it
+    except ValueError:  # an "=" within the name
         return text, 1.0

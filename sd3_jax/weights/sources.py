@@ -1,4 +1,4 @@
-"""What a path or a hub name holds of a released model, by component."""
+"""Open released models: a path or hub name to components and how to load them."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ from sd3_jax.weights.safetensors import open_file
 
 log = logging.getLogger(__name__)
 FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
-UNWANTED = ("*fp16*", "*.bin")  # of a LoRA's or a CLIP's repository
+UNWANTED = ("*fp16*", "*.bin")  # not fetched from a LoRA's or a CLIP's repository
 CLASSES = {  # of config.json and model_index.json, by component
     "denoiser": "SD3Transformer2DModel",
     "vae": "AutoencoderKL",
@@ -44,9 +44,12 @@ CLASSES = {  # of config.json and model_index.json, by component
 
 
 class Part(NamedTuple):
-    """One component as a path holds it: `read(component, module, shapes)` brings it,
-    `dtypes(component, module, shapes)` tells how each leaf is stored, by its path, once
-    its tensors are checked. `where` it lies is for messages."""
+    """One component at a path.
+
+    `read(component, module, shapes)` loads its variables. `dtypes`, of the same
+    arguments, checks the tensors and gives each leaf's stored dtype by path. Both are
+    None for a scheduler. `where` is for messages.
+    """
 
     read: Callable | None
     config: dict
@@ -55,13 +58,14 @@ class Part(NamedTuple):
 
 
 class Located(NamedTuple):
+    """A local or remote path, and the variant that the user named."""
+
     path: epath.Path
     variant: str = ""
 
 
 def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
-    """The sources that a list or a text with commas names. What exists by a name with
-    a comma in it is one."""
+    """The sources in a list or a comma-separated text (source_names.split)."""
     if isinstance(sources, list | tuple):
         paths = (str, os.PathLike)
         return [os.fspath(x) if isinstance(x, paths) else x for x in sources]
@@ -71,6 +75,7 @@ def split(sources: epath.PathLike | Sequence[epath.PathLike]) -> list:
 
 
 def exists(path: str) -> bool:
+    """Whether a path exists, with ~ expanded."""
     return epath.Path(path).expanduser().exists()
 
 
@@ -79,33 +84,38 @@ def locate(
     wanted: Sequence[str] | None = None,
     *,
     unwanted: Sequence[str] = (),
-    what: str = "weights",
+    label: str = "weights",
 ) -> Located:
-    """Where what is meant lies, and the variant that is meant: a path, as it is, or a
-    hub's name (pipelines/hub.py), downloaded. `wanted` are patterns of the files."""
+    """The path and variant that a source names; hub names are downloaded.
+
+    `wanted` and `unwanted` are patterns of files to download. `label` begins messages.
+    Raises UserError if there is no such file, folder or hub name.
+    """
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
-            f'{what} "{shown(source)}": wanted a file, a folder or a hub name'
+            f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
         )
     source = os.fspath(source)
-    if not source.isprintable() or len(source) > 4096:
-        raise UserError(f'{what} "{shown(source)}": wanted a name that prints')
-    _check_scheme(source, what)
+    if not source.isprintable() or len(source) > 4096:  # as long as Linux' paths
+        raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
+    _check_scheme(source, label)
+    # What exists counts before what the hub may have by the same name.
     if existing := _existing(source):
         return existing
     if link := source_names.link(source):
-        raise UserError(f'{what} "{source}" is a link: name it as "{link}"')
+        raise UserError(f'{label} "{source}" is a link: name it as "{link}"')
     if (name := source_names.parse_absent(source)) is None:
         raise UserError(
-            f'{what} "{source}": no such file, folder or hub name{_near(source)}'
+            f'{label} "{source}": no such file, folder or hub name{_near(source)}'
         )
-    return Located(hub.fetch(name, wanted, unwanted, what), name.variant)
+    return Located(hub.fetch(name, wanted, unwanted, label), name.variant)
 
 
 def _existing(source: str) -> Located | None:
-    """A path, alone or with a variant after a colon."""
+    """An existing path, alone or with a variant after a colon; else None."""
     if source.startswith(("hf://", "http://", "https://")):
         return None
+    # The whole text first: a folder may have a colon in its name.
     for path, variant in (source, ""), source_names.split_variant(source):
         if exists(path):
             return Located(epath.Path(path).expanduser(), variant)
@@ -113,44 +123,49 @@ def _existing(source: str) -> Located | None:
 
 
 def resolve(
-    source: str, wanted: Sequence[str] | None = None, *, what: str = "weights"
+    source: str, wanted: Sequence[str] | None = None, *, label: str = "weights"
 ) -> epath.Path:
-    """`locate` for what has no variants."""
-    path, variant = locate(source, wanted, unwanted=UNWANTED, what=what)
+    """The path of `locate`; UserError for a variant, where there are none."""
+    path, variant = locate(source, wanted, unwanted=UNWANTED, label=label)
     if variant:
-        raise UserError(f'{what} "{source}": wanted no variant (":{variant}") of it')
+        raise UserError(f'{label} "{source}": wanted no variant (":{variant}") of it')
     return path
 
 
-def _check_scheme(source: str, what: str) -> None:
+def _check_scheme(source: str, label: str) -> None:
+    """UserError for a URL that neither epath nor the hub opens."""
     scheme = re.match(r"([A-Za-z][\w+.-]*)://", source)
     known = source.startswith(source_names.REMOTE) or source_names.link(source)
     if scheme is None or known:
         return
     if scheme[1].lower() in ("http", "https"):
         raise UserError(
-            f'{what} "{source}" is a link: download it and name the file, or name a'
+            f'{label} "{source}" is a link: download it and name the file, or name a'
             ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
         )
     raise UserError(
-        f'{what} "{source}": wanted a path, or one that begins with'
+        f'{label} "{source}": wanted a path, or one that begins with'
         f" {', '.join(source_names.BUCKETS)}"
     )
 
 
 def _near(source: str) -> str:
-    """What was probably meant, of the folder's names."""
+    """The end of a message: the name in the folder that was probably meant, or ""."""
     path = epath.Path(source).expanduser()
     if "://" in source or not path.parent.is_dir():
         return ""
-    if os.path.islink(path):
+    if os.path.islink(path):  # `exists` follows links: this one is broken
         return f": it is a link to {os.readlink(path)}, which is not there"
     guess = near(path.name, files.names(path.parent))
     return f'; did you mean "{path.parent / guess}"?' if guess else ""
 
 
 def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
-    """What a path holds: by component, a function that loads it and its config."""
+    """The components at a path: a file, or a folder of one of the known forms.
+
+    Raises UserError for a folder of another form, and for what cannot be loaded.
+    """
+    # The order matters: a diffusers folder may hold single files beside it.
     if not path.is_dir():
         return _no_variant(path, variant) or _single(path, *open_file(path))
     if (path / hub.INDEX).exists():
@@ -161,6 +176,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
         return _component_folder(path, variant)
     names_there = files.names(path)
     weights = [name for name in names_there if name.endswith(".safetensors")]
+    # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
     if len(weights) != 1:
@@ -182,23 +198,25 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 
 
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
-    """Of a single file; its metadata, if we wrote it, says what shapes cannot tell."""
-    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))
+    """Components of a single file."""
+    # Metadata of a file that we wrote has configurations: shapes cannot tell all.
+    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))  # by component
     fuller = _fuller(tensors, metadata, known)
     components = {}
     for name, part in single_file.split(path, tensors, whole=fuller).items():
-        what, component = f"{path}: {name}", COMPONENTS[name]
+        where, component = f"{path}: {name}", COMPONENTS[name]
         config, table = known.get(name), part.table
         if config is not None and name in fuller:
             table = component.fuller
-        config = configured(component, config, part.measured, part.layout, what)
-        components[name] = _part(part.tensors, config, what, part.layout, table)
+        config = configured(component, config, part.measured, part.layout, where)
+        components[name] = _part(part.tensors, config, where, part.layout, table)
     if isinstance(known.get("scheduler"), dict):
         components["scheduler"] = Part(None, known["scheduler"], None, str(path))
     absent = [name for name in COMPONENTS if name not in components]
     none = f"; no {', '.join(absent)}" if absent else ""
     named = ", ".join(name for name in COMPONENTS if name in components)
     log.info("%s holds %s%s", path.name, named, none)
+    # A tool dropped a component of a file that we wrote.
     if gone := [name for name in absent if name in known]:
         log.warning("%s: %s, of which it tells, is gone", path, ", ".join(gone))
     return components
@@ -206,6 +224,7 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
 
 def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
     """Components of a file of ours that hold what published ones leave out."""
+    # Our earlier files have no such metadata: known by CLIP-L's projection.
     if FULLER in metadata:
         return [name for name in metadata[FULLER].split(",") if name in COMPONENTS]
     more = lambda c: c.fuller is not None and c.prefix + text_keys.PROJECTION in tensors
@@ -213,6 +232,7 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
 
 
 def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
+    """Components of a diffusers folder, as its model_index.json lists them."""
     file = path / hub.INDEX
     entries = _entries(file)
     components, variants = {}, set()
@@ -222,14 +242,16 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
                 log.warning("%s leaves out %s, which is there", file, component.folder)
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
+        # Another class with the same fields would be another computation.
         if kind != CLASSES[name]:
             raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{file} names {component.folder}, without a config.json")
         variants |= safetensors.variants(folder)
         components[name] = _from_folder(component, folder, variant)
-    if "unet" in entries:
+    if "unet" in entries:  # Stable Diffusion 1, 2 or XL
         raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+    # --- report what is listed and not loaded
     known = {"scheduler", *tokenizers.FOLDERS.values()}
     known |= {component.folder for component in COMPONENTS.values()}
     if others := entries.keys() - known:
@@ -237,18 +259,19 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     if variant and variant not in variants:
         have = safetensors.listed(sorted(variants - {""})) or "none"
         raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
+    # --- the scheduler, which decides solver and t's unless the user does
     scheduler = path / "scheduler" / "scheduler_config.json"
     if scheduler.exists():
         config = files.read_object(scheduler)
         if "scheduler" in entries:
-            config["_class_name"] = entries["scheduler"][-1]  # as diffusers does
+            # As diffusers does: the index decides, whatever the file says.
+            config["_class_name"] = entries["scheduler"][-1]
         components["scheduler"] = Part(None, config, None, str(scheduler))
     return components
 
 
 def _entries(file: epath.Path) -> dict[str, list]:
-    """The parts that an index lists, [library, class]; [null, null] is left out on
-    purpose."""
+    """{folder: [library, class]} of an index; [null, null] is left out on purpose."""
     parts = {component.folder for component in COMPONENTS.values()}
     entries = {}
     for key, value in files.read_object(file).items():
@@ -264,20 +287,22 @@ def _entries(file: epath.Path) -> dict[str, list]:
 
 
 def _other(kind: str, name: str = "") -> str:
-    """What else a class is than that of a component."""
+    """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
     meaning = unsupported_formats.CLASSES.get(kind)
     return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
 
 
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
+    """A folder with the config.json of a single component."""
     config = files.read_object(path / "config.json")
+    # diffusers says _class_name, transformers a list of architectures.
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
     names = [name for name, class_name in CLASSES.items() if kind == class_name]
     if not names:
         raise UserError(f"{path}: config.json is of {_other(kind)}")
-    if len(names) > 1:  # a CLIP, by its width or else by its activation
+    if len(names) > 1:  # both CLIPs: by width, or for another width by activation
         usual = "clip_l" if config.get("hidden_act") == "quick_gelu" else "clip_g"
         width = config.get("hidden_size")
         names = [
@@ -287,7 +312,7 @@ def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
 
 
 def is_control(path: epath.Path) -> bool:
-    """Whether a path holds a ControlNet of SD3's, and no model."""
+    """Whether a path holds a ControlNet of SD3 instead of a model."""
     if path.is_dir():
         file = path / "config.json"
         kind = files.read_object(file).get("_class_name") if file.exists() else None
@@ -296,7 +321,7 @@ def is_control(path: epath.Path) -> bool:
 
 
 def control(path: epath.Path) -> Part:
-    """A ControlNet's folder in diffusers' layout, or its single file in either."""
+    """A ControlNet: a diffusers folder, or a single file in either layout."""
     config, layout, file = {}, "diffusers", path
     if path.is_dir() and (path / "config.json").exists():
         config = files.read_object(path / "config.json")
@@ -305,7 +330,7 @@ def control(path: epath.Path) -> Part:
         file = _only_file(path, "a ControlNet's folder (config.json)")
         tensors, _ = open_file(file)
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
-            layout = "original"
+            layout = "original"  # qkv is fused there alone
     controlnet_keys.require_family(file, tensors, config)
     if config:
         config |= controlnet_keys.hint_channels(tensors, config)
@@ -315,7 +340,7 @@ def control(path: epath.Path) -> Part:
 
 
 def _only_file(path: epath.Path, wanted: str) -> epath.Path:
-    """A file, or the one .safetensors file of a folder."""
+    """The path of a file, or of the only .safetensors file in a folder."""
     if not path.is_dir():
         return path
     weights = [name for name in files.names(path) if name.endswith(".safetensors")]
@@ -331,9 +356,9 @@ def _only_file(path: epath.Path, wanted: str) -> epath.Path:
 def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
     file = folder / "config.json"
     config, tensors = files.read_object(file), safetensors.open_folder(folder, variant)
-    if component.kind == "t5":
+    if component.kind == "t5":  # its embedding may have either of two names
         tensors = single_file.with_shared(tensors)
-    config = config.get("text_config", config)  # of a whole CLIP
+    config = config.get("text_config", config)  # the config.json of a whole CLIP
     config = configured(component, config, tensors, "diffusers", str(file))
     return _part(tensors, config, str(folder), "diffusers")
 
@@ -341,17 +366,18 @@ def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
 def _part(
     tensors: safetensors.Tensors,
     config: dict,
-    what: str,
+    where: str,
     layout: str,
     table: Callable | None = None,
 ) -> Part:
-    """`table` replaces the component's."""
+    """A Part that loads `tensors`; `table`, if given, replaces the component's."""
 
     def pieces(component, module, shapes):
         groups = (table or component.table)(module)
-        found = key_mapping.pieces(shapes, groups, layout)
-        sharded_load.check(tensors, found, what=what, ignored=component.ignored)
-        return found
+        file_pieces = key_mapping.pieces(shapes, groups, layout)
+        ignored = component.ignored
+        sharded_load.check(tensors, file_pieces, where=where, ignored=ignored)
+        return file_pieces
 
     def read(component, module, shapes):
         return sharded_load.load(tensors, shapes, pieces(component, module, shapes))
@@ -359,10 +385,12 @@ def _part(
     def dtypes(component, module, shapes):
         return sharded_load.dtypes(tensors, pieces(component, module, shapes))
 
-    return Part(read, config, dtypes, what)
+    return Part(read, config, dtypes, where)
 
 
 def _stored(path: epath.Path) -> dict[str, Part]:
+    """Components of a folder in our own format."""
+
     def part(name, config):
         return Part(
             lambda component, module, shapes: _from_store(path, name, shapes),
@@ -371,29 +399,31 @@ def _stored(path: epath.Path) -> dict[str, Part]:
             str(path),
         )
 
-    found = native_format.configs(path)
-    for name in COMPONENTS.keys() & found.keys():
+    configs = native_format.configs(path)
+    for name in COMPONENTS.keys() & configs.keys():
         where = f"{path / native_format.FILE}: {name}"
-        found[name] = configured(COMPONENTS[name], found[name], where=where)
-    return {name: part(name, config) for name, config in found.items()}
+        configs[name] = configured(COMPONENTS[name], configs[name], where=where)
+    return {name: part(name, config) for name, config in configs.items()}
 
 
 def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
-    """What is to be in eight bits is read as it is stored, and rounded, a leaf at a
-    time."""
+    """A component's variables from our own format; eight-bit leaves one at a time."""
+    # orbax reads whole leaves: those to be rounded are left out of the first read, then
+    # read as stored and rounded one by one, so that only one is in full precision.
     places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
-    made = [native_format.LEFT if is_leaf(x) else x for _, x in places]
-    read = lambda wanted: jax.tree.leaves(
-        native_format.load(path, name, jax.tree.unflatten(treedef, wanted)),
+    leaves = [native_format.LEFT if is_leaf(x) else x for _, x in places]
+    read = lambda abstract: jax.tree.leaves(
+        native_format.load(path, name, jax.tree.unflatten(treedef, abstract)),
         is_leaf=lambda x: x is native_format.LEFT,
     )
-    made, dtypes = read(made), native_format.dtypes(path, name)
+    leaves, dtypes = read(leaves), native_format.dtypes(path, name)
     for i, (at, x) in enumerate(places):
         if is_leaf(x):
             dtype = jnp.dtype(dtypes[tree.names(at)])
+            # Rounded on the devices, from the dtype that the folder has.
             whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-            alone = [native_format.LEFT] * len(places)
+            alone = [native_format.LEFT] * len(places)  # all but one are left out
             alone[i] = whole
             axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
-            made[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
-    return jax.tree.unflatten(treedef, made)
+            leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
+    return jax.tree.unflatten(treedef, leaves)

@@ -1,6 +1,6 @@
-"""Files that cannot be loaded, by name: other formats, and what is not plain weights.
+"""Refuse files that cannot be loaded: other formats, quantized weights, other models.
 
-A format is known by its first bytes, quantization and other models by the names of the
+Formats are recognised by their first bytes, quantization and other models by names of
 tensors. Each function raises a UserError that says what the file is and what to do.
 """
 
@@ -12,15 +12,18 @@ from etils import epath
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-HEAD = 512  # first bytes of a file, which tell its format
+HEAD = 512  # first bytes that are read of a file; tar's mark is at byte 257
+# torch.save before version 1.6: a bare pickle, of protocol 2 to 5.
 PICKLES = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
 UNPACK = "unpack it and name the .safetensors within"
 FORMATS = {  # first bytes, in lower case where they are letters: what it is, what to do
     b"gguf": ("a GGUF file", "wanted the .safetensors that it was made from"),
+    # llama.cpp's older formats, whose magic numbers are little-endian.
     b"lmgg": ("a GGML file", "wanted the .safetensors that it was made from"),
     b"tjgg": ("a GGML file", "wanted the .safetensors that it was made from"),
+    # What git checks out without git-lfs: three lines of text.
     b"version https://git-lfs": (
         "a git-lfs pointer, not the file that it stands for",
         "run `git lfs pull` in its repository, or download the file itself",
@@ -53,8 +56,13 @@ SUFFIXES = {  # formats without first bytes of their own
 
 
 def refuse_format(path: epath.Path, head: bytes) -> None:
-    """For a file whose first bytes are not those of safetensors."""
+    """UserError for a known format; `head` is the first HEAD bytes of a file.
+
+    Returns if the format is unknown.
+    """
+    # A web server may put a byte-order mark or blank lines before a page.
     low, suffix = head.lower().lstrip(b"\xef\xbb\xbf\r\n\t "), path.suffix.lower()
+    # torch.save since 1.6: a zip archive with data.pkl.
     zipped = head.startswith(b"PK\x03\x04") and (b".pkl" in head or suffix in PICKLED)
     if head.startswith(PICKLES) or zipped:
         raise UserError(_pickle(path))
@@ -66,7 +74,7 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
     if suffix in SUFFIXES:
         kind = SUFFIXES[suffix]
         raise UserError(f"{path} is {kind}: wanted the model as .safetensors")
-    if head[257:262] == b"ustar":
+    if head[257:262] == b"ustar":  # a tar begins with its first member's name
         raise UserError(f"{path} is a tar archive: unpack it and name the file within")
     if len(head) == HEAD and not any(head):
         raise UserError(f"{path} begins with zeros, as a download that broke off")
@@ -76,7 +84,7 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
 
 
 def refuse_pickles(folder: epath.Path) -> None:
-    """For a folder in which nothing else was found."""
+    """UserError if a folder without .safetensors holds pickles or GGUF files."""
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLED:
             raise UserError(_pickle(path))
@@ -93,16 +101,19 @@ def _pickle(path: epath.Path) -> str:
 
 
 def _is_text(head: bytes) -> bool:
+    """Whether the bytes are printable UTF-8."""
     try:
         text = head[:200].decode()
     except UnicodeDecodeError as error:
-        if error.start < len(head[:200]) - 3:  # no character that is cut
+        # A fault in the last three bytes may be a character that is cut off.
+        if error.start < len(head[:200]) - 3:
             return False
         text = head[: error.start].decode()
+    # Short heads may print by chance.
     return len(text) > 8 and all(c.isprintable() or c.isspace() for c in text)
 
 
-# By a tensor's name. The first that matches is told, so the specific ones come first.
+# By a tensor's name. The first match is reported, so specific patterns come first.
 QUANTIZED = {
     r"\.quant_state\.bitsandbytes__(nf4|fp4)$": "bitsandbytes in 4 bits",
     r"\.(nested_)?(absmax|quant_map)$": "bitsandbytes in 4 bits",
@@ -128,14 +139,15 @@ METADATA = "_quantization_metadata"  # ComfyUI's, of a file
 def refuse_quantized(
     path: epath.Path, names: Collection[str], metadata: Mapping[str, str]
 ) -> None:
-    """Weights that mean something only with scales that stand beside them.
+    """UserError for weights that need scales from other tensors of the file.
 
-    Plain eight-bit floats are weights like others, and are none of these.
+    Plain eight-bit floats are weights like others, and are accepted.
     """
     for pattern, kind in QUANTIZED.items():
         name = next((name for name in names if re.search(pattern, name)), None)
         if name is not None:
             raise UserError(_quantized(path, kind, shown(name)))
+    # ComfyUI may say it in the metadata alone.
     if METADATA in metadata:
         raise UserError(_quantized(path, "ComfyUI's quantized layers", METADATA))
 
@@ -147,7 +159,7 @@ def _quantized(path: epath.Path, kind: str, sign: str) -> str:
     )
 
 
-OTHERS = {  # names of tensors of what is not a part of a Stable Diffusion 3
+OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
     r"(^|[._])lora_|\.lora\.|\.dora_scale$|\.hada_w|\.lokr_": (
         "a LoRA: name it beside the weights, lora=[PATH] or config.sample.lora"
     ),
@@ -172,12 +184,13 @@ OTHERS = {  # names of tensors of what is not a part of a Stable Diffusion 3
 
 
 def refuse_others(path: epath.Path, names: Collection[str]) -> None:
+    """UserError for a LoRA, a ControlNet or another model in the place of weights."""
     for pattern, kind in OTHERS.items():
         if any(re.search(pattern, name) for name in names):
             raise UserError(f"{path} is {kind}")
 
 
-CLASSES = {  # of config.json
+CLASSES = {  # class in config.json: what to name instead
     "AutoencoderTiny": "TAESD, an autoencoder for previews: wanted SD3's AutoencoderKL",
     "SD3ControlNetModel": "a ControlNet: wanted sd3_jax.load_control(PATH, bundle)",
     "CLIPModel": "a whole CLIP: wanted its .safetensors, of which the text is read",

@@ -35,7 +35,7 @@ def test_a_runs_blocks_are_rounded_as_it_is_read(workdir):
     flag = "--config.quantize.denoiser=int8"
     plain, made = params_of(workdir), params_of(workdir, flag)
     wanted, found = lora.kernels(plain["denoiser"]), lora.kernels(made["denoiser"])
-    for path in quantization.chosen(plain["denoiser"]):
+    for path in quantization.quantizable_paths(plain["denoiser"]):
         assert isinstance(found[path], Int8)
         assert found[path].q.sharding.is_equivalent_to(
             wanted[path].sharding, wanted[path].ndim

@@ -116,7 +116,7 @@ def test_a_lora_lies_beside_eight_bits(mmdit):
     params, velocity = mmdit
     made = quantization.quantized(params, "int8")
     pairs = {}
-    for path in quantization.chosen(params):
+    for path in quantization.quantizable_paths(params):
         kernel = lora.kernels(params)[path]
         a, b = lora.layout(path, kernel.ndim).shapes(kernel.shape, 2)
         pairs[path] = {"a": 0.1 * jnp.ones(a), "b": 0.1 * jnp.ones(b)}
@@ -144,9 +144,9 @@ def test_t5(key, kind, most):
     variables = tree.unbox(model.init(key, ids))
     made = {"params": quantization.quantized(variables["params"], kind)}
     run = jax.jit(model.apply)
-    assert {path[-1] for path in quantization.chosen(variables["params"])} == {
-        *("to_qkv", "to_out", "wi", "wo")
-    }
+    assert {
+        path[-1] for path in quantization.quantizable_paths(variables["params"])
+    } == {*("to_qkv", "to_out", "wi", "wo")}
     assert relative(run(made, ids), run(parametrization.arrays(made), ids)) < 1e-5
     assert 1e-4 < relative(run(made, ids), run(variables, ids)) < most
 

@@ -50,7 +50,7 @@ def test_what_streams_in_is_what_the_arrays_would_become(plain, eight):
             wanted = variables | {
                 "params": quantization.quantized(variables["params"], "int8")
             }
-            paths = quantization.chosen(variables["params"])
+            paths = quantization.quantizable_paths(variables["params"])
             assert len(paths) == (29 if name == "denoiser" else 4), paths
         same(eight.variables[name], wanted)
     assert eight.quantize == BOTH and "t5 int8" in repr(eight)
@@ -68,7 +68,7 @@ def test_no_more_is_made_than_a_tensor_and_what_stays(monkeypatch):
     monkeypatch.setattr(sharded_load, "_aligned", listen)
     bundle = load(quantize=BOTH, dtype="bfloat16")
     for name in BOTH:
-        for path in quantization.chosen(bundle.variables[name]["params"]):
+        for path in quantization.quantizable_paths(bundle.variables[name]["params"]):
             kernel = lora.kernels(bundle.variables[name]["params"])[path]
             if path[0] == "last_block":  # final_adaln has the shape of one of them
                 continue

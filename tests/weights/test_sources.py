@@ -314,7 +314,7 @@ LINKS = {
 @pytest.mark.parametrize("source", LINKS)
 def test_links_are_told_how_to_be_named(source):
     for what in "weights", "LoRA", "ControlNet":
-        told = said(sources.resolve, source, what=what)
+        told = said(sources.resolve, source, label=what)
         assert f'{what} "{source}"' in told and LINKS[source] in told
 
 
@@ -428,7 +428,7 @@ def test_a_variant_is_fetched_and_what_has_none_beside_it(repository, tmp_path):
 
 
 def test_of_a_repository_of_tokenizers_no_weights_are_fetched(repository, tmp_path):
-    sources.resolve("owner/name", tokenizers.WANTED, what="tokenizers")
+    sources.resolve("owner/name", tokenizers.WANTED, label="tokenizers")
     assert fetched(tmp_path) == {x for x in REPOSITORY if x.startswith("tokenizer")}
 
 
@@ -470,7 +470,7 @@ def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
-    told = said(sources.locate, source, what="LoRA")
+    told = said(sources.locate, source, label="LoRA")
     assert told.startswith('LoRA "o/n') and "no such file or folder here" in told
     assert told.endswith("give it: 404") if reachable else "be reached" in told
 
@@ -482,7 +482,7 @@ def test_a_gated_repository_says_how_to_get_in(monkeypatch):
 
     monkeypatch.setattr(hub, "_reachable", lambda: True)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
-    told = said(sources.locate, "o/n", what="model")
+    told = said(sources.locate, "o/n", label="model")
     assert "accept its licence on huggingface.co/o/n, then run `hf auth" in told
 
 

@@ -1,4 +1,4 @@
-"""Softmax attention: one function, the kernels behind it by name."""
+"""Softmax attention: one function, with a choice of kernels behind it."""
 
 import difflib
 from collections.abc import Sequence
@@ -15,8 +15,9 @@ from sd3_jax.distributed.mesh_context import platform
 from sd3_jax.models.attention import splash as tpu
 from sd3_jax.models.attention.chunked import blockwise
 
-# Bytes of float32 logits that "xla" makes at once: more are no faster.
-LIMIT, CACHE = 2**28, 2**22  # anywhere; on a CPU, whose cache they should not leave
+# Most bytes of float32 logits that kernel "xla" holds at once; more are no faster. A
+# CPU's should not leave its cache.
+LIMIT, CACHE = 2**28, 2**22
 
 
 def attention(
@@ -28,7 +29,11 @@ def attention(
     scale: float | None = None,
     kernel: str = "auto",
 ) -> Float[Array, "b n a k"]:
-    """softmax(q k^T * scale + bias) v for each of the `a` heads; scale 1/sqrt(k)."""
+    """softmax(q k^T * scale + bias) v for each of the `a` heads: (b, n, a, k).
+
+    `scale` is 1/sqrt(k) by default, `kernel` a key of KERNELS. Raises ValueError for
+    another kernel, and for a bias with "splash".
+    """
     if kernel not in KERNELS:
         near = difflib.get_close_matches(kernel, KERNELS, n=1, cutoff=0)[0]
         raise ValueError(
@@ -46,12 +51,16 @@ def joint_attention(
     *,
     kernel: str = "auto",
 ) -> list[Float[Array, "b _ a k"]]:
-    """Of all streams' queries to all their keys: an output for each of the queries."""
+    """Attention of several streams' queries to all streams' keys (SD3 paper, fig. 2b).
+
+    Streams may differ in length. Returns one output for each of `qs`.
+    """
     q, k, v = (jnp.concatenate(parts, axis=1) for parts in (qs, ks, vs))
     chosen = choose(q, k, None) if kernel == "auto" else kernel
-    if chosen == "splash":  # it joins and pads at once
+    # Splash pads anyway, and each joining or padding is a copy in memory.
+    if chosen == "splash":
         return tpu.joint(qs, ks, vs, q.shape[-1] ** -0.5)
-    ends = np.cumsum([q.shape[1] for q in qs])
+    ends = np.cumsum([q.shape[1] for q in qs])  # numpy: splits must be static
     return jnp.split(attention(q, k, v, kernel=chosen), ends[:-1], axis=1)
 
 
@@ -60,14 +69,15 @@ def auto(q, k, v, bias, scale):
 
 
 def choose(q, k, bias) -> str:
-    """The platform's kernel; XLA's with a bias, for few tokens or a head over 512."""
+    """The platform's kernel; "xla" with a bias, for few tokens or heads over 512."""
+    # Fused kernels take no bias, pad tokens to blocks of 128, and hold whole heads.
     if bias is not None or min(q.shape[1], k.shape[1]) < 128 or q.shape[-1] > 512:
         return "xla"
     return {"tpu": "splash", "gpu": "dot_product"}.get(platform(), "xla")
 
 
 def xla(q, k, v, bias, scale):
-    """Products in the inputs' dtype, accumulated in float32; the softmax in float32."""
+    """Products in the inputs' dtype, accumulated in float32; softmax in float32."""
     limit = LIMIT if platform() != "cpu" else min(LIMIT, CACHE)
     if bias is None and logits(q, k) > limit:
         return blockwise(q, k, v, scale, limit)
@@ -75,12 +85,15 @@ def xla(q, k, v, bias, scale):
 
 
 def logits(q, k) -> int:
-    """Bytes of a device's logits, had it all the queries of its rows and heads."""
+    """Bytes of one device's logits if it computed all its heads' queries at once."""
     b, n, a, _ = q.shape
+    # 4 bytes; the last of `attending` counts the parts that rows and heads make.
     return 4 * b * a * n * k.shape[1] // mesh_context.attending(q.shape)[2]
 
 
 def plain(q, k, v, bias, scale):
+    """All logits (b, a, n, m) at once; the only kernel here that takes any bias."""
+    # Scaled after the product: scaling q in bfloat16 would round it once more.
     logits = jnp.einsum("bnak,bmak->banm", q, k, preferred_element_type=jnp.float32)
     logits = logits * scale
     if bias is not None:
@@ -90,22 +103,21 @@ def plain(q, k, v, bias, scale):
 
 
 def dot_product(q, k, v, bias, scale):
-    """jax.nn.dot_product_attention: cuDNN's where it can, which JAX does not look up.
-
-    That is on NVIDIA's GPUs in half precision, with heads of at most 128. With a bias
-    cuDNN refuses odd lengths and some broadcasts.
-    """
+    """jax.nn.dot_product_attention, by cuDNN where cuDNN takes the arguments."""
+    # JAX leaves it to the caller to know: NVIDIA GPUs, half precision, heads of at most
+    # 128. With a bias cuDNN refuses odd lengths and some broadcasts.
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     cudnn = fits and tpu.device_kind().startswith("NVIDIA")
     implementation = "cudnn" if cudnn else "xla"
-    found = jax.nn.dot_product_attention(
+    out = jax.nn.dot_product_attention(
         q, k, v, bias, scale=scale, implementation=implementation
     )
-    return checkpoint_name(found, "attention")
+    return checkpoint_name(out, "attention")
 
 
 def splash(q, k, v, bias, scale):
+    """The TPU's fused kernel; ValueError with a bias."""
     if bias is not None:
         raise ValueError('attention kernel "splash" takes no bias; use "xla"')
     return tpu.splash(q, k, v, scale)

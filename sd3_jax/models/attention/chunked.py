@@ -1,4 +1,8 @@
-"""Attention by blocks: of its logits only a few heads' or queries' exist at a time."""
+"""Attention in blocks of heads and queries, whose logits alone exist at a time.
+
+The backward pass recomputes the softmax of each block from the logarithm of its
+denominator, as FlashAttention does (Dao et al. 2022), in plain XLA.
+"""
 
 import functools
 
@@ -10,7 +14,7 @@ from jaxtyping import Float
 
 from sd3_jax.distributed import mesh_context
 
-ROWS = 256  # for fewer queries it does not pay to read all keys and values
+ROWS = 256  # queries a block, at least: each block reads all keys and values
 
 
 def blockwise(
@@ -20,21 +24,23 @@ def blockwise(
     scale: float,
     limit: int,
 ) -> Float[Array, "b n a k"]:
-    """softmax(q k^T * scale) v, with at most `limit` bytes of float32 logits, or those
-    of ROWS queries, on each device at once; the backward pass makes them again.
+    """softmax(q k^T * scale) v in blocks of at most `limit` bytes of float32 logits.
 
-    Small blocks stay in a CPU's cache: with 4 MB the gradient takes half the time it
-    does with all logits in memory (benchmarks/speed_cpu.md).
+    A block has at least ROWS queries (or all), even if that exceeds `limit`. The limit
+    is for each device; the backward pass computes the logits again.
     """
+    # Small blocks stay in a CPU's cache: with 4 MB the gradient takes half the time it
+    # does with all logits in memory (benchmarks/speed_cpu.md).
     spec, parts, _ = mesh_context.attending(q.shape)
     n = q.shape[1]
 
     def local(q, k, v):
         b, n, heads, size = q.shape
         m = k.shape[1]
+        # Whole heads first, for as many as fit; else some queries of a single head.
         group = largest_divisor(b * heads, limit // (4 * n * m))
         rows = min(n, max(ROWS, limit // (4 * group * m)))
-        rows = -(-n // -(-n // rows))  # of about equal blocks
+        rows = -(-n // -(-n // rows))  # about equal blocks, so that padding is small
         blocks = -(-n // rows)
 
         def grouped(x):  # (groups, group, tokens, size)
@@ -42,16 +48,18 @@ def blockwise(
 
         q = jnp.pad(grouped(q), ((0, 0), (0, 0), (0, blocks * rows - n), (0, 0)))
         q = q.reshape(-1, group, blocks, rows, size).swapaxes(1, 2)
+        # (groups, blocks, group, rows, size)
         out = attend(q, grouped(k), grouped(v), scale)
         out = out.swapaxes(1, 2).reshape(b, heads, blocks * rows, size)
         return out[:, :, :n].swapaxes(1, 2)
 
+    # Queries of padding are cut off again; keys have none, so nothing is masked.
     q = jnp.pad(q, ((0, 0), (0, -n % parts), (0, 0), (0, 0)))
     return mesh_context.on_each(local, spec)(q, k, v)[:, :n]
 
 
 def largest_divisor(n: int, most: int) -> int:
-    """Of n, at most `most`, and at least 1."""
+    """The largest divisor of n that is at most `most`, and at least 1."""
     return max(i for i in range(1, max(1, min(n, most)) + 1) if n % i == 0)
 
 
@@ -62,41 +70,48 @@ def attend(
     v: Float[Array, "groups g m k"],
     scale: float,
 ) -> Float[Array, "groups blocks g n k"]:
+    """Attention of every block of queries to the keys of its group."""
     return forward(q, k, v, scale)[0]
 
 
 def forward(q, k, v, scale):
-    def group(given):
-        q, k, v = given
+    def group(qkv):
+        q, k, v = qkv
+        # map is a loop: one block's logits exist at a time.
         return jax.lax.map(lambda q: block(q, k, v, scale), q)
 
-    found = jax.lax.map(group, (q, k, v))
-    # By these names remat keeps both: without either it would attend twice.
-    out, total = (checkpoint_name(x, "attention") for x in found)
+    outputs = jax.lax.map(group, (q, k, v))
+    # Remat keeps both under this name: without either it would attend twice.
+    out, total = (checkpoint_name(x, "attention") for x in outputs)
     return out, (q, k, v, out, total)
 
 
 def block(q, k, v, scale):
-    """Its answer, and the logarithm of its softmax's denominator (g, n, 1), float32."""
+    """(output (g, n, k), log of the softmax's denominator (g, n, 1) in float32)."""
     logits = product("gnk,gmk->gnm", q, k)
-    top = jnp.max(logits, -1, keepdims=True)
+    top = jnp.max(logits, -1, keepdims=True)  # so that exp does not overflow
     weights = jnp.exp(scale * (logits - top))
     total = jnp.sum(weights, -1, keepdims=True)
+    # Divided after the product: n k divisions instead of n m.
     out = product("gnm,gmk->gnk", weights.astype(v.dtype), v) / total
     return out.astype(q.dtype), scale * top + jnp.log(total)
 
 
-def backward(scale, kept, dout):
-    def group(given):
-        q, k, v, out, total, dout = given
+def backward(scale, residuals, dout):
+    """Gradients of q, k and v; sums over blocks of queries are float32."""
 
-        def one(sums, given):
-            q, out, total, dout = given
+    def group(arrays):
+        q, k, v, out, total, dout = arrays
+
+        def one(sums, arrays):
+            q, out, total, dout = arrays
+            # The softmax again, normalised by the saved denominator.
             weights = jnp.exp(scale * product("gnk,gmk->gnm", q, k) - total)
             dv = product("gnm,gnk->gmk", weights.astype(v.dtype), dout)
             dweights = product("gnk,gmk->gnm", dout, v)
-            own = out.astype(jnp.float32) * dout.astype(jnp.float32)
-            dweights = dweights - jnp.sum(own, -1, keepdims=True)
+            # softmax's Jacobian: dlogits = w (dw - sum w dw), whose sum is out dout.
+            delta = out.astype(jnp.float32) * dout.astype(jnp.float32)
+            dweights = dweights - jnp.sum(delta, -1, keepdims=True)
             dlogits = (scale * weights * dweights).astype(q.dtype)
             dk = product("gnm,gnk->gmk", dlogits, q)
             dq = product("gnm,gmk->gnk", dlogits, k).astype(q.dtype)
@@ -106,7 +121,7 @@ def backward(scale, kept, dout):
         sums, dq = jax.lax.scan(one, zeros, (q, out, total, dout))
         return dq, *(x.astype(k.dtype) for x in sums)
 
-    return jax.lax.map(group, (*kept, dout))
+    return jax.lax.map(group, (*residuals, dout))
 
 
 attend.defvjp(forward, backward)

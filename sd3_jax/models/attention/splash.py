@@ -1,4 +1,4 @@
-"""Splash attention, the TPU's fused kernel: no buffer of heads x queries x keys."""
+"""Splash attention, the TPU's fused kernel, which never stores the logits."""
 
 import functools
 from collections.abc import Sequence
@@ -17,8 +17,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention import (
 from sd3_jax.distributed import mesh_context
 from sd3_jax.distributed.mesh_context import platform
 
-Parts = Sequence[Array]  # (b, n, a, k) each, that differ in n
-LANES = 128
+Parts = Sequence[Array]  # (b, n, a, k) each, of different n
+LANES = 128  # of a TPU's vector registers; blocks are multiples of it
 MOST = {  # the largest block that compiles, forward and backward, for heads of 64
     "TPU v5 lite": 1408,
     "TPU v5": 1408,
@@ -31,11 +31,11 @@ FUSED = 6  # blocks of keys up to which backward is one kernel
 def splash(
     q: Array, k: Array, v: Array, scale: float, *, most: int | None = None
 ) -> Array:
-    """softmax(q k^T * scale) v, on every shard of the current mesh by itself.
+    """softmax(q k^T * scale) v, computed by each shard of the current mesh on its own.
 
-    A shard has some of the rows, heads and queries, and all of their keys. Lengths are
-    padded to whole blocks of at most `most`; keys of padding are masked, its queries
-    cut off.
+    A shard holds some rows, heads and queries, and all keys of these rows. Lengths are
+    padded to whole blocks of at most `most`: padded keys are masked, and outputs of
+    padded queries dropped.
     """
     return joint((q,), (k,), (v,), scale, most=most)[0]
 
@@ -43,10 +43,10 @@ def splash(
 def joint(
     qs: Parts, ks: Parts, vs: Parts, scale: float, *, most: int | None = None
 ) -> list[Array]:
-    """The same of queries, keys and values that are joined along their tokens: an
-    output for each of the queries.
+    """`splash` of queries, keys and values concatenated along tokens.
 
-    Joined and padded at once, and cut apart once: each is a copy in memory.
+    Returns one output for each of `qs`. Concatenation and padding are one operation, as
+    is the split: each is a copy in memory.
     """
     length = lambda parts: sum(x.shape[1] for x in parts)
     n, m = length(qs), length(ks)
@@ -61,22 +61,25 @@ def joint(
 
 
 def largest(q: Array) -> int:
-    """The largest block for q's dtype and size of head on this generation of TPUs."""
+    """The largest block for q's dtype and head size on this generation of TPUs."""
     if q.shape[-1] > LANES:
         return 512  # the autoencoder's one head
     return min(MOST.get(device_kind(), 1024), 4096 // q.dtype.itemsize)
 
 
 def device_kind() -> str:
-    """The kind of device that the program being traced is for, as shards.platform."""
+    """Device kind of the program being traced, as mesh_context.platform has it.
+
+    On a CPU a program for a TPU may be traced: `plan` compiles for absent devices.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     return (jax.devices()[0] if mesh.empty else mesh.abstract_device).device_kind
 
 
 def block(n: int, most: int) -> int:
-    """All of n, or the block from 512 to `most` that pads it least, the larger first.
+    """The block for n tokens: all of n, or what pads it least from 512 to `most`.
 
-    The kernel wants multiples of 128.
+    A multiple of 128, as the kernel requires; of equals the largest.
     """
     if n <= most:
         return -(-n // LANES) * LANES
@@ -84,17 +87,17 @@ def block(n: int, most: int) -> int:
 
 
 def joined(parts: Parts, multiple: int) -> Array:
-    """One after the other along the tokens, then zeros."""
+    """Concatenate along tokens, and pad with zeros to a multiple of `multiple`."""
     b, _, *head = parts[0].shape
-    rest = -sum(x.shape[1] for x in parts) % multiple
-    zeros = [jnp.zeros((b, rest, *head), parts[0].dtype)] if rest else []
+    pad = -sum(x.shape[1] for x in parts) % multiple
+    zeros = [jnp.zeros((b, pad, *head), parts[0].dtype)] if pad else []
     return jnp.concatenate([*parts, *zeros], axis=1)
 
 
 def attend(
     q: Array, k: Array, v: Array, *, rows: int, columns: int, keys: int
 ) -> Array:
-    """One device's share; from `keys` on, k and v are padding."""
+    """One device's attention; keys and values from number `keys` on are padding."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, a, n, k)
     heads, n, m = *q.shape[1:3], k.shape[2]
     # One backward kernel makes 5 products of a block and not 7, but writes dq once a
@@ -119,10 +122,11 @@ def attend(
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
-        residual_checkpoint_name="attention",  # for remat, see stack.REMAT
-        interpret=platform() == "cpu",
+        residual_checkpoint_name="attention",  # for remat, see scan.REMAT
+        interpret=platform() == "cpu",  # so that tests run the kernel's own code
     )
     ids = None
+    # Tokens attend within their segment: padding is a segment without queries.
     if keys < m:
         padding = (jnp.arange(m) >= keys).astype(jnp.int32)
         ids = kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)

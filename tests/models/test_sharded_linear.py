@@ -8,7 +8,7 @@ from flax import linen as nn
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.distributed import sharding
-from sd3_jax.models import linear
+from sd3_jax.models import sharded_linear
 
 MESHES = [dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 MAPS = {  # shape of x, shape of the kernel, its axes, how many are contracted
@@ -34,11 +34,13 @@ def test_the_gradient_is_the_plain_ones(name, sizes):
     shape, kernel, axes, inputs = MAPS[name]
     keys = jax.random.split(jax.random.key(0))
     x, kernel = jax.random.normal(keys[0], shape), jax.random.normal(keys[1], kernel)
-    plain = loss(lambda x, k, _, n: linear.contract(x, k, n), axes, inputs)
+    plain = loss(lambda x, k, _, n: sharded_linear.contract(x, k, n), axes, inputs)
     wanted = jax.grad(plain, (0, 1))(x, kernel)
     mesh = sharding.make_mesh(**sizes)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        found = jax.jit(jax.grad(loss(linear.linear, axes, inputs), (0, 1)))(x, kernel)
+        found = jax.jit(jax.grad(loss(sharded_linear.linear, axes, inputs), (0, 1)))(
+            x, kernel
+        )
     for a, b in zip(found, wanted):
         np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
 
@@ -48,7 +50,7 @@ def test_bfloat16_is_summed(name):
     shape, kernel, axes, inputs = MAPS[name]
     x, kernel = jnp.ones(shape, jnp.bfloat16), jnp.ones(kernel, jnp.bfloat16)
     mesh = sharding.make_mesh(data=2, fsdp=4)
-    total = lambda x, k: linear.linear(x, k, axes, inputs).sum()
+    total = lambda x, k: sharded_linear.linear(x, k, axes, inputs).sum()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         found = jax.jit(jax.grad(total, 1))(x, kernel)
     assert found.dtype == jnp.bfloat16
@@ -63,7 +65,7 @@ def test_the_gradient_leaves_in_pieces():
     )
     x, kernel = place(shape, sharding.BATCH), place(kernel, "fsdp")
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        grad = jax.jit(jax.grad(loss(linear.linear, axes, inputs), 1))
+        grad = jax.jit(jax.grad(loss(sharded_linear.linear, axes, inputs), 1))
         text = grad.lower(x, kernel).as_text()
         made = grad.lower(x, kernel).compile().output_shardings
     assert "reduce_scatter" in text

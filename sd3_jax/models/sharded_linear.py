@@ -1,4 +1,8 @@
-"""The product of a linear map, and how its weights' gradient leaves a sharded batch."""
+"""A linear map whose weights' gradient is reduced to its shards (FSDP).
+
+XLA's partitioner would give every device the whole sum of some gradients, which sends
+twice as much as a reduce-scatter.
+"""
 
 import functools
 import math
@@ -16,20 +20,21 @@ Axes = tuple[str | None, ...]
 
 
 def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
-    """Contract the last `inputs` axes of x (b, ...) with the first of the kernel, of
-    which `axes` are the logical ones.
+    """Contract the last `inputs` axes of x (b, ...) with the first of the kernel.
 
-    Where devices share both rows and weights (FSDP) the weights' gradient is summed by
-    reduce-scatter. Of vectors, one a picture, the rows change devices and the weights
-    stay where they are.
+    `axes` are the kernel's logical axes. Where the same devices shard both batch and
+    weights (FSDP), a reduce-scatter sums the weights' gradient. For vectors, one a
+    row of the batch, the rows move between devices and the weights stay.
     """
     (rows,), (pieces,) = mesh_context.parts("batch"), mesh_context.parts("embed")
+    # Nothing to scatter, or a batch that does not divide: left to the partitioner.
     if pieces == 1 or "embed" not in axes or len(x) % rows:
         return contract(x, kernel, inputs)
     if kernel.shape[axes.index("embed")] % pieces == 0:
-        if x.ndim - inputs == 1 and axes[-1] == "embed":
+        if x.ndim - inputs == 1 and axes[-1] == "embed":  # x (b, k), as adaLN's
             return exchanged(x, kernel, inputs)
         if ("embed",) in (axes[:inputs], axes[inputs:]):
+            # Merging axes of which "tensor" shards one would cost their shardings.
             if mesh_context.parts("heads") == [1]:
                 return flat(x, kernel, axes, inputs)
             return scattered(x, kernel, axes, inputs)
@@ -37,8 +42,11 @@ def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
 
 
 def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
-    """With the kernel as a matrix: a TPU stores and sends the last two axes in tiles of
-    8 x 128, which heads of 64 fill by half."""
+    """The same product with the kernel as a matrix, which is what devices then gather.
+
+    A TPU stores and sends the last two axes in tiles of 8 x 128, of which heads of 64
+    fill half.
+    """
     size = math.prod(kernel.shape[:inputs])
     merged = lambda axes: axes[0] if len(axes) == 1 else None
     names = merged(axes[:inputs]), merged(axes[inputs:])
@@ -52,10 +60,10 @@ def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
 
 
 def contract(x: Array, kernel: Array, inputs: int) -> Array:
-    """XLA's CPU backend is 1.3 to 1.9 times slower at the backward of
-    (b, n, d) @ (d, e) than at that of one flat matrix product. Elsewhere, and over a
-    mesh, the axes stay apart: merging them would cost a sharded program its shardings.
-    """
+    """The product itself; on a single CPU device as one flat matrix product."""
+    # XLA's CPU backend is 1.3 to 1.9 times slower at the backward of (b, n, d) @ (d, e)
+    # than at that of one flat matrix product. Elsewhere, and over a mesh, the axes stay
+    # apart: merging them would cost a sharded program its shardings.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_context.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         rows = math.prod(kernel.shape[:inputs])
@@ -65,6 +73,7 @@ def contract(x: Array, kernel: Array, inputs: int) -> Array:
 
 
 def dot(a: Array, b: Array, of_a, of_b) -> Array:
+    """Contract the axes `of_a` of a with the axes `of_b` of b."""
     return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())))
 
 
@@ -77,14 +86,14 @@ def forward(x: Array, kernel: Array, axes: Axes, inputs: int):
     return contract(x, kernel, inputs), (x, kernel)
 
 
-def backward(axes: Axes, inputs: int, kept: tuple[Array, Array], dy: Array):
-    x, kernel = kept
-    lead = x.ndim - inputs
+def backward(axes: Axes, inputs: int, residuals: tuple[Array, Array], dy: Array):
+    x, kernel = residuals
+    lead = x.ndim - inputs  # axes of batch and tokens
     dx = dot(dy, kernel, range(lead, dy.ndim), range(inputs, kernel.ndim))
     first = axes[:inputs] == ("embed",)
     if mesh_context.parts("batch") != mesh_context.parts("embed"):
         dw = summed(x, dy, lead, first)
-    else:  # of one group of all devices XLA makes rings by itself, and only so
+    else:  # one group of all devices: left alone, XLA makes rings of the product
         dw = dot(x, dy, range(lead), range(lead))
     return dx, nn.with_logical_constraint(dw.reshape(kernel.shape), axes)
 
@@ -93,26 +102,23 @@ scattered.defvjp(forward, backward)
 
 
 def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
-    """A reduce-scatter over the devices that share the weights, then a sum over the
-    copies of these; `first` says whether it is the kernel's first axis that is sharded,
-    or the last.
+    """The weights' gradient: reduce-scattered over their shards, summed over replicas.
 
-    XLA makes it of a matrix whose pieces lie on an axis of their own, in front. Left to
-    its partitioner, or of heads apart, every device gets all of the sum, which sends
-    twice as much. Rows and tokens stay apart: a TPU would copy x and dy to merge them.
+    `first` says whether the kernel's first axis is sharded, or its last.
     """
+    # XLA emits a reduce-scatter only for a matrix whose pieces lie on an axis of their
+    # own, in front. Left to the partitioner, or with heads apart, it all-reduces.
     rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
     (pieces,) = mesh_context.parts("embed")
     copies = tuple(axis for axis in rows if axis not in over)
 
     def local(x, dy):
+        # Batch and tokens stay apart: a TPU would copy x and dy to merge them.
         a, b = (x, dy) if first else (dy, x)  # the sharded axis is a's last
         dw = dot(a, b, range(lead), range(lead))  # (embed, ...)
-        dw = dw.reshape(pieces, -1, *dw.shape[1:])
-        if (
-            mesh_context.platform() == "cpu"
-        ):  # where XLA aborts at these sums in bfloat16
-            dw = dw.astype(jnp.float32)
+        dw = dw.reshape(pieces, -1, *dw.shape[1:])  # (pieces, embed/pieces, ...)
+        if mesh_context.platform() == "cpu":
+            dw = dw.astype(jnp.float32)  # XLA's CPU backend aborts at bfloat16 sums
         dw = jax.lax.psum_scatter(dw, over, scatter_dimension=0)
         return jax.lax.psum(dw, copies).astype(x.dtype)
 
@@ -120,7 +126,7 @@ def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
         local,
         in_specs=PartitionSpec(rows),
         out_specs=PartitionSpec(over),
-        axis_names={*rows, *over},
+        axis_names={*rows, *over},  # "context" and "tensor" stay with the partitioner
         check_vma=False,
     )(x, dy)
     return dw if first else jnp.moveaxis(dw, 0, -1)
@@ -128,17 +134,17 @@ def summed(x: Array, dy: Array, lead: int, first: bool) -> Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def exchanged(x: Array, kernel: Array, inputs: int) -> Array:
-    """Rows x (b, ...) times a kernel whose last axis is sharded, which stays there.
+    """Rows x (b, ...) times a kernel sharded along its last axis, without moving it.
 
-    A device multiplies the rows of all that share the weights with by its piece, and
-    an all-to-all brings each row's outputs together. Rows are smaller than weights:
-    of SD3's adaLN, 8 a device, they are a hundredth.
+    Each device gathers the rows of its FSDP group, multiplies them by its piece, and
+    an all-to-all brings each row's outputs together.
     """
+    # Rows are smaller than weights: for SD3's adaLN, at 8 rows a device, a hundredth.
     over = mesh_context.mesh_axes("embed")
 
     def local(x, kernel):
-        x = jax.lax.all_gather(x, over, tiled=True)
-        y = contract(x, kernel, inputs)
+        x = jax.lax.all_gather(x, over, tiled=True)  # the group's rows
+        y = contract(x, kernel, inputs)  # (rows, ..., out/pieces)
         return jax.lax.all_to_all(y, over, 0, y.ndim - 1, tiled=True)
 
     return by_rows(local, kernel.ndim)(x, kernel)
@@ -148,25 +154,26 @@ def exchanged_forward(x: Array, kernel: Array, inputs: int):
     return exchanged(x, kernel, inputs), (x, kernel)
 
 
-def exchanged_backward(inputs: int, kept: tuple[Array, Array], dy: Array):
+def exchanged_backward(inputs: int, residuals: tuple[Array, Array], dy: Array):
+    x, kernel = residuals
     rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
-    copies = tuple(axis for axis in rows if axis not in over)
-    few = len(dy) <= math.prod(kept[1].shape[:inputs])
+    copies = tuple(axis for axis in rows if axis not in over)  # replicas of the weights
+    few = len(dy) <= math.prod(kernel.shape[:inputs])
 
     def local(x, kernel, dy):
         dy = jax.lax.all_to_all(dy, over, dy.ndim - 1, 0, tiled=True)
+        # float32: dx is a sum over pieces on several devices, as dw over replicas.
         ends = range(1, dy.ndim), range(inputs, kernel.ndim)
         dx = dot(dy.astype(jnp.float32), kernel.astype(jnp.float32), *ends)
         dx = jax.lax.psum_scatter(dx, over, scatter_dimension=0, tiled=True)
         dx = dx.astype(x.dtype)
         x = jax.lax.all_gather(x, over, tiled=True)
-        if few:  # all rows are less than the sum of the copies' gradients
+        if few:  # gathering all rows sends less than summing the replicas' gradients
             x, dy = (jax.lax.all_gather(a, copies, tiled=True) for a in (x, dy))
             return dx, dot(x, dy, [0], [0])
         dw = dot(x.astype(jnp.float32), dy.astype(jnp.float32), [0], [0])
         return dx, jax.lax.psum(dw, copies).astype(kernel.dtype)
 
-    x, kernel = kept
     return by_rows(local, kernel.ndim, backward=True)(x, kernel, dy)
 
 
@@ -174,8 +181,7 @@ exchanged.defvjp(exchanged_forward, exchanged_backward)
 
 
 def by_rows(local: Callable, axes: int, *, backward: bool = False) -> Callable:
-    """local(x, kernel, ...) of a device's rows and its piece of the kernel's last
-    axis."""
+    """shard_map of local(x, kernel, ...) over rows and the kernel's last axis."""
     rows, over = mesh_context.mesh_axes("batch"), mesh_context.mesh_axes("embed")
     row, piece = PartitionSpec(rows), PartitionSpec(*(None,) * (axes - 1), over)
     return jax.shard_map(
