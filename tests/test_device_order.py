@@ -134,14 +134,8 @@ def pictures_in_order(tmp_path_factory, inputs):
     return workdir
 
 
-@pytest.mark.parametrize(
-    "order",
-    [
-        "v5p-16",
-        pytest.param("v5e-16", marks=pytest.mark.slow),
-        pytest.param("2xv5e-16", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.slow  # test_digits has the same promise, of other jobs
+@pytest.mark.parametrize("order", ["v5p-16", "v5e-16", "2xv5e-16"])
 def test_pictures(tmp_path, pictures_in_order, inputs, order):
     """Precompute, and train with the encoders in the step, as one process does."""
     run_in(order, picture_jobs(tmp_path, *inputs), *device_orders.HOSTS[order])

@@ -294,7 +294,10 @@ def eight(tmp_path_factory):
     return start, train(whole, 8, AFTER)
 
 
-@pytest.mark.parametrize("devices", [1, 2, 4])
+@pytest.mark.parametrize(
+    "devices",  # the test of two processes has four devices
+    [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 4))],
+)
 def test_a_run_goes_on_on_fewer_devices(eight, tmp_path, devices):
     start, wanted = eight
     workdir = shutil.copytree(start, tmp_path / "run")

@@ -9,6 +9,7 @@ another, so tests compare to 1e-4; on one machine they are the same to the last 
 which is what this command prints.
 """
 
+import functools
 import importlib
 import json
 import sys
@@ -32,12 +33,21 @@ FLAGS = {
 
 def first_losses(recipe: str) -> list[float]:
     """The losses of five steps of the recipe's :tiny, on the tests' eight devices."""
+    if recipe == BASE:
+        return base_run()[1]
     with tempfile.TemporaryDirectory() as folder:
         extra = FLAGS.get(recipe, ())
         if extra:
-            train(BASE, f"{folder}/base")
-        extra = [flag.format(base=f"{folder}/base") for flag in extra]
+            base, _ = base_run()
+            extra = [flag.format(base=base.name) for flag in extra]
         return train(recipe, f"{folder}/run", *extra)
+
+
+@functools.cache
+def base_run() -> tuple[tempfile.TemporaryDirectory, list[float]]:
+    """The folder and the losses of the run that LoRAs start from."""
+    folder = tempfile.TemporaryDirectory()  # it lives as long as the process
+    return folder, train(BASE, folder.name)
 
 
 def train(recipe: str, workdir: str, *extra: str) -> list[float]:

@@ -16,6 +16,7 @@ FLAGS = [
     "--config.study.sweep=('optim.lr=1e-3', 'optim.lr=1e-9')",
     "--config.study.settings=('steps=2 cfg=2',)",
     "--config.study.seeds=2",
+    "--config.model.depth=1",
     "--config.train.steps=4",
     "--config.train.eval_every=2",
     "--config.checkpoint.every=2",

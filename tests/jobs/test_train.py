@@ -59,10 +59,11 @@ def one_device(tmp_path_factory):
 @pytest.mark.parametrize(
     "axes",
     [
-        dict(data=8, fsdp=1),
+        pytest.param(dict(data=8, fsdp=1), marks=pytest.mark.slow),
         dict(fsdp=8),
-        dict(data=2, fsdp=4),
-        dict(fsdp=4, tensor=2),
+        # The test of two processes has this mesh too.
+        pytest.param(dict(data=2, fsdp=4), marks=pytest.mark.slow),
+        pytest.param(dict(fsdp=4, tensor=2), marks=pytest.mark.slow),
         dict(data=2, fsdp=1, context=2, tensor=2),
     ],
     ids=lambda axes: "-".join(f"{k}{v}" for k, v in axes.items()),

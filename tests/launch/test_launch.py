@@ -1299,8 +1299,9 @@ def test_preflight_fails_on_one_host_with_the_line(tmp_path):
     [
         ("v5p-16", ["fsdp=8"]),
         ("v5p-16", ["fsdp=4", "tensor=2"]),  # each row is on both hosts
-        ("v5e-16", ["fsdp=8", "context=2"]),  # some rows are on two hosts
-        ("2xv5e-16", ["data=2", "fsdp=4"]),
+        # Four processes each. Some rows are on two hosts:
+        pytest.param("v5e-16", ["fsdp=8", "context=2"], marks=pytest.mark.slow),
+        pytest.param("2xv5e-16", ["data=2", "fsdp=4"], marks=pytest.mark.slow),
     ],
 )
 def test_preflight_passes_where_hosts_are_interleaved(tmp_path, order, mesh):

@@ -17,6 +17,18 @@ from sd3_jax import errors
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling.prompts import Conditioning
 
+# What a run does is the same whichever blocks the denoiser has: text_to_image is of all
+# kinds, the rest is quick with the one that has the most.
+one_kind = pytest.mark.parametrize(
+    "pair",
+    [
+        pytest.param(kind, marks=() if kind == "sd35_medium" else pytest.mark.slow)
+        for kind in miniature.KINDS
+    ],
+    indirect=True,
+    scope="module",
+)
+
 PROMPTS = ["a red fox in the rain", "Red! FOX, the 2nd"]
 SECOND = ["the fox", "a fox in red"]
 THIRD = ["the red fox in a red box", "foxes"]
@@ -80,6 +92,7 @@ def test_text_to_image_with_three_prompts(pair):
     assert convert.error(one_text, nhwc(theirs)) > 0.05
 
 
+@one_kind
 def test_without_guidance(pair):
     pipe, bundle = pair
     wanted = pipe(
@@ -90,6 +103,7 @@ def test_without_guidance(pair):
     assert convert.error(found, nhwc(wanted.images)) < 1e-4
 
 
+@one_kind
 def test_skipped_layers(pair):
     pipe, bundle = pair
     wanted = pipe(
@@ -107,6 +121,7 @@ def test_skipped_layers(pair):
     assert convert.error(sd3_jax.generate(bundle, PROMPTS, **run), found) > 1e-2
 
 
+@one_kind
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_image_to_image(pair, strength):
     pipe, bundle = pair
@@ -124,6 +139,7 @@ def test_image_to_image(pair, strength):
     assert convert.error(found, wanted.images) < 1e-4
 
 
+@one_kind
 @pytest.mark.parametrize("strength", [0.6, 1.0])
 def test_inpainting(pair, strength):
     """Latents: diffusers' pipeline forgets the autoencoder's shift as it decodes."""
@@ -179,6 +195,7 @@ def control_net(pipe, kind, **more):
     return convert.randomise(net, seed=7)
 
 
+@one_kind
 @pytest.mark.parametrize("kinds", [["joint"], ["dual"], ["single"], ["joint", "joint"]])
 def test_control_nets(pair, kinds, tmp_path):
     pipe, bundle = pair
@@ -220,6 +237,7 @@ def test_control_nets(pair, kinds, tmp_path):
     assert convert.error(sd3_jax.generate(bundle, PROMPTS, **run), found) > 1e-2
 
 
+@one_kind
 def test_a_control_net_that_repaints(pair, tmp_path):
     """Seventeen channels: the picture left, and where it is left."""
     pipe, bundle = pair
@@ -268,6 +286,7 @@ def original_names(state):
     return renamed
 
 
+@one_kind
 def test_a_control_net_in_its_original_file(pair, tmp_path):
     pipe, bundle = pair
     net = control_net(pipe, "single")
@@ -281,6 +300,7 @@ def test_a_control_net_in_its_original_file(pair, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, one.variables, other.variables)
 
 
+@one_kind
 def test_embeddings_and_several_images_of_a_prompt(pair):
     _, bundle = pair
     run = dict(OURS, steps=2, output="latents")
