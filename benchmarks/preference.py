@@ -53,7 +53,7 @@ def ink(images):
 
 def write_pairs(paint, folder):
     """Shards of preferences, and how many there are."""
-    scenes = digit_scenes.some("single", "train", PAIRS)
+    scenes = digit_scenes.sample_scenes("single", "train", PAIRS)
     captions, numbers = [str(scene) for scene in scenes], np.arange(2 * PAIRS)
     a, b = (paint(captions, numbers[i::2].tolist()) for i in range(2))
     thick, kept = ink(a) - ink(b), []
@@ -71,7 +71,7 @@ def write_pairs(paint, folder):
 
 def look(paint):
     """Of each scored picture, whether it is right, and its ink."""
-    scenes = digit_scenes.some("single", "train", SCORED)
+    scenes = digit_scenes.sample_scenes("single", "train", SCORED)
     numbers = list(range(1_000_000, 1_000_000 + SCORED))
     images = paint([str(scene) for scene in scenes], numbers)
     right = np.array([matches(*pair) for pair in zip(scenes, images)])

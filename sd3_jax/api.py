@@ -138,7 +138,7 @@ def generate(
         guidance,
         guidance_interval,
         guidance_rescale,
-        negative_prompts=arguments.says(negative_prompts),
+        negative_prompts=arguments.has_text(negative_prompts),
         skip_layers=bool(skip_layers),
     )
     image = arguments.starting_image(bundle, image)

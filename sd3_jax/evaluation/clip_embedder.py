@@ -57,41 +57,43 @@ class Clip:
                 " merges.txt beside the weights, or config.tokenizers"
             )
         length = self.modules["text"].length
-        ids = lambda some: tokenizers.clip_ids(self.tokenizer, some, length)
+        ids = lambda batch: tokenizers.clip_ids(self.tokenizer, batch, length)
         return self._batched("text", texts, ids)
 
     def fingerprint(self) -> str:
         """Of the vision tower's weights and of how pictures are prepared for it."""
         if "fingerprint" not in self._memo:
             weights = tree.fingerprint(self.variables["vision"])
-            told = f"{weights} {self.modules['vision']} {self.prepare}"
-            made = hashlib.sha256(told.encode()).hexdigest()[:12]
-            self._memo["fingerprint"] = made
+            description = f"{weights} {self.modules['vision']} {self.prepare}"
+            digest = hashlib.sha256(description.encode()).hexdigest()[:12]
+            self._memo["fingerprint"] = digest
         return self._memo["fingerprint"]
 
-    def _batched(self, tower, things, ready) -> ndarray:
+    def _batched(self, tower, inputs, prepare) -> ndarray:
         """Batches of one size, rows over the mesh, the last filled with its first."""
-        size = min(self.rows, -(-len(things) // sharding.batch_shards(self.mesh)))
+        size = min(self.rows, -(-len(inputs) // sharding.batch_shards(self.mesh)))
         size = max(1, size) * sharding.batch_shards(self.mesh)
         done = [np.zeros((0, self.dim), np.float32)]
-        for start in range(0, len(things), size):
-            some = list(things[start : start + size])
-            x = ready(some)
+        for start in range(0, len(inputs), size):
+            batch = list(inputs[start : start + size])
+            x = prepare(batch)
             x = np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)])
             with compiled.on(self.mesh):
-                made = embed(
+                embeddings = embed(
                     self.modules[tower],
                     self.variables[tower],
                     compiled.place(x, self.mesh),
                 )
-            done.append(np.asarray(made, np.float32)[: len(some)])
+            done.append(np.asarray(embeddings, np.float32)[: len(batch)])
         return np.concatenate(done)
 
 
 @jax.jit(static_argnames="module")
 def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
-    found = module.apply(variables, x)
-    return found if isinstance(found, jax.Array) else found[1]  # a text's pooled vector
+    outputs = module.apply(variables, x)
+    return (
+        outputs if isinstance(outputs, jax.Array) else outputs[1]
+    )  # a text's pooled vector
 
 
 def load(
@@ -112,30 +114,35 @@ def load(
     path = sources.resolve(source, WANTED)
     devices = jax.local_devices()
     mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
-    tensors, configs = _found(path)
+    tensors, configs = _open_checkpoint(path)
     modules, variables = {}, {}
     for name, component in TOWERS.items():
-        own = {
+        tower_tensors = {
             k: x for k, x in tensors.items() if k.startswith(SIDES) == (name != "text")
         }
-        what = f"{path}: CLIP's {name} tower"
-        if component.mark not in own:
-            raise UserError(f"{what} is missing: wanted transformers' CLIPModel, whole")
+        label = f"{path}: CLIP's {name} tower"
+        if component.mark not in tower_tensors:
+            raise UserError(
+                f"{label} is missing: wanted transformers' CLIPModel, whole"
+            )
         config = components.configured(
-            component, configs[name] if configs else None, own, where=what
+            component, configs[name] if configs else None, tower_tensors, where=label
         )
         module = component.build(config, np.dtype(dtype))
         shapes = components.abstract(component, module, config, mesh, dtype)
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
-        sharded_load.check(own, pieces, what=what, ignored=component.ignored)
-        modules[name], variables[name] = module, sharded_load.load(own, shapes, pieces)
+        sharded_load.check(tower_tensors, pieces, what=label, ignored=component.ignored)
+        modules[name], variables[name] = (
+            module,
+            sharded_load.load(tower_tensors, shapes, pieces),
+        )
     folder = path if path.is_dir() else path.parent
     prepare = clip_images.preparation(folder, modules["vision"].size)
     words = _tokenizer(folder, tokenizers_from, modules["text"].vocab)
     return Clip(modules, variables, prepare, words, mesh, source, rows)
 
 
-def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
+def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
     """The tensors, and the towers' configurations where a config.json tells them."""
     if not path.is_dir():
         return safetensors.open_file(path)[0], None
@@ -161,8 +168,8 @@ def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
             return tokenizers.read("clip_l", place)
-        if found := tokenizers.load(place).get("clip_l"):
-            return found
+        if tokenizer := tokenizers.load(place).get("clip_l"):
+            return tokenizer
     return (
         tokenizers.packaged_clip("clip_l") if words == tokenizers.CLIP_WORDS else None
     )

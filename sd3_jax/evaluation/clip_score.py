@@ -14,12 +14,12 @@ def cosines(
     return np.einsum("ne,ne->n", a, b) / np.maximum(lengths, np.finfo(np.float64).tiny)
 
 
-def torchmetrics(found: Float64[ndarray, " n"]) -> float:
+def torchmetrics(similarities: Float64[ndarray, " n"]) -> float:
     """torchmetrics' CLIPScore: 100 times the mean, not below 0."""
-    return max(0.0, 100 * float(found.mean()))
+    return max(0.0, 100 * float(similarities.mean()))
 
 
-def hessel(found: Float64[ndarray, " n"]) -> float:
+def hessel(similarities: Float64[ndarray, " n"]) -> float:
     """CLIP-S of the paper of that name: each 2.5 times, not below 0. Its captions are
     prefixed with "A photo depicts", which is the caller's to do."""
-    return 2.5 * float(np.maximum(found, 0).mean())
+    return 2.5 * float(np.maximum(similarities, 0).mean())

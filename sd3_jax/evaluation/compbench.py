@@ -28,17 +28,19 @@ def file(category: str) -> str:
 
 def names(specs: Sequence[str]) -> dict[str, str]:
     """Functions' names by category, of "color=package.module:function"."""
-    found = {}
+    function_names = {}
     for spec in specs:
         category, _, name = (part.strip() for part in spec.partition("="))
         if category not in CATEGORIES:
             raise UserError(f'"{shown(category)}"{nearest(category, CATEGORIES)}')
-        if category in found or not name:
-            told = "stands twice" if category in found else "has no function"
+        if category in function_names or not name:
+            problem = (
+                "stands twice" if category in function_names else "has no function"
+            )
             wanted = f'wanted "{category}=package.module:function"'
-            raise UserError(f'"{category}" {told}; {wanted}, once')
-        found[category] = name
-    return found
+            raise UserError(f'"{category}" {problem}; {wanted}, once')
+        function_names[category] = name
+    return function_names
 
 
 def parse(line: str, category: str) -> Asked:
@@ -50,11 +52,13 @@ def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
 
     def judge(asked, images):
         values = {}
-        for category in dict.fromkeys(each.category for each in asked):
-            mine = [i for i, each in enumerate(asked) if each.category == category]
-            given = images[mine], [asked[i].prompt for i in mine]
-            found = answers(functions[category], "numbers", len(mine), *given)
-            for i, value in zip(mine, found):
+        for category in dict.fromkeys(question.category for question in asked):
+            indices = [
+                i for i, question in enumerate(asked) if question.category == category
+            ]
+            arguments = images[indices], [asked[i].prompt for i in indices]
+            numbers = answers(functions[category], "numbers", len(indices), *arguments)
+            for i, value in zip(indices, numbers):
                 values[i] = _number(value, functions[category])
         return [Verdict(values[i]) for i in range(len(asked))]
 
@@ -63,11 +67,11 @@ def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """A mean for each category; the benchmark has no overall."""
-    found = scorers.by_category(asked, verdicts)
+    groups = scorers.by_category(asked, verdicts)
     return [
-        scorers.mean(f"T2I-CompBench {name}", [v.value for v in found[name]])
+        scorers.mean(f"T2I-CompBench {name}", [v.value for v in groups[name]])
         for name in CATEGORIES
-        if name in found
+        if name in groups
     ]
 
 
@@ -77,6 +81,6 @@ def _number(value, function: Callable) -> float:
     except (TypeError, ValueError):
         number = math.nan
     if not 0 <= number <= 1:
-        told = f"{called(function)} gave {shown(value)}"
-        raise UserError(f"{told}; wanted a number in [0, 1] a picture")
+        complaint = f"{called(function)} gave {shown(value)}"
+        raise UserError(f"{complaint}; wanted a number in [0, 1] a picture")
     return number

@@ -20,13 +20,13 @@ class Found(NamedTuple):
 
 def matches(scene: Scene, image: np.ndarray) -> bool:
     """Whether a picture u8 (h, w, 3) shows the scene: things, colours and places."""
-    found = detect(image)
+    digits = detect(image)
     things, axis = scene.placed()
-    if tuple(f.thing for f in found) != things:
+    if tuple(f.thing for f in digits) != things:
         return False
-    if len(found) == 1:
+    if len(digits) == 1:
         return True
-    dy, dx = (b - a for a, b in zip(found[0].centre, found[1].centre))
+    dy, dx = (b - a for a, b in zip(digits[0].centre, digits[1].centre))
     return bool(dx > abs(dy) if axis == "x" else dy > abs(dx))
 
 

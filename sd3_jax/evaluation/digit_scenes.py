@@ -15,7 +15,7 @@ from sd3_jax.evaluation.scorers import Asked, Score, Verdict, score
 NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
 
 
-def some(kind: str, split: str, count: int) -> list[Scene]:
+def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
     """`count` scenes of a kind and split in a fixed mixed order, round and round."""
     every = digits.scenes(kind, split)
     order = np.random.default_rng(1).permutation(len(every))
@@ -25,14 +25,16 @@ def some(kind: str, split: str, count: int) -> list[Scene]:
 def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
     """Each scene painted once, each from noise of its own, and looked at."""
     asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
-    images = paint([each.prompt for each in asked], list(range(len(asked))))
+    images = paint([question.prompt for question in asked], list(range(len(asked))))
     return [verdict.value == 1 for verdict in scorer(asked, images)]
 
 
 def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Verdict]:
     """A scorer (evals/scorers.py) of pictures of digits; `wanted` is a Scene."""
-    found = zip(asked, images, strict=True)
-    return [Verdict(float(matches(each.wanted, image))) for each, image in found]
+    pairs = zip(asked, images, strict=True)
+    return [
+        Verdict(float(matches(question.wanted, image))) for question, image in pairs
+    ]
 
 
 def read_scans(height: int, width: int) -> Score:
@@ -56,21 +58,21 @@ def ceiling(height: int, width: int, kind: str, count: int) -> Score:
     return score(f"scorer on real {NAMES[kind]}", right)
 
 
-def variety(paint: Callable, scenes: Sequence[Scene], *, each: int = 8) -> float:
+def variety(paint: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) -> float:
     """How far apart the pictures of one prompt are, with real ones as 1.
 
     The mean distance between two pictures of a caption, over the mean distance between
     two compositions of it from real scans: 0 is one picture again and again.
     """
-    captions = [str(scene) for scene in scenes for _ in range(each)]
+    captions = [str(scene) for scene in scenes for _ in range(per_scene)]
     images = paint(captions, list(range(len(captions))))
     real = Digits(*images.shape[1:3], held_out=True)
     u = digits.draws(0, np.arange(len(captions)), 2)
-    drawn = [real.draw(scenes[i // each], u[i]) for i in range(len(captions))]
-    return _spread(images, each) / _spread(np.stack(drawn), each)
+    drawn = [real.draw(scenes[i // per_scene], u[i]) for i in range(len(captions))]
+    return _spread(images, per_scene) / _spread(np.stack(drawn), per_scene)
 
 
-def _spread(images: np.ndarray, each: int) -> float:
-    x = images.reshape(-1, each, np.prod(images.shape[1:])).astype(np.float64)
+def _spread(images: np.ndarray, per_scene: int) -> float:
+    x = images.reshape(-1, per_scene, np.prod(images.shape[1:])).astype(np.float64)
     apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
-    return float(apart.sum() / (len(x) * each * (each - 1)))
+    return float(apart.sum() / (len(x) * per_scene * (per_scene - 1)))

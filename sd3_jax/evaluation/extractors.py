@@ -30,17 +30,17 @@ class Extractor:
 
     def __call__(self, images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
         """A UserError if `extract` gives anything else."""
-        found = np.asarray(self.extract(images))
-        wide = found.shape[1:] == (self.dim,) if self.dim else found.ndim == 2
-        if not wide or len(found) != len(images) or found.dtype.kind != "f":
+        features = np.asarray(self.extract(images))
+        wide = features.shape[1:] == (self.dim,) if self.dim else features.ndim == 2
+        if not wide or len(features) != len(images) or features.dtype.kind != "f":
             raise UserError(
-                f"{self.name}: gave {found.dtype} of shape {found.shape} for"
+                f"{self.name}: gave {features.dtype} of shape {features.shape} for"
                 f" {len(images)} pictures; wanted float32 of shape ({len(images)},"
                 f" {self.dim or 'd'})"
             )
-        if not np.isfinite(found).all():
+        if not np.isfinite(features).all():
             raise UserError(f"{self.name}: gave numbers that are not finite")
-        return found.astype(np.float32)
+        return features.astype(np.float32)
 
 
 def pixels(images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
@@ -83,8 +83,8 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RuntimeError as error:
-        told = shown(str(error).splitlines()[0], 120)
-        raise UserError(f"{path}: {told}; wanted a file of TorchScript") from None
+        reason = shown(str(error).splitlines()[0], 120)
+        raise UserError(f"{path}: {reason}; wanted a file of TorchScript") from None
 
     def extract(images):
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
@@ -92,8 +92,8 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
             with torch.inference_mode():
                 return model(x, return_features=True).float().numpy()
         except RuntimeError as error:
-            told = shown(str(error).strip().splitlines()[-1], 120)
+            reason = shown(str(error).strip().splitlines()[-1], 120)
             wanted = "wanted Inception's, which takes (images, return_features=True)"
-            raise UserError(f"{path}: failed: {told}; {wanted}") from error
+            raise UserError(f"{path}: failed: {reason}; {wanted}") from error
 
     return Extractor(path.name, digest, extract)

@@ -107,27 +107,27 @@ def load(path: epath.PathLike) -> Stored:
     """A UserError says what a file lacks; a pickle in it is never opened."""
     try:
         with epath.Path(path).open("rb") as file:
-            with np.load(file, allow_pickle=False) as found:
-                return _checked({k: found[k] for k in FIELDS if k in found.files})
+            with np.load(file, allow_pickle=False) as archive:
+                return _checked({k: archive[k] for k in FIELDS if k in archive.files})
     except OSError as error:
         reason = error.strerror or "not an .npz"
         raise UserError(f"{path}: cannot be read: {shown(reason)}") from None
     except MemoryError:
         raise
     except Exception as error:  # what a damaged zip raises is of many kinds
-        told = shown(f"{error}", 200)
+        reason = shown(f"{error}", 200)
         wanted = "wanted statistics that config.eval.statistics wrote"
-        raise UserError(f"{path}: {told}; {wanted}") from None
+        raise UserError(f"{path}: {reason}; {wanted}") from None
 
 
-def _checked(found: dict[str, ndarray]) -> Stored:
-    if missing := [name for name in FIELDS if name not in found]:
+def _checked(arrays: dict[str, ndarray]) -> Stored:
+    if missing := [name for name in FIELDS if name not in arrays]:
         raise ValueError(f"no {', '.join(missing)} in it")
-    about = parse_json(str(found["about"][()]))
+    about = parse_json(str(arrays["about"][()]))
     if about.pop("format", None) != FORMAT:
         raise ValueError(f"of another format than {FORMAT}")
-    count, mean, scatter = about.pop("count"), found["mean"], found["scatter"]
-    features, d = found["features"], mean.shape[-1]
+    count, mean, scatter = about.pop("count"), arrays["mean"], arrays["scatter"]
+    features, d = arrays["features"], mean.shape[-1]
     shapes = mean.shape, scatter.shape, features.shape[1:]
     if shapes != ((d,), (d, d), (d,)) or not isinstance(count, int) or count < 0:
         raise ValueError(f"shapes {shapes} and count {count} do not belong together")
@@ -141,16 +141,18 @@ def _checked(found: dict[str, ndarray]) -> Stored:
 def check(stored: Stored, about: About, dim: int, *, least: int, where: str) -> None:
     """A UserError if features of `about`, of `dim` numbers, are not to be compared with
     the stored ones, or these are of fewer than `least` pictures."""
-    theirs, stats = stored.about, stored.statistics
+    stored_about, stats = stored.about, stored.statistics
     pairs = {
-        "the extractor": (theirs.extractor, about.extractor),
-        "the extractor's fingerprint": (theirs.fingerprint, about.fingerprint),
-        "pictures": tuple(f"{x.height} x {x.width}" for x in (theirs, about)),
+        "the extractor": (stored_about.extractor, about.extractor),
+        "the extractor's fingerprint": (stored_about.fingerprint, about.fingerprint),
+        "pictures": tuple(f"{x.height} x {x.width}" for x in (stored_about, about)),
         "numbers a feature": (len(stats.mean), dim),
     }
-    for what, (given, wanted) in pairs.items():
-        if given != wanted:
-            told = f"{shown(str(given), 100)}, wanted {wanted}"
-            raise UserError(f"{where}: {what}: {told}, which this run compares by")
+    for quantity, (stored_value, wanted) in pairs.items():
+        if stored_value != wanted:
+            difference = f"{shown(str(stored_value), 100)}, wanted {wanted}"
+            raise UserError(
+                f"{where}: {quantity}: {difference}, which this run compares by"
+            )
     if stats.count < least:
         raise UserError(f"{where}: {stats.count} pictures, wanted {least} or more")

@@ -33,8 +33,8 @@ def kid(
         return Kid(mmd(a, b), 0.0, size)
     rng = np.random.default_rng(seed)
     draw = lambda x: x[rng.choice(len(x), size, replace=False)]
-    found = [mmd(draw(a), draw(b)) for _ in range(subsets)]
-    return Kid(float(np.mean(found)), float(np.std(found)), size)
+    estimates = [mmd(draw(a), draw(b)) for _ in range(subsets)]
+    return Kid(float(np.mean(estimates)), float(np.std(estimates)), size)
 
 
 def mmd(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> float:

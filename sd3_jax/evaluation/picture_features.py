@@ -84,9 +84,9 @@ def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
         return KINDS[name](loaded)
     if name.endswith(".pt"):
         return extractors.of_torchscript(name)
-    made = extractors.of_function(name, hooks.load(name))
+    by_function = extractors.of_function(name, hooks.load(name))
     return extractors.Extractor(
-        name, made.fingerprint, hooks.guarded("eval.features", name)
+        name, by_function.fingerprint, hooks.guarded("eval.features", name)
     )
 
 
@@ -102,20 +102,24 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
     Feature i of all is of process i mod processes. The sums are merged in float64,
     which a device's arrays are not.
     """
-    count, kept, left = None, [], -(-KEPT // jax.process_count())
+    total, first_rows, left = None, [], -(-KEPT // jax.process_count())
     for part in parts:
         if summed:
-            one = feature_statistics.of(part)
-            count = one if count is None else feature_statistics.merged(count, one)
-        kept.append(part[:left])
-        left -= len(kept[-1])
-    rows = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
+            part_statistics = feature_statistics.of(part)
+            total = (
+                part_statistics
+                if total is None
+                else feature_statistics.merged(total, part_statistics)
+            )
+        first_rows.append(part[:left])
+        left -= len(first_rows[-1])
+    rows = np.concatenate(first_rows) if first_rows else np.zeros((0, 0), np.float32)
     every = everyones(rows)
     dim = max(x.shape[1] for x in every)
     whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
     if not summed:
         return Features(whole, None)
-    mine = feature_statistics.none(dim) if count is None else count
+    mine = feature_statistics.none(dim) if total is None else total
     return Features(
         whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
     )
@@ -151,12 +155,12 @@ def everyones(x: np.ndarray) -> list[np.ndarray]:
     shape = np.zeros(8, np.int32)
     shape[: x.ndim + 1] = x.ndim, *x.shape
     shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]
-    sizes = [int(np.prod(each)) * x.itemsize for each in shapes]
+    sizes = [int(np.prod(dims)) * x.itemsize for dims in shapes]
     raw = np.zeros(max(sizes), np.uint8)
     raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    found = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
+    gathered = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
     read = functools.partial(_array, dtype=x.dtype)
-    return [read(row[:n], shape=s) for row, n, s in zip(found, sizes, shapes)]
+    return [read(row[:n], shape=s) for row, n, s in zip(gathered, sizes, shapes)]
 
 
 def _array(raw: np.ndarray, shape: np.ndarray, dtype) -> np.ndarray:

@@ -64,13 +64,13 @@ def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, param
     names = config.eval.scores
     reference = references(config, extract, names) if extract is not None else None
     paint = sampler_choice.painter(config, parts, mesh, params)
-    made, cosines = look(config, paint, captions, extract, clip, "fid" in names)
+    painted, cosines = look(config, paint, captions, extract, clip, "fid" in names)
     rows = []
     if clip is not None:
         rows.append(mean("CLIP score", cosines))
     for name in COMPARED:
         if name in names:
-            rows += COMPARED[name](extract.name, reference, made)
+            rows += COMPARED[name](extract.name, reference, painted)
     return {"scores": rows}
 
 
@@ -100,26 +100,26 @@ def references(
         feature_statistics.check(stored, about, dim, least=least, where=path)
         return Features(stored.features, stored.statistics)
     keep = config.eval.statistics
-    some = map(extract, reference_images.mine(config, ROWS))
-    found = picture_features.gather(some, summed=bool(keep) or "fid" in names)
-    if len(found.rows) < 2:
+    features = map(extract, reference_images.mine(config, ROWS))
+    gathered = picture_features.gather(features, summed=bool(keep) or "fid" in names)
+    if len(gathered.rows) < 2:
         raise UserError(
-            f"config.eval.real: {len(found.rows)} pictures that can be read; wanted 2"
-            " or more"
+            f"config.eval.real: {len(gathered.rows)} pictures that can be read; wanted"
+            " 2 or more"
         )
     if keep and jax.process_index() == 0:
-        feature_statistics.save(keep, Stored(about, found.statistics, found.rows))
-        log.info("%s: statistics of %d pictures", keep, found.statistics.count)
-    return found
+        feature_statistics.save(keep, Stored(about, gathered.statistics, gathered.rows))
+        log.info("%s: statistics of %d pictures", keep, gathered.statistics.count)
+    return gathered
 
 
 def stored_at(config: ConfigDict) -> str:
     """The file of statistics that config.eval.real names, if it is one."""
-    given = tuple(config.eval.real)
-    files = [path for path in given if path.endswith(".npz")]
-    if files and len(given) > 1:
+    paths = tuple(config.eval.real)
+    files = [path for path in paths if path.endswith(".npz")]
+    if files and len(paths) > 1:
         raise UserError(
-            f"config.eval.real = {', '.join(given)}: wanted one .npz of statistics, or"
+            f"config.eval.real = {', '.join(paths)}: wanted one .npz of statistics, or"
             " pictures"
         )
     return files[0] if files else ""
@@ -134,27 +134,32 @@ def look(
     summed: bool,
 ) -> tuple[Features | None, np.ndarray | None]:
     """Features of the painted pictures, and cosines to their captions."""
-    found, embedded, at = [], [], 0
+    features, embedded, at = [], [], 0
     index, step = jax.process_index(), jax.process_count()
     numbers, size = range(len(captions)), config.sample.batch_size
     for images in sampler_choice.batches(paint, captions, numbers, size):
         watchdog.expect("features of a batch of pictures", watchdog.LONG)
-        some, at = images[picture_features.share(at, index, step)], at + len(images)
+        shared_images, at = (
+            images[picture_features.share(at, index, step)],
+            at + len(images),
+        )
         if extract is not None:
-            found.append(extract(some))
+            features.append(extract(shared_images))
         if clip is not None:
             shared = extract is not None and extract.extract == clip.image
-            embedded.append(found[-1] if shared else clip.image(some))
+            embedded.append(features[-1] if shared else clip.image(shared_images))
     processes.meet("picture_scores")
-    made = (
-        picture_features.gather(found, summed=summed) if extract is not None else None
+    painted = (
+        picture_features.gather(features, summed=summed)
+        if extract is not None
+        else None
     )
     if clip is None:
-        return made, None
+        return painted, None
     texts = clip.text(captions[index::step])
     pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
     cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
-    return made, picture_features.interleaved(cosines)
+    return painted, picture_features.interleaved(cosines)
 
 
 def mean(name: str, values: np.ndarray) -> dict:
@@ -165,32 +170,36 @@ def mean(name: str, values: np.ndarray) -> dict:
     return row if half is None else row | {"low": score - half, "high": score + half}
 
 
-def of_fid(name: str, reference: Features, made: Features) -> list[dict]:
-    real, ours = reference.statistics, made.statistics
-    if min(real.count, ours.count) <= len(ours.mean):
-        told = "FID of %d pictures against %d, of %d numbers each: too high, and to be"
-        told += " compared only between equal numbers of pictures"
-        log.warning(told, ours.count, real.count, len(ours.mean))
-    found = fid.frechet(real, ours)
-    row = {"name": f"FID, {name}", "score": found, "n": ours.count}
+def of_fid(name: str, reference: Features, painted: Features) -> list[dict]:
+    real, generated = reference.statistics, painted.statistics
+    if min(real.count, generated.count) <= len(generated.mean):
+        message = (
+            "FID of %d pictures against %d, of %d numbers each: too high, and to be"
+        )
+        message += " compared only between equal numbers of pictures"
+        log.warning(message, generated.count, real.count, len(generated.mean))
+    distance = fid.frechet(real, generated)
+    row = {"name": f"FID, {name}", "score": distance, "n": generated.count}
     return [row | {"real": real.count}]
 
 
-def of_kid(name: str, reference: Features, made: Features) -> list[dict]:
-    found = kid.kid(reference.rows, made.rows)
-    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * found.mean}
-    more = {"std": 1_000 * found.std, "subset": found.size}
-    return [row | {"n": len(made.rows), "real": len(reference.rows)} | more]
+def of_kid(name: str, reference: Features, painted: Features) -> list[dict]:
+    estimate = kid.kid(reference.rows, painted.rows)
+    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * estimate.mean}
+    more = {"std": 1_000 * estimate.std, "subset": estimate.size}
+    return [row | {"n": len(painted.rows), "real": len(reference.rows)} | more]
 
 
-def of_precision_recall(name: str, reference: Features, made: Features) -> list[dict]:
+def of_precision_recall(
+    name: str, reference: Features, painted: Features
+) -> list[dict]:
     """Of as many real pictures as made ones: the balls are then of like sizes."""
-    n = min(len(reference.rows), len(made.rows))
-    found = precision_recall(reference.rows[:n], made.rows[:n])
+    n = min(len(reference.rows), len(painted.rows))
+    shares = precision_recall(reference.rows[:n], painted.rows[:n])
     row = partial(dict, n=n, real=n)
     return [
-        row(name=f"{what}, {name}", score=value)
-        for what, value in found._asdict().items()
+        row(name=f"{measure}, {name}", score=value)
+        for measure, value in shares._asdict().items()
     ]
 
 

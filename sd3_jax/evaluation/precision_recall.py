@@ -21,20 +21,23 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Float[ndarray, "n d"], made: Float[ndarray, "m d"], *, k: int = NEIGHBOURS
+    real: Float[ndarray, "n d"],
+    generated: Float[ndarray, "m d"],
+    *,
+    k: int = NEIGHBOURS,
 ) -> PrecisionRecall:
     """Among a set is what is no farther from one of it than its k-th neighbour there.
 
     Sets of different sizes have balls of different sizes: compare equal ones.
     """
-    if min(len(real), len(made)) <= k:
+    if min(len(real), len(generated)) <= k:
         raise UserError(
-            f"precision and recall of {len(real)} and {len(made)} features; wanted more"
-            f" than {k}, the neighbours, each"
+            f"precision and recall of {len(real)} and {len(generated)} features; wanted"
+            f" more than {k}, the neighbours, each"
         )
-    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
+    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     return PrecisionRecall(
-        float(among(made, real, k).mean()), float(among(real, made, k).mean())
+        float(among(generated, real, k).mean()), float(among(real, generated, k).mean())
     )
 
 
@@ -47,16 +50,18 @@ def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
 
 def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
     """Squared distance to the k-th neighbour; the row itself is none."""
-    found = []
+    blocks = []
     for start in range(0, len(x), BLOCK):
         block = distances(x[start : start + BLOCK], x)
-        found.append(np.partition(block, k, axis=1)[:, k])  # the 0-th is the row itself
-    return np.concatenate(found)
+        blocks.append(
+            np.partition(block, k, axis=1)[:, k]
+        )  # the 0-th is the row itself
+    return np.concatenate(blocks)
 
 
 def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:
     """Squared; 0 where rounding alone tells two apart, so that a copy lies in a ball
     of radius 0."""
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
-    found = squares - 2 * a @ b.T
-    return np.where(found < 1e-12 * squares, 0, found)
+    squared = squares - 2 * a @ b.T
+    return np.where(squared < 1e-12 * squares, 0, squared)

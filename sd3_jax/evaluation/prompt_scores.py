@@ -49,7 +49,9 @@ def score(
     paint = sampler_choice.painter(config, parts, mesh, params)
     verdicts = judge(paint, asked, bench.scorer, config.sample.batch_size)
     return {
-        "scores": [row(each) for each in bench.rows(asked, verdicts)],
+        "scores": [
+            row(category_score) for category_score in bench.rows(asked, verdicts)
+        ],
         "prompts": scorers.prompts(bench.name, asked, verdicts),
     }
 
@@ -57,20 +59,22 @@ def score(
 def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
     """With its prompts, each as often as it is painted."""
     bench = BENCHMARKS[name](config)
-    return bench, [each for each in bench.asked for _ in range(config.eval.per_prompt)]
+    return bench, [
+        question for question in bench.asked for _ in range(config.eval.per_prompt)
+    ]
 
 
 def judge(
     paint: sampler_choice.Paint, asked: Sequence[Asked], scorer: Scorer, size: int
 ) -> list[Verdict]:
     """A picture of each, from noise of its own, `size` at a time; none is kept."""
-    prompts = [each.prompt for each in asked]
+    prompts = [question.prompt for question in asked]
     verdicts = []
     for images in sampler_choice.batches(paint, prompts, range(len(prompts)), size):
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
-        some = asked[len(verdicts) : len(verdicts) + len(images)]
+        batch = asked[len(verdicts) : len(verdicts) + len(images)]
         verdicts += processes.shared(
-            functools.partial(_share, scorer, some, images), len(some)
+            functools.partial(_share, scorer, batch, images), len(batch)
         )
     return [Verdict(*verdict) for verdict in verdicts]
 
@@ -79,11 +83,11 @@ def _share(scorer, asked, images: np.ndarray, rows: list[int]) -> list[Verdict]:
     return scorer([asked[i] for i in rows], images[rows])
 
 
-def row(each: Score) -> dict:
+def row(entry: Score) -> dict:
     """For scores.json, in which no number is infinite."""
     return {
         key: value
-        for key, value in each._asdict().items()
+        for key, value in entry._asdict().items()
         if isinstance(value, str) or math.isfinite(value)
     }
 
@@ -92,7 +96,7 @@ def _geneval(config: ConfigDict) -> Benchmark:
     asked = _read(
         config, "geneval", "GenEval's evaluation_metadata.jsonl", geneval.parse
     )
-    includes = [part for each in asked for part in each.wanted["include"]]
+    includes = [part for question in asked for part in question.wanted["include"]]
     coloured = any("color" in part for part in includes)
     detect = _hook(config, "detector")
     colour = _hook(config, "colour") if coloured or config.eval.colour else None
@@ -131,12 +135,12 @@ def _read(
 
     A line that makes no sense is an error, for without it the score is another.
     """
-    given = config.eval[key]
-    if not given:
+    setting = config.eval[key]
+    if not setting:
         raise UserError(
             f'config.eval.scores: "{key}" wants config.eval.{key}: {wanted}'
         )
-    path = epath.Path(given) / file if file else epath.Path(given)
+    path = epath.Path(setting) / file if file else epath.Path(setting)
     asked, name = [], f"config.eval.{key} = {path}"
     for number, line in enumerate(prompt_file.text_lines(path, name), 1):
         try:
@@ -151,8 +155,10 @@ def _read(
 def _hook(config: ConfigDict, key: str) -> Callable:
     name = config.eval[key]
     if not name:
-        told = f"config.eval.{key}: no function"
-        raise UserError(f'{told}; wanted "package.module:function" (docs/measures.md)')
+        message = f"config.eval.{key}: no function"
+        raise UserError(
+            f'{message}; wanted "package.module:function" (docs/measures.md)'
+        )
     return hooks.guarded(f"eval.{key}", name)
 
 

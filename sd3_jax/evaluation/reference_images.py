@@ -40,8 +40,8 @@ def captions(config: ConfigDict) -> list[str]:
     """config.eval.pictures of them: the file's, round and round, or held-out ones."""
     count, path = config.eval.pictures, config.eval.prompts_file
     if path:
-        found = prompt_file.prompts(config, path, "eval.prompts_file")
-        return list(itertools.islice(itertools.cycle(found), count))
+        texts = prompt_file.prompts(config, path, "eval.prompts_file")
+        return list(itertools.islice(itertools.cycle(texts), count))
     return [caption for caption, _ in held_out(config)(np.arange(count), False)]
 
 
@@ -53,14 +53,14 @@ def mine(config: ConfigDict, rows: int) -> Iterator[np.ndarray]:
     """
     sides = Bucket(config.image.height, config.image.width)
     if config.eval.real:
-        found = of_paths(config, sides)
+        pictures = of_paths(config, sides)
     else:
         share = slice(jax.process_index(), None, jax.process_count())
         indices = np.arange(config.eval.pictures)[share]
-        found = (fitted(x, sides) for _, x in held_out(config)(indices, True))
-    while some := list(itertools.islice(found, rows)):
+        pictures = (fitted(x, sides) for _, x in held_out(config)(indices, True))
+    while batch := list(itertools.islice(pictures, rows)):
         watchdog.expect("features of real pictures", watchdog.LONG)
-        yield np.stack(some)
+        yield np.stack(batch)
 
 
 def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
@@ -74,14 +74,14 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     if data.name == "digits":
         source = examples.source(config, held_out=True)
         return functools.partial(_digits, source)
-    found = records(config)
+    held_records = records(config)
     least = config.eval.pictures
-    if len(found) < least:
+    if len(held_records) < least:
         raise UserError(
-            f"config.eval.pictures = {least}: wanted at most {len(found)}, the records"
-            " of config.data.held_out"
+            f"config.eval.pictures = {least}: wanted at most {len(held_records)}, the"
+            " records of config.data.held_out"
         )
-    return lambda indices, pictures: _records(config, found, indices, pictures)
+    return lambda indices, pictures: _records(config, held_records, indices, pictures)
 
 
 def records(config: ConfigDict) -> Records:
@@ -113,25 +113,25 @@ def _digits(source, indices, pictures: bool) -> Iterator:
         yield from zip(batch["caption"], batch["image"])
 
 
-def _records(config, found: Records, indices, pictures: bool) -> Iterator:
+def _records(config, held_records: Records, indices, pictures: bool) -> Iterator:
     kinds = examples.PICTURES["latents"][::-1]  # pictures themselves before latents
-    has = next((name for name in kinds if name in found.first.tensors), "")
+    has = next((name for name in kinds if name in held_records.first.tensors), "")
     if pictures and not has:
         raise UserError(
             "config.data.held_out: its records hold no pictures; wanted some that do,"
             " or config.eval.real"
         )
-    found.keep(("caption", has) if pictures else ("caption",))
-    rows = (found.batch(np.array([i])) for i in indices)
+    held_records.keep(("caption", has) if pictures else ("caption",))
+    rows = (held_records.batch(np.array([i])) for i in indices)
     if not pictures:
         yield from ((row["caption"][0], None) for row in rows)
     elif has == "image":
         yield from ((row["caption"][0], row[has][0]) for row in rows)
     else:
         decode = decoder(config)
-        while some := list(itertools.islice(rows, config.encode.rows)):
-            images = decode([row[has][0] for row in some])
-            yield from zip((row["caption"][0] for row in some), images)
+        while group := list(itertools.islice(rows, config.encode.rows)):
+            images = decode([row[has][0] for row in group])
+            yield from zip((row["caption"][0] for row in group), images)
 
 
 def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndarray]]:
@@ -153,8 +153,8 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
             x = np.stack(list(same)).astype(np.float32)[..., :channels]  # the mean
             count = len(x)
             x = np.concatenate([x, np.repeat(x[:1], rows - count, axis=0)])
-            made = np.asarray(bundle.decode(x), np.float32)[:count]
-            yield from to_uint8(2 * made - 1)
+            decoded = np.asarray(bundle.decode(x), np.float32)[:count]
+            yield from to_uint8(2 * decoded - 1)
 
     return decode
 
@@ -177,13 +177,13 @@ def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
     unread, taken = 0, 0
     with ThreadPoolExecutor(config.data.threads) as threads:
         look = lambda item: _read(item, sides)
-        for found in intake.in_order(threads, look, share, 2 * config.data.threads):
-            unread, taken = unread + (found is None), taken + (found is not None)
-            if found is not None:
-                yield found
+        for picture in intake.in_order(threads, look, share, 2 * config.data.threads):
+            unread, taken = unread + (picture is None), taken + (picture is not None)
+            if picture is not None:
+                yield picture
     if unread:
-        told = "config.eval.real: %d of %d files are no pictures and are passed over"
-        log.warning(told, unread, unread + taken)
+        message = "config.eval.real: %d of %d files are no pictures and are passed over"
+        log.warning(message, unread, unread + taken)
 
 
 def _read(item, sides: Bucket) -> np.ndarray | None:

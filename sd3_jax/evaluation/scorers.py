@@ -73,46 +73,46 @@ def overall(name: str, parts: Sequence[Score]) -> Score:
 def by_category(
     asked: Sequence[Asked], verdicts: Sequence[Verdict]
 ) -> dict[str, list[Verdict]]:
-    found = {}
-    for each, verdict in zip(asked, verdicts, strict=True):
-        found.setdefault(each.category, []).append(verdict)
-    return found
+    groups = {}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        groups.setdefault(question.category, []).append(verdict)
+    return groups
 
 
 def prompts(
     name: str, asked: Sequence[Asked], verdicts: Sequence[Verdict]
 ) -> list[dict]:
     """A row for each prompt of a category: its score, pictures and what was wrong."""
-    found = {}
-    for each, verdict in zip(asked, verdicts, strict=True):
-        found.setdefault((each.category, each.prompt), []).append(verdict)
+    groups = {}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        groups.setdefault((question.category, question.prompt), []).append(verdict)
     return [
         {
             "prompt": prompt,
             "split": f"{name} {category}",
-            "score": float(np.mean([v.value for v in some])),
-            "n": len(some),
-            "reasons": [v.reason for v in some if v.reason],
+            "score": float(np.mean([v.value for v in prompt_verdicts])),
+            "n": len(prompt_verdicts),
+            "reasons": [v.reason for v in prompt_verdicts if v.reason],
         }
-        for (category, prompt), some in found.items()
+        for (category, prompt), prompt_verdicts in groups.items()
     ]
 
 
-def answers(function: Callable, wanted: str, count: int, *given: Any) -> list:
+def answers(function: Callable, wanted: str, count: int, *arguments: Any) -> list:
     """What the user's function says of `count` things; a UserError if not as many.
 
     Its __name__ is what messages call it.
     """
-    made = function(*given)
+    replies = function(*arguments)
     name = called(function)
     try:
-        made = list(made)
+        replies = list(replies)
     except TypeError:
-        kind = shown(type(made).__name__)
+        kind = shown(type(replies).__name__)
         raise UserError(f"{name} gave {kind}; wanted {count} {wanted}") from None
-    if len(made) != count:
-        raise UserError(f"{name} gave {len(made)} {wanted}; wanted {count}")
-    return made
+    if len(replies) != count:
+        raise UserError(f"{name} gave {len(replies)} {wanted}; wanted {count}")
+    return replies
 
 
 def called(function: Callable) -> str:

@@ -40,14 +40,14 @@ def parse(line: str) -> Asked:
 
     Several quotes are one text, spaces between. A UserError if nothing is asked for.
     """
-    given = {"prompt": line}
+    record = {"prompt": line}
     if line.startswith("{"):
         try:
-            given = parse_json(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"not JSON: {error}") from None
-    prompt = given.get("prompt")
-    text, category = given.get("text"), given.get("category", "text")
+    prompt = record.get("prompt")
+    text, category = record.get("text"), record.get("category", "text")
     if not isinstance(prompt, str) or not isinstance(category, str):
         raise UserError('wanted {"prompt": TEXT, "text": TEXT, "category": TEXT}')
     text = quoted(prompt) if text is None else text
@@ -58,8 +58,8 @@ def parse(line: str) -> Asked:
 
 def quoted(prompt: str) -> str:
     """What stands in quotes, of any of the usual kinds; an apostrophe is none."""
-    found = ["".join(groups) for groups in QUOTED.findall(prompt)]
-    return " ".join(found)
+    quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
+    return " ".join(quotes)
 
 
 def normal(text: str, ignore: Sequence[str] = ()) -> str:
@@ -74,12 +74,12 @@ def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer
     """A scorer by the user's function that reads pictures."""
 
     def judge(asked, images):
-        found = answers(read, "texts", len(images), images)
-        for text in found:
+        texts = answers(read, "texts", len(images), images)
+        for text in texts:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise UserError(f"{called(read)} gave {kind}; wanted a text a picture")
-        return [judged(x.wanted, text, ignore) for x, text in zip(asked, found)]
+        return [judged(x.wanted, text, ignore) for x, text in zip(asked, texts)]
 
     return judge
 
@@ -93,12 +93,15 @@ def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdic
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """The share that is right, of each category if there are some, and the errors."""
-    found = scorers.by_category(asked, verdicts)
-    made = [_exact("typography", verdicts)]
-    if len(found) > 1:
-        made += [_exact(f"typography, {name}", some) for name, some in found.items()]
+    groups = scorers.by_category(asked, verdicts)
+    scores = [_exact("typography", verdicts)]
+    if len(groups) > 1:
+        scores += [
+            _exact(f"typography, {name}", category_verdicts)
+            for name, category_verdicts in groups.items()
+        ]
     rates = [v.others[ERRORS] for v in verdicts]
-    return [*made, scorers.mean(f"typography, {ERRORS}", rates)]
+    return [*scores, scorers.mean(f"typography, {ERRORS}", rates)]
 
 
 def edits(a: str, b: str) -> int:
@@ -107,8 +110,8 @@ def edits(a: str, b: str) -> int:
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            kept = above + (x != y)
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, kept)
+            substituted = above + (x != y)
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
     return row[-1]
 
 

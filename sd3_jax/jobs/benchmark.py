@@ -48,7 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError(
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )
-    todo = case_selection.made(config)
+    todo = case_selection.selected_cases(config)
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
@@ -56,20 +56,22 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     try:
         shutil.rmtree(weights, ignore_errors=True)  # of a run that was killed
         weights.mkdir()
-        made = Benchmark(config, Path(workdir), weights)
-        made.run(todo)
+        benchmark = Benchmark(config, Path(workdir), weights)
+        benchmark.run(todo)
     finally:
         shutil.rmtree(weights, ignore_errors=True)
         lock.release()
-    print(benchmark_page.table(made.result), Path(workdir, "benchmark.md"), sep="\n")
-    wrong = [name for case in made.result["cases"] for name in case["refused"]]
+    print(
+        benchmark_page.table(benchmark.result), Path(workdir, "benchmark.md"), sep="\n"
+    )
+    wrong = [name for case in benchmark.result["cases"] for name in case["refused"]]
     lines = (
-        timing_summary.worse(made.result, before, config.benchmark.worse)
+        timing_summary.worse(benchmark.result, before, config.benchmark.worse)
         if before
         else ()
     )
     print(*(f"worse than {config.benchmark.guard}: {x}" for x in lines), sep="\n")
-    return 1 if wrong or lines or not all(map(whole, made.result["cases"])) else 0
+    return 1 if wrong or lines or not all(map(whole, benchmark.result["cases"])) else 0
 
 
 def whole(case: dict) -> bool:
@@ -81,14 +83,14 @@ def guarded(path: str) -> dict | None:
     if not path:
         return None
     try:
-        found = json.loads(Path(path).read_text())
-        timing_summary.measured(found)
+        baseline = json.loads(Path(path).read_text())
+        timing_summary.measured(baseline)
     except OSError as error:
         raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
         wanted = "wanted a benchmark.json that this job wrote"
         raise UserError(f"config.benchmark.guard = {path}: {wanted}") from None
-    return found
+    return baseline
 
 
 class Benchmark:
@@ -136,16 +138,16 @@ class Benchmark:
             "dtype": bench.dtype,
             "seed": self.config.seed,
         }
-        found = self.case(spec, modes=("eager",))
-        sides = {k: x for k, x in found["sides"].items() if "seconds" in x}
+        entry = self.case(spec, modes=("eager",))
+        sides = {k: x for k, x in entry["sides"].items() if "seconds" in x}
         if "ours" not in sides:
-            raise Failed(f"the product of two matrices: {found['sides']}")
+            raise Failed(f"the product of two matrices: {entry['sides']}")
         best = min(sides, key=lambda name: sides[name]["seconds"]["min"])
         device = sides["ours"]["device"]
         self.result["peak"] = {
             "size": bench.matmul,
             "side": best,
-            "tflops": found["flops"] / sides[best]["seconds"]["min"] / 1e12,
+            "tflops": entry["flops"] / sides[best]["seconds"]["min"] / 1e12,
             "published": PEAK_TFLOPS.get(device),
             "platform": sides["ours"]["platform"],
             "device": device,
@@ -225,13 +227,13 @@ class Benchmark:
 
     def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
         """Loaded, compiled, its outputs written down, warm."""
-        own = entry["sides"][side] = {}
+        side_result = entry["sides"][side] = {}
         spec = spec if side == "ours" else {**spec, "mode": side}
         loaded = worker.ask("load", spec=spec)
-        own["load"] = loaded.pop("seconds")
-        own |= loaded | worker.ask("first")
+        side_result["load"] = loaded.pop("seconds")
+        side_result |= loaded | worker.ask("first")
         worker.ask("check", path=str(self.outputs(side)))
-        own |= worker.ask("warm", times=self.config.benchmark.warmup)
+        side_result |= worker.ask("warm", times=self.config.benchmark.warmup)
         entry["turns"][side] = []
 
     def outputs(self, side: str) -> Path:
@@ -251,11 +253,11 @@ class Benchmark:
                 np.load(self.outputs("ours")) as ours,
                 np.load(self.outputs(side)) as theirs,
             ):
-                found, where = cases.gap(dict(ours), dict(theirs))
-            entry["gaps"][side] = found
-            if found > limit:
+                error, where = cases.gap(dict(ours), dict(theirs))
+            entry["gaps"][side] = error
+            if error > limit:
                 words = (
-                    f"{where} differs by {found:.1e}, at most {limit:.0e} is allowed"
+                    f"{where} differs by {error:.1e}, at most {limit:.0e} is allowed"
                 )
                 entry["refused"][side] = words
                 log.warning("%s, %s: %s", entry["name"], side, words)
@@ -274,15 +276,15 @@ class Benchmark:
         for side, seconds in turns.items():
             if not seconds or side in entry["refused"]:
                 continue
-            own = sides[side]
-            own["seconds"] = timing_summary.spread(seconds)
-            own["busy_cores"] = sum(own.pop("cpu")) / sum(seconds)
+            side_result = sides[side]
+            side_result["seconds"] = timing_summary.spread(seconds)
+            side_result["busy_cores"] = sum(side_result.pop("cpu")) / sum(seconds)
             if entry["flops"]:
-                rate = entry["flops"] / own["seconds"]["median"] / 1e12
-                own["tflops"] = rate
-                own["of_peak"] = rate / peak["tflops"] if peak else None
+                rate = entry["flops"] / side_result["seconds"]["median"] / 1e12
+                side_result["tflops"] = rate
+                side_result["of_peak"] = rate / peak["tflops"] if peak else None
                 published = peak and peak["published"]
-                own["mfu"] = rate / published if published else None
+                side_result["mfu"] = rate / published if published else None
             if side != "ours" and turns.get("ours"):
                 entry["ratios"][side] = timing_summary.ratios(turns["ours"], seconds)
 
@@ -310,8 +312,8 @@ class Benchmark:
                 log.info("scaling: %s over %s", kind, axis)
                 points = self.points(kind, axis, values)
                 grown = timing_summary.grown(points) if points else []
-                made = {"kind": kind, "axis": axis, "points": points, "growth": grown}
-                self.result["scaling"].append(made)
+                series = {"kind": kind, "axis": axis, "points": points, "growth": grown}
+                self.result["scaling"].append(series)
                 self.save()
 
     def points(self, kind: str, axis: str, values) -> list[dict]:
@@ -319,22 +321,22 @@ class Benchmark:
         scaling = self.config.benchmark.scaling
         specs = [self.point(kind, axis, value) for value in values]
         with contextlib.ExitStack() as stack:
-            workers, made = [], []
+            workers, measured = [], []
             for value, spec in zip(values, specs):
                 worker = stack.enter_context(self.worker("ours"))
                 flops = worker.ask("load", spec=spec)["flops"]
                 first = worker.ask("first")
                 worker.ask("warm", times=self.config.benchmark.warmup)
                 workers.append(worker)
-                made.append({axis: value, "flops": flops, "turns": [], **first})
+                measured.append({axis: value, "flops": flops, "turns": [], **first})
             for _ in range(scaling.repeats):
-                for worker, point in zip(workers, made):
+                for worker, point in zip(workers, measured):
                     time.sleep(self.config.benchmark.pause)
                     point["turns"].append(worker.ask("run")["seconds"])
-            for worker, point in zip(workers, made):
+            for worker, point in zip(workers, measured):
                 point["seconds"] = timing_summary.spread(point["turns"])
                 point |= worker.ask("peak")
-        return made
+        return measured
 
     def point(self, kind: str, axis: str, value: int) -> Spec:
         scaling = self.config.benchmark.scaling
@@ -351,16 +353,16 @@ class Benchmark:
         return spec | {"weights": str(self.file(spec))}
 
     def startup(self) -> None:
-        times, found = self.config.benchmark.startup, self.result["startup"]
+        times, seconds_by_name = self.config.benchmark.startup, self.result["startup"]
         for kind in (startup.imports, startup.jobs):
             for i in range(times):
                 log.info("start-up, %s, %d of %d", kind.__name__, i + 1, times)
                 without = [x for x in ("diffusers",) if not machine.present(x)]
-                rest = (without,) if kind is startup.imports else ()
+                arguments = (without,) if kind is startup.imports else ()
                 try:
-                    for name, seconds in kind(*rest, self.log):
-                        found.setdefault(name, []).append(seconds)
+                    for name, seconds in kind(*arguments, self.log):
+                        seconds_by_name.setdefault(name, []).append(seconds)
                 except Failed as error:
                     log.warning("start-up: %s", error)
-                    found.setdefault("failed", []).append(str(error))
+                    seconds_by_name.setdefault("failed", []).append(str(error))
                 self.save()

@@ -73,22 +73,22 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
     mesh = sharding.make_mesh(**config.mesh)
     subject = component_comparison.Subject(source, config.tokenizers, settings, mesh)
     name = name or subject.name
-    found, first = {}, None
+    rows_by_part, first = {}, None
     for part, rows in component_comparison.parts(subject):
         log.info("%s: %s, %d layers", name, part, len(rows))
-        found[part] = [plain(row) for row in rows]
-    made = {"name": name, "source": source, "parts": found}
+        rows_by_part[part] = [plain(row) for row in rows]
+    result = {"name": name, "source": source, "parts": rows_by_part}
     known = set(subject.configs)
     if {"denoiser", "vae"} <= known and known & set(component_comparison.bundles.TEXT):
         drift = component_comparison.drift(subject)
         rows = [plain(row) for row in (*drift.rows, drift.picture)]
-        found["trajectory"] = rows
-        made |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
-    for part, rows in found.items():
+        rows_by_part["trajectory"] = rows
+        result |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
+    for part, rows in rows_by_part.items():
         away = [row for row in rows if departs(config, row)]
         if away and first is None:
             first = {"part": part, **away[0]}
-    return made | {"first_departure": first}
+    return result | {"first_departure": first}
 
 
 def plain(row) -> dict:

@@ -62,11 +62,11 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             f"weights = {config.weights}; wanted scores of pictures, or no weights"
         )
     settings = prompt_file.task(config, "", 0).settings
-    made = released_sampler.load_to_paint(config, mesh, [settings])
+    bundle = released_sampler.load_to_paint(config, mesh, [settings])
     about = {"weights": config.weights}
-    if told := made.scheduler.told():
-        about["scheduler"] = told
-    return None, made, about
+    if scheduler := bundle.scheduler.non_default_settings():
+        about["scheduler"] = scheduler
+    return None, bundle, about
 
 
 def add(result: dict, scored: dict) -> None:
@@ -90,7 +90,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
     scores, by_prompt = [], []
 
     def judge(name, paint, kind, split):
-        scenes = digit_scenes.some(kind, split, count)
+        scenes = digit_scenes.sample_scenes(kind, split, count)
         right = digit_scenes.judge(paint, scenes)
         scores.append(digit_scenes.score(name, right)._asdict())
         by_prompt.extend(
@@ -109,7 +109,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
         steps = config.eval.few_steps
         judge(f"{name}, held out, {steps} steps", paint_few, kind, config.eval.split)
     for kind in kinds:
-        scenes = digit_scenes.some(kind, "train", 16)
+        scenes = digit_scenes.sample_scenes(kind, "train", 16)
         row = {"name": f"variety of {digit_scenes.NAMES[kind]}", "n": len(scenes)}
         scores.append(row | {"score": digit_scenes.variety(paint, scenes)})
         sides = config.image.height, config.image.width

@@ -74,13 +74,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     aot.prepare()
     aot.compiler()
     planned_for = [slices.find(name) for name in config.plan.slices]
-    for each in planned_for:  # mistakes first, for a compilation takes minutes
-        aot.flags(config.plan.flags, each, config.plan.job)
+    for tpu_slice in planned_for:  # mistakes first, for a compilation takes minutes
+        aot.flags(config.plan.flags, tpu_slice, config.plan.job)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     rows = []
-    for each in planned_for:
-        for row in JOBS[config.plan.job](config, each, workdir):
+    for tpu_slice in planned_for:
+        for row in JOBS[config.plan.job](config, tpu_slice, workdir):
             rows.append(row)
             write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
     write_whole(workdir / "plan.png", plan_chart.draw(rows))
@@ -89,51 +89,53 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     return 0
 
 
-def training(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
+def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
     """One row: of the best that a search finds, or of the config as it is."""
     if config.plan.per_chip or not config.plan.search:
-        return [train_row(config, each, workdir)]
+        return [train_row(config, tpu_slice, workdir)]
     batch = config.data.batch_size
-    if batch % each.chips:
+    if batch % tpu_slice.chips:
         raise UserError(
-            f"config.data.batch_size = {batch}: wanted a multiple of the {each.chips}"
-            f" chips of {each.name}, or config.plan.per_chip"
+            f"config.data.batch_size = {batch}: wanted a multiple of the"
+            f" {tpu_slice.chips} chips of {tpu_slice.name}, or config.plan.per_chip"
         )
-    made = sized(config, each)
+    sizes = sized(config, tpu_slice)
     rows: list[dict] = []
-    for candidate, estimate in mesh_search.ordered(batch=batch, **made):
+    for candidate, estimate in mesh_search.ordered(batch=batch, **sizes):
         best = max((row.get("mfu", 0.0) for row in rows), default=0.0)
         if len(rows) == config.plan.tries or estimate.mfu <= best:
             break
-        keys = candidate.keys(batch, each.chips)
+        keys = candidate.keys(batch, tpu_slice.chips)
         changed = config.copy_and_resolve_references()
         changed.update_from_flattened_dict(keys)
-        row = train_row(changed, each, workdir)
+        row = train_row(changed, tpu_slice, workdir)
         recipe = " ".join(f"--config.{k}={v}" for k, v in keys.items())
         rows.append(row | {"recipe": recipe})
-        log.info("%s: %s: %s", each.name, recipe, row.get("mfu", row.get("needs")))
+        log.info("%s: %s: %s", tpu_slice.name, recipe, row.get("mfu", row.get("needs")))
     return sorted(rows, key=lambda row: -row.get("mfu", 0.0))[:1]
 
 
-def sized(config: ConfigDict, each: Slice) -> dict:
+def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
     """What a search knows without compiling anything."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = trainer.program(config, mesh)
-    params = tree.count(made.abstract.params)
+        train_program = trainer.program(config, mesh)
+    params = tree.count(train_program.abstract.params)
     return dict(
-        model=made.parts.denoiser,
-        each=each,
+        model=train_program.parts.denoiser,
+        tpu_slice=tpu_slice,
         params=params,
-        work=work_of(config, made.parts, each),
-        total=made.parts.flops,
+        work=work_of(config, train_program.parts, tpu_slice),
+        total=train_program.parts.flops,
     )
 
 
-def work_of(config: ConfigDict, parts: model_parts.Parts, each: Slice) -> bounds.Work:
+def work_of(
+    config: ConfigDict, parts: model_parts.Parts, tpu_slice: Slice
+) -> bounds.Work:
     h, w, _ = parts.shape
     return bounds.work_on(
-        each.generation,
+        tpu_slice.generation,
         parts.denoiser,
         height=h,
         width=w,
@@ -142,42 +144,47 @@ def work_of(config: ConfigDict, parts: model_parts.Parts, each: Slice) -> bounds
     )
 
 
-def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str, Any]:
-    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(each))
+def train_row(
+    config: ConfigDict, tpu_slice: Slice, workdir: epath.Path
+) -> dict[str, Any]:
+    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     config = config.copy_and_resolve_references()
     if config.plan.per_chip:
-        config.data.batch_size = config.plan.per_chip * each.chips
+        config.data.batch_size = config.plan.per_chip * tpu_slice.chips
         shards = sharding.batch_shards(mesh) * config.optim.accumulate
         if config.data.batch_size % shards:
             raise UserError(
-                f"config.plan.per_chip = {config.plan.per_chip}: {each.chips} chips"
-                f" take {config.data.batch_size} images; wanted a multiple of data x"
+                f"config.plan.per_chip = {config.plan.per_chip}: {tpu_slice.chips}"
+                f" chips take {config.data.batch_size} images; wanted a multiple of data x"
                 f" fsdp x accumulate = {shards}"
             )
     accumulate = config.optim.accumulate
-    images = config.data.batch_size / each.devices
+    images = config.data.batch_size / tpu_slice.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = trainer.program(config, mesh)
+        train_program = trainer.program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         key = jax.eval_shape(lambda: jax.random.key(0))
         placed = NamedSharding(mesh, PartitionSpec())
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
-        program = lambda: made.step.lower(
-            made.abstract, key, trainer.example(config, mesh), {}
+        program = lambda: train_program.step.lower(
+            train_program.abstract, key, trainer.example(config, mesh), {}
         )
-        model, work = made.parts.denoiser, work_of(config, made.parts, each)
+        model, work = (
+            train_program.parts.denoiser,
+            work_of(config, train_program.parts, tpu_slice),
+        )
         again = mesh_search.AGAIN.get(model.remat, 0.0)
         head = model.width // model.num_heads
-        compute = bounds.training(work, each.generation, head=head, again=again)
+        compute = bounds.training(work, tpu_slice.generation, head=head, again=again)
         case = Case(
             "train",
             program,
             {k: v * images for k, v in compute._asdict().items()},
-            3 * made.parts.flops * images,
+            3 * train_program.parts.flops * images,
             images,
-            tree.count(made.abstract.params),
+            tree.count(train_program.abstract.params),
         )
-        row = planned(config, each, mesh, case, workdir)
+        row = planned(config, tpu_slice, mesh, case, workdir)
     # Every part of an accumulated batch gathers and scatters anew.
     least = accumulate * bounds.least_wire(
         case.parameters, mesh.shape["fsdp"], mesh.shape["data"]
@@ -185,42 +192,46 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     if config.plan.per_chip:
         row["recipe"] = f"--config.data.batch_size={config.data.batch_size}"
     row["remat"] = model.remat
-    row["batch"] = config.data.batch_size / accumulate / each.chips
+    row["batch"] = config.data.batch_size / accumulate / tpu_slice.chips
     if "needs" not in row and least:
         row["sent_over_least"] = sum(row["sent_bytes"].values()) / least
     return row
 
 
-def planned(config, each: Slice, mesh: Mesh, case: Case, workdir) -> dict[str, Any]:
+def planned(
+    config, tpu_slice: Slice, mesh: Mesh, case: Case, workdir
+) -> dict[str, Any]:
     """A program's row: what it needs, and what bounds it."""
     row = {
-        "slice": each.name,
+        "slice": tpu_slice.name,
         "program": case.name,
         "parameters": case.parameters,
         "billions": case.parameters / 1e9,
         "mesh": dict(mesh.shape),
         "spelt": " ".join(f"{k} {n}" for k, n in mesh.shape.items() if n > 1),
         "remat": "",
-        "batch": case.images * each.generation.devices,
-        "capacity": each.generation.hbm / slices.GB,
+        "batch": case.images * tpu_slice.generation.devices,
+        "capacity": tpu_slice.generation.hbm / slices.GB,
     }
     lowered = case.lower()
     try:
-        made = aot.compile(lowered, aot.flags(config.plan.flags, each, config.plan.job))
+        compiled = aot.compile(
+            lowered, aot.flags(config.plan.flags, tpu_slice, config.plan.job)
+        )
     except aot.TooLarge as error:
         return row | {"needs": str(error)}
-    log.info("%s: %s compiled in %.0f s", each.name, case.name, made.seconds)
+    log.info("%s: %s compiled in %.0f s", tpu_slice.name, case.name, compiled.seconds)
     if config.plan.hlo:
-        name = f"plan-{each.name}-{case.name}.hlo"
-        write_whole(workdir / name, made.text.encode())
-    module = hlo.parse(made.text)
-    links = link_traffic.Links(each, list(mesh.devices.flat))
-    program = schedule.Schedule(module, each.generation, mesh.shape, links, usual)
+        name = f"plan-{tpu_slice.name}-{case.name}.hlo"
+        write_whole(workdir / name, compiled.text.encode())
+    module = hlo.parse(compiled.text)
+    links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
+    program = schedule.Schedule(module, tpu_slice.generation, mesh.shape, links, usual)
     account = program.run()
     return (
         row
-        | made.memory
-        | accounted(account, case, each, made)
+        | compiled.memory
+        | accounted(account, case, tpu_slice, compiled)
         | {"unknown": sorted(program.unknown)}
     )
 
@@ -233,10 +244,10 @@ def usual(x: hlo.Instruction, lengths: dict[str, int]) -> str:
 
 
 def accounted(
-    account: schedule.Account, case: Case, each: Slice, made: aot.Compiled
+    account: schedule.Account, case: Case, tpu_slice: Slice, compiled: aot.Compiled
 ) -> dict[str, Any]:
     """What a program's operations add up to, in ms, bytes and shares of the peak."""
-    chip = each.generation
+    chip = tpu_slice.generation
     flops = case.flops or account.flops
     waits = [account.by_kind[kind] for kind in schedule.WAITS.values()]
     kinds = {name: 1e3 * x for name, x in account.by_kind.items() if x}
@@ -259,8 +270,8 @@ def accounted(
     all_sent = max(account.sent + account.outside, 1)
     products = case.seconds or {"linear": flops / chip.peak}
     return times | {
-        "verdict": bounds.verdict(made.memory["peak"], chip.hbm / slices.GB),
-        "seconds": round(made.seconds, 1),
+        "verdict": bounds.verdict(compiled.memory["peak"], chip.hbm / slices.GB),
+        "seconds": round(compiled.seconds, 1),
         "compiler": aot.compiler(),
         "flops": account.flops,
         "hbm_bytes": account.hbm,
@@ -286,16 +297,16 @@ def accounted(
     }
 
 
-def sampled(config: ConfigDict, each: Slice, workdir: epath.Path) -> list[dict]:
+def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
     """Three rows: the text encoders, all denoising steps, the autoencoder's decoder."""
-    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(each))
+    mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
-    most = per_chip * each.chips if per_chip else config.sample.batch_size
+    most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
     images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         return [
-            planned(config, each, mesh, case, workdir)
-            for case in sampling_programs.cases(config, each, mesh, images)
+            planned(config, tpu_slice, mesh, case, workdir)
+            for case in sampling_programs.cases(config, tpu_slice, mesh, images)
         ]
 
 

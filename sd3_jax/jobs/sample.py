@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
         if make is trained and config.text.name == "bytes":
-            tell_cut(tasks, config.text.length)
+            warn_of_cut_prompts(tasks, config.text.length)
         paint, facts = make(config, workdir, mesh, tasks)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         done = recorded(workdir, lines)
@@ -72,8 +72,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 count = len(written.lines)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if flagged := sum("filtered" in line for line in lines):
-        told = "%d of %d pictures are black: config.sample.filter flagged them"
-        log.warning(told, flagged, len(lines))
+        message = "%d of %d pictures are black: config.sample.filter flagged them"
+        log.warning(message, flagged, len(lines))
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
@@ -105,13 +105,13 @@ def trained(
     return paint, facts
 
 
-def tell_cut(tasks: Sequence[Task], length: int) -> None:
+def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
     """How many prompts the text model of bytes does not read to their end."""
     sizes = [len(task.caption.encode()) for task in tasks]
     cut = sum(size >= length for size in sizes)  # the end is a byte as well
     if cut:
-        told = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(told, cut, len(sizes), length - 1, max(sizes))
+        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
+        log.warning(message, cut, len(sizes), length - 1, max(sizes))
 
 
 def released(
@@ -120,8 +120,8 @@ def released(
     settings = {task.group: task.settings for task in tasks}
     painter = ReleasedPainter(load_to_paint(config, mesh, list(settings.values())))
     facts = {"weights": painter.bundle.fingerprint()}
-    if told := painter.bundle.scheduler.told():
-        facts["scheduler"] = told
+    if scheduler := painter.bundle.scheduler.non_default_settings():
+        facts["scheduler"] = scheduler
     if painter.bundle.quantize:
         facts["quantize"] = painter.bundle.quantize
     if config.sample.lora:
@@ -160,8 +160,8 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
         if (workdir / LINES).is_file():
             text = (workdir / LINES).read_bytes()
         # A job killed as it wrote leaves half a line, or half a letter.
-        found = map(parsed, text.decode(errors="replace").split("\n"))
-        known = {str(line.get("file")): line for line in found}
+        known_lines = map(parsed, text.decode(errors="replace").split("\n"))
+        known = {str(line.get("file")): line for line in known_lines}
         for i, line in enumerate(lines):
             path = workdir / line["file"]
             there = known.get(line["file"], {})

@@ -50,8 +50,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     study = Study(config, workdir)
     with processes.stopping() as stop:
         while not stop() and (left := study.left()):
-            for one in left:
-                if stop() or study.take(one):
+            for study_run in left:
+                if stop() or study.take(study_run):
                     break
             else:  # all that is left is at work elsewhere
                 watchdog.expect("the runs of other processes", None)
@@ -60,16 +60,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if not results:
         log.info("stopped before any run was measured; the same call goes on")
         return
-    told = study_tables.told(results)
+    tables = study_tables.markdown(results)
     if left := len(study.left()):
-        told = f"{told}\n\n{left} or more runs are still to come.\n"
+        tables = f"{tables}\n\n{left} or more runs are still to come.\n"
     page = study_page.html(results, workdir)
-    files.write_whole(workdir / "study.md", told.encode())
+    files.write_whole(workdir / "study.md", tables.encode())
     files.write_whole(workdir / "study.html", page.encode())
     files.write_whole(workdir / RESULT, json.dumps(results, indent=1).encode())
     for name, svg in study_page.figures(results).items():
         files.write_whole(workdir / f"{name}.svg", svg.encode())
-    print(told, workdir / "study.html", sep="\n")
+    print(tables, workdir / "study.html", sep="\n")
 
 
 class Study:
@@ -83,9 +83,10 @@ class Study:
                 "config.study.variants = (): wanted some, as in configs/formulations.py"
             )
         self.options = tuple(config.study.sweep) or ("",)
-        for one in self.wanted():  # mistakes are told of before anything is trained
+        # A mistake in any run's settings is reported before anything is trained.
+        for study_run in self.wanted():
             for setting in config.study.settings:
-                run_scores.sampling(self.settings(one), setting)
+                run_scores.sampling(self.settings(study_run), setting)
         run_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
@@ -103,49 +104,51 @@ class Study:
     def best_option(self, variant: str) -> str | None:
         if len(self.options) == 1:
             return self.options[0]
-        found = {x: self.result(Run(variant, x, 0)) for x in self.options}
-        if not all(found.values()):
+        results = {x: self.result(Run(variant, x, 0)) for x in self.options}
+        if not all(results.values()):
             return None
-        return min(found, key=lambda x: study_tables.merit(found[x], self.by))
+        return min(results, key=lambda x: study_tables.merit(results[x], self.by))
 
     @property
     def by(self) -> str:
         return self.config.study.by
 
     def left(self) -> list[Run]:
-        return [one for one in self.wanted() if self.result(one) is None]
+        return [
+            study_run for study_run in self.wanted() if self.result(study_run) is None
+        ]
 
     def results(self) -> list[dict]:
         """Of the best option of each variant, or of all where a sweep is not over."""
-        kept = []
-        for one in self.wanted():
-            best = self.best_option(one.variant)
-            found = self.result(one)
-            if found is not None:
-                kept.append(found | {"best": best in (None, one.option)})
-        return kept
+        rows = []
+        for study_run in self.wanted():
+            best = self.best_option(study_run.variant)
+            result = self.result(study_run)
+            if result is not None:
+                rows.append(result | {"best": best in (None, study_run.option)})
+        return rows
 
-    def result(self, one: Run) -> dict | None:
-        path = self.folder(one) / RESULT
-        found = json.loads(path.read_text()) if path.exists() else {}
-        return found if found.get("complete") else None
+    def result(self, study_run: Run) -> dict | None:
+        path = self.folder(study_run) / RESULT
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        return saved if saved.get("complete") else None
 
-    def folder(self, one: Run) -> epath.Path:
-        return self.workdir / "runs" / one.folder
+    def folder(self, study_run: Run) -> epath.Path:
+        return self.workdir / "runs" / study_run.folder
 
-    def settings(self, one: Run) -> ConfigDict:
+    def settings(self, study_run: Run) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
-        for text in (*self.variants[one.variant], *one.option.split()):
-            run_scores.override(config, text, f"study of {one.variant}")
-        config.seed = self.config.seed + one.seed
+        for text in (*self.variants[study_run.variant], *study_run.option.split()):
+            run_scores.override(config, text, f"study of {study_run.variant}")
+        config.seed = self.config.seed + study_run.seed
         config.train.prompts = ()
         validate(config)
         trainer.require_trainable_dtype(config)
         return config
 
-    def take(self, one: Run) -> bool:
+    def take(self, study_run: Run) -> bool:
         """Train and measure it, unless another process is at it."""
-        folder = self.folder(one)
+        folder = self.folder(study_run)
         held = lock.held(folder, "study")
         try:
             held.__enter__()
@@ -154,22 +157,22 @@ class Study:
                 raise
             return False
         try:
-            if self.result(one) is None:
+            if self.result(study_run) is None:
                 done = len(list(self.wanted())) - len(self.left())
-                words = f"{one.variant} {one.option}".strip()
-                log.info("run %d: %s, seed %d", done + 1, words, one.seed)
-                self.do(one, self.settings(one), folder)
+                words = f"{study_run.variant} {study_run.option}".strip()
+                log.info("run %d: %s, seed %d", done + 1, words, study_run.seed)
+                self.do(study_run, self.settings(study_run), folder)
         finally:
             held.__exit__(None, None, None)
         return True
 
-    def do(self, one: Run, config: ConfigDict, folder: epath.Path) -> None:
+    def do(self, study_run: Run, config: ConfigDict, folder: epath.Path) -> None:
         train.run(config, folder)
         validations = [x for x in metrics.read(folder) if x["kind"] == "val"]
         if not validations or validations[-1]["step"] < config.train.steps:
             return  # told to stop
         path = folder / RESULT
-        about = one._asdict() | {"settings": self.variants[one.variant]}
+        about = study_run._asdict() | {"settings": self.variants[study_run.variant]}
         result = json.loads(path.read_text()) if path.exists() else about
         keep: Callable[[dict], None] = lambda result: files.write_whole(
             path, json.dumps(result, indent=1).encode()

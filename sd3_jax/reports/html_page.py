@@ -51,8 +51,8 @@ def document(title: str, *parts: str, images: str = "data:") -> str:
 def element(tag: str, *content: str, **attributes: str) -> Html:
     """element("p", "a < b", class_="note") escapes the text, not what is Html."""
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    given = "".join(f' {names[k]}="{escape(v)}"' for k, v in attributes.items() if v)
-    return Html(f"<{tag}{given}>{''.join(map(_markup, content))}</{tag}>")
+    markup = "".join(f' {names[k]}="{escape(v)}"' for k, v in attributes.items() if v)
+    return Html(f"<{tag}{markup}>{''.join(map(_markup, content))}</{tag}>")
 
 
 def join(parts: Iterable[str]) -> Html:

@@ -15,8 +15,10 @@ def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
 
 def entries(scores: dict, name: str) -> list[dict]:
     """scores["scores"] or scores["prompts"], without what is no entry."""
-    found = scores.get(name)
-    return [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+    values = scores.get(name)
+    return (
+        [e for e in values if isinstance(e, dict)] if isinstance(values, list) else []
+    )
 
 
 def scored_at(scores: dict) -> str:

@@ -138,10 +138,10 @@ def curves(
             axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
         for axis in log:
             getattr(axes, f"set_{axis}scale")("log")
-            own = getattr(axes, f"{axis}axis")
-            own.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            own.set_minor_locator(NullLocator())
+            ticked = getattr(axes, f"{axis}axis")
+            ticked.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticked.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            ticked.set_minor_locator(NullLocator())
         every = sorted({x for xs, _ in lines.values() for x in xs})
         if "x" in log and len(every) <= FEW_TICKS:
             axes.set_xticks(every, [f"{x:g}" for x in every])
@@ -248,15 +248,15 @@ def _thin(steps, values, most=600):
     """At most 2·most points: each bin's least and greatest, so no spike is lost."""
     if len(steps) <= 2 * most:
         return steps, values
-    kept = []
+    chosen = []
     for part in np.array_split(np.arange(len(steps)), most):
         finite = part[np.isfinite(values[part])]
         if len(finite):
             low, high = finite[values[finite].argmin()], finite[values[finite].argmax()]
-            kept += sorted({low, high})
+            chosen += sorted({low, high})
         else:
-            kept.append(part[0])  # a gap stays a gap
-    return steps[kept], values[kept]
+            chosen.append(part[0])  # a gap stays a gap
+    return steps[chosen], values[chosen]
 
 
 def _thousands(most):
@@ -275,11 +275,11 @@ def _svg(figure):
     svg = re.sub(r"font-family: [^;]+; ", "", svg)  # the page's own
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # viewBox stays
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
     used = set(re.findall(r"#([\w.-]+)", svg))
-    name = lambda match: f' id="{own}-{match[1]}"' if match[1] in used else ""
+    name = lambda match: f' id="{digest}-{match[1]}"' if match[1] in used else ""
     svg = re.sub(r' id="([^"]+)"', name, svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{digest}-", svg)
     for stand_in, css in CSS.items():
         svg = svg.replace(stand_in, css)
     return svg

@@ -72,10 +72,10 @@ def _figures(rows, facts):
         ("compute per device", middle("tflops_per_device"), number_format.tflops),
         ("model FLOPs utilization", middle("mfu"), number_format.percent),
     ]
-    found = [
+    measured = [
         (n, *text(float(value))) for n, value, text in figures if value is not None
     ]
-    return found, [name for name, value, _ in figures if value is None]
+    return measured, [name for name, value, _ in figures if value is None]
 
 
 def samples(workdir: epath.Path) -> str:
@@ -207,10 +207,10 @@ def settings(settings: dict, default: dict, facts: dict) -> str:
     if not settings:
         text = "There is no config.json, so the settings are not known."
         return html_page.section("Settings", html_page.note(text), run)
-    given, usual = _flat(settings), _flat(default)
+    values, usual = _flat(settings), _flat(default)
     changed = [
         [name, value, usual.get(name, "")]
-        for name, value in given.items()
+        for name, value in values.items()
         if value != usual.get(name)
     ]
     head = {"setting": "code", "this run": "code", "default": "code soft"}
@@ -218,7 +218,7 @@ def settings(settings: dict, default: dict, facts: dict) -> str:
         "Settings",
         html_page.note("Where this run departs from configs/base.py."),
         html_page.table(head, changed),
-        _key_values(f"All {len(given)} settings", settings),
+        _key_values(f"All {len(values)} settings", settings),
         run,
     )
 
@@ -227,8 +227,8 @@ def _over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     steps, values = _series(rows, kind, name)
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
-        what = "No finite value" if values else "Nothing"
-        return html_page.panel(title, "", f"{what} of “{name}” was logged.")
+        subject = "No finite value" if values else "Nothing"
+        return html_page.panel(title, "", f"{subject} of “{name}” was logged.")
     window = plots.window_for(len(values)) if smooth else 1
     frame = plots.frame_for(finite, zero=zero, clip=window > 1)
     svg = plots.over_steps(steps, values, window=window, frame=frame)
@@ -236,8 +236,8 @@ def _over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     if window > 1:
         caption = f"Faint: as logged. Solid: smoothed over {window} points."
     above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
-    for what, number in (("Above the frame", above), ("Not finite", lost)):
-        caption += f" {what}: {number} of {len(values)}." if number else ""
+    for subject, number in (("Above the frame", above), ("Not finite", lost)):
+        caption += f" {subject}: {number} of {len(values)}." if number else ""
     return html_page.panel(title, svg, caption)
 
 

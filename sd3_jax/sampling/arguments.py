@@ -62,26 +62,26 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     denoiser = bundle.part("denoiser")
     unit = bundle.factor * denoiser.patch
     most = unit * denoiser.pos_size
-    given = None
+    image_sides = None
     if image is not None:
         factor = 1 if image.shape[-1] == 3 else bundle.factor
-        given = [side * factor for side in image.shape[1:3]]
+        image_sides = [side * factor for side in image.shape[1:3]]
     usual = bundle.configs["denoiser"].get("sample_size", 128) * bundle.factor
-    if given is not None:
-        _require_sides(image, given, unit, most)
+    if image_sides is not None:
+        _require_sides(image, image_sides, unit, most)
     sides = []
     for i, (name, side) in enumerate((("height", height), ("width", width))):
         if side is None:
-            side = usual if given is None else given[i]
+            side = usual if image_sides is None else image_sides[i]
         side = argument_checks.whole(name, side, 1, 2**16)
         if side != (near := _nearest(side, unit, most)):
             raise UserError(
                 f"{name} {side}: wanted a multiple of {unit}, at most {most}; the"
                 f" nearest is {near}"
             )
-        if given is not None and side != given[i]:
+        if image_sides is not None and side != image_sides[i]:
             raise UserError(
-                f"{name} {side}: the image's is {given[i]}; wanted the same"
+                f"{name} {side}: the image's is {image_sides[i]}; wanted the same"
             )
         sides.append(side // bundle.factor)
     return (*sides, denoiser.channels)
@@ -92,11 +92,12 @@ def _nearest(side: int, unit: int, most: int) -> int:
     return min(max(1, round(side / unit)) * unit, most)
 
 
-def _require_sides(image, given: list[int], unit: int, most: int) -> None:
-    near = [_nearest(side, unit, most) for side in given]
-    if near != given:
+def _require_sides(image, image_sides: list[int], unit: int, most: int) -> None:
+    near = [_nearest(side, unit, most) for side in image_sides]
+    if near != image_sides:
+        height, width = image_sides
         raise UserError(
-            f"image of {given[0]} x {given[1]} pixels: wanted sides that are multiples"
+            f"image of {height} x {width} pixels: wanted sides that are multiples"
             f" of {unit}, at most {most}: image.resize(({near[1]}, {near[0]})) of PIL"
         )
 
@@ -168,10 +169,10 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
 
 def listed_seeds(seeds: Any) -> list[int]:
     """Integers, of any list or array of them; a float or a text is none."""
-    found = np.asarray(seeds)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
+    seed_array = np.asarray(seeds)
+    if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
         raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
-    return found.tolist()
+    return seed_array.tolist()
 
 
 def settings(
@@ -204,7 +205,7 @@ def settings(
     )
 
 
-def says(texts: Texts | None) -> bool:
+def has_text(texts: Texts | None) -> bool:
     """Whether there is anything in them: a negative prompt is "" by default."""
     if texts is None or isinstance(texts, Conditioning):
         return texts is not None
@@ -224,14 +225,14 @@ def guided(
         return True
     other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
     other["guidance_rescale"] = rescale != 0
-    if unused := [name for name, given in other.items() if given]:
-        told = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
-        tell_once(f"{told}; wanted a guidance above 1 for them")
+    if unused := [name for name, is_set in other.items() if is_set]:
+        message = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
+        warn_once(f"{message}; wanted a guidance above 1 for them")
     return False
 
 
 @functools.cache
-def tell_once(text: str) -> None:
+def warn_once(text: str) -> None:
     """A job makes the same call for every batch."""
     log.warning("%s", text)
 
@@ -265,11 +266,11 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         ("context", 3, "joint_attention_dim"),
         ("pooled", 2, "pooled_projection_dim"),
     ):
-        x, wanted = getattr(texts, part), config.get(key)
-        if x.ndim != axes or wanted not in (None, x.shape[-1]) or not all(x.shape):
+        x, width = getattr(texts, part), config.get(key)
+        if x.ndim != axes or width not in (None, x.shape[-1]) or not all(x.shape):
             layout = "(b, tokens" if axes == 3 else "(b"
             raise UserError(
-                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {wanted})"
+                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {width})"
             )
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(f"{name}: {part} of dtype {x.dtype}: wanted floats")
@@ -281,7 +282,7 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         )
 
 
-def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, what: str) -> Array:
+def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:
     """One for all, one for each prompt, or one for each picture."""
     n = x.shape[0]
     if n == rows:
@@ -289,7 +290,7 @@ def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, what: str) -> Arr
     if n in (1, rows // per_prompt):
         return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
     counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
-    raise UserError(f"{n} of {what} for {rows} pictures: wanted one of {counts}")
+    raise UserError(f"{n} of {label} for {rows} pictures: wanted one of {counts}")
 
 
 def latents_of(
@@ -315,10 +316,10 @@ def latent_mask(
 
 def _mask(mask: Pictures, shape: tuple, factor: int) -> Float[np.ndarray, "b H W 1"]:
     mask = input_images.mask(mask)
-    wanted = shape[0] * factor, shape[1] * factor
-    if mask.shape[1:3] != wanted:
+    sides = shape[0] * factor, shape[1] * factor
+    if mask.shape[1:3] != sides:
         raise UserError(
-            f"mask of {mask.shape[1:3]} pixels: the picture has {wanted}; wanted the"
+            f"mask of {mask.shape[1:3]} pixels: the picture has {sides}; wanted the"
             " same"
         )
     return mask
@@ -401,10 +402,10 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
             )
         return hint
     pixels = input_images.pixels(image, f"{name}'s image")
-    wanted = shape[0] * bundle.factor, shape[1] * bundle.factor
-    if pixels.shape[1:3] != wanted:
+    sides = shape[0] * bundle.factor, shape[1] * bundle.factor
+    if pixels.shape[1:3] != sides:
         raise UserError(
-            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {wanted};"
+            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {sides};"
             " wanted the same"
         )
     if paints:  # the picture left, and where it is
@@ -443,8 +444,8 @@ def _picture_left(
     return jnp.concatenate([left, keep], axis=-1)
 
 
-def layers(bundle: Bundle, given: Any) -> tuple[int, ...]:
+def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:
     last = bundle.part("denoiser").depth - 1
     return tuple(
-        sorted(set(argument_checks.whole_numbers("skip_layers", given, 0, last)))
+        sorted(set(argument_checks.whole_numbers("skip_layers", numbers, 0, last)))
     )

@@ -202,15 +202,15 @@ class Bundle:
                     f"{self.source} has no tokenizer for {name}: wanted"
                     " tokenizers_from=FOLDER, a diffusers folder or a hub name"
                 )
-            own = [
+            texts = [
                 prompt_text.checked(p.clip_l if p[i] is None else p[i]) for p in full
             ]
             tokenizer = self.tokenizers[name]
             if name == "t5":
-                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, own, length, cut)
+                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length, cut)
             else:
                 most = self.configs[name]["max_position_embeddings"]
-                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most, cut)
+                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most, cut)
         return ids
 
     @property
@@ -295,35 +295,35 @@ def load(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     quantize = checked_kinds(quantize, dtype)
-    given = sources.split(source)
-    if not given:
+    names = sources.split(source)
+    if not names:
         raise UserError("no weights: wanted a file, a folder or a hub name")
-    places = [sources.locate(each) for each in given]
-    source = ",".join(map(os.fspath, given))
-    modules, variables, configs, stored, found = {}, {}, {}, {}, {}
+    places = [sources.locate(name) for name in names]
+    source = ",".join(map(os.fspath, names))
+    modules, variables, configs, stored, parts = {}, {}, {}, {}, {}
     for place in places:
         for name, part in sources.parts(*place).items():
-            if name in found:
-                log.info("%s: in the place of %s", part.where, found[name].where)
+            if name in parts:
+                log.info("%s: in the place of %s", part.where, parts[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
-                found[name] = part
-    if lacking := [x for x in quantize if x in only and x not in found]:
+                parts[name] = part
+    if lacking := [x for x in quantize if x in only and x not in parts]:
         raise UserError(
-            f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
+            f"{source} has no {lacking[0]} to quantize, only {', '.join(parts)}"
         )
     check(_scheduler(configs, source), configs)  # before any weight is read
     for key in schedulers.unread(configs.get("scheduler", {})):
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
-    fit({name: part.config for name, part in found.items()}, source)
-    loras = lora_adapters.opened(lora, only, found)
+    fit({name: part.config for name, part in parts.items()}, source)
+    loras = lora_adapters.opened(lora, only, parts)
     paths = [place.path for place in places]
     words = tokenizers_of(paths, tokenizers_from or "", configs)
     if tokenizers_from is not None:
-        for name in [x for x in TEXT if x in found and x not in words]:
+        for name in [x for x in TEXT if x in parts and x not in words]:
             words[name] = fetched_tokenizer(name, configs[name], source)
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
-    for name, part in found.items():
+    for name, part in parts.items():
         component = COMPONENTS[name]
         module = component.build(part.config, compute)
         shapes = components.abstract(component, module, part.config, mesh, compute)
@@ -336,8 +336,10 @@ def load(
     variables = lora_adapters.attached(variables, modules, loras)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
-    own = {name: kind for name, kind in quantize.items() if name in modules}
-    return Bundle(modules, variables, configs, words, mesh, dtype, source, stored, own)
+    quantized = {name: kind for name, kind in quantize.items() if name in modules}
+    return Bundle(
+        modules, variables, configs, words, mesh, dtype, source, stored, quantized
+    )
 
 
 def most_clip_skip(configs: Mapping[str, dict]) -> int:
@@ -384,15 +386,17 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
         paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
     words = {}
     for path in paths:
-        found = tokenizers.load(path)
-        if other and not found:
+        folder_tokenizers = tokenizers.load(path)
+        if other and not folder_tokenizers:
             raise UserError(
                 f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
                 f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
             )
-        for name in [name for name in found if name not in words]:
-            check_vocabulary(name, len(found[name]), configs.get(name, {}), path)
-            words[name] = found[name]
+        for name in [name for name in folder_tokenizers if name not in words]:
+            check_vocabulary(
+                name, len(folder_tokenizers[name]), configs.get(name, {}), path
+            )
+            words[name] = folder_tokenizers[name]
     for name in CLIPS:
         size = configs.get(name, {}).get("vocab_size")
         if name not in words and size == tokenizers.CLIP_WORDS:
@@ -475,17 +479,19 @@ def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
     hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
     if module.borrowed:  # its positions are the denoiser's too
         module = dataclasses.replace(module, pos_size=denoiser.pos_size)
-    own = _control_shapes(part, module, bundle.mesh, bundle.dtype)
-    variables = part.read(CONTROLNET, module, own)
+    shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    variables = part.read(CONTROLNET, module, shapes)
     if module.borrowed:
-        theirs = bundle.variables["denoiser"]
-        variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
-        if "buffers" in theirs:
-            variables["buffers"] = theirs["buffers"]
+        denoiser_variables = bundle.variables["denoiser"]
+        variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
+        if "buffers" in denoiser_variables:
+            variables["buffers"] = denoiser_variables["buffers"]
     net = ControlBundle(module, variables, part.config)
     if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
-        told = "%s does not say what its hints are: they are encoded as blur and depth"
-        log.warning(f'{told}; of canny write ControlInput(preprocess="canny")', path)
+        message = (
+            "%s does not say what its hints are: they are encoded as blur and depth"
+        )
+        log.warning(f'{message}; of canny write ControlInput(preprocess="canny")', path)
     return net
 
 
@@ -493,9 +499,9 @@ def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
     """A ControlNet without a denoiser, as it is in its file, for writing it again."""
     part = sources.control(path)
     module = CONTROLNET.build(part.config, jnp.dtype("float32"))
-    own = _control_shapes(part, module, mesh, "float32")
-    own = _retyped(own, part.dtypes(CONTROLNET, module, own))
-    return ControlBundle(module, part.read(CONTROLNET, module, own), part.config)
+    shapes = _control_shapes(part, module, mesh, "float32")
+    shapes = _retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
+    return ControlBundle(module, part.read(CONTROLNET, module, shapes), part.config)
 
 
 def resolve_control(source: str) -> epath.Path:

@@ -27,12 +27,12 @@ from sd3_jax.sampling.prompts import Conditioning
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh, *given: Any):
+def on(mesh: Mesh, *arrays: Any):
     """The mesh and the rules for logical axes, as everything here wants them.
 
     Where what is `given` is being traced, the mesh is the caller's to set.
     """
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     with contextlib.nullcontext() if traced else jax.set_mesh(mesh):
         with nn.logical_axis_rules(sharding.RULES):
             yield

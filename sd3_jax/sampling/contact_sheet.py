@@ -34,15 +34,15 @@ def figure(line: dict) -> html_page.Html:
     settings = line["settings"]
     prompt = line["prompt"]
     prompt = prompt if isinstance(prompt, str) else " | ".join(prompt)
-    told = (
+    description = (
         f"seed {line['seed']} · {settings['steps']} steps of {settings['solver']} ·"
         f" cfg {settings['cfg']:g} · {settings['width']} × {settings['height']}"
     )
-    told += f" · filtered: {line['filtered']}" if "filtered" in line else ""
+    description += f" · filtered: {line['filtered']}" if "filtered" in line else ""
     file = quote(line["file"])
     picture = html_page.element("img", src=file, alt=prompt, loading="lazy")
     caption = html_page.element(
-        "figcaption", prompt, html_page.Html("<br>"), small(told)
+        "figcaption", prompt, html_page.Html("<br>"), small(description)
     )
     return html_page.element(
         "figure", html_page.element("a", picture, href=file), caption

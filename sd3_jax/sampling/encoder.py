@@ -62,17 +62,19 @@ class Encoder:
 
         def picture(variables, image, keys):
             module = bundle.modules["vae"]
-            found = module.apply(variables, latents.pixels(image), method="encode")
-            found = latents.scaled(found, **scale)
+            encoded = module.apply(variables, latents.pixels(image), method="encode")
+            encoded = latents.scaled(encoded, **scale)
             if form == "latents":
-                found = jax.vmap(vae.sample)(keys, found)
-            return found.astype(latents_dtype)
+                encoded = jax.vmap(vae.sample)(keys, encoded)
+            return encoded.astype(latents_dtype)
 
         def text(variables, ids):
-            found = prompts.encode_parts(models, variables, ids, pooled_dim=pooled_dim)
+            encoded = prompts.encode_parts(
+                models, variables, ids, pooled_dim=pooled_dim
+            )
             differ = [jnp.any(x != empty[name], axis=1) for name, x in ids.items()]
-            found = prompts.nulled(found, jnp.any(jnp.stack(differ), axis=0))
-            return jax.tree.map(lambda x: x.astype(text_dtype), found)
+            encoded = prompts.nulled(encoded, jnp.any(jnp.stack(differ), axis=0))
+            return jax.tree.map(lambda x: x.astype(text_dtype), encoded)
 
         self._picture = jax.jit(picture, out_shardings=placed)
         self._text = jax.jit(text, out_shardings=placed)
@@ -88,26 +90,26 @@ class Encoder:
     ) -> dict[str, Array]:
         """{form: (b, H/8, W/8, c)} of images over the mesh; a key a row for a draw."""
         with compiled.on(self.bundle.mesh):
-            found = self._picture(self.bundle.variables["vae"], image, keys)
-        return {self.form: found}
+            encoded = self._picture(self.bundle.variables["vae"], image, keys)
+        return {self.form: encoded}
 
     def check(self) -> None:
         """ValueError or TypeError if the text encoders' widths are not as they must be:
         before any program is compiled."""
         ids = self.tokenize([""] * self.shards)
         with compiled.on(self.bundle.mesh):
-            made = jax.eval_shape(self._text, self.bundle.text_variables, ids)
+            encoded = jax.eval_shape(self._text, self.bundle.text_variables, ids)
             jax.eval_shape(
                 partial(prompts.put_together, length=1, context_dim=self.context_dim),
-                *made,
+                *encoded,
             )
 
     def text(self, ids: dict[str, Array]) -> dict[str, Array]:
         """clip (b, 77, pooled_dim), t5 (b, length - 77, context_dim) if there is one,
         and pooled (b, pooled_dim): what context is put together from."""
         with compiled.on(self.bundle.mesh):
-            found = self._text(self.bundle.text_variables, ids)._asdict()
-        return {name: x for name, x in found.items() if x is not None}
+            encoded = self._text(self.bundle.text_variables, ids)._asdict()
+        return {name: x for name, x in encoded.items() if x is not None}
 
     def __call__(
         self, rows: dict[str, np.ndarray], batch_size: int
@@ -115,38 +117,38 @@ class Encoder:
         """This process's rows of a batch, as loaded, to the batch over the mesh, in
         which pictures and token ids have become what they stand for."""
         raw = {k: x for k, x in rows.items() if k in IMAGES or k.startswith("ids_")}
-        rest = {name: x for name, x in rows.items() if name not in raw}
-        own = batch_size // self.shards  # a device's
+        other_fields = {name: x for name, x in rows.items() if name not in raw}
+        device_rows = batch_size // self.shards  # a device's
         parts = []
-        for start in range(0, own, self.rows):
-            part = {k: cut(x, own, start, self.rows) for k, x in raw.items()}
+        for start in range(0, device_rows, self.rows):
+            part = {k: cut(x, device_rows, start, self.rows) for k, x in raw.items()}
             size = self.rows * self.shards
             parts.append(self._encode(sharding.put(part, self.bundle.mesh, size)))
-        made = self._join(parts, own)
-        return sharding.put(rest, self.bundle.mesh, batch_size) | made
+        encoded = self._join(parts, device_rows)
+        return sharding.put(other_fields, self.bundle.mesh, batch_size) | encoded
 
     def _encode(self, batch: dict[str, Array]) -> dict[str, Array]:
         ids = {name: x for name, x in batch.items() if name not in IMAGES}
-        made = self.text(ids) if ids else {}
+        encoded = self.text(ids) if ids else {}
         for name in [name for name in IMAGES if name in batch]:
             for form, x in self.picture(batch[name]).items():
-                made[name.removesuffix("image") + form] = x
-        return made
+                encoded[name.removesuffix("image") + form] = x
+        return encoded
 
 
-def cut(x: np.ndarray, own: int, start: int, rows: int) -> np.ndarray:
+def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:
     """Rows from `start` on of each device, which has `own`; zeros for what is not."""
-    x = x.reshape(-1, own, *x.shape[1:])[:, start : start + rows]
+    x = x.reshape(-1, device_rows, *x.shape[1:])[:, start : start + rows]
     missing = [(0, 0), (0, rows - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
     return np.pad(x, missing).reshape(-1, *x.shape[2:])
 
 
-def joined(parts: Sequence[dict[str, Array]], own: int, shards: int) -> dict:
+def joined(parts: Sequence[dict[str, Array]], device_rows: int, shards: int) -> dict:
     """The inverse of `cut`, of what was made of each part; no device waits for one."""
 
     def leaf(*xs):
         xs = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
-        whole = jnp.concatenate(xs, axis=1)[:, :own]
+        whole = jnp.concatenate(xs, axis=1)[:, :device_rows]
         return whole.reshape(-1, *whole.shape[2:])
 
     return jax.tree.map(leaf, *parts)

@@ -51,27 +51,27 @@ def save(
     )
     if layout == "orbax":
         variables = {}
-        for name, own in bundle.variables.items():
-            kept = _dtype_of(bundle, name, dtype)
-            cast = lambda at, x, kept=kept: x.astype(kept(tree.names(at)))
-            variables[name] = jax.tree_util.tree_map_with_path(cast, own)
+        for name, arrays in bundle.variables.items():
+            dtype_at = _dtype_of(bundle, name, dtype)
+            cast = lambda at, x, dtype_at=dtype_at: x.astype(dtype_at(tree.names(at)))
+            variables[name] = jax.tree_util.tree_map_with_path(cast, arrays)
         native_format.save(path, variables, bundle.configs)
     elif layout == "diffusers":
         for name in bundle.modules:
             component = COMPONENTS[name]
-            found = _entries(bundle, name, layout, dtype)
+            entries = _entries(bundle, name, layout, dtype)
             folder = path / component.folder
-            _write(safetensors.write_folder, folder, found, component.stem)
+            _write(safetensors.write_folder, folder, entries, component.stem)
         if jax.process_index() == 0:
             _save_side_files(bundle, path)
     elif layout == "original":
-        found = {}
+        entries = {}
         for name in bundle.modules:
             for key, entry in _entries(bundle, name, layout, dtype).items():
-                found[COMPONENTS[name].prefix + key] = entry
+                entries[COMPONENTS[name].prefix + key] = entry
         fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
         metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
-        _write(safetensors.write_file, path, found, metadata)
+        _write(safetensors.write_file, path, entries, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
 
@@ -86,25 +86,27 @@ def save_control(
     """config.json says control_type, which diffusers lets by, and the original file has
     it as Stability's do."""
     module, component = control.module, CONTROLNET
-    wanted = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
-    if layout not in wanted:
+    layouts = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
+    if layout not in layouts:
         reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
-        raise UserError(f'layout "{layout}"{reason}; wanted one of {", ".join(wanted)}')
+        raise UserError(
+            f'layout "{layout}"{reason}; wanted one of {", ".join(layouts)}'
+        )
     variables = controlnet_keys.without_borrowed(module, control.variables)
     pieces = key_mapping.pieces(variables, component.table(module), layout)
     dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
-    found = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
+    entries = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
     if layout == "diffusers":
-        _write(safetensors.write_folder, path, found, component.stem)
+        _write(safetensors.write_folder, path, entries, component.stem)
         if jax.process_index() == 0:
             (path / "config.json").write_text(json.dumps(control.config, indent=2))
         return
     if (kind := control.config.get(controlnet_keys.CONTROL_TYPE)) is not None:
         number = np.array([controlnet_keys.CONTROL_TYPES.index(kind)], np.int32)
-        found[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
+        entries[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
             number.dtype, number.shape, lambda: number
         )
-    _write(safetensors.write_file, path, found)
+    _write(safetensors.write_file, path, entries)
 
 
 def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
@@ -126,22 +128,22 @@ def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
     pieces = key_mapping.pieces(
         variables, component.table(bundle.modules[name]), layout
     )
-    return any(_own(variables, piece) for piece in pieces)
+    return any(_differs_from_fill(variables, piece) for piece in pieces)
 
 
-def _own(variables: dict, piece: key_mapping.Piece) -> bool:
+def _differs_from_fill(variables: dict, piece: key_mapping.Piece) -> bool:
     """Whether weights are not those that a layout without them stands for."""
     if piece.key is not None:
         return False
     return not np.array_equal(sharded_load.part(variables, piece), piece.fill())
 
 
-def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
+def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:
     """By process 0; the others take their part in gathering each tensor."""
     if jax.process_index() == 0:
-        write(path, found, *rest)
+        write(path, entries, *rest)
     else:
-        for entry in found.values():
+        for entry in entries.values():
             entry.data()
 
 

@@ -69,8 +69,8 @@ def generate(
 
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
     idle = mask is None and preview is None
-    own = {}
+    solver_options = {}
     if solvers.draws(solver):
         fold = jax.vmap(jax.random.fold_in, (0, None))
-        own["draw"] = lambda step: draw(fold(keys, step))
-    return solver(guided, start, grid, after=None if idle else after, **own)
+        solver_options["draw"] = lambda step: draw(fold(keys, step))
+    return solver(guided, start, grid, after=None if idle else after, **solver_options)

@@ -34,21 +34,21 @@ class Opened(NamedTuple):
     pairs: dict[str, lora_formats.Pairs]
 
 
-def listed(given: Any) -> list[tuple[str, float]]:
+def listed(requested: Any) -> list[tuple[str, float]]:
     """(path or hub name, weight) of one or several: texts and paths, {path: weight}, or
     pairs (path, weight)."""
-    if isinstance(given, Mapping):
-        given = list(given.items())
-    elif isinstance(given, str | os.PathLike):
-        given = [given]
+    if isinstance(requested, Mapping):
+        requested = list(requested.items())
+    elif isinstance(requested, str | os.PathLike):
+        requested = [requested]
     specs = []
-    for one in given if isinstance(given, list | tuple) else [given]:
-        pair = isinstance(one, list | tuple) and len(one) == 2
-        path, weight = one if pair else (one, None)
+    for entry in requested if isinstance(requested, list | tuple) else [requested]:
+        pair = isinstance(entry, list | tuple) and len(entry) == 2
+        path, weight = entry if pair else (entry, None)
         known = isinstance(path, str | os.PathLike)
         if not known or isinstance(weight, bool | str):
             raise UserError(
-                f"lora {shown(repr(one))}: wanted a path, (path, weight) or {{path:"
+                f"lora {shown(repr(entry))}: wanted a path, (path, weight) or {{path:"
                 " weight}"
             )
         text = os.fspath(path)
@@ -59,17 +59,19 @@ def listed(given: Any) -> list[tuple[str, float]]:
     return specs
 
 
-def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Opened]:
+def opened(
+    requested: Any, components: Sequence[str], available: Collection[str]
+) -> list[Opened]:
     """What `given` names, without a tensor read. Of components that are not `wanted`
     nothing is kept; one that is and is not `there` is an error."""
     loras = []
-    for source, weight in listed(given):
+    for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
-        pairs = {k: x for k, x in lora_formats.read(path).items() if k in wanted}
-        if lacking := [name for name in pairs if name not in there]:
+        pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
+        if lacking := [name for name in pairs if name not in available]:
             raise UserError(
                 f"{path} adapts {lacking[0]}, and the weights have only"
-                f" {', '.join(there)}; name a file that has it after a comma"
+                f" {', '.join(available)}; name a file that has it after a comma"
             )
         loras.append(Opened(path, weight, pairs))
     return loras
@@ -79,32 +81,32 @@ def attached(
     variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
 ) -> dict[str, dict]:
     """Variables by component with the LoRAs beside their kernels, added up."""
-    made = dict(variables)
+    adapted = dict(variables)
     for path, weight, maps in loras:
         for name, pairs in maps.items():
-            params = made[name]["params"]
-            found = files.load(pairs, name, modules[name], params, weight=weight)
-            params = lora.attach(params, _placed(found, params))
-            made[name] = made[name] | {"params": params}
+            params = adapted[name]["params"]
+            lora_params = files.load(pairs, name, modules[name], params, weight=weight)
+            params = lora.attach(params, _placed(lora_params, params))
+            adapted[name] = adapted[name] | {"params": params}
             log.info(
                 "%s: %d linear maps of %s, times %g", path, len(pairs), name, weight
             )
-    return made
+    return adapted
 
 
-def _placed(found: dict, params: dict) -> dict:
+def _placed(lora_params: dict, params: dict) -> dict:
     """a and b as their kernels lie, along the axes that they share with these."""
-    kernels, made = lora.kernels(params), {}
-    for path, pair in lora.modules(found, "a"):
+    kernels, placed = lora.kernels(params), {}
+    for path, pair in lora.modules(lora_params, "a"):
         kernel = kernels[path]
         mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
         spec += (None,) * (kernel.ndim - len(spec))
         specs = lora.layout(path, kernel.ndim).shapes(spec, None)
-        made[path] = {
-            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*own)))
-            for name, own in zip("ab", specs)
+        placed[path] = {
+            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
+            for name, axes in zip("ab", specs)
         }
-    return lora.nested(made)
+    return lora.nested(placed)
 
 
 def _put(x: np.ndarray, where: NamedSharding) -> Array:

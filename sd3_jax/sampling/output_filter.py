@@ -52,16 +52,16 @@ def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
     """A UserError if there is no such function, or (h, w) are too small for a mark."""
     height, width = min(sides, key=min)
     if mark and min(height, width) < watermark.SIDE:
-        given = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
-        raise UserError(f"{given}; wanted sides of {watermark.SIDE} or more")
+        setting = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
+        raise UserError(f"{setting}; wanted sides of {watermark.SIDE} or more")
     function = hooks.guarded("sample.filter", filter) if filter else None
     return Safety(filter, function, mark)
 
 
 def _flags(function, images, prompts, rows: list[int]) -> list[str]:
-    given = images[rows], [prompts[i] for i in rows]
-    found = answers(function, "flags", len(rows), *given)
-    return [_flag(value, function.__name__) for value in found]
+    arguments = images[rows], [prompts[i] for i in rows]
+    verdicts = answers(function, "flags", len(rows), *arguments)
+    return [_flag(value, function.__name__) for value in verdicts]
 
 
 def _flag(value, name: str) -> str:

@@ -101,8 +101,8 @@ def encode_released(
     length: int = 256,
 ) -> Conditioning:
     """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads."""
-    made = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
-    return put_together(*made, length=length, context_dim=context_dim)
+    encoded = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
+    return put_together(*encoded, length=length, context_dim=context_dim)
 
 
 def encode_parts(
@@ -161,11 +161,11 @@ def put_together(
     return Conditioning(context, pooled)
 
 
-def filled(x: Array, size: int, what: str) -> Array:
+def filled(x: Array, size: int, key: str) -> Array:
     """Zeros behind the last axis, to `size`; a negative pad would cut in silence."""
     missing = size - x.shape[-1]
     if missing < 0:
-        raise ConfigError(f"{what} {size}: the text encoders give {x.shape[-1]}")
+        raise ConfigError(f"{key} {size}: the text encoders give {x.shape[-1]}")
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 

@@ -22,13 +22,13 @@ log = logging.getLogger(__name__)
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
     """config.weights with config.sample.lora, in config.model.dtype and where
     config.quantize says so in eight bits, over the mesh."""
-    own = dict(
+    from_config = dict(
         dtype=config.model.dtype,
         quantize=config.quantize.to_dict(),
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
     )
-    return bundle.load(config.weights, mesh=mesh, **own | options)
+    return bundle.load(config.weights, mesh=mesh, **from_config | options)
 
 
 def load_to_paint(
@@ -37,27 +37,33 @@ def load_to_paint(
     """load, which stops before it reads the weights if one of these settings of tasks
     asks for what the model's scheduler cannot do."""
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
-        told = "config.weights = %s and config.sample.cfg = %g: turbo models are made"
-        told += " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
-        log.warning(told, config.weights, config.sample.cfg)
-    made = load(config, mesh, check=partial(check, settings=settings))
-    warn_of_another_model(config, made)
-    return made
+        message = (
+            "config.weights = %s and config.sample.cfg = %g: turbo models are made"
+        )
+        message += (
+            " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
+        )
+        log.warning(message, config.weights, config.sample.cfg)
+    model = load(config, mesh, check=partial(check, settings=settings))
+    warn_of_another_model(config, model)
+    return model
 
 
-def warn_of_another_model(config: ConfigDict, made: bundle.Bundle) -> None:
+def warn_of_another_model(config: ConfigDict, model: bundle.Bundle) -> None:
     """Steps and cfg are the recipe's: those of another model make worse pictures."""
-    known = made.configs.get("denoiser")
-    if known is None:
+    denoiser = model.configs.get("denoiser")
+    if denoiser is None:
         return
     recipe = config.model.depth, config.model.qk_norm, config.model.dual_blocks
-    dual = len(known.get("dual_attention_layers") or ())
-    weights = known["num_layers"], known.get("qk_norm") is not None, dual
+    dual = len(denoiser.get("dual_attention_layers") or ())
+    weights = denoiser["num_layers"], denoiser.get("qk_norm") is not None, dual
     if recipe != weights:
-        told = "the recipe is of another model than %s, which is %s: steps and cfg may"
-        told += " not suit it; choose configs/released.py:VARIANT by the weights"
-        name = components.released_name(known)
-        log.warning(told, config.weights, name)
+        message = (
+            "the recipe is of another model than %s, which is %s: steps and cfg may"
+        )
+        message += " not suit it; choose configs/released.py:VARIANT by the weights"
+        name = components.released_name(denoiser)
+        log.warning(message, config.weights, name)
 
 
 def check(
@@ -100,8 +106,8 @@ def times(settings: dict[str, Any]) -> dict[str, Any]:
 class ReleasedPainter:
     """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
 
-    def __init__(self, made: bundle.Bundle):
-        self.bundle = made
+    def __init__(self, model: bundle.Bundle):
+        self.bundle = model
 
     def __call__(self, rows: Sequence[prompt_file.Task]) -> np.ndarray:
         prompts = [

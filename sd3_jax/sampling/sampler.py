@@ -66,8 +66,8 @@ class Painter:
             rows = np.arange(start, start + size) % len(captions)  # the last is filled
             batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
-            made = self.program(params, self.put(batch, size), self.negative)
-            image = made if self.encoder is None else self.decoded(made)
+            images = self.program(params, self.put(batch, size), self.negative)
+            image = images if self.encoder is None else self.decoded(images)
             done.append(multihost_utils.process_allgather(image, tiled=True))
         return pictures.to_uint8(np.concatenate(done)[: len(captions)])
 
@@ -78,9 +78,9 @@ class Painter:
         if self.config.text.name == "bytes":
             return None
         parts = ["vae", *bundles.TEXT]
-        made = examples.encoder(self.config, self.mesh, parts)
-        encoder_identity.warn(self.config, self.parts.encoders, made)
-        return made
+        encoder = examples.encoder(self.config, self.mesh, parts)
+        encoder_identity.warn(self.config, self.parts.encoders, encoder)
+        return encoder
 
     @functools.cached_property
     def negative(self) -> dict[str, jax.Array]:
@@ -94,8 +94,8 @@ class Painter:
     def sampler(self) -> tuple[str, np.ndarray]:
         """The solver and its t's, the released models' where the recipe is silent."""
         s, tokens = self.config.sample, 0  # which no shift here depends on
-        given = {name: s[name] or None for name in ("solver", "grid", "shift")}
-        return PUBLISHED.sampler(s.steps, tokens, **given)
+        options = {name: s[name] or None for name in ("solver", "grid", "shift")}
+        return PUBLISHED.sampler(s.steps, tokens, **options)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:

@@ -43,8 +43,8 @@ def batches(
     size = min(size, len(captions))
     for start in range(0, len(captions), size):
         rows = np.arange(start, start + size) % len(captions)
-        some = paint([captions[i] for i in rows], [numbers[i] for i in rows])
-        yield some[: len(captions) - start]
+        images = paint([captions[i] for i in rows], [numbers[i] for i in rows])
+        yield images[: len(captions) - start]
 
 
 def _released(config: ConfigDict, mesh: Mesh, bundle: Bundle) -> Paint:
@@ -57,9 +57,9 @@ def _released(config: ConfigDict, mesh: Mesh, bundle: Bundle) -> Paint:
         ]
         size = batch_size(len(tasks), config.sample.batch_size, mesh)
         done = []
-        for some in range(0, len(tasks), size):
+        for start in range(0, len(tasks), size):
             watchdog.expect("a batch of pictures", watchdog.LONG)
-            rows = np.arange(some, some + size) % len(tasks)
+            rows = np.arange(start, start + size) % len(tasks)
             done.append(released([tasks[i] for i in rows]))
         return np.concatenate(done)[: len(tasks)]
 

@@ -62,11 +62,13 @@ class Scheduler:
         diffusion/grids.py as it is, `sigmas` shifted as the scheduler's are.
         """
         options = {"grid": grid, "shift": shift, "mu": mu, "sigmas": sigmas}
-        given = [name for name, value in options.items() if value is not None]
+        set_options = [name for name, value in options.items() if value is not None]
         for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
-            if set(pair) <= set(given):
+            if set(pair) <= set(set_options):
                 raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")
-        if self.refused and (solver is None or not {"grid", "sigmas"} & set(given)):
+        if self.refused and (
+            solver is None or not {"grid", "sigmas"} & set(set_options)
+        ):
             raise UserError(f"{self.refused}; or give both a solver and a grid")
         line = self.line
         if solver not in (None, self.solver):
@@ -101,7 +103,7 @@ class Scheduler:
             t = grids.stretched(t, self.terminal)
         return grids.apart(np.append(grids.SPACINGS[self.spacing](t), 0), shift)
 
-    def told(self) -> dict[str, Any]:
+    def non_default_settings(self) -> dict[str, Any]:
         """What differs from the published models', as the JSON of a picture's line."""
         values = {x.name: (getattr(self, x.name), x.default) for x in FIELDS}
         differing = {name: a for name, (a, b) in values.items() if a != b}
@@ -203,17 +205,17 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     name, values = _checked(config, where)
     if name not in CLASSES:
         known = ", ".join(CLASSES)
-        told = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
-        own = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
-        shift = own[0] if own else PUBLISHED.shift
-        return dataclasses.replace(PUBLISHED, shift=shift, refused=told)
+        reason = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
+        shifts = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
+        shift = shifts[0] if shifts else PUBLISHED.shift
+        return dataclasses.replace(PUBLISHED, shift=shift, refused=reason)
     scheduler, complaints = CLASSES[name].make(values)
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)
     for key, wanted in complaints.items():
         value = _shown(values[key])
-        told = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
-        return dataclasses.replace(scheduler, refused=told)
+        reason = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
+        return dataclasses.replace(scheduler, refused=reason)
     return scheduler
 
 
@@ -243,8 +245,8 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
         values[key] = value
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
-            told = f"{where}: base_image_seq_len and max_image_seq_len are the same"
-            raise UserError(f"{told}: wanted two, for use_dynamic_shifting")
+            message = f"{where}: base_image_seq_len and max_image_seq_len are the same"
+            raise UserError(f"{message}: wanted two, for use_dynamic_shifting")
     return name, values
 
 

@@ -97,8 +97,8 @@ def _frame(message: str) -> ndarray:
 
 
 def _message(bits: ndarray) -> str | None:
-    found = np.packbits(bits).tobytes()
-    text, crc = found[:LENGTH], found[LENGTH:]
+    frame = np.packbits(bits).tobytes()
+    text, crc = frame[:LENGTH], frame[LENGTH:]
     if zlib.crc32(text).to_bytes(4, "big") != crc:
         return None
     try:

@@ -7,7 +7,7 @@ from sd3_jax.tools.benchmark import cases
 from sd3_jax.tools.benchmark.cases import Spec
 
 
-def made(config: ConfigDict) -> list[Spec]:
+def selected_cases(config: ConfigDict) -> list[Spec]:
     specs = [case(config, text) for text in config.benchmark.cases]
     for kind in config.benchmark.apart:
         if kind not in cases.KINDS:

@@ -86,17 +86,17 @@ def inputs(spec: Spec) -> dict[str, np.ndarray]:
         return {"image": rng.random(shape, np.float32)}
     if kind == "vae_decode":
         return {"latents": normal(b, h, w, config["latent_channels"])}
-    made = {
+    arrays = {
         "latents": normal(b, h, w, config["in_channels"]),
         "t": np.linspace(0.05, 0.95, b, dtype=np.float32),
         "context": normal(b, length, config["joint_attention_dim"]),
         "pooled": normal(b, config["pooled_projection_dim"]),
     }
     if kind == "train":
-        made["noise"] = normal(*made["latents"].shape)
+        arrays["noise"] = normal(*arrays["latents"].shape)
     if kind == "sample":
-        made |= {f"no_{k}": normal(*made[k].shape) for k in ("context", "pooled")}
-    return made
+        arrays |= {f"no_{k}": normal(*arrays[k].shape) for k in ("context", "pooled")}
+    return arrays
 
 
 def gap(
@@ -105,14 +105,14 @@ def gap(
     """The largest |ours - theirs| / |theirs| of their outputs, and which one it is."""
     if set(ours) != set(theirs):
         raise ValueError(f"ours gives {sorted(ours)}, theirs {sorted(theirs)}")
-    found = []
+    errors = []
     for name, b in theirs.items():
         a, b = (np.asarray(x, np.float64) for x in (ours[name], b))
         if a.shape != b.shape:
             return math.inf, f"{name}, of shape {a.shape} and {b.shape}"
         error = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
-        found.append((error if math.isfinite(error) else math.inf, name))
-    return max(found)
+        errors.append((error if math.isfinite(error) else math.inf, name))
+    return max(errors)
 
 
 def weight(
@@ -133,24 +133,24 @@ def weight(
 
 
 def denoiser(
-    *, depth: int, width: int, num_heads: int, patch: int, channels: int, **rest
+    *, depth: int, width: int, num_heads: int, patch: int, channels: int, **sizes
 ) -> dict:
     """`rest`: qk_norm, dual_blocks, pos_size, pos_base, context_dim, pooled_dim."""
     return {
         "_class_name": "SD3Transformer2DModel",
-        "sample_size": rest["pos_base"] * patch,
+        "sample_size": sizes["pos_base"] * patch,
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": channels,
         "num_layers": depth,
         "attention_head_dim": width // num_heads,
         "num_attention_heads": num_heads,
-        "joint_attention_dim": rest["context_dim"],
+        "joint_attention_dim": sizes["context_dim"],
         "caption_projection_dim": width,
-        "pooled_projection_dim": rest["pooled_dim"],
-        "pos_embed_max_size": rest["pos_size"],
-        "dual_attention_layers": list(range(rest["dual_blocks"])),
-        "qk_norm": "rms_norm" if rest["qk_norm"] else None,
+        "pooled_projection_dim": sizes["pooled_dim"],
+        "pos_embed_max_size": sizes["pos_size"],
+        "dual_attention_layers": list(range(sizes["dual_blocks"])),
+        "qk_norm": "rms_norm" if sizes["qk_norm"] else None,
     }
 
 

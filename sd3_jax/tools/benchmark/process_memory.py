@@ -39,5 +39,5 @@ def reset() -> bool:
 def _status(name: str) -> int:
     if not STATUS.is_file():
         return peak()
-    found = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
-    return int(found[1]) * 1024
+    match = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())
+    return int(match[1]) * 1024

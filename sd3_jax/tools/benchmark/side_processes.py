@@ -34,9 +34,9 @@ class Worker:
             preexec_fn=end_with_parent,
         )
 
-    def ask(self, command: str, **given) -> dict:
+    def ask(self, command: str, **arguments) -> dict:
         try:
-            self._process.stdin.write(json.dumps([command, given]) + "\n")
+            self._process.stdin.write(json.dumps([command, arguments]) + "\n")
             self._process.stdin.flush()
             line = self._process.stdout.readline()
         except BrokenPipeError:

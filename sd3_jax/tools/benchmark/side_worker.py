@@ -29,17 +29,17 @@ def serve(side: Callable, **others: Callable) -> None:
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     loaded, began = None, process_memory.now()
     while True:
-        name, given = commands.get()
+        name, arguments = commands.get()
         try:
             if name == "load":
                 start = time.perf_counter()
-                loaded = side(given["spec"])
+                loaded = side(arguments["spec"])
                 answer = {"seconds": time.perf_counter() - start, "began": began}
                 answer |= loaded.about()
             elif name in others:
-                answer = others[name](**given)
+                answer = others[name](**arguments)
             else:
-                answer = COMMANDS[name](loaded, **given)
+                answer = COMMANDS[name](loaded, **arguments)
         except Exception as error:
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())

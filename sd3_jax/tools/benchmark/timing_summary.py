@@ -17,20 +17,20 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """theirs / ours of each pair of turns: above 1, ours is faster."""
-    each = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return {**spread(each), "each": each}
+    by_turn = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {**spread(by_turn), "each": by_turn}
 
 
 def grown(points: Sequence[Result]) -> list[dict[str, float]]:
     """Each point's growth over the first in time, the median over the rounds, and in
     FLOPs; `relative` is the one over the other, 1 where time is as FLOPs."""
     first = points[0]
-    made = []
+    growth = []
     for point in points:
         time = ratios(first["turns"], point["turns"])["median"]
         flops = point["flops"] / first["flops"]
-        made.append({"time": time, "flops": flops, "relative": time / flops})
-    return made
+        growth.append({"time": time, "flops": flops, "relative": time / flops})
+    return growth
 
 
 def measured(result: Result) -> dict[str, float]:

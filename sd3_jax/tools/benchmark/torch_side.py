@@ -22,11 +22,11 @@ class Case:
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        given = {k: torch.from_numpy(x) for k, x in cases.inputs(spec).items()}
-        given = {k: nchw(x).to(DEVICE) for k, x in given.items()}
-        given = {k: x.long() if k == "ids" else x for k, x in given.items()}
+        inputs = {k: torch.from_numpy(x) for k, x in cases.inputs(spec).items()}
+        inputs = {k: nchw(x).to(DEVICE) for k, x in inputs.items()}
+        inputs = {k: x.long() if k == "ids" else x for k, x in inputs.items()}
         self.model = None if spec["kind"] == "matmul" else load(spec)
-        self.function = MAKE[spec["kind"]](spec, self.model, given)
+        self.function = MAKE[spec["kind"]](spec, self.model, inputs)
         self.training = spec["kind"] == "train"
         gc.collect()
 
@@ -136,24 +136,26 @@ def cast(spec: Spec, *tensors: torch.Tensor) -> list[torch.Tensor]:
 # What each kind is: a function without arguments, to outputs by name
 
 
-def matmul(spec, model, given) -> Callable:
-    a, b = cast(spec, given["a"], given["b"])
+def matmul(spec, model, inputs) -> Callable:
+    a, b = cast(spec, inputs["a"], inputs["b"])
     product = compiled(spec, torch.matmul)
     return lambda: {"ab": product(a, b)}
 
 
-def forward(spec, model, given) -> Callable:
-    x, context, pooled = cast(spec, given["latents"], given["context"], given["pooled"])
-    model, timestep = compiled(spec, model), 1000 * given["t"]
+def forward(spec, model, inputs) -> Callable:
+    x, context, pooled = cast(
+        spec, inputs["latents"], inputs["context"], inputs["pooled"]
+    )
+    model, timestep = compiled(spec, model), 1000 * inputs["t"]
 
     def run():
-        made = model(x, context, pooled, timestep, return_dict=False)
-        return {"velocity": made[0]}
+        outputs = model(x, context, pooled, timestep, return_dict=False)
+        return {"velocity": outputs[0]}
 
     return run
 
 
-def train(spec, model, given) -> Callable:
+def train(spec, model, inputs) -> Callable:
     """As diffusers' own trainers: autocast over float32 weights, fused AdamW."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -168,8 +170,8 @@ def train(spec, model, given) -> Callable:
     )
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec["ema"]))
     run, dtype = compiled(spec, model), getattr(torch, spec["dtype"])
-    x0, noise, t = given["latents"], given["noise"], given["t"]
-    context, pooled = given["context"], given["pooled"]
+    x0, noise, t = inputs["latents"], inputs["noise"], inputs["t"]
+    context, pooled = inputs["context"], inputs["pooled"]
     clip = optim["clip"] or float("inf")
 
     def step():
@@ -188,7 +190,7 @@ def train(spec, model, given) -> Callable:
     return step
 
 
-def sample(spec, model, given) -> Callable:
+def sample(spec, model, inputs) -> Callable:
     """diffusers' own loop: StableDiffusion3Pipeline on given embeddings."""
     import diffusers
 
@@ -204,11 +206,11 @@ def sample(spec, model, given) -> Callable:
     pipe.transformer = compiled(spec, model)
     names = ("latents", "context", "pooled", "no_context", "no_pooled")
     noise, context, pooled, no_context, no_pooled = cast(
-        spec, *(given[name] for name in names)
+        spec, *(inputs[name] for name in names)
     )
 
     def run():
-        made = pipe(
+        outputs = pipe(
             prompt_embeds=context,
             pooled_prompt_embeds=pooled,
             negative_prompt_embeds=no_context,
@@ -220,13 +222,13 @@ def sample(spec, model, given) -> Callable:
             latents=noise.clone(),
             output_type="latent",
         )
-        return {"latents": made.images}
+        return {"latents": outputs.images}
 
     return run
 
 
-def vae_encode(spec, model, given) -> Callable:
-    (image,) = cast(spec, given["image"])
+def vae_encode(spec, model, inputs) -> Callable:
+    (image,) = cast(spec, inputs["image"])
     encode = compiled(spec, model.encode)
 
     def run():
@@ -236,8 +238,8 @@ def vae_encode(spec, model, given) -> Callable:
     return run
 
 
-def vae_decode(spec, model, given) -> Callable:
-    (latents,) = cast(spec, given["latents"])
+def vae_decode(spec, model, inputs) -> Callable:
+    (latents,) = cast(spec, inputs["latents"])
     decode = compiled(spec, model.decode)
 
     def run():
@@ -247,18 +249,18 @@ def vae_decode(spec, model, given) -> Callable:
     return run
 
 
-def t5_states(spec, model, given) -> Callable:
+def t5_states(spec, model, inputs) -> Callable:
     model = compiled(spec, model)
-    return lambda: {"states": model(given["ids"])[0]}
+    return lambda: {"states": model(inputs["ids"])[0]}
 
 
-def clip_states(spec, model, given) -> Callable:
+def clip_states(spec, model, inputs) -> Callable:
     """The layer before the last and the projection, which SD3 reads."""
     model = compiled(spec, model)
 
     def run():
-        made = model(given["ids"], output_hidden_states=True)
-        return {"states": made.hidden_states[-2], "pooled": made[0]}
+        outputs = model(inputs["ids"], output_hidden_states=True)
+        return {"states": outputs.hidden_states[-2], "pooled": outputs[0]}
 
     return run
 

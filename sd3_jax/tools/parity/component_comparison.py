@@ -136,19 +136,19 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
         module.to(BF16)
         narrow = {label: case.theirs(module, BF16) for label, case in cases.items()}
         del module
-        found = {}
+        answers = {}
         for dtype in ("float32", "bfloat16"):
             bundle = subject.load(dtype, name)
             for label, case in cases.items():
-                found[label, dtype] = case.ours(bundle)
+                answers[label, dtype] = case.ours(bundle)
         for label in cases:
             yield (
                 label,
                 [
                     Row(
                         layer,
-                        gap(found[label, "float32"][layer], wide[label][layer]),
-                        gap(found[label, "bfloat16"][layer], wide[label][layer]),
+                        gap(answers[label, "float32"][layer], wide[label][layer]),
+                        gap(answers[label, "bfloat16"][layer], wide[label][layer]),
                         gap(narrow[label][layer], wide[label][layer]),
                     )
                     for layer in wide[label]
@@ -267,18 +267,18 @@ def drift(subject: Subject) -> Drift:
             scale=s.scale,
         )
     del modules
-    found = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
+    trajectories = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
     (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
     rows = [
         Row(
             f"step {i + 1}",
-            gap(found["float32"][0][i + 1], wanted[i]),
-            gap(found["bfloat16"][0][i + 1], wanted[i]),
+            gap(trajectories["float32"][0][i + 1], wanted[i]),
+            gap(trajectories["bfloat16"][0][i + 1], wanted[i]),
             gap(half[i], wanted[i]),
         )
         for i in range(len(wanted))
     ]
-    ours, ours_half = found["float32"][1], found["bfloat16"][1]
+    ours, ours_half = trajectories["float32"][1], trajectories["bfloat16"][1]
     ends = (gap(ours, picture), gap(ours_half, picture), gap(half_picture, picture))
     grid = _grid(subject)
     pictures = {"ours": ours[0], "theirs": picture[0], "ours, bfloat16": ours_half[0]}
@@ -299,19 +299,19 @@ def _their_text(subject: Subject, texts: list[str]) -> dict:
     names = [name for name in bundles.TEXT if name in subject.configs]
     modules = {name: subject.theirs(name) for name in names}
     words, length = subject.load("float32").tokenizers, subject.settings.length
-    found = {}
+    embeddings = {}
     for dtype in (torch.float32, BF16):
         modules = {name: module.to(dtype) for name, module in modules.items()}
         context, pooled = torch_components.encoded(modules, words, texts, length)
-        found[dtype] = (context[:1], pooled[:1]), (context[1:], pooled[1:])
-    return found
+        embeddings[dtype] = (context[:1], pooled[:1]), (context[1:], pooled[1:])
+    return embeddings
 
 
 def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray]:
     s = subject.settings
     bundle = subject.load(dtype, *bundles.TEXT)
-    both = bundle.encode_prompts(texts, s.length)
-    cond, uncond = (Conditioning(*(x[i : i + 1] for x in both)) for i in (0, 1))
+    embeddings = bundle.encode_prompts(texts, s.length)
+    cond, uncond = (Conditioning(*(x[i : i + 1] for x in embeddings)) for i in (0, 1))
     bundle = subject.load(dtype, "denoiser", "vae")
     module, grid = bundle.modules["denoiser"], _grid(subject)
 

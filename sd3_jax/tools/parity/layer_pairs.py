@@ -37,7 +37,7 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
     table = variables["buffers"]["pos_embed"].astype(np.float32)
     place = position_table.crop(table, *(side // patch for side in shape))
     time = "time_text_embed.{}_embedder"
-    found = [
+    layers = [
         Layer("patches", at("patch_embed"), "pos_embed.proj", _tokens),
         Layer(
             "patches + positions",
@@ -60,8 +60,8 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
             if i < depth - 1 or name == "image":
                 pick = lambda answer, stream=stream: answer[1 - stream]
                 block = f"transformer_blocks.{i}"
-                found.append(Layer(f"block {i} {name}", ours, block, pick))
-    return [*found, Layer("tokens out", at("final"), "proj_out")]
+                layers.append(Layer(f"block {i} {name}", ours, block, pick))
+    return [*layers, Layer("tokens out", at("final"), "proj_out")]
 
 
 def _tokens(answer):
@@ -70,20 +70,20 @@ def _tokens(answer):
 
 def encoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
-    found = [_conv("encoder", "conv_in")]
+    layers = [_conv("encoder", "conv_in")]
     for i in range(levels):
         name, ours = f"encoder.down_blocks.{i}", f"down_{i}"
-        found += _level("encoder", name, ours, i, resnets, "down", levels)
-    return [*found, *_end("encoder")]
+        layers += _level("encoder", name, ours, i, resnets, "down", levels)
+    return [*layers, *_end("encoder")]
 
 
 def decoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
-    found = [_conv("decoder", "conv_in"), _middle("decoder")]
+    layers = [_conv("decoder", "conv_in"), _middle("decoder")]
     for i in range(levels):
         name, ours = f"decoder.up_blocks.{i}", f"up_{i}"
-        found += _level("decoder", name, ours, i, resnets, "up", levels)
-    return [*found, *(x for x in _end("decoder") if x.name != "decoder middle")]
+        layers += _level("decoder", name, ours, i, resnets, "up", levels)
+    return [*layers, *(x for x in _end("decoder") if x.name != "decoder middle")]
 
 
 def _conv(half, name, ours=None):

@@ -68,27 +68,28 @@ def compiler() -> str:
     return f"libtpu {version}, jax {jax.__version__}"
 
 
-def devices(each: Slice) -> list:
+def devices(tpu_slice: Slice) -> list:
     try:
         return topologies.get_topology_desc(
             platform="tpu",
-            topology_name=each.topology,
-            wrap=each.wrap,
-            num_slices=each.slices,
+            topology_name=tpu_slice.topology,
+            wrap=tpu_slice.wrap,
+            num_slices=tpu_slice.slices,
         ).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"no TPU compiler for {each.topology} ({reason}); wanted pip install libtpu"
+            f"no TPU compiler for {tpu_slice.topology} ({reason}); wanted pip install"
+            " libtpu"
         ) from None
 
 
-def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
+def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
     """Those that launch/ would start the job with: the generation's, and those of the
     generation and the job where there are any."""
     if not folder:
         return {}
-    path = epath.Path(folder) / f"{each.kind}.env"
+    path = epath.Path(folder) / f"{tpu_slice.kind}.env"
     if folder == FLAGS and not path.exists():
         path = epath.Path(shipped(FLAGS)) / path.name
     if not path.exists():
@@ -96,7 +97,7 @@ def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
             f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
             ' which is ours, another folder, or "" for the compiler\'s defaults'
         )
-    paths = [path, path.with_name(f"{each.kind}.{job}.env")]
+    paths = [path, path.with_name(f"{tpu_slice.kind}.{job}.env")]
     text = "\n".join(path.read_text() for path in paths if path.exists())
     text = re.sub(r"(?m)^#.*", "", text)
     return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
@@ -109,12 +110,12 @@ def compile(lowered, options: dict[str, str]) -> Compiled:
         # Of programs that use the SparseCores as_text() fails, the dump does not.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            made = lowered.compile(compiler_options=options | dump)
+            program = lowered.compile(compiler_options=options | dump)
         except jax.errors.JaxRuntimeError as error:
             raise TooLarge(too_large(error)) from None
         (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
         text = path.read_text()
-    return Compiled(text, memory(made), time.perf_counter() - begin)
+    return Compiled(text, memory(program), time.perf_counter() - begin)
 
 
 def too_large(error: Exception) -> str:
@@ -123,10 +124,10 @@ def too_large(error: Exception) -> str:
         rf"\({size}\) exceeds available HBM \({size}\)",
         rf"Used {size} of {size} hbm",  # and not of vmem or smem
     )
-    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
-    if told is None:
+    match = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
+    if match is None:
         raise error
-    return f"{told[1]} of {told[2]}"
+    return f"{match[1]} of {match[2]}"
 
 
 def memory(compiled) -> dict[str, float]:

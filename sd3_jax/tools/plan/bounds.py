@@ -91,11 +91,11 @@ def work_on(
 
 def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:
     """A forward pass's FLOPs apart; `padded` is the length that the kernel sees."""
-    d, both = model.width, tokens + text
-    joint = 4 * d * ((model.depth - 1) * both**2 + tokens * both)
+    d, joint_tokens = model.width, tokens + text
+    joint = 4 * d * ((model.depth - 1) * joint_tokens**2 + tokens * joint_tokens)
     dual = model.dual_blocks * 4 * d * tokens**2
     longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
-    return Work(total - joint - dual, joint + dual, longer + dual, both)
+    return Work(total - joint - dual, joint + dual, longer + dual, joint_tokens)
 
 
 def verdict(peak: float, capacity: float) -> str:

@@ -85,8 +85,8 @@ class Instruction(NamedTuple):
         pattern = (
             r"\b(?:calls|body|to_apply|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
         )
-        found = ",".join(re.findall(pattern, self.attributes))
-        return re.findall(r"[\w.\-]+", found)
+        names = ",".join(re.findall(pattern, self.attributes))
+        return re.findall(r"[\w.\-]+", names)
 
     @property
     def branches(self) -> list[str]:

@@ -76,9 +76,9 @@ def collectives(
     def walk(name: str, times: int):
         home = module[name]
         for x in home:
-            found = collective(x, home, mesh)
-            if found is not None:
-                yield found, times
+            transfer = collective(x, home, mesh)
+            if transfer is not None:
+                yield transfer, times
             if x.opcode == "while":
                 body = x.attribute(r"body=%?([\w.\-]+)")
                 yield from walk(body, times * (trips(x, home, module) or 1))
@@ -103,19 +103,19 @@ def sent(kind: str, whole: float, members: int) -> float:
 
 def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
     """Bytes that a collective takes or makes, whichever is more, and their shape."""
-    taken = [
+    operands = [
         shape
         for name in x.operands
         if name in home.by_name
         for shape in home.by_name[name].shapes
     ]
-    made = x.shapes
+    results = x.shapes
     if x.opcode.endswith("-start"):  # (operands, results, …)
-        made = x.elements[1] if len(x.elements) > 1 else x.shapes
-    sizes = [sum(shape.bytes for shape in shapes) for shapes in (taken, made)]
+        results = x.elements[1] if len(x.elements) > 1 else x.shapes
+    sizes = [sum(shape.bytes for shape in shapes) for shapes in (operands, results)]
     if kind == "collective-permute":
         sizes[0] = 0.0
-    shapes = taken if sizes[0] > sizes[1] else made
+    shapes = operands if sizes[0] > sizes[1] else results
     largest = max(shapes, key=lambda shape: shape.bytes)
     sides = ",".join(map(str, largest.sides))
     return max(sizes), f"{largest.dtype}[{sides}]"
@@ -149,10 +149,10 @@ class Links:
     `devices` are in the order of the program's partitions, the mesh's.
     """
 
-    def __init__(self, each: Slice, devices: Sequence):
-        self.slice, self.generation = each, each.generation
+    def __init__(self, tpu_slice: Slice, devices: Sequence):
+        self.slice, self.generation = tpu_slice, tpu_slice.generation
         self.places = [
-            (getattr(d, "slice_index", None) or 0, *d.coords[: len(each.shape)])
+            (getattr(d, "slice_index", None) or 0, *d.coords[: len(tpu_slice.shape)])
             for d in devices
         ]
 
@@ -248,14 +248,14 @@ def _connected(pairs: Pairs) -> Groups:
     for a, b in pairs:
         near[a].add(b)
         near[b].add(a)
-    groups, seen = [], set()
+    groups, visited = [], set()
     for start in near:
-        if start not in seen:
+        if start not in visited:
             group, ahead = [], [start]
             while ahead:
                 x = ahead.pop()
-                if x not in seen:
-                    seen.add(x)
+                if x not in visited:
+                    visited.add(x)
                     group.append(x)
                     ahead.extend(near[x])
             groups.append(tuple(sorted(group)))

@@ -162,10 +162,10 @@ class Schedule:
     def _transfers(self, x, home) -> Iterator[tuple[str, Collective]]:
         """Collectives that `x` is or that it calls, each with its channel if it runs
         through several operations."""
-        found = [(x, home)]
+        candidates = [(x, home)]
         if x.opcode in ("fusion", "async-start", "custom-call"):
-            found += [(y, body) for body in self.module.reached(x) for y in body]
-        for y, body in found:
+            candidates += [(y, body) for body in self.module.reached(x) for y in body]
+        for y, body in candidates:
             transfer = collective(y, body, self.mesh)
             if transfer is not None:
                 yield channel(y), transfer

@@ -124,23 +124,25 @@ def find(name: str) -> Slice:
 
     v5litepod-16, as gcloud says, is v5e-16.
     """
-    told = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
-    if told is None or told[2] not in GENERATIONS or told[1] == "0":
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
+    if match is None or match[2] not in GENERATIONS or match[1] == "0":
         raise UserError(
             f'config.plan.slices: unknown slice "{name}"; wanted GENERATION-SIZE, such'
             f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
         )
-    made = GENERATIONS[told[2]]
-    shapes = FLAT if made.dims == 2 else SOLID
-    chips, rest = divmod(int(told[3]), made.named)
+    generation = GENERATIONS[match[2]]
+    shapes = FLAT if generation.dims == 2 else SOLID
+    chips, rest = divmod(int(match[3]), generation.named)
     if rest or chips not in shapes:
-        sizes = [f"{told[2]}-{n * made.named}" for n in shapes]
+        sizes = [f"{match[2]}-{n * generation.named}" for n in shapes]
         raise UserError(
             f'config.plan.slices: "{name}": wanted one of {", ".join(sizes)}'
         )
-    count = int(told[1] or 1)
+    count = int(match[1] or 1)
     shape = tuple(int(n) for n in shapes[chips].split("x"))
-    return Slice(name.replace(*LITEPOD), told[2], made, count * chips, shape, count)
+    return Slice(
+        name.replace(*LITEPOD), match[2], generation, count * chips, shape, count
+    )
 
 
 def cloud_name(name: str) -> str:

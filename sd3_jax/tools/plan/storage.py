@@ -98,26 +98,26 @@ def plan(
     looked = min(n, sample)
     counts, larger, kept = _count(looked, buckets, seed)
     pictures = _scaled(counts, n)
-    what = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
-    what |= dict(text_tokens=text_tokens, context_dim=context_dim)
-    what |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
+    options = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
+    options |= dict(text_tokens=text_tokens, context_dim=context_dim)
+    options |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
     about = _about(caption, source)
     shapes, tensors = [], {}
     for i, (height, width) in enumerate(buckets):
-        held = arrays(height, width, **what)
+        held = arrays(height, width, **options)
         for name, (dtype, shape) in held.items():
             of = tensors.setdefault(name, {"dtype": dtype, "bytes": []})
             of["bytes"].append(math.prod(shape) * BYTES[dtype])
         size = record_bytes(held, about)
         files = _files(pictures[i], n, part)
-        each = pictures[i] / max(files, 1)
+        per_shard = pictures[i] / max(files, 1)
         row = Shape(
             height=height,
             width=width,
             pictures=pictures[i],
             record_bytes=size,
             shards=files,
-            shard_bytes=shard_bytes(round(each), size) if files else 0,
+            shard_bytes=shard_bytes(round(per_shard), size) if files else 0,
             batches=pictures[i] // batch_size,
             enlarged=float(larger[i] / max(counts[i], 1)),
             kept=float(kept[i] / max(counts[i], 1)),
@@ -235,11 +235,11 @@ def _scaled(counts: np.ndarray, n: int) -> list[int]:
     if not looked:
         return [0] * len(counts)
     exact = [int(count) * n for count in counts]  # over `looked`, in whole numbers
-    made = [x // looked for x in exact]
+    scaled = [x // looked for x in exact]
     order = sorted(range(len(counts)), key=lambda i: -(exact[i] % looked))
-    for i in order[: n - sum(made)]:
-        made[i] += 1
-    return made
+    for i in order[: n - sum(scaled)]:
+        scaled[i] += 1
+    return scaled
 
 
 def _files(pictures: int, n: int, part: int) -> int:
@@ -247,8 +247,8 @@ def _files(pictures: int, n: int, part: int) -> int:
     if not pictures:
         return 0
     parts = math.ceil(n / part)
-    some = -math.expm1(part * math.log1p(-pictures / n)) if pictures < n else 1.0
-    return max(1, min(pictures, round(parts * some)))
+    filled = -math.expm1(part * math.log1p(-pictures / n)) if pictures < n else 1.0
+    return max(1, min(pictures, round(parts * filled)))
 
 
 def _about(caption: int, source: int) -> dict[str, str]:
@@ -273,7 +273,7 @@ def _lines(x: Storage) -> Iterator[str]:
     yield f"{x.pictures:,} invented pictures{scaled}"
     yield ""
     cells = [HEAD]
-    for row in map(lambda given: Shape(**given), x.shapes):
+    for row in map(lambda fields: Shape(**fields), x.shapes):
         cells.append(
             [
                 f"{row.height}x{row.width}",

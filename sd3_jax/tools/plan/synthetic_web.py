@@ -61,8 +61,8 @@ def metadata(
 def nearest(pictures: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """The bucket of each picture, the nearest by aspect, as data.buckets.fit has it."""
     aspects = np.array([math.log(width / height) for height, width in buckets])
-    own = np.log(pictures[:, 1] / pictures[:, 0])
-    return np.abs(aspects - own[:, None]).argmin(1)
+    picture_aspects = np.log(pictures[:, 1] / pictures[:, 0])
+    return np.abs(aspects - picture_aspects[:, None]).argmin(1)
 
 
 def fits(
@@ -91,7 +91,9 @@ def blocks(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         )
         long = np.exp(rng.normal(math.log(LONG), SPREAD, BLOCK))
         height, width = long / np.maximum(aspect, 1), long * np.minimum(aspect, 1)
-        found = np.rint(np.stack([height, width], 1)).clip(*SIDES).astype(np.int32)
+        block_sizes = (
+            np.rint(np.stack([height, width], 1)).clip(*SIDES).astype(np.int32)
+        )
         captions = np.rint(np.exp(rng.normal(math.log(60), 0.8, BLOCK))).astype(int)
         most = min(BLOCK, n - start)
-        yield found[:most], captions[:most]
+        yield block_sizes[:most], captions[:most]

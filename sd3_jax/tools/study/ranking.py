@@ -32,7 +32,7 @@ def mean_ranks(
     ranks: dict[str, list[int]] = {}
     for setting in settings:
         names = list(setting)
-        found = fronts(np.array([setting[name] for name in names], float))
-        for name, rank in zip(names, found.tolist()):
+        front_ranks = fronts(np.array([setting[name] for name in names], float))
+        for name, rank in zip(names, front_ranks.tolist()):
             ranks.setdefault(name, []).append(rank)
     return {name: float(np.mean(x)) for name, x in ranks.items()}

@@ -29,7 +29,7 @@ from sd3_jax.evaluation import (
 )
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
-from sd3_jax.sampling import sampler as paint
+from sd3_jax.sampling import sampler
 
 
 def measure(
@@ -74,15 +74,18 @@ def measure(
                 config, parts, folder, mesh, step=best["step"]
             )
             for setting in left:
-                own = sampling(config, setting)
+                setting_config = sampling(config, setting)
                 if setting not in painters:
-                    painters[setting] = Traveller(own, parts, mesh, encoder)
+                    painters[setting] = Traveller(setting_config, parts, mesh, encoder)
                 painter = painters[setting]
-                found = judge(painter, params) | {"path": painter.length()}
+                measured = judge(painter, params) | {"path": painter.length()}
                 encoder = painter.encoder
                 key = {"weights": weights, "setting": setting}
-                sampler = {"steps": own.sample.steps, "cfg": own.sample.cfg}
-                result["scores"].append(key | sampler | found)
+                sampler_settings = {
+                    "steps": setting_config.sample.steps,
+                    "cfg": setting_config.sample.cfg,
+                }
+                result["scores"].append(key | sampler_settings | measured)
                 keep(result)
     keep(result | {"complete": True})
 
@@ -117,7 +120,7 @@ def override(config: ConfigDict, text: str, where: str) -> None:
         raise ConfigError(f"{where}: {error}") from None
 
 
-class Traveller(paint.Painter):
+class Traveller(sampler.Painter):
     """A painter that notes how long the way of each picture was: the sum of |v dt|."""
 
     def __init__(self, *args):
@@ -148,7 +151,7 @@ class Traveller(paint.Painter):
 def check(config: ConfigDict) -> None:
     """UserError, before anything is trained, if there is nothing to measure with."""
     if config.data.name != "digits":
-        paint.check(config)
+        sampler.check(config)
         picture_scores.check(as_evaluated(config))
 
 
@@ -169,7 +172,9 @@ class Digits:
         self.scenes = []
         for kind, count in zip(digits.KINDS, counts):
             split = "train" if kind == "single" else config.eval.split
-            self.scenes += digit_scenes.some(kind, split, count) if count else []
+            self.scenes += (
+                digit_scenes.sample_scenes(kind, split, count) if count else []
+            )
         canvas = digits.Digits(config.image.height, config.image.width, held_out=True)
         hands = digits.draws(1, np.arange(len(self.scenes)), 2)
         real = [canvas.draw(scene, u) for scene, u in zip(self.scenes, hands)]
@@ -180,23 +185,25 @@ class Digits:
         images = painter(params, captions, list(range(len(captions))))
         right = np.array([matches(*pair) for pair in zip(self.scenes, images)])
         kinds = np.array([scene.kind for scene in self.scenes])
-        each = {f"score_{k}": float(right[kinds == k].mean()) for k in sorted({*kinds})}
+        by_kind = {
+            f"score_{k}": float(right[kinds == k].mean()) for k in sorted({*kinds})
+        }
         far = fid.frechet(feature_statistics.of(pixels(images)), self.reference)
-        return {"score": float(right.mean()), **each, "fid": far}
+        return {"score": float(right.mean()), **by_kind, "fid": far}
 
 
 class Pictures:
     """CLIP score and FID of captions and pictures as `evaluate` takes them."""
 
     def __init__(self, config: ConfigDict):
-        self.config = own = as_evaluated(config)
-        self.clip = picture_features.load_clip(own)
-        self.extract = picture_features.extractor(own, lambda: self.clip)
-        self.captions = reference_images.captions(own)
-        self.reference = picture_scores.references(own, self.extract, ["fid"])
+        self.config = eval_config = as_evaluated(config)
+        self.clip = picture_features.load_clip(eval_config)
+        self.extract = picture_features.extractor(eval_config, lambda: self.clip)
+        self.captions = reference_images.captions(eval_config)
+        self.reference = picture_scores.references(eval_config, self.extract, ["fid"])
 
     def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
-        made, cosines = picture_scores.look(
+        painted, cosines = picture_scores.look(
             self.config,
             partial(painter, params),
             self.captions,
@@ -204,7 +211,7 @@ class Pictures:
             self.clip,
             True,
         )
-        far = fid.frechet(made.statistics, self.reference.statistics)
+        far = fid.frechet(painted.statistics, self.reference.statistics)
         return {"score": float(cosines.mean()), "fid": far}
 
 

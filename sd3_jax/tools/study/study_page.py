@@ -25,7 +25,7 @@ def html(results: Sequence[dict], workdir: epath.Path) -> str:
         html_page.stats(figures),
         html_page.section("Ranks", html_page.note(RANKS), rank_table(ranked, results)),
         html_page.section("Curves", html_page.panels(drawn)),
-        html_page.section("Tables", html_page.element("pre", tables.told(results))),
+        html_page.section("Tables", html_page.element("pre", tables.markdown(results))),
         html_page.element(
             "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
         ),
@@ -137,10 +137,10 @@ def against(results, weights, first) -> tuple[str, str]:
             if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
         ]
         points[name] = tuple(zip(*rows))
-    found = tables.correlations(results, weights)
-    told = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
+    by_kind = tables.correlations(results, weights)
+    words = ", ".join(f"{name} {value:+.2f}" for name, value in by_kind.items())
     drawn = plots.curves(points, "validation loss", "score", joined=False, first=first)
-    return drawn, f"Every run; rank correlation of the loss with {told}."
+    return drawn, f"Every run; rank correlation of the loss with {words}."
 
 
 def pick(rows: Sequence[dict], name: str) -> dict:
