@@ -155,8 +155,8 @@ def train_row(
         if config.data.batch_size % shards:
             raise UserError(
                 f"config.plan.per_chip = {config.plan.per_chip}: {tpu_slice.chips}"
-                f" chips take {config.data.batch_size} images; wanted a multiple of data x"
-                f" fsdp x accumulate = {shards}"
+                f" chips take {config.data.batch_size} images; wanted a multiple of"
+                f" data x fsdp x accumulate = {shards}"
             )
     accumulate = config.optim.accumulate
     images = config.data.batch_size / tpu_slice.devices
