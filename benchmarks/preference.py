@@ -24,7 +24,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.evaluation import digit_scenes
 from sd3_jax.evaluation.digit_reader import INK, matches
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 
 PAIRS, SCORED, HELD_OUT = 3_000, 1_200, 128
 RECIPE = "configs/dpo.py:digits"
@@ -37,7 +37,7 @@ def painter(workdir, *flags):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = model_parts.parts(config)
         params, _ = model_parts.trained_params(config, parts, workdir, mesh)
-    made = Painter(config, parts, mesh)
+    made = TrainedSampler(config, parts, mesh)
 
     def paint(captions, numbers):
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

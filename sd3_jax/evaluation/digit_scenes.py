@@ -22,10 +22,10 @@ def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
     return [every[order[i % len(every)]] for i in range(count)]
 
 
-def judge(paint: Callable, scenes: Sequence[Scene]) -> list[bool]:
+def judge(sample: Callable, scenes: Sequence[Scene]) -> list[bool]:
     """Each scene painted once, each from noise of its own, and looked at."""
     asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
-    images = paint([question.prompt for question in asked], list(range(len(asked))))
+    images = sample([question.prompt for question in asked], list(range(len(asked))))
     return [verdict.value == 1 for verdict in scorer(asked, images)]
 
 
@@ -58,14 +58,14 @@ def ceiling(height: int, width: int, kind: str, count: int) -> Score:
     return score(f"scorer on real {NAMES[kind]}", right)
 
 
-def variety(paint: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) -> float:
+def variety(sample: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) -> float:
     """How far apart the pictures of one prompt are, with real ones as 1.
 
     The mean distance between two pictures of a caption, over the mean distance between
     two compositions of it from real scans: 0 is one picture again and again.
     """
     captions = [str(scene) for scene in scenes for _ in range(per_scene)]
-    images = paint(captions, list(range(len(captions))))
+    images = sample(captions, list(range(len(captions))))
     real = Digits(*images.shape[1:3], held_out=True)
     u = digits.draws(0, np.arange(len(captions)), 2)
     drawn = [real.draw(scenes[i // per_scene], u[i]) for i in range(len(captions))]

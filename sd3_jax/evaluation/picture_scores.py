@@ -1,6 +1,6 @@
-"""CLIP score, FID, KID, precision and recall of painted pictures (paper, B.3).
+"""CLIP score, FID, KID, precision and recall of sampled pictures (paper, B.3).
 
-The pictures are painted once and looked at by every measure; they are not kept, their
+The pictures are sampled once and looked at by every measure; they are not kept, their
 features are. Each process looks at its share of each batch.
 """
 
@@ -30,13 +30,13 @@ from sd3_jax.evaluation.extractors import Extractor
 from sd3_jax.evaluation.feature_statistics import About, Stored
 from sd3_jax.evaluation.picture_features import Features
 from sd3_jax.evaluation.precision_recall import precision_recall
-from sd3_jax.sampling import sampler_choice
+from sd3_jax.sampling import sampler
 
 log = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError, before anything is loaded or painted, if something is not named."""
+    """A UserError, before anything is loaded or sampled, if something is not named."""
     names = set(config.eval.scores)
     if not names & set(NAMES):
         return
@@ -63,14 +63,14 @@ def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, param
     captions, extract, clip = measured(config)
     names = config.eval.scores
     reference = references(config, extract, names) if extract is not None else None
-    paint = sampler_choice.painter(config, parts, mesh, params)
-    painted, cosines = look(config, paint, captions, extract, clip, "fid" in names)
+    sample = sampler.sampler_for(config, parts, mesh, params)
+    sampled, cosines = look(config, sample, captions, extract, clip, "fid" in names)
     rows = []
     if clip is not None:
         rows.append(mean("CLIP score", cosines))
     for name in COMPARED:
         if name in names:
-            rows += COMPARED[name](extract.name, reference, painted)
+            rows += COMPARED[name](extract.name, reference, sampled)
     return {"scores": rows}
 
 
@@ -127,17 +127,17 @@ def stored_at(config: ConfigDict) -> str:
 
 def look(
     config: ConfigDict,
-    paint: sampler_choice.Paint,
+    sample: sampler.SampleCaptions,
     captions: list[str],
     extract: Extractor | None,
     clip: Any,
     summed: bool,
 ) -> tuple[Features | None, np.ndarray | None]:
-    """Features of the painted pictures, and cosines to their captions."""
+    """Features of the sampled pictures, and cosines to their captions."""
     features, embedded, at = [], [], 0
     index, step = jax.process_index(), jax.process_count()
     numbers, size = range(len(captions)), config.sample.batch_size
-    for images in sampler_choice.batches(paint, captions, numbers, size):
+    for images in sampler.sample_in_batches(sample, captions, numbers, size):
         watchdog.expect("features of a batch of pictures", watchdog.LONG)
         shared_images, at = (
             images[picture_features.share(at, index, step)],
@@ -149,17 +149,17 @@ def look(
             shared = extract is not None and extract.extract == clip.image
             embedded.append(features[-1] if shared else clip.image(shared_images))
     processes.meet("picture_scores")
-    painted = (
+    sampled = (
         picture_features.gather(features, summed=summed)
         if extract is not None
         else None
     )
     if clip is None:
-        return painted, None
+        return sampled, None
     texts = clip.text(captions[index::step])
     pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
     cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
-    return painted, picture_features.interleaved(cosines)
+    return sampled, picture_features.interleaved(cosines)
 
 
 def mean(name: str, values: np.ndarray) -> dict:
@@ -170,8 +170,8 @@ def mean(name: str, values: np.ndarray) -> dict:
     return row if half is None else row | {"low": score - half, "high": score + half}
 
 
-def of_fid(name: str, reference: Features, painted: Features) -> list[dict]:
-    real, generated = reference.statistics, painted.statistics
+def of_fid(name: str, reference: Features, sampled: Features) -> list[dict]:
+    real, generated = reference.statistics, sampled.statistics
     if min(real.count, generated.count) <= len(generated.mean):
         message = (
             "FID of %d pictures against %d, of %d numbers each: too high, and to be"
@@ -183,19 +183,19 @@ def of_fid(name: str, reference: Features, painted: Features) -> list[dict]:
     return [row | {"real": real.count}]
 
 
-def of_kid(name: str, reference: Features, painted: Features) -> list[dict]:
-    estimate = kid.kid(reference.rows, painted.rows)
+def of_kid(name: str, reference: Features, sampled: Features) -> list[dict]:
+    estimate = kid.kid(reference.rows, sampled.rows)
     row = {"name": f"KID x 1,000, {name}", "score": 1_000 * estimate.mean}
     more = {"std": 1_000 * estimate.std, "subset": estimate.size}
-    return [row | {"n": len(painted.rows), "real": len(reference.rows)} | more]
+    return [row | {"n": len(sampled.rows), "real": len(reference.rows)} | more]
 
 
 def of_precision_recall(
-    name: str, reference: Features, painted: Features
+    name: str, reference: Features, sampled: Features
 ) -> list[dict]:
     """Of as many real pictures as made ones: the balls are then of like sizes."""
-    n = min(len(reference.rows), len(painted.rows))
-    shares = precision_recall(reference.rows[:n], painted.rows[:n])
+    n = min(len(reference.rows), len(sampled.rows))
+    shares = precision_recall(reference.rows[:n], sampled.rows[:n])
     row = partial(dict, n=n, real=n)
     return [
         row(name=f"{measure}, {name}", score=value)

@@ -20,7 +20,7 @@ from sd3_jax.distributed import processes, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.evaluation import compbench, geneval, scorers, typography
 from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
-from sd3_jax.sampling import prompt_file, sampler_choice
+from sd3_jax.sampling import prompt_file, sampler
 
 
 class Benchmark(NamedTuple):
@@ -46,8 +46,8 @@ def score(
 ) -> dict:
     """The benchmark's rows, and one for each of its prompts with what was wrong."""
     bench, asked = benchmark(name, config)
-    paint = sampler_choice.painter(config, parts, mesh, params)
-    verdicts = judge(paint, asked, bench.scorer, config.sample.batch_size)
+    sample = sampler.sampler_for(config, parts, mesh, params)
+    verdicts = judge(sample, asked, bench.scorer, config.sample.batch_size)
     return {
         "scores": [
             row(category_score) for category_score in bench.rows(asked, verdicts)
@@ -65,12 +65,12 @@ def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
 
 
 def judge(
-    paint: sampler_choice.Paint, asked: Sequence[Asked], scorer: Scorer, size: int
+    sample: sampler.SampleCaptions, asked: Sequence[Asked], scorer: Scorer, size: int
 ) -> list[Verdict]:
     """A picture of each, from noise of its own, `size` at a time; none is kept."""
     prompts = [question.prompt for question in asked]
     verdicts = []
-    for images in sampler_choice.batches(paint, prompts, range(len(prompts)), size):
+    for images in sampler.sample_in_batches(sample, prompts, range(len(prompts)), size):
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
         batch = asked[len(verdicts) : len(verdicts) + len(images)]
         verdicts += processes.shared(

@@ -15,7 +15,7 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import prompt_file, released_sampler
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.training.trainer import Validation
 
 
@@ -62,7 +62,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             f"weights = {config.weights}; wanted scores of pictures, or no weights"
         )
     settings = prompt_file.task(config, "", 0).settings
-    bundle = released_sampler.load_to_paint(config, mesh, [settings])
+    bundle = released_sampler.load_for_sampling(config, mesh, [settings])
     about = {"weights": config.weights}
     if scheduler := bundle.scheduler.non_default_settings():
         about["scheduler"] = scheduler
@@ -83,15 +83,15 @@ def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
 def digits(config: ConfigDict, parts, mesh, params) -> dict:
     """Single digits, pairs and numbers that the recipe's mix has, seen and held out."""
     count = config.eval.pictures
-    painter, hasty = digit_painters(config, parts, mesh)
-    paint = lambda captions, numbers: painter(params, captions, numbers)
-    paint_few = lambda captions, numbers: hasty(params, captions, numbers)
+    sampler, few_step_sampler = digit_samplers(config, parts, mesh)
+    sample = lambda captions, numbers: sampler(params, captions, numbers)
+    sample_few = lambda captions, numbers: few_step_sampler(params, captions, numbers)
 
     scores, by_prompt = [], []
 
-    def judge(name, paint, kind, split):
+    def judge(name, sample, kind, split):
         scenes = digit_scenes.sample_scenes(kind, split, count)
-        right = digit_scenes.judge(paint, scenes)
+        right = digit_scenes.judge(sample, scenes)
         scores.append(digit_scenes.score(name, right)._asdict())
         by_prompt.extend(
             {"prompt": str(scene), "score": float(ok), "n": 1, "split": name}
@@ -102,16 +102,16 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
     for kind in kinds:
         name = digit_scenes.NAMES[kind]
         if kind == "single":
-            judge(name, paint, kind, "train")
+            judge(name, sample, kind, "train")
             continue
-        judge(f"{name}, seen", paint, kind, "train")
-        judge(f"{name}, held out", paint, kind, config.eval.split)
+        judge(f"{name}, seen", sample, kind, "train")
+        judge(f"{name}, held out", sample, kind, config.eval.split)
         steps = config.eval.few_steps
-        judge(f"{name}, held out, {steps} steps", paint_few, kind, config.eval.split)
+        judge(f"{name}, held out, {steps} steps", sample_few, kind, config.eval.split)
     for kind in kinds:
         scenes = digit_scenes.sample_scenes(kind, "train", 16)
         row = {"name": f"variety of {digit_scenes.NAMES[kind]}", "n": len(scenes)}
-        scores.append(row | {"score": digit_scenes.variety(paint, scenes)})
+        scores.append(row | {"score": digit_scenes.variety(sample, scenes)})
         sides = config.image.height, config.image.width
         if kind == "single":
             scores.append(digit_scenes.read_scans(*sides)._asdict())
@@ -120,7 +120,9 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
     return {"scores": scores, "prompts": merged(by_prompt)}
 
 
-def digit_painters(config: ConfigDict, parts, mesh) -> tuple[Painter, Painter]:
+def digit_samplers(
+    config: ConfigDict, parts, mesh
+) -> tuple[TrainedSampler, TrainedSampler]:
     """In config.sample.steps and in config.eval.few_steps; nothing is compiled yet."""
     if config.data.name != "digits":
         raise UserError(
@@ -129,7 +131,7 @@ def digit_painters(config: ConfigDict, parts, mesh) -> tuple[Painter, Painter]:
         )
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps
-    return Painter(config, parts, mesh), Painter(few, parts, mesh)
+    return TrainedSampler(config, parts, mesh), TrainedSampler(few, parts, mesh)
 
 
 def merged(rows: list[dict]) -> list[dict]:

@@ -25,8 +25,8 @@ from sd3_jax.foreign_text import parse_json
 from sd3_jax.monitoring import metrics
 from sd3_jax.sampling import contact_sheet, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import ReleasedPainter, load_to_paint
-from sd3_jax.sampling.sampler import Painter, batch_size
+from sd3_jax.sampling.released_sampler import ReleasedSampler, load_for_sampling
+from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
 LINES = "samples.jsonl"
@@ -46,7 +46,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         make = released if config.weights else trained
         if make is trained and config.text.name == "bytes":
             warn_of_cut_prompts(tasks, config.text.length)
-        paint, facts = make(config, workdir, mesh, tasks)
+        sample_batch, facts = make(config, workdir, mesh, tasks)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         done = recorded(workdir, lines)
         if any(done):
@@ -59,7 +59,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                     continue
                 began = time.monotonic()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
-                images = paint(filled(batch, size))[left]
+                images = sample_batch(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
                 flags = guard.flags(images, [batch[i].caption for i in left])
                 for line, flag in zip(fresh, flags):
@@ -89,20 +89,22 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = Painter(config, parts, mesh).encoder
+    encoder = TrainedSampler(config, parts, mesh).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
-    painters = {}
+    samplers = {}
 
-    def paint(rows: Sequence[Task]) -> np.ndarray:
+    def sample_batch(rows: Sequence[Task]) -> np.ndarray:
         group = rows[0].group
-        if group not in painters:
+        if group not in samplers:
             config = rows[0].config
-            painters[group] = Painter(config, model_parts.parts(config), mesh, encoder)
+            samplers[group] = TrainedSampler(
+                config, model_parts.parts(config), mesh, encoder
+            )
         captions = [task.caption for task in rows]
-        return painters[group](params, captions, [task.number for task in rows])
+        return samplers[group](params, captions, [task.number for task in rows])
 
-    return paint, facts
+    return sample_batch, facts
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
@@ -118,15 +120,15 @@ def released(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     settings = {task.group: task.settings for task in tasks}
-    painter = ReleasedPainter(load_to_paint(config, mesh, list(settings.values())))
-    facts = {"weights": painter.bundle.fingerprint()}
-    if scheduler := painter.bundle.scheduler.non_default_settings():
+    sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
+    facts = {"weights": sampler.bundle.fingerprint()}
+    if scheduler := sampler.bundle.scheduler.non_default_settings():
         facts["scheduler"] = scheduler
-    if painter.bundle.quantize:
-        facts["quantize"] = painter.bundle.quantize
+    if sampler.bundle.quantize:
+        facts["quantize"] = sampler.bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return painter, facts
+    return sampler, facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

@@ -3,7 +3,6 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -57,7 +56,7 @@ class Task(NamedTuple):
 
 def tasks(config: ConfigDict) -> list[Task]:
     """Of config.sample.prompt, or prompts_file, or the recipe's own prompts."""
-    lines = list(_prompts(config))
+    lines = _prompts(config)
     count = sum(line_config.sample.per_prompt for _, line_config in lines)
     if count > PICTURES:
         raise UserError(f"{count} pictures: wanted at most {PICTURES}")
@@ -108,7 +107,7 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
+def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
     sample = config.sample
     if sample.prompt and sample.prompts_file:
         raise UserError(

@@ -1,4 +1,4 @@
-"""Released weights as config.weights names them, painting batches of tasks."""
+"""Released weights, as config.weights names them, and the pictures of their tasks."""
 
 import logging
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
     return bundle.load(config.weights, mesh=mesh, **from_config | options)
 
 
-def load_to_paint(
+def load_for_sampling(
     config: ConfigDict, mesh: Mesh, settings: Sequence[dict[str, Any]]
 ) -> bundle.Bundle:
     """load, which stops before it reads the weights if one of these settings of tasks
@@ -103,7 +103,7 @@ def times(settings: dict[str, Any]) -> dict[str, Any]:
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
-class ReleasedPainter:
+class ReleasedSampler:
     """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
 
     def __init__(self, model: bundle.Bundle):

@@ -29,7 +29,7 @@ from sd3_jax.evaluation import (
 )
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
-from sd3_jax.sampling import sampler
+from sd3_jax.sampling.sampler import TrainedSampler, require_text_encoders
 
 
 def measure(
@@ -63,7 +63,7 @@ def measure(
             "scores": result.get("scores", []),
         }
         judge, encoder = judge_of(config), None
-        painters: dict[str, Traveller] = {}
+        samplers: dict[str, Traveller] = {}
         for weights in config.study.weights:
             known = [x["setting"] for x in result["scores"] if x["weights"] == weights]
             left = [x for x in config.study.settings if x not in known]
@@ -75,11 +75,11 @@ def measure(
             )
             for setting in left:
                 setting_config = sampling(config, setting)
-                if setting not in painters:
-                    painters[setting] = Traveller(setting_config, parts, mesh, encoder)
-                painter = painters[setting]
-                measured = judge(painter, params) | {"path": painter.length()}
-                encoder = painter.encoder
+                if setting not in samplers:
+                    samplers[setting] = Traveller(setting_config, parts, mesh, encoder)
+                sampler = samplers[setting]
+                measured = judge(sampler, params) | {"path": sampler.length()}
+                encoder = sampler.encoder
                 key = {"weights": weights, "setting": setting}
                 sampler_settings = {
                     "steps": setting_config.sample.steps,
@@ -120,13 +120,13 @@ def override(config: ConfigDict, text: str, where: str) -> None:
         raise ConfigError(f"{where}: {error}") from None
 
 
-class Traveller(sampler.Painter):
+class Traveller(TrainedSampler):
     """A painter that notes how long the way of each picture was: the sum of |v dt|."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.lengths = []
-        solver = SOLVERS[self.sampler[0]]
+        solver = SOLVERS[self.solver_and_grid[0]]
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))
         self.program = partial(self.note, travel)
 
@@ -151,7 +151,7 @@ class Traveller(sampler.Painter):
 def check(config: ConfigDict) -> None:
     """UserError, before anything is trained, if there is nothing to measure with."""
     if config.data.name != "digits":
-        sampler.check(config)
+        require_text_encoders(config)
         picture_scores.check(as_evaluated(config))
 
 
@@ -180,9 +180,9 @@ class Digits:
         real = [canvas.draw(scene, u) for scene, u in zip(self.scenes, hands)]
         self.reference = feature_statistics.of(pixels(np.stack(real)))
 
-    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
+    def __call__(self, sampler: Traveller, params: dict) -> dict[str, float]:
         captions = [str(scene) for scene in self.scenes]
-        images = painter(params, captions, list(range(len(captions))))
+        images = sampler(params, captions, list(range(len(captions))))
         right = np.array([matches(*pair) for pair in zip(self.scenes, images)])
         kinds = np.array([scene.kind for scene in self.scenes])
         by_kind = {
@@ -202,16 +202,16 @@ class Pictures:
         self.captions = reference_images.captions(eval_config)
         self.reference = picture_scores.references(eval_config, self.extract, ["fid"])
 
-    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
-        painted, cosines = picture_scores.look(
+    def __call__(self, sampler: Traveller, params: dict) -> dict[str, float]:
+        sampled, cosines = picture_scores.look(
             self.config,
-            partial(painter, params),
+            partial(sampler, params),
             self.captions,
             self.extract,
             self.clip,
             True,
         )
-        far = fid.frechet(painted.statistics, self.reference.statistics)
+        far = fid.frechet(sampled.statistics, self.reference.statistics)
         return {"score": float(cosines.mean()), "fid": far}
 
 
