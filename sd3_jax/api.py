@@ -21,10 +21,17 @@ from jaxtyping import Float
 from sd3_jax.diffusion import grids, solvers
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, arguments, compiled
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling.arguments import ControlInput, Texts
+from sd3_jax.sampling import (
+    argument_checks,
+    arguments,
+    bundle_loading,
+    compiled,
+    control_arguments,
+    seeds,
+)
+from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
 
@@ -53,7 +60,7 @@ def load(
     {"denoiser": "int8", "t5": "fp8"}.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    return bundles.load(
+    return bundle_loading.load(
         path_or_hub_name,
         mesh=mesh,
         dtype=dtype,
@@ -65,7 +72,7 @@ def load(
 
 def load_control(path_or_hub_name: str | os.PathLike, bundle: Bundle) -> ControlBundle:
     """A ControlNet of either style: a diffusers folder or one .safetensors file."""
-    return bundles.load_control(path_or_hub_name, bundle)
+    return bundle_loading.load_control(path_or_hub_name, bundle)
 
 
 def generate(
@@ -169,7 +176,7 @@ def generate(
     rows = cond.pooled.shape[0]
     spread = lambda x, what: arguments.rows_of(x, rows, images_per_prompt, what)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
-        arguments.image_keys(rows // images_per_prompt, seed, images_per_prompt)
+        seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
     noise = x0 = None
     if latents is not None:
@@ -203,7 +210,7 @@ def generate(
         bundle.part("denoiser"), solver, shape, guided, skipped, preview
     )
     control = [control] if isinstance(control, ControlInput) else list(control or ())
-    nets, acting = arguments.controls_of(
+    nets, acting = control_arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )
     place = lambda x: compiled.place(x, bundle.mesh)

@@ -19,8 +19,7 @@ from sd3_jax.data.ingest.input_parts import Rejected
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.pictures import to_uint8
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import prompt_file
+from sd3_jax.sampling import bundle_loading, prompt_file
 
 log = logging.getLogger(__name__)
 SOURCES = "digits", "records"  # of examples with captions
@@ -145,7 +144,9 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
         )
     devices = jax.local_devices()
     mesh = sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
-    bundle = bundles.load(weights, mesh=mesh, dtype=config.encode.dtype, only=("vae",))
+    bundle = bundle_loading.load(
+        weights, mesh=mesh, dtype=config.encode.dtype, only=("vae",)
+    )
     channels = bundle.part("vae").latent_channels
 
     def decode(stored):

@@ -14,6 +14,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.reports import parity_page as report
+from sd3_jax.sampling.bundle import TEXT
 
 log = logging.getLogger(__name__)
 FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
@@ -59,7 +60,7 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
 
 
 def measure(config: ConfigDict, source: str, name: str) -> dict:
-    from sd3_jax.tools.parity import component_comparison
+    from sd3_jax.tools.parity import component_comparison, trajectory_comparison
 
     settings = component_comparison.Settings(
         prompts=tuple(config.compare.prompts),
@@ -79,8 +80,8 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
         rows_by_part[part] = [plain(row) for row in rows]
     result = {"name": name, "source": source, "parts": rows_by_part}
     known = set(subject.configs)
-    if {"denoiser", "vae"} <= known and known & set(component_comparison.bundles.TEXT):
-        drift = component_comparison.drift(subject)
+    if {"denoiser", "vae"} <= known and known & set(TEXT):
+        drift = trajectory_comparison.drift(subject)
         rows = [plain(row) for row in (*drift.rows, drift.picture)]
         rows_by_part["trajectory"] = rows
         result |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}

@@ -14,10 +14,9 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.params import parametrization
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import export, released_sampler
-from sd3_jax.sampling.bundle import Bundle
-from sd3_jax.sampling.scheduler_config import PUBLISHED
+from sd3_jax.sampling import bundle_loading, export, released_sampler
+from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.scheduler import PUBLISHED
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
@@ -35,7 +34,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if config.weights and (path := control_path(config.weights)):
             if config.sample.lora:
                 raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
-            bundle = bundles.load_stored_control(path, mesh)
+            bundle = bundle_loading.load_stored_control(path, mesh)
         elif config.weights:
             words = config.tokenizers or None  # no prompt will be encoded
             options = dict(dtype="stored", quantize={}, tokenizers_from=words)
@@ -44,7 +43,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
     if jax.process_index() == 0:
-        control = isinstance(bundle, bundles.ControlBundle)
+        control = isinstance(bundle, ControlBundle)
         parts = ["a ControlNet"] if control else bundle.modules
         print(f"{out}: {', '.join(parts)} in the {layout} layout")
 
@@ -77,7 +76,9 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     if "buffers" in params:  # fine-tuned: what else a model has is its base's
         variables["buffers"] = params["buffers"]
         base = finetune_start.base_of(workdir, step)
-        bundle = bundles.load(base, mesh=mesh, dtype="stored", tokenizers_from=None)
+        bundle = bundle_loading.load(
+            base, mesh=mesh, dtype="stored", tokenizers_from=None
+        )
         bundle.variables["denoiser"] = variables
         return bundle
     size = model.pos_size

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,33 +16,13 @@ from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images
-from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
-from sd3_jax.sampling.control import require_fit
+from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
 
 log = logging.getLogger(__name__)
 Text = str | Prompt
 Texts = Text | Sequence[Text] | Conditioning
-
-
-class ControlInput(NamedTuple):
-    """A ControlNet and what it is to follow.
-
-    `image`, one or a batch (pipelines/images.py), is the hint as the net's detector
-    leaves it, or the hint as latents. It acts `scale` strong from `start` to `stop`,
-    shares of the steps. For an inpainting net the image is what is to be repainted
-    where `mask` is 1. `preprocess`, "plain", "blur", "canny", "depth" or "inverted",
-    replaces what the net's file says of its hints; without either it is "plain".
-    """
-
-    net: ControlBundle
-    image: Pictures
-    scale: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
-    mask: Pictures | None = None
-    preprocess: str | None = None
 
 
 def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
@@ -145,34 +125,6 @@ def encoded(
         )
     repeat = lambda x: jnp.repeat(x, per_prompt, axis=0)
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
-
-
-def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
-    """A key for every picture: of its seed and its number among those of the seed.
-
-    One seed's pictures are numbered through all prompts, as one generator draws them;
-    of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
-    """
-    shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    seeds = [seed] if shared else listed_seeds(seed)
-    if not shared and len(seeds) != prompts:
-        raise UserError(
-            f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
-        )
-    if not all(0 <= s < 2**32 for s in seeds):
-        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
-    numbers = prompts * per_prompt if shared else per_prompt
-    rows = [(s, number) for s in seeds for number in range(numbers)]
-    make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])
-    return jax.vmap(make)(np.array(rows, np.uint32))
-
-
-def listed_seeds(seeds: Any) -> list[int]:
-    """Integers, of any list or array of them; a float or a text is none."""
-    seed_array = np.asarray(seeds)
-    if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
-        raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
-    return seed_array.tolist()
 
 
 def settings(
@@ -311,10 +263,14 @@ def latent_mask(
     mask: Pictures, shape: tuple, factor: int
 ) -> Float[np.ndarray, "b h w 1"]:
     """1 where at least a half is asked for, by the nearest pixel of each latent."""
-    return (_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(np.float32)
+    return (pixel_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(
+        np.float32
+    )
 
 
-def _mask(mask: Pictures, shape: tuple, factor: int) -> Float[np.ndarray, "b H W 1"]:
+def pixel_mask(
+    mask: Pictures, shape: tuple, factor: int
+) -> Float[np.ndarray, "b H W 1"]:
     mask = input_images.mask(mask)
     sides = shape[0] * factor, shape[1] * factor
     if mask.shape[1:3] != sides:
@@ -323,125 +279,6 @@ def _mask(mask: Pictures, shape: tuple, factor: int) -> Float[np.ndarray, "b H W
             " same"
         )
     return mask
-
-
-def controls_of(
-    bundle: Bundle,
-    controls: Sequence[ControlInput],
-    grid: Float[np.ndarray, " n"],
-    shape: tuple,
-    rows: int,
-    per_prompt: int,
-) -> tuple[tuple, tuple]:
-    """The nets, and for each its variables, hint, scale and window."""
-    arrays = []
-    for i, control in enumerate(controls):
-        name = f"control {i}"
-        _require_control(bundle, control, shape, name)
-        hint = _hint(bundle, control, shape, name)
-        hint = rows_of(hint, rows, per_prompt, f"{name}'s images")
-        window = grids.control_window(grid, control.start, control.stop)
-        scale = np.float32(control.scale)
-        arrays.append((control.net.variables, hint, scale, window))
-    depths = [control.net.module.depth for control in controls]
-    if len(set(depths)) > 1:
-        raise UserError(
-            f"ControlNets of {', '.join(map(str, depths))} layers together: wanted"
-            " equally many, as their residuals are added up layer by layer"
-        )
-    return tuple(control.net.module for control in controls), tuple(arrays)
-
-
-def _require_control(
-    bundle: Bundle, control: ControlInput, shape: tuple, name: str
-) -> None:
-    if not isinstance(control, ControlInput) or not isinstance(
-        control.net, ControlBundle
-    ):
-        raise UserError(
-            f"{name}: {type(control).__name__}: wanted ControlInput(net, image), the"
-            " net being load_control's"
-        )
-    for field in ("scale", "start", "stop"):
-        argument_checks.number(f"{name}: {field}", getattr(control, field))
-    if not 0 <= control.start < control.stop <= 1:
-        raise UserError(
-            f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
-            " of the steps, 0 <= start < stop <= 1"
-        )
-    net, config = control.net.module, control.net.config
-    denoiser = bundle.part("denoiser")
-    require_fit(name, net, config, denoiser, bundle.configs["denoiser"])
-    most = net.pos_size * net.patch * bundle.factor
-    if max(shape[:2]) * bundle.factor > most:
-        sides = tuple(side * bundle.factor for side in shape[:2])
-        raise UserError(
-            f"{name}: the ControlNet's pictures have {most} pixels a side at"
-            f" most, not {sides}"
-        )
-
-
-def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
-    net, image, mask = control.net.module, control.image, control.mask
-    preprocess = control.preprocess or control.net.config.get("control_type", "plain")
-    paints = net.hint_channels == shape[2] + 1  # the inpainting net
-    if mask is not None and (
-        not paints or input_images.are_latents(image, shape[2] + 1)
-    ):
-        raise UserError(f"{name}: a mask: wanted none, its hint is whole without")
-    if input_images.are_latents(image, net.hint_channels):
-        if control.preprocess is not None:
-            raise UserError(
-                f"{name}: preprocess acts on pictures, and latents are given"
-            )
-        hint = input_images.latents(image, net.hint_channels, f"{name}'s latents")
-        if hint.shape[1:3] != shape[:2]:
-            raise UserError(
-                f"{name}: latents of {hint.shape[1:3]}: the picture's have {shape[:2]};"
-                " wanted the same"
-            )
-        return hint
-    pixels = input_images.pixels(image, f"{name}'s image")
-    sides = shape[0] * bundle.factor, shape[1] * bundle.factor
-    if pixels.shape[1:3] != sides:
-        raise UserError(
-            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {sides};"
-            " wanted the same"
-        )
-    if paints:  # the picture left, and where it is
-        return _picture_left(bundle, control, pixels, shape, name)
-    if net.hint_channels != shape[2]:
-        raise UserError(
-            f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
-            " latents"
-        )
-    shift = 0.0 if net.zero_pooled else None  # as they were trained
-    return bundle.encode_image(pixels, shift=shift, preprocess=preprocess)
-
-
-def _picture_left(
-    bundle: Bundle, control: ControlInput, pixels: Any, shape: tuple, name: str
-) -> Float[Array, "b h w c"]:
-    """An inpainting net's hint: latents of the picture, black where the mask is 1, and
-    1 where it stays."""
-    if control.mask is None:
-        raise UserError(
-            f"{name}: this ControlNet repaints: wanted a mask with its image"
-        )
-    if control.preprocess not in (None, "plain"):
-        raise UserError(
-            f'{name}: preprocess "{control.preprocess}": an inpainting net has none'
-        )
-    hidden = _mask(control.mask, shape, bundle.factor) > 0.5
-    if len({len(hidden), len(pixels), 1}) > 2:
-        raise UserError(
-            f"{name}: {len(hidden)} masks for {len(pixels)} images: wanted as many, or"
-            " one"
-        )
-    left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
-    keep = 1 - latent_mask(hidden, shape, bundle.factor)
-    keep = np.broadcast_to(keep, (*left.shape[:3], 1))
-    return jnp.concatenate([left, keep], axis=-1)
 
 
 def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:

@@ -1,18 +1,11 @@
 """A released model as one thing: modules, their variables, tokenizers, settings."""
 
-import dataclasses
-import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
@@ -20,24 +13,17 @@ from jaxtyping import Float, Int, Key
 
 from sd3_jax import tree
 from sd3_jax.data import prompt_text, tokenizers
-from sd3_jax.errors import UserError, nearest
-from sd3_jax.foreign_text import shown
+from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.params import quantization
-from sd3_jax.sampling import argument_checks, compiled, lora_adapters
+from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import control as hints
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning, TextModels
-from sd3_jax.sampling.scheduler_config import Scheduler
-from sd3_jax.weights import components, controlnet_keys, hub, sources
-from sd3_jax.weights.components import COMPONENTS, CONTROLNET
-from sd3_jax.weights.published_configs import fit
+from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.weights import components, controlnet_keys
 
-log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "stored")
-QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
 TEXT = ("clip_l", "clip_g", "t5")
 CLIPS = TEXT[:2]
 
@@ -224,7 +210,7 @@ class Bundle:
     @property
     def scheduler(self) -> Scheduler:
         """What the model is sampled with unless the caller says otherwise."""
-        return _scheduler(self.configs, self.source)
+        return read_scheduler(self.configs, self.source)
 
     @property
     def latent_scale(self) -> dict[str, float]:
@@ -262,192 +248,14 @@ class Bundle:
         return self._memo["fingerprint"]
 
 
-def load(
-    source: epath.PathLike | Sequence[epath.PathLike],
-    *,
-    mesh: Mesh,
-    dtype: str = "bfloat16",
-    tokenizers_from: str | None = "",
-    only: Sequence[str] = tuple(COMPONENTS),
-    lora: Any = (),
-    quantize: Mapping[str, str] = MappingProxyType({}),
-    check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
-) -> Bundle:
-    """A diffusers folder, a .safetensors file, our own folder or a hub name.
-
-    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
-    "owner/name/file.safetensors". Several sources, a list or with commas between, add
-    up: a transformer's file and those of its text encoders; of two that have the same
-    component the later one's is taken. `only` are the components wanted. The dtype
-    "stored" leaves all as it is in the files, for writing it again.
-
-    `tokenizers_from` is a folder or hub name that has the tokenizers which `source`
-    lacks; None goes without, for embeddings alone. Each `lora` is a file of diffusers'
-    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
-    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py). `check` is called with
-    scheduler and configs before any weight is read, and may raise.
-    """
-    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
-    if dtype not in DTYPES:
-        raise UserError(
-            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
-        )
-    quantize = checked_kinds(quantize, dtype)
-    names = sources.split(source)
-    if not names:
-        raise UserError("no weights: wanted a file, a folder or a hub name")
-    places = [sources.locate(name) for name in names]
-    source = ",".join(map(os.fspath, names))
-    modules, variables, configs, stored, parts = {}, {}, {}, {}, {}
-    for place in places:
-        for name, part in sources.parts(*place).items():
-            if name in parts:
-                log.info("%s: in the place of %s", part.where, parts[name].where)
-            configs[name] = part.config
-            if name in only and part.read is not None:
-                parts[name] = part
-    if lacking := [x for x in quantize if x in only and x not in parts]:
-        raise UserError(
-            f"{source} has no {lacking[0]} to quantize, only {', '.join(parts)}"
-        )
-    check(_scheduler(configs, source), configs)  # before any weight is read
-    for key in schedulers.unread(configs.get("scheduler", {})):
-        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
-    fit({name: part.config for name, part in parts.items()}, source)
-    loras = lora_adapters.opened(lora, only, parts)
-    paths = [place.path for place in places]
-    words = tokenizers_of(paths, tokenizers_from or "", configs)
-    if tokenizers_from is not None:
-        for name in [x for x in TEXT if x in parts and x not in words]:
-            words[name] = fetched_tokenizer(name, configs[name], source)
-    compute = jnp.dtype("float32" if dtype == "stored" else dtype)
-    for name, part in parts.items():
-        component = COMPONENTS[name]
-        module = component.build(part.config, compute)
-        shapes = components.abstract(component, module, part.config, mesh, compute)
-        stored[name] = part.dtypes(component, module, shapes)
-        if dtype == "stored":
-            shapes = _retyped(shapes, stored[name])
-        if name in quantize:
-            shapes["params"] = quantization.abstract(shapes["params"], quantize[name])
-        modules[name], variables[name] = module, part.read(component, module, shapes)
-    variables = lora_adapters.attached(variables, modules, loras)
-    if "denoiser" in modules:
-        log.info("%s", components.released_name(configs["denoiser"]))
-    quantized = {name: kind for name, kind in quantize.items() if name in modules}
-    return Bundle(
-        modules, variables, configs, words, mesh, dtype, source, stored, quantized
-    )
-
-
 def most_clip_skip(configs: Mapping[str, dict]) -> int:
     """The last layers of a CLIP that may be left out; it reads the last but one."""
     depths = [configs[name]["num_hidden_layers"] for name in CLIPS if name in configs]
     return max(min(depths, default=2) - 2, 0)
 
 
-def _dtype_name(dtype: Any) -> str:
-    """Of jnp.bfloat16 and the like."""
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return shown(repr(dtype))
-
-
-def _scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
+def read_scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
     return schedulers.read(configs.get("scheduler"), f"the scheduler of {source}")
-
-
-def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
-    """Kinds by component, without those that are ""."""
-    if not isinstance(quantize, Mapping):
-        raise UserError(
-            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
-        )
-    for name, kind in quantize.items():
-        if name not in QUANTIZED:
-            raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
-        if kind and kind not in quantization.KINDS:
-            raise UserError(
-                f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
-            )
-    kinds = {name: kind for name, kind in quantize.items() if kind}
-    if kinds and dtype == "stored":
-        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
-    return kinds
-
-
-def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
-    """Those in a model's folders, or in the `other` place, and for what is CLIP's the
-    package's own; each is of its encoder's vocabulary."""
-    if other:
-        paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
-    words = {}
-    for path in paths:
-        folder_tokenizers = tokenizers.load(path)
-        if other and not folder_tokenizers:
-            raise UserError(
-                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
-                f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
-            )
-        for name in [name for name in folder_tokenizers if name not in words]:
-            check_vocabulary(
-                name, len(folder_tokenizers[name]), configs.get(name, {}), path
-            )
-            words[name] = folder_tokenizers[name]
-    for name in CLIPS:
-        size = configs.get(name, {}).get("vocab_size")
-        if name not in words and size == tokenizers.CLIP_WORDS:
-            words[name] = tokenizers.packaged_clip(name)
-    return words
-
-
-def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
-    """T5's from the hub; a UserError that says what to give, where that cannot be."""
-    remedy = (
-        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
-        " name, or None for embeddings alone"
-    )
-    rows = config["vocab_size"]
-    if name != "t5" or rows != tokenizers.T5_WORDS:
-        raise UserError(
-            f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
-            f" published encoder: {remedy}"
-        )
-    try:
-        folder = sources.resolve(
-            tokenizers.T5_HUB, tokenizers.WANTED, what="tokenizers"
-        )
-        tokenizer = tokenizers.read("t5", folder)
-    except UserError as error:
-        raise UserError(f"{source}: no tokenizer for t5 ({error}): {remedy}") from None
-    check_vocabulary(name, len(tokenizer), config, folder)
-    return tokenizer
-
-
-def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
-    """A tokenizer's size against its encoder's: ids of another model are other words,
-    and beyond the embedding's rows NaN."""
-    rows = config.get("vocab_size")
-    spare = 128 if name == "t5" else 0  # rows that its embedding has without a word
-    if isinstance(rows, int) and not rows - spare <= tokens <= rows:
-        raise UserError(
-            f"{where}: its tokenizer for {name} has {tokens} tokens, the encoder {rows}"
-            " rows: wanted the tokenizer of the same model (config.tokenizers)"
-        )
-
-
-def _retyped(shapes, dtypes):
-    """The shapes with the dtypes that their paths have."""
-
-    def leaf(path, x):
-        return jax.ShapeDtypeStruct(
-            x.shape, jnp.dtype(dtypes[tree.names(path)]), sharding=x.sharding
-        )
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 class ControlBundle(NamedTuple):
@@ -465,51 +273,3 @@ class ControlBundle(NamedTuple):
             controlnet_keys.CONTROL_TYPE, "its hint's kind is not said"
         )
         return f"ControlBundle(depth {self.module.depth}, {kind})"
-
-
-def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
-    """A diffusers folder, one .safetensors file or a hub name, for this bundle.
-
-    A single-stream net takes the embedding of patches from the bundle's denoiser.
-    """
-    path = resolve_control(source)
-    part = sources.control(path)
-    module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
-    denoiser = bundle.part("denoiser")
-    hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
-    if module.borrowed:  # its positions are the denoiser's too
-        module = dataclasses.replace(module, pos_size=denoiser.pos_size)
-    shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
-    variables = part.read(CONTROLNET, module, shapes)
-    if module.borrowed:
-        denoiser_variables = bundle.variables["denoiser"]
-        variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
-        if "buffers" in denoiser_variables:
-            variables["buffers"] = denoiser_variables["buffers"]
-    net = ControlBundle(module, variables, part.config)
-    if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
-        message = (
-            "%s does not say what its hints are: they are encoded as blur and depth"
-        )
-        log.warning(f'{message}; of canny write ControlInput(preprocess="canny")', path)
-    return net
-
-
-def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
-    """A ControlNet without a denoiser, as it is in its file, for writing it again."""
-    part = sources.control(path)
-    module = CONTROLNET.build(part.config, jnp.dtype("float32"))
-    shapes = _control_shapes(part, module, mesh, "float32")
-    shapes = _retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
-    return ControlBundle(module, part.read(CONTROLNET, module, shapes), part.config)
-
-
-def resolve_control(source: str) -> epath.Path:
-    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    return sources.resolve(source, wanted, what="ControlNet")
-
-
-def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
-    """Of what its file holds."""
-    shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
-    return controlnet_keys.without_borrowed(module, shapes)

@@ -12,8 +12,8 @@ from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, bundle, prompt_file
-from sd3_jax.sampling.scheduler_config import Scheduler
+from sd3_jax.sampling import argument_checks, bundle, bundle_loading, prompt_file
+from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components
 
 log = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
     )
-    return bundle.load(config.weights, mesh=mesh, **from_config | options)
+    return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
 
 def load_for_sampling(

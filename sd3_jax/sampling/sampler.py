@@ -26,7 +26,7 @@ from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
 from sd3_jax.sampling.released_sampler import ReleasedSampler
-from sd3_jax.sampling.scheduler_config import PUBLISHED
+from sd3_jax.sampling.scheduler import PUBLISHED
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 

@@ -8,7 +8,7 @@ programs that use the SparseCores only the dump can be had.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0, "c64": 8, "c128": 16} | {
@@ -253,65 +253,3 @@ def bytes_of(dtype: str) -> float:
     """Of a number; KeyError for a type that HLO does not have."""
     small = {"f8": 1.0, "f4": 0.5}
     return BYTES[dtype] if dtype in BYTES else small[dtype[:2]]
-
-
-def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
-    """How often the body of a loop, an instruction of `home`, runs; None if unknown.
-
-    As XLA says, or from the counter's start to the bound in the condition by what each
-    turn adds. Rings inside products count by twos, and a loop of which a turn was
-    peeled begins at 1.
-    """
-    known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
-    if known:
-        return int(known)
-    condition = module[loop.attribute(r"condition=%?([\w.\-]+)")]
-    body = module[loop.attribute(r"body=%?([\w.\-]+)")]
-    compare = next((x for x in condition if x.opcode == "compare"), None)
-    constants = _constants(condition)
-    if compare is None:  # it is in a fusion: the only number there is the bound
-        inner = [_constants(c) for x in condition for c in module.reached(x)]
-        bounds = [n for numbers in (constants, *inner) for n in numbers.values()]
-        return max(bounds, default=None)
-    bound = next((constants[n] for n in compare.operands if n in constants), None)
-    read = [condition.by_name.get(name) for name in compare.operands]
-    counter = next((x for x in read if x and x.opcode == "get-tuple-element"), None)
-    if bound is None or counter is None:
-        return None
-    place = int(counter.attribute(r"index=(\d+)"))
-    step = _step(body, place)
-    if not step:
-        return None
-    away = (bound - _start(loop, place, home)) / step
-    ends_on = compare.attribute(r"direction=(\w+)") in ("LE", "GE")
-    turns = math.floor(away) + 1 if ends_on else math.ceil(away)
-    return turns if turns >= 0 else None
-
-
-def _step(body: Computation, place: int) -> int:
-    """What a turn adds to element `place` of a loop's state; 0 if unknown."""
-    moved = body.by_name.get(body.root.operands[place])
-    if moved is None or moved.opcode not in ("add", "subtract"):
-        return 0
-    constants = _constants(body)
-    step = next((constants[n] for n in moved.operands if n in constants), 0)
-    return -step if moved.opcode == "subtract" else step
-
-
-def _start(loop: Instruction, place: int, home: Computation) -> int:
-    """The value that element `place` of a loop's state begins with; 0 if unknown."""
-    x = home.by_name.get(loop.operands[0])
-    if x is not None and x.opcode == "tuple":
-        x = home.by_name.get(x.operands[place])
-        while x is not None and x.opcode in ("copy", "bitcast"):
-            x = home.by_name.get(x.operands[0])
-        return _constants(home).get(x.name, 0) if x is not None else 0
-    return 0
-
-
-def _constants(computation: Computation) -> Mapping[str, int]:
-    return {
-        x.name: int(number[1])
-        for x in computation
-        if x.opcode == "constant" and (number := re.match(r"\((-?\d+)\)", x.attributes))
-    }

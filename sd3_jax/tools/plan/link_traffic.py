@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sd3_jax.tools.plan.hlo import COLLECTIVES, Computation, Instruction, Module, trips
+from sd3_jax.tools.plan.hlo import COLLECTIVES, Computation, Instruction, Module
+from sd3_jax.tools.plan.loop_trips import trips
 from sd3_jax.tools.plan.slices import Slice
 
 Groups = tuple[tuple[int, ...], ...]

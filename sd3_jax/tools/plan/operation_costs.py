@@ -5,20 +5,16 @@ slices take, and writes of an update in place what is new; what is passed throug
 nothing. Kernels of Pallas, of which XLA counts nothing, are known by their names.
 """
 
-import math
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
+from sd3_jax.tools.plan import matmul_costs
 from sd3_jax.tools.plan.hlo import (
     COLLECTIVES,
     Computation,
     Instruction,
     Module,
     Shape,
-    trips,
 )
 
 FREE = {  # they move nothing, or what they move is counted where it happens
@@ -79,7 +75,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
             consumed(body, place, module, _whole(home, name))
             for place, name in enumerate(operands)
         )
-        flops = products(body, module)
+        flops = matmul_costs.products(body, module)
         written = produced(body, module)
         kind = "matmul" if flops else _kind_of(body, module)
         return Cost(flops, read, written, kind=kind)
@@ -100,7 +96,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
     read = sum(_whole(home, name) for name in x.operands)
     kind = "copy" if x.opcode in COPIES else "elementwise"
     if x.opcode in ("convolution", "dot"):
-        return Cost(product(x, home), read, x.hbm, kind="matmul")
+        return Cost(matmul_costs.product(x, home), read, x.hbm, kind="matmul")
     return Cost(0.0, read, x.hbm, kind=kind)
 
 
@@ -222,66 +218,6 @@ def _kind_of(body: Computation, module: Module) -> str:
     return "copy"
 
 
-# Products
-
-
-def products(body: Computation, module: Module) -> float:
-    """FLOPs of all matrix products of a computation and of what it calls."""
-    total = 0.0
-    for x in body:
-        if x.opcode in ("convolution", "dot"):
-            total += product(x, body)
-        elif x.opcode in ("fusion", "call"):
-            total += products(module[x.called[0]], module)
-        elif x.opcode == "while":
-            turn = products(module[x.attribute(r"body=%?([\w.\-]+)")], module)
-            total += turn * (trips(x, body, module) or 1)
-    return total
-
-
-def product(x: Instruction, home: Computation) -> float:
-    """2 a multiply-add; a convolution's products with padding and holes left out."""
-    left, right = (home.by_name[name].shapes[0].sides for name in x.operands[:2])
-    if x.opcode == "dot":
-        axes = x.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-        contracted = math.prod(left[int(i)] for i in axes.split(",") if i)
-        return 2.0 * x.shapes[0].elements * contracted
-    labels = x.attribute(r"dim_labels=(\w+_\w+->\w+)")
-    of_left, of_right, of_result = re.split("_|->", labels)
-    size = lambda sides, names, label: sides[names.index(label)]
-    result = x.shapes[0].sides
-    spatial = [label for label in of_left if label.isdigit()]
-    pairs = math.prod(
-        _meetings(
-            x.attributes,
-            int(label),
-            size(left, of_left, label),
-            size(right, of_right, label),
-            size(result, of_result, label),
-        )
-        for label in spatial
-    )
-    flat = size(result, of_result, "b") * size(result, of_result, "f")
-    return 2.0 * flat * pairs * size(right, of_right, "i")
-
-
-def _meetings(attributes: str, axis: int, base: int, window: int, result: int) -> int:
-    """How many pairs of a window's and a result's places meet a number of the input."""
-    stride = _of_window(attributes, "stride", axis, 1)
-    low = _of_window(attributes, "pad", axis, 0)
-    holes = _of_window(attributes, "lhs_dilate", axis, 1)
-    spread = _of_window(attributes, "rhs_dilate", axis, 1)
-    places = np.arange(result)[:, None] * stride + np.arange(window) * spread - low
-    last = (base - 1) * holes
-    return int(np.sum((places >= 0) & (places <= last) & (places % holes == 0)))
-
-
-def _of_window(attributes: str, name: str, axis: int, default: int) -> int:
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    match = window and re.search(rf"\b{name}=(\S+)", window[1])
-    return int(match[1].split("x")[axis].split("_")[0]) if match else default
-
-
 # Kernels
 
 
@@ -291,27 +227,7 @@ def _custom_call(x, home: Computation, module: Module, matrix: int) -> Cost:
         return Cost()
     read = sum(_whole(home, name) for name in x.operands)
     if "splash" in x.name:
-        flops, head = splash(x, home)
+        flops, head = matmul_costs.splash(x, home)
         filled = min(1.0, head / matrix)
         return Cost(flops, read, x.hbm, narrow=filled, kind="attention")
     return Cost(0.0, read, x.hbm, kind="elementwise")
-
-
-def splash(x: Instruction, home: Computation) -> tuple[float, int]:
-    """FLOPs of a splash attention kernel, and the size of a head.
-
-    Forward makes 2 products of (queries, keys, head), dq 3, dkv 4; one that makes all
-    three gradients 5, and writes a dq for every block of keys. The last two axes are
-    tokens and head, in either order; the head is the one that queries and keys share.
-    """
-    arrays = [home.by_name[name].shapes[0] for name in x.operands]
-    wide = [s.sides for s in arrays if len(s.sides) >= 3 and s.dtype in ("bf16", "f32")]
-    queries, keys = wide[:2]
-    if "_dkv" in x.name:
-        deepest = max(len(shape.sides) for shape in x.shapes)
-        count = 5 if deepest > len(queries) else 4
-    else:
-        count = 3 if "_dq" in x.name else 2
-    shared = [a for a, b in zip(queries[-2:], keys[-2:]) if a == b]
-    head = min(shared, default=queries[-1])
-    return 2.0 * count * math.prod(queries) * math.prod(keys[-2:]) / head, head

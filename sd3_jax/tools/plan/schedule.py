@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sd3_jax.tools.plan import operation_costs
-from sd3_jax.tools.plan.hlo import Computation, Instruction, Module, trips
+from sd3_jax.tools.plan.hlo import Computation, Instruction, Module
 from sd3_jax.tools.plan.link_traffic import Collective, Links, channel, collective
+from sd3_jax.tools.plan.loop_trips import trips
 from sd3_jax.tools.plan.operation_costs import Cost
 from sd3_jax.tools.plan.slices import Generation
 

@@ -6,13 +6,14 @@ arithmetic beside the paper's (Table 7).
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sd3_jax.data.records import FORMAT, VERSION
 from sd3_jax.tools.plan import synthetic_web
+from sd3_jax.tools.plan.storage_table import Shape, Storage
 
 SAMPLE = 10**6  # invented pictures, at most; counts of more are scaled from these
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}  # as a file has them
@@ -24,46 +25,6 @@ INDEX = 8  # bytes of it a record, at a shard's end
 TABLE_7 = {"vae": 2.45, "clip_l": 0.45, "clip_g": 2.77, "t5": 17.46}  # ms on an A100
 AT = {"pixels": 256**2, "tokens": 77}  # to which these times belong
 STEP_S = 0.5  # seconds of a training step, for the rate of reading
-
-
-class Shape(NamedTuple):
-    """A bucket's part of the plan. `pictures` are how many fall to it."""
-
-    height: int
-    width: int
-    pictures: int
-    record_bytes: int
-    shards: int
-    shard_bytes: int  # of a shard of middling size
-    batches: int  # whole ones an epoch
-    enlarged: float  # share of its pictures whose pixels are fewer than the bucket's
-    kept: float  # of a picture by the crop, on average
-
-
-class Storage(NamedTuple):
-    """A plan of n records; `text` is for people, `_asdict` for JSON."""
-
-    pictures: int
-    sample: int  # invented pictures that the counts are scaled from
-    tensors: dict[str, dict[str, Any]]  # dtype, and bytes by bucket, a record
-    shapes: list[dict[str, Any]]  # of Shape's fields
-    bytes: int  # on disk
-    shards: int
-    record_bytes: float  # on average
-    batch_size: int
-    epoch: int  # batches, of all buckets
-    left_over: float  # share of the pictures that fill no batch of their bucket
-    enlarged: float
-    kept: float
-    reading: float  # bytes a second, all hosts together, at a step of `step_seconds`
-    step_seconds: float
-    images_per_second: float | None  # a chip, in precompute; None if it encodes nothing
-    chips: int
-    hours: float
-    rate_from: str
-
-    def text(self) -> str:
-        return "\n".join(_lines(self))
 
 
 def plan(
@@ -101,28 +62,20 @@ def plan(
     options = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
     options |= dict(text_tokens=text_tokens, context_dim=context_dim)
     options |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
+    records = [arrays(height, width, **options) for height, width in buckets]
     about = _about(caption, source)
-    shapes, tensors = [], {}
-    for i, (height, width) in enumerate(buckets):
-        held = arrays(height, width, **options)
-        for name, (dtype, shape) in held.items():
-            of = tensors.setdefault(name, {"dtype": dtype, "bytes": []})
-            of["bytes"].append(math.prod(shape) * BYTES[dtype])
-        size = record_bytes(held, about)
-        files = _files(pictures[i], n, part)
-        per_shard = pictures[i] / max(files, 1)
-        row = Shape(
-            height=height,
-            width=width,
-            pictures=pictures[i],
-            record_bytes=size,
-            shards=files,
-            shard_bytes=shard_bytes(round(per_shard), size) if files else 0,
-            batches=pictures[i] // batch_size,
+    shapes = [
+        _bucket_row(
+            *buckets[i],
+            pictures[i],
+            record_bytes(records[i], about),
+            _files(pictures[i], n, part),
+            batch_size,
             enlarged=float(larger[i] / max(counts[i], 1)),
             kept=float(kept[i] / max(counts[i], 1)),
         )
-        shapes.append(row)
+        for i in range(len(buckets))
+    ]
     total = sum(row.shards * row.shard_bytes for row in shapes)
     mean = sum(x.pictures * x.record_bytes for x in shapes) / max(n, 1)
     area = sum(x.pictures * x.height * x.width for x in shapes) / max(n, 1)
@@ -134,7 +87,7 @@ def plan(
     return Storage(
         pictures=n,
         sample=looked,
-        tensors=tensors,
+        tensors=_tensor_bytes(records),
         shapes=[row._asdict() for row in shapes],
         bytes=total,
         shards=sum(row.shards for row in shapes),
@@ -151,6 +104,41 @@ def plan(
         hours=hours(n, images_per_second=rate, chips=chips),
         rate_from=rate_from,
     )
+
+
+def _bucket_row(
+    height: int,
+    width: int,
+    pictures: int,
+    size: int,
+    files: int,
+    batch_size: int,
+    *,
+    enlarged: float,
+    kept: float,
+) -> Shape:
+    per_shard = pictures / max(files, 1)
+    return Shape(
+        height=height,
+        width=width,
+        pictures=pictures,
+        record_bytes=size,
+        shards=files,
+        shard_bytes=shard_bytes(round(per_shard), size) if files else 0,
+        batches=pictures // batch_size,
+        enlarged=enlarged,
+        kept=kept,
+    )
+
+
+def _tensor_bytes(records: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
+    """Each tensor's dtype, and its bytes in a record of each bucket."""
+    tensors = {}
+    for record in records:
+        for name, (dtype, shape) in record.items():
+            entry = tensors.setdefault(name, {"dtype": dtype, "bytes": []})
+            entry["bytes"].append(math.prod(shape) * BYTES[dtype])
+    return tensors
 
 
 def arrays(
@@ -222,7 +210,7 @@ def table_7_rate(pixels: float, tokens: int, *, encoded: bool = True) -> float:
 def _count(n, buckets, seed):
     """By bucket: pictures, those enlarged, and the sum of the shares kept."""
     sums = np.zeros((3, len(buckets)))
-    for block, _ in synthetic_web.blocks(n, seed):
+    for block in synthetic_web.blocks(n, seed):
         of, larger, kept = synthetic_web.fits(block, buckets)
         for row, weights in enumerate((None, larger > 1, kept)):
             sums[row] += np.bincount(of, weights, minlength=len(buckets))
@@ -263,71 +251,3 @@ def _about(caption: int, source: int) -> dict[str, str]:
         "crop": "[100, 100, 1000, 1000]",
         "checksum": f"crc32:{8 * '0'}",
     }
-
-
-HEAD = "bucket pictures share MB/record shards MB/shard batches enlarged kept".split()
-
-
-def _lines(x: Storage) -> Iterator[str]:
-    scaled = f", scaled from {x.sample:,}" if x.sample < x.pictures else ""
-    yield f"{x.pictures:,} invented pictures{scaled}"
-    yield ""
-    cells = [HEAD]
-    for row in map(lambda fields: Shape(**fields), x.shapes):
-        cells.append(
-            [
-                f"{row.height}x{row.width}",
-                f"{row.pictures:,}",
-                f"{row.pictures / max(x.pictures, 1):.1%}",
-                f"{row.record_bytes / 1e6:.3f}",
-                f"{row.shards:,}",
-                f"{row.shard_bytes / 1e6:,.1f}",
-                f"{row.batches:,}",
-                f"{row.enlarged:.0%}",
-                f"{row.kept:.0%}",
-            ]
-        )
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        yield "  ".join(f"{cell:>{n}}" for cell, n in zip(row, wide))
-    yield ""
-    yield "a record: " + ", ".join(
-        f"{name} {_span(of['bytes'])} kB {of['dtype']}"
-        for name, of in x.tensors.items()
-    )
-    yield (
-        f"on disk: {_large(x.bytes)} in {x.shards:,} shards,"
-        f" {x.record_bytes / 1e6:.3f} MB a record"
-    )
-    yield (
-        f"an epoch: {x.epoch:,} batches of {x.batch_size:,}, each of one bucket;"
-        f" {x.left_over:.2%} of the pictures fill none"
-    )
-    yield (
-        f"pictures: {x.enlarged:.0%} are smaller than their bucket; the crop keeps"
-        f" {x.kept:.0%} of one"
-    )
-    yield (
-        f"reading: {_large(x.reading)}/s, all hosts together, at"
-        f" {x.step_seconds:g} s a step"
-    )
-    if x.images_per_second is None:
-        yield "precompute: encodes nothing; its hours are the hosts', which resize"
-        return
-    chips = f"{x.chips:,} chip" + "s" * (x.chips != 1)
-    yield (
-        f"precompute: {x.hours:,.1f} hours on {chips} at {x.images_per_second:,.1f}"
-        f" images/s each ({x.rate_from})"
-    )
-
-
-def _span(sizes: Sequence[int]) -> str:
-    low, high = (f"{f(sizes) / 1e3:,.1f}" for f in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def _large(count: float) -> str:
-    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 1e3:,.2f} kB"

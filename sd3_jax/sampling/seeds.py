@@ -1,0 +1,39 @@
+"""From seeds to one random key for each picture."""
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Key
+
+from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
+
+
+def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
+    """A key for every picture: of its seed and its number among those of the seed.
+
+    One seed's pictures are numbered through all prompts, as one generator draws them;
+    of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
+    """
+    shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
+    seeds = [seed] if shared else listed_seeds(seed)
+    if not shared and len(seeds) != prompts:
+        raise UserError(
+            f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
+        )
+    if not all(0 <= s < 2**32 for s in seeds):
+        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
+    numbers = prompts * per_prompt if shared else per_prompt
+    rows = [(s, number) for s in seeds for number in range(numbers)]
+    make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])
+    return jax.vmap(make)(np.array(rows, np.uint32))
+
+
+def listed_seeds(seeds: Any) -> list[int]:
+    """Integers, of any list or array of them; a float or a text is none."""
+    seed_array = np.asarray(seeds)
+    if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
+        raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
+    return seed_array.tolist()
