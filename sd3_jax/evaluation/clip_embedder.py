@@ -71,12 +71,15 @@ class Clip:
 
     def _batched(self, tower, inputs, prepare) -> ndarray:
         """Batches of one size, rows over the mesh, the last filled with its first."""
+        # No more rows than there are inputs: a small set would otherwise be mostly
+        # padding.
         size = min(self.rows, -(-len(inputs) // sharding.batch_shards(self.mesh)))
         size = max(1, size) * sharding.batch_shards(self.mesh)
         done = [np.zeros((0, self.dim), np.float32)]
         for start in range(0, len(inputs), size):
             batch = list(inputs[start : start + size])
             x = prepare(batch)
+            # The last batch is filled up, so that all batches run one compiled program.
             x = np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)])
             with compiled.on(self.mesh):
                 embeddings = embed(
@@ -90,6 +93,7 @@ class Clip:
 
 @jax.jit(static_argnames="module")
 def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
+    # The vision tower returns embeddings, the text tower (states, embeddings).
     outputs = module.apply(variables, x)
     return (
         outputs if isinstance(outputs, jax.Array) else outputs[1]
@@ -113,6 +117,8 @@ def load(
     """
     path = sources.resolve(source, WANTED)
     devices = jax.local_devices()
+    # Local devices only: a global mesh would make every embedding a collective, and the
+    # processes embed different numbers of pictures.
     mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
     tensors, configs = _open_checkpoint(path)
     modules, variables = {}, {}
@@ -130,6 +136,7 @@ def load(
         )
         module = component.build(config, np.dtype(dtype))
         shapes = components.abstract(component, module, config, mesh, dtype)
+        # One file holds both towers; the key prefix tells whose a tensor is.
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
         sharded_load.check(tower_tensors, pieces, what=label, ignored=component.ignored)
         modules[name], variables[name] = (
@@ -165,6 +172,8 @@ def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
     if other:
         wanted = tokenizers.WANTED
         places.append(sources.resolve(other, wanted, what="tokenizers"))
+    # The tokenizer beside the weights comes first, then that of another model, then the
+    # package's, if the vocabulary sizes match.
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
             return tokenizers.read("clip_l", place)

@@ -26,6 +26,7 @@ def matches(scene: Scene, image: np.ndarray) -> bool:
         return False
     if len(digits) == 1:
         return True
+    # In order and within 45 degrees of the axis that the caption asks for.
     dy, dx = (b - a for a, b in zip(digits[0].centre, digits[1].centre))
     return bool(dx > abs(dy) if axis == "x" else dy > abs(dx))
 
@@ -41,6 +42,7 @@ def _boxes(dark: np.ndarray) -> list[tuple[slice, slice]]:
     box = _bounds(dark)
     if box is None:
         return []
+    # Two digits lie in different halves of the canvas, so a long box is cut there.
     sizes = [s.stop - s.start for s in box]
     axis = int(np.argmax(sizes))
     if sizes[axis] <= SIDE + 1:
@@ -67,6 +69,7 @@ def _read(image: np.ndarray, ink: np.ndarray, box: tuple[slice, slice]) -> Found
 
 def _colour(pixels: np.ndarray) -> str:
     """The colour nearest in direction to the sum of the ink."""
+    # The sum weighs pixels by brightness, so the faint edges of strokes count little.
     total = pixels.reshape(-1, 3).astype(np.float64).sum(0)
     total /= np.linalg.norm(total) + 1e-9
     near = {
@@ -87,6 +90,7 @@ def _centred(ink: np.ndarray) -> np.ndarray:
 @functools.cache
 def classifier() -> SVC:
     """A digit classifier fitted on training scans only."""
+    # Fitted on the training scans only, so that scores on held-out scans measure it.
     images, labels = scans(held_out=False)
     cells = [_centred(ink[_bounds(ink > INK)]) for ink in images]
     return SVC(C=10, gamma=0.04).fit(np.stack(cells), labels)

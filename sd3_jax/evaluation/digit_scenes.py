@@ -18,6 +18,7 @@ NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
 def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
     """`count` scenes of a kind and split in a fixed mixed order, round and round."""
     every = digits.scenes(kind, split)
+    # A fixed seed: scores of different checkpoints are of the same scenes.
     order = np.random.default_rng(1).permutation(len(every))
     return [every[order[i % len(every)]] for i in range(count)]
 
@@ -25,6 +26,8 @@ def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
 def judge(sample: Callable, scenes: Sequence[Scene]) -> list[bool]:
     """Each scene painted once, each from noise of its own, and looked at."""
     asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
+    # Picture i is drawn from noise i, so that two checkpoints are compared on equal
+    # noise.
     images = sample([question.prompt for question in asked], list(range(len(asked))))
     return [verdict.value == 1 for verdict in scorer(asked, images)]
 
@@ -74,5 +77,6 @@ def variety(sample: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) ->
 
 def _spread(images: np.ndarray, per_scene: int) -> float:
     x = images.reshape(-1, per_scene, np.prod(images.shape[1:])).astype(np.float64)
+    # (scenes, n, n) distances; the diagonal is 0 and is not counted in the mean.
     apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)
     return float(apart.sum() / (len(x) * per_scene * (per_scene - 1)))

@@ -31,6 +31,7 @@ class Extractor:
     def __call__(self, images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
         """A UserError if `extract` gives anything else."""
         features = np.asarray(self.extract(images))
+        # The function may be the user's, so its result is checked in full.
         wide = features.shape[1:] == (self.dim,) if self.dim else features.ndim == 2
         if not wide or len(features) != len(images) or features.dtype.kind != "f":
             raise UserError(
@@ -77,6 +78,8 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
         ) from None
     try:
         with path.open("rb") as file:
+            # Hashed by content: statistics made with another copy of the file are
+            # comparable.
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
             file.seek(0)
             model = torch.jit.load(file, map_location="cpu").eval()
@@ -87,6 +90,8 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
         raise UserError(f"{path}: {reason}; wanted a file of TorchScript") from None
 
     def extract(images):
+        # (n, h, w, 3) → (n, 3, h, w). The module resizes by itself, as its features
+        # depend on how that is done.
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         try:
             with torch.inference_mode():

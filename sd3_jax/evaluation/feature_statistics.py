@@ -65,6 +65,7 @@ def of(features: Float[ndarray, "n d"]) -> Statistics:
         raise UserError(f"features of shape {x.shape}; wanted (n, d), d <= {DIM}")
     if len(x) == 0:
         return none(x.shape[1])
+    # Two passes: E[x^2] - E[x]^2 loses the digits in which large means agree.
     mean = x.mean(0)
     return Statistics(len(x), mean, (x - mean).T @ (x - mean))
 
@@ -76,6 +77,7 @@ def merged(a: Statistics, b: Statistics) -> Statistics:
     count = a.count + b.count
     if count == 0:
         return a
+    # Chan's update: scatters add up, and so does the scatter between the two means.
     apart, share = b.mean - a.mean, b.count / count
     between = np.outer(apart, apart) * (a.count * share)
     return Statistics(count, a.mean + share * apart, a.scatter + b.scatter + between)
@@ -90,6 +92,8 @@ def save(path: epath.PathLike, stored: Stored) -> None:
     """An .npz, whole or not at all; the features are what KID and recall need."""
     stats = stored.statistics
     about = {"format": FORMAT, "count": stats.count, **stored.about._asdict()}
+    # Serialized in memory and written at once, so that a killed job leaves no half
+    # file.
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -131,6 +135,7 @@ def _checked(arrays: dict[str, ndarray]) -> Stored:
     shapes = mean.shape, scatter.shape, features.shape[1:]
     if shapes != ((d,), (d, d), (d,)) or not isinstance(count, int) or count < 0:
         raise ValueError(f"shapes {shapes} and count {count} do not belong together")
+    # A NaN in a file would only show as a FID of NaN, hours later.
     for x in (mean, scatter, features):
         if x.dtype.kind != "f" or not np.isfinite(x).all():
             raise ValueError("numbers that are not finite")

@@ -87,6 +87,8 @@ def scorer(
         verdicts = []
         for question, image, answer in zip(asked, images, lists):
             detected = detections(answer, image.shape[:2], called(detect))
+            # Counting asks for surer detections: a doubled box would be one object too
+            # many.
             least = counting if question.category == "counting" else confidence
             by_label = keep(detected, least, most, overlap)
             verdicts.append(judged(image, by_label, question.wanted, colour, offset))
@@ -134,6 +136,8 @@ def keep(
         sure = sorted(sure, key=lambda detection: -detection.score)[:most]
         chosen = []
         for detection in sure:
+            # Greedy non-maximum suppression; the benchmark's default of 1 switches it
+            # off.
             if overlap == 1 or all(iou(x.box, detection.box) < overlap for x in chosen):
                 chosen.append(detection)
         if chosen:
@@ -155,6 +159,8 @@ def judged(
     reasons, groups = [], []
     for entry in wanted["include"]:
         label, count = entry["class"], entry["count"]
+        # The benchmark looks at the `count` surest objects; further ones neither help
+        # nor hurt here, and "counting" prompts exclude them.
         mine = by_label.get(label, [])[:count]
         reason = ""
         if len(mine) < count:
@@ -162,8 +168,10 @@ def judged(
         elif "color" in entry:
             reason = _miscoloured(image, mine, entry, colour)
         if "position" in entry and not reason:
+            # `target` is the index of an earlier entry, whose objects are in `groups`.
             relation, target = entry["position"]
             reason = _misplaced(mine, groups[target], label, relation, offset)
+        # An entry that failed cannot be what another entry lies beside.
         groups.append(None if reason else mine)
         reasons += [reason] * bool(reason)
     for entry in wanted["exclude"]:
@@ -182,9 +190,12 @@ def relations(a: Sequence, b: Sequence, offset: float = OFFSET) -> set[str]:
     a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))  # corners, (x, y)
     apart = a.mean(0) - b.mean(0)
     size = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
+    # Differences of centres within `offset` of both sizes count as none.
     beyond = np.sign(apart) * np.maximum(np.abs(apart) - offset * size, 0)
     if np.all(np.abs(beyond) < 1e-3):
         return set()
+    # A component must exceed half of the distance, which is 30 degrees from the other
+    # axis; y points down.
     x, y = beyond / np.linalg.norm(apart)
     there = zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5))
     return {name for name, holds in there if holds}
@@ -192,6 +203,7 @@ def relations(a: Sequence, b: Sequence, offset: float = OFFSET) -> set[str]:
 
 def iou(a: Sequence, b: Sequence) -> float:
     """Intersection over union of boxes whose last pixels are inside them."""
+    # The + 1 is the benchmark's: its boxes end at their last pixel.
     area = lambda x0, y0, x1, y1: max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
     inner = (*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
     intersection = area(*inner)
@@ -230,6 +242,7 @@ def _miscoloured(image, mine, entry, colour) -> str:
 def _misplaced(mine, targets, label, relation, offset) -> str:
     if targets is None:
         return f"{label}: nothing to be {relation}"
+    # All pairs must be in the relation, as in the benchmark.
     for subject in mine:
         for other in targets:
             there = relations(subject.box, other.box, offset)

@@ -31,6 +31,7 @@ def kid(
         raise UserError(f"KID of {len(a)} and {len(b)} features; wanted 2 or more each")
     if size == len(a) == len(b):
         return Kid(mmd(a, b), 0.0, size)
+    # Subsets bound the memory of the kernel matrix, and give a spread.
     rng = np.random.default_rng(seed)
     draw = lambda x: x[rng.choice(len(x), size, replace=False)]
     estimates = [mmd(draw(a), draw(b)) for _ in range(subsets)]
@@ -40,6 +41,8 @@ def kid(
 def mmd(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> float:
     """Squared, without the kernels of a feature with itself."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    # The paper's cubic polynomial; it needs no bandwidth.
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    # Without the diagonal the estimate is unbiased, and may be negative.
     within = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
     return float(within(kernel(a, a)) + within(kernel(b, b)) - 2 * kernel(a, b).mean())

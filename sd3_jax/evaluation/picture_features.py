@@ -45,6 +45,7 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     if config.eval.clip and (scored or name == "clip"):
         with blamed("eval.clip"):
             sources.resolve(config.eval.clip, clip_embedder.WANTED)
+    # A covariance takes numbers^2 float64s.
     numbers = 3 * config.image.height * config.image.width
     if (
         name == "pixels"
@@ -119,6 +120,7 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
     whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
     if not summed:
         return Features(whole, None)
+    # A process without pictures takes part in the collective all the same.
     mine = feature_statistics.none(dim) if total is None else total
     return Features(
         whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
@@ -127,6 +129,7 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
 
 def share(start: int, index: int, count: int) -> slice:
     """Of a batch that begins with row `start` of all, those of process `index`."""
+    # Picture i belongs to process i mod count, also across batch boundaries.
     return slice((index - start) % count, None, count)
 
 
@@ -135,6 +138,8 @@ def interleaved(every: list[np.ndarray]) -> np.ndarray:
 
     A process that has fewer rows, because files were unreadable, drops out earlier.
     """
+    # A stable sort by turn deals the rows out in rounds: 0 of each process, 1 of each,
+    # ….
     turns = np.concatenate([np.arange(len(part)) for part in every])
     return np.concatenate(every)[np.argsort(turns, kind="stable")]
 
@@ -152,6 +157,8 @@ def everyones(x: np.ndarray) -> list[np.ndarray]:
     """The array of each process, by its index; of any shapes, and to the last bit."""
     if jax.process_count() == 1:
         return [x]
+    # process_allgather wants equal shapes everywhere, so shapes are gathered first and
+    # the arrays are padded as bytes.
     shape = np.zeros(8, np.int32)
     shape[: x.ndim + 1] = x.ndim, *x.shape
     shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]

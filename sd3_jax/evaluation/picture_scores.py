@@ -78,6 +78,7 @@ def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | No
     """The captions to paint, and what looks at their pictures: of those that are
     compared with real ones, and for the CLIP score."""
     compared = set(config.eval.scores) & set(COMPARED)
+    # CLIP may serve the score and the features; it is loaded once, and only if needed.
     loaded = cache(lambda: picture_features.load_clip(config))
     return (
         reference_images.captions(config),
@@ -95,6 +96,7 @@ def references(
     )
     if path := stored_at(config):
         stored = feature_statistics.load(path)
+        # A user's function does not say its dimension before it has been called.
         dim = extract.dim or len(stored.statistics.mean)
         least = config.eval.pictures
         feature_statistics.check(stored, about, dim, least=least, where=path)
@@ -146,8 +148,10 @@ def look(
         if extract is not None:
             features.append(extract(shared_images))
         if clip is not None:
+            # CLIP's features are then the embeddings too, and are not computed twice.
             shared = extract is not None and extract.extract == clip.image
             embedded.append(features[-1] if shared else clip.image(shared_images))
+    # Shares differ in size: the processes meet before the collectives below.
     processes.meet("picture_scores")
     sampled = (
         picture_features.gather(features, summed=summed)
@@ -172,6 +176,7 @@ def mean(name: str, values: np.ndarray) -> dict:
 
 def of_fid(name: str, reference: Features, sampled: Features) -> list[dict]:
     real, generated = reference.statistics, sampled.statistics
+    # The covariance is singular then, and FID's bias in 1/n is large.
     if min(real.count, generated.count) <= len(generated.mean):
         message = (
             "FID of %d pictures against %d, of %d numbers each: too high, and to be"

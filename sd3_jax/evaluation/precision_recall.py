@@ -35,6 +35,7 @@ def precision_recall(
             f"precision and recall of {len(real)} and {len(generated)} features; wanted"
             f" more than {k}, the neighbours, each"
         )
+    # Distances are differences of large squares: float32 would lose near neighbours.
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     return PrecisionRecall(
         float(among(generated, real, k).mean()), float(among(real, generated, k).mean())
@@ -43,7 +44,9 @@ def precision_recall(
 
 def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
     """Whether each row of x is in a ball about a row of the others."""
+    # (m,) squared radius of the ball about each row of `of`
     near = radii(of, k)
+    # In blocks of rows: 50,000 x 50,000 distances would take 20 GB.
     blocks = [distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK)]
     return np.concatenate([(block <= near).any(1) for block in blocks])
 
@@ -62,6 +65,8 @@ def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
 def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:
     """Squared; 0 where rounding alone tells two apart, so that a copy lies in a ball
     of radius 0."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: one matrix product instead of (n, m, d)
+    # numbers.
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
     squared = squares - 2 * a @ b.T
     return np.where(squared < 1e-12 * squares, 0, squared)

@@ -76,6 +76,7 @@ def judge(
         verdicts += processes.shared(
             functools.partial(_share, scorer, batch, images), len(batch)
         )
+    # Verdicts of other processes arrive as plain tuples.
     return [Verdict(*verdict) for verdict in verdicts]
 
 
@@ -97,6 +98,7 @@ def _geneval(config: ConfigDict) -> Benchmark:
         config, "geneval", "GenEval's evaluation_metadata.jsonl", geneval.parse
     )
     includes = [part for question in asked for part in question.wanted["include"]]
+    # A file without colour prompts needs no function that names colours.
     coloured = any("color" in part for part in includes)
     detect = _hook(config, "detector")
     colour = _hook(config, "colour") if coloured or config.eval.colour else None

@@ -27,6 +27,7 @@ SOURCES = "digits", "records"  # of examples with captions
 
 def check(config: ConfigDict, *, compared: bool) -> None:
     """A UserError if there are no captions, or, to be `compared`, no real pictures."""
+    # Held-out records supply captions, real pictures or both.
     if not config.eval.prompts_file or (compared and not config.eval.real):
         held_out(config)
     if config.eval.prompts_file:
@@ -120,6 +121,7 @@ def _records(config, held_records: Records, indices, pictures: bool) -> Iterator
             "config.data.held_out: its records hold no pictures; wanted some that do,"
             " or config.eval.real"
         )
+    # Other tensors of a record, such as encoded text, are not even decoded.
     held_records.keep(("caption", has) if pictures else ("caption",))
     rows = (held_records.batch(np.array([i])) for i in indices)
     if not pictures:
@@ -142,6 +144,7 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
             " config.encode.weights, a released model whose autoencoder decodes them,"
             " or config.eval.real"
         )
+    # Local devices, because each process decodes other pictures at its own pace.
     devices = jax.local_devices()
     mesh = sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
     bundle = bundle_loading.load(
@@ -150,9 +153,11 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
     channels = bundle.part("vae").latent_channels
 
     def decode(stored):
+        # Records of different buckets follow each other; a batch needs one shape.
         for _, same in itertools.groupby(stored, lambda x: x.shape):
             x = np.stack(list(same)).astype(np.float32)[..., :channels]  # the mean
             count = len(x)
+            # Padded to `rows`, so that a bucket has one compiled program.
             x = np.concatenate([x, np.repeat(x[:1], rows - count, axis=0)])
             decoded = np.asarray(bundle.decode(x), np.float32)[:count]
             yield from to_uint8(2 * decoded - 1)
@@ -174,10 +179,13 @@ def planned(config: ConfigDict) -> list[input_parts.Part]:
 
 def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
     every = itertools.chain.from_iterable(map(input_parts.items, planned(config)))
+    # All processes list the files in one order and each takes every count-th.
     share = itertools.islice(every, jax.process_index(), None, jax.process_count())
     unread, taken = 0, 0
     with ThreadPoolExecutor(config.data.threads) as threads:
         look = lambda item: _read(item, sides)
+        # Results come in order, however the threads finish: the first KEPT features
+        # that a file of statistics holds are then the same in each run.
         for picture in intake.in_order(threads, look, share, 2 * config.data.threads):
             unread, taken = unread + (picture is None), taken + (picture is not None)
             if picture is not None:

@@ -44,6 +44,8 @@ class Score(NamedTuple):
 
 def score(name: str, right: Sequence[bool]) -> Score:
     """Of pictures that are right or wrong; Wilson's interval."""
+    # Wilson's interval stays within [0, 1] and has a width at 0 and 1 too, where the
+    # normal approximation has none.
     n, p, z = len(right), float(np.mean(right)), 1.96
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -63,6 +65,7 @@ def overall(name: str, parts: Sequence[Score]) -> Score:
 
     Zou and Donner 2008: what the bounds are off is squared and summed.
     """
+    # Categories count equally, whatever their number of prompts: the benchmarks' rule.
     p = np.mean([part.score for part in parts])
     root = lambda off: np.sqrt(np.sum(np.square(off))) / len(parts)
     low = p - root([part.score - part.low for part in parts])

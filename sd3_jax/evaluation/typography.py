@@ -64,6 +64,7 @@ def quoted(prompt: str) -> str:
 
 def normal(text: str, ignore: Sequence[str] = ()) -> str:
     """In Unicode's composed form, without what is ignored: some of IGNORE's."""
+    # OCR may give letters and accents apart, which is the same text.
     text = unicodedata.normalize("NFC", text)
     for name, without in IGNORE.items():
         text = without(text) if name in ignore else text
@@ -85,6 +86,7 @@ def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer
 
 
 def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdict:
+    # Edits take time in the product of lengths; an OCR that repeats itself is cut.
     wanted, read = normal(wanted, ignore), normal(read, ignore)[:READ]
     rate = edits(wanted, read) / max(len(wanted), 1)
     reason = "" if wanted == read else f'wanted "{wanted}", read "{shown(read)}"'
@@ -106,6 +108,7 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
 
 def edits(a: str, b: str) -> int:
     """Levenshtein's distance: characters put in, left out or exchanged."""
+    # One row of the table of prefixes is enough for the distance.
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i

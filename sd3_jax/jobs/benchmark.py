@@ -51,6 +51,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     todo = case_selection.selected_cases(config)
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
+    # SIGTERM would end this process without its finally blocks, and leave gigabytes of
+    # weights behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     weights = Path(workdir, "weights")
     try:
@@ -153,6 +155,7 @@ class Benchmark:
             "device": device,
             **{f"{k}_tflops": x["tflops"] for k, x in sides.items()},
         }
+        # A PyTorch without CUDA beside jax on a GPU is no comparison.
         other = sides.get("eager")
         if other is not None and other["platform"] != sides["ours"]["platform"]:
             why = f"PyTorch on {other['platform']}, jax on {device}"
@@ -189,6 +192,7 @@ class Benchmark:
                     ready[side] = worker
             self.compare(spec, entry)
             ready = {k: x for k, x in ready.items() if k not in entry["refused"]}
+            # Turn by turn, so that a machine that slows down does so for both sides.
             for _ in range(bench.repeats):
                 for side, worker in list(ready.items()):
                     with self.failing(entry, side):
@@ -292,9 +296,11 @@ class Benchmark:
         """The weights of a case's component, made when they are first asked for."""
         if spec["kind"] == "matmul":
             return self.weights / "none"
+        # Cases of equal components share one file of weights.
         key = json.dumps([spec["component"], spec["dtype"], spec["config"]])
         if key not in self.written:
             path = self.weights / f"{len(self.written)}.safetensors"
+            # Drawn on the CPU: a GPU's memory is for the sides.
             on_host = {"JAX_PLATFORMS": "cpu"}
             with Worker(OURS, self.log, on_host) as worker:
                 worker.ask("weights", spec=spec, path=str(path))

@@ -33,6 +33,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError("compare runs in one process")
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    # GPUs and TPUs compute float32 products in TF32 or bfloat16 passes by default,
+    # which would hide differences between the two sides.
     with jax.default_matmul_precision("highest"):
         models = [measure(config, *source) for source in sources(config, workdir)]
     limits = {"float32": config.compare.tolerance, "bfloat16": config.compare.bfloat16}
@@ -60,6 +62,7 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
 
 
 def measure(config: ConfigDict, source: str, name: str) -> dict:
+    # Imported here, because it needs PyTorch, which other jobs do without.
     from sd3_jax.tools.parity import component_comparison, trajectory_comparison
 
     settings = component_comparison.Settings(
@@ -99,6 +102,8 @@ def plain(row) -> dict:
 
 def departs(config: ConfigDict, row: dict) -> bool:
     """By the largest error in float32; in bfloat16 by far more than PyTorch's own."""
+    # bfloat16 is judged against PyTorch's own error: how far rounding takes a layer
+    # differs from layer to layer.
     limit = config.compare.bfloat16 * row["theirs"]["relative"] + FLOOR
     wide = row["float32"]["largest"] <= config.compare.tolerance
     return not (wide and row["bfloat16"]["relative"] <= limit)

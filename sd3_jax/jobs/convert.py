@@ -27,6 +27,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes config.convert.out, or workdir/{diffusers, model.safetensors, orbax}."""
     layout, dtype = config.convert.to, config.convert.dtype or None
     out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
+    # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
     mesh = sharding.make_mesh(**config.mesh)
@@ -37,6 +38,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             bundle = bundle_loading.load_stored_control(path, mesh)
         elif config.weights:
             words = config.tokenizers or None  # no prompt will be encoded
+            # "stored" keeps each tensor's own dtype, so that a round trip is exact.
             options = dict(dtype="stored", quantize={}, tokenizers_from=words)
             bundle = released_sampler.load(config, mesh, **options)
         else:
@@ -82,6 +84,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         bundle.variables["denoiser"] = variables
         return bundle
     size = model.pos_size
+    # Our models compute positions; diffusers' files hold the table itself.
     table = position_table.positions(
         size, size, model.width, size=size, base=model.pos_base
     )

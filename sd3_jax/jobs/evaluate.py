@@ -28,6 +28,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         parts, params, result = weights(config, workdir, mesh)
         result["settings"] = config.sample.to_dict() | config.eval.to_dict()
         result["quantize"] = {k: v for k, v in config.quantize.items() if v}
+        # Several names may share one function (CLIP score, FID, …), which runs once.
         for score in dict.fromkeys(SCORES[name] for name in config.eval.scores):
             add(result, score(config, parts, mesh, params))
     if jax.process_index() == 0:

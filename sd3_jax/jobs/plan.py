@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
             f' "{tune.objective}": plan knows training from the start alone; wanted "",'
             ' "full", "flow"'
         )
+    # Environment first: libtpu reads it when it is loaded.
     aot.prepare()
     aot.compiler()
     planned_for = [slices.find(name) for name in config.plan.slices]
@@ -83,6 +84,8 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
         )
     sizes = sized(config, tpu_slice)
     rows: list[dict] = []
+    # An estimate is an upper bound of the MFU: the search ends where it is below what a
+    # compiled candidate reaches.
     for candidate, estimate in mesh_search.ordered(batch=batch, **sizes):
         best = max((row.get("mfu", 0.0) for row in rows), default=0.0)
         if len(rows) == config.plan.tries or estimate.mfu <= best:
@@ -99,6 +102,7 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
 
 def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
     """What a search knows without compiling anything."""
+    # Shapes and FLOPs do not depend on the mesh, so one device is enough.
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         train_program = trainer.program(config, mesh)
@@ -145,6 +149,8 @@ def train_row(
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         train_program = trainer.program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
+        # Abstract arguments with shardings: nothing is allocated, as there is no
+        # device.
         key = jax.eval_shape(lambda: jax.random.key(0))
         placed = NamedSharding(mesh, PartitionSpec())
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
@@ -162,6 +168,7 @@ def train_row(
             "train",
             program,
             {k: v * images for k, v in compute._asdict().items()},
+            # A backward pass has two products for each product of the forward pass.
             3 * train_program.parts.flops * images,
             images,
             tree.count(train_program.abstract.params),
@@ -241,6 +248,7 @@ def accounted(
         "other_slices": 1e3 * account.links["dcn"],
         "scheduled": 1e3 * account.seconds,
     }
+    # The largest of the floors bounds the run; they may all overlap at best.
     binds = max(FLOORS, key=times.get)
     least = times[binds] / 1e3
     reached = flops / chip.peak / least

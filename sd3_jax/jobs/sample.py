@@ -39,6 +39,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
     tasks = prompt_file.tasks(config)
+    # The filter and the watermark are checked before weights are loaded.
     sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
@@ -54,6 +55,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         known = [x for x, there in zip(lines, done) if there]
         with lock.held(workdir, "sample"), Lines(workdir, known) as written:
             for batch, size in batches(tasks, config.sample.batch_size, mesh):
+                # A batch is sampled whole even if one picture of it is missing: a
+                # smaller batch is another program, whose pictures may differ in the
+                # last bits.
                 left = [i for i, task in enumerate(batch) if not done[task.index]]
                 if not left:
                     continue
@@ -89,6 +93,7 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
+    # Loaded once and passed on to the sampler of each group of settings.
     encoder = TrainedSampler(config, parts, mesh).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
@@ -119,6 +124,7 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
 def released(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
+    # One representative of each group: the others ask for nothing different.
     settings = {task.group: task.settings for task in tasks}
     sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
     facts = {"weights": sampler.bundle.fingerprint()}
@@ -172,6 +178,7 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
             done[i] = unfiltered(there) == line and path.is_file()
             if done[i]:
                 line |= there
+    # Disks of other hosts may show other files; all must skip the same pictures.
     return multihost_utils.broadcast_one_to_all(done).tolist()
 
 
@@ -201,6 +208,8 @@ def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], in
 
     A job that goes on paints the batches of the unbroken one, to the last bit.
     """
+    # Grouped over all tasks, those that are done included, so that a resumed job has
+    # the batches of the first one.
     groups: dict[tuple, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.group, []).append(task)
@@ -266,6 +275,7 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     first = [line for line in lines if there(line)][:SHOWN]
     images = [read_own(workdir / line["file"])[0] for line in first]
     shape = images[0].shape
+    # A grid needs pictures of one size; samples.html shows them all.
     alike = [i for i, image in enumerate(images) if image.shape == shape]
     captions = [str(first[i]["prompt"]) for i in alike]
     together = pictures.grid(

@@ -50,6 +50,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     study = Study(config, workdir)
     with processes.stopping() as stop:
         while not stop() and (left := study.left()):
+            # Another process may hold a run's lock; the next free one is taken.
             for study_run in left:
                 if stop() or study.take(study_run):
                     break
@@ -149,6 +150,7 @@ class Study:
     def take(self, study_run: Run) -> bool:
         """Train and measure it, unless another process is at it."""
         folder = self.folder(study_run)
+        # Entered by hand: a lock that is taken means "try the next run", not an error.
         held = lock.held(folder, "study")
         try:
             held.__enter__()
@@ -157,6 +159,8 @@ class Study:
                 raise
             return False
         try:
+            # Asked again under the lock: another process may have finished the run
+            # meanwhile.
             if self.result(study_run) is None:
                 done = len(list(self.wanted())) - len(self.left())
                 words = f"{study_run.variant} {study_run.option}".strip()

@@ -17,6 +17,7 @@ def number(
 ) -> float:
     """A finite number in [low, high]: Python's, numpy's or a 0-d array."""
     x = _scalar(value)
+    # bool is a subclass of int in Python, but True is no number that a caller means.
     real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     if not real or not low <= x <= high:  # NaN is in no range
         whole_range = (low, high) == (-LARGEST, LARGEST)
@@ -46,6 +47,7 @@ def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
     """Of a list, a tuple or an array; None is none."""
     if value is None:
         return []
+    # A string would pass as a sequence of characters, so the accepted types are listed.
     if not isinstance(value, list | tuple | range | set) and not (
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
@@ -65,5 +67,7 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 def _scalar(value: Any) -> Any:
     """Arrays of no axes as what they hold."""
+    # jnp.float32(1) and np.array(1) have no axes; .item() waits for the device once,
+    # here.
     array = hasattr(value, "__array__") and not isinstance(value, np.generic)
     return value.item() if array and np.ndim(value) == 0 else value

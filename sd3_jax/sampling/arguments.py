@@ -26,6 +26,7 @@ Texts = Text | Sequence[Text] | Conditioning
 
 
 def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
+    # A Prompt is a NamedTuple, so a tuple to isinstance, but it is one prompt.
     several = isinstance(texts, list | tuple) and not isinstance(texts, Prompt)
     texts = list(texts) if several or hasattr(texts, "__array__") else [texts]
     for text in texts:
@@ -40,12 +41,15 @@ def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
 def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     """(h, w, c) of the latents; pixels are the image's, or those of the training."""
     denoiser = bundle.part("denoiser")
+    # One patch of latents covers `unit` pixels, and the position table has pos_size
+    # patches a side: both limits follow from the model, not from memory.
     unit = bundle.factor * denoiser.patch
     most = unit * denoiser.pos_size
     image_sides = None
     if image is not None:
         factor = 1 if image.shape[-1] == 3 else bundle.factor
         image_sides = [side * factor for side in image.shape[1:3]]
+    # sample_size is in latents: 128 of them are the 1024 pixels of the released models.
     usual = bundle.configs["denoiser"].get("sample_size", 128) * bundle.factor
     if image_sides is not None:
         _require_sides(image, image_sides, unit, most)
@@ -111,6 +115,8 @@ def encoded(
             raise UserError(
                 f"{len(texts)} negative prompts for {n} prompts: wanted one, or as many"
             )
+        # Both branches run as one doubled batch, so that the negative prompt needs as
+        # many tokens of T5 as the positive one: all tokens but CLIP's 77.
         length = cond.context.shape[1] - 77
         if length < 1:
             raise UserError(
@@ -118,6 +124,7 @@ def encoded(
                 " negative_prompts as embeddings too"
             )
         uncond = bundle.encode_prompts(texts, length)
+    # cond and uncond are concatenated along the batch.
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(
             f"embeddings of {[x.shape for x in cond]} and negative ones of"
@@ -151,6 +158,7 @@ def settings(
         sigmas = [
             argument_checks.number("sigmas", x, 0, 1) for x in np.atleast_1d(sigmas)
         ]
+    # A dynamic shift depends on the number of image tokens, h w / patch^2.
     tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
     return bundle.scheduler.sampler(
         steps, tokens, solver=solver, grid=grid, shift=shift, mu=mu, sigmas=sigmas
@@ -172,11 +180,14 @@ def guided(
 ) -> bool:
     """Whether there is guidance. What a call without it has no use for is told of:
     `other` are such options, by name, where the caller gave them."""
+    # Python numbers are checked here; inside the compiled program they are arrays.
     guidance.check(scale, interval, rescale)
     if guidance.guides(scale):
         return True
     other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
     other["guidance_rescale"] = rescale != 0
+    # Ignored options are reported instead of refused: one recipe may serve models with
+    # guidance and models that are distilled from it.
     if unused := [name for name, is_set in other.items() if is_set]:
         message = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
         warn_once(f"{message}; wanted a guidance above 1 for them")
@@ -193,6 +204,7 @@ def starting_image(
     bundle: Bundle, image: Pictures | None
 ) -> Float[Array | np.ndarray, "b _ _ _"] | None:
     """generate's image as pixels in [0, 1], or as the latents that it is."""
+    # Latents are told from pixels by their channels, 16 against 1, 3 or 4.
     channels = bundle.part("denoiser").channels
     if image is None:
         return None
@@ -239,6 +251,7 @@ def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Ar
     n = x.shape[0]
     if n == rows:
         return jnp.asarray(x)
+    # rows are ordered p0, p0, p1, p1, …: one per prompt is repeated within its prompt.
     if n in (1, rows // per_prompt):
         return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
     counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
@@ -254,6 +267,7 @@ def latents_of(
     """A picture's latents, drawn with each row's key; latents as they are."""
     if image.shape[-1] == 3:
         return bundle.encode_image(image, keys)
+    # Latents are not resized: interpolating them gives no latents of a resized picture.
     if image.shape[1:] != shape:
         raise UserError(f"latents of {image.shape[1:]}: wanted {shape} each")
     return jnp.asarray(image, jnp.float32)

@@ -54,6 +54,7 @@ class Bundle:
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
+    # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:

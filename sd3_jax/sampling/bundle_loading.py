@@ -186,6 +186,7 @@ def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
     path = resolve_control(source)
     part = sources.control(path)
     module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
+    # Checked before the weights are read: nets of other models fail inside the program.
     denoiser = bundle.part("denoiser")
     hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
     if module.borrowed:  # its positions are the denoiser's too
@@ -193,6 +194,7 @@ def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
     shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
     variables = part.read(CONTROLNET, module, shapes)
     if module.borrowed:
+        # The same arrays, not copies: the embedding takes no memory a second time.
         denoiser_variables = bundle.variables["denoiser"]
         variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
         if "buffers" in denoiser_variables:
@@ -209,6 +211,7 @@ def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
 def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
     """A ControlNet without a denoiser, as it is in its file, for writing it again."""
     part = sources.control(path)
+    # The compute dtype does not matter here, for the net is written and never run.
     module = CONTROLNET.build(part.config, jnp.dtype("float32"))
     shapes = _control_shapes(part, module, mesh, "float32")
     shapes = _retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
@@ -222,5 +225,6 @@ def resolve_control(source: str) -> epath.Path:
 
 def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
     """Of what its file holds."""
+    # A borrowed patch embedding is not in the net's file: it is the denoiser's.
     shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
     return controlnet_keys.without_borrowed(module, shapes)

@@ -27,6 +27,8 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
                 name, len(folder_tokenizers[name]), configs.get(name, {}), path
             )
             words[name] = folder_tokenizers[name]
+    # Both CLIPs of the released models share OpenAI's vocabulary, which the package
+    # has; T5's is larger and is downloaded.
     for name in CLIPS:
         size = configs.get(name, {}).get("vocab_size")
         if name not in words and size == tokenizers.CLIP_WORDS:

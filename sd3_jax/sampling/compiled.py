@@ -32,6 +32,8 @@ def on(mesh: Mesh, *arrays: Any):
 
     Where what is `given` is being traced, the mesh is the caller's to set.
     """
+    # jax.set_mesh may not be called inside a trace, where a user's own jit sets the
+    # mesh.
     traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     with contextlib.nullcontext() if traced else jax.set_mesh(mesh):
         with nn.logical_axis_rules(sharding.RULES):
@@ -54,6 +56,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where `place` puts an array of this shape."""
+    # A batch that the devices do not divide is replicated: jax shards evenly only.
     split = len(shape) > 0 and shape[0] % sharding.batch_shards(mesh) == 0
     spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
     return NamedSharding(mesh, spec)
@@ -65,8 +68,11 @@ def _put(x: Any, where: NamedSharding) -> Array:
         return x  # it came from a program, and the next takes it as it lies
     if where.is_fully_addressable:
         return jax.device_put(x, where)
+    # Typed keys have no numpy form, so their uint32 data is placed and wrapped again.
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
+    # device_put cannot reach devices of other processes; each process fills its own
+    # shards from its copy of the whole array.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
@@ -106,11 +112,13 @@ def encode_image(
     module, variables, images, key, *, scaling, shift, tile: int | None = None
 ) -> Array:
     """Images in [0, 1] to latents: of a key a draw of the posterior, else its mean."""
+    # `tile` is static, because it decides the shapes of all slices.
     run = _by_tiles(module, variables, "encode", tile)
     moments = run(2 * images - 1)
     if key is None:
         z = vae.posterior(moments)[0]
     else:
+        # A key for each row makes a row's draw independent of the batch that it is in.
         z = (jax.vmap(vae.sample) if key.ndim else vae.sample)(key, moments)
     return vae.to_latents(z, scaling=scaling, shift=shift)
 
@@ -172,11 +180,17 @@ def sample(
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net."""
 
+    # The plan is static, so modules, solver and shapes are part of the program;
+    # everything in Inputs is traced, and another seed, scale or grid of equal length
+    # reuses it.
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
+    # The nets are static and their arrays traced, so they arrive as two arguments.
     acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
     skip = None
+    # Which layers are left out is static: the denoiser makes a constant mask of it for
+    # its scanned blocks.
     if plan.skip_layers:
         skipping = controlled(denoiser, (), skip=plan.skip_layers)
         skip = guidance.Skip(skipping, inputs.skip_scale, inputs.skip_window)
@@ -188,6 +202,8 @@ def sample(
         shape=plan.shape,
         grid=inputs.grid,
         solver=SOLVERS[plan.solver],
+        # A Python 1.0 selects the path without guidance, which runs the denoiser on b
+        # rows; a traced scale always doubles the batch.
         scale=inputs.scale if plan.guided else 1.0,
         interval=inputs.interval,
         rescale=inputs.rescale,

@@ -18,6 +18,7 @@ main { max-width: none }
 def html(lines: list[dict]) -> str:
     """A page of all pictures by prompt; they are loaded as they come into sight."""
     weights = sorted({str(line["weights"]) for line in lines})
+    # The page may be opened from disk or from a server, hence 'self' and file: below.
     shared = html_page.note(f"{len(lines)} pictures · weights {', '.join(weights)}")
     figures = html_page.join(map(figure, lines))
     return html_page.document(
@@ -40,6 +41,7 @@ def figure(line: dict) -> html_page.Html:
     )
     description += f" · filtered: {line['filtered']}" if "filtered" in line else ""
     file = quote(line["file"])
+    # A job may have a million pictures; the browser loads those in sight.
     picture = html_page.element("img", src=file, alt=prompt, loading="lazy")
     caption = html_page.element(
         "figcaption", prompt, html_page.Html("<br>"), small(description)

@@ -65,6 +65,7 @@ def require_fit(
         "patch": (net.patch, denoiser.patch),
         "channels": (config.get("in_channels", 16), denoiser.channels),
     }
+    # A single-stream net does not attend to the text, so its width is not compared.
     shared = ("pooled_projection_dim",) + ("joint_attention_dim",) * net.joint
     for name in shared:
         sizes[name] = config.get(name), theirs.get(name)
@@ -102,8 +103,10 @@ def controlled(
 
 
 def _residuals(control: Control, x, t, cond):
+    # Guidance doubles the batch and the hint is given once: (b, …) → (times * b, …).
     times = x.shape[0] // control.hint.shape[0]
     hint = jnp.tile(control.hint, (times, 1, 1, 1))
+    # Some nets were trained with a pooled text of zeros.
     pooled = jnp.zeros_like(cond.pooled) if control.net.zero_pooled else cond.pooled
 
     def run():
@@ -111,6 +114,9 @@ def _residuals(control: Control, x, t, cond):
         return control.net.apply(control.variables, *args, scale=control.scale)
 
     low, high = control.window
+    # All rows are at the same t, so one predicate decides; lax.cond then skips the
+    # net's FLOPs outside the window, which jnp.where would not.
     open_ = (low <= t[0]) & (t[0] <= high)
+    # eval_shape gives the residuals' shapes without adding the net to the program.
     none = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(run))
     return jax.lax.cond(open_, run, lambda: none)

@@ -51,9 +51,14 @@ def controls_of(
         _require_control(bundle, control, shape, name)
         hint = _hint(bundle, control, shape, name)
         hint = rows_of(hint, rows, per_prompt, f"{name}'s images")
+        # start and stop are shares of the steps; the program compares times t, so that
+        # the window is an array and another window does not recompile.
         window = grids.control_window(grid, control.start, control.stop)
+        # A Python float has a weak type, which is part of the key of a compiled
+        # program.
         scale = np.float32(control.scale)
         arrays.append((control.net.variables, hint, scale, window))
+    # Residuals of several nets are summed layer by layer in one program.
     depths = [control.net.module.depth for control in controls]
     if len(set(depths)) > 1:
         raise UserError(
@@ -83,6 +88,7 @@ def _require_control(
     net, config = control.net.module, control.net.config
     denoiser = bundle.part("denoiser")
     require_fit(name, net, config, denoiser, bundle.configs["denoiser"])
+    # A ControlNet has its own position table, which may be smaller than the denoiser's.
     most = net.pos_size * net.patch * bundle.factor
     if max(shape[:2]) * bundle.factor > most:
         sides = tuple(side * bundle.factor for side in shape[:2])
@@ -95,6 +101,7 @@ def _require_control(
 def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     net, image, mask = control.net.module, control.image, control.mask
     preprocess = control.preprocess or control.net.config.get("control_type", "plain")
+    # Inpainting nets read the latents and one channel of mask.
     paints = net.hint_channels == shape[2] + 1  # the inpainting net
     if mask is not None and (
         not paints or input_images.are_latents(image, shape[2] + 1)
@@ -121,6 +128,8 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
         )
     if paints:  # the picture left, and where it is
         return _picture_left(bundle, control, pixels, shape, name)
+    # A net with other channels was trained on something that the autoencoder cannot
+    # make.
     if net.hint_channels != shape[2]:
         raise UserError(
             f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
@@ -143,6 +152,8 @@ def _picture_left(
         raise UserError(
             f'{name}: preprocess "{control.preprocess}": an inpainting net has none'
         )
+    # Hidden in pixels, before the autoencoder: black pixels have latents that are not
+    # 0.
     hidden = pixel_mask(control.mask, shape, bundle.factor) > 0.5
     if len({len(hidden), len(pixels), 1}) > 2:
         raise UserError(
@@ -150,6 +161,8 @@ def _picture_left(
             " one"
         )
     left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
+    # The released net's extra channel is 1 where the picture stays, the opposite of the
+    # caller's mask.
     keep = 1 - latent_mask(hidden, shape, bundle.factor)
     keep = np.broadcast_to(keep, (*left.shape[:3], 1))
     return jnp.concatenate([left, keep], axis=-1)

@@ -58,11 +58,16 @@ class Encoder:
         placed = sharding.batch_sharding(bundle.mesh)
         scale = bundle.latent_scale if "vae" in bundle.modules else {}
         models = bundle.text_models
+        # A caption counts as empty when every encoder's ids are those of "".
         empty = bundle.token_ids([""], self._t5_length) if any(models) else {}
 
+        # The weights are arguments of the jitted functions: as closures they would be
+        # constants of the program.
         def picture(variables, image, keys):
             module = bundle.modules["vae"]
             encoded = module.apply(variables, latents.pixels(image), method="encode")
+            # Moments are scaled before they are rounded to latents_dtype, so that what
+            # is stored is in the denoiser's units.
             encoded = latents.scaled(encoded, **scale)
             if form == "latents":
                 encoded = jax.vmap(vae.sample)(keys, encoded)
@@ -78,6 +83,7 @@ class Encoder:
 
         self._picture = jax.jit(picture, out_shardings=placed)
         self._text = jax.jit(text, out_shardings=placed)
+        # `device_rows` is static, because it sets the shapes of the joined batch.
         join = partial(joined, shards=self.shards)
         self._join = jax.jit(join, static_argnums=1, out_shardings=placed)
 
@@ -116,10 +122,13 @@ class Encoder:
     ) -> dict[str, Array]:
         """This process's rows of a batch, as loaded, to the batch over the mesh, in
         which pictures and token ids have become what they stand for."""
+        # Latents and encoded text that the records already hold are passed through.
         raw = {k: x for k, x in rows.items() if k in IMAGES or k.startswith("ids_")}
         other_fields = {name: x for name, x in rows.items() if name not in raw}
         device_rows = batch_size // self.shards  # a device's
         parts = []
+        # Encoders run in programs of a fixed row count, whatever the batch size: XLA
+        # may pick other kernels, and so other roundings, for another shape.
         for start in range(0, device_rows, self.rows):
             part = {k: cut(x, device_rows, start, self.rows) for k, x in raw.items()}
             size = self.rows * self.shards
@@ -138,6 +147,8 @@ class Encoder:
 
 def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:
     """Rows from `start` on of each device, which has `own`; zeros for what is not."""
+    # (devices * device_rows, …) → (devices, rows, …): a device's rows stay on the
+    # device.
     x = x.reshape(-1, device_rows, *x.shape[1:])[:, start : start + rows]
     missing = [(0, 0), (0, rows - x.shape[1]), *[(0, 0)] * (x.ndim - 2)]
     return np.pad(x, missing).reshape(-1, *x.shape[2:])
@@ -147,6 +158,8 @@ def joined(parts: Sequence[dict[str, Array]], device_rows: int, shards: int) -> 
     """The inverse of `cut`, of what was made of each part; no device waits for one."""
 
     def leaf(*xs):
+        # (shards * rows, …) → (shards, rows, …); concatenating on axis 1 moves nothing
+        # between devices. Rows that `cut` padded are dropped at the end.
         xs = [x.reshape(shards, -1, *x.shape[1:]) for x in xs]
         whole = jnp.concatenate(xs, axis=1)[:, :device_rows]
         return whole.reshape(-1, *whole.shape[2:])

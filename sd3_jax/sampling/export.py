@@ -53,6 +53,7 @@ def save(
         variables = {}
         for name, arrays in bundle.variables.items():
             dtype_at = _dtype_of(bundle, name, dtype)
+            # The default argument binds this iteration's function.
             cast = lambda at, x, dtype_at=dtype_at: x.astype(dtype_at(tree.names(at)))
             variables[name] = jax.tree_util.tree_map_with_path(cast, arrays)
         native_format.save(path, variables, bundle.configs)
@@ -69,6 +70,8 @@ def save(
         for name in bundle.modules:
             for key, entry in _entries(bundle, name, layout, dtype).items():
                 entries[COMPONENTS[name].prefix + key] = entry
+        # The names are in the file's metadata, so that loading it knows which table to
+        # use.
         fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
         metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
         _write(safetensors.write_file, path, entries, metadata)
@@ -86,6 +89,7 @@ def save_control(
     """config.json says control_type, which diffusers lets by, and the original file has
     it as Stability's do."""
     module, component = control.module, CONTROLNET
+    # Stability's original layout exists for its single-stream nets only.
     layouts = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
     if layout not in layouts:
         reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
@@ -102,6 +106,7 @@ def save_control(
             (path / "config.json").write_text(json.dumps(control.config, indent=2))
         return
     if (kind := control.config.get(controlnet_keys.CONTROL_TYPE)) is not None:
+        # Stability's files store the kind as a tensor of one integer.
         number = np.array([controlnet_keys.CONTROL_TYPES.index(kind)], np.int32)
         entries[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
             number.dtype, number.shape, lambda: number
@@ -143,11 +148,15 @@ def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:
     if jax.process_index() == 0:
         write(path, entries, *rest)
     else:
+        # Reading a sharded tensor is a collective: every process must call it, in one
+        # order.
         for entry in entries.values():
             entry.data()
 
 
 def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
+    # diffusers reads model_index.json to find the class of each folder; [None, None]
+    # marks a component that the pipeline does without.
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
     scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
     scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it

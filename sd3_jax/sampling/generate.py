@@ -45,6 +45,7 @@ def generate(
     trajectory all n latents are returned. `spread` is the std of x at grid[0], where a
     formulation starts with less than pure noise.
     """
+    # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
     if noise is None:
         noise = draw(keys)
@@ -57,20 +58,26 @@ def generate(
         rescale=rescale,
         skip=skip,
     )
+    # The same noise at every t: the kept area follows one straight path down to x0.
     at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
 
     def after(x, t, step):
         if mask is not None:
+            # Replaced after each step, as in RePaint without its resampling: the
+            # painted area sees a picture that is as noisy as itself.
             x = (1 - mask) * at(t) + mask * x
         if preview is not None:
             # Not ordered: on several devices jax knows no order of callbacks.
             jax.debug.callback(preview, step, t, to_rgb(x))
         return x
 
+    # With x0 the grid may begin below t = 1, at a picture that is noised in part.
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
+    # Nothing to do between steps: the solver is then given no function at all.
     idle = mask is None and preview is None
     solver_options = {}
     if solvers.draws(solver):
+        # Fresh noise of step i depends on the picture's key and i alone.
         fold = jax.vmap(jax.random.fold_in, (0, None))
         solver_options["draw"] = lambda step: draw(fold(keys, step))
     return solver(guided, start, grid, after=None if idle else after, **solver_options)

@@ -33,9 +33,11 @@ def pixels(pictures: Pictures, name: str = "image") -> Float[Array | np.ndarray,
     One picture is a batch of one; grey ones become RGB and alpha goes over white.
     """
     x = _floats(_together(pictures, name, files.pixels, _pictures), name)
+    # (b, H, W, 1) → (b, H, W, 3)
     if x.shape[-1] == 1:
         return x.repeat(3, axis=-1)
     if x.shape[-1] == 4:
+        # Over white, as the readers of training data do.
         alpha = x[..., 3:]
         return x[..., :3] * alpha + (1 - alpha)
     return x
@@ -61,6 +63,7 @@ def laid_out(
 ) -> Float[Array | np.ndarray, "b h w c"]:
     """Latents of any values, channels last."""
     x = _array(value, name)
+    # One picture's latents become a batch of one.
     if x.ndim == 3 and x.shape[-1] == channels:
         x = x[None]
     if x.ndim != 4 or x.shape[-1] != channels or not all(x.shape):
@@ -88,6 +91,8 @@ def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
 
 def are_latents(value: Any, channels: int) -> bool:
     """Whether an array has latents' channels, be they the last or, wrongly, first."""
+    # Latents in PyTorch's layout, channels first, are recognised as well, so that
+    # laid_out can say how to transpose them.
     shape = () if isinstance(value, list | tuple) else getattr(value, "shape", ())
     if len(shape) < 3 or shape[-1] in CHANNELS:
         return False
@@ -103,8 +108,11 @@ def finite(x: Array | np.ndarray, name: str) -> None:
 def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     """One batch; `read` makes an array of a PIL image, `shaped` gives it four axes."""
     if isinstance(value, Image.Image):
+        # MPO is what cameras write: a JPEG with a second frame that nobody means.
         if getattr(value, "is_animated", False) and value.format != "MPO":
             raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
+        # Their values have no fixed range or are no RGB colours: the caller has to
+        # choose.
         if value.mode in ("F", "I", "HSV", "I;16B"):
             raise UserError(
                 f'{name} of mode {value.mode}: wanted x.convert("RGB"), or of depth'
@@ -188,6 +196,7 @@ def _floats(x: Array | np.ndarray, name: str):
     if x.dtype == bool:
         return x.astype(np.float32)
     if x.dtype == np.uint8:
+        # A mask of 0 and 1 in bytes would be black: 1 is 1/255.
         if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
             raise UserError(
                 f"{name}: bytes of 0 and 1, where 255 is 1; wanted x.astype(bool), or"

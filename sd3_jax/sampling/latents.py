@@ -59,6 +59,8 @@ def scaled(
 ) -> Float[Array, "b h w k"]:
     """An autoencoder's moments to those of the latents that the denoiser sees."""
     mean, std = vae.posterior(moments)
+    # The shift moves the mean alone; the scaling also scales the std: 2 log(std
+    # scaling) is the new log-variance.
     mean = vae.to_latents(mean, scaling=scaling, shift=shift)
     return jnp.concatenate([mean, 2 * jnp.log(std * scaling)], axis=-1)
 

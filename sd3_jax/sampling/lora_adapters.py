@@ -43,6 +43,8 @@ def listed(requested: Any) -> list[tuple[str, float]]:
         requested = [requested]
     specs = []
     for entry in requested if isinstance(requested, list | tuple) else [requested]:
+        # ("a.safetensors", 0.8) is a pair; two paths in a list are two LoRAs, for each
+        # of them is a string.
         pair = isinstance(entry, list | tuple) and len(entry) == 2
         path, weight = entry if pair else (entry, None)
         known = isinstance(path, str | os.PathLike)
@@ -67,6 +69,8 @@ def opened(
     loras = []
     for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
+        # Headers alone: a LoRA for another model is refused before any weight is
+        # loaded.
         pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
         if lacking := [name for name in pairs if name not in available]:
             raise UserError(
@@ -99,8 +103,11 @@ def _placed(lora_params: dict, params: dict) -> dict:
     kernels, placed = lora.kernels(params), {}
     for path, pair in lora.modules(lora_params, "a"):
         kernel = kernels[path]
+        # PartitionSpec omits trailing None; the layout needs one entry for each axis.
         mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
         spec += (None,) * (kernel.ndim - len(spec))
+        # `a` shares the kernel's input axes and `b` its output axes; the rank stays
+        # whole.
         specs = lora.layout(path, kernel.ndim).shapes(spec, None)
         placed[path] = {
             name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))

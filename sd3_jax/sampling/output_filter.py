@@ -39,6 +39,8 @@ class Safety(NamedTuple):
         """
         if self.function is None:
             return [""] * len(images)
+        # The filter may be slow, so each process asks about its share and all get all
+        # answers.
         ask = functools.partial(_flags, self.function, images, prompts)
         return processes.shared(ask, len(images))
 

@@ -57,6 +57,7 @@ class Task(NamedTuple):
 def tasks(config: ConfigDict) -> list[Task]:
     """Of config.sample.prompt, or prompts_file, or the recipe's own prompts."""
     lines = _prompts(config)
+    # Counted before the tasks are made: a typo in per_prompt would fill the memory.
     count = sum(line_config.sample.per_prompt for _, line_config in lines)
     if count > PICTURES:
         raise UserError(f"{count} pictures: wanted at most {PICTURES}")
@@ -97,9 +98,11 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
         raise UserError(f"{name}: no such file")
     try:
         with path.open("rb") as file:
+            # Reading one byte more than allowed tells a file that is too large.
             data = file.read(FILE + 1)
         if len(data) > FILE:
             raise UserError(f"{name}: wanted at most {FILE} bytes")
+        # str.splitlines would also split at U+2028, which JSON allows inside strings.
         return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
@@ -177,6 +180,8 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
     if not isinstance(fields, dict) or "prompt" not in fields:
         raise UserError('wanted {"prompt": TEXT, …}')
     prompt = _prompt(fields.pop("prompt"))
+    # A copy with references resolved: a line that sets image.height must not move other
+    # fields of the recipe that refer to it.
     line_config = config.copy_and_resolve_references()
     for name, value in fields.items():
         if name not in LINE_SETTINGS:
@@ -197,6 +202,7 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
     for name, most in MOST.items():
         if line_config.sample[name] > most:
             raise UserError(f"{name} {line_config.sample[name]}: wanted at most {most}")
+    # Released weights are seeded with seed + number, which must fit in 32 bits.
     last = line_config.sample.seed + line_config.sample.per_prompt - 1
     if last >= 2**32:
         raise UserError(f"seed {last}, of the last picture: wanted below {2**32}")

@@ -64,6 +64,8 @@ def drop(
 ) -> Conditioning:
     """Each encoder of each example zeroed with probability `rate` (sec. 5.3.3)."""
     parts = LAYOUTS[layout]
+    # Encoders are dropped independently, so that the model also learns to do with any
+    # subset, such as without T5 (sec. 5.3.3).
     kept = jax.random.bernoulli(key, 1 - rate, (cond.pooled.shape[0], len(parts)))
     context, pooled = cond
     for part, keep in zip(parts, jnp.unstack(kept.astype(pooled.dtype), axis=1)):
@@ -128,9 +130,11 @@ def encode_parts(
             states.append(hidden)
             pooled.append(vector)
     if models.clip_l is None and models.clip_g is not None:  # L's channels come first
+        # G's channels lie behind L's, so L's place in front is filled with zeros.
         missing = pooled_dim - pooled[0].shape[-1]
         states.insert(0, jnp.zeros((*states[0].shape[:2], missing), states[0].dtype))
         pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
+    # With T5 alone CLIP's 77 tokens are zeros; without a mask they are attended to.
     if not states:
         dtype = models.t5.dtype
         states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
@@ -154,9 +158,11 @@ def put_together(
     Without T5 `length` zero tokens take their place: there is no mask, so that their
     number matters.
     """
+    # (b, 77, 2048) → (b, 77, 4096)
     clip = filled(clip, context_dim, "context_dim")
     if t5 is None:
         t5 = jnp.zeros((clip.shape[0], length, context_dim), clip.dtype)
+    # (b, 77 + length, context_dim)
     context = jnp.concatenate([clip, t5.astype(clip.dtype)], axis=1)
     return Conditioning(context, pooled)
 

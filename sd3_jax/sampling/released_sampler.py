@@ -54,6 +54,7 @@ def warn_of_another_model(config: ConfigDict, model: bundle.Bundle) -> None:
     denoiser = model.configs.get("denoiser")
     if denoiser is None:
         return
+    # These three tell the published models apart; sizes follow from the depth.
     recipe = config.model.depth, config.model.qk_norm, config.model.dual_blocks
     dual = len(denoiser.get("dual_attention_layers") or ())
     weights = denoiser["num_layers"], denoiser.get("qk_norm") is not None, dual
@@ -80,6 +81,7 @@ def check(
 
 def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     denoiser = configs.get("denoiser", {})
+    # Each level but the first halves the sides: four levels are a factor of 8.
     levels = len(configs.get("vae", {}).get("block_out_channels", range(4)))
     unit = 2 ** (levels - 1) * denoiser.get("patch_size", 2)
     most = unit * denoiser.get("pos_embed_max_size", 2**16)
@@ -100,6 +102,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:
     """What a task says of its solver and t's; what it leaves open is the model's."""
+    # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
@@ -114,6 +117,8 @@ class ReleasedSampler:
             x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
             for x in rows
         ]
+        # Tasks of one batch share all settings but negative prompt and seed
+        # (Task.group).
         s = rows[0].settings
         images = api.generate(
             self.bundle,

@@ -188,6 +188,7 @@ class TrainedSampler:
         config, objective = self.config.sample, self.parts.objective
         formulation = self.parts.formulation
         seed = jax.random.key(config.seed)
+        # A picture's noise depends on the run's seed and its number, not on its batch.
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
         cond = objective.encode(params, batch)
         # The unconditional branch is zeros, as caption dropout leaves in training.

@@ -63,6 +63,7 @@ class Scheduler:
             raise UserError(f"{self.refused}; or give both a solver and a grid")
         line = self.line
         if solver not in (None, self.solver):
+            # A solver that is not the file's brings its own line of times.
             line = USUAL.get(solver, "released")
         solver = solver or self.solver
         if grid is not None:
@@ -89,6 +90,7 @@ class Scheduler:
         else:
             require(steps >= 1, "steps", steps, "a whole number >= 1")
             t = LINES[line](steps, end)
+        # diffusers shifts custom sigmas as well, so the caller's are shifted here.
         t = timesteps.shift(t, shift)
         if self.terminal is not None:
             t = grids.stretched(t, self.terminal)

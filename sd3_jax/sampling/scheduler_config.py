@@ -114,6 +114,7 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     scheduler, complaints = CLASSES[name].make(values)
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)
+    # The first complaint is enough: the caller mends one setting at a time.
     for key, wanted in complaints.items():
         value = _shown(values[key])
         reason = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
@@ -140,11 +141,14 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     values = {}
     for key, field in _keys(name).items():
         value = config.get(key, field.default)
+        # null stands for the default, except where diffusers computes with the value:
+        # null fails there.
         if value is None and key not in ("shift", "flow_shift", "num_train_timesteps"):
             value = field.default
         if value is not field.default and not field.accepts(value):
             raise UserError(f"{where}: {key} {_shown(value)}: wanted {field.allowed}")
         values[key] = value
+    # mu lies on a line through two points; equal lengths would divide by zero.
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
             message = f"{where}: base_image_seq_len and max_image_seq_len are the same"
@@ -162,6 +166,7 @@ def _keys(name: str) -> dict[str, Field]:
 def _flow(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     spaced = [name for name in SPACED if values[name]]
     complaints = {}
+    # diffusers refuses two spacings as well.
     if len(spaced) > 1:
         complaints[spaced[1]] = f"false, or {spaced[0]} false"
     if values["invert_sigmas"]:
@@ -186,12 +191,15 @@ def _sizes(values: dict[str, Any]) -> dict[str, Any]:
 
 def _euler(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     scheduler, complaints = _flow(values)
+    # diffusers' Euler with stochastic_sampling takes the LCM step: predict x0, then
+    # noise it anew to the next t.
     if values["stochastic_sampling"]:
         scheduler = dataclasses.replace(scheduler, solver="lcm")
     return scheduler, complaints
 
 
 def _heun(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
+    # diffusers' Heun has no dynamic shift and no spacings.
     return Scheduler(solver="heun", shift=float(values["shift"])), {}
 
 

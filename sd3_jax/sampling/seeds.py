@@ -17,16 +17,20 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
     One seed's pictures are numbered through all prompts, as one generator draws them;
     of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
     """
+    # One seed numbers its pictures through all prompts; a list of seeds restarts at 0
+    # for each prompt, so that a row does not depend on the other rows.
     shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     seeds = [seed] if shared else listed_seeds(seed)
     if not shared and len(seeds) != prompts:
         raise UserError(
             f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
         )
+    # The keys are made from uint32 arrays below, where a larger seed does not fit.
     if not all(0 <= s < 2**32 for s in seeds):
         raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
     numbers = prompts * per_prompt if shared else per_prompt
     rows = [(s, number) for s in seeds for number in range(numbers)]
+    # vmap makes all keys in one dispatch instead of two for each picture.
     make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])
     return jax.vmap(make)(np.array(rows, np.uint32))
 

@@ -27,6 +27,7 @@ def encode(
     A tile is `tile` pixels high and wide, of which `factor` lie along a latent's side.
     """
     size, stride = _in_latents(tile, factor, overlap)
+    # One tile is the whole picture: no seam, and the same result as without tiling.
     if max(images.shape[1:3]) <= tile:
         return run(images)
     parts = _parts(run, images, factor * size, factor * stride)
@@ -64,6 +65,8 @@ def _parts(run, x, size, stride):
     """Rows of what `run` makes of each tile; those at the far edges are smaller."""
     height, width = x.shape[1:3]
     rows = [[(i, j) for j in range(0, width, stride)] for i in range(0, height, stride)]
+    # Tiles at the right and lower edges are smaller. Grouping tiles by shape keeps the
+    # program small: it has the autoencoder once for each shape.
     alike = {}  # corners by the shape of their tiles
     for i, j in sum(rows, []):
         shape = min(size, height - i), min(size, width - j)
@@ -79,8 +82,12 @@ def _in_turn(run, x, shape, corners):
     b, _, _, c = x.shape
 
     def one(corner):
+        # The corner is traced and the size static: one slice operation serves all
+        # corners.
         return run(jax.lax.dynamic_slice(x, (0, *corner, 0), (b, *shape, c)))
 
+    # lax.map is a sequential loop; vmap would hold the activations of all tiles at
+    # once.
     return jax.lax.map(one, jnp.array(corners))
 
 
@@ -91,10 +98,15 @@ def _join(parts, overlap, keep):
         done = []
         for j, part in enumerate(row):
             if above:
+                # Blended with the upper neighbour first and then with the left one,
+                # which is itself blended: diffusers' order, on which the corner of four
+                # tiles depends.
                 part = _blend(above[j], part, overlap, axis=1)
             if done:
                 part = _blend(done[-1], part, overlap, axis=2)
             done.append(part)
+        # Each tile keeps `keep` lines; the overlap behind them is in the next tile's
+        # blend.
         rows.append(jnp.concatenate([p[:, :keep, :keep] for p in done], axis=2))
         above = done
     return jnp.concatenate(rows, axis=1)
@@ -105,5 +117,6 @@ def _blend(before, after, overlap, axis):
     n = min(overlap, before.shape[axis], after.shape[axis])
     _, end = jnp.split(before, [before.shape[axis] - n], axis)
     start, rest = jnp.split(after, [n], axis)
+    # Starts at 0 and ends below 1, as diffusers' y / overlap does.
     ramp = (jnp.arange(n) / n).reshape(-1, *[1] * (after.ndim - 1 - axis))
     return jnp.concatenate([(1 - ramp) * end + ramp * start, rest], axis)

@@ -57,12 +57,15 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     carried = np.bincount(bits, chips**2 * weights, FRAME)
     total = np.zeros(FRAME)  # of the mark, in correlation
     marked = image
+    # Rounding to bytes and clipping at 0 and 255 take some of the mark away, so the
+    # correlation is measured on the written bytes and what lacks is added.
     for _ in range(ROUNDS):
         lack = np.maximum(wanted - signs * _correlation(_cells(marked, grid)), 0)
         if lack.max() < 0.05 * wanted:
             break
         total += signs * lack
         terms = (total / carried)[bits] * chips * weights
+        # (g, g) cells → (h, w) pixels
         change = rows @ _pixels(terms, grid) @ columns.T
         marked = np.rint(np.clip(image + change[..., None], 0, 255)).astype(np.uint8)
     return marked
@@ -73,6 +76,8 @@ def read(image: UInt8[ndarray, "h w 3"]) -> str | None:
     for grid in GRIDS.values():
         soft = _correlation(_cells(image, grid))
         weakest = np.argsort(np.abs(soft))[:DOUBTFUL]
+        # Bits near 0 are the likely errors. 256 tries against a CRC of 32 bits: a false
+        # message has a chance of 2^-24 for each grid.
         for flips in np.ndindex((2,) * DOUBTFUL):
             bits = soft > 0
             bits[weakest] ^= np.array(flips, bool)
@@ -190,6 +195,7 @@ def _tolerance(cells: Float[ndarray, "g g"]) -> Float[ndarray, " terms"]:
     """How much of the mark each term takes: more where all of a block hides it."""
     n, half, terms = len(cells) // BLOCK, BLOCK // 2, len(_band()[0])
     quarters = cells.reshape(n, 2, half, n, 2, half).std((2, 5))
+    # The least active quarter decides: a mark shows in the flat half of an edge block.
     activity = quarters.min((1, 3)).ravel()
     weight = np.sqrt(np.clip(activity, STILL, 16 * STILL))
     return np.repeat(weight / weight.mean(), terms)
