@@ -52,6 +52,7 @@ def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
 
     def judge(asked, images):
         values = {}
+        # Each category has a scorer of its own, so a batch is asked about in groups.
         for category in dict.fromkeys(question.category for question in asked):
             indices = [
                 i for i, question in enumerate(asked) if question.category == category

@@ -34,6 +34,8 @@ def escape(text: str) -> str:
 
 def document(title: str, *parts: str, images: str = "data:") -> str:
     """`images` is where pictures may come from; by default from the page itself."""
+    # Prompts and metrics come from other people: besides escaping, a policy forbids
+    # scripts and requests of any kind.
     policy = POLICY.format(images)
     head = [
         '<meta charset="utf-8">',
@@ -50,6 +52,7 @@ def document(title: str, *parts: str, images: str = "data:") -> str:
 
 def element(tag: str, *content: str, **attributes: str) -> Html:
     """element("p", "a < b", class_="note") escapes the text, not what is Html."""
+    # class_ is class, and data_x is data-x: neither is a Python name.
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
     markup = "".join(f' {names[k]}="{escape(v)}"' for k, v in attributes.items() if v)
     return Html(f"<{tag}{markup}>{''.join(map(_markup, content))}</{tag}>")
@@ -123,6 +126,7 @@ def panels(figures: Iterable[str]) -> Html:
 
 def image(data: bytes, alt: str, *, limit: int) -> Html:
     """The picture itself, inside the page: made smaller if above `limit` bytes."""
+    # Decoded before it is embedded: a file that is no picture raises BadImage here.
     picture = open_header(data, alt)
     rgb, kind = pixels(picture, alt), picture.format.lower()
     if len(data) > limit:
@@ -166,4 +170,5 @@ def _shrink(picture, limit):
         small.save(buffer, "webp", quality=88)
         if buffer.tell() <= limit or side <= 256:
             return buffer.getvalue()
+        # Bytes go with the area, so sides go with the root of what is too much.
         side = int(side * max(0.5, min(0.9, math.sqrt(limit / buffer.tell()))))

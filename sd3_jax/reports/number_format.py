@@ -9,6 +9,7 @@ DASH = "–"
 
 def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
     """The value if it is a finite number: what JSON holds may be anything."""
+    # Scores are read from files that other versions or people may have written.
     number = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if number else otherwise
 
@@ -43,6 +44,7 @@ def score_lines(scores: dict) -> list[str]:
 
 def score(value: Any) -> str:
     value = finite(value)
+    # Shares in [0, 1] get three digits, FID in the tens one.
     return DASH if math.isnan(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
 
 

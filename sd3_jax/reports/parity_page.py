@@ -84,6 +84,7 @@ def figures(model_result: dict) -> html_page.Html:
     curves = {k: [r["float32"]["largest"] for r in rows] for k, rows in parts.items()}
     caption = "largest error of each layer, in standard deviations of PyTorch's answer"
     panels = [html_page.panel("Layers, float32", plots.by_layer(curves), caption)]
+    # The last row is the decoded picture, which is no step.
     steps = model_result["parts"].get("trajectory", [])[:-1]
     if steps:
         drifts = {
@@ -114,6 +115,7 @@ def pictures(images: dict[str, Any]) -> dict[str, str]:
 
 
 def _png(image: np.ndarray) -> str:
+    # bfloat16 images become float32 first: 255 steps do not fit in 8 bits of mantissa.
     pixels = np.rint(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(
         np.uint8
     )
@@ -121,6 +123,7 @@ def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture = Image.fromarray(pixels)
     size = picture.width * times, picture.height * times
+    # Nearest neighbour: a small random model's pixels are shown as they are.
     picture.resize(size, Image.Resampling.NEAREST).save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
 

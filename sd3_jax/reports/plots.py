@@ -141,6 +141,8 @@ def curves(
             ticked = getattr(axes, f"{axis}axis")
             ticked.set_major_locator(LogLocator(subs=(1, 2, 5)))
             ticked.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            # matplotlib labels minor ticks of a short logarithmic axis too, and they
+            # overlap.
             ticked.set_minor_locator(NullLocator())
         every = sorted({x for xs, _ in lines.values() for x in xs})
         if "x" in log and len(every) <= FEW_TICKS:
@@ -205,6 +207,7 @@ def window_for(n: int) -> int:
 def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, float]:
     """The least and the greatest y; if `clip`, a few wild points do not flatten all."""
     low, high = 0.0 if zero else min(values), max(values)
+    # One spike in a thousand steps would press the curve flat.
     if clip and (usual := float(np.quantile(values, 0.99))) > low:
         high = usual if high - low > 1.5 * (usual - low) else high
     pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
@@ -213,7 +216,9 @@ def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, fl
 
 def _panel(height: float = 2.9):
     figure = Figure(figsize=(5.2, height), layout="constrained")
+    # No pyplot: its global state and its backends are not needed for SVG.
     FigureCanvasSVG(figure)
+    # Transparent, so that the page's background shows in light and dark mode.
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
@@ -271,10 +276,12 @@ def _svg(figure):
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :]
+    # Smaller files: a page has a dozen plots, and must stay below 3 MB.
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;]+; ", "", svg)  # the page's own
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # viewBox stays
+    # Clip paths of all plots would share ids on one page, and the first would win.
     digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
     used = set(re.findall(r"#([\w.-]+)", svg))
     name = lambda match: f' id="{digest}-{match[1]}"' if match[1] in used else ""

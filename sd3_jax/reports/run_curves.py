@@ -20,6 +20,7 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     caption = "As logged."
     if window > 1:
         caption = f"Faint: as logged. Solid: smoothed over {window} points."
+    # What the frame or the axis cannot show is counted in the caption.
     above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
     for subject, number in (("Above the frame", above), ("Not finite", lost)):
         caption += f" {subject}: {number} of {len(values)}." if number else ""
@@ -44,6 +45,8 @@ def by_t(rows):
 
 def series(rows, kind, name):
     """Steps and values; of a step that was logged twice, the later one."""
+    # A run that was resumed logs some steps twice; the later row is of the weights that
+    # went on.
     points = {
         row["step"]: float(row[name])
         for row in rows

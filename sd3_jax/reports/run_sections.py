@@ -48,10 +48,12 @@ def head(name: str, rows: list[Row], settings: dict, facts: dict) -> str:
 
 def _figures(rows, facts):
     """Label, value, unit of what was measured, and the labels of what was not."""
+    # Medians: the first steps include compilation.
     middle = lambda name: _median(run_curves.series(rows, "train", name)[1])
     validation = [
         v for v in run_curves.series(rows, "val", "loss")[1] if math.isfinite(v)
     ]
+    # Scores may be written days after the training.
     times = [row["time"] for row in rows if row["kind"] != "score"]
     wall = max(times) - min(times) if len(times) > 1 else None
     figures = [
@@ -183,6 +185,7 @@ def goodput(kinds: list[tuple[str, float, float]]) -> str:
 def samples_over_training(workdir: epath.Path, rows: list[Row]) -> str:
     """The grids drawn on the way, with their prompts."""
     title = "Samples over training"
+    # Of a step that was sampled twice the later grid is the file that is there.
     rows = list({row["step"]: row for row in rows if row["kind"] == "samples"}.values())
     if not rows:
         return html_page.section(
@@ -239,6 +242,8 @@ def _frame(workdir, row, limit):
 
 def _image(workdir, path, alt, limit):
     """The picture, or nothing: only files of the run itself are shown."""
+    # The path is read from metrics.jsonl, which may come from elsewhere: it must not
+    # lead out of the run's folder.
     path = PurePosixPath(str(path))
     if path.is_absolute() or ".." in path.parts:
         return NOTHING

@@ -21,6 +21,7 @@ def write(result: dict, workdir: Path) -> None:
     }
     if not bars:
         return
+    # matplotlib is an optional dependency; the tables need none.
     try:
         from sd3_jax.reports import plots
     except ImportError as error:
@@ -121,6 +122,7 @@ def scaling(result: dict) -> Iterator[str]:
         if not series["points"]:
             continue
         axis = series["axis"]
+        # Time that grows as FLOPs do has a ratio of 1 at every point.
         far = max(abs(x["relative"] - 1) for x in series["growth"])
         words = "within" if far <= WIDE else "not within"
         yield (

@@ -24,6 +24,7 @@ def case(config: ConfigDict, text: str) -> Spec:
     if model.name != "mmdit" or model.weight_sets != 2:
         raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
     optim = config.optim.to_dict()
+    # The case is one step of the given batch, without accumulation.
     del optim["accumulate"]
     defaults = {
         "dtype": bench.dtype,
@@ -44,10 +45,12 @@ def case(config: ConfigDict, text: str) -> Spec:
         "seed": config.seed,
     }
     kind = (text.split() or [""])[0]
+    # Text encoders have batches and lengths of their own, not those of training.
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
     heads = model.num_heads or spec["depth"]
+    # Called only for the component that the case names: the others may be invalid.
     configs = {
         "denoiser": lambda: cases.denoiser(
             depth=spec["depth"],

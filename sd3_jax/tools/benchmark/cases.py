@@ -64,12 +64,14 @@ def parse(text: str, defaults: Mapping[str, Any]) -> Spec:
 
 def rectangle(tokens: int, patch: int) -> tuple[int, int]:
     """The sides, in latents, of the squarest picture of so many tokens."""
+    # The largest divisor up to the root gives the squarest picture; 1 always divides.
     rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     return rows * patch, tokens // rows * patch
 
 
 def inputs(spec: Spec) -> dict[str, np.ndarray]:
     """What a case is run on, the same on both sides: NHWC, t in (0, 1)."""
+    # numpy on both sides: torch and jax draw different numbers from equal seeds.
     rng = np.random.default_rng(spec["seed"])
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     kind = spec["kind"]
@@ -110,6 +112,7 @@ def gap(
         a, b = (np.asarray(x, np.float64) for x in (ours[name], b))
         if a.shape != b.shape:
             return math.inf, f"{name}, of shape {a.shape} and {b.shape}"
+        # Relative to the whole array's norm: single elements near 0 say nothing.
         error = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
         errors.append((error if math.isfinite(error) else math.inf, name))
     return max(errors)
@@ -125,6 +128,7 @@ def weight(
     start = int(rng.integers(block.size))
     x = np.resize(np.roll(block, start), shape)
     if len(shape) > 1:
+        # 1 / sqrt(fan in), so that activations neither grow nor vanish with depth.
         return x * np.float32(math.prod(shape[1:]) ** -0.5)
     return 0.1 * x if name.endswith("bias") else 1 + 0.1 * x
 

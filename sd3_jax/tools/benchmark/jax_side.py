@@ -58,9 +58,11 @@ class Case:
             lowered = self.lower()
         self.lower = None  # and the arguments that it holds
         lower = time.perf_counter() - start
+        # Lowering and compilation are timed apart: only the first is Python's work.
         self.program = lowered.compile()
         until_compiled = time.perf_counter() - start
         if self.spec["kind"] == "train":
+            # Each step consumes its state, so the losses are kept to be compared later.
             self.losses = [self.step() for _ in range(cases.CHECKED_STEPS)]
         else:
             self.call()
@@ -94,6 +96,7 @@ class Case:
         return {k: np.asarray(x.astype(jnp.float32)) for k, x in outputs.items()}
 
     def peak(self) -> int:
+        # The CPU client keeps no statistics; the process's resident memory stands in.
         stats = self.device.memory_stats() if self.device.platform != "cpu" else None
         return stats["peak_bytes_in_use"] if stats else process_memory.peak()
 
@@ -105,6 +108,7 @@ def load(spec: Spec, mesh) -> tuple[Any, dict]:
     """The module and its variables; in training these stay float32."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
     module = component.build(spec["config"], dtype)
+    # remat, attention and unroll are ours alone and not in diffusers' configuration.
     if spec["component"] == "denoiser":
         module = module.clone(**{name: spec[name] for name in DENOISER})
     param_dtype = jnp.float32 if spec["kind"] == "train" else dtype
@@ -124,7 +128,7 @@ def make_weights(spec: Spec, path: str) -> dict:
     block = rng.standard_normal(1_000_003, np.float32)
     entries = {}
     for piece in key_mapping.pieces(shapes, component.table(module), "diffusers"):
-
+        # Default arguments bind this piece: entries are drawn later, while writing.
         def draw(key=piece.key, shape=piece.file_shape):
             x = cases.weight(rng, key, shape, block)
             if key.endswith("SelfAttention.q.weight"):  # T5 does not divide by it
@@ -172,12 +176,15 @@ def forward_flops(spec, module) -> float:
 def train(spec, module, variables, inputs) -> CaseProgram:
     tx, _ = optimizer.make(**spec["optim"])
     step = make_train_step(flow_loss(module), tx, ema_decay=spec["ema"], ema_every=1)
+    # The position table is no parameter: it is neither trained nor averaged.
     buffers = {k: x for k, x in variables.items() if k != "params"}
     key = jax.random.key(spec["seed"])
+    # The parameters are donated to the state, which would hold them a second time.
     begin = jax.jit(
         lambda params: init_state(key, lambda _: params, tx), donate_argnums=0
     )
     state = begin(variables["params"])
+    # As in `train`: the new state is written over the old one.
     program = jax.jit(step, donate_argnums=0)
     arguments = (state, key, inputs, buffers)
     return (
@@ -207,6 +214,7 @@ def sample(spec, module, variables, inputs) -> CaseProgram:
         Conditioning(*(inputs[f"{no}{k}"].astype(dtype) for k in Conditioning._fields))
         for no in ("", "no_")
     )
+    # Arrays, as `sample` passes them: Python floats would be other programs.
     number = lambda x: jnp.asarray(x, jnp.float32)
     sampling_inputs = compiled.Inputs(
         keys=None,
@@ -222,6 +230,7 @@ def sample(spec, module, variables, inputs) -> CaseProgram:
     plan = compiled.Plan(module, "euler", inputs["latents"].shape[1:], guided)
     arguments = (variables, sampling_inputs)
     lower = lambda: compiled.sample.lower(plan, *arguments)
+    # Guidance runs the denoiser on twice the rows.
     count = (1 + guided) * steps * forward_flops(spec, module)
     return lower, arguments, count, latents
 

@@ -16,6 +16,7 @@ PACKAGES = "jax jaxlib flax optax numpy torch diffusers transformers".split()
 
 
 def present(module: str) -> bool:
+    # find_spec does not import: PyTorch takes seconds, and memory in this process.
     return importlib.util.find_spec(module) is not None
 
 
@@ -30,6 +31,8 @@ def about(*, dtype: str, repeats: int) -> dict:
         "command": command(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": processor(),
+        # The cores that this process may use, which in a container are fewer than the
+        # machine's.
         "cores": len(os.sched_getaffinity(0)),
         "load": list(os.getloadavg()),
         "python": platform.python_version(),

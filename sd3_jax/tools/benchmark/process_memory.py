@@ -18,6 +18,7 @@ def peak() -> int:
     """The most resident bytes since the start, or since `reset`."""
     if STATUS.is_file():
         return _status("VmHWM")
+    # getrusage counts in bytes on macOS and in KiB on Linux.
     unit = 1 if os.uname().sysname == "Darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
@@ -26,10 +27,13 @@ def reset() -> bool:
     """Have `peak` count from here on, without what is freed but kept; False where the
     system does not allow it."""
     try:
+        # glibc keeps freed memory; without this the peak would begin at the peak
+        # before.
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):  # it is glibc's
         pass
     try:
+        # Writing 5 to clear_refs resets VmHWM, the kernel's high-water mark (proc(5)).
         CLEAR.write_text("5")
     except OSError:
         return False

@@ -24,6 +24,7 @@ class Worker:
     def __init__(self, module: str, log: Path, env: Mapping[str, str] | None = None):
         self.module = module
         self._log = log.open("a")
+        # Pipes for commands and answers; whatever libraries print goes to the log.
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -38,6 +39,8 @@ class Worker:
         try:
             self._process.stdin.write(json.dumps([command, arguments]) + "\n")
             self._process.stdin.flush()
+            # Blocks until the side answers; there is no timeout, as compilation may
+            # take long.
             line = self._process.stdout.readline()
         except BrokenPipeError:
             line = ""

@@ -26,6 +26,7 @@ def serve(side: Callable, **others: Callable) -> None:
     os.dup2(2, 1)  # what libraries print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
     commands: queue.Queue = queue.Queue()
+    # The thread notices the end of stdin while the main thread computes, and exits.
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     loaded, began = None, process_memory.now()
     while True:
@@ -40,6 +41,7 @@ def serve(side: Callable, **others: Callable) -> None:
                 answer = others[name](**arguments)
             else:
                 answer = COMMANDS[name](loaded, **arguments)
+        # Any failure is an answer: the parent shows it in the table and goes on.
         except Exception as error:
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -64,6 +66,7 @@ def _check(loaded, path: str) -> dict:
 
 
 def _warm(loaded, times: int) -> dict:
+    # The first call's peak includes compilation; the later one is the program's own.
     before = loaded.peak()
     for _ in range(times):
         loaded.call()

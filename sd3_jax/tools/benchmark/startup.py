@@ -73,6 +73,7 @@ def seconds(
             preexec_fn=end_with_parent,
         )
         try:
+            # Polled: a job's first step shows in its files, and the process goes on.
             while process.poll() is None:
                 if done is not None and at is None and done():
                     at = time.perf_counter() - start

@@ -17,6 +17,8 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """theirs / ours of each pair of turns: above 1, ours is faster."""
+    # Ratios within a turn: neighbours in time share the machine's state, which the
+    # ratio of two medians would mix.
     by_turn = [b / a for a, b in zip(ours, theirs, strict=True)]
     return {**spread(by_turn), "each": by_turn}
 

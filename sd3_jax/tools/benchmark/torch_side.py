@@ -53,6 +53,7 @@ class Case:
         with torch.enable_grad() if self.training else torch.inference_mode():
             self.result = self.function()
         if GPU:
+            # CUDA calls return before they are done; the clock must not.
             torch.cuda.synchronize()
 
     def outputs(self) -> dict[str, np.ndarray]:
@@ -84,6 +85,7 @@ def load(spec: Spec) -> torch.nn.Module:
     model = BUILD[spec["component"]](spec["config"])
     state = safetensors.torch.load_file(spec["weights"])
     if spec["component"] == "t5":
+        # T5's embedding has two names in transformers and one in the file.
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     missing, extra = model.load_state_dict(state, strict=False)
     if missing or extra:
@@ -168,6 +170,7 @@ def train(spec, model, inputs) -> Callable:
         weight_decay=optim["weight_decay"],
         fused=True,
     )
+    # multi_avg_fn updates all parameters by foreach kernels, the fast way in PyTorch.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec["ema"]))
     run, dtype = compiled(spec, model), getattr(torch, spec["dtype"])
     x0, noise, t = inputs["latents"], inputs["noise"], inputs["t"]
@@ -278,5 +281,6 @@ MAKE = {
 
 
 if __name__ == "__main__":
+    # PyTorch would take one thread for each physical core, jax takes all allowed ones.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     side_worker.serve(Case)

@@ -96,6 +96,7 @@ class Subject:
         draw = np.random.default_rng(self.settings.seed)
         s = self.settings
         y, x = np.mgrid[: s.height, : s.width] / max(s.height, s.width)
+        # Smooth, because white noise is far from what the autoencoder was trained on.
         waves = draw.uniform(-9, 9, (8, 2)) @ np.stack([y.ravel(), x.ravel()])
         colours = draw.standard_normal((8, 3))
         image = np.sin(waves + draw.uniform(0, 6, (8, 1))).T @ colours
@@ -121,8 +122,10 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
         wide = {
             label: case.theirs(module, torch.float32) for label, case in cases.items()
         }
+        # In place, after the float32 pass: T5-XXL alone takes 19 GB in float32.
         module.to(BF16)
         narrow = {label: case.theirs(module, BF16) for label, case in cases.items()}
+        # PyTorch's copy is freed before ours is loaded.
         del module
         answers = {}
         for dtype in ("float32", "bfloat16"):
@@ -160,6 +163,7 @@ class Case(NamedTuple):
         @jax.jit
         def run(variables, *args):
             options = {"method": self.method} if self.method else {}
+            # capture_intermediates stores the output of every submodule's __call__.
             _, state = module.apply(
                 variables,
                 *args,

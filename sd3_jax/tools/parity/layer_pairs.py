@@ -49,6 +49,8 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
         Layer("pooled text", at("pooled_embed"), time.format("text")),
     ]
     for i in range(depth):
+        # Our blocks lie in scans, one for dual and one for plain blocks; the last block
+        # is a module of its own, as it has no text output.
         group, j = ("dual_blocks", i) if i < dual else ("blocks", i - dual)
         for stream, name in enumerate(("image", "text")):
             if i == depth - 1:
@@ -58,6 +60,7 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
                     stream
                 ][j]
             if i < depth - 1 or name == "image":
+                # diffusers' block returns (text, image), ours (image, text).
                 pick = lambda answer, stream=stream: answer[1 - stream]
                 block = f"transformer_blocks.{i}"
                 layers.append(Layer(f"block {i} {name}", ours, block, pick))

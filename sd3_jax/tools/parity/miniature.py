@@ -106,6 +106,8 @@ def randomise(module, seed=0):
     draw = lambda p: torch.randn(p.shape, generator=generator)
     with torch.no_grad():
         for name, p in module.named_parameters():
+            # Zeros and ones would hide swapped or missing tensors: scales become random
+            # too.
             if p.ndim > 1:
                 p.copy_(draw(p) * p[0].numel() ** -0.5)
             elif name.endswith("bias"):

@@ -49,6 +49,7 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
     whole = {k: x.float() for k, x in whole.items()}
     model, state = CONVERT.get(name, _text)(name, config, whole, prefix)
     missing, extra = model.load_state_dict(state, strict=False)
+    # position_ids are buffers of older transformers, and no weights.
     if missing or any(not key.endswith("position_ids") for key in extra):
         raise UserError(f"{path}: {name}: PyTorch misses {missing[:3]}, {extra[:3]}")
     return model.eval()
@@ -71,6 +72,7 @@ def _text(name, config, state, prefix):
     state = {k: x for k, x in state.items() if "embed_tokens" not in k}
     if name == "t5":
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    # Single files omit CLIP-L's projection: Stability's code takes the identity.
     if name == "clip_l" and "text_projection.weight" not in state:
         state["text_projection.weight"] = torch.eye(model.config.projection_dim)
     return model, state

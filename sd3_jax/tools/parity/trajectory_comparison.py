@@ -34,6 +34,7 @@ def drift(subject: Subject) -> Drift:
     texts = [s.prompts[0], ""]
     narrow = {}
     scheduler = subject.scheduler
+    # Text first, denoiser and autoencoder later: never all models in memory at once.
     conds = _their_text(subject, texts)
     modules = [subject.theirs(name) for name in ("denoiser", "vae")]
     for dtype, (cond, uncond) in conds.items():
@@ -90,6 +91,7 @@ def _their_text(subject: Subject, texts: list[str]) -> dict:
 def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray]:
     s = subject.settings
     bundle = subject.load(dtype, *bundles.TEXT)
+    # One batch for prompt and negative prompt: (2, 77 + length, 4096).
     embeddings = bundle.encode_prompts(texts, s.length)
     cond, uncond = (Conditioning(*(x[i : i + 1] for x in embeddings)) for i in (0, 1))
     bundle = subject.load(dtype, "denoiser", "vae")
@@ -104,6 +106,7 @@ def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray
             uncond,
             shape=noise.shape[1:],
             grid=grid,
+            # (steps + 1, b, h, w, c); the first is the noise itself.
             solver=functools.partial(solvers.euler, trajectory=True),
             scale=s.scale,
             noise=noise,

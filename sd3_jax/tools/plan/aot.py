@@ -53,6 +53,7 @@ class Compiled(NamedTuple):
 def prepare() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # libtpu compiles without being a backend: arrays live on the CPU.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # no client could read it
 
@@ -99,6 +100,7 @@ def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
         )
     paths = [path, path.with_name(f"{tpu_slice.kind}.{job}.env")]
     text = "\n".join(path.read_text() for path in paths if path.exists())
+    # Commented flags are not set by the launchers either.
     text = re.sub(r"(?m)^#.*", "", text)
     return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
 
@@ -111,8 +113,11 @@ def compile(lowered, options: dict[str, str]) -> Compiled:
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             program = lowered.compile(compiler_options=options | dump)
+        # XLA reports a program that exceeds HBM as an error whose text has the sizes.
         except jax.errors.JaxRuntimeError as error:
             raise TooLarge(too_large(error)) from None
+        # One program, one module: more than one file would be an error worth a
+        # traceback.
         (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
         text = path.read_text()
     return Compiled(text, memory(program), time.perf_counter() - begin)
@@ -135,6 +140,7 @@ def memory(compiled) -> dict[str, float]:
     sizes = {
         "arguments": m.argument_size_in_bytes,
         "temporaries": m.temp_size_in_bytes,
+        # Outputs that alias donated arguments are the same bytes, so they count once.
         "peak": m.argument_size_in_bytes
         + m.temp_size_in_bytes
         + m.output_size_in_bytes

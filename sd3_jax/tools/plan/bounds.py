@@ -64,7 +64,9 @@ def forward(work: Work, chip: Generation, *, head: int) -> Compute:
 
 
 def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute:
+    # The kernel works on whole blocks of tokens, padding included.
     stretch = work.padded / work.attention
+    # A head of 64 fills half of a matrix unit that is 128 wide.
     fill = min(1.0, head / chip.matrix)
     padding = (attention + kernel) * (stretch - 1)
     narrow = (attention + kernel) * stretch * (1 / fill - 1)
@@ -75,6 +77,8 @@ def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute
 def least_wire(params: int, shards: int, copies: int) -> float:
     """Bytes a device must send: weights in bfloat16 gathered twice and gradients
     scattered once over `shards`, and what is left summed over `copies` of them."""
+    # A ring sends (n - 1) / n of the array from each device; 2 bytes a number, 3 times:
+    # gathers of the forward and the backward pass, and the gradients' reduce-scatter.
     ring = 3 * 2 * params * (shards - 1) / shards
     return ring + 2 * 2 * params / shards * (copies - 1) / copies
 
@@ -92,7 +96,10 @@ def work_on(
 def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:
     """A forward pass's FLOPs apart; `padded` is the length that the kernel sees."""
     d, joint_tokens = model.width, tokens + text
+    # 2 products of 2 n^2 d FLOPs. The last block drops the text: its queries are the
+    # image's tokens only.
     joint = 4 * d * ((model.depth - 1) * joint_tokens**2 + tokens * joint_tokens)
+    # Dual blocks attend once more over the image's tokens.
     dual = model.dual_blocks * 4 * d * tokens**2
     longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
     return Work(total - joint - dual, joint + dual, longer + dual, joint_tokens)

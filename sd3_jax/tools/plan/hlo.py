@@ -41,6 +41,7 @@ class Shape(NamedTuple):
     @property
     def bytes(self) -> float:
         """With the padding of its tiles: 96 numbers fill 128 lanes."""
+        # minor_to_major: the first entry of `order` is the axis that is contiguous.
         sides = [self.sides[i] for i in self.order] or list(self.sides[::-1])
         for i, tile in enumerate(self.tile[::-1]):
             if i < len(sides):
@@ -168,6 +169,8 @@ def parse(text: str) -> Module:
 
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        # A line "}" also ends the text of a kernel inside an instruction; only outside
+        # of one it ends the computation.
         open_braces = sum(part.count("{") - part.count("}") for part in lines)
         if head:
             close()
@@ -198,8 +201,10 @@ def _instruction(line: str) -> Instruction:
     end = _closing(f"({rest}") - 1
     inside, attributes = rest[: end - 1], rest[end:]
     operands = tuple(x[1:] for x in re.findall(r"%[\w.\-]+", inside))
+    # Their parentheses hold a number or a value and no operands.
     if opcode in ("parameter", "constant"):
         operands, attributes = (), inside if opcode == "parameter" else f"({inside})"
+    # Tuples may be nested: (operands, results) of an asynchronous start.
     parts = tuple(map(_shapes, _split(kind[1:-1]))) if kind.startswith("(") else ()
     return Instruction(
         name.removeprefix("%"), _shapes(kind), opcode, operands, attributes, root, parts

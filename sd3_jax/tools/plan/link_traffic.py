@@ -40,6 +40,8 @@ def channel(x: Instruction) -> str:
 
     All of shard_map's have channel 1.
     """
+    # A collective that XLA split to overlap it with products appears in several fusions
+    # with one channel; chain_id marks its parts.
     number = x.attribute(r"channel_id=(\d+)")
     return number if "chain_id" in x.attributes else ""
 
@@ -50,6 +52,7 @@ def collective(
     """What `x`, of `home`, sends; None if it is no collective."""
     if x.opcode == "send":
         return _between_slices(x, home, mesh)
+    # Bytes are counted at the start of an asynchronous collective; its end moves none.
     kind = x.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -83,6 +86,7 @@ def collectives(
             if x.opcode == "while":
                 body = x.attribute(r"body=%?([\w.\-]+)")
                 yield from walk(body, times * (trips(x, home, module) or 1))
+            # Only one branch runs. The larger one is taken: rare branches are short.
             elif x.opcode == "conditional":
                 yield from walk(max(x.branches, key=module.size), times)
             elif x.opcode in ("call", "fusion", "async-start", "custom-call"):
@@ -95,6 +99,7 @@ def collectives(
 
 def sent(kind: str, whole: float, members: int) -> float:
     """Bytes that a device sends of an array of `whole` bytes, all members' together."""
+    # A ring all-reduce is a reduce-scatter and an all-gather: twice the bytes.
     if kind == "all-reduce":
         return 2 * whole * (members - 1) / members
     if kind in ("collective-permute", "collective-broadcast"):
@@ -114,6 +119,7 @@ def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
     if x.opcode.endswith("-start"):  # (operands, results, …)
         results = x.elements[1] if len(x.elements) > 1 else x.shapes
     sizes = [sum(shape.bytes for shape in shapes) for shapes in (operands, results)]
+    # Its operand and result are of one size; newer forms carry more operands.
     if kind == "collective-permute":
         sizes[0] = 0.0
     shapes = operands if sizes[0] > sizes[1] else results
@@ -124,6 +130,7 @@ def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
 
 def _between_slices(x, home: Computation, mesh) -> Collective | None:
     """What a host sends to the other slices for a device (megascale)."""
+    # Between slices there is no ICI: XLA sends by the hosts (megascale).
     if "xla_megascale" not in x.attributes:
         return None
     kind = x.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower()
@@ -188,11 +195,16 @@ class Links:
         group = max(groups, key=len)
         places = np.array([self.places[i] for i in group])[:, 1:]
         links = 0.0
+        # Each axis of the torus that the group spans adds its links.
         for axis, size in enumerate(self.slice.shape):
             filled = sorted(set(places[:, axis].tolist()))
             if len(filled) < 2:
                 continue
+            # Members that are `apart` hops from each other share each link with as many
+            # groups.
             apart = min(b - a for a, b in zip(filled, filled[1:]))
+            # A ring needs an axis that wraps around and that the group fills; two chips
+            # have one link between them.
             ring = self.slice.wrap[axis] and len(filled) * apart == size and size > 2
             links += (2 if ring else 1) / apart
         chips = len({tuple(place) for place in places.tolist()})
@@ -207,11 +219,14 @@ def replica_groups(text: str, devices: int) -> Groups:
     pairs = _pairs(text)
     if pairs:
         return _connected(pairs)
+    # HLO writes groups in three forms: by named mesh axes, as a reshaped iota, or
+    # listed.
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", text)
     if named:
         sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", named[1]))
         names, along = list(sizes), re.findall(r"'(\w+)'", named[2])
         ids = np.arange(devices).reshape([int(n) for n in sizes.values()])
+        # Group axes last, so that a reshape to (-1, size) has one group in each row.
         order = [i for i, n in enumerate(names) if n not in along]
         order += [names.index(n) for n in along]
         size = math.prod(int(sizes[n]) for n in along)

@@ -14,11 +14,14 @@ def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
     turn adds. Rings inside products count by twos, and a loop of which a turn was
     peeled begins at 1.
     """
+    # Most loops are scans, for which XLA writes the count into the backend config.
     known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
     if known:
         return int(known)
     condition = module[loop.attribute(r"condition=%?([\w.\-]+)")]
     body = module[loop.attribute(r"body=%?([\w.\-]+)")]
+    # Otherwise the condition is "counter < bound", and the count follows from start,
+    # bound and step. All costs of a body are multiplied by it.
     compare = next((x for x in condition if x.opcode == "compare"), None)
     constants = _constants(condition)
     if compare is None:  # it is in a fusion: the only number there is the bound
@@ -32,6 +35,7 @@ def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
         return None
     place = int(counter.attribute(r"index=(\d+)"))
     step = _step(body, place)
+    # A counter that is not advanced by a constant has no count that can be read off.
     if not step:
         return None
     away = (bound - _start(loop, place, home)) / step
@@ -55,6 +59,7 @@ def _start(loop: Instruction, place: int, home: Computation) -> int:
     x = home.by_name.get(loop.operands[0])
     if x is not None and x.opcode == "tuple":
         x = home.by_name.get(x.operands[place])
+        # The compiler puts copies between the start value and the loop's tuple.
         while x is not None and x.opcode in ("copy", "bitcast"):
             x = home.by_name.get(x.operands[0])
         return _constants(home).get(x.name, 0) if x is not None else 0

@@ -22,6 +22,7 @@ def products(body: Computation, module: Module) -> float:
         elif x.opcode in ("fusion", "call"):
             total += products(module[x.called[0]], module)
         elif x.opcode == "while":
+            # Rings of overlapped collectives are loops with a product in the body.
             turn = products(module[x.attribute(r"body=%?([\w.\-]+)")], module)
             total += turn * (trips(x, body, module) or 1)
     return total
@@ -34,11 +35,15 @@ def product(x: Instruction, home: Computation) -> float:
         axes = x.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
         contracted = math.prod(left[int(i)] for i in axes.split(",") if i)
         return 2.0 * x.shapes[0].elements * contracted
+    # On TPUs XLA writes most matrix products as convolutions, with a batch axis b,
+    # feature axes f, i, o and spatial axes numbered from 0.
     labels = x.attribute(r"dim_labels=(\w+_\w+->\w+)")
     of_left, of_right, of_result = re.split("_|->", labels)
     size = lambda sides, names, label: sides[names.index(label)]
     result = x.shapes[0].sides
     spatial = [label for label in of_left if label.isdigit()]
+    # Spatial axes of a product-like convolution count each pair that meets data;
+    # padding and holes of dilation are no multiplications.
     pairs = math.prod(
         _meetings(
             x.attributes,
@@ -59,6 +64,7 @@ def _meetings(attributes: str, axis: int, base: int, window: int, result: int) -
     low = _of_window(attributes, "pad", axis, 0)
     holes = _of_window(attributes, "lhs_dilate", axis, 1)
     spread = _of_window(attributes, "rhs_dilate", axis, 1)
+    # (result, window) positions in the padded, dilated input
     places = np.arange(result)[:, None] * stride + np.arange(window) * spread - low
     last = (base - 1) * holes
     return int(np.sum((places >= 0) & (places <= last) & (places % holes == 0)))
@@ -80,6 +86,7 @@ def splash(x: Instruction, home: Computation) -> tuple[float, int]:
     arrays = [home.by_name[name].shapes[0] for name in x.operands]
     wide = [s.sides for s in arrays if len(s.sides) >= 3 and s.dtype in ("bf16", "f32")]
     queries, keys = wide[:2]
+    # The backward kernels are told apart by name and by the rank of their results.
     if "_dkv" in x.name:
         deepest = max(len(shape.sides) for shape in x.shapes)
         count = 5 if deepest > len(queries) else 4

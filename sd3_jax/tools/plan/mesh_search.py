@@ -49,6 +49,8 @@ def ordered(model: MMDiT, tpu_slice: Slice, *, batch: int, params: int, work, to
 
 
 def rank(x: Estimate, hbm: float) -> tuple:
+    # False sorts before True: what surely fits first, then by MFU; the traffic decides
+    # between equal ones.
     return x.memory > ROOM * hbm, -round(x.mfu, 3), x.links
 
 
@@ -57,6 +59,7 @@ def candidates(tpu_slice: Slice, batch: int, width: int) -> Iterator[Candidate]:
     for power in range(tpu_slice.devices.bit_length()):
         fsdp = 2**power
         data, rest = divmod(tpu_slice.devices, fsdp)
+        # fsdp stays within a slice: its all-gathers would be too slow between slices.
         if rest or width % fsdp or data % tpu_slice.slices:
             continue
         per_chip = tpu_slice.generation.devices  # each of a chip's devices takes a row
@@ -73,8 +76,10 @@ def estimate(x: Candidate, model: MMDiT, tpu_slice: Slice, batch, params, work, 
     compute = images * bounds.training(work, chip, head=head, again=again).total
     sent = bounds.least_wire(params, x.fsdp, x.data)
     links = sent / (chip.link_rate * tpu_slice.links(x.fsdp))
+    # Accumulated gradients are one more float32 array of parameters.
     accumulates = batch > x.per_chip * tpu_slice.chips
     state = (STATE + 4 * accumulates) * params / x.fsdp
+    # 2 bytes of bfloat16; the last block's activations are used at once.
     kept = 2 * KEPT[x.remat] * model.width * work.tokens * (model.depth - 1) * images
     mfu = 3 * total * images / chip.peak / max(compute, links)
     return Estimate(mfu, links / compute, state + kept)

@@ -69,6 +69,8 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         return _custom_call(x, home, module, matrix)
     collective = x.opcode.removesuffix("-start") in COLLECTIVES
     if (x.opcode == "fusion" or is_start(x)) and x.called and not collective:
+        # A fusion's intermediate results stay in registers or VMEM: only operands and
+        # results touch HBM.
         body = module[x.called[0]]
         operands = _given(x, home)
         read = sum(
@@ -86,9 +88,11 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         if x.opcode.startswith(SLICES) and result:
             read = min(read, sum(shape.bytes for shape in result.shapes))
         return Cost(0.0, read, written, host=_host(x, home), kind="copy")
+    # A slice reads what it returns, not its whole operand.
     if x.opcode in SLICES:
         taken = sum(shape.bytes for shape in x.shapes)
         return Cost(0.0, min(taken, _whole(home, x.operands[0])), x.hbm, kind="copy")
+    # Outside of fusions XLA updates in place: the rest of the array is not moved.
     if x.opcode == "dynamic-update-slice":
         update = home.by_name[x.operands[1]]
         size = update.hbm if x.hbm else 0.0
@@ -199,6 +203,7 @@ def _writes(body, x: Instruction, module: Module, where: tuple[Shape, ...]) -> f
 
 def _in_place(body: Computation, update: Instruction, module: Module) -> bool:
     """Whether what is updated is the fusion's own operand."""
+    # Bitcasts and the like lie between the operand and its update.
     target = body.by_name[update.operands[0]]
     while target.operands and target.opcode != "pad" and _passes_on(target, module):
         target = body.by_name[target.operands[0]]

@@ -38,6 +38,7 @@ def draw(rows: Sequence[dict]) -> bytes:
     figure = Figure(
         figsize=(8.5, 1.5 + 0.55 * len(rows)), dpi=150, layout="constrained"
     )
+    # Agg without pyplot: no display and no global state.
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = [f"{row['slice']} {row['program']}".strip() for row in rows]

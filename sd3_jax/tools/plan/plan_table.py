@@ -40,6 +40,7 @@ def table(rows: list[dict]) -> list[str]:
             cells[-1].append(f"does not fit: needs {row['needs']} HBM")
         else:
             cells.append([shown(row[name]) for name in COLUMNS])
+    # Rows that do not fit end in a sentence, which must not widen a column.
     whole = [row for row in cells if len(row) == len(COLUMNS)]
     wide = [
         max(len(row[i]) for row in (cells if i < KNOWN else whole))

@@ -104,6 +104,7 @@ def denoise(
     )
     size = tree.count(variables["params"])
     variables = quantized(variables, config.quantize.denoiser)
+    # Typed keys have a dtype of their own, which only jax can name.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar = lambda: rows(mesh, (), np.float32)
     cond = Conditioning(
@@ -128,6 +129,7 @@ def denoise(
     work = bounds.work_on(
         tpu_slice.generation, module, height=h, width=w, text=words, total=total
     )
+    # The whole loop is one program: a run of it is steps calls of the denoiser.
     calls = s.steps * (1 + guided) * share
     head = module.width // module.num_heads
     compute = bounds.forward(work, tpu_slice.generation, head=head)

@@ -121,6 +121,8 @@ class Schedule:
         else:
             cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
             transfers = list(self._transfers(x, home))
+            # Transfers with a channel run through several fusions and end in the fusion
+            # that has AsyncCollectiveDone; those without end at their own -done.
             fused = [t for t in transfers if t[0]]
             whole = [t for t in transfers if not t[0]]
             for number, transfer in fused:
@@ -132,6 +134,8 @@ class Schedule:
                 )
             if operation_costs.is_start(x):
                 seconds = [self.links.seconds(t) for _, t in whole]
+                # An asynchronous copy takes HBM's bandwidth in the background of
+                # products.
                 background = 0.0 if whole else cost.bytes / self.chip.hbm_rate
                 if cost.host and not whole:
                     transfer = Collective("host", (), cost.host, (), "", x.source)
@@ -147,6 +151,8 @@ class Schedule:
                     sum(seconds),
                     background=background,
                 )
+            # A synchronous collective is a start and an end without anything between
+            # them.
             elif whole:
                 for _, transfer in whole:
                     seconds = self.links.seconds(transfer)
@@ -208,6 +214,7 @@ class Schedule:
         self._clock += seconds
         if cost.flops:
             self._products += seconds
+        # While a product is bound by the matrix unit, HBM has time for prefetches.
         self._moved = min(self._asked, self._moved + max(0.0, compute - memory))
         if compute >= memory:
             account.by_kind[cost.kind] += seconds
@@ -234,6 +241,7 @@ class Schedule:
         if network != "host":
             account.sources[transfer.source] += transfer.wire
         account.links[network] += event.seconds
+        # A network carries one transfer after another.
         self._free[network] = max(self._clock, self._free[network]) + event.seconds
         self._ends[event.name] = (self._free[network], network, event)
         self._begun[event.name] = self._products
@@ -247,6 +255,7 @@ class Schedule:
             wait = max(0.0, when - self._clock)
             self._moved = min(self._asked, self._moved + wait)
             products = self._products - self._begun.pop(name)
+            # Product seconds between start and end, over the transfer's own time.
             share = min(1.0, products / event.seconds) if event.seconds else 1.0
             if network == "host":
                 share = 0.0

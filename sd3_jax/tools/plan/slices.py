@@ -111,6 +111,7 @@ class Slice(NamedTuple):
         """How many links a chip of neighbouring `devices` can send by at least: two
         along an axis that closes to a ring, one along one that has ends."""
         left, links = max(1, devices // self.generation.devices), 0
+        # Neighbouring devices fill the last axis of the torus first.
         for size, ring in zip(self.shape[::-1], self.wrap[len(self.shape) - 1 :: -1]):
             filled = min(left, size)
             left //= filled
@@ -131,6 +132,7 @@ def find(name: str) -> Slice:
             f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
         )
     generation = GENERATIONS[match[2]]
+    # v5e and v6e are 2D tori of up to 256 chips; v5p and tpu7x are 3D.
     shapes = FLAT if generation.dims == 2 else SOLID
     chips, rest = divmod(int(match[3]), generation.named)
     if rest or chips not in shapes:

@@ -56,6 +56,7 @@ def plan(
     `caption` and `source` are bytes. Without `images_per_second` a chip's is that of
     the paper's A100, by Table 7 and in proportion to pixels and tokens.
     """
+    # The shares of a million pictures are exact to about 0.1 %, so larger counts scale.
     looked = min(n, sample)
     counts, larger, kept = _count(looked, buckets, seed)
     pictures = _scaled(counts, n)
@@ -178,12 +179,15 @@ def record_bytes(
 ) -> int:
     """Of data.records.encode, exactly: a safetensors blob with this metadata."""
     header, start = {"__metadata__": dict(metadata)}, 0
+    # safetensors writes tensors by dtype, the widest first, and then by name; the order
+    # sets the digits of the offsets, and so the length of the header.
     for name in sorted(tensors, key=lambda k: (list(BYTES).index(tensors[k][0]), k)):
         dtype, shape = tensors[name]
         end = start + math.prod(shape) * BYTES[dtype]
         entry = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         header[name], start = entry, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # 8 bytes of length, and a header padded to a multiple of 8.
     return 8 + 8 * math.ceil(len(text) / 8) + start
 
 
@@ -235,6 +239,8 @@ def _files(pictures: int, n: int, part: int) -> int:
     if not pictures:
         return 0
     parts = math.ceil(n / part)
+    # The chance that a part of `part` pictures has one of this bucket: 1 - (1 -
+    # share)^part, in logarithms because shares may be tiny.
     filled = -math.expm1(part * math.log1p(-pictures / n)) if pictures < n else 1.0
     return max(1, min(pictures, round(parts * filled)))
 

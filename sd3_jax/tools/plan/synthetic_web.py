@@ -55,6 +55,7 @@ def blocks(n: int, seed: int) -> Iterator[np.ndarray]:
     """(m, 2) heights and widths, block by block; each block has its own seed."""
     aspects, shares = np.array(list(SHAPES)), np.array(list(SHAPES.values()))
     for number, start in enumerate(range(0, n, BLOCK)):
+        # A seed for each block: the first n pictures do not depend on how many follow.
         rng = np.random.default_rng([seed, number])
         # A few percent off: pictures are cropped by hand.
         aspect = rng.choice(aspects, BLOCK, p=shares)

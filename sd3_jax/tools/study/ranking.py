@@ -18,6 +18,7 @@ def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
     dominates = at_least & better
     rank, left = np.zeros(len(scores), int), np.ones(len(scores), bool)
     while left.any():
+        # Not dominated by any that is left: the next front.
         free = left & ~dominates[left].any(0)
         rank[free] = rank.max() + 1
         left &= ~free

@@ -44,6 +44,7 @@ def measure(
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = model_parts.parts(config)
+        # Process 0 lists the folder: hosts may see different files of a network disk.
         saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
         best = min(
             (row for row in validations if row["step"] in saved),
@@ -65,6 +66,7 @@ def measure(
         judge, encoder = judge_of(config), None
         samplers: dict[str, Traveller] = {}
         for weights in config.study.weights:
+            # A study that was killed goes on after the last sampler setting.
             known = [x["setting"] for x in result["scores"] if x["weights"] == weights]
             left = [x for x in config.study.settings if x not in known]
             if not left:
@@ -79,6 +81,7 @@ def measure(
                     samplers[setting] = Traveller(setting_config, parts, mesh, encoder)
                 sampler = samplers[setting]
                 measured = judge(sampler, params) | {"path": sampler.length()}
+                # The first sampler loads the encoder, the others share it.
                 encoder = sampler.encoder
                 key = {"weights": weights, "setting": setting}
                 sampler_settings = {
@@ -128,10 +131,13 @@ class Traveller(TrainedSampler):
         self.lengths = []
         solver = SOLVERS[self.solver_and_grid[0]]
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))
+        # Replaces the parent's jitted program; __call__ stays as it is.
         self.program = partial(self.note, travel)
 
     def travel(self, params: dict, batch: dict, negative: dict, solver: Callable):
         way = self.latents(params, batch, negative, solver)  # (n, b, h, w, c)
+        # (n - 1, b): the squared length of each step. A straight path is as long as the
+        # distance of its ends.
         steps = jnp.square(jnp.diff(way, axis=0)).sum(axis=(2, 3, 4))
         last = way[-1]
         image = last if self.encoder else self.parts.autoencoder.decode(last)

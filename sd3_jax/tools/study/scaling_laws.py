@@ -35,7 +35,9 @@ def power_law(
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     if len(x) < 2 or (x <= 0).any() or (loss <= 0).any():
         raise ValueError(f"power_law: got {len(x)} points, want two or more, all > 0")
+    # Around the mean of log x, so that slope and height are uncorrelated.
     x0 = float(np.exp(np.log(x).mean()))
+    # Three free numbers need more than three points.
     shares = np.append(0, np.linspace(0, 1, 400)[1:-1]) if floor and len(x) > 3 else [0]
     return min(
         (_line(x, loss, x0, share * loss.min()) for share in shares),
@@ -68,5 +70,6 @@ def correlation(a: Float[ndarray, " n"], b: Float[ndarray, " n"]) -> float:
 
 def _ranks(x):
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    # Ties get the mean of the ranks that they take.
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]

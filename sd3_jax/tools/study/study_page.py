@@ -118,6 +118,7 @@ def by_t(results, first) -> tuple[str, str]:
     for name in tables.names(tables.best(results)):
         mine = tables.of(tables.best(results), name)
         last = [x["validation"][-1] for x in mine]
+        # k[6:] is what follows "loss_t".
         times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))
         lines[name] = times, [np.mean([x[f"loss_t{t:g}"] for x in last]) for t in times]
     drawn = plots.curves(

@@ -44,6 +44,7 @@ def controls(results: Sequence[Result], steps: int | None = None, seed=None):
         for s in x["scores"]:
             if steps in (None, s["steps"]) and seed in (None, x["seed"]):
                 key = x["seed"], s["weights"], s["setting"]
+                # Scores are negated, because fronts() takes lower as better.
                 groups.setdefault(key, {})[x["variant"]] = (-s["score"], s["fid"])
     return list(groups.values())
 
@@ -151,6 +152,7 @@ def points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]
         mine = of(best(results), name)
         flops = [row["step"] * mine[0]["flops"] for row in mine[0]["validation"]]
         losses = [[row["loss"] for row in x["validation"]] for x in mine]
+        # A seed that was stopped early has fewer validations; the mean ends there.
         least = min(map(len, losses))
         curves[name] = (
             np.array(flops[:least], float),
@@ -172,6 +174,7 @@ def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
 
 def comparable(results: Sequence[Result]) -> bool:
     """Whether a validation loss says the same of all: of one target."""
+    # Losses of different paths have different targets and scales.
     return len({x["path_of_flow"] for x in results}) == 1
 
 
