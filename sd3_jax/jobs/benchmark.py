@@ -30,13 +30,11 @@ from sd3_jax.tools.benchmark import (
     startup,
     timing_summary,
 )
+from sd3_jax.tools.benchmark.case_turns import OURS, Turns
 from sd3_jax.tools.benchmark.cases import Spec
 from sd3_jax.tools.benchmark.side_processes import Failed, Worker
 
 log = logging.getLogger(__name__)
-OURS, THEIRS = "sd3_jax.tools.benchmark.jax_side", "sd3_jax.tools.benchmark.torch_side"
-# Beside PyTorch on one GPU: jax would take three quarters of its memory at once.
-SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
@@ -103,6 +101,13 @@ class Benchmark:
         bench = config.benchmark
         self.log, self.written = workdir / "workers.log", {}
         self.log.write_bytes(b"")
+        self.turns = Turns(
+            weights,
+            self.log,
+            repeats=bench.repeats,
+            warmup=bench.warmup,
+            pause=bench.pause,
+        )
         self.missing = {x: machine.missing(x) for x in ("matmul", *cases.KINDS)}
         self.result = {
             "about": machine.about(dtype=bench.dtype, repeats=bench.repeats),
@@ -173,104 +178,10 @@ class Benchmark:
         shown = {k: x for k, x in spec.items() if k != "weights"}
         entry = {"name": spec["name"], "kind": spec["kind"], "spec": shown}
         entry |= {"sides": {}, "gaps": {}, "refused": {}, "ratios": {}, "turns": {}}
-        take = (
-            self.apart if spec["kind"] in self.config.benchmark.apart else self.beside
-        )
-        take(spec, sides, entry)
+        apart = spec["kind"] in self.config.benchmark.apart
+        (self.turns.apart if apart else self.turns.beside)(spec, sides, entry)
         self.count(entry)
         return entry
-
-    def beside(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """All sides loaded, a turn each: A B A B."""
-        bench = self.config.benchmark
-        with contextlib.ExitStack() as stack:
-            ready = {}
-            for side in sides:
-                worker = stack.enter_context(self.worker(side))
-                with self.failing(entry, side):
-                    self.prepare(worker, side, spec, entry)
-                    ready[side] = worker
-            self.compare(spec, entry)
-            ready = {k: x for k, x in ready.items() if k not in entry["refused"]}
-            # Turn by turn, so that a machine that slows down does so for both sides.
-            for _ in range(bench.repeats):
-                for side, worker in list(ready.items()):
-                    with self.failing(entry, side):
-                        self.turn(worker, side, entry)
-                        continue
-                    del ready[side]
-            for side, worker in ready.items():
-                with self.failing(entry, side):
-                    entry["sides"][side] |= worker.ask("peak")
-
-    def apart(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """One side after the other, for they do not fit in memory together."""
-        for side in sides:
-            with self.worker(side) as worker, self.failing(entry, side):
-                self.prepare(worker, side, spec, entry)
-                self.compare(spec, entry)
-                if side in entry["refused"]:
-                    continue
-                for _ in range(self.config.benchmark.repeats):
-                    self.turn(worker, side, entry)
-                entry["sides"][side] |= worker.ask("peak")
-
-    def worker(self, side: str) -> Worker:
-        module = OURS if side == "ours" else THEIRS
-        return Worker(module, self.log, SHARING)
-
-    @contextlib.contextmanager
-    def failing(self, entry: dict, side: str):
-        """A side that fails says so in the table; the others go on."""
-        try:
-            yield
-        except Failed as error:
-            log.warning("%s, %s: %s", entry["name"], side, error)
-            entry["sides"].setdefault(side, {})["failed"] = str(error)
-            entry["turns"].pop(side, None)
-
-    def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
-        """Loaded, compiled, its outputs written down, warm."""
-        side_result = entry["sides"][side] = {}
-        spec = spec if side == "ours" else {**spec, "mode": side}
-        loaded = worker.ask("load", spec=spec)
-        side_result["load"] = loaded.pop("seconds")
-        side_result |= loaded | worker.ask("first")
-        worker.ask("check", path=str(self.outputs(side)))
-        side_result |= worker.ask("warm", times=self.config.benchmark.warmup)
-        entry["turns"][side] = []
-
-    def outputs(self, side: str) -> Path:
-        return self.weights / f"{side}.npz"
-
-    def compare(self, spec: Spec, entry: dict) -> None:
-        """Who disagrees with us is not timed."""
-        import numpy as np
-
-        limit = cases.TOLERANCE[spec["dtype"]]
-        for side in entry["turns"]:
-            if "ours" in (side, *entry["refused"]) or side in entry["gaps"]:
-                continue
-            if "ours" not in entry["turns"]:
-                continue
-            with (
-                np.load(self.outputs("ours")) as ours,
-                np.load(self.outputs(side)) as theirs,
-            ):
-                error, where = cases.gap(dict(ours), dict(theirs))
-            entry["gaps"][side] = error
-            if error > limit:
-                words = (
-                    f"{where} differs by {error:.1e}, at most {limit:.0e} is allowed"
-                )
-                entry["refused"][side] = words
-                log.warning("%s, %s: %s", entry["name"], side, words)
-
-    def turn(self, worker: Worker, side: str, entry: dict) -> None:
-        time.sleep(self.config.benchmark.pause)
-        taken = worker.ask("run")
-        entry["turns"][side].append(taken["seconds"])
-        entry["sides"][side].setdefault("cpu", []).append(taken["cpu"])
 
     def count(self, entry: dict) -> None:
         """Medians, ratios and rates of the turns."""
@@ -329,7 +240,7 @@ class Benchmark:
         with contextlib.ExitStack() as stack:
             workers, measured = [], []
             for value, spec in zip(values, specs):
-                worker = stack.enter_context(self.worker("ours"))
+                worker = stack.enter_context(self.turns.worker("ours"))
                 flops = worker.ask("load", spec=spec)["flops"]
                 first = worker.ask("first")
                 worker.ask("warm", times=self.config.benchmark.warmup)

@@ -119,52 +119,49 @@ class Schedule:
         elif operation_costs.is_done(x):
             yield Event("end", _first(x, home))
         else:
-            cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
-            transfers = list(self._transfers(x, home))
-            # Transfers with a channel run through several fusions and end in the fusion
-            # that has AsyncCollectiveDone; those without end at their own -done.
-            fused = [t for t in transfers if t[0]]
-            whole = [t for t in transfers if not t[0]]
-            for number, transfer in fused:
-                yield Event(
-                    "start",
-                    f"channel {number}",
-                    transfer=transfer,
-                    seconds=self.links.seconds(transfer),
-                )
-            if operation_costs.is_start(x):
-                seconds = [self.links.seconds(t) for _, t in whole]
-                # An asynchronous copy takes HBM's bandwidth in the background of
-                # products.
-                background = 0.0 if whole else cost.bytes / self.chip.hbm_rate
-                if cost.host and not whole:
-                    transfer = Collective("host", (), cost.host, (), "", x.source)
-                    seconds = cost.host / self.chip.host_rate
-                    yield Event("start", x.name, cost, transfer, seconds)
-                    return
-                transfer = whole[0][1] if whole else None
-                yield Event(
-                    "start",
-                    x.name,
-                    cost,
-                    transfer,
-                    sum(seconds),
-                    background=background,
-                )
-            # A synchronous collective is a start and an end without anything between
-            # them.
-            elif whole:
-                for _, transfer in whole:
-                    seconds = self.links.seconds(transfer)
-                    yield Event("start", x.name, cost, transfer, seconds)
-                    yield Event("end", x.name)
-                    cost = Cost()
-            elif cost.kind:
-                if x.opcode == "custom-call" and not cost.flops:
-                    self.unknown.add(f"FLOPs of {x.name}")
-                yield Event("run", x.name, cost)
-            for number in self._finished(x):
-                yield Event("end", f"channel {number}")
+            yield from self._operation(x, home)
+
+    def _operation(self, x: Instruction, home: Computation) -> Iterator[Event]:
+        cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
+        transfers = list(self._transfers(x, home))
+        # Transfers with a channel run through several fusions and end in the fusion
+        # that has AsyncCollectiveDone; those without end at their own -done.
+        fused = [t for t in transfers if t[0]]
+        whole = [transfer for number, transfer in transfers if not number]
+        for number, transfer in fused:
+            seconds = self.links.seconds(transfer)
+            yield Event(
+                "start", f"channel {number}", transfer=transfer, seconds=seconds
+            )
+        if operation_costs.is_start(x):
+            yield self._start_of(x, cost, whole)
+        elif whole:
+            # A synchronous collective starts and ends with nothing in between.
+            for transfer in whole:
+                seconds = self.links.seconds(transfer)
+                yield Event("start", x.name, cost, transfer, seconds)
+                yield Event("end", x.name)
+                cost = Cost()  # counted once, with the first of them
+        elif cost.kind:
+            if x.opcode == "custom-call" and not cost.flops:
+                self.unknown.add(f"FLOPs of {x.name}")
+            yield Event("run", x.name, cost)
+        for number in self._finished(x):
+            yield Event("end", f"channel {number}")
+
+    def _start_of(self, x: Instruction, cost: Cost, whole: list[Collective]) -> Event:
+        """The start of an asynchronous collective or copy."""
+        if whole:
+            seconds = sum(self.links.seconds(transfer) for transfer in whole)
+            return Event("start", x.name, cost, whole[0], seconds)
+        if cost.host:
+            # Host memory is a network of its own: PCIe carries one copy at a time.
+            transfer = Collective("host", (), cost.host, (), "", x.source)
+            seconds = cost.host / self.chip.host_rate
+            return Event("start", x.name, cost, transfer, seconds)
+        # A copy within HBM takes its bandwidth in the background of products.
+        background = cost.bytes / self.chip.hbm_rate
+        return Event("start", x.name, cost, background=background)
 
     def _transfers(self, x, home) -> Iterator[tuple[str, Collective]]:
         """Collectives that `x` is or that it calls, each with its channel if it runs

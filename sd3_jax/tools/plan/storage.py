@@ -77,10 +77,7 @@ def plan(
         )
         for i in range(len(buckets))
     ]
-    total = sum(row.shards * row.shard_bytes for row in shapes)
-    mean = sum(x.pictures * x.record_bytes for x in shapes) / max(n, 1)
     area = sum(x.pictures * x.height * x.width for x in shapes) / max(n, 1)
-    epoch = sum(row.batches for row in shapes)
     rate, rate_from = images_per_second, "as given"
     if rate is None:
         rate = table_7_rate(area, text_tokens, encoded=latents != "image")
@@ -90,20 +87,38 @@ def plan(
         sample=looked,
         tensors=_tensor_bytes(records),
         shapes=[row._asdict() for row in shapes],
-        bytes=total,
+        **_totals(n, shapes, batch_size, step_seconds),
+        enlarged=float(larger.sum() / max(looked, 1)),
+        kept=float(kept.sum() / max(looked, 1)),
+        **_hours(n, rate, chips),
+        rate_from=rate_from,
+    )
+
+
+def _totals(
+    n: int, shapes: Sequence[Shape], batch_size: int, step_seconds: float
+) -> dict[str, float]:
+    """Bytes, shards, batches and the rate of reading, over all buckets."""
+    mean = sum(x.pictures * x.record_bytes for x in shapes) / max(n, 1)
+    epoch = sum(row.batches for row in shapes)
+    return dict(
+        bytes=sum(row.shards * row.shard_bytes for row in shapes),
         shards=sum(row.shards for row in shapes),
         record_bytes=mean,
         batch_size=batch_size,
         epoch=epoch,
         left_over=1 - epoch * batch_size / max(n, 1),
-        enlarged=float(larger.sum() / max(looked, 1)),
-        kept=float(kept.sum() / max(looked, 1)),
         reading=batch_size * mean / step_seconds,
         step_seconds=step_seconds,
+    )
+
+
+def _hours(n: int, rate: float, chips: int) -> dict[str, Any]:
+    return dict(
+        # JSON has no infinity: a plan that encodes nothing has no rate.
         images_per_second=rate if math.isfinite(rate) else None,
         chips=chips,
         hours=hours(n, images_per_second=rate, chips=chips),
-        rate_from=rate_from,
     )
 
 
