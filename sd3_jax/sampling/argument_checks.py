@@ -1,4 +1,4 @@
-"""What callers write for numbers, pairs and texts, checked and told of by its name."""
+"""Checks of numbers, pairs and texts from callers; errors name the argument."""
 
 import numbers
 from collections.abc import Collection
@@ -44,7 +44,7 @@ def pair(name: str, value: Any) -> tuple[float, float]:
 
 
 def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
-    """Of a list, a tuple or an array; None is none."""
+    """The integers of a list, a tuple or an array; None is the empty list."""
     if value is None:
         return []
     # A string would pass as a sequence of characters, so the accepted types are listed.
@@ -66,7 +66,7 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    """Arrays of no axes as what they hold."""
+    """The number that an array without axes holds."""
     # jnp.float32(1) and np.array(1) have no axes; .item() waits for the device once,
     # here.
     array = hasattr(value, "__array__") and not isinstance(value, np.generic)

@@ -1,4 +1,4 @@
-"""What a caller asks for, checked and brought to the arrays a program takes."""
+"""Checks a caller's arguments and turns them into the arrays that a program takes."""
 
 import functools
 import logging
@@ -96,7 +96,7 @@ def encoded(
     clip_skip: int,
     guided: bool,
 ) -> tuple[Conditioning, Conditioning]:
-    """cond and uncond, p0, p0, p1, p1, … if there are two of each."""
+    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt."""
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
@@ -145,7 +145,7 @@ def settings(
     mu: float | None,
     sigmas: Sequence[float] | np.ndarray | None,
 ) -> tuple[str, Float[np.ndarray, " n"]]:
-    """The solver and the t's it visits, the model's own where the caller is silent."""
+    """The solver and its times t; what the caller leaves out is the model's default."""
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
     if solver is not None:
@@ -166,7 +166,7 @@ def settings(
 
 
 def has_text(texts: Texts | None) -> bool:
-    """Whether there is anything in them: a negative prompt is "" by default."""
+    """Whether any of the texts is not empty: a negative prompt is "" by default."""
     if texts is None or isinstance(texts, Conditioning):
         return texts is not None
     return any(any(x) if isinstance(x, Prompt) else bool(x) for x in listed(texts))
@@ -178,8 +178,8 @@ def guided(
     rescale: guidance.Number,
     **other: bool,
 ) -> bool:
-    """Whether there is guidance. What a call without it has no use for is told of:
-    `other` are such options, by name, where the caller gave them."""
+    """Whether there is guidance. Without it, options that only guidance uses are
+    named in a warning: `other` has such options, True where the caller set them."""
     # Python numbers are checked here; inside the compiled program they are arrays.
     guidance.check(scale, interval, rescale)
     if guidance.guides(scale):
@@ -196,14 +196,14 @@ def guided(
 
 @functools.cache
 def warn_once(text: str) -> None:
-    """A job makes the same call for every batch."""
+    """A warning that a job, which makes the same call for every batch, logs once."""
     log.warning("%s", text)
 
 
 def starting_image(
     bundle: Bundle, image: Pictures | None
 ) -> Float[Array | np.ndarray, "b _ _ _"] | None:
-    """generate's image as pixels in [0, 1], or as the latents that it is."""
+    """generate's image: pixels in [0, 1], or latents unchanged."""
     # Latents are told from pixels by their channels, 16 against 1, 3 or 4.
     channels = bundle.part("denoiser").channels
     if image is None:
@@ -222,7 +222,7 @@ def starting_latents(
 
 
 def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
-    """UserError for embeddings that the denoiser cannot read; texts are let by."""
+    """UserError for embeddings of another shape or dtype than the denoiser reads."""
     if not isinstance(texts, Conditioning):
         return
     config = bundle.configs["denoiser"]
@@ -247,7 +247,7 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
 
 
 def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:
-    """One for all, one for each prompt, or one for each picture."""
+    """x with one row for each picture, from 1, one a prompt or one a picture."""
     n = x.shape[0]
     if n == rows:
         return jnp.asarray(x)
@@ -264,7 +264,7 @@ def latents_of(
     keys: Key[Array, " b"] | None,
     shape: tuple,
 ) -> Float[Array, "b h w c"]:
-    """A picture's latents, drawn with each row's key; latents as they are."""
+    """The latents of pictures, drawn with each row's key; latents are unchanged."""
     if image.shape[-1] == 3:
         return bundle.encode_image(image, keys)
     # Latents are not resized: interpolating them gives no latents of a resized picture.
@@ -276,7 +276,7 @@ def latents_of(
 def latent_mask(
     mask: Pictures, shape: tuple, factor: int
 ) -> Float[np.ndarray, "b h w 1"]:
-    """1 where at least a half is asked for, by the nearest pixel of each latent."""
+    """1 where the mask is at least 0.5 at the first pixel of each latent."""
     return (pixel_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(
         np.float32
     )

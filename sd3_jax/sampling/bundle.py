@@ -1,4 +1,4 @@
-"""A released model as one thing: modules, their variables, tokenizers, settings."""
+"""A released model as one object: modules, variables, tokenizers, configurations."""
 
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
@@ -29,7 +29,7 @@ CLIPS = TEXT[:2]
 
 
 class Prompt(NamedTuple):
-    """A prompt of its own for each encoder; what is None is as the first."""
+    """A text for each encoder; None stands for the text of clip_l."""
 
     clip_l: str
     clip_g: str | None = None
@@ -40,9 +40,9 @@ class Prompt(NamedTuple):
 class Bundle:
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
-    `configs` are those of diffusers and transformers, "scheduler" is one of them;
-    `variables` are linen's, of `dtype`, sharded over `mesh`. What a file lacks is in
-    none of the dictionaries: a text encoder left out is zeros to the denoiser.
+    `configs` are those of diffusers and transformers and include "scheduler";
+    `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
+    lack has no entry: the denoiser reads zeros in place of a text encoder.
     """
 
     modules: dict[str, nn.Module]
@@ -130,10 +130,11 @@ class Bundle:
         """Latents of images: a draw of the posterior; without key, its mean.
 
         Images are floats in [0, 1], bytes or PIL images, (b, H, W, 3) or one alone
-        (pipelines/images.py). Of one key all rows are drawn together, of a key for each
-        row each by itself. `shift` replaces the autoencoder's own. `tile` pixels square
-        at a time take less memory; by design the latents then differ from those of the
-        whole. `preprocess` is that of a ControlNet's hint (pipelines/control.py).
+        (sampling/input_images.py). One key draws all rows together, a key for each row
+        draws them independently. `shift` replaces the autoencoder's. With `tile`,
+        square tiles of that many pixels are encoded one by one, which takes less memory
+        and gives slightly other latents. `preprocess` is that of a ControlNet's hint
+        (sampling/control.py).
         """
         module, variables = self.part("vae"), self.variables["vae"]
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
@@ -153,8 +154,8 @@ class Bundle:
     ) -> Float[Array, "b H W 3"]:
         """Latents to images in [0, 1].
 
-        `tile` pixels square at a time, for large images: it takes less memory, and by
-        design the images differ from those decoded whole.
+        With `tile`, square tiles of that many pixels are decoded one by one, which
+        takes less memory and gives slightly other images.
         """
         module, variables = self.part("vae"), self.variables["vae"]
         latents = inputs.laid_out(latents, module.latent_channels)
@@ -172,10 +173,10 @@ class Bundle:
         encoders: Container[str] | None = None,
         cut: Counter[str] | None = None,
     ) -> dict[str, Int[np.ndarray, "b _"]]:
-        """What encode_prompts reads, by encoder: "ids_clip_l" and so on.
+        """The token ids that encode_prompts reads: "ids_clip_l" and so on.
 
-        Of the `encoders` named, whose weights need not be here; by default those here.
-        What they do not read to its end is told of, or with `cut` counted, by encoder.
+        `encoders` defaults to the bundle's; those named need not have their weights.
+        Prompts that an encoder truncates are logged, or counted in `cut` by encoder.
         """
         encoders = self.modules if encoders is None else encoders
         argument_checks.whole("max_sequence_length", length, 1, 512)
@@ -210,12 +211,12 @@ class Bundle:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What the model is sampled with unless the caller says otherwise."""
+        """The solver and times that the model is sampled with by default."""
         return read_scheduler(self.configs, self.source)
 
     @property
     def latent_scale(self) -> dict[str, float]:
-        """What takes the autoencoder's latents to the denoiser's."""
+        """The scaling and shift from the autoencoder's latents to the denoiser's."""
         config = self.configs["vae"]
         return {
             "scaling": config["scaling_factor"],
@@ -250,7 +251,7 @@ class Bundle:
 
 
 def most_clip_skip(configs: Mapping[str, dict]) -> int:
-    """The last layers of a CLIP that may be left out; it reads the last but one."""
+    """The largest clip_skip: layers that may be dropped before the last but one."""
     depths = [configs[name]["num_hidden_layers"] for name in CLIPS if name in configs]
     return max(min(depths, default=2) - 2, 0)
 

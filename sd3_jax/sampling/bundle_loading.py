@@ -47,18 +47,17 @@ def load(
     """A diffusers folder, a .safetensors file, our own folder or a hub name.
 
     A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
-    "owner/name/file.safetensors". Several sources, a list or with commas between, add
-    up: a transformer's file and those of its text encoders; of two that have the same
-    component the later one's is taken. `only` are the components wanted. The dtype
-    "stored" leaves all as it is in the files, for writing it again.
+    "owner/name/file.safetensors". Several sources, as a list or separated by commas,
+    are combined; of a component in two sources the later one is used. `only` names the
+    components to load. The dtype "stored" keeps each tensor's dtype, for saving.
 
-    `tokenizers_from` is a folder or hub name that has the tokenizers which `source`
-    lacks; None goes without, for embeddings alone. Each `lora` is a file of diffusers'
-    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
-    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py). `check` is called with
-    scheduler and configs before any weight is read, and may raise.
+    `tokenizers_from` is a folder or hub name with the tokenizers that `source` lacks;
+    None loads none, for embeddings alone. Each `lora` is a file, a folder or a hub
+    name, with a weight as in "name=0.8"; they stay beside the weights
+    (sampling/lora_adapters.py), and `save` writes the sum. `quantize` names components
+    whose blocks have 8-bit matrices, {"denoiser": "int8", "t5": "fp8"}; they are
+    rounded while they are read (params/quantization.py). `check(scheduler, configs)`
+    is called before any weight is read, and may raise.
     """
     dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
     if dtype not in DTYPES:
@@ -168,7 +167,7 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
 
 
 def _retyped(shapes, dtypes):
-    """The shapes with the dtypes that their paths have."""
+    """The shapes with the dtype that `dtypes` has for each path."""
 
     def leaf(path, x):
         return jax.ShapeDtypeStruct(
@@ -209,7 +208,7 @@ def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
 
 
 def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
-    """A ControlNet without a denoiser, as it is in its file, for writing it again."""
+    """A ControlNet without a denoiser, in the dtypes of its file, for conversion."""
     part = sources.control(path)
     # The compute dtype does not matter here, for the net is written and never run.
     module = CONTROLNET.build(part.config, jnp.dtype("float32"))
@@ -224,7 +223,7 @@ def resolve_control(source: str) -> epath.Path:
 
 
 def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
-    """Of what its file holds."""
+    """Shapes of the tensors that the net's file holds."""
     # A borrowed patch embedding is not in the net's file: it is the denoiser's.
     shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
     return controlnet_keys.without_borrowed(module, shapes)

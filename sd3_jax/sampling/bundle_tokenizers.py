@@ -10,8 +10,9 @@ from sd3_jax.weights import sources
 
 
 def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
-    """Those in a model's folders, or in the `other` place, and for what is CLIP's the
-    package's own; each is of its encoder's vocabulary."""
+    """Tokenizers of a model's folders or of `other`; for CLIP the package has one.
+
+    Each must match the vocabulary size of its encoder."""
     if other:
         paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
     words = {}
@@ -37,7 +38,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
 
 
 def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
-    """T5's from the hub; a UserError that says what to give, where that cannot be."""
+    """T5's tokenizer from the hub; the UserError says how to give one instead."""
     remedy = (
         "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
         " name, or None for embeddings alone"
@@ -60,8 +61,8 @@ def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
 
 
 def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
-    """A tokenizer's size against its encoder's: ids of another model are other words,
-    and beyond the embedding's rows NaN."""
+    """UserError if a tokenizer does not fit its encoder's vocabulary: ids of another
+    model are other words, and ids beyond the embedding's rows give NaN."""
     rows = config.get("vocab_size")
     spare = 128 if name == "t5" else 0  # rows that its embedding has without a word
     if isinstance(rows, int) and not rows - spare <= tokens <= rows:

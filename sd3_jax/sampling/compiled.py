@@ -1,7 +1,7 @@
 """The compiled programs behind a bundle: pure functions, their modules static.
 
-A program is compiled for the shapes it meets and kept, as are its files where
-JAX_COMPILATION_CACHE_DIR says so.
+A program is compiled once for each set of shapes and cached, also on disk if
+JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import contextlib
@@ -28,9 +28,9 @@ from sd3_jax.sampling.prompts import Conditioning
 
 @contextlib.contextmanager
 def on(mesh: Mesh, *arrays: Any):
-    """The mesh and the rules for logical axes, as everything here wants them.
+    """Sets the mesh and the rules for logical axes that the programs here need.
 
-    Where what is `given` is being traced, the mesh is the caller's to set.
+    If any of `arrays` is being traced, the mesh is the caller's to set.
     """
     # jax.set_mesh may not be called inside a trace, where a user's own jit sets the
     # mesh.
@@ -63,7 +63,7 @@ def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
 
 
 def _put(x: Any, where: NamedSharding) -> Array:
-    """Also onto devices of other processes, which have the same x."""
+    """x on its devices, also those of other processes, which have the same x."""
     if isinstance(x, Array) and not x.is_fully_addressable:
         return x  # it came from a program, and the next takes it as it lies
     if where.is_fully_addressable:
@@ -111,7 +111,7 @@ def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
 def encode_image(
     module, variables, images, key, *, scaling, shift, tile: int | None = None
 ) -> Array:
-    """Images in [0, 1] to latents: of a key a draw of the posterior, else its mean."""
+    """Images in [0, 1] to latents: a draw with `key`, else the mean."""
     # `tile` is static, because it decides the shapes of all slices.
     run = _by_tiles(module, variables, "encode", tile)
     moments = run(2 * images - 1)
@@ -143,7 +143,7 @@ def _by_tiles(module, variables, method, tile):
 
 
 class Plan(NamedTuple):
-    """What a sampling program is compiled for, besides the shapes of its inputs."""
+    """Static arguments of a sampling program: changing one compiles another program."""
 
     denoiser: nn.Module
     solver: str
@@ -154,7 +154,7 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What may differ from call to call of one program; None is static."""
+    """Traced arguments of a sampling program; whether a field is None is static."""
 
     keys: Array | None
     cond: Conditioning

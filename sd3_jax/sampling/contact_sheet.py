@@ -16,7 +16,7 @@ main { max-width: none }
 
 
 def html(lines: list[dict]) -> str:
-    """A page of all pictures by prompt; they are loaded as they come into sight."""
+    """An HTML page of all pictures with their prompts and settings."""
     weights = sorted({str(line["weights"]) for line in lines})
     # The page may be opened from disk or from a server, hence 'self' and file: below.
     shared = html_page.note(f"{len(lines)} pictures · weights {', '.join(weights)}")

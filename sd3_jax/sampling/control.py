@@ -1,4 +1,4 @@
-"""ControlNets beside a denoiser: hints made ready, and residuals in their windows."""
+"""ControlNets beside a denoiser: preparing hints, and adding residuals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ PREPROCESS = {
 
 
 class Control(NamedTuple):
-    """One ControlNet at work; the arrays may differ from call to call.
+    """A ControlNet with its arrays, which may differ from call to call.
 
-    `hint` is the condition as scaled latents, (b, h, w, 16) or more channels; it acts
-    for t in `window`, times `scale`. `pooled` 0 where the net was trained without.
+    `hint` is the condition as scaled latents, (b, h, w, 16) or more channels. Residuals
+    are multiplied by `scale` and are 0 for t outside of `window`.
     """
 
     net: ControlNet
@@ -47,7 +47,7 @@ class Control(NamedTuple):
 def prepare(
     pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
 ) -> Float[Array | np.ndarray, "b H W 3"]:
-    """A hint's pixels as PREPROCESS has it."""
+    """The pixels of a hint after its PREPROCESS function."""
     return PREPROCESS[argument_checks.choice("preprocess", preprocess, PREPROCESS)](
         pixels
     )

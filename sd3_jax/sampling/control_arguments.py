@@ -18,13 +18,13 @@ from sd3_jax.sampling.input_images import Pictures
 
 
 class ControlInput(NamedTuple):
-    """A ControlNet and what it is to follow.
+    """A ControlNet and the image that it follows.
 
-    `image`, one or a batch (pipelines/images.py), is the hint as the net's detector
-    leaves it, or the hint as latents. It acts `scale` strong from `start` to `stop`,
-    shares of the steps. For an inpainting net the image is what is to be repainted
-    where `mask` is 1. `preprocess`, "plain", "blur", "canny", "depth" or "inverted",
-    replaces what the net's file says of its hints; without either it is "plain".
+    `image`, one or a batch (sampling/input_images.py), is the output of the net's
+    detector, or latents of it. The net acts with weight `scale` from `start` to `stop`,
+    both shares of the steps. An inpainting net repaints the image where `mask` is 1.
+    `preprocess` is "plain", "blur", "canny", "depth" or "inverted"; the default is the
+    control type in the net's file, or "plain".
     """
 
     net: ControlBundle

@@ -1,7 +1,7 @@
-"""Pictures and captions to what training reads, by a released model's encoders.
+"""Pictures and captions to latents and text embeddings, for precompute and train.
 
-`precompute` and `train` call the same programs, so that what is computed before
-training and what is computed in it are the same bits.
+Both jobs call the same programs, so that precomputed values and those computed during
+training are bit-identical.
 """
 
 from collections import Counter
@@ -24,13 +24,13 @@ IMAGES = ("image", "rejected_image")
 
 
 class Encoder:
-    """A bundle's autoencoder and text encoders, as a batch of training wants them.
+    """A bundle's autoencoder and text encoders, for batches of training.
 
-    `form` is "moments", of which training draws other latents at each step, or
-    "latents", drawn once. `length` is all tokens of text, of which CLIP has 77. What is
-    kept is of `latents_dtype` and `text_dtype`. An empty caption is zeros, the
-    unconditional text of dropout and guidance. Programs are of `rows` examples a
-    device, however many a batch has: another number would round otherwise.
+    `form` is "moments", from which training draws latents at each step, or "latents",
+    drawn once. `length` counts all text tokens, of which CLIP has 77. Results have
+    `latents_dtype` and `text_dtype`. An empty caption is encoded as zeros, as dropout
+    and guidance have it. Programs take `rows` examples a device, whatever the batch
+    size, because another number of rows may round differently.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Encoder:
         self._join = jax.jit(join, static_argnums=1, out_shardings=placed)
 
     def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
-        """Ids by encoder; what they do not read to its end is counted in `cut`."""
+        """Ids by encoder; truncated captions are counted in `cut`."""
         return self.bundle.token_ids(captions, self._t5_length, cut=self.cut)
 
     def picture(
@@ -100,8 +100,8 @@ class Encoder:
         return {self.form: encoded}
 
     def check(self) -> None:
-        """ValueError or TypeError if the text encoders' widths are not as they must be:
-        before any program is compiled."""
+        """ValueError or TypeError if the text encoders have the wrong widths, before any
+        program is compiled."""
         ids = self.tokenize([""] * self.shards)
         with compiled.on(self.bundle.mesh):
             encoded = jax.eval_shape(self._text, self.bundle.text_variables, ids)
@@ -112,7 +112,7 @@ class Encoder:
 
     def text(self, ids: dict[str, Array]) -> dict[str, Array]:
         """clip (b, 77, pooled_dim), t5 (b, length - 77, context_dim) if there is one,
-        and pooled (b, pooled_dim): what context is put together from."""
+        and pooled (b, pooled_dim); put_together joins them."""
         with compiled.on(self.bundle.mesh):
             encoded = self._text(self.bundle.text_variables, ids)._asdict()
         return {name: x for name, x in encoded.items() if x is not None}
@@ -120,8 +120,8 @@ class Encoder:
     def __call__(
         self, rows: dict[str, np.ndarray], batch_size: int
     ) -> dict[str, Array]:
-        """This process's rows of a batch, as loaded, to the batch over the mesh, in
-        which pictures and token ids have become what they stand for."""
+        """This process's rows of a batch, as loaded, to the batch over the mesh, with
+        pictures and token ids encoded."""
         # Latents and encoded text that the records already hold are passed through.
         raw = {k: x for k, x in rows.items() if k in IMAGES or k.startswith("ids_")}
         other_fields = {name: x for name, x in rows.items() if name not in raw}
@@ -146,7 +146,7 @@ class Encoder:
 
 
 def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:
-    """Rows from `start` on of each device, which has `own`; zeros for what is not."""
+    """Rows from `start` on of each device, which has `own`; zero-padded to `rows`."""
     # (devices * device_rows, …) → (devices, rows, …): a device's rows stay on the
     # device.
     x = x.reshape(-1, device_rows, *x.shape[1:])[:, start : start + rows]
@@ -155,7 +155,7 @@ def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:
 
 
 def joined(parts: Sequence[dict[str, Array]], device_rows: int, shards: int) -> dict:
-    """The inverse of `cut`, of what was made of each part; no device waits for one."""
+    """The inverse of `cut` for the encoded parts; nothing moves between devices."""
 
     def leaf(*xs):
         # (shards * rows, …) → (shards, rows, …); concatenating on axis 1 moves nothing

@@ -1,4 +1,4 @@
-"""A bundle to files: a diffusers folder, an original single file, or our own."""
+"""Saves a bundle: a diffusers folder, an original single file, or our own format."""
 
 import dataclasses
 import json
@@ -39,9 +39,9 @@ def save(
 ) -> None:
     """A diffusers folder, an original single file or our own; all processes call it.
 
-    Without `dtype` every tensor keeps the one that it had in the file it came from.
-    What is attached to the weights is added to them. A ControlNet keeps the dtype that
-    it has here, and its control_type; what is the denoiser's is left out.
+    Without `dtype` every tensor gets the dtype of the file that it was loaded from.
+    LoRAs are merged into the weights. A ControlNet keeps its present dtype and its
+    control_type; weights that it borrows from the denoiser are left out.
     """
     path = epath.Path(path)
     if isinstance(bundle, ControlBundle):
@@ -86,8 +86,8 @@ def save_control(
     *,
     dtype: str | None = None,
 ) -> None:
-    """config.json says control_type, which diffusers lets by, and the original file has
-    it as Stability's do."""
+    """Writes a ControlNet; control_type is in config.json, which diffusers ignores, or
+    in a tensor of the original layout, as in Stability's files."""
     module, component = control.module, CONTROLNET
     # Stability's original layout exists for its single-stream nets only.
     layouts = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
@@ -137,14 +137,14 @@ def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
 
 
 def _differs_from_fill(variables: dict, piece: key_mapping.Piece) -> bool:
-    """Whether weights are not those that a layout without them stands for."""
+    """Whether a piece without a tensor in the layout differs from its default."""
     if piece.key is not None:
         return False
     return not np.array_equal(sharded_load.part(variables, piece), piece.fill())
 
 
 def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:
-    """By process 0; the others take their part in gathering each tensor."""
+    """Process 0 writes; the others take part in gathering each tensor."""
     if jax.process_index() == 0:
         write(path, entries, *rest)
     else:

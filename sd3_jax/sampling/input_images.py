@@ -1,8 +1,8 @@
-"""Pictures, masks and latents as callers give them, checked and brought to floats.
+"""Checks callers' pictures, masks and latents and converts them to floats.
 
 PIL images follow the rules of the data path (data/images.py): upright by their EXIF,
-transparency over white, sixteen bits rounded to eight. Values are not looked at where
-they are being traced.
+transparency over white, sixteen bits rounded to eight. Traced arrays are checked by
+shape and dtype only.
 """
 
 from collections.abc import Callable
@@ -176,7 +176,7 @@ def _masks(x: Array | np.ndarray, name: str):
 
 
 def _transposed(x: Array | np.ndarray, channels: tuple[int, ...]) -> str:
-    """What to do about channels that come first, as PyTorch has them."""
+    """How to transpose an array whose channels come first, as in PyTorch."""
     first = x.ndim in (3, 4) and x.shape[-3] in channels
     axes = "0, 2, 3, 1" if x.ndim == 4 else "1, 2, 0"
     return f"; channels come last here, x.transpose({axes})" if first else ""
@@ -192,7 +192,7 @@ def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def _floats(x: Array | np.ndarray, name: str):
-    """Bytes over 255; floats as they are, if they are of [0, 1]; True is 1."""
+    """Bytes divided by 255, booleans as 0 and 1, floats in [0, 1] unchanged."""
     if x.dtype == bool:
         return x.astype(np.float32)
     if x.dtype == np.uint8:

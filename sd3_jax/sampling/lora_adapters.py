@@ -1,4 +1,4 @@
-"""LoRA files by name, beside the weights of the components that they adapt."""
+"""Loads LoRA files and attaches them to the weights of the components they adapt."""
 
 import functools
 import logging
@@ -64,8 +64,8 @@ def listed(requested: Any) -> list[tuple[str, float]]:
 def opened(
     requested: Any, components: Sequence[str], available: Collection[str]
 ) -> list[Opened]:
-    """What `given` names, without a tensor read. Of components that are not `wanted`
-    nothing is kept; one that is and is not `there` is an error."""
+    """The requested LoRAs, with no tensor read yet. Maps of other `components` are
+    dropped; one for a component that is not `available` is a UserError."""
     loras = []
     for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
@@ -99,7 +99,7 @@ def attached(
 
 
 def _placed(lora_params: dict, params: dict) -> dict:
-    """a and b as their kernels lie, along the axes that they share with these."""
+    """a and b, sharded as their kernels along the axes that they share."""
     kernels, placed = lora.kernels(params), {}
     for path, pair in lora.modules(lora_params, "a"):
         kernel = kernels[path]

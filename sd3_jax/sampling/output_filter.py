@@ -3,9 +3,9 @@
     config.sample.filter = "package.module:function"
     function(images u8 (n, h, w, 3), prompts) -> n times None or False, True or a reason
 
-A flagged picture becomes black, with the watermark if there is one, and its line, which
-the PNG holds too, says "filtered": reason. A filter that fails ends the job: no picture
-is written that it has not seen.
+A flagged picture becomes black, with the watermark if there is one, and its line of
+JSON, also inside the PNG, has "filtered": reason. A filter that fails ends the job, so
+that no unfiltered picture is written.
 """
 
 import functools
@@ -28,12 +28,12 @@ class Safety(NamedTuple):
     mark: str  # "" for none
 
     def facts(self) -> dict[str, str]:
-        """What a picture's line says of them, if they are there."""
+        """Filter and watermark for a picture's line, if they are set."""
         named = {"filter": self.filter, "watermark": self.mark}
         return {name: value for name, value in named.items() if value}
 
     def flags(self, images: np.ndarray, prompts: Sequence[str]) -> list[str]:
-        """Why each picture is not shown, "" if it is; a process asks about its share.
+        """Why each picture is flagged, or ""; each process filters its share.
 
         Every process has the same pictures, makes this call and gets all answers.
         """
@@ -51,7 +51,7 @@ class Safety(NamedTuple):
 
 
 def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
-    """A UserError if there is no such function, or (h, w) are too small for a mark."""
+    """UserError if the function is missing, or pictures are too small for a mark."""
     height, width = min(sides, key=min)
     if mark and min(height, width) < watermark.SIDE:
         setting = f'config.sample.watermark = "{mark}": {width} x {height} pixels'

@@ -1,4 +1,4 @@
-"""What to paint: from a config and its file of prompts to one task for each picture."""
+"""Reads a config and its file of prompts into one task for each picture."""
 
 import json
 import logging
@@ -55,7 +55,7 @@ class Task(NamedTuple):
 
 
 def tasks(config: ConfigDict) -> list[Task]:
-    """Of config.sample.prompt, or prompts_file, or the recipe's own prompts."""
+    """Tasks of config.sample.prompt, of prompts_file, or of the recipe's prompts."""
     lines = _prompts(config)
     # Counted before the tasks are made: a typo in per_prompt would fill the memory.
     count = sum(line_config.sample.per_prompt for _, line_config in lines)
@@ -72,15 +72,15 @@ def tasks(config: ConfigDict) -> list[Task]:
 
 
 def task(config: ConfigDict, prompt: str, number: int) -> Task:
-    """One picture of a prompt as the config has it, outside any job's order."""
+    """The task of one picture with the settings of `config`."""
     return Task(0, prompt_text.checked(prompt), number, config, _settings(config))
 
 
 def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
-    """The prompts of a file that all are painted as the config says.
+    """The prompts of a file whose lines have no settings.
 
-    `key` is the config's that names the file; a line with settings of its own, or with
-    texts for each encoder, is a UserError.
+    `key` is the config's key of the file. UserError for a line that changes a setting,
+    or that has a text for each encoder.
     """
     lines = _lines(config, epath.Path(path), key)
     for prompt, line_config in lines:
@@ -93,7 +93,7 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
 
 
 def text_lines(path: epath.Path, name: str) -> list[str]:
-    """The lines of a file of prompts, which messages call `name`; or a UserError."""
+    """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     try:
@@ -140,7 +140,7 @@ def _settings(line_config: ConfigDict) -> dict[str, Any]:
 def _lines(
     config: ConfigDict, path: epath.Path, key: str = "sample.prompts_file"
 ) -> list[tuple[Any, ConfigDict]]:
-    """A line that makes no sense is told of, and does not stop the others."""
+    """The valid lines of a file; invalid ones are logged and skipped."""
     name = f"config.{key} = {path}"
     lines = text_lines(path, name)
     read = _object if path.suffix == ".jsonl" else _text
@@ -172,7 +172,7 @@ def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:
 
 
 def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
-    """{"prompt": …} with settings of its own, checked as the config itself is."""
+    """A line {"prompt": …, SETTING: …}; its settings are checked as a config's are."""
     try:
         fields = parse_json(line)
     except ValueError as error:
@@ -223,7 +223,7 @@ def _prompt(value: Any) -> str | tuple[str, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """A number, a text or numbers; true would pass for 1, null for any type."""
+    """A number, a text or numbers; TypeError for true, null, and nested values."""
     many = value if isinstance(value, list) else [value]
     if any(x is None or isinstance(x, bool | dict | list) for x in many):
         raise TypeError

@@ -1,4 +1,4 @@
-"""What the text says, as the denoiser wants it: one context and one pooled vector."""
+"""Text encoders' outputs joined into the denoiser's context and pooled vector."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Conditioning(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one text encoder contributes: tokens and channels of context, and pooled."""
+    """The tokens and channels of context, and of pooled, that one encoder fills."""
 
     tokens: slice
     channels: slice
@@ -41,15 +41,15 @@ LAYOUTS = {
 
 
 def null(cond: Conditioning) -> Conditioning:
-    """No text at all: what a dropped encoder leaves is zeros, not an empty prompt."""
+    """The unconditional text: zeros, as dropout leaves, not an empty prompt."""
     return jax.tree.map(jnp.zeros_like, cond)
 
 
 def nulled(cond: tuple, captioned: Bool[Array, " b"]) -> tuple:
     """`null` for the examples that have no caption: (b, ...) arrays of zeros there.
 
-    What dropout leaves and guidance goes from, so that these train the same thing; the
-    encoded empty prompt would be one more condition.
+    Zeros are also what dropout leaves and what guidance starts from; an encoded empty
+    prompt would be another condition.
     """
 
     def rows(x):
@@ -84,8 +84,8 @@ class TextModels(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the released encoders say, before it is put together: L's and G's states
-    side by side on channels; no T5 is no tokens."""
+    """Outputs of the released encoders before they are joined: CLIP-L's and CLIP-G's
+    states side by side on channels, and T5's states or None."""
 
     clip: Float[Array, "b l d"]
     t5: Float[Array, "b m k"] | None
@@ -168,7 +168,7 @@ def put_together(
 
 
 def filled(x: Array, size: int, key: str) -> Array:
-    """Zeros behind the last axis, to `size`; a negative pad would cut in silence."""
+    """x zero-padded along its last axis to `size`; ConfigError if it is longer."""
     missing = size - x.shape[-1]
     if missing < 0:
         raise ConfigError(f"{key} {size}: the text encoders give {x.shape[-1]}")
@@ -176,7 +176,7 @@ def filled(x: Array, size: int, key: str) -> Array:
 
 
 class TextModel(NamedTuple):
-    """How a batch becomes a Conditioning, and what of that trains.
+    """How a batch becomes a Conditioning, and the parameters that train for it.
 
     `init(key, batch)` gives the parameters, {} for text that is encoded already.
     """
@@ -187,7 +187,7 @@ class TextModel(NamedTuple):
 
 
 def precomputed(*, length: int = 154, context_dim: int = 4096) -> TextModel:
-    """Context and pooled come with the batch, or the parts of context."""
+    """Context and pooled of the batch, or joined from the encoders' stored outputs."""
 
     def encode(params, batch):
         if "context" in batch:

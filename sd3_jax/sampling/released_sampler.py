@@ -20,8 +20,8 @@ log = logging.getLogger(__name__)
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
-    """config.weights with config.sample.lora, in config.model.dtype and where
-    config.quantize says so in eight bits, over the mesh."""
+    """The bundle of config.weights with config.sample.lora, in config.model.dtype and
+    quantized by config.quantize, over the mesh."""
     from_config = dict(
         dtype=config.model.dtype,
         quantize=config.quantize.to_dict(),
@@ -34,8 +34,8 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
 def load_for_sampling(
     config: ConfigDict, mesh: Mesh, settings: Sequence[dict[str, Any]]
 ) -> bundle.Bundle:
-    """load, which stops before it reads the weights if one of these settings of tasks
-    asks for what the model's scheduler cannot do."""
+    """load, with a UserError before any weight is read if the model cannot do what one
+    of these settings of tasks asks for."""
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
         message = (
             "config.weights = %s and config.sample.cfg = %g: turbo models are made"
@@ -50,7 +50,7 @@ def load_for_sampling(
 
 
 def warn_of_another_model(config: ConfigDict, model: bundle.Bundle) -> None:
-    """Steps and cfg are the recipe's: those of another model make worse pictures."""
+    """Warns if the recipe, whose steps and cfg are used, is for another model."""
     denoiser = model.configs.get("denoiser")
     if denoiser is None:
         return
@@ -101,7 +101,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
 
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a task says of its solver and t's; what it leaves open is the model's."""
+    """A task's solver, grid and shift; None stands for the model's default."""
     # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 

@@ -18,11 +18,11 @@ USUAL = {"dpmpp_2m_flow": "flow"}  # a solver's line of t's, if not the released
 
 @dataclasses.dataclass(frozen=True)
 class Scheduler:
-    """What is sampled with where the caller is silent; by itself the published models'.
+    """The default solver and times of a model; without arguments the published ones.
 
-    `line` says where the t's lie before they are shifted. `dynamic` shifts by mu, which
-    the image's tokens give on the line through `base` and `most`, (tokens, mu) each.
-    `refused` is why the folder's own settings are not honoured, if they are not.
+    `line` names the times before the shift. `dynamic` shifts by mu, interpolated by the
+    image's tokens between `base` and `most`, each (tokens, mu). `refused` says which of
+    the folder's settings is not supported, if any.
     """
 
     solver: str = "euler"
@@ -49,8 +49,8 @@ class Scheduler:
     ) -> tuple[str, Float32[np.ndarray, " n"]]:
         """The solver, and the t's it visits in an image of so many tokens.
 
-        What a caller gives is taken instead of the scheduler's own: a named grid of
-        diffusion/grids.py as it is, `sigmas` shifted as the scheduler's are.
+        Arguments override the scheduler's fields. A `grid` of diffusion/grids.py is
+        used unchanged; `sigmas` are shifted as the scheduler's times are.
         """
         options = {"grid": grid, "shift": shift, "mu": mu, "sigmas": sigmas}
         set_options = [name for name, value in options.items() if value is not None]
@@ -97,7 +97,7 @@ class Scheduler:
         return grids.apart(np.append(grids.SPACINGS[self.spacing](t), 0), shift)
 
     def non_default_settings(self) -> dict[str, Any]:
-        """What differs from the published models', as the JSON of a picture's line."""
+        """Fields that differ from the published models', for JSON."""
         values = {x.name: (getattr(self, x.name), x.default) for x in FIELDS}
         differing = {name: a for name, (a, b) in values.items() if a != b}
         return {k: list(v) if isinstance(v, tuple) else v for k, v in differing.items()}

@@ -1,7 +1,7 @@
-"""A model folder's scheduler_config.json: the solver and the t's it asks for.
+"""A model folder's scheduler_config.json becomes a Scheduler.
 
-What diffusers' class of that name does with a setting is done here too, or the setting
-is refused by its name (diffusers 0.42, schedulers/scheduling_*.py).
+A setting has the meaning that diffusers' class gives it, or is refused by name
+(diffusers 0.42, schedulers/scheduling_*.py).
 """
 
 import dataclasses
@@ -24,7 +24,7 @@ LCM, DPM = "FlowMatchLCMScheduler", "DPMSolverMultistepScheduler"
 
 
 def _shown(value: Any) -> str:
-    """As the file has it."""
+    """A value as in the file."""
     return shown(json.dumps(value, default=str))
 
 
@@ -99,8 +99,8 @@ IDLE = (
 def read(config: Any, where: str = "the scheduler") -> Scheduler:
     """The scheduler of a scheduler_config.json, or the published one if there is none.
 
-    A UserError names a setting of the wrong type or out of range. One that is right
-    but cannot be honoured is in `refused`, for a caller may do without it.
+    UserError for a setting of the wrong type or out of range. A valid setting that is
+    not supported is named in `refused`, since callers may override it.
     """
     if config is None:
         return PUBLISHED
@@ -157,7 +157,7 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
 
 
 def _keys(name: str) -> dict[str, Field]:
-    """Of a class that is not known, those that have one meaning in all."""
+    """A class's keys; for an unknown class, those with one meaning in all classes."""
     return (
         CLASSES[name].keys if name in CLASSES else {"shift": SHIFT, "flow_shift": SHIFT}
     )
@@ -211,7 +211,7 @@ def _lcm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
 
 
 def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
-    """Of the first order on straight lines it is Euler's method."""
+    """DPM-Solver++ on flows; its first order is Euler's method."""
     wanted = {
         "use_flow_sigmas": (True,),
         "prediction_type": ("flow_prediction",),

@@ -12,10 +12,10 @@ from sd3_jax.foreign_text import shown
 
 
 def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
-    """A key for every picture: of its seed and its number among those of the seed.
+    """One key for each picture, made of its seed and its number.
 
-    One seed's pictures are numbered through all prompts, as one generator draws them;
-    of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
+    With one seed, pictures are numbered through all prompts. With a seed for each
+    prompt, numbers start at 0 for each, so that a row does not depend on the others.
     """
     # One seed numbers its pictures through all prompts; a list of seeds restarts at 0
     # for each prompt, so that a row does not depend on the other rows.
@@ -36,7 +36,7 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
 
 
 def listed_seeds(seeds: Any) -> list[int]:
-    """Integers, of any list or array of them; a float or a text is none."""
+    """The seeds as a list of ints; UserError for floats, texts and other shapes."""
     seed_array = np.asarray(seeds)
     if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
         raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")

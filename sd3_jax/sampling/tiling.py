@@ -1,7 +1,7 @@
-"""The autoencoder tile by tile, for pictures whose activations memory cannot hold.
+"""The autoencoder tile by tile, for pictures whose activations exceed the memory.
 
 Tiles, overlaps and blends are those of diffusers' `AutoencoderKL.enable_tiling`. Each
-tile is normalised and attends by itself, so the result is not that of the whole.
+tile is normalised and attends on its own, so results differ from those of the whole.
 """
 
 from collections.abc import Callable
@@ -51,7 +51,7 @@ def decode(
 
 
 def _in_latents(tile, factor, overlap):
-    """The side of a tile, and the way from one tile to the next."""
+    """The side of a tile and the stride between tiles, in latents."""
     if tile < factor or tile % factor:
         raise ConfigError(f"tile {tile}: wanted a multiple of {factor}")
     if not 0 <= overlap < 1:
@@ -62,7 +62,7 @@ def _in_latents(tile, factor, overlap):
 
 
 def _parts(run, x, size, stride):
-    """Rows of what `run` makes of each tile; those at the far edges are smaller."""
+    """The outputs of all tiles as rows; tiles at the far edges are smaller."""
     height, width = x.shape[1:3]
     rows = [[(i, j) for j in range(0, width, stride)] for i in range(0, height, stride)]
     # Tiles at the right and lower edges are smaller. Grouping tiles by shape keeps the
@@ -78,7 +78,7 @@ def _parts(run, x, size, stride):
 
 
 def _in_turn(run, x, shape, corners):
-    """(n, b, h, w, k): the memory of one tile, and the program of one, for them all."""
+    """(n, b, h, w, k): tiles of one shape, one after another in one loop."""
     b, _, _, c = x.shape
 
     def one(corner):
@@ -92,7 +92,7 @@ def _in_turn(run, x, shape, corners):
 
 
 def _join(parts, overlap, keep):
-    """The whole, each part blended into what those above and to its left became."""
+    """The whole picture; each part is blended with its blended neighbours."""
     rows, above = [], None
     for row in parts:
         done = []
@@ -113,7 +113,7 @@ def _join(parts, overlap, keep):
 
 
 def _blend(before, after, overlap, axis):
-    """`after`, whose first `overlap` lines fade in over the last ones of `before`."""
+    """`after`, with its first `overlap` lines faded in over the last of `before`."""
     n = min(overlap, before.shape[axis], after.shape[axis])
     _, end = jnp.split(before, [before.shape[axis] - n], axis)
     start, rest = jnp.split(after, [n], axis)
