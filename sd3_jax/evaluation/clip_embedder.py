@@ -1,4 +1,4 @@
-"""A whole CLIP as one thing: pictures and texts to embeddings of one space."""
+"""CLIP with both towers: pictures and texts to embeddings in one space."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ WANTED = ("*.json", "*.safetensors", "*.txt")  # of a hub's repository
 
 @dataclass(frozen=True, repr=False)
 class Clip:
-    """Both towers over a mesh; `image` and `text` embed, `prepare` is on the host."""
+    """Both towers over a mesh; `image` and `text` embed, `prepare` runs on the host."""
 
     modules: dict[str, nn.Module]  # "vision" and "text"
     variables: dict[str, dict]
@@ -61,7 +61,7 @@ class Clip:
         return self._batched("text", texts, ids)
 
     def fingerprint(self) -> str:
-        """Of the vision tower's weights and of how pictures are prepared for it."""
+        """A hash of the vision tower's weights and of how pictures are prepared."""
         if "fingerprint" not in self._memo:
             weights = tree.fingerprint(self.variables["vision"])
             description = f"{weights} {self.modules['vision']} {self.prepare}"
@@ -70,7 +70,7 @@ class Clip:
         return self._memo["fingerprint"]
 
     def _batched(self, tower, inputs, prepare) -> ndarray:
-        """Batches of one size, rows over the mesh, the last filled with its first."""
+        """Embeddings in batches of one size; the last is padded with its first row."""
         # No more rows than there are inputs: a small set would otherwise be mostly
         # padding.
         size = min(self.rows, -(-len(inputs) // sharding.batch_shards(self.mesh)))
@@ -110,10 +110,10 @@ def load(
 ) -> Clip:
     """A folder of transformers' CLIPModel, one .safetensors of it, or a hub name.
 
-    Of `mesh`, by default this process's devices, every weight is whole on each: a CLIP
-    is small, and processes embed what is theirs without waiting for each other.
-    `tokenizers_from` is a folder or hub name of a released model, or of a tokenizer,
-    for a file that has none beside it. A UserError says what is missing.
+    Weights are replicated over `mesh`, by default this process's devices: CLIP is
+    small, and processes embed their shares without waiting for each other.
+    `tokenizers_from` is a folder or hub name of a released model or a tokenizer, for a
+    file without one beside it. A UserError says what is missing.
     """
     path = sources.resolve(source, WANTED)
     devices = jax.local_devices()
@@ -150,7 +150,7 @@ def load(
 
 
 def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
-    """The tensors, and the towers' configurations where a config.json tells them."""
+    """The tensors, and the towers' configurations if there is a config.json."""
     if not path.is_dir():
         return safetensors.open_file(path)[0], None
     if not (path / "config.json").exists():
@@ -166,8 +166,8 @@ def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None
 
 
 def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
-    """CLIP's own beside the weights, that of a released model's first encoder, or the
-    package's, for a tower that knows so many `words`."""
+    """The tokenizer beside the weights, that of a released model's first encoder, or
+    the package's if the tower has as many `words`."""
     places = [folder]
     if other:
         wanted = tokenizers.WANTED

@@ -22,12 +22,12 @@ CATEGORIES = (
 
 
 def file(category: str) -> str:
-    """Its validation prompts, one a line, in the benchmark's examples/dataset."""
+    """The category's file of prompts, one a line, in the benchmark's dataset."""
     return f"{category}_val.txt"
 
 
 def names(specs: Sequence[str]) -> dict[str, str]:
-    """Functions' names by category, of "color=package.module:function"."""
+    """Parses "color=package.module:function" into names of functions by category."""
     function_names = {}
     for spec in specs:
         category, _, name = (part.strip() for part in spec.partition("="))
@@ -48,7 +48,7 @@ def parse(line: str, category: str) -> Asked:
 
 
 def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
-    """A scorer that asks each category's function about its own pictures."""
+    """A scorer that calls each category's function with that category's pictures."""
 
     def judge(asked, images):
         values = {}

@@ -1,4 +1,4 @@
-"""The scorer's eyes: which digits, of what colour, stand where in a picture."""
+"""Reads pictures of digits: which digits, in which colours, at which places."""
 
 import functools
 from typing import NamedTuple
@@ -12,7 +12,7 @@ INK = 0.25  # a pixel of less is paper
 
 
 class Found(NamedTuple):
-    """A digit the scorer saw, and the centre of its box as (y, x)."""
+    """A digit that was read, and the centre of its box as (y, x)."""
 
     thing: Thing
     centre: tuple[float, float]

@@ -1,4 +1,4 @@
-"""GenEval and typography in small: the share of pictures that show what was asked."""
+"""A small GenEval on digits: the share of pictures that show their scene."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -16,7 +16,7 @@ NAMES = {"single": "single digits", "pair": "pairs", "number": "numbers"}
 
 
 def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
-    """`count` scenes of a kind and split in a fixed mixed order, round and round."""
+    """`count` scenes of a kind and split, in a fixed shuffled order, repeated."""
     every = digits.scenes(kind, split)
     # A fixed seed: scores of different checkpoints are of the same scenes.
     order = np.random.default_rng(1).permutation(len(every))
@@ -24,7 +24,7 @@ def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
 
 
 def judge(sample: Callable, scenes: Sequence[Scene]) -> list[bool]:
-    """Each scene painted once, each from noise of its own, and looked at."""
+    """Whether a picture of each scene, from noise of its own, shows the scene."""
     asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
     # Picture i is drawn from noise i, so that two checkpoints are compared on equal
     # noise.
@@ -33,7 +33,7 @@ def judge(sample: Callable, scenes: Sequence[Scene]) -> list[bool]:
 
 
 def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Verdict]:
-    """A scorer (evals/scorers.py) of pictures of digits; `wanted` is a Scene."""
+    """A scorer (evaluation/scorers.py) for digits; a question's `wanted` is a Scene."""
     pairs = zip(asked, images, strict=True)
     return [
         Verdict(float(matches(question.wanted, image))) for question, image in pairs
@@ -41,7 +41,7 @@ def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Ve
 
 
 def read_scans(height: int, width: int) -> Score:
-    """The scorer on every scan that it was not fitted to, once."""
+    """The scorer's accuracy on all held-out scans."""
     canvas, colours = Digits(height, width), itertools.cycle(digits.COLOURS)
     right = []
     for ink, digit, colour in zip(*digits.scans(held_out=True), colours):
@@ -51,7 +51,7 @@ def read_scans(height: int, width: int) -> Score:
 
 
 def ceiling(height: int, width: int, kind: str, count: int) -> Score:
-    """The scorer on real compositions, of scans that it was not fitted to."""
+    """The scorer's accuracy on real scenes, composed from held-out scans."""
     mix = tuple(float(k == kind) for k in digits.KINDS)
     batch = Digits(height, width, mix, held_out=True).batch(np.arange(count))
     right = [
@@ -62,10 +62,10 @@ def ceiling(height: int, width: int, kind: str, count: int) -> Score:
 
 
 def variety(sample: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) -> float:
-    """How far apart the pictures of one prompt are, with real ones as 1.
+    """Diversity of the pictures of one caption; real pictures have 1.
 
     The mean distance between two pictures of a caption, over the mean distance between
-    two compositions of it from real scans: 0 is one picture again and again.
+    two compositions of it from real scans. 0 means that all pictures are the same.
     """
     captions = [str(scene) for scene in scenes for _ in range(per_scene)]
     images = sample(captions, list(range(len(captions))))

@@ -1,4 +1,4 @@
-"""What makes features of pictures: one interface for FID, KID, precision and recall."""
+"""Feature extractors behind one interface, for FID, KID, precision and recall."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from sd3_jax.foreign_text import shown
 class Extractor:
     """Called with u8 pictures (n, h, w, 3), gives float32 features (n, dim).
 
-    `name` and `fingerprint` say whose features they are, in files of statistics.
-    `dim` is None where only the features tell.
+    `name` and `fingerprint` identify the extractor in files of statistics. `dim` is
+    None if only the features show it.
     """
 
     name: str
@@ -58,12 +58,12 @@ def of_clip(clip: Clip) -> Extractor:
 
 
 def of_function(name: str, function: Callable) -> Extractor:
-    """The user's: its own attribute `fingerprint`, if any, tells its weights apart."""
+    """A user's function; its `fingerprint`, if any, identifies its weights."""
     return Extractor(name, str(getattr(function, "fingerprint", "")), function)
 
 
 def of_torchscript(path: epath.PathLike) -> Extractor:
-    """The file of Inception that StyleGAN's and others' FID is made with.
+    """The TorchScript file of Inception with which StyleGAN and others compute FID.
 
     Its module takes u8 (n, 3, h, w), whatever h and w, and with `return_features=True`
     gives (n, 2048). PyTorch runs it, on the CPU.

@@ -22,7 +22,7 @@ KEPT = 50_000  # features that a file has beside the sums
 
 
 class Statistics(NamedTuple):
-    """Of `count` features: their mean, and the sum of squares about it."""
+    """The mean of `count` features, and their scatter matrix about the mean."""
 
     count: int
     mean: Float64[ndarray, " d"]
@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
 
 
 class About(NamedTuple):
-    """What makes two files comparable: who made the features, of what pictures."""
+    """The extractor and picture size; statistics are comparable if these are equal."""
 
     extractor: str
     fingerprint: str  # of its weights, as Extractor has it
@@ -59,7 +59,7 @@ def none(dim: int) -> Statistics:
 
 
 def of(features: Float[ndarray, "n d"]) -> Statistics:
-    """In float64, about the mean itself: nothing is lost where the mean is large."""
+    """Statistics of features, summed in float64 about their mean."""
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or x.shape[1] > DIM:
         raise UserError(f"features of shape {x.shape}; wanted (n, d), d <= {DIM}")
@@ -71,7 +71,7 @@ def of(features: Float[ndarray, "n d"]) -> Statistics:
 
 
 def merged(a: Statistics, b: Statistics) -> Statistics:
-    """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+    """Statistics of the union of both sets (Chan, Golub and LeVeque 1979)."""
     if a.mean.shape != b.mean.shape:
         raise UserError(f"{a} and {b}: wanted features of one extractor")
     count = a.count + b.count
@@ -89,7 +89,7 @@ def summed(parts: Iterable[Statistics]) -> Statistics:
 
 
 def save(path: epath.PathLike, stored: Stored) -> None:
-    """An .npz, whole or not at all; the features are what KID and recall need."""
+    """Writes an .npz atomically; KID and recall need the features in it."""
     stats = stored.statistics
     about = {"format": FORMAT, "count": stats.count, **stored.about._asdict()}
     # Serialized in memory and written at once, so that a killed job leaves no half
@@ -108,7 +108,7 @@ def save(path: epath.PathLike, stored: Stored) -> None:
 
 
 def load(path: epath.PathLike) -> Stored:
-    """A UserError says what a file lacks; a pickle in it is never opened."""
+    """Reads an .npz; UserError if it is incomplete. Pickles in it are not opened."""
     try:
         with epath.Path(path).open("rb") as file:
             with np.load(file, allow_pickle=False) as archive:
@@ -144,8 +144,8 @@ def _checked(arrays: dict[str, ndarray]) -> Stored:
 
 
 def check(stored: Stored, about: About, dim: int, *, least: int, where: str) -> None:
-    """A UserError if features of `about`, of `dim` numbers, are not to be compared with
-    the stored ones, or these are of fewer than `least` pictures."""
+    """UserError if features of `about` with `dim` numbers are not comparable with the
+    stored ones, or if these are of fewer than `least` pictures."""
     stored_about, stats = stored.about, stored.statistics
     pairs = {
         "the extractor": (stored_about.extractor, about.extractor),

@@ -11,10 +11,10 @@ from sd3_jax.evaluation.feature_statistics import Statistics
 def frechet(a: Statistics, b: Statistics) -> float:
     """|m1 - m2|^2 + tr(S1 + S2 - 2 (S1^1/2 S2 S1^1/2)^1/2), in float64.
 
-    The last trace is the sum of the singular values of S1^1/2 S2^1/2: no root is drawn
-    of an eigenvalue that is rounding alone, so that covariances of fewer pictures than
-    numbers need no offset. A UserError where there are fewer than two pictures, or the
-    features are of different lengths.
+    The last trace is the sum of the singular values of S1^1/2 S2^1/2. Eigenvalues that
+    are rounding errors are dropped, so that covariances of fewer pictures than numbers
+    need no offset. UserError for fewer than two pictures, or for features of different
+    lengths.
     """
     if a.mean.shape != b.mean.shape:
         raise UserError(f"{a} and {b}: wanted features of one extractor")

@@ -49,7 +49,7 @@ class Detection(NamedTuple):
 
 
 def parse(line: str) -> Asked:
-    """A line of evaluation_metadata.jsonl; a UserError says what is wrong with it."""
+    """Parses a line of evaluation_metadata.jsonl; UserError if it is invalid."""
     try:
         record = parse_json(line)
     except ValueError as error:
@@ -80,7 +80,7 @@ def scorer(
     overlap: float = OVERLAP,
     offset: float = OFFSET,
 ) -> scorers.Scorer:
-    """A scorer by the user's functions; `colour` is for what asks for colours."""
+    """A scorer from the user's functions; only prompts with colours need `colour`."""
 
     def judge(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]):
         lists = answers(detect, "lists of detections", len(images), images)
@@ -98,7 +98,7 @@ def scorer(
 
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
-    """A score for each category, and their mean: so the benchmark's overall."""
+    """A score for each category, and their mean, the benchmark's overall score."""
     groups = scorers.by_category(asked, verdicts)
     tags = [tag for tag in NAMES if tag in groups]
     right = {tag: [v.value == 1 for v in groups[tag]] for tag in tags}
@@ -110,7 +110,7 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
 def detections(
     answer: Any, shape: tuple[int, int], name: str = "detect"
 ) -> list[Detection]:
-    """One picture's, as a function of the user's gave them; or a UserError."""
+    """Checks the detections that the user's function returned for one picture."""
     wanted = "wanted (label, score, (x0, y0, x1, y1)) or these and a mask"
     try:
         parsed = [Detection(*item) for item in answer]
@@ -125,7 +125,7 @@ def keep(
     most: int = MOST,
     overlap: float = OVERLAP,
 ) -> dict[str, list[Detection]]:
-    """By label, the most certain first: above `least`, at most `most`, not doubled."""
+    """By label, the `most` surest detections above `least`, after suppression."""
     kept = {}
     for label in dict.fromkeys(detection.label for detection in detected):
         sure = [
@@ -152,9 +152,9 @@ def judged(
     colour: Callable | None = None,
     offset: float = OFFSET,
 ) -> Verdict:
-    """Whether all that is to be included is there, and nothing that is excluded.
+    """Whether a picture has all that must be included and nothing that is excluded.
 
-    Of a label only the `count` most certain are looked at for colour and place.
+    Colour and place are checked for the `count` surest detections of a label.
     """
     reasons, groups = [], []
     for entry in wanted["include"]:
@@ -183,7 +183,7 @@ def judged(
 
 
 def relations(a: Sequence, b: Sequence, offset: float = OFFSET) -> set[str]:
-    """Where box a is of box b: any of RELATIONS, up to two of them.
+    """The relations of box a to box b: up to two of RELATIONS.
 
     Centres count as apart by what exceeds `offset` times the sum of both sizes.
     """
@@ -214,7 +214,7 @@ def iou(a: Sequence, b: Sequence) -> float:
 def crop(
     image: UInt8[ndarray, "h w 3"], detection: Detection
 ) -> UInt8[ndarray, "_ _ 3"]:
-    """The box, at least a pixel of it, and grey around the mask if there is one."""
+    """The box, at least one pixel, with grey outside of the mask if there is one."""
     if detection.mask is not None:
         image = np.where(detection.mask[..., None], image, np.uint8(GREY))
     h, w = image.shape[:2]

@@ -25,7 +25,7 @@ def kid(
     size: int = SIZE,
     seed: int = 0,
 ) -> Kid:
-    """Over random subsets of `size` features of each; over all if there are no more."""
+    """KID over random subsets of `size` features, or over all if there are fewer."""
     size = min(size, len(a), len(b))
     if size < 2:
         raise UserError(f"KID of {len(a)} and {len(b)} features; wanted 2 or more each")
@@ -39,7 +39,7 @@ def kid(
 
 
 def mmd(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> float:
-    """Squared, without the kernels of a feature with itself."""
+    """Squared MMD, unbiased: without the kernel of a feature with itself."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     # The paper's cubic polynomial; it needs no bandwidth.
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3

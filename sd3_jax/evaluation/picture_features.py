@@ -1,4 +1,4 @@
-"""Features of pictures that processes share, put together to the last bit."""
+"""Features of pictures that are shared among processes, gathered bit by bit."""
 
 import contextlib
 import functools
@@ -21,14 +21,14 @@ from sd3_jax.weights import sources
 
 
 class Features(NamedTuple):
-    """Of all processes' pictures; `rows` are the first KEPT, in their order."""
+    """Features of all processes' pictures; `rows` are the first KEPT, in order."""
 
     rows: np.ndarray  # (n, d) float32
     statistics: Statistics | None  # of every one, where they are wanted
 
 
 def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
-    """A UserError, before anything is painted, if what makes features is not named."""
+    """UserError, before anything is sampled, if no extractor or no CLIP is named."""
     name = config.eval.features
     if name not in KINDS and not name.endswith(".pt") and ":" not in name:
         raise UserError(
@@ -71,7 +71,7 @@ def load_clip(config: ConfigDict) -> Clip:
 
 @contextlib.contextmanager
 def blamed(key: str):
-    """A UserError names the key of the config."""
+    """Prefixes a UserError with the key of the config."""
     try:
         yield
     except UserError as error:
@@ -79,7 +79,7 @@ def blamed(key: str):
 
 
 def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
-    """By config.eval.features."""
+    """The extractor that config.eval.features names."""
     name = config.eval.features
     if name in KINDS:
         return KINDS[name](loaded)
@@ -98,10 +98,10 @@ KINDS = {
 
 
 def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
-    """Of this process's features, part by part, and the others'.
+    """Gathers the features of all processes, each of which gives its own in parts.
 
-    Feature i of all is of process i mod processes. The sums are merged in float64,
-    which a device's arrays are not.
+    Feature i of all belongs to process i mod processes. Statistics are merged in
+    float64 on the host, as devices compute in float32.
     """
     total, first_rows, left = None, [], -(-KEPT // jax.process_count())
     for part in parts:
@@ -128,15 +128,15 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
 
 
 def share(start: int, index: int, count: int) -> slice:
-    """Of a batch that begins with row `start` of all, those of process `index`."""
+    """The rows of process `index` in a batch that begins with row `start` of all."""
     # Picture i belongs to process i mod count, also across batch boundaries.
     return slice((index - start) % count, None, count)
 
 
 def interleaved(every: list[np.ndarray]) -> np.ndarray:
-    """Row i from process i mod processes; the inverse of each taking its share.
+    """All rows in order, row i from process i mod processes; the inverse of `share`.
 
-    A process that has fewer rows, because files were unreadable, drops out earlier.
+    A process with fewer rows, because files were unreadable, drops out earlier.
     """
     # A stable sort by turn deals the rows out in rounds: 0 of each process, 1 of each,
     # ….
@@ -154,7 +154,7 @@ def unpacked(x: np.ndarray) -> Statistics:
 
 
 def everyones(x: np.ndarray) -> list[np.ndarray]:
-    """The array of each process, by its index; of any shapes, and to the last bit."""
+    """The array of each process, by its index, bit by bit; shapes may differ."""
     if jax.process_count() == 1:
         return [x]
     # process_allgather wants equal shapes everywhere, so shapes are gathered first and

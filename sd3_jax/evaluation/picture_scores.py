@@ -1,7 +1,7 @@
 """CLIP score, FID, KID, precision and recall of sampled pictures (paper, B.3).
 
-The pictures are sampled once and looked at by every measure; they are not kept, their
-features are. Each process looks at its share of each batch.
+Pictures are sampled once for all measures; only their features are kept. Each process
+extracts features of its share of each batch.
 """
 
 import logging
@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError, before anything is loaded or sampled, if something is not named."""
+    """UserError, before anything is loaded or sampled, if a setting is missing."""
     names = set(config.eval.scores)
     if not names & set(NAMES):
         return
@@ -59,7 +59,7 @@ def check(config: ConfigDict) -> None:
 
 
 def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, params: Any):
-    """Rows of all that config.eval.scores has of these measures."""
+    """Rows of the measures in config.eval.scores."""
     captions, extract, clip = measured(config)
     names = config.eval.scores
     reference = references(config, extract, names) if extract is not None else None
@@ -75,8 +75,8 @@ def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, param
 
 
 def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | None]:
-    """The captions to paint, and what looks at their pictures: of those that are
-    compared with real ones, and for the CLIP score."""
+    """The captions; the extractor for measures that compare with real pictures, or
+    None; and CLIP for the CLIP score, or None."""
     compared = set(config.eval.scores) & set(COMPARED)
     # CLIP may serve the score and the features; it is loaded once, and only if needed.
     loaded = cache(lambda: picture_features.load_clip(config))
@@ -90,7 +90,7 @@ def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | No
 def references(
     config: ConfigDict, extract: Extractor, names: Sequence[str]
 ) -> Features:
-    """Of the real pictures, or of the file that has them; kept if that is wished."""
+    """Features of the real pictures, or of their file; saved if the config says so."""
     about = About(
         extract.name, extract.fingerprint, config.image.height, config.image.width
     )
@@ -167,7 +167,7 @@ def look(
 
 
 def mean(name: str, values: np.ndarray) -> dict:
-    """With the 95 % interval of a mean over pictures."""
+    """A row with the mean over pictures and its 95 % interval."""
     n, score = len(values), float(values.mean())
     row = {"name": name, "score": score, "n": n}
     half = 1.96 * float(values.std(ddof=1)) / n**0.5 if n > 1 else None
@@ -198,7 +198,7 @@ def of_kid(name: str, reference: Features, sampled: Features) -> list[dict]:
 def of_precision_recall(
     name: str, reference: Features, sampled: Features
 ) -> list[dict]:
-    """Of as many real pictures as made ones: the balls are then of like sizes."""
+    """Of equally many real and sampled pictures, so that balls are of like sizes."""
     n = min(len(reference.rows), len(sampled.rows))
     shares = precision_recall(reference.rows[:n], sampled.rows[:n])
     row = partial(dict, n=n, real=n)

@@ -13,8 +13,8 @@ BLOCK = 1_024  # rows of distances at once
 
 
 class PrecisionRecall(NamedTuple):
-    """Of made pictures: the share that lies among the real ones, and of real ones the
-    share that lies among them."""
+    """The share of generated pictures that lie among the real ones, and the share of
+    real pictures that lie among the generated ones."""
 
     precision: float
     recall: float
@@ -26,7 +26,7 @@ def precision_recall(
     *,
     k: int = NEIGHBOURS,
 ) -> PrecisionRecall:
-    """Among a set is what is no farther from one of it than its k-th neighbour there.
+    """A row is among a set if it is in the k-th neighbour ball of one of its rows.
 
     Sets of different sizes have balls of different sizes: compare equal ones.
     """
@@ -52,7 +52,7 @@ def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
 
 
 def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
-    """Squared distance to the k-th neighbour; the row itself is none."""
+    """Squared distance of each row to its k-th neighbour, not counting itself."""
     blocks = []
     for start in range(0, len(x), BLOCK):
         block = distances(x[start : start + BLOCK], x)
@@ -63,7 +63,7 @@ def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
 
 
 def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:
-    """Squared; 0 where rounding alone tells two apart, so that a copy lies in a ball
+    """Squared distances; 0 where only rounding differs, so that a copy lies in a ball
     of radius 0."""
     # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: one matrix product instead of (n, m, d)
     # numbers.

@@ -1,7 +1,7 @@
 """Scores of prompts' pictures by the user's functions: GenEval, typography, CompBench.
 
-Every process asks the functions about its share of each batch, so they are to be on
-every host, and all get every verdict. What they do wrong is told on one line.
+Every process calls the functions with its share of each batch, so they must be on every
+host; all processes get all verdicts. An error in a function is reported on one line.
 """
 
 import functools
@@ -31,7 +31,7 @@ class Benchmark(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError, before anything is painted, if a file or a function is not there."""
+    """UserError, before anything is sampled, if a file or a function is missing."""
     for name in config.eval.scores:
         if name in BENCHMARKS:
             BENCHMARKS[name](config)
@@ -44,7 +44,7 @@ def score(
     mesh: Mesh,
     params: Any,
 ) -> dict:
-    """The benchmark's rows, and one for each of its prompts with what was wrong."""
+    """The benchmark's rows, and a row for each prompt with the reasons of failures."""
     bench, asked = benchmark(name, config)
     sample = sampler.sampler_for(config, parts, mesh, params)
     verdicts = judge(sample, asked, bench.scorer, config.sample.batch_size)
@@ -57,7 +57,7 @@ def score(
 
 
 def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
-    """With its prompts, each as often as it is painted."""
+    """The benchmark, and its prompts, each repeated config.eval.per_prompt times."""
     bench = BENCHMARKS[name](config)
     return bench, [
         question for question in bench.asked for _ in range(config.eval.per_prompt)
@@ -67,7 +67,7 @@ def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
 def judge(
     sample: sampler.SampleCaptions, asked: Sequence[Asked], scorer: Scorer, size: int
 ) -> list[Verdict]:
-    """A picture of each, from noise of its own, `size` at a time; none is kept."""
+    """Verdicts on one picture for each question, sampled `size` at a time."""
     prompts = [question.prompt for question in asked]
     verdicts = []
     for images in sampler.sample_in_batches(sample, prompts, range(len(prompts)), size):
@@ -85,7 +85,7 @@ def _share(scorer, asked, images: np.ndarray, rows: list[int]) -> list[Verdict]:
 
 
 def row(entry: Score) -> dict:
-    """For scores.json, in which no number is infinite."""
+    """A score for scores.json, without infinite numbers, which JSON lacks."""
     return {
         key: value
         for key, value in entry._asdict().items()
@@ -133,9 +133,9 @@ def _compbench(config: ConfigDict) -> Benchmark:
 def _read(
     config: ConfigDict, key: str, wanted: str, parse: Callable, file: str = ""
 ) -> list[Asked]:
-    """Every line of the file, or of a file in the folder, that config.eval.`key` names.
+    """All prompts of the file or folder that config.eval.`key` names.
 
-    A line that makes no sense is an error, for without it the score is another.
+    An invalid line is an error, because skipping it would change the score.
     """
     setting = config.eval[key]
     if not setting:

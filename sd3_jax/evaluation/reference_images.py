@@ -1,4 +1,4 @@
-"""What painted pictures are measured against: captions, and real pictures."""
+"""Captions to sample, and the real pictures that samples are compared with."""
 
 import functools
 import itertools
@@ -26,7 +26,7 @@ SOURCES = "digits", "records"  # of examples with captions
 
 
 def check(config: ConfigDict, *, compared: bool) -> None:
-    """A UserError if there are no captions, or, to be `compared`, no real pictures."""
+    """UserError if there are no captions or, if `compared`, no real pictures."""
     # Held-out records supply captions, real pictures or both.
     if not config.eval.prompts_file or (compared and not config.eval.real):
         held_out(config)
@@ -37,7 +37,7 @@ def check(config: ConfigDict, *, compared: bool) -> None:
 
 
 def captions(config: ConfigDict) -> list[str]:
-    """config.eval.pictures of them: the file's, round and round, or held-out ones."""
+    """config.eval.pictures captions: the file's, repeated, or held-out ones."""
     count, path = config.eval.pictures, config.eval.prompts_file
     if path:
         texts = prompt_file.prompts(config, path, "eval.prompts_file")
@@ -48,8 +48,8 @@ def captions(config: ConfigDict) -> list[str]:
 def mine(config: ConfigDict, rows: int) -> Iterator[np.ndarray]:
     """This process's share of the real pictures, u8 (n, height, width, 3), n <= rows.
 
-    Picture i of all is process i mod processes': of config.eval.real, or the held-out
-    examples whose captions are painted. Those that cannot be read are counted.
+    Picture i of all belongs to process i mod processes. They are those of
+    config.eval.real, or the held-out examples. Unreadable pictures are counted.
     """
     sides = Bucket(config.image.height, config.image.width)
     if config.eval.real:
@@ -64,7 +64,7 @@ def mine(config: ConfigDict, rows: int) -> Iterator[np.ndarray]:
 
 
 def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
-    """some(indices, pictures) gives (caption, u8 picture or None) of each example."""
+    """A function (indices, pictures) → (caption, u8 picture or None) for each."""
     data = config.data
     if data.name not in SOURCES:
         raise UserError(
@@ -85,7 +85,7 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
 
 
 def records(config: ConfigDict) -> Records:
-    """Those held out, one example a step: pictures of all buckets follow each other."""
+    """The held-out records, one a step, so that all buckets follow each other."""
     if not config.data.held_out:
         raise UserError(
             "config.data.held_out = (): wanted shards of records to take captions and"
@@ -136,7 +136,7 @@ def _records(config, held_records: Records, indices, pictures: bool) -> Iterator
 
 
 def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndarray]]:
-    """Stored latents or moments to u8 pictures, on this process's devices alone."""
+    """A function from stored latents or moments to u8 pictures, on local devices."""
     weights, rows = config.encode.weights, config.encode.rows
     if not weights:
         raise UserError(
@@ -166,7 +166,7 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
 
 
 def fitted(picture: np.ndarray, sides: Bucket) -> np.ndarray:
-    """The middle of the picture, resized (Lanczos) to what is painted."""
+    """The centre crop of a picture, resized (Lanczos) to the sampled size."""
     return buckets.cut(picture, buckets.fit(*picture.shape[:2], [sides]))
 
 

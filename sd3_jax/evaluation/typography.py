@@ -2,8 +2,8 @@
 
     read(images u8 (n, h, w, 3)) -> n texts
 
-Right is the same text, exactly, but for what `ignore` says; the character error rate is
-the edits from what is asked for to what is read, over the former's length.
+A picture is right if the texts are equal apart from what `ignore` names. The character
+error rate is the edit distance over the length of the text that was asked for.
 """
 
 import re
@@ -38,7 +38,7 @@ IGNORE = {"case": str.casefold, "punctuation": _marks, "space": _spaces}
 def parse(line: str) -> Asked:
     """A prompt with its text in quotes, or {"prompt": …, "text": …, "category": …}.
 
-    Several quotes are one text, spaces between. A UserError if nothing is asked for.
+    Several quotes are joined with spaces. UserError if no text is asked for.
     """
     record = {"prompt": line}
     if line.startswith("{"):
@@ -57,13 +57,13 @@ def parse(line: str) -> Asked:
 
 
 def quoted(prompt: str) -> str:
-    """What stands in quotes, of any of the usual kinds; an apostrophe is none."""
+    """The text in quotes of any usual kind; an apostrophe is no quote."""
     quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
     return " ".join(quotes)
 
 
 def normal(text: str, ignore: Sequence[str] = ()) -> str:
-    """In Unicode's composed form, without what is ignored: some of IGNORE's."""
+    """The text in Unicode's form NFC, after the IGNORE functions that are named."""
     # OCR may give letters and accents apart, which is the same text.
     text = unicodedata.normalize("NFC", text)
     for name, without in IGNORE.items():
@@ -72,7 +72,7 @@ def normal(text: str, ignore: Sequence[str] = ()) -> str:
 
 
 def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer:
-    """A scorer by the user's function that reads pictures."""
+    """A scorer from the user's OCR function."""
 
     def judge(asked, images):
         texts = answers(read, "texts", len(images), images)
@@ -94,7 +94,8 @@ def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdic
 
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
-    """The share that is right, of each category if there are some, and the errors."""
+    """The share of right pictures, also by category if there are several, and the mean
+    character error rate."""
     groups = scorers.by_category(asked, verdicts)
     scores = [_exact("typography", verdicts)]
     if len(groups) > 1:
@@ -107,7 +108,7 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
 
 
 def edits(a: str, b: str) -> int:
-    """Levenshtein's distance: characters put in, left out or exchanged."""
+    """Levenshtein distance: characters inserted, deleted or substituted."""
     # One row of the table of prefixes is enough for the distance.
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):

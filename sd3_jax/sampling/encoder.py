@@ -100,8 +100,8 @@ class Encoder:
         return {self.form: encoded}
 
     def check(self) -> None:
-        """ValueError or TypeError if the text encoders have the wrong widths, before any
-        program is compiled."""
+        """ValueError or TypeError if the text encoders have the wrong widths, before
+        any program is compiled."""
         ids = self.tokenize([""] * self.shards)
         with compiled.on(self.bundle.mesh):
             encoded = jax.eval_shape(self._text, self.bundle.text_variables, ids)

@@ -41,8 +41,8 @@ def generate(
     batch, or is `noise`; stochastic solvers need the keys in any case. With `x0`,
     sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
     x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
-    each step. A solver with a trajectory returns all n latents. `spread` is the std of x at
-    grid[0], for formulations that do not start at pure noise.
+    each step. A solver with a trajectory returns all n latents. `spread` is the std of
+    x at grid[0], for formulations that do not start at pure noise.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
