@@ -1,7 +1,7 @@
-"""sd3_jax and PyTorch with diffusers on the clock, in turn, on the same shapes and
-weights. Exit code 1 where they disagree, or where a ratio is worse than `guard` has it.
+"""Times sd3_jax and PyTorch with diffusers in turn, on the same shapes and weights.
 
-This process only takes turns: each side computes in one of its own (sd3_jax/bench).
+Exit code 1 if the sides disagree, or if a ratio is worse than in `guard`. Each side
+runs in a process of its own (tools/benchmark); this one only asks them in turn.
 """
 
 import contextlib
@@ -38,7 +38,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Writes workdir/benchmark.json, .md and .svg, after each case what there is."""
+    """Writes workdir/benchmark.json, .md and .svg, anew after each case."""
     before = guarded(config.benchmark.guard)
     if jax.distributed.is_initialized():
         raise UserError("benchmark runs in one process")
@@ -79,7 +79,7 @@ def whole(case: dict) -> bool:
 
 
 def guarded(path: str) -> dict | None:
-    """The result to compare with, read before anything is run."""
+    """The earlier result to compare with, or None; UserError if it is unreadable."""
     if not path:
         return None
     try:
@@ -94,7 +94,7 @@ def guarded(path: str) -> dict | None:
 
 
 class Benchmark:
-    """Takes the cases one by one, and writes what there is after each."""
+    """Runs the cases one by one and writes the results after each."""
 
     def __init__(self, config: ConfigDict, workdir: Path, weights: Path):
         self.config, self.workdir, self.weights = config, workdir, weights
@@ -129,14 +129,14 @@ class Benchmark:
         self.save()
 
     def save(self) -> None:
-        """After each case, so that a run which is ended leaves the others."""
+        """Writes all results so far, so that a killed run keeps its finished cases."""
         text = json.dumps(self.result, indent=1)
         write_whole(self.workdir / "benchmark.json", text.encode())
         benchmark_page.write(self.result, self.workdir)
 
     def peak(self) -> None:
-        """The best of both sides at one large product, by which all else is measured;
-        and what devices they are on."""
+        """Measures the peak, the better side's rate of one large matrix product, and
+        records which devices the sides use."""
         bench = self.config.benchmark
         spec = {
             "kind": "matmul",
@@ -170,7 +170,7 @@ class Benchmark:
         self.save()
 
     def case(self, spec: Spec, modes=None) -> dict:
-        """One case on all sides: agreement first, then the turns."""
+        """Runs one case on all sides: first compares outputs, then times them."""
         absent = self.missing[spec["kind"]]
         modes = (self.config.benchmark.against if modes is None else modes) or ()
         sides = ["ours", *(() if absent else modes)]
@@ -204,7 +204,7 @@ class Benchmark:
                 entry["ratios"][side] = timing_summary.ratios(turns["ours"], seconds)
 
     def file(self, spec: Spec) -> Path:
-        """The weights of a case's component, made when they are first asked for."""
+        """The file with a case's weights, written when first needed."""
         if spec["kind"] == "matmul":
             return self.weights / "none"
         # Cases of equal components share one file of weights.
@@ -221,7 +221,7 @@ class Benchmark:
     # What is ours alone
 
     def scaling(self) -> None:
-        """Time beside FLOPs over tokens and over depth, and what compiling takes."""
+        """Measures how time and compilation grow with tokens and with depth."""
         scaling = self.config.benchmark.scaling
         axes = {"tokens": scaling.tokens, "depth": scaling.depths}
         for kind in scaling.kinds:
@@ -234,7 +234,7 @@ class Benchmark:
                 self.save()
 
     def points(self, kind: str, axis: str, values) -> list[dict]:
-        """All loaded, a turn each: a machine that slows down does so for them all."""
+        """Times of all values in turn: a machine that slows down affects all points."""
         scaling = self.config.benchmark.scaling
         specs = [self.point(kind, axis, value) for value in values]
         with contextlib.ExitStack() as stack:

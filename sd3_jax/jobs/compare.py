@@ -1,5 +1,7 @@
-"""Our numbers beside PyTorch's: every layer, in float32 and bfloat16, and the drift of
-whole trajectories. Exit code 1 where one departs."""
+"""Compares every layer with PyTorch in float32 and bfloat16, and whole trajectories.
+
+Exit code 1 if a layer departs by more than the tolerance.
+"""
 
 import importlib.util
 import json
@@ -101,7 +103,7 @@ def plain(row) -> dict:
 
 
 def departs(config: ConfigDict, row: dict) -> bool:
-    """By the largest error in float32; in bfloat16 by far more than PyTorch's own."""
+    """Whether a row exceeds the float32 limit, or PyTorch's error in bfloat16."""
     # bfloat16 is judged against PyTorch's own error: how far rounding takes a layer
     # differs from layer to layer.
     limit = config.compare.bfloat16 * row["theirs"]["relative"] + FLOOR
@@ -110,7 +112,7 @@ def departs(config: ConfigDict, row: dict) -> bool:
 
 
 def lines(result: dict) -> list[str]:
-    """What is printed: a line for each part, and what departs first."""
+    """The printed table: a line for each part, and the first departure."""
     text = []
     for model in result["models"]:
         text.append(model["name"])

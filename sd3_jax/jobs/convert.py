@@ -1,4 +1,4 @@
-"""Released weights from one layout to another, or a workdir's checkpoint to either."""
+"""Converts released weights between layouts, or a checkpoint to one of them."""
 
 import logging
 
@@ -51,14 +51,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def control_path(weights: str) -> epath.Path | None:
-    """The path that config.weights names, where it is a ControlNet's."""
+    """The path of config.weights if it is a ControlNet's, else None."""
     path = epath.Path(weights).expanduser()
     return path if path.exists() and sources.is_control(path) else None
 
 
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
-    """The denoiser of config.sample.step, or the newest checkpoint; its positions, a
-    formula to us, are a table in a file."""
+    """The denoiser of config.sample.step or of the newest checkpoint, as a bundle. Its
+    positions, computed here, become a table in the file."""
     parts = model_parts.parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
     if model.weight_sets != 2:

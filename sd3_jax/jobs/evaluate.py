@@ -1,5 +1,7 @@
-"""Score a workdir's checkpoint, the newest unless config.sample.step says another; the
-table is printed and kept in scores.json."""
+"""Scores a checkpoint, the newest unless config.sample.step names another.
+
+The table is printed and written to scores.json.
+"""
 
 import json
 
@@ -38,7 +40,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError for scores that cannot be had, before anything is loaded."""
+    """UserError for scores that cannot be computed, before anything is loaded."""
     for name in config.eval.scores:
         if name not in SCORES:
             raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
@@ -47,8 +49,8 @@ def check(config: ConfigDict) -> None:
 
 
 def weights(config: ConfigDict, workdir: epath.Path, mesh):
-    """(parts, params, what scores.json says of them): the newest checkpoint's or, of
-    config.weights, (None, their bundle, ...); the scores take either to `painter`."""
+    """(parts, params, facts for scores.json) of the checkpoint, or (None, bundle,
+    facts) of config.weights. sampler_for takes either pair."""
     if not config.weights:
         parts = model_parts.parts(config)
         params, step = model_parts.trained_params(config, parts, workdir, mesh)
@@ -71,7 +73,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
 
 
 def add(result: dict, scored: dict) -> None:
-    """Several scores may give rows: "scores" and "prompts" are joined."""
+    """Adds a score's rows to the result: lists of several scores are joined."""
     for name, value in scored.items():
         joined = isinstance(value, list) and name in result
         result[name] = result[name] + value if joined else value
@@ -82,7 +84,7 @@ def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
 
 
 def digits(config: ConfigDict, parts, mesh, params) -> dict:
-    """Single digits, pairs and numbers that the recipe's mix has, seen and held out."""
+    """Scores of the recipe's single digits, pairs and numbers, seen and held out."""
     count = config.eval.pictures
     sampler, few_step_sampler = digit_samplers(config, parts, mesh)
     sample = lambda captions, numbers: sampler(params, captions, numbers)
@@ -124,7 +126,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
 def digit_samplers(
     config: ConfigDict, parts, mesh
 ) -> tuple[TrainedSampler, TrainedSampler]:
-    """In config.sample.steps and in config.eval.few_steps; nothing is compiled yet."""
+    """Samplers of config.sample.steps and config.eval.few_steps, not compiled."""
     if config.data.name != "digits":
         raise UserError(
             f'config.eval.scores: "digits" scores pictures of digits, and config.data.'

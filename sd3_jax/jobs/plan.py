@@ -1,5 +1,4 @@
-"""What a run would be on TPU slices that are not there: its own programs, compiled by
-the TPU's own compiler for each."""
+"""Plans a TPU run without a TPU: compiles its programs for slices, and bounds them."""
 
 import json
 import logging
@@ -38,8 +37,8 @@ FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Prints a row a slice and program; leaves plan.json, plan.png, and the programs'
-    text if asked, in workdir."""
+    """Prints a row for each slice and program; writes plan.json, plan.png and, if
+    asked, the programs' text to workdir."""
     model_parts.mmdit(config.model, "plan knows no other's bounds")
     tune = config.tune
     if tune.base or (tune.method, tune.objective) != ("full", "flow"):
@@ -73,7 +72,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
 
 
 def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
-    """One row: of the best that a search finds, or of the config as it is."""
+    """One row: the best that a search finds, or the config unchanged."""
     if config.plan.per_chip or not config.plan.search:
         return [train_row(config, tpu_slice, workdir)]
     batch = config.data.batch_size
@@ -101,7 +100,7 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
 
 
 def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
-    """What a search knows without compiling anything."""
+    """The model, parameters and FLOPs, which a search needs without compiling."""
     # Shapes and FLOPs do not depend on the mesh, so one device is enough.
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -190,7 +189,7 @@ def train_row(
 def planned(
     config, tpu_slice: Slice, mesh: Mesh, case: Case, workdir
 ) -> dict[str, Any]:
-    """A program's row: what it needs, and what bounds it."""
+    """A program's row: the memory it needs, and what bounds its time."""
     row = {
         "slice": tpu_slice.name,
         "program": case.name,
@@ -226,8 +225,8 @@ def planned(
 
 
 def usual(x: hlo.Instruction, lengths: dict[str, int]) -> str:
-    """The branch that most steps take: all but the average's, which acts now and then,
-    and but for a step that is not finite, which changes nothing."""
+    """The branch that most steps take: the shorter one for the EMA, which is updated
+    only now and then, else the longer one: the shorter skips a non-finite step."""
     choose = min if "/ema/" in x.source else max
     return choose(lengths, key=lengths.get)
 
@@ -235,7 +234,7 @@ def usual(x: hlo.Instruction, lengths: dict[str, int]) -> str:
 def accounted(
     account: schedule.Account, case: Case, tpu_slice: Slice, compiled: aot.Compiled
 ) -> dict[str, Any]:
-    """What a program's operations add up to, in ms, bytes and shares of the peak."""
+    """The totals of a program's operations, in ms, bytes and shares of the peak."""
     chip = tpu_slice.generation
     flops = case.flops or account.flops
     waits = [account.by_kind[kind] for kind in schedule.WAITS.values()]

@@ -2,8 +2,8 @@
 
     python -m sd3_jax.main report --config=... --workdir=...
 
-It reads metrics.jsonl, and what there is of config.json, run.json, scores.json and
-samples.png: what the run did, whatever `config` says now. The page needs no other file.
+It reads metrics.jsonl and, if they exist, config.json, run.json, scores.json and
+samples.png of the run, not the present `config`. The page needs no other file.
 """
 
 import json
@@ -54,7 +54,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def _object(path):
-    """What a JSON file holds, or {} if there is none or it holds something else."""
+    """The object in a JSON file, or {} if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

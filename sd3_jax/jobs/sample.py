@@ -1,5 +1,7 @@
-"""Prompts to PNGs, with a line of JSON for each: of a workdir's checkpoint, or of
-released weights. A killed job goes on where it was."""
+"""Prompts to PNGs, each with a line of JSON, by a checkpoint or by released weights.
+
+A killed job resumes where it stopped.
+"""
 
 import hashlib
 import json
@@ -86,7 +88,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def trained(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
-    """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
+    """A sampler of tasks by the newest checkpoint, and the facts for each line."""
     parts = model_parts.parts(config)
     params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
@@ -113,7 +115,7 @@ def trained(
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
-    """How many prompts the text model of bytes does not read to their end."""
+    """Logs how many prompts the model of bytes truncates."""
     sizes = [len(task.caption.encode()) for task in tasks]
     cut = sum(size >= length for size in sizes)  # the end is a byte as well
     if cut:
@@ -138,12 +140,12 @@ def released(
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:
-    """The batch, again from its start where it is too small for the program."""
+    """The batch, repeated from its start up to the size of the program."""
     return [batch[i % len(batch)] for i in range(size)]
 
 
 def describe(task: Task, facts: dict) -> dict:
-    """The picture's line. Of released weights `seed` is what generate() takes."""
+    """The picture's line. For released weights `seed` is the one for generate()."""
     own_checkpoint = "step" in facts
     unused = UNUSED if own_checkpoint else ()
     settings = {k: v for k, v in task.settings.items() if k not in unused}
@@ -158,9 +160,9 @@ def describe(task: Task, facts: dict) -> dict:
 
 
 def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
-    """Which pictures are there and are what they would be; as process 0 sees them.
+    """Which pictures exist with the same line as now, as process 0 sees them.
 
-    What the filter said of them then, its lines have from now on as well.
+    Their lines get the filter's verdict of that time.
     """
     done = np.zeros(len(lines), bool)
     if jax.process_index() == 0:
@@ -196,7 +198,7 @@ def unfiltered(line: dict) -> dict:
 
 
 def embedded(path: epath.Path) -> dict:
-    """The line that a PNG holds of itself."""
+    """The line in a PNG's metadata, or {}."""
     try:
         return parsed(read_own(path)[1]["sd3_jax"])
     except (KeyError, BadImage):
@@ -206,7 +208,7 @@ def embedded(path: epath.Path) -> dict:
 def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], int]]:
     """Tasks of one shape and one set of settings together, and the program's size.
 
-    A job that goes on paints the batches of the unbroken one, to the last bit.
+    A resumed job has the batches of an uninterrupted one, so its pictures are equal.
     """
     # Grouped over all tasks, those that are done included, so that a resumed job has
     # the batches of the first one.
@@ -227,7 +229,7 @@ def save(
     *,
     enlarged: bool,
 ) -> None:
-    """This process's share of the pictures; of a few pixels `enlarged` to be seen."""
+    """Writes this process's share of the pictures, `enlarged` if they are tiny."""
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     mine = slice(jax.process_index(), None, jax.process_count())
     for line, image in list(zip(lines, images))[mine]:
@@ -242,7 +244,7 @@ def save(
 
 
 class Lines:
-    """samples.jsonl, with the lines it begins with; process 0's pen."""
+    """samples.jsonl, which begins with `lines`; only process 0 writes."""
 
     def __init__(self, workdir: epath.Path, lines: list[dict]):
         self.path, self.lines = workdir / LINES, lines
@@ -268,7 +270,7 @@ class Lines:
 
 
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
-    """The lines in order, and two contact sheets."""
+    """Writes the lines in order, and two contact sheets."""
     write_whole(workdir / LINES, Lines.text(lines).encode())
     write_whole(workdir / "samples.html", contact_sheet.html(lines).encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
@@ -292,6 +294,6 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
 
 
 def slug(caption: str) -> str:
-    """A file name that tells the prompt, and only ever a name."""
+    """A file name made of the prompt, without any character that is special."""
     words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48]
     return words or hashlib.sha256(caption.encode()).hexdigest()[:8]

@@ -2,10 +2,10 @@
 
     python -m sd3_jax.main study --config=configs/formulations.py:digits --workdir=...
 
-WORKDIR/runs/VARIANT/SEED is a run as `train` makes it, with what `study` measured of it
-in study.json; what is there is not done again. Any number of processes, each with its
-own devices, may work in one workdir: each takes what no other is at. The tables are
-printed and kept as study.md, study.json and study.html.
+WORKDIR/runs/VARIANT/SEED is a run of `train` with its measurements in study.json;
+finished runs are not repeated. Any number of processes, each with its own devices, may
+share a workdir: each takes a run that no other works on. The tables are printed and
+written to study.md, study.json and study.html.
 """
 
 import json
@@ -33,7 +33,7 @@ RESULT = "study.json"
 
 
 class Run(NamedTuple):
-    """One training: of a variant, with an option of the sweep, of a seed."""
+    """One training run: a variant, an option of the sweep, and a seed."""
 
     variant: str
     option: str
@@ -74,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 class Study:
-    """Which runs there are, which are done, and how one is done."""
+    """The runs of a study: which exist, which are done, and how to do one."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
         self.config, self.workdir = config, workdir
@@ -91,8 +91,8 @@ class Study:
         run_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
-        """Of the sweep's options only seed 0 until all of a variant's are measured;
-        then the other seeds of the best."""
+        """First seed 0 of all options of the sweep; then, for each variant whose
+        options are all measured, the other seeds of the best option."""
         for variant in self.variants:
             for option in self.options:
                 yield Run(variant, option, 0)
@@ -120,7 +120,7 @@ class Study:
         ]
 
     def results(self) -> list[dict]:
-        """Of the best option of each variant, or of all where a sweep is not over."""
+        """Results with "best": whether a run has its variant's best option so far."""
         rows = []
         for study_run in self.wanted():
             best = self.best_option(study_run.variant)
@@ -148,7 +148,7 @@ class Study:
         return config
 
     def take(self, study_run: Run) -> bool:
-        """Train and measure it, unless another process is at it."""
+        """Trains and measures a run; False if another process works on it."""
         folder = self.folder(study_run)
         # Entered by hand: a lock that is taken means "try the next run", not an error.
         held = lock.held(folder, "study")
@@ -185,7 +185,7 @@ class Study:
 
 
 def parse(text: str) -> tuple[str, list[str]]:
-    """A name and the settings that make it: "rf: flow.path=rf flow.density=uniform"."""
+    """Parses NAME: SETTINGS, such as "rf: flow.path=rf flow.density=uniform"."""
     name, colon, settings = text.partition(":")
     if not colon or not name.strip():
         raise ConfigError(

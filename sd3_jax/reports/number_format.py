@@ -1,4 +1,4 @@
-"""Numbers, dates and scores as people read them; what is missing is a dash."""
+"""Formats numbers, dates and scores for people; a missing value is a dash."""
 
 import math
 from datetime import datetime

@@ -1,4 +1,4 @@
-"""The page of `compare`: what departs, the layers, the trajectories, the pictures."""
+"""The page of `compare`: departures, layers, trajectories and pictures."""
 
 import base64
 import io

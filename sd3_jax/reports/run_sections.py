@@ -1,4 +1,4 @@
-"""What the report says, section by section; what is missing is said in a sentence."""
+"""The report's sections; a sentence says which data is missing."""
 
 import functools
 import json
@@ -81,7 +81,7 @@ def _figures(rows, facts):
 
 
 def samples(workdir: epath.Path) -> str:
-    """What the trained model draws."""
+    """The contact sheet of the trained model."""
     picture = _image(workdir, "samples.png", "Samples after training", FINAL_BYTES)
     if not picture:
         return html_page.section(

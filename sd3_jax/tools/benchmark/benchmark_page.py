@@ -1,4 +1,4 @@
-"""A benchmark's result for people: benchmark.md, and the ratios as benchmark.svg."""
+"""Writes a benchmark's result as benchmark.md, and its ratios as benchmark.svg."""
 
 import logging
 import statistics

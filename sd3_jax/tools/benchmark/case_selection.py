@@ -1,4 +1,4 @@
-"""From a config to what is timed."""
+"""The cases that a config asks to time, as specifications for both sides."""
 
 from ml_collections import ConfigDict
 

@@ -30,7 +30,7 @@ class Turns:
         self.repeats, self.warmup, self.pause = repeats, warmup, pause
 
     def beside(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """All sides loaded, a turn each: A B A B."""
+        """Loads all sides, and times them in turn: A B A B."""
         with contextlib.ExitStack() as stack:
             ready = {}
             for side in sides:
@@ -52,7 +52,7 @@ class Turns:
                     entry["sides"][side] |= worker.ask("peak")
 
     def apart(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """One side after the other, for they do not fit in memory together."""
+        """Times one side after the other, if both do not fit in memory together."""
         for side in sides:
             with self.worker(side) as worker, self.failing(entry, side):
                 self.prepare(worker, side, spec, entry)
@@ -69,7 +69,7 @@ class Turns:
 
     @contextlib.contextmanager
     def failing(self, entry: dict, side: str):
-        """A side that fails says so in the table; the others go on."""
+        """Records a side's failure in the table; the other sides go on."""
         try:
             yield
         except Failed as error:
@@ -78,7 +78,7 @@ class Turns:
             entry["turns"].pop(side, None)
 
     def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
-        """Loaded, compiled, its outputs written down, warm."""
+        """Loads and compiles a side, saves its outputs, and warms it up."""
         side_result = entry["sides"][side] = {}
         spec = spec if side == "ours" else {**spec, "mode": side}
         loaded = worker.ask("load", spec=spec)
@@ -92,7 +92,7 @@ class Turns:
         return self.weights / f"{side}.npz"
 
     def compare(self, spec: Spec, entry: dict) -> None:
-        """Who disagrees with us is not timed."""
+        """Refuses sides whose outputs differ from ours: they are not timed."""
         limit = cases.TOLERANCE[spec["dtype"]]
         for side in entry["turns"]:
             if "ours" in (side, *entry["refused"]) or side in entry["gaps"]:

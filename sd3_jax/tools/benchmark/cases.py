@@ -1,4 +1,4 @@
-"""What is timed: each case a dictionary that both sides read, and its inputs by seed.
+"""Cases to time, as dictionaries that both sides read, and their seeded inputs.
 
 Numpy only: the process that runs PyTorch imports this, and no jax with it.
 """
@@ -70,7 +70,7 @@ def rectangle(tokens: int, patch: int) -> tuple[int, int]:
 
 
 def inputs(spec: Spec) -> dict[str, np.ndarray]:
-    """What a case is run on, the same on both sides: NHWC, t in (0, 1)."""
+    """The inputs of a case, equal on both sides: NHWC, t in (0, 1)."""
     # numpy on both sides: torch and jax draw different numbers from equal seeds.
     rng = np.random.default_rng(spec["seed"])
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
@@ -104,7 +104,7 @@ def inputs(spec: Spec) -> dict[str, np.ndarray]:
 def gap(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> tuple[float, str]:
-    """The largest |ours - theirs| / |theirs| of their outputs, and which one it is."""
+    """The largest |ours - theirs| / |theirs| among the outputs, and its name."""
     if set(ours) != set(theirs):
         raise ValueError(f"ours gives {sorted(ours)}, theirs {sorted(theirs)}")
     errors = []
@@ -123,7 +123,7 @@ def weight(
 ) -> np.ndarray:
     """A random tensor of a diffusers file, of a size that keeps activations near 1.
 
-    Its numbers come round again after a million: drawing billions takes minutes.
+    Its numbers repeat after a million, because drawing billions takes minutes.
     """
     start = int(rng.integers(block.size))
     x = np.resize(np.roll(block, start), shape)

@@ -1,7 +1,7 @@
-"""Our side of a case, by the jobs' own programs.
+"""Our side of a case, with the programs that the jobs run.
 
 Run by `python -m sd3_jax.tools.benchmark.jax_side`.
-Compiled anew every time: jax's cache of programs is off in this process.
+Jax's cache of programs is off in this process, so that compilation is timed.
 """
 
 import time
@@ -31,7 +31,7 @@ DENOISER = ("remat", "attention", "unroll")  # what a spec may say of the module
 
 
 class Case:
-    """A program, compiled by `first`, and what it is called with; on one device."""
+    """A program on one device, compiled by `first`, with its arguments."""
 
     def __init__(self, spec: Spec):
         self.spec, self.device = spec, jax.devices()[0]
@@ -81,7 +81,7 @@ class Case:
             )
 
     def step(self) -> tuple[float, float]:
-        """A training step: the state that it takes is gone, as in `train`."""
+        """A training step; its input state is donated, as in `train`."""
         state, *rest = self.arguments
         state, metrics = self.program(state, *rest)
         jax.block_until_ready(state)
@@ -105,7 +105,7 @@ class Case:
 
 
 def load(spec: Spec, mesh) -> tuple[Any, dict]:
-    """The module and its variables; in training these stay float32."""
+    """The module and its variables, which are float32 in training."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
     module = component.build(spec["config"], dtype)
     # remat, attention and unroll are ours alone and not in diffusers' configuration.
@@ -119,7 +119,7 @@ def load(spec: Spec, mesh) -> tuple[Any, dict]:
 
 
 def make_weights(spec: Spec, path: str) -> dict:
-    """A file of random weights in diffusers' layout, for both sides."""
+    """Writes a file of random weights in diffusers' layout, for both sides."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
     module = component.build(spec["config"], dtype)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
@@ -140,7 +140,7 @@ def make_weights(spec: Spec, path: str) -> dict:
     return {"bytes": sum(entry.size for entry in entries.values())}
 
 
-# What each kind is: (lower, arguments, FLOPs, outputs by name)
+# The program of each kind: (lower, arguments, FLOPs, outputs by name)
 
 CaseProgram = tuple[Callable, tuple, float, Callable]
 velocity = lambda x: {"velocity": x}
@@ -196,7 +196,7 @@ def train(spec, module, variables, inputs) -> CaseProgram:
 
 
 def flow_loss(module) -> Callable:
-    """diffusion/losses.py's with the noise and the t's of the batch."""
+    """The loss of diffusion/losses.py, with noise and t from the batch."""
 
     def loss(params, key, batch, buffers):
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]

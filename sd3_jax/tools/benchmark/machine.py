@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine, its packages, the command."""
+"""The machine, packages and command of a benchmark."""
 
 import datetime
 import importlib.metadata
@@ -21,7 +21,7 @@ def present(module: str) -> bool:
 
 
 def missing(kind: str) -> str:
-    """Why PyTorch's side of a kind cannot be had, or ""."""
+    """Why PyTorch's side cannot run a kind, or ""."""
     absent = [x for x in cases.NEEDS.get(kind, cases.DIFFUSERS) if not present(x)]
     return f"{absent[0]} is not installed" if absent else ""
 

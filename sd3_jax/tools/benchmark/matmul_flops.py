@@ -1,5 +1,7 @@
-"""Floating-point operations of a function's products and convolutions, 2 a
-multiply-add, loops as often as they run: what XLA's own count leaves out."""
+"""FLOPs of a function's matrix products and convolutions, 2 a multiply-add.
+
+Bodies of loops count once for each iteration, which XLA's own count omits.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,7 +10,7 @@ import jax
 
 
 def flops(function: Callable, *args) -> float:
-    """Of function(*args), which may be shapes."""
+    """FLOPs of function(*args); args may be abstract."""
     return _of(jax.make_jaxpr(function)(*args).jaxpr)
 
 

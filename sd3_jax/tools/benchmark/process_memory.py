@@ -1,4 +1,4 @@
-"""A process's memory on this machine: now, at its highest, and from when on."""
+"""This process's resident memory: now, at its peak, and resetting the peak."""
 
 import ctypes
 import os
@@ -24,8 +24,8 @@ def peak() -> int:
 
 
 def reset() -> bool:
-    """Have `peak` count from here on, without what is freed but kept; False where the
-    system does not allow it."""
+    """Resets `peak` to the present memory, after returning freed memory to the system;
+    False if the system does not allow it."""
     try:
         # glibc keeps freed memory; without this the peak would begin at the peak
         # before.

@@ -1,7 +1,7 @@
 """One side's process: it reads commands as lines of JSON and answers in the same way.
 
-It does one thing at a time, when it is told to, and ends with the process that started
-it, whatever it is doing: a thread of its own sees the end of the pipe.
+It runs one command at a time and exits with the process that started it, whatever it is
+doing: a thread waits for the end of the pipe.
 """
 
 import json
@@ -20,8 +20,8 @@ from sd3_jax.tools.benchmark import process_memory
 
 
 def serve(side: Callable, **others: Callable) -> None:
-    """`side(spec)` makes what runs a case: first(), call(), outputs(), peak(), ...;
-    `others` are commands of this side's own."""
+    """Serves commands; `side(spec)` returns an object with first(), call(), outputs(),
+    peak(), …, and `others` are further commands of this side."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
@@ -56,7 +56,7 @@ def _read(commands: queue.Queue) -> None:
 
 
 def _first(loaded) -> dict:
-    """What a user waits for once: compilation, and the first run."""
+    """Compilation and the first run, which a user waits for once."""
     return loaded.first()
 
 

@@ -18,7 +18,7 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 class Case:
-    """A function and what it is called with; compiled where spec["mode"] says so."""
+    """A function of no arguments, compiled if spec["mode"] says so."""
 
     def __init__(self, spec: Spec):
         self.spec = spec
@@ -81,7 +81,7 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 
 
 def load(spec: Spec) -> torch.nn.Module:
-    """The component with the file's weights; in training they stay float32."""
+    """The component with the file's weights, which are float32 in training."""
     model = BUILD[spec["component"]](spec["config"])
     state = safetensors.torch.load_file(spec["weights"])
     if spec["component"] == "t5":
@@ -135,7 +135,7 @@ def cast(spec: Spec, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(getattr(torch, spec["dtype"])) for x in tensors]
 
 
-# What each kind is: a function without arguments, to outputs by name
+# The function of each kind, without arguments; it returns outputs by name
 
 
 def matmul(spec, model, inputs) -> Callable:

@@ -1,4 +1,4 @@
-"""Both sides of every component at the same inputs, and down the same trajectory."""
+"""Every component's layers on both sides, at the same inputs."""
 
 import functools
 import logging
@@ -25,7 +25,7 @@ BF16 = torch.bfloat16
 
 
 class Settings(NamedTuple):
-    """What both sides are run on."""
+    """The inputs and sampler settings of both sides."""
 
     prompts: tuple[str, ...]
     height: int
@@ -37,8 +37,8 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A layer: ours in float32 and in bfloat16, and PyTorch's own in bfloat16, each
-    against PyTorch in float32."""
+    """A layer's gaps to PyTorch in float32: of ours in float32 and bfloat16, and of
+    PyTorch in bfloat16."""
 
     layer: str
     float32: Gap
@@ -47,7 +47,7 @@ class Row(NamedTuple):
 
 
 class Subject:
-    """A source of weights, its parts' configurations and the inputs for them."""
+    """A source of weights, its components' configurations and their inputs."""
 
     def __init__(self, source: str, tokenizers: str, settings: Settings, mesh: Mesh):
         self.source, self.tokenizers, self.settings = source, tokenizers, settings
@@ -59,7 +59,7 @@ class Subject:
 
     @functools.cached_property
     def scheduler(self) -> dict:
-        """The folder's, if it is Euler's method, else the published one."""
+        """The folder's configuration if it is Euler's method, else a published one."""
         config = self.configs.get("scheduler", {"shift": 3.0})
         scheduler = schedulers.read(config)
         if (scheduler.solver, scheduler.line) == ("euler", "released"):
@@ -92,7 +92,7 @@ class Subject:
         return bundle.token_ids(s.prompts, s.length, encoders=self.configs)
 
     def images(self) -> np.ndarray:
-        """Smooth, as pictures are: few waves of random colours, in [-1, 1]."""
+        """Smooth images in [-1, 1]: a few waves in random colours."""
         draw = np.random.default_rng(self.settings.seed)
         s = self.settings
         y, x = np.mgrid[: s.height, : s.width] / max(s.height, s.width)
@@ -112,7 +112,7 @@ class Subject:
 
 
 def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
-    """Every component, its layers against PyTorch's."""
+    """The rows of every component's layers."""
     for name in COMPONENTS:
         if name not in subject.configs:
             continue
@@ -148,7 +148,7 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
 
 
 class Case(NamedTuple):
-    """One component at its inputs, on either side: layers' answers by name."""
+    """One component with its inputs; both sides return outputs by layer."""
 
     name: str
     table: Any  # (variables) -> list of Layer

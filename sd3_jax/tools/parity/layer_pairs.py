@@ -1,4 +1,4 @@
-"""Which answer of ours is which of PyTorch's, layer by layer, in their order."""
+"""Pairs of outputs, ours and PyTorch's, layer by layer in order."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from sd3_jax.tools.parity.torch_components import nhwc
 
 
 class Layer(NamedTuple):
-    """`ours(taken)` finds it in flax's intermediates; PyTorch's is what `pick` takes
-    of the answer of `theirs`, a submodule's name."""
+    """`ours(intermediates)` is our output in flax's intermediates; PyTorch's is
+    pick(output) of the submodule named `theirs`."""
 
     name: str
     ours: Callable[[dict], Any]
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
 
 def at(*path: str) -> Callable[[dict], Any]:
-    """The only call's answer of the module at a path."""
+    """A function of the intermediates: the output of the module at `path`."""
 
     def find(taken):
         for name in path:
@@ -31,7 +31,7 @@ def at(*path: str) -> Callable[[dict], Any]:
 
 
 def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Layer]:
-    """`shape` is that of the latents."""
+    """The layers of the denoiser for latents of `shape`, (h, w)."""
     depth, patch = config["num_layers"], config.get("patch_size", 2)
     dual = len(config.get("dual_attention_layers") or ())
     table = variables["buffers"]["pos_embed"].astype(np.float32)

@@ -84,7 +84,7 @@ CONVERT: dict[str, Callable] = {"denoiser": _denoiser, "vae": _vae}
 def captured(
     module: torch.nn.Module, call: Callable, wanted: dict[str, tuple[str, Callable]]
 ) -> dict[str, np.ndarray]:
-    """`call(module)` and on its way each label's (submodule, part of its answer)."""
+    """Runs call(module); for each label, pick(output) of its submodule."""
     taken, handles = {}, []
     named = dict(module.named_modules())
     for label, (submodule, pick) in wanted.items():

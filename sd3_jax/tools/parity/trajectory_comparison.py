@@ -1,4 +1,4 @@
-"""Both sides down the same sampling trajectory, and how far they drift apart."""
+"""The same sampling trajectory on both sides, and how far they drift apart."""
 
 import functools
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from sd3_jax.tools.parity.gap import gap
 
 
 class Drift(NamedTuple):
-    """The same for the latents after each step, and the pictures at the end."""
+    """Gaps of the latents after each step, and of the decoded pictures."""
 
     t: list[float]
     rows: list[Row]
@@ -28,8 +28,8 @@ class Drift(NamedTuple):
 
 
 def drift(subject: Subject) -> Drift:
-    """The first prompt under guidance from one noise, by both, each with its own text
-    encoders; what differs grows on the way."""
+    """Samples the first prompt with guidance on both sides, from one noise and with
+    each side's text encoders; differences accumulate over the steps."""
     s, noise = subject.settings, subject.latents(1, seed=1)
     texts = [s.prompts[0], ""]
     narrow = {}

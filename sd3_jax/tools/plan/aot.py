@@ -1,4 +1,4 @@
-"""The TPU's own compiler, run for slices that are not there."""
+"""Compiles programs for TPU slices without a TPU, by libtpu's compiler."""
 
 import os
 import re
@@ -28,11 +28,11 @@ ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
 
 
 class TooLarge(Exception):
-    """As the compiler tells it: "21.30G of 15.75G"."""
+    """The program does not fit in HBM: "21.30G of 15.75G"."""
 
 
 class Case(NamedTuple):
-    """A program and what it must do on a device."""
+    """A program and the work that it must do on one device."""
 
     name: str
     lower: Callable
@@ -59,7 +59,7 @@ def prepare() -> None:
 
 
 def compiler() -> str:
-    """The versions that a plan is of; UserError without a TPU compiler."""
+    """The versions of the compiler and jax; UserError without libtpu."""
     try:
         version = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
@@ -86,8 +86,8 @@ def devices(tpu_slice: Slice) -> list:
 
 
 def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
-    """Those that launch/ would start the job with: the generation's, and those of the
-    generation and the job where there are any."""
+    """The compiler flags that launch/ would set: those of the generation, and those of
+    the generation and the job if there is such a file."""
     if not folder:
         return {}
     path = epath.Path(folder) / f"{tpu_slice.kind}.env"
@@ -106,7 +106,7 @@ def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
 
 
 def compile(lowered, options: dict[str, str]) -> Compiled:
-    """Raises TooLarge where it does not fit."""
+    """Compiles a lowered program; TooLarge if it exceeds HBM."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # Of programs that use the SparseCores as_text() fails, the dump does not.

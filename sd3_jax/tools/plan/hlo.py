@@ -25,8 +25,8 @@ COLLECTIVES = (
 
 
 class Shape(NamedTuple):
-    """An array as it lies in memory: sides, their order from the fastest, the first
-    tile's sides, and the memory space."""
+    """An array's layout: sides, axes from the fastest to the slowest, sides of the
+    first tile, and memory space."""
 
     dtype: str
     sides: tuple[int, ...]
@@ -40,7 +40,7 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """With the padding of its tiles: 96 numbers fill 128 lanes."""
+        """Bytes with the padding of tiles: 96 numbers fill 128 lanes."""
         # minor_to_major: the first entry of `order` is the axis that is contiguous.
         sides = [self.sides[i] for i in self.order] or list(self.sides[::-1])
         for i, tile in enumerate(self.tile[::-1]):
@@ -66,7 +66,7 @@ class Instruction(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the JAX program that it was made for."""
+        """The operation of the JAX program that it comes from."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
@@ -82,7 +82,7 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs, but for a loop's condition."""
+        """The computations that it runs, except a loop's condition."""
         pattern = (
             r"\b(?:calls|body|to_apply|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
         )
@@ -158,7 +158,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Of the text of a module after all passes; ValueError if it has no entry."""
+    """Parses a module's text after all passes; ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current, lines = "", None, []
 
@@ -222,7 +222,7 @@ def _closing(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that no bracket encloses."""
+    """Splits at commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -255,6 +255,6 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def bytes_of(dtype: str) -> float:
-    """Of a number; KeyError for a type that HLO does not have."""
+    """Bytes of one number; KeyError for an unknown type."""
     small = {"f8": 1.0, "f4": 0.5}
     return BYTES[dtype] if dtype in BYTES else small[dtype[:2]]

@@ -1,8 +1,8 @@
-"""What a compiled program sends between chips: bytes, and the links they can take.
+"""Bytes that a compiled program sends between chips, and the links it can use.
 
-A collective's bytes are what a device sends in a ring of its group, in whole tiles as
-they move. Its time is that of the links its groups can use at best: both directions of
-each axis of the torus that they fill, one where an axis does not close.
+A collective's bytes are those that a device sends in a ring of its group, with tile
+padding. Its time assumes the best links: both directions of each torus axis that the
+groups fill, or one direction if the axis does not wrap around.
 """
 
 import functools
@@ -36,7 +36,7 @@ class Collective(NamedTuple):
 
 
 def channel(x: Instruction) -> str:
-    """What the parts of one collective have in common; "" for one that is whole.
+    """The channel that all parts of one collective share; "" for an unsplit one.
 
     All of shard_map's have channel 1.
     """
@@ -49,7 +49,7 @@ def channel(x: Instruction) -> str:
 def collective(
     x: Instruction, home: Computation, mesh: Mapping[str, int]
 ) -> Collective | None:
-    """What `x`, of `home`, sends; None if it is no collective."""
+    """The collective that `x`, an instruction of `home`, runs; None if it is none."""
     if x.opcode == "send":
         return _between_slices(x, home, mesh)
     # Bytes are counted at the start of an asynchronous collective; its end moves none.
@@ -75,7 +75,7 @@ def collective(
 def collectives(
     module: Module, mesh: Mapping[str, int]
 ) -> Iterator[tuple[Collective, int]]:
-    """Every collective of a program, and how often a run has it."""
+    """Every collective of a program, and how often a run executes it."""
 
     def walk(name: str, times: int):
         home = module[name]
@@ -108,7 +108,7 @@ def sent(kind: str, whole: float, members: int) -> float:
 
 
 def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
-    """Bytes that a collective takes or makes, whichever is more, and their shape."""
+    """Bytes of a collective's operands or results, whichever is more, and the shape."""
     operands = [
         shape
         for name in x.operands
@@ -129,7 +129,7 @@ def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
 
 
 def _between_slices(x, home: Computation, mesh) -> Collective | None:
-    """What a host sends to the other slices for a device (megascale)."""
+    """The transfer to other slices that a host makes for a device (megascale)."""
     # Between slices there is no ICI: XLA sends by the hosts (megascale).
     if "xla_megascale" not in x.attributes:
         return None
@@ -176,7 +176,7 @@ class Links:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - one for a program
     def hops(self, pairs: Pairs) -> float:
-        """From chip to chip, on average; no less than one."""
+        """Average number of hops from sender to receiver, at least 1."""
         total = 0
         for a, b in pairs:
             (_, *here), (_, *there) = self.places[a], self.places[b]
@@ -215,7 +215,7 @@ class Links:
 
 
 def replica_groups(text: str, devices: int) -> Groups:
-    """Which devices talk to which, in any of the ways that HLO says it."""
+    """The groups of devices of a collective, from any of HLO's notations."""
     pairs = _pairs(text)
     if pairs:
         return _connected(pairs)
@@ -259,7 +259,7 @@ def _tuples(ids: np.ndarray) -> Groups:
 
 @functools.lru_cache(maxsize=256)
 def _connected(pairs: Pairs) -> Groups:
-    """Rings from their hops."""
+    """The connected groups of a permutation's pairs."""
     near = defaultdict(set)
     for a, b in pairs:
         near[a].add(b)

@@ -10,9 +10,9 @@ from sd3_jax.tools.plan.hlo import Computation, Instruction, Module
 def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
     """How often the body of a loop, an instruction of `home`, runs; None if unknown.
 
-    As XLA says, or from the counter's start to the bound in the condition by what each
-    turn adds. Rings inside products count by twos, and a loop of which a turn was
-    peeled begins at 1.
+    The count is XLA's, or follows from the counter's start, its step, and the bound in
+    the condition. Rings inside products step by 2, and a loop with a peeled iteration
+    starts at 1.
     """
     # Most loops are scans, for which XLA writes the count into the backend config.
     known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')

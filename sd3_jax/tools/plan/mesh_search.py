@@ -1,4 +1,4 @@
-"""Which mesh, images a chip and remat to try first, by floors that need no compiler."""
+"""Ranks meshes, batch sizes and remat by bounds that need no compiler."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
     remat: str
 
     def keys(self, batch: int, chips: int) -> dict:
-        """The recipe's keys that it stands for."""
+        """The recipe's keys for this candidate."""
         return {
             "mesh.data": self.data,
             "mesh.fsdp": self.fsdp,

@@ -1,8 +1,8 @@
-"""What one operation of a compiled program costs: FLOPs, and bytes in and out of HBM.
+"""Costs of one operation of a compiled program: FLOPs, and bytes of HBM.
 
-Bytes are those of whole tiles, as they move. A fusion reads of an operand what its
-slices take, and writes of an update in place what is new; what is passed through costs
-nothing. Kernels of Pallas, of which XLA counts nothing, are known by their names.
+Bytes include tile padding. A fusion reads the part of an operand that its slices take
+and writes the new part of an in-place update; passing an array through is free. XLA
+counts nothing for Pallas kernels, so they are recognised by name.
 """
 
 from collections.abc import Iterator
@@ -60,8 +60,8 @@ def is_done(x: Instruction) -> bool:
 def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost:
     """Of `x`, an instruction of `home`; `matrix` is the matrix unit's width.
 
-    An asynchronous operation costs what it does where it starts, and nothing at its
-    end. Loops and branches cost nothing: what they run does.
+    An asynchronous operation is charged at its start. Loops and branches are free; the
+    operations in them are not.
     """
     if x.opcode in FREE or is_done(x):
         return Cost()
@@ -126,7 +126,7 @@ def _host(x: Instruction, home: Computation) -> float:
 
 
 def _given(x: Instruction, home: Computation) -> tuple[str, ...]:
-    """Operands; those on a SparseCore come with an update after the start."""
+    """Operands; on a SparseCore they belong to an update after the start."""
     updates = [u for u in home.users.get(x.name, ()) if u.opcode == "async-update"]
     return x.operands or tuple(n for u in updates for n in u.operands[1:])
 
@@ -163,14 +163,14 @@ def _reads(body, x: Instruction, module: Module, whole: float) -> Iterator[float
 
 
 def _passes_on(x: Instruction, module: Module) -> bool:
-    """Whether it gives on what it reads, and no more of it than its user takes."""
+    """Whether it passes its operand on and reads only what its user takes."""
     if x.opcode != "fusion":
         return x.opcode in PASSED_ON
     return all(y.opcode in (*PASSED_ON, "parameter") for y in module[x.called[0]])
 
 
 def _counted_elsewhere(x: Instruction) -> bool:
-    """Collectives inside fusions are counted once for their channel (wire.py)."""
+    """Collectives inside fusions are counted once by channel (link_traffic.py)."""
     passing = x.opcode == "custom-call" and "AsyncCollective" in x.attributes
     return passing or (x.opcode in COLLECTIVES and "chain_id" in x.attributes)
 
@@ -202,7 +202,7 @@ def _writes(body, x: Instruction, module: Module, where: tuple[Shape, ...]) -> f
 
 
 def _in_place(body: Computation, update: Instruction, module: Module) -> bool:
-    """Whether what is updated is the fusion's own operand."""
+    """Whether the updated array is an operand of the fusion."""
     # Bitcasts and the like lie between the operand and its update.
     target = body.by_name[update.operands[0]]
     while target.operands and target.opcode != "pad" and _passes_on(target, module):

@@ -1,4 +1,4 @@
-"""The plan as bars: what a step's time is for, a slice a bar."""
+"""Draws a plan: a bar for each slice, divided by where a step's time goes."""
 
 import io
 from collections.abc import Sequence

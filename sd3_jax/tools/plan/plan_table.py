@@ -50,7 +50,7 @@ def table(rows: list[dict]) -> list[str]:
 
 
 def details(row: dict) -> str:
-    """What a row's time is for, and the recipe's keys that a search found."""
+    """Where a row's time goes, and the recipe's keys that a search found."""
     name = f"{row['slice']} {row['program']}"
     recipe = f"\n  {row['recipe']}" if "recipe" in row else ""
     if "needs" in row:
@@ -77,7 +77,7 @@ def details(row: dict) -> str:
 
 
 def notes(rows: list[dict]) -> list[str]:
-    """What the figures are, and of which compiler."""
+    """Footnotes: what the figures mean, and the compiler's version."""
     jobs = {"train" if row["program"] == "train" else "sample" for row in rows}
     reach = [shown(list(bounds.FORECAST[job])) for job in sorted(jobs)]
     lines = [

@@ -1,10 +1,9 @@
-"""The time that a compiled program takes at least, run in the order that XLA gave it.
+"""A lower bound of a compiled program's time, in the order of XLA's schedule.
 
-A core runs one operation after another: each takes its FLOPs at the matrix unit's peak
-or its bytes at the rate of HBM, whichever is longer. Collectives and copies that have a
-start and an end run beside what lies between; what is left of them at the end is waited
-for. Vector units, latencies and what operations lose to each other are left out: the
-sum is a bound and no forecast.
+A core runs one operation after another; each takes the longer of its FLOPs at the
+matrix unit's peak and its bytes at HBM's rate. Asynchronous collectives and copies
+overlap with the operations between their start and end; the rest is waited for. Vector
+units, latencies and contention are left out, so the sum is a bound and no forecast.
 """
 
 from collections import Counter, defaultdict
@@ -22,7 +21,7 @@ from sd3_jax.tools.plan.slices import Generation
 
 @dataclass
 class Account:
-    """Of one device and one run of the program."""
+    """Totals of one run of the program on one device."""
 
     seconds: float = 0.0  # the serial floor
     by_kind: Counter = field(default_factory=Counter)  # of seconds
@@ -48,7 +47,7 @@ class Account:
 
 
 class Event(NamedTuple):
-    """What an instruction does to the clock."""
+    """An instruction's effect on the clock."""
 
     action: str  # run, start, end, loop, call
     name: str = ""  # of what starts or ends; of what is called

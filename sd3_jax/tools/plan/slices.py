@@ -97,8 +97,8 @@ class Slice(NamedTuple):
 
     @property
     def wrap(self) -> tuple[bool, bool, bool]:
-        """Which axes close to a ring: of a solid all or none, of a flat one those of
-        16. Without them the compiler turns gathers into sums of whole weights."""
+        """Which axes wrap around: in 3D all or none, in 2D those of 16 chips. Without
+        this the compiler replaces all-gathers by all-reduces of whole weights."""
         if len(self.shape) == 3:
             return (all(n % 4 == 0 for n in self.shape),) * 3
         return (*(n == 16 for n in self.shape), False)

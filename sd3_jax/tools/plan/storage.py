@@ -1,7 +1,7 @@
-"""What records of n pictures take: disk, shards, batches and hours, before any is read.
+"""The disk space, shards, batches and hours of n records, before any is read.
 
-Invented pictures stand for the ones that are not there yet. docs/data.md has the
-arithmetic beside the paper's (Table 7).
+Synthetic picture sizes (synthetic_web.py) stand in for real ones. docs/data.md compares
+the arithmetic with the paper's Table 7.
 """
 
 import json
@@ -227,7 +227,7 @@ def table_7_rate(pixels: float, tokens: int, *, encoded: bool = True) -> float:
 
 
 def _count(n, buckets, seed):
-    """By bucket: pictures, those enlarged, and the sum of the shares kept."""
+    """By bucket: pictures, enlarged ones, and the sum of the shares that crops keep."""
     sums = np.zeros((3, len(buckets)))
     for block in synthetic_web.blocks(n, seed):
         of, larger, kept = synthetic_web.fits(block, buckets)

@@ -1,4 +1,4 @@
-"""Invented pictures, like the web's: for plans of data that is not there yet."""
+"""Synthetic picture sizes with the web's mixture, for plans of future data."""
 
 import math
 from collections.abc import Iterator, Sequence

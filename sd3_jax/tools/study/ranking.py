@@ -8,7 +8,7 @@ from numpy import ndarray
 
 
 def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
-    """The Pareto front that each of n is on, 1 the best; every score better when lower.
+    """The Pareto front of each of n rows, 1 is the best; lower scores are better.
 
     Non-dominated sorting: the first front are those that no other is at least as good
     as in all scores and better than in one; the next are those of what is left.

@@ -1,4 +1,4 @@
-"""What a study measures of a run: its validation loss, and its pictures' scores."""
+"""A study's measurements of a run: its validation loss, and scores of pictures."""
 
 import json
 from collections.abc import Callable
@@ -39,8 +39,8 @@ def measure(
     result: dict,
     keep: Callable[[dict], None],
 ) -> None:
-    """Adds to `result`, and keeps it after every sampler setting: those are not done
-    again. The step is that of the least validation loss among those saved (B.3)."""
+    """Adds scores to `result` and saves it after every sampler setting, so that none is
+    repeated. It takes the checkpoint with the least validation loss (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = model_parts.parts(config)
@@ -124,7 +124,7 @@ def override(config: ConfigDict, text: str, where: str) -> None:
 
 
 class Traveller(TrainedSampler):
-    """A painter that notes how long the way of each picture was: the sum of |v dt|."""
+    """A sampler that also measures each trajectory's length, the sum of |v dt|."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -149,7 +149,7 @@ class Traveller(TrainedSampler):
         return image
 
     def length(self) -> float:
-        """The mean since it was last asked for."""
+        """The mean length since the last call."""
         lengths, self.lengths = np.concatenate(self.lengths), []
         return float(lengths.mean())
 
@@ -169,8 +169,8 @@ def as_evaluated(config: ConfigDict) -> ConfigDict:
 
 
 class Digits:
-    """Scenes of the recipe's mix that training never shows, and real ones of them: the
-    share of pictures that are right, and FID on pixels."""
+    """The share of right pictures and FID on pixels, for held-out scenes of the
+    recipe's mix, against real pictures of the same scenes."""
 
     def __init__(self, config: ConfigDict):
         counts = np.array(config.data.mix) / sum(config.data.mix)

@@ -1,4 +1,4 @@
-"""How a loss falls with compute, and whether it tells of other scores (paper, 5.3)."""
+"""Scaling laws of the loss, and its correlation with other scores (paper, 5.3)."""
 
 from typing import NamedTuple
 

@@ -12,7 +12,7 @@ LOWER = ("loss", "fid")  # better when lower; "score" is better when higher
 
 
 def merit(result: Result, by: str) -> float:
-    """Of a run, better when lower: its validation loss, or a score of its pictures."""
+    """A run's validation loss, or a score with its sign such that lower is better."""
     if by == "loss":
         return result["loss"]
     value = float(np.mean([row[by] for row in result["scores"]]))
