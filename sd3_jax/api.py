@@ -27,6 +27,7 @@ from sd3_jax.sampling import (
     bundle_loading,
     compiled,
     control_arguments,
+    masks,
     seeds,
 )
 from sd3_jax.sampling.arguments import Texts
@@ -184,7 +185,7 @@ def generate(
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
-        mask = spread(arguments.latent_mask(mask, shape, bundle.factor), "mask")
+        mask = spread(masks.latent_mask(mask, shape, bundle.factor), "mask")
     if image is not None:
         times = grids.strength(times, strength)
         x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)

@@ -21,6 +21,7 @@ from numpy import ndarray
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evaluation import scorers
+from sd3_jax.evaluation.box_geometry import OFFSET, RELATIONS, iou, relations
 from sd3_jax.evaluation.scorers import Asked, Score, Verdict, answers, called
 from sd3_jax.foreign_text import parse_json, shown
 
@@ -33,11 +34,9 @@ NAMES = {  # the tags, in the order of the paper's table 5, and what rows call t
     "color_attr": "color attribution",
 }
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
-RELATIONS = ("left of", "right of", "above", "below")
 CONFIDENCE, COUNTING = 0.3, 0.9  # a detection's least score; in "counting"
 MOST = 16  # detections of a label that count
 OVERLAP = 1.0  # of two of a label, at most, as intersection over union; 1: any
-OFFSET = 0.1  # of both sizes, within which centres are not apart
 GREY = 153
 
 
@@ -180,35 +179,6 @@ def judged(
             less = f"{entry['class']}: wanted fewer than {entry['count']}"
             reasons.append(f"{less}, found {number}")
     return Verdict(float(not reasons), "; ".join(reasons))
-
-
-def relations(a: Sequence, b: Sequence, offset: float = OFFSET) -> set[str]:
-    """The relations of box a to box b: up to two of RELATIONS.
-
-    Centres count as apart by what exceeds `offset` times the sum of both sizes.
-    """
-    a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))  # corners, (x, y)
-    apart = a.mean(0) - b.mean(0)
-    size = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
-    # Differences of centres within `offset` of both sizes count as none.
-    beyond = np.sign(apart) * np.maximum(np.abs(apart) - offset * size, 0)
-    if np.all(np.abs(beyond) < 1e-3):
-        return set()
-    # A component must exceed half of the distance, which is 30 degrees from the other
-    # axis; y points down.
-    x, y = beyond / np.linalg.norm(apart)
-    there = zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5))
-    return {name for name, holds in there if holds}
-
-
-def iou(a: Sequence, b: Sequence) -> float:
-    """Intersection over union of boxes whose last pixels are inside them."""
-    # The + 1 is the benchmark's: its boxes end at their last pixel.
-    area = lambda x0, y0, x1, y1: max(x1 - x0 + 1, 0) * max(y1 - y0 + 1, 0)
-    inner = (*map(max, a[:2], b[:2]), *map(min, a[2:], b[2:]))
-    intersection = area(*inner)
-    union = area(*a) + area(*b) - intersection
-    return intersection / union if union else 0.0
 
 
 def crop(

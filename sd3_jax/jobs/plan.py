@@ -214,7 +214,9 @@ def planned(
         write_whole(workdir / name, compiled.text.encode())
     module = hlo.parse(compiled.text)
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
-    program = schedule.Schedule(module, tpu_slice.generation, mesh.shape, links, usual)
+    program = schedule.Schedule(
+        module, tpu_slice.generation, mesh.shape, links, schedule.usual_branch
+    )
     account = program.run()
     return (
         row
@@ -222,13 +224,6 @@ def planned(
         | accounted(account, case, tpu_slice, compiled)
         | {"unknown": sorted(program.unknown)}
     )
-
-
-def usual(x: hlo.Instruction, lengths: dict[str, int]) -> str:
-    """The branch that most steps take: the shorter one for the EMA, which is updated
-    only now and then, else the longer one: the shorter skips a non-finite step."""
-    choose = min if "/ema/" in x.source else max
-    return choose(lengths, key=lengths.get)
 
 
 def accounted(

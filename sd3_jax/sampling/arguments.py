@@ -273,28 +273,6 @@ def latents_of(
     return jnp.asarray(image, jnp.float32)
 
 
-def latent_mask(
-    mask: Pictures, shape: tuple, factor: int
-) -> Float[np.ndarray, "b h w 1"]:
-    """1 where the mask is at least 0.5 at the first pixel of each latent."""
-    return (pixel_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(
-        np.float32
-    )
-
-
-def pixel_mask(
-    mask: Pictures, shape: tuple, factor: int
-) -> Float[np.ndarray, "b H W 1"]:
-    mask = input_images.mask(mask)
-    sides = shape[0] * factor, shape[1] * factor
-    if mask.shape[1:3] != sides:
-        raise UserError(
-            f"mask of {mask.shape[1:3]} pixels: the picture has {sides}; wanted the"
-            " same"
-        )
-    return mask
-
-
 def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:
     last = bundle.part("denoiser").depth - 1
     return tuple(

@@ -59,11 +59,7 @@ def load(
     rounded while they are read (params/quantization.py). `check(scheduler, configs)`
     is called before any weight is read, and may raise.
     """
-    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
-    if dtype not in DTYPES:
-        raise UserError(
-            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
-        )
+    dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
 
     # --- what the sources hold: configurations, and parts whose weights are unread
@@ -74,36 +70,49 @@ def load(
     source = ",".join(map(os.fspath, names))
     parts, configs = _open_parts(places, only)
     if lacking := [x for x in quantize if x in only and x not in parts]:
-        raise UserError(
-            f"{source} has no {lacking[0]} to quantize, only {', '.join(parts)}"
-        )
+        there = ", ".join(parts)
+        raise UserError(f"{source} has no {lacking[0]} to quantize, only {there}")
 
     # --- checks that need no weights, so that a mistake costs seconds and not minutes
     check(read_scheduler(configs, source), configs)
-    for key in schedulers.unread(configs.get("scheduler", {})):
-        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
+    _warn_of_unread_keys(configs, source)
     fit({name: part.config for name, part in parts.items()}, source)
     loras = lora_adapters.opened(lora, only, parts)
     paths = [place.path for place in places]
-    words = tokenizers_of(paths, tokenizers_from or "", configs)
-    if tokenizers_from is not None:
-        for name in [x for x in TEXT if x in parts and x not in words]:
-            words[name] = fetched_tokenizer(name, configs[name], source)
+    words = _tokenizers(paths, tokenizers_from, parts, configs, source)
 
     # --- the weights, one component after another
     modules, variables, stored = {}, {}, {}
     for name, part in parts.items():
         kind = quantize.get(name, "")
-        modules[name], variables[name], stored[name] = _read_part(
-            name, part, mesh, dtype, kind
-        )
+        module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
+        modules[name], variables[name], stored[name] = module, values, dtypes
     variables = lora_adapters.attached(variables, modules, loras)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
-    return Bundle(
-        modules, variables, configs, words, mesh, dtype, source, stored, kinds
-    )
+    about = dtype, source, stored, kinds
+    return Bundle(modules, variables, configs, words, mesh, *about)
+
+
+def _warn_of_unread_keys(configs: Mapping[str, dict], source: str) -> None:
+    for key in schedulers.unread(configs.get("scheduler", {})):
+        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
+
+
+def _tokenizers(
+    paths: Sequence,
+    tokenizers_from: str | None,
+    parts: Mapping[str, sources.Part],
+    configs: dict[str, dict],
+    source: str,
+) -> dict[str, Any]:
+    """Tokenizers by encoder; the hub is asked last, and not if embeddings suffice."""
+    words = tokenizers_of(paths, tokenizers_from or "", configs)
+    if tokenizers_from is not None:
+        for name in [x for x in TEXT if x in parts and x not in words]:
+            words[name] = fetched_tokenizer(name, configs[name], source)
+    return words
 
 
 def _open_parts(
@@ -137,6 +146,15 @@ def _read_part(
         # that the full-precision model is never in memory.
         shapes["params"] = quantization.abstract(shapes["params"], kind)
     return module, part.read(component, module, shapes), stored
+
+
+def _checked_dtype(dtype: Any) -> str:
+    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
+    if dtype not in DTYPES:
+        raise UserError(
+            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
+        )
+    return dtype
 
 
 def _dtype_name(dtype: Any) -> str:

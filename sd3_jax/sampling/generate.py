@@ -48,15 +48,8 @@ def generate(
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
     if noise is None:
         noise = draw(keys)
-    guided = guidance.cfg(
-        velocity,
-        cond,
-        uncond,
-        scale=scale,
-        interval=interval,
-        rescale=rescale,
-        skip=skip,
-    )
+    options = dict(scale=scale, interval=interval, rescale=rescale, skip=skip)
+    guided = guidance.cfg(velocity, cond, uncond, **options)
     # The same noise at every t: the kept area follows one straight path down to x0.
     at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
 

@@ -264,6 +264,13 @@ class Schedule:
         account.by_kind[WAITS[network]] += wait
 
 
+def usual_branch(x: Instruction, lengths: dict[str, int]) -> str:
+    """The branch that most steps take: the shorter one for the EMA, which is updated
+    only now and then, else the longer one: the shorter skips a non-finite step."""
+    choose = min if "/ema/" in x.source else max
+    return choose(lengths, key=lengths.get)
+
+
 def _first(x: Instruction, home: Computation) -> str:
     """The name of the start that an end belongs to."""
     name = x.operands[0]

@@ -58,25 +58,14 @@ def plan(
     """
     # The shares of a million pictures are exact to about 0.1 %, so larger counts scale.
     looked = min(n, sample)
-    counts, larger, kept = _count(looked, buckets, seed)
-    pictures = _scaled(counts, n)
+    sums = _count(looked, buckets, seed)
     options = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
     options |= dict(text_tokens=text_tokens, context_dim=context_dim)
     options |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
     records = [arrays(height, width, **options) for height, width in buckets]
     about = _about(caption, source)
-    shapes = [
-        _bucket_row(
-            *buckets[i],
-            pictures[i],
-            record_bytes(records[i], about),
-            _files(pictures[i], n, part),
-            batch_size,
-            enlarged=float(larger[i] / max(counts[i], 1)),
-            kept=float(kept[i] / max(counts[i], 1)),
-        )
-        for i in range(len(buckets))
-    ]
+    sizes = [record_bytes(record, about) for record in records]
+    shapes = _bucket_rows(n, buckets, sums, sizes, part, batch_size)
     area = sum(x.pictures * x.height * x.width for x in shapes) / max(n, 1)
     rate, rate_from = images_per_second, "as given"
     if rate is None:
@@ -88,8 +77,8 @@ def plan(
         tensors=_tensor_bytes(records),
         shapes=[row._asdict() for row in shapes],
         **_totals(n, shapes, batch_size, step_seconds),
-        enlarged=float(larger.sum() / max(looked, 1)),
-        kept=float(kept.sum() / max(looked, 1)),
+        enlarged=float(sums[1].sum() / max(looked, 1)),
+        kept=float(sums[2].sum() / max(looked, 1)),
         **_hours(n, rate, chips),
         rate_from=rate_from,
     )
@@ -122,29 +111,32 @@ def _hours(n: int, rate: float, chips: int) -> dict[str, Any]:
     )
 
 
-def _bucket_row(
-    height: int,
-    width: int,
-    pictures: int,
-    size: int,
-    files: int,
+def _bucket_rows(
+    n: int,
+    buckets: Sequence[tuple[int, int]],
+    sums: np.ndarray,
+    sizes: Sequence[int],
+    part: int,
     batch_size: int,
-    *,
-    enlarged: float,
-    kept: float,
-) -> Shape:
-    per_shard = pictures / max(files, 1)
-    return Shape(
-        height=height,
-        width=width,
-        pictures=pictures,
-        record_bytes=size,
-        shards=files,
-        shard_bytes=shard_bytes(round(per_shard), size) if files else 0,
-        batches=pictures // batch_size,
-        enlarged=enlarged,
-        kept=kept,
-    )
+) -> list[Shape]:
+    """`sums` (3, buckets) are _count's, `sizes` the bytes of a record by bucket."""
+    counts, larger, kept = sums
+    rows = []
+    for i, pictures in enumerate(_scaled(counts, n)):
+        files = _files(pictures, n, part)
+        per_shard = pictures / max(files, 1)
+        row = Shape(
+            *buckets[i],
+            pictures=pictures,
+            record_bytes=sizes[i],
+            shards=files,
+            shard_bytes=shard_bytes(round(per_shard), sizes[i]) if files else 0,
+            batches=pictures // batch_size,
+            enlarged=float(larger[i] / max(counts[i], 1)),
+            kept=float(kept[i] / max(counts[i], 1)),
+        )
+        rows.append(row)
+    return rows
 
 
 def _tensor_bytes(records: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
