@@ -81,6 +81,7 @@ def _number(value, function: Callable) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
+    # NaN fails the comparison as well, so that text and NaN give one message.
     if not 0 <= number <= 1:
         complaint = f"{called(function)} gave {shown(value)}"
         raise UserError(f"{complaint}; wanted a number in [0, 1] a picture")

@@ -78,8 +78,8 @@ def blamed(key: str):
         raise UserError(f"config.{key}: {error}") from None
 
 
-def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
-    """The extractor that config.eval.features names."""
+def extractor(config: ConfigDict, loaded: Callable[[], Clip] | None) -> Extractor:
+    """The extractor that config.eval.features names; only "clip" calls `loaded`."""
     name = config.eval.features
     if name in KINDS:
         return KINDS[name](loaded)

@@ -62,6 +62,7 @@ def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, param
     """Rows of the measures in config.eval.scores."""
     captions, extract, clip = measured(config)
     names = config.eval.scores
+    # Before sampling: missing pictures should fail in minutes, not after hours.
     reference = references(config, extract, names) if extract is not None else None
     sample = sampler.sampler_for(config, parts, mesh, params)
     sampled, cosines = look(config, sample, captions, extract, clip, "fid" in names)
@@ -98,6 +99,7 @@ def references(
         stored = feature_statistics.load(path)
         # A user's function does not say its dimension before it has been called.
         dim = extract.dim or len(stored.statistics.mean)
+        # Statistics must be of at least as many pictures as are sampled.
         least = config.eval.pictures
         feature_statistics.check(stored, about, dim, least=least, where=path)
         return Features(stored.features, stored.statistics)
@@ -160,6 +162,7 @@ def look(
     )
     if clip is None:
         return sampled, None
+    # The captions of this process's share, in the order of its pictures.
     texts = clip.text(captions[index::step])
     pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
     cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
@@ -190,6 +193,7 @@ def of_fid(name: str, reference: Features, sampled: Features) -> list[dict]:
 
 def of_kid(name: str, reference: Features, sampled: Features) -> list[dict]:
     estimate = kid.kid(reference.rows, sampled.rows)
+    # Papers report KID times 1,000.
     row = {"name": f"KID x 1,000, {name}", "score": 1_000 * estimate.mean}
     more = {"std": 1_000 * estimate.std, "subset": estimate.size}
     return [row | {"n": len(sampled.rows), "real": len(reference.rows)} | more]

@@ -72,6 +72,7 @@ def judge(
     verdicts = []
     for images in sampler.sample_in_batches(sample, prompts, range(len(prompts)), size):
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
+        # Verdicts arrive in order, so their number is the place of this batch.
         batch = asked[len(verdicts) : len(verdicts) + len(images)]
         verdicts += processes.shared(
             functools.partial(_share, scorer, batch, images), len(batch)

@@ -55,6 +55,7 @@ def score(name: str, right: Sequence[bool]) -> Score:
 def mean(name: str, values: Sequence[float]) -> Score:
     """The mean of any figures with a normal interval, infinite for a single one."""
     x = np.asarray(values, np.float64)
+    # One picture says nothing about the spread.
     half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
     middle = float(x.mean())
     return Score(name, middle, len(x), float(middle - half), float(middle + half))
@@ -67,6 +68,7 @@ def overall(name: str, parts: Sequence[Score]) -> Score:
     """
     # Categories count equally, whatever their number of prompts: the benchmarks' rule.
     p = np.mean([part.score for part in parts])
+    # Independent errors of a mean add in squares.
     root = lambda off: np.sqrt(np.sum(np.square(off))) / len(parts)
     low = p - root([part.score - part.low for part in parts])
     high = p + root([part.high - part.score for part in parts])

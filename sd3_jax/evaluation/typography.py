@@ -50,6 +50,7 @@ def parse(line: str) -> Asked:
     text, category = record.get("text"), record.get("category", "text")
     if not isinstance(prompt, str) or not isinstance(category, str):
         raise UserError('wanted {"prompt": TEXT, "text": TEXT, "category": TEXT}')
+    # An explicit "text" wins: prompts may quote what is not to be spelled.
     text = quoted(prompt) if text is None else text
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'"{shown(prompt, 60)}" asks for no text; wanted it in quotes')
@@ -114,6 +115,7 @@ def edits(a: str, b: str) -> int:
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i
         for j, y in enumerate(b, 1):
+            # `above` is the diagonal entry of the row before.
             substituted = above + (x != y)
             above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
     return row[-1]

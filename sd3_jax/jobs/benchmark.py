@@ -47,6 +47,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )
     todo = case_selection.selected_cases(config)
+    # Two benchmarks in one workdir would time each other.
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
     # SIGTERM would end this process without its finally blocks, and leave gigabytes of
@@ -108,6 +109,7 @@ class Benchmark:
             warmup=bench.warmup,
             pause=bench.pause,
         )
+        # Without PyTorch the cases still run, ours alone.
         self.missing = {x: machine.missing(x) for x in ("matmul", *cases.KINDS)}
         self.result = {
             "about": machine.about(dtype=bench.dtype, repeats=bench.repeats),
@@ -149,6 +151,7 @@ class Benchmark:
         sides = {k: x for k, x in entry["sides"].items() if "seconds" in x}
         if "ours" not in sides:
             raise Failed(f"the product of two matrices: {entry['sides']}")
+        # The minimum: a peak is what the machine can do undisturbed.
         best = min(sides, key=lambda name: sides[name]["seconds"]["min"])
         device = sides["ours"]["device"]
         self.result["peak"] = {
@@ -259,6 +262,7 @@ class Benchmark:
         scaling = self.config.benchmark.scaling
         depth = value if axis == "depth" else scaling.depth
         tokens = value if axis == "tokens" else scaling.tokens[0]
+        # The width of config.benchmark.scaling replaces the recipe's.
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.model.update(width=scaling.width, num_heads=scaling.num_heads)

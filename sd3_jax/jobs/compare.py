@@ -25,6 +25,7 @@ FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Writes workdir/compare.json and compare.html; without weights it compares small
     random models of each published kind."""
+    # Found without importing: the message is the only thing that the user needs here.
     absent = [x for x in ("torch", "diffusers") if importlib.util.find_spec(x) is None]
     if absent:
         raise UserError(
@@ -58,6 +59,7 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
 
     for kind in miniature.KINDS:
         folder = workdir / "models" / kind
+        # Kept in the workdir: a second run compares the same random models.
         if not (folder / "model_index.json").exists():
             miniature.pipeline(kind, folder).save_pretrained(folder)
         yield str(folder), f"{kind}, small and random"
@@ -91,6 +93,7 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
         rows_by_part["trajectory"] = rows
         result |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
     for part, rows in rows_by_part.items():
+        # Layers are in order of computation, so the first departure is where to look.
         away = [row for row in rows if departs(config, row)]
         if away and first is None:
             first = {"part": part, **away[0]}

@@ -70,6 +70,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         raise UserError(
             f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
         )
+    # exact: float32 masters and not the quantized form that sampling may use.
     params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("step %d of %s", step, workdir)
     variables = {

@@ -28,6 +28,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts, params, result = weights(config, workdir, mesh)
+        # Kept beside the scores: they are comparable only at equal settings.
         result["settings"] = config.sample.to_dict() | config.eval.to_dict()
         result["quantize"] = {k: v for k, v in config.quantize.items() if v}
         # Several names may share one function (CLIP score, FID, …), which runs once.
@@ -59,6 +60,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             parts = parts._replace(encoders=trained_with)
             about["encoders"] = trained_with
         return parts, params, about
+    # These need a run's objective and its parameters, which released weights lack.
     if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
         raise UserError(
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
@@ -101,6 +103,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
             for scene, ok in zip(scenes, right)
         )
 
+    # Kinds that the recipe never shows are not scored.
     kinds = [kind for kind, share in zip(KINDS, config.data.mix) if share > 0]
     for kind in kinds:
         name = digit_scenes.NAMES[kind]
@@ -132,6 +135,7 @@ def digit_samplers(
             f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
             f'name = "{config.data.name}"; wanted "digits" there, or other scores'
         )
+    # A second sampler, because the number of steps is a shape of the program.
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps
     return TrainedSampler(config, parts, mesh), TrainedSampler(few, parts, mesh)
@@ -139,6 +143,7 @@ def digit_samplers(
 
 def merged(rows: list[dict]) -> list[dict]:
     """One row a prompt and split, its pictures counted together."""
+    # A prompt may be scored several times, each from another noise.
     grouped = {}
     for row in rows:
         grouped.setdefault((row["split"], row["prompt"]), []).append(row["score"])
@@ -155,6 +160,7 @@ SCORES |= picture_scores.SCORES | prompt_scores.SCORES
 def lines(result: dict) -> list[str]:
     """What evaluate prints: the scores, then the validation loss by t."""
     rows = result.get("scores", [])
+    # Names are padded to one width so that the numbers line up.
     wide = max((len(row["name"]) for row in rows), default=0)
     text = []
     for row in rows:

@@ -101,7 +101,6 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
 
 def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
     """The model, parameters and FLOPs, which a search needs without compiling."""
-    # Shapes and FLOPs do not depend on the mesh, so one device is enough.
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         train_program = trainer.program(config, mesh)
@@ -213,6 +212,7 @@ def planned(
         name = f"plan-{tpu_slice.name}-{case.name}.hlo"
         write_whole(workdir / name, compiled.text.encode())
     module = hlo.parse(compiled.text)
+    # In the mesh's order, which is that of the program's partitions.
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
     program = schedule.Schedule(
         module, tpu_slice.generation, mesh.shape, links, schedule.usual_branch
@@ -231,7 +231,9 @@ def accounted(
 ) -> dict[str, Any]:
     """The totals of a program's operations, in ms, bytes and shares of the peak."""
     chip = tpu_slice.generation
+    # The decoder has no analytic FLOPs; those of its compiled program count.
     flops = case.flops or account.flops
+    # Without its waits the schedule is the serial floor: all operations in order.
     waits = [account.by_kind[kind] for kind in schedule.WAITS.values()]
     kinds = {name: 1e3 * x for name, x in account.by_kind.items() if x}
     times = {
@@ -245,6 +247,7 @@ def accounted(
     # The largest of the floors bounds the run; they may all overlap at best.
     binds = max(FLOORS, key=times.get)
     least = times[binds] / 1e3
+    # Model FLOPs, without recomputation: that is what MFU means.
     reached = flops / chip.peak / least
     rate = case.images * chip.devices / least
     forecast = bounds.FORECAST["train" if case.name == "train" else "sample"]

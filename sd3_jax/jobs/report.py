@@ -29,9 +29,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             f"{workdir}: no {metrics.FILE} to report on; train first, or give the "
             "--workdir of a run"
         )
+    # All three are optional: the page says which are missing.
     settings, facts, scores = (
         _object(workdir / name) for name in ("config.json", "run.json", "scores.json")
     )
+    # The page shows where the run's settings differ from these.
     default = base.get_config().to_dict()
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
     text = html_page.document(

@@ -51,6 +51,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             warn_of_cut_prompts(tasks, config.text.length)
         sample_batch, facts = make(config, workdir, mesh, tasks)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
+        # A line holds settings and fingerprints of weights: a picture is skipped only
+        # if all of these are equal.
         done = recorded(workdir, lines)
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
@@ -70,6 +72,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 flags = guard.flags(images, [batch[i].caption for i in left])
                 for line, flag in zip(fresh, flags):
                     line |= {"filtered": flag} if flag else {}
+                # Toy models without an autoencoder make pictures of a few dozen pixels.
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
@@ -95,7 +98,6 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    # Loaded once and passed on to the sampler of each group of settings.
     encoder = TrainedSampler(config, parts, mesh).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()

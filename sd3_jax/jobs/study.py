@@ -58,6 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 watchdog.expect("the runs of other processes", None)
                 time.sleep(WAIT)
     results = study.results()
+    # A stop signal may come before the first measurement; there is nothing to tabulate.
     if not results:
         log.info("stopped before any run was measured; the same call goes on")
         return
@@ -142,7 +143,9 @@ class Study:
         for text in (*self.variants[study_run.variant], *study_run.option.split()):
             run_scores.override(config, text, f"study of {study_run.variant}")
         config.seed = self.config.seed + study_run.seed
+        # Samples during training would cost time in every run and are not scored.
         config.train.prompts = ()
+        # The variant's settings are checked together, as if they were the recipe's.
         validate(config)
         trainer.require_trainable_dtype(config)
         return config

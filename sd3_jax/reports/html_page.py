@@ -145,6 +145,8 @@ def film(frames: Iterable[tuple[str, str, str]]) -> Html:
         if picture:
             close = element("a", "close", class_="close", href="#film")
             parts = [element("a", picture, href=f"#{name}"), *parts, close]
+        # :target in the style sheet enlarges the figure whose id is in the URL: no
+        # script.
         figures.append(element("figure", *parts, id=name))
     return element("div", join(figures), class_="film", id="film")
 

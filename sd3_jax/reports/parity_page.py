@@ -72,6 +72,7 @@ def model(model_result: dict) -> html_page.Html:
     for name, rows in model_result["parts"].items():
         worst = max(row["float32"]["largest"] for row in rows)
         title = f"{name}: {len(rows)} rows, at most {worst:.1e}"
+        # The part that departs is unfolded, and the denoiser always.
         away = bool(first) and first["part"] == name
         parts.append(
             html_page.details(title, table(rows), open=name == "denoiser" or away)

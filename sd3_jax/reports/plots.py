@@ -244,6 +244,7 @@ def _smooth(steps, values, width, most=400):
     centres = np.unique(np.linspace(0, len(steps) - 1, most).astype(int))
     reach = np.minimum(centres, width // 2)
     windows = [values[i - r : i + r + 1] for i, r in zip(centres, reach)]
+    # The middle half of each window: a mean that single spikes do not move.
     finite = [np.sort(window[np.isfinite(window)]) for window in windows]
     middle = [w[len(w) // 4 : len(w) - len(w) // 4] for w in finite]
     return steps[centres], [w.mean() if len(w) else np.nan for w in middle]
@@ -275,6 +276,7 @@ def _svg(figure):
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
     svg = buffer.getvalue()
+    # Inline SVG has no XML declaration or doctype.
     svg = svg[svg.index("<svg") :]
     # Smaller files: a page has a dozen plots, and must stay below 3 MB.
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)

@@ -76,11 +76,13 @@ class Bundle:
 
         One text alone is a batch of one.
         """
+        # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         argument_checks.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
         if not any(self.text_models):
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
+        # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         with compiled.on(self.mesh):
             return compiled.encode_prompts(
@@ -106,6 +108,7 @@ class Bundle:
         module, variables = self.part("denoiser"), self.variables["denoiser"]
         latents = inputs.laid_out(latents, module.channels)
         t = inputs.times(t, len(latents))
+        # Checked here: in the program unequal rows would broadcast or fail obscurely.
         rows = {len(latents), len(context), len(pooled)}
         if len(rows) > 1:
             raise UserError(
@@ -137,6 +140,7 @@ class Bundle:
         (sampling/control.py).
         """
         module, variables = self.part("vae"), self.variables["vae"]
+        # Some ControlNets were trained on hints without the autoencoder's shift.
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
         images = inputs.pixels(images)
         images = hints.prepare(images, preprocess)
@@ -197,6 +201,8 @@ class Bundle:
             if name == "t5":
                 ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length, cut)
             else:
+                # CLIP's length is the size of its position table; T5 has relative
+                # positions and takes any length.
                 most = self.configs[name]["max_position_embeddings"]
                 ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most, cut)
         return ids
@@ -238,6 +244,7 @@ class Bundle:
 
     def fingerprints(self) -> dict[str, str]:
         """`fingerprint` of each part by itself."""
+        # Fingerprints read every weight once, which takes seconds for large models.
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints

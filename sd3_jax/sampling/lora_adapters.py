@@ -67,6 +67,7 @@ def opened(
     """The requested LoRAs, with no tensor read yet. Maps of other `components` are
     dropped; one for a component that is not `available` is a UserError."""
     loras = []
+    # LoRAs add up: each is attached beside the kernels, with its own weight.
     for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, what="LoRA")
         # Headers alone: a LoRA for another model is refused before any weight is

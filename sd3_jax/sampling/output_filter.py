@@ -69,6 +69,8 @@ def _flags(function, images, prompts, rows: list[int]) -> list[str]:
 def _flag(value, name: str) -> str:
     if value is None or isinstance(value, bool | np.bool_):
         return "flagged" if value else ""
+    # A function may return True or a reason; any other type is likely a mistake, and a
+    # picture must not pass by it.
     if not isinstance(value, str):
         wanted = "wanted None, False, True or a reason a picture"
         raise UserError(f"{name} gave {shown(repr(value))}; {wanted}")

@@ -53,6 +53,7 @@ def nulled(cond: tuple, captioned: Bool[Array, " b"]) -> tuple:
     """
 
     def rows(x):
+        # (b,) → (b, 1, …), to broadcast over tokens and channels
         kept = captioned.reshape(-1, *[1] * (x.ndim - 1))
         return jnp.where(kept, x, jnp.zeros((), x.dtype))
 
@@ -121,6 +122,7 @@ def encode_parts(
     """
     b = len(next(iter(ids.values())))
     states, pooled = [], []
+    # L before G: the denoiser's weights fix the order of the channels.
     for name in ("clip_l", "clip_g"):
         module = getattr(models, name)
         if module is not None:
@@ -139,6 +141,7 @@ def encode_parts(
         dtype = models.t5.dtype
         states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
         pooled = [jnp.zeros((b, 0), dtype)]
+    # (b, length, context_dim), or no tokens at all
     t5 = None if models.t5 is None else models.t5.apply(variables["t5"], ids["ids_t5"])
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
     clip = filled(jnp.concatenate(states, -1), pooled_dim, "pooled_dim")
@@ -210,6 +213,7 @@ def trained(tower: nn.Module) -> TextModel:
     def encode(params, batch):
         ids = batch["ids_bytes"]
         cond = Conditioning(*tower.apply({"params": params}, ids))
+        # The tower would map an empty text to some vector; guidance needs zeros.
         return nulled(cond, jnp.any(ids != 0, axis=1))
 
     return TextModel("bytes", init, encode)

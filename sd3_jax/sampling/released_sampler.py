@@ -36,6 +36,7 @@ def load_for_sampling(
 ) -> bundle.Bundle:
     """load, with a UserError before any weight is read if the model cannot do what one
     of these settings of tasks asks for."""
+    # The weights do not say that they are distilled; their name usually does.
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
         message = (
             "config.weights = %s and config.sample.cfg = %g: turbo models are made"
@@ -113,6 +114,7 @@ class ReleasedSampler:
         self.bundle = model
 
     def __call__(self, rows: Sequence[prompt_file.Task]) -> np.ndarray:
+        # A task's prompt is one text, or one for each of the three encoders.
         prompts = [
             x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
             for x in rows

@@ -52,6 +52,7 @@ def sample_in_batches(
     sample: SampleCaptions, captions: Sequence[str], numbers: Sequence[int], size: int
 ) -> Iterator[np.ndarray]:
     """Yields the pictures of all captions in order, at most `size` at a time."""
+    # A set smaller than a batch is not padded to it.
     size = min(size, len(captions))
     for rows in padded_batches(len(captions), size):
         images = sample([captions[i] for i in rows], [numbers[i] for i in rows])
@@ -107,6 +108,8 @@ class TrainedSampler:
         encoder: Encoder | None = None,
     ):
         self.config, self.parts, self.mesh = config, parts, mesh
+        # Assigned over the cached property below: the encoder is shared, not loaded
+        # again.
         if encoder is not None:
             self.encoder = encoder
         s = config.sample
@@ -152,6 +155,7 @@ class TrainedSampler:
         """The negative prompt, a row for every shard; {} if there is none to use."""
         if not self.config.sample.negative or not self.guided:
             return {}
+        # One row for each shard: the mesh does not split fewer.
         shards = sharding.batch_shards(self.mesh)
         return self.put(self.tokens([self.config.sample.negative] * shards), shards)
 
@@ -169,6 +173,7 @@ class TrainedSampler:
         return tokenizers.bytes_of(captions, self.config.text.length)
 
     def put(self, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+        # Each process holds the whole batch and puts its own rows on the mesh.
         rows = sharding.local_rows(self.mesh, size)
         batch = {name: value[rows] for name, value in batch.items()}
         put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)

@@ -46,6 +46,8 @@ class Turns:
                     with self.failing(entry, side):
                         self.turn(worker, side, entry)
                         continue
+                    # Reached only after a failure: `continue` skips it, and `failing`
+                    # swallows the error.
                     del ready[side]
             for side, worker in ready.items():
                 with self.failing(entry, side):
@@ -80,6 +82,7 @@ class Turns:
     def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
         """Loads and compiles a side, saves its outputs, and warms it up."""
         side_result = entry["sides"][side] = {}
+        # "eager" and "compile" are modes of PyTorch's side.
         spec = spec if side == "ours" else {**spec, "mode": side}
         loaded = worker.ask("load", spec=spec)
         side_result["load"] = loaded.pop("seconds")
@@ -113,6 +116,7 @@ class Turns:
                 log.warning("%s, %s: %s", entry["name"], side, words)
 
     def turn(self, worker: Worker, side: str, entry: dict) -> None:
+        # The other side's threads fall asleep meanwhile, and do not compete for cores.
         time.sleep(self.pause)
         taken = worker.ask("run")
         entry["turns"][side].append(taken["seconds"])

@@ -23,7 +23,9 @@ class Case:
     def __init__(self, spec: Spec):
         self.spec = spec
         inputs = {k: torch.from_numpy(x) for k, x in cases.inputs(spec).items()}
+        # (b, h, w, c) → (b, c, h, w)
         inputs = {k: nchw(x).to(DEVICE) for k, x in inputs.items()}
+        # PyTorch's embeddings want int64 ids.
         inputs = {k: x.long() if k == "ids" else x for k, x in inputs.items()}
         self.model = None if spec["kind"] == "matmul" else load(spec)
         self.function = MAKE[spec["kind"]](spec, self.model, inputs)
@@ -93,6 +95,7 @@ def load(spec: Spec) -> torch.nn.Module:
     dtype = torch.float32 if spec["kind"] == "train" else getattr(torch, spec["dtype"])
     model = model.to(DEVICE, dtype)
     if spec["kind"] != "train":
+        # No dropout and no gradients, as users of the pipelines run it.
         return model.eval().requires_grad_(False)
     if spec["remat"] != "none":
         model.enable_gradient_checkpointing()
@@ -182,9 +185,11 @@ def train(spec, model, inputs) -> Callable:
         xt = (1 - s) * x0 + s * noise
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             v = run(xt, context, pooled, 1000 * t, return_dict=False)[0]
+        # The loss in float32, outside of autocast.
         loss = torch.nn.functional.mse_loss(v.float(), noise - x0)
         adamw.zero_grad(set_to_none=True)
         loss.backward()
+        # Returns the norm before clipping, which ours reports too.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         adamw.step()
         average.update_parameters(model)
@@ -222,6 +227,7 @@ def sample(spec, model, inputs) -> Callable:
             width=cases.FACTOR * spec["width"],
             num_inference_steps=spec["steps"],
             guidance_scale=spec["cfg"],
+            # The pipeline may write into its latents.
             latents=noise.clone(),
             output_type="latent",
         )
@@ -235,6 +241,7 @@ def vae_encode(spec, model, inputs) -> Callable:
     encode = compiled(spec, model.encode)
 
     def run():
+        # The mean and not a draw, since the two sides draw differently.
         z = encode(2 * image - 1).latent_dist.mean
         return {"latents": (z - cases.SHIFT) * cases.SCALING}
 

@@ -35,6 +35,7 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
     depth, patch = config["num_layers"], config.get("patch_size", 2)
     dual = len(config.get("dual_attention_layers") or ())
     table = variables["buffers"]["pos_embed"].astype(np.float32)
+    # diffusers crops the middle of its table to the picture's patches.
     place = position_table.crop(table, *(side // patch for side in shape))
     time = "time_text_embed.{}_embedder"
     layers = [

@@ -42,6 +42,7 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
             raise UserError(f"{path}: compare reads a diffusers folder or single file")
         return CLASSES[name].from_pretrained(folder).float().eval()
     prefix = COMPONENTS[name].prefix
+    # Only this component's tensors are read: a single file holds all of them.
     with safetensors.safe_open(path, "pt") as file:
         whole = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}
         if not whole:  # a file of one component
@@ -87,8 +88,9 @@ def captured(
     """Runs call(module); for each label, pick(output) of its submodule."""
     taken, handles = {}, []
     named = dict(module.named_modules())
+    # Forward hooks see every submodule's output without changing the model.
     for label, (submodule, pick) in wanted.items():
-
+        # Default arguments bind this iteration's values.
         def hook(_, __, answer, label=label, pick=pick):
             taken[label] = pick(answer).detach().float().numpy()
 
@@ -161,6 +163,7 @@ def trajectory(
         visited.append(nhwc(kwargs["latents"]).float().numpy())
         return {}
 
+    # The pipeline keeps its latents in this dtype, as users get it.
     dtype = denoiser.dtype
     (context, pooled), (no_context, no_pooled) = cond, uncond
     factor = pipe.vae_scale_factor

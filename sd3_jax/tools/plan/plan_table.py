@@ -68,6 +68,7 @@ def details(row: dict) -> str:
         f"sends {', '.join(sent) or 'nothing'}; {overlapped:.0%} overlapped,"
         f" {beside:.0%} beside matmuls",
     ]
+    # Loops or kernels that could not be counted make every time a lower bound.
     if row["unknown"]:
         names = ", ".join(row["unknown"][:3])
         lines.append(

@@ -58,6 +58,7 @@ def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float
     encoders["t5"] = part("t5", mesh, dtype, config.quantize.t5)
     lengths = {"clip_l": WORDS, "clip_g": WORDS, "t5": config.sample.max_length}
     ids = {f"ids_{k}": rows(mesh, (count, n), np.int32) for k, n in lengths.items()}
+    # 2 FLOPs for each weight and token; attention is small at these lengths.
     total = sum(
         2 * count_of(variables) * lengths[name]
         for name, (_, variables) in encoders.items()
@@ -111,6 +112,7 @@ def denoise(
         rows(mesh, (images, words, config.model.context_dim), model.dtype),
         rows(mesh, (images, config.model.pooled_dim), model.dtype),
     )
+    # Only shapes and shardings: the program is lowered and never run.
     inputs = compiled.Inputs(
         keys=rows(mesh, key.shape, key.dtype),
         cond=cond,
@@ -144,6 +146,7 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     sides = config.image.height // 8, config.image.width // 8
     latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
     vae = CONFIGS["vae"]
+    # Python numbers are traced, as in Bundle.decode.
     scale = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"])
     lower = lambda: compiled.decode.lower(module, variables, latents, **scale)
     return Case("decode", lower, None, 0.0, share, tree.count(variables))

@@ -77,11 +77,12 @@ def measure(
             )
             for setting in left:
                 setting_config = sampling(config, setting)
+                # One sampler for a setting serves all kinds of weights: they share a
+                # program.
                 if setting not in samplers:
                     samplers[setting] = Traveller(setting_config, parts, mesh, encoder)
                 sampler = samplers[setting]
                 measured = judge(sampler, params) | {"path": sampler.length()}
-                # The first sampler loads the encoder, the others share it.
                 encoder = sampler.encoder
                 key = {"weights": weights, "setting": setting}
                 sampler_settings = {
@@ -102,6 +103,7 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for text in setting.split():
         override(config, f"sample.{text}", "config.study.settings")
+    # "step=50" is one letter from "steps=50" and would pick a checkpoint.
     if config.sample.step:
         raise ConfigError(
             f"config.study.settings: config.sample.step = {config.sample.step}: wanted"
@@ -173,6 +175,7 @@ class Digits:
     recipe's mix, against real pictures of the same scenes."""
 
     def __init__(self, config: ConfigDict):
+        # Scenes in the proportion of the training mix.
         counts = np.array(config.data.mix) / sum(config.data.mix)
         counts = np.rint(counts * config.study.pictures).astype(int).tolist()
         self.scenes = []

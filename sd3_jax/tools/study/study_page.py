@@ -71,6 +71,7 @@ def panels(results: Sequence[dict]) -> list[tuple[str, str, str]]:
         ("FID over steps", *over_steps(results, "fid", cfg, weights, first)),
         ("Score and FID", *plane(results, weights, first)),
     ]
+    # Losses of different targets share no axis.
     if tables.comparable(results):
         drawn += [
             ("Loss over FLOPs", *over_flops(results, first)),
@@ -102,6 +103,7 @@ def plane(results, weights, first) -> tuple[str, str]:
 def over_flops(results, first) -> tuple[str, str]:
     lines: dict[str, tuple] = dict(tables.points(results))
     caption = "Each mark is a validation, mean over seeds."
+    # The law is drawn only where the variants differ in size.
     if law := tables.law(results):
         every = np.concatenate([x for x, _ in lines.values()])
         x = np.geomspace(every.min(), every.max(), 40)
@@ -117,6 +119,7 @@ def by_t(results, first) -> tuple[str, str]:
     lines = {}
     for name in tables.names(tables.best(results)):
         mine = tables.of(tables.best(results), name)
+        # The last validation of each seed, averaged below.
         last = [x["validation"][-1] for x in mine]
         # k[6:] is what follows "loss_t".
         times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))

@@ -58,6 +58,7 @@ def ranks(results: Sequence[Result]) -> list[dict]:
     overall = ranking.mean_ranks(controls(results))
     few = ranking.mean_ranks(controls(results, every[0]))
     many = ranking.mean_ranks(controls(results, every[-1]))
+    # Ranks of single seeds show how far the order of variants depends on the seed.
     by_seed = [ranking.mean_ranks(controls(results, seed=seed)) for seed in seeds]
     rows = [
         {
@@ -101,6 +102,7 @@ def _mean(*args) -> float:
 def middle(results: Sequence[Result]) -> tuple[int, float]:
     """The sampler of Table 2: the most steps below the most of all."""
     settings = samplers(results)
+    # The most steps are for reference; the paper's table uses a usual sampler.
     below = [x for x in settings if x[0] < settings[-1][0]]
     return (below or settings)[-1]
 
@@ -118,6 +120,7 @@ def few_steps(results: Sequence[Result], weights: str) -> tuple[list[int], list[
     for name in names(results):
         mine = of(results, name)
         mean = [_mean(mine, "score", (steps, cfg), weights) for steps in every]
+        # A score of 0 at the most steps has no relative loss.
         top = mean[-1] or math.nan
         drops = [100 * (1 - value / top) for value in mean[:-1]]
         path = _mean(mine, "path", (every[-1], cfg), weights)
@@ -167,6 +170,7 @@ def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
     sizes = [x["parameters"] for x in results]
     if not comparable(results) or max(sizes) < 1.5 * min(sizes):
         return None
+    # All variants' points together: the law is of the best loss at each compute.
     x, loss = (np.concatenate(z) for z in zip(*points(results).values()))
     at = scaling_laws.frontier(x, loss)
     return scaling_laws.power_law(x[at], loss[at]) if len(at) > 1 else None
