@@ -88,6 +88,9 @@ def summed(parts: Iterable[Statistics]) -> Statistics:
     return functools.reduce(merged, parts)
 
 
+# --- files
+
+
 def save(path: epath.PathLike, stored: Stored) -> None:
     """Writes an .npz atomically; KID and recall need the features in it."""
     stats = stored.statistics

@@ -193,11 +193,15 @@ def crop(
     return image[y0 : max(y1, y0 + 1), x0 : max(x1, x0 + 1)]
 
 
+# --- colours and places
+
+
 def _miscoloured(image, mine, entry, colour) -> str:
     label, wanted, count = entry["class"], entry["color"], entry["count"]
     if colour is None:
         raise UserError(f"{wanted} {label}: wanted a function that names colours")
     crops = [crop(image, detection) for detection in mine]
+    # One call for all crops of a label, since the namer is a network too.
     names = answers(colour, "colours", len(crops), crops, label, COLOURS)
     for name in names:
         if name not in COLOURS:
@@ -222,6 +226,9 @@ def _misplaced(mine, targets, label, relation, offset) -> str:
     return ""
 
 
+# --- checks of the file and of detections
+
+
 def _check(entry: Any, keys: Sequence[str], place: int) -> None:
     if not isinstance(entry, dict):
         raise UserError('wanted {"class": …, "count": …}')
@@ -235,6 +242,7 @@ def _check(entry: Any, keys: Sequence[str], place: int) -> None:
     )
     if not isinstance(label, str) or not label.strip():
         raise UserError('wanted "class": TEXT')
+    # type and not isinstance: true is an int in Python, and 1 would be meant.
     if type(count) is not int or count < 1:
         raise UserError(f'"count" of {shown(label)}: wanted an integer >= 1')
     if color not in COLOURS:
@@ -270,6 +278,7 @@ def _checked(detection: Detection, shape, name: str, wanted: str) -> Detection:
         description = f"{certain:g}, ({', '.join(f'{x:g}' for x in box)})"
         complaint = f"{name} gave ({detection.label}, {description})"
         raise UserError(f"{complaint}; wanted a score in [0, 1] and x0 <= x1, y0 <= y1")
+    # Detectors of PyTorch return tensors.
     mask = None if detection.mask is None else np.asarray(detection.mask)
     if mask is not None and (mask.shape != shape or mask.dtype != bool):
         description = f"{mask.dtype} {mask.shape}"

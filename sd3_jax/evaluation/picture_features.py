@@ -58,6 +58,7 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
         )
     if compared and name.endswith(".pt") and not epath.Path(name).exists():
         raise UserError(f"config.eval.features = {name}: no such file")
+    # Imported now, so that a typo in its name ends the job at once.
     if compared and ":" in name:
         hooks.guarded("eval.features", name)
 
@@ -125,6 +126,9 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
     return Features(
         whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
     )
+
+
+# --- shares of processes
 
 
 def share(start: int, index: int, count: int) -> slice:

@@ -177,6 +177,9 @@ def mean(name: str, values: np.ndarray) -> dict:
     return row if half is None else row | {"low": score - half, "high": score + half}
 
 
+# --- measures that compare with real pictures
+
+
 def of_fid(name: str, reference: Features, sampled: Features) -> list[dict]:
     real, generated = reference.statistics, sampled.statistics
     # The covariance is singular then, and FID's bias in 1/n is large.

@@ -63,6 +63,9 @@ def mine(config: ConfigDict, rows: int) -> Iterator[np.ndarray]:
         yield np.stack(batch)
 
 
+# --- held-out examples
+
+
 def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     """A function (indices, pictures) → (caption, u8 picture or None) for each."""
     data = config.data
@@ -175,6 +178,9 @@ def planned(config: ConfigDict) -> list[input_parts.Part]:
         return input_parts.plan(config.eval.real)
     except UserError as error:
         raise UserError(f"config.eval.real: {error}") from None
+
+
+# --- config.eval.real: files
 
 
 def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:

@@ -128,7 +128,6 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
 def released(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
-    # One representative of each group: the others ask for nothing different.
     settings = {task.group: task.settings for task in tasks}
     sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
     facts = {"weights": sampler.bundle.fingerprint()}

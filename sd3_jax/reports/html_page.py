@@ -76,6 +76,9 @@ def details(summary: str, *parts: str, open: bool = False) -> Html:
     return Html(f"{tag}{inner}</details>")
 
 
+# --- parts of a page
+
+
 def stats(items: Iterable[tuple[str, str, str]]) -> Html:
     """(label, value, unit) each: the figures at the top of the page."""
     boxes = [
@@ -153,6 +156,9 @@ def film(frames: Iterable[tuple[str, str, str]]) -> Html:
 
 def prompts(texts: Iterable[str]) -> Html:
     return element("ol", join(element("li", t) for t in texts), class_="prompts")
+
+
+# --- helpers
 
 
 def _markup(text):

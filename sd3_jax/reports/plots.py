@@ -199,6 +199,9 @@ def _positive(values):
     return np.where(values > 0, values, np.nan)
 
 
+# --- what is drawn of noisy curves
+
+
 def window_for(n: int) -> int:
     """Over how many of n points to smooth."""
     return 1 if n <= FEW else max(5, n // 30)
@@ -212,6 +215,9 @@ def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, fl
         high = usual if high - low > 1.5 * (usual - low) else high
     pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     return low if zero else low - pad, high + 2 * pad
+
+
+# --- figures
 
 
 def _panel(height: float = 2.9):

@@ -232,6 +232,9 @@ def settings(settings: dict, default: dict, facts: dict) -> str:
     )
 
 
+# --- helpers
+
+
 def _frame(workdir, row, limit):
     step, path = row["step"], row.get("path", "")
     alt = f"Samples at step {step:,}: {'; '.join(_prompts(row))}"

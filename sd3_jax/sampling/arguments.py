@@ -38,6 +38,9 @@ def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
     return texts
 
 
+# --- sizes
+
+
 def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     """(h, w, c) of the latents; pixels are the image's, or those of the training."""
     denoiser = bundle.part("denoiser")
@@ -86,6 +89,9 @@ def _require_sides(image, image_sides: list[int], unit: int, most: int) -> None:
         )
 
 
+# --- texts
+
+
 def encoded(
     bundle: Bundle,
     prompts: Texts,
@@ -110,6 +116,7 @@ def encoded(
         uncond = negative
     elif guided:
         texts = listed("" if negative is None else negative)
+        # One negative prompt serves all prompts.
         texts = texts * n if len(texts) == 1 else texts
         if len(texts) != n:
             raise UserError(
@@ -134,6 +141,9 @@ def encoded(
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
 
 
+# --- solver and guidance
+
+
 def settings(
     bundle: Bundle,
     shape: tuple,
@@ -146,6 +156,7 @@ def settings(
     sigmas: Sequence[float] | np.ndarray | None,
 ) -> tuple[str, Float[np.ndarray, " n"]]:
     """The solver and its times t; what the caller leaves out is the model's default."""
+    # The number of steps is a shape of the program, so it must be known on the host.
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
     if solver is not None:
@@ -200,6 +211,9 @@ def warn_once(text: str) -> None:
     log.warning("%s", text)
 
 
+# --- images, latents and embeddings
+
+
 def starting_image(
     bundle: Bundle, image: Pictures | None
 ) -> Float[Array | np.ndarray, "b _ _ _"] | None:
@@ -236,14 +250,19 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
             raise UserError(
                 f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {width})"
             )
+        # Integers here are usually token ids, passed in place of embeddings.
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(f"{name}: {part} of dtype {x.dtype}: wanted floats")
         input_images.finite(x, f"{name}: {part}")
+    # Both describe the same prompts, row by row.
     if len(texts.context) != len(texts.pooled):
         raise UserError(
             f"{name}: context of {len(texts.context)} rows and pooled of"
             f" {len(texts.pooled)}: wanted as many"
         )
+
+
+# --- rows: one for each picture
 
 
 def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:

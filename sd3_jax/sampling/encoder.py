@@ -71,6 +71,7 @@ class Encoder:
             encoded = latents.scaled(encoded, **scale)
             if form == "latents":
                 encoded = jax.vmap(vae.sample)(keys, encoded)
+            # Rounded inside the program, so that precompute and train round alike.
             return encoded.astype(latents_dtype)
 
         def text(variables, ids):

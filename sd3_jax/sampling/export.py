@@ -74,6 +74,7 @@ def save(
         # use.
         fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
         metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
+        # The configurations go into the metadata: a single file has no config.json.
         _write(safetensors.write_file, path, entries, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
@@ -97,6 +98,7 @@ def save_control(
             f'layout "{layout}"{reason}; wanted one of {", ".join(layouts)}'
         )
     variables = controlnet_keys.without_borrowed(module, control.variables)
+    # The tables that loading reads, in the other direction.
     pieces = key_mapping.pieces(variables, component.table(module), layout)
     dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
     entries = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
@@ -112,6 +114,9 @@ def save_control(
             number.dtype, number.shape, lambda: number
         )
     _write(safetensors.write_file, path, entries)
+
+
+# --- tensors of one component
 
 
 def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:

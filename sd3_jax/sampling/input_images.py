@@ -78,6 +78,7 @@ def laid_out(
 
 def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
     """Times in [0, 1], one for each row or one for all."""
+    # Times stay float32: bfloat16 has 8 bits, too few for 1000 t.
     t = jnp.asarray(t, jnp.float32)
     if t.ndim > 1 or t.size not in (1, rows):
         raise UserError(f"t of shape {t.shape}: wanted one for each of {rows} latents")
@@ -87,6 +88,9 @@ def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
             " (noise), diffusers' timesteps / 1000"
         )
     return jnp.broadcast_to(t, (rows,))
+
+
+# --- checks
 
 
 def are_latents(value: Any, channels: int) -> bool:
@@ -103,6 +107,9 @@ def finite(x: Array | np.ndarray, name: str) -> None:
     """UserError where values are NaN or infinite."""
     if not isinstance(x, jax.core.Tracer) and not bool(_module(x).isfinite(x).all()):
         raise UserError(f"{name}: holds values that are NaN or infinite")
+
+
+# --- one batch from arrays, PIL images and lists
 
 
 def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
@@ -124,6 +131,7 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(value)]
     if not parts:
         raise UserError(f"{name}: an empty list; wanted at least one")
+    # No resizing and no casting in silence: a list must agree in size and dtype.
     if len({(x.dtype, x.shape[1:]) for x in parts}) > 1:
         kinds = ", ".join(f"{x.dtype} {x.shape[1:]}" for x in parts[:8])
         raise UserError(f"{name}: {kinds}; wanted all of one size and dtype")
@@ -131,6 +139,7 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
 
 
 def _array(value: Any, name: str) -> Array | np.ndarray:
+    # Arrays of jax stay on their device.
     if isinstance(value, np.ndarray | jax.Array):
         return value
     if not hasattr(value, "__array__"):
@@ -149,6 +158,7 @@ def _module(*arrays):
 
 
 def _pictures(x: Array | np.ndarray, name: str):
+    # (H, W) → (1, H, W, 1), a grey picture
     batch = x[None, ..., None] if x.ndim == 2 else x
     batch = batch[None] if batch.ndim == 3 and batch.shape[-1] in CHANNELS else batch
     if batch.ndim != 4 or batch.shape[-1] not in CHANNELS or not all(batch.shape):
@@ -160,6 +170,7 @@ def _pictures(x: Array | np.ndarray, name: str):
 
 
 def _masks(x: Array | np.ndarray, name: str):
+    # (H, W) → (1, H, W); channels follow below.
     batch = x[None] if x.ndim == 2 else x
     if batch.ndim == 3 and batch.shape[-1] in CHANNELS[1:]:
         raise UserError(
@@ -211,6 +222,7 @@ def _floats(x: Array | np.ndarray, name: str):
     finite(x, name)
     if not isinstance(x, jax.core.Tracer):
         low, high = float(x.min()), float(x.max())
+        # Values in [-1, 1] or [0, 255] would pass the program and give wrong pictures.
         if not -SLACK <= low <= high <= 1 + SLACK:
             raise UserError(
                 f"{name}: floats from {low:g} to {high:g}; wanted 0 to 1: x / 255 of"

@@ -55,6 +55,7 @@ def listed(requested: Any) -> list[tuple[str, float]]:
             )
         text = os.fspath(path)
         specs.append(named(text) if weight is None else (text, float(weight)))
+    # NaN or infinity would spread to every activation.
     for path, weight in specs:
         if not math.isfinite(weight):
             raise UserError(f"lora {path}: weight {weight}: wanted a finite number")

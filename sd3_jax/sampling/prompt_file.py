@@ -112,6 +112,7 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
 
 def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
     sample = config.sample
+    # Neither has precedence over the other, so both together are an error.
     if sample.prompt and sample.prompts_file:
         raise UserError(
             "config.sample.prompt and config.sample.prompts_file are both given; wanted"
@@ -128,6 +129,9 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
         )
     name = "config.train.prompts"
     return [(prompt_text.checked(text, name), config) for text in config.train.prompts]
+
+
+# --- lines of the file
 
 
 def _settings(line_config: ConfigDict) -> dict[str, Any]:
@@ -147,6 +151,8 @@ def _lines(
     parsed, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
+            # Empty lines are allowed, and keep the numbers in messages those of the
+            # file.
             if line.strip():
                 parsed.append(read(line.strip(), config))
         except UserError as error:
@@ -190,6 +196,7 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
             )
         group, key = LINE_SETTINGS[name].split(".")
         try:
+            # ConfigDict checks the type against the recipe's value.
             line_config[group][key] = _plain(value)
         except (TypeError, ValueError, OverflowError):
             wanted = line_config[group].get_type(key).__name__
@@ -199,6 +206,7 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
         validate(line_config)
     except ConfigError as error:
         raise UserError(str(error)) from None
+    # A line may come from a user of a service: it must not cost a day of compute.
     for name, most in MOST.items():
         if line_config.sample[name] > most:
             raise UserError(f"{name} {line_config.sample[name]}: wanted at most {most}")

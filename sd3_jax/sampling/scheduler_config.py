@@ -111,7 +111,9 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
         shifts = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
         shift = shifts[0] if shifts else PUBLISHED.shift
         return dataclasses.replace(PUBLISHED, shift=shift, refused=reason)
+    # `complaints` has, for each setting that is not supported, the supported values.
     scheduler, complaints = CLASSES[name].make(values)
+    # The networks are conditioned on 1000 t, whatever the scheduler counts.
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)
     # The first complaint is enough: the caller mends one setting at a time.
@@ -163,6 +165,9 @@ def _keys(name: str) -> dict[str, Field]:
     )
 
 
+# --- settings of each class
+
+
 def _flow(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     spaced = [name for name in SPACED if values[name]]
     complaints = {}
@@ -205,6 +210,7 @@ def _heun(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
 
 def _lcm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     scheduler, complaints = _flow(values)
+    # Scale-wise distilled models change the size of latents between steps.
     if values["scale_factors"]:
         complaints["scale_factors"] = "null: pictures that grow from step to step"
     return dataclasses.replace(scheduler, solver="lcm"), complaints
@@ -228,6 +234,7 @@ def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
         for key, choices in wanted.items()
         if values[key] not in choices
     }
+    # On straight paths the first-order update of DPM-Solver++ is Euler's step.
     solver = "euler" if values["solver_order"] == 1 else "dpmpp_2m_flow"
     shift = float(values["flow_shift"])
     return Scheduler(solver, "flow", shift, **_sizes(values)), complaints

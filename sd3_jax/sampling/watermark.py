@@ -94,6 +94,9 @@ def errors(image: UInt8[ndarray, "h w 3"], message: str) -> float:
     return min(float(np.mean(bits != frame)) for bits in read)
 
 
+# --- message and bits
+
+
 def _frame(message: str) -> ndarray:
     """(FRAME,) of bool."""
     text = message.encode().ljust(LENGTH, b"\0")
@@ -119,8 +122,12 @@ def _correlation(cells: Float[ndarray, "g g"]) -> Float[ndarray, " bits"]:
     return np.bincount(bits, _terms(cells) * chips, FRAME)
 
 
+# --- pixels, cells and cosines
+
+
 def _cells(image: UInt8[ndarray, "h w 3"], grid: int) -> Float[ndarray, "g g"]:
     """Mean luminance of each cell of the grid that lies over the whole picture."""
+    # (h, w, 3) → (h, w); JPEG keeps luminance better than colour.
     light = image.astype(np.float64) @ LUMA
     h, w = light.shape
     return _means(grid, h) @ light @ _means(grid, w).T

@@ -48,6 +48,7 @@ def page(result: dict) -> str:
             f"On {peak['device']}; peak by a product of {peak['size']} squared:"
             f" {peak['tflops']:.3g} TFLOP/s{beside}{of}."
         )
+    # Other processes on the machine make every figure doubtful.
     if about["load"][0] > IDLE:
         parts.append(
             f"**The machine was not idle: load {about['load'][0]:.1f} when it began.**"
@@ -80,6 +81,7 @@ def rows(result: dict) -> Iterator[list[str]]:
         for side, side_result in case["sides"].items():
             name = case["name"] if side == "ours" else ""
             label = side if side == "ours" else f"PyTorch {side}"
+            # A side without a time keeps its row, with the reason in place of numbers.
             wrong = side_result.get("failed") or case["refused"].get(side)
             if wrong:
                 kind = "failed" if side_result.get("failed") else "refused"
@@ -114,6 +116,9 @@ def short(x: float) -> str:
 def share(side_result: dict) -> str:
     mfu = f", MFU {side_result['mfu']:.0%}" if side_result.get("mfu") else ""
     return f"{side_result['of_peak']:.0%}{mfu}" if side_result.get("of_peak") else ""
+
+
+# --- ours alone
 
 
 def scaling(result: dict) -> Iterator[str]:

@@ -51,6 +51,7 @@ def parse(text: str, defaults: Mapping[str, Any]) -> Spec:
             raise UserError(
                 f'config.benchmark.cases: "{text}": wanted {key}=NUMBER, 1 or more'
             )
+    # `side` is in pixels, height and width in latents.
     if side := spec.pop("side", 0):
         unit = FACTOR * spec["patch"]
         if side % unit:
@@ -67,6 +68,9 @@ def rectangle(tokens: int, patch: int) -> tuple[int, int]:
     # The largest divisor up to the root gives the squarest picture; 1 always divides.
     rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     return rows * patch, tokens // rows * patch
+
+
+# --- inputs and outputs
 
 
 def inputs(spec: Spec) -> dict[str, np.ndarray]:
@@ -96,6 +100,7 @@ def inputs(spec: Spec) -> dict[str, np.ndarray]:
     }
     if kind == "train":
         arrays["noise"] = normal(*arrays["latents"].shape)
+    # The negative prompt's embeddings, for guidance.
     if kind == "sample":
         arrays |= {f"no_{k}": normal(*arrays[k].shape) for k in ("context", "pooled")}
     return arrays

@@ -104,6 +104,9 @@ class Case:
         return self.device.platform == "cpu" and process_memory.reset()
 
 
+# --- weights
+
+
 def load(spec: Spec, mesh) -> tuple[Any, dict]:
     """The module and its variables, which are float32 in training."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])

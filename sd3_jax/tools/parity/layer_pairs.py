@@ -72,6 +72,9 @@ def _tokens(answer):
     return answer.flatten(2).transpose(1, 2)
 
 
+# --- the autoencoder
+
+
 def encoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
     layers = [_conv("encoder", "conv_in")]
@@ -110,6 +113,9 @@ def _level(half, name, ours, i, resnets, way, levels):
     if i < levels - 1:
         sampler = f"{name}.{way}samplers.0"
         yield Layer(f"{half} {way} {i} conv", at(half, f"{ours}_conv"), sampler, nhwc)
+
+
+# --- the text encoders
 
 
 def clip(config: dict) -> list[Layer]:

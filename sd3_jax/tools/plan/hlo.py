@@ -189,6 +189,9 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
+# --- parsing one instruction
+
+
 def _instruction(line: str) -> Instruction:
     root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")

@@ -214,6 +214,9 @@ class Links:
         return links / shared
 
 
+# --- groups
+
+
 def replica_groups(text: str, devices: int) -> Groups:
     """The groups of devices of a collective, from any of HLO's notations."""
     pairs = _pairs(text)

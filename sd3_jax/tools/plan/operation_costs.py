@@ -135,6 +135,9 @@ def _whole(home: Computation, name: str) -> float:
     return home.by_name[name].hbm if name in home.by_name else 0.0
 
 
+# --- fusions: what they read
+
+
 def consumed(body: Computation, place: int, module: Module, whole: float) -> float:
     """Bytes that a fusion reads of its operand number `place`, of `whole` in HBM."""
     if not whole or place not in body.parameters:
@@ -173,6 +176,9 @@ def _counted_elsewhere(x: Instruction) -> bool:
     """Collectives inside fusions are counted once by channel (link_traffic.py)."""
     passing = x.opcode == "custom-call" and "AsyncCollective" in x.attributes
     return passing or (x.opcode in COLLECTIVES and "chain_id" in x.attributes)
+
+
+# --- fusions: what they write
 
 
 def produced(body: Computation, module: Module) -> float:

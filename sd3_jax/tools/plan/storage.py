@@ -149,6 +149,9 @@ def _tensor_bytes(records: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
     return tensors
 
 
+# --- bytes
+
+
 def arrays(
     height: int,
     width: int,
@@ -204,6 +207,9 @@ def shard_bytes(records: int, record_bytes: int) -> int:
     return PAGE * (math.ceil(framed / (PAGE - 24)) + math.ceil(records * INDEX / PAGE))
 
 
+# --- hours
+
+
 def hours(n: int, *, images_per_second: float, chips: int = 1) -> float:
     """Of precompute; `images_per_second` is a chip's."""
     return n / (images_per_second * chips) / 3600
@@ -216,6 +222,9 @@ def table_7_rate(pixels: float, tokens: int, *, encoded: bool = True) -> float:
         t5 = max(0, tokens - CLIP_LENGTH)  # CLIP's come first, its two's side by side
         ms += TABLE_7["clip_l"] + TABLE_7["clip_g"] + TABLE_7["t5"] * t5 / AT["tokens"]
     return 1e3 / ms if ms else math.inf
+
+
+# --- counts
 
 
 def _count(n, buckets, seed):

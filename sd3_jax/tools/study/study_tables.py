@@ -36,6 +36,9 @@ def samplers(results: Sequence[Result]) -> list[tuple[int, float]]:
     return sorted({(s["steps"], s["cfg"]) for x in results for s in x["scores"]})
 
 
+# --- ranks and scores
+
+
 def controls(results: Sequence[Result], steps: int | None = None, seed=None):
     """The control settings, {variant: (-score, fid)} each: a seed, a set of weights, a
     sampler."""
@@ -102,7 +105,6 @@ def _mean(*args) -> float:
 def middle(results: Sequence[Result]) -> tuple[int, float]:
     """The sampler of Table 2: the most steps below the most of all."""
     settings = samplers(results)
-    # The most steps are for reference; the paper's table uses a usual sampler.
     below = [x for x in settings if x[0] < settings[-1][0]]
     return (below or settings)[-1]
 
@@ -126,6 +128,9 @@ def few_steps(results: Sequence[Result], weights: str) -> tuple[list[int], list[
         path = _mean(mine, "path", (every[-1], cfg), weights)
         rows.append({"variant": name, "drops": drops, "path": path})
     return every, rows
+
+
+# --- sizes and losses
 
 
 def sizes(results: Sequence[Result]) -> list[dict]:
