@@ -4,7 +4,8 @@
     images = sd3_jax.generate(bundle, ["a red fox"], height=1024, width=1024)
 
 Arrays are NHWC; latents are scaled and shifted, t is in [0, 1] and 1 is noise; images
-are float in [0, 1], and given ones may be bytes or PIL images (pipelines/images.py).
+are float in [0, 1], and given ones may be bytes or PIL images
+(sampling/input_images.py).
 """
 
 import os
@@ -52,8 +53,8 @@ def load(
 ) -> Bundle:
     """A released model, sharded over `mesh` as it streams in; all devices by default.
 
-    See pipelines.bundle.load for what may be named. An error lists what is missing,
-    extra or of another shape.
+    See sampling.bundle_loading.load for what may be named. An error lists what is
+    missing, extra or of another shape.
 
     `lora` names LoRA files or folders of diffusers, PEFT or kohya, each with a weight
     if one ends in it: "style.safetensors=0.8", or {path: weight} for several.

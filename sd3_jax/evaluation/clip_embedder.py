@@ -127,6 +127,7 @@ def load(
             k: x for k, x in tensors.items() if k.startswith(SIDES) == (name != "text")
         }
         label = f"{path}: CLIP's {name} tower"
+        # One tensor that every such tower has.
         if component.mark not in tower_tensors:
             raise UserError(
                 f"{label} is missing: wanted transformers' CLIPModel, whole"
@@ -159,6 +160,7 @@ def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None
             " as openai/clip-vit-large-patch14, or its .safetensors"
         )
     config = read_json(path / "config.json")
+    # A text encoder's folder has a config.json as well, but no vision tower.
     if "vision_config" not in config:
         kind = shown(config.get("model_type", "another model"))
         raise UserError(f"{path}: config.json is of {kind}, wanted a CLIPModel's")

@@ -42,6 +42,7 @@ def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Ve
 
 def read_scans(height: int, width: int) -> Score:
     """The scorer's accuracy on all held-out scans."""
+    # Colours in turn, so that each digit is read in all of them.
     canvas, colours = Digits(height, width), itertools.cycle(digits.COLOURS)
     right = []
     for ink, digit, colour in zip(*digits.scans(held_out=True), colours):
@@ -52,6 +53,7 @@ def read_scans(height: int, width: int) -> Score:
 
 def ceiling(height: int, width: int, kind: str, count: int) -> Score:
     """The scorer's accuracy on real scenes, composed from held-out scans."""
+    # A mix of one kind only.
     mix = tuple(float(k == kind) for k in digits.KINDS)
     batch = Digits(height, width, mix, held_out=True).batch(np.arange(count))
     right = [

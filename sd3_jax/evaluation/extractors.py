@@ -39,6 +39,7 @@ class Extractor:
                 f" {len(images)} pictures; wanted float32 of shape ({len(images)},"
                 f" {self.dim or 'd'})"
             )
+        # NaN in a feature makes FID NaN; here the extractor can still be named.
         if not np.isfinite(features).all():
             raise UserError(f"{self.name}: gave numbers that are not finite")
         return features.astype(np.float32)

@@ -61,6 +61,8 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     positions, computed here, become a table in the file."""
     parts = model_parts.parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
+    # The published files have a set of weights for image tokens and one for text
+    # tokens.
     if model.weight_sets != 2:
         raise UserError(
             f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"
@@ -96,6 +98,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
+    # diffusers samples with the shift in this file, so it is the recipe's.
     scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
     return Bundle(
         {"denoiser": model},

@@ -115,6 +115,8 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
         steps = config.eval.few_steps
         judge(f"{name}, held out, {steps} steps", sample_few, kind, config.eval.split)
     for kind in kinds:
+        # Sixteen captions, several pictures each: variety is a mean over pairs of
+        # pictures.
         scenes = digit_scenes.sample_scenes(kind, "train", 16)
         row = {"name": f"variety of {digit_scenes.NAMES[kind]}", "n": len(scenes)}
         scores.append(row | {"score": digit_scenes.variety(sample, scenes)})

@@ -16,6 +16,7 @@ def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
 
 def entries(scores: dict, name: str) -> list[dict]:
     """scores["scores"] or scores["prompts"], without what is no entry."""
+    # Older or foreign files may have something else under this name.
     values = scores.get(name)
     return (
         [e for e in values if isinstance(e, dict)] if isinstance(values, list) else []
@@ -89,6 +90,7 @@ def big(value: float) -> tuple[str, str]:
 
 def duration(seconds: float) -> tuple[str, str]:
     minutes, hours = seconds / 60, seconds / 3600
+    # Long runs in days, one digit; below that hours and minutes.
     if hours >= 48:
         return f"{hours / 24:.1f}", "days"
     if hours >= 1:

@@ -24,6 +24,7 @@ def head(name: str, rows: list[Row], settings: dict, facts: dict) -> str:
     """Title, what ran where and when, and the figures of the run."""
     model, train = settings.get("model", {}), settings.get("train", {})
     last = max(rows, key=lambda row: row["step"])
+    # Every field may be missing or of another type: config.json is read as it is.
     total = f" of {train['steps']:,}" if isinstance(train.get("steps"), int) else ""
     devices = f"{facts['devices']} × " if "devices" in facts else ""
     lede = [
@@ -121,6 +122,7 @@ def scores(scores: dict) -> str:
 def _prompt_scores(entries):
     if not entries:
         return ""
+    # The worst prompts first: they are what a reader looks for.
     entries = sorted(
         entries, key=lambda e: (number_format.finite(e.get("score"), -1.0), str(e))
     )

@@ -178,6 +178,7 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
             raise UserError(
                 f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
             )
+    # "" means "not quantized": recipes list every component.
     kinds = {name: kind for name, kind in quantize.items() if kind}
     if kinds and dtype == "stored":
         raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')

@@ -13,6 +13,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
     """Tokenizers of a model's folders or of `other`; for CLIP the package has one.
 
     Each must match the vocabulary size of its encoder."""
+    # A place that the caller names replaces the model's own folders.
     if other:
         paths = [sources.resolve(other, tokenizers.WANTED, what="tokenizers")]
     words = {}
@@ -23,6 +24,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
                 f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
                 f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
             )
+        # The first folder that has a tokenizer wins.
         for name in [name for name in folder_tokenizers if name not in words]:
             check_vocabulary(
                 name, len(folder_tokenizers[name]), configs.get(name, {}), path
@@ -44,6 +46,7 @@ def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
         " name, or None for embeddings alone"
     )
     rows = config["vocab_size"]
+    # Another vocabulary means another tokenizer, which only the caller can know.
     if name != "t5" or rows != tokenizers.T5_WORDS:
         raise UserError(
             f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"

@@ -47,6 +47,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
     """
 
     def leaf(x):
+        # Inside a caller's jit the placement is the caller's.
         if isinstance(x, jax.core.Tracer):
             return x
         return _put(x, placement(getattr(x, "shape", ()), mesh))
@@ -128,6 +129,8 @@ def decode(
     module, variables, latents, *, scaling, shift, tile: int | None = None
 ) -> Array:
     """Latents to images in [0, 1]."""
+    # `scaling` and `shift` are traced numbers, so models that differ in them share a
+    # program.
     z = vae.from_latents(latents, scaling=scaling, shift=shift)
     images = _by_tiles(module, variables, "decode", tile)(z)
     return jnp.clip(images / 2 + 0.5, 0, 1)
@@ -138,6 +141,7 @@ def _by_tiles(module, variables, method, tile):
     run = functools.partial(module.apply, variables, method=method)
     if tile is None:
         return run
+    # Every level but the first halves the sides.
     factor = 2 ** (len(module.channels) - 1)
     return functools.partial(getattr(tiling, method), run, tile=tile, factor=factor)
 

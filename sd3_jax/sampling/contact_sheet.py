@@ -40,6 +40,7 @@ def figure(line: dict) -> html_page.Html:
         f" cfg {settings['cfg']:g} · {settings['width']} × {settings['height']}"
     )
     description += f" · filtered: {line['filtered']}" if "filtered" in line else ""
+    # File names may hold characters that a URL has to escape.
     file = quote(line["file"])
     # A job may have a million pictures; the browser loads those in sight.
     picture = html_page.element("img", src=file, alt=prompt, loading="lazy")

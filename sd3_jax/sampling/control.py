@@ -70,6 +70,8 @@ def require_fit(
     for name in shared:
         sizes[name] = config.get(name), theirs.get(name)
     wrong = [f"{k} {a} against {b}" for k, (a, b) in sizes.items() if a != b]
+    # Residuals are spread over the denoiser's layers, so fewer are fine and more are
+    # not.
     if net.depth > denoiser.depth:
         wrong.append(f"{net.depth} layers against {denoiser.depth}")
     if wrong:
@@ -96,6 +98,7 @@ def controlled(
     def velocity(x, t, cond):
         if not controls:
             return denoiser(x, t, *cond, **kwargs)
+        # Each is a stack over blocks, which the denoiser spreads over its own.
         parts = [_residuals(control, x, t, cond) for control in controls]
         return denoiser(x, t, *cond, residuals=sum(parts), **kwargs)
 

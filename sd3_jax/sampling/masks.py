@@ -12,6 +12,7 @@ def latent_mask(
     mask: Pictures, shape: tuple, factor: int
 ) -> Float[np.ndarray, "b h w 1"]:
     """1 where the mask is at least 0.5 at the first pixel of each latent."""
+    # Binary, and by the first pixel, as PyTorch's nearest interpolation shrinks a mask.
     return (pixel_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(
         np.float32
     )

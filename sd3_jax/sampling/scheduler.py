@@ -29,6 +29,7 @@ class Scheduler:
     line: str = "released"
     shift: float = 3.0
     dynamic: bool = False
+    # base and most: the defaults of FlowMatchEulerDiscreteScheduler in diffusers.
     base: tuple[int, float] = (256, 0.5)
     most: tuple[int, float] = (4096, 1.15)
     linear: bool = False  # mu itself is the shift, not its logarithm
@@ -54,6 +55,8 @@ class Scheduler:
         """
         options = {"grid": grid, "shift": shift, "mu": mu, "sigmas": sigmas}
         set_options = [name for name, value in options.items() if value is not None]
+        # A grid fixes all times, and mu is the logarithm of a shift: two of a pair
+        # contradict.
         for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
             if set(pair) <= set(set_options):
                 raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")
@@ -66,6 +69,7 @@ class Scheduler:
             # A solver that is not the file's brings its own line of times.
             line = USUAL.get(solver, "released")
         solver = solver or self.solver
+        # Named grids have a fixed shape; of the scheduler only its shift is used.
         if grid is not None:
             return solver, grids.make(
                 grid, steps, self.shift if shift is None else shift

@@ -38,6 +38,7 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
 def listed_seeds(seeds: Any) -> list[int]:
     """The seeds as a list of ints; UserError for floats, texts and other shapes."""
     seed_array = np.asarray(seeds)
+    # A float such as 1e3 is refused: rounding it would pick some seed in silence.
     if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
         raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
     return seed_array.tolist()

@@ -52,6 +52,7 @@ def decode(
 
 def _in_latents(tile, factor, overlap):
     """The side of a tile and the stride between tiles, in latents."""
+    # A tile must cover whole latents, or its neighbours would not meet.
     if tile < factor or tile % factor:
         raise ConfigError(f"tile {tile}: wanted a multiple of {factor}")
     if not 0 <= overlap < 1:
@@ -115,6 +116,7 @@ def _join(parts, overlap, keep):
 def _blend(before, after, overlap, axis):
     """`after`, with its first `overlap` lines faded in over the last of `before`."""
     n = min(overlap, before.shape[axis], after.shape[axis])
+    # n may be less than the overlap: tiles at the far edges can be thinner than it.
     _, end = jnp.split(before, [before.shape[axis] - n], axis)
     start, rest = jnp.split(after, [n], axis)
     # Starts at 0 and ends below 1, as diffusers' y / overlap does.

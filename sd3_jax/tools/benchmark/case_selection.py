@@ -14,6 +14,7 @@ def selected_cases(config: ConfigDict) -> list[Spec]:
             wanted = f"wanted some of {', '.join(cases.KINDS)}"
             raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
     names = [spec["name"] for spec in specs]
+    # Names are keys of the comparison with an earlier result.
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f'config.benchmark.cases: "{twice[0]}" twice')
     return specs
@@ -49,8 +50,8 @@ def case(config: ConfigDict, text: str) -> Spec:
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
+    # SD3's rule: as many heads as layers, each 64 wide.
     heads = model.num_heads or spec["depth"]
-    # Called only for the component that the case names: the others may be invalid.
     configs = {
         "denoiser": lambda: cases.denoiser(
             depth=spec["depth"],

@@ -34,6 +34,7 @@ def about(*, dtype: str, repeats: int) -> dict:
         # The cores that this process may use, which in a container are fewer than the
         # machine's.
         "cores": len(os.sched_getaffinity(0)),
+        # Taken before the benchmark starts: its own processes would show in it later.
         "load": list(os.getloadavg()),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("sd3-jax", *PACKAGES)},
@@ -57,6 +58,7 @@ def version(name: str) -> str | None:
 
 
 def processor() -> str:
+    # platform.processor() is empty or only an architecture on most Linux systems.
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.is_file() else ""
     named: Mapping = dict(

@@ -23,6 +23,7 @@ def _of(jaxpr) -> float:
             total += _convolution(eqn)
         # A jaxpr has a scan's body once, whatever its length.
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        # Bodies of scans, branches and nested jits are parameters of their equation.
         inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
         total += times * sum(_of(_opened(x)) for x in inner if _is_jaxpr(x))
     return total

@@ -36,6 +36,7 @@ def imports(without: Sequence[str], log: Path) -> Iterator[tuple[str, float]]:
 def jobs(log: Path) -> Iterator[tuple[str, float]]:
     """Times from command to first training step and to first picture, with an empty
     cache of compiled programs and with a filled one."""
+    # A fresh cache folder: "cold" must find no compiled program.
     with tempfile.TemporaryDirectory(prefix="sd3-benchmark-") as scratch:
         cache = Path(scratch, "cache")
         env = {"JAX_COMPILATION_CACHE_DIR": str(cache)}

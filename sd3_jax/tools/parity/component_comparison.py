@@ -89,6 +89,7 @@ class Subject:
     @functools.cached_property
     def ids(self) -> dict[str, np.ndarray]:
         s, bundle = self.settings, self.load("float32")  # no weights
+        # Tokenizers alone are loaded: both sides get the same ids.
         return bundle.token_ids(s.prompts, s.length, encoders=self.configs)
 
     def images(self) -> np.ndarray:

@@ -20,6 +20,7 @@ KINDS = {
 
 def pipeline(kind: str, scratch: Path) -> diffusers.StableDiffusion3Pipeline:
     """A pipeline with heads of 64, as the original layout needs; random parameters."""
+    # Modules draw their first weights when they are built; randomise replaces them all.
     torch.manual_seed(0)
     parts = dict(
         transformer=transformer(**KINDS[kind]),

@@ -51,6 +51,7 @@ class Compiled(NamedTuple):
 
 
 def prepare() -> None:
+    # setdefault, so that a user's own settings of libtpu win.
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     # libtpu compiles without being a backend: arrays live on the CPU.

@@ -52,6 +52,7 @@ def training(work: Work, chip: Generation, *, head: int, again: float) -> Comput
     which fills only that part of the matrix unit.
     """
     one = work.attention / 2
+    # One product is half of attention's forward FLOPs; full remat repeats both.
     fifth = one + (2 * one if again >= 1 else 0)
     return _compute(
         work, chip, head, 3 * work.linear, again * work.linear, 6 * one, fifth

@@ -56,6 +56,7 @@ def rank(x: Estimate, hbm: float) -> tuple:
 
 def candidates(tpu_slice: Slice, batch: int, width: int) -> Iterator[Candidate]:
     share = batch // tpu_slice.chips
+    # Powers of two, as all slices' sides are.
     for power in range(tpu_slice.devices.bit_length()):
         fsdp = 2**power
         data, rest = divmod(tpu_slice.devices, fsdp)
@@ -81,5 +82,6 @@ def estimate(x: Candidate, model: MMDiT, tpu_slice: Slice, batch, params, work, 
     state = (STATE + 4 * accumulates) * params / x.fsdp
     # 2 bytes of bfloat16; the last block's activations are used at once.
     kept = 2 * KEPT[x.remat] * model.width * work.tokens * (model.depth - 1) * images
+    # At best compute and traffic overlap fully, so the longer of both counts.
     mfu = 3 * total * images / chip.peak / max(compute, links)
     return Estimate(mfu, links / compute, state + kept)

@@ -85,6 +85,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         result = done_of(x, home)
         written = result.hbm if result else 0.0
         read = sum(_whole(home, name) for name in x.operands)
+        # An asynchronous slice reads no more than it returns.
         if x.opcode.startswith(SLICES) and result:
             read = min(read, sum(shape.bytes for shape in result.shapes))
         return Cost(0.0, read, written, host=_host(x, home), kind="copy")

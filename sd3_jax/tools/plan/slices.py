@@ -30,6 +30,7 @@ class Generation(NamedTuple):
     host_rate: float = 3.2e10  # PCIe 4.0 x16, to the host's memory
 
 
+# The compiler counts HBM in GiB, and reserves some: v5e's 16 are 15.75.
 GB = 2**30
 GENERATIONS = {
     "v5e": Generation(

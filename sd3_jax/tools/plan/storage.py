@@ -254,6 +254,7 @@ def _files(pictures: int, n: int, part: int) -> int:
     """Shards of a bucket: parts in which it has any picture, on average."""
     if not pictures:
         return 0
+    # Each part of the input writes its own shard for every bucket that it meets.
     parts = math.ceil(n / part)
     # The chance that a part of `part` pictures has one of this bucket: 1 - (1 -
     # share)^part, in logarithms because shares may be tiny.

@@ -20,6 +20,7 @@ def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
     while left.any():
         # Not dominated by any that is left: the next front.
         free = left & ~dominates[left].any(0)
+        # Ranks begin at 0 for all, so the first front gets 1.
         rank[free] = rank.max() + 1
         left &= ~free
     return rank
