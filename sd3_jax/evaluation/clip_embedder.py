@@ -75,6 +75,7 @@ class Clip:
         # padding.
         size = min(self.rows, -(-len(inputs) // sharding.batch_shards(self.mesh)))
         size = max(1, size) * sharding.batch_shards(self.mesh)
+        # So that no inputs give (0, e) and not an error.
         done = [np.zeros((0, self.dim), np.float32)]
         for start in range(0, len(inputs), size):
             batch = list(inputs[start : start + size])

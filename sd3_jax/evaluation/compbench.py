@@ -68,6 +68,7 @@ def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """A mean for each category; the benchmark has no overall."""
+    # Categories without prompts in this run have no row.
     groups = scorers.by_category(asked, verdicts)
     return [
         scorers.mean(f"T2I-CompBench {name}", [v.value for v in groups[name]])

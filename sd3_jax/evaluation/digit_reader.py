@@ -75,12 +75,14 @@ def _colour(pixels: np.ndarray) -> str:
     near = {
         c: total @ np.array(rgb) / np.linalg.norm(rgb) for c, rgb in COLOURS.items()
     }
+    # The largest cosine, since all vectors are divided by their lengths.
     return max(near, key=near.get)
 
 
 def _centred(ink: np.ndarray) -> np.ndarray:
     """The ink in the middle of an empty cell, flattened; where it stood is lost."""
     cell = np.zeros((SIDE, SIDE))
+    # Blurred strokes may be wider than a scan.
     ink = ink[:SIDE, :SIDE]
     y, x = ((SIDE - n) // 2 for n in ink.shape)
     cell[y : y + ink.shape[0], x : x + ink.shape[1]] = ink

@@ -78,6 +78,7 @@ def variety(sample: Callable, scenes: Sequence[Scene], *, per_scene: int = 8) ->
 
 
 def _spread(images: np.ndarray, per_scene: int) -> float:
+    # (scenes * n, h, w, 3) → (scenes, n, h w 3)
     x = images.reshape(-1, per_scene, np.prod(images.shape[1:])).astype(np.float64)
     # (scenes, n, n) distances; the diagonal is 0 and is not counted in the mean.
     apart = np.linalg.norm(x[:, :, None] - x[:, None], axis=-1)

@@ -102,6 +102,7 @@ def save(path: epath.PathLike, stored: Stored) -> None:
         buffer,
         mean=stats.mean,
         scatter=stats.scatter,
+        # Sums cannot give KID or recall, which compare single pictures.
         features=np.asarray(stored.features[:KEPT], np.float32),
         about=np.array(json.dumps(about)),
     )

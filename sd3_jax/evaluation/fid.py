@@ -36,4 +36,5 @@ def _factor(covariance: Float64[ndarray, "d d"]) -> Float64[ndarray, "d r"]:
     # large as sqrt(eps), so they are dropped before the root.
     floor = len(values) * np.finfo(np.float64).eps * max(values[-1], 0.0)
     real = values > floor
+    # (d, rank)
     return vectors[:, real] * np.sqrt(values[real])

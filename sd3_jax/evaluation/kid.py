@@ -33,6 +33,7 @@ def kid(
         return Kid(mmd(a, b), 0.0, size)
     # Subsets bound the memory of the kernel matrix, and give a spread.
     rng = np.random.default_rng(seed)
+    # Without replacement: a feature drawn twice would add its kernel with itself.
     draw = lambda x: x[rng.choice(len(x), size, replace=False)]
     estimates = [mmd(draw(a), draw(b)) for _ in range(subsets)]
     return Kid(float(np.mean(estimates)), float(np.std(estimates)), size)

@@ -118,6 +118,7 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
     rows = np.concatenate(first_rows) if first_rows else np.zeros((0, 0), np.float32)
     every = everyones(rows)
     dim = max(x.shape[1] for x in every)
+    # A process without pictures has (0, 0) features, which become (0, dim).
     whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
     if not summed:
         return Features(whole, None)
@@ -168,6 +169,7 @@ def everyones(x: np.ndarray) -> list[np.ndarray]:
     shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]
     sizes = [int(np.prod(dims)) * x.itemsize for dims in shapes]
     raw = np.zeros(max(sizes), np.uint8)
+    # (bytes,), padded to the largest process's size
     raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     gathered = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
     read = functools.partial(_array, dtype=x.dtype)

@@ -55,6 +55,7 @@ def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
     """Squared distance of each row to its k-th neighbour, not counting itself."""
     blocks = []
     for start in range(0, len(x), BLOCK):
+        # (rows, n)
         block = distances(x[start : start + BLOCK], x)
         blocks.append(
             np.partition(block, k, axis=1)[:, k]

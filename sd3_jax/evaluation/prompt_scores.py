@@ -123,6 +123,7 @@ def _compbench(config: ConfigDict) -> Benchmark:
         raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
     functions, asked = {}, []
     for category, name in names.items():
+        # guarded: an exception in the user's code becomes a one-line UserError.
         functions[category] = hooks.guarded(key, name)
         parse = functools.partial(compbench.parse, category=category)
         file, wanted = compbench.file(category), "T2I-CompBench's folder of prompts"
@@ -139,6 +140,7 @@ def _read(
     An invalid line is an error, because skipping it would change the score.
     """
     setting = config.eval[key]
+    # Only the benchmarks in config.eval.scores need their files.
     if not setting:
         raise UserError(
             f'config.eval.scores: "{key}" wants config.eval.{key}: {wanted}'

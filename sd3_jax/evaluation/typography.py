@@ -67,6 +67,7 @@ def normal(text: str, ignore: Sequence[str] = ()) -> str:
     """The text in Unicode's form NFC, after the IGNORE functions that are named."""
     # OCR may give letters and accents apart, which is the same text.
     text = unicodedata.normalize("NFC", text)
+    # In IGNORE's order, not the caller's: punctuation may leave double spaces.
     for name, without in IGNORE.items():
         text = without(text) if name in ignore else text
     return text
@@ -104,6 +105,7 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
             _exact(f"typography, {name}", category_verdicts)
             for name, category_verdicts in groups.items()
         ]
+    # Mean of the rates, not of the edits: every prompt counts equally.
     rates = [v.others[ERRORS] for v in verdicts]
     return [*scores, scorers.mean(f"typography, {ERRORS}", rates)]
 

@@ -245,6 +245,7 @@ class Benchmark:
             for value, spec in zip(values, specs):
                 worker = stack.enter_context(self.turns.worker("ours"))
                 flops = worker.ask("load", spec=spec)["flops"]
+                # Compilation and the first call, which are reported for every size.
                 first = worker.ask("first")
                 worker.ask("warm", times=self.config.benchmark.warmup)
                 workers.append(worker)

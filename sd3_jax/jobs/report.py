@@ -35,6 +35,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     )
     # The page shows where the run's settings differ from these.
     default = base.get_config().to_dict()
+    # configs/sd3_2b.py:tiny → sd3_2b:tiny
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
     text = html_page.document(
         f"{name}: training report",

@@ -140,6 +140,7 @@ class Study:
 
     def settings(self, study_run: Run) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
+        # The option comes after the variant, so it may override it.
         for text in (*self.variants[study_run.variant], *study_run.option.split()):
             run_scores.override(config, text, f"study of {study_run.variant}")
         config.seed = self.config.seed + study_run.seed

@@ -135,6 +135,7 @@ def image(data: bytes, alt: str, *, limit: int) -> Html:
     if len(data) > limit:
         data, kind = _shrink(Image.fromarray(rgb), limit), "webp"
     height, width = rgb.shape[:2]
+    # Inside the page, so that a report is a single file.
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     size = f'width="{width}" height="{height}"'
     return Html(f'<img src="{uri}" alt="{escape(alt)}" {size}>')

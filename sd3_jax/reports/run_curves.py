@@ -10,6 +10,7 @@ CURVES = 6  # validation steps in the plot over t
 
 def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     steps, values = series(rows, kind, name)
+    # NaN and infinity would decide the frame of the plot.
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         subject = "No finite value" if values else "Nothing"

@@ -115,6 +115,7 @@ def encode_image(
     """Images in [0, 1] to latents: a draw with `key`, else the mean."""
     # `tile` is static, because it decides the shapes of all slices.
     run = _by_tiles(module, variables, "encode", tile)
+    # (b, H, W, 3) → (b, H/8, W/8, 2c): mean and log-variance
     moments = run(2 * images - 1)
     if key is None:
         z = vae.posterior(moments)[0]
@@ -132,6 +133,7 @@ def decode(
     # `scaling` and `shift` are traced numbers, so models that differ in them share a
     # program.
     z = vae.from_latents(latents, scaling=scaling, shift=shift)
+    # (b, h, w, c) → (b, 8h, 8w, 3)
     images = _by_tiles(module, variables, "decode", tile)(z)
     return jnp.clip(images / 2 + 0.5, 0, 1)
 

@@ -34,6 +34,7 @@ def html(lines: list[dict]) -> str:
 def figure(line: dict) -> html_page.Html:
     settings = line["settings"]
     prompt = line["prompt"]
+    # A task may have a text for each encoder.
     prompt = prompt if isinstance(prompt, str) else " | ".join(prompt)
     description = (
         f"seed {line['seed']} · {settings['steps']} steps of {settings['solver']} ·"

@@ -116,6 +116,7 @@ class Encoder:
         and pooled (b, pooled_dim); put_together joins them."""
         with compiled.on(self.bundle.mesh):
             encoded = self._text(self.bundle.text_variables, ids)._asdict()
+        # Without T5 a record has no "t5", and put_together fills in zeros.
         return {name: x for name, x in encoded.items() if x is not None}
 
     def __call__(
@@ -132,6 +133,7 @@ class Encoder:
         # may pick other kernels, and so other roundings, for another shape.
         for start in range(0, device_rows, self.rows):
             part = {k: cut(x, device_rows, start, self.rows) for k, x in raw.items()}
+            # A global batch of `rows` on each device
             size = self.rows * self.shards
             parts.append(self._encode(sharding.put(part, self.bundle.mesh, size)))
         encoded = self._join(parts, device_rows)

@@ -165,6 +165,7 @@ def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
     scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
     scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it
+    # diffusers' pipelines require a scheduler, so one is written for every bundle.
     folders = {"scheduler/scheduler_config.json": scheduler}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for name, component in COMPONENTS.items():

@@ -92,6 +92,7 @@ def attached(
         for name, pairs in maps.items():
             params = adapted[name]["params"]
             lora_params = files.load(pairs, name, modules[name], params, weight=weight)
+            # The kernel becomes LowRank(base, a, b): the sum is never stored.
             params = lora.attach(params, _placed(lora_params, params))
             adapted[name] = adapted[name] | {"params": params}
             log.info(

@@ -56,6 +56,7 @@ def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
     if mark and min(height, width) < watermark.SIDE:
         setting = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
         raise UserError(f"{setting}; wanted sides of {watermark.SIDE} or more")
+    # Imported before any weight is loaded.
     function = hooks.guarded("sample.filter", filter) if filter else None
     return Safety(filter, function, mark)
 

@@ -72,6 +72,7 @@ def drop(
     for part, keep in zip(parts, jnp.unstack(kept.astype(pooled.dtype), axis=1)):
         at = (ALL, part.tokens, part.channels)
         context = context.at[at].multiply(keep[:, None, None].astype(context.dtype))
+        # T5's slice of pooled is empty, so that its turn changes nothing here.
         pooled = pooled.at[:, part.pooled].multiply(keep[:, None])
     return Conditioning(context, pooled)
 
@@ -143,7 +144,9 @@ def encode_parts(
         pooled = [jnp.zeros((b, 0), dtype)]
     # (b, length, context_dim), or no tokens at all
     t5 = None if models.t5 is None else models.t5.apply(variables["t5"], ids["ids_t5"])
+    # (b, 768) and (b, 1280) → (b, 2048)
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
+    # (b, 77, 768) and (b, 77, 1280) → (b, 77, 2048)
     clip = filled(jnp.concatenate(states, -1), pooled_dim, "pooled_dim")
     return Encoded(clip, t5, vector)
 

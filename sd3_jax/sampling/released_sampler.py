@@ -142,4 +142,5 @@ class ReleasedSampler:
             skip_stop=s["skip_stop"],
         )
         images = multihost_utils.process_allgather(images, tiled=True)
+        # (n, h, w, 3) from [0, 1]
         return pictures.to_uint8(2 * images.astype(np.float32) - 1)

@@ -137,6 +137,7 @@ class TrainedSampler:
             # recipe's own program has no autoencoder.
             images = images if self.encoder is None else self.decoded(images)
             done.append(multihost_utils.process_allgather(images, tiled=True))
+        # The rows that wrapped around are dropped.
         return pictures.to_uint8(np.concatenate(done)[: len(captions)])
 
     @functools.cached_property
@@ -180,6 +181,7 @@ class TrainedSampler:
         return put(batch, batch_size=size)
 
     def decoded(self, x0: jax.Array) -> jax.Array:
+        # Images in [0, 1] → [-1, 1], as a recipe's own autoencoder gives them
         return 2 * self.encoder.bundle.decode(x0) - 1
 
     def sample_batch(self, params: dict, batch: dict, negative: dict) -> jax.Array:

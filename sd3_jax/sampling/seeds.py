@@ -29,6 +29,7 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
     if not all(0 <= s < 2**32 for s in seeds):
         raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
     numbers = prompts * per_prompt if shared else per_prompt
+    # Prompt by prompt, in the order of the pictures.
     rows = [(s, number) for s in seeds for number in range(numbers)]
     # vmap makes all keys in one dispatch instead of two for each picture.
     make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])

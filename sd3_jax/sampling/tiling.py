@@ -30,6 +30,7 @@ def encode(
     # One tile is the whole picture: no seam, and the same result as without tiling.
     if max(images.shape[1:3]) <= tile:
         return run(images)
+    # Cut in pixels, joined in latents.
     parts = _parts(run, images, factor * size, factor * stride)
     return _join(parts, size - stride, stride)
 
@@ -46,6 +47,7 @@ def decode(
     size, stride = _in_latents(tile, factor, overlap)
     if max(latents.shape[1:3]) <= size:
         return run(latents)
+    # Cut in latents, joined in pixels.
     parts = _parts(run, latents, size, stride)
     return _join(parts, factor * (size - stride), factor * stride)
 

@@ -53,6 +53,7 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     signs = 2.0 * _frame(message) - 1  # (FRAME,)
     rows, columns = _spread(grid, h), _spread(grid, w)
     bits, chips = _chips(grid)
+    # From the unmarked picture: the mark itself is no activity to hide in.
     weights = _tolerance(_cells(image, grid))
     carried = np.bincount(bits, chips**2 * weights, FRAME)
     total = np.zeros(FRAME)  # of the mark, in correlation
@@ -100,6 +101,7 @@ def errors(image: UInt8[ndarray, "h w 3"], message: str) -> float:
 def _frame(message: str) -> ndarray:
     """(FRAME,) of bool."""
     text = message.encode().ljust(LENGTH, b"\0")
+    # 16 bytes of text and 4 of its checksum: 160 bits
     whole = text + zlib.crc32(text).to_bytes(4, "big")
     return np.unpackbits(np.frombuffer(whole, np.uint8)).astype(bool)
 
@@ -168,6 +170,7 @@ def _band() -> tuple[ndarray, ndarray]:
 def _terms(cells: Float[ndarray, "g g"]) -> Float[ndarray, " terms"]:
     """The band's cosines of all blocks, block by block."""
     n, c = len(cells) // BLOCK, _cosines()
+    # (g, g) → (n, n, 8, 8)
     blocks = cells.reshape(n, BLOCK, n, BLOCK).transpose(0, 2, 1, 3)
     return (c @ blocks @ c.T)[(..., *_band())].ravel()
 
@@ -201,6 +204,7 @@ def _chips(grid: int) -> tuple[ndarray, ndarray]:
 def _tolerance(cells: Float[ndarray, "g g"]) -> Float[ndarray, " terms"]:
     """How much of the mark each term takes: more where all of a block hides it."""
     n, half, terms = len(cells) // BLOCK, BLOCK // 2, len(_band()[0])
+    # (g, g) → (n, 2, n, 2): the spread within each quarter of a block
     quarters = cells.reshape(n, 2, half, n, 2, half).std((2, 5))
     # The least active quarter decides: a mark shows in the flat half of an edge block.
     activity = quarters.min((1, 3)).ravel()

@@ -87,6 +87,7 @@ def rows(result: dict) -> Iterator[list[str]]:
                 kind = "failed" if side_result.get("failed") else "refused"
                 yield [name, label, f"{kind}: {wrong}", *[""] * 7]
                 continue
+            # PyTorch compiles in its first call, so its column is empty.
             compile_ = side_result.get("lower", 0) + side_result.get("compile", 0)
             ratio = case["ratios"].get(side)
             gap = case["gaps"].get(side)
@@ -158,5 +159,6 @@ def startup(result: dict) -> Iterator[str]:
             ends = f"{min(seconds):.2f} to {max(seconds):.2f}"
             lines.append(f"| {name} | {statistics.median(seconds):.2f} | {ends} |")
         yield "\n".join(lines)
+    # A failure is shown beside the times that were measured.
     for text in result["startup"].get("failed", ()):
         yield f"Start-up failed: {text}"

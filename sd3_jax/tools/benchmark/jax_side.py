@@ -128,6 +128,8 @@ def make_weights(spec: Spec, path: str) -> dict:
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shapes = components.abstract(component, module, spec["config"], mesh, dtype)
     rng = np.random.default_rng(spec["seed"])
+    # A prime length: tensors whose sides are powers of two do not repeat in step with
+    # it.
     block = rng.standard_normal(1_000_003, np.float32)
     entries = {}
     for piece in key_mapping.pieces(shapes, component.table(module), "diffusers"):

@@ -41,6 +41,7 @@ def reset() -> bool:
 
 
 def _status(name: str) -> int:
+    # Without /proc the peak stands in for the present size.
     if not STATUS.is_file():
         return peak()
     match = re.search(rf"{name}:\s+(\d+) kB", STATUS.read_text())

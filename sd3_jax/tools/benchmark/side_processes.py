@@ -42,6 +42,7 @@ class Worker:
             # Blocks until the side answers; there is no timeout, as compilation may
             # take long.
             line = self._process.stdout.readline()
+        # The side has died; its exit code is read below.
         except BrokenPipeError:
             line = ""
         if not line:

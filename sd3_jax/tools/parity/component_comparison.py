@@ -106,6 +106,7 @@ class Subject:
 
     def latents(self, b: int, seed: int = 0) -> np.ndarray:
         draw = np.random.default_rng((self.settings.seed, seed))
+        # Every level of the autoencoder but the first halves the sides.
         factor = 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
         side = self.settings.height // factor, self.settings.width // factor
         channels = self.configs["denoiser"].get("in_channels", 16)

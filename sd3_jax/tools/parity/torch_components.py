@@ -70,6 +70,7 @@ def _text(name, config, state, prefix):
     known = {k: v for k, v in config.items() if k != "architectures"}
     model = CLASSES[name](CONFIGS[name](**known))
     state = {k.removeprefix(prefix): x for k, x in state.items()}
+    # T5's embedding is stored as "shared" too, and is set from it below.
     state = {k: x for k, x in state.items() if "embed_tokens" not in k}
     if name == "t5":
         state["encoder.embed_tokens.weight"] = state["shared.weight"]

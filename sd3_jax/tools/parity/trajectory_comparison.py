@@ -49,6 +49,7 @@ def drift(subject: Subject) -> Drift:
         )
     del modules
     trajectories = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
+    # PyTorch in float32 is the reference of all three others.
     (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
     rows = [
         Row(

@@ -120,6 +120,7 @@ def compile(lowered, options: dict[str, str]) -> Compiled:
         # One program, one module: more than one file would be an error worth a
         # traceback.
         (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
+        # Read before the temporary folder is deleted.
         text = path.read_text()
     return Compiled(text, memory(program), time.perf_counter() - begin)
 

@@ -271,6 +271,7 @@ def _connected(pairs: Pairs) -> Groups:
     for start in near:
         if start not in visited:
             group, ahead = [], [start]
+            # Depth-first search over the pairs, in both directions.
             while ahead:
                 x = ahead.pop()
                 if x not in visited:

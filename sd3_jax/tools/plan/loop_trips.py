@@ -28,6 +28,7 @@ def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
         inner = [_constants(c) for x in condition for c in module.reached(x)]
         bounds = [n for numbers in (constants, *inner) for n in numbers.values()]
         return max(bounds, default=None)
+    # Either operand of the comparison may be the constant.
     bound = next((constants[n] for n in compare.operands if n in constants), None)
     read = [condition.by_name.get(name) for name in compare.operands]
     counter = next((x for x in read if x and x.opcode == "get-tuple-element"), None)
@@ -38,6 +39,7 @@ def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
     # A counter that is not advanced by a constant has no count that can be read off.
     if not step:
         return None
+    # Iterations until the counter reaches the bound; "<=" runs once more.
     away = (bound - _start(loop, place, home)) / step
     ends_on = compare.attribute(r"direction=(\w+)") in ("LE", "GE")
     turns = math.floor(away) + 1 if ends_on else math.ceil(away)

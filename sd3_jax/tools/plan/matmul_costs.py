@@ -84,6 +84,7 @@ def splash(x: Instruction, home: Computation) -> tuple[float, int]:
     tokens and head, in either order; the head is the one that queries and keys share.
     """
     arrays = [home.by_name[name].shapes[0] for name in x.operands]
+    # Queries and keys come first; masks and block tables are integers.
     wide = [s.sides for s in arrays if len(s.sides) >= 3 and s.dtype in ("bf16", "f32")]
     queries, keys = wide[:2]
     # The backward kernels are told apart by name and by the rank of their results.

@@ -34,6 +34,7 @@ def parts(row: dict) -> dict[str, float]:
 
 def draw(rows: Sequence[dict]) -> bytes:
     """PNG of the rows that fit; the model's own products first, then the losses."""
+    # barh draws from the bottom up; reversed, the first row is on top.
     rows = [row for row in rows if "needs" not in row][::-1]
     figure = Figure(
         figsize=(8.5, 1.5 + 0.55 * len(rows)), dpi=150, layout="constrained"

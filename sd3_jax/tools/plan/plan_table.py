@@ -86,6 +86,7 @@ def notes(rows: list[dict]) -> list[str]:
         " published runs reach. Nothing was measured.",
         f"compiled by {aot.compiler()}: other versions make other programs",
     ]
+    # gcloud calls a v5e by another name than everyone else.
     for name in dict.fromkeys(row["slice"] for row in rows):
         if (cloud := slices.cloud_name(name)).startswith(slices.LITEPOD[0]):
             lines.append(f"{name}: {cloud} to gcloud and in launch/'s ACCELERATOR_TYPE")

@@ -141,6 +141,7 @@ def find(name: str) -> Slice:
         raise UserError(
             f'config.plan.slices: "{name}": wanted one of {", ".join(sizes)}'
         )
+    # "v5e-16" is one slice, "2xv5e-16" two of them.
     count = int(match[1] or 1)
     shape = tuple(int(n) for n in shapes[chips].split("x"))
     return Slice(

@@ -14,6 +14,7 @@ def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
     as in all scores and better than in one; the next are those of what is left.
     """
     at_least = (scores[:, None] <= scores[None]).all(-1)  # [i, j]: i as good as j
+    # (n, n): i is better than j in at least one score
     better = (scores[:, None] < scores[None]).any(-1)
     dominates = at_least & better
     rank, left = np.zeros(len(scores), int), np.ones(len(scores), bool)

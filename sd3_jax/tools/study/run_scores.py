@@ -166,6 +166,7 @@ def check(config: ConfigDict) -> None:
 def as_evaluated(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     measures = dict(pictures=config.study.pictures, scores=("clip_score", "fid"))
+    # `study` measures what `evaluate` does, with its own number of pictures.
     config.eval.update(measures)
     return config
 

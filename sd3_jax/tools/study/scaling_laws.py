@@ -46,6 +46,7 @@ def power_law(
 
 
 def _line(x, loss, x0, floor) -> PowerLaw:
+    # log (loss - floor) = height + slope log (x / x0)
     slope, height = np.polyfit(np.log(x / x0), np.log(loss - floor), 1)
     law = PowerLaw(float(floor), float(np.exp(height)), float(-slope), x0, 0.0)
     error = np.sqrt(np.mean((np.log(law(x)) - np.log(loss)) ** 2))
@@ -55,6 +56,7 @@ def _line(x, loss, x0, floor) -> PowerLaw:
 def frontier(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> ndarray:
     """Indices, by rising x, of the points that no point of less or equal x is below."""
     order = np.lexsort((loss, x))
+    # The least loss at this compute or less; the frontier is where it falls.
     best = np.minimum.accumulate(loss[order])
     first = np.append(True, best[1:] < best[:-1])
     return order[first]

@@ -57,6 +57,7 @@ def rank_table(rows: Sequence[dict], results: Sequence[dict]) -> html_page.Html:
 
 def figures(results: Sequence[dict]) -> dict[str, str]:
     """Plots by the names of their files, as in the page."""
+    # Titles become names of files.
     name = lambda title: title.lower().replace(" ", "_")
     return {name(title): plots.standalone(svg) for title, svg, _ in panels(results)}
 
@@ -94,6 +95,7 @@ def over_steps(results, kind, cfg, weights, first) -> tuple[str, str]:
 
 def plane(results, weights, first) -> tuple[str, str]:
     rows = tables.scores(results, tables.middle(results), weights)
+    # A point for each variant: a curve of one.
     points = {r["variant"]: ([r["score"]], [r["fid"]]) for r in rows}
     steps, cfg = tables.middle(results)
     drawn = plots.curves(points, "score", "FID", joined=False, first=first)
