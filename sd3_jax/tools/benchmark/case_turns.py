@@ -102,7 +102,7 @@ class Turns:
                 continue
             if "ours" not in entry["turns"]:
                 continue
-            # Closed before the next turn: the sides overwrite these files.
+            # Closed at once: the next case writes files of the same names.
             with (
                 np.load(self.outputs("ours")) as ours,
                 np.load(self.outputs(side)) as theirs,
