@@ -30,9 +30,9 @@ class Program(NamedTuple):
     mesh: Any
 
     def compile(self, **options):
-        from sd3_jax.sampling import compiled as programs
+        from sd3_jax.sampling import compiled
 
-        with programs.on(self.mesh):
+        with compiled.on(self.mesh):
             low = self.jitted.lower(*self.static, *self.abstract, **self.options)
             return low.compile(**options)
 
@@ -104,7 +104,7 @@ def program(
     from sd3_jax.distributed import sharding
     from sd3_jax.models.mmdit import MMDiT
     from sd3_jax.models.vae import VAE
-    from sd3_jax.sampling import compiled as programs
+    from sd3_jax.sampling import compiled
     from sd3_jax.sampling.prompts import Conditioning
 
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -126,18 +126,18 @@ def program(
         cond = Conditioning(put(1, text, 64), put(1, 64))
         keys = put(1, dtype=jax.random.key(0).dtype)
         told = put(3), put(), (put(), put()), put()
-        inputs = programs.Inputs(keys, cond, cond, *told)
-        static = (programs.Plan(model, "euler", (h, h, 16), guided=True),)
+        inputs = compiled.Inputs(keys, cond, cond, *told)
+        static = (compiled.Plan(model, "euler", (h, h, 16), guided=True),)
         given = variables(model, *example), inputs
-        return Program(programs.sample, static, given, {}, mesh)
+        return Program(compiled.sample, static, given, {}, mesh)
     module = VAE(channels=tuple(channels), layers=1, groups=8, dtype=dtype)
     weights = variables(module, small(1, 8, 8, 3))
     options = dict(scaling=1.5, shift=0.06)
     if part == "decode":
         given = weights, put(1, h, h, 16)
-        return Program(programs.decode, (module,), given, options, mesh)
+        return Program(compiled.decode, (module,), given, options, mesh)
     given = weights, put(1, side, side, 3), None
-    return Program(programs.encode_image, (module,), given, options, mesh)
+    return Program(compiled.encode_image, (module,), given, options, mesh)
 
 
 def peak(compiled) -> int:
@@ -164,16 +164,16 @@ def run(made: Program):
     import jax
     import numpy as np
 
-    from sd3_jax.sampling import compiled as programs
+    from sd3_jax.sampling import compiled
 
     start = time.perf_counter()
     weights, *inputs = made.abstract
     given = jax.tree.map(weight, weights), *jax.tree.map(normal, inputs)
-    if made.jitted is programs.sample:
+    if made.jitted is compiled.sample:
         given = given[0], settings(given[1])
     place = lambda x, like: jax.device_put(x, like.sharding)
     given = jax.tree.map(place, given, made.abstract)
-    with programs.on(made.mesh):
+    with compiled.on(made.mesh):
         result = np.asarray(made.jitted(*made.static, *given, **made.options))
     print(f"    ran in {time.perf_counter() - start:.0f} s")
     return result

@@ -24,7 +24,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.evaluation import digit_scenes
 from sd3_jax.evaluation.digit_reader import INK, matches
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 
 PAIRS, SCORED, HELD_OUT = 3_000, 1_200, 128
 RECIPE = "configs/dpo.py:digits"
@@ -37,7 +37,7 @@ def painter(workdir, *flags):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = model_parts.parts(config)
         params, _ = model_parts.trained_params(config, parts, workdir, mesh)
-    made = Painter(config, parts, mesh)
+    made = TrainedSampler(config, parts, mesh)
 
     def paint(captions, numbers):
         with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
@@ -53,7 +53,7 @@ def ink(images):
 
 def write_pairs(paint, folder):
     """Shards of preferences, and how many there are."""
-    scenes = digit_scenes.some("single", "train", PAIRS)
+    scenes = digit_scenes.sample_scenes("single", "train", PAIRS)
     captions, numbers = [str(scene) for scene in scenes], np.arange(2 * PAIRS)
     a, b = (paint(captions, numbers[i::2].tolist()) for i in range(2))
     thick, kept = ink(a) - ink(b), []
@@ -71,7 +71,7 @@ def write_pairs(paint, folder):
 
 def look(paint):
     """Of each scored picture, whether it is right, and its ink."""
-    scenes = digit_scenes.some("single", "train", SCORED)
+    scenes = digit_scenes.sample_scenes("single", "train", SCORED)
     numbers = list(range(1_000_000, 1_000_000 + SCORED))
     images = paint([str(scene) for scene in scenes], numbers)
     right = np.array([matches(*pair) for pair in zip(scenes, images)])

@@ -208,7 +208,7 @@ def differing(workdir: Path) -> list[list[str]]:
     from configs import quickstart
     from sd3_jax.assembly import model_parts
     from sd3_jax.distributed import sharding
-    from sd3_jax.sampling.sampler import Painter
+    from sd3_jax.sampling.sampler import TrainedSampler
 
     config, mesh, rows = quickstart.get_config(), sharding.make_mesh(), []
     made, captions, plain = model_parts.parts(config), config.train.prompts, None
@@ -218,7 +218,7 @@ def differing(workdir: Path) -> list[list[str]]:
     args = xt, np.linspace(0.02, 0.98, 64, dtype=np.float32), *cond
     velocity = jax.jit(lambda p: made.denoiser.apply({"params": p}, *args))
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        painter = Painter(config, made, mesh)
+        painter = TrainedSampler(config, made, mesh)
         for kind in KINDS:
             config.quantize.denoiser = kind
             params, _ = model_parts.trained_params(config, made, str(workdir), mesh)

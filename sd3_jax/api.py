@@ -21,10 +21,18 @@ from jaxtyping import Float
 from sd3_jax.diffusion import grids, solvers
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, arguments, compiled
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling.arguments import ControlInput, Texts
+from sd3_jax.sampling import (
+    argument_checks,
+    arguments,
+    bundle_loading,
+    compiled,
+    control_arguments,
+    masks,
+    seeds,
+)
+from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
 
@@ -44,14 +52,14 @@ def load(
 ) -> Bundle:
     """Load a released model, sharded over `mesh` (by default all devices).
 
-    See sampling.bundle.load for what `path_or_hub_name` may be. `lora` names LoRA files
-    or folders of diffusers, PEFT or kohya, with weights as in "style.safetensors=0.8"
-    or {path: weight}. `quantize` keeps matrices of the denoiser or T5 in eight bits:
-    {"denoiser": "int8", "t5": "fp8"}. Raises UserError, which lists tensors that are
-    missing, extra or of another shape.
+    See sampling.bundle_loading.load for what `path_or_hub_name` may be. `lora` names
+    LoRA files or folders of diffusers, PEFT or kohya, with weights as in
+    "style.safetensors=0.8" or {path: weight}. `quantize` keeps matrices of the denoiser
+    or T5 in eight bits: {"denoiser": "int8", "t5": "fp8"}. Raises UserError, which
+    lists tensors that are missing, extra or of another shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
-    return bundles.load(
+    return bundle_loading.load(
         path_or_hub_name,
         mesh=mesh,
         dtype=dtype,
@@ -63,7 +71,7 @@ def load(
 
 def load_control(path_or_hub_name: str | os.PathLike, bundle: Bundle) -> ControlBundle:
     """Load a ControlNet for `bundle`: a diffusers folder or one .safetensors file."""
-    return bundles.load_control(path_or_hub_name, bundle)
+    return bundle_loading.load_control(path_or_hub_name, bundle)
 
 
 def generate(
@@ -140,7 +148,7 @@ def generate(
         guidance,
         guidance_interval,
         guidance_rescale,
-        negative_prompts=arguments.says(negative_prompts),
+        negative_prompts=arguments.has_text(negative_prompts),
         skip_layers=bool(skip_layers),
     )
     image = arguments.starting_image(bundle, image)
@@ -172,7 +180,7 @@ def generate(
     rows = cond.pooled.shape[0]
     spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
-        arguments.image_keys(rows // images_per_prompt, seed, images_per_prompt)
+        seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
     # --- noise, starting image and mask as latents
     noise = x0 = None
@@ -181,7 +189,7 @@ def generate(
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
-        mask = spread(arguments.latent_mask(mask, shape, bundle.factor), "mask")
+        mask = spread(masks.latent_mask(mask, shape, bundle.factor), "mask")
     if image is not None:
         times = grids.strength(times, strength)
         x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
@@ -208,7 +216,7 @@ def generate(
         bundle.part("denoiser"), solver, shape, guided, skipped, preview
     )
     control = [control] if isinstance(control, ControlInput) else list(control or ())
-    nets, acting = arguments.controls_of(
+    nets, acting = control_arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )
     # --- run

@@ -132,7 +132,7 @@ def test_a_guidance_of_1_or_less_is_none(bundle, plans):
 
 
 def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
-    arguments.tell_once.cache_clear()
+    arguments.warn_once.cache_clear()
     none = paint(bundle, guidance=0.0)
     assert not caplog.messages
     options = dict(negative_prompts=["blue"], skip_layers=(1,), guidance_rescale=0.5)

@@ -36,8 +36,8 @@ MAY["tools"] |= {"params", "diffusion", "data", "distributed", "monitoring", *FL
 # What knows configs is called by jobs alone, wherever it lies, and may import anything.
 DOOR = {
     *("main.py", "config", "jobs", "assembly", "training/trainer.py"),
-    *("sampling/sampler.py", "sampling/sampler_choice.py", "sampling/prompt_file.py"),
-    *("sampling/released_sampler.py", "sampling/output_filter.py"),
+    *("sampling/sampler.py", "sampling/released_sampler.py", "sampling/prompt_file.py"),
+    "sampling/output_filter.py",
     *("evaluation/picture_scores.py", "evaluation/prompt_scores.py"),
     *("evaluation/picture_features.py", "evaluation/reference_images.py"),
     *("data/ingest/intake.py", "tools/study/run_scores.py"),

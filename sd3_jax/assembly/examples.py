@@ -20,7 +20,8 @@ from sd3_jax.data.loader import Loader
 from sd3_jax.data.records import REJECTED, TENSORS, TEXTS, Record
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_loading
+from sd3_jax.sampling.bundle import TEXT
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.prompts import CLIP_LENGTH
 
@@ -214,7 +215,7 @@ def to_encode(config: ConfigDict, fields: Sequence[str]) -> list[str]:
     if "image" in fields and config.image.autoencoder == "latents":
         parts += ["vae"]
     if "caption" in fields and config.text.name == "precomputed":
-        parts += [*bundles.TEXT]
+        parts += [*TEXT]
     return parts
 
 
@@ -233,7 +234,7 @@ def encoder(
     A text encoder that the weights have not is zeros to the denoiser.
     """
     encode, model = config.encode, config.model
-    bundle = bundles.load(
+    bundle = bundle_loading.load(
         encode.weights,
         mesh=mesh,
         dtype=encode.dtype,
@@ -259,7 +260,7 @@ def encoder(
         pooled_dim=model.pooled_dim,
         rows=encode.rows,
     )
-    if any(name in bundle.modules for name in bundles.TEXT):
+    if any(name in bundle.modules for name in TEXT):
         try:
             made.check()
         except (ValueError, TypeError) as error:

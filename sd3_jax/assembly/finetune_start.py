@@ -20,8 +20,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import lora
 from sd3_jax.params import lora as lora_model
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import lora_adapters
+from sd3_jax.sampling import bundle_loading, lora_adapters
 from sd3_jax.training import finetuning
 from sd3_jax.training.finetuning import Tuning
 from sd3_jax.training.objectives import Objective
@@ -129,7 +128,7 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
 def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
     base = config.tune.base
     try:
-        bundle = bundles.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
+        bundle = bundle_loading.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
     except UserError as error:
         raise UserError(f"config.tune.base: {error}") from None
     theirs = bundle.part("denoiser")

@@ -1,4 +1,4 @@
-"""A whole CLIP as one thing: pictures and texts to embeddings of one space."""
+"""CLIP with both towers: pictures and texts to embeddings in one space."""
 
 import hashlib
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ WANTED = ("*.json", "*.safetensors", "*.txt")  # of a hub's repository
 
 @dataclass(frozen=True, repr=False)
 class Clip:
-    """Both towers over a mesh; `image` and `text` embed, `prepare` is on the host."""
+    """Both towers over a mesh; `image` and `text` embed, `prepare` runs on the host."""
 
     modules: dict[str, nn.Module]  # "vision" and "text"
     variables: dict[str, dict]
@@ -57,41 +57,48 @@ class Clip:
                 " merges.txt beside the weights, or config.tokenizers"
             )
         length = self.modules["text"].length
-        ids = lambda some: tokenizers.clip_ids(self.tokenizer, some, length)
+        ids = lambda batch: tokenizers.clip_ids(self.tokenizer, batch, length)
         return self._batched("text", texts, ids)
 
     def fingerprint(self) -> str:
-        """Of the vision tower's weights and of how pictures are prepared for it."""
+        """A hash of the vision tower's weights and of how pictures are prepared."""
         if "fingerprint" not in self._memo:
             weights = tree.fingerprint(self.variables["vision"])
-            told = f"{weights} {self.modules['vision']} {self.prepare}"
-            made = hashlib.sha256(told.encode()).hexdigest()[:12]
-            self._memo["fingerprint"] = made
+            description = f"{weights} {self.modules['vision']} {self.prepare}"
+            digest = hashlib.sha256(description.encode()).hexdigest()[:12]
+            self._memo["fingerprint"] = digest
         return self._memo["fingerprint"]
 
-    def _batched(self, tower, things, ready) -> ndarray:
-        """Batches of one size, rows over the mesh, the last filled with its first."""
-        size = min(self.rows, -(-len(things) // sharding.batch_shards(self.mesh)))
+    def _batched(self, tower, inputs, prepare) -> ndarray:
+        """Embeddings in batches of one size; the last is padded with its first row."""
+        # No more rows than there are inputs: a small set would otherwise be mostly
+        # padding.
+        size = min(self.rows, -(-len(inputs) // sharding.batch_shards(self.mesh)))
         size = max(1, size) * sharding.batch_shards(self.mesh)
+        # So that no inputs give (0, e) and not an error.
         done = [np.zeros((0, self.dim), np.float32)]
-        for start in range(0, len(things), size):
-            some = list(things[start : start + size])
-            x = ready(some)
+        for start in range(0, len(inputs), size):
+            batch = list(inputs[start : start + size])
+            x = prepare(batch)
+            # The last batch is filled up, so that all batches run one compiled program.
             x = np.concatenate([x, np.repeat(x[:1], size - len(x), axis=0)])
             with compiled.on(self.mesh):
-                made = embed(
+                embeddings = embed(
                     self.modules[tower],
                     self.variables[tower],
                     compiled.place(x, self.mesh),
                 )
-            done.append(np.asarray(made, np.float32)[: len(some)])
+            done.append(np.asarray(embeddings, np.float32)[: len(batch)])
         return np.concatenate(done)
 
 
 @jax.jit(static_argnames="module")
 def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
-    found = module.apply(variables, x)
-    return found if isinstance(found, jax.Array) else found[1]  # a text's pooled vector
+    # The vision tower returns embeddings, the text tower (states, embeddings).
+    outputs = module.apply(variables, x)
+    return (
+        outputs if isinstance(outputs, jax.Array) else outputs[1]
+    )  # a text's pooled vector
 
 
 def load(
@@ -104,39 +111,50 @@ def load(
 ) -> Clip:
     """A folder of transformers' CLIPModel, one .safetensors of it, or a hub name.
 
-    Of `mesh`, by default this process's devices, every weight is whole on each: a CLIP
-    is small, and processes embed what is theirs without waiting for each other.
-    `tokenizers_from` is a folder or hub name of a released model, or of a tokenizer,
-    for a file that has none beside it. A UserError says what is missing.
+    Weights are replicated over `mesh`, by default this process's devices: CLIP is
+    small, and processes embed their shares without waiting for each other.
+    `tokenizers_from` is a folder or hub name of a released model or a tokenizer, for a
+    file without one beside it. A UserError says what is missing.
     """
     path = sources.resolve(source, WANTED)
     devices = jax.local_devices()
+    # Local devices only: a global mesh would make every embedding a collective, and the
+    # processes embed different numbers of pictures.
     mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
-    tensors, configs = _found(path)
+    tensors, configs = _open_checkpoint(path)
     modules, variables = {}, {}
     for name, component in TOWERS.items():
-        own = {
+        tower_tensors = {
             k: x for k, x in tensors.items() if k.startswith(SIDES) == (name != "text")
         }
-        what = f"{path}: CLIP's {name} tower"
-        if component.mark not in own:
-            raise UserError(f"{what} is missing: wanted transformers' CLIPModel, whole")
+        label = f"{path}: CLIP's {name} tower"
+        # One tensor that every such tower has.
+        if component.mark not in tower_tensors:
+            raise UserError(
+                f"{label} is missing: wanted transformers' CLIPModel, whole"
+            )
         config = components.configured(
-            component, configs[name] if configs else None, own, where=what
+            component, configs[name] if configs else None, tower_tensors, where=label
         )
         module = component.build(config, np.dtype(dtype))
         shapes = components.abstract(component, module, config, mesh, dtype)
+        # One file holds both towers; the key prefix tells whose a tensor is.
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
-        sharded_load.check(own, pieces, where=what, ignored=component.ignored)
-        modules[name], variables[name] = module, sharded_load.load(own, shapes, pieces)
+        sharded_load.check(
+            tower_tensors, pieces, where=label, ignored=component.ignored
+        )
+        modules[name], variables[name] = (
+            module,
+            sharded_load.load(tower_tensors, shapes, pieces),
+        )
     folder = path if path.is_dir() else path.parent
     prepare = clip_images.preparation(folder, modules["vision"].size)
     words = _tokenizer(folder, tokenizers_from, modules["text"].vocab)
     return Clip(modules, variables, prepare, words, mesh, source, rows)
 
 
-def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
-    """The tensors, and the towers' configurations where a config.json tells them."""
+def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
+    """The tensors, and the towers' configurations if there is a config.json."""
     if not path.is_dir():
         return safetensors.open_file(path)[0], None
     if not (path / "config.json").exists():
@@ -145,6 +163,7 @@ def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
             " as openai/clip-vit-large-patch14, or its .safetensors"
         )
     config = read_json(path / "config.json")
+    # A text encoder's folder has a config.json as well, but no vision tower.
     if "vision_config" not in config:
         kind = shown(config.get("model_type", "another model"))
         raise UserError(f"{path}: config.json is of {kind}, wanted a CLIPModel's")
@@ -152,17 +171,19 @@ def _found(path: epath.Path) -> tuple[safetensors.Tensors, dict | None]:
 
 
 def _tokenizer(folder: epath.Path, other: str, words: int) -> Any:
-    """CLIP's own beside the weights, that of a released model's first encoder, or the
-    package's, for a tower that knows so many `words`."""
+    """The tokenizer beside the weights, that of a released model's first encoder, or
+    the package's if the tower has as many `words`."""
     places = [folder]
     if other:
         wanted = tokenizers.WANTED
         places.append(sources.resolve(other, wanted, label="tokenizers"))
+    # The tokenizer beside the weights comes first, then that of another model, then the
+    # package's, if the vocabulary sizes match.
     for place in places:
         if any((place / name).exists() for name in ("vocab.json", "tokenizer.json")):
             return tokenizers.read("clip_l", place)
-        if found := tokenizers.load(place).get("clip_l"):
-            return found
+        if tokenizer := tokenizers.load(place).get("clip_l"):
+            return tokenizer
     return (
         tokenizers.packaged_clip("clip_l") if words == tokenizers.CLIP_WORDS else None
     )

@@ -22,23 +22,25 @@ CATEGORIES = (
 
 
 def file(category: str) -> str:
-    """Its validation prompts, one a line, in the benchmark's examples/dataset."""
+    """The category's file of prompts, one a line, in the benchmark's dataset."""
     return f"{category}_val.txt"
 
 
 def names(specs: Sequence[str]) -> dict[str, str]:
-    """Functions' names by category, of "color=package.module:function"."""
-    found = {}
+    """Parses "color=package.module:function" into names of functions by category."""
+    function_names = {}
     for spec in specs:
         category, _, name = (part.strip() for part in spec.partition("="))
         if category not in CATEGORIES:
             raise UserError(f'"{shown(category)}"{nearest(category, CATEGORIES)}')
-        if category in found or not name:
-            told = "stands twice" if category in found else "has no function"
+        if category in function_names or not name:
+            problem = (
+                "stands twice" if category in function_names else "has no function"
+            )
             wanted = f'wanted "{category}=package.module:function"'
-            raise UserError(f'"{category}" {told}; {wanted}, once')
-        found[category] = name
-    return found
+            raise UserError(f'"{category}" {problem}; {wanted}, once')
+        function_names[category] = name
+    return function_names
 
 
 def parse(line: str, category: str) -> Asked:
@@ -46,15 +48,18 @@ def parse(line: str, category: str) -> Asked:
 
 
 def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
-    """A scorer that asks each category's function about its own pictures."""
+    """A scorer that calls each category's function with that category's pictures."""
 
     def judge(asked, images):
         values = {}
-        for category in dict.fromkeys(each.category for each in asked):
-            mine = [i for i, each in enumerate(asked) if each.category == category]
-            given = images[mine], [asked[i].prompt for i in mine]
-            found = answers(functions[category], "numbers", len(mine), *given)
-            for i, value in zip(mine, found):
+        # Each category has a scorer of its own, so a batch is asked about in groups.
+        for category in dict.fromkeys(question.category for question in asked):
+            indices = [
+                i for i, question in enumerate(asked) if question.category == category
+            ]
+            arguments = images[indices], [asked[i].prompt for i in indices]
+            numbers = answers(functions[category], "numbers", len(indices), *arguments)
+            for i, value in zip(indices, numbers):
                 values[i] = _number(value, functions[category])
         return [Verdict(values[i]) for i in range(len(asked))]
 
@@ -63,11 +68,12 @@ def scorer(functions: Mapping[str, Callable]) -> scorers.Scorer:
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """A mean for each category; the benchmark has no overall."""
-    found = scorers.by_category(asked, verdicts)
+    # Categories without prompts in this run have no row.
+    groups = scorers.by_category(asked, verdicts)
     return [
-        scorers.mean(f"T2I-CompBench {name}", [v.value for v in found[name]])
+        scorers.mean(f"T2I-CompBench {name}", [v.value for v in groups[name]])
         for name in CATEGORIES
-        if name in found
+        if name in groups
     ]
 
 
@@ -76,7 +82,8 @@ def _number(value, function: Callable) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.nan
+    # NaN fails the comparison as well, so that text and NaN give one message.
     if not 0 <= number <= 1:
-        told = f"{called(function)} gave {shown(value)}"
-        raise UserError(f"{told}; wanted a number in [0, 1] a picture")
+        complaint = f"{called(function)} gave {shown(value)}"
+        raise UserError(f"{complaint}; wanted a number in [0, 1] a picture")
     return number

@@ -1,4 +1,4 @@
-"""The scorer's eyes: which digits, of what colour, stand where in a picture."""
+"""Reads pictures of digits: which digits, in which colours, at which places."""
 
 import functools
 from typing import NamedTuple
@@ -12,7 +12,7 @@ INK = 0.25  # a pixel of less is paper
 
 
 class Found(NamedTuple):
-    """A digit the scorer saw, and the centre of its box as (y, x)."""
+    """A digit that was read, and the centre of its box as (y, x)."""
 
     thing: Thing
     centre: tuple[float, float]
@@ -20,13 +20,14 @@ class Found(NamedTuple):
 
 def matches(scene: Scene, image: np.ndarray) -> bool:
     """Whether a picture u8 (h, w, 3) shows the scene: things, colours and places."""
-    found = detect(image)
+    digits = detect(image)
     things, axis = scene.placed()
-    if tuple(f.thing for f in found) != things:
+    if tuple(f.thing for f in digits) != things:
         return False
-    if len(found) == 1:
+    if len(digits) == 1:
         return True
-    dy, dx = (b - a for a, b in zip(found[0].centre, found[1].centre))
+    # In order and within 45 degrees of the axis that the caption asks for.
+    dy, dx = (b - a for a, b in zip(digits[0].centre, digits[1].centre))
     return bool(dx > abs(dy) if axis == "x" else dy > abs(dx))
 
 
@@ -41,6 +42,7 @@ def _boxes(dark: np.ndarray) -> list[tuple[slice, slice]]:
     box = _bounds(dark)
     if box is None:
         return []
+    # Two digits lie in different halves of the canvas, so a long box is cut there.
     sizes = [s.stop - s.start for s in box]
     axis = int(np.argmax(sizes))
     if sizes[axis] <= SIDE + 1:
@@ -67,17 +69,20 @@ def _read(image: np.ndarray, ink: np.ndarray, box: tuple[slice, slice]) -> Found
 
 def _colour(pixels: np.ndarray) -> str:
     """The colour nearest in direction to the sum of the ink."""
+    # The sum weighs pixels by brightness, so the faint edges of strokes count little.
     total = pixels.reshape(-1, 3).astype(np.float64).sum(0)
     total /= np.linalg.norm(total) + 1e-9
     near = {
         c: total @ np.array(rgb) / np.linalg.norm(rgb) for c, rgb in COLOURS.items()
     }
+    # The largest cosine, since all vectors are divided by their lengths.
     return max(near, key=near.get)
 
 
 def _centred(ink: np.ndarray) -> np.ndarray:
     """The ink in the middle of an empty cell, flattened; where it stood is lost."""
     cell = np.zeros((SIDE, SIDE))
+    # Blurred strokes may be wider than a scan.
     ink = ink[:SIDE, :SIDE]
     y, x = ((SIDE - n) // 2 for n in ink.shape)
     cell[y : y + ink.shape[0], x : x + ink.shape[1]] = ink
@@ -87,6 +92,7 @@ def _centred(ink: np.ndarray) -> np.ndarray:
 @functools.cache
 def classifier() -> SVC:
     """A digit classifier fitted on training scans only."""
+    # Fitted on the training scans only, so that scores on held-out scans measure it.
     images, labels = scans(held_out=False)
     cells = [_centred(ink[_bounds(ink > INK)]) for ink in images]
     return SVC(C=10, gamma=0.04).fit(np.stack(cells), labels)

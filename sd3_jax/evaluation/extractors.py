@@ -1,4 +1,4 @@
-"""What makes features of pictures: one interface for FID, KID, precision and recall."""
+"""Feature extractors behind one interface, for FID, KID, precision and recall."""
 
 import hashlib
 from collections.abc import Callable
@@ -19,8 +19,8 @@ from sd3_jax.foreign_text import shown
 class Extractor:
     """Called with u8 pictures (n, h, w, 3), gives float32 features (n, dim).
 
-    `name` and `fingerprint` say whose features they are, in files of statistics.
-    `dim` is None where only the features tell.
+    `name` and `fingerprint` identify the extractor in files of statistics. `dim` is
+    None if only the features show it.
     """
 
     name: str
@@ -30,17 +30,19 @@ class Extractor:
 
     def __call__(self, images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
         """A UserError if `extract` gives anything else."""
-        found = np.asarray(self.extract(images))
-        wide = found.shape[1:] == (self.dim,) if self.dim else found.ndim == 2
-        if not wide or len(found) != len(images) or found.dtype.kind != "f":
+        features = np.asarray(self.extract(images))
+        # The function may be the user's, so its result is checked in full.
+        wide = features.shape[1:] == (self.dim,) if self.dim else features.ndim == 2
+        if not wide or len(features) != len(images) or features.dtype.kind != "f":
             raise UserError(
-                f"{self.name}: gave {found.dtype} of shape {found.shape} for"
+                f"{self.name}: gave {features.dtype} of shape {features.shape} for"
                 f" {len(images)} pictures; wanted float32 of shape ({len(images)},"
                 f" {self.dim or 'd'})"
             )
-        if not np.isfinite(found).all():
+        # NaN in a feature makes FID NaN; here the extractor can still be named.
+        if not np.isfinite(features).all():
             raise UserError(f"{self.name}: gave numbers that are not finite")
-        return found.astype(np.float32)
+        return features.astype(np.float32)
 
 
 def pixels(images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
@@ -57,12 +59,12 @@ def of_clip(clip: Clip) -> Extractor:
 
 
 def of_function(name: str, function: Callable) -> Extractor:
-    """The user's: its own attribute `fingerprint`, if any, tells its weights apart."""
+    """A user's function; its `fingerprint`, if any, identifies its weights."""
     return Extractor(name, str(getattr(function, "fingerprint", "")), function)
 
 
 def of_torchscript(path: epath.PathLike) -> Extractor:
-    """The file of Inception that StyleGAN's and others' FID is made with.
+    """The TorchScript file of Inception with which StyleGAN and others compute FID.
 
     Its module takes u8 (n, 3, h, w), whatever h and w, and with `return_features=True`
     gives (n, 2048). PyTorch runs it, on the CPU.
@@ -77,23 +79,27 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
         ) from None
     try:
         with path.open("rb") as file:
+            # Hashed by content: statistics made with another copy of the file are
+            # comparable.
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:12]
             file.seek(0)
             model = torch.jit.load(file, map_location="cpu").eval()
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RuntimeError as error:
-        told = shown(str(error).splitlines()[0], 120)
-        raise UserError(f"{path}: {told}; wanted a file of TorchScript") from None
+        reason = shown(str(error).splitlines()[0], 120)
+        raise UserError(f"{path}: {reason}; wanted a file of TorchScript") from None
 
     def extract(images):
+        # (n, h, w, 3) → (n, 3, h, w). The module resizes by itself, as its features
+        # depend on how that is done.
         x = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))
         try:
             with torch.inference_mode():
                 return model(x, return_features=True).float().numpy()
         except RuntimeError as error:
-            told = shown(str(error).strip().splitlines()[-1], 120)
+            reason = shown(str(error).strip().splitlines()[-1], 120)
             wanted = "wanted Inception's, which takes (images, return_features=True)"
-            raise UserError(f"{path}: failed: {told}; {wanted}") from error
+            raise UserError(f"{path}: failed: {reason}; {wanted}") from error
 
     return Extractor(path.name, digest, extract)

@@ -22,7 +22,7 @@ KEPT = 50_000  # features that a file has beside the sums
 
 
 class Statistics(NamedTuple):
-    """Of `count` features: their mean, and the sum of squares about it."""
+    """The mean of `count` features, and their scatter matrix about the mean."""
 
     count: int
     mean: Float64[ndarray, " d"]
@@ -40,7 +40,7 @@ class Statistics(NamedTuple):
 
 
 class About(NamedTuple):
-    """What makes two files comparable: who made the features, of what pictures."""
+    """The extractor and picture size; statistics are comparable if these are equal."""
 
     extractor: str
     fingerprint: str  # of its weights, as Extractor has it
@@ -59,23 +59,25 @@ def none(dim: int) -> Statistics:
 
 
 def of(features: Float[ndarray, "n d"]) -> Statistics:
-    """In float64, about the mean itself: nothing is lost where the mean is large."""
+    """Statistics of features, summed in float64 about their mean."""
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or x.shape[1] > DIM:
         raise UserError(f"features of shape {x.shape}; wanted (n, d), d <= {DIM}")
     if len(x) == 0:
         return none(x.shape[1])
+    # Two passes: E[x^2] - E[x]^2 loses the digits in which large means agree.
     mean = x.mean(0)
     return Statistics(len(x), mean, (x - mean).T @ (x - mean))
 
 
 def merged(a: Statistics, b: Statistics) -> Statistics:
-    """Those of both sets together (Chan, Golub and LeVeque 1979)."""
+    """Statistics of the union of both sets (Chan, Golub and LeVeque 1979)."""
     if a.mean.shape != b.mean.shape:
         raise UserError(f"{a} and {b}: wanted features of one extractor")
     count = a.count + b.count
     if count == 0:
         return a
+    # Chan's update: scatters add up, and so does the scatter between the two means.
     apart, share = b.mean - a.mean, b.count / count
     between = np.outer(apart, apart) * (a.count * share)
     return Statistics(count, a.mean + share * apart, a.scatter + b.scatter + between)
@@ -86,15 +88,21 @@ def summed(parts: Iterable[Statistics]) -> Statistics:
     return functools.reduce(merged, parts)
 
 
+# --- files
+
+
 def save(path: epath.PathLike, stored: Stored) -> None:
-    """An .npz, whole or not at all; the features are what KID and recall need."""
+    """Writes an .npz atomically; KID and recall need the features in it."""
     stats = stored.statistics
     about = {"format": FORMAT, "count": stats.count, **stored.about._asdict()}
+    # Serialized in memory and written at once, so that a killed job leaves no half
+    # file.
     buffer = io.BytesIO()
     np.savez(
         buffer,
         mean=stats.mean,
         scatter=stats.scatter,
+        # Sums cannot give KID or recall, which compare single pictures.
         features=np.asarray(stored.features[:KEPT], np.float32),
         about=np.array(json.dumps(about)),
     )
@@ -104,33 +112,34 @@ def save(path: epath.PathLike, stored: Stored) -> None:
 
 
 def load(path: epath.PathLike) -> Stored:
-    """A UserError says what a file lacks; a pickle in it is never opened."""
+    """Reads an .npz; UserError if it is incomplete. Pickles in it are not opened."""
     try:
         with epath.Path(path).open("rb") as file:
-            with np.load(file, allow_pickle=False) as found:
-                return _checked({k: found[k] for k in FIELDS if k in found.files})
+            with np.load(file, allow_pickle=False) as archive:
+                return _checked({k: archive[k] for k in FIELDS if k in archive.files})
     except OSError as error:
         reason = error.strerror or "not an .npz"
         raise UserError(f"{path}: cannot be read: {shown(reason)}") from None
     except MemoryError:
         raise
     except Exception as error:  # what a damaged zip raises is of many kinds
-        told = shown(f"{error}", 200)
+        reason = shown(f"{error}", 200)
         wanted = "wanted statistics that config.eval.statistics wrote"
-        raise UserError(f"{path}: {told}; {wanted}") from None
+        raise UserError(f"{path}: {reason}; {wanted}") from None
 
 
-def _checked(found: dict[str, ndarray]) -> Stored:
-    if missing := [name for name in FIELDS if name not in found]:
+def _checked(arrays: dict[str, ndarray]) -> Stored:
+    if missing := [name for name in FIELDS if name not in arrays]:
         raise ValueError(f"no {', '.join(missing)} in it")
-    about = parse_json(str(found["about"][()]))
+    about = parse_json(str(arrays["about"][()]))
     if about.pop("format", None) != FORMAT:
         raise ValueError(f"of another format than {FORMAT}")
-    count, mean, scatter = about.pop("count"), found["mean"], found["scatter"]
-    features, d = found["features"], mean.shape[-1]
+    count, mean, scatter = about.pop("count"), arrays["mean"], arrays["scatter"]
+    features, d = arrays["features"], mean.shape[-1]
     shapes = mean.shape, scatter.shape, features.shape[1:]
     if shapes != ((d,), (d, d), (d,)) or not isinstance(count, int) or count < 0:
         raise ValueError(f"shapes {shapes} and count {count} do not belong together")
+    # A NaN in a file would only show as a FID of NaN, hours later.
     for x in (mean, scatter, features):
         if x.dtype.kind != "f" or not np.isfinite(x).all():
             raise ValueError("numbers that are not finite")
@@ -139,18 +148,20 @@ def _checked(found: dict[str, ndarray]) -> Stored:
 
 
 def check(stored: Stored, about: About, dim: int, *, least: int, where: str) -> None:
-    """A UserError if features of `about`, of `dim` numbers, are not to be compared with
-    the stored ones, or these are of fewer than `least` pictures."""
-    theirs, stats = stored.about, stored.statistics
+    """UserError if features of `about` with `dim` numbers are not comparable with the
+    stored ones, or if these are of fewer than `least` pictures."""
+    stored_about, stats = stored.about, stored.statistics
     pairs = {
-        "the extractor": (theirs.extractor, about.extractor),
-        "the extractor's fingerprint": (theirs.fingerprint, about.fingerprint),
-        "pictures": tuple(f"{x.height} x {x.width}" for x in (theirs, about)),
+        "the extractor": (stored_about.extractor, about.extractor),
+        "the extractor's fingerprint": (stored_about.fingerprint, about.fingerprint),
+        "pictures": tuple(f"{x.height} x {x.width}" for x in (stored_about, about)),
         "numbers a feature": (len(stats.mean), dim),
     }
-    for what, (given, wanted) in pairs.items():
-        if given != wanted:
-            told = f"{shown(str(given), 100)}, wanted {wanted}"
-            raise UserError(f"{where}: {what}: {told}, which this run compares by")
+    for quantity, (stored_value, wanted) in pairs.items():
+        if stored_value != wanted:
+            difference = f"{shown(str(stored_value), 100)}, wanted {wanted}"
+            raise UserError(
+                f"{where}: {quantity}: {difference}, which this run compares by"
+            )
     if stats.count < least:
         raise UserError(f"{where}: {stats.count} pictures, wanted {least} or more")

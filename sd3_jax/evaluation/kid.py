@@ -25,21 +25,25 @@ def kid(
     size: int = SIZE,
     seed: int = 0,
 ) -> Kid:
-    """Over random subsets of `size` features of each; over all if there are no more."""
+    """KID over random subsets of `size` features, or over all if there are fewer."""
     size = min(size, len(a), len(b))
     if size < 2:
         raise UserError(f"KID of {len(a)} and {len(b)} features; wanted 2 or more each")
     if size == len(a) == len(b):
         return Kid(mmd(a, b), 0.0, size)
+    # Subsets bound the memory of the kernel matrix, and give a spread.
     rng = np.random.default_rng(seed)
+    # Without replacement: a feature drawn twice would add its kernel with itself.
     draw = lambda x: x[rng.choice(len(x), size, replace=False)]
-    found = [mmd(draw(a), draw(b)) for _ in range(subsets)]
-    return Kid(float(np.mean(found)), float(np.std(found)), size)
+    estimates = [mmd(draw(a), draw(b)) for _ in range(subsets)]
+    return Kid(float(np.mean(estimates)), float(np.std(estimates)), size)
 
 
 def mmd(a: Float[ndarray, "n d"], b: Float[ndarray, "m d"]) -> float:
-    """Squared, without the kernels of a feature with itself."""
+    """Squared MMD, unbiased: without the kernel of a feature with itself."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    # The paper's cubic polynomial; it needs no bandwidth.
     kernel = lambda x, y: (x @ y.T / x.shape[1] + 1) ** 3
+    # Without the diagonal the estimate is unbiased, and may be negative.
     within = lambda k: (k.sum() - np.trace(k)) / (len(k) * (len(k) - 1))
     return float(within(kernel(a, a)) + within(kernel(b, b)) - 2 * kernel(a, b).mean())

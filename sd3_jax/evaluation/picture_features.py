@@ -1,4 +1,4 @@
-"""Features of pictures that processes share, put together to the last bit."""
+"""Features of pictures that are shared among processes, gathered bit by bit."""
 
 import contextlib
 import functools
@@ -21,14 +21,14 @@ from sd3_jax.weights import sources
 
 
 class Features(NamedTuple):
-    """Of all processes' pictures; `rows` are the first KEPT, in their order."""
+    """Features of all processes' pictures; `rows` are the first KEPT, in order."""
 
     rows: np.ndarray  # (n, d) float32
     statistics: Statistics | None  # of every one, where they are wanted
 
 
 def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
-    """A UserError, before anything is painted, if what makes features is not named."""
+    """UserError, before anything is sampled, if no extractor or no CLIP is named."""
     name = config.eval.features
     if name not in KINDS and not name.endswith(".pt") and ":" not in name:
         raise UserError(
@@ -45,6 +45,7 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     if config.eval.clip and (scored or name == "clip"):
         with blamed("eval.clip"):
             sources.resolve(config.eval.clip, clip_embedder.WANTED)
+    # A covariance takes numbers^2 float64s.
     numbers = 3 * config.image.height * config.image.width
     if (
         name == "pixels"
@@ -57,6 +58,7 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
         )
     if compared and name.endswith(".pt") and not epath.Path(name).exists():
         raise UserError(f"config.eval.features = {name}: no such file")
+    # Imported now, so that a typo in its name ends the job at once.
     if compared and ":" in name:
         hooks.guarded("eval.features", name)
 
@@ -70,23 +72,23 @@ def load_clip(config: ConfigDict) -> Clip:
 
 @contextlib.contextmanager
 def blamed(key: str):
-    """A UserError names the key of the config."""
+    """Prefixes a UserError with the key of the config."""
     try:
         yield
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
 
 
-def extractor(config: ConfigDict, loaded: Callable[[], Clip]) -> Extractor:
-    """By config.eval.features."""
+def extractor(config: ConfigDict, loaded: Callable[[], Clip] | None) -> Extractor:
+    """The extractor that config.eval.features names; only "clip" calls `loaded`."""
     name = config.eval.features
     if name in KINDS:
         return KINDS[name](loaded)
     if name.endswith(".pt"):
         return extractors.of_torchscript(name)
-    made = extractors.of_function(name, hooks.load(name))
+    by_function = extractors.of_function(name, hooks.load(name))
     return extractors.Extractor(
-        name, made.fingerprint, hooks.guarded("eval.features", name)
+        name, by_function.fingerprint, hooks.guarded("eval.features", name)
     )
 
 
@@ -97,40 +99,52 @@ KINDS = {
 
 
 def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
-    """Of this process's features, part by part, and the others'.
+    """Gathers the features of all processes, each of which gives its own in parts.
 
-    Feature i of all is of process i mod processes. The sums are merged in float64,
-    which a device's arrays are not.
+    Feature i of all belongs to process i mod processes. Statistics are merged in
+    float64 on the host, as devices compute in float32.
     """
-    count, kept, left = None, [], -(-KEPT // jax.process_count())
+    total, first_rows, left = None, [], -(-KEPT // jax.process_count())
     for part in parts:
         if summed:
-            one = feature_statistics.of(part)
-            count = one if count is None else feature_statistics.merged(count, one)
-        kept.append(part[:left])
-        left -= len(kept[-1])
-    rows = np.concatenate(kept) if kept else np.zeros((0, 0), np.float32)
+            part_statistics = feature_statistics.of(part)
+            total = (
+                part_statistics
+                if total is None
+                else feature_statistics.merged(total, part_statistics)
+            )
+        first_rows.append(part[:left])
+        left -= len(first_rows[-1])
+    rows = np.concatenate(first_rows) if first_rows else np.zeros((0, 0), np.float32)
     every = everyones(rows)
     dim = max(x.shape[1] for x in every)
+    # A process without pictures has (0, 0) features, which become (0, dim).
     whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
     if not summed:
         return Features(whole, None)
-    mine = feature_statistics.none(dim) if count is None else count
+    # A process without pictures takes part in the collective all the same.
+    mine = feature_statistics.none(dim) if total is None else total
     return Features(
         whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
     )
 
 
+# --- shares of processes
+
+
 def share(start: int, index: int, count: int) -> slice:
-    """Of a batch that begins with row `start` of all, those of process `index`."""
+    """The rows of process `index` in a batch that begins with row `start` of all."""
+    # Picture i belongs to process i mod count, also across batch boundaries.
     return slice((index - start) % count, None, count)
 
 
 def interleaved(every: list[np.ndarray]) -> np.ndarray:
-    """Row i from process i mod processes; the inverse of each taking its share.
+    """All rows in order, row i from process i mod processes; the inverse of `share`.
 
-    A process that has fewer rows, because files were unreadable, drops out earlier.
+    A process with fewer rows, because files were unreadable, drops out earlier.
     """
+    # A stable sort by turn deals the rows out in rounds: 0 of each process, 1 of each,
+    # ….
     turns = np.concatenate([np.arange(len(part)) for part in every])
     return np.concatenate(every)[np.argsort(turns, kind="stable")]
 
@@ -145,18 +159,21 @@ def unpacked(x: np.ndarray) -> Statistics:
 
 
 def everyones(x: np.ndarray) -> list[np.ndarray]:
-    """The array of each process, by its index; of any shapes, and to the last bit."""
+    """The array of each process, by its index, bit by bit; shapes may differ."""
     if jax.process_count() == 1:
         return [x]
+    # process_allgather wants equal shapes everywhere, so shapes are gathered first and
+    # the arrays are padded as bytes.
     shape = np.zeros(8, np.int32)
     shape[: x.ndim + 1] = x.ndim, *x.shape
     shapes = [row[1 : 1 + row[0]] for row in multihost_utils.process_allgather(shape)]
-    sizes = [int(np.prod(each)) * x.itemsize for each in shapes]
+    sizes = [int(np.prod(dims)) * x.itemsize for dims in shapes]
     raw = np.zeros(max(sizes), np.uint8)
+    # (bytes,), padded to the largest process's size
     raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
-    found = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
+    gathered = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
     read = functools.partial(_array, dtype=x.dtype)
-    return [read(row[:n], shape=s) for row, n, s in zip(found, sizes, shapes)]
+    return [read(row[:n], shape=s) for row, n, s in zip(gathered, sizes, shapes)]
 
 
 def _array(raw: np.ndarray, shape: np.ndarray, dtype) -> np.ndarray:

@@ -1,7 +1,7 @@
-"""CLIP score, FID, KID, precision and recall of painted pictures (paper, B.3).
+"""CLIP score, FID, KID, precision and recall of sampled pictures (paper, B.3).
 
-The pictures are painted once and looked at by every measure; they are not kept, their
-features are. Each process looks at its share of each batch.
+Pictures are sampled once for all measures; only their features are kept. Each process
+extracts features of its share of each batch.
 """
 
 import logging
@@ -30,13 +30,13 @@ from sd3_jax.evaluation.extractors import Extractor
 from sd3_jax.evaluation.feature_statistics import About, Stored
 from sd3_jax.evaluation.picture_features import Features
 from sd3_jax.evaluation.precision_recall import precision_recall
-from sd3_jax.sampling import sampler_choice
+from sd3_jax.sampling import sampler
 
 log = logging.getLogger(__name__)
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError, before anything is loaded or painted, if something is not named."""
+    """UserError, before anything is loaded or sampled, if a setting is missing."""
     names = set(config.eval.scores)
     if not names & set(NAMES):
         return
@@ -59,25 +59,27 @@ def check(config: ConfigDict) -> None:
 
 
 def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, params: Any):
-    """Rows of all that config.eval.scores has of these measures."""
+    """Rows of the measures in config.eval.scores."""
     captions, extract, clip = measured(config)
     names = config.eval.scores
+    # Before sampling: missing pictures should fail in minutes, not after hours.
     reference = references(config, extract, names) if extract is not None else None
-    paint = sampler_choice.painter(config, parts, mesh, params)
-    made, cosines = look(config, paint, captions, extract, clip, "fid" in names)
+    sample = sampler.sampler_for(config, parts, mesh, params)
+    sampled, cosines = look(config, sample, captions, extract, clip, "fid" in names)
     rows = []
     if clip is not None:
         rows.append(mean("CLIP score", cosines))
     for name in COMPARED:
         if name in names:
-            rows += COMPARED[name](extract.name, reference, made)
+            rows += COMPARED[name](extract.name, reference, sampled)
     return {"scores": rows}
 
 
 def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | None]:
-    """The captions to paint, and what looks at their pictures: of those that are
-    compared with real ones, and for the CLIP score."""
+    """The captions; the extractor for measures that compare with real pictures, or
+    None; and CLIP for the CLIP score, or None."""
     compared = set(config.eval.scores) & set(COMPARED)
+    # CLIP may serve the score and the features; it is loaded once, and only if needed.
     loaded = cache(lambda: picture_features.load_clip(config))
     return (
         reference_images.captions(config),
@@ -89,37 +91,39 @@ def measured(config: ConfigDict) -> tuple[list[str], Extractor | None, Clip | No
 def references(
     config: ConfigDict, extract: Extractor, names: Sequence[str]
 ) -> Features:
-    """Of the real pictures, or of the file that has them; kept if that is wished."""
+    """Features of the real pictures, or of their file; saved if the config says so."""
     about = About(
         extract.name, extract.fingerprint, config.image.height, config.image.width
     )
     if path := stored_at(config):
         stored = feature_statistics.load(path)
+        # A user's function does not say its dimension before it has been called.
         dim = extract.dim or len(stored.statistics.mean)
+        # Statistics must be of at least as many pictures as are sampled.
         least = config.eval.pictures
         feature_statistics.check(stored, about, dim, least=least, where=path)
         return Features(stored.features, stored.statistics)
     keep = config.eval.statistics
-    some = map(extract, reference_images.mine(config, ROWS))
-    found = picture_features.gather(some, summed=bool(keep) or "fid" in names)
-    if len(found.rows) < 2:
+    features = map(extract, reference_images.mine(config, ROWS))
+    gathered = picture_features.gather(features, summed=bool(keep) or "fid" in names)
+    if len(gathered.rows) < 2:
         raise UserError(
-            f"config.eval.real: {len(found.rows)} pictures that can be read; wanted 2"
-            " or more"
+            f"config.eval.real: {len(gathered.rows)} pictures that can be read; wanted"
+            " 2 or more"
         )
     if keep and jax.process_index() == 0:
-        feature_statistics.save(keep, Stored(about, found.statistics, found.rows))
-        log.info("%s: statistics of %d pictures", keep, found.statistics.count)
-    return found
+        feature_statistics.save(keep, Stored(about, gathered.statistics, gathered.rows))
+        log.info("%s: statistics of %d pictures", keep, gathered.statistics.count)
+    return gathered
 
 
 def stored_at(config: ConfigDict) -> str:
     """The file of statistics that config.eval.real names, if it is one."""
-    given = tuple(config.eval.real)
-    files = [path for path in given if path.endswith(".npz")]
-    if files and len(given) > 1:
+    paths = tuple(config.eval.real)
+    files = [path for path in paths if path.endswith(".npz")]
+    if files and len(paths) > 1:
         raise UserError(
-            f"config.eval.real = {', '.join(given)}: wanted one .npz of statistics, or"
+            f"config.eval.real = {', '.join(paths)}: wanted one .npz of statistics, or"
             " pictures"
         )
     return files[0] if files else ""
@@ -127,70 +131,87 @@ def stored_at(config: ConfigDict) -> str:
 
 def look(
     config: ConfigDict,
-    paint: sampler_choice.Paint,
+    sample: sampler.SampleCaptions,
     captions: list[str],
     extract: Extractor | None,
     clip: Any,
     summed: bool,
 ) -> tuple[Features | None, np.ndarray | None]:
-    """Features of the painted pictures, and cosines to their captions."""
-    found, embedded, at = [], [], 0
+    """Features of the sampled pictures, and cosines to their captions."""
+    features, embedded, at = [], [], 0
     index, step = jax.process_index(), jax.process_count()
     numbers, size = range(len(captions)), config.sample.batch_size
-    for images in sampler_choice.batches(paint, captions, numbers, size):
+    for images in sampler.sample_in_batches(sample, captions, numbers, size):
         watchdog.expect("features of a batch of pictures", watchdog.LONG)
-        some, at = images[picture_features.share(at, index, step)], at + len(images)
+        shared_images, at = (
+            images[picture_features.share(at, index, step)],
+            at + len(images),
+        )
         if extract is not None:
-            found.append(extract(some))
+            features.append(extract(shared_images))
         if clip is not None:
+            # CLIP's features are then the embeddings too, and are not computed twice.
             shared = extract is not None and extract.extract == clip.image
-            embedded.append(found[-1] if shared else clip.image(some))
+            embedded.append(features[-1] if shared else clip.image(shared_images))
+    # Shares differ in size: the processes meet before the collectives below.
     processes.meet("picture_scores")
-    made = (
-        picture_features.gather(found, summed=summed) if extract is not None else None
+    sampled = (
+        picture_features.gather(features, summed=summed)
+        if extract is not None
+        else None
     )
     if clip is None:
-        return made, None
+        return sampled, None
+    # The captions of this process's share, in the order of its pictures.
     texts = clip.text(captions[index::step])
     pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
     cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
-    return made, picture_features.interleaved(cosines)
+    return sampled, picture_features.interleaved(cosines)
 
 
 def mean(name: str, values: np.ndarray) -> dict:
-    """With the 95 % interval of a mean over pictures."""
+    """A row with the mean over pictures and its 95 % interval."""
     n, score = len(values), float(values.mean())
     row = {"name": name, "score": score, "n": n}
     half = 1.96 * float(values.std(ddof=1)) / n**0.5 if n > 1 else None
     return row if half is None else row | {"low": score - half, "high": score + half}
 
 
-def of_fid(name: str, reference: Features, made: Features) -> list[dict]:
-    real, ours = reference.statistics, made.statistics
-    if min(real.count, ours.count) <= len(ours.mean):
-        told = "FID of %d pictures against %d, of %d numbers each: too high, and to be"
-        told += " compared only between equal numbers of pictures"
-        log.warning(told, ours.count, real.count, len(ours.mean))
-    found = fid.frechet(real, ours)
-    row = {"name": f"FID, {name}", "score": found, "n": ours.count}
+# --- measures that compare with real pictures
+
+
+def of_fid(name: str, reference: Features, sampled: Features) -> list[dict]:
+    real, generated = reference.statistics, sampled.statistics
+    # The covariance is singular then, and FID's bias in 1/n is large.
+    if min(real.count, generated.count) <= len(generated.mean):
+        message = (
+            "FID of %d pictures against %d, of %d numbers each: too high, and to be"
+        )
+        message += " compared only between equal numbers of pictures"
+        log.warning(message, generated.count, real.count, len(generated.mean))
+    distance = fid.frechet(real, generated)
+    row = {"name": f"FID, {name}", "score": distance, "n": generated.count}
     return [row | {"real": real.count}]
 
 
-def of_kid(name: str, reference: Features, made: Features) -> list[dict]:
-    found = kid.kid(reference.rows, made.rows)
-    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * found.mean}
-    more = {"std": 1_000 * found.std, "subset": found.size}
-    return [row | {"n": len(made.rows), "real": len(reference.rows)} | more]
+def of_kid(name: str, reference: Features, sampled: Features) -> list[dict]:
+    estimate = kid.kid(reference.rows, sampled.rows)
+    # Papers report KID times 1,000.
+    row = {"name": f"KID x 1,000, {name}", "score": 1_000 * estimate.mean}
+    more = {"std": 1_000 * estimate.std, "subset": estimate.size}
+    return [row | {"n": len(sampled.rows), "real": len(reference.rows)} | more]
 
 
-def of_precision_recall(name: str, reference: Features, made: Features) -> list[dict]:
-    """Of as many real pictures as made ones: the balls are then of like sizes."""
-    n = min(len(reference.rows), len(made.rows))
-    found = precision_recall(reference.rows[:n], made.rows[:n])
+def of_precision_recall(
+    name: str, reference: Features, sampled: Features
+) -> list[dict]:
+    """Of equally many real and sampled pictures, so that balls are of like sizes."""
+    n = min(len(reference.rows), len(sampled.rows))
+    shares = precision_recall(reference.rows[:n], sampled.rows[:n])
     row = partial(dict, n=n, real=n)
     return [
-        row(name=f"{what}, {name}", score=value)
-        for what, value in found._asdict().items()
+        row(name=f"{measure}, {name}", score=value)
+        for measure, value in shares._asdict().items()
     ]
 
 

@@ -13,50 +13,61 @@ BLOCK = 1_024  # rows of distances at once
 
 
 class PrecisionRecall(NamedTuple):
-    """Of made pictures: the share that lies among the real ones, and of real ones the
-    share that lies among them."""
+    """The share of generated pictures that lie among the real ones, and the share of
+    real pictures that lie among the generated ones."""
 
     precision: float
     recall: float
 
 
 def precision_recall(
-    real: Float[ndarray, "n d"], made: Float[ndarray, "m d"], *, k: int = NEIGHBOURS
+    real: Float[ndarray, "n d"],
+    generated: Float[ndarray, "m d"],
+    *,
+    k: int = NEIGHBOURS,
 ) -> PrecisionRecall:
-    """Among a set is what is no farther from one of it than its k-th neighbour there.
+    """A row is among a set if it is in the k-th neighbour ball of one of its rows.
 
     Sets of different sizes have balls of different sizes: compare equal ones.
     """
-    if min(len(real), len(made)) <= k:
+    if min(len(real), len(generated)) <= k:
         raise UserError(
-            f"precision and recall of {len(real)} and {len(made)} features; wanted more"
-            f" than {k}, the neighbours, each"
+            f"precision and recall of {len(real)} and {len(generated)} features; wanted"
+            f" more than {k}, the neighbours, each"
         )
-    real, made = np.asarray(real, np.float64), np.asarray(made, np.float64)
+    # Distances are differences of large squares: float32 would lose near neighbours.
+    real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     return PrecisionRecall(
-        float(among(made, real, k).mean()), float(among(real, made, k).mean())
+        float(among(generated, real, k).mean()), float(among(real, generated, k).mean())
     )
 
 
 def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
     """Whether each row of x is in a ball about a row of the others."""
+    # (m,) squared radius of the ball about each row of `of`
     near = radii(of, k)
+    # In blocks of rows: 50,000 x 50,000 distances would take 20 GB.
     blocks = [distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK)]
     return np.concatenate([(block <= near).any(1) for block in blocks])
 
 
 def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
-    """Squared distance to the k-th neighbour; the row itself is none."""
-    found = []
+    """Squared distance of each row to its k-th neighbour, not counting itself."""
+    blocks = []
     for start in range(0, len(x), BLOCK):
+        # (rows, n)
         block = distances(x[start : start + BLOCK], x)
-        found.append(np.partition(block, k, axis=1)[:, k])  # the 0-th is the row itself
-    return np.concatenate(found)
+        blocks.append(
+            np.partition(block, k, axis=1)[:, k]
+        )  # the 0-th is the row itself
+    return np.concatenate(blocks)
 
 
 def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:
-    """Squared; 0 where rounding alone tells two apart, so that a copy lies in a ball
+    """Squared distances; 0 where only rounding differs, so that a copy lies in a ball
     of radius 0."""
+    # |a - b|^2 = |a|^2 + |b|^2 - 2 a b: one matrix product instead of (n, m, d)
+    # numbers.
     squares = np.square(a).sum(1)[:, None] + np.square(b).sum(1)
-    found = squares - 2 * a @ b.T
-    return np.where(found < 1e-12 * squares, 0, found)
+    squared = squares - 2 * a @ b.T
+    return np.where(squared < 1e-12 * squares, 0, squared)

@@ -1,7 +1,7 @@
 """Scores of prompts' pictures by the user's functions: GenEval, typography, CompBench.
 
-Every process asks the functions about its share of each batch, so they are to be on
-every host, and all get every verdict. What they do wrong is told on one line.
+Every process calls the functions with its share of each batch, so they must be on every
+host; all processes get all verdicts. An error in a function is reported on one line.
 """
 
 import functools
@@ -20,7 +20,7 @@ from sd3_jax.distributed import processes, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.evaluation import compbench, geneval, scorers, typography
 from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
-from sd3_jax.sampling import prompt_file, sampler_choice
+from sd3_jax.sampling import prompt_file, sampler
 
 
 class Benchmark(NamedTuple):
@@ -31,7 +31,7 @@ class Benchmark(NamedTuple):
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError, before anything is painted, if a file or a function is not there."""
+    """UserError, before anything is sampled, if a file or a function is missing."""
     for name in config.eval.scores:
         if name in BENCHMARKS:
             BENCHMARKS[name](config)
@@ -44,34 +44,40 @@ def score(
     mesh: Mesh,
     params: Any,
 ) -> dict:
-    """The benchmark's rows, and one for each of its prompts with what was wrong."""
+    """The benchmark's rows, and a row for each prompt with the reasons of failures."""
     bench, asked = benchmark(name, config)
-    paint = sampler_choice.painter(config, parts, mesh, params)
-    verdicts = judge(paint, asked, bench.scorer, config.sample.batch_size)
+    sample = sampler.sampler_for(config, parts, mesh, params)
+    verdicts = judge(sample, asked, bench.scorer, config.sample.batch_size)
     return {
-        "scores": [row(each) for each in bench.rows(asked, verdicts)],
+        "scores": [
+            row(category_score) for category_score in bench.rows(asked, verdicts)
+        ],
         "prompts": scorers.prompts(bench.name, asked, verdicts),
     }
 
 
 def benchmark(name: str, config: ConfigDict) -> tuple[Benchmark, list[Asked]]:
-    """With its prompts, each as often as it is painted."""
+    """The benchmark, and its prompts, each repeated config.eval.per_prompt times."""
     bench = BENCHMARKS[name](config)
-    return bench, [each for each in bench.asked for _ in range(config.eval.per_prompt)]
+    return bench, [
+        question for question in bench.asked for _ in range(config.eval.per_prompt)
+    ]
 
 
 def judge(
-    paint: sampler_choice.Paint, asked: Sequence[Asked], scorer: Scorer, size: int
+    sample: sampler.SampleCaptions, asked: Sequence[Asked], scorer: Scorer, size: int
 ) -> list[Verdict]:
-    """A picture of each, from noise of its own, `size` at a time; none is kept."""
-    prompts = [each.prompt for each in asked]
+    """Verdicts on one picture for each question, sampled `size` at a time."""
+    prompts = [question.prompt for question in asked]
     verdicts = []
-    for images in sampler_choice.batches(paint, prompts, range(len(prompts)), size):
+    for images in sampler.sample_in_batches(sample, prompts, range(len(prompts)), size):
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
-        some = asked[len(verdicts) : len(verdicts) + len(images)]
+        # Verdicts arrive in order, so their number is the place of this batch.
+        batch = asked[len(verdicts) : len(verdicts) + len(images)]
         verdicts += processes.shared(
-            functools.partial(_share, scorer, some, images), len(some)
+            functools.partial(_share, scorer, batch, images), len(batch)
         )
+    # Verdicts of other processes arrive as plain tuples.
     return [Verdict(*verdict) for verdict in verdicts]
 
 
@@ -79,11 +85,11 @@ def _share(scorer, asked, images: np.ndarray, rows: list[int]) -> list[Verdict]:
     return scorer([asked[i] for i in rows], images[rows])
 
 
-def row(each: Score) -> dict:
-    """For scores.json, in which no number is infinite."""
+def row(entry: Score) -> dict:
+    """A score for scores.json, without infinite numbers, which JSON lacks."""
     return {
         key: value
-        for key, value in each._asdict().items()
+        for key, value in entry._asdict().items()
         if isinstance(value, str) or math.isfinite(value)
     }
 
@@ -92,7 +98,8 @@ def _geneval(config: ConfigDict) -> Benchmark:
     asked = _read(
         config, "geneval", "GenEval's evaluation_metadata.jsonl", geneval.parse
     )
-    includes = [part for each in asked for part in each.wanted["include"]]
+    includes = [part for question in asked for part in question.wanted["include"]]
+    # A file without colour prompts needs no function that names colours.
     coloured = any("color" in part for part in includes)
     detect = _hook(config, "detector")
     colour = _hook(config, "colour") if coloured or config.eval.colour else None
@@ -116,6 +123,7 @@ def _compbench(config: ConfigDict) -> Benchmark:
         raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
     functions, asked = {}, []
     for category, name in names.items():
+        # guarded: an exception in the user's code becomes a one-line UserError.
         functions[category] = hooks.guarded(key, name)
         parse = functools.partial(compbench.parse, category=category)
         file, wanted = compbench.file(category), "T2I-CompBench's folder of prompts"
@@ -127,16 +135,17 @@ def _compbench(config: ConfigDict) -> Benchmark:
 def _read(
     config: ConfigDict, key: str, wanted: str, parse: Callable, file: str = ""
 ) -> list[Asked]:
-    """Every line of the file, or of a file in the folder, that config.eval.`key` names.
+    """All prompts of the file or folder that config.eval.`key` names.
 
-    A line that makes no sense is an error, for without it the score is another.
+    An invalid line is an error, because skipping it would change the score.
     """
-    given = config.eval[key]
-    if not given:
+    setting = config.eval[key]
+    # Only the benchmarks in config.eval.scores need their files.
+    if not setting:
         raise UserError(
             f'config.eval.scores: "{key}" wants config.eval.{key}: {wanted}'
         )
-    path = epath.Path(given) / file if file else epath.Path(given)
+    path = epath.Path(setting) / file if file else epath.Path(setting)
     asked, name = [], f"config.eval.{key} = {path}"
     for number, line in enumerate(prompt_file.text_lines(path, name), 1):
         try:
@@ -151,8 +160,10 @@ def _read(
 def _hook(config: ConfigDict, key: str) -> Callable:
     name = config.eval[key]
     if not name:
-        told = f"config.eval.{key}: no function"
-        raise UserError(f'{told}; wanted "package.module:function" (docs/measures.md)')
+        message = f"config.eval.{key}: no function"
+        raise UserError(
+            f'{message}; wanted "package.module:function" (docs/measures.md)'
+        )
     return hooks.guarded(f"eval.{key}", name)
 
 

@@ -1,4 +1,4 @@
-"""What painted pictures are measured against: captions, and real pictures."""
+"""Captions to sample, and the real pictures that samples are compared with."""
 
 import functools
 import itertools
@@ -19,15 +19,15 @@ from sd3_jax.data.ingest.input_parts import Rejected
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.pictures import to_uint8
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import prompt_file
+from sd3_jax.sampling import bundle_loading, prompt_file
 
 log = logging.getLogger(__name__)
 SOURCES = "digits", "records"  # of examples with captions
 
 
 def check(config: ConfigDict, *, compared: bool) -> None:
-    """A UserError if there are no captions, or, to be `compared`, no real pictures."""
+    """UserError if there are no captions or, if `compared`, no real pictures."""
+    # Held-out records supply captions, real pictures or both.
     if not config.eval.prompts_file or (compared and not config.eval.real):
         held_out(config)
     if config.eval.prompts_file:
@@ -37,34 +37,37 @@ def check(config: ConfigDict, *, compared: bool) -> None:
 
 
 def captions(config: ConfigDict) -> list[str]:
-    """config.eval.pictures of them: the file's, round and round, or held-out ones."""
+    """config.eval.pictures captions: the file's, repeated, or held-out ones."""
     count, path = config.eval.pictures, config.eval.prompts_file
     if path:
-        found = prompt_file.prompts(config, path, "eval.prompts_file")
-        return list(itertools.islice(itertools.cycle(found), count))
+        texts = prompt_file.prompts(config, path, "eval.prompts_file")
+        return list(itertools.islice(itertools.cycle(texts), count))
     return [caption for caption, _ in held_out(config)(np.arange(count), False)]
 
 
 def mine(config: ConfigDict, rows: int) -> Iterator[np.ndarray]:
     """This process's share of the real pictures, u8 (n, height, width, 3), n <= rows.
 
-    Picture i of all is process i mod processes': of config.eval.real, or the held-out
-    examples whose captions are painted. Those that cannot be read are counted.
+    Picture i of all belongs to process i mod processes. They are those of
+    config.eval.real, or the held-out examples. Unreadable pictures are counted.
     """
     sides = Bucket(config.image.height, config.image.width)
     if config.eval.real:
-        found = of_paths(config, sides)
+        pictures = of_paths(config, sides)
     else:
         share = slice(jax.process_index(), None, jax.process_count())
         indices = np.arange(config.eval.pictures)[share]
-        found = (fitted(x, sides) for _, x in held_out(config)(indices, True))
-    while some := list(itertools.islice(found, rows)):
+        pictures = (fitted(x, sides) for _, x in held_out(config)(indices, True))
+    while batch := list(itertools.islice(pictures, rows)):
         watchdog.expect("features of real pictures", watchdog.LONG)
-        yield np.stack(some)
+        yield np.stack(batch)
+
+
+# --- held-out examples
 
 
 def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
-    """some(indices, pictures) gives (caption, u8 picture or None) of each example."""
+    """A function (indices, pictures) → (caption, u8 picture or None) for each."""
     data = config.data
     if data.name not in SOURCES:
         raise UserError(
@@ -74,18 +77,18 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     if data.name == "digits":
         source = examples.source(config, held_out=True)
         return functools.partial(_digits, source)
-    found = records(config)
+    held_records = records(config)
     least = config.eval.pictures
-    if len(found) < least:
+    if len(held_records) < least:
         raise UserError(
-            f"config.eval.pictures = {least}: wanted at most {len(found)}, the records"
-            " of config.data.held_out"
+            f"config.eval.pictures = {least}: wanted at most {len(held_records)}, the"
+            " records of config.data.held_out"
         )
-    return lambda indices, pictures: _records(config, found, indices, pictures)
+    return lambda indices, pictures: _records(config, held_records, indices, pictures)
 
 
 def records(config: ConfigDict) -> Records:
-    """Those held out, one example a step: pictures of all buckets follow each other."""
+    """The held-out records, one a step, so that all buckets follow each other."""
     if not config.data.held_out:
         raise UserError(
             "config.data.held_out = (): wanted shards of records to take captions and"
@@ -113,29 +116,30 @@ def _digits(source, indices, pictures: bool) -> Iterator:
         yield from zip(batch["caption"], batch["image"])
 
 
-def _records(config, found: Records, indices, pictures: bool) -> Iterator:
+def _records(config, held_records: Records, indices, pictures: bool) -> Iterator:
     kinds = examples.PICTURES["latents"][::-1]  # pictures themselves before latents
-    has = next((name for name in kinds if name in found.first.tensors), "")
+    has = next((name for name in kinds if name in held_records.first.tensors), "")
     if pictures and not has:
         raise UserError(
             "config.data.held_out: its records hold no pictures; wanted some that do,"
             " or config.eval.real"
         )
-    found.keep(("caption", has) if pictures else ("caption",))
-    rows = (found.batch(np.array([i])) for i in indices)
+    # Other tensors of a record, such as encoded text, are not even decoded.
+    held_records.keep(("caption", has) if pictures else ("caption",))
+    rows = (held_records.batch(np.array([i])) for i in indices)
     if not pictures:
         yield from ((row["caption"][0], None) for row in rows)
     elif has == "image":
         yield from ((row["caption"][0], row[has][0]) for row in rows)
     else:
         decode = decoder(config)
-        while some := list(itertools.islice(rows, config.encode.rows)):
-            images = decode([row[has][0] for row in some])
-            yield from zip((row["caption"][0] for row in some), images)
+        while group := list(itertools.islice(rows, config.encode.rows)):
+            images = decode([row[has][0] for row in group])
+            yield from zip((row["caption"][0] for row in group), images)
 
 
 def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndarray]]:
-    """Stored latents or moments to u8 pictures, on this process's devices alone."""
+    """A function from stored latents or moments to u8 pictures, on local devices."""
     weights, rows = config.encode.weights, config.encode.rows
     if not weights:
         raise UserError(
@@ -143,24 +147,29 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
             " config.encode.weights, a released model whose autoencoder decodes them,"
             " or config.eval.real"
         )
+    # Local devices, because each process decodes other pictures at its own pace.
     devices = jax.local_devices()
     mesh = sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
-    bundle = bundles.load(weights, mesh=mesh, dtype=config.encode.dtype, only=("vae",))
+    bundle = bundle_loading.load(
+        weights, mesh=mesh, dtype=config.encode.dtype, only=("vae",)
+    )
     channels = bundle.part("vae").latent_channels
 
     def decode(stored):
+        # Records of different buckets follow each other; a batch needs one shape.
         for _, same in itertools.groupby(stored, lambda x: x.shape):
             x = np.stack(list(same)).astype(np.float32)[..., :channels]  # the mean
             count = len(x)
+            # Padded to `rows`, so that a bucket has one compiled program.
             x = np.concatenate([x, np.repeat(x[:1], rows - count, axis=0)])
-            made = np.asarray(bundle.decode(x), np.float32)[:count]
-            yield from to_uint8(2 * made - 1)
+            decoded = np.asarray(bundle.decode(x), np.float32)[:count]
+            yield from to_uint8(2 * decoded - 1)
 
     return decode
 
 
 def fitted(picture: np.ndarray, sides: Bucket) -> np.ndarray:
-    """The middle of the picture, resized (Lanczos) to what is painted."""
+    """The centre crop of a picture, resized (Lanczos) to the sampled size."""
     return buckets.cut(picture, buckets.fit(*picture.shape[:2], [sides]))
 
 
@@ -171,19 +180,25 @@ def planned(config: ConfigDict) -> list[input_parts.Part]:
         raise UserError(f"config.eval.real: {error}") from None
 
 
+# --- config.eval.real: files
+
+
 def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
     every = itertools.chain.from_iterable(map(input_parts.items, planned(config)))
+    # All processes list the files in one order and each takes every count-th.
     share = itertools.islice(every, jax.process_index(), None, jax.process_count())
     unread, taken = 0, 0
     with ThreadPoolExecutor(config.data.threads) as threads:
         look = lambda item: _read(item, sides)
-        for found in intake.in_order(threads, look, share, 2 * config.data.threads):
-            unread, taken = unread + (found is None), taken + (found is not None)
-            if found is not None:
-                yield found
+        # Results come in order, however the threads finish: the first KEPT features
+        # that a file of statistics holds are then the same in each run.
+        for picture in intake.in_order(threads, look, share, 2 * config.data.threads):
+            unread, taken = unread + (picture is None), taken + (picture is not None)
+            if picture is not None:
+                yield picture
     if unread:
-        told = "config.eval.real: %d of %d files are no pictures and are passed over"
-        log.warning(told, unread, unread + taken)
+        message = "config.eval.real: %d of %d files are no pictures and are passed over"
+        log.warning(message, unread, unread + taken)
 
 
 def _read(item, sides: Bucket) -> np.ndarray | None:

@@ -1,4 +1,4 @@
-"""How pictures are judged: digits, objects, text and the user's own by one interface.
+"""One interface for scorers of digits, objects, text and the user's measures.
 
 A scorer is f(asked, images u8 (n, h, w, 3)) -> n verdicts: whether picture i shows what
 asked[i] says.
@@ -14,7 +14,7 @@ from sd3_jax.foreign_text import shown
 
 
 class Asked(NamedTuple):
-    """A prompt, what it is counted under, and what its scorer wants to see."""
+    """A prompt, its category, and what its scorer expects in the picture."""
 
     prompt: str
     category: str
@@ -22,7 +22,7 @@ class Asked(NamedTuple):
 
 
 class Verdict(NamedTuple):
-    """Of a picture: 1 is right, 0 wrong, and why; other figures by name."""
+    """A picture's value, 1 for right and 0 for wrong, the reason, and other figures."""
 
     value: float
     reason: str = ""
@@ -43,7 +43,9 @@ class Score(NamedTuple):
 
 
 def score(name: str, right: Sequence[bool]) -> Score:
-    """Of pictures that are right or wrong; Wilson's interval."""
+    """The share of right pictures, with Wilson's interval."""
+    # Wilson's interval stays within [0, 1] and has a width at 0 and 1 too, where the
+    # normal approximation has none.
     n, p, z = len(right), float(np.mean(right)), 1.96
     centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
@@ -51,19 +53,22 @@ def score(name: str, right: Sequence[bool]) -> Score:
 
 
 def mean(name: str, values: Sequence[float]) -> Score:
-    """Of any figures; the interval of a normal mean, without end for a single one."""
+    """The mean of any figures with a normal interval, infinite for a single one."""
     x = np.asarray(values, np.float64)
+    # One picture says nothing about the spread.
     half = 1.96 * x.std(ddof=1) / np.sqrt(len(x)) if len(x) > 1 else np.inf
     middle = float(x.mean())
     return Score(name, middle, len(x), float(middle - half), float(middle + half))
 
 
 def overall(name: str, parts: Sequence[Score]) -> Score:
-    """The mean of scores, each counting once; their intervals put together (MOVER).
+    """The unweighted mean of scores, with intervals combined by MOVER.
 
-    Zou and Donner 2008: what the bounds are off is squared and summed.
+    The distances of the bounds are added in squares (Zou and Donner 2008).
     """
+    # Categories count equally, whatever their number of prompts: the benchmarks' rule.
     p = np.mean([part.score for part in parts])
+    # Independent errors of a mean add in squares.
     root = lambda off: np.sqrt(np.sum(np.square(off))) / len(parts)
     low = p - root([part.score - part.low for part in parts])
     high = p + root([part.high - part.score for part in parts])
@@ -73,46 +78,46 @@ def overall(name: str, parts: Sequence[Score]) -> Score:
 def by_category(
     asked: Sequence[Asked], verdicts: Sequence[Verdict]
 ) -> dict[str, list[Verdict]]:
-    found = {}
-    for each, verdict in zip(asked, verdicts, strict=True):
-        found.setdefault(each.category, []).append(verdict)
-    return found
+    groups = {}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        groups.setdefault(question.category, []).append(verdict)
+    return groups
 
 
 def prompts(
     name: str, asked: Sequence[Asked], verdicts: Sequence[Verdict]
 ) -> list[dict]:
-    """A row for each prompt of a category: its score, pictures and what was wrong."""
-    found = {}
-    for each, verdict in zip(asked, verdicts, strict=True):
-        found.setdefault((each.category, each.prompt), []).append(verdict)
+    """A row for each prompt of a category: score, number of pictures and reasons."""
+    groups = {}
+    for question, verdict in zip(asked, verdicts, strict=True):
+        groups.setdefault((question.category, question.prompt), []).append(verdict)
     return [
         {
             "prompt": prompt,
             "split": f"{name} {category}",
-            "score": float(np.mean([v.value for v in some])),
-            "n": len(some),
-            "reasons": [v.reason for v in some if v.reason],
+            "score": float(np.mean([v.value for v in prompt_verdicts])),
+            "n": len(prompt_verdicts),
+            "reasons": [v.reason for v in prompt_verdicts if v.reason],
         }
-        for (category, prompt), some in found.items()
+        for (category, prompt), prompt_verdicts in groups.items()
     ]
 
 
-def answers(function: Callable, wanted: str, count: int, *given: Any) -> list:
-    """What the user's function says of `count` things; a UserError if not as many.
+def answers(function: Callable, wanted: str, count: int, *arguments: Any) -> list:
+    """The list that the user's function returns; UserError if it has not `count` items.
 
-    Its __name__ is what messages call it.
+    Messages call the function by its __name__.
     """
-    made = function(*given)
+    replies = function(*arguments)
     name = called(function)
     try:
-        made = list(made)
+        replies = list(replies)
     except TypeError:
-        kind = shown(type(made).__name__)
+        kind = shown(type(replies).__name__)
         raise UserError(f"{name} gave {kind}; wanted {count} {wanted}") from None
-    if len(made) != count:
-        raise UserError(f"{name} gave {len(made)} {wanted}; wanted {count}")
-    return made
+    if len(replies) != count:
+        raise UserError(f"{name} gave {len(replies)} {wanted}; wanted {count}")
+    return replies
 
 
 def called(function: Callable) -> str:

@@ -2,8 +2,8 @@
 
     read(images u8 (n, h, w, 3)) -> n texts
 
-Right is the same text, exactly, but for what `ignore` says; the character error rate is
-the edits from what is asked for to what is read, over the former's length.
+A picture is right if the texts are equal apart from what `ignore` names. The character
+error rate is the edit distance over the length of the text that was asked for.
 """
 
 import re
@@ -38,18 +38,19 @@ IGNORE = {"case": str.casefold, "punctuation": _marks, "space": _spaces}
 def parse(line: str) -> Asked:
     """A prompt with its text in quotes, or {"prompt": …, "text": …, "category": …}.
 
-    Several quotes are one text, spaces between. A UserError if nothing is asked for.
+    Several quotes are joined with spaces. UserError if no text is asked for.
     """
-    given = {"prompt": line}
+    record = {"prompt": line}
     if line.startswith("{"):
         try:
-            given = parse_json(line)
+            record = parse_json(line)
         except ValueError as error:
             raise UserError(f"not JSON: {error}") from None
-    prompt = given.get("prompt")
-    text, category = given.get("text"), given.get("category", "text")
+    prompt = record.get("prompt")
+    text, category = record.get("text"), record.get("category", "text")
     if not isinstance(prompt, str) or not isinstance(category, str):
         raise UserError('wanted {"prompt": TEXT, "text": TEXT, "category": TEXT}')
+    # An explicit "text" wins: prompts may quote what is not to be spelled.
     text = quoted(prompt) if text is None else text
     if not isinstance(text, str) or not text.strip():
         raise UserError(f'"{shown(prompt, 60)}" asks for no text; wanted it in quotes')
@@ -57,34 +58,37 @@ def parse(line: str) -> Asked:
 
 
 def quoted(prompt: str) -> str:
-    """What stands in quotes, of any of the usual kinds; an apostrophe is none."""
-    found = ["".join(groups) for groups in QUOTED.findall(prompt)]
-    return " ".join(found)
+    """The text in quotes of any usual kind; an apostrophe is no quote."""
+    quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
+    return " ".join(quotes)
 
 
 def normal(text: str, ignore: Sequence[str] = ()) -> str:
-    """In Unicode's composed form, without what is ignored: some of IGNORE's."""
+    """The text in Unicode's form NFC, after the IGNORE functions that are named."""
+    # OCR may give letters and accents apart, which is the same text.
     text = unicodedata.normalize("NFC", text)
+    # In IGNORE's order, not the caller's: punctuation may leave double spaces.
     for name, without in IGNORE.items():
         text = without(text) if name in ignore else text
     return text
 
 
 def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer:
-    """A scorer by the user's function that reads pictures."""
+    """A scorer from the user's OCR function."""
 
     def judge(asked, images):
-        found = answers(read, "texts", len(images), images)
-        for text in found:
+        texts = answers(read, "texts", len(images), images)
+        for text in texts:
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise UserError(f"{called(read)} gave {kind}; wanted a text a picture")
-        return [judged(x.wanted, text, ignore) for x, text in zip(asked, found)]
+        return [judged(x.wanted, text, ignore) for x, text in zip(asked, texts)]
 
     return judge
 
 
 def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdict:
+    # Edits take time in the product of lengths; an OCR that repeats itself is cut.
     wanted, read = normal(wanted, ignore), normal(read, ignore)[:READ]
     rate = edits(wanted, read) / max(len(wanted), 1)
     reason = "" if wanted == read else f'wanted "{wanted}", read "{shown(read)}"'
@@ -92,23 +96,30 @@ def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdic
 
 
 def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
-    """The share that is right, of each category if there are some, and the errors."""
-    found = scorers.by_category(asked, verdicts)
-    made = [_exact("typography", verdicts)]
-    if len(found) > 1:
-        made += [_exact(f"typography, {name}", some) for name, some in found.items()]
+    """The share of right pictures, also by category if there are several, and the mean
+    character error rate."""
+    groups = scorers.by_category(asked, verdicts)
+    scores = [_exact("typography", verdicts)]
+    if len(groups) > 1:
+        scores += [
+            _exact(f"typography, {name}", category_verdicts)
+            for name, category_verdicts in groups.items()
+        ]
+    # Mean of the rates, not of the edits: every prompt counts equally.
     rates = [v.others[ERRORS] for v in verdicts]
-    return [*made, scorers.mean(f"typography, {ERRORS}", rates)]
+    return [*scores, scorers.mean(f"typography, {ERRORS}", rates)]
 
 
 def edits(a: str, b: str) -> int:
-    """Levenshtein's distance: characters put in, left out or exchanged."""
+    """Levenshtein distance: characters inserted, deleted or substituted."""
+    # One row of the table of prefixes is enough for the distance.
     row = list(range(len(b) + 1))
     for i, x in enumerate(a, 1):
         above, row[0] = row[0], i
         for j, y in enumerate(b, 1):
-            kept = above + (x != y)
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, kept)
+            # `above` is the diagonal entry of the row before.
+            substituted = above + (x != y)
+            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
     return row[-1]
 
 

@@ -22,6 +22,8 @@ def val_loss(
     for i, batch in enumerate(batches):
         if i >= AHEAD:  # or batches that are still to be worked on fill the memory
             jax.block_until_ready(losses[i - AHEAD])
+        # One key for all times of a batch: equal noise, so that the curve over t is
+        # smooth.
         batch_key = jax.random.fold_in(key, i)
         losses.append([loss_at(params, batch_key, batch, np.float32(t)) for t in TIMES])
     mean = np.mean(jax.device_get(losses), axis=0, dtype=np.float64)

@@ -1,7 +1,7 @@
-"""sd3_jax and PyTorch with diffusers on the clock, in turn, on the same shapes and
-weights. Exit code 1 where they disagree, or where a ratio is worse than `guard` has it.
+"""Times sd3_jax and PyTorch with diffusers in turn, on the same shapes and weights.
 
-This process only takes turns: each side computes in one of its own (sd3_jax/bench).
+Exit code 1 if the sides disagree, or if a ratio is worse than in `guard`. Each side
+runs in a process of its own (tools/benchmark); this one only asks them in turn.
 """
 
 import contextlib
@@ -30,17 +30,15 @@ from sd3_jax.tools.benchmark import (
     startup,
     timing_summary,
 )
+from sd3_jax.tools.benchmark.case_turns import OURS, Turns
 from sd3_jax.tools.benchmark.cases import Spec
 from sd3_jax.tools.benchmark.side_processes import Failed, Worker
 
 log = logging.getLogger(__name__)
-OURS, THEIRS = "sd3_jax.tools.benchmark.jax_side", "sd3_jax.tools.benchmark.torch_side"
-# Beside PyTorch on one GPU: jax would take three quarters of its memory at once.
-SHARING = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Writes workdir/benchmark.json, .md and .svg, after each case what there is."""
+    """Writes workdir/benchmark.json, .md and .svg, anew after each case."""
     before = guarded(config.benchmark.guard)
     if jax.distributed.is_initialized():
         raise UserError("benchmark runs in one process")
@@ -48,28 +46,33 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError(
             f"--workdir={workdir}: benchmark wants a folder of this machine"
         )
-    todo = case_selection.made(config)
+    todo = case_selection.selected_cases(config)
+    # Two benchmarks in one workdir would time each other.
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()
+    # SIGTERM would end this process without its finally blocks, and leave gigabytes of
+    # weights behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     weights = Path(workdir, "weights")
     try:
         shutil.rmtree(weights, ignore_errors=True)  # of a run that was killed
         weights.mkdir()
-        made = Benchmark(config, Path(workdir), weights)
-        made.run(todo)
+        benchmark = Benchmark(config, Path(workdir), weights)
+        benchmark.run(todo)
     finally:
         shutil.rmtree(weights, ignore_errors=True)
         lock.release()
-    print(benchmark_page.table(made.result), Path(workdir, "benchmark.md"), sep="\n")
-    wrong = [name for case in made.result["cases"] for name in case["refused"]]
+    print(
+        benchmark_page.table(benchmark.result), Path(workdir, "benchmark.md"), sep="\n"
+    )
+    wrong = [name for case in benchmark.result["cases"] for name in case["refused"]]
     lines = (
-        timing_summary.worse(made.result, before, config.benchmark.worse)
+        timing_summary.worse(benchmark.result, before, config.benchmark.worse)
         if before
         else ()
     )
     print(*(f"worse than {config.benchmark.guard}: {x}" for x in lines), sep="\n")
-    return 1 if wrong or lines or not all(map(whole, made.result["cases"])) else 0
+    return 1 if wrong or lines or not all(map(whole, benchmark.result["cases"])) else 0
 
 
 def whole(case: dict) -> bool:
@@ -77,28 +80,36 @@ def whole(case: dict) -> bool:
 
 
 def guarded(path: str) -> dict | None:
-    """The result to compare with, read before anything is run."""
+    """The earlier result to compare with, or None; UserError if it is unreadable."""
     if not path:
         return None
     try:
-        found = json.loads(Path(path).read_text())
-        timing_summary.measured(found)
+        baseline = json.loads(Path(path).read_text())
+        timing_summary.measured(baseline)
     except OSError as error:
         raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
         wanted = "wanted a benchmark.json that this job wrote"
         raise UserError(f"config.benchmark.guard = {path}: {wanted}") from None
-    return found
+    return baseline
 
 
 class Benchmark:
-    """Takes the cases one by one, and writes what there is after each."""
+    """Runs the cases one by one and writes the results after each."""
 
     def __init__(self, config: ConfigDict, workdir: Path, weights: Path):
         self.config, self.workdir, self.weights = config, workdir, weights
         bench = config.benchmark
         self.log, self.written = workdir / "workers.log", {}
         self.log.write_bytes(b"")
+        self.turns = Turns(
+            weights,
+            self.log,
+            repeats=bench.repeats,
+            warmup=bench.warmup,
+            pause=bench.pause,
+        )
+        # Without PyTorch the cases still run, ours alone.
         self.missing = {x: machine.missing(x) for x in ("matmul", *cases.KINDS)}
         self.result = {
             "about": machine.about(dtype=bench.dtype, repeats=bench.repeats),
@@ -120,14 +131,14 @@ class Benchmark:
         self.save()
 
     def save(self) -> None:
-        """After each case, so that a run which is ended leaves the others."""
+        """Writes all results so far, so that a killed run keeps its finished cases."""
         text = json.dumps(self.result, indent=1)
         write_whole(self.workdir / "benchmark.json", text.encode())
         benchmark_page.write(self.result, self.workdir)
 
     def peak(self) -> None:
-        """The best of both sides at one large product, by which all else is measured;
-        and what devices they are on."""
+        """Measures the peak, the better side's rate of one large matrix product, and
+        records which devices the sides use."""
         bench = self.config.benchmark
         spec = {
             "kind": "matmul",
@@ -136,21 +147,23 @@ class Benchmark:
             "dtype": bench.dtype,
             "seed": self.config.seed,
         }
-        found = self.case(spec, modes=("eager",))
-        sides = {k: x for k, x in found["sides"].items() if "seconds" in x}
+        entry = self.case(spec, modes=("eager",))
+        sides = {k: x for k, x in entry["sides"].items() if "seconds" in x}
         if "ours" not in sides:
-            raise Failed(f"the product of two matrices: {found['sides']}")
+            raise Failed(f"the product of two matrices: {entry['sides']}")
+        # The minimum: a peak is what the machine can do undisturbed.
         best = min(sides, key=lambda name: sides[name]["seconds"]["min"])
         device = sides["ours"]["device"]
         self.result["peak"] = {
             "size": bench.matmul,
             "side": best,
-            "tflops": found["flops"] / sides[best]["seconds"]["min"] / 1e12,
+            "tflops": entry["flops"] / sides[best]["seconds"]["min"] / 1e12,
             "published": PEAK_TFLOPS.get(device),
             "platform": sides["ours"]["platform"],
             "device": device,
             **{f"{k}_tflops": x["tflops"] for k, x in sides.items()},
         }
+        # A PyTorch without CUDA beside jax on a GPU is no comparison.
         other = sides.get("eager")
         if other is not None and other["platform"] != sides["ours"]["platform"]:
             why = f"PyTorch on {other['platform']}, jax on {device}"
@@ -160,7 +173,7 @@ class Benchmark:
         self.save()
 
     def case(self, spec: Spec, modes=None) -> dict:
-        """One case on all sides: agreement first, then the turns."""
+        """Runs one case on all sides: first compares outputs, then times them."""
         absent = self.missing[spec["kind"]]
         modes = (self.config.benchmark.against if modes is None else modes) or ()
         sides = ["ours", *(() if absent else modes)]
@@ -168,103 +181,10 @@ class Benchmark:
         shown = {k: x for k, x in spec.items() if k != "weights"}
         entry = {"name": spec["name"], "kind": spec["kind"], "spec": shown}
         entry |= {"sides": {}, "gaps": {}, "refused": {}, "ratios": {}, "turns": {}}
-        take = (
-            self.apart if spec["kind"] in self.config.benchmark.apart else self.beside
-        )
-        take(spec, sides, entry)
+        apart = spec["kind"] in self.config.benchmark.apart
+        (self.turns.apart if apart else self.turns.beside)(spec, sides, entry)
         self.count(entry)
         return entry
-
-    def beside(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """All sides loaded, a turn each: A B A B."""
-        bench = self.config.benchmark
-        with contextlib.ExitStack() as stack:
-            ready = {}
-            for side in sides:
-                worker = stack.enter_context(self.worker(side))
-                with self.failing(entry, side):
-                    self.prepare(worker, side, spec, entry)
-                    ready[side] = worker
-            self.compare(spec, entry)
-            ready = {k: x for k, x in ready.items() if k not in entry["refused"]}
-            for _ in range(bench.repeats):
-                for side, worker in list(ready.items()):
-                    with self.failing(entry, side):
-                        self.turn(worker, side, entry)
-                        continue
-                    del ready[side]
-            for side, worker in ready.items():
-                with self.failing(entry, side):
-                    entry["sides"][side] |= worker.ask("peak")
-
-    def apart(self, spec: Spec, sides: list[str], entry: dict) -> None:
-        """One side after the other, for they do not fit in memory together."""
-        for side in sides:
-            with self.worker(side) as worker, self.failing(entry, side):
-                self.prepare(worker, side, spec, entry)
-                self.compare(spec, entry)
-                if side in entry["refused"]:
-                    continue
-                for _ in range(self.config.benchmark.repeats):
-                    self.turn(worker, side, entry)
-                entry["sides"][side] |= worker.ask("peak")
-
-    def worker(self, side: str) -> Worker:
-        module = OURS if side == "ours" else THEIRS
-        return Worker(module, self.log, SHARING)
-
-    @contextlib.contextmanager
-    def failing(self, entry: dict, side: str):
-        """A side that fails says so in the table; the others go on."""
-        try:
-            yield
-        except Failed as error:
-            log.warning("%s, %s: %s", entry["name"], side, error)
-            entry["sides"].setdefault(side, {})["failed"] = str(error)
-            entry["turns"].pop(side, None)
-
-    def prepare(self, worker: Worker, side: str, spec: Spec, entry: dict) -> None:
-        """Loaded, compiled, its outputs written down, warm."""
-        own = entry["sides"][side] = {}
-        spec = spec if side == "ours" else {**spec, "mode": side}
-        loaded = worker.ask("load", spec=spec)
-        own["load"] = loaded.pop("seconds")
-        own |= loaded | worker.ask("first")
-        worker.ask("check", path=str(self.outputs(side)))
-        own |= worker.ask("warm", times=self.config.benchmark.warmup)
-        entry["turns"][side] = []
-
-    def outputs(self, side: str) -> Path:
-        return self.weights / f"{side}.npz"
-
-    def compare(self, spec: Spec, entry: dict) -> None:
-        """Who disagrees with us is not timed."""
-        import numpy as np
-
-        limit = cases.TOLERANCE[spec["dtype"]]
-        for side in entry["turns"]:
-            if "ours" in (side, *entry["refused"]) or side in entry["gaps"]:
-                continue
-            if "ours" not in entry["turns"]:
-                continue
-            with (
-                np.load(self.outputs("ours")) as ours,
-                np.load(self.outputs(side)) as theirs,
-            ):
-                found, where = cases.gap(dict(ours), dict(theirs))
-            entry["gaps"][side] = found
-            if found > limit:
-                words = (
-                    f"{where} differs by {found:.1e}, at most {limit:.0e} is allowed"
-                )
-                entry["refused"][side] = words
-                log.warning("%s, %s: %s", entry["name"], side, words)
-
-    def turn(self, worker: Worker, side: str, entry: dict) -> None:
-        time.sleep(self.config.benchmark.pause)
-        taken = worker.ask("run")
-        entry["turns"][side].append(taken["seconds"])
-        entry["sides"][side].setdefault("cpu", []).append(taken["cpu"])
 
     def count(self, entry: dict) -> None:
         """Medians, ratios and rates of the turns."""
@@ -274,25 +194,27 @@ class Benchmark:
         for side, seconds in turns.items():
             if not seconds or side in entry["refused"]:
                 continue
-            own = sides[side]
-            own["seconds"] = timing_summary.spread(seconds)
-            own["busy_cores"] = sum(own.pop("cpu")) / sum(seconds)
+            side_result = sides[side]
+            side_result["seconds"] = timing_summary.spread(seconds)
+            side_result["busy_cores"] = sum(side_result.pop("cpu")) / sum(seconds)
             if entry["flops"]:
-                rate = entry["flops"] / own["seconds"]["median"] / 1e12
-                own["tflops"] = rate
-                own["of_peak"] = rate / peak["tflops"] if peak else None
+                rate = entry["flops"] / side_result["seconds"]["median"] / 1e12
+                side_result["tflops"] = rate
+                side_result["of_peak"] = rate / peak["tflops"] if peak else None
                 published = peak and peak["published"]
-                own["mfu"] = rate / published if published else None
+                side_result["mfu"] = rate / published if published else None
             if side != "ours" and turns.get("ours"):
                 entry["ratios"][side] = timing_summary.ratios(turns["ours"], seconds)
 
     def file(self, spec: Spec) -> Path:
-        """The weights of a case's component, made when they are first asked for."""
+        """The file with a case's weights, written when first needed."""
         if spec["kind"] == "matmul":
             return self.weights / "none"
+        # Cases of equal components share one file of weights.
         key = json.dumps([spec["component"], spec["dtype"], spec["config"]])
         if key not in self.written:
             path = self.weights / f"{len(self.written)}.safetensors"
+            # Drawn on the CPU: a GPU's memory is for the sides.
             on_host = {"JAX_PLATFORMS": "cpu"}
             with Worker(OURS, self.log, on_host) as worker:
                 worker.ask("weights", spec=spec, path=str(path))
@@ -302,7 +224,7 @@ class Benchmark:
     # What is ours alone
 
     def scaling(self) -> None:
-        """Time beside FLOPs over tokens and over depth, and what compiling takes."""
+        """Measures how time and compilation grow with tokens and with depth."""
         scaling = self.config.benchmark.scaling
         axes = {"tokens": scaling.tokens, "depth": scaling.depths}
         for kind in scaling.kinds:
@@ -310,36 +232,38 @@ class Benchmark:
                 log.info("scaling: %s over %s", kind, axis)
                 points = self.points(kind, axis, values)
                 grown = timing_summary.grown(points) if points else []
-                made = {"kind": kind, "axis": axis, "points": points, "growth": grown}
-                self.result["scaling"].append(made)
+                series = {"kind": kind, "axis": axis, "points": points, "growth": grown}
+                self.result["scaling"].append(series)
                 self.save()
 
     def points(self, kind: str, axis: str, values) -> list[dict]:
-        """All loaded, a turn each: a machine that slows down does so for them all."""
+        """Times of all values in turn: a machine that slows down affects all points."""
         scaling = self.config.benchmark.scaling
         specs = [self.point(kind, axis, value) for value in values]
         with contextlib.ExitStack() as stack:
-            workers, made = [], []
+            workers, measured = [], []
             for value, spec in zip(values, specs):
-                worker = stack.enter_context(self.worker("ours"))
+                worker = stack.enter_context(self.turns.worker("ours"))
                 flops = worker.ask("load", spec=spec)["flops"]
+                # Compilation and the first call, which are reported for every size.
                 first = worker.ask("first")
                 worker.ask("warm", times=self.config.benchmark.warmup)
                 workers.append(worker)
-                made.append({axis: value, "flops": flops, "turns": [], **first})
+                measured.append({axis: value, "flops": flops, "turns": [], **first})
             for _ in range(scaling.repeats):
-                for worker, point in zip(workers, made):
+                for worker, point in zip(workers, measured):
                     time.sleep(self.config.benchmark.pause)
                     point["turns"].append(worker.ask("run")["seconds"])
-            for worker, point in zip(workers, made):
+            for worker, point in zip(workers, measured):
                 point["seconds"] = timing_summary.spread(point["turns"])
                 point |= worker.ask("peak")
-        return made
+        return measured
 
     def point(self, kind: str, axis: str, value: int) -> Spec:
         scaling = self.config.benchmark.scaling
         depth = value if axis == "depth" else scaling.depth
         tokens = value if axis == "tokens" else scaling.tokens[0]
+        # The width of config.benchmark.scaling replaces the recipe's.
         config = self.config.copy_and_resolve_references()
         with config.unlocked():
             config.model.update(width=scaling.width, num_heads=scaling.num_heads)
@@ -351,16 +275,16 @@ class Benchmark:
         return spec | {"weights": str(self.file(spec))}
 
     def startup(self) -> None:
-        times, found = self.config.benchmark.startup, self.result["startup"]
+        times, seconds_by_name = self.config.benchmark.startup, self.result["startup"]
         for kind in (startup.imports, startup.jobs):
             for i in range(times):
                 log.info("start-up, %s, %d of %d", kind.__name__, i + 1, times)
                 without = [x for x in ("diffusers",) if not machine.present(x)]
-                rest = (without,) if kind is startup.imports else ()
+                arguments = (without,) if kind is startup.imports else ()
                 try:
-                    for name, seconds in kind(*rest, self.log):
-                        found.setdefault(name, []).append(seconds)
+                    for name, seconds in kind(*arguments, self.log):
+                        seconds_by_name.setdefault(name, []).append(seconds)
                 except Failed as error:
                     log.warning("start-up: %s", error)
-                    found.setdefault("failed", []).append(str(error))
+                    seconds_by_name.setdefault("failed", []).append(str(error))
                 self.save()

@@ -1,5 +1,7 @@
-"""Our numbers beside PyTorch's: every layer, in float32 and bfloat16, and the drift of
-whole trajectories. Exit code 1 where one departs."""
+"""Compares every layer with PyTorch in float32 and bfloat16, and whole trajectories.
+
+Exit code 1 if a layer departs by more than the tolerance.
+"""
 
 import importlib.util
 import json
@@ -14,6 +16,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.reports import parity_page as report
+from sd3_jax.sampling.bundle import TEXT
 
 log = logging.getLogger(__name__)
 FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
@@ -22,6 +25,7 @@ FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     """Writes workdir/compare.json and compare.html; without weights it compares small
     random models of each published kind."""
+    # Found without importing: the message is the only thing that the user needs here.
     absent = [x for x in ("torch", "diffusers") if importlib.util.find_spec(x) is None]
     if absent:
         raise UserError(
@@ -32,6 +36,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         raise UserError("compare runs in one process")
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
+    # GPUs and TPUs compute float32 products in TF32 or bfloat16 passes by default,
+    # which would hide differences between the two sides.
     with jax.default_matmul_precision("highest"):
         models = [measure(config, *source) for source in sources(config, workdir)]
     limits = {"float32": config.compare.tolerance, "bfloat16": config.compare.bfloat16}
@@ -53,13 +59,15 @@ def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]
 
     for kind in miniature.KINDS:
         folder = workdir / "models" / kind
+        # Kept in the workdir: a second run compares the same random models.
         if not (folder / "model_index.json").exists():
             miniature.pipeline(kind, folder).save_pretrained(folder)
         yield str(folder), f"{kind}, small and random"
 
 
 def measure(config: ConfigDict, source: str, name: str) -> dict:
-    from sd3_jax.tools.parity import component_comparison
+    # Imported here, because it needs PyTorch, which other jobs do without.
+    from sd3_jax.tools.parity import component_comparison, trajectory_comparison
 
     settings = component_comparison.Settings(
         prompts=tuple(config.compare.prompts),
@@ -73,22 +81,23 @@ def measure(config: ConfigDict, source: str, name: str) -> dict:
     mesh = sharding.make_mesh(**config.mesh)
     subject = component_comparison.Subject(source, config.tokenizers, settings, mesh)
     name = name or subject.name
-    found, first = {}, None
+    rows_by_part, first = {}, None
     for part, rows in component_comparison.parts(subject):
         log.info("%s: %s, %d layers", name, part, len(rows))
-        found[part] = [plain(row) for row in rows]
-    made = {"name": name, "source": source, "parts": found}
+        rows_by_part[part] = [plain(row) for row in rows]
+    result = {"name": name, "source": source, "parts": rows_by_part}
     known = set(subject.configs)
-    if {"denoiser", "vae"} <= known and known & set(component_comparison.bundles.TEXT):
-        drift = component_comparison.drift(subject)
+    if {"denoiser", "vae"} <= known and known & set(TEXT):
+        drift = trajectory_comparison.drift(subject)
         rows = [plain(row) for row in (*drift.rows, drift.picture)]
-        found["trajectory"] = rows
-        made |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
-    for part, rows in found.items():
+        rows_by_part["trajectory"] = rows
+        result |= {"t": drift.t, "pictures": report.pictures(drift.pictures)}
+    for part, rows in rows_by_part.items():
+        # Layers are in order of computation, so the first departure is where to look.
         away = [row for row in rows if departs(config, row)]
         if away and first is None:
             first = {"part": part, **away[0]}
-    return made | {"first_departure": first}
+    return result | {"first_departure": first}
 
 
 def plain(row) -> dict:
@@ -97,14 +106,16 @@ def plain(row) -> dict:
 
 
 def departs(config: ConfigDict, row: dict) -> bool:
-    """By the largest error in float32; in bfloat16 by far more than PyTorch's own."""
+    """Whether a row exceeds the float32 limit, or PyTorch's error in bfloat16."""
+    # bfloat16 is judged against PyTorch's own error: how far rounding takes a layer
+    # differs from layer to layer.
     limit = config.compare.bfloat16 * row["theirs"]["relative"] + FLOOR
     wide = row["float32"]["largest"] <= config.compare.tolerance
     return not (wide and row["bfloat16"]["relative"] <= limit)
 
 
 def lines(result: dict) -> list[str]:
-    """What is printed: a line for each part, and what departs first."""
+    """The printed table: a line for each part, and the first departure."""
     text = []
     for model in result["models"]:
         text.append(model["name"])

@@ -1,4 +1,4 @@
-"""Released weights from one layout to another, or a workdir's checkpoint to either."""
+"""Converts released weights between layouts, or a checkpoint to one of them."""
 
 import logging
 
@@ -14,10 +14,9 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.params import parametrization
-from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import export, released_sampler
-from sd3_jax.sampling.bundle import Bundle
-from sd3_jax.sampling.scheduler_config import PUBLISHED
+from sd3_jax.sampling import bundle_loading, export, released_sampler
+from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.scheduler import PUBLISHED
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
@@ -28,6 +27,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes config.convert.out, or workdir/{diffusers, model.safetensors, orbax}."""
     layout, dtype = config.convert.to, config.convert.dtype or None
     out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
+    # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
     mesh = sharding.make_mesh(**config.mesh)
@@ -35,31 +35,34 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if config.weights and (path := control_path(config.weights)):
             if config.sample.lora:
                 raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
-            bundle = bundles.load_stored_control(path, mesh)
+            bundle = bundle_loading.load_stored_control(path, mesh)
         elif config.weights:
             words = config.tokenizers or None  # no prompt will be encoded
+            # "stored" keeps each tensor's own dtype, so that a round trip is exact.
             options = dict(dtype="stored", quantize={}, tokenizers_from=words)
             bundle = released_sampler.load(config, mesh, **options)
         else:
             bundle = trained(config, epath.Path(workdir), mesh)
         export.save(bundle, out, layout, dtype=dtype)
     if jax.process_index() == 0:
-        control = isinstance(bundle, bundles.ControlBundle)
+        control = isinstance(bundle, ControlBundle)
         parts = ["a ControlNet"] if control else bundle.modules
         print(f"{out}: {', '.join(parts)} in the {layout} layout")
 
 
 def control_path(weights: str) -> epath.Path | None:
-    """The path that config.weights names, where it is a ControlNet's."""
+    """The path of config.weights if it is a ControlNet's, else None."""
     path = epath.Path(weights).expanduser()
     return path if path.exists() and sources.is_control(path) else None
 
 
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
-    """The denoiser of config.sample.step, or the newest checkpoint; its positions, a
-    formula to us, are a table in a file."""
+    """The denoiser of config.sample.step or of the newest checkpoint, as a bundle. Its
+    positions, computed here, become a table in the file."""
     parts = model_parts.parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
+    # The published files have a set of weights for image tokens and one for text
+    # tokens.
     if model.weight_sets != 2:
         raise UserError(
             f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"
@@ -69,6 +72,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         raise UserError(
             f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
         )
+    # exact: float32 masters and not the quantized form that sampling may use.
     params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("step %d of %s", step, workdir)
     variables = {
@@ -77,10 +81,13 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     if "buffers" in params:  # fine-tuned: what else a model has is its base's
         variables["buffers"] = params["buffers"]
         base = finetune_start.base_of(workdir, step)
-        bundle = bundles.load(base, mesh=mesh, dtype="stored", tokenizers_from=None)
+        bundle = bundle_loading.load(
+            base, mesh=mesh, dtype="stored", tokenizers_from=None
+        )
         bundle.variables["denoiser"] = variables
         return bundle
     size = model.pos_size
+    # Our models compute positions; diffusers' files hold the table itself.
     table = position_table.positions(
         size, size, model.width, size=size, base=model.pos_base
     )
@@ -91,6 +98,7 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
+    # diffusers samples with the shift in this file, so it is the recipe's.
     scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
     return Bundle(
         {"denoiser": model},

@@ -1,5 +1,7 @@
-"""Score a workdir's checkpoint, the newest unless config.sample.step says another; the
-table is printed and kept in scores.json."""
+"""Scores a checkpoint, the newest unless config.sample.step names another.
+
+The table is printed and written to scores.json.
+"""
 
 import json
 
@@ -15,7 +17,7 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import prompt_file, released_sampler
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.training.trainer import Validation
 
 
@@ -26,8 +28,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts, params, result = weights(config, workdir, mesh)
+        # Kept beside the scores: they are comparable only at equal settings.
         result["settings"] = config.sample.to_dict() | config.eval.to_dict()
         result["quantize"] = {k: v for k, v in config.quantize.items() if v}
+        # Several names may share one function (CLIP score, FID, …), which runs once.
         for score in dict.fromkeys(SCORES[name] for name in config.eval.scores):
             add(result, score(config, parts, mesh, params))
     if jax.process_index() == 0:
@@ -37,7 +41,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def check(config: ConfigDict) -> None:
-    """A UserError for scores that cannot be had, before anything is loaded."""
+    """UserError for scores that cannot be computed, before anything is loaded."""
     for name in config.eval.scores:
         if name not in SCORES:
             raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')
@@ -46,8 +50,8 @@ def check(config: ConfigDict) -> None:
 
 
 def weights(config: ConfigDict, workdir: epath.Path, mesh):
-    """(parts, params, what scores.json says of them): the newest checkpoint's or, of
-    config.weights, (None, their bundle, ...); the scores take either to `painter`."""
+    """(parts, params, facts for scores.json) of the checkpoint, or (None, bundle,
+    facts) of config.weights. sampler_for takes either pair."""
     if not config.weights:
         parts = model_parts.parts(config)
         params, step = model_parts.trained_params(config, parts, workdir, mesh)
@@ -56,21 +60,22 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
             parts = parts._replace(encoders=trained_with)
             about["encoders"] = trained_with
         return parts, params, about
+    # These need a run's objective and its parameters, which released weights lack.
     if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
         raise UserError(
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
             f"weights = {config.weights}; wanted scores of pictures, or no weights"
         )
     settings = prompt_file.task(config, "", 0).settings
-    made = released_sampler.load_to_paint(config, mesh, [settings])
+    bundle = released_sampler.load_for_sampling(config, mesh, [settings])
     about = {"weights": config.weights}
-    if told := made.scheduler.told():
-        about["scheduler"] = told
-    return None, made, about
+    if scheduler := bundle.scheduler.non_default_settings():
+        about["scheduler"] = scheduler
+    return None, bundle, about
 
 
 def add(result: dict, scored: dict) -> None:
-    """Several scores may give rows: "scores" and "prompts" are joined."""
+    """Adds a score's rows to the result: lists of several scores are joined."""
     for name, value in scored.items():
         joined = isinstance(value, list) and name in result
         result[name] = result[name] + value if joined else value
@@ -81,37 +86,40 @@ def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
 
 
 def digits(config: ConfigDict, parts, mesh, params) -> dict:
-    """Single digits, pairs and numbers that the recipe's mix has, seen and held out."""
+    """Scores of the recipe's single digits, pairs and numbers, seen and held out."""
     count = config.eval.pictures
-    painter, hasty = digit_painters(config, parts, mesh)
-    paint = lambda captions, numbers: painter(params, captions, numbers)
-    paint_few = lambda captions, numbers: hasty(params, captions, numbers)
+    sampler, few_step_sampler = digit_samplers(config, parts, mesh)
+    sample = lambda captions, numbers: sampler(params, captions, numbers)
+    sample_few = lambda captions, numbers: few_step_sampler(params, captions, numbers)
 
     scores, by_prompt = [], []
 
-    def judge(name, paint, kind, split):
-        scenes = digit_scenes.some(kind, split, count)
-        right = digit_scenes.judge(paint, scenes)
+    def judge(name, sample, kind, split):
+        scenes = digit_scenes.sample_scenes(kind, split, count)
+        right = digit_scenes.judge(sample, scenes)
         scores.append(digit_scenes.score(name, right)._asdict())
         by_prompt.extend(
             {"prompt": str(scene), "score": float(ok), "n": 1, "split": name}
             for scene, ok in zip(scenes, right)
         )
 
+    # Kinds that the recipe never shows are not scored.
     kinds = [kind for kind, share in zip(KINDS, config.data.mix) if share > 0]
     for kind in kinds:
         name = digit_scenes.NAMES[kind]
         if kind == "single":
-            judge(name, paint, kind, "train")
+            judge(name, sample, kind, "train")
             continue
-        judge(f"{name}, seen", paint, kind, "train")
-        judge(f"{name}, held out", paint, kind, config.eval.split)
+        judge(f"{name}, seen", sample, kind, "train")
+        judge(f"{name}, held out", sample, kind, config.eval.split)
         steps = config.eval.few_steps
-        judge(f"{name}, held out, {steps} steps", paint_few, kind, config.eval.split)
+        judge(f"{name}, held out, {steps} steps", sample_few, kind, config.eval.split)
     for kind in kinds:
-        scenes = digit_scenes.some(kind, "train", 16)
+        # Sixteen captions, several pictures each: variety is a mean over pairs of
+        # pictures.
+        scenes = digit_scenes.sample_scenes(kind, "train", 16)
         row = {"name": f"variety of {digit_scenes.NAMES[kind]}", "n": len(scenes)}
-        scores.append(row | {"score": digit_scenes.variety(paint, scenes)})
+        scores.append(row | {"score": digit_scenes.variety(sample, scenes)})
         sides = config.image.height, config.image.width
         if kind == "single":
             scores.append(digit_scenes.read_scans(*sides)._asdict())
@@ -120,20 +128,24 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
     return {"scores": scores, "prompts": merged(by_prompt)}
 
 
-def digit_painters(config: ConfigDict, parts, mesh) -> tuple[Painter, Painter]:
-    """In config.sample.steps and in config.eval.few_steps; nothing is compiled yet."""
+def digit_samplers(
+    config: ConfigDict, parts, mesh
+) -> tuple[TrainedSampler, TrainedSampler]:
+    """Samplers of config.sample.steps and config.eval.few_steps, not compiled."""
     if config.data.name != "digits":
         raise UserError(
             f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
             f'name = "{config.data.name}"; wanted "digits" there, or other scores'
         )
+    # A second sampler, because the number of steps is a shape of the program.
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps
-    return Painter(config, parts, mesh), Painter(few, parts, mesh)
+    return TrainedSampler(config, parts, mesh), TrainedSampler(few, parts, mesh)
 
 
 def merged(rows: list[dict]) -> list[dict]:
     """One row a prompt and split, its pictures counted together."""
+    # A prompt may be scored several times, each from another noise.
     grouped = {}
     for row in rows:
         grouped.setdefault((row["split"], row["prompt"]), []).append(row["score"])
@@ -150,6 +162,7 @@ SCORES |= picture_scores.SCORES | prompt_scores.SCORES
 def lines(result: dict) -> list[str]:
     """What evaluate prints: the scores, then the validation loss by t."""
     rows = result.get("scores", [])
+    # Names are padded to one width so that the numbers line up.
     wide = max((len(row["name"]) for row in rows), default=0)
     text = []
     for row in rows:

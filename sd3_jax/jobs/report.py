@@ -2,8 +2,8 @@
 
     python -m sd3_jax.main report --config=... --workdir=...
 
-It reads metrics.jsonl, and what there is of config.json, run.json, scores.json and
-samples.png: what the run did, whatever `config` says now. The page needs no other file.
+It reads metrics.jsonl and, if they exist, config.json, run.json, scores.json and
+samples.png of the run, not the present `config`. The page needs no other file.
 """
 
 import json
@@ -29,10 +29,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             f"{workdir}: no {metrics.FILE} to report on; train first, or give the "
             "--workdir of a run"
         )
+    # All three are optional: the page says which are missing.
     settings, facts, scores = (
         _object(workdir / name) for name in ("config.json", "run.json", "scores.json")
     )
+    # The page shows where the run's settings differ from these.
     default = base.get_config().to_dict()
+    # configs/sd3_2b.py:tiny → sd3_2b:tiny
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
     text = html_page.document(
         f"{name}: training report",
@@ -54,7 +57,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def _object(path):
-    """What a JSON file holds, or {} if there is none or it holds something else."""
+    """The object in a JSON file, or {} if there is none."""
     try:
         value = json.loads(path.read_bytes())
     except (OSError, ValueError, RecursionError):

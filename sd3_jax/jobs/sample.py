@@ -1,5 +1,7 @@
-"""Prompts to PNGs, with a line of JSON for each: of a workdir's checkpoint, or of
-released weights. A killed job goes on where it was."""
+"""Prompts to PNGs, each with a line of JSON, by a checkpoint or by released weights.
+
+A killed job resumes where it stopped.
+"""
 
 import hashlib
 import json
@@ -25,8 +27,8 @@ from sd3_jax.foreign_text import parse_json
 from sd3_jax.monitoring import metrics
 from sd3_jax.sampling import contact_sheet, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import ReleasedPainter, load_to_paint
-from sd3_jax.sampling.sampler import Painter, batch_size
+from sd3_jax.sampling.released_sampler import ReleasedSampler, load_for_sampling
+from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
 LINES = "samples.jsonl"
@@ -39,31 +41,38 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
     tasks = prompt_file.tasks(config)
+    # The filter and the watermark are checked before weights are loaded.
     sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         make = released if config.weights else trained
         if make is trained and config.text.name == "bytes":
-            tell_cut(tasks, config.text.length)
-        paint, facts = make(config, workdir, mesh, tasks)
+            warn_of_cut_prompts(tasks, config.text.length)
+        sample_batch, facts = make(config, workdir, mesh, tasks)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
+        # A line holds settings and fingerprints of weights: a picture is skipped only
+        # if all of these are equal.
         done = recorded(workdir, lines)
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
         known = [x for x, there in zip(lines, done) if there]
         with lock.held(workdir, "sample"), Lines(workdir, known) as written:
             for batch, size in batches(tasks, config.sample.batch_size, mesh):
+                # A batch is sampled whole even if one picture of it is missing: a
+                # smaller batch is another program, whose pictures may differ in the
+                # last bits.
                 left = [i for i, task in enumerate(batch) if not done[task.index]]
                 if not left:
                     continue
                 began = time.monotonic()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
-                images = paint(filled(batch, size))[left]
+                images = sample_batch(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
                 flags = guard.flags(images, [batch[i].caption for i in left])
                 for line, flag in zip(fresh, flags):
                     line |= {"filtered": flag} if flag else {}
+                # Toy models without an autoencoder make pictures of a few dozen pixels.
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
@@ -72,8 +81,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 count = len(written.lines)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if flagged := sum("filtered" in line for line in lines):
-        told = "%d of %d pictures are black: config.sample.filter flagged them"
-        log.warning(told, flagged, len(lines))
+        message = "%d of %d pictures are black: config.sample.filter flagged them"
+        log.warning(message, flagged, len(lines))
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
@@ -82,60 +91,62 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 def trained(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
-    """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
+    """A sampler of tasks by the newest checkpoint, and the facts for each line."""
     parts = model_parts.parts(config)
     params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = Painter(config, parts, mesh).encoder
+    encoder = TrainedSampler(config, parts, mesh).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
-    painters = {}
+    samplers = {}
 
-    def paint(rows: Sequence[Task]) -> np.ndarray:
+    def sample_batch(rows: Sequence[Task]) -> np.ndarray:
         group = rows[0].group
-        if group not in painters:
+        if group not in samplers:
             config = rows[0].config
-            painters[group] = Painter(config, model_parts.parts(config), mesh, encoder)
+            samplers[group] = TrainedSampler(
+                config, model_parts.parts(config), mesh, encoder
+            )
         captions = [task.caption for task in rows]
-        return painters[group](params, captions, [task.number for task in rows])
+        return samplers[group](params, captions, [task.number for task in rows])
 
-    return paint, facts
+    return sample_batch, facts
 
 
-def tell_cut(tasks: Sequence[Task], length: int) -> None:
-    """How many prompts the text model of bytes does not read to their end."""
+def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
+    """Logs how many prompts the model of bytes truncates."""
     sizes = [len(task.caption.encode()) for task in tasks]
     cut = sum(size >= length for size in sizes)  # the end is a byte as well
     if cut:
-        told = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(told, cut, len(sizes), length - 1, max(sizes))
+        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
+        log.warning(message, cut, len(sizes), length - 1, max(sizes))
 
 
 def released(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     settings = {task.group: task.settings for task in tasks}
-    painter = ReleasedPainter(load_to_paint(config, mesh, list(settings.values())))
-    facts = {"weights": painter.bundle.fingerprint()}
-    if told := painter.bundle.scheduler.told():
-        facts["scheduler"] = told
-    if painter.bundle.quantize:
-        facts["quantize"] = painter.bundle.quantize
+    sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
+    facts = {"weights": sampler.bundle.fingerprint()}
+    if scheduler := sampler.bundle.scheduler.non_default_settings():
+        facts["scheduler"] = scheduler
+    if sampler.bundle.quantize:
+        facts["quantize"] = sampler.bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return painter, facts
+    return sampler, facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:
-    """The batch, again from its start where it is too small for the program."""
+    """The batch, repeated from its start up to the size of the program."""
     return [batch[i % len(batch)] for i in range(size)]
 
 
 def describe(task: Task, facts: dict) -> dict:
-    """The picture's line. Of released weights `seed` is what generate() takes."""
+    """The picture's line. For released weights `seed` is the one for generate()."""
     own_checkpoint = "step" in facts
     unused = UNUSED if own_checkpoint else ()
     settings = {k: v for k, v in task.settings.items() if k not in unused}
@@ -150,9 +161,9 @@ def describe(task: Task, facts: dict) -> dict:
 
 
 def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
-    """Which pictures are there and are what they would be; as process 0 sees them.
+    """Which pictures exist with the same line as now, as process 0 sees them.
 
-    What the filter said of them then, its lines have from now on as well.
+    Their lines get the filter's verdict of that time.
     """
     done = np.zeros(len(lines), bool)
     if jax.process_index() == 0:
@@ -160,8 +171,8 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
         if (workdir / LINES).is_file():
             text = (workdir / LINES).read_bytes()
         # A job killed as it wrote leaves half a line, or half a letter.
-        found = map(parsed, text.decode(errors="replace").split("\n"))
-        known = {str(line.get("file")): line for line in found}
+        known_lines = map(parsed, text.decode(errors="replace").split("\n"))
+        known = {str(line.get("file")): line for line in known_lines}
         for i, line in enumerate(lines):
             path = workdir / line["file"]
             there = known.get(line["file"], {})
@@ -170,6 +181,7 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
             done[i] = unfiltered(there) == line and path.is_file()
             if done[i]:
                 line |= there
+    # Disks of other hosts may show other files; all must skip the same pictures.
     return multihost_utils.broadcast_one_to_all(done).tolist()
 
 
@@ -187,7 +199,7 @@ def unfiltered(line: dict) -> dict:
 
 
 def embedded(path: epath.Path) -> dict:
-    """The line that a PNG holds of itself."""
+    """The line in a PNG's metadata, or {}."""
     try:
         return parsed(read_own(path)[1]["sd3_jax"])
     except (KeyError, BadImage):
@@ -197,8 +209,10 @@ def embedded(path: epath.Path) -> dict:
 def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], int]]:
     """Tasks of one shape and one set of settings together, and the program's size.
 
-    A job that goes on paints the batches of the unbroken one, to the last bit.
+    A resumed job has the batches of an uninterrupted one, so its pictures are equal.
     """
+    # Grouped over all tasks, those that are done included, so that a resumed job has
+    # the batches of the first one.
     groups: dict[tuple, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.group, []).append(task)
@@ -216,7 +230,7 @@ def save(
     *,
     enlarged: bool,
 ) -> None:
-    """This process's share of the pictures; of a few pixels `enlarged` to be seen."""
+    """Writes this process's share of the pictures, `enlarged` if they are tiny."""
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     mine = slice(jax.process_index(), None, jax.process_count())
     for line, image in list(zip(lines, images))[mine]:
@@ -231,7 +245,7 @@ def save(
 
 
 class Lines:
-    """samples.jsonl, with the lines it begins with; process 0's pen."""
+    """samples.jsonl, which begins with `lines`; only process 0 writes."""
 
     def __init__(self, workdir: epath.Path, lines: list[dict]):
         self.path, self.lines = workdir / LINES, lines
@@ -257,13 +271,14 @@ class Lines:
 
 
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
-    """The lines in order, and two contact sheets."""
+    """Writes the lines in order, and two contact sheets."""
     write_whole(workdir / LINES, Lines.text(lines).encode())
     write_whole(workdir / "samples.html", contact_sheet.html(lines).encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
     first = [line for line in lines if there(line)][:SHOWN]
     images = [read_own(workdir / line["file"])[0] for line in first]
     shape = images[0].shape
+    # A grid needs pictures of one size; samples.html shows them all.
     alike = [i for i, image in enumerate(images) if image.shape == shape]
     captions = [str(first[i]["prompt"]) for i in alike]
     together = pictures.grid(
@@ -280,6 +295,6 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
 
 
 def slug(caption: str) -> str:
-    """A file name that tells the prompt, and only ever a name."""
+    """A file name made of the prompt, without any character that is special."""
     words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48]
     return words or hashlib.sha256(caption.encode()).hexdigest()[:8]

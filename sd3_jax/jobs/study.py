@@ -2,10 +2,10 @@
 
     python -m sd3_jax.main study --config=configs/formulations.py:digits --workdir=...
 
-WORKDIR/runs/VARIANT/SEED is a run as `train` makes it, with what `study` measured of it
-in study.json; what is there is not done again. Any number of processes, each with its
-own devices, may work in one workdir: each takes what no other is at. The tables are
-printed and kept as study.md, study.json and study.html.
+WORKDIR/runs/VARIANT/SEED is a run of `train` with its measurements in study.json;
+finished runs are not repeated. Any number of processes, each with its own devices, may
+share a workdir: each takes a run that no other works on. The tables are printed and
+written to study.md, study.json and study.html.
 """
 
 import json
@@ -33,7 +33,7 @@ RESULT = "study.json"
 
 
 class Run(NamedTuple):
-    """One training: of a variant, with an option of the sweep, of a seed."""
+    """One training run: a variant, an option of the sweep, and a seed."""
 
     variant: str
     option: str
@@ -50,30 +50,32 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     study = Study(config, workdir)
     with processes.stopping() as stop:
         while not stop() and (left := study.left()):
-            for one in left:
-                if stop() or study.take(one):
+            # Another process may hold a run's lock; the next free one is taken.
+            for study_run in left:
+                if stop() or study.take(study_run):
                     break
             else:  # all that is left is at work elsewhere
                 watchdog.expect("the runs of other processes", None)
                 time.sleep(WAIT)
     results = study.results()
+    # A stop signal may come before the first measurement; there is nothing to tabulate.
     if not results:
         log.info("stopped before any run was measured; the same call goes on")
         return
-    told = study_tables.told(results)
+    tables = study_tables.markdown(results)
     if left := len(study.left()):
-        told = f"{told}\n\n{left} or more runs are still to come.\n"
+        tables = f"{tables}\n\n{left} or more runs are still to come.\n"
     page = study_page.html(results, workdir)
-    files.write_whole(workdir / "study.md", told.encode())
+    files.write_whole(workdir / "study.md", tables.encode())
     files.write_whole(workdir / "study.html", page.encode())
     files.write_whole(workdir / RESULT, json.dumps(results, indent=1).encode())
     for name, svg in study_page.figures(results).items():
         files.write_whole(workdir / f"{name}.svg", svg.encode())
-    print(told, workdir / "study.html", sep="\n")
+    print(tables, workdir / "study.html", sep="\n")
 
 
 class Study:
-    """Which runs there are, which are done, and how one is done."""
+    """The runs of a study: which exist, which are done, and how to do one."""
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
         self.config, self.workdir = config, workdir
@@ -83,14 +85,15 @@ class Study:
                 "config.study.variants = (): wanted some, as in configs/formulations.py"
             )
         self.options = tuple(config.study.sweep) or ("",)
-        for one in self.wanted():  # mistakes are told of before anything is trained
+        # A mistake in any run's settings is reported before anything is trained.
+        for study_run in self.wanted():
             for setting in config.study.settings:
-                run_scores.sampling(self.settings(one), setting)
+                run_scores.sampling(self.settings(study_run), setting)
         run_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
-        """Of the sweep's options only seed 0 until all of a variant's are measured;
-        then the other seeds of the best."""
+        """First seed 0 of all options of the sweep; then, for each variant whose
+        options are all measured, the other seeds of the best option."""
         for variant in self.variants:
             for option in self.options:
                 yield Run(variant, option, 0)
@@ -103,49 +106,55 @@ class Study:
     def best_option(self, variant: str) -> str | None:
         if len(self.options) == 1:
             return self.options[0]
-        found = {x: self.result(Run(variant, x, 0)) for x in self.options}
-        if not all(found.values()):
+        results = {x: self.result(Run(variant, x, 0)) for x in self.options}
+        if not all(results.values()):
             return None
-        return min(found, key=lambda x: study_tables.merit(found[x], self.by))
+        return min(results, key=lambda x: study_tables.merit(results[x], self.by))
 
     @property
     def by(self) -> str:
         return self.config.study.by
 
     def left(self) -> list[Run]:
-        return [one for one in self.wanted() if self.result(one) is None]
+        return [
+            study_run for study_run in self.wanted() if self.result(study_run) is None
+        ]
 
     def results(self) -> list[dict]:
-        """Of the best option of each variant, or of all where a sweep is not over."""
-        kept = []
-        for one in self.wanted():
-            best = self.best_option(one.variant)
-            found = self.result(one)
-            if found is not None:
-                kept.append(found | {"best": best in (None, one.option)})
-        return kept
+        """Results with "best": whether a run has its variant's best option so far."""
+        rows = []
+        for study_run in self.wanted():
+            best = self.best_option(study_run.variant)
+            result = self.result(study_run)
+            if result is not None:
+                rows.append(result | {"best": best in (None, study_run.option)})
+        return rows
 
-    def result(self, one: Run) -> dict | None:
-        path = self.folder(one) / RESULT
-        found = json.loads(path.read_text()) if path.exists() else {}
-        return found if found.get("complete") else None
+    def result(self, study_run: Run) -> dict | None:
+        path = self.folder(study_run) / RESULT
+        saved = json.loads(path.read_text()) if path.exists() else {}
+        return saved if saved.get("complete") else None
 
-    def folder(self, one: Run) -> epath.Path:
-        return self.workdir / "runs" / one.folder
+    def folder(self, study_run: Run) -> epath.Path:
+        return self.workdir / "runs" / study_run.folder
 
-    def settings(self, one: Run) -> ConfigDict:
+    def settings(self, study_run: Run) -> ConfigDict:
         config = self.config.copy_and_resolve_references()
-        for text in (*self.variants[one.variant], *one.option.split()):
-            run_scores.override(config, text, f"study of {one.variant}")
-        config.seed = self.config.seed + one.seed
+        # The option comes after the variant, so it may override it.
+        for text in (*self.variants[study_run.variant], *study_run.option.split()):
+            run_scores.override(config, text, f"study of {study_run.variant}")
+        config.seed = self.config.seed + study_run.seed
+        # Samples during training would cost time in every run and are not scored.
         config.train.prompts = ()
+        # The variant's settings are checked together, as if they were the recipe's.
         validate(config)
         trainer.require_trainable_dtype(config)
         return config
 
-    def take(self, one: Run) -> bool:
-        """Train and measure it, unless another process is at it."""
-        folder = self.folder(one)
+    def take(self, study_run: Run) -> bool:
+        """Trains and measures a run; False if another process works on it."""
+        folder = self.folder(study_run)
+        # Entered by hand: a lock that is taken means "try the next run", not an error.
         held = lock.held(folder, "study")
         try:
             held.__enter__()
@@ -154,22 +163,24 @@ class Study:
                 raise
             return False
         try:
-            if self.result(one) is None:
+            # Asked again under the lock: another process may have finished the run
+            # meanwhile.
+            if self.result(study_run) is None:
                 done = len(list(self.wanted())) - len(self.left())
-                words = f"{one.variant} {one.option}".strip()
-                log.info("run %d: %s, seed %d", done + 1, words, one.seed)
-                self.do(one, self.settings(one), folder)
+                words = f"{study_run.variant} {study_run.option}".strip()
+                log.info("run %d: %s, seed %d", done + 1, words, study_run.seed)
+                self.do(study_run, self.settings(study_run), folder)
         finally:
             held.__exit__(None, None, None)
         return True
 
-    def do(self, one: Run, config: ConfigDict, folder: epath.Path) -> None:
+    def do(self, study_run: Run, config: ConfigDict, folder: epath.Path) -> None:
         train.run(config, folder)
         validations = [x for x in metrics.read(folder) if x["kind"] == "val"]
         if not validations or validations[-1]["step"] < config.train.steps:
             return  # told to stop
         path = folder / RESULT
-        about = one._asdict() | {"settings": self.variants[one.variant]}
+        about = study_run._asdict() | {"settings": self.variants[study_run.variant]}
         result = json.loads(path.read_text()) if path.exists() else about
         keep: Callable[[dict], None] = lambda result: files.write_whole(
             path, json.dumps(result, indent=1).encode()
@@ -178,7 +189,7 @@ class Study:
 
 
 def parse(text: str) -> tuple[str, list[str]]:
-    """A name and the settings that make it: "rf: flow.path=rf flow.density=uniform"."""
+    """Parses NAME: SETTINGS, such as "rf: flow.path=rf flow.density=uniform"."""
     name, colon, settings = text.partition(":")
     if not colon or not name.strip():
         raise ConfigError(

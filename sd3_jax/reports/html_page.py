@@ -34,6 +34,8 @@ def escape(text: str) -> str:
 
 def document(title: str, *parts: str, images: str = "data:") -> str:
     """`images` is where pictures may come from; by default from the page itself."""
+    # Prompts and metrics come from other people: besides escaping, a policy forbids
+    # scripts and requests of any kind.
     policy = POLICY.format(images)
     head = [
         '<meta charset="utf-8">',
@@ -50,9 +52,10 @@ def document(title: str, *parts: str, images: str = "data:") -> str:
 
 def element(tag: str, *content: str, **attributes: str) -> Html:
     """element("p", "a < b", class_="note") escapes the text, not what is Html."""
+    # class_ is class, and data_x is data-x: neither is a Python name.
     names = {name: name.rstrip("_").replace("_", "-") for name in attributes}
-    given = "".join(f' {names[k]}="{escape(v)}"' for k, v in attributes.items() if v)
-    return Html(f"<{tag}{given}>{''.join(map(_markup, content))}</{tag}>")
+    markup = "".join(f' {names[k]}="{escape(v)}"' for k, v in attributes.items() if v)
+    return Html(f"<{tag}{markup}>{''.join(map(_markup, content))}</{tag}>")
 
 
 def join(parts: Iterable[str]) -> Html:
@@ -71,6 +74,9 @@ def details(summary: str, *parts: str, open: bool = False) -> Html:
     tag = "<details open>" if open else "<details>"
     inner = join([element("summary", summary), *parts])
     return Html(f"{tag}{inner}</details>")
+
+
+# --- parts of a page
 
 
 def stats(items: Iterable[tuple[str, str, str]]) -> Html:
@@ -123,11 +129,13 @@ def panels(figures: Iterable[str]) -> Html:
 
 def image(data: bytes, alt: str, *, limit: int) -> Html:
     """The picture itself, inside the page: made smaller if above `limit` bytes."""
+    # Decoded before it is embedded: a file that is no picture raises BadImage here.
     picture = open_header(data, alt)
     rgb, kind = pixels(picture, alt), picture.format.lower()
     if len(data) > limit:
         data, kind = _shrink(Image.fromarray(rgb), limit), "webp"
     height, width = rgb.shape[:2]
+    # Inside the page, so that a report is a single file.
     uri = f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
     size = f'width="{width}" height="{height}"'
     return Html(f'<img src="{uri}" alt="{escape(alt)}" {size}>')
@@ -141,12 +149,17 @@ def film(frames: Iterable[tuple[str, str, str]]) -> Html:
         if picture:
             close = element("a", "close", class_="close", href="#film")
             parts = [element("a", picture, href=f"#{name}"), *parts, close]
+        # :target in the style sheet enlarges the figure whose id is in the URL: no
+        # script.
         figures.append(element("figure", *parts, id=name))
     return element("div", join(figures), class_="film", id="film")
 
 
 def prompts(texts: Iterable[str]) -> Html:
     return element("ol", join(element("li", t) for t in texts), class_="prompts")
+
+
+# --- helpers
 
 
 def _markup(text):
@@ -166,4 +179,5 @@ def _shrink(picture, limit):
         small.save(buffer, "webp", quality=88)
         if buffer.tell() <= limit or side <= 256:
             return buffer.getvalue()
+        # Bytes go with the area, so sides go with the root of what is too much.
         side = int(side * max(0.5, min(0.9, math.sqrt(limit / buffer.tell()))))

@@ -1,4 +1,4 @@
-"""Numbers, dates and scores as people read them; what is missing is a dash."""
+"""Formats numbers, dates and scores for people; a missing value is a dash."""
 
 import math
 from datetime import datetime
@@ -9,14 +9,18 @@ DASH = "–"
 
 def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
     """The value if it is a finite number: what JSON holds may be anything."""
+    # Scores are read from files that other versions or people may have written.
     number = isinstance(value, int | float) and math.isfinite(value)
     return float(value) if number else otherwise
 
 
 def entries(scores: dict, name: str) -> list[dict]:
     """scores["scores"] or scores["prompts"], without what is no entry."""
-    found = scores.get(name)
-    return [e for e in found if isinstance(e, dict)] if isinstance(found, list) else []
+    # Older or foreign files may have something else under this name.
+    values = scores.get(name)
+    return (
+        [e for e in values if isinstance(e, dict)] if isinstance(values, list) else []
+    )
 
 
 def scored_at(scores: dict) -> str:
@@ -41,6 +45,7 @@ def score_lines(scores: dict) -> list[str]:
 
 def score(value: Any) -> str:
     value = finite(value)
+    # Shares in [0, 1] get three digits, FID in the tens one.
     return DASH if math.isnan(value) else f"{value:.{3 if abs(value) < 10 else 1}f}"
 
 
@@ -85,6 +90,7 @@ def big(value: float) -> tuple[str, str]:
 
 def duration(seconds: float) -> tuple[str, str]:
     minutes, hours = seconds / 60, seconds / 3600
+    # Long runs in days, one digit; below that hours and minutes.
     if hours >= 48:
         return f"{hours / 24:.1f}", "days"
     if hours >= 1:

@@ -1,4 +1,4 @@
-"""The page of `compare`: what departs, the layers, the trajectories, the pictures."""
+"""The page of `compare`: departures, layers, trajectories and pictures."""
 
 import base64
 import io
@@ -58,30 +58,35 @@ def head(result: dict, workdir: epath.Path) -> html_page.Html:
     )
 
 
-def model(made: dict) -> html_page.Html:
-    first = made["first_departure"]
-    told = "No layer departs."
+def model(model_result: dict) -> html_page.Html:
+    first = model_result["first_departure"]
+    verdict = "No layer departs."
     if first:
-        told = f"Departs first in {first['part']} at {first['layer']}."
-    parts = [html_page.note(f"{told} {made['source']}"), figures(made)]
-    if "pictures" in made:
-        parts.append(html_page.film(_film(made)))
-    for name, rows in made["parts"].items():
+        verdict = f"Departs first in {first['part']} at {first['layer']}."
+    parts = [
+        html_page.note(f"{verdict} {model_result['source']}"),
+        figures(model_result),
+    ]
+    if "pictures" in model_result:
+        parts.append(html_page.film(_film(model_result)))
+    for name, rows in model_result["parts"].items():
         worst = max(row["float32"]["largest"] for row in rows)
         title = f"{name}: {len(rows)} rows, at most {worst:.1e}"
+        # The part that departs is unfolded, and the denoiser always.
         away = bool(first) and first["part"] == name
         parts.append(
             html_page.details(title, table(rows), open=name == "denoiser" or away)
         )
-    return html_page.section(made["name"], *parts)
+    return html_page.section(model_result["name"], *parts)
 
 
-def figures(made: dict) -> html_page.Html:
-    parts = {k: v for k, v in made["parts"].items() if k != "trajectory"}
+def figures(model_result: dict) -> html_page.Html:
+    parts = {k: v for k, v in model_result["parts"].items() if k != "trajectory"}
     curves = {k: [r["float32"]["largest"] for r in rows] for k, rows in parts.items()}
     caption = "largest error of each layer, in standard deviations of PyTorch's answer"
-    found = [html_page.panel("Layers, float32", plots.by_layer(curves), caption)]
-    steps = made["parts"].get("trajectory", [])[:-1]
+    panels = [html_page.panel("Layers, float32", plots.by_layer(curves), caption)]
+    # The last row is the decoded picture, which is no step.
+    steps = model_result["parts"].get("trajectory", [])[:-1]
     if steps:
         drifts = {
             "float32": [row["float32"]["relative"] for row in steps],
@@ -90,8 +95,8 @@ def figures(made: dict) -> html_page.Html:
         }
         caption = "relative L2 of the latents after each step from PyTorch's in float32"
         plot = plots.over_steps_log(drifts)
-        found.append(html_page.panel("Trajectory", plot, caption))
-    return html_page.panels(found)
+        panels.append(html_page.panel("Trajectory", plot, caption))
+    return html_page.panels(panels)
 
 
 def table(rows: list[dict]) -> html_page.Html:
@@ -111,6 +116,7 @@ def pictures(images: dict[str, Any]) -> dict[str, str]:
 
 
 def _png(image: np.ndarray) -> str:
+    # bfloat16 images become float32 first: 255 steps do not fit in 8 bits of mantissa.
     pixels = np.rint(np.clip(np.asarray(image, np.float32), 0, 1) * 255).astype(
         np.uint8
     )
@@ -118,11 +124,12 @@ def _png(image: np.ndarray) -> str:
     buffer = io.BytesIO()
     picture = Image.fromarray(pixels)
     size = picture.width * times, picture.height * times
+    # Nearest neighbour: a small random model's pixels are shown as they are.
     picture.resize(size, Image.Resampling.NEAREST).save(buffer, "png")
     return base64.b64encode(buffer.getvalue()).decode()
 
 
-def _film(made: dict):
-    for name, data in made["pictures"].items():
+def _film(model_result: dict):
+    for name, data in model_result["pictures"].items():
         picture = html_page.image(base64.b64decode(data), name, limit=400_000)
-        yield f"{made['name']} {name}".replace(" ", "-"), picture, name
+        yield f"{model_result['name']} {name}".replace(" ", "-"), picture, name

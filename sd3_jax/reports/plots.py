@@ -138,10 +138,12 @@ def curves(
             axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
         for axis in log:
             getattr(axes, f"set_{axis}scale")("log")
-            own = getattr(axes, f"{axis}axis")
-            own.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            own.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-            own.set_minor_locator(NullLocator())
+            ticked = getattr(axes, f"{axis}axis")
+            ticked.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            ticked.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            # matplotlib labels minor ticks of a short logarithmic axis too, and they
+            # overlap.
+            ticked.set_minor_locator(NullLocator())
         every = sorted({x for xs, _ in lines.values() for x in xs})
         if "x" in log and len(every) <= FEW_TICKS:
             axes.set_xticks(every, [f"{x:g}" for x in every])
@@ -197,6 +199,9 @@ def _positive(values):
     return np.where(values > 0, values, np.nan)
 
 
+# --- what is drawn of noisy curves
+
+
 def window_for(n: int) -> int:
     """Over how many of n points to smooth."""
     return 1 if n <= FEW else max(5, n // 30)
@@ -205,15 +210,21 @@ def window_for(n: int) -> int:
 def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, float]:
     """The least and the greatest y; if `clip`, a few wild points do not flatten all."""
     low, high = 0.0 if zero else min(values), max(values)
+    # One spike in a thousand steps would press the curve flat.
     if clip and (usual := float(np.quantile(values, 0.99))) > low:
         high = usual if high - low > 1.5 * (usual - low) else high
     pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
     return low if zero else low - pad, high + 2 * pad
 
 
+# --- figures
+
+
 def _panel(height: float = 2.9):
     figure = Figure(figsize=(5.2, height), layout="constrained")
+    # No pyplot: its global state and its backends are not needed for SVG.
     FigureCanvasSVG(figure)
+    # Transparent, so that the page's background shows in light and dark mode.
     figure.patch.set_alpha(0)
     axes = figure.add_subplot()
     axes.patch.set_alpha(0)
@@ -239,6 +250,7 @@ def _smooth(steps, values, width, most=400):
     centres = np.unique(np.linspace(0, len(steps) - 1, most).astype(int))
     reach = np.minimum(centres, width // 2)
     windows = [values[i - r : i + r + 1] for i, r in zip(centres, reach)]
+    # The middle half of each window: a mean that single spikes do not move.
     finite = [np.sort(window[np.isfinite(window)]) for window in windows]
     middle = [w[len(w) // 4 : len(w) - len(w) // 4] for w in finite]
     return steps[centres], [w.mean() if len(w) else np.nan for w in middle]
@@ -248,15 +260,15 @@ def _thin(steps, values, most=600):
     """At most 2·most points: each bin's least and greatest, so no spike is lost."""
     if len(steps) <= 2 * most:
         return steps, values
-    kept = []
+    chosen = []
     for part in np.array_split(np.arange(len(steps)), most):
         finite = part[np.isfinite(values[part])]
         if len(finite):
             low, high = finite[values[finite].argmin()], finite[values[finite].argmax()]
-            kept += sorted({low, high})
+            chosen += sorted({low, high})
         else:
-            kept.append(part[0])  # a gap stays a gap
-    return steps[kept], values[kept]
+            chosen.append(part[0])  # a gap stays a gap
+    return steps[chosen], values[chosen]
 
 
 def _thousands(most):
@@ -270,16 +282,19 @@ def _svg(figure):
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
     svg = buffer.getvalue()
+    # Inline SVG has no XML declaration or doctype.
     svg = svg[svg.index("<svg") :]
+    # Smaller files: a page has a dozen plots, and must stay below 3 MB.
     svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
     svg = re.sub(r"font-family: [^;]+; ", "", svg)  # the page's own
     svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
     svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # viewBox stays
-    own = hashlib.sha256(svg.encode()).hexdigest()[:8]
+    # Clip paths of all plots would share ids on one page, and the first would win.
+    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
     used = set(re.findall(r"#([\w.-]+)", svg))
-    name = lambda match: f' id="{own}-{match[1]}"' if match[1] in used else ""
+    name = lambda match: f' id="{digest}-{match[1]}"' if match[1] in used else ""
     svg = re.sub(r' id="([^"]+)"', name, svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{own}-", svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{digest}-", svg)
     for stand_in, css in CSS.items():
         svg = svg.replace(stand_in, css)
     return svg

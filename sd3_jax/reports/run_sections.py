@@ -1,9 +1,8 @@
-"""What the report says, section by section; what is missing is said in a sentence."""
+"""The report's sections; a sentence says which data is missing."""
 
 import functools
 import json
 import math
-import re
 from datetime import UTC, datetime
 from pathlib import PurePosixPath
 from statistics import median
@@ -13,11 +12,10 @@ from etils import epath
 
 from sd3_jax.data.images import BadImage
 from sd3_jax.monitoring import metrics
-from sd3_jax.reports import html_page, number_format, plots
+from sd3_jax.reports import html_page, number_format, run_curves
 
 FRAMES = 9  # sample grids shown, of however many there are
 FINAL_BYTES, FILM_BYTES = 500_000, 1_100_000  # with base64 and plots below 3 MB
-CURVES = 6  # validation steps in the plot over t
 NOTHING = html_page.Html("")
 Row = dict[str, Any]
 
@@ -26,6 +24,7 @@ def head(name: str, rows: list[Row], settings: dict, facts: dict) -> str:
     """Title, what ran where and when, and the figures of the run."""
     model, train = settings.get("model", {}), settings.get("train", {})
     last = max(rows, key=lambda row: row["step"])
+    # Every field may be missing or of another type: config.json is read as it is.
     total = f" of {train['steps']:,}" if isinstance(train.get("steps"), int) else ""
     devices = f"{facts['devices']} × " if "devices" in facts else ""
     lede = [
@@ -50,8 +49,12 @@ def head(name: str, rows: list[Row], settings: dict, facts: dict) -> str:
 
 def _figures(rows, facts):
     """Label, value, unit of what was measured, and the labels of what was not."""
-    middle = lambda name: _median(_series(rows, "train", name)[1])
-    validation = [v for v in _series(rows, "val", "loss")[1] if math.isfinite(v)]
+    # Medians: the first steps include compilation.
+    middle = lambda name: _median(run_curves.series(rows, "train", name)[1])
+    validation = [
+        v for v in run_curves.series(rows, "val", "loss")[1] if math.isfinite(v)
+    ]
+    # Scores may be written days after the training.
     times = [row["time"] for row in rows if row["kind"] != "score"]
     wall = max(times) - min(times) if len(times) > 1 else None
     figures = [
@@ -72,14 +75,14 @@ def _figures(rows, facts):
         ("compute per device", middle("tflops_per_device"), number_format.tflops),
         ("model FLOPs utilization", middle("mfu"), number_format.percent),
     ]
-    found = [
+    measured = [
         (n, *text(float(value))) for n, value, text in figures if value is not None
     ]
-    return found, [name for name, value, _ in figures if value is None]
+    return measured, [name for name, value, _ in figures if value is None]
 
 
 def samples(workdir: epath.Path) -> str:
-    """What the trained model draws."""
+    """The contact sheet of the trained model."""
     picture = _image(workdir, "samples.png", "Samples after training", FINAL_BYTES)
     if not picture:
         return html_page.section(
@@ -119,6 +122,7 @@ def scores(scores: dict) -> str:
 def _prompt_scores(entries):
     if not entries:
         return ""
+    # The worst prompts first: they are what a reader looks for.
     entries = sorted(
         entries, key=lambda e: (number_format.finite(e.get("score"), -1.0), str(e))
     )
@@ -135,7 +139,7 @@ def _prompt_scores(entries):
 
 def training(rows: list[Row]) -> str:
     """What every step logs."""
-    curve = functools.partial(_over_steps, rows, "train")
+    curve = functools.partial(run_curves.over_steps, rows, "train")
     figures = [
         curve("Training loss", "loss"),
         curve("Gradient norm", "grad_norm", zero=True),
@@ -147,11 +151,17 @@ def training(rows: list[Row]) -> str:
 
 def validation(rows: list[Row]) -> str:
     """The held-out loss, over steps and over t, and scores that were measured often."""
-    figures = [_over_steps(rows, "val", "Validation loss", "loss"), _by_t(rows)]
+    figures = [
+        run_curves.over_steps(rows, "val", "Validation loss", "loss"),
+        run_curves.by_t(rows),
+    ]
     names = {name for row in rows if row["kind"] == "score" for name in row}
     for name in sorted(names):
-        if name not in metrics.HEAD and len(_series(rows, "score", name)[0]) > 1:
-            figures.append(_over_steps(rows, "score", f"Score: {name}", name))
+        if (
+            name not in metrics.HEAD
+            and len(run_curves.series(rows, "score", name)[0]) > 1
+        ):
+            figures.append(run_curves.over_steps(rows, "score", f"Score: {name}", name))
     return html_page.section("Validation", html_page.panels(figures))
 
 
@@ -177,12 +187,13 @@ def goodput(kinds: list[tuple[str, float, float]]) -> str:
 def samples_over_training(workdir: epath.Path, rows: list[Row]) -> str:
     """The grids drawn on the way, with their prompts."""
     title = "Samples over training"
+    # Of a step that was sampled twice the later grid is the file that is there.
     rows = list({row["step"]: row for row in rows if row["kind"] == "samples"}.values())
     if not rows:
         return html_page.section(
             title, html_page.note("None were drawn during training.")
         )
-    chosen = _spread(rows, FRAMES)
+    chosen = run_curves.evenly_spaced(rows, FRAMES)
     frames = [_frame(workdir, row, FILM_BYTES // len(chosen)) for row in chosen]
     few = f"{len(chosen)} of {len(rows)} grids. " if len(chosen) < len(rows) else ""
     lists = {tuple(_prompts(row)): row["step"] for row in chosen if _prompts(row)}
@@ -207,10 +218,10 @@ def settings(settings: dict, default: dict, facts: dict) -> str:
     if not settings:
         text = "There is no config.json, so the settings are not known."
         return html_page.section("Settings", html_page.note(text), run)
-    given, usual = _flat(settings), _flat(default)
+    values, usual = _flat(settings), _flat(default)
     changed = [
         [name, value, usual.get(name, "")]
-        for name, value in given.items()
+        for name, value in values.items()
         if value != usual.get(name)
     ]
     head = {"setting": "code", "this run": "code", "default": "code soft"}
@@ -218,53 +229,12 @@ def settings(settings: dict, default: dict, facts: dict) -> str:
         "Settings",
         html_page.note("Where this run departs from configs/base.py."),
         html_page.table(head, changed),
-        _key_values(f"All {len(given)} settings", settings),
+        _key_values(f"All {len(values)} settings", settings),
         run,
     )
 
 
-def _over_steps(rows, kind, title, name, *, zero=False, smooth=True):
-    steps, values = _series(rows, kind, name)
-    finite = [value for value in values if math.isfinite(value)]
-    if not finite:
-        what = "No finite value" if values else "Nothing"
-        return html_page.panel(title, "", f"{what} of “{name}” was logged.")
-    window = plots.window_for(len(values)) if smooth else 1
-    frame = plots.frame_for(finite, zero=zero, clip=window > 1)
-    svg = plots.over_steps(steps, values, window=window, frame=frame)
-    caption = "As logged."
-    if window > 1:
-        caption = f"Faint: as logged. Solid: smoothed over {window} points."
-    above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
-    for what, number in (("Above the frame", above), ("Not finite", lost)):
-        caption += f" {what}: {number} of {len(values)}." if number else ""
-    return html_page.panel(title, svg, caption)
-
-
-def _by_t(rows):
-    curves = {}
-    for row in rows:
-        matches = [re.fullmatch(r"loss_t(\d*\.?\d+)", name) for name in row]
-        names = {float(match[1]): match[0] for match in matches if match}
-        if row["kind"] == "val" and names:
-            ts = sorted(names)
-            curves[row["step"]] = ts, [number_format.finite(row[names[t]]) for t in ts]
-    title = "Validation loss by t"
-    if not curves:
-        return html_page.panel(title, "", "No validation loss by t was logged.")
-    shown = {step: curves[step] for step in _spread(sorted(curves), CURVES)}
-    caption = "Each curve is one evaluation, the last one in colour."
-    return html_page.panel(title, plots.by_t(shown), caption)
-
-
-def _series(rows, kind, name):
-    """Steps and values; of a step that was logged twice, the later one."""
-    points = {
-        row["step"]: float(row[name])
-        for row in rows
-        if row["kind"] == kind and isinstance(row.get(name), int | float)
-    }
-    return sorted(points), [points[step] for step in sorted(points)]
+# --- helpers
 
 
 def _frame(workdir, row, limit):
@@ -277,6 +247,8 @@ def _frame(workdir, row, limit):
 
 def _image(workdir, path, alt, limit):
     """The picture, or nothing: only files of the run itself are shown."""
+    # The path is read from metrics.jsonl, which may come from elsewhere: it must not
+    # lead out of the run's folder.
     path = PurePosixPath(str(path))
     if path.is_absolute() or ".." in path.parts:
         return NOTHING
@@ -303,13 +275,6 @@ def _flat(tree, prefix=""):
             text = value if isinstance(value, str) else json.dumps(value)
             flat[prefix + key] = number_format.DASH if value is None else text
     return flat
-
-
-def _spread(items, most):
-    """At most so many, evenly, the first and the last among them."""
-    if len(items) <= most:
-        return items
-    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def _prompts(row):

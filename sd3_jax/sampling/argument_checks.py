@@ -1,4 +1,4 @@
-"""What callers write for numbers, pairs and texts, checked and told of by its name."""
+"""Checks of numbers, pairs and texts from callers; errors name the argument."""
 
 import numbers
 from collections.abc import Collection
@@ -17,6 +17,7 @@ def number(
 ) -> float:
     """A finite number in [low, high]: Python's, numpy's or a 0-d array."""
     x = _scalar(value)
+    # bool is a subclass of int in Python, but True is no number that a caller means.
     real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     if not real or not low <= x <= high:  # NaN is in no range
         whole_range = (low, high) == (-LARGEST, LARGEST)
@@ -29,6 +30,7 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number in [low, high]; a float is none, not even 2.0."""
     x = _scalar(value)
     integral = isinstance(x, numbers.Integral) and not isinstance(x, bool)
+    # 2.0 is refused: a float that happens to be whole is likely a mistake.
     if not integral or not low <= x <= high:
         raise UserError(
             f"{name} {shown(repr(value))}: wanted a whole number {low} to {high}"
@@ -43,9 +45,10 @@ def pair(name: str, value: Any) -> tuple[float, float]:
 
 
 def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
-    """Of a list, a tuple or an array; None is none."""
+    """The integers of a list, a tuple or an array; None is the empty list."""
     if value is None:
         return []
+    # A string would pass as a sequence of characters, so the accepted types are listed.
     if not isinstance(value, list | tuple | range | set) and not (
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
@@ -64,6 +67,8 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
 
 
 def _scalar(value: Any) -> Any:
-    """Arrays of no axes as what they hold."""
+    """The number that an array without axes holds."""
+    # jnp.float32(1) and np.array(1) have no axes; .item() waits for the device once,
+    # here.
     array = hasattr(value, "__array__") and not isinstance(value, np.generic)
     return value.item() if array and np.ndim(value) == 0 else value

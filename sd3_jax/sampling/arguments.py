@@ -1,9 +1,9 @@
-"""What a caller asks for, checked and brought to the arrays a program takes."""
+"""Checks a caller's arguments and turns them into the arrays that a program takes."""
 
 import functools
 import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,7 @@ from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images
-from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
-from sd3_jax.sampling.control import require_fit
+from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
 
@@ -26,26 +25,8 @@ Text = str | Prompt
 Texts = Text | Sequence[Text] | Conditioning
 
 
-class ControlInput(NamedTuple):
-    """A ControlNet and what it is to follow.
-
-    `image`, one or a batch (pipelines/images.py), is the hint as the net's detector
-    leaves it, or the hint as latents. It acts `scale` strong from `start` to `stop`,
-    shares of the steps. For an inpainting net the image is what is to be repainted
-    where `mask` is 1. `preprocess`, "plain", "blur", "canny", "depth" or "inverted",
-    replaces what the net's file says of its hints; without either it is "plain".
-    """
-
-    net: ControlBundle
-    image: Pictures
-    scale: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
-    mask: Pictures | None = None
-    preprocess: str | None = None
-
-
 def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
+    # A Prompt is a NamedTuple, so a tuple to isinstance, but it is one prompt.
     several = isinstance(texts, list | tuple) and not isinstance(texts, Prompt)
     texts = list(texts) if several or hasattr(texts, "__array__") else [texts]
     for text in texts:
@@ -57,31 +38,37 @@ def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
     return texts
 
 
+# --- sizes
+
+
 def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     """(h, w, c) of the latents; pixels are the image's, or those of the training."""
     denoiser = bundle.part("denoiser")
+    # One patch of latents covers `unit` pixels, and the position table has pos_size
+    # patches a side: both limits follow from the model, not from memory.
     unit = bundle.factor * denoiser.patch
     most = unit * denoiser.pos_size
-    given = None
+    image_sides = None
     if image is not None:
         factor = 1 if image.shape[-1] == 3 else bundle.factor
-        given = [side * factor for side in image.shape[1:3]]
+        image_sides = [side * factor for side in image.shape[1:3]]
+    # sample_size is in latents: 128 of them are the 1024 pixels of the released models.
     usual = bundle.configs["denoiser"].get("sample_size", 128) * bundle.factor
-    if given is not None:
-        _require_sides(image, given, unit, most)
+    if image_sides is not None:
+        _require_sides(image, image_sides, unit, most)
     sides = []
     for i, (name, side) in enumerate((("height", height), ("width", width))):
         if side is None:
-            side = usual if given is None else given[i]
+            side = usual if image_sides is None else image_sides[i]
         side = argument_checks.whole(name, side, 1, 2**16)
         if side != (near := _nearest(side, unit, most)):
             raise UserError(
                 f"{name} {side}: wanted a multiple of {unit}, at most {most}; the"
                 f" nearest is {near}"
             )
-        if given is not None and side != given[i]:
+        if image_sides is not None and side != image_sides[i]:
             raise UserError(
-                f"{name} {side}: the image's is {given[i]}; wanted the same"
+                f"{name} {side}: the image's is {image_sides[i]}; wanted the same"
             )
         sides.append(side // bundle.factor)
     return (*sides, denoiser.channels)
@@ -92,13 +79,17 @@ def _nearest(side: int, unit: int, most: int) -> int:
     return min(max(1, round(side / unit)) * unit, most)
 
 
-def _require_sides(image, given: list[int], unit: int, most: int) -> None:
-    near = [_nearest(side, unit, most) for side in given]
-    if near != given:
+def _require_sides(image, image_sides: list[int], unit: int, most: int) -> None:
+    near = [_nearest(side, unit, most) for side in image_sides]
+    if near != image_sides:
+        height, width = image_sides
         raise UserError(
-            f"image of {given[0]} x {given[1]} pixels: wanted sides that are multiples"
+            f"image of {height} x {width} pixels: wanted sides that are multiples"
             f" of {unit}, at most {most}: image.resize(({near[1]}, {near[0]})) of PIL"
         )
+
+
+# --- texts
 
 
 def encoded(
@@ -111,7 +102,7 @@ def encoded(
     clip_skip: int,
     guided: bool,
 ) -> tuple[Conditioning, Conditioning]:
-    """cond and uncond, p0, p0, p1, p1, … if there are two of each."""
+    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt."""
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
@@ -125,11 +116,14 @@ def encoded(
         uncond = negative
     elif guided:
         texts = listed("" if negative is None else negative)
+        # One negative prompt serves all prompts.
         texts = texts * n if len(texts) == 1 else texts
         if len(texts) != n:
             raise UserError(
                 f"{len(texts)} negative prompts for {n} prompts: wanted one, or as many"
             )
+        # Both branches run as one doubled batch, so that the negative prompt needs as
+        # many tokens of T5 as the positive one: all tokens but CLIP's 77.
         length = cond.context.shape[1] - 77
         if length < 1:
             raise UserError(
@@ -137,6 +131,7 @@ def encoded(
                 " negative_prompts as embeddings too"
             )
         uncond = bundle.encode_prompts(texts, length)
+    # cond and uncond are concatenated along the batch.
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(
             f"embeddings of {[x.shape for x in cond]} and negative ones of"
@@ -146,32 +141,7 @@ def encoded(
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
 
 
-def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
-    """A key for every picture: of its seed and its number among those of the seed.
-
-    One seed's pictures are numbered through all prompts, as one generator draws them;
-    of a seed for each prompt the numbers begin anew, so that a row is what it is alone.
-    """
-    shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
-    seeds = [seed] if shared else listed_seeds(seed)
-    if not shared and len(seeds) != prompts:
-        raise UserError(
-            f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
-        )
-    if not all(0 <= s < 2**32 for s in seeds):
-        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
-    numbers = prompts * per_prompt if shared else per_prompt
-    rows = [(s, number) for s in seeds for number in range(numbers)]
-    make = lambda row: jax.random.fold_in(jax.random.key(row[0]), row[1])
-    return jax.vmap(make)(np.array(rows, np.uint32))
-
-
-def listed_seeds(seeds: Any) -> list[int]:
-    """Integers, of any list or array of them; a float or a text is none."""
-    found = np.asarray(seeds)
-    if found.ndim != 1 or found.dtype.kind not in "iu":
-        raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
-    return found.tolist()
+# --- solver and guidance
 
 
 def settings(
@@ -185,7 +155,8 @@ def settings(
     mu: float | None,
     sigmas: Sequence[float] | np.ndarray | None,
 ) -> tuple[str, Float[np.ndarray, " n"]]:
-    """The solver and the t's it visits, the model's own where the caller is silent."""
+    """The solver and its times t; what the caller leaves out is the model's default."""
+    # The number of steps is a shape of the program, so it must be known on the host.
     if not isinstance(steps, int | np.integer) or steps < 1:
         raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
     if solver is not None:
@@ -198,14 +169,15 @@ def settings(
         sigmas = [
             argument_checks.number("sigmas", x, 0, 1) for x in np.atleast_1d(sigmas)
         ]
+    # A dynamic shift depends on the number of image tokens, h w / patch^2.
     tokens = shape[0] * shape[1] // bundle.part("denoiser").patch ** 2
     return bundle.scheduler.sampler(
         steps, tokens, solver=solver, grid=grid, shift=shift, mu=mu, sigmas=sigmas
     )
 
 
-def says(texts: Texts | None) -> bool:
-    """Whether there is anything in them: a negative prompt is "" by default."""
+def has_text(texts: Texts | None) -> bool:
+    """Whether any of the texts is not empty: a negative prompt is "" by default."""
     if texts is None or isinstance(texts, Conditioning):
         return texts is not None
     return any(any(x) if isinstance(x, Prompt) else bool(x) for x in listed(texts))
@@ -217,29 +189,36 @@ def guided(
     rescale: guidance.Number,
     **other: bool,
 ) -> bool:
-    """Whether there is guidance. What a call without it has no use for is told of:
-    `other` are such options, by name, where the caller gave them."""
+    """Whether there is guidance. Without it, options that only guidance uses are
+    named in a warning: `other` has such options, True where the caller set them."""
+    # Python numbers are checked here; inside the compiled program they are arrays.
     guidance.check(scale, interval, rescale)
     if guidance.guides(scale):
         return True
     other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
     other["guidance_rescale"] = rescale != 0
-    if unused := [name for name, given in other.items() if given]:
-        told = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
-        tell_once(f"{told}; wanted a guidance above 1 for them")
+    # Ignored options are reported instead of refused: one recipe may serve models with
+    # guidance and models that are distilled from it.
+    if unused := [name for name, is_set in other.items() if is_set]:
+        message = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
+        warn_once(f"{message}; wanted a guidance above 1 for them")
     return False
 
 
 @functools.cache
-def tell_once(text: str) -> None:
-    """A job makes the same call for every batch."""
+def warn_once(text: str) -> None:
+    """A warning that a job, which makes the same call for every batch, logs once."""
     log.warning("%s", text)
+
+
+# --- images, latents and embeddings
 
 
 def starting_image(
     bundle: Bundle, image: Pictures | None
 ) -> Float[Array | np.ndarray, "b _ _ _"] | None:
-    """generate's image as pixels in [0, 1], or as the latents that it is."""
+    """generate's image: pixels in [0, 1], or latents unchanged."""
+    # Latents are told from pixels by their channels, 16 against 1, 3 or 4.
     channels = bundle.part("denoiser").channels
     if image is None:
         return None
@@ -257,7 +236,7 @@ def starting_latents(
 
 
 def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
-    """UserError for embeddings that the denoiser cannot read; texts are let by."""
+    """UserError for embeddings of another shape or dtype than the denoiser reads."""
     if not isinstance(texts, Conditioning):
         return
     config = bundle.configs["denoiser"]
@@ -265,15 +244,17 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         ("context", 3, "joint_attention_dim"),
         ("pooled", 2, "pooled_projection_dim"),
     ):
-        x, wanted = getattr(texts, part), config.get(key)
-        if x.ndim != axes or wanted not in (None, x.shape[-1]) or not all(x.shape):
+        x, width = getattr(texts, part), config.get(key)
+        if x.ndim != axes or width not in (None, x.shape[-1]) or not all(x.shape):
             layout = "(b, tokens" if axes == 3 else "(b"
             raise UserError(
-                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {wanted})"
+                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {width})"
             )
+        # Integers here are usually token ids, passed in place of embeddings.
         if not jnp.issubdtype(x.dtype, jnp.floating):
             raise UserError(f"{name}: {part} of dtype {x.dtype}: wanted floats")
         input_images.finite(x, f"{name}: {part}")
+    # Both describe the same prompts, row by row.
     if len(texts.context) != len(texts.pooled):
         raise UserError(
             f"{name}: context of {len(texts.context)} rows and pooled of"
@@ -281,15 +262,19 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         )
 
 
-def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, what: str) -> Array:
-    """One for all, one for each prompt, or one for each picture."""
+# --- rows: one for each picture
+
+
+def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:
+    """x with one row for each picture, from 1, one a prompt or one a picture."""
     n = x.shape[0]
     if n == rows:
         return jnp.asarray(x)
+    # rows are ordered p0, p0, p1, p1, …: one per prompt is repeated within its prompt.
     if n in (1, rows // per_prompt):
         return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
     counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
-    raise UserError(f"{n} of {what} for {rows} pictures: wanted one of {counts}")
+    raise UserError(f"{n} of {label} for {rows} pictures: wanted one of {counts}")
 
 
 def latents_of(
@@ -298,153 +283,17 @@ def latents_of(
     keys: Key[Array, " b"] | None,
     shape: tuple,
 ) -> Float[Array, "b h w c"]:
-    """A picture's latents, drawn with each row's key; latents as they are."""
+    """The latents of pictures, drawn with each row's key; latents are unchanged."""
     if image.shape[-1] == 3:
         return bundle.encode_image(image, keys)
+    # Latents are not resized: interpolating them gives no latents of a resized picture.
     if image.shape[1:] != shape:
         raise UserError(f"latents of {image.shape[1:]}: wanted {shape} each")
     return jnp.asarray(image, jnp.float32)
 
 
-def latent_mask(
-    mask: Pictures, shape: tuple, factor: int
-) -> Float[np.ndarray, "b h w 1"]:
-    """1 where at least a half is asked for, by the nearest pixel of each latent."""
-    return (_mask(mask, shape, factor)[:, ::factor, ::factor] >= 0.5).astype(np.float32)
-
-
-def _mask(mask: Pictures, shape: tuple, factor: int) -> Float[np.ndarray, "b H W 1"]:
-    mask = input_images.mask(mask)
-    wanted = shape[0] * factor, shape[1] * factor
-    if mask.shape[1:3] != wanted:
-        raise UserError(
-            f"mask of {mask.shape[1:3]} pixels: the picture has {wanted}; wanted the"
-            " same"
-        )
-    return mask
-
-
-def controls_of(
-    bundle: Bundle,
-    controls: Sequence[ControlInput],
-    grid: Float[np.ndarray, " n"],
-    shape: tuple,
-    rows: int,
-    per_prompt: int,
-) -> tuple[tuple, tuple]:
-    """The nets, and for each its variables, hint, scale and window."""
-    arrays = []
-    for i, control in enumerate(controls):
-        name = f"control {i}"
-        _require_control(bundle, control, shape, name)
-        hint = _hint(bundle, control, shape, name)
-        hint = rows_of(hint, rows, per_prompt, f"{name}'s images")
-        window = grids.control_window(grid, control.start, control.stop)
-        scale = np.float32(control.scale)
-        arrays.append((control.net.variables, hint, scale, window))
-    depths = [control.net.module.depth for control in controls]
-    if len(set(depths)) > 1:
-        raise UserError(
-            f"ControlNets of {', '.join(map(str, depths))} layers together: wanted"
-            " equally many, as their residuals are added up layer by layer"
-        )
-    return tuple(control.net.module for control in controls), tuple(arrays)
-
-
-def _require_control(
-    bundle: Bundle, control: ControlInput, shape: tuple, name: str
-) -> None:
-    if not isinstance(control, ControlInput) or not isinstance(
-        control.net, ControlBundle
-    ):
-        raise UserError(
-            f"{name}: {type(control).__name__}: wanted ControlInput(net, image), the"
-            " net being load_control's"
-        )
-    for field in ("scale", "start", "stop"):
-        argument_checks.number(f"{name}: {field}", getattr(control, field))
-    if not 0 <= control.start < control.stop <= 1:
-        raise UserError(
-            f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
-            " of the steps, 0 <= start < stop <= 1"
-        )
-    net, config = control.net.module, control.net.config
-    denoiser = bundle.part("denoiser")
-    require_fit(name, net, config, denoiser, bundle.configs["denoiser"])
-    most = net.pos_size * net.patch * bundle.factor
-    if max(shape[:2]) * bundle.factor > most:
-        sides = tuple(side * bundle.factor for side in shape[:2])
-        raise UserError(
-            f"{name}: the ControlNet's pictures have {most} pixels a side at"
-            f" most, not {sides}"
-        )
-
-
-def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
-    net, image, mask = control.net.module, control.image, control.mask
-    preprocess = control.preprocess or control.net.config.get("control_type", "plain")
-    paints = net.hint_channels == shape[2] + 1  # the inpainting net
-    if mask is not None and (
-        not paints or input_images.are_latents(image, shape[2] + 1)
-    ):
-        raise UserError(f"{name}: a mask: wanted none, its hint is whole without")
-    if input_images.are_latents(image, net.hint_channels):
-        if control.preprocess is not None:
-            raise UserError(
-                f"{name}: preprocess acts on pictures, and latents are given"
-            )
-        hint = input_images.latents(image, net.hint_channels, f"{name}'s latents")
-        if hint.shape[1:3] != shape[:2]:
-            raise UserError(
-                f"{name}: latents of {hint.shape[1:3]}: the picture's have {shape[:2]};"
-                " wanted the same"
-            )
-        return hint
-    pixels = input_images.pixels(image, f"{name}'s image")
-    wanted = shape[0] * bundle.factor, shape[1] * bundle.factor
-    if pixels.shape[1:3] != wanted:
-        raise UserError(
-            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {wanted};"
-            " wanted the same"
-        )
-    if paints:  # the picture left, and where it is
-        return _picture_left(bundle, control, pixels, shape, name)
-    if net.hint_channels != shape[2]:
-        raise UserError(
-            f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
-            " latents"
-        )
-    shift = 0.0 if net.zero_pooled else None  # as they were trained
-    return bundle.encode_image(pixels, shift=shift, preprocess=preprocess)
-
-
-def _picture_left(
-    bundle: Bundle, control: ControlInput, pixels: Any, shape: tuple, name: str
-) -> Float[Array, "b h w c"]:
-    """An inpainting net's hint: latents of the picture, black where the mask is 1, and
-    1 where it stays."""
-    if control.mask is None:
-        raise UserError(
-            f"{name}: this ControlNet repaints: wanted a mask with its image"
-        )
-    if control.preprocess not in (None, "plain"):
-        raise UserError(
-            f'{name}: preprocess "{control.preprocess}": an inpainting net has none'
-        )
-    hidden = _mask(control.mask, shape, bundle.factor) > 0.5
-    if len({len(hidden), len(pixels), 1}) > 2:
-        raise UserError(
-            f"{name}: {len(hidden)} masks for {len(pixels)} images: wanted as many, or"
-            " one"
-        )
-    left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
-    keep = 1 - latent_mask(hidden, shape, bundle.factor)
-    keep = np.broadcast_to(keep, (*left.shape[:3], 1))
-    return jnp.concatenate([left, keep], axis=-1)
-
-
-def layers(bundle: Bundle, given: Any) -> tuple[int, ...]:
+def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:
     last = bundle.part("denoiser").depth - 1
     return tuple(
-        sorted(set(argument_checks.whole_numbers("skip_layers", given, 0, last)))
+        sorted(set(argument_checks.whole_numbers("skip_layers", numbers, 0, last)))
     )

@@ -1,18 +1,11 @@
-"""A released model as one thing: modules, their variables, tokenizers, settings."""
+"""A released model as one object: modules, variables, tokenizers, configurations."""
 
-import dataclasses
-import logging
-import os
 from collections import Counter
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from etils import epath
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
@@ -20,30 +13,23 @@ from jaxtyping import Float, Int, Key
 
 from sd3_jax import tree
 from sd3_jax.data import prompt_text, tokenizers
-from sd3_jax.errors import UserError, nearest
-from sd3_jax.foreign_text import shown
+from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.params import quantization
-from sd3_jax.sampling import argument_checks, compiled, lora_adapters
+from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import control as hints
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning, TextModels
-from sd3_jax.sampling.scheduler_config import Scheduler
-from sd3_jax.weights import components, controlnet_keys, hub, sources
-from sd3_jax.weights.components import COMPONENTS, CONTROLNET
-from sd3_jax.weights.published_configs import fit
+from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.weights import components, controlnet_keys
 
-log = logging.getLogger(__name__)
-DTYPES = ("float32", "bfloat16", "stored")
-QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
 TEXT = ("clip_l", "clip_g", "t5")
 CLIPS = TEXT[:2]
 
 
 class Prompt(NamedTuple):
-    """A prompt of its own for each encoder; what is None is as the first."""
+    """A text for each encoder; None stands for the text of clip_l."""
 
     clip_l: str
     clip_g: str | None = None
@@ -54,9 +40,9 @@ class Prompt(NamedTuple):
 class Bundle:
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
-    `configs` are those of diffusers and transformers, "scheduler" is one of them;
-    `variables` are linen's, of `dtype`, sharded over `mesh`. What a file lacks is in
-    none of the dictionaries: a text encoder left out is zeros to the denoiser.
+    `configs` are those of diffusers and transformers and include "scheduler";
+    `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
+    lack has no entry: the denoiser reads zeros in place of a text encoder.
     """
 
     modules: dict[str, nn.Module]
@@ -68,6 +54,7 @@ class Bundle:
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
+    # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
     def __repr__(self) -> str:
@@ -89,11 +76,13 @@ class Bundle:
 
         One text alone is a batch of one.
         """
+        # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         argument_checks.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
         if not any(self.text_models):
             raise UserError(f"{self.source} has no text encoder: wanted embeddings")
         ids = self.token_ids(prompts, max_sequence_length)
+        # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         with compiled.on(self.mesh):
             return compiled.encode_prompts(
@@ -119,6 +108,7 @@ class Bundle:
         module, variables = self.part("denoiser"), self.variables["denoiser"]
         latents = inputs.laid_out(latents, module.channels)
         t = inputs.times(t, len(latents))
+        # Checked here: in the program unequal rows would broadcast or fail obscurely.
         rows = {len(latents), len(context), len(pooled)}
         if len(rows) > 1:
             raise UserError(
@@ -143,12 +133,14 @@ class Bundle:
         """Latents of images: a draw of the posterior; without key, its mean.
 
         Images are floats in [0, 1], bytes or PIL images, (b, H, W, 3) or one alone
-        (pipelines/images.py). Of one key all rows are drawn together, of a key for each
-        row each by itself. `shift` replaces the autoencoder's own. `tile` pixels square
-        at a time take less memory; by design the latents then differ from those of the
-        whole. `preprocess` is that of a ControlNet's hint (pipelines/control.py).
+        (sampling/input_images.py). One key draws all rows together, a key for each row
+        draws them independently. `shift` replaces the autoencoder's. With `tile`,
+        square tiles of that many pixels are encoded one by one, which takes less memory
+        and gives slightly other latents. `preprocess` is that of a ControlNet's hint
+        (sampling/control.py).
         """
         module, variables = self.part("vae"), self.variables["vae"]
+        # Some ControlNets were trained on hints without the autoencoder's shift.
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
         images = inputs.pixels(images)
         images = hints.prepare(images, preprocess)
@@ -166,8 +158,8 @@ class Bundle:
     ) -> Float[Array, "b H W 3"]:
         """Latents to images in [0, 1].
 
-        `tile` pixels square at a time, for large images: it takes less memory, and by
-        design the images differ from those decoded whole.
+        With `tile`, square tiles of that many pixels are decoded one by one, which
+        takes less memory and gives slightly other images.
         """
         module, variables = self.part("vae"), self.variables["vae"]
         latents = inputs.laid_out(latents, module.latent_channels)
@@ -185,10 +177,10 @@ class Bundle:
         encoders: Container[str] | None = None,
         cut: Counter[str] | None = None,
     ) -> dict[str, Int[np.ndarray, "b _"]]:
-        """What encode_prompts reads, by encoder: "ids_clip_l" and so on.
+        """The token ids that encode_prompts reads: "ids_clip_l" and so on.
 
-        Of the `encoders` named, whose weights need not be here; by default those here.
-        What they do not read to its end is told of, or with `cut` counted, by encoder.
+        `encoders` defaults to the bundle's; those named need not have their weights.
+        Prompts that an encoder truncates are logged, or counted in `cut` by encoder.
         """
         encoders = self.modules if encoders is None else encoders
         argument_checks.whole("max_sequence_length", length, 1, 512)
@@ -202,15 +194,17 @@ class Bundle:
                     f"{self.source} has no tokenizer for {name}: wanted"
                     " tokenizers_from=FOLDER, a diffusers folder or a hub name"
                 )
-            own = [
+            texts = [
                 prompt_text.checked(p.clip_l if p[i] is None else p[i]) for p in full
             ]
             tokenizer = self.tokenizers[name]
             if name == "t5":
-                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, own, length, cut)
+                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length, cut)
             else:
+                # CLIP's length is the size of its position table; T5 has relative
+                # positions and takes any length.
                 most = self.configs[name]["max_position_embeddings"]
-                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, own, most, cut)
+                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most, cut)
         return ids
 
     @property
@@ -223,12 +217,12 @@ class Bundle:
 
     @property
     def scheduler(self) -> Scheduler:
-        """What the model is sampled with unless the caller says otherwise."""
-        return _scheduler(self.configs, self.source)
+        """The solver and times that the model is sampled with by default."""
+        return read_scheduler(self.configs, self.source)
 
     @property
     def latent_scale(self) -> dict[str, float]:
-        """What takes the autoencoder's latents to the denoiser's."""
+        """The scaling and shift from the autoencoder's latents to the denoiser's."""
         config = self.configs["vae"]
         return {
             "scaling": config["scaling_factor"],
@@ -250,6 +244,7 @@ class Bundle:
 
     def fingerprints(self) -> dict[str, str]:
         """`fingerprint` of each part by itself."""
+        # Fingerprints read every weight once, which takes seconds for large models.
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints
@@ -262,188 +257,14 @@ class Bundle:
         return self._memo["fingerprint"]
 
 
-def load(
-    source: epath.PathLike | Sequence[epath.PathLike],
-    *,
-    mesh: Mesh,
-    dtype: str = "bfloat16",
-    tokenizers_from: str | None = "",
-    only: Sequence[str] = tuple(COMPONENTS),
-    lora: Any = (),
-    quantize: Mapping[str, str] = MappingProxyType({}),
-    check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
-) -> Bundle:
-    """A diffusers folder, a .safetensors file, our own folder or a hub name.
-
-    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
-    "owner/name/file.safetensors". Several sources, a list or with commas between, add
-    up: a transformer's file and those of its text encoders; of two that have the same
-    component the later one's is taken. `only` are the components wanted. The dtype
-    "stored" leaves all as it is in the files, for writing it again.
-
-    `tokenizers_from` is a folder or hub name that has the tokenizers which `source`
-    lacks; None goes without, for embeddings alone. Each `lora` is a file of diffusers'
-    layout, a folder or a hub name, which "=0.8" at its end weighs; they add up, beside
-    the weights (pipelines/adapters.py). `save` writes the sum. `quantize` says whose
-    blocks have their matrices in eight bits, {"denoiser": "int8", "t5": "fp8"}: they
-    are rounded as they stream in (models/quantized.py). `check` is called with
-    scheduler and configs before any weight is read, and may raise.
-    """
-    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
-    if dtype not in DTYPES:
-        raise UserError(
-            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
-        )
-    quantize = checked_kinds(quantize, dtype)
-    given = sources.split(source)
-    if not given:
-        raise UserError("no weights: wanted a file, a folder or a hub name")
-    places = [sources.locate(each) for each in given]
-    source = ",".join(map(os.fspath, given))
-    modules, variables, configs, stored, found = {}, {}, {}, {}, {}
-    for place in places:
-        for name, part in sources.parts(*place).items():
-            if name in found:
-                log.info("%s: in the place of %s", part.where, found[name].where)
-            configs[name] = part.config
-            if name in only and part.read is not None:
-                found[name] = part
-    if lacking := [x for x in quantize if x in only and x not in found]:
-        raise UserError(
-            f"{source} has no {lacking[0]} to quantize, only {', '.join(found)}"
-        )
-    check(_scheduler(configs, source), configs)  # before any weight is read
-    for key in schedulers.unread(configs.get("scheduler", {})):
-        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
-    fit({name: part.config for name, part in found.items()}, source)
-    loras = lora_adapters.opened(lora, only, found)
-    paths = [place.path for place in places]
-    words = tokenizers_of(paths, tokenizers_from or "", configs)
-    if tokenizers_from is not None:
-        for name in [x for x in TEXT if x in found and x not in words]:
-            words[name] = fetched_tokenizer(name, configs[name], source)
-    compute = jnp.dtype("float32" if dtype == "stored" else dtype)
-    for name, part in found.items():
-        component = COMPONENTS[name]
-        module = component.build(part.config, compute)
-        shapes = components.abstract(component, module, part.config, mesh, compute)
-        stored[name] = part.dtypes(component, module, shapes)
-        if dtype == "stored":
-            shapes = _retyped(shapes, stored[name])
-        if name in quantize:
-            shapes["params"] = quantization.abstract(shapes["params"], quantize[name])
-        modules[name], variables[name] = module, part.read(component, module, shapes)
-    variables = lora_adapters.attached(variables, modules, loras)
-    if "denoiser" in modules:
-        log.info("%s", components.released_name(configs["denoiser"]))
-    own = {name: kind for name, kind in quantize.items() if name in modules}
-    return Bundle(modules, variables, configs, words, mesh, dtype, source, stored, own)
-
-
 def most_clip_skip(configs: Mapping[str, dict]) -> int:
-    """The last layers of a CLIP that may be left out; it reads the last but one."""
+    """The largest clip_skip: layers that may be dropped before the last but one."""
     depths = [configs[name]["num_hidden_layers"] for name in CLIPS if name in configs]
     return max(min(depths, default=2) - 2, 0)
 
 
-def _dtype_name(dtype: Any) -> str:
-    """Of jnp.bfloat16 and the like."""
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return shown(repr(dtype))
-
-
-def _scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
+def read_scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
     return schedulers.read(configs.get("scheduler"), f"the scheduler of {source}")
-
-
-def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
-    """Kinds by component, without those that are ""."""
-    if not isinstance(quantize, Mapping):
-        raise UserError(
-            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
-        )
-    for name, kind in quantize.items():
-        if name not in QUANTIZED:
-            raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
-        if kind and kind not in quantization.KINDS:
-            raise UserError(
-                f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
-            )
-    kinds = {name: kind for name, kind in quantize.items() if kind}
-    if kinds and dtype == "stored":
-        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
-    return kinds
-
-
-def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
-    """Those in a model's folders, or in the `other` place, and for what is CLIP's the
-    package's own; each is of its encoder's vocabulary."""
-    if other:
-        paths = [sources.resolve(other, tokenizers.WANTED, label="tokenizers")]
-    words = {}
-    for path in paths:
-        found = tokenizers.load(path)
-        if other and not found:
-            raise UserError(
-                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
-                f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
-            )
-        for name in [name for name in found if name not in words]:
-            check_vocabulary(name, len(found[name]), configs.get(name, {}), path)
-            words[name] = found[name]
-    for name in CLIPS:
-        size = configs.get(name, {}).get("vocab_size")
-        if name not in words and size == tokenizers.CLIP_WORDS:
-            words[name] = tokenizers.packaged_clip(name)
-    return words
-
-
-def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
-    """T5's from the hub; a UserError that says what to give, where that cannot be."""
-    remedy = (
-        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
-        " name, or None for embeddings alone"
-    )
-    rows = config["vocab_size"]
-    if name != "t5" or rows != tokenizers.T5_WORDS:
-        raise UserError(
-            f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
-            f" published encoder: {remedy}"
-        )
-    try:
-        folder = sources.resolve(
-            tokenizers.T5_HUB, tokenizers.WANTED, label="tokenizers"
-        )
-        tokenizer = tokenizers.read("t5", folder)
-    except UserError as error:
-        raise UserError(f"{source}: no tokenizer for t5 ({error}): {remedy}") from None
-    check_vocabulary(name, len(tokenizer), config, folder)
-    return tokenizer
-
-
-def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
-    """A tokenizer's size against its encoder's: ids of another model are other words,
-    and beyond the embedding's rows NaN."""
-    rows = config.get("vocab_size")
-    spare = 128 if name == "t5" else 0  # rows that its embedding has without a word
-    if isinstance(rows, int) and not rows - spare <= tokens <= rows:
-        raise UserError(
-            f"{where}: its tokenizer for {name} has {tokens} tokens, the encoder {rows}"
-            " rows: wanted the tokenizer of the same model (config.tokenizers)"
-        )
-
-
-def _retyped(shapes, dtypes):
-    """The shapes with the dtypes that their paths have."""
-
-    def leaf(path, x):
-        return jax.ShapeDtypeStruct(
-            x.shape, jnp.dtype(dtypes[tree.names(path)]), sharding=x.sharding
-        )
-
-    return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
 class ControlBundle(NamedTuple):
@@ -461,49 +282,3 @@ class ControlBundle(NamedTuple):
             controlnet_keys.CONTROL_TYPE, "its hint's kind is not said"
         )
         return f"ControlBundle(depth {self.module.depth}, {kind})"
-
-
-def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
-    """A diffusers folder, one .safetensors file or a hub name, for this bundle.
-
-    A single-stream net takes the embedding of patches from the bundle's denoiser.
-    """
-    path = resolve_control(source)
-    part = sources.control(path)
-    module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
-    denoiser = bundle.part("denoiser")
-    hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
-    if module.borrowed:  # its positions are the denoiser's too
-        module = dataclasses.replace(module, pos_size=denoiser.pos_size)
-    own = _control_shapes(part, module, bundle.mesh, bundle.dtype)
-    variables = part.read(CONTROLNET, module, own)
-    if module.borrowed:
-        theirs = bundle.variables["denoiser"]
-        variables["params"]["patch_embed"] = theirs["params"]["patch_embed"]
-        if "buffers" in theirs:
-            variables["buffers"] = theirs["buffers"]
-    net = ControlBundle(module, variables, part.config)
-    if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
-        told = "%s does not say what its hints are: they are encoded as blur and depth"
-        log.warning(f'{told}; of canny write ControlInput(preprocess="canny")', path)
-    return net
-
-
-def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
-    """A ControlNet without a denoiser, as it is in its file, for writing it again."""
-    part = sources.control(path)
-    module = CONTROLNET.build(part.config, jnp.dtype("float32"))
-    own = _control_shapes(part, module, mesh, "float32")
-    own = _retyped(own, part.dtypes(CONTROLNET, module, own))
-    return ControlBundle(module, part.read(CONTROLNET, module, own), part.config)
-
-
-def resolve_control(source: str) -> epath.Path:
-    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    return sources.resolve(source, wanted, label="ControlNet")
-
-
-def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
-    """Of what its file holds."""
-    shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
-    return controlnet_keys.without_borrowed(module, shapes)

@@ -1,7 +1,7 @@
 """The compiled programs behind a bundle: pure functions, their modules static.
 
-A program is compiled for the shapes it meets and kept, as are its files where
-JAX_COMPILATION_CACHE_DIR says so.
+A program is compiled once for each set of shapes and cached, also on disk if
+JAX_COMPILATION_CACHE_DIR is set.
 """
 
 import contextlib
@@ -27,12 +27,14 @@ from sd3_jax.sampling.prompts import Conditioning
 
 
 @contextlib.contextmanager
-def on(mesh: Mesh, *given: Any):
-    """The mesh and the rules for logical axes, as everything here wants them.
+def on(mesh: Mesh, *arrays: Any):
+    """Sets the mesh and the rules for logical axes that the programs here need.
 
-    Where what is `given` is being traced, the mesh is the caller's to set.
+    If any of `arrays` is being traced, the mesh is the caller's to set.
     """
-    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(given))
+    # jax.set_mesh may not be called inside a trace, where a user's own jit sets the
+    # mesh.
+    traced = any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(arrays))
     with contextlib.nullcontext() if traced else jax.set_mesh(mesh):
         with nn.logical_axis_rules(sharding.RULES):
             yield
@@ -45,6 +47,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
     """
 
     def leaf(x):
+        # Inside a caller's jit the placement is the caller's.
         if isinstance(x, jax.core.Tracer):
             return x
         return _put(x, placement(getattr(x, "shape", ()), mesh))
@@ -54,19 +57,23 @@ def place(tree: Any, mesh: Mesh) -> Any:
 
 def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """Where `place` puts an array of this shape."""
+    # A batch that the devices do not divide is replicated: jax shards evenly only.
     split = len(shape) > 0 and shape[0] % sharding.batch_shards(mesh) == 0
     spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
     return NamedSharding(mesh, spec)
 
 
 def _put(x: Any, where: NamedSharding) -> Array:
-    """Also onto devices of other processes, which have the same x."""
+    """x on its devices, also those of other processes, which have the same x."""
     if isinstance(x, Array) and not x.is_fully_addressable:
         return x  # it came from a program, and the next takes it as it lies
     if where.is_fully_addressable:
         return jax.device_put(x, where)
+    # Typed keys have no numpy form, so their uint32 data is placed and wrapped again.
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
+    # device_put cannot reach devices of other processes; each process fills its own
+    # shards from its copy of the whole array.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
@@ -105,12 +112,15 @@ def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
 def encode_image(
     module, variables, images, key, *, scaling, shift, tile: int | None = None
 ) -> Array:
-    """Images in [0, 1] to latents: of a key a draw of the posterior, else its mean."""
+    """Images in [0, 1] to latents: a draw with `key`, else the mean."""
+    # `tile` is static, because it decides the shapes of all slices.
     run = _by_tiles(module, variables, "encode", tile)
+    # (b, H, W, 3) → (b, H/8, W/8, 2c): mean and log-variance
     moments = run(2 * images - 1)
     if key is None:
         z = vae.posterior(moments)[0]
     else:
+        # A key for each row makes a row's draw independent of the batch that it is in.
         z = (jax.vmap(vae.sample) if key.ndim else vae.sample)(key, moments)
     return vae.to_latents(z, scaling=scaling, shift=shift)
 
@@ -120,7 +130,10 @@ def decode(
     module, variables, latents, *, scaling, shift, tile: int | None = None
 ) -> Array:
     """Latents to images in [0, 1]."""
+    # `scaling` and `shift` are traced numbers, so models that differ in them share a
+    # program.
     z = vae.from_latents(latents, scaling=scaling, shift=shift)
+    # (b, h, w, c) → (b, 8h, 8w, 3)
     images = _by_tiles(module, variables, "decode", tile)(z)
     return jnp.clip(images / 2 + 0.5, 0, 1)
 
@@ -130,12 +143,13 @@ def _by_tiles(module, variables, method, tile):
     run = functools.partial(module.apply, variables, method=method)
     if tile is None:
         return run
+    # Every level but the first halves the sides.
     factor = 2 ** (len(module.channels) - 1)
     return functools.partial(getattr(tiling, method), run, tile=tile, factor=factor)
 
 
 class Plan(NamedTuple):
-    """What a sampling program is compiled for, besides the shapes of its inputs."""
+    """Static arguments of a sampling program: changing one compiles another program."""
 
     denoiser: nn.Module
     solver: str
@@ -146,7 +160,7 @@ class Plan(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """What may differ from call to call of one program; None is static."""
+    """Traced arguments of a sampling program; whether a field is None is static."""
 
     keys: Array | None
     cond: Conditioning
@@ -172,11 +186,17 @@ def sample(
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net."""
 
+    # The plan is static, so modules, solver and shapes are part of the program;
+    # everything in Inputs is traced, and another seed, scale or grid of equal length
+    # reuses it.
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
+    # The nets are static and their arrays traced, so they arrive as two arguments.
     acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
     skip = None
+    # Which layers are left out is static: the denoiser makes a constant mask of it for
+    # its scanned blocks.
     if plan.skip_layers:
         skipping = controlled(denoiser, (), skip=plan.skip_layers)
         skip = guidance.Skip(skipping, inputs.skip_scale, inputs.skip_window)
@@ -188,6 +208,8 @@ def sample(
         shape=plan.shape,
         grid=inputs.grid,
         solver=SOLVERS[plan.solver],
+        # A Python 1.0 selects the path without guidance, which runs the denoiser on b
+        # rows; a traced scale always doubles the batch.
         scale=inputs.scale if plan.guided else 1.0,
         interval=inputs.interval,
         rescale=inputs.rescale,

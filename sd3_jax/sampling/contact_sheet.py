@@ -16,8 +16,9 @@ main { max-width: none }
 
 
 def html(lines: list[dict]) -> str:
-    """A page of all pictures by prompt; they are loaded as they come into sight."""
+    """An HTML page of all pictures with their prompts and settings."""
     weights = sorted({str(line["weights"]) for line in lines})
+    # The page may be opened from disk or from a server, hence 'self' and file: below.
     shared = html_page.note(f"{len(lines)} pictures · weights {', '.join(weights)}")
     figures = html_page.join(map(figure, lines))
     return html_page.document(
@@ -33,16 +34,19 @@ def html(lines: list[dict]) -> str:
 def figure(line: dict) -> html_page.Html:
     settings = line["settings"]
     prompt = line["prompt"]
+    # A task may have a text for each encoder.
     prompt = prompt if isinstance(prompt, str) else " | ".join(prompt)
-    told = (
+    description = (
         f"seed {line['seed']} · {settings['steps']} steps of {settings['solver']} ·"
         f" cfg {settings['cfg']:g} · {settings['width']} × {settings['height']}"
     )
-    told += f" · filtered: {line['filtered']}" if "filtered" in line else ""
+    description += f" · filtered: {line['filtered']}" if "filtered" in line else ""
+    # File names may hold characters that a URL has to escape.
     file = quote(line["file"])
+    # A job may have a million pictures; the browser loads those in sight.
     picture = html_page.element("img", src=file, alt=prompt, loading="lazy")
     caption = html_page.element(
-        "figcaption", prompt, html_page.Html("<br>"), small(told)
+        "figcaption", prompt, html_page.Html("<br>"), small(description)
     )
     return html_page.element(
         "figure", html_page.element("a", picture, href=file), caption

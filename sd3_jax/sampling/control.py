@@ -1,4 +1,4 @@
-"""ControlNets beside a denoiser: hints made ready, and residuals in their windows."""
+"""ControlNets beside a denoiser: preparing hints, and adding residuals."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -31,10 +31,10 @@ PREPROCESS = {
 
 
 class Control(NamedTuple):
-    """One ControlNet at work; the arrays may differ from call to call.
+    """A ControlNet with its arrays, which may differ from call to call.
 
-    `hint` is the condition as scaled latents, (b, h, w, 16) or more channels; it acts
-    for t in `window`, times `scale`. `pooled` 0 where the net was trained without.
+    `hint` is the condition as scaled latents, (b, h, w, 16) or more channels. Residuals
+    are multiplied by `scale` and are 0 for t outside of `window`.
     """
 
     net: ControlNet
@@ -47,7 +47,7 @@ class Control(NamedTuple):
 def prepare(
     pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
 ) -> Float[Array | np.ndarray, "b H W 3"]:
-    """A hint's pixels as PREPROCESS has it."""
+    """The pixels of a hint after its PREPROCESS function."""
     return PREPROCESS[argument_checks.choice("preprocess", preprocess, PREPROCESS)](
         pixels
     )
@@ -65,10 +65,13 @@ def require_fit(
         "patch": (net.patch, denoiser.patch),
         "channels": (config.get("in_channels", 16), denoiser.channels),
     }
+    # A single-stream net does not attend to the text, so its width is not compared.
     shared = ("pooled_projection_dim",) + ("joint_attention_dim",) * net.joint
     for name in shared:
         sizes[name] = config.get(name), theirs.get(name)
     wrong = [f"{k} {a} against {b}" for k, (a, b) in sizes.items() if a != b]
+    # Residuals are spread over the denoiser's layers, so fewer are fine and more are
+    # not.
     if net.depth > denoiser.depth:
         wrong.append(f"{net.depth} layers against {denoiser.depth}")
     if wrong:
@@ -95,6 +98,7 @@ def controlled(
     def velocity(x, t, cond):
         if not controls:
             return denoiser(x, t, *cond, **kwargs)
+        # Each is a stack over blocks, which the denoiser spreads over its own.
         parts = [_residuals(control, x, t, cond) for control in controls]
         return denoiser(x, t, *cond, residuals=sum(parts), **kwargs)
 
@@ -102,8 +106,10 @@ def controlled(
 
 
 def _residuals(control: Control, x, t, cond):
+    # Guidance doubles the batch and the hint is given once: (b, …) → (times * b, …).
     times = x.shape[0] // control.hint.shape[0]
     hint = jnp.tile(control.hint, (times, 1, 1, 1))
+    # Some nets were trained with a pooled text of zeros.
     pooled = jnp.zeros_like(cond.pooled) if control.net.zero_pooled else cond.pooled
 
     def run():
@@ -111,6 +117,9 @@ def _residuals(control: Control, x, t, cond):
         return control.net.apply(control.variables, *args, scale=control.scale)
 
     low, high = control.window
+    # All rows are at the same t, so one predicate decides; lax.cond then skips the
+    # net's FLOPs outside the window, which jnp.where would not.
     open_ = (low <= t[0]) & (t[0] <= high)
+    # eval_shape gives the residuals' shapes without adding the net to the program.
     none = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(run))
     return jax.lax.cond(open_, run, lambda: none)

@@ -1,4 +1,4 @@
-"""A bundle to files: a diffusers folder, an original single file, or our own."""
+"""Saves a bundle: a diffusers folder, an original single file, or our own format."""
 
 import dataclasses
 import json
@@ -39,9 +39,9 @@ def save(
 ) -> None:
     """A diffusers folder, an original single file or our own; all processes call it.
 
-    Without `dtype` every tensor keeps the one that it had in the file it came from.
-    What is attached to the weights is added to them. A ControlNet keeps the dtype that
-    it has here, and its control_type; what is the denoiser's is left out.
+    Without `dtype` every tensor gets the dtype of the file that it was loaded from.
+    LoRAs are merged into the weights. A ControlNet keeps its present dtype and its
+    control_type; weights that it borrows from the denoiser are left out.
     """
     path = epath.Path(path)
     if isinstance(bundle, ControlBundle):
@@ -51,27 +51,31 @@ def save(
     )
     if layout == "orbax":
         variables = {}
-        for name, own in bundle.variables.items():
-            kept = _dtype_of(bundle, name, dtype)
-            cast = lambda at, x, kept=kept: x.astype(kept(tree.names(at)))
-            variables[name] = jax.tree_util.tree_map_with_path(cast, own)
+        for name, arrays in bundle.variables.items():
+            dtype_at = _dtype_of(bundle, name, dtype)
+            # The default argument binds this iteration's function.
+            cast = lambda at, x, dtype_at=dtype_at: x.astype(dtype_at(tree.names(at)))
+            variables[name] = jax.tree_util.tree_map_with_path(cast, arrays)
         native_format.save(path, variables, bundle.configs)
     elif layout == "diffusers":
         for name in bundle.modules:
             component = COMPONENTS[name]
-            found = _entries(bundle, name, layout, dtype)
+            entries = _entries(bundle, name, layout, dtype)
             folder = path / component.folder
-            _write(safetensors.write_folder, folder, found, component.stem)
+            _write(safetensors.write_folder, folder, entries, component.stem)
         if jax.process_index() == 0:
             _save_side_files(bundle, path)
     elif layout == "original":
-        found = {}
+        entries = {}
         for name in bundle.modules:
             for key, entry in _entries(bundle, name, layout, dtype).items():
-                found[COMPONENTS[name].prefix + key] = entry
+                entries[COMPONENTS[name].prefix + key] = entry
+        # The names are in the file's metadata, so that loading it knows which table to
+        # use.
         fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
         metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
-        _write(safetensors.write_file, path, found, metadata)
+        # The configurations go into the metadata: a single file has no config.json.
+        _write(safetensors.write_file, path, entries, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
 
@@ -83,28 +87,36 @@ def save_control(
     *,
     dtype: str | None = None,
 ) -> None:
-    """config.json says control_type, which diffusers lets by, and the original file has
-    it as Stability's do."""
+    """Writes a ControlNet; control_type is in config.json, which diffusers ignores, or
+    in a tensor of the original layout, as in Stability's files."""
     module, component = control.module, CONTROLNET
-    wanted = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
-    if layout not in wanted:
+    # Stability's original layout exists for its single-stream nets only.
+    layouts = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
+    if layout not in layouts:
         reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
-        raise UserError(f'layout "{layout}"{reason}; wanted one of {", ".join(wanted)}')
+        raise UserError(
+            f'layout "{layout}"{reason}; wanted one of {", ".join(layouts)}'
+        )
     variables = controlnet_keys.without_borrowed(module, control.variables)
+    # The tables that loading reads, in the other direction.
     pieces = key_mapping.pieces(variables, component.table(module), layout)
     dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
-    found = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
+    entries = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
     if layout == "diffusers":
-        _write(safetensors.write_folder, path, found, component.stem)
+        _write(safetensors.write_folder, path, entries, component.stem)
         if jax.process_index() == 0:
             (path / "config.json").write_text(json.dumps(control.config, indent=2))
         return
     if (kind := control.config.get(controlnet_keys.CONTROL_TYPE)) is not None:
+        # Stability's files store the kind as a tensor of one integer.
         number = np.array([controlnet_keys.CONTROL_TYPES.index(kind)], np.int32)
-        found[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
+        entries[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
             number.dtype, number.shape, lambda: number
         )
-    _write(safetensors.write_file, path, found)
+    _write(safetensors.write_file, path, entries)
+
+
+# --- tensors of one component
 
 
 def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
@@ -126,29 +138,34 @@ def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
     pieces = key_mapping.pieces(
         variables, component.table(bundle.modules[name]), layout
     )
-    return any(_own(variables, piece) for piece in pieces)
+    return any(_differs_from_fill(variables, piece) for piece in pieces)
 
 
-def _own(variables: dict, piece: key_mapping.Piece) -> bool:
-    """Whether weights are not those that a layout without them stands for."""
+def _differs_from_fill(variables: dict, piece: key_mapping.Piece) -> bool:
+    """Whether a piece without a tensor in the layout differs from its default."""
     if piece.key is not None:
         return False
     return not np.array_equal(sharded_load.part(variables, piece), piece.fill())
 
 
-def _write(write: Callable, path: epath.Path, found: dict, *rest) -> None:
-    """By process 0; the others take their part in gathering each tensor."""
+def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:
+    """Process 0 writes; the others take part in gathering each tensor."""
     if jax.process_index() == 0:
-        write(path, found, *rest)
+        write(path, entries, *rest)
     else:
-        for entry in found.values():
+        # Reading a sharded tensor is a collective: every process must call it, in one
+        # order.
+        for entry in entries.values():
             entry.data()
 
 
 def _save_side_files(bundle: Bundle, path: epath.Path) -> None:
+    # diffusers reads model_index.json to find the class of each folder; [None, None]
+    # marks a component that the pipeline does without.
     index = {"_class_name": "StableDiffusion3Pipeline", "_diffusers_version": "0.32.0"}
     scheduler = {"_class_name": EULER, "shift": bundle.scheduler.shift}
     scheduler |= bundle.configs.get("scheduler", {})  # as it came, whatever we do of it
+    # diffusers' pipelines require a scheduler, so one is written for every bundle.
     folders = {"scheduler/scheduler_config.json": scheduler}
     index["scheduler"] = ["diffusers", scheduler["_class_name"]]
     for name, component in COMPONENTS.items():

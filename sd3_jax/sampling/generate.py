@@ -1,4 +1,4 @@
-"""Noise to latents: the one sampler, which the jobs and the evaluations call."""
+"""Noise to latents: the only sampling loop, for jobs, evaluations and the API."""
 
 from collections.abc import Callable
 
@@ -35,42 +35,41 @@ def generate(
     preview: Preview | None = None,
     spread: float = 1.0,
 ) -> Float[Array, "*n b h w c"]:
-    """Latents of `shape` (h, w, c): the solver goes down the grid's t's under guidance.
+    """Latents (b, *shape), from the solver's steps down the times of `grid`.
 
-    Each has noise of its own key, so a picture is the same alone and in a batch, or
-    that of `noise`; a solver that draws on its way needs the keys even so. With `x0` it
-    starts from that picture, noised to grid[0]; where `mask` is 0, x0 is put back after
-    every step, noised as far as the rest. `preview` is called on the host as
-    preview(step, t, rgb (b, h, w, 3)) after each step. Of a solver that gives its
-    trajectory all n latents are returned. `spread` is the std of x at grid[0], where a
-    formulation starts with less than pure noise.
+    Noise is drawn with a key for each row, so that a picture does not depend on its
+    batch, or is `noise`; stochastic solvers need the keys in any case. With `x0`,
+    sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
+    x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
+    each step. A solver with a trajectory returns all n latents. `spread` is the std of
+    x at grid[0], for formulations that do not start at pure noise.
     """
+    # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
     if noise is None:
         noise = draw(keys)
-    guided = guidance.cfg(
-        velocity,
-        cond,
-        uncond,
-        scale=scale,
-        interval=interval,
-        rescale=rescale,
-        skip=skip,
-    )
+    options = dict(scale=scale, interval=interval, rescale=rescale, skip=skip)
+    guided = guidance.cfg(velocity, cond, uncond, **options)
+    # The same noise at every t: the kept area follows one straight path down to x0.
     at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
 
     def after(x, t, step):
         if mask is not None:
+            # Replaced after each step, as in RePaint without its resampling: the
+            # painted area sees a picture that is as noisy as itself.
             x = (1 - mask) * at(t) + mask * x
         if preview is not None:
             # Not ordered: on several devices jax knows no order of callbacks.
             jax.debug.callback(preview, step, t, to_rgb(x))
         return x
 
+    # With x0 the grid may begin below t = 1, at a picture that is noised in part.
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
+    # Nothing to do between steps: the solver is then given no function at all.
     idle = mask is None and preview is None
-    own = {}
+    solver_options = {}
     if solvers.draws(solver):
+        # Fresh noise of step i depends on the picture's key and i alone.
         fold = jax.vmap(jax.random.fold_in, (0, None))
-        own["draw"] = lambda step: draw(fold(keys, step))
-    return solver(guided, start, grid, after=None if idle else after, **own)
+        solver_options["draw"] = lambda step: draw(fold(keys, step))
+    return solver(guided, start, grid, after=None if idle else after, **solver_options)

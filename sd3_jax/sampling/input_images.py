@@ -1,8 +1,8 @@
-"""Pictures, masks and latents as callers give them, checked and brought to floats.
+"""Checks callers' pictures, masks and latents and converts them to floats.
 
 PIL images follow the rules of the data path (data/images.py): upright by their EXIF,
-transparency over white, sixteen bits rounded to eight. Values are not looked at where
-they are being traced.
+transparency over white, sixteen bits rounded to eight. Traced arrays are checked by
+shape and dtype only.
 """
 
 from collections.abc import Callable
@@ -33,9 +33,11 @@ def pixels(pictures: Pictures, name: str = "image") -> Float[Array | np.ndarray,
     One picture is a batch of one; grey ones become RGB and alpha goes over white.
     """
     x = _floats(_together(pictures, name, files.pixels, _pictures), name)
+    # (b, H, W, 1) → (b, H, W, 3)
     if x.shape[-1] == 1:
         return x.repeat(3, axis=-1)
     if x.shape[-1] == 4:
+        # Over white, as the readers of training data do.
         alpha = x[..., 3:]
         return x[..., :3] * alpha + (1 - alpha)
     return x
@@ -61,6 +63,7 @@ def laid_out(
 ) -> Float[Array | np.ndarray, "b h w c"]:
     """Latents of any values, channels last."""
     x = _array(value, name)
+    # One picture's latents become a batch of one.
     if x.ndim == 3 and x.shape[-1] == channels:
         x = x[None]
     if x.ndim != 4 or x.shape[-1] != channels or not all(x.shape):
@@ -75,6 +78,7 @@ def laid_out(
 
 def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
     """Times in [0, 1], one for each row or one for all."""
+    # Times stay float32: bfloat16 has 8 bits, too few for 1000 t.
     t = jnp.asarray(t, jnp.float32)
     if t.ndim > 1 or t.size not in (1, rows):
         raise UserError(f"t of shape {t.shape}: wanted one for each of {rows} latents")
@@ -86,8 +90,13 @@ def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
     return jnp.broadcast_to(t, (rows,))
 
 
+# --- checks
+
+
 def are_latents(value: Any, channels: int) -> bool:
     """Whether an array has latents' channels, be they the last or, wrongly, first."""
+    # Latents in PyTorch's layout, channels first, are recognised as well, so that
+    # laid_out can say how to transpose them.
     shape = () if isinstance(value, list | tuple) else getattr(value, "shape", ())
     if len(shape) < 3 or shape[-1] in CHANNELS:
         return False
@@ -100,11 +109,17 @@ def finite(x: Array | np.ndarray, name: str) -> None:
         raise UserError(f"{name}: holds values that are NaN or infinite")
 
 
+# --- one batch from arrays, PIL images and lists
+
+
 def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     """One batch; `read` makes an array of a PIL image, `shaped` gives it four axes."""
     if isinstance(value, Image.Image):
+        # MPO is what cameras write: a JPEG with a second frame that nobody means.
         if getattr(value, "is_animated", False) and value.format != "MPO":
             raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
+        # Their values have no fixed range or are no RGB colours: the caller has to
+        # choose.
         if value.mode in ("F", "I", "HSV", "I;16B"):
             raise UserError(
                 f'{name} of mode {value.mode}: wanted x.convert("RGB"), or of depth'
@@ -116,6 +131,7 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(value)]
     if not parts:
         raise UserError(f"{name}: an empty list; wanted at least one")
+    # No resizing and no casting in silence: a list must agree in size and dtype.
     if len({(x.dtype, x.shape[1:]) for x in parts}) > 1:
         kinds = ", ".join(f"{x.dtype} {x.shape[1:]}" for x in parts[:8])
         raise UserError(f"{name}: {kinds}; wanted all of one size and dtype")
@@ -123,6 +139,7 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
 
 
 def _array(value: Any, name: str) -> Array | np.ndarray:
+    # Arrays of jax stay on their device.
     if isinstance(value, np.ndarray | jax.Array):
         return value
     if not hasattr(value, "__array__"):
@@ -141,6 +158,7 @@ def _module(*arrays):
 
 
 def _pictures(x: Array | np.ndarray, name: str):
+    # (H, W) → (1, H, W, 1), a grey picture
     batch = x[None, ..., None] if x.ndim == 2 else x
     batch = batch[None] if batch.ndim == 3 and batch.shape[-1] in CHANNELS else batch
     if batch.ndim != 4 or batch.shape[-1] not in CHANNELS or not all(batch.shape):
@@ -152,6 +170,7 @@ def _pictures(x: Array | np.ndarray, name: str):
 
 
 def _masks(x: Array | np.ndarray, name: str):
+    # (H, W) → (1, H, W); channels follow below.
     batch = x[None] if x.ndim == 2 else x
     if batch.ndim == 3 and batch.shape[-1] in CHANNELS[1:]:
         raise UserError(
@@ -168,7 +187,7 @@ def _masks(x: Array | np.ndarray, name: str):
 
 
 def _transposed(x: Array | np.ndarray, channels: tuple[int, ...]) -> str:
-    """What to do about channels that come first, as PyTorch has them."""
+    """How to transpose an array whose channels come first, as in PyTorch."""
     first = x.ndim in (3, 4) and x.shape[-3] in channels
     axes = "0, 2, 3, 1" if x.ndim == 4 else "1, 2, 0"
     return f"; channels come last here, x.transpose({axes})" if first else ""
@@ -184,10 +203,11 @@ def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
 
 
 def _floats(x: Array | np.ndarray, name: str):
-    """Bytes over 255; floats as they are, if they are of [0, 1]; True is 1."""
+    """Bytes divided by 255, booleans as 0 and 1, floats in [0, 1] unchanged."""
     if x.dtype == bool:
         return x.astype(np.float32)
     if x.dtype == np.uint8:
+        # A mask of 0 and 1 in bytes would be black: 1 is 1/255.
         if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
             raise UserError(
                 f"{name}: bytes of 0 and 1, where 255 is 1; wanted x.astype(bool), or"
@@ -202,6 +222,7 @@ def _floats(x: Array | np.ndarray, name: str):
     finite(x, name)
     if not isinstance(x, jax.core.Tracer):
         low, high = float(x.min()), float(x.max())
+        # Values in [-1, 1] or [0, 255] would pass the program and give wrong pictures.
         if not -SLACK <= low <= high <= 1 + SLACK:
             raise UserError(
                 f"{name}: floats from {low:g} to {high:g}; wanted 0 to 1: x / 255 of"

@@ -1,4 +1,4 @@
-"""Images to latents and back: where the denoiser works, and what people look at."""
+"""Autoencoders between images and the denoiser's latents, and cheap previews."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,8 +14,8 @@ from sd3_jax.models import vae
 class Autoencoder(NamedTuple):
     """`encode(batch, key)` gives scaled latents x0; `decode(x0)` pixels in [-1, 1].
 
-    `factor` pixels lie along a latent's side. Of stored moments x0 is drawn, another
-    one at each step, by the key; what else is stored is x0 itself.
+    `factor` pixels lie along a latent's side. From stored moments, x0 is drawn anew at
+    each step with the key; stored latents are x0 itself.
     """
 
     factor: int
@@ -57,13 +57,16 @@ def pixels(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:
 def scaled(
     moments: Float[Array, "b h w k"], *, scaling: float | Array, shift: float | Array
 ) -> Float[Array, "b h w k"]:
-    """An autoencoder's moments to those of the latents that the denoiser sees."""
+    """Moments of the autoencoder's latents to moments of the denoiser's latents."""
     mean, std = vae.posterior(moments)
+    # The shift moves the mean alone; the scaling also scales the std: 2 log(std
+    # scaling) is the new log-variance.
     mean = vae.to_latents(mean, scaling=scaling, shift=shift)
     return jnp.concatenate([mean, 2 * jnp.log(std * scaling)], axis=-1)
 
 
 def _stored(batch, key):
+    # Moments are stored in half precision; latents are drawn in float32.
     if "moments" in batch:
         return vae.sample(key, batch["moments"].astype(jnp.float32))
     return batch["latents"].astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""LoRA files by name, beside the weights of the components that they adapt."""
+"""Loads LoRA files and attaches them to the weights of the components they adapt."""
 
 import functools
 import logging
@@ -34,42 +34,50 @@ class Opened(NamedTuple):
     pairs: dict[str, lora_formats.Pairs]
 
 
-def listed(given: Any) -> list[tuple[str, float]]:
+def listed(requested: Any) -> list[tuple[str, float]]:
     """(path or hub name, weight) of one or several: texts and paths, {path: weight}, or
     pairs (path, weight)."""
-    if isinstance(given, Mapping):
-        given = list(given.items())
-    elif isinstance(given, str | os.PathLike):
-        given = [given]
+    if isinstance(requested, Mapping):
+        requested = list(requested.items())
+    elif isinstance(requested, str | os.PathLike):
+        requested = [requested]
     specs = []
-    for one in given if isinstance(given, list | tuple) else [given]:
-        pair = isinstance(one, list | tuple) and len(one) == 2
-        path, weight = one if pair else (one, None)
+    for entry in requested if isinstance(requested, list | tuple) else [requested]:
+        # ("a.safetensors", 0.8) is a pair; two paths in a list are two LoRAs, for each
+        # of them is a string.
+        pair = isinstance(entry, list | tuple) and len(entry) == 2
+        path, weight = entry if pair else (entry, None)
         known = isinstance(path, str | os.PathLike)
         if not known or isinstance(weight, bool | str):
             raise UserError(
-                f"lora {shown(repr(one))}: wanted a path, (path, weight) or {{path:"
+                f"lora {shown(repr(entry))}: wanted a path, (path, weight) or {{path:"
                 " weight}"
             )
         text = os.fspath(path)
         specs.append(named(text) if weight is None else (text, float(weight)))
+    # NaN or infinity would spread to every activation.
     for path, weight in specs:
         if not math.isfinite(weight):
             raise UserError(f"lora {path}: weight {weight}: wanted a finite number")
     return specs
 
 
-def opened(given: Any, wanted: Sequence[str], there: Collection[str]) -> list[Opened]:
-    """What `given` names, without a tensor read. Of components that are not `wanted`
-    nothing is kept; one that is and is not `there` is an error."""
+def opened(
+    requested: Any, components: Sequence[str], available: Collection[str]
+) -> list[Opened]:
+    """The requested LoRAs, with no tensor read yet. Maps of other `components` are
+    dropped; one for a component that is not `available` is a UserError."""
     loras = []
-    for source, weight in listed(given):
+    # LoRAs add up: each is attached beside the kernels, with its own weight.
+    for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
-        pairs = {k: x for k, x in lora_formats.read(path).items() if k in wanted}
-        if lacking := [name for name in pairs if name not in there]:
+        # Headers alone: a LoRA for another model is refused before any weight is
+        # loaded.
+        pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
+        if lacking := [name for name in pairs if name not in available]:
             raise UserError(
                 f"{path} adapts {lacking[0]}, and the weights have only"
-                f" {', '.join(there)}; name a file that has it after a comma"
+                f" {', '.join(available)}; name a file that has it after a comma"
             )
         loras.append(Opened(path, weight, pairs))
     return loras
@@ -79,32 +87,36 @@ def attached(
     variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
 ) -> dict[str, dict]:
     """Variables by component with the LoRAs beside their kernels, added up."""
-    made = dict(variables)
+    adapted = dict(variables)
     for path, weight, maps in loras:
         for name, pairs in maps.items():
-            params = made[name]["params"]
-            found = files.load(pairs, name, modules[name], params, weight=weight)
-            params = lora.attach(params, _placed(found, params))
-            made[name] = made[name] | {"params": params}
+            params = adapted[name]["params"]
+            lora_params = files.load(pairs, name, modules[name], params, weight=weight)
+            # The kernel becomes LowRank(base, a, b): the sum is never stored.
+            params = lora.attach(params, _placed(lora_params, params))
+            adapted[name] = adapted[name] | {"params": params}
             log.info(
                 "%s: %d linear maps of %s, times %g", path, len(pairs), name, weight
             )
-    return made
+    return adapted
 
 
-def _placed(found: dict, params: dict) -> dict:
-    """a and b as their kernels lie, along the axes that they share with these."""
-    kernels, made = lora.kernels(params), {}
-    for path, pair in lora.modules(found, "a"):
+def _placed(lora_params: dict, params: dict) -> dict:
+    """a and b, sharded as their kernels along the axes that they share."""
+    kernels, placed = lora.kernels(params), {}
+    for path, pair in lora.modules(lora_params, "a"):
         kernel = kernels[path]
+        # PartitionSpec omits trailing None; the layout needs one entry for each axis.
         mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
         spec += (None,) * (kernel.ndim - len(spec))
+        # `a` shares the kernel's input axes and `b` its output axes; the rank stays
+        # whole.
         specs = lora.layout(path, kernel.ndim).shapes(spec, None)
-        made[path] = {
-            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*own)))
-            for name, own in zip("ab", specs)
+        placed[path] = {
+            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
+            for name, axes in zip("ab", specs)
         }
-    return lora.nested(made)
+    return lora.nested(placed)
 
 
 def _put(x: np.ndarray, where: NamedSharding) -> Array:

@@ -3,9 +3,9 @@
     config.sample.filter = "package.module:function"
     function(images u8 (n, h, w, 3), prompts) -> n times None or False, True or a reason
 
-A flagged picture becomes black, with the watermark if there is one, and its line, which
-the PNG holds too, says "filtered": reason. A filter that fails ends the job: no picture
-is written that it has not seen.
+A flagged picture becomes black, with the watermark if there is one, and its line of
+JSON, also inside the PNG, has "filtered": reason. A filter that fails ends the job, so
+that no unfiltered picture is written.
 """
 
 import functools
@@ -28,17 +28,19 @@ class Safety(NamedTuple):
     mark: str  # "" for none
 
     def facts(self) -> dict[str, str]:
-        """What a picture's line says of them, if they are there."""
+        """Filter and watermark for a picture's line, if they are set."""
         named = {"filter": self.filter, "watermark": self.mark}
         return {name: value for name, value in named.items() if value}
 
     def flags(self, images: np.ndarray, prompts: Sequence[str]) -> list[str]:
-        """Why each picture is not shown, "" if it is; a process asks about its share.
+        """Why each picture is flagged, or ""; each process filters its share.
 
         Every process has the same pictures, makes this call and gets all answers.
         """
         if self.function is None:
             return [""] * len(images)
+        # The filter may be slow, so each process asks about its share and all get all
+        # answers.
         ask = functools.partial(_flags, self.function, images, prompts)
         return processes.shared(ask, len(images))
 
@@ -49,24 +51,27 @@ class Safety(NamedTuple):
 
 
 def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
-    """A UserError if there is no such function, or (h, w) are too small for a mark."""
+    """UserError if the function is missing, or pictures are too small for a mark."""
     height, width = min(sides, key=min)
     if mark and min(height, width) < watermark.SIDE:
-        given = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
-        raise UserError(f"{given}; wanted sides of {watermark.SIDE} or more")
+        setting = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
+        raise UserError(f"{setting}; wanted sides of {watermark.SIDE} or more")
+    # Imported before any weight is loaded.
     function = hooks.guarded("sample.filter", filter) if filter else None
     return Safety(filter, function, mark)
 
 
 def _flags(function, images, prompts, rows: list[int]) -> list[str]:
-    given = images[rows], [prompts[i] for i in rows]
-    found = answers(function, "flags", len(rows), *given)
-    return [_flag(value, function.__name__) for value in found]
+    arguments = images[rows], [prompts[i] for i in rows]
+    verdicts = answers(function, "flags", len(rows), *arguments)
+    return [_flag(value, function.__name__) for value in verdicts]
 
 
 def _flag(value, name: str) -> str:
     if value is None or isinstance(value, bool | np.bool_):
         return "flagged" if value else ""
+    # A function may return True or a reason; any other type is likely a mistake, and a
+    # picture must not pass by it.
     if not isinstance(value, str):
         wanted = "wanted None, False, True or a reason a picture"
         raise UserError(f"{name} gave {shown(repr(value))}; {wanted}")

@@ -1,9 +1,8 @@
-"""What to paint: from a config and its file of prompts to one task for each picture."""
+"""Reads a config and its file of prompts into one task for each picture."""
 
 import json
 import logging
 import re
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -18,7 +17,7 @@ log = logging.getLogger(__name__)
 FILE = 2**24  # bytes of a file of prompts, at most
 PICTURES = 10**6  # of a job, at most
 MOST = {"per_prompt": 10_000, "steps": 1_000}  # of a line
-TOLD = 20  # lines that make no sense, of which the log tells one by one
+MOST_LOGGED = 20  # lines that make no sense, of which the log tells one by one
 # What a line of a .jsonl may say of its picture besides "prompt", and where the config
 # has it.
 SAMPLE = (
@@ -26,9 +25,11 @@ SAMPLE = (
     *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
 )
-OWN = {name: f"sample.{name}" for name in SAMPLE}
-OWN |= {name: f"image.{name}" for name in ("height", "width")}
-SHARED = tuple(name for name in OWN if name not in ("negative", "seed", "per_prompt"))
+LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
+LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}
+SHARED = tuple(
+    name for name in LINE_SETTINGS if name not in ("negative", "seed", "per_prompt")
+)
 
 
 class Task(NamedTuple):
@@ -41,7 +42,7 @@ class Task(NamedTuple):
     prompt: str | tuple[str, ...]
     number: int
     config: ConfigDict  # its line's own
-    settings: dict[str, Any]  # by the names of OWN
+    settings: dict[str, Any]  # by the names of LINE_SETTINGS
 
     @property
     def caption(self) -> str:
@@ -54,49 +55,54 @@ class Task(NamedTuple):
 
 
 def tasks(config: ConfigDict) -> list[Task]:
-    """Of config.sample.prompt, or prompts_file, or the recipe's own prompts."""
-    found = list(_prompts(config))
-    count = sum(own.sample.per_prompt for _, own in found)
+    """Tasks of config.sample.prompt, of prompts_file, or of the recipe's prompts."""
+    lines = _prompts(config)
+    # Counted before the tasks are made: a typo in per_prompt would fill the memory.
+    count = sum(line_config.sample.per_prompt for _, line_config in lines)
     if count > PICTURES:
         raise UserError(f"{count} pictures: wanted at most {PICTURES}")
-    made = []
-    for prompt, own in found:
-        settings = _settings(own)
-        for number in range(own.sample.per_prompt):
-            made.append(Task(len(made), prompt, number, own, settings))
-    return made
+    picture_tasks = []
+    for prompt, line_config in lines:
+        settings = _settings(line_config)
+        for number in range(line_config.sample.per_prompt):
+            picture_tasks.append(
+                Task(len(picture_tasks), prompt, number, line_config, settings)
+            )
+    return picture_tasks
 
 
 def task(config: ConfigDict, prompt: str, number: int) -> Task:
-    """One picture of a prompt as the config has it, outside any job's order."""
+    """The task of one picture with the settings of `config`."""
     return Task(0, prompt_text.checked(prompt), number, config, _settings(config))
 
 
 def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
-    """The prompts of a file that all are painted as the config says.
+    """The prompts of a file whose lines have no settings.
 
-    `key` is the config's that names the file; a line with settings of its own, or with
-    texts for each encoder, is a UserError.
+    `key` is the config's key of the file. UserError for a line that changes a setting,
+    or that has a text for each encoder.
     """
-    found = _lines(config, epath.Path(path), key)
-    for prompt, own in found:
-        if own is not config and own.to_dict() != config.to_dict():
-            told = f'"{shown(prompt, 60)}" has settings of its own'
-            raise UserError(f"config.{key} = {path}: {told}; wanted prompts alone")
+    lines = _lines(config, epath.Path(path), key)
+    for prompt, line_config in lines:
+        if line_config is not config and line_config.to_dict() != config.to_dict():
+            complaint = f'"{shown(prompt, 60)}" has settings of its own'
+            raise UserError(f"config.{key} = {path}: {complaint}; wanted prompts alone")
         if not isinstance(prompt, str):
             raise UserError(f"config.{key} = {path}: wanted one text a prompt")
-    return [prompt for prompt, _ in found]
+    return [prompt for prompt, _ in lines]
 
 
 def text_lines(path: epath.Path, name: str) -> list[str]:
-    """The lines of a file of prompts, which messages call `name`; or a UserError."""
+    """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
         raise UserError(f"{name}: no such file")
     try:
         with path.open("rb") as file:
+            # Reading one byte more than allowed tells a file that is too large.
             data = file.read(FILE + 1)
         if len(data) > FILE:
             raise UserError(f"{name}: wanted at most {FILE} bytes")
+        # str.splitlines would also split at U+2028, which JSON allows inside strings.
         return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
@@ -104,8 +110,9 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
+def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
     sample = config.sample
+    # Neither has precedence over the other, so both together are an error.
     if sample.prompt and sample.prompts_file:
         raise UserError(
             "config.sample.prompt and config.sample.prompts_file are both given; wanted"
@@ -124,8 +131,11 @@ def _prompts(config: ConfigDict) -> Iterator[tuple[Any, ConfigDict]]:
     return [(prompt_text.checked(text, name), config) for text in config.train.prompts]
 
 
-def _settings(own: ConfigDict) -> dict[str, Any]:
-    settings = {name: _at(own, key) for name, key in OWN.items()}
+# --- lines of the file
+
+
+def _settings(line_config: ConfigDict) -> dict[str, Any]:
+    settings = {name: _at(line_config, key) for name, key in LINE_SETTINGS.items()}
     del settings["per_prompt"]
     settings["negative"] = prompt_text.checked(settings["negative"], "negative")
     return settings
@@ -134,27 +144,33 @@ def _settings(own: ConfigDict) -> dict[str, Any]:
 def _lines(
     config: ConfigDict, path: epath.Path, key: str = "sample.prompts_file"
 ) -> list[tuple[Any, ConfigDict]]:
-    """A line that makes no sense is told of, and does not stop the others."""
+    """The valid lines of a file; invalid ones are logged and skipped."""
     name = f"config.{key} = {path}"
     lines = text_lines(path, name)
     read = _object if path.suffix == ".jsonl" else _text
-    found, bad = [], []
+    parsed, bad = [], []
     for number, line in enumerate(lines, 1):
         try:
+            # Empty lines are allowed, and keep the numbers in messages those of the
+            # file.
             if line.strip():
-                found.append(read(line.strip(), config))
+                parsed.append(read(line.strip(), config))
         except UserError as error:
             bad.append(str(number))
-            if len(bad) <= TOLD:
+            if len(bad) <= MOST_LOGGED:
                 reason = shown(error, 300)
                 log.warning("%s:%d: %s: not painted", path, number, reason)
-    if not found:
+    if not parsed:
         raise UserError(f"{name}: holds no prompt" + (" that can be read" * bool(bad)))
     if bad:
-        told = ", ".join(bad[:TOLD]) + (", …" if bad[TOLD:] else "")
-        counts = len(bad), len(found) + len(bad)
-        log.warning("%s: %d of %d lines are not painted: %s", path, *counts, told)
-    return found
+        bad_numbers = ", ".join(bad[:MOST_LOGGED]) + (
+            ", …" if bad[MOST_LOGGED:] else ""
+        )
+        counts = len(bad), len(parsed) + len(bad)
+        log.warning(
+            "%s: %d of %d lines are not painted: %s", path, *counts, bad_numbers
+        )
+    return parsed
 
 
 def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:
@@ -162,51 +178,60 @@ def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:
 
 
 def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
-    """{"prompt": …} with settings of its own, checked as the config itself is."""
+    """A line {"prompt": …, SETTING: …}; its settings are checked as a config's are."""
     try:
-        given = parse_json(line)
+        fields = parse_json(line)
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
-    if not isinstance(given, dict) or "prompt" not in given:
+    if not isinstance(fields, dict) or "prompt" not in fields:
         raise UserError('wanted {"prompt": TEXT, …}')
-    prompt = _prompt(given.pop("prompt"))
-    own = config.copy_and_resolve_references()
-    for name, value in given.items():
-        if name not in OWN:
-            raise UserError(f'unknown "{shown(name)}"{nearest(name, ("prompt", *OWN))}')
-        group, key = OWN[name].split(".")
+    prompt = _prompt(fields.pop("prompt"))
+    # A copy with references resolved: a line that sets image.height must not move other
+    # fields of the recipe that refer to it.
+    line_config = config.copy_and_resolve_references()
+    for name, value in fields.items():
+        if name not in LINE_SETTINGS:
+            raise UserError(
+                f'unknown "{shown(name)}"{nearest(name, ("prompt", *LINE_SETTINGS))}'
+            )
+        group, key = LINE_SETTINGS[name].split(".")
         try:
-            own[group][key] = _plain(value)
+            # ConfigDict checks the type against the recipe's value.
+            line_config[group][key] = _plain(value)
         except (TypeError, ValueError, OverflowError):
-            wanted = own[group].get_type(key).__name__
-            told = f"{name} {shown(json.dumps(value))}: wanted {wanted}"
-            raise UserError(told) from None
+            wanted = line_config[group].get_type(key).__name__
+            complaint = f"{name} {shown(json.dumps(value))}: wanted {wanted}"
+            raise UserError(complaint) from None
     try:
-        validate(own)
+        validate(line_config)
     except ConfigError as error:
         raise UserError(str(error)) from None
+    # A line may come from a user of a service: it must not cost a day of compute.
     for name, most in MOST.items():
-        if own.sample[name] > most:
-            raise UserError(f"{name} {own.sample[name]}: wanted at most {most}")
-    last = own.sample.seed + own.sample.per_prompt - 1
+        if line_config.sample[name] > most:
+            raise UserError(f"{name} {line_config.sample[name]}: wanted at most {most}")
+    # Released weights are seeded with seed + number, which must fit in 32 bits.
+    last = line_config.sample.seed + line_config.sample.per_prompt - 1
     if last >= 2**32:
         raise UserError(f"seed {last}, of the last picture: wanted below {2**32}")
-    own.sample.negative = prompt_text.checked(own.sample.negative, "negative")
-    return prompt, own
+    line_config.sample.negative = prompt_text.checked(
+        line_config.sample.negative, "negative"
+    )
+    return prompt, line_config
 
 
-def _prompt(given: Any) -> str | tuple[str, ...]:
-    found = [given] if isinstance(given, str) else given
-    if not isinstance(found, list) or not all(isinstance(x, str) for x in found):
+def _prompt(value: Any) -> str | tuple[str, ...]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
         raise UserError("prompt: wanted a text, or one for each encoder")
-    if len(found) not in (1, 3) or not found[0].strip():
+    if len(texts) not in (1, 3) or not texts[0].strip():
         raise UserError("prompt: wanted a text, or three, for CLIP-L, CLIP-G and T5")
-    found = tuple(map(prompt_text.checked, found))
-    return found[0] if len(found) == 1 else found
+    texts = tuple(map(prompt_text.checked, texts))
+    return texts[0] if len(texts) == 1 else texts
 
 
 def _plain(value: Any) -> Any:
-    """A number, a text or numbers; true would pass for 1, null for any type."""
+    """A number, a text or numbers; TypeError for true, null, and nested values."""
     many = value if isinstance(value, list) else [value]
     if any(x is None or isinstance(x, bool | dict | list) for x in many):
         raise TypeError

@@ -1,4 +1,4 @@
-"""What the text says, as the denoiser wants it: one context and one pooled vector."""
+"""Text encoders' outputs joined into the denoiser's context and pooled vector."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -20,7 +20,7 @@ class Conditioning(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one text encoder contributes: tokens and channels of context, and pooled."""
+    """The tokens and channels of context, and of pooled, that one encoder fills."""
 
     tokens: slice
     channels: slice
@@ -41,18 +41,19 @@ LAYOUTS = {
 
 
 def null(cond: Conditioning) -> Conditioning:
-    """No text at all: what a dropped encoder leaves is zeros, not an empty prompt."""
+    """The unconditional text: zeros, as dropout leaves, not an empty prompt."""
     return jax.tree.map(jnp.zeros_like, cond)
 
 
 def nulled(cond: tuple, captioned: Bool[Array, " b"]) -> tuple:
     """`null` for the examples that have no caption: (b, ...) arrays of zeros there.
 
-    What dropout leaves and guidance goes from, so that these train the same thing; the
-    encoded empty prompt would be one more condition.
+    Zeros are also what dropout leaves and what guidance starts from; an encoded empty
+    prompt would be another condition.
     """
 
     def rows(x):
+        # (b,) → (b, 1, …), to broadcast over tokens and channels
         kept = captioned.reshape(-1, *[1] * (x.ndim - 1))
         return jnp.where(kept, x, jnp.zeros((), x.dtype))
 
@@ -64,11 +65,14 @@ def drop(
 ) -> Conditioning:
     """Each encoder of each example zeroed with probability `rate` (sec. 5.3.3)."""
     parts = LAYOUTS[layout]
+    # Encoders are dropped independently, so that the model also learns to do with any
+    # subset, such as without T5 (sec. 5.3.3).
     kept = jax.random.bernoulli(key, 1 - rate, (cond.pooled.shape[0], len(parts)))
     context, pooled = cond
     for part, keep in zip(parts, jnp.unstack(kept.astype(pooled.dtype), axis=1)):
         at = (ALL, part.tokens, part.channels)
         context = context.at[at].multiply(keep[:, None, None].astype(context.dtype))
+        # T5's slice of pooled is empty, so that its turn changes nothing here.
         pooled = pooled.at[:, part.pooled].multiply(keep[:, None])
     return Conditioning(context, pooled)
 
@@ -82,8 +86,8 @@ class TextModels(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """What the released encoders say, before it is put together: L's and G's states
-    side by side on channels; no T5 is no tokens."""
+    """Outputs of the released encoders before they are joined: CLIP-L's and CLIP-G's
+    states side by side on channels, and T5's states or None."""
 
     clip: Float[Array, "b l d"]
     t5: Float[Array, "b m k"] | None
@@ -101,8 +105,8 @@ def encode_released(
     length: int = 256,
 ) -> Conditioning:
     """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads."""
-    made = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
-    return put_together(*made, length=length, context_dim=context_dim)
+    encoded = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
+    return put_together(*encoded, length=length, context_dim=context_dim)
 
 
 def encode_parts(
@@ -119,6 +123,7 @@ def encode_parts(
     """
     b = len(next(iter(ids.values())))
     states, pooled = [], []
+    # L before G: the denoiser's weights fix the order of the channels.
     for name in ("clip_l", "clip_g"):
         module = getattr(models, name)
         if module is not None:
@@ -128,15 +133,20 @@ def encode_parts(
             states.append(hidden)
             pooled.append(vector)
     if models.clip_l is None and models.clip_g is not None:  # L's channels come first
+        # G's channels lie behind L's, so L's place in front is filled with zeros.
         missing = pooled_dim - pooled[0].shape[-1]
         states.insert(0, jnp.zeros((*states[0].shape[:2], missing), states[0].dtype))
         pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
+    # With T5 alone CLIP's 77 tokens are zeros; without a mask they are attended to.
     if not states:
         dtype = models.t5.dtype
         states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
         pooled = [jnp.zeros((b, 0), dtype)]
+    # (b, length, context_dim), or no tokens at all
     t5 = None if models.t5 is None else models.t5.apply(variables["t5"], ids["ids_t5"])
+    # (b, 768) and (b, 1280) → (b, 2048)
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
+    # (b, 77, 768) and (b, 77, 1280) → (b, 77, 2048)
     clip = filled(jnp.concatenate(states, -1), pooled_dim, "pooled_dim")
     return Encoded(clip, t5, vector)
 
@@ -154,23 +164,25 @@ def put_together(
     Without T5 `length` zero tokens take their place: there is no mask, so that their
     number matters.
     """
+    # (b, 77, 2048) → (b, 77, 4096)
     clip = filled(clip, context_dim, "context_dim")
     if t5 is None:
         t5 = jnp.zeros((clip.shape[0], length, context_dim), clip.dtype)
+    # (b, 77 + length, context_dim)
     context = jnp.concatenate([clip, t5.astype(clip.dtype)], axis=1)
     return Conditioning(context, pooled)
 
 
-def filled(x: Array, size: int, what: str) -> Array:
-    """Zeros behind the last axis, to `size`; a negative pad would cut in silence."""
+def filled(x: Array, size: int, key: str) -> Array:
+    """x zero-padded along its last axis to `size`; ConfigError if it is longer."""
     missing = size - x.shape[-1]
     if missing < 0:
-        raise ConfigError(f"{what} {size}: the text encoders give {x.shape[-1]}")
+        raise ConfigError(f"{key} {size}: the text encoders give {x.shape[-1]}")
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 
 class TextModel(NamedTuple):
-    """How a batch becomes a Conditioning, and what of that trains.
+    """How a batch becomes a Conditioning, and the parameters that train for it.
 
     `init(key, batch)` gives the parameters, {} for text that is encoded already.
     """
@@ -181,7 +193,7 @@ class TextModel(NamedTuple):
 
 
 def precomputed(*, length: int = 154, context_dim: int = 4096) -> TextModel:
-    """Context and pooled come with the batch, or the parts of context."""
+    """Context and pooled of the batch, or joined from the encoders' stored outputs."""
 
     def encode(params, batch):
         if "context" in batch:
@@ -204,6 +216,7 @@ def trained(tower: nn.Module) -> TextModel:
     def encode(params, batch):
         ids = batch["ids_bytes"]
         cond = Conditioning(*tower.apply({"params": params}, ids))
+        # The tower would map an empty text to some vector; guidance needs zeros.
         return nulled(cond, jnp.any(ids != 0, axis=1))
 
     return TextModel("bytes", init, encode)

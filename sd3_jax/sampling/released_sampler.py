@@ -1,4 +1,4 @@
-"""Released weights as config.weights names them, painting batches of tasks."""
+"""Released weights, as config.weights names them, and the pictures of their tasks."""
 
 import logging
 from collections.abc import Sequence
@@ -12,52 +12,60 @@ from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, bundle, prompt_file
-from sd3_jax.sampling.scheduler_config import Scheduler
+from sd3_jax.sampling import argument_checks, bundle, bundle_loading, prompt_file
+from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components
 
 log = logging.getLogger(__name__)
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
-    """config.weights with config.sample.lora, in config.model.dtype and where
-    config.quantize says so in eight bits, over the mesh."""
-    own = dict(
+    """The bundle of config.weights with config.sample.lora, in config.model.dtype and
+    quantized by config.quantize, over the mesh."""
+    from_config = dict(
         dtype=config.model.dtype,
         quantize=config.quantize.to_dict(),
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
     )
-    return bundle.load(config.weights, mesh=mesh, **own | options)
+    return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
 
-def load_to_paint(
+def load_for_sampling(
     config: ConfigDict, mesh: Mesh, settings: Sequence[dict[str, Any]]
 ) -> bundle.Bundle:
-    """load, which stops before it reads the weights if one of these settings of tasks
-    asks for what the model's scheduler cannot do."""
+    """load, with a UserError before any weight is read if the model cannot do what one
+    of these settings of tasks asks for."""
+    # The weights do not say that they are distilled; their name usually does.
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
-        told = "config.weights = %s and config.sample.cfg = %g: turbo models are made"
-        told += " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
-        log.warning(told, config.weights, config.sample.cfg)
-    made = load(config, mesh, check=partial(check, settings=settings))
-    warn_of_another_model(config, made)
-    return made
+        message = (
+            "config.weights = %s and config.sample.cfg = %g: turbo models are made"
+        )
+        message += (
+            " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
+        )
+        log.warning(message, config.weights, config.sample.cfg)
+    model = load(config, mesh, check=partial(check, settings=settings))
+    warn_of_another_model(config, model)
+    return model
 
 
-def warn_of_another_model(config: ConfigDict, made: bundle.Bundle) -> None:
-    """Steps and cfg are the recipe's: those of another model make worse pictures."""
-    known = made.configs.get("denoiser")
-    if known is None:
+def warn_of_another_model(config: ConfigDict, model: bundle.Bundle) -> None:
+    """Warns if the recipe, whose steps and cfg are used, is for another model."""
+    denoiser = model.configs.get("denoiser")
+    if denoiser is None:
         return
+    # These three tell the published models apart; sizes follow from the depth.
     recipe = config.model.depth, config.model.qk_norm, config.model.dual_blocks
-    dual = len(known.get("dual_attention_layers") or ())
-    weights = known["num_layers"], known.get("qk_norm") is not None, dual
+    dual = len(denoiser.get("dual_attention_layers") or ())
+    weights = denoiser["num_layers"], denoiser.get("qk_norm") is not None, dual
     if recipe != weights:
-        told = "the recipe is of another model than %s, which is %s: steps and cfg may"
-        told += " not suit it; choose configs/released.py:VARIANT by the weights"
-        name = components.released_name(known)
-        log.warning(told, config.weights, name)
+        message = (
+            "the recipe is of another model than %s, which is %s: steps and cfg may"
+        )
+        message += " not suit it; choose configs/released.py:VARIANT by the weights"
+        name = components.released_name(denoiser)
+        log.warning(message, config.weights, name)
 
 
 def check(
@@ -74,6 +82,7 @@ def check(
 
 def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     denoiser = configs.get("denoiser", {})
+    # Each level but the first halves the sides: four levels are a factor of 8.
     levels = len(configs.get("vae", {}).get("block_out_channels", range(4)))
     unit = 2 ** (levels - 1) * denoiser.get("patch_size", 2)
     most = unit * denoiser.get("pos_embed_max_size", 2**16)
@@ -93,21 +102,25 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
 
 
 def times(settings: dict[str, Any]) -> dict[str, Any]:
-    """What a task says of its solver and t's; what it leaves open is the model's."""
+    """A task's solver, grid and shift; None stands for the model's default."""
+    # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
-class ReleasedPainter:
+class ReleasedSampler:
     """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
 
-    def __init__(self, made: bundle.Bundle):
-        self.bundle = made
+    def __init__(self, model: bundle.Bundle):
+        self.bundle = model
 
     def __call__(self, rows: Sequence[prompt_file.Task]) -> np.ndarray:
+        # A task's prompt is one text, or one for each of the three encoders.
         prompts = [
             x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
             for x in rows
         ]
+        # Tasks of one batch share all settings but negative prompt and seed
+        # (Task.group).
         s = rows[0].settings
         images = api.generate(
             self.bundle,
@@ -129,4 +142,5 @@ class ReleasedPainter:
             skip_stop=s["skip_stop"],
         )
         images = multihost_utils.process_allgather(images, tiled=True)
+        # (n, h, w, 3) from [0, 1]
         return pictures.to_uint8(2 * images.astype(np.float32) - 1)

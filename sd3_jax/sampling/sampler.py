@@ -1,7 +1,12 @@
-"""Prompts to pictures by one compiled program, for sample, train and evaluate."""
+"""Captions to pictures by config.sample: of a trained run's weights, or released ones.
+
+`sampler_for` chooses between `TrainedSampler`, whose program is compiled here, and
+released_sampler.py, which calls sd3_jax.generate.
+"""
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,11 +21,42 @@ from sd3_jax.data import tokenizers
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import arguments, prompts
+from sd3_jax.sampling import arguments, prompt_file, prompts
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.scheduler_config import PUBLISHED
+from sd3_jax.sampling.released_sampler import ReleasedSampler
+from sd3_jax.sampling.scheduler import PUBLISHED
+
+SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
+
+
+def sampler_for(
+    config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, params: Any
+) -> SampleCaptions:
+    """sample(captions, numbers) -> u8 (n, h, w, 3), as config.sample and image say.
+
+    `params` are a run's, of these `parts`, or the Bundle that config.weights names
+    (released_sampler.load); then `parts` may be None. Picture i is drawn from noise
+    `numbers[i]` of config.sample.seed and does not depend on the rest of the batch.
+    Every process makes the same calls and gets all pictures.
+    """
+    if isinstance(params, bundles.Bundle):
+        return functools.partial(
+            _sample_released, config, mesh, ReleasedSampler(params)
+        )
+    return functools.partial(TrainedSampler(config, parts, mesh), params)
+
+
+def sample_in_batches(
+    sample: SampleCaptions, captions: Sequence[str], numbers: Sequence[int], size: int
+) -> Iterator[np.ndarray]:
+    """Yields the pictures of all captions in order, at most `size` at a time."""
+    # A set smaller than a batch is not padded to it.
+    size = min(size, len(captions))
+    for rows in padded_batches(len(captions), size):
+        images = sample([captions[i] for i in rows], [numbers[i] for i in rows])
+        yield images[: len(captions) - rows[0]]
 
 
 def batch_size(n: int, most: int, mesh: Mesh) -> int:
@@ -29,10 +65,39 @@ def batch_size(n: int, most: int, mesh: Mesh) -> int:
     return min(max(shards, most // shards * shards), -(-n // shards) * shards)
 
 
-class Painter:
-    """Pictures of prompts as config.sample says; compiled once for a batch size.
+def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
+    """Indices of n rows, `size` at a time; the last batch wraps around to row 0.
 
-    A recipe that reads encoded text and latents paints by config.encode.weights.
+    A shorter last batch would be another shape, and so another compiled program.
+    """
+    for start in range(0, n, size):
+        yield np.arange(start, start + size) % n
+
+
+def _sample_released(
+    config: ConfigDict,
+    mesh: Mesh,
+    released: ReleasedSampler,
+    captions: Sequence[str],
+    numbers: Sequence[int],
+) -> np.ndarray:
+    tasks = [
+        prompt_file.task(config, caption, number)
+        for caption, number in zip(captions, numbers)
+    ]
+    size = batch_size(len(tasks), config.sample.batch_size, mesh)
+    done = []
+    for rows in padded_batches(len(tasks), size):
+        watchdog.expect("a batch of pictures", watchdog.LONG)
+        done.append(released([tasks[i] for i in rows]))
+    return np.concatenate(done)[: len(tasks)]
+
+
+class TrainedSampler:
+    """Pictures of captions by a run's parameters; compiled once for each batch size.
+
+    A recipe that trains on encoded text and latents needs config.encode.weights, a
+    released model that encodes the captions and decodes the pictures.
     """
 
     def __init__(
@@ -43,6 +108,8 @@ class Painter:
         encoder: Encoder | None = None,
     ):
         self.config, self.parts, self.mesh = config, parts, mesh
+        # Assigned over the cached property below: the encoder is shared, not loaded
+        # again.
         if encoder is not None:
             self.encoder = encoder
         s = config.sample
@@ -50,7 +117,7 @@ class Painter:
         self.guided = arguments.guided(
             s.cfg, interval, s.rescale, negative=bool(s.negative)
         )
-        self.program = jax.jit(self.paint)
+        self.program = jax.jit(self.sample_batch)
 
     def __call__(
         self, params: dict, captions: Sequence[str], numbers: Sequence[int]
@@ -61,41 +128,45 @@ class Painter:
         """
         size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
         done = []
-        for start in range(0, len(captions), size):
+        for rows in padded_batches(len(captions), size):
             watchdog.expect("a batch of pictures", watchdog.LONG)
-            rows = np.arange(start, start + size) % len(captions)  # the last is filled
             batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
-            made = self.program(params, self.put(batch, size), self.negative)
-            image = made if self.encoder is None else self.decoded(made)
-            done.append(multihost_utils.process_allgather(image, tiled=True))
+            images = self.program(params, self.put(batch, size), self.negative)
+            # Latents are decoded by the encoder's model in a second program: the
+            # recipe's own program has no autoencoder.
+            images = images if self.encoder is None else self.decoded(images)
+            done.append(multihost_utils.process_allgather(images, tiled=True))
+        # The rows that wrapped around are dropped.
         return pictures.to_uint8(np.concatenate(done)[: len(captions)])
 
     @functools.cached_property
     def encoder(self) -> Encoder | None:
-        """Makes text of captions and pictures of latents, where the recipe does not."""
-        check(self.config)
+        """Encodes captions and decodes latents where the recipe does neither itself."""
+        require_text_encoders(self.config)
         if self.config.text.name == "bytes":
             return None
         parts = ["vae", *bundles.TEXT]
-        made = examples.encoder(self.config, self.mesh, parts)
-        encoder_identity.warn(self.config, self.parts.encoders, made)
-        return made
+        encoder = examples.encoder(self.config, self.mesh, parts)
+        encoder_identity.warn(self.config, self.parts.encoders, encoder)
+        return encoder
 
     @functools.cached_property
     def negative(self) -> dict[str, jax.Array]:
         """The negative prompt, a row for every shard; {} if there is none to use."""
         if not self.config.sample.negative or not self.guided:
             return {}
+        # One row for each shard: the mesh does not split fewer.
         shards = sharding.batch_shards(self.mesh)
         return self.put(self.tokens([self.config.sample.negative] * shards), shards)
 
     @property
-    def sampler(self) -> tuple[str, np.ndarray]:
-        """The solver and its t's, the released models' where the recipe is silent."""
-        s, tokens = self.config.sample, 0  # which no shift here depends on
-        given = {name: s[name] or None for name in ("solver", "grid", "shift")}
-        return PUBLISHED.sampler(s.steps, tokens, **given)
+    def solver_and_grid(self) -> tuple[str, np.ndarray]:
+        """The solver and its times t, by default those of the released models."""
+        # PUBLISHED shifts by a constant: only a dynamic shift reads the token count.
+        s, tokens = self.config.sample, 0
+        options = {name: s[name] or None for name in ("solver", "grid", "shift")}
+        return PUBLISHED.sampler(s.steps, tokens, **options)
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:
@@ -103,17 +174,19 @@ class Painter:
         return tokenizers.bytes_of(captions, self.config.text.length)
 
     def put(self, batch: dict[str, np.ndarray], size: int) -> dict[str, jax.Array]:
+        # Each process holds the whole batch and puts its own rows on the mesh.
         rows = sharding.local_rows(self.mesh, size)
         batch = {name: value[rows] for name, value in batch.items()}
         put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)
         return put(batch, batch_size=size)
 
     def decoded(self, x0: jax.Array) -> jax.Array:
+        # Images in [0, 1] → [-1, 1], as a recipe's own autoencoder gives them
         return 2 * self.encoder.bundle.decode(x0) - 1
 
-    def paint(self, params: dict, batch: dict, negative: dict) -> jax.Array:
+    def sample_batch(self, params: dict, batch: dict, negative: dict) -> jax.Array:
         """A batch's text and numbers to images in [-1, 1], or latents to decode."""
-        x0 = self.latents(params, batch, negative, SOLVERS[self.sampler[0]])
+        x0 = self.latents(params, batch, negative, SOLVERS[self.solver_and_grid[0]])
         return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
 
     def latents(
@@ -122,10 +195,13 @@ class Painter:
         config, objective = self.config.sample, self.parts.objective
         formulation = self.parts.formulation
         seed = jax.random.key(config.seed)
+        # A picture's noise depends on the run's seed and its number, not on its batch.
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
         cond = objective.encode(params, batch)
+        # The unconditional branch is zeros, as caption dropout leaves in training.
         uncond = prompts.null(cond)
         if negative:
+            # Encoded once, on one row for each shard, and repeated for the batch.
             uncond = jax.tree.map(
                 lambda u, c: jnp.broadcast_to(u[:1], c.shape),
                 objective.encode(params, negative),
@@ -137,7 +213,7 @@ class Painter:
             cond,
             uncond,
             shape=self.parts.shape,
-            grid=formulation.grid(self.sampler[1]),
+            grid=formulation.grid(self.solver_and_grid[1]),
             spread=formulation.spread,
             solver=solver,
             scale=config.cfg,
@@ -146,8 +222,8 @@ class Painter:
         )
 
 
-def check(config: ConfigDict) -> None:
-    """UserError if the recipe has not what makes text of captions."""
+def require_text_encoders(config: ConfigDict) -> None:
+    """UserError if captions cannot be encoded: no bytes model, no encode.weights."""
     if config.text.name != "bytes" and not config.encode.weights:
         raise UserError(
             f'config.text.name = "{config.text.name}": this recipe reads text that was'

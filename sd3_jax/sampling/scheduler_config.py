@@ -1,126 +1,30 @@
-"""A model folder's scheduler_config.json: the solver and the t's it asks for.
+"""A model folder's scheduler_config.json becomes a Scheduler.
 
-What diffusers' class of that name does with a setting is done here too, or the setting
-is refused by its name (diffusers 0.42, schedulers/scheduling_*.py).
+A setting has the meaning that diffusers' class gives it, or is refused by name
+(diffusers 0.42, schedulers/scheduling_*.py).
 """
 
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-from jaxtyping import Float32
-
-from sd3_jax.diffusion import grids, timesteps
-from sd3_jax.diffusion.checks import require
+from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
+from sd3_jax.sampling.scheduler import CLOCK, PUBLISHED, Scheduler
 from sd3_jax.weights.published_configs import Field, flag
 
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 LCM, DPM = "FlowMatchLCMScheduler", "DPMSolverMultistepScheduler"
-CLOCK = 1000  # the networks are given 1000 t
-USUAL = {"dpmpp_2m_flow": "flow"}  # a solver's line of t's, if not the released models'
-
-
-@dataclasses.dataclass(frozen=True)
-class Scheduler:
-    """What is sampled with where the caller is silent; by itself the published models'.
-
-    `line` says where the t's lie before they are shifted. `dynamic` shifts by mu, which
-    the image's tokens give on the line through `base` and `most`, (tokens, mu) each.
-    `refused` is why the folder's own settings are not honoured, if they are not.
-    """
-
-    solver: str = "euler"
-    line: str = "released"
-    shift: float = 3.0
-    dynamic: bool = False
-    base: tuple[int, float] = (256, 0.5)
-    most: tuple[int, float] = (4096, 1.15)
-    linear: bool = False  # mu itself is the shift, not its logarithm
-    terminal: float | None = None  # the last t before 0
-    spacing: str = ""  # karras, exponential, beta
-    refused: str = ""
-
-    def sampler(
-        self,
-        steps: int,
-        tokens: int,
-        *,
-        solver: str | None = None,
-        grid: str | None = None,
-        shift: float | None = None,
-        mu: float | None = None,
-        sigmas: Sequence[float] | np.ndarray | None = None,
-    ) -> tuple[str, Float32[np.ndarray, " n"]]:
-        """The solver, and the t's it visits in an image of so many tokens.
-
-        What a caller gives is taken instead of the scheduler's own: a named grid of
-        diffusion/grids.py as it is, `sigmas` shifted as the scheduler's are.
-        """
-        options = {"grid": grid, "shift": shift, "mu": mu, "sigmas": sigmas}
-        given = [name for name, value in options.items() if value is not None]
-        for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
-            if set(pair) <= set(given):
-                raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")
-        if self.refused and (solver is None or not {"grid", "sigmas"} & set(given)):
-            raise UserError(f"{self.refused}; or give both a solver and a grid")
-        line = self.line
-        if solver not in (None, self.solver):
-            line = USUAL.get(solver, "released")
-        solver = solver or self.solver
-        if grid is not None:
-            return solver, grids.make(
-                grid, steps, self.shift if shift is None else shift
-            )
-        if mu is None and shift is None and self.dynamic:
-            mu = grids.linear_mu(tokens, base=self.base, most=self.most)
-        return solver, self._times(steps, line, shift, mu, sigmas)
-
-    def _times(self, steps, line, shift, mu, sigmas) -> Float32[np.ndarray, " n"]:
-        """In diffusers' order: the line, shifted, stretched to its end, spaced anew."""
-        end = 1 / CLOCK
-        if mu is not None:
-            # e^80 is far beyond what leaves float32 steps apart.
-            require(bool(abs(mu) < 80), "mu", mu, "a number between -80 and 80")
-            shift = mu if self.linear else math.exp(mu)
-        else:
-            shift = self.shift if shift is None else shift
-            end = timesteps.shift(end, shift)  # shifted twice: see grids.released
-        require(bool(0 < shift < math.inf), "shift", shift, "a finite number > 0")
-        if sigmas is not None:
-            t = grids.custom(sigmas)
-        else:
-            require(steps >= 1, "steps", steps, "a whole number >= 1")
-            t = LINES[line](steps, end)
-        t = timesteps.shift(t, shift)
-        if self.terminal is not None:
-            t = grids.stretched(t, self.terminal)
-        return grids.apart(np.append(grids.SPACINGS[self.spacing](t), 0), shift)
-
-    def told(self) -> dict[str, Any]:
-        """What differs from the published models', as the JSON of a picture's line."""
-        values = {x.name: (getattr(self, x.name), x.default) for x in FIELDS}
-        differing = {name: a for name, (a, b) in values.items() if a != b}
-        return {k: list(v) if isinstance(v, tuple) else v for k, v in differing.items()}
-
-
-LINES = {  # of n t's before the shift, without the 0
-    "released": lambda n, end: np.linspace(1, end, n),
-    "flow": lambda n, end: np.linspace(1 - 1 / CLOCK, 0, n + 1)[:-1],
-}
-FIELDS = dataclasses.fields(Scheduler)
-PUBLISHED = Scheduler()
 
 
 # --- The file
 
 
 def _shown(value: Any) -> str:
-    """As the file has it."""
+    """A value as in the file."""
     return shown(json.dumps(value, default=str))
 
 
@@ -195,25 +99,28 @@ IDLE = (
 def read(config: Any, where: str = "the scheduler") -> Scheduler:
     """The scheduler of a scheduler_config.json, or the published one if there is none.
 
-    A UserError names a setting of the wrong type or out of range. One that is right
-    but cannot be honoured is in `refused`, for a caller may do without it.
+    UserError for a setting of the wrong type or out of range. A valid setting that is
+    not supported is named in `refused`, since callers may override it.
     """
     if config is None:
         return PUBLISHED
     name, values = _checked(config, where)
     if name not in CLASSES:
         known = ", ".join(CLASSES)
-        told = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
-        own = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
-        shift = own[0] if own else PUBLISHED.shift
-        return dataclasses.replace(PUBLISHED, shift=shift, refused=told)
+        reason = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
+        shifts = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
+        shift = shifts[0] if shifts else PUBLISHED.shift
+        return dataclasses.replace(PUBLISHED, shift=shift, refused=reason)
+    # `complaints` has, for each setting that is not supported, the supported values.
     scheduler, complaints = CLASSES[name].make(values)
+    # The networks are conditioned on 1000 t, whatever the scheduler counts.
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)
+    # The first complaint is enough: the caller mends one setting at a time.
     for key, wanted in complaints.items():
         value = _shown(values[key])
-        told = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
-        return dataclasses.replace(scheduler, refused=told)
+        reason = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
+        return dataclasses.replace(scheduler, refused=reason)
     return scheduler
 
 
@@ -236,28 +143,35 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     values = {}
     for key, field in _keys(name).items():
         value = config.get(key, field.default)
+        # null stands for the default, except where diffusers computes with the value:
+        # null fails there.
         if value is None and key not in ("shift", "flow_shift", "num_train_timesteps"):
             value = field.default
         if value is not field.default and not field.accepts(value):
             raise UserError(f"{where}: {key} {_shown(value)}: wanted {field.allowed}")
         values[key] = value
+    # mu lies on a line through two points; equal lengths would divide by zero.
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
-            told = f"{where}: base_image_seq_len and max_image_seq_len are the same"
-            raise UserError(f"{told}: wanted two, for use_dynamic_shifting")
+            message = f"{where}: base_image_seq_len and max_image_seq_len are the same"
+            raise UserError(f"{message}: wanted two, for use_dynamic_shifting")
     return name, values
 
 
 def _keys(name: str) -> dict[str, Field]:
-    """Of a class that is not known, those that have one meaning in all."""
+    """A class's keys; for an unknown class, those with one meaning in all classes."""
     return (
         CLASSES[name].keys if name in CLASSES else {"shift": SHIFT, "flow_shift": SHIFT}
     )
 
 
+# --- settings of each class
+
+
 def _flow(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     spaced = [name for name in SPACED if values[name]]
     complaints = {}
+    # diffusers refuses two spacings as well.
     if len(spaced) > 1:
         complaints[spaced[1]] = f"false, or {spaced[0]} false"
     if values["invert_sigmas"]:
@@ -282,24 +196,28 @@ def _sizes(values: dict[str, Any]) -> dict[str, Any]:
 
 def _euler(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     scheduler, complaints = _flow(values)
+    # diffusers' Euler with stochastic_sampling takes the LCM step: predict x0, then
+    # noise it anew to the next t.
     if values["stochastic_sampling"]:
         scheduler = dataclasses.replace(scheduler, solver="lcm")
     return scheduler, complaints
 
 
 def _heun(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
+    # diffusers' Heun has no dynamic shift and no spacings.
     return Scheduler(solver="heun", shift=float(values["shift"])), {}
 
 
 def _lcm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     scheduler, complaints = _flow(values)
+    # Scale-wise distilled models change the size of latents between steps.
     if values["scale_factors"]:
         complaints["scale_factors"] = "null: pictures that grow from step to step"
     return dataclasses.replace(scheduler, solver="lcm"), complaints
 
 
 def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
-    """Of the first order on straight lines it is Euler's method."""
+    """DPM-Solver++ on flows; its first order is Euler's method."""
     wanted = {
         "use_flow_sigmas": (True,),
         "prediction_type": ("flow_prediction",),
@@ -316,6 +234,7 @@ def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
         for key, choices in wanted.items()
         if values[key] not in choices
     }
+    # On straight paths the first-order update of DPM-Solver++ is Euler's step.
     solver = "euler" if values["solver_order"] == 1 else "dpmpp_2m_flow"
     shift = float(values["flow_shift"])
     return Scheduler(solver, "flow", shift, **_sizes(values)), complaints

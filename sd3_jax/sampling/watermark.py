@@ -53,16 +53,20 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     signs = 2.0 * _frame(message) - 1  # (FRAME,)
     rows, columns = _spread(grid, h), _spread(grid, w)
     bits, chips = _chips(grid)
+    # From the unmarked picture: the mark itself is no activity to hide in.
     weights = _tolerance(_cells(image, grid))
     carried = np.bincount(bits, chips**2 * weights, FRAME)
     total = np.zeros(FRAME)  # of the mark, in correlation
     marked = image
+    # Rounding to bytes and clipping at 0 and 255 take some of the mark away, so the
+    # correlation is measured on the written bytes and what lacks is added.
     for _ in range(ROUNDS):
         lack = np.maximum(wanted - signs * _correlation(_cells(marked, grid)), 0)
         if lack.max() < 0.05 * wanted:
             break
         total += signs * lack
         terms = (total / carried)[bits] * chips * weights
+        # (g, g) cells → (h, w) pixels
         change = rows @ _pixels(terms, grid) @ columns.T
         marked = np.rint(np.clip(image + change[..., None], 0, 255)).astype(np.uint8)
     return marked
@@ -73,6 +77,8 @@ def read(image: UInt8[ndarray, "h w 3"]) -> str | None:
     for grid in GRIDS.values():
         soft = _correlation(_cells(image, grid))
         weakest = np.argsort(np.abs(soft))[:DOUBTFUL]
+        # Bits near 0 are the likely errors. 256 tries against a CRC of 32 bits: a false
+        # message has a chance of 2^-24 for each grid.
         for flips in np.ndindex((2,) * DOUBTFUL):
             bits = soft > 0
             bits[weakest] ^= np.array(flips, bool)
@@ -89,16 +95,20 @@ def errors(image: UInt8[ndarray, "h w 3"], message: str) -> float:
     return min(float(np.mean(bits != frame)) for bits in read)
 
 
+# --- message and bits
+
+
 def _frame(message: str) -> ndarray:
     """(FRAME,) of bool."""
     text = message.encode().ljust(LENGTH, b"\0")
+    # 16 bytes of text and 4 of its checksum: 160 bits
     whole = text + zlib.crc32(text).to_bytes(4, "big")
     return np.unpackbits(np.frombuffer(whole, np.uint8)).astype(bool)
 
 
 def _message(bits: ndarray) -> str | None:
-    found = np.packbits(bits).tobytes()
-    text, crc = found[:LENGTH], found[LENGTH:]
+    frame = np.packbits(bits).tobytes()
+    text, crc = frame[:LENGTH], frame[LENGTH:]
     if zlib.crc32(text).to_bytes(4, "big") != crc:
         return None
     try:
@@ -114,8 +124,12 @@ def _correlation(cells: Float[ndarray, "g g"]) -> Float[ndarray, " bits"]:
     return np.bincount(bits, _terms(cells) * chips, FRAME)
 
 
+# --- pixels, cells and cosines
+
+
 def _cells(image: UInt8[ndarray, "h w 3"], grid: int) -> Float[ndarray, "g g"]:
     """Mean luminance of each cell of the grid that lies over the whole picture."""
+    # (h, w, 3) → (h, w); JPEG keeps luminance better than colour.
     light = image.astype(np.float64) @ LUMA
     h, w = light.shape
     return _means(grid, h) @ light @ _means(grid, w).T
@@ -156,6 +170,7 @@ def _band() -> tuple[ndarray, ndarray]:
 def _terms(cells: Float[ndarray, "g g"]) -> Float[ndarray, " terms"]:
     """The band's cosines of all blocks, block by block."""
     n, c = len(cells) // BLOCK, _cosines()
+    # (g, g) → (n, n, 8, 8)
     blocks = cells.reshape(n, BLOCK, n, BLOCK).transpose(0, 2, 1, 3)
     return (c @ blocks @ c.T)[(..., *_band())].ravel()
 
@@ -189,7 +204,9 @@ def _chips(grid: int) -> tuple[ndarray, ndarray]:
 def _tolerance(cells: Float[ndarray, "g g"]) -> Float[ndarray, " terms"]:
     """How much of the mark each term takes: more where all of a block hides it."""
     n, half, terms = len(cells) // BLOCK, BLOCK // 2, len(_band()[0])
+    # (g, g) → (n, 2, n, 2): the spread within each quarter of a block
     quarters = cells.reshape(n, 2, half, n, 2, half).std((2, 5))
+    # The least active quarter decides: a mark shows in the flat half of an edge block.
     activity = quarters.min((1, 3)).ravel()
     weight = np.sqrt(np.clip(activity, STILL, 16 * STILL))
     return np.repeat(weight / weight.mean(), terms)

@@ -41,7 +41,7 @@ from sd3_jax.monitoring.goodput import Goodput
 from sd3_jax.monitoring.metrics import PEAK_TFLOPS, Clock, Metrics, read
 from sd3_jax.sampling import sampler
 from sd3_jax.sampling.encoder import Encoder
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.training import optimizer
 from sd3_jax.training.finetuning import SETS, Tuning
 from sd3_jax.training.nonfinite import NonFinite
@@ -208,7 +208,7 @@ class Training:
         self.tx, self.rate = made.tx, made.rate
         self.abstract, self.placed, self.step = made.abstract, made.placed, made.step
         if config.train.sample_every <= config.train.steps and config.train.prompts:
-            sampler.check(config)
+            sampler.require_text_encoders(config)
         self.source = examples.source(config)
         self.data = json.loads(json.dumps(self.source.identity()))
         self.encoder = examples.encoder_of(config, self.source, mesh)
@@ -221,7 +221,7 @@ class Training:
         )
         self.began_with, self.frozen = finetune_start.identity(self.base), {}
         self.validation = Validation(config, self.parts, mesh, self.encoder)
-        self.painter = Painter(config, self.parts, mesh)
+        self.painter = TrainedSampler(config, self.parts, mesh)
         self.step_now = self.settled = 0  # the newest step that was looked at
         self.ahead = 0  # batches that the data are ahead of the step
         self.nonfinite = NonFinite(config.train.skip_nonfinite)

@@ -16,7 +16,7 @@ from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
 from sd3_jax.monitoring import metrics
 from sd3_jax.params.lora import modules
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_loading
 from sd3_jax.weights import lora_formats, safetensors
 
 MEDIUM = {  # what the miniature is
@@ -157,7 +157,7 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
         )
         ours = parts.objective.velocity(params)
         ours = jax.jit(lambda x: ours(x, 0.5 + 0 * x[:, 0, 0, 0], cond))(x)
-    bundle = bundles.load(
+    bundle = bundle_loading.load(
         str(released["tune.base"]),
         mesh=mesh,
         dtype="float32",
@@ -239,7 +239,7 @@ def test_full_weights_start_as_the_released_and_are_converted_back(released, tmp
     argv = ["--config=configs/finetune.py:tiny", f"--workdir={run}", *given]
     assert main.main(["convert", *argv]) == 0
     mesh = sharding.make_mesh()
-    load = lambda path: bundles.load(str(path), mesh=mesh, dtype="float32")
+    load = lambda path: bundle_loading.load(str(path), mesh=mesh, dtype="float32")
     old, new = load(released["tune.base"]), load(run / "diffusers")
     assert new.modules.keys() == old.modules.keys()
     leaves = zip(*(jax.tree.leaves(x.variables["denoiser"]) for x in (old, new)))

@@ -94,7 +94,7 @@ def built(config, tmp_path):
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = trainer.example(config, mesh)
         state, _ = job.step.eval_shape(job.abstract, key, batch, {})
-        painter = sampler.Painter(config, job.parts, mesh)
+        painter = sampler.TrainedSampler(config, job.parts, mesh)
         size = sampler.batch_size(3, config.sample.batch_size, mesh)
         shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
@@ -118,7 +118,7 @@ def scored(config, parts, params, mesh):
     """Evaluation by every measure up to what it would compile."""
     measured(config)
     shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
-    for painter in evaluate.digit_painters(config, parts, mesh):
+    for painter in evaluate.digit_samplers(config, parts, mesh):
         size = sampler.batch_size(3, config.sample.batch_size, mesh)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(params, rows, painter.negative)

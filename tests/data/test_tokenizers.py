@@ -15,7 +15,7 @@ import transformers
 
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import MISTAKE, UserError, exit_code
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_tokenizers
 from sd3_jax.tools.parity import tiny_tokenizers
 from sd3_jax.weights import sources
 
@@ -163,28 +163,34 @@ RELEASED = {"clip_l": {"vocab_size": 49408}, "clip_g": {"vocab_size": 49408}}
 
 
 def test_the_packages_own_is_for_clips_own_vocabulary(tmp_path):
-    found = bundles.tokenizers_of([tmp_path / "model.safetensors"], "", RELEASED)
+    found = bundle_tokenizers.tokenizers_of(
+        [tmp_path / "model.safetensors"], "", RELEASED
+    )
     assert found == {x: tokenizers.packaged_clip(x) for x in ("clip_l", "clip_g")}
     tiny = {name: {"vocab_size": tiny_tokenizers.CLIP_VOCAB} for name in RELEASED}
-    assert bundles.tokenizers_of([tmp_path], "", tiny) == {}
+    assert bundle_tokenizers.tokenizers_of([tmp_path], "", tiny) == {}
     words = "no tokenizer for clip_g, whose 521 rows are not those.*tokenizers_from="
     with pytest.raises(UserError, match=f"a.safetensors: {words}"):
-        bundles.fetched_tokenizer("clip_g", tiny["clip_g"], "a.safetensors")
+        bundle_tokenizers.fetched_tokenizer("clip_g", tiny["clip_g"], "a.safetensors")
 
 
 def test_those_that_are_given_come_first(tmp_path):
     tiny_tokenizers.save(tmp_path)
     tiny = {name: {"vocab_size": tiny_tokenizers.CLIP_VOCAB} for name in RELEASED}
-    found = bundles.tokenizers_of([tmp_path / "a.safetensors"], str(tmp_path), tiny)
+    found = bundle_tokenizers.tokenizers_of(
+        [tmp_path / "a.safetensors"], str(tmp_path), tiny
+    )
     assert set(found) == {"clip_l", "clip_g", "t5"}
     assert len(found["clip_l"]) == tiny_tokenizers.CLIP_VOCAB
     with pytest.raises(UserError, match="tokenizer for clip_l has 521 tokens"):
-        bundles.tokenizers_of([tmp_path / "a.safetensors"], str(tmp_path), RELEASED)
+        bundle_tokenizers.tokenizers_of(
+            [tmp_path / "a.safetensors"], str(tmp_path), RELEASED
+        )
     (tmp_path / "empty").mkdir()
     with pytest.raises(
         UserError, match="empty: no tokenizers: wanted a diffusers fold"
     ):
-        bundles.tokenizers_of([tmp_path], str(tmp_path / "empty"), RELEASED)
+        bundle_tokenizers.tokenizers_of([tmp_path], str(tmp_path / "empty"), RELEASED)
 
 
 def test_each_of_several_sources_may_have_some(tmp_path):
@@ -192,7 +198,11 @@ def test_each_of_several_sources_may_have_some(tmp_path):
     (tmp_path / "b").mkdir()
     (tmp_path / "a" / T5).rename(tmp_path / "b" / T5)
     paths = [tmp_path / "x.safetensors", tmp_path / "a", tmp_path / "b"]
-    assert set(bundles.tokenizers_of(paths, "", {})) == {"clip_l", "clip_g", "t5"}
+    assert set(bundle_tokenizers.tokenizers_of(paths, "", {})) == {
+        "clip_l",
+        "clip_g",
+        "t5",
+    }
 
 
 def t5_of(words):
@@ -212,7 +222,7 @@ def test_t5s_comes_from_the_hub(words, fits, tmp_path, monkeypatch):
         return sources.epath.Path(tmp_path)
 
     monkeypatch.setattr(sources, "resolve", resolve)
-    get = lambda: bundles.fetched_tokenizer("t5", {"vocab_size": 32128}, "a")
+    get = lambda: bundle_tokenizers.fetched_tokenizer("t5", {"vocab_size": 32128}, "a")
     if fits:
         assert len(get()) == words and tokenizers.load(tmp_path).keys() == {"t5"}
     else:
@@ -228,7 +238,9 @@ def test_without_the_hub_it_is_told_what_to_give(monkeypatch):
 
     monkeypatch.setattr(sources, "resolve", resolve)
     with pytest.raises(UserError) as error:
-        bundles.fetched_tokenizer("t5", {"vocab_size": 32128}, "sd3.safetensors")
+        bundle_tokenizers.fetched_tokenizer(
+            "t5", {"vocab_size": 32128}, "sd3.safetensors"
+        )
     message = str(error.value)
     assert message.startswith("sd3.safetensors: no tokenizer for t5 (tokenizers")
     assert "tokenizers_from=FOLDER (config.tokenizers)" in message

@@ -58,7 +58,7 @@ def test_the_score_has_wilson_bounds():
 
 
 def test_variety_is_one_for_real_pictures_and_nothing_for_copies():
-    scenes = digit_scenes.some("single", "train", 12)
+    scenes = digit_scenes.sample_scenes("single", "train", 12)
     canvas = Digits(16, 16, held_out=False)
     rng = np.random.default_rng(0)
     real = lambda captions, numbers: np.stack(

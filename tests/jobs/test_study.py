@@ -123,7 +123,7 @@ def test_the_other_tables():
     assert study_tables.correlations(MADE, "ema")["score"] < 0
     law = study_tables.law(MADE)
     assert law is not None and law.exponent > 0
-    told = study_tables.told(MADE)
+    told = study_tables.markdown(MADE)
     assert "| small | 1,000 | 2e+10 | 0.8500 | 0.0707 | 2 |" in told
     assert len(study_page.panels(MADE)) == 6
 
@@ -131,7 +131,7 @@ def test_the_other_tables():
 def test_losses_of_several_targets_are_not_compared():
     mixed = [MADE[0], MADE[2] | {"path_of_flow": "v/cos"}]
     assert study_tables.law(mixed) is None
-    assert "Least loss" not in study_tables.told(mixed)
+    assert "Least loss" not in study_tables.markdown(mixed)
     assert len(study_page.panels(mixed)) == 3
 
 

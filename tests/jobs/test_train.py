@@ -19,7 +19,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.monitoring import metrics
 from sd3_jax.monitoring.goodput import KINDS
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.training.trainer import Training, example, program
 
 TINY = "--config=configs/quickstart.py:tiny"
@@ -286,7 +286,7 @@ def test_a_profile_will_name_every_part_of_the_programs():
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = scopes(made.step.lower(made.abstract, key, batch, {}))
         batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
-        paint = Painter(config, made.parts, mesh).program
+        paint = TrainedSampler(config, made.parts, mesh).program
         painted = scopes(paint.lower(made.abstract.ema, batch, {}))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (

@@ -17,8 +17,7 @@ from PIL import Image
 import sd3_jax
 from sd3_jax import main
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import arguments
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_loading, control_arguments
 from sd3_jax.sampling.bundle import ControlBundle
 from sd3_jax.sampling.prompts import Conditioning
 
@@ -37,7 +36,7 @@ ZEROS = np.zeros((1, *SHAPE), np.float32)
 def bundle():
     parts = ("denoiser", "vae")
     folder = str(miniature.folder(KIND))
-    return bundles.load(folder, mesh=one_device(), dtype="float32", only=parts)
+    return bundle_loading.load(folder, mesh=one_device(), dtype="float32", only=parts)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +91,7 @@ def wanted_hint(theirs, processor, picture):
 
 def hint(bundle, net, image, **options):
     control = sd3_jax.ControlInput(net, image, **options)
-    _, arrays = arguments.controls_of(bundle, [control], GRID, SHAPE, 1, 1)
+    _, arrays = control_arguments.controls_of(bundle, [control], GRID, SHAPE, 1, 1)
     return np.asarray(arrays[0][1])
 
 
@@ -274,7 +273,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
 )
 def test_controls_that_are_refused(options, said, bundle, net):
     control = sd3_jax.ControlInput(net, HINT)._replace(**options)
-    refused(said, arguments.controls_of, bundle, [control], GRID, SHAPE, 1, 1)
+    refused(said, control_arguments.controls_of, bundle, [control], GRID, SHAPE, 1, 1)
 
 
 def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
@@ -282,15 +281,15 @@ def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
     other = sd3_jax.load_control(str(tmp_path), bundle)
     both = [sd3_jax.ControlInput(x, ZEROS) for x in (net, other)]
     said = "ControlNets of 2, 3 layers together: wanted equally many"
-    refused(said, arguments.controls_of, bundle, both, GRID, SHAPE, 1, 1)
+    refused(said, control_arguments.controls_of, bundle, both, GRID, SHAPE, 1, 1)
     foreign = ControlBundle(other.module.clone(width=128), {}, other.config)
     alone = [sd3_jax.ControlInput(foreign, ZEROS)]
     said = "control 0: a joint ControlNet that is not of this denoiser"
-    refused(said, arguments.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
+    refused(said, control_arguments.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
     large = (4, 50, 16)  # beyond a table of 24 positions
     control = [sd3_jax.ControlInput(other, np.zeros((1, *large), np.float32))]
     said = "control 0: the ControlNet's pictures have 384 pixels a side at most"
-    refused(said, arguments.controls_of, bundle, control, GRID, large, 1, 1)
+    refused(said, control_arguments.controls_of, bundle, control, GRID, large, 1, 1)
 
 
 COND = Conditioning(np.zeros((1, 80, 160), np.float32), np.zeros((1, 128), np.float32))

@@ -18,7 +18,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.params import lora, parametrization
 from sd3_jax.params.parametrization import LowRank
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_loading
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights import lora_formats
 
@@ -33,7 +33,7 @@ def mesh():
 
 @pytest.fixture(scope="module")
 def bundle(mesh):
-    return bundles.load(
+    return bundle_loading.load(
         str(miniature.folder(KIND)), mesh=mesh, dtype="float32", only=("denoiser",)
     )
 
@@ -45,7 +45,7 @@ def theirs():
 
 
 def loaded(mesh, *names, only=("denoiser",)):
-    return bundles.load(
+    return bundle_loading.load(
         str(miniature.folder(KIND)), mesh=mesh, dtype="float32", only=only, lora=names
     )
 
@@ -150,7 +150,7 @@ def test_theirs_here_and_merged_by_convert(bundle, base, theirs, mesh, tmp_path)
     recipe = "--config=configs/released.py:tiny"
     assert main.main(["convert", recipe, f"--workdir={tmp_path}", *flags]) == 0
     file = str(tmp_path / "model.safetensors")
-    merged = bundles.load(file, mesh=mesh, dtype="float32")
+    merged = bundle_loading.load(file, mesh=mesh, dtype="float32")
     agree(merged.velocity(*inputs()), wanted, base)
 
 
@@ -302,7 +302,7 @@ def test_a_component_that_is_not_there(mesh, tmp_path):
     clip = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj"
     path = saved(tmp_path / "x.safetensors", some(clip))
     file = str(miniature.folder(KIND) / "transformer")
-    load = bundles.load
+    load = bundle_loading.load
     with pytest.raises(UserError, match="adapts clip_l, and the weights have only den"):
         load(file, mesh=mesh, lora=[str(path)])
     load(file, mesh=mesh, lora=[str(path)], only=("denoiser",))  # not wanted

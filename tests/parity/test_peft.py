@@ -19,7 +19,7 @@ from transformers import CLIPTextModelWithProjection
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.params import lora
-from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import bundle_loading
 from sd3_jax.sampling import lora_adapters as given
 from sd3_jax.weights import key_mapping, lora_formats
 from sd3_jax.weights import lora_files as files
@@ -38,7 +38,7 @@ def bundle():
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     parts = ("denoiser", "clip_l")
     folder = str(miniature.folder(KIND))
-    return bundles.load(folder, mesh=mesh, dtype="float32", only=parts)
+    return bundle_loading.load(folder, mesh=mesh, dtype="float32", only=parts)
 
 
 def transformer():

@@ -162,7 +162,7 @@ def test_a_prompt_never_makes_a_path(caption):
 
 def test_what_a_model_of_bytes_does_not_read_is_told(tmp_path, caplog):
     found = tasks(tmp_path / "x.txt", "a fox\n" + 20 * "ü" + "\n" + 31 * "a")
-    sample.tell_cut(found, 32)
+    sample.warn_of_cut_prompts(found, 32)
     assert caplog.messages == ["1 of 3 prompts are cut to 31 bytes, the longest has 40"]
 
 
@@ -229,7 +229,7 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 ROWS = st.dictionaries(
-    st.sampled_from([*prompt_file.OWN, "prompt"]) | TEXT, VALUES, max_size=4
+    st.sampled_from([*prompt_file.LINE_SETTINGS, "prompt"]) | TEXT, VALUES, max_size=4
 )
 
 

@@ -11,7 +11,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling.sampler import Painter
+from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.tools.study import run_scores
 
 CAPTIONS = ["a red fox", "a blue house by the sea"]
@@ -45,7 +45,7 @@ def painted(config):
         init = jax.jit(lambda key: tree.unbox(parts.objective.init(key)))
         off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
         params = jax.tree.map(off, init(jax.random.key(0)))
-        yield Painter(config, parts, mesh), params
+        yield TrainedSampler(config, parts, mesh), params
 
 
 def test_a_run_on_latents_paints_by_the_encoders_it_is_given(painted, config):
@@ -62,11 +62,11 @@ def test_the_negative_prompt_is_encoded_too(painted, config):
     painter, params = painted
     own = config.copy_and_resolve_references()
     own.sample.negative = CAPTIONS[0]
-    negative = Painter(own, painter.parts, painter.mesh, painter.encoder)
+    negative = TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)
     a, b = (p(params, CAPTIONS[:1], [0]) for p in (painter, negative))
     assert (a != b).any()
     own.sample.cfg = 0.5  # no guidance, and so no negative prompt
-    without = Painter(own, painter.parts, painter.mesh, painter.encoder)
+    without = TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)
     assert without.negative == {} and not without.guided
 
 

@@ -165,8 +165,8 @@ def test_keys_that_are_of_no_use_are_told_and_those_that_do_nothing_are_not():
 
 
 def test_a_line_tells_what_differs_from_the_published():
-    assert PUBLISHED.told() == {}
+    assert PUBLISHED.non_default_settings() == {}
     odd = {"shift": 5.0, "use_beta_sigmas": True, "max_shift": 1.3}
-    told = scheduler_config.read(odd).told()
+    told = scheduler_config.read(odd).non_default_settings()
     assert told == {"shift": 5.0, "most": [4096, 1.3], "spacing": "beta"}
     assert json.loads(json.dumps(told)) == told  # or a job begun would not go on

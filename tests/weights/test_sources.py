@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from sd3_jax.data import tokenizers
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import bundle
+from sd3_jax.sampling import bundle_loading
 from sd3_jax.weights import hub, safetensors, source_names, sources
 from sd3_jax.weights.safetensors import Entry
 
@@ -349,7 +349,7 @@ def test_a_comma_in_a_path(tmp_path):
         str(a)
     ]
     for given in ([plain, tmp_path / "no,such"], f"{plain},{tmp_path}/no_such"):
-        told = said(bundle.load, given, mesh=sharding.make_mesh())
+        told = said(bundle_loading.load, given, mesh=sharding.make_mesh())
         assert told.startswith(f'weights "{tmp_path}/no') and str(plain) not in told
 
 

@@ -1,4 +1,4 @@
-"""A benchmark's result for people: benchmark.md, and the ratios as benchmark.svg."""
+"""Writes a benchmark's result as benchmark.md, and its ratios as benchmark.svg."""
 
 import logging
 import statistics
@@ -21,6 +21,7 @@ def write(result: dict, workdir: Path) -> None:
     }
     if not bars:
         return
+    # matplotlib is an optional dependency; the tables need none.
     try:
         from sd3_jax.reports import plots
     except ImportError as error:
@@ -47,6 +48,7 @@ def page(result: dict) -> str:
             f"On {peak['device']}; peak by a product of {peak['size']} squared:"
             f" {peak['tflops']:.3g} TFLOP/s{beside}{of}."
         )
+    # Other processes on the machine make every figure doubtful.
     if about["load"][0] > IDLE:
         parts.append(
             f"**The machine was not idle: load {about['load'][0]:.1f} when it began.**"
@@ -76,27 +78,29 @@ def table(result: dict) -> str:
 
 def rows(result: dict) -> Iterator[list[str]]:
     for case in result["cases"]:
-        for side, own in case["sides"].items():
+        for side, side_result in case["sides"].items():
             name = case["name"] if side == "ours" else ""
             label = side if side == "ours" else f"PyTorch {side}"
-            wrong = own.get("failed") or case["refused"].get(side)
+            # A side without a time keeps its row, with the reason in place of numbers.
+            wrong = side_result.get("failed") or case["refused"].get(side)
             if wrong:
-                kind = "failed" if own.get("failed") else "refused"
+                kind = "failed" if side_result.get("failed") else "refused"
                 yield [name, label, f"{kind}: {wrong}", *[""] * 7]
                 continue
-            compile_ = own.get("lower", 0) + own.get("compile", 0)
+            # PyTorch compiles in its first call, so its column is empty.
+            compile_ = side_result.get("lower", 0) + side_result.get("compile", 0)
             ratio = case["ratios"].get(side)
             gap = case["gaps"].get(side)
             yield [
                 name,
                 label,
-                spread(own["seconds"], 1e3),
+                spread(side_result["seconds"], 1e3),
                 spread(ratio, 1) if ratio else "",
-                f"{own['peak'] / 1e6:,.0f}" if "peak" in own else "",
-                f"{compile_:.1f}" if "compile" in own else "",
-                f"{own['first']:.2f}",
-                f"{own['tflops']:.3g}",
-                share(own),
+                f"{side_result['peak'] / 1e6:,.0f}" if "peak" in side_result else "",
+                f"{compile_:.1f}" if "compile" in side_result else "",
+                f"{side_result['first']:.2f}",
+                f"{side_result['tflops']:.3g}",
+                share(side_result),
                 "" if gap is None else f"{gap:.0e}",
             ]
 
@@ -110,28 +114,32 @@ def short(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
-def share(own: dict) -> str:
-    mfu = f", MFU {own['mfu']:.0%}" if own.get("mfu") else ""
-    return f"{own['of_peak']:.0%}{mfu}" if own.get("of_peak") else ""
+def share(side_result: dict) -> str:
+    mfu = f", MFU {side_result['mfu']:.0%}" if side_result.get("mfu") else ""
+    return f"{side_result['of_peak']:.0%}{mfu}" if side_result.get("of_peak") else ""
+
+
+# --- ours alone
 
 
 def scaling(result: dict) -> Iterator[str]:
     """A table for each kind and axis that has points."""
-    for made in result["scaling"]:
-        if not made["points"]:
+    for series in result["scaling"]:
+        if not series["points"]:
             continue
-        axis = made["axis"]
-        far = max(abs(x["relative"] - 1) for x in made["growth"])
+        axis = series["axis"]
+        # Time that grows as FLOPs do has a ratio of 1 at every point.
+        far = max(abs(x["relative"] - 1) for x in series["growth"])
         words = "within" if far <= WIDE else "not within"
         yield (
-            f"## {made['kind']} over {axis}: time against FLOPs {words} {WIDE:.0%}"
+            f"## {series['kind']} over {axis}: time against FLOPs {words} {WIDE:.0%}"
             f" ({far:.0%})"
         )
         lines = [
             f"| {axis} | ms | time grown | FLOPs grown | time / FLOPs | compile s |",
             "|---|---|---|---|---|---|",
         ]
-        for point, grown in zip(made["points"], made["growth"]):
+        for point, grown in zip(series["points"], series["growth"]):
             cells = (
                 f"{point[axis]}",
                 spread(point["seconds"], 1e3),
@@ -143,13 +151,14 @@ def scaling(result: dict) -> Iterator[str]:
 
 
 def startup(result: dict) -> Iterator[str]:
-    found = {k: x for k, x in result["startup"].items() if k != "failed"}
-    if found:
+    times = {k: x for k, x in result["startup"].items() if k != "failed"}
+    if times:
         yield "## Start-up, seconds, of configs/quickstart.py:tiny"
         lines = ["| | median | least to most |", "|---|---|---|"]
-        for name, seconds in found.items():
+        for name, seconds in times.items():
             ends = f"{min(seconds):.2f} to {max(seconds):.2f}"
             lines.append(f"| {name} | {statistics.median(seconds):.2f} | {ends} |")
         yield "\n".join(lines)
+    # A failure is shown beside the times that were measured.
     for text in result["startup"].get("failed", ()):
         yield f"Start-up failed: {text}"

@@ -1,4 +1,4 @@
-"""From a config to what is timed."""
+"""The cases that a config asks to time, as specifications for both sides."""
 
 from ml_collections import ConfigDict
 
@@ -7,13 +7,14 @@ from sd3_jax.tools.benchmark import cases
 from sd3_jax.tools.benchmark.cases import Spec
 
 
-def made(config: ConfigDict) -> list[Spec]:
+def selected_cases(config: ConfigDict) -> list[Spec]:
     specs = [case(config, text) for text in config.benchmark.cases]
     for kind in config.benchmark.apart:
         if kind not in cases.KINDS:
             wanted = f"wanted some of {', '.join(cases.KINDS)}"
             raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
     names = [spec["name"] for spec in specs]
+    # Names are keys of the comparison with an earlier result.
     if twice := [name for name in names if names.count(name) > 1]:
         raise UserError(f'config.benchmark.cases: "{twice[0]}" twice')
     return specs
@@ -24,6 +25,7 @@ def case(config: ConfigDict, text: str) -> Spec:
     if model.name != "mmdit" or model.weight_sets != 2:
         raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
     optim = config.optim.to_dict()
+    # The case is one step of the given batch, without accumulation.
     del optim["accumulate"]
     defaults = {
         "dtype": bench.dtype,
@@ -44,9 +46,11 @@ def case(config: ConfigDict, text: str) -> Spec:
         "seed": config.seed,
     }
     kind = (text.split() or [""])[0]
+    # Text encoders have batches and lengths of their own, not those of training.
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
+    # SD3's rule: as many heads as layers, each 64 wide.
     heads = model.num_heads or spec["depth"]
     configs = {
         "denoiser": lambda: cases.denoiser(

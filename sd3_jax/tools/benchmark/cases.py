@@ -1,4 +1,4 @@
-"""What is timed: each case a dictionary that both sides read, and its inputs by seed.
+"""Cases to time, as dictionaries that both sides read, and their seeded inputs.
 
 Numpy only: the process that runs PyTorch imports this, and no jax with it.
 """
@@ -51,6 +51,7 @@ def parse(text: str, defaults: Mapping[str, Any]) -> Spec:
             raise UserError(
                 f'config.benchmark.cases: "{text}": wanted {key}=NUMBER, 1 or more'
             )
+    # `side` is in pixels, height and width in latents.
     if side := spec.pop("side", 0):
         unit = FACTOR * spec["patch"]
         if side % unit:
@@ -64,12 +65,17 @@ def parse(text: str, defaults: Mapping[str, Any]) -> Spec:
 
 def rectangle(tokens: int, patch: int) -> tuple[int, int]:
     """The sides, in latents, of the squarest picture of so many tokens."""
+    # The largest divisor up to the root gives the squarest picture; 1 always divides.
     rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     return rows * patch, tokens // rows * patch
 
 
+# --- inputs and outputs
+
+
 def inputs(spec: Spec) -> dict[str, np.ndarray]:
-    """What a case is run on, the same on both sides: NHWC, t in (0, 1)."""
+    """The inputs of a case, equal on both sides: NHWC, t in (0, 1)."""
+    # numpy on both sides: torch and jax draw different numbers from equal seeds.
     rng = np.random.default_rng(spec["seed"])
     normal = lambda *shape: rng.standard_normal(shape, np.float32)
     kind = spec["kind"]
@@ -86,33 +92,35 @@ def inputs(spec: Spec) -> dict[str, np.ndarray]:
         return {"image": rng.random(shape, np.float32)}
     if kind == "vae_decode":
         return {"latents": normal(b, h, w, config["latent_channels"])}
-    made = {
+    arrays = {
         "latents": normal(b, h, w, config["in_channels"]),
         "t": np.linspace(0.05, 0.95, b, dtype=np.float32),
         "context": normal(b, length, config["joint_attention_dim"]),
         "pooled": normal(b, config["pooled_projection_dim"]),
     }
     if kind == "train":
-        made["noise"] = normal(*made["latents"].shape)
+        arrays["noise"] = normal(*arrays["latents"].shape)
+    # The negative prompt's embeddings, for guidance.
     if kind == "sample":
-        made |= {f"no_{k}": normal(*made[k].shape) for k in ("context", "pooled")}
-    return made
+        arrays |= {f"no_{k}": normal(*arrays[k].shape) for k in ("context", "pooled")}
+    return arrays
 
 
 def gap(
     ours: Mapping[str, np.ndarray], theirs: Mapping[str, np.ndarray]
 ) -> tuple[float, str]:
-    """The largest |ours - theirs| / |theirs| of their outputs, and which one it is."""
+    """The largest |ours - theirs| / |theirs| among the outputs, and its name."""
     if set(ours) != set(theirs):
         raise ValueError(f"ours gives {sorted(ours)}, theirs {sorted(theirs)}")
-    found = []
+    errors = []
     for name, b in theirs.items():
         a, b = (np.asarray(x, np.float64) for x in (ours[name], b))
         if a.shape != b.shape:
             return math.inf, f"{name}, of shape {a.shape} and {b.shape}"
+        # Relative to the whole array's norm: single elements near 0 say nothing.
         error = float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-30))
-        found.append((error if math.isfinite(error) else math.inf, name))
-    return max(found)
+        errors.append((error if math.isfinite(error) else math.inf, name))
+    return max(errors)
 
 
 def weight(
@@ -120,11 +128,12 @@ def weight(
 ) -> np.ndarray:
     """A random tensor of a diffusers file, of a size that keeps activations near 1.
 
-    Its numbers come round again after a million: drawing billions takes minutes.
+    Its numbers repeat after a million, because drawing billions takes minutes.
     """
     start = int(rng.integers(block.size))
     x = np.resize(np.roll(block, start), shape)
     if len(shape) > 1:
+        # 1 / sqrt(fan in), so that activations neither grow nor vanish with depth.
         return x * np.float32(math.prod(shape[1:]) ** -0.5)
     return 0.1 * x if name.endswith("bias") else 1 + 0.1 * x
 
@@ -133,24 +142,24 @@ def weight(
 
 
 def denoiser(
-    *, depth: int, width: int, num_heads: int, patch: int, channels: int, **rest
+    *, depth: int, width: int, num_heads: int, patch: int, channels: int, **sizes
 ) -> dict:
     """`rest`: qk_norm, dual_blocks, pos_size, pos_base, context_dim, pooled_dim."""
     return {
         "_class_name": "SD3Transformer2DModel",
-        "sample_size": rest["pos_base"] * patch,
+        "sample_size": sizes["pos_base"] * patch,
         "patch_size": patch,
         "in_channels": channels,
         "out_channels": channels,
         "num_layers": depth,
         "attention_head_dim": width // num_heads,
         "num_attention_heads": num_heads,
-        "joint_attention_dim": rest["context_dim"],
+        "joint_attention_dim": sizes["context_dim"],
         "caption_projection_dim": width,
-        "pooled_projection_dim": rest["pooled_dim"],
-        "pos_embed_max_size": rest["pos_size"],
-        "dual_attention_layers": list(range(rest["dual_blocks"])),
-        "qk_norm": "rms_norm" if rest["qk_norm"] else None,
+        "pooled_projection_dim": sizes["pooled_dim"],
+        "pos_embed_max_size": sizes["pos_size"],
+        "dual_attention_layers": list(range(sizes["dual_blocks"])),
+        "qk_norm": "rms_norm" if sizes["qk_norm"] else None,
     }
 
 

@@ -1,7 +1,7 @@
-"""Our side of a case, by the jobs' own programs.
+"""Our side of a case, with the programs that the jobs run.
 
 Run by `python -m sd3_jax.tools.benchmark.jax_side`.
-Compiled anew every time: jax's cache of programs is off in this process.
+Jax's cache of programs is off in this process, so that compilation is timed.
 """
 
 import time
@@ -16,7 +16,7 @@ from sd3_jax.diffusion import grids, guidance
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
 from sd3_jax.models import flops
-from sd3_jax.sampling import compiled as programs
+from sd3_jax.sampling import compiled
 from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
 from sd3_jax.tools.benchmark.cases import Spec
@@ -31,18 +31,18 @@ DENOISER = ("remat", "attention", "unroll")  # what a spec may say of the module
 
 
 class Case:
-    """A program, compiled by `first`, and what it is called with; on one device."""
+    """A program on one device, compiled by `first`, with its arguments."""
 
     def __init__(self, spec: Spec):
         self.spec, self.device = spec, jax.devices()[0]
         self.mesh = sharding.make_mesh(devices=[self.device])
-        given = {k: jnp.asarray(x) for k, x in cases.inputs(spec).items()}
+        inputs = {k: jnp.asarray(x) for k, x in cases.inputs(spec).items()}
         if spec["kind"] == "matmul":
             self.module = self.variables = None
         else:
             self.module, self.variables = load(spec, self.mesh)
-        made = MAKE[spec["kind"]](spec, self.module, self.variables, given)
-        self.lower, self.arguments, self.flops, self.named = made
+        program = MAKE[spec["kind"]](spec, self.module, self.variables, inputs)
+        self.lower, self.arguments, self.flops, self.named = program
         if spec["kind"] == "train":
             self.variables = None  # the state has them
         self.result = None
@@ -54,20 +54,22 @@ class Case:
 
     def first(self) -> dict:
         start = time.perf_counter()
-        with programs.on(self.mesh):
+        with compiled.on(self.mesh):
             lowered = self.lower()
         self.lower = None  # and the arguments that it holds
         lower = time.perf_counter() - start
+        # Lowering and compilation are timed apart: only the first is Python's work.
         self.program = lowered.compile()
-        compiled = time.perf_counter() - start
+        until_compiled = time.perf_counter() - start
         if self.spec["kind"] == "train":
+            # Each step consumes its state, so the losses are kept to be compared later.
             self.losses = [self.step() for _ in range(cases.CHECKED_STEPS)]
         else:
             self.call()
         return {
             "lower": lower,
-            "compile": compiled - lower,
-            "first": time.perf_counter() - start - compiled,
+            "compile": until_compiled - lower,
+            "first": time.perf_counter() - start - until_compiled,
         }
 
     def call(self) -> None:
@@ -79,7 +81,7 @@ class Case:
             )
 
     def step(self) -> tuple[float, float]:
-        """A training step: the state that it takes is gone, as in `train`."""
+        """A training step; its input state is donated, as in `train`."""
         state, *rest = self.arguments
         state, metrics = self.program(state, *rest)
         jax.block_until_ready(state)
@@ -90,10 +92,11 @@ class Case:
         if self.spec["kind"] == "train":
             loss, norm = zip(*self.losses)
             return {"loss": np.array(loss), "grad_norm": np.array(norm)}
-        made = self.named(self.result)
-        return {k: np.asarray(x.astype(jnp.float32)) for k, x in made.items()}
+        outputs = self.named(self.result)
+        return {k: np.asarray(x.astype(jnp.float32)) for k, x in outputs.items()}
 
     def peak(self) -> int:
+        # The CPU client keeps no statistics; the process's resident memory stands in.
         stats = self.device.memory_stats() if self.device.platform != "cpu" else None
         return stats["peak_bytes_in_use"] if stats else process_memory.peak()
 
@@ -101,30 +104,36 @@ class Case:
         return self.device.platform == "cpu" and process_memory.reset()
 
 
+# --- weights
+
+
 def load(spec: Spec, mesh) -> tuple[Any, dict]:
-    """The module and its variables; in training these stay float32."""
+    """The module and its variables, which are float32 in training."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
     module = component.build(spec["config"], dtype)
+    # remat, attention and unroll are ours alone and not in diffusers' configuration.
     if spec["component"] == "denoiser":
         module = module.clone(**{name: spec[name] for name in DENOISER})
-    kept = jnp.float32 if spec["kind"] == "train" else dtype
-    shapes = components.abstract(component, module, spec["config"], mesh, kept)
+    param_dtype = jnp.float32 if spec["kind"] == "train" else dtype
+    shapes = components.abstract(component, module, spec["config"], mesh, param_dtype)
     tensors, _ = safetensors.open_file(spec["weights"])
     pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
     return module, sharded_load.load(tensors, shapes, pieces)
 
 
 def make_weights(spec: Spec, path: str) -> dict:
-    """A file of random weights in diffusers' layout, for both sides."""
+    """Writes a file of random weights in diffusers' layout, for both sides."""
     component, dtype = COMPONENTS[spec["component"]], jnp.dtype(spec["dtype"])
     module = component.build(spec["config"], dtype)
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     shapes = components.abstract(component, module, spec["config"], mesh, dtype)
     rng = np.random.default_rng(spec["seed"])
+    # A prime length: tensors whose sides are powers of two do not repeat in step with
+    # it.
     block = rng.standard_normal(1_000_003, np.float32)
     entries = {}
     for piece in key_mapping.pieces(shapes, component.table(module), "diffusers"):
-
+        # Default arguments bind this piece: entries are drawn later, while writing.
         def draw(key=piece.key, shape=piece.file_shape):
             x = cases.weight(rng, key, shape, block)
             if key.endswith("SelfAttention.q.weight"):  # T5 does not divide by it
@@ -136,26 +145,26 @@ def make_weights(spec: Spec, path: str) -> dict:
     return {"bytes": sum(entry.size for entry in entries.values())}
 
 
-# What each kind is: (lower, arguments, FLOPs, outputs by name)
+# The program of each kind: (lower, arguments, FLOPs, outputs by name)
 
-Made = tuple[Callable, tuple, float, Callable]
+CaseProgram = tuple[Callable, tuple, float, Callable]
 velocity = lambda x: {"velocity": x}
 latents = lambda x: {"latents": x}
 
 
-def matmul(spec, module, variables, given) -> Made:
-    a, b = (given[k].astype(spec["dtype"]) for k in "ab")
+def matmul(spec, module, variables, inputs) -> CaseProgram:
+    a, b = (inputs[k].astype(spec["dtype"]) for k in "ab")
     program = jax.jit(jnp.matmul)
     return lambda: program.lower(a, b), (a, b), 2.0 * len(a) ** 3, lambda x: {"ab": x}
 
 
-def forward(spec, module, variables, given) -> Made:
+def forward(spec, module, variables, inputs) -> CaseProgram:
     dtype = spec["dtype"]
-    x, t = given["latents"], given["t"]
-    context, pooled = (given[k].astype(dtype) for k in ("context", "pooled"))
-    rest = (variables, x, t, context, pooled)
-    lower = lambda: programs.velocity.lower(module, *rest, skip=())
-    return lower, rest, forward_flops(spec, module), velocity
+    x, t = inputs["latents"], inputs["t"]
+    context, pooled = (inputs[k].astype(dtype) for k in ("context", "pooled"))
+    arguments = (variables, x, t, context, pooled)
+    lower = lambda: compiled.velocity.lower(module, *arguments, skip=())
+    return lower, arguments, forward_flops(spec, module), velocity
 
 
 def forward_flops(spec, module) -> float:
@@ -169,22 +178,30 @@ def forward_flops(spec, module) -> float:
     return spec["batch"] * one
 
 
-def train(spec, module, variables, given) -> Made:
+def train(spec, module, variables, inputs) -> CaseProgram:
     tx, _ = optimizer.make(**spec["optim"])
     step = make_train_step(flow_loss(module), tx, ema_decay=spec["ema"], ema_every=1)
+    # The position table is no parameter: it is neither trained nor averaged.
     buffers = {k: x for k, x in variables.items() if k != "params"}
     key = jax.random.key(spec["seed"])
+    # The parameters are donated to the state, which would hold them a second time.
     begin = jax.jit(
         lambda params: init_state(key, lambda _: params, tx), donate_argnums=0
     )
     state = begin(variables["params"])
+    # As in `train`: the new state is written over the old one.
     program = jax.jit(step, donate_argnums=0)
-    rest = (state, key, given, buffers)
-    return lambda: program.lower(*rest), rest, 3 * forward_flops(spec, module), None
+    arguments = (state, key, inputs, buffers)
+    return (
+        lambda: program.lower(*arguments),
+        arguments,
+        3 * forward_flops(spec, module),
+        None,
+    )
 
 
 def flow_loss(module) -> Callable:
-    """diffusion/losses.py's with the noise and the t's of the batch."""
+    """The loss of diffusion/losses.py, with noise and t from the batch."""
 
     def loss(params, key, batch, buffers):
         x0, noise, t = batch["latents"], batch["noise"], batch["t"]
@@ -196,14 +213,15 @@ def flow_loss(module) -> Callable:
     return loss
 
 
-def sample(spec, module, variables, given) -> Made:
+def sample(spec, module, variables, inputs) -> CaseProgram:
     dtype, steps = spec["dtype"], spec["steps"]
     cond, uncond = (
-        Conditioning(*(given[f"{no}{k}"].astype(dtype) for k in Conditioning._fields))
+        Conditioning(*(inputs[f"{no}{k}"].astype(dtype) for k in Conditioning._fields))
         for no in ("", "no_")
     )
+    # Arrays, as `sample` passes them: Python floats would be other programs.
     number = lambda x: jnp.asarray(x, jnp.float32)
-    inputs = programs.Inputs(
+    sampling_inputs = compiled.Inputs(
         keys=None,
         cond=cond,
         uncond=uncond,
@@ -211,43 +229,49 @@ def sample(spec, module, variables, given) -> Made:
         scale=number(spec["cfg"]),
         interval=(number(0.0), number(1.0)),
         rescale=number(0.0),
-        noise=given["latents"],
+        noise=inputs["latents"],
     )
     guided = guidance.guides(spec["cfg"])
-    plan = programs.Plan(module, "euler", given["latents"].shape[1:], guided)
-    rest = (variables, inputs)
-    lower = lambda: programs.sample.lower(plan, *rest)
+    plan = compiled.Plan(module, "euler", inputs["latents"].shape[1:], guided)
+    arguments = (variables, sampling_inputs)
+    lower = lambda: compiled.sample.lower(plan, *arguments)
+    # Guidance runs the denoiser on twice the rows.
     count = (1 + guided) * steps * forward_flops(spec, module)
-    return lower, rest, count, latents
+    return lower, arguments, count, latents
 
 
-def vae_encode(spec, module, variables, given) -> Made:
-    rest = (variables, given["image"], None)
-    lower = lambda: programs.encode_image.lower(module, *rest, **SCALE, tile=None)
+def vae_encode(spec, module, variables, inputs) -> CaseProgram:
+    arguments = (variables, inputs["image"], None)
+    lower = lambda: compiled.encode_image.lower(module, *arguments, **SCALE, tile=None)
     count = matmul_flops.flops(
-        lambda v, x: module.apply(v, x, method="encode"), variables, given["image"]
+        lambda v, x: module.apply(v, x, method="encode"), variables, inputs["image"]
     )
-    return lower, rest, count, latents
+    return lower, arguments, count, latents
 
 
-def vae_decode(spec, module, variables, given) -> Made:
-    rest = (variables, given["latents"])
-    lower = lambda: programs.decode.lower(module, *rest, **SCALE, tile=None)
+def vae_decode(spec, module, variables, inputs) -> CaseProgram:
+    arguments = (variables, inputs["latents"])
+    lower = lambda: compiled.decode.lower(module, *arguments, **SCALE, tile=None)
     count = matmul_flops.flops(
-        lambda v, x: module.apply(v, x, method="decode"), variables, given["latents"]
+        lambda v, x: module.apply(v, x, method="decode"), variables, inputs["latents"]
     )
-    return lower, rest, count, lambda x: {"image": x}
+    return lower, arguments, count, lambda x: {"image": x}
 
 
-def encoder(spec, module, variables, given) -> Made:
+def encoder(spec, module, variables, inputs) -> CaseProgram:
     program = jax.jit(module.apply)
-    rest = (variables, given["ids"])
+    arguments = (variables, inputs["ids"])
     name = {
         "t5": lambda x: {"states": x},
         "clip": lambda x: dict(zip(("states", "pooled"), x)),
     }
-    lower = lambda: program.lower(*rest)
-    return lower, rest, matmul_flops.flops(module.apply, *rest), name[spec["kind"]]
+    lower = lambda: program.lower(*arguments)
+    return (
+        lower,
+        arguments,
+        matmul_flops.flops(module.apply, *arguments),
+        name[spec["kind"]],
+    )
 
 
 MAKE = {

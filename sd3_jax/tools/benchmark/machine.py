@@ -1,4 +1,4 @@
-"""What a benchmark ran on: the machine, its packages, the command."""
+"""The machine, packages and command of a benchmark."""
 
 import datetime
 import importlib.metadata
@@ -16,11 +16,12 @@ PACKAGES = "jax jaxlib flax optax numpy torch diffusers transformers".split()
 
 
 def present(module: str) -> bool:
+    # find_spec does not import: PyTorch takes seconds, and memory in this process.
     return importlib.util.find_spec(module) is not None
 
 
 def missing(kind: str) -> str:
-    """Why PyTorch's side of a kind cannot be had, or ""."""
+    """Why PyTorch's side cannot run a kind, or ""."""
     absent = [x for x in cases.NEEDS.get(kind, cases.DIFFUSERS) if not present(x)]
     return f"{absent[0]} is not installed" if absent else ""
 
@@ -30,7 +31,10 @@ def about(*, dtype: str, repeats: int) -> dict:
         "command": command(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "cpu": processor(),
+        # The cores that this process may use, which in a container are fewer than the
+        # machine's.
         "cores": len(os.sched_getaffinity(0)),
+        # Taken before the benchmark starts: its own processes would show in it later.
         "load": list(os.getloadavg()),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("sd3-jax", *PACKAGES)},
@@ -54,6 +58,7 @@ def version(name: str) -> str | None:
 
 
 def processor() -> str:
+    # platform.processor() is empty or only an architecture on most Linux systems.
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.is_file() else ""
     named: Mapping = dict(

@@ -1,5 +1,7 @@
-"""Floating-point operations of a function's products and convolutions, 2 a
-multiply-add, loops as often as they run: what XLA's own count leaves out."""
+"""FLOPs of a function's matrix products and convolutions, 2 a multiply-add.
+
+Bodies of loops count once for each iteration, which XLA's own count omits.
+"""
 
 import math
 from collections.abc import Callable
@@ -8,7 +10,7 @@ import jax
 
 
 def flops(function: Callable, *args) -> float:
-    """Of function(*args), which may be shapes."""
+    """FLOPs of function(*args); args may be abstract."""
     return _of(jax.make_jaxpr(function)(*args).jaxpr)
 
 
@@ -19,13 +21,17 @@ def _of(jaxpr) -> float:
             total += _product(eqn)
         elif eqn.primitive.name == "conv_general_dilated":
             total += _convolution(eqn)
+        # A jaxpr has a scan's body once, whatever its length.
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
+        # Bodies of scans, branches and nested jits are parameters of their equation.
         inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
         total += times * sum(_of(_opened(x)) for x in inner if _is_jaxpr(x))
     return total
 
 
 def _product(eqn) -> float:
+    # 2 * (elements of the result) * (length of the contracted axes); batch axes are
+    # among the result's.
     (contracted, _), _ = eqn.params["dimension_numbers"]
     a = eqn.invars[0].aval.shape
     summed = math.prod(a[axis] for axis in contracted)
@@ -34,6 +40,7 @@ def _product(eqn) -> float:
 
 def _convolution(eqn) -> float:
     kernel = eqn.invars[1].aval.shape
+    # rhs_spec[0] is the kernel's output channel axis.
     out = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) / out
 

@@ -1,4 +1,4 @@
-"""The two sides as the parent sees them: processes that wait until they are asked."""
+"""The processes of the two sides, as their parent starts and asks them."""
 
 import contextlib
 import ctypes
@@ -15,15 +15,16 @@ GRACE = 5.0  # seconds to end by itself
 
 
 class Failed(Exception):
-    """A side that could not do it; the text is its own."""
+    """A side failed; the text is its message."""
 
 
 class Worker:
-    """`python -m MODULE`, spoken to in lines of JSON; what it prints goes to a log."""
+    """`python -m MODULE`, asked in lines of JSON; what it prints goes to a log."""
 
     def __init__(self, module: str, log: Path, env: Mapping[str, str] | None = None):
         self.module = module
         self._log = log.open("a")
+        # Pipes for commands and answers; whatever libraries print goes to the log.
         self._process = subprocess.Popen(
             [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
@@ -34,11 +35,14 @@ class Worker:
             preexec_fn=end_with_parent,
         )
 
-    def ask(self, command: str, **given) -> dict:
+    def ask(self, command: str, **arguments) -> dict:
         try:
-            self._process.stdin.write(json.dumps([command, given]) + "\n")
+            self._process.stdin.write(json.dumps([command, arguments]) + "\n")
             self._process.stdin.flush()
+            # Blocks until the side answers; there is no timeout, as compilation may
+            # take long.
             line = self._process.stdout.readline()
+        # The side has died; its exit code is read below.
         except BrokenPipeError:
             line = ""
         if not line:
@@ -71,12 +75,12 @@ class Worker:
 
 
 def environment(more: Mapping[str, str] | None = None) -> dict[str, str]:
-    """This process's, with the package in reach from any folder."""
+    """This process's environment, with the package on PYTHONPATH."""
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {**os.environ, "PYTHONPATH": os.pathsep.join(paths), **(more or {})}
 
 
 def end_with_parent() -> None:
-    """In a child before it begins: Linux ends it when its parent is gone."""
+    """Runs in the child before exec: Linux kills it when its parent dies."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG

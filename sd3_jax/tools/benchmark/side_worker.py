@@ -1,7 +1,7 @@
 """One side's process: it reads commands as lines of JSON and answers in the same way.
 
-It does one thing at a time, when it is told to, and ends with the process that started
-it, whatever it is doing: a thread of its own sees the end of the pipe.
+It runs one command at a time and exits with the process that started it, whatever it is
+doing: a thread waits for the end of the pipe.
 """
 
 import json
@@ -20,26 +20,28 @@ from sd3_jax.tools.benchmark import process_memory
 
 
 def serve(side: Callable, **others: Callable) -> None:
-    """`side(spec)` makes what runs a case: first(), call(), outputs(), peak(), ...;
-    `others` are commands of this side's own."""
+    """Serves commands; `side(spec)` returns an object with first(), call(), outputs(),
+    peak(), …, and `others` are further commands of this side."""
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what libraries print is no answer
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the one that started it decides
     commands: queue.Queue = queue.Queue()
+    # The thread notices the end of stdin while the main thread computes, and exits.
     threading.Thread(target=_read, args=(commands,), daemon=True).start()
     loaded, began = None, process_memory.now()
     while True:
-        name, given = commands.get()
+        name, arguments = commands.get()
         try:
             if name == "load":
                 start = time.perf_counter()
-                loaded = side(given["spec"])
+                loaded = side(arguments["spec"])
                 answer = {"seconds": time.perf_counter() - start, "began": began}
                 answer |= loaded.about()
             elif name in others:
-                answer = others[name](**given)
+                answer = others[name](**arguments)
             else:
-                answer = COMMANDS[name](loaded, **given)
+                answer = COMMANDS[name](loaded, **arguments)
+        # Any failure is an answer: the parent shows it in the table and goes on.
         except Exception as error:
             traceback.print_exc()
             text = " ".join(f"{type(error).__name__}: {error}".split())
@@ -54,7 +56,7 @@ def _read(commands: queue.Queue) -> None:
 
 
 def _first(loaded) -> dict:
-    """What a user waits for once: compilation, and the first run."""
+    """Compilation and the first run, which a user waits for once."""
     return loaded.first()
 
 
@@ -64,6 +66,7 @@ def _check(loaded, path: str) -> dict:
 
 
 def _warm(loaded, times: int) -> dict:
+    # The first call's peak includes compilation; the later one is the program's own.
     before = loaded.peak()
     for _ in range(times):
         loaded.call()

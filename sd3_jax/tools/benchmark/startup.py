@@ -1,4 +1,4 @@
-"""How long it takes from a command to its first effect, each time a new process."""
+"""Times from a command to its first effect, each in a new process."""
 
 import contextlib
 import os
@@ -25,7 +25,7 @@ LOOK = 0.01
 
 
 def imports(without: Sequence[str], log: Path) -> Iterator[tuple[str, float]]:
-    """Of Python alone, of ours, and of theirs unless it is not there."""
+    """Times of starting Python, and of imports of ours and theirs if installed."""
     yield "python", seconds([sys.executable, "-c", ""], log)
     for name, code in IMPORTS.items():
         if not any(word in code for word in without):
@@ -34,8 +34,9 @@ def imports(without: Sequence[str], log: Path) -> Iterator[tuple[str, float]]:
 
 
 def jobs(log: Path) -> Iterator[tuple[str, float]]:
-    """From command to first training step and to first picture, without compiled
-    programs and with those of the time before."""
+    """Times from command to first training step and to first picture, with an empty
+    cache of compiled programs and with a filled one."""
+    # A fresh cache folder: "cold" must find no compiled program.
     with tempfile.TemporaryDirectory(prefix="sd3-benchmark-") as scratch:
         cache = Path(scratch, "cache")
         env = {"JAX_COMPILATION_CACHE_DIR": str(cache)}
@@ -61,7 +62,7 @@ def seconds(
     env: Mapping[str, str] | None = None,
     done=None,
 ) -> float:
-    """Until it has ended, or until done(); it ends all the same."""
+    """Seconds until the command exits, or until done(), after which it is killed."""
     with log.open("a") as out:
         start, at = time.perf_counter(), None
         process = subprocess.Popen(
@@ -73,6 +74,7 @@ def seconds(
             preexec_fn=end_with_parent,
         )
         try:
+            # Polled: a job's first step shows in its files, and the process goes on.
             while process.poll() is None:
                 if done is not None and at is None and done():
                     at = time.perf_counter() - start

@@ -1,4 +1,4 @@
-"""What the numbers say: medians, ratios pair by pair, growth, and what got worse."""
+"""Summaries of times: medians, ratios by pairs, growth, and regressions."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -17,20 +17,23 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
     """theirs / ours of each pair of turns: above 1, ours is faster."""
-    each = [b / a for a, b in zip(ours, theirs, strict=True)]
-    return {**spread(each), "each": each}
+    # Ratios within a turn: neighbours in time share the machine's state, which the
+    # ratio of two medians would mix.
+    by_turn = [b / a for a, b in zip(ours, theirs, strict=True)]
+    return {**spread(by_turn), "each": by_turn}
 
 
 def grown(points: Sequence[Result]) -> list[dict[str, float]]:
-    """Each point's growth over the first in time, the median over the rounds, and in
-    FLOPs; `relative` is the one over the other, 1 where time is as FLOPs."""
+    """Each point's growth over the first point, in time (median over the turns) and in
+    FLOPs; `relative` is their ratio, 1 if time grows as FLOPs do."""
+    # Growth is relative to the smallest point of the axis.
     first = points[0]
-    made = []
+    growth = []
     for point in points:
         time = ratios(first["turns"], point["turns"])["median"]
         flops = point["flops"] / first["flops"]
-        made.append({"time": time, "flops": flops, "relative": time / flops})
-    return made
+        growth.append({"time": time, "flops": flops, "relative": time / flops})
+    return growth
 
 
 def measured(result: Result) -> dict[str, float]:
@@ -43,8 +46,8 @@ def measured(result: Result) -> dict[str, float]:
 
 
 def worse(now: Result, before: Result, allowed: float) -> list[str]:
-    """A line for each ratio that fell by more than `allowed` of what it was, or that
-    is gone though its case was run; cases that were not run are not missed."""
+    """A line for each ratio that fell by more than the share `allowed`, or that is
+    missing although its case was run."""
     new, old = measured(now), measured(before)
     run = {case["name"] for case in now["cases"]}
     lines = []

@@ -18,15 +18,17 @@ DEVICE = torch.device("cuda" if GPU else "cpu")
 
 
 class Case:
-    """A function and what it is called with; compiled where spec["mode"] says so."""
+    """A function of no arguments, compiled if spec["mode"] says so."""
 
     def __init__(self, spec: Spec):
         self.spec = spec
-        given = {k: torch.from_numpy(x) for k, x in cases.inputs(spec).items()}
-        given = {k: nchw(x).to(DEVICE) for k, x in given.items()}
-        given = {k: x.long() if k == "ids" else x for k, x in given.items()}
+        inputs = {k: torch.from_numpy(x) for k, x in cases.inputs(spec).items()}
+        # (b, h, w, c) → (b, c, h, w)
+        inputs = {k: nchw(x).to(DEVICE) for k, x in inputs.items()}
+        # PyTorch's embeddings want int64 ids.
+        inputs = {k: x.long() if k == "ids" else x for k, x in inputs.items()}
         self.model = None if spec["kind"] == "matmul" else load(spec)
-        self.function = MAKE[spec["kind"]](spec, self.model, given)
+        self.function = MAKE[spec["kind"]](spec, self.model, inputs)
         self.training = spec["kind"] == "train"
         gc.collect()
 
@@ -53,6 +55,7 @@ class Case:
         with torch.enable_grad() if self.training else torch.inference_mode():
             self.result = self.function()
         if GPU:
+            # CUDA calls return before they are done; the clock must not.
             torch.cuda.synchronize()
 
     def outputs(self) -> dict[str, np.ndarray]:
@@ -80,10 +83,11 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 
 
 def load(spec: Spec) -> torch.nn.Module:
-    """The component with the file's weights; in training they stay float32."""
+    """The component with the file's weights, which are float32 in training."""
     model = BUILD[spec["component"]](spec["config"])
     state = safetensors.torch.load_file(spec["weights"])
     if spec["component"] == "t5":
+        # T5's embedding has two names in transformers and one in the file.
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
     missing, extra = model.load_state_dict(state, strict=False)
     if missing or extra:
@@ -91,6 +95,7 @@ def load(spec: Spec) -> torch.nn.Module:
     dtype = torch.float32 if spec["kind"] == "train" else getattr(torch, spec["dtype"])
     model = model.to(DEVICE, dtype)
     if spec["kind"] != "train":
+        # No dropout and no gradients, as users of the pipelines run it.
         return model.eval().requires_grad_(False)
     if spec["remat"] != "none":
         model.enable_gradient_checkpointing()
@@ -133,27 +138,29 @@ def cast(spec: Spec, *tensors: torch.Tensor) -> list[torch.Tensor]:
     return [x.to(getattr(torch, spec["dtype"])) for x in tensors]
 
 
-# What each kind is: a function without arguments, to outputs by name
+# The function of each kind, without arguments; it returns outputs by name
 
 
-def matmul(spec, model, given) -> Callable:
-    a, b = cast(spec, given["a"], given["b"])
+def matmul(spec, model, inputs) -> Callable:
+    a, b = cast(spec, inputs["a"], inputs["b"])
     product = compiled(spec, torch.matmul)
     return lambda: {"ab": product(a, b)}
 
 
-def forward(spec, model, given) -> Callable:
-    x, context, pooled = cast(spec, given["latents"], given["context"], given["pooled"])
-    model, timestep = compiled(spec, model), 1000 * given["t"]
+def forward(spec, model, inputs) -> Callable:
+    x, context, pooled = cast(
+        spec, inputs["latents"], inputs["context"], inputs["pooled"]
+    )
+    model, timestep = compiled(spec, model), 1000 * inputs["t"]
 
     def run():
-        made = model(x, context, pooled, timestep, return_dict=False)
-        return {"velocity": made[0]}
+        outputs = model(x, context, pooled, timestep, return_dict=False)
+        return {"velocity": outputs[0]}
 
     return run
 
 
-def train(spec, model, given) -> Callable:
+def train(spec, model, inputs) -> Callable:
     """As diffusers' own trainers: autocast over float32 weights, fused AdamW."""
     from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -166,10 +173,11 @@ def train(spec, model, given) -> Callable:
         weight_decay=optim["weight_decay"],
         fused=True,
     )
+    # multi_avg_fn updates all parameters by foreach kernels, the fast way in PyTorch.
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(spec["ema"]))
     run, dtype = compiled(spec, model), getattr(torch, spec["dtype"])
-    x0, noise, t = given["latents"], given["noise"], given["t"]
-    context, pooled = given["context"], given["pooled"]
+    x0, noise, t = inputs["latents"], inputs["noise"], inputs["t"]
+    context, pooled = inputs["context"], inputs["pooled"]
     clip = optim["clip"] or float("inf")
 
     def step():
@@ -177,9 +185,11 @@ def train(spec, model, given) -> Callable:
         xt = (1 - s) * x0 + s * noise
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             v = run(xt, context, pooled, 1000 * t, return_dict=False)[0]
+        # The loss in float32, outside of autocast.
         loss = torch.nn.functional.mse_loss(v.float(), noise - x0)
         adamw.zero_grad(set_to_none=True)
         loss.backward()
+        # Returns the norm before clipping, which ours reports too.
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         adamw.step()
         average.update_parameters(model)
@@ -188,7 +198,7 @@ def train(spec, model, given) -> Callable:
     return step
 
 
-def sample(spec, model, given) -> Callable:
+def sample(spec, model, inputs) -> Callable:
     """diffusers' own loop: StableDiffusion3Pipeline on given embeddings."""
     import diffusers
 
@@ -204,11 +214,11 @@ def sample(spec, model, given) -> Callable:
     pipe.transformer = compiled(spec, model)
     names = ("latents", "context", "pooled", "no_context", "no_pooled")
     noise, context, pooled, no_context, no_pooled = cast(
-        spec, *(given[name] for name in names)
+        spec, *(inputs[name] for name in names)
     )
 
     def run():
-        made = pipe(
+        outputs = pipe(
             prompt_embeds=context,
             pooled_prompt_embeds=pooled,
             negative_prompt_embeds=no_context,
@@ -217,27 +227,29 @@ def sample(spec, model, given) -> Callable:
             width=cases.FACTOR * spec["width"],
             num_inference_steps=spec["steps"],
             guidance_scale=spec["cfg"],
+            # The pipeline may write into its latents.
             latents=noise.clone(),
             output_type="latent",
         )
-        return {"latents": made.images}
+        return {"latents": outputs.images}
 
     return run
 
 
-def vae_encode(spec, model, given) -> Callable:
-    (image,) = cast(spec, given["image"])
+def vae_encode(spec, model, inputs) -> Callable:
+    (image,) = cast(spec, inputs["image"])
     encode = compiled(spec, model.encode)
 
     def run():
+        # The mean and not a draw, since the two sides draw differently.
         z = encode(2 * image - 1).latent_dist.mean
         return {"latents": (z - cases.SHIFT) * cases.SCALING}
 
     return run
 
 
-def vae_decode(spec, model, given) -> Callable:
-    (latents,) = cast(spec, given["latents"])
+def vae_decode(spec, model, inputs) -> Callable:
+    (latents,) = cast(spec, inputs["latents"])
     decode = compiled(spec, model.decode)
 
     def run():
@@ -247,18 +259,18 @@ def vae_decode(spec, model, given) -> Callable:
     return run
 
 
-def t5_states(spec, model, given) -> Callable:
+def t5_states(spec, model, inputs) -> Callable:
     model = compiled(spec, model)
-    return lambda: {"states": model(given["ids"])[0]}
+    return lambda: {"states": model(inputs["ids"])[0]}
 
 
-def clip_states(spec, model, given) -> Callable:
+def clip_states(spec, model, inputs) -> Callable:
     """The layer before the last and the projection, which SD3 reads."""
     model = compiled(spec, model)
 
     def run():
-        made = model(given["ids"], output_hidden_states=True)
-        return {"states": made.hidden_states[-2], "pooled": made[0]}
+        outputs = model(inputs["ids"], output_hidden_states=True)
+        return {"states": outputs.hidden_states[-2], "pooled": outputs[0]}
 
     return run
 
@@ -276,5 +288,6 @@ MAKE = {
 
 
 if __name__ == "__main__":
+    # PyTorch would take one thread for each physical core, jax takes all allowed ones.
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     side_worker.serve(Case)

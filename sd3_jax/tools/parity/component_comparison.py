@@ -1,4 +1,4 @@
-"""Both sides of every component at the same inputs, and down the same trajectory."""
+"""Every component's layers on both sides, at the same inputs."""
 
 import functools
 import logging
@@ -11,12 +11,9 @@ import numpy as np
 import torch
 from jax.sharding import Mesh
 
-from sd3_jax.diffusion import solvers
 from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import compiled
+from sd3_jax.sampling import bundle_loading, compiled
 from sd3_jax.sampling import scheduler_config as schedulers
-from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.tools.parity import layer_pairs, torch_components
 from sd3_jax.tools.parity.gap import Gap, gap
 from sd3_jax.weights import components, sources
@@ -28,7 +25,7 @@ BF16 = torch.bfloat16
 
 
 class Settings(NamedTuple):
-    """What both sides are run on."""
+    """The inputs and sampler settings of both sides."""
 
     prompts: tuple[str, ...]
     height: int
@@ -40,8 +37,8 @@ class Settings(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A layer: ours in float32 and in bfloat16, and PyTorch's own in bfloat16, each
-    against PyTorch in float32."""
+    """A layer's gaps to PyTorch in float32: of ours in float32 and bfloat16, and of
+    PyTorch in bfloat16."""
 
     layer: str
     float32: Gap
@@ -49,17 +46,8 @@ class Row(NamedTuple):
     theirs: Gap
 
 
-class Drift(NamedTuple):
-    """The same for the latents after each step, and the pictures at the end."""
-
-    t: list[float]
-    rows: list[Row]
-    picture: Row
-    pictures: dict[str, np.ndarray]  # "ours", "theirs" (h, w, 3) in [0, 1]
-
-
 class Subject:
-    """A source of weights, its parts' configurations and the inputs for them."""
+    """A source of weights, its components' configurations and their inputs."""
 
     def __init__(self, source: str, tokenizers: str, settings: Settings, mesh: Mesh):
         self.source, self.tokenizers, self.settings = source, tokenizers, settings
@@ -71,7 +59,7 @@ class Subject:
 
     @functools.cached_property
     def scheduler(self) -> dict:
-        """The folder's, if it is Euler's method, else the published one."""
+        """The folder's configuration if it is Euler's method, else a published one."""
         config = self.configs.get("scheduler", {"shift": 3.0})
         scheduler = schedulers.read(config)
         if (scheduler.solver, scheduler.line) == ("euler", "released"):
@@ -87,7 +75,7 @@ class Subject:
         return components.released_name(self.configs["denoiser"]).split(":")[0]
 
     def load(self, dtype: str, *only: str) -> bundles.Bundle:
-        return bundles.load(
+        return bundle_loading.load(
             self.source,
             mesh=self.mesh,
             dtype=dtype,
@@ -101,13 +89,15 @@ class Subject:
     @functools.cached_property
     def ids(self) -> dict[str, np.ndarray]:
         s, bundle = self.settings, self.load("float32")  # no weights
+        # Tokenizers alone are loaded: both sides get the same ids.
         return bundle.token_ids(s.prompts, s.length, encoders=self.configs)
 
     def images(self) -> np.ndarray:
-        """Smooth, as pictures are: few waves of random colours, in [-1, 1]."""
+        """Smooth images in [-1, 1]: a few waves in random colours."""
         draw = np.random.default_rng(self.settings.seed)
         s = self.settings
         y, x = np.mgrid[: s.height, : s.width] / max(s.height, s.width)
+        # Smooth, because white noise is far from what the autoencoder was trained on.
         waves = draw.uniform(-9, 9, (8, 2)) @ np.stack([y.ravel(), x.ravel()])
         colours = draw.standard_normal((8, 3))
         image = np.sin(waves + draw.uniform(0, 6, (8, 1))).T @ colours
@@ -116,6 +106,7 @@ class Subject:
 
     def latents(self, b: int, seed: int = 0) -> np.ndarray:
         draw = np.random.default_rng((self.settings.seed, seed))
+        # Every level of the autoencoder but the first halves the sides.
         factor = 2 ** (len(self.configs["vae"]["block_out_channels"]) - 1)
         side = self.settings.height // factor, self.settings.width // factor
         channels = self.configs["denoiser"].get("in_channels", 16)
@@ -123,7 +114,7 @@ class Subject:
 
 
 def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
-    """Every component, its layers against PyTorch's."""
+    """The rows of every component's layers."""
     for name in COMPONENTS:
         if name not in subject.configs:
             continue
@@ -133,22 +124,24 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
         wide = {
             label: case.theirs(module, torch.float32) for label, case in cases.items()
         }
+        # In place, after the float32 pass: T5-XXL alone takes 19 GB in float32.
         module.to(BF16)
         narrow = {label: case.theirs(module, BF16) for label, case in cases.items()}
+        # PyTorch's copy is freed before ours is loaded.
         del module
-        found = {}
+        answers = {}
         for dtype in ("float32", "bfloat16"):
             bundle = subject.load(dtype, name)
             for label, case in cases.items():
-                found[label, dtype] = case.ours(bundle)
+                answers[label, dtype] = case.ours(bundle)
         for label in cases:
             yield (
                 label,
                 [
                     Row(
                         layer,
-                        gap(found[label, "float32"][layer], wide[label][layer]),
-                        gap(found[label, "bfloat16"][layer], wide[label][layer]),
+                        gap(answers[label, "float32"][layer], wide[label][layer]),
+                        gap(answers[label, "bfloat16"][layer], wide[label][layer]),
                         gap(narrow[label][layer], wide[label][layer]),
                     )
                     for layer in wide[label]
@@ -157,7 +150,7 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
 
 
 class Case(NamedTuple):
-    """One component at its inputs, on either side: layers' answers by name."""
+    """One component with its inputs; both sides return outputs by layer."""
 
     name: str
     table: Any  # (variables) -> list of Layer
@@ -172,6 +165,7 @@ class Case(NamedTuple):
         @jax.jit
         def run(variables, *args):
             options = {"method": self.method} if self.method else {}
+            # capture_intermediates stores the output of every submodule's __call__.
             _, state = module.apply(
                 variables,
                 *args,
@@ -245,92 +239,3 @@ CASES = {
     "clip_g": _text_case,
     "t5": _text_case,
 }
-
-
-def drift(subject: Subject) -> Drift:
-    """The first prompt under guidance from one noise, by both, each with its own text
-    encoders; what differs grows on the way."""
-    s, noise = subject.settings, subject.latents(1, seed=1)
-    texts = [s.prompts[0], ""]
-    narrow = {}
-    scheduler = subject.scheduler
-    conds = _their_text(subject, texts)
-    modules = [subject.theirs(name) for name in ("denoiser", "vae")]
-    for dtype, (cond, uncond) in conds.items():
-        narrow[dtype] = torch_components.trajectory(
-            *(module.to(dtype) for module in modules),
-            scheduler,
-            cond,
-            uncond,
-            noise,
-            steps=s.steps,
-            scale=s.scale,
-        )
-    del modules
-    found = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
-    (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
-    rows = [
-        Row(
-            f"step {i + 1}",
-            gap(found["float32"][0][i + 1], wanted[i]),
-            gap(found["bfloat16"][0][i + 1], wanted[i]),
-            gap(half[i], wanted[i]),
-        )
-        for i in range(len(wanted))
-    ]
-    ours, ours_half = found["float32"][1], found["bfloat16"][1]
-    ends = (gap(ours, picture), gap(ours_half, picture), gap(half_picture, picture))
-    grid = _grid(subject)
-    pictures = {"ours": ours[0], "theirs": picture[0], "ours, bfloat16": ours_half[0]}
-    return Drift(grid[1:].tolist(), rows, Row("picture", *ends), pictures)
-
-
-DTYPES = ("float32", "bfloat16")
-
-
-def _grid(subject: Subject) -> np.ndarray:
-    s, config = subject.settings, subject.configs["denoiser"]
-    tokens = np.prod(subject.latents(1).shape[1:3]) // config.get("patch_size", 2) ** 2
-    return schedulers.read(subject.scheduler).sampler(s.steps, int(tokens))[1]
-
-
-def _their_text(subject: Subject, texts: list[str]) -> dict:
-    """(cond, uncond) by dtype."""
-    names = [name for name in bundles.TEXT if name in subject.configs]
-    modules = {name: subject.theirs(name) for name in names}
-    words, length = subject.load("float32").tokenizers, subject.settings.length
-    found = {}
-    for dtype in (torch.float32, BF16):
-        modules = {name: module.to(dtype) for name, module in modules.items()}
-        context, pooled = torch_components.encoded(modules, words, texts, length)
-        found[dtype] = (context[:1], pooled[:1]), (context[1:], pooled[1:])
-    return found
-
-
-def _ours(subject: Subject, texts, noise, dtype) -> tuple[np.ndarray, np.ndarray]:
-    s = subject.settings
-    bundle = subject.load(dtype, *bundles.TEXT)
-    both = bundle.encode_prompts(texts, s.length)
-    cond, uncond = (Conditioning(*(x[i : i + 1] for x in both)) for i in (0, 1))
-    bundle = subject.load(dtype, "denoiser", "vae")
-    module, grid = bundle.modules["denoiser"], _grid(subject)
-
-    @jax.jit
-    def run(variables, cond, uncond, noise):
-        return generate(
-            lambda x, t, cond: module.apply(variables, x, t, *cond),
-            None,
-            cond,
-            uncond,
-            shape=noise.shape[1:],
-            grid=grid,
-            solver=functools.partial(solvers.euler, trajectory=True),
-            scale=s.scale,
-            noise=noise,
-        )
-
-    args = compiled.place((cond, uncond, noise), bundle.mesh)
-    with compiled.on(bundle.mesh):
-        visited = run(bundle.variables["denoiser"], *args)
-    images = bundle.decode(visited[-1])
-    return np.asarray(visited), np.asarray(images)

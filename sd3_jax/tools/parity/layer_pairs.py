@@ -1,4 +1,4 @@
-"""Which answer of ours is which of PyTorch's, layer by layer, in their order."""
+"""Pairs of outputs, ours and PyTorch's, layer by layer in order."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -10,8 +10,8 @@ from sd3_jax.tools.parity.torch_components import nhwc
 
 
 class Layer(NamedTuple):
-    """`ours(taken)` finds it in flax's intermediates; PyTorch's is what `pick` takes
-    of the answer of `theirs`, a submodule's name."""
+    """`ours(intermediates)` is our output in flax's intermediates; PyTorch's is
+    pick(output) of the submodule named `theirs`."""
 
     name: str
     ours: Callable[[dict], Any]
@@ -20,7 +20,7 @@ class Layer(NamedTuple):
 
 
 def at(*path: str) -> Callable[[dict], Any]:
-    """The only call's answer of the module at a path."""
+    """A function of the intermediates: the output of the module at `path`."""
 
     def find(taken):
         for name in path:
@@ -31,13 +31,14 @@ def at(*path: str) -> Callable[[dict], Any]:
 
 
 def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Layer]:
-    """`shape` is that of the latents."""
+    """The layers of the denoiser for latents of `shape`, (h, w)."""
     depth, patch = config["num_layers"], config.get("patch_size", 2)
     dual = len(config.get("dual_attention_layers") or ())
     table = variables["buffers"]["pos_embed"].astype(np.float32)
+    # diffusers crops the middle of its table to the picture's patches.
     place = position_table.crop(table, *(side // patch for side in shape))
     time = "time_text_embed.{}_embedder"
-    found = [
+    layers = [
         Layer("patches", at("patch_embed"), "pos_embed.proj", _tokens),
         Layer(
             "patches + positions",
@@ -49,6 +50,8 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
         Layer("pooled text", at("pooled_embed"), time.format("text")),
     ]
     for i in range(depth):
+        # Our blocks lie in scans, one for dual and one for plain blocks; the last block
+        # is a module of its own, as it has no text output.
         group, j = ("dual_blocks", i) if i < dual else ("blocks", i - dual)
         for stream, name in enumerate(("image", "text")):
             if i == depth - 1:
@@ -58,32 +61,36 @@ def denoiser(config: dict, variables: dict, shape: tuple[int, int]) -> list[Laye
                     stream
                 ][j]
             if i < depth - 1 or name == "image":
+                # diffusers' block returns (text, image), ours (image, text).
                 pick = lambda answer, stream=stream: answer[1 - stream]
                 block = f"transformer_blocks.{i}"
-                found.append(Layer(f"block {i} {name}", ours, block, pick))
-    return [*found, Layer("tokens out", at("final"), "proj_out")]
+                layers.append(Layer(f"block {i} {name}", ours, block, pick))
+    return [*layers, Layer("tokens out", at("final"), "proj_out")]
 
 
 def _tokens(answer):
     return answer.flatten(2).transpose(1, 2)
 
 
+# --- the autoencoder
+
+
 def encoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
-    found = [_conv("encoder", "conv_in")]
+    layers = [_conv("encoder", "conv_in")]
     for i in range(levels):
         name, ours = f"encoder.down_blocks.{i}", f"down_{i}"
-        found += _level("encoder", name, ours, i, resnets, "down", levels)
-    return [*found, *_end("encoder")]
+        layers += _level("encoder", name, ours, i, resnets, "down", levels)
+    return [*layers, *_end("encoder")]
 
 
 def decoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
-    found = [_conv("decoder", "conv_in"), _middle("decoder")]
+    layers = [_conv("decoder", "conv_in"), _middle("decoder")]
     for i in range(levels):
         name, ours = f"decoder.up_blocks.{i}", f"up_{i}"
-        found += _level("decoder", name, ours, i, resnets, "up", levels)
-    return [*found, *(x for x in _end("decoder") if x.name != "decoder middle")]
+        layers += _level("decoder", name, ours, i, resnets, "up", levels)
+    return [*layers, *(x for x in _end("decoder") if x.name != "decoder middle")]
 
 
 def _conv(half, name, ours=None):
@@ -106,6 +113,9 @@ def _level(half, name, ours, i, resnets, way, levels):
     if i < levels - 1:
         sampler = f"{name}.{way}samplers.0"
         yield Layer(f"{half} {way} {i} conv", at(half, f"{ours}_conv"), sampler, nhwc)
+
+
+# --- the text encoders
 
 
 def clip(config: dict) -> list[Layer]:

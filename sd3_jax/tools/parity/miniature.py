@@ -1,5 +1,7 @@
-"""Miniature pipelines of the three published kinds, of diffusers' and with random
-weights: for the tests, and for `compare` where there are no weights."""
+"""Miniature diffusers pipelines of the three published kinds, with random weights.
+
+The tests use them, and `compare` without weights.
+"""
 
 from pathlib import Path
 
@@ -17,7 +19,8 @@ KINDS = {
 
 
 def pipeline(kind: str, scratch: Path) -> diffusers.StableDiffusion3Pipeline:
-    """Heads of 64 wide, as the original layout has them; no parameter is 0 or 1."""
+    """A pipeline with heads of 64, as the original layout needs; random parameters."""
+    # Modules draw their first weights when they are built; randomise replaces them all.
     torch.manual_seed(0)
     parts = dict(
         transformer=transformer(**KINDS[kind]),
@@ -106,6 +109,8 @@ def randomise(module, seed=0):
     draw = lambda p: torch.randn(p.shape, generator=generator)
     with torch.no_grad():
         for name, p in module.named_parameters():
+            # Zeros and ones would hide swapped or missing tensors: scales become random
+            # too.
             if p.ndim > 1:
                 p.copy_(draw(p) * p[0].numel() ** -0.5)
             elif name.endswith("bias"):

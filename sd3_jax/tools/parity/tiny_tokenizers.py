@@ -36,6 +36,7 @@ def clip(folder: Path, pad: str) -> None:
     pieces += [merge.replace(" ", "") for merge in MERGES]
     pieces += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {piece: i for i, piece in enumerate(pieces)}
+    # The end of text must have the largest id: pooling looks for it by argmax.
     assert len(vocab) == CLIP_VOCAB
     (folder / "vocab.json").write_text(json.dumps(vocab))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(MERGES) + "\n")

@@ -42,6 +42,7 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
             raise UserError(f"{path}: compare reads a diffusers folder or single file")
         return CLASSES[name].from_pretrained(folder).float().eval()
     prefix = COMPONENTS[name].prefix
+    # Only this component's tensors are read: a single file holds all of them.
     with safetensors.safe_open(path, "pt") as file:
         whole = {k: file.get_tensor(k) for k in file.keys() if k.startswith(prefix)}
         if not whole:  # a file of one component
@@ -49,6 +50,7 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
     whole = {k: x.float() for k, x in whole.items()}
     model, state = CONVERT.get(name, _text)(name, config, whole, prefix)
     missing, extra = model.load_state_dict(state, strict=False)
+    # position_ids are buffers of older transformers, and no weights.
     if missing or any(not key.endswith("position_ids") for key in extra):
         raise UserError(f"{path}: {name}: PyTorch misses {missing[:3]}, {extra[:3]}")
     return model.eval()
@@ -68,9 +70,11 @@ def _text(name, config, state, prefix):
     known = {k: v for k, v in config.items() if k != "architectures"}
     model = CLASSES[name](CONFIGS[name](**known))
     state = {k.removeprefix(prefix): x for k, x in state.items()}
+    # T5's embedding is stored as "shared" too, and is set from it below.
     state = {k: x for k, x in state.items() if "embed_tokens" not in k}
     if name == "t5":
         state["encoder.embed_tokens.weight"] = state["shared.weight"]
+    # Single files omit CLIP-L's projection: Stability's code takes the identity.
     if name == "clip_l" and "text_projection.weight" not in state:
         state["text_projection.weight"] = torch.eye(model.config.projection_dim)
     return model, state
@@ -82,11 +86,12 @@ CONVERT: dict[str, Callable] = {"denoiser": _denoiser, "vae": _vae}
 def captured(
     module: torch.nn.Module, call: Callable, wanted: dict[str, tuple[str, Callable]]
 ) -> dict[str, np.ndarray]:
-    """`call(module)` and on its way each label's (submodule, part of its answer)."""
+    """Runs call(module); for each label, pick(output) of its submodule."""
     taken, handles = {}, []
     named = dict(module.named_modules())
+    # Forward hooks see every submodule's output without changing the model.
     for label, (submodule, pick) in wanted.items():
-
+        # Default arguments bind this iteration's values.
         def hook(_, __, answer, label=label, pick=pick):
             taken[label] = pick(answer).detach().float().numpy()
 
@@ -159,6 +164,7 @@ def trajectory(
         visited.append(nhwc(kwargs["latents"]).float().numpy())
         return {}
 
+    # The pipeline keeps its latents in this dtype, as users get it.
     dtype = denoiser.dtype
     (context, pooled), (no_context, no_pooled) = cond, uncond
     factor = pipe.vae_scale_factor

@@ -1,1 +1,1 @@
-"""What a program does on a TPU slice, compiled without one."""
+"""Bounds of programs on TPU slices, compiled without a TPU."""

@@ -1,4 +1,4 @@
-"""The TPU's own compiler, run for slices that are not there."""
+"""Compiles programs for TPU slices without a TPU, by libtpu's compiler."""
 
 import os
 import re
@@ -28,11 +28,11 @@ ENVIRONMENT = {  # before libtpu is loaded: there is no TPU to ask
 
 
 class TooLarge(Exception):
-    """As the compiler tells it: "21.30G of 15.75G"."""
+    """The program does not fit in HBM: "21.30G of 15.75G"."""
 
 
 class Case(NamedTuple):
-    """A program and what it must do on a device."""
+    """A program and the work that it must do on one device."""
 
     name: str
     lower: Callable
@@ -51,14 +51,16 @@ class Compiled(NamedTuple):
 
 
 def prepare() -> None:
+    # setdefault, so that a user's own settings of libtpu win.
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    # libtpu compiles without being a backend: arrays live on the CPU.
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_enable_compilation_cache", False)  # no client could read it
 
 
 def compiler() -> str:
-    """The versions that a plan is of; UserError without a TPU compiler."""
+    """The versions of the compiler and jax; UserError without libtpu."""
     try:
         version = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
@@ -68,27 +70,28 @@ def compiler() -> str:
     return f"libtpu {version}, jax {jax.__version__}"
 
 
-def devices(each: Slice) -> list:
+def devices(tpu_slice: Slice) -> list:
     try:
         return topologies.get_topology_desc(
             platform="tpu",
-            topology_name=each.topology,
-            wrap=each.wrap,
-            num_slices=each.slices,
+            topology_name=tpu_slice.topology,
+            wrap=tpu_slice.wrap,
+            num_slices=tpu_slice.slices,
         ).devices
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"no TPU compiler for {each.topology} ({reason}); wanted pip install libtpu"
+            f"no TPU compiler for {tpu_slice.topology} ({reason}); wanted pip install"
+            " libtpu"
         ) from None
 
 
-def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
-    """Those that launch/ would start the job with: the generation's, and those of the
-    generation and the job where there are any."""
+def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
+    """The compiler flags that launch/ would set: those of the generation, and those of
+    the generation and the job if there is such a file."""
     if not folder:
         return {}
-    path = epath.Path(folder) / f"{each.kind}.env"
+    path = epath.Path(folder) / f"{tpu_slice.kind}.env"
     if folder == FLAGS and not path.exists():
         path = epath.Path(shipped(FLAGS)) / path.name
     if not path.exists():
@@ -96,25 +99,30 @@ def flags(folder: str, each: Slice, job: str) -> dict[str, str]:
             f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
             ' which is ours, another folder, or "" for the compiler\'s defaults'
         )
-    paths = [path, path.with_name(f"{each.kind}.{job}.env")]
+    paths = [path, path.with_name(f"{tpu_slice.kind}.{job}.env")]
     text = "\n".join(path.read_text() for path in paths if path.exists())
+    # Commented flags are not set by the launchers either.
     text = re.sub(r"(?m)^#.*", "", text)
     return dict(re.findall(r"--(xla_\w+)=([^\s\"\\]+)", text))
 
 
 def compile(lowered, options: dict[str, str]) -> Compiled:
-    """Raises TooLarge where it does not fit."""
+    """Compiles a lowered program; TooLarge if it exceeds HBM."""
     begin = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # Of programs that use the SparseCores as_text() fails, the dump does not.
         dump = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
-            made = lowered.compile(compiler_options=options | dump)
+            program = lowered.compile(compiler_options=options | dump)
+        # XLA reports a program that exceeds HBM as an error whose text has the sizes.
         except jax.errors.JaxRuntimeError as error:
             raise TooLarge(too_large(error)) from None
+        # One program, one module: more than one file would be an error worth a
+        # traceback.
         (path,) = epath.Path(folder).glob("*.after_optimizations.txt")
+        # Read before the temporary folder is deleted.
         text = path.read_text()
-    return Compiled(text, memory(made), time.perf_counter() - begin)
+    return Compiled(text, memory(program), time.perf_counter() - begin)
 
 
 def too_large(error: Exception) -> str:
@@ -123,10 +131,10 @@ def too_large(error: Exception) -> str:
         rf"\({size}\) exceeds available HBM \({size}\)",
         rf"Used {size} of {size} hbm",  # and not of vmem or smem
     )
-    told = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
-    if told is None:
+    match = next(filter(None, (re.search(form, str(error)) for form in forms)), None)
+    if match is None:
         raise error
-    return f"{told[1]} of {told[2]}"
+    return f"{match[1]} of {match[2]}"
 
 
 def memory(compiled) -> dict[str, float]:
@@ -134,6 +142,7 @@ def memory(compiled) -> dict[str, float]:
     sizes = {
         "arguments": m.argument_size_in_bytes,
         "temporaries": m.temp_size_in_bytes,
+        # Outputs that alias donated arguments are the same bytes, so they count once.
         "peak": m.argument_size_in_bytes
         + m.temp_size_in_bytes
         + m.output_size_in_bytes

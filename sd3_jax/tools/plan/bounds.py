@@ -1,8 +1,8 @@
-"""How fast a program could be at most, by what each of its parts must do.
+"""Upper bounds of a program's speed, from the work of its parts.
 
-The matrix products' part is analytic: 2 FLOPs a multiply-add, three times the forward
-pass for training. What a compiled program does beside them is read off it, by
-schedule.py.
+Matrix products are counted analytically: 2 FLOPs a multiply-add, three times the
+forward pass for training. All other work is read off the compiled program
+(schedule.py).
 """
 
 from typing import NamedTuple
@@ -19,8 +19,8 @@ TIGHT = 0.93  # of HBM; the runtime wants some, and the compiler may err
 
 
 class Work(NamedTuple):
-    """FLOPs of one image's forward pass: in linear maps, and in attention as it is
-    run, of padded lengths."""
+    """FLOPs of one image's forward pass: linear maps, attention, and attention on
+    padded lengths as the kernel runs it."""
 
     linear: float
     attention: float
@@ -29,7 +29,7 @@ class Work(NamedTuple):
 
 
 class Compute(NamedTuple):
-    """Seconds of one image on one device, by what they are for."""
+    """Seconds of one image on one device, by kind of work."""
 
     linear: float
     recomputed: float  # linear maps run again in the backward pass
@@ -44,14 +44,15 @@ class Compute(NamedTuple):
 
 
 def training(work: Work, chip: Generation, *, head: int, again: float) -> Compute:
-    """Of a step. `again`: the share of the linear maps that remat runs a second time,
-    and of the attention's forward pass if it is 1.
+    """Of a training step. `again` is the share of the linear maps that remat repeats;
+    at 1 it repeats attention's forward pass as well.
 
     Attention is two products of equal size; its backward pass is four, and a fused
     kernel makes a fifth, the first one once more. Each has a side as wide as a head,
     which fills only that part of the matrix unit.
     """
     one = work.attention / 2
+    # One product is half of attention's forward FLOPs; full remat repeats both.
     fifth = one + (2 * one if again >= 1 else 0)
     return _compute(
         work, chip, head, 3 * work.linear, again * work.linear, 6 * one, fifth
@@ -59,12 +60,14 @@ def training(work: Work, chip: Generation, *, head: int, again: float) -> Comput
 
 
 def forward(work: Work, chip: Generation, *, head: int) -> Compute:
-    """Of one call of the model."""
+    """Of one call of the model, without gradients."""
     return _compute(work, chip, head, work.linear, 0.0, work.attention, 0.0)
 
 
 def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute:
+    # The kernel works on whole blocks of tokens, padding included.
     stretch = work.padded / work.attention
+    # A head of 64 fills half of a matrix unit that is 128 wide.
     fill = min(1.0, head / chip.matrix)
     padding = (attention + kernel) * (stretch - 1)
     narrow = (attention + kernel) * stretch * (1 / fill - 1)
@@ -73,8 +76,10 @@ def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute
 
 
 def least_wire(params: int, shards: int, copies: int) -> float:
-    """Bytes a device must send: weights in bfloat16 gathered twice and gradients
-    scattered once over `shards`, and what is left summed over `copies` of them."""
+    """Bytes a device must send: weights in bfloat16 all-gathered twice and gradients
+    reduce-scattered once over `shards`, then all-reduced over `copies` of them."""
+    # A ring sends (n - 1) / n of the array from each device; 2 bytes a number, 3 times:
+    # gathers of the forward and the backward pass, and the gradients' reduce-scatter.
     ring = 3 * 2 * params * (shards - 1) / shards
     return ring + 2 * 2 * params / shards * (copies - 1) / copies
 
@@ -82,7 +87,7 @@ def least_wire(params: int, shards: int, copies: int) -> float:
 def work_on(
     chip: Generation, model: MMDiT, *, height: int, width: int, text: int, total: float
 ) -> Work:
-    """Of latents of this height and width, in the kernel's blocks for this chip."""
+    """The work for latents of this size, with the kernel's block size on this chip."""
     tokens = height * width // model.patch**2
     size = splash.block(tokens + text, splash.MOST[chip.kind])
     padded = -(-(tokens + text) // size) * size
@@ -90,14 +95,17 @@ def work_on(
 
 
 def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> Work:
-    """A forward pass's FLOPs apart; `padded` is the length that the kernel sees."""
-    d, both = model.width, tokens + text
-    joint = 4 * d * ((model.depth - 1) * both**2 + tokens * both)
+    """Splits a forward pass's FLOPs; `padded` is the length that the kernel sees."""
+    d, joint_tokens = model.width, tokens + text
+    # 2 products of 2 n^2 d FLOPs. The last block drops the text: its queries are the
+    # image's tokens only.
+    joint = 4 * d * ((model.depth - 1) * joint_tokens**2 + tokens * joint_tokens)
+    # Dual blocks attend once more over the image's tokens.
     dual = model.dual_blocks * 4 * d * tokens**2
     longer = 4 * d * ((model.depth - 1) * padded**2 + tokens * padded)
-    return Work(total - joint - dual, joint + dual, longer + dual, both)
+    return Work(total - joint - dual, joint + dual, longer + dual, joint_tokens)
 
 
 def verdict(peak: float, capacity: float) -> str:
-    """Of a program that the compiler let pass."""
+    """Whether a program that compiles leaves room in HBM: "fits" or "tight"."""
     return "tight" if peak > TIGHT * capacity else "fits"

@@ -8,7 +8,7 @@ programs that use the SparseCores only the dump can be had.
 import functools
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import NamedTuple
 
 BYTES = {"pred": 1, "bf16": 2, "token": 0, "opaque": 0, "c64": 8, "c128": 16} | {
@@ -25,8 +25,8 @@ COLLECTIVES = (
 
 
 class Shape(NamedTuple):
-    """An array as it lies in memory: sides, their order from the fastest, the first
-    tile's sides, and the memory space."""
+    """An array's layout: sides, axes from the fastest to the slowest, sides of the
+    first tile, and memory space."""
 
     dtype: str
     sides: tuple[int, ...]
@@ -40,7 +40,8 @@ class Shape(NamedTuple):
 
     @property
     def bytes(self) -> float:
-        """With the padding of its tiles: 96 numbers fill 128 lanes."""
+        """Bytes with the padding of tiles: 96 numbers fill 128 lanes."""
+        # minor_to_major: the first entry of `order` is the axis that is contiguous.
         sides = [self.sides[i] for i in self.order] or list(self.sides[::-1])
         for i, tile in enumerate(self.tile[::-1]):
             if i < len(sides):
@@ -65,7 +66,7 @@ class Instruction(NamedTuple):
 
     @property
     def source(self) -> str:
-        """The operation of the JAX program that it was made for."""
+        """The operation of the JAX program that it comes from."""
         match = re.search(r'op_name="([^"]*)"', self.attributes)
         return match[1] if match else ""
 
@@ -81,12 +82,12 @@ class Instruction(NamedTuple):
 
     @property
     def called(self) -> list[str]:
-        """The computations that it runs, but for a loop's condition."""
+        """The computations that it runs, except a loop's condition."""
         pattern = (
             r"\b(?:calls|body|to_apply|called_computations)=(\{[^}]*\}|%?[\w.\-]+)"
         )
-        found = ",".join(re.findall(pattern, self.attributes))
-        return re.findall(r"[\w.\-]+", found)
+        names = ",".join(re.findall(pattern, self.attributes))
+        return re.findall(r"[\w.\-]+", names)
 
     @property
     def branches(self) -> list[str]:
@@ -157,7 +158,7 @@ class Module(NamedTuple):
 
 
 def parse(text: str) -> Module:
-    """Of the text of a module after all passes; ValueError if it has no entry."""
+    """Parses a module's text after all passes; ValueError if it has no entry."""
     computations: dict[str, Computation] = {}
     entry, current, lines = "", None, []
 
@@ -168,6 +169,8 @@ def parse(text: str) -> Module:
 
     for line in text.splitlines():
         head = re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\{$", line)
+        # A line "}" also ends the text of a kernel inside an instruction; only outside
+        # of one it ends the computation.
         open_braces = sum(part.count("{") - part.count("}") for part in lines)
         if head:
             close()
@@ -186,6 +189,9 @@ def parse(text: str) -> Module:
     return Module(computations, entry)
 
 
+# --- parsing one instruction
+
+
 def _instruction(line: str) -> Instruction:
     root = line.startswith("ROOT ")
     name, _, rest = line.removeprefix("ROOT ").partition(" = ")
@@ -198,8 +204,10 @@ def _instruction(line: str) -> Instruction:
     end = _closing(f"({rest}") - 1
     inside, attributes = rest[: end - 1], rest[end:]
     operands = tuple(x[1:] for x in re.findall(r"%[\w.\-]+", inside))
+    # Their parentheses hold a number or a value and no operands.
     if opcode in ("parameter", "constant"):
         operands, attributes = (), inside if opcode == "parameter" else f"({inside})"
+    # Tuples may be nested: (operands, results) of an asynchronous start.
     parts = tuple(map(_shapes, _split(kind[1:-1]))) if kind.startswith("(") else ()
     return Instruction(
         name.removeprefix("%"), _shapes(kind), opcode, operands, attributes, root, parts
@@ -217,7 +225,7 @@ def _closing(text: str) -> int:
 
 
 def _split(text: str) -> list[str]:
-    """At the commas that no bracket encloses."""
+    """Splits at commas outside of brackets."""
     parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
@@ -250,68 +258,6 @@ def _integers(text: str) -> tuple[int, ...]:
 
 
 def bytes_of(dtype: str) -> float:
-    """Of a number; KeyError for a type that HLO does not have."""
+    """Bytes of one number; KeyError for an unknown type."""
     small = {"f8": 1.0, "f4": 0.5}
     return BYTES[dtype] if dtype in BYTES else small[dtype[:2]]
-
-
-def trips(loop: Instruction, home: Computation, module: Module) -> int | None:
-    """How often the body of a loop, an instruction of `home`, runs; None if unknown.
-
-    As XLA says, or from the counter's start to the bound in the condition by what each
-    turn adds. Rings inside products count by twos, and a loop of which a turn was
-    peeled begins at 1.
-    """
-    known = loop.attribute(r'known_trip_count"?:\{"n":"(\d+)"')
-    if known:
-        return int(known)
-    condition = module[loop.attribute(r"condition=%?([\w.\-]+)")]
-    body = module[loop.attribute(r"body=%?([\w.\-]+)")]
-    compare = next((x for x in condition if x.opcode == "compare"), None)
-    constants = _constants(condition)
-    if compare is None:  # it is in a fusion: the only number there is the bound
-        inner = [_constants(c) for x in condition for c in module.reached(x)]
-        bounds = [n for numbers in (constants, *inner) for n in numbers.values()]
-        return max(bounds, default=None)
-    bound = next((constants[n] for n in compare.operands if n in constants), None)
-    read = [condition.by_name.get(name) for name in compare.operands]
-    counter = next((x for x in read if x and x.opcode == "get-tuple-element"), None)
-    if bound is None or counter is None:
-        return None
-    place = int(counter.attribute(r"index=(\d+)"))
-    step = _step(body, place)
-    if not step:
-        return None
-    away = (bound - _start(loop, place, home)) / step
-    ends_on = compare.attribute(r"direction=(\w+)") in ("LE", "GE")
-    turns = math.floor(away) + 1 if ends_on else math.ceil(away)
-    return turns if turns >= 0 else None
-
-
-def _step(body: Computation, place: int) -> int:
-    """What a turn adds to element `place` of a loop's state; 0 if unknown."""
-    moved = body.by_name.get(body.root.operands[place])
-    if moved is None or moved.opcode not in ("add", "subtract"):
-        return 0
-    constants = _constants(body)
-    step = next((constants[n] for n in moved.operands if n in constants), 0)
-    return -step if moved.opcode == "subtract" else step
-
-
-def _start(loop: Instruction, place: int, home: Computation) -> int:
-    """The value that element `place` of a loop's state begins with; 0 if unknown."""
-    x = home.by_name.get(loop.operands[0])
-    if x is not None and x.opcode == "tuple":
-        x = home.by_name.get(x.operands[place])
-        while x is not None and x.opcode in ("copy", "bitcast"):
-            x = home.by_name.get(x.operands[0])
-        return _constants(home).get(x.name, 0) if x is not None else 0
-    return 0
-
-
-def _constants(computation: Computation) -> Mapping[str, int]:
-    return {
-        x.name: int(number[1])
-        for x in computation
-        if x.opcode == "constant" and (number := re.match(r"\((-?\d+)\)", x.attributes))
-    }

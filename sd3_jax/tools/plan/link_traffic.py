@@ -1,8 +1,8 @@
-"""What a compiled program sends between chips: bytes, and the links they can take.
+"""Bytes that a compiled program sends between chips, and the links it can use.
 
-A collective's bytes are what a device sends in a ring of its group, in whole tiles as
-they move. Its time is that of the links its groups can use at best: both directions of
-each axis of the torus that they fill, one where an axis does not close.
+A collective's bytes are those that a device sends in a ring of its group, with tile
+padding. Its time assumes the best links: both directions of each torus axis that the
+groups fill, or one direction if the axis does not wrap around.
 """
 
 import functools
@@ -14,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from sd3_jax.tools.plan.hlo import COLLECTIVES, Computation, Instruction, Module, trips
+from sd3_jax.tools.plan.hlo import COLLECTIVES, Computation, Instruction, Module
+from sd3_jax.tools.plan.loop_trips import trips
 from sd3_jax.tools.plan.slices import Slice
 
 Groups = tuple[tuple[int, ...], ...]
@@ -35,10 +36,12 @@ class Collective(NamedTuple):
 
 
 def channel(x: Instruction) -> str:
-    """What the parts of one collective have in common; "" for one that is whole.
+    """The channel that all parts of one collective share; "" for an unsplit one.
 
     All of shard_map's have channel 1.
     """
+    # A collective that XLA split to overlap it with products appears in several fusions
+    # with one channel; chain_id marks its parts.
     number = x.attribute(r"channel_id=(\d+)")
     return number if "chain_id" in x.attributes else ""
 
@@ -46,9 +49,10 @@ def channel(x: Instruction) -> str:
 def collective(
     x: Instruction, home: Computation, mesh: Mapping[str, int]
 ) -> Collective | None:
-    """What `x`, of `home`, sends; None if it is no collective."""
+    """The collective that `x`, an instruction of `home`, runs; None if it is none."""
     if x.opcode == "send":
         return _between_slices(x, home, mesh)
+    # Bytes are counted at the start of an asynchronous collective; its end moves none.
     kind = x.opcode.removesuffix("-start")
     if kind not in COLLECTIVES:
         return None
@@ -71,17 +75,18 @@ def collective(
 def collectives(
     module: Module, mesh: Mapping[str, int]
 ) -> Iterator[tuple[Collective, int]]:
-    """Every collective of a program, and how often a run has it."""
+    """Every collective of a program, and how often a run executes it."""
 
     def walk(name: str, times: int):
         home = module[name]
         for x in home:
-            found = collective(x, home, mesh)
-            if found is not None:
-                yield found, times
+            transfer = collective(x, home, mesh)
+            if transfer is not None:
+                yield transfer, times
             if x.opcode == "while":
                 body = x.attribute(r"body=%?([\w.\-]+)")
                 yield from walk(body, times * (trips(x, home, module) or 1))
+            # Only one branch runs. The larger one is taken: rare branches are short.
             elif x.opcode == "conditional":
                 yield from walk(max(x.branches, key=module.size), times)
             elif x.opcode in ("call", "fusion", "async-start", "custom-call"):
@@ -94,6 +99,7 @@ def collectives(
 
 def sent(kind: str, whole: float, members: int) -> float:
     """Bytes that a device sends of an array of `whole` bytes, all members' together."""
+    # A ring all-reduce is a reduce-scatter and an all-gather: twice the bytes.
     if kind == "all-reduce":
         return 2 * whole * (members - 1) / members
     if kind in ("collective-permute", "collective-broadcast"):
@@ -102,27 +108,29 @@ def sent(kind: str, whole: float, members: int) -> float:
 
 
 def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
-    """Bytes that a collective takes or makes, whichever is more, and their shape."""
-    taken = [
+    """Bytes of a collective's operands or results, whichever is more, and the shape."""
+    operands = [
         shape
         for name in x.operands
         if name in home.by_name
         for shape in home.by_name[name].shapes
     ]
-    made = x.shapes
+    results = x.shapes
     if x.opcode.endswith("-start"):  # (operands, results, …)
-        made = x.elements[1] if len(x.elements) > 1 else x.shapes
-    sizes = [sum(shape.bytes for shape in shapes) for shapes in (taken, made)]
+        results = x.elements[1] if len(x.elements) > 1 else x.shapes
+    sizes = [sum(shape.bytes for shape in shapes) for shapes in (operands, results)]
+    # Its operand and result are of one size; newer forms carry more operands.
     if kind == "collective-permute":
         sizes[0] = 0.0
-    shapes = taken if sizes[0] > sizes[1] else made
+    shapes = operands if sizes[0] > sizes[1] else results
     largest = max(shapes, key=lambda shape: shape.bytes)
     sides = ",".join(map(str, largest.sides))
     return max(sizes), f"{largest.dtype}[{sides}]"
 
 
 def _between_slices(x, home: Computation, mesh) -> Collective | None:
-    """What a host sends to the other slices for a device (megascale)."""
+    """The transfer to other slices that a host makes for a device (megascale)."""
+    # Between slices there is no ICI: XLA sends by the hosts (megascale).
     if "xla_megascale" not in x.attributes:
         return None
     kind = x.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower()
@@ -149,10 +157,10 @@ class Links:
     `devices` are in the order of the program's partitions, the mesh's.
     """
 
-    def __init__(self, each: Slice, devices: Sequence):
-        self.slice, self.generation = each, each.generation
+    def __init__(self, tpu_slice: Slice, devices: Sequence):
+        self.slice, self.generation = tpu_slice, tpu_slice.generation
         self.places = [
-            (getattr(d, "slice_index", None) or 0, *d.coords[: len(each.shape)])
+            (getattr(d, "slice_index", None) or 0, *d.coords[: len(tpu_slice.shape)])
             for d in devices
         ]
 
@@ -168,7 +176,7 @@ class Links:
 
     @functools.lru_cache(maxsize=1024)  # noqa: B019 - one for a program
     def hops(self, pairs: Pairs) -> float:
-        """From chip to chip, on average; no less than one."""
+        """Average number of hops from sender to receiver, at least 1."""
         total = 0
         for a, b in pairs:
             (_, *here), (_, *there) = self.places[a], self.places[b]
@@ -187,11 +195,16 @@ class Links:
         group = max(groups, key=len)
         places = np.array([self.places[i] for i in group])[:, 1:]
         links = 0.0
+        # Each axis of the torus that the group spans adds its links.
         for axis, size in enumerate(self.slice.shape):
             filled = sorted(set(places[:, axis].tolist()))
             if len(filled) < 2:
                 continue
+            # Members that are `apart` hops from each other share each link with as many
+            # groups.
             apart = min(b - a for a, b in zip(filled, filled[1:]))
+            # A ring needs an axis that wraps around and that the group fills; two chips
+            # have one link between them.
             ring = self.slice.wrap[axis] and len(filled) * apart == size and size > 2
             links += (2 if ring else 1) / apart
         chips = len({tuple(place) for place in places.tolist()})
@@ -201,16 +214,22 @@ class Links:
         return links / shared
 
 
+# --- groups
+
+
 def replica_groups(text: str, devices: int) -> Groups:
-    """Which devices talk to which, in any of the ways that HLO says it."""
+    """The groups of devices of a collective, from any of HLO's notations."""
     pairs = _pairs(text)
     if pairs:
         return _connected(pairs)
+    # HLO writes groups in three forms: by named mesh axes, as a reshaped iota, or
+    # listed.
     named = re.search(r"replica_groups=mesh\[([^\]]*)\](?:[^{]*)\{([^}]*)\}", text)
     if named:
         sizes = dict(re.findall(r"'?(\w+)'?=(\d+)", named[1]))
         names, along = list(sizes), re.findall(r"'(\w+)'", named[2])
         ids = np.arange(devices).reshape([int(n) for n in sizes.values()])
+        # Group axes last, so that a reshape to (-1, size) has one group in each row.
         order = [i for i, n in enumerate(names) if n not in along]
         order += [names.index(n) for n in along]
         size = math.prod(int(sizes[n]) for n in along)
@@ -243,19 +262,20 @@ def _tuples(ids: np.ndarray) -> Groups:
 
 @functools.lru_cache(maxsize=256)
 def _connected(pairs: Pairs) -> Groups:
-    """Rings from their hops."""
+    """The connected groups of a permutation's pairs."""
     near = defaultdict(set)
     for a, b in pairs:
         near[a].add(b)
         near[b].add(a)
-    groups, seen = [], set()
+    groups, visited = [], set()
     for start in near:
-        if start not in seen:
+        if start not in visited:
             group, ahead = [], [start]
+            # Depth-first search over the pairs, in both directions.
             while ahead:
                 x = ahead.pop()
-                if x not in seen:
-                    seen.add(x)
+                if x not in visited:
+                    visited.add(x)
                     group.append(x)
                     ahead.extend(near[x])
             groups.append(tuple(sorted(group)))

@@ -1,4 +1,4 @@
-"""Which mesh, images a chip and remat to try first, by floors that need no compiler."""
+"""Ranks meshes, batch sizes and remat by bounds that need no compiler."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -23,7 +23,7 @@ class Candidate(NamedTuple):
     remat: str
 
     def keys(self, batch: int, chips: int) -> dict:
-        """The recipe's keys that it stands for."""
+        """The recipe's keys for this candidate."""
         return {
             "mesh.data": self.data,
             "mesh.fsdp": self.fsdp,
@@ -38,43 +38,50 @@ class Estimate(NamedTuple):
     memory: float  # bytes, at least
 
 
-def ordered(model: MMDiT, each: Slice, *, batch: int, params: int, work, total):
+def ordered(model: MMDiT, tpu_slice: Slice, *, batch: int, params: int, work, total):
     """Candidates that may fit, the most promising first, each with its Estimate."""
-    found = [
-        (candidate, estimate(candidate, model, each, batch, params, work, total))
-        for candidate in candidates(each, batch, model.width)
+    estimates = [
+        (candidate, estimate(candidate, model, tpu_slice, batch, params, work, total))
+        for candidate in candidates(tpu_slice, batch, model.width)
     ]
-    fitting = [x for x in found if x[1].memory < each.generation.hbm]
-    return sorted(fitting, key=lambda x: rank(x[1], each.generation.hbm))
+    fitting = [x for x in estimates if x[1].memory < tpu_slice.generation.hbm]
+    return sorted(fitting, key=lambda x: rank(x[1], tpu_slice.generation.hbm))
 
 
 def rank(x: Estimate, hbm: float) -> tuple:
+    # False sorts before True: what surely fits first, then by MFU; the traffic decides
+    # between equal ones.
     return x.memory > ROOM * hbm, -round(x.mfu, 3), x.links
 
 
-def candidates(each: Slice, batch: int, width: int) -> Iterator[Candidate]:
-    share = batch // each.chips
-    for power in range(each.devices.bit_length()):
+def candidates(tpu_slice: Slice, batch: int, width: int) -> Iterator[Candidate]:
+    share = batch // tpu_slice.chips
+    # Powers of two, as all slices' sides are.
+    for power in range(tpu_slice.devices.bit_length()):
         fsdp = 2**power
-        data, rest = divmod(each.devices, fsdp)
-        if rest or width % fsdp or data % each.slices:
+        data, rest = divmod(tpu_slice.devices, fsdp)
+        # fsdp stays within a slice: its all-gathers would be too slow between slices.
+        if rest or width % fsdp or data % tpu_slice.slices:
             continue
-        per_chip = each.generation.devices  # each of a chip's devices takes a row
+        per_chip = tpu_slice.generation.devices  # each of a chip's devices takes a row
         while per_chip <= share:
-            if batch % (per_chip * each.chips) == 0:
+            if batch % (per_chip * tpu_slice.chips) == 0:
                 for remat in KEPT:
                     yield Candidate(data, fsdp, per_chip, remat)
             per_chip *= 2
 
 
-def estimate(x: Candidate, model: MMDiT, each: Slice, batch, params, work, total):
-    chip, images = each.generation, x.per_chip / each.generation.devices
+def estimate(x: Candidate, model: MMDiT, tpu_slice: Slice, batch, params, work, total):
+    chip, images = tpu_slice.generation, x.per_chip / tpu_slice.generation.devices
     head, again = model.width // model.num_heads, AGAIN.get(x.remat, 0.0)
     compute = images * bounds.training(work, chip, head=head, again=again).total
     sent = bounds.least_wire(params, x.fsdp, x.data)
-    links = sent / (chip.link_rate * each.links(x.fsdp))
-    accumulates = batch > x.per_chip * each.chips
+    links = sent / (chip.link_rate * tpu_slice.links(x.fsdp))
+    # Accumulated gradients are one more float32 array of parameters.
+    accumulates = batch > x.per_chip * tpu_slice.chips
     state = (STATE + 4 * accumulates) * params / x.fsdp
+    # 2 bytes of bfloat16; the last block's activations are used at once.
     kept = 2 * KEPT[x.remat] * model.width * work.tokens * (model.depth - 1) * images
+    # At best compute and traffic overlap fully, so the longer of both counts.
     mfu = 3 * total * images / chip.peak / max(compute, links)
     return Estimate(mfu, links / compute, state + kept)

@@ -1,24 +1,20 @@
-"""What one operation of a compiled program costs: FLOPs, and bytes in and out of HBM.
+"""Costs of one operation of a compiled program: FLOPs, and bytes of HBM.
 
-Bytes are those of whole tiles, as they move. A fusion reads of an operand what its
-slices take, and writes of an update in place what is new; what is passed through costs
-nothing. Kernels of Pallas, of which XLA counts nothing, are known by their names.
+Bytes include tile padding. A fusion reads the part of an operand that its slices take
+and writes the new part of an in-place update; passing an array through is free. XLA
+counts nothing for Pallas kernels, so they are recognised by name.
 """
 
-import math
-import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
-import numpy as np
-
+from sd3_jax.tools.plan import matmul_costs
 from sd3_jax.tools.plan.hlo import (
     COLLECTIVES,
     Computation,
     Instruction,
     Module,
     Shape,
-    trips,
 )
 
 FREE = {  # they move nothing, or what they move is counted where it happens
@@ -64,8 +60,8 @@ def is_done(x: Instruction) -> bool:
 def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost:
     """Of `x`, an instruction of `home`; `matrix` is the matrix unit's width.
 
-    An asynchronous operation costs what it does where it starts, and nothing at its
-    end. Loops and branches cost nothing: what they run does.
+    An asynchronous operation is charged at its start. Loops and branches are free; the
+    operations in them are not.
     """
     if x.opcode in FREE or is_done(x):
         return Cost()
@@ -73,13 +69,15 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         return _custom_call(x, home, module, matrix)
     collective = x.opcode.removesuffix("-start") in COLLECTIVES
     if (x.opcode == "fusion" or is_start(x)) and x.called and not collective:
+        # A fusion's intermediate results stay in registers or VMEM: only operands and
+        # results touch HBM.
         body = module[x.called[0]]
         operands = _given(x, home)
         read = sum(
             consumed(body, place, module, _whole(home, name))
             for place, name in enumerate(operands)
         )
-        flops = products(body, module)
+        flops = matmul_costs.products(body, module)
         written = produced(body, module)
         kind = "matmul" if flops else _kind_of(body, module)
         return Cost(flops, read, written, kind=kind)
@@ -87,12 +85,15 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         result = done_of(x, home)
         written = result.hbm if result else 0.0
         read = sum(_whole(home, name) for name in x.operands)
+        # An asynchronous slice reads no more than it returns.
         if x.opcode.startswith(SLICES) and result:
             read = min(read, sum(shape.bytes for shape in result.shapes))
         return Cost(0.0, read, written, host=_host(x, home), kind="copy")
+    # A slice reads what it returns, not its whole operand.
     if x.opcode in SLICES:
         taken = sum(shape.bytes for shape in x.shapes)
         return Cost(0.0, min(taken, _whole(home, x.operands[0])), x.hbm, kind="copy")
+    # Outside of fusions XLA updates in place: the rest of the array is not moved.
     if x.opcode == "dynamic-update-slice":
         update = home.by_name[x.operands[1]]
         size = update.hbm if x.hbm else 0.0
@@ -100,7 +101,7 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
     read = sum(_whole(home, name) for name in x.operands)
     kind = "copy" if x.opcode in COPIES else "elementwise"
     if x.opcode in ("convolution", "dot"):
-        return Cost(product(x, home), read, x.hbm, kind="matmul")
+        return Cost(matmul_costs.product(x, home), read, x.hbm, kind="matmul")
     return Cost(0.0, read, x.hbm, kind=kind)
 
 
@@ -126,13 +127,16 @@ def _host(x: Instruction, home: Computation) -> float:
 
 
 def _given(x: Instruction, home: Computation) -> tuple[str, ...]:
-    """Operands; those on a SparseCore come with an update after the start."""
+    """Operands; on a SparseCore they belong to an update after the start."""
     updates = [u for u in home.users.get(x.name, ()) if u.opcode == "async-update"]
     return x.operands or tuple(n for u in updates for n in u.operands[1:])
 
 
 def _whole(home: Computation, name: str) -> float:
     return home.by_name[name].hbm if name in home.by_name else 0.0
+
+
+# --- fusions: what they read
 
 
 def consumed(body: Computation, place: int, module: Module, whole: float) -> float:
@@ -163,16 +167,19 @@ def _reads(body, x: Instruction, module: Module, whole: float) -> Iterator[float
 
 
 def _passes_on(x: Instruction, module: Module) -> bool:
-    """Whether it gives on what it reads, and no more of it than its user takes."""
+    """Whether it passes its operand on and reads only what its user takes."""
     if x.opcode != "fusion":
         return x.opcode in PASSED_ON
     return all(y.opcode in (*PASSED_ON, "parameter") for y in module[x.called[0]])
 
 
 def _counted_elsewhere(x: Instruction) -> bool:
-    """Collectives inside fusions are counted once for their channel (wire.py)."""
+    """Collectives inside fusions are counted once by channel (link_traffic.py)."""
     passing = x.opcode == "custom-call" and "AsyncCollective" in x.attributes
     return passing or (x.opcode in COLLECTIVES and "chain_id" in x.attributes)
+
+
+# --- fusions: what they write
 
 
 def produced(body: Computation, module: Module) -> float:
@@ -202,7 +209,8 @@ def _writes(body, x: Instruction, module: Module, where: tuple[Shape, ...]) -> f
 
 
 def _in_place(body: Computation, update: Instruction, module: Module) -> bool:
-    """Whether what is updated is the fusion's own operand."""
+    """Whether the updated array is an operand of the fusion."""
+    # Bitcasts and the like lie between the operand and its update.
     target = body.by_name[update.operands[0]]
     while target.operands and target.opcode != "pad" and _passes_on(target, module):
         target = body.by_name[target.operands[0]]
@@ -222,66 +230,6 @@ def _kind_of(body: Computation, module: Module) -> str:
     return "copy"
 
 
-# Products
-
-
-def products(body: Computation, module: Module) -> float:
-    """FLOPs of all matrix products of a computation and of what it calls."""
-    total = 0.0
-    for x in body:
-        if x.opcode in ("convolution", "dot"):
-            total += product(x, body)
-        elif x.opcode in ("fusion", "call"):
-            total += products(module[x.called[0]], module)
-        elif x.opcode == "while":
-            turn = products(module[x.attribute(r"body=%?([\w.\-]+)")], module)
-            total += turn * (trips(x, body, module) or 1)
-    return total
-
-
-def product(x: Instruction, home: Computation) -> float:
-    """2 a multiply-add; a convolution's products with padding and holes left out."""
-    left, right = (home.by_name[name].shapes[0].sides for name in x.operands[:2])
-    if x.opcode == "dot":
-        axes = x.attribute(r"lhs_contracting_dims=\{([\d,]*)\}")
-        contracted = math.prod(left[int(i)] for i in axes.split(",") if i)
-        return 2.0 * x.shapes[0].elements * contracted
-    labels = x.attribute(r"dim_labels=(\w+_\w+->\w+)")
-    of_left, of_right, of_result = re.split("_|->", labels)
-    size = lambda sides, names, label: sides[names.index(label)]
-    result = x.shapes[0].sides
-    spatial = [label for label in of_left if label.isdigit()]
-    pairs = math.prod(
-        _meetings(
-            x.attributes,
-            int(label),
-            size(left, of_left, label),
-            size(right, of_right, label),
-            size(result, of_result, label),
-        )
-        for label in spatial
-    )
-    flat = size(result, of_result, "b") * size(result, of_result, "f")
-    return 2.0 * flat * pairs * size(right, of_right, "i")
-
-
-def _meetings(attributes: str, axis: int, base: int, window: int, result: int) -> int:
-    """How many pairs of a window's and a result's places meet a number of the input."""
-    stride = _of_window(attributes, "stride", axis, 1)
-    low = _of_window(attributes, "pad", axis, 0)
-    holes = _of_window(attributes, "lhs_dilate", axis, 1)
-    spread = _of_window(attributes, "rhs_dilate", axis, 1)
-    places = np.arange(result)[:, None] * stride + np.arange(window) * spread - low
-    last = (base - 1) * holes
-    return int(np.sum((places >= 0) & (places <= last) & (places % holes == 0)))
-
-
-def _of_window(attributes: str, name: str, axis: int, default: int) -> int:
-    window = re.search(r"window=\{([^}]*)\}", attributes)
-    match = window and re.search(rf"\b{name}=(\S+)", window[1])
-    return int(match[1].split("x")[axis].split("_")[0]) if match else default
-
-
 # Kernels
 
 
@@ -291,27 +239,7 @@ def _custom_call(x, home: Computation, module: Module, matrix: int) -> Cost:
         return Cost()
     read = sum(_whole(home, name) for name in x.operands)
     if "splash" in x.name:
-        flops, head = splash(x, home)
+        flops, head = matmul_costs.splash(x, home)
         filled = min(1.0, head / matrix)
         return Cost(flops, read, x.hbm, narrow=filled, kind="attention")
     return Cost(0.0, read, x.hbm, kind="elementwise")
-
-
-def splash(x: Instruction, home: Computation) -> tuple[float, int]:
-    """FLOPs of a splash attention kernel, and the size of a head.
-
-    Forward makes 2 products of (queries, keys, head), dq 3, dkv 4; one that makes all
-    three gradients 5, and writes a dq for every block of keys. The last two axes are
-    tokens and head, in either order; the head is the one that queries and keys share.
-    """
-    arrays = [home.by_name[name].shapes[0] for name in x.operands]
-    wide = [s.sides for s in arrays if len(s.sides) >= 3 and s.dtype in ("bf16", "f32")]
-    queries, keys = wide[:2]
-    if "_dkv" in x.name:
-        deepest = max(len(shape.sides) for shape in x.shapes)
-        count = 5 if deepest > len(queries) else 4
-    else:
-        count = 3 if "_dq" in x.name else 2
-    shared = [a for a, b in zip(queries[-2:], keys[-2:]) if a == b]
-    head = min(shared, default=queries[-1])
-    return 2.0 * count * math.prod(queries) * math.prod(keys[-2:]) / head, head

@@ -1,4 +1,4 @@
-"""The plan as bars: what a step's time is for, a slice a bar."""
+"""Draws a plan: a bar for each slice, divided by where a step's time goes."""
 
 import io
 from collections.abc import Sequence
@@ -34,10 +34,12 @@ def parts(row: dict) -> dict[str, float]:
 
 def draw(rows: Sequence[dict]) -> bytes:
     """PNG of the rows that fit; the model's own products first, then the losses."""
+    # barh draws from the bottom up; reversed, the first row is on top.
     rows = [row for row in rows if "needs" not in row][::-1]
     figure = Figure(
         figsize=(8.5, 1.5 + 0.55 * len(rows)), dpi=150, layout="constrained"
     )
+    # Agg without pyplot: no display and no global state.
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     names = [f"{row['slice']} {row['program']}".strip() for row in rows]

@@ -24,11 +24,13 @@ from sd3_jax.weights.encoder_configs import CONFIGS
 WORDS = 77  # CLIP's tokens, in front of T5's
 
 
-def cases(config: ConfigDict, each: Slice, mesh: Mesh, images: int) -> Iterator[Case]:
-    share = images / each.devices
+def cases(
+    config: ConfigDict, tpu_slice: Slice, mesh: Mesh, images: int
+) -> Iterator[Case]:
+    share = images / tpu_slice.devices
     guided = guidance.guides(config.sample.cfg)
     yield text(config, mesh, images, guided, share)
-    yield denoise(config, each, mesh, images, guided, share)
+    yield denoise(config, tpu_slice, mesh, images, guided, share)
     yield decode(config, mesh, images, share)
 
 
@@ -51,24 +53,27 @@ def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 
 def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
     """Prompts, and as many negative ones where there is guidance."""
+    # Guidance encodes a negative prompt for each picture.
     dtype, count = jnp.dtype(config.model.dtype), images * (1 + guided)
-    made = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g")}
-    made["t5"] = part("t5", mesh, dtype, config.quantize.t5)
+    encoders = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g")}
+    encoders["t5"] = part("t5", mesh, dtype, config.quantize.t5)
     lengths = {"clip_l": WORDS, "clip_g": WORDS, "t5": config.sample.max_length}
     ids = {f"ids_{k}": rows(mesh, (count, n), np.int32) for k, n in lengths.items()}
+    # 2 FLOPs for each weight and token; attention is small at these lengths.
     total = sum(
-        2 * count_of(variables) * lengths[name] for name, (_, variables) in made.items()
+        2 * count_of(variables) * lengths[name]
+        for name, (_, variables) in encoders.items()
     )
     lower = lambda: compiled.encode_prompts.lower(
-        TextModels(*(module for module, _ in made.values())),
-        {name: variables for name, (_, variables) in made.items()},
+        TextModels(*(module for module, _ in encoders.values())),
+        {name: variables for name, (_, variables) in encoders.items()},
         ids,
         clip_skip=0,
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
         length=config.sample.max_length,
     )
-    size = sum(tree.count(variables) for _, variables in made.values())
+    size = sum(tree.count(variables) for _, variables in encoders.values())
     return Case("text", lower, None, total * share * (1 + guided), share, size)
 
 
@@ -79,28 +84,36 @@ def count_of(variables: dict) -> int:
     return sum(size for path, size in named if "embed" not in path)
 
 
-def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: float):
+def denoise(
+    config: ConfigDict, tpu_slice, mesh: Mesh, images: int, guided, share: float
+):
     """The whole loop of steps, as one program."""
     s, model = config.sample, model_parts.mmdit(config.model, "plan knows no other's")
     sides = config.image.height // 8, config.image.width // 8
     words = WORDS + s.max_length
     component = components.COMPONENTS["denoiser"]
-    told = components.denoiser_config(
+    denoiser_config = components.denoiser_config(
         model,
         sample_size=sides[0],
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
-    module = component.build(told, model.dtype).clone(attention=model.attention)
-    variables = components.abstract(component, module, told, mesh, model.dtype)
+    module = component.build(denoiser_config, model.dtype).clone(
+        attention=model.attention
+    )
+    variables = components.abstract(
+        component, module, denoiser_config, mesh, model.dtype
+    )
     size = tree.count(variables["params"])
     variables = quantized(variables, config.quantize.denoiser)
+    # Typed keys have a dtype of their own, which only jax can name.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
     scalar = lambda: rows(mesh, (), np.float32)
     cond = Conditioning(
         rows(mesh, (images, words, config.model.context_dim), model.dtype),
         rows(mesh, (images, config.model.pooled_dim), model.dtype),
     )
+    # Only shapes and shardings: the program is lowered and never run.
     inputs = compiled.Inputs(
         keys=rows(mesh, key.shape, key.dtype),
         cond=cond,
@@ -117,11 +130,12 @@ def denoise(config: ConfigDict, each, mesh: Mesh, images: int, guided, share: fl
         module, height=h, width=w, text=words, text_dim=config.model.context_dim
     )
     work = bounds.work_on(
-        each.generation, module, height=h, width=w, text=words, total=total
+        tpu_slice.generation, module, height=h, width=w, text=words, total=total
     )
+    # The whole loop is one program: a run of it is steps calls of the denoiser.
     calls = s.steps * (1 + guided) * share
     head = module.width // module.num_heads
-    compute = bounds.forward(work, each.generation, head=head)
+    compute = bounds.forward(work, tpu_slice.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: compiled.sample.lower(plan, variables, inputs)
     return Case("denoise", lower, seconds, total * calls, share, size)
@@ -133,6 +147,7 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     sides = config.image.height // 8, config.image.width // 8
     latents = rows(mesh, (images, *sides, config.model.channels), np.float32)
     vae = CONFIGS["vae"]
+    # Python numbers are traced, as in Bundle.decode.
     scale = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"])
     lower = lambda: compiled.decode.lower(module, variables, latents, **scale)
     return Case("decode", lower, None, 0.0, share, tree.count(variables))

@@ -1,10 +1,9 @@
-"""The time that a compiled program takes at least, run in the order that XLA gave it.
+"""A lower bound of a compiled program's time, in the order of XLA's schedule.
 
-A core runs one operation after another: each takes its FLOPs at the matrix unit's peak
-or its bytes at the rate of HBM, whichever is longer. Collectives and copies that have a
-start and an end run beside what lies between; what is left of them at the end is waited
-for. Vector units, latencies and what operations lose to each other are left out: the
-sum is a bound and no forecast.
+A core runs one operation after another; each takes the longer of its FLOPs at the
+matrix unit's peak and its bytes at HBM's rate. Asynchronous collectives and copies
+overlap with the operations between their start and end; the rest is waited for. Vector
+units, latencies and contention are left out, so the sum is a bound and no forecast.
 """
 
 from collections import Counter, defaultdict
@@ -13,15 +12,16 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from sd3_jax.tools.plan import operation_costs
-from sd3_jax.tools.plan.hlo import Computation, Instruction, Module, trips
+from sd3_jax.tools.plan.hlo import Computation, Instruction, Module
 from sd3_jax.tools.plan.link_traffic import Collective, Links, channel, collective
+from sd3_jax.tools.plan.loop_trips import trips
 from sd3_jax.tools.plan.operation_costs import Cost
 from sd3_jax.tools.plan.slices import Generation
 
 
 @dataclass
 class Account:
-    """Of one device and one run of the program."""
+    """Totals of one run of the program on one device."""
 
     seconds: float = 0.0  # the serial floor
     by_kind: Counter = field(default_factory=Counter)  # of seconds
@@ -47,7 +47,7 @@ class Account:
 
 
 class Event(NamedTuple):
-    """What an instruction does to the clock."""
+    """An instruction's effect on the clock."""
 
     action: str  # run, start, end, loop, call
     name: str = ""  # of what starts or ends; of what is called
@@ -118,54 +118,57 @@ class Schedule:
         elif operation_costs.is_done(x):
             yield Event("end", _first(x, home))
         else:
-            cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
-            transfers = list(self._transfers(x, home))
-            fused = [t for t in transfers if t[0]]
-            whole = [t for t in transfers if not t[0]]
-            for number, transfer in fused:
-                yield Event(
-                    "start",
-                    f"channel {number}",
-                    transfer=transfer,
-                    seconds=self.links.seconds(transfer),
-                )
-            if operation_costs.is_start(x):
-                seconds = [self.links.seconds(t) for _, t in whole]
-                background = 0.0 if whole else cost.bytes / self.chip.hbm_rate
-                if cost.host and not whole:
-                    transfer = Collective("host", (), cost.host, (), "", x.source)
-                    seconds = cost.host / self.chip.host_rate
-                    yield Event("start", x.name, cost, transfer, seconds)
-                    return
-                transfer = whole[0][1] if whole else None
-                yield Event(
-                    "start",
-                    x.name,
-                    cost,
-                    transfer,
-                    sum(seconds),
-                    background=background,
-                )
-            elif whole:
-                for _, transfer in whole:
-                    seconds = self.links.seconds(transfer)
-                    yield Event("start", x.name, cost, transfer, seconds)
-                    yield Event("end", x.name)
-                    cost = Cost()
-            elif cost.kind:
-                if x.opcode == "custom-call" and not cost.flops:
-                    self.unknown.add(f"FLOPs of {x.name}")
-                yield Event("run", x.name, cost)
-            for number in self._finished(x):
-                yield Event("end", f"channel {number}")
+            yield from self._operation(x, home)
+
+    def _operation(self, x: Instruction, home: Computation) -> Iterator[Event]:
+        cost = operation_costs.cost(x, home, self.module, self.chip.matrix)
+        transfers = list(self._transfers(x, home))
+        # Transfers with a channel run through several fusions and end in the fusion
+        # that has AsyncCollectiveDone; those without end at their own -done.
+        fused = [t for t in transfers if t[0]]
+        whole = [transfer for number, transfer in transfers if not number]
+        for number, transfer in fused:
+            seconds = self.links.seconds(transfer)
+            yield Event(
+                "start", f"channel {number}", transfer=transfer, seconds=seconds
+            )
+        if operation_costs.is_start(x):
+            yield self._start_of(x, cost, whole)
+        elif whole:
+            # A synchronous collective starts and ends with nothing in between.
+            for transfer in whole:
+                seconds = self.links.seconds(transfer)
+                yield Event("start", x.name, cost, transfer, seconds)
+                yield Event("end", x.name)
+                cost = Cost()  # counted once, with the first of them
+        elif cost.kind:
+            if x.opcode == "custom-call" and not cost.flops:
+                self.unknown.add(f"FLOPs of {x.name}")
+            yield Event("run", x.name, cost)
+        for number in self._finished(x):
+            yield Event("end", f"channel {number}")
+
+    def _start_of(self, x: Instruction, cost: Cost, whole: list[Collective]) -> Event:
+        """The start of an asynchronous collective or copy."""
+        if whole:
+            seconds = sum(self.links.seconds(transfer) for transfer in whole)
+            return Event("start", x.name, cost, whole[0], seconds)
+        if cost.host:
+            # Host memory is a network of its own: PCIe carries one copy at a time.
+            transfer = Collective("host", (), cost.host, (), "", x.source)
+            seconds = cost.host / self.chip.host_rate
+            return Event("start", x.name, cost, transfer, seconds)
+        # A copy within HBM takes its bandwidth in the background of products.
+        background = cost.bytes / self.chip.hbm_rate
+        return Event("start", x.name, cost, background=background)
 
     def _transfers(self, x, home) -> Iterator[tuple[str, Collective]]:
         """Collectives that `x` is or that it calls, each with its channel if it runs
         through several operations."""
-        found = [(x, home)]
+        candidates = [(x, home)]
         if x.opcode in ("fusion", "async-start", "custom-call"):
-            found += [(y, body) for body in self.module.reached(x) for y in body]
-        for y, body in found:
+            candidates += [(y, body) for body in self.module.reached(x) for y in body]
+        for y, body in candidates:
             transfer = collective(y, body, self.mesh)
             if transfer is not None:
                 yield channel(y), transfer
@@ -207,6 +210,7 @@ class Schedule:
         self._clock += seconds
         if cost.flops:
             self._products += seconds
+        # While a product is bound by the matrix unit, HBM has time for prefetches.
         self._moved = min(self._asked, self._moved + max(0.0, compute - memory))
         if compute >= memory:
             account.by_kind[cost.kind] += seconds
@@ -233,6 +237,7 @@ class Schedule:
         if network != "host":
             account.sources[transfer.source] += transfer.wire
         account.links[network] += event.seconds
+        # A network carries one transfer after another.
         self._free[network] = max(self._clock, self._free[network]) + event.seconds
         self._ends[event.name] = (self._free[network], network, event)
         self._begun[event.name] = self._products
@@ -246,6 +251,7 @@ class Schedule:
             wait = max(0.0, when - self._clock)
             self._moved = min(self._asked, self._moved + wait)
             products = self._products - self._begun.pop(name)
+            # Product seconds between start and end, over the transfer's own time.
             share = min(1.0, products / event.seconds) if event.seconds else 1.0
             if network == "host":
                 share = 0.0
@@ -256,6 +262,13 @@ class Schedule:
                 )
         self._clock += wait
         account.by_kind[WAITS[network]] += wait
+
+
+def usual_branch(x: Instruction, lengths: dict[str, int]) -> str:
+    """The branch that most steps take: the shorter one for the EMA, which is updated
+    only now and then, else the longer one: the shorter skips a non-finite step."""
+    choose = min if "/ema/" in x.source else max
+    return choose(lengths, key=lengths.get)
 
 
 def _first(x: Instruction, home: Computation) -> str:

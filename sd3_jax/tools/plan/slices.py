@@ -30,6 +30,7 @@ class Generation(NamedTuple):
     host_rate: float = 3.2e10  # PCIe 4.0 x16, to the host's memory
 
 
+# The compiler counts HBM in GiB, and reserves some: v5e's 16 are 15.75.
 GB = 2**30
 GENERATIONS = {
     "v5e": Generation(
@@ -97,8 +98,8 @@ class Slice(NamedTuple):
 
     @property
     def wrap(self) -> tuple[bool, bool, bool]:
-        """Which axes close to a ring: of a solid all or none, of a flat one those of
-        16. Without them the compiler turns gathers into sums of whole weights."""
+        """Which axes wrap around: in 3D all or none, in 2D those of 16 chips. Without
+        this the compiler replaces all-gathers by all-reduces of whole weights."""
         if len(self.shape) == 3:
             return (all(n % 4 == 0 for n in self.shape),) * 3
         return (*(n == 16 for n in self.shape), False)
@@ -111,6 +112,7 @@ class Slice(NamedTuple):
         """How many links a chip of neighbouring `devices` can send by at least: two
         along an axis that closes to a ring, one along one that has ends."""
         left, links = max(1, devices // self.generation.devices), 0
+        # Neighbouring devices fill the last axis of the torus first.
         for size, ring in zip(self.shape[::-1], self.wrap[len(self.shape) - 1 :: -1]):
             filled = min(left, size)
             left //= filled
@@ -124,23 +126,27 @@ def find(name: str) -> Slice:
 
     v5litepod-16, as gcloud says, is v5e-16.
     """
-    told = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
-    if told is None or told[2] not in GENERATIONS or told[1] == "0":
+    match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
+    if match is None or match[2] not in GENERATIONS or match[1] == "0":
         raise UserError(
             f'config.plan.slices: unknown slice "{name}"; wanted GENERATION-SIZE, such'
             f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
         )
-    made = GENERATIONS[told[2]]
-    shapes = FLAT if made.dims == 2 else SOLID
-    chips, rest = divmod(int(told[3]), made.named)
+    generation = GENERATIONS[match[2]]
+    # v5e and v6e are 2D tori of up to 256 chips; v5p and tpu7x are 3D.
+    shapes = FLAT if generation.dims == 2 else SOLID
+    chips, rest = divmod(int(match[3]), generation.named)
     if rest or chips not in shapes:
-        sizes = [f"{told[2]}-{n * made.named}" for n in shapes]
+        sizes = [f"{match[2]}-{n * generation.named}" for n in shapes]
         raise UserError(
             f'config.plan.slices: "{name}": wanted one of {", ".join(sizes)}'
         )
-    count = int(told[1] or 1)
+    # "v5e-16" is one slice, "2xv5e-16" two of them.
+    count = int(match[1] or 1)
     shape = tuple(int(n) for n in shapes[chips].split("x"))
-    return Slice(name.replace(*LITEPOD), told[2], made, count * chips, shape, count)
+    return Slice(
+        name.replace(*LITEPOD), match[2], generation, count * chips, shape, count
+    )
 
 
 def cloud_name(name: str) -> str:

@@ -1,18 +1,19 @@
-"""What records of n pictures take: disk, shards, batches and hours, before any is read.
+"""The disk space, shards, batches and hours of n records, before any is read.
 
-Invented pictures stand for the ones that are not there yet. docs/data.md has the
-arithmetic beside the paper's (Table 7).
+Synthetic picture sizes (synthetic_web.py) stand in for real ones. docs/data.md compares
+the arithmetic with the paper's Table 7.
 """
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from sd3_jax.data.records import FORMAT, VERSION
 from sd3_jax.tools.plan import synthetic_web
+from sd3_jax.tools.plan.storage_table import Shape, Storage
 
 SAMPLE = 10**6  # invented pictures, at most; counts of more are scaled from these
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "uint8": 1}  # as a file has them
@@ -24,46 +25,6 @@ INDEX = 8  # bytes of it a record, at a shard's end
 TABLE_7 = {"vae": 2.45, "clip_l": 0.45, "clip_g": 2.77, "t5": 17.46}  # ms on an A100
 AT = {"pixels": 256**2, "tokens": 77}  # to which these times belong
 STEP_S = 0.5  # seconds of a training step, for the rate of reading
-
-
-class Shape(NamedTuple):
-    """A bucket's part of the plan. `pictures` are how many fall to it."""
-
-    height: int
-    width: int
-    pictures: int
-    record_bytes: int
-    shards: int
-    shard_bytes: int  # of a shard of middling size
-    batches: int  # whole ones an epoch
-    enlarged: float  # share of its pictures whose pixels are fewer than the bucket's
-    kept: float  # of a picture by the crop, on average
-
-
-class Storage(NamedTuple):
-    """A plan of n records; `text` is for people, `_asdict` for JSON."""
-
-    pictures: int
-    sample: int  # invented pictures that the counts are scaled from
-    tensors: dict[str, dict[str, Any]]  # dtype, and bytes by bucket, a record
-    shapes: list[dict[str, Any]]  # of Shape's fields
-    bytes: int  # on disk
-    shards: int
-    record_bytes: float  # on average
-    batch_size: int
-    epoch: int  # batches, of all buckets
-    left_over: float  # share of the pictures that fill no batch of their bucket
-    enlarged: float
-    kept: float
-    reading: float  # bytes a second, all hosts together, at a step of `step_seconds`
-    step_seconds: float
-    images_per_second: float | None  # a chip, in precompute; None if it encodes nothing
-    chips: int
-    hours: float
-    rate_from: str
-
-    def text(self) -> str:
-        return "\n".join(_lines(self))
 
 
 def plan(
@@ -95,38 +56,17 @@ def plan(
     `caption` and `source` are bytes. Without `images_per_second` a chip's is that of
     the paper's A100, by Table 7 and in proportion to pixels and tokens.
     """
+    # The shares of a million pictures are exact to about 0.1 %, so larger counts scale.
     looked = min(n, sample)
-    counts, larger, kept = _count(looked, buckets, seed)
-    pictures = _scaled(counts, n)
-    what = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
-    what |= dict(text_tokens=text_tokens, context_dim=context_dim)
-    what |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
+    sums = _count(looked, buckets, seed)
+    options = dict(latents=latents, latents_dtype=latents_dtype, channels=channels)
+    options |= dict(text_tokens=text_tokens, context_dim=context_dim)
+    options |= dict(factor=factor, pooled_dim=pooled_dim, text_dtype=text_dtype)
+    records = [arrays(height, width, **options) for height, width in buckets]
     about = _about(caption, source)
-    shapes, tensors = [], {}
-    for i, (height, width) in enumerate(buckets):
-        held = arrays(height, width, **what)
-        for name, (dtype, shape) in held.items():
-            of = tensors.setdefault(name, {"dtype": dtype, "bytes": []})
-            of["bytes"].append(math.prod(shape) * BYTES[dtype])
-        size = record_bytes(held, about)
-        files = _files(pictures[i], n, part)
-        each = pictures[i] / max(files, 1)
-        row = Shape(
-            height=height,
-            width=width,
-            pictures=pictures[i],
-            record_bytes=size,
-            shards=files,
-            shard_bytes=shard_bytes(round(each), size) if files else 0,
-            batches=pictures[i] // batch_size,
-            enlarged=float(larger[i] / max(counts[i], 1)),
-            kept=float(kept[i] / max(counts[i], 1)),
-        )
-        shapes.append(row)
-    total = sum(row.shards * row.shard_bytes for row in shapes)
-    mean = sum(x.pictures * x.record_bytes for x in shapes) / max(n, 1)
+    sizes = [record_bytes(record, about) for record in records]
+    shapes = _bucket_rows(n, buckets, sums, sizes, part, batch_size)
     area = sum(x.pictures * x.height * x.width for x in shapes) / max(n, 1)
-    epoch = sum(row.batches for row in shapes)
     rate, rate_from = images_per_second, "as given"
     if rate is None:
         rate = table_7_rate(area, text_tokens, encoded=latents != "image")
@@ -134,23 +74,82 @@ def plan(
     return Storage(
         pictures=n,
         sample=looked,
-        tensors=tensors,
+        tensors=_tensor_bytes(records),
         shapes=[row._asdict() for row in shapes],
-        bytes=total,
+        **_totals(n, shapes, batch_size, step_seconds),
+        enlarged=float(sums[1].sum() / max(looked, 1)),
+        kept=float(sums[2].sum() / max(looked, 1)),
+        **_hours(n, rate, chips),
+        rate_from=rate_from,
+    )
+
+
+def _totals(
+    n: int, shapes: Sequence[Shape], batch_size: int, step_seconds: float
+) -> dict[str, float]:
+    """Bytes, shards, batches and the rate of reading, over all buckets."""
+    mean = sum(x.pictures * x.record_bytes for x in shapes) / max(n, 1)
+    epoch = sum(row.batches for row in shapes)
+    return dict(
+        bytes=sum(row.shards * row.shard_bytes for row in shapes),
         shards=sum(row.shards for row in shapes),
         record_bytes=mean,
         batch_size=batch_size,
         epoch=epoch,
         left_over=1 - epoch * batch_size / max(n, 1),
-        enlarged=float(larger.sum() / max(looked, 1)),
-        kept=float(kept.sum() / max(looked, 1)),
         reading=batch_size * mean / step_seconds,
         step_seconds=step_seconds,
+    )
+
+
+def _hours(n: int, rate: float, chips: int) -> dict[str, Any]:
+    return dict(
+        # JSON has no infinity: a plan that encodes nothing has no rate.
         images_per_second=rate if math.isfinite(rate) else None,
         chips=chips,
         hours=hours(n, images_per_second=rate, chips=chips),
-        rate_from=rate_from,
     )
+
+
+def _bucket_rows(
+    n: int,
+    buckets: Sequence[tuple[int, int]],
+    sums: np.ndarray,
+    sizes: Sequence[int],
+    part: int,
+    batch_size: int,
+) -> list[Shape]:
+    """`sums` (3, buckets) are _count's, `sizes` the bytes of a record by bucket."""
+    counts, larger, kept = sums
+    rows = []
+    for i, pictures in enumerate(_scaled(counts, n)):
+        files = _files(pictures, n, part)
+        per_shard = pictures / max(files, 1)
+        row = Shape(
+            *buckets[i],
+            pictures=pictures,
+            record_bytes=sizes[i],
+            shards=files,
+            shard_bytes=shard_bytes(round(per_shard), sizes[i]) if files else 0,
+            batches=pictures // batch_size,
+            enlarged=float(larger[i] / max(counts[i], 1)),
+            kept=float(kept[i] / max(counts[i], 1)),
+        )
+        rows.append(row)
+    return rows
+
+
+def _tensor_bytes(records: Sequence[Mapping]) -> dict[str, dict[str, Any]]:
+    """Each tensor's dtype, and its bytes in a record of each bucket."""
+    tensors = {}
+    for record in records:
+        for name, (dtype, shape) in record.items():
+            entry = tensors.setdefault(name, {"dtype": dtype, "bytes": []})
+            entry["bytes"].append(math.prod(shape) * BYTES[dtype])
+    return tensors
+
+
+# --- bytes
 
 
 def arrays(
@@ -190,12 +189,15 @@ def record_bytes(
 ) -> int:
     """Of data.records.encode, exactly: a safetensors blob with this metadata."""
     header, start = {"__metadata__": dict(metadata)}, 0
+    # safetensors writes tensors by dtype, the widest first, and then by name; the order
+    # sets the digits of the offsets, and so the length of the header.
     for name in sorted(tensors, key=lambda k: (list(BYTES).index(tensors[k][0]), k)):
         dtype, shape = tensors[name]
         end = start + math.prod(shape) * BYTES[dtype]
         entry = {"dtype": NAMES[dtype], "shape": shape, "data_offsets": [start, end]}
         header[name], start = entry, end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # 8 bytes of length, and a header padded to a multiple of 8.
     return 8 + 8 * math.ceil(len(text) / 8) + start
 
 
@@ -203,6 +205,9 @@ def shard_bytes(records: int, record_bytes: int) -> int:
     """Of a file of so many records: padded to whole pages, and its index behind."""
     framed = records * (record_bytes + FRAME)
     return PAGE * (math.ceil(framed / (PAGE - 24)) + math.ceil(records * INDEX / PAGE))
+
+
+# --- hours
 
 
 def hours(n: int, *, images_per_second: float, chips: int = 1) -> float:
@@ -219,10 +224,13 @@ def table_7_rate(pixels: float, tokens: int, *, encoded: bool = True) -> float:
     return 1e3 / ms if ms else math.inf
 
 
+# --- counts
+
+
 def _count(n, buckets, seed):
-    """By bucket: pictures, those enlarged, and the sum of the shares kept."""
+    """By bucket: pictures, enlarged ones, and the sum of the shares that crops keep."""
     sums = np.zeros((3, len(buckets)))
-    for block, _ in synthetic_web.blocks(n, seed):
+    for block in synthetic_web.blocks(n, seed):
         of, larger, kept = synthetic_web.fits(block, buckets)
         for row, weights in enumerate((None, larger > 1, kept)):
             sums[row] += np.bincount(of, weights, minlength=len(buckets))
@@ -235,20 +243,23 @@ def _scaled(counts: np.ndarray, n: int) -> list[int]:
     if not looked:
         return [0] * len(counts)
     exact = [int(count) * n for count in counts]  # over `looked`, in whole numbers
-    made = [x // looked for x in exact]
+    scaled = [x // looked for x in exact]
     order = sorted(range(len(counts)), key=lambda i: -(exact[i] % looked))
-    for i in order[: n - sum(made)]:
-        made[i] += 1
-    return made
+    for i in order[: n - sum(scaled)]:
+        scaled[i] += 1
+    return scaled
 
 
 def _files(pictures: int, n: int, part: int) -> int:
     """Shards of a bucket: parts in which it has any picture, on average."""
     if not pictures:
         return 0
+    # Each part of the input writes its own shard for every bucket that it meets.
     parts = math.ceil(n / part)
-    some = -math.expm1(part * math.log1p(-pictures / n)) if pictures < n else 1.0
-    return max(1, min(pictures, round(parts * some)))
+    # The chance that a part of `part` pictures has one of this bucket: 1 - (1 -
+    # share)^part, in logarithms because shares may be tiny.
+    filled = -math.expm1(part * math.log1p(-pictures / n)) if pictures < n else 1.0
+    return max(1, min(pictures, round(parts * filled)))
 
 
 def _about(caption: int, source: int) -> dict[str, str]:
@@ -263,71 +274,3 @@ def _about(caption: int, source: int) -> dict[str, str]:
         "crop": "[100, 100, 1000, 1000]",
         "checksum": f"crc32:{8 * '0'}",
     }
-
-
-HEAD = "bucket pictures share MB/record shards MB/shard batches enlarged kept".split()
-
-
-def _lines(x: Storage) -> Iterator[str]:
-    scaled = f", scaled from {x.sample:,}" if x.sample < x.pictures else ""
-    yield f"{x.pictures:,} invented pictures{scaled}"
-    yield ""
-    cells = [HEAD]
-    for row in map(lambda given: Shape(**given), x.shapes):
-        cells.append(
-            [
-                f"{row.height}x{row.width}",
-                f"{row.pictures:,}",
-                f"{row.pictures / max(x.pictures, 1):.1%}",
-                f"{row.record_bytes / 1e6:.3f}",
-                f"{row.shards:,}",
-                f"{row.shard_bytes / 1e6:,.1f}",
-                f"{row.batches:,}",
-                f"{row.enlarged:.0%}",
-                f"{row.kept:.0%}",
-            ]
-        )
-    wide = [max(map(len, column)) for column in zip(*cells)]
-    for row in cells:
-        yield "  ".join(f"{cell:>{n}}" for cell, n in zip(row, wide))
-    yield ""
-    yield "a record: " + ", ".join(
-        f"{name} {_span(of['bytes'])} kB {of['dtype']}"
-        for name, of in x.tensors.items()
-    )
-    yield (
-        f"on disk: {_large(x.bytes)} in {x.shards:,} shards,"
-        f" {x.record_bytes / 1e6:.3f} MB a record"
-    )
-    yield (
-        f"an epoch: {x.epoch:,} batches of {x.batch_size:,}, each of one bucket;"
-        f" {x.left_over:.2%} of the pictures fill none"
-    )
-    yield (
-        f"pictures: {x.enlarged:.0%} are smaller than their bucket; the crop keeps"
-        f" {x.kept:.0%} of one"
-    )
-    yield (
-        f"reading: {_large(x.reading)}/s, all hosts together, at"
-        f" {x.step_seconds:g} s a step"
-    )
-    if x.images_per_second is None:
-        yield "precompute: encodes nothing; its hours are the hosts', which resize"
-        return
-    chips = f"{x.chips:,} chip" + "s" * (x.chips != 1)
-    yield (
-        f"precompute: {x.hours:,.1f} hours on {chips} at {x.images_per_second:,.1f}"
-        f" images/s each ({x.rate_from})"
-    )
-
-
-def _span(sizes: Sequence[int]) -> str:
-    low, high = (f"{f(sizes) / 1e3:,.1f}" for f in (min, max))
-    return low if low == high else f"{low} to {high}"
-
-
-def _large(count: float) -> str:
-    for unit, size in (("PB", 1e15), ("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
-        if count >= size:
-            return f"{count / size:,.2f} {unit}"
-    return f"{count / 1e3:,.2f} kB"

@@ -1,8 +1,7 @@
-"""Invented pictures, like the web's: for plans of data that is not there yet."""
+"""Synthetic picture sizes with the web's mixture, for plans of future data."""
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -23,46 +22,19 @@ LONG, SPREAD = 1_000, 0.5  # pixels of the median long side; of its logarithm
 SIDES = 16, 20_000  # pixels that a picture's side may have
 
 
-class Metadata(NamedTuple):
-    """What is known of a picture before it is read."""
-
-    source: str
-    size: tuple[int, int]  # height and width
-    caption: int  # characters
-    bucket: int
-
-
 def sizes(n: int, *, seed: int = 0) -> np.ndarray:
     """(n, 2) heights and widths in pixels of invented pictures, the web's mixture.
 
     Of more pictures with the same seed, the first n are these.
     """
-    return np.concatenate(
-        [np.zeros((0, 2), np.int32), *(block for block, _ in blocks(n, seed))]
-    )
-
-
-def metadata(
-    n: int,
-    *,
-    buckets: Sequence[tuple[int, int]],
-    seed: int = 0,
-    source: str = "web/{:012d}.jpg",
-) -> Iterator[Metadata]:
-    """n invented pictures, one at a time; those of `sizes` with the same seed."""
-    number = 0
-    for block, captions in blocks(n, seed):
-        of = nearest(block, buckets)
-        for size, caption, bucket in zip(block.tolist(), captions.tolist(), of):
-            yield Metadata(source.format(number), tuple(size), caption, int(bucket))
-            number += 1
+    return np.concatenate([np.zeros((0, 2), np.int32), *blocks(n, seed)])
 
 
 def nearest(pictures: np.ndarray, buckets: Sequence[tuple[int, int]]) -> np.ndarray:
     """The bucket of each picture, the nearest by aspect, as data.buckets.fit has it."""
     aspects = np.array([math.log(width / height) for height, width in buckets])
-    own = np.log(pictures[:, 1] / pictures[:, 0])
-    return np.abs(aspects - own[:, None]).argmin(1)
+    picture_aspects = np.log(pictures[:, 1] / pictures[:, 0])
+    return np.abs(aspects - picture_aspects[:, None]).argmin(1)
 
 
 def fits(
@@ -79,10 +51,11 @@ def fits(
     return of, scale, crop.prod(1) / pictures.prod(1, dtype=np.float64)
 
 
-def blocks(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """(m, 2) sizes and (m,) caption lengths, block by block; each has its own seed."""
+def blocks(n: int, seed: int) -> Iterator[np.ndarray]:
+    """(m, 2) heights and widths, block by block; each block has its own seed."""
     aspects, shares = np.array(list(SHAPES)), np.array(list(SHAPES.values()))
     for number, start in enumerate(range(0, n, BLOCK)):
+        # A seed for each block: the first n pictures do not depend on how many follow.
         rng = np.random.default_rng([seed, number])
         # A few percent off: pictures are cropped by hand.
         aspect = rng.choice(aspects, BLOCK, p=shares)
@@ -91,7 +64,7 @@ def blocks(n: int, seed: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         )
         long = np.exp(rng.normal(math.log(LONG), SPREAD, BLOCK))
         height, width = long / np.maximum(aspect, 1), long * np.minimum(aspect, 1)
-        found = np.rint(np.stack([height, width], 1)).clip(*SIDES).astype(np.int32)
-        captions = np.rint(np.exp(rng.normal(math.log(60), 0.8, BLOCK))).astype(int)
-        most = min(BLOCK, n - start)
-        yield found[:most], captions[:most]
+        block_sizes = (
+            np.rint(np.stack([height, width], 1)).clip(*SIDES).astype(np.int32)
+        )
+        yield block_sizes[: min(BLOCK, n - start)]

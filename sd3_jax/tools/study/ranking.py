@@ -8,17 +8,20 @@ from numpy import ndarray
 
 
 def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
-    """The Pareto front that each of n is on, 1 the best; every score better when lower.
+    """The Pareto front of each of n rows, 1 is the best; lower scores are better.
 
     Non-dominated sorting: the first front are those that no other is at least as good
     as in all scores and better than in one; the next are those of what is left.
     """
     at_least = (scores[:, None] <= scores[None]).all(-1)  # [i, j]: i as good as j
+    # (n, n): i is better than j in at least one score
     better = (scores[:, None] < scores[None]).any(-1)
     dominates = at_least & better
     rank, left = np.zeros(len(scores), int), np.ones(len(scores), bool)
     while left.any():
+        # Not dominated by any that is left: the next front.
         free = left & ~dominates[left].any(0)
+        # Ranks begin at 0 for all, so the first front gets 1.
         rank[free] = rank.max() + 1
         left &= ~free
     return rank
@@ -32,7 +35,7 @@ def mean_ranks(
     ranks: dict[str, list[int]] = {}
     for setting in settings:
         names = list(setting)
-        found = fronts(np.array([setting[name] for name in names], float))
-        for name, rank in zip(names, found.tolist()):
+        front_ranks = fronts(np.array([setting[name] for name in names], float))
+        for name, rank in zip(names, front_ranks.tolist()):
             ranks.setdefault(name, []).append(rank)
     return {name: float(np.mean(x)) for name, x in ranks.items()}

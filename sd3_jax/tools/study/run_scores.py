@@ -1,4 +1,4 @@
-"""What a study measures of a run: its validation loss, and its pictures' scores."""
+"""A study's measurements of a run: its validation loss, and scores of pictures."""
 
 import json
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from sd3_jax.evaluation import (
 )
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
-from sd3_jax.sampling import sampler as paint
+from sd3_jax.sampling.sampler import TrainedSampler, require_text_encoders
 
 
 def measure(
@@ -39,11 +39,12 @@ def measure(
     result: dict,
     keep: Callable[[dict], None],
 ) -> None:
-    """Adds to `result`, and keeps it after every sampler setting: those are not done
-    again. The step is that of the least validation loss among those saved (B.3)."""
+    """Adds scores to `result` and saves it after every sampler setting, so that none is
+    repeated. It takes the checkpoint with the least validation loss (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         parts = model_parts.parts(config)
+        # Process 0 lists the folder: hosts may see different files of a network disk.
         saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
         best = min(
             (row for row in validations if row["step"] in saved),
@@ -63,8 +64,9 @@ def measure(
             "scores": result.get("scores", []),
         }
         judge, encoder = judge_of(config), None
-        painters: dict[str, Traveller] = {}
+        samplers: dict[str, Traveller] = {}
         for weights in config.study.weights:
+            # A study that was killed goes on after the last sampler setting.
             known = [x["setting"] for x in result["scores"] if x["weights"] == weights]
             left = [x for x in config.study.settings if x not in known]
             if not left:
@@ -74,15 +76,20 @@ def measure(
                 config, parts, folder, mesh, step=best["step"]
             )
             for setting in left:
-                own = sampling(config, setting)
-                if setting not in painters:
-                    painters[setting] = Traveller(own, parts, mesh, encoder)
-                painter = painters[setting]
-                found = judge(painter, params) | {"path": painter.length()}
-                encoder = painter.encoder
+                setting_config = sampling(config, setting)
+                # One sampler for a setting serves all kinds of weights: they share a
+                # program.
+                if setting not in samplers:
+                    samplers[setting] = Traveller(setting_config, parts, mesh, encoder)
+                sampler = samplers[setting]
+                measured = judge(sampler, params) | {"path": sampler.length()}
+                encoder = sampler.encoder
                 key = {"weights": weights, "setting": setting}
-                sampler = {"steps": own.sample.steps, "cfg": own.sample.cfg}
-                result["scores"].append(key | sampler | found)
+                sampler_settings = {
+                    "steps": setting_config.sample.steps,
+                    "cfg": setting_config.sample.cfg,
+                }
+                result["scores"].append(key | sampler_settings | measured)
                 keep(result)
     keep(result | {"complete": True})
 
@@ -96,6 +103,7 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     config = config.copy_and_resolve_references()
     for text in setting.split():
         override(config, f"sample.{text}", "config.study.settings")
+    # "step=50" is one letter from "steps=50" and would pick a checkpoint.
     if config.sample.step:
         raise ConfigError(
             f"config.study.settings: config.sample.step = {config.sample.step}: wanted"
@@ -117,18 +125,21 @@ def override(config: ConfigDict, text: str, where: str) -> None:
         raise ConfigError(f"{where}: {error}") from None
 
 
-class Traveller(paint.Painter):
-    """A painter that notes how long the way of each picture was: the sum of |v dt|."""
+class Traveller(TrainedSampler):
+    """A sampler that also measures each trajectory's length, the sum of |v dt|."""
 
     def __init__(self, *args):
         super().__init__(*args)
         self.lengths = []
-        solver = SOLVERS[self.sampler[0]]
+        solver = SOLVERS[self.solver_and_grid[0]]
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))
+        # Replaces the parent's jitted program; __call__ stays as it is.
         self.program = partial(self.note, travel)
 
     def travel(self, params: dict, batch: dict, negative: dict, solver: Callable):
         way = self.latents(params, batch, negative, solver)  # (n, b, h, w, c)
+        # (n - 1, b): the squared length of each step. A straight path is as long as the
+        # distance of its ends.
         steps = jnp.square(jnp.diff(way, axis=0)).sum(axis=(2, 3, 4))
         last = way[-1]
         image = last if self.encoder else self.parts.autoencoder.decode(last)
@@ -140,7 +151,7 @@ class Traveller(paint.Painter):
         return image
 
     def length(self) -> float:
-        """The mean since it was last asked for."""
+        """The mean length since the last call."""
         lengths, self.lengths = np.concatenate(self.lengths), []
         return float(lengths.mean())
 
@@ -148,63 +159,69 @@ class Traveller(paint.Painter):
 def check(config: ConfigDict) -> None:
     """UserError, before anything is trained, if there is nothing to measure with."""
     if config.data.name != "digits":
-        paint.check(config)
+        require_text_encoders(config)
         picture_scores.check(as_evaluated(config))
 
 
 def as_evaluated(config: ConfigDict) -> ConfigDict:
     config = config.copy_and_resolve_references()
     measures = dict(pictures=config.study.pictures, scores=("clip_score", "fid"))
+    # `study` measures what `evaluate` does, with its own number of pictures.
     config.eval.update(measures)
     return config
 
 
 class Digits:
-    """Scenes of the recipe's mix that training never shows, and real ones of them: the
-    share of pictures that are right, and FID on pixels."""
+    """The share of right pictures and FID on pixels, for held-out scenes of the
+    recipe's mix, against real pictures of the same scenes."""
 
     def __init__(self, config: ConfigDict):
+        # Scenes in the proportion of the training mix.
         counts = np.array(config.data.mix) / sum(config.data.mix)
         counts = np.rint(counts * config.study.pictures).astype(int).tolist()
         self.scenes = []
         for kind, count in zip(digits.KINDS, counts):
             split = "train" if kind == "single" else config.eval.split
-            self.scenes += digit_scenes.some(kind, split, count) if count else []
+            self.scenes += (
+                digit_scenes.sample_scenes(kind, split, count) if count else []
+            )
         canvas = digits.Digits(config.image.height, config.image.width, held_out=True)
         hands = digits.draws(1, np.arange(len(self.scenes)), 2)
         real = [canvas.draw(scene, u) for scene, u in zip(self.scenes, hands)]
         self.reference = feature_statistics.of(pixels(np.stack(real)))
 
-    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
+    def __call__(self, sampler: Traveller, params: dict) -> dict[str, float]:
         captions = [str(scene) for scene in self.scenes]
-        images = painter(params, captions, list(range(len(captions))))
+        images = sampler(params, captions, list(range(len(captions))))
         right = np.array([matches(*pair) for pair in zip(self.scenes, images)])
         kinds = np.array([scene.kind for scene in self.scenes])
-        each = {f"score_{k}": float(right[kinds == k].mean()) for k in sorted({*kinds})}
+        by_kind = {
+            f"score_{k}": float(right[kinds == k].mean()) for k in sorted({*kinds})
+        }
         far = fid.frechet(feature_statistics.of(pixels(images)), self.reference)
-        return {"score": float(right.mean()), **each, "fid": far}
+        return {"score": float(right.mean()), **by_kind, "fid": far}
 
 
 class Pictures:
     """CLIP score and FID of captions and pictures as `evaluate` takes them."""
 
     def __init__(self, config: ConfigDict):
-        self.config = own = as_evaluated(config)
-        self.clip = picture_features.load_clip(own)
-        self.extract = picture_features.extractor(own, lambda: self.clip)
-        self.captions = reference_images.captions(own)
-        self.reference = picture_scores.references(own, self.extract, ["fid"])
+        self.config = eval_config = as_evaluated(config)
+        self.clip = picture_features.load_clip(eval_config)
+        self.extract = picture_features.extractor(eval_config, lambda: self.clip)
+        self.captions = reference_images.captions(eval_config)
+        self.reference = picture_scores.references(eval_config, self.extract, ["fid"])
 
-    def __call__(self, painter: Traveller, params: dict) -> dict[str, float]:
-        made, cosines = picture_scores.look(
+    def __call__(self, sampler: Traveller, params: dict) -> dict[str, float]:
+        sampled, cosines = picture_scores.look(
             self.config,
-            partial(painter, params),
+            partial(sampler, params),
             self.captions,
             self.extract,
             self.clip,
             True,
         )
-        far = fid.frechet(made.statistics, self.reference.statistics)
+        far = fid.frechet(sampled.statistics, self.reference.statistics)
         return {"score": float(cosines.mean()), "fid": far}
 
 

@@ -1,4 +1,4 @@
-"""How a loss falls with compute, and whether it tells of other scores (paper, 5.3)."""
+"""Scaling laws of the loss, and its correlation with other scores (paper, 5.3)."""
 
 from typing import NamedTuple
 
@@ -35,7 +35,9 @@ def power_law(
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     if len(x) < 2 or (x <= 0).any() or (loss <= 0).any():
         raise ValueError(f"power_law: got {len(x)} points, want two or more, all > 0")
+    # Around the mean of log x, so that slope and height are uncorrelated.
     x0 = float(np.exp(np.log(x).mean()))
+    # Three free numbers need more than three points.
     shares = np.append(0, np.linspace(0, 1, 400)[1:-1]) if floor and len(x) > 3 else [0]
     return min(
         (_line(x, loss, x0, share * loss.min()) for share in shares),
@@ -44,6 +46,7 @@ def power_law(
 
 
 def _line(x, loss, x0, floor) -> PowerLaw:
+    # log (loss - floor) = height + slope log (x / x0)
     slope, height = np.polyfit(np.log(x / x0), np.log(loss - floor), 1)
     law = PowerLaw(float(floor), float(np.exp(height)), float(-slope), x0, 0.0)
     error = np.sqrt(np.mean((np.log(law(x)) - np.log(loss)) ** 2))
@@ -53,6 +56,7 @@ def _line(x, loss, x0, floor) -> PowerLaw:
 def frontier(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> ndarray:
     """Indices, by rising x, of the points that no point of less or equal x is below."""
     order = np.lexsort((loss, x))
+    # The least loss at this compute or less; the frontier is where it falls.
     best = np.minimum.accumulate(loss[order])
     first = np.append(True, best[1:] < best[:-1])
     return order[first]
@@ -68,5 +72,6 @@ def correlation(a: Float[ndarray, " n"], b: Float[ndarray, " n"]) -> float:
 
 def _ranks(x):
     _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
+    # Ties get the mean of the ranks that they take.
     ends = np.cumsum(counts)
     return (ends - (counts - 1) / 2)[inverse]

@@ -25,7 +25,7 @@ def html(results: Sequence[dict], workdir: epath.Path) -> str:
         html_page.stats(figures),
         html_page.section("Ranks", html_page.note(RANKS), rank_table(ranked, results)),
         html_page.section("Curves", html_page.panels(drawn)),
-        html_page.section("Tables", html_page.element("pre", tables.told(results))),
+        html_page.section("Tables", html_page.element("pre", tables.markdown(results))),
         html_page.element(
             "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
         ),
@@ -57,6 +57,7 @@ def rank_table(rows: Sequence[dict], results: Sequence[dict]) -> html_page.Html:
 
 def figures(results: Sequence[dict]) -> dict[str, str]:
     """Plots by the names of their files, as in the page."""
+    # Titles become names of files.
     name = lambda title: title.lower().replace(" ", "_")
     return {name(title): plots.standalone(svg) for title, svg, _ in panels(results)}
 
@@ -71,6 +72,7 @@ def panels(results: Sequence[dict]) -> list[tuple[str, str, str]]:
         ("FID over steps", *over_steps(results, "fid", cfg, weights, first)),
         ("Score and FID", *plane(results, weights, first)),
     ]
+    # Losses of different targets share no axis.
     if tables.comparable(results):
         drawn += [
             ("Loss over FLOPs", *over_flops(results, first)),
@@ -93,6 +95,7 @@ def over_steps(results, kind, cfg, weights, first) -> tuple[str, str]:
 
 def plane(results, weights, first) -> tuple[str, str]:
     rows = tables.scores(results, tables.middle(results), weights)
+    # A point for each variant: a curve of one.
     points = {r["variant"]: ([r["score"]], [r["fid"]]) for r in rows}
     steps, cfg = tables.middle(results)
     drawn = plots.curves(points, "score", "FID", joined=False, first=first)
@@ -102,6 +105,7 @@ def plane(results, weights, first) -> tuple[str, str]:
 def over_flops(results, first) -> tuple[str, str]:
     lines: dict[str, tuple] = dict(tables.points(results))
     caption = "Each mark is a validation, mean over seeds."
+    # The law is drawn only where the variants differ in size.
     if law := tables.law(results):
         every = np.concatenate([x for x, _ in lines.values()])
         x = np.geomspace(every.min(), every.max(), 40)
@@ -117,7 +121,9 @@ def by_t(results, first) -> tuple[str, str]:
     lines = {}
     for name in tables.names(tables.best(results)):
         mine = tables.of(tables.best(results), name)
+        # The last validation of each seed, averaged below.
         last = [x["validation"][-1] for x in mine]
+        # k[6:] is what follows "loss_t".
         times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))
         lines[name] = times, [np.mean([x[f"loss_t{t:g}"] for x in last]) for t in times]
     drawn = plots.curves(
@@ -137,10 +143,10 @@ def against(results, weights, first) -> tuple[str, str]:
             if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
         ]
         points[name] = tuple(zip(*rows))
-    found = tables.correlations(results, weights)
-    told = ", ".join(f"{name} {value:+.2f}" for name, value in found.items())
+    by_kind = tables.correlations(results, weights)
+    words = ", ".join(f"{name} {value:+.2f}" for name, value in by_kind.items())
     drawn = plots.curves(points, "validation loss", "score", joined=False, first=first)
-    return drawn, f"Every run; rank correlation of the loss with {told}."
+    return drawn, f"Every run; rank correlation of the loss with {words}."
 
 
 def pick(rows: Sequence[dict], name: str) -> dict:

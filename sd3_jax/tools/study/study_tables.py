@@ -12,7 +12,7 @@ LOWER = ("loss", "fid")  # better when lower; "score" is better when higher
 
 
 def merit(result: Result, by: str) -> float:
-    """Of a run, better when lower: its validation loss, or a score of its pictures."""
+    """A run's validation loss, or a score with its sign such that lower is better."""
     if by == "loss":
         return result["loss"]
     value = float(np.mean([row[by] for row in result["scores"]]))
@@ -36,16 +36,20 @@ def samplers(results: Sequence[Result]) -> list[tuple[int, float]]:
     return sorted({(s["steps"], s["cfg"]) for x in results for s in x["scores"]})
 
 
+# --- ranks and scores
+
+
 def controls(results: Sequence[Result], steps: int | None = None, seed=None):
     """The control settings, {variant: (-score, fid)} each: a seed, a set of weights, a
     sampler."""
-    found: dict[tuple, dict[str, tuple[float, float]]] = {}
+    groups: dict[tuple, dict[str, tuple[float, float]]] = {}
     for x in results:
         for s in x["scores"]:
             if steps in (None, s["steps"]) and seed in (None, x["seed"]):
                 key = x["seed"], s["weights"], s["setting"]
-                found.setdefault(key, {})[x["variant"]] = (-s["score"], s["fid"])
-    return list(found.values())
+                # Scores are negated, because fronts() takes lower as better.
+                groups.setdefault(key, {})[x["variant"]] = (-s["score"], s["fid"])
+    return list(groups.values())
 
 
 def ranks(results: Sequence[Result]) -> list[dict]:
@@ -57,6 +61,7 @@ def ranks(results: Sequence[Result]) -> list[dict]:
     overall = ranking.mean_ranks(controls(results))
     few = ranking.mean_ranks(controls(results, every[0]))
     many = ranking.mean_ranks(controls(results, every[-1]))
+    # Ranks of single seeds show how far the order of variants depends on the seed.
     by_seed = [ranking.mean_ranks(controls(results, seed=seed)) for seed in seeds]
     rows = [
         {
@@ -99,27 +104,33 @@ def _mean(*args) -> float:
 
 def middle(results: Sequence[Result]) -> tuple[int, float]:
     """The sampler of Table 2: the most steps below the most of all."""
-    found = samplers(results)
-    below = [x for x in found if x[0] < found[-1][0]]
-    return (below or found)[-1]
+    settings = samplers(results)
+    below = [x for x in settings if x[0] < settings[-1][0]]
+    return (below or settings)[-1]
 
 
 def few_steps(results: Sequence[Result], weights: str) -> tuple[list[int], list[dict]]:
     """Table 6: how much of the score at the most steps is lost at fewer, in %, at the
     guidance that has most of them; and the length of the way at the most."""
     results = best(results)
-    found = samplers(results)
-    cfg = max({c for _, c in found}, key=lambda c: (sum(x[1] == c for x in found), c))
-    every = [steps for steps, c in found if c == cfg]
+    settings = samplers(results)
+    cfg = max(
+        {c for _, c in settings}, key=lambda c: (sum(x[1] == c for x in settings), c)
+    )
+    every = [steps for steps, c in settings if c == cfg]
     rows = []
     for name in names(results):
         mine = of(results, name)
         mean = [_mean(mine, "score", (steps, cfg), weights) for steps in every]
+        # A score of 0 at the most steps has no relative loss.
         top = mean[-1] or math.nan
         drops = [100 * (1 - value / top) for value in mean[:-1]]
         path = _mean(mine, "path", (every[-1], cfg), weights)
         rows.append({"variant": name, "drops": drops, "path": path})
     return every, rows
+
+
+# --- sizes and losses
 
 
 def sizes(results: Sequence[Result]) -> list[dict]:
@@ -144,17 +155,18 @@ def sizes(results: Sequence[Result]) -> list[dict]:
 
 def points(results: Sequence[Result]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Validation loss over training FLOPs, by variant, each mean over the seeds."""
-    found = {}
+    curves = {}
     for name in names(best(results)):
         mine = of(best(results), name)
         flops = [row["step"] * mine[0]["flops"] for row in mine[0]["validation"]]
         losses = [[row["loss"] for row in x["validation"]] for x in mine]
+        # A seed that was stopped early has fewer validations; the mean ends there.
         least = min(map(len, losses))
-        found[name] = (
+        curves[name] = (
             np.array(flops[:least], float),
             np.mean([x[:least] for x in losses], axis=0),
         )
-    return found
+    return curves
 
 
 def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
@@ -163,6 +175,7 @@ def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
     sizes = [x["parameters"] for x in results]
     if not comparable(results) or max(sizes) < 1.5 * min(sizes):
         return None
+    # All variants' points together: the law is of the best loss at each compute.
     x, loss = (np.concatenate(z) for z in zip(*points(results).values()))
     at = scaling_laws.frontier(x, loss)
     return scaling_laws.power_law(x[at], loss[at]) if len(at) > 1 else None
@@ -170,6 +183,7 @@ def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
 
 def comparable(results: Sequence[Result]) -> bool:
     """Whether a validation loss says the same of all: of one target."""
+    # Losses of different paths have different targets and scales.
     return len({x["path_of_flow"] for x in results}) == 1
 
 
@@ -182,12 +196,12 @@ def correlations(results: Sequence[Result], weights: str) -> dict[str, float]:
                 rows.append((x["loss"], s))
     kinds = [k for k in rows[0][1] if k.startswith(("score", "fid"))] if rows else []
     losses = np.array([loss for loss, _ in rows])
-    found = {
+    by_kind = {
         kind: scaling_laws.correlation(losses, np.array([s[kind] for _, s in rows]))
         for kind in kinds
         if all(kind in s for _, s in rows)
     }
-    return {kind: value for kind, value in found.items() if not math.isnan(value)}
+    return {kind: value for kind, value in by_kind.items() if not math.isnan(value)}
 
 
 def spread(values: Sequence[float]) -> float:
@@ -198,7 +212,7 @@ def spread(values: Sequence[float]) -> float:
 # As text
 
 
-def told(results: Sequence[Result]) -> str:
+def markdown(results: Sequence[Result]) -> str:
     """All tables in Markdown."""
     weights = results[0]["scores"][0]["weights"]
     steps, cfg = sampler = middle(results)
@@ -245,16 +259,16 @@ def told(results: Sequence[Result]) -> str:
                 ],
             ),
         ]
-    parts += ["\nSize and validation loss\n", sizes_told(results)]
-    if found := law(results):
-        parts.append(f"\nLeast loss for x FLOPs: {found}, off by {found.error:.2%}")
+    parts += ["\nSize and validation loss\n", sizes_table(results)]
+    if fitted := law(results):
+        parts.append(f"\nLeast loss for x FLOPs: {fitted}, off by {fitted.error:.2%}")
     if comparable(results) and (rows := correlations(results, weights)):
         words = ", ".join(f"{name} {value:+.2f}" for name, value in rows.items())
         parts.append(f"\nRank correlation of validation loss with {words}")
     return "\n".join(parts)
 
 
-def sizes_told(results: Sequence[Result]) -> str:
+def sizes_table(results: Sequence[Result]) -> str:
     swept = any(x["option"] for x in results)
     head = [
         "variant",

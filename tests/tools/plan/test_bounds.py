@@ -5,11 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import plan
 from sd3_jax.models import flops
 from sd3_jax.models.attention import attention
 from sd3_jax.models.mmdit import MMDiT
-from sd3_jax.tools.plan import bounds, slices
+from sd3_jax.tools.plan import bounds, plan_table, slices
 
 SIZES = {24: 1536, 38: 2432}
 
@@ -75,7 +74,7 @@ def test_a_v5e_has_google_s_name_too():
     assert tuple(map(slices.cloud_name, names)) == clouds
     rows = [dict(slice=x, program="train") for x in ("v5p-8", "v5e-16", "v5e-16")]
     pytest.importorskip("libtpu")
-    told = [line for line in plan.notes(rows) if "litepod" in line]
+    told = [line for line in plan_table.notes(rows) if "litepod" in line]
     assert told == ["v5e-16: v5litepod-16 to gcloud and in launch/'s ACCELERATOR_TYPE"]
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from sd3_jax.tools.plan import hlo
+from sd3_jax.tools.plan import hlo, loop_trips
 
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
@@ -135,7 +135,7 @@ def test_turns_that_xla_does_not_say(start, op, step, direction, bound, turns):
     values = dict(start=start, op=op, step=step, direction=direction, bound=bound)
     module = hlo.parse(COUNTED.format(**values))
     entry = module["main"]
-    assert hlo.trips(entry.root, entry, module) == turns
+    assert loop_trips.trips(entry.root, entry, module) == turns
 
 
 def test_braces_of_a_kernel_do_not_end_a_computation():
@@ -146,7 +146,7 @@ def test_braces_of_a_kernel_do_not_end_a_computation():
 
 def test_turns_of_a_loop(module):
     entry = module["main.9"]
-    trips = lambda name: hlo.trips(entry.by_name[name], entry, module)
+    trips = lambda name: loop_trips.trips(entry.by_name[name], entry, module)
     assert trips("loop.9") == 5  # 10 by twos
     assert trips("counted.9") == 37
     assert trips("peeled.9") == 4  # from 2 on

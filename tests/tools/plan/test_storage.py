@@ -50,14 +50,6 @@ def test_a_million_fits_are_each_the_buckets_own(count, side):
         assert math.isclose(found.enlarged, larger) and math.isclose(found.kept, share)
 
 
-def test_metadata_is_of_the_same_pictures():
-    found = list(synthetic_web.metadata(50, buckets=TABLE, seed=2))
-    wanted = synthetic_web.sizes(50, seed=2)
-    assert [x.size for x in found] == list(map(tuple, wanted.tolist()))
-    assert [x.bucket for x in found] == synthetic_web.nearest(wanted, TABLE).tolist()
-    assert len({x.source for x in found}) == 50 and min(x.caption for x in found) >= 0
-
-
 @pytest.mark.parametrize("latents", ["moments", "sample", "image"])
 @pytest.mark.parametrize("tokens", [0, 77, 154])
 def test_bytes_are_those_of_a_record(latents, tokens):

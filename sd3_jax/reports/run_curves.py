@@ -1,0 +1,63 @@
+"""A run's curves over steps and over t, with captions that name missing values."""
+
+import math
+import re
+
+from sd3_jax.reports import html_page, number_format, plots
+
+CURVES = 6  # validation steps in the plot over t
+
+
+def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
+    steps, values = series(rows, kind, name)
+    # NaN and infinity would decide the frame of the plot.
+    finite = [value for value in values if math.isfinite(value)]
+    if not finite:
+        subject = "No finite value" if values else "Nothing"
+        return html_page.panel(title, "", f"{subject} of “{name}” was logged.")
+    window = plots.window_for(len(values)) if smooth else 1
+    frame = plots.frame_for(finite, zero=zero, clip=window > 1)
+    svg = plots.over_steps(steps, values, window=window, frame=frame)
+    caption = "As logged."
+    if window > 1:
+        caption = f"Faint: as logged. Solid: smoothed over {window} points."
+    # What the frame or the axis cannot show is counted in the caption.
+    above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
+    for subject, number in (("Above the frame", above), ("Not finite", lost)):
+        caption += f" {subject}: {number} of {len(values)}." if number else ""
+    return html_page.panel(title, svg, caption)
+
+
+def by_t(rows):
+    curves = {}
+    for row in rows:
+        matches = [re.fullmatch(r"loss_t(\d*\.?\d+)", name) for name in row]
+        names = {float(match[1]): match[0] for match in matches if match}
+        if row["kind"] == "val" and names:
+            ts = sorted(names)
+            curves[row["step"]] = ts, [number_format.finite(row[names[t]]) for t in ts]
+    title = "Validation loss by t"
+    if not curves:
+        return html_page.panel(title, "", "No validation loss by t was logged.")
+    shown = {step: curves[step] for step in evenly_spaced(sorted(curves), CURVES)}
+    caption = "Each curve is one evaluation, the last one in colour."
+    return html_page.panel(title, plots.by_t(shown), caption)
+
+
+def series(rows, kind, name):
+    """Steps and values; of a step that was logged twice, the later one."""
+    # A run that was resumed logs some steps twice; the later row is of the weights that
+    # went on.
+    points = {
+        row["step"]: float(row[name])
+        for row in rows
+        if row["kind"] == kind and isinstance(row.get(name), int | float)
+    }
+    return sorted(points), [points[step] for step in sorted(points)]
+
+
+def evenly_spaced(items, most):
+    """At most so many, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return items
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]

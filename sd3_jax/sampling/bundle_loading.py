@@ -1,0 +1,248 @@
+"""Files of released weights become a Bundle or a ControlBundle on a mesh."""
+
+import dataclasses
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax import linen as nn
+from jax.sharding import Mesh
+
+from sd3_jax import tree
+from sd3_jax.errors import UserError, nearest
+from sd3_jax.foreign_text import shown
+from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.params import quantization
+from sd3_jax.sampling import control as hints
+from sd3_jax.sampling import lora_adapters
+from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle, read_scheduler
+from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
+from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.weights import components, controlnet_keys, hub, sources
+from sd3_jax.weights.components import COMPONENTS, CONTROLNET
+from sd3_jax.weights.published_configs import fit
+
+log = logging.getLogger(__name__)
+DTYPES = ("float32", "bfloat16", "stored")
+QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
+
+
+def load(
+    source: epath.PathLike | Sequence[epath.PathLike],
+    *,
+    mesh: Mesh,
+    dtype: str = "bfloat16",
+    tokenizers_from: str | None = "",
+    only: Sequence[str] = tuple(COMPONENTS),
+    lora: Any = (),
+    quantize: Mapping[str, str] = MappingProxyType({}),
+    check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
+) -> Bundle:
+    """A diffusers folder, a .safetensors file, our own folder or a hub name.
+
+    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
+    "owner/name/file.safetensors". Several sources, as a list or separated by commas,
+    are combined; of a component in two sources the later one is used. `only` names the
+    components to load. The dtype "stored" keeps each tensor's dtype, for saving.
+
+    `tokenizers_from` is a folder or hub name with the tokenizers that `source` lacks;
+    None loads none, for embeddings alone. Each `lora` is a file, a folder or a hub
+    name, with a weight as in "name=0.8"; they stay beside the weights
+    (sampling/lora_adapters.py), and `save` writes the sum. `quantize` names components
+    whose blocks have 8-bit matrices, {"denoiser": "int8", "t5": "fp8"}; they are
+    rounded while they are read (params/quantization.py). `check(scheduler, configs)`
+    is called before any weight is read, and may raise.
+    """
+    dtype = _checked_dtype(dtype)
+    quantize = checked_kinds(quantize, dtype)
+
+    # --- what the sources hold: configurations, and parts whose weights are unread
+    names = sources.split(source)
+    if not names:
+        raise UserError("no weights: wanted a file, a folder or a hub name")
+    places = [sources.locate(name) for name in names]
+    source = ",".join(map(os.fspath, names))
+    parts, configs = _open_parts(places, only)
+    if lacking := [x for x in quantize if x in only and x not in parts]:
+        there = ", ".join(parts)
+        raise UserError(f"{source} has no {lacking[0]} to quantize, only {there}")
+
+    # --- checks that need no weights, so that a mistake costs seconds and not minutes
+    check(read_scheduler(configs, source), configs)
+    _warn_of_unread_keys(configs, source)
+    fit({name: part.config for name, part in parts.items()}, source)
+    loras = lora_adapters.opened(lora, only, parts)
+    paths = [place.path for place in places]
+    words = _tokenizers(paths, tokenizers_from, parts, configs, source)
+
+    # --- the weights, one component after another
+    modules, variables, stored = {}, {}, {}
+    for name, part in parts.items():
+        kind = quantize.get(name, "")
+        module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
+        modules[name], variables[name], stored[name] = module, values, dtypes
+    variables = lora_adapters.attached(variables, modules, loras)
+    if "denoiser" in modules:
+        log.info("%s", components.released_name(configs["denoiser"]))
+    kinds = {name: kind for name, kind in quantize.items() if name in modules}
+    about = dtype, source, stored, kinds
+    return Bundle(modules, variables, configs, words, mesh, *about)
+
+
+def _warn_of_unread_keys(configs: Mapping[str, dict], source: str) -> None:
+    for key in schedulers.unread(configs.get("scheduler", {})):
+        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
+
+
+def _tokenizers(
+    paths: Sequence,
+    tokenizers_from: str | None,
+    parts: Mapping[str, sources.Part],
+    configs: dict[str, dict],
+    source: str,
+) -> dict[str, Any]:
+    """Tokenizers by encoder; the hub is asked last, and not if embeddings suffice."""
+    words = tokenizers_of(paths, tokenizers_from or "", configs)
+    if tokenizers_from is not None:
+        for name in [x for x in TEXT if x in parts and x not in words]:
+            words[name] = fetched_tokenizer(name, configs[name], source)
+    return words
+
+
+def _open_parts(
+    places: Sequence, only: Sequence[str]
+) -> tuple[dict[str, sources.Part], dict[str, dict]]:
+    """The parts named in `only`, unread, and the configurations of all components."""
+    parts, configs = {}, {}
+    for place in places:
+        for name, part in sources.parts(*place).items():
+            if name in parts:  # of several sources the last one wins
+                log.info("%s: in the place of %s", part.where, parts[name].where)
+            configs[name] = part.config
+            if name in only and part.read is not None:
+                parts[name] = part
+    return parts, configs
+
+
+def _read_part(
+    name: str, part: sources.Part, mesh: Mesh, dtype: str, kind: str
+) -> tuple[nn.Module, dict, dict]:
+    """A component's module, its variables over the mesh, and its dtypes in the file."""
+    compute = jnp.dtype("float32" if dtype == "stored" else dtype)
+    component = COMPONENTS[name]
+    module = component.build(part.config, compute)
+    shapes = components.abstract(component, module, part.config, mesh, compute)
+    stored = part.dtypes(component, module, shapes)
+    if dtype == "stored":
+        shapes = _retyped(shapes, stored)
+    if kind:
+        # Only the abstract tree changes: tensors are rounded as each one is read, so
+        # that the full-precision model is never in memory.
+        shapes["params"] = quantization.abstract(shapes["params"], kind)
+    return module, part.read(component, module, shapes), stored
+
+
+def _checked_dtype(dtype: Any) -> str:
+    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
+    if dtype not in DTYPES:
+        raise UserError(
+            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
+        )
+    return dtype
+
+
+def _dtype_name(dtype: Any) -> str:
+    """Of jnp.bfloat16 and the like."""
+    try:
+        return jnp.dtype(dtype).name
+    except TypeError:
+        return shown(repr(dtype))
+
+
+def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
+    """Kinds by component, without those that are ""."""
+    if not isinstance(quantize, Mapping):
+        raise UserError(
+            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
+        )
+    for name, kind in quantize.items():
+        if name not in QUANTIZED:
+            raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
+        if kind and kind not in quantization.KINDS:
+            raise UserError(
+                f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
+            )
+    # "" means "not quantized": recipes list every component.
+    kinds = {name: kind for name, kind in quantize.items() if kind}
+    if kinds and dtype == "stored":
+        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
+    return kinds
+
+
+def _retyped(shapes, dtypes):
+    """The shapes with the dtype that `dtypes` has for each path."""
+
+    def leaf(path, x):
+        return jax.ShapeDtypeStruct(
+            x.shape, jnp.dtype(dtypes[tree.names(path)]), sharding=x.sharding
+        )
+
+    return jax.tree_util.tree_map_with_path(leaf, shapes)
+
+
+def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
+    """A diffusers folder, one .safetensors file or a hub name, for this bundle.
+
+    A single-stream net takes the embedding of patches from the bundle's denoiser.
+    """
+    path = resolve_control(source)
+    part = sources.control(path)
+    module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
+    # Checked before the weights are read: nets of other models fail inside the program.
+    denoiser = bundle.part("denoiser")
+    hints.require_fit(path, module, part.config, denoiser, bundle.configs["denoiser"])
+    if module.borrowed:  # its positions are the denoiser's too
+        module = dataclasses.replace(module, pos_size=denoiser.pos_size)
+    shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    variables = part.read(CONTROLNET, module, shapes)
+    if module.borrowed:
+        # The same arrays, not copies: the embedding takes no memory a second time.
+        denoiser_variables = bundle.variables["denoiser"]
+        variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
+        if "buffers" in denoiser_variables:
+            variables["buffers"] = denoiser_variables["buffers"]
+    net = ControlBundle(module, variables, part.config)
+    if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
+        message = (
+            "%s does not say what its hints are: they are encoded as blur and depth"
+        )
+        log.warning(f'{message}; of canny write ControlInput(preprocess="canny")', path)
+    return net
+
+
+def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
+    """A ControlNet without a denoiser, in the dtypes of its file, for conversion."""
+    part = sources.control(path)
+    # The compute dtype does not matter here, for the net is written and never run.
+    module = CONTROLNET.build(part.config, jnp.dtype("float32"))
+    shapes = _control_shapes(part, module, mesh, "float32")
+    shapes = _retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
+    return ControlBundle(module, part.read(CONTROLNET, module, shapes), part.config)
+
+
+def resolve_control(source: str) -> epath.Path:
+    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
+    return sources.resolve(source, wanted, label="ControlNet")
+
+
+def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):
+    """Shapes of the tensors that the net's file holds."""
+    # A borrowed patch embedding is not in the net's file: it is the denoiser's.
+    shapes = components.abstract(CONTROLNET, module, part.config, mesh, dtype)
+    return controlnet_keys.without_borrowed(module, shapes)
