@@ -27,11 +27,9 @@ from sd3_jax.assembly import (
     finetune_start,
     model_parts,
 )
-from sd3_jax.checkpoints.manager import (
-    Checkpoints,
-    UnreadableCheckpoint,
-    saved_config,
-)
+from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
+from sd3_jax.checkpoints.manager import Checkpoints
+from sd3_jax.checkpoints.restoring import saved_config
 from sd3_jax.distributed import processes, sharding, signals, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.evaluation.val_loss import val_loss

@@ -16,7 +16,7 @@ from flax import linen as nn
 from configs import dpo, dreambooth, finetune, lora, quality, sd3_2b
 from sd3_jax import main
 from sd3_jax.assembly import compatibility, examples
-from sd3_jax.checkpoints import manager
+from sd3_jax.checkpoints import orbax_io, restoring
 from sd3_jax.data.loader import Loader
 from sd3_jax.distributed import lock, sharding
 from sd3_jax.errors import ConfigError, UserError
@@ -311,7 +311,7 @@ def test_a_copied_checkpoint_goes_on_as_the_run_that_it_is_of(eight, tmp_path):
     shutil.copytree(whole / "checkpoints" / "5", fork / "checkpoints" / "5")
     assert train(fork, 8, AFTER) == wanted[5:]
     path = lambda workdir: epath.Path(workdir) / "checkpoints" / str(AFTER)
-    prints = [manager._about(path(x))["fingerprints"] for x in (whole, fork)]
+    prints = [restoring.read_about(path(x))["fingerprints"] for x in (whole, fork)]
     assert prints[0] == prints[1]
 
 
@@ -347,7 +347,7 @@ def test_a_run_goes_on_with_another_batch_size(eight, tmp_path, caplog):
     train(workdir, 1, 4, train__changes=("data.batch_size",), **sizes)
     assert "24 examples were trained on, the next is 32" in caplog.text
     path = epath.Path(workdir) / "checkpoints" / "4"
-    assert manager._load(path, {"data": None})["data"]["next_batch"] == 3
+    assert orbax_io.load(path, {"data": None})["data"]["next_batch"] == 3
     caplog.clear()
     train(workdir, 1, 4, **sizes)  # nothing is left to do, nor to declare
     assert "examples were trained on" not in caplog.text
