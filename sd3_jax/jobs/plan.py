@@ -30,7 +30,7 @@ from sd3_jax.tools.plan import (
 )
 from sd3_jax.tools.plan.aot import Case
 from sd3_jax.tools.plan.slices import Slice
-from sd3_jax.training import trainer
+from sd3_jax.training.program import abstract_batch, build_program
 
 log = logging.getLogger(__name__)
 COLUMNS = {
@@ -119,7 +119,7 @@ def sized(config: ConfigDict, each: Slice) -> dict:
     """What a search knows without compiling anything."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = trainer.program(config, mesh)
+        made = build_program(config, mesh)
     params = tree.count(made.abstract.params)
     return dict(
         model=made.parts.denoiser,
@@ -157,13 +157,13 @@ def train_row(config: ConfigDict, each: Slice, workdir: epath.Path) -> dict[str,
     accumulate = config.optim.accumulate
     images = config.data.batch_size / each.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made = trainer.program(config, mesh)
+        made = build_program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         key = jax.eval_shape(lambda: jax.random.key(0))
         placed = NamedSharding(mesh, PartitionSpec())
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
         program = lambda: made.step.lower(
-            made.abstract, key, trainer.example(config, mesh), {}
+            made.abstract, key, abstract_batch(config, mesh), {}
         )
         model, work = made.parts.denoiser, work_of(config, made.parts, each)
         again = mesh_search.AGAIN.get(model.remat, 0.0)

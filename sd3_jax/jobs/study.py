@@ -25,7 +25,7 @@ from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import train
 from sd3_jax.monitoring import metrics
 from sd3_jax.tools.study import run_scores, study_page, study_tables
-from sd3_jax.training import trainer
+from sd3_jax.training import run_checks
 
 log = logging.getLogger(__name__)
 WAIT = 5.0  # seconds between looks at what other processes have done
@@ -140,7 +140,7 @@ class Study:
         config.seed = self.config.seed + one.seed
         config.train.prompts = ()
         validate(config)
-        trainer.require_trainable_dtype(config)
+        run_checks.require_trainable_dtype(config)
         return config
 
     def take(self, one: Run) -> bool:
