@@ -166,8 +166,8 @@ def restored(
     params, step = restore_params(
         folder, abstract(one.init, mesh), which=which, step=step
     )
-    frozen = one.kept(start(config, denoiser, objective, mesh))
-    return one.whole(params, frozen), step
+    frozen = one.frozen_part(start(config, denoiser, objective, mesh))
+    return one.full_params(params, frozen), step
 
 
 def initial_adapter(config: ConfigDict, parts) -> dict:

@@ -20,13 +20,18 @@ from sd3_jax.distributed.jax_internals import coordination_client
 from sd3_jax.errors import RetryableError, UserError
 
 ENDED = "sd3_jax/ended"
-LOOK = 2.0  # seconds between two looks at what others were told
-_turn = itertools.count()  # every process makes the same calls in the same order
-_told = threading.Event()  # by SIGTERM, in a run of one process
+LOOK = 2.0  # seconds between two looks for a SIGTERM that a peer got
+# Numbers the exchanges, for their keys: every process makes the same calls in the same
+# order, and a key can be set only once.
+_turn = itertools.count()
+_sigterm = threading.Event()  # it came to this process, where Python handles it
 
 
 def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
-    """function() of process 0; its answer (JSON), or UserError, is everyone's."""
+    """function() of process 0; its answer (JSON), or UserError, is everyone's.
+
+    One process looks at the storage: several could see different things there.
+    """
     if jax.process_count() == 1:
         return function()
     client, key = coordination_client(), f"sd3_jax/first/{next(_turn)}"
@@ -44,8 +49,8 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
     return answer["value"]
 
 
-def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
-    """Refuse, in every process, if one states something else than process 0.
+def agree(subject: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
+    """UserError in every process if one states something else than process 0.
 
     `statement` is flat JSON. Two hosts that run different programs compute nonsense,
     and as long as their collectives match in silence.
@@ -55,7 +60,7 @@ def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> N
     for index, other in enumerate(others, 1):
         if differences := list(differing(ours, other)):
             raise UserError(
-                f"processes 0 and {index} have different {what}: "
+                f"processes 0 and {index} have different {subject}: "
                 + "; ".join(differences[:5])
                 + (f"; and {len(differences) - 5} more" if differences[5:] else "")
             )
@@ -74,15 +79,15 @@ def shared(
 ) -> list:
     """One answer (JSON) for each of `count` rows, from every process for its share.
 
-    function(rows) is of the rows of this process, and not called for none of them.
+    function(rows) gets the rows of this process; it is not called without any.
     """
     index, step = jax.process_index(), jax.process_count()
     rows = list(range(index, count, step))
     mine = json.dumps(function(rows) if rows else [])
-    made = [None] * count
+    answers = [None] * count
     for i, text in enumerate(_everyones(mine, seconds)):
-        made[i::step] = json.loads(text)
-    return made
+        answers[i::step] = json.loads(text)
+    return answers
 
 
 def all_well(well: bool, *, seconds: float = 600) -> bool:
@@ -104,19 +109,24 @@ def meet(place: str, *, minutes: float = 30) -> None:
 def told_to_stop(step: int) -> bool:
     """Whether SIGTERM came to some process and all are to stop after this very step.
 
-    To be asked at every step: jax says it of one step only.
+    Ask at every step: jax answers for one step only. It is the same step in every
+    process, a few steps after the signal.
     """
     if coordination_client() is None:
-        return _told.is_set()
+        return _sigterm.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def heeding_sigterm() -> Iterator[None]:
-    """In a run of one process; else jax's own handler, in C++, tells the others."""
-    _told.clear()
+    """Note SIGTERM in a run of one process.
+
+    In a run of several, jax's handler in C++ tells the others. A handler of Python
+    would replace it, and the step at which all stop would never come.
+    """
+    _sigterm.clear()
     alone = coordination_client() is None
-    with _sigterm_is_told() if alone else contextlib.nullcontext():
+    with _noting_sigterm() if alone else contextlib.nullcontext():
         yield
 
 
@@ -136,36 +146,40 @@ def claim(name: str) -> bool:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """`stop()` says whether SIGTERM came to any process; for those not in step.
+    """`stop()` says whether SIGTERM came to any process, for jobs without common steps.
 
     Python's handler takes the place of jax's, which waits for a step of all to save.
     """
-    _told.clear()
+    _sigterm.clear()
     client = coordination_client()
     key, looked = "sd3_jax/stop", [time.monotonic()]
 
     def stop() -> bool:
-        if client is None or _told.is_set():
+        if client is None or _sigterm.is_set():
             if client is not None:
                 client.key_value_set(f"{key}/told", "now", allow_overwrite=True)
-            return _told.is_set()
+            return _sigterm.is_set()
+        # Rarely: stop() is called often, and each look is a request to the service.
         if time.monotonic() - looked[0] > LOOK:
             looked[0] = time.monotonic()
             if client.key_value_dir_get(key):
-                _told.set()
-        return _told.is_set()
+                _sigterm.set()
+        return _sigterm.is_set()
 
-    with _sigterm_is_told():
+    with _noting_sigterm():
         yield stop
 
 
 @contextlib.contextmanager
-def _sigterm_is_told() -> Iterator[None]:
-    """Only the main thread may say what a signal does; elsewhere as it is."""
+def _noting_sigterm() -> Iterator[None]:
+    """Note SIGTERM inside the block; in another thread than the main one do nothing.
+
+    Python lets only the main thread set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: _sigterm.set())
     try:
         yield
     finally:
@@ -173,7 +187,7 @@ def _sigterm_is_told() -> Iterator[None]:
 
 
 def tell_end(reason: str, code: int) -> None:
-    """Let the other processes know that this one ends, and why; they end as well."""
+    """Tell the other processes that this one ends, and why; they end as well."""
     client = coordination_client()
     if client is not None:
         note = json.dumps([jax.process_index(), reason, code])
@@ -197,11 +211,12 @@ def ended() -> tuple[int, str, int] | None:
 
 
 def leads_others() -> bool:
+    """Whether this is process 0 of several: it runs the coordination service."""
     return coordination_client() is not None and jax.process_index() == 0
 
 
 def _everyones(text: str, seconds: float) -> list[str]:
-    """What each process says, by its index."""
+    """Each process's text, by its index."""
     count, turn = jax.process_count(), f"sd3_jax/all/{next(_turn)}"
     if count == 1:
         return [text]

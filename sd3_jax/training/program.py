@@ -49,7 +49,7 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
         ema_decay=config.ema.decay,
         ema_every=config.ema.every,
         accumulate=accumulate,
-        prepared=tuning.prepared,
+        prepare_batch=tuning.prepare_batch,
     )
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = abstract_state(key, tuning.init, tx, mesh)

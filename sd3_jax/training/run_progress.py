@@ -53,7 +53,8 @@ def check_step(
 ) -> None:
     """Wait for a step and report one without an update; once for each step.
 
-    `record_names(step - 1)` names the records of its batch. RunFailed once more steps than config.train.skip_nonfinite made no update.
+    `record_names(step - 1)` names the records of its batch. RunFailed once more steps
+    than config.train.skip_nonfinite made no update.
     """
     if values is None or step == progress.checked_step:
         return

@@ -97,7 +97,7 @@ def train(
             config, workdir, checkpoints, program, key, base, trained_on
         )
         progress.nonfinite = NonFinite(options.skip_nonfinite, skipped, start)
-        frozen, base = tuning.kept(base), {}  # the rest of the base is freed
+        frozen, base = tuning.frozen_part(base), {}  # the rest of the base is freed
 
         # --- tell what the run is: warnings, config.json, run.json
         run_checks.warn_of_settings(config)
@@ -111,7 +111,7 @@ def train(
         metrics = stack.enter_context(open_metrics(config, workdir, start, goodput))
         metrics.write(start, "goodput", goodput.line())
 
-        # --- the loader reads ahead while each bucket's step is compiled
+        # --- the loader, and the step compiled for each bucket that it gives
         ahead = progress.batches_ahead
         loader = examples.loader(
             config, rows, start=start, ahead=ahead, made=source, encoder=encoder
@@ -157,12 +157,14 @@ def train(
                 if trace.ends(step):
                     trace.stop()
                 if validate_now:
-                    losses = validation(tuning.whole(state.ema, frozen))
+                    losses = validation(tuning.full_params(state.ema, frozen))
                     metrics.write(step, "val", losses)
                 if sample_now and prompts:
                     # From the same noise each time: what differs is the weights.
                     images = painter(
-                        tuning.whole(state.ema, frozen), prompts, [0] * len(prompts)
+                        tuning.full_params(state.ema, frozen),
+                        prompts,
+                        [0] * len(prompts),
                     )
                     write_samples(images, prompts, step, metrics)
 
