@@ -53,6 +53,7 @@ def answer(argv: Sequence[str]) -> int:
     try:
         call = parse(argv)
         set_up_logging()
+        # Environment variables first: jax and fsspec read them when they are imported.
         keep_programs(call.workdir)
         list_buckets_anew()
         join_processes()

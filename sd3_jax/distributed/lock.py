@@ -33,6 +33,7 @@ def held(workdir: epath.PathLike, job: str, *, beat: float = BEAT) -> Iterator[N
 
     Process 0 holds it for all processes.
     """
+    # One file a job: only the same job is kept out.
     lock = Lock(epath.Path(workdir) / f".{job}.lock", beat)
     processes.first(lock.take)
     try:
@@ -93,6 +94,7 @@ class Lock:
 
     def _keep(self) -> None:
         while not self._over.wait(self.beat):
+            # A beat that fails costs nothing: the next one comes in a few seconds.
             with contextlib.suppress(OSError, ValueError):
                 self._write()
 

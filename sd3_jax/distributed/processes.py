@@ -39,6 +39,7 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
         try:
             answer = {"value": function()}
         except UserError as error:
+            # Told before it is raised: the peers wait for an answer, and get this one.
             client.key_value_set(key, json.dumps({"error": str(error)}))
             raise
         client.key_value_set(key, json.dumps(answer))
@@ -55,6 +56,7 @@ def agree(subject: str, statement: Mapping[str, Any], *, seconds: float = 600) -
     `statement` is flat JSON. Two hosts that run different programs compute nonsense,
     and as long as their collectives match in silence.
     """
+    # As sorted JSON: tuples and lists, or orders of keys, are no difference.
     mine = json.dumps(statement, sort_keys=True, default=str)
     ours, *others = map(json.loads, _everyones(mine, seconds))
     for index, other in enumerate(others, 1):
@@ -138,6 +140,7 @@ def claim(name: str) -> bool:
     try:
         client.key_value_set(f"sd3_jax/claim/{name}", str(jax.process_index()))
     except jax.errors.JaxRuntimeError as error:
+        # Setting a key is atomic in the service: one process alone succeeds.
         if "ALREADY_EXISTS" not in str(error):
             raise
         return False
@@ -152,6 +155,7 @@ def stopping() -> Iterator[Callable[[], bool]]:
     """
     _sigterm.clear()
     client = coordination_client()
+    # The time is in a list so that stop() can set it.
     key, looked = "sd3_jax/stop", [time.monotonic()]
 
     def stop() -> bool:
@@ -206,6 +210,7 @@ def ended() -> tuple[int, str, int] | None:
         notes = [json.loads(text) for _, text in client.key_value_dir_get(ENDED)]
     except Exception:  # jax itself ends this process if the service is gone
         return None
+    # The first by process is enough: its reason is printed, and its code is taken.
     others = [note for note in notes if note[0] != jax.process_index()]
     return tuple(others[0]) if others else None
 

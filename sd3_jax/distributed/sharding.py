@@ -14,7 +14,9 @@ from sd3_jax import tree
 from sd3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # the mesh axes that cut the rows of a batch
+# Logical to mesh axes, in order of precedence: flax takes the first rule of a name
+# whose mesh axes are still free in the array at hand.
 RULES = (
     ("batch", BATCH),
     ("tokens", "context"),
@@ -119,6 +121,7 @@ def shardings(boxed, mesh: Mesh):
             _refuse_or_note(jax.tree_util.keystr(path), shape, spec, mesh)
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
+    # Leaves are the boxes: the arrays inside them have no names.
     box = lambda x: isinstance(x, nn.LogicallyPartitioned)
     return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=box)
 
@@ -147,6 +150,8 @@ def like_params(like, params, sharded, mesh: Mesh):
     parameter's is sharded as that parameter if it has its shape, and as the axes that
     are left if it lacks one of them (Adafactor's rows and columns). Others are
     replicated."""
+    # Optimizer states wrap the tree of parameters at any depth, so a leaf is matched by
+    # the end of its path.
     known = {
         tree.names(path): (leaf.shape, s.spec)
         for (path, leaf), s in zip(
@@ -160,6 +165,7 @@ def like_params(like, params, sharded, mesh: Mesh):
             shape, spec = known.get(names[i:], (None, None))
             if shape == x.shape:
                 return NamedSharding(mesh, spec)
+            # Adafactor keeps a mean over rows and one over columns: an axis less.
             for axis in range(len(shape or ())):
                 if shape[:axis] + shape[axis + 1 :] == x.shape:
                     axes = (*spec, *[None] * len(shape))[: len(shape)]

@@ -21,6 +21,7 @@ def answered() -> Iterator[None]:
     not while XLA compiles. But it writes the signal's number to a pipe at once, and
     a thread reads it. SIGTERM is answered where a job has a handler for it.
     """
+    # Python takes a wakeup descriptor from the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -51,7 +52,7 @@ def _answer(reading: int) -> None:
             say(f"SIGTERM: stops as soon as it can{_doing()}")
         if number[0] != signal.SIGINT:
             continue
-        if interrupted:
+        if interrupted:  # the second Ctrl-C
             os._exit(INTERRUPTED)
         interrupted = True
         # Most runs end by themselves in this time, and then need no advice.

@@ -34,6 +34,7 @@ class Watch:
     def __init__(self, every: float = EVERY):
         self._activity, self._deadline, self._armed = "", None, None
         self._every, self._over = every, threading.Event()
+        # A daemon: the watch must not keep alive a process that ends by itself.
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         self._thread.start()
 
@@ -72,6 +73,8 @@ class Watch:
         says that a restart is of no use; the kernel's SIGALRM ends with 128 + 14.
         """
         deadline = self._deadline
+        # Armed anew only for a new deadline: the loop sets one at each step, and this
+        # thread sees the last of them.
         if deadline != self._armed:
             self._disarm()
             if deadline is not None:
@@ -106,7 +109,8 @@ def follow(seconds: float = 0) -> None:
         f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
         file=sys.stderr,
     )
-    if reason.startswith(STUCK):  # it waited, and for this one perhaps
+    # A stuck peer waits for somebody, perhaps for this process: show where it is.
+    if reason.startswith(STUCK):
         _print_stacks()
     _exit(code)
 
@@ -124,6 +128,7 @@ def leave(reason: str, code: int) -> None:
 
 
 def _exit(code: int) -> None:
+    # os._exit flushes nothing, so what is logged and printed is flushed first.
     logging.shutdown()
     for stream in sys.stdout, sys.stderr:
         with contextlib.suppress(OSError, ValueError):
@@ -137,6 +142,7 @@ def _print_stacks() -> None:
 
 
 def _stderr():
+    # faulthandler writes to a file descriptor; a replaced sys.stderr may have none.
     return sys.__stderr__ or sys.stderr
 
 

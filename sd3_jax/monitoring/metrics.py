@@ -62,6 +62,7 @@ class Metrics:
             # Steps after the checkpoint are done again, and would be in the file twice.
             _forget(self.workdir / FILE, after=self.start_step)
             self._log = open_log(self.workdir / FILE)
+            # A bar needs a terminal; a log file gets plain lines.
             watch = _Bar if sys.stderr.isatty() else _Lines
             self._watch = watch(self.total_steps, self.start_step)
         return self
@@ -133,7 +134,7 @@ class Clock:
 
         `peak` is the TFLOP/s of one device (PEAK_TFLOPS): without it there is no mfu.
         """
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(time.perf_counter() - self._start, 1e-9)  # never divides by 0
         rates = {
             "images_per_s": images / seconds,
             "step_ms": 1e3 * seconds / max(steps, 1),
@@ -261,6 +262,7 @@ def _forget(path, *, after):
 
 def _rows(path):
     """(line, row) of every line that is one of ours; the others are counted."""
+    # Bytes that are no UTF-8 make a line strange, not the whole file unreadable.
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")
     rows = [(line, _row(line)) for line in lines]
     # A kill may have cut the last line: that is no reason to warn.

@@ -14,6 +14,7 @@ class Progress:
     """
 
     def __init__(self, things: str, *, total: int, done: int = 0, shown: bool = True):
+        # At least 1: nothing to do is 100 % at once, not a division by zero.
         self.things, self.total, self.done = things, max(1, total), done
         # The pace is of this process: what was done before it began does not count.
         self.started, self.start_bytes = time.monotonic(), done

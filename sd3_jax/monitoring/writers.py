@@ -138,7 +138,7 @@ class Sender:
         named = {f"{kind}/{name}": value for name, value in values.items()}
         try:
             self._waiting.put_nowait((int(step), named))
-        except queue.Full:
+        except queue.Full:  # a step must not wait for a service
             self._fail("it is too slow")
 
     def close(self, seconds: float = CLOSING) -> None:
@@ -175,7 +175,7 @@ class Sender:
     def _open(self) -> None:
         path = self._workdir / IDS
         ids = lambda: json.loads(path.read_text()) if path.exists() else {}
-        known_id = ids().get(self.name)
+        known_id = ids().get(self.name)  # a resumed run is the same run there
         run_id = self._writer.open(self._workdir.name, known_id, self._config)
         self._opened = True
         with LOCK:  # another writer may have put its own there meanwhile

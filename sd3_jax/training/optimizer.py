@@ -43,6 +43,7 @@ def make(
     `weight_decay_mask` by 1 - rate * weight_decay and leaves all others as they are.
     """
     shape = SCHEDULES[schedule](warmup, steps)
+    # One schedule for both rates: Muon's is larger, but warms up and decays alike.
     rate = lambda step: lr * shape(step)
     muon_rate = lambda step: muon_lr * shape(step)
     tx = OPTIMIZERS[name](
@@ -76,6 +77,7 @@ DECAYED = ("kernel", "embedding", "a", "b")  # the last two are a LoRA's matrice
 
 def weight_decay_mask(params):
     """Which leaves decay: matrices and embeddings, no bias, scale or table."""
+    # By name, not by rank: a scanned stack gives biases and scales a second axis.
     return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key in DECAYED, params)
 
 
