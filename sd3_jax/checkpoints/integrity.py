@@ -1,4 +1,4 @@
-"""Fingerprints and checksums: a sound checkpoint told from a damaged or newer one.
+"""Fingerprints and checksums, by which a damaged checkpoint is recognised.
 
 A fingerprint of each leaf is computed on the devices before a save and after a load, so
 it covers the whole way between. Checksums of the files name the damaged file before any
@@ -170,7 +170,7 @@ def _wrong(path: epath.Path, name: str, size: int, crc: int) -> str | None:
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether the path exists; RetryableError or UserError if that cannot be told."""
+    """Whether the path exists; RetryableError or UserError if storage does not say."""
     try:
         return files.exists(path)
     except OSError as error:

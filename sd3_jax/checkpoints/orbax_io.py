@@ -1,4 +1,4 @@
-"""Orbax with this project's settings, and its errors told apart in one line."""
+"""Orbax with this project's settings, and its errors as one line of a known kind."""
 
 import contextlib
 import errno
@@ -23,7 +23,7 @@ logging.getLogger("absl").addFilter(
 
 def orbax_context(*, partial: bool = False) -> ocp.Context:
     """Orbax's settings; with `partial`, a tree may name some of the stored leaves."""
-    # JSON is said by name: else orbax chooses a handler by what the leaves are.
+    # JSON by name: otherwise orbax chooses a handler by what the leaves are.
     registry = ocp.handlers.local_registry()
     for name in JSON:
         registry.add(ocp.handlers.JsonHandler, checkpointable_name=name)
@@ -45,7 +45,7 @@ def load(path: epath.Path, abstract: dict, *, partial: bool = False) -> dict:
 
 @contextlib.contextmanager
 def readable(path: epath.Path) -> Iterator[None]:
-    """Tell apart why orbax fails to read inside: damage, storage, or access.
+    """Raise by cause what orbax fails to read inside: damage, storage or access.
 
     Orbax's own error proves nothing: a read that failed once looks like a file that
     is cut. The checksums of the files decide, where the step has them.

@@ -1,8 +1,8 @@
 """One job at a time in a workdir: a lock file that says who holds it.
 
 The operating system's own lock goes with its process, however that ends. Where it
-does not reach, on an object store or another host's disk, a beat in the file tells a
-holder that lives from one that is gone; no two clocks are compared.
+does not reach, on an object store or another host's disk, the holder writes a beat to
+the file; one without beats is gone. No two clocks are compared.
 """
 
 import contextlib

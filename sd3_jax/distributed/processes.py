@@ -1,7 +1,7 @@
-"""Processes as one: they start alike, wait with bounds, and end together.
+"""Agreement between processes: they start alike, wait with bounds, and end together.
 
-What goes between them here goes through jax's coordination service, not the devices:
-it works before the first program, beside a running one, and when a peer is stuck.
+Messages go through jax's coordination service, not the devices. It works before the
+first program, beside a running one, and when a peer is stuck.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
         try:
             answer = {"value": function()}
         except UserError as error:
-            # Told before it is raised: the peers wait for an answer, and get this one.
+            # Sent before it is raised: the peers wait for an answer, and get this one.
             client.key_value_set(key, json.dumps({"error": str(error)}))
             raise
         client.key_value_set(key, json.dumps(answer))
@@ -54,7 +54,7 @@ def agree(subject: str, statement: Mapping[str, Any], *, seconds: float = 600) -
     """UserError in every process if one states something else than process 0.
 
     `statement` is flat JSON. Two hosts that run different programs compute nonsense,
-    and as long as their collectives match in silence.
+    silently as long as their collectives match.
     """
     # As sorted JSON: tuples and lists, or orders of keys, are no difference.
     mine = json.dumps(statement, sort_keys=True, default=str)
@@ -93,7 +93,7 @@ def shared(
 
 
 def all_well(well: bool, *, seconds: float = 600) -> bool:
-    """Whether it is so in every process."""
+    """Whether `well` is true in every process."""
     return "no" not in _everyones("yes" if well else "no", seconds)
 
 
@@ -202,7 +202,7 @@ def tell_end(reason: str, code: int) -> None:
 
 
 def ended() -> tuple[int, str, int] | None:
-    """(process, reason, exit code) of another process that told its end."""
+    """(process, reason, exit code) of another process that reported its end."""
     client = coordination_client()
     if client is None:
         return None

@@ -1,7 +1,7 @@
 """The watchdog: it ends a process that hangs or whose peer has ended, with its stacks.
 
 A collective whose peer is gone or stuck waits for ever, and so may a disk. A thread
-looks at the clock, and for a peer that has told its end.
+checks the clock and whether a peer has reported its end.
 """
 
 import contextlib
@@ -98,7 +98,7 @@ class Watch:
 
 
 def follow(seconds: float = 0) -> None:
-    """End this process if a peer tells its own end within so many seconds."""
+    """End this process if a peer reports its end within so many seconds."""
     deadline = time.monotonic() + seconds
     while (note := processes.ended()) is None and time.monotonic() < deadline:
         time.sleep(0.1)

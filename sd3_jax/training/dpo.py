@@ -33,8 +33,8 @@ def preference_loss(
     m(x) is how much larger the error of answer(xt, t) is than that of `reference`, each
     the mean over x's numbers; t and noise are the same for both pictures. `answer` is
     called once, on `alternate` chosen and rejected pictures. Where it is the reference,
-    the loss is ln 2. The metrics are the share of pairs that are told apart, the mean
-    of beta / 2 w(t) (m(rejected) - m(chosen)), and the errors.
+    the loss is ln 2. The metrics are the share of pairs with m(rejected) > m(chosen),
+    the mean of beta / 2 w(t) (m(rejected) - m(chosen)), and the errors.
     """
     t_key, noise_key = jax.random.split(key)
     # One t and one noise for both pictures of a pair: their difference in error is then

@@ -17,7 +17,7 @@ log = logging.getLogger(__name__)
 
 @dataclasses.dataclass
 class RunProgress:
-    """What a run knows of itself besides its TrainState; steps count from 1."""
+    """Counters of a run beside its TrainState; steps count from 1."""
 
     total_steps: int
     nonfinite: NonFinite
