@@ -43,8 +43,8 @@ from sd3_jax.config import command_line
 from sd3_jax.distributed import processes, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.training import optimizer
+from sd3_jax.training.run_checks import require_trainable_dtype
 from sd3_jax.training.state import abstract_state
-from sd3_jax.training.trainer import require_trainable_dtype
 
 CLOCKS = 30.0  # seconds between hosts
 PACKAGES = ("jax", "jaxlib", "libtpu", "flax", "optax", "orbax-checkpoint", "grain")

@@ -1,4 +1,4 @@
-"""The one way in: flags -> jax.distributed -> JOBS[name](config, workdir)."""
+"""The command line: flags -> jax.distributed -> JOBS[name](config, workdir)."""
 
 import contextlib
 import errno
@@ -49,9 +49,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def answer(argv: Sequence[str]) -> int:
+    """Run the job and turn whatever it raises into one line and an exit code."""
     try:
         call = parse(argv)
         set_up_logging()
+        # Environment variables first: jax and fsspec read them when they are imported.
         keep_programs(call.workdir)
         list_buckets_anew()
         join_processes()
@@ -70,7 +72,7 @@ def answer(argv: Sequence[str]) -> int:
             for line in (reason, *getattr(error, "__notes__", ())):
                 say("error:", *line.split())
         elif code == FAILED and not joined():
-            raise
+            raise  # a bug of ours: its traceback is what is needed
         else:
             reason = f"{type(error).__name__}: {error}"
             traceback.print_exc()
@@ -83,6 +85,7 @@ def answer(argv: Sequence[str]) -> int:
     if joined():
         from sd3_jax.distributed import watchdog
 
+        # Not by a return: at exit jax waits for the peers, and they for this process.
         watchdog.leave(reason, code)
     return code
 
@@ -93,13 +96,16 @@ def say(*words: str) -> None:
 
 
 def flush() -> None:
-    """What is printed is out, or an error: at exit it would be a traceback."""
+    """Flush stdout now, where a failure is an error; at exit it is a traceback."""
     if sys.stdout is not None:
         sys.stdout.flush()
 
 
 def output_is_closed() -> bool:
-    """Whether stdout's reader is gone (`| head`); what is left to print is dropped."""
+    """Whether stdout's reader is gone (`| head`); what is left to print is dropped.
+
+    stdout becomes /dev/null then, or Python's flush at exit would fail once more.
+    """
     poll = select.poll()
     poll.register(sys.stdout, 0)
     if closed := bool(poll.poll(0)):  # POLLERR of a pipe, POLLHUP of a terminal
@@ -108,7 +114,7 @@ def output_is_closed() -> bool:
 
 
 def run(call: Call) -> int:
-    """The job, once all processes have said that they are about to do the same."""
+    """Run the job, once all processes have stated the same job, config and code."""
     from sd3_jax.distributed import (  # no earlier, for they import jax
         processes,
         watchdog,
@@ -127,7 +133,7 @@ def run(call: Call) -> int:
 
 
 def statement(call: Call) -> dict:
-    """What must be the same in every process, flat."""
+    """What must be the same in every process: job, config, versions, code."""
     values = {f"config.{key}": value for key, value in leaves(call.config)}
     versions = {name: importlib.metadata.version(name) for name in PACKAGES}
     code = hashlib.sha256()
@@ -161,14 +167,15 @@ def keep_programs(workdir: str = "") -> None:
     """
     flags = Path("/proc/cpuinfo")
     lines = flags.read_text().splitlines() if flags.is_file() else []
-    own = [line for line in lines if line.startswith(("model name", "flags"))][:2]
-    kind = f"{zlib.crc32(' '.join([platform.machine(), *own]).encode()):08x}"
-    home = cache_home()
+    processor = [x for x in lines if x.startswith(("model name", "flags"))][:2]
+    host = " ".join([platform.machine(), *processor])
+    kind = f"{zlib.crc32(host.encode()):08x}"
     # One folder per kind of host: XLA compiles for the exact processor.
-    folder = str(home / "sd3_jax" / kind)
+    folder = str(cache_home() / "sd3_jax" / kind)
     if "://" in workdir:
         folder = f"{workdir.rstrip('/')}/compilation_cache/{kind}"
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
+    # jax's default is a second.
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 
 

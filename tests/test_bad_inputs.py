@@ -47,7 +47,8 @@ from PIL import Image
 
 from sd3_jax import main, tree
 from sd3_jax.assembly import model_parts
-from sd3_jax.checkpoints.manager import Checkpoints, restore_params
+from sd3_jax.checkpoints.manager import Checkpoints
+from sd3_jax.checkpoints.restoring import restore_params
 from sd3_jax.data import images, records, shards, tokenizers
 from sd3_jax.data.ingest import tars
 from sd3_jax.data.records import Record

@@ -36,6 +36,8 @@ MAY["tools"] |= {"params", "diffusion", "data", "distributed", "monitoring", *FL
 # What knows configs is called by jobs alone, wherever it lies, and may import anything.
 DOOR = {
     *("main.py", "config", "jobs", "assembly", "training/trainer.py"),
+    *("training/program.py", "training/run_checks.py", "training/resume.py"),
+    "training/held_out_loss.py",
     *("sampling/sampler.py", "sampling/released_sampler.py", "sampling/prompt_file.py"),
     "sampling/output_filter.py",
     *("evaluation/picture_scores.py", "evaluation/prompt_scores.py"),

@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import tree
 from sd3_jax.assembly import compatibility
-from sd3_jax.checkpoints.manager import restore_params, saved_config, saved_data
+from sd3_jax.checkpoints.restoring import restore_params, saved_config, saved_data
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models.mmdit import MMDiT
@@ -165,8 +165,8 @@ def restored(
     params, step = restore_params(
         folder, abstract(one.init, mesh), which=which, step=step
     )
-    frozen = one.kept(start(config, denoiser, objective, mesh))
-    return one.whole(params, frozen), step
+    frozen = one.frozen_part(start(config, denoiser, objective, mesh))
+    return one.full_params(params, frozen), step
 
 
 def initial_adapter(config: ConfigDict, parts) -> dict:

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import compatibility, examples, finetune_start
-from sd3_jax.checkpoints.manager import saved_config, saved_data
+from sd3_jax.checkpoints.restoring import saved_config, saved_data
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError

@@ -1,9 +1,9 @@
-"""What tells a sound checkpoint from a damaged one, and one of ours from a newer one.
+"""Fingerprints and checksums, by which a damaged checkpoint is recognised.
 
-Of each leaf a fingerprint is taken on the devices before a save and after a load: it
-holds over the whole way between. The sums of the files say which of them is damaged,
-before a byte is believed, and cover what no leaf is read from. Orbax has neither: it
-loads a flipped bit in silence.
+A fingerprint of each leaf is computed on the devices before a save and after a load, so
+it covers the whole way between. Checksums of the files name the damaged file before any
+of it is used, and cover files that no leaf is read from. Orbax has neither: it loads a
+flipped bit silently.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ from sd3_jax.errors import RetryableError, UserError, passing
 FORMAT = 1  # of a step's folder; a larger one is of a later version of this code
 FOLDER = "sums"  # in it, a file for each process
 SMALL = 2**20  # bytes; files up to this size are summed even for a part of the state
-BLOCK = 2**24
+BLOCK = 2**24  # bytes read at a time
 LISTED = 10  # names in an error, at most
 
 
@@ -35,14 +35,15 @@ class UnreadableCheckpoint(UserError):
 def about(
     step: int, prints: Mapping[str, tree.Print], data: dict, config: dict
 ) -> dict:
-    """What a step says of itself, with a digest of all that is JSON."""
+    """A step's "about" item: format, circumstances, fingerprints, and a digest."""
     words = {name: f"{x.word:08x}" for name, x in prints.items()}
-    made = {"format": FORMAT, "made": circumstances(), "fingerprints": words}
-    return made | {"step": step, "digest": _digest([made, data, config])}
+    record = {"format": FORMAT, "made": circumstances(), "fingerprints": words}
+    # The digest covers the JSON items, which have no fingerprints.
+    return record | {"step": step, "digest": _digest([record, data, config])}
 
 
 def circumstances() -> dict:
-    """What must be the same for a run to go on to the very bit."""
+    """What must be the same for a resumed run to be equal to the last bit."""
     return {
         "sd3_jax": sd3_jax.__version__,
         "jax": jax.__version__,
@@ -73,16 +74,17 @@ def refuse_renamed(path: epath.Path, about: dict) -> None:
 
 
 def check_about(path: epath.Path, about: dict, data: dict, config: dict) -> None:
-    made = {key: about.get(key) for key in ("format", "made", "fingerprints")}
-    if about.get("digest") != _digest([made, data, config]):
+    """UnreadableCheckpoint unless the JSON items agree with their digest."""
+    record = {key: about.get(key) for key in ("format", "made", "fingerprints")}
+    if about.get("digest") != _digest([record, data, config]):
         raise UnreadableCheckpoint(f"{path} is damaged: its data, config or about")
 
 
 def check_leaves(path: epath.Path, about: dict, part: Any) -> None:
-    """Of the state, or a part of it, against the fingerprints before the save."""
-    known = about["fingerprints"]
-    found = tree.fingerprints(part)
-    wrong = [k for k, x in found.items() if known.get(k) != f"{x.word:08x}"]
+    """Compare the state, or a part of it, with the fingerprints of the save."""
+    saved_prints = about["fingerprints"]
+    prints = tree.fingerprints(part)
+    wrong = [k for k, x in prints.items() if saved_prints.get(k) != f"{x.word:08x}"]
     if wrong:
         raise UnreadableCheckpoint(
             f"{path} is damaged: {_listed(wrong)} not as saved (fingerprint)"
@@ -90,19 +92,19 @@ def check_leaves(path: epath.Path, about: dict, part: Any) -> None:
 
 
 def write_sums(path: epath.Path, index: int, count: int) -> None:
-    """Of the files that process `index` of `count` answers for; orbax has closed them.
+    """Write the checksums of the files that process `index` of `count` answers for.
 
-    They are read back: what a disk does not give back is not on it.
+    Call it once orbax has closed them. The files are read back: what a disk does not
+    give back is not on it.
     """
-    own = (name for i, name in _files(path) if i % count == index)
     with ThreadPoolExecutor(4) as pool:
-        names = sorted(own)
+        names = sorted(name for i, name in _files(path) if i % count == index)
         sums = dict(zip(names, pool.map(lambda name: _sum(path / name), names)))
     folder = path / FOLDER
     folder.mkdir(exist_ok=True)
     part = folder / f"{index}.part"
     part.write_text(json.dumps({"files": sums, "digest": _digest(sums)}))
-    part.rename(folder / f"{index}.json")
+    part.rename(folder / f"{index}.json")  # whole or absent, if a kill comes
 
 
 def check_files(
@@ -131,15 +133,18 @@ def reading_failed(path: epath.Path, error: OSError) -> UserError | RetryableErr
 
 
 def _jobs(path: epath.Path, largest: float, shared: bool) -> Iterator[tuple]:
+    """Arguments of _wrong for each file that this process is to compare."""
+    # With a bound on the size few files are left: each process reads them all.
     shared &= largest == float("inf")
     mine, count = (jax.process_index(), jax.process_count()) if shared else (0, 1)
     folder = path / FOLDER
     for file in sorted(folder.glob("*.json")) if is_there(folder) else ():
         try:
-            found = json.loads(file.read_bytes())
-            if found["digest"] != _digest(found["files"]):
+            sums = json.loads(file.read_bytes())
+            # The sums may be damaged as well, and would then accuse sound files.
+            if sums["digest"] != _digest(sums["files"]):
                 raise ValueError
-            rows = [(name, *both) for name, both in found["files"].items()]
+            rows = [(name, size, crc) for name, (size, crc) in sums["files"].items()]
         except OSError as error:
             raise reading_failed(file, error) from None
         except (ValueError, TypeError, KeyError, AttributeError):
@@ -152,20 +157,20 @@ def _jobs(path: epath.Path, largest: float, shared: bool) -> Iterator[tuple]:
 
 
 def _wrong(path: epath.Path, name: str, size: int, crc: int) -> str | None:
-    """What is wrong with a file, if anything is."""
+    """What is wrong with a file, None if it is as it was written."""
     try:
-        found, sum_ = _sum(path / name)
+        actual_size, actual_crc = _sum(path / name)
     except FileNotFoundError:
         return f"{name} is missing"
     except OSError as error:
         raise reading_failed(path / name, error) from None
-    if found != size:
-        return f"{name} has {found} bytes of {size}"
-    return f"{name} is not as written" if sum_ != crc else None
+    if actual_size != size:
+        return f"{name} has {actual_size} bytes of {size}"
+    return f"{name} is not as written" if actual_crc != crc else None
 
 
 def is_there(path: epath.Path) -> bool:
-    """Whether the path exists; RetryableError or UserError if that cannot be told."""
+    """Whether the path exists; RetryableError or UserError if storage does not say."""
     try:
         return files.exists(path)
     except OSError as error:
@@ -178,10 +183,12 @@ def _files(path: epath.Path) -> Iterator[tuple[int, str]]:
     def walk(folder: epath.Path, prefix: str, index: int):
         for child in sorted(folder.iterdir()):
             if child.is_dir():
-                if prefix or child.name != FOLDER:
+                if prefix or child.name != FOLDER:  # the sums do not sum themselves
+                    # Orbax has each process write its leaves into a folder with its
+                    # number: whoever wrote a file sums it.
                     end = child.name.partition("ocdbt.process_")[2]
-                    own = int(end) if end.isdecimal() else index
-                    yield from walk(child, f"{prefix}{child.name}/", own)
+                    owner = int(end) if end.isdecimal() else index
+                    yield from walk(child, f"{prefix}{child.name}/", owner)
             else:
                 yield index, prefix + child.name
 

@@ -1,4 +1,4 @@
-"""The parts of jax without a public name that this package needs, of jax 0.10.
+"""The parts of jax 0.10 without a public name that this package needs.
 
 Nothing here is touched in a run of one process that no cluster started.
 """

@@ -1,8 +1,8 @@
 """One job at a time in a workdir: a lock file that says who holds it.
 
 The operating system's own lock goes with its process, however that ends. Where it
-does not reach, on an object store or another host's disk, a beat in the file tells a
-holder that lives from one that is gone; no two clocks are compared.
+does not reach, on an object store or another host's disk, the holder writes a beat to
+the file; one without beats is gone. No two clocks are compared.
 """
 
 import contextlib
@@ -33,6 +33,7 @@ def held(workdir: epath.PathLike, job: str, *, beat: float = BEAT) -> Iterator[N
 
     Process 0 holds it for all processes.
     """
+    # One file a job: only the same job is kept out.
     lock = Lock(epath.Path(workdir) / f".{job}.lock", beat)
     processes.first(lock.take)
     try:
@@ -47,7 +48,7 @@ class Lock:
     def __init__(self, path: epath.Path, beat: float = BEAT):
         self.path, self.beat = path, beat
         self._file, self._over, self._beats = None, threading.Event(), 0
-        self._me, self._taken = _identity(), False
+        self._holder, self._taken = _identity(), False
 
     def take(self) -> None:
         try:
@@ -66,6 +67,8 @@ class Lock:
                 fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise self._refusal() from None
+        # flock does not reach other hosts, and an object store has none. There a holder
+        # that lives changes the file within a beat.
         holder = self._read()
         elsewhere = holder.get("host") not in (None, socket.gethostname())
         if elsewhere or (holder and self._file is None and _lives(holder)):
@@ -84,28 +87,32 @@ class Lock:
             if self._file is None:
                 self.path.unlink(missing_ok=True)
             else:
+                # Emptied, not removed: another process may have opened this very file,
+                # and would hold a lock that nobody else sees.
                 os.ftruncate(self._file.fileno(), 0)
                 self._file.close()
 
     def _keep(self) -> None:
         while not self._over.wait(self.beat):
+            # A beat that fails costs nothing: the next one comes in a few seconds.
             with contextlib.suppress(OSError, ValueError):
                 self._write()
 
     def _write(self) -> None:
         self._beats += 1
-        text = json.dumps(self._me | {"beats": self._beats}).encode()
+        text = json.dumps(self._holder | {"beats": self._beats}).encode()
         if self._file is None:
             self.path.write_bytes(text)
         else:
+            # Padded: a longer text from before leaves no tail.
             os.pwrite(self._file.fileno(), text.ljust(256) + b"\n", 0)
 
     def _read(self) -> dict:
         try:
-            found = json.loads(self.path.read_bytes() or b"{}")
+            holder = json.loads(self.path.read_bytes() or b"{}")
         except (OSError, ValueError):
             return {}
-        return found if isinstance(found, dict) else {}
+        return holder if isinstance(holder, dict) else {}
 
     def _refusal(self) -> UserError:
         holder = self._read()
@@ -119,7 +126,7 @@ class Lock:
 
 
 def _open(path: epath.Path) -> BinaryIO:
-    """The lock's file itself: what a link leads to would be truncated."""
+    """The lock's file itself; a link is refused, for its target would be truncated."""
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     file = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
@@ -137,9 +144,10 @@ def _identity() -> dict:
 
 
 def _start(pid: int) -> str | None:
-    """When a process began, in ticks since a boot that is named; None if there is none.
+    """Boot id and start time of a process in ticks; None if there is none.
 
-    A container's process often has the number of the one before it.
+    A number alone does not name a process: in a container the next one often has the
+    number of the one before it.
     """
     try:
         ticks = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -17,7 +17,7 @@ def parts(*names: str | None) -> list[int]:
 
 
 def mesh_axes(name: str) -> tuple[str, ...]:
-    """Of a logical one."""
+    """The mesh axes that a logical axis is cut over."""
     return _axes(name)[0]
 
 
@@ -35,7 +35,7 @@ def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
     thus always do.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty:  # outside a mesh: one device, nothing is cut
         return None, 1, 1
     rows, heads = _axes("batch", "heads")
     rows = rows if shape[0] % _product(mesh, rows) == 0 else ()
@@ -46,9 +46,10 @@ def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
 
 
 def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
-    """attend(q, k, v) on every shard by itself, with all keys of its rows and heads."""
+    """attend(q, k, v) on each shard, with all keys and values of its rows and heads."""
     if spec is None:
         return attend
+    # Keys and values are all-gathered over the axes that cut the queries.
     whole = PartitionSpec(spec[0], None, spec[2])
     # A Pallas kernel does not say over which axes what it returns varies.
     return jax.shard_map(
@@ -57,8 +58,9 @@ def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
 
 
 def _axes(*names: str | None) -> list[tuple[str, ...]]:
-    found = nn.logical_to_mesh_axes(names)
-    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in found]
+    # flax gives None, a name or a tuple for each axis.
+    spec = nn.logical_to_mesh_axes(names)
+    return [(axes,) if isinstance(axes, str) else tuple(axes or ()) for axes in spec]
 
 
 def _product(mesh, axes: tuple[str, ...]) -> int:

@@ -1,7 +1,7 @@
-"""Processes as one: they start alike, wait with bounds, and end together.
+"""Agreement between processes: they start alike, wait with bounds, and end together.
 
-What goes between them here goes through jax's coordination service, not the devices:
-it works before the first program, beside a running one, and when a peer is stuck.
+Messages go through jax's coordination service, not the devices. It works before the
+first program, beside a running one, and when a peer is stuck.
 """
 
 import contextlib
@@ -20,13 +20,18 @@ from sd3_jax.distributed.jax_internals import coordination_client
 from sd3_jax.errors import RetryableError, UserError
 
 ENDED = "sd3_jax/ended"
-LOOK = 2.0  # seconds between two looks at what others were told
-_turn = itertools.count()  # every process makes the same calls in the same order
-_told = threading.Event()  # by SIGTERM, in a run of one process
+LOOK = 2.0  # seconds between two looks for a SIGTERM that a peer got
+# Numbers the exchanges, for their keys: every process makes the same calls in the same
+# order, and a key can be set only once.
+_turn = itertools.count()
+_sigterm = threading.Event()  # it came to this process, where Python handles it
 
 
 def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
-    """function() of process 0; its answer (JSON), or UserError, is everyone's."""
+    """function() of process 0; its answer (JSON), or UserError, is everyone's.
+
+    One process looks at the storage: several could see different things there.
+    """
     if jax.process_count() == 1:
         return function()
     client, key = coordination_client(), f"sd3_jax/first/{next(_turn)}"
@@ -34,6 +39,7 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
         try:
             answer = {"value": function()}
         except UserError as error:
+            # Sent before it is raised: the peers wait for an answer, and get this one.
             client.key_value_set(key, json.dumps({"error": str(error)}))
             raise
         client.key_value_set(key, json.dumps(answer))
@@ -44,18 +50,19 @@ def first(function: Callable[[], Any], *, seconds: float = 600) -> Any:
     return answer["value"]
 
 
-def agree(what: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
-    """Refuse, in every process, if one states something else than process 0.
+def agree(subject: str, statement: Mapping[str, Any], *, seconds: float = 600) -> None:
+    """UserError in every process if one states something else than process 0.
 
     `statement` is flat JSON. Two hosts that run different programs compute nonsense,
-    and as long as their collectives match in silence.
+    silently as long as their collectives match.
     """
+    # As sorted JSON: tuples and lists, or orders of keys, are no difference.
     mine = json.dumps(statement, sort_keys=True, default=str)
     ours, *others = map(json.loads, _everyones(mine, seconds))
     for index, other in enumerate(others, 1):
         if differences := list(differing(ours, other)):
             raise UserError(
-                f"processes 0 and {index} have different {what}: "
+                f"processes 0 and {index} have different {subject}: "
                 + "; ".join(differences[:5])
                 + (f"; and {len(differences) - 5} more" if differences[5:] else "")
             )
@@ -74,19 +81,19 @@ def shared(
 ) -> list:
     """One answer (JSON) for each of `count` rows, from every process for its share.
 
-    function(rows) is of the rows of this process, and not called for none of them.
+    function(rows) gets the rows of this process; it is not called without any.
     """
     index, step = jax.process_index(), jax.process_count()
     rows = list(range(index, count, step))
     mine = json.dumps(function(rows) if rows else [])
-    made = [None] * count
+    answers = [None] * count
     for i, text in enumerate(_everyones(mine, seconds)):
-        made[i::step] = json.loads(text)
-    return made
+        answers[i::step] = json.loads(text)
+    return answers
 
 
 def all_well(well: bool, *, seconds: float = 600) -> bool:
-    """Whether it is so in every process."""
+    """Whether `well` is true in every process."""
     return "no" not in _everyones("yes" if well else "no", seconds)
 
 
@@ -104,19 +111,24 @@ def meet(place: str, *, minutes: float = 30) -> None:
 def told_to_stop(step: int) -> bool:
     """Whether SIGTERM came to some process and all are to stop after this very step.
 
-    To be asked at every step: jax says it of one step only.
+    Ask at every step: jax answers for one step only. It is the same step in every
+    process, a few steps after the signal.
     """
     if coordination_client() is None:
-        return _told.is_set()
+        return _sigterm.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
 
 
 @contextlib.contextmanager
 def heeding_sigterm() -> Iterator[None]:
-    """In a run of one process; else jax's own handler, in C++, tells the others."""
-    _told.clear()
+    """Note SIGTERM in a run of one process.
+
+    In a run of several, jax's handler in C++ tells the others. A handler of Python
+    would replace it, and the step at which all stop would never come.
+    """
+    _sigterm.clear()
     alone = coordination_client() is None
-    with _sigterm_is_told() if alone else contextlib.nullcontext():
+    with _noting_sigterm() if alone else contextlib.nullcontext():
         yield
 
 
@@ -128,6 +140,7 @@ def claim(name: str) -> bool:
     try:
         client.key_value_set(f"sd3_jax/claim/{name}", str(jax.process_index()))
     except jax.errors.JaxRuntimeError as error:
+        # Setting a key is atomic in the service: one process alone succeeds.
         if "ALREADY_EXISTS" not in str(error):
             raise
         return False
@@ -136,36 +149,41 @@ def claim(name: str) -> bool:
 
 @contextlib.contextmanager
 def stopping() -> Iterator[Callable[[], bool]]:
-    """`stop()` says whether SIGTERM came to any process; for those not in step.
+    """`stop()` says whether SIGTERM came to any process, for jobs without common steps.
 
     Python's handler takes the place of jax's, which waits for a step of all to save.
     """
-    _told.clear()
+    _sigterm.clear()
     client = coordination_client()
+    # The time is in a list so that stop() can set it.
     key, looked = "sd3_jax/stop", [time.monotonic()]
 
     def stop() -> bool:
-        if client is None or _told.is_set():
+        if client is None or _sigterm.is_set():
             if client is not None:
                 client.key_value_set(f"{key}/told", "now", allow_overwrite=True)
-            return _told.is_set()
+            return _sigterm.is_set()
+        # Rarely: stop() is called often, and each look is a request to the service.
         if time.monotonic() - looked[0] > LOOK:
             looked[0] = time.monotonic()
             if client.key_value_dir_get(key):
-                _told.set()
-        return _told.is_set()
+                _sigterm.set()
+        return _sigterm.is_set()
 
-    with _sigterm_is_told():
+    with _noting_sigterm():
         yield stop
 
 
 @contextlib.contextmanager
-def _sigterm_is_told() -> Iterator[None]:
-    """Only the main thread may say what a signal does; elsewhere as it is."""
+def _noting_sigterm() -> Iterator[None]:
+    """Note SIGTERM inside the block; in another thread than the main one do nothing.
+
+    Python lets only the main thread set handlers.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: _told.set())
+    before = signal.signal(signal.SIGTERM, lambda *_: _sigterm.set())
     try:
         yield
     finally:
@@ -173,7 +191,7 @@ def _sigterm_is_told() -> Iterator[None]:
 
 
 def tell_end(reason: str, code: int) -> None:
-    """Let the other processes know that this one ends, and why; they end as well."""
+    """Tell the other processes that this one ends, and why; they end as well."""
     client = coordination_client()
     if client is not None:
         note = json.dumps([jax.process_index(), reason, code])
@@ -184,7 +202,7 @@ def tell_end(reason: str, code: int) -> None:
 
 
 def ended() -> tuple[int, str, int] | None:
-    """(process, reason, exit code) of another process that told its end."""
+    """(process, reason, exit code) of another process that reported its end."""
     client = coordination_client()
     if client is None:
         return None
@@ -192,16 +210,18 @@ def ended() -> tuple[int, str, int] | None:
         notes = [json.loads(text) for _, text in client.key_value_dir_get(ENDED)]
     except Exception:  # jax itself ends this process if the service is gone
         return None
+    # The first by process is enough: its reason is printed, and its code is taken.
     others = [note for note in notes if note[0] != jax.process_index()]
     return tuple(others[0]) if others else None
 
 
 def leads_others() -> bool:
+    """Whether this is process 0 of several: it runs the coordination service."""
     return coordination_client() is not None and jax.process_index() == 0
 
 
 def _everyones(text: str, seconds: float) -> list[str]:
-    """What each process says, by its index."""
+    """Each process's text, by its index."""
     count, turn = jax.process_count(), f"sd3_jax/all/{next(_turn)}"
     if count == 1:
         return [text]

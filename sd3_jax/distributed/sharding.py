@@ -1,4 +1,4 @@
-"""The only mesh, the only logical-to-mesh rules, and batches onto the mesh."""
+"""The mesh, the one table from logical to mesh axes, and batches onto the mesh."""
 
 import logging
 import math
@@ -14,7 +14,9 @@ from sd3_jax import tree
 from sd3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
-BATCH = ("data", "fsdp")
+BATCH = ("data", "fsdp")  # the mesh axes that cut the rows of a batch
+# Logical to mesh axes, in order of precedence: flax takes the first rule of a name
+# whose mesh axes are still free in the array at hand.
 RULES = (
     ("batch", BATCH),
     ("tokens", "context"),
@@ -26,7 +28,7 @@ RULES = (
     ("mlp", "tensor"),
     ("layers", None),
 )
-LARGE = 2**20  # elements; a weight of as many is never replicated in silence
+LARGE = 2**20  # elements; a weight of as many is never replicated silently
 log = logging.getLogger(__name__)
 
 
@@ -51,12 +53,16 @@ def make_mesh(
             f"config.mesh = {_spell(sizes)} makes {math.prod(sizes)} devices, there are"
             f" {len(devices)}; set one axis to -1 to take what the others leave"
         )
-    # Explicit refuses what the partitioner is to solve.
+    # jax makes Explicit axes by default, which refuse whatever the partitioner is to
+    # solve: an ordinary FSDP matmul is an error there.
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def refuse_uneven(devices) -> None:
-    """Rows of a batch and shards of a save are cut evenly over the processes."""
+    """UserError for processes with unlike numbers of devices.
+
+    Rows of a batch and shards of a save are cut evenly over the processes.
+    """
     counts = Counter(device.process_index for device in devices)
     for index in (i for i in sorted(counts) if counts[i] != counts[0]):
         raise UserError(
@@ -76,6 +82,8 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
         return mesh_utils.create_device_mesh(
             sizes, devices, allow_split_physical_axes=True
         )
+    # Between slices lies the data-centre network, far slower than a slice's own links.
+    # Over data only gradients travel.
     data, *rest = sizes
     if data % slices:
         raise UserError(
@@ -113,6 +121,7 @@ def shardings(boxed, mesh: Mesh):
             _refuse_or_note(jax.tree_util.keystr(path), shape, spec, mesh)
         return NamedSharding(mesh, PartitionSpec(*fitting))
 
+    # Leaves are the boxes: the arrays inside them have no names.
     box = lambda x: isinstance(x, nn.LogicallyPartitioned)
     return jax.tree_util.tree_map_with_path(leaf, boxed, is_leaf=box)
 
@@ -141,6 +150,8 @@ def like_params(like, params, sharded, mesh: Mesh):
     parameter's is sharded as that parameter if it has its shape, and as the axes that
     are left if it lacks one of them (Adafactor's rows and columns). Others are
     replicated."""
+    # Optimizer states wrap the tree of parameters at any depth, so a leaf is matched by
+    # the end of its path.
     known = {
         tree.names(path): (leaf.shape, s.spec)
         for (path, leaf), s in zip(
@@ -154,6 +165,7 @@ def like_params(like, params, sharded, mesh: Mesh):
             shape, spec = known.get(names[i:], (None, None))
             if shape == x.shape:
                 return NamedSharding(mesh, spec)
+            # Adafactor keeps a mean over rows and one over columns: an axis less.
             for axis in range(len(shape or ())):
                 if shape[:axis] + shape[axis + 1 :] == x.shape:
                     axes = (*spec, *[None] * len(shape))[: len(shape)]
@@ -165,7 +177,7 @@ def like_params(like, params, sharded, mesh: Mesh):
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis over data and fsdp, the others whole."""
+    """Cuts the first axis over data and fsdp and leaves the others whole."""
     return NamedSharding(mesh, PartitionSpec(BATCH))
 
 
@@ -195,6 +207,7 @@ def local_rows(
             f"config.{key} = {batch_size}: wanted a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
+    # Asked of jax, not computed: a mesh does not have its devices in the order of ids.
     index_of = batch_sharding(mesh).devices_indices_map((batch_size,))
     spans = {
         index[0].indices(batch_size)

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM get an answer while the main thread is in the compiler."""
+"""Answers to Ctrl-C and SIGTERM while the main thread is in XLA's compiler."""
 
 import contextlib
 import os
@@ -15,17 +15,18 @@ PATIENCE = 2.0  # seconds for a first Ctrl-C to end the run before it is answere
 
 @contextlib.contextmanager
 def answered() -> Iterator[None]:
-    """Within, a second Ctrl-C ends the process at once, whatever it does.
+    """Inside, a second Ctrl-C ends the process at once, whatever it does.
 
     Python runs a signal's handler once the main thread is in Python again, which it is
     not while XLA compiles. But it writes the signal's number to a pipe at once, and
     a thread reads it. SIGTERM is answered where a job has a handler for it.
     """
+    # Python takes a wakeup descriptor from the main thread alone.
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     reading, writing = os.pipe()
-    os.set_blocking(writing, False)
+    os.set_blocking(writing, False)  # set_wakeup_fd demands it
     before = signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
     thread = threading.Thread(target=_answer, args=(reading,), daemon=True)
     thread.start()
@@ -51,15 +52,16 @@ def _answer(reading: int) -> None:
             say(f"SIGTERM: stops as soon as it can{_doing()}")
         if number[0] != signal.SIGINT:
             continue
-        if interrupted:
+        if interrupted:  # the second Ctrl-C
             os._exit(INTERRUPTED)
         interrupted = True
+        # Most runs end by themselves in this time, and then need no advice.
         if not select.select([reading], [], [], PATIENCE)[0]:
             say(f"Ctrl-C: stops as soon as it can; again: at once{_doing()}")
 
 
 def _doing() -> str:
-    # It imports jax, and is perhaps not there yet.
+    # Looked up, not imported: it imports jax, which may not be loaded yet.
     watchdog = sys.modules.get("sd3_jax.distributed.watchdog")
     doing = watchdog.doing() if watchdog else ""
     return f" (now: {doing})" if doing else ""

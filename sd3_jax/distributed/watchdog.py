@@ -1,7 +1,7 @@
-"""No wait without a bound: what stands still is ended, with its stacks printed.
+"""The watchdog: it ends a process that hangs or whose peer has ended, with its stacks.
 
 A collective whose peer is gone or stuck waits for ever, and so may a disk. A thread
-looks at the clock, and whether another process has told its end.
+checks the clock and whether a peer has reported its end.
 """
 
 import contextlib
@@ -19,32 +19,33 @@ from sd3_jax.errors import RETRY
 
 EVERY = 2.0  # seconds between two looks
 LONG = 3600.0  # seconds for what may have a compilation or a large read in it
-GRACE = 60.0  # after which even a process that cannot run Python any more is ended
-STACKS = 5.0  # seconds that faulthandler has to print them before SIGALRM
-STUCK = "stuck: "
+GRACE = 60.0  # seconds past a deadline until even a process without Python is ended
+STACKS = 5.0  # seconds that faulthandler has to print stacks before SIGALRM
+STUCK = "stuck: "  # how the reason of such an end begins; peers look for it
 
 
 class Watch:
-    """expect(what, seconds) says by when the process will call it again.
+    """expect(activity, seconds) says by when the process will call it again.
 
-    The clock is monotonic: one that is set changes nothing. A process that was paused
-    as a whole, with its virtual machine, is given its time anew.
+    The clock is monotonic, so setting the time changes nothing. A process that was
+    paused as a whole, with its virtual machine, gets that time back.
     """
 
     def __init__(self, every: float = EVERY):
-        self._what, self._deadline, self._armed = "", None, None
+        self._activity, self._deadline, self._armed = "", None, None
         self._every, self._over = every, threading.Event()
+        # A daemon: the watch must not keep alive a process that ends by itself.
         self._thread = threading.Thread(target=self._look, daemon=True, name="watch")
         self._thread.start()
 
-    def expect(self, what: str, seconds: float | None) -> None:
-        """From now on it does `what`, for at most so long; None: for ever."""
+    def expect(self, activity: str, seconds: float | None) -> None:
+        """`activity` begins now and takes at most so long; None: any time."""
         end = None if seconds is None else time.monotonic() + seconds
-        self._seconds, self._what, self._deadline = seconds, what, end
+        self._seconds, self._activity, self._deadline = seconds, activity, end
 
     @property
-    def what(self) -> str:
-        return self._what
+    def activity(self) -> str:
+        return self._activity
 
     def stop(self) -> None:
         self._over.set()
@@ -55,6 +56,8 @@ class Watch:
         looked = time.monotonic()
         while not self._over.wait(self._every):
             now = time.monotonic()
+            # This thread sleeps for `every`: if it woke much later, all of the process
+            # stood still, and what it waits for may be as late.
             paused, looked = now - looked - self._every, now
             if self._deadline is not None and paused > 5 * self._every:
                 self._deadline += paused
@@ -70,6 +73,8 @@ class Watch:
         says that a restart is of no use; the kernel's SIGALRM ends with 128 + 14.
         """
         deadline = self._deadline
+        # Armed anew only for a new deadline: the loop sets one at each step, and this
+        # thread sees the last of them.
         if deadline != self._armed:
             self._disarm()
             if deadline is not None:
@@ -86,14 +91,14 @@ class Watch:
             self._armed = None
 
     def _stuck(self) -> None:
-        reason = f"{STUCK}{self._what} has taken more than {self._seconds:g} s"
+        reason = f"{STUCK}{self._activity} has taken more than {self._seconds:g} s"
         print(f"sd3-jax: error: {reason}; all stacks follow", file=sys.stderr)
         _print_stacks()
         leave(reason, RETRY)
 
 
 def follow(seconds: float = 0) -> None:
-    """End this process if a peer tells its own end within so many seconds."""
+    """End this process if a peer reports its end within so many seconds."""
     deadline = time.monotonic() + seconds
     while (note := processes.ended()) is None and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -104,7 +109,8 @@ def follow(seconds: float = 0) -> None:
         f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
         file=sys.stderr,
     )
-    if reason.startswith(STUCK):  # it waited, and for this one perhaps
+    # A stuck peer waits for somebody, perhaps for this process: show where it is.
+    if reason.startswith(STUCK):
         _print_stacks()
     _exit(code)
 
@@ -112,7 +118,8 @@ def follow(seconds: float = 0) -> None:
 def leave(reason: str, code: int) -> None:
     """End this process now, and have its peers follow.
 
-    At exit jax would wait for them, and they for our collectives.
+    os._exit, since at a normal exit jax waits for the peers in a barrier, and they wait
+    for this process's collectives.
     """
     processes.tell_end(reason, code)
     if processes.leads_others():
@@ -121,11 +128,12 @@ def leave(reason: str, code: int) -> None:
 
 
 def _exit(code: int) -> None:
+    # os._exit flushes nothing, so what is logged and printed is flushed first.
     logging.shutdown()
     for stream in sys.stdout, sys.stderr:
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
-    os._exit(code)
+    os._exit(code)  # skips atexit, and with it jax's barrier
 
 
 def _print_stacks() -> None:
@@ -134,6 +142,7 @@ def _print_stacks() -> None:
 
 
 def _stderr():
+    # faulthandler writes to a file descriptor; a replaced sys.stderr may have none.
     return sys.__stderr__ or sys.stderr
 
 
@@ -142,7 +151,7 @@ _watch: Watch | None = None
 
 @contextlib.contextmanager
 def watching() -> Iterator[None]:
-    """Of this process, for as long as the block runs; main's, round every job."""
+    """Watch this process inside the block; main does so round every job."""
     global _watch
     before, _watch = _watch, Watch()
     try:
@@ -152,12 +161,12 @@ def watching() -> Iterator[None]:
         _watch = before
 
 
-def expect(what: str, seconds: float | None) -> None:
+def expect(activity: str, seconds: float | None) -> None:
     """Tell the watch, if there is one, what comes now and how long it may take."""
     if _watch is not None:
-        _watch.expect(what, seconds)
+        _watch.expect(activity, seconds)
 
 
 def doing() -> str:
-    """What the watch was told last, "" without one."""
-    return _watch.what if _watch is not None else ""
+    """The activity that was expected last, "" without a watch."""
+    return _watch.activity if _watch is not None else ""

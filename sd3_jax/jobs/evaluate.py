@@ -18,7 +18,7 @@ from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import prompt_file, released_sampler
 from sd3_jax.sampling.sampler import TrainedSampler
-from sd3_jax.training.trainer import Validation
+from sd3_jax.training.held_out_loss import Validation
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:

@@ -30,7 +30,7 @@ from sd3_jax.tools.plan import (
 )
 from sd3_jax.tools.plan.aot import Case
 from sd3_jax.tools.plan.slices import Slice
-from sd3_jax.training import trainer
+from sd3_jax.training.program import abstract_batch, build_program
 
 log = logging.getLogger(__name__)
 FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "DCN"}
@@ -103,7 +103,7 @@ def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
     """The model, parameters and FLOPs, which a search needs without compiling."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        train_program = trainer.program(config, mesh)
+        train_program = build_program(config, mesh)
     params = tree.count(train_program.abstract.params)
     return dict(
         model=train_program.parts.denoiser,
@@ -145,7 +145,7 @@ def train_row(
     accumulate = config.optim.accumulate
     images = config.data.batch_size / tpu_slice.devices
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        train_program = trainer.program(config, mesh)
+        train_program = build_program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         # Abstract arguments with shardings: nothing is allocated, as there is no
         # device.
@@ -153,7 +153,7 @@ def train_row(
         placed = NamedSharding(mesh, PartitionSpec())
         key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=placed)
         program = lambda: train_program.step.lower(
-            train_program.abstract, key, trainer.example(config, mesh), {}
+            train_program.abstract, key, abstract_batch(config, mesh), {}
         )
         model, work = (
             train_program.parts.denoiser,

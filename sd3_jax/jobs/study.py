@@ -25,7 +25,7 @@ from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.jobs import train
 from sd3_jax.monitoring import metrics
 from sd3_jax.tools.study import run_scores, study_page, study_tables
-from sd3_jax.training import trainer
+from sd3_jax.training import run_checks
 
 log = logging.getLogger(__name__)
 WAIT = 5.0  # seconds between looks at what other processes have done
@@ -148,7 +148,7 @@ class Study:
         config.train.prompts = ()
         # The variant's settings are checked together, as if they were the recipe's.
         validate(config)
-        trainer.require_trainable_dtype(config)
+        run_checks.require_trainable_dtype(config)
         return config
 
     def take(self, study_run: Run) -> bool:

@@ -1,4 +1,4 @@
-"""Train, or go on from the last checkpoint: the same call does either."""
+"""Train, or resume from the newest checkpoint: the same call does either."""
 
 import os
 import time
@@ -11,18 +11,18 @@ from ml_collections import ConfigDict
 from sd3_jax.distributed import lock, sharding, watchdog
 from sd3_jax.monitoring import writers
 from sd3_jax.monitoring.goodput import Goodput
-from sd3_jax.training import trainer
+from sd3_jax.training import run_checks, trainer
 from sd3_jax.training.profiler import require_sound_profiler
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Leaves metrics.jsonl, samples/, checkpoints/ and config.json in workdir."""
+    """Train; leaves metrics.jsonl, samples/, checkpoints/, config.json in workdir."""
     goodput = Goodput(float(os.environ.pop("SD3_BEGAN", time.time())))  # see main
     workdir = epath.Path(workdir)
-    trainer.refuse_sample_step(config, workdir)
+    run_checks.refuse_sample_step(config, workdir)
     watchdog.expect("the start of the run", watchdog.LONG)
     if jax.process_index() == 0:
-        writers.clients(config.train.writers)  # what is missing is told at once
+        writers.clients(config.train.writers)  # a missing package is an error now
     if config.profile.start:
         require_sound_profiler()
     mesh = sharding.make_mesh(**config.mesh)
@@ -31,8 +31,4 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         jax.set_mesh(mesh),
         nn.logical_axis_rules(sharding.RULES),
     ):
-        training = trainer.Training(config, workdir, mesh, goodput)
-        try:
-            training.run()
-        except KeyboardInterrupt:
-            raise KeyboardInterrupt(training.interrupted()) from None
+        trainer.train(config, workdir, mesh, goodput)

@@ -1,1 +1,1 @@
-"""What a run says of itself: metrics, their writers, progress and goodput."""
+"""Metrics of a run, the services they go to, progress of long jobs, and goodput."""

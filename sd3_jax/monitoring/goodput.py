@@ -1,11 +1,11 @@
-"""Where a run's time went, over all of its lives."""
+"""Goodput: the kinds of work that a run's time went to, over all its restarts."""
 
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
-KINDS = {  # and what they are called
+KINDS = {  # with the words that people read
     "productive": "productive",
     "compile": "compile",
     "data_wait": "data",
@@ -32,7 +32,8 @@ class Goodput:
       nothing ran; but not the time after the last step of all, if more are asked for.
       A life that ended before its first line is lost whole, the first of all unseen.
 
-    A life carries the sums in its lines; the next one reads them, see `go_on`.
+    A life is one process's part of the run, from one start to the next. Its lines carry
+    the sums so far, and the next life reads them: see `go_on`.
     """
 
     def __init__(self, began: float | None = None, *, clock: Callable = time.time):
@@ -47,9 +48,11 @@ class Goodput:
         lines = [r for r in rows if r["kind"] == "goodput" and r["step"] <= step]
         if not lines:
             return
-        last = lines[-1]
+        last = lines[-1]  # its sums are those of all lives before it
         for kind in KINDS:
             self.seconds[kind] += last.get(f"{kind}_s", 0.0)
+        # The time after the last step is not lost if that step ended the run: nobody
+        # waited. A later life was asked for more steps.
         if not last.get("finished"):
             self.seconds["lost"] += max(0.0, self._began - last["time"])
         self.restarts = last.get("restarts", 0) + 1
@@ -63,19 +66,20 @@ class Goodput:
 
     @contextlib.contextmanager
     def spend(self, kind: str) -> Iterator[None]:
-        before = self.turn(kind)
+        before = self.turn(kind)  # kinds nest: the outer one goes on afterwards
         try:
             yield
         finally:
             self.turn(before)
 
     def shares(self) -> dict[str, float]:
+        """Each kind's part of the time so far; they sum to 1."""
         self.turn(self._kind)
         total = sum(self.seconds.values()) or 1.0
         return {kind: seconds / total for kind, seconds in self.seconds.items()}
 
     def line(self, *, finished: bool = False) -> dict[str, float | bool]:
-        """What metrics.jsonl gets: shares, which sum to 1, and the seconds behind."""
+        """A line of metrics.jsonl: shares, which sum to 1, and seconds."""
         shares = self.shares()
         seconds = {f"{kind}_s": value for kind, value in self.seconds.items()}
         rest = {"restarts": self.restarts, "finished": finished}

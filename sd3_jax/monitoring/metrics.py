@@ -1,4 +1,4 @@
-"""What a run says about itself: metrics.jsonl, TensorBoard, and a bar or lines.
+"""Metrics of a run: metrics.jsonl, TensorBoard, and a progress bar or lines.
 
 Each write is one flat JSON line. JSON has no NaN and no infinity: they are written as
 "nan", "inf" and "-inf", so that every line parses and `read` loses nothing.
@@ -34,11 +34,11 @@ PEAK_TFLOPS = {  # dense bfloat16 of one JAX device, by jax.Device.device_kind
 
 
 class Metrics:
-    """Process 0's pen: with Metrics(workdir, ...) as metrics: metrics.write(...).
+    """Written by process 0: with Metrics(workdir, ...) as metrics: metrics.write(...).
 
     A run that resumes at `start_step` does the later steps again, so their lines go:
-    every curve has one value a step. What is not the run itself, such as a later
-    evaluation, gives None: it only adds lines.
+    every curve has one value a step. A job that is not the run itself, such as a later
+    evaluation, gives None and only adds lines.
     """
 
     def __init__(
@@ -55,12 +55,14 @@ class Metrics:
         self.start_step = math.inf if start_step is None else start_step
         self.silent = process_index != 0
         self.writers = writers
-        self._tensorboard = None
+        self._tensorboard = None  # opened by the first numbers; False: not possible
 
     def __enter__(self) -> "Metrics":
         if not self.silent:
+            # Steps after the checkpoint are done again, and would be in the file twice.
             _forget(self.workdir / FILE, after=self.start_step)
             self._log = open_log(self.workdir / FILE)
+            # A bar needs a terminal; a log file gets plain lines.
             watch = _Bar if sys.stderr.isatty() else _Lines
             self._watch = watch(self.total_steps, self.start_step)
         return self
@@ -109,7 +111,7 @@ class Clock:
         self.reset()
 
     def reset(self) -> None:
-        """Start afresh, after what is no training: an evaluation, the compile."""
+        """Start afresh, after an evaluation or anything else that is not training."""
         self._start, self._waited = time.perf_counter(), 0.0
 
     @contextlib.contextmanager
@@ -132,7 +134,7 @@ class Clock:
 
         `peak` is the TFLOP/s of one device (PEAK_TFLOPS): without it there is no mfu.
         """
-        seconds = max(time.perf_counter() - self._start, 1e-9)
+        seconds = max(time.perf_counter() - self._start, 1e-9)  # never divides by 0
         rates = {
             "images_per_s": images / seconds,
             "step_ms": 1e3 * seconds / max(steps, 1),
@@ -148,8 +150,8 @@ class Clock:
 
 def open_log(path: epath.PathLike) -> "_FileLog | _ObjectLog":
     """What lines are appended to, at any path of epath: append(text), close()."""
-    kind = _ObjectLog if files.remote(path) else _FileLog
-    return kind(epath.Path(path))
+    log_type = _ObjectLog if files.remote(path) else _FileLog
+    return log_type(epath.Path(path))
 
 
 class _FileLog:
@@ -229,6 +231,7 @@ class _Bar:
 
 
 def _words(kind, values):
+    """What a person reads of a line: a few numbers, with units."""
     if kind == "goodput":
         return [f"goodput {values['productive']:.1%}"]
     if kind != "train":
@@ -252,13 +255,14 @@ def _short(x):
 def _forget(path, *, after):
     """Drop the lines of steps that will be done again, and one that was cut off."""
     if path.exists():
-        kept = [f"{line}\n" for line, row in _rows(path) if row["step"] <= after]
-        if (text := "".join(kept).encode()) != path.read_bytes():
+        lines = [f"{line}\n" for line, row in _rows(path) if row["step"] <= after]
+        if (text := "".join(lines).encode()) != path.read_bytes():
             files.write_whole(path, text)
 
 
 def _rows(path):
     """(line, row) of every line that is one of ours; the others are counted."""
+    # Bytes that are no UTF-8 make a line strange, not the whole file unreadable.
     lines = path.read_bytes().decode("utf-8", "replace").split("\n")
     rows = [(line, _row(line)) for line in lines]
     # A kill may have cut the last line: that is no reason to warn.
@@ -274,6 +278,7 @@ def _row(line: str) -> dict | None:
         kinds = [type(row[name]) for name in HEAD]
     except (ValueError, TypeError, KeyError, RecursionError):
         return None
+    # type(), not isinstance: in Python true and false are ints.
     right = kinds[0] is int and kinds[1] is str and kinds[2] in (int, float)
     return row if right and 0 <= row["step"] < 2**53 else None
 

@@ -1,4 +1,4 @@
-"""How far a long job is: a live bar on a terminal, else a line every half minute."""
+"""Progress of a long job: a live bar on a terminal, else a line every half minute."""
 
 import sys
 import time
@@ -7,20 +7,18 @@ EVERY = 30.0  # seconds between two lines
 
 
 class Progress:
-    """Of `total` bytes `done`; things are counted by their own name, for the rate.
+    """Counts bytes of `total`, and `things` by their name for the rate.
 
     with Progress("pictures", total=10**9) as progress:
         progress.add(things=1, bytes=2**20)
     """
 
     def __init__(self, things: str, *, total: int, done: int = 0, shown: bool = True):
+        # At least 1: nothing to do is 100 % at once, not a division by zero.
         self.things, self.total, self.done = things, max(1, total), done
-        self.begun, self.began_at, self.count, self.told = (
-            time.monotonic(),
-            done,
-            0,
-            0.0,
-        )
+        # The pace is of this process: what was done before it began does not count.
+        self.started, self.start_bytes = time.monotonic(), done
+        self.count, self.last_shown = 0, 0.0
         self.bar = _bar() if shown and sys.stderr.isatty() else None
         self.shown = shown
 
@@ -40,21 +38,21 @@ class Progress:
         self.at(self.done + bytes)
 
     def at(self, done: int) -> None:
-        """So many bytes are done, by whomever."""
+        """Set the bytes that are done, by this process or any other."""
         self.done = min(done, self.total)
         self.show()
 
     def show(self, now: bool = False) -> None:
         if self.bar:
             self.bar.update(self.task, completed=self.done, description=self.words())
-        elif self.shown and (now or time.monotonic() - self.told > EVERY):
-            self.told = time.monotonic()
+        elif self.shown and (now or time.monotonic() - self.last_shown > EVERY):
+            self.last_shown = time.monotonic()
             print(f"{self.done / self.total:4.0%}  {self.words()}", file=sys.stderr)
 
     def words(self) -> str:
         """ "1,234 pictures, 56.7 a second, 12 min left"."""
-        seconds = max(1e-6, time.monotonic() - self.begun)
-        pace = (self.done - self.began_at) / seconds
+        seconds = max(1e-6, time.monotonic() - self.started)
+        pace = (self.done - self.start_bytes) / seconds
         left = (self.total - self.done) / pace if pace else None
         ends = "" if left is None else f", {duration(left)} left"
         return (

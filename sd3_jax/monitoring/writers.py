@@ -1,4 +1,4 @@
-"""A run's numbers to Weights & Biases and MLflow, beside metrics.jsonl.
+"""A run's metrics in Weights & Biases and MLflow, beside metrics.jsonl.
 
 Each writer works in a thread of its own, so that a service that is slow, full or gone
 costs numbers there and never a step. Their own environment variables say where to:
@@ -26,10 +26,10 @@ CLOSING = 60.0  # seconds for what is still to be sent when a run ends
 
 
 class Writer(Protocol):
-    """What a service is to a run. All of it is called from one thread."""
+    """A service that takes metrics; all methods are called from one thread."""
 
     def open(self, name: str, run_id: str | None, config: Mapping[str, Any]) -> str:
-        """Begin a run of this name, or go on with `run_id`; the run's id."""
+        """Begin a run of this name, or resume `run_id`; return the run's id."""
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
         """Numbers of a step, by "kind/name"."""
@@ -115,7 +115,7 @@ def _not_installed(name: str, reason: str) -> UserError:
 
 
 class Sender:
-    """A writer's thread. The first failure is told, all of them are counted."""
+    """A writer's thread. The first failure is logged, all of them are counted."""
 
     def __init__(
         self,
@@ -128,22 +128,23 @@ class Sender:
         self._writer, self._opened = writer, False
         self._workdir, self._config = epath.Path(workdir), config
         self._waiting: queue.Queue = queue.Queue(WAITING)
+        # A daemon: a service that never answers must not hold the process at its end.
         self._thread = threading.Thread(target=self._work, daemon=True, name=name)
         self._thread.start()
 
     def write(self, step: int, kind: str, values: Mapping[str, float]) -> None:
-        """Numbers to be sent; returns at once."""
+        """Queue numbers to be sent; return at once."""
         self.total += 1
         named = {f"{kind}/{name}": value for name, value in values.items()}
         try:
             self._waiting.put_nowait((int(step), named))
-        except queue.Full:
+        except queue.Full:  # a step must not wait for a service
             self._fail("it is too slow")
 
     def close(self, seconds: float = CLOSING) -> None:
         """Wait for what is left to be sent, for so long at most."""
         try:
-            self._waiting.put(None, timeout=seconds)
+            self._waiting.put(None, timeout=seconds)  # the end of the queue
             self._thread.join(seconds)
         except queue.Full:
             pass
@@ -158,6 +159,8 @@ class Sender:
     def _work(self) -> None:
         while (line := self._waiting.get()) is not None:
             try:
+                # Opened here, not by the constructor: it takes a service seconds, and
+                # is tried again with the next line if it failed.
                 if not self._opened:
                     self._open()
                 self._writer.write(*line)
@@ -172,7 +175,7 @@ class Sender:
     def _open(self) -> None:
         path = self._workdir / IDS
         ids = lambda: json.loads(path.read_text()) if path.exists() else {}
-        known_id = ids().get(self.name)
+        known_id = ids().get(self.name)  # a resumed run is the same run there
         run_id = self._writer.open(self._workdir.name, known_id, self._config)
         self._opened = True
         with LOCK:  # another writer may have put its own there meanwhile

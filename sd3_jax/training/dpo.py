@@ -33,21 +33,25 @@ def preference_loss(
     m(x) is how much larger the error of answer(xt, t) is than that of `reference`, each
     the mean over x's numbers; t and noise are the same for both pictures. `answer` is
     called once, on `alternate` chosen and rejected pictures. Where it is the reference,
-    the loss is ln 2. The metrics are the share of pairs that are told apart, the mean
-    of beta / 2 w(t) (m(rejected) - m(chosen)), and the errors.
+    the loss is ln 2. The metrics are the share of pairs with m(rejected) > m(chosen),
+    the mean of beta / 2 w(t) (m(rejected) - m(chosen)), and the errors.
     """
     t_key, noise_key = jax.random.split(key)
+    # One t and one noise for both pictures of a pair: their difference in error is then
+    # the pictures' alone.
     t = density.sample(t_key, chosen.shape[:1])
     noise = jax.random.normal(noise_key, chosen.shape, jnp.float32)
-    x0, both = alternate(chosen, rejected), alternate(t, t)
+    x0, pair_t = alternate(chosen, rejected), alternate(t, t)
     noise = alternate(noise, noise)
-    xt, target = path.interpolate(x0, noise, both), path.target(x0, noise, both)
+    xt = path.interpolate(x0, noise, pair_t)
+    target = path.target(x0, noise, pair_t)
 
     def errors(of: Answer) -> tuple[Times, Times]:
-        error = jnp.square(of(xt, both) - target)
+        error = jnp.square(of(xt, pair_t) - target)
         error = error.mean(axis=tuple(range(1, x0.ndim))).reshape(-1, 2)
         return error[:, 0], error[:, 1]
 
+    # The reference is a constant: nothing of its pass is kept for a gradient.
     ours, theirs = errors(answer), jax.lax.stop_gradient(errors(reference))
     better, worse = (a - b for a, b in zip(ours, theirs))
     margin = beta / 2 * WEIGHTS[weight](t) * (worse - better)
@@ -57,6 +61,7 @@ def preference_loss(
         "chosen_error": ours[0].mean(),
         "rejected_error": ours[1].mean(),
     }
+    # log_sigmoid, not log(sigmoid): the latter is -inf for a large negative margin.
     return -jax.nn.log_sigmoid(margin).mean(), metrics
 
 

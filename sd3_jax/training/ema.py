@@ -9,10 +9,11 @@ def moving_average(ema, params, step: Array, decay: float, every: int):
     """ema += (1 - decay) (params - ema), once every `every` steps.
 
     Early on the decay is (1 + n) / (10 + n) at the n-th time, so that a short run's
-    average does not remember its initialisation. Until step `every` it follows at each
-    step: a run of fewer steps would else export the weights that it began with.
+    average does not remember its initialisation. Before step `every` it follows at each
+    step: otherwise a shorter run would export the weights that it began with.
     """
     early = step < every
+    # float32: the decay lies near 1, where bfloat16 has no numbers but 1 and 0.996.
     n = jnp.where(early, step, step // every).astype(jnp.float32)
     rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
     follow = lambda ema: jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)

@@ -1,4 +1,4 @@
-"""What of a model trains, and what of it does not: full weights, or a LoRA."""
+"""Which weights of a model train, all or a LoRA, and which stay frozen."""
 
 from collections.abc import Callable
 from functools import partial
@@ -15,49 +15,54 @@ SETS = ("instance", "prior")  # DreamBooth's losses, NaN of a set that a batch l
 
 
 class Tuning(NamedTuple):
-    """`init(key)` gives what trains, `whole(params, frozen)` the model's parameters.
+    """A choice of what trains; `start` are the weights to begin with.
 
-    `frozen` is the start, as `kept(start)` leaves it; `loss` is make_train_step's, and
-    so is `prepared`, which a whole batch goes through before it is cut into parts.
+    init(key): the trained params, boxed.
+    frozen_part(start): the weights that the loss needs and that do not train.
+    start(key, start): the first trained params.
+    full_params(params, frozen): the model's parameters.
+    loss, prepare_batch: for make_train_step.
     """
 
     init: Callable[[Array], dict]
-    kept: Callable[[dict], dict]
+    frozen_part: Callable[[dict], dict]
     start: Callable[..., dict]
-    whole: Callable[[dict, dict], dict]
+    full_params: Callable[[dict, dict], dict]
     loss: Callable[..., tuple[Array, dict]]
-    prepared: Callable[[dict], dict] = lambda batch: batch
+    prepare_batch: Callable[[dict], dict] = lambda batch: batch
 
 
 def plain(objective: Objective) -> Tuning:
     """Everything trains, from noise."""
     return Tuning(
         init=objective.init,
-        kept=lambda start: {},
+        frozen_part=lambda start: {},
         start=lambda key, start: objective.init(key),
-        whole=lambda params, frozen: params,
+        full_params=lambda params, frozen: params,
         loss=objective.loss,
     )
 
 
 def full(objective: Objective, *, text: bool, reference: bool) -> Tuning:
-    """All weights train, from those of the start; of a tower of text only if `text`.
+    """All weights train, from those of the start; the text tower only if `text`.
 
-    `reference` keeps a frozen copy of the start, as DPO wants.
+    `reference` keeps a frozen copy of the start, which DPO compares with.
     """
     trained = ("denoiser", "text") if text else ("denoiser",)
-    some = lambda tree: {name: tree[name] for name in trained}
+    trained_part = lambda tree: {name: tree[name] for name in trained}
 
-    def whole(params, frozen):
+    def full_params(params, frozen):
         return {k: v for k, v in frozen.items() if k != "reference"} | params
 
-    def kept(start):
+    def frozen_part(start):
         rest = {k: v for k, v in start.items() if k not in trained}
         return rest | ({"reference": start} if reference else {})
 
-    init = lambda key: some(objective.init(key))
-    start = lambda key, start: some(start)
-    return Tuning(init, kept, start, whole, loss_of(objective, whole))
+    init = lambda key: trained_part(objective.init(key))
+    start = lambda key, start: trained_part(start)
+    return Tuning(
+        init, frozen_part, start, full_params, loss_of(objective, full_params)
+    )
 
 
 def low_rank(objective: Objective, *, rank: int, alpha: float, targets: str) -> Tuning:
@@ -67,22 +72,25 @@ def low_rank(objective: Objective, *, rank: int, alpha: float, targets: str) -> 
         boxed = objective.init(key)["denoiser"]
         return {"denoiser": lora.init(key, boxed, rank=rank, targets=targets)}
 
-    def whole(params, frozen):
-        made = lora.attach(frozen["denoiser"], params["denoiser"], alpha=alpha)
-        return {**frozen, "denoiser": made}
+    def full_params(params, frozen):
+        # Not merged: the base stays as it is, and each linear map adds its two factors.
+        denoiser = lora.attach(frozen["denoiser"], params["denoiser"], alpha=alpha)
+        return {**frozen, "denoiser": denoiser}
 
     return Tuning(
         init=init,
-        kept=lambda start: start,
+        frozen_part=lambda start: start,
         start=lambda key, start: init(key),
-        whole=whole,
-        loss=loss_of(objective, whole),
+        full_params=full_params,
+        loss=loss_of(objective, full_params),
     )
 
 
-def loss_of(objective: Objective, whole: Callable) -> Callable:
+def loss_of(objective: Objective, full_params: Callable) -> Callable:
+    """The objective's loss as a function of what trains: gradients stop at `frozen`."""
+
     def loss(params, key, batch, frozen):
-        return objective.loss(whole(params, frozen), key, batch, frozen)
+        return objective.loss(full_params(params, frozen), key, batch, frozen)
 
     return loss
 
@@ -93,7 +101,7 @@ def preferring(tuning: Tuning, objective: Objective, *, beta: float, weight: str
 
     def loss(params, key, batch, frozen):
         return objective.prefer(
-            tuning.whole(params, frozen),
+            tuning.full_params(params, frozen),
             frozen.get("reference", frozen),
             key,
             batch,
@@ -113,19 +121,22 @@ def preserving(
     none. The metric of a set that the whole batch lacks is NaN.
     """
 
-    def prepared(batch):
+    # Shares are of the whole batch, before it is cut for accumulation: the mean over
+    # parts then equals the mean over the batch.
+    def prepare_batch(batch):
         prior = (batch["set"] == last).mean(dtype=jnp.float32)
         shares = jnp.stack([1 - prior, prior])
         return batch | {"shares": jnp.broadcast_to(shares, (len(batch["set"]), 2))}
 
     def loss(params, key, batch, frozen):
-        batch = dict(batch if "shares" in batch else prepared(batch))
+        batch = dict(batch if "shares" in batch else prepare_batch(batch))
         prior, shares = batch.pop("set") == last, batch.pop("shares")[0]
-        error = objective.errors(tuning.whole(params, frozen), key, batch)
+        error = objective.errors(tuning.full_params(params, frozen), key, batch)
 
-        def mean(mine, share):
-            """Times what makes the mean over a batch's parts that over the batch."""
-            total = jnp.where(mine, error, 0).sum()
+        def mean(in_set, share):
+            """This part's sum, scaled so that the mean over parts is the set's mean."""
+            total = jnp.where(in_set, error, 0).sum()
+            # No example of this set: 0 / 1, since 0 / 0 would make the gradient NaN.
             return total / jnp.where(share > 0, share * len(error), 1)
 
         instance, classes = mean(~prior, shares[0]), mean(prior, shares[1])
@@ -133,4 +144,4 @@ def preserving(
         metrics = map(present, (instance, classes), shares)
         return instance + weight * classes, dict(zip(SETS, metrics))
 
-    return tuning._replace(loss=loss, prepared=prepared)
+    return tuning._replace(loss=loss, prepare_batch=prepare_batch)

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: told of, and skipped or the run's end."""
+"""Steps whose loss or gradient is not finite: reported, then skipped or fatal."""
 
 import math
 
@@ -6,14 +6,15 @@ from sd3_jax.errors import RunFailed
 
 
 class NonFinite:
-    """Counts a run's steps without an update; see make_train_step, which makes none.
+    """Counts the steps without an update; make_train_step leaves the state as it was.
 
-    `skipped` of `allowed` are behind us, in earlier lives too.
+    `skipped` of `allowed` lie behind, those before a restart included: a run that is
+    restarted again and again must not skip without end.
     """
 
     def __init__(self, allowed: int, skipped: int = 0, last_saved: int = 0):
         self.allowed, self.skipped, self.last_saved = allowed, skipped, last_saved
-        self.last_good = last_saved
+        self.last_good = last_saved  # what is saved was finite
 
     def is_one(self, step: int, loss: float, grad_norm: float) -> bool:
         """Whether the step made no update."""
@@ -32,7 +33,7 @@ class NonFinite:
         )
 
     def stop_beyond(self, words: str) -> None:
-        """RunFailed once there were more than are allowed."""
+        """RunFailed once more steps were skipped than allowed."""
         if self.skipped > self.allowed:
             raise RunFailed(
                 f"{words}; {self.skipped} such steps, and config.train.skip_nonfinite ="

@@ -1,4 +1,4 @@
-"""What is minimised: init(key) -> params, loss(params, key, batch, frozen)."""
+"""The training objective: init(key) -> params, loss(params, key, batch, frozen)."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from sd3_jax.sampling.latents import Autoencoder
 from sd3_jax.sampling.prompts import Conditioning, TextModel
 from sd3_jax.training.dpo import alternate
 
-REJECTED = "rejected_"  # before the names of a preference's other picture
+REJECTED = "rejected_"  # prefix of the fields of a preference's rejected picture
 
 
 class Objective(NamedTuple):
@@ -57,6 +57,7 @@ def flow_matching(
     """
 
     def init(key):
+        # One example of zeros: parameters depend on shapes, not on the batch size.
         batch = jax.tree.map(lambda x: jnp.zeros((1, *x.shape[1:]), x.dtype), example)
         denoiser_key, text_key = jax.random.split(key)
         text_params = text.init(text_key, batch)
@@ -80,14 +81,15 @@ def flow_matching(
         return text.encode(params["text"], batch)
 
     def conditioned(params, key, batch):
-        """The text, some of it dropped."""
+        """The encoded text, some of it dropped for classifier-free guidance."""
+        # `regressed` splits the same key and takes the other half for the flow.
         drop_key, _ = jax.random.split(key)
         with jax.named_scope("text"):
             cond = encode(params, batch)
             return prompts.drop(drop_key, cond, rate=dropout, layout=text.layout)
 
     def pictured(key, batch):
-        """x0, and where on the table of positions it lies."""
+        """x0, and its place on the position table where that is drawn."""
         with jax.named_scope("autoencoder"):
             x0 = autoencoder.encode(batch, jax.random.fold_in(key, 2))
         if not random_positions:
@@ -113,6 +115,8 @@ def flow_matching(
     def prefer(params, reference, key, batch, *, loss):
         _, flow_key = jax.random.split(key)
         better, worse = parted(batch)
+        # Chosen and rejected picture with the same key: the same draw of the
+        # autoencoder, and the same place on the position table.
         x0, where = zip(*(pictured(key, {**better, **x}) for x in ({}, worse)))
         where = jax.tree.map(alternate, *where)
 
@@ -135,7 +139,7 @@ def flow_matching(
 
 
 def parted(batch: dict) -> tuple[dict, dict]:
-    """A preference's chosen picture with its text, and the other by the same names."""
+    """(chosen, rejected): a preference as two batches with the same field names."""
     worse = {k: x for k, x in batch.items() if k.startswith(REJECTED)}
     better = {k: x for k, x in batch.items() if k not in worse}
     return better, {k.removeprefix(REJECTED): x for k, x in worse.items()}

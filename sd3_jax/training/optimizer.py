@@ -16,7 +16,7 @@ from optax.contrib import (
     schedule_free_eval_params,
 )
 
-FACTORED = 64  # the least side of a matrix that Adafactor factors: a head's width
+FACTORED = 64  # Adafactor factors matrices whose sides are at least a head's width
 
 
 def make(
@@ -43,18 +43,20 @@ def make(
     `weight_decay_mask` by 1 - rate * weight_decay and leaves all others as they are.
     """
     shape = SCHEDULES[schedule](warmup, steps)
+    # One schedule for both rates: Muon's is larger, but warms up and decays alike.
     rate = lambda step: lr * shape(step)
     muon_rate = lambda step: muon_lr * shape(step)
     tx = OPTIMIZERS[name](
         Settings(rate, muon_rate, b1, b2, eps, weight_decay, jnp.dtype(mu_dtype))
     )
     if clip:
+        # Before the optimizer, so that its moments see the clipped gradient.
         tx = optax.chain(optax.clip_by_global_norm(clip), tx)
     return tx, rate
 
 
 def constant(warmup, steps):
-    if warmup == 0:  # optax takes no steps to mean that it never starts
+    if warmup == 0:  # optax would stay at the first value, 0, for ever
         return optax.constant_schedule(1.0)
     return optax.linear_schedule(0.0, 1.0, warmup)
 
@@ -75,12 +77,14 @@ DECAYED = ("kernel", "embedding", "a", "b")  # the last two are a LoRA's matrice
 
 def weight_decay_mask(params):
     """Which leaves decay: matrices and embeddings, no bias, scale or table."""
+    # By name, not by rank: a scanned stack gives biases and scales a second axis.
     return jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key in DECAYED, params)
 
 
 def averaged_params(opt_state: optax.OptState, params) -> dict | None:
     """The parameters that a schedule-free optimizer is evaluated at, None of others."""
     is_schedule_free = lambda x: isinstance(x, ScheduleFreeState)
+    # Clipping and partitioning wrap the optimizer's state: look for it at any depth.
     for state in jax.tree.leaves(opt_state, is_leaf=is_schedule_free):
         if is_schedule_free(state):
             return schedule_free_eval_params(state, params)
@@ -88,7 +92,7 @@ def averaged_params(opt_state: optax.OptState, params) -> dict | None:
 
 
 class Settings(NamedTuple):
-    """What an optimizer is made of: the rates by step, and config.optim's numbers."""
+    """Learning rates by step, and the numbers of config.optim."""
 
     rate: optax.Schedule
     muon_rate: optax.Schedule
@@ -100,7 +104,7 @@ class Settings(NamedTuple):
 
 
 def _decoupled(s: Settings, *scaled, rate: optax.Schedule | None = None):
-    """`scaled` gradients, decay beside them, times the rate."""
+    """The transformations `scaled`, plus decoupled weight decay, times the rate."""
     return optax.chain(
         *scaled,
         optax.add_decayed_weights(s.weight_decay, weight_decay_mask),
@@ -177,7 +181,9 @@ def _prodigy(s: Settings):
     inner = prodigy(s.rate, (s.b1, s.b2), eps=s.eps, safeguard_warmup=True)
 
     def init(params):
-        return inner.init(jax.tree.map(jnp.copy, params))  # kept: not to be donated
+        # Prodigy keeps the initial parameters. Without a copy they would be the same
+        # buffers as the params, and both are donated.
+        return inner.init(jax.tree.map(jnp.copy, params))
 
     def update(grads, state, params=None):
         updates, new = inner.update(grads, state, params)
@@ -203,7 +209,8 @@ OPTIMIZERS: dict[str, Callable[[Settings], optax.GradientTransformation]] = {
     "prodigy": _prodigy,
     "schedule_free": _schedule_free,
 }
-PLAIN = ("fc1", "fc2", "wo", "skip", "proj_in", "proj_out")  # of a block
+# Layers of a block whose kernel is one matrix, (inputs, outputs).
+PLAIN = ("fc1", "fc2", "wo", "skip", "proj_in", "proj_out")
 
 
 def matrices(params):
@@ -220,6 +227,7 @@ def matrices(params):
         layer, i = names[-2], int(any(name.endswith("blocks") for name in names))
         if names[-1] != "kernel":
             return None
+        # Attention's kernels have axes of their own for q, k, v and for heads.
         if layer in ("to_qkv", "to_kv"):
             return MuonDimensionNumbers((i,), (i + 2, i + 3))
         if layer == "to_out":

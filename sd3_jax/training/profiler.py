@@ -1,4 +1,4 @@
-"""An xprof trace of a few of a run's steps, written by every process."""
+"""An xprof trace of a few steps of a run, written by every process."""
 
 import importlib.util
 import logging
@@ -31,18 +31,18 @@ def require_sound_profiler() -> None:
 
 
 class Trace:
-    """Steps start, start + 1, ... of the run, those of them that this life does.
+    """Traces steps start, start + 1, ...; those before a restart are not repeated.
 
-    jax writes to a temporary folder, and its files are copied. Itself it knows no
-    object store but Google's, fails for good where that fails, and names a trace by
-    the second and a file by the host: processes of one host, or of two seconds, would
-    not come together.
+    jax writes to a temporary folder, whose files are copied. By itself it knows no
+    object store but Google's and cannot recover from a failed write. It names a trace
+    by the second and a file by the host, so processes that share a host overwrite each
+    other, and those that start a second apart end in two traces.
     """
 
     def __init__(
         self, folder: epath.Path, *, start: int, steps: int, done: int, total: int
     ):
-        """`done` steps of `total` lie behind; a start of 0 is never."""
+        """`done` steps of `total` lie behind; a start of 0 traces nothing."""
         span = range(max(start, done + 1), min(start + steps, total + 1))
         self.steps = span if start else range(0)
         if self.steps:
@@ -58,18 +58,20 @@ class Trace:
         self.stop()
 
     def begin(self, step: int, before: Any) -> None:
-        """Ahead of every step; `before` is what an earlier one still has to give."""
+        """Call it before every step, with the values of the step before."""
         if step in self.steps and self._local is None:
+            # The loop is a step ahead: without this wait the trace would begin in the
+            # middle of a step that is not to be in it.
             jax.block_until_ready(before)
             self._local = tempfile.TemporaryDirectory(prefix="sd3-trace-")
             self._run = f"step_{step:08d}"
             jax.profiler.start_trace(self._local.name)
 
     def ends(self, step: int) -> bool:
-        return step + 1 == self.steps.stop
+        return step + 1 == self.steps.stop  # range.stop is one past the last step
 
     def stop(self) -> None:
-        """Nothing, where none runs; a trace that cannot be written costs no run."""
+        """Write the trace if one runs; a failed write is logged, the run goes on."""
         if self._local is None:
             return
         to = self.folder / "plugins" / "profile" / self._run  # where xprof looks

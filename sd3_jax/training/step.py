@@ -19,21 +19,22 @@ def make_train_step(
     ema_decay: float,
     ema_every: int = 1,
     accumulate: int = 1,
-    prepared: Callable[[dict], dict] = lambda batch: batch,
+    prepare_batch: Callable[[dict], dict] = lambda batch: batch,
 ) -> Callable:
     """step(state, key, batch, frozen) -> (state, metrics), for
     loss(params, key, batch, frozen) -> (scalar, metrics of scalars).
 
-    A step never advances a key: its own is folded in from state.step, so a resumed run
-    draws what the unbroken one would have. Where loss or gradient is not finite the
-    step counts but changes nothing else: one NaN would poison Adam's moments for good.
-    The whole batch goes through `prepared` before it is cut into parts to accumulate.
-    The average of a schedule-free optimizer is its own; ema_decay is not used then.
+    The key is the run's, the same at every step. Where loss or gradient is not finite
+    the step counts but changes nothing else. `prepare_batch` gets the whole batch,
+    before it is cut into `accumulate` parts. A schedule-free optimizer has an average
+    of its own, and ema_decay is not used.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, key: Array, batch: dict, frozen: dict):
-        key, batch = jax.random.fold_in(key, state.step), prepared(batch)
+        # The step's own key comes from its number. No key is carried from step to step,
+        # so a resumed run draws what the unbroken one would have drawn.
+        key, batch = jax.random.fold_in(key, state.step), prepare_batch(batch)
         if accumulate == 1:
             (value, metrics), grads = gradient(state.params, key, batch, frozen)
         else:
@@ -52,9 +53,11 @@ def make_train_step(
 
         with jax.named_scope("grad_norm"):
             norm = optax.global_norm(grads)
+        # On the device and before the update: one NaN would stay in Adam's moments for
+        # good, and clipping by norm turns one infinity into NaN.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)
-        # A branch, which updates in place: to choose by jnp.where takes a CPU, which
-        # has no fusion of several outputs, four times as long.
+        # A branch, which updates in place. jnp.where takes four times as long on a CPU,
+        # where XLA has no fusion of several outputs.
         old = state.params, state.ema, state.opt_state
         new = jax.lax.cond(finite, update, lambda *old: old, *old)
         metrics = {"loss": value, "grad_norm": norm, **metrics}
@@ -63,7 +66,7 @@ def make_train_step(
     def accumulated(params, key, batch, frozen):
         """The mean over `accumulate` parts of the batch, one after another."""
 
-        def part(total, i_rows):
+        def part(total, i_rows):  # the body of the scan: one part, added to the sum
             i, rows = i_rows
             (value, metrics), grads = gradient(
                 params, jax.random.fold_in(key, i), rows, frozen
@@ -74,6 +77,7 @@ def make_train_step(
         rows = jax.tree.map(
             lambda x: x.reshape(-1, accumulate, *x.shape[1:]).swapaxes(0, 1), batch
         )
+        # The scan's first sum is zeros of the shapes that the gradient will have.
         (value, metrics), grads = jax.eval_shape(
             gradient, params, key, jax.tree.map(lambda x: x[0], rows), frozen
         )

@@ -4,7 +4,6 @@ import logging
 import re
 import shutil
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import multiprocess
@@ -16,16 +15,17 @@ from flax import linen as nn
 from configs import dpo, dreambooth, finetune, lora, quality, sd3_2b
 from sd3_jax import main
 from sd3_jax.assembly import compatibility, examples
-from sd3_jax.checkpoints import manager
+from sd3_jax.checkpoints import orbax_io, restoring
 from sd3_jax.data.loader import Loader
 from sd3_jax.distributed import lock, sharding
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.monitoring import metrics
-from sd3_jax.training.trainer import (
-    Training,
-    program,
-    tell_average,
-    tell_rate,
+from sd3_jax.training import trainer
+from sd3_jax.training.program import build_program
+from sd3_jax.training.run_checks import (
+    log_average,
+    refuse_cpu_by_accident,
+    warn_of_rate,
     warn_of_short_run,
 )
 
@@ -154,10 +154,10 @@ def test_examples_that_were_had_do_not_come_again(size, next_batch, wanted):
 
 
 def test_a_rate_far_too_small_for_prodigy_is_told(caplog):
-    tell_rate(changed(optim__name="prodigy", optim__lr=1.0))
-    tell_rate(changed(optim__lr=1e-4))
+    warn_of_rate(changed(optim__name="prodigy", optim__lr=1.0))
+    warn_of_rate(changed(optim__lr=1e-4))
     assert not caplog.text
-    tell_rate(changed(optim__name="prodigy", optim__lr=1e-4))
+    warn_of_rate(changed(optim__name="prodigy", optim__lr=1e-4))
     assert "config.optim.lr = 0.0001" in caplog.text and "1.0 is usual" in caplog.text
 
 
@@ -199,12 +199,12 @@ RECIPES = (sd3_2b, lora, dreambooth, finetune, dpo)
 
 def test_a_run_too_short_for_its_average_is_told(caplog):
     caplog.set_level(logging.INFO)
-    tell_average(changed(train__steps=99, ema__every=100))
+    log_average(changed(train__steps=99, ema__every=100))
     assert "is little else than the last weights" in caplog.text
     caplog.clear()
-    tell_average(changed(train__steps=100, ema__every=100))
+    log_average(changed(train__steps=100, ema__every=100))
     assert not caplog.text
-    tell_average(changed(optim__name="schedule_free"))
+    log_average(changed(optim__name="schedule_free"))
     assert "config.ema is not used" in caplog.text
 
 
@@ -213,7 +213,7 @@ def test_float16_does_not_train(recipe):
     config = recipe.get_config("tiny")
     config.model.dtype = "float16"
     with pytest.raises(UserError, match='"bfloat16" or "float32" to train'):
-        program(config, None)
+        build_program(config, None)
 
 
 def test_a_key_of_another_version_is_no_change():
@@ -239,15 +239,13 @@ def test_readers_are_warned_of_another_model_of_the_same_weights(caplog):
 
 
 def test_cpus_by_accident_are_refused(monkeypatch):
-    training = object.__new__(Training)
     leaf = jax.ShapeDtypeStruct((24, 4096, 4096), "float32")
-    training.abstract = SimpleNamespace(params={"kernel": leaf})
-    training.refuse_cpu_by_accident()  # JAX_PLATFORMS says that it is meant
+    refuse_cpu_by_accident({"kernel": leaf})  # JAX_PLATFORMS says that it is meant
     monkeypatch.delenv("JAX_PLATFORMS")
     with pytest.raises(
         UserError, match="0.4 billion parameters, and jax found nothing"
     ):
-        training.refuse_cpu_by_accident()
+        refuse_cpu_by_accident({"kernel": leaf})
 
 
 def test_prompts_that_cannot_be_painted_are_told_at_the_start(tmp_path, capsys):
@@ -276,7 +274,7 @@ def train(workdir, devices, steps, **values):
     config = changed(train__steps=steps, **quiet, **values)
     mesh = sharding.make_mesh(devices=jax.devices()[:devices])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        Training(config, epath.Path(workdir), mesh).run()
+        trainer.train(config, epath.Path(workdir), mesh)
     return losses(workdir)
 
 
@@ -314,7 +312,7 @@ def test_a_copied_checkpoint_goes_on_as_the_run_that_it_is_of(eight, tmp_path):
     shutil.copytree(whole / "checkpoints" / "5", fork / "checkpoints" / "5")
     assert train(fork, 8, AFTER) == wanted[5:]
     path = lambda workdir: epath.Path(workdir) / "checkpoints" / str(AFTER)
-    prints = [manager._about(path(x))["fingerprints"] for x in (whole, fork)]
+    prints = [restoring.read_about(path(x))["fingerprints"] for x in (whole, fork)]
     assert prints[0] == prints[1]
 
 
@@ -350,7 +348,7 @@ def test_a_run_goes_on_with_another_batch_size(eight, tmp_path, caplog):
     train(workdir, 1, 4, train__changes=("data.batch_size",), **sizes)
     assert "24 examples were trained on, the next is 32" in caplog.text
     path = epath.Path(workdir) / "checkpoints" / "4"
-    assert manager._load(path, {"data": None})["data"]["next_batch"] == 3
+    assert orbax_io.load(path, {"data": None})["data"]["next_batch"] == 3
     caplog.clear()
     train(workdir, 1, 4, **sizes)  # nothing is left to do, nor to declare
     assert "examples were trained on" not in caplog.text

@@ -12,7 +12,7 @@ from safetensors.numpy import load_file, save_file
 
 from sd3_jax import main
 from sd3_jax.assembly import compatibility, encoder_identity, examples
-from sd3_jax.checkpoints.manager import saved_data
+from sd3_jax.checkpoints.restoring import saved_data
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 

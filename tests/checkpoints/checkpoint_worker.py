@@ -19,7 +19,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from sd3_jax import main
-from sd3_jax.checkpoints import manager
+from sd3_jax.checkpoints import manager, restoring, step_folders
 
 FSDP = P("fsdp")
 CONFIG = {"model": {"depth": 2, "width": None}, "scores": ["val_loss"]}
@@ -115,13 +115,13 @@ def exchange(directory: Path) -> dict:
     """Restore step 3 of one process, save step 5 of all processes."""
     with manager.Checkpoints(directory, **POLICY) as checkpoints:
         if jax.process_index() > 0:
-            manager._steps = lambda directory: [999]  # a stale file system
+            step_folders.complete_steps = lambda directory: [999]  # a stale file system
         latest = checkpoints.latest()
         abstract = abstract_state()
         state, data, config = checkpoints.restore(abstract)
         assert_bits(state, abstract, seed=3)
         saved = checkpoints.save(5, make_state(abstract, 5), {"next_step": 5}, config)
-    ema, _ = manager.restore_params(directory, abstract.ema, step=5)
+    ema, _ = restoring.restore_params(directory, abstract.ema, step=5)
     jax.block_until_ready(ema)
     return dict(latest=latest, data=data, config=config, saved=saved)
 
@@ -160,7 +160,7 @@ def die(directory: Path):
     checkpoints.save(1, make_state(abstract_state(), 1), {"next_step": 1}, CONFIG)
     checkpoints.wait()
     checkpoints.save(2, make_state(abstract, 2), {"next_step": 2}, CONFIG)
-    while not (directory / f"2{manager.TMP}").exists():
+    while not (directory / f"2{step_folders.TMP}").exists():
         pass
     os.kill(os.getpid(), signal.SIGKILL)
 

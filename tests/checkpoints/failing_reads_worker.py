@@ -13,9 +13,9 @@ from pathlib import Path
 
 from checkpoints.checkpoint_worker import POLICY, abstract_state, assert_bits
 
-from sd3_jax.checkpoints import manager
+from sd3_jax.checkpoints import manager, step_folders
 
-manager.PAUSES = (0.0,) * len(manager.PAUSES)
+step_folders.PAUSES = (0.0,) * len(step_folders.PAUSES)
 
 
 def attempt(directory: Path, counter: Path, match: str, code: int, count: int):

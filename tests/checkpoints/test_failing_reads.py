@@ -12,7 +12,7 @@ import multiprocess
 import pytest
 from checkpoints.checkpoint_worker import POLICY, abstract_state, files, write
 
-from sd3_jax.checkpoints import integrity, manager
+from sd3_jax.checkpoints import integrity, restoring, step_folders
 from sd3_jax.checkpoints.manager import Checkpoints
 from sd3_jax.errors import RetryableError, UserError
 
@@ -87,7 +87,7 @@ def test_a_folder_that_does_not_answer_hides_no_step(saved, monkeypatch, code):
     real, calls = os.stat, []
 
     def failing(path, *args, **kwargs):
-        if str(path).endswith(f"2/{manager.COMMIT}"):
+        if str(path).endswith(f"2/{step_folders.COMMIT}"):
             calls.append(path)
             if len(calls) <= limit:
                 raise OSError(code, os.strerror(code))
@@ -132,8 +132,8 @@ def test_a_step_under_another_number_is_refused(saved, tmp_path):
     abstract = abstract_state(1)
     for read in (
         lambda: Checkpoints(tmp_path, **POLICY).restore(abstract),
-        lambda: manager.restore_params(tmp_path, abstract.ema),
-        lambda: manager.saved_config(tmp_path),  # before anything is compiled
+        lambda: restoring.restore_params(tmp_path, abstract.ema),
+        lambda: restoring.saved_config(tmp_path),  # before anything is compiled
     ):
         with pytest.raises(UserError, match=r"20 was saved as step 2: rename it to"):
             read()

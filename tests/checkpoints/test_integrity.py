@@ -26,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 
 import sd3_jax
 from sd3_jax import tree
-from sd3_jax.checkpoints import integrity, manager
+from sd3_jax.checkpoints import integrity, restoring, step_folders
 from sd3_jax.checkpoints.manager import Checkpoints, UnreadableCheckpoint
 from sd3_jax.errors import RunFailed, UserError
 
@@ -81,7 +81,7 @@ def test_every_file_is_guarded(saved, tmp_path, how):
         damage(work / "2" / name, how)
         lost = how == "deleted" and name == HARMLESS
         assert restored_step(work, saved.abstract) == (2 if lost else 1), name
-        if not lost and name != manager.COMMIT:  # without it it is no step at all
+        if not lost and name != step_folders.COMMIT:  # without it it is no step at all
             assert name in (work / "damaged-2" / "damaged.txt").read_text()
 
 
@@ -127,7 +127,7 @@ def test_the_only_step_stays_where_it_is(copy, saved):
         with pytest.raises(UnreadableCheckpoint, match="config/data.json"):
             with Checkpoints(copy, **POLICY) as checkpoints:
                 checkpoints.restore(saved.abstract)
-    assert (copy / "2" / manager.COMMIT).exists()
+    assert (copy / "2" / step_folders.COMMIT).exists()
 
 
 def test_readers_pass_over_a_damaged_step_and_leave_it(copy, saved, caplog):
@@ -135,11 +135,11 @@ def test_readers_pass_over_a_damaged_step_and_leave_it(copy, saved, caplog):
     flip(data, 8 * (data.stat().st_size // 2))
     for which in "ema", "params":
         abstract = getattr(saved.abstract, which)
-        weights, step = manager.restore_params(copy, abstract, which=which)
+        weights, step = restoring.restore_params(copy, abstract, which=which)
         wanted = getattr(host_state(saved.abstract, step), which)
         for a, b in zip(*map(jax.tree.leaves, (weights, wanted))):
             assert np.asarray(a).tobytes() == b.tobytes()
-    assert (copy / "2" / manager.COMMIT).exists()
+    assert (copy / "2" / step_folders.COMMIT).exists()
 
 
 def test_a_step_killed_before_its_sums_is_checked_by_its_leaves(copy, saved):
@@ -176,7 +176,7 @@ def test_no_room_is_told_before_the_start(tmp_path, monkeypatch):
     abstract = abstract_state()
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
     usage = lambda path: SimpleNamespace(free=2 * size - 1)
-    monkeypatch.setattr(manager.shutil, "disk_usage", usage)
+    monkeypatch.setattr(step_folders.shutil, "disk_usage", usage)
     with Checkpoints(tmp_path, **POLICY) as checkpoints:
         with pytest.raises(UserError, match=f"{tmp_path} has .* GB free: wanted"):
             checkpoints.require_space(abstract)

@@ -22,7 +22,8 @@ from checkpoints.checkpoint_worker import (
 )
 from jax.sharding import PartitionSpec as P
 
-from sd3_jax.checkpoints import manager
+from sd3_jax.checkpoints import manager, restoring, step_folders
+from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
 from sd3_jax.checkpoints.manager import Checkpoints
 from sd3_jax.errors import RetryableError, UserError
 
@@ -63,7 +64,9 @@ def test_restores_onto_another_mesh(saved, devices, spec):
 @pytest.mark.parametrize("which", ["ema", "params"])
 def test_restores_weights_alone(saved, which):
     abstract = abstract_state(2)
-    weights, step = manager.restore_params(saved, getattr(abstract, which), which=which)
+    weights, step = restoring.restore_params(
+        saved, getattr(abstract, which), which=which
+    )
     whole, _, _ = Checkpoints(saved, **POLICY).restore(abstract)
     for a, b in zip(*map(jax.tree.leaves, (weights, getattr(whole, which)))):
         assert step == 3 and a.sharding == b.sharding
@@ -77,7 +80,7 @@ def test_weights_alone_cost_their_own_bytes(tmp_path):
         checkpoints.save(1, make_state(abstract, 1), {}, {})
     read = lambda: int(Path("/proc/self/io").read_text().split()[1])
     before = read()
-    jax.block_until_ready(manager.restore_params(tmp_path, abstract.ema))
+    jax.block_until_ready(restoring.restore_params(tmp_path, abstract.ema))
     size = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract.ema))
     assert size < read() - before < 1.5 * size  # the state has four times as much
 
@@ -137,11 +140,11 @@ def test_incomplete_steps_do_not_count(tmp_path):
     abstract = write(tmp_path, 4)
     (tmp_path / "7").mkdir()  # empty
     shutil.copytree(tmp_path / "4", tmp_path / "6")  # rsync had not finished
-    (tmp_path / "6" / manager.COMMIT).unlink()
-    (tmp_path / f"8{manager.TMP}").mkdir()  # a killed save
+    (tmp_path / "6" / step_folders.COMMIT).unlink()
+    (tmp_path / f"8{step_folders.TMP}").mkdir()  # a killed save
     with Checkpoints(tmp_path, every=1, keep=1, keep_every=None) as checkpoints:
         assert checkpoints.latest() == 4
-        assert not (tmp_path / f"8{manager.TMP}").exists()
+        assert not (tmp_path / f"8{step_folders.TMP}").exists()
         assert_bits(checkpoints.restore(abstract)[0], abstract, seed=4)
         with pytest.raises(UserError, match="6 is not a complete .* steps: 4"):
             checkpoints.restore(abstract, step=6)
@@ -155,12 +158,12 @@ def test_incomplete_steps_do_not_count(tmp_path):
 
 def test_no_checkpoint_is_told(tmp_path):
     with pytest.raises(UserError, match="no complete checkpoint in .*nowhere"):
-        manager.saved_config(tmp_path / "nowhere")
+        restoring.saved_config(tmp_path / "nowhere")
 
 
 def test_config_can_be_read_alone(saved):
-    assert manager.saved_config(saved) == CONFIG
-    assert manager.saved_config(saved, step=3) == CONFIG
+    assert restoring.saved_config(saved) == CONFIG
+    assert restoring.saved_config(saved, step=3) == CONFIG
 
 
 def test_mismatch_names_the_leaves(saved):
@@ -186,7 +189,7 @@ def test_mismatch_is_one_line_of_at_most_ten_names(saved):
 
 def test_weights_are_compared_too(saved):
     with pytest.raises(UserError, match="3 of another dtype or shape"):
-        manager.restore_params(saved, abstract_state(width=32).ema)
+        restoring.restore_params(saved, abstract_state(width=32).ema)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +198,7 @@ def test_weights_are_compared_too(saved):
 def test_damage_is_told_in_one_line(tmp_path, file):
     abstract = write(tmp_path, 3)
     (tmp_path / "3" / file).write_text("")
-    with pytest.raises(manager.UnreadableCheckpoint) as error:
+    with pytest.raises(UnreadableCheckpoint) as error:
         Checkpoints(tmp_path, **POLICY).restore(abstract)
     message = str(error.value)
     assert str(tmp_path / "3") in message and "\n" not in message and len(message) < 500
@@ -285,7 +288,7 @@ def test_a_place_that_cannot_be_written_is_told_at_once(tmp_path):
 def test_killed_while_saving_leaves_the_step_before(tmp_path):
     (process,) = multiprocess.run([WORKER, "die", tmp_path], processes=1, devices=8)
     assert process.returncode == -9, process.stderr
-    assert (tmp_path / f"2{manager.TMP}").exists()
+    assert (tmp_path / f"2{step_folders.TMP}").exists()
     abstract = write(tmp_path)  # opens and closes
     assert steps_of(tmp_path) == [1]
     with Checkpoints(tmp_path, **POLICY) as checkpoints:
@@ -354,7 +357,7 @@ def test_two_saves_and_a_step_must_fit(tmp_path, caplog, grace, warns):
     policy = dict(every=2, keep=9, keep_every=None, grace=grace)
     with Checkpoints(tmp_path, **policy) as checkpoints:
         checkpoints.step_seconds = 3.0
-        checkpoints._tell_seconds(tmp_path / "2", 4.0)
+        checkpoints._log_seconds(tmp_path / "2", 4.0)
     assert ("two saves of 4.0 s and a step of 3.0 s" in caplog.text) == warns
 
 

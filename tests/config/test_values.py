@@ -16,7 +16,7 @@ from etils import epath
 from flax import linen as nn
 from PIL import Image
 
-from sd3_jax.assembly import examples
+from sd3_jax.assembly import examples, finetune_start
 from sd3_jax.config import command_line
 from sd3_jax.config.schema import KEYS
 from sd3_jax.config.validation import leaves, validate
@@ -25,7 +25,9 @@ from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.evaluation import picture_scores, prompt_scores
 from sd3_jax.jobs import evaluate, precompute
 from sd3_jax.sampling import prompt_file, sampler
-from sd3_jax.training import trainer
+from sd3_jax.training.held_out_loss import Validation
+from sd3_jax.training.profiler import Trace
+from sd3_jax.training.program import abstract_batch, build_program
 
 VALUES = (
     *("0", "1", "-1", "3", "999", "1000", "1024", "8192", "65536", "1048576"),
@@ -88,21 +90,29 @@ def built(config, tmp_path):
     """Training and painting up to what they would compile."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        job = trainer.Training(config, tmp_path, mesh)
-        job.trace(0)
-        examples.loader(config, job.rows, made=job.source)
+        rows = sharding.local_rows(mesh, config.data.batch_size)
+        program = build_program(config, mesh)
+        if config.train.sample_every <= config.train.steps and config.train.prompts:
+            sampler.require_text_encoders(config)
+        source, steps = examples.source(config), config.train.steps
+        examples.encoder_of(config, source, mesh)
+        parts = program.parts
+        finetune_start.start(config, parts.denoiser, parts.objective, mesh)
+        Validation(config, parts, mesh)
+        Trace(tmp_path / "profile", **config.profile, done=0, total=steps)
+        examples.loader(config, rows, made=source)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        batch = trainer.example(config, mesh)
-        state, _ = job.step.eval_shape(job.abstract, key, batch, {})
-        painter = sampler.TrainedSampler(config, job.parts, mesh)
+        batch = abstract_batch(config, mesh)
+        state, _ = program.step.eval_shape(program.abstract, key, batch, {})
+        painter = sampler.TrainedSampler(config, parts, mesh)
         size = sampler.batch_size(3, config.sample.batch_size, mesh)
         shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(state.ema, rows, painter.negative)
         assert images.shape[0] == size
-        scored(config, job.parts, state.ema, mesh)
+        scored(config, parts, state.ema, mesh)
     assert all(
-        np.isfinite(float(job.rate(step))) for step in (0, config.train.steps - 1)
+        np.isfinite(float(program.rate(step))) for step in (0, config.train.steps - 1)
     )
 
 
@@ -123,7 +133,7 @@ def scored(config, parts, params, mesh):
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(params, rows, painter.negative)
         assert images.shape[0] == size
-    validation = trainer.Validation(config, parts, mesh)
+    validation = Validation(config, parts, mesh)
     validation.batches()
     batch = examples.nominal(config)
     batch = {

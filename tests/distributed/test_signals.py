@@ -11,7 +11,8 @@ import pytest
 from sd3_jax import main
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.training.trainer import Training
+from sd3_jax.training.nonfinite import NonFinite
+from sd3_jax.training.run_progress import RunProgress
 
 BUSY = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2_000_000_000)"  # as a compiler is
 SLEEPS = "time.sleep(60)"
@@ -80,12 +81,10 @@ def test_a_second_ctrl_c_ends_what_does_not_end_of_the_first():
     ],
 )
 def test_training_says_where_it_stopped_and_how_to_go_on(step, saved, words):
-    training = SimpleNamespace(
-        step_now=step,
-        nonfinite=SimpleNamespace(last_saved=saved),
-        config=SimpleNamespace(train=SimpleNamespace(steps=9)),
-    )
-    assert Training.interrupted(training) == words
+    progress = RunProgress(9, NonFinite(0, last_saved=saved), step=step)
+    with pytest.raises(KeyboardInterrupt, match=f"^{words}$"):
+        with progress.explaining_interrupts():
+            raise KeyboardInterrupt
 
 
 def test_a_port_in_use_is_one_line(monkeypatch):

@@ -10,7 +10,7 @@ from configs import sd3_2b
 from sd3_jax.assembly import examples
 from sd3_jax.distributed import sharding
 from sd3_jax.evaluation.val_loss import TIMES, val_loss
-from sd3_jax.training.trainer import Validation
+from sd3_jax.training.held_out_loss import Validation
 
 
 def loss_at(params, key, batch, t):

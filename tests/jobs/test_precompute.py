@@ -15,7 +15,7 @@ from sd3_jax import main
 from sd3_jax.data import records, shards
 from sd3_jax.distributed import sharding
 from sd3_jax.monitoring import metrics
-from sd3_jax.training import trainer
+from sd3_jax.training import compile_step
 
 TINY = "--config=configs/sd3_2b.py:tiny"  # 64 pixels
 PICTURES = ["--config.precompute.only="]
@@ -288,17 +288,17 @@ def test_training_over_buckets_goes_on_as_if_unbroken(folder, tmp_path, monkeypa
     assert len(json.loads((data / "manifest.json").read_text())["kept"]) == 3
     events = []
 
-    compile_, write = trainer.compile_, metrics.Metrics.write
+    compile_one, write = compile_step.compile_or_explain, metrics.Metrics.write
 
     def compiled(lowered):
         events.append("compiled")
-        return compile_(lowered)
+        return compile_one(lowered)
 
     def written(self, step, kind, values):
         events.append(kind)
         write(self, step, kind, values)
 
-    monkeypatch.setattr(trainer, "compile_", compiled)
+    monkeypatch.setattr(compile_step, "compile_or_explain", compiled)
     monkeypatch.setattr(metrics.Metrics, "write", written)
 
     flags = [f"--config.data.records={data}/records/*", "--config.data.name=records"]

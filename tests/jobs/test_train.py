@@ -20,7 +20,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.monitoring import metrics
 from sd3_jax.monitoring.goodput import KINDS
 from sd3_jax.sampling.sampler import TrainedSampler
-from sd3_jax.training.trainer import Training, example, program
+from sd3_jax.training.program import abstract_batch, build_program
+from sd3_jax.training.trainer import train as run_training
 
 TINY = "--config=configs/quickstart.py:tiny"
 
@@ -47,7 +48,7 @@ def five_steps(workdir, devices, **axes):
     mesh = sharding.make_mesh(**config.mesh, devices=jax.devices()[:devices])
     workdir.mkdir(exist_ok=True)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        Training(config, workdir, mesh).run()
+        run_training(config, workdir, mesh)
     return losses(workdir)
 
 
@@ -262,7 +263,7 @@ def test_state_is_sharded_from_birth():
     config = quickstart.get_config("tiny")
     mesh = sharding.make_mesh(fsdp=8)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        abstract = Training(config, epath.Path("unused"), mesh).abstract
+        abstract = build_program(config, mesh).abstract
     moments = jax.tree_util.tree_leaves_with_path(abstract.opt_state)
     params = jax.tree_util.tree_leaves_with_path(abstract.params)
     specs = {str(path[-6:]): x.sharding.spec for path, x in params}
@@ -282,12 +283,13 @@ def test_a_profile_will_name_every_part_of_the_programs():
     config = quickstart.get_config("tiny")
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        made, batch = program(config, mesh), example(config, mesh)
+        program = build_program(config, mesh)
+        batch = abstract_batch(config, mesh)
         key = jax.eval_shape(lambda: jax.random.key(0))
-        step = scopes(made.step.lower(made.abstract, key, batch, {}))
+        step = scopes(program.step.lower(program.abstract, key, batch, {}))
         batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
-        paint = TrainedSampler(config, made.parts, mesh).program
-        painted = scopes(paint.lower(made.abstract.ema, batch, {}))
+        paint = TrainedSampler(config, program.parts, mesh).program
+        painted = scopes(paint.lower(program.abstract.ema, batch, {}))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (
         *(f"{way}MMDiT/{part}/" for way in (forward, backward)

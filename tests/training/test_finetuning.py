@@ -97,11 +97,11 @@ def test_what_trains_is_at_first_the_base(make, model, key):
     objective, base, batch, worse = model
     tuned = make(objective)
     params = tree.unbox(tuned.start(key, base))
-    frozen = tuned.kept(base)
+    frozen = tuned.frozen_part(base)
     cond = objective.encode(base, batch)
     x = jax.random.normal(key, (8, 8, 8, 3))
     run = lambda params: objective.velocity(params)(x, jnp.full(8, 0.5), cond)
-    np.testing.assert_array_equal(run(tuned.whole(params, frozen)), run(base))
+    np.testing.assert_array_equal(run(tuned.full_params(params, frozen)), run(base))
     own = tuned.loss(params, key, batch, frozen)[0]
     assert own == objective.loss(base, key, batch, {})[0]
     dpo = finetuning.preferring(tuned, objective, beta=500.0, weight="constant")
@@ -139,8 +139,8 @@ def test_text_may_stay_as_it_is(model, key):
     objective, base, batch, _ = model
     tuned = finetuning.full(objective, text=False, reference=False)
     assert set(tuned.start(key, base)) == {"denoiser"}
-    assert set(tuned.kept(base)) == {"text"}
-    whole = tuned.whole(tuned.start(key, base), tuned.kept(base))
+    assert set(tuned.frozen_part(base)) == {"text"}
+    whole = tuned.full_params(tuned.start(key, base), tuned.frozen_part(base))
     chex.assert_trees_all_equal(whole, base)
 
 
@@ -168,7 +168,7 @@ def test_a_sets_mean_is_that_of_the_whole_batch_however_it_is_cut(sets, parts):
     fake = SimpleNamespace(errors=lambda params, key, batch: batch["error"])
     plain = finetuning.plain(SimpleNamespace(init=None, loss=None))
     tuned = finetuning.preserving(plain, fake, weight=0.3, last=1)
-    batch = tuned.prepared({"set": jnp.array(sets), "error": jnp.array(error)})
+    batch = tuned.prepare_batch({"set": jnp.array(sets), "error": jnp.array(error)})
     rows = [{k: x[i::parts] for k, x in batch.items()} for i in range(parts)]
     losses, metrics = zip(*(tuned.loss({}, None, part, {}) for part in rows))
     mean = lambda mine: error[mine].mean() if mine.any() else 0.0

@@ -13,7 +13,8 @@ from flax import linen as nn
 from configs import digits
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
-from sd3_jax.checkpoints.manager import Checkpoints, _described
+from sd3_jax.checkpoints.manager import Checkpoints
+from sd3_jax.checkpoints.restoring import describe_leaves
 from sd3_jax.config.validation import OPTIMIZERS
 from sd3_jax.distributed import sharding
 from sd3_jax.training import optimizer
@@ -203,7 +204,7 @@ def test_a_run_with_optaxs_muon_goes_on_with_ours():
         muon_weight_dimension_numbers=optimizer.matrices,
     )
     ours, _ = optimizer.make(name="muon", **OPTIM | dict(clip=0.0))
-    states = (_described(jax.eval_shape(tx.init, shapes)) for tx in (theirs, ours))
+    states = (describe_leaves(jax.eval_shape(tx.init, shapes)) for tx in (theirs, ours))
     assert next(states) == next(states)
 
 

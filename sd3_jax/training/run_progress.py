@@ -1,0 +1,76 @@
+"""How far a run is: what Ctrl-C and SIGTERM report, and a check of every step."""
+
+import contextlib
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterator
+
+import jax
+
+from sd3_jax.files import write_whole
+from sd3_jax.monitoring.metrics import Metrics
+from sd3_jax.training.nonfinite import NonFinite
+
+log = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass
+class RunProgress:
+    """Counters of a run beside its TrainState; steps count from 1."""
+
+    total_steps: int
+    nonfinite: NonFinite
+    step: int = 0  # the newest step that was begun, 0 before the first
+    checked_step: int = 0  # the newest step whose loss was read
+    batches_ahead: int = 0  # of the step number, after a change of the batch size
+
+    def describe_stop(self) -> str:
+        """Where a signal stopped the run and from where the same command resumes.
+
+        True once the save in flight has ended, for the next life resumes from it.
+        """
+        saved = self.nonfinite.last_saved
+        where = f"at step {self.step} of {self.total_steps}"
+        then = f"goes on from step {saved}" if saved else "starts again, from nothing"
+        return f"{where if self.step else 'at the start'}; the same command {then}"
+
+    @contextlib.contextmanager
+    def explaining_interrupts(self) -> Iterator[None]:
+        """Give a KeyboardInterrupt from inside the text of describe_stop."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(self.describe_stop()) from None
+
+
+def check_step(
+    step: int,
+    values: dict | None,
+    progress: RunProgress,
+    record_names: Callable[[int], list[str]],
+    metrics: Metrics,
+) -> None:
+    """Wait for a step and report one without an update; once for each step.
+
+    `record_names(step - 1)` names the records of its batch. RunFailed once more steps
+    than config.train.skip_nonfinite made no update.
+    """
+    if values is None or step == progress.checked_step:
+        return
+    progress.checked_step = step
+    # The host waits for the device here: this copy is what bounds how far it is ahead.
+    loss, norm = map(float, jax.device_get((values["loss"], values["grad_norm"])))
+    nonfinite = progress.nonfinite
+    if not nonfinite.is_one(step, loss, norm):
+        return
+    names = record_names(step - 1)
+    words = nonfinite.words(step, loss, norm, names)
+    log.warning("%s", words)
+    row = {"loss": loss, "grad_norm": norm, "skipped": nonfinite.skipped}
+    metrics.write(step, "nonfinite", row)
+    if jax.process_index() == 0:
+        text = json.dumps({"step": step, "words": words, "batch": names}, indent=1)
+        path = metrics.workdir / "nonfinite" / f"step_{step:08d}.json"
+        write_whole(path, text.encode())
+    nonfinite.stop_beyond(words)
