@@ -17,7 +17,8 @@ from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.dataset import Records
 from sd3_jax.data.digits import Digits
 from sd3_jax.data.loader import Loader
-from sd3_jax.data.records import REJECTED, TENSORS, TEXTS, Record
+from sd3_jax.data.record_header import REJECTED, TENSORS, TEXTS
+from sd3_jax.data.records import Record
 from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.sampling import bundle as bundles

@@ -77,15 +77,15 @@ def fit(height: int, width: int, buckets: Sequence[Bucket]) -> Fit:
     return Fit(bucket, crop, scale, h * w / (height * width))
 
 
-def cut(picture: UInt8[ndarray, "h w 3"], found: Fit) -> UInt8[ndarray, "H W 3"]:
+def cut(picture: UInt8[ndarray, "h w 3"], placement: Fit) -> UInt8[ndarray, "H W 3"]:
     """The crop, resized (Lanczos, with antialiasing)."""
-    top, left, h, w = found.crop
-    size = (found.bucket.width, found.bucket.height)
-    if (h, w) == found.bucket:
+    top, left, h, w = placement.crop
+    size = (placement.bucket.width, placement.bucket.height)
+    if (h, w) == placement.bucket:
         return picture[top : top + h, left : left + w]
     box = (left, top, left + w, top + h)
-    made = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=box)
-    return np.asarray(made)
+    resized = Image.fromarray(picture).resize(size, Image.Resampling.LANCZOS, box=box)
+    return np.asarray(resized)
 
 
 class Turns:

@@ -35,8 +35,8 @@ class Preparation(NamedTuple):
         if len(pictures) == 0:
             return np.zeros((0, self.crop, self.crop, 3), np.float32)
         with ThreadPoolExecutor(THREADS) as threads:
-            made = np.stack(list(threads.map(self._one, pictures)))  # uint8
-        x = made.astype(np.float32) * np.float32(1 / 255)
+            cropped = np.stack(list(threads.map(self._one, pictures)))  # uint8
+        x = cropped.astype(np.float32) * np.float32(1 / 255)
         return (x - np.float32(self.mean)) / np.float32(self.std)
 
     def _one(self, picture: ndarray) -> ndarray:
@@ -53,30 +53,31 @@ class Preparation(NamedTuple):
 
 def preparation(folder: epath.Path, size: int) -> Preparation:
     """As the folder's preprocessor_config.json says; OpenAI's where there is none."""
-    given = {}
+    settings = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
-            given = read_json(folder / name)
-            given = given.get("image_processor", given)
-    told = lambda name, default: given.get(name) or default
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+    setting = lambda name, default: settings.get(name) or default
     try:
-        made = Preparation(
-            _side(told("size", size), "shortest_edge"),
-            _side(told("crop_size", size), "height"),
-            tuple(map(float, told("image_mean", MEAN))),
-            tuple(map(float, told("image_std", STD))),
-            int(given.get("resample", BICUBIC)),
+        parsed = Preparation(
+            _side(setting("size", size), "shortest_edge"),
+            _side(setting("crop_size", size), "height"),
+            tuple(map(float, setting("image_mean", MEAN))),
+            tuple(map(float, setting("image_std", STD))),
+            int(settings.get("resample", BICUBIC)),
         )
-        Image.Resampling(made.resample)
+        Image.Resampling(parsed.resample)
     except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{folder}: preprocessor_config.json: {error!r}") from None
-    undone = [k for k in given if k.startswith("do_") and given[k] is False]
-    if made.crop != size or made.size < size or undone:
+    disabled = [k for k in settings if k.startswith("do_") and settings[k] is False]
+    if parsed.crop != size or parsed.size < size or disabled:
         raise UserError(
-            f"{folder}: preprocessor_config.json: size {made.size}, crop {made.crop}"
-            f" {' '.join(undone)}: wanted pictures resized and cropped to {size} pixels"
+            f"{folder}: preprocessor_config.json: size {parsed.size}, crop"
+            f" {parsed.crop} {' '.join(disabled)}: wanted pictures resized and cropped"
+            f" to {size} pixels"
         )
-    return made
+    return parsed
 
 
 def read_json(path: epath.Path) -> dict:
@@ -90,5 +91,5 @@ def read_json(path: epath.Path) -> dict:
     return value
 
 
-def _side(given: Any, key: str) -> int:
-    return int(given[key] if isinstance(given, dict) else given)
+def _side(value: Any, key: str) -> int:
+    return int(value[key] if isinstance(value, dict) else value)

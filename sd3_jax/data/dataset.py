@@ -84,34 +84,37 @@ class Records:
         self.batch_size = batch_size
         self.encoders: dict[str, str] = {}  # fingerprints by part, if they are known
         self._bad, self._lock = set(), threading.Lock()
-        most = INDEXED if all(map(files.remote, paths)) else OPEN
-        self._reader = functools.lru_cache(most)(self._open)
-        found = [shards.expand(path) for path in paths]
-        if not found:
+        reader_limit = INDEXED if all(map(files.remote, paths)) else OPEN
+        self._reader = functools.lru_cache(reader_limit)(self._open)
+        matches = [shards.expand(path) for path in paths]
+        if not matches:
             raise UserError("no paths: wanted shards of records, or globs of them")
-        self.shards = shards.open_all([path for group in found for path in group])
-        groups = [place for place, group in enumerate(found) for _ in group]
+        self.shards = shards.open_all([path for group in matches for path in group])
+        groups = [place for place, group in enumerate(matches) for _ in group]
         groups = groups if weights else [0] * len(groups)
-        keys = list(zip(groups, self._kinds(shapes)))
-        by_key = sorted(range(len(keys)), key=keys.__getitem__)
-        if by_key != list(range(len(keys))):  # so that a set's numbers are a range
+        keys = list(zip(groups, self._shard_buckets(shapes)))
+        places_by_key = sorted(range(len(keys)), key=keys.__getitem__)
+        if places_by_key != list(range(len(keys))):
+            # Shards of one set and bucket follow each other, so that its records'
+            # numbers are a range, which grain shuffles without a table.
             self._reader.cache_clear()
-            self.shards, keys = shards.renumbered(self.shards, by_key), sorted(keys)
+            self.shards = shards.renumbered(self.shards, places_by_key)
+            keys.sort()
         self._starts = [shard.start for shard in self.shards]
         self.sets = self._sets(paths, keys)
         self.buckets = self._buckets(shapes, keys)
         self._turns = Turns([sum(s.weight for s in b.sets) for b in self.buckets], seed)
         self._turn = functools.lru_cache(64)(self._turns.place)
         names = [os.path.basename(shard.path) for shard in self.shards]
-        twice = {name for name, n in collections.Counter(names).items() if n > 1}
+        counts = collections.Counter(names)
         self._names = [
-            shard.path if name in twice else name
+            shard.path if counts[name] > 1 else name
             for name, shard in zip(names, self.shards)
         ]
-        self.first = self._good(self.buckets[0].sets[0].numbers[0], self._record)
+        self.first = self._read_good(self.buckets[0].sets[0].numbers[0], self._record)
         if shapes is None:
-            own = {name: x.shape for name, x in self.first.tensors.items()}
-            self.buckets = [self.buckets[0]._replace(shapes=own)]
+            first_shapes = {name: x.shape for name, x in self.first.tensors.items()}
+            self.buckets = [self.buckets[0]._replace(shapes=first_shapes)]
         self.fields = tuple(self.first.tensors)
 
     def __len__(self) -> int:
@@ -134,19 +137,19 @@ class Records:
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
         """The tensors of these examples of one step, stacked, in the first's dtypes."""
         bucket = self.buckets[self._turn(int(indices[0]) // self.batch_size)[0]]
-        wanted = self.example(bucket)
+        layout = self.example(bucket)
         batch = {
             name: np.empty((len(indices), *shape), dtype)
-            for name, (shape, dtype) in wanted.items()
+            for name, (shape, dtype) in layout.items()
         }
-        captions, sets, read = [], [], functools.partial(self._fitting, wanted)
+        captions, sets, read = [], [], functools.partial(self._read_fitting, layout)
         for row, i in enumerate(indices):
             number = self._number(int(i))
-            found = self._good(number, read)
-            captions.append(found.caption)
-            sets.append(self._set(number))
+            record = self._read_good(number, read)
+            captions.append(record.caption)
+            sets.append(self._set_number(number))
             for name, x in batch.items():
-                x[row] = found.tensors[name]
+                x[row] = record.tensors[name]
         batch |= {"set": np.array(sets, np.int32)} if "set" in self.fields else {}
         return batch | ({"caption": captions} if "caption" in self.fields else {})
 
@@ -171,30 +174,32 @@ class Records:
             "listing": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
         }
 
-    def _kinds(self, shapes) -> list[int]:
+    def _shard_buckets(self, shapes) -> list[int]:
         """Of each shard, its bucket by its place among them."""
         if shapes is None or len(shapes) == 1:
             return [0] * len(self.shards)
-        find = functools.partial(self._kind, list(shapes), list(shapes.values()))
+        find = functools.partial(
+            self._shard_bucket, list(shapes), list(shapes.values())
+        )
         with ThreadPoolExecutor(shards.OPENERS) as threads:
             return list(threads.map(find, range(len(self.shards))))
 
-    def _kind(self, names: list[str], shapes: list[dict], place: int) -> int:
+    def _shard_bucket(self, names: list[str], shapes: list[dict], place: int) -> int:
         path = self.shards[place].path
         stem = os.path.basename(path).removesuffix(".arecord")
         if stem.rpartition("-")[2] in names:
             return names.index(stem.rpartition("-")[2])
         for index in range(self.shards[place].count):
             with contextlib.suppress(BadRecord):
-                found = self._read(place, index).tensors
+                tensors = self._read(place, index).tensors
                 break
         else:
             raise BadRecord(f"{path}: none of its records is good")
-        for kind, wanted in enumerate(shapes):
-            if all(x.shape == wanted.get(name) for name, x in found.items()):
+        for kind, expected in enumerate(shapes):
+            if all(x.shape == expected.get(name) for name, x in tensors.items()):
                 return kind
-        given = ", ".join(f"{name} {x.shape}" for name, x in found.items())
-        raise UserError(f"{path}: {given} is of no bucket: wanted {', '.join(names)}")
+        listed = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
+        raise UserError(f"{path}: {listed} is of no bucket: wanted {', '.join(names)}")
 
     def _sets(self, paths, keys) -> list[Set]:
         if not self.weights:
@@ -208,17 +213,18 @@ class Records:
     def _buckets(self, shapes, keys) -> list[Bucket]:
         """Those that have records, each with its part of every set that has some."""
         names = list(shapes) if shapes else [""]
-        made = []
+        buckets = []
         for kind in sorted({kind for _, kind in keys}):
-            own = []
+            parts = []
             for group, whole in enumerate(self.sets):
                 if (group, kind) in keys:
                     numbers = self._numbers(keys, (group, kind))
                     weight = whole.weight * len(numbers) / len(whole.numbers)
-                    own.append(Set(whole.name, numbers, weight))
-            known = shapes[names[kind]] if shapes else {}
-            made.append(Bucket(names[kind], known, own, order(own, self.seed)))
-        return made
+                    parts.append(Set(whole.name, numbers, weight))
+            known_shapes = shapes[names[kind]] if shapes else {}
+            example_order = order(parts, self.seed)
+            buckets.append(Bucket(names[kind], known_shapes, parts, example_order))
+        return buckets
 
     def _numbers(self, keys: list, key) -> range:
         """Of the records in shards with this key, which follow each other."""
@@ -232,7 +238,7 @@ class Records:
         bucket, before = self._turn(step)
         return self.buckets[bucket].order[before * self.batch_size + row]
 
-    def _set(self, number: int) -> int:
+    def _set_number(self, number: int) -> int:
         return next(i for i, one in enumerate(self.sets) if number in one.numbers)
 
     def _place(self, number: int) -> tuple[int, int]:
@@ -240,19 +246,19 @@ class Records:
         shard = bisect.bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
-    def _good(self, number: int, read: Callable[[int], Any]) -> Any:
+    def _read_good(self, number: int, read: Callable[[int], Any]) -> Any:
         """What `read` makes of the record, or of the next good one of its set."""
         sets = (s for bucket in self.buckets for s in bucket.sets)
-        (own,) = (s.numbers for s in sets if number in s.numbers)
-        for step in range(len(own)):
-            at = own[(number - own.start + step) % len(own)]
+        (numbers,) = (s.numbers for s in sets if number in s.numbers)
+        for step in range(len(numbers)):
+            candidate = numbers[(number - numbers.start + step) % len(numbers)]
             try:
-                return read(at)
+                return read(candidate)
             except BadRecord as error:
-                self._count(at, error)
+                self._count_bad(candidate, error)
         raise BadRecord(f"{self._where(number)}: no record of its set is good")
 
-    def _count(self, number: int, error: BadRecord) -> None:
+    def _count_bad(self, number: int, error: BadRecord) -> None:
         """Put a bad record down; raise its error if that is one more than may be."""
         with self._lock:
             new = number not in self._bad
@@ -266,20 +272,20 @@ class Records:
         if new:
             log.warning("%s; the next good one is read; %d of %s", error, count, share)
 
-    def _fitting(self, wanted: dict, number: int) -> Record:
+    def _read_fitting(self, layout: dict, number: int) -> Record:
         """The record, if a batch of these shapes and dtypes can hold it."""
-        found, where = self._record(number), self._where(number)
-        for name, (shape, dtype) in wanted.items():
-            if name not in found.tensors:
+        record, where = self._record(number), self._where(number)
+        for name, (shape, dtype) in layout.items():
+            if name not in record.tensors:
                 raise BadRecord(f"{where}: {name}: missing, which the first record has")
-            x = found.tensors[name]
+            x = record.tensors[name]
             if x.shape != shape:
                 raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
             if not np.can_cast(x.dtype, dtype):
                 raise BadRecord(
                     f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"
                 )
-        return found
+        return record
 
     def _record(self, number: int) -> Record:
         return self._read(*self._place(number))
@@ -321,10 +327,12 @@ def order(sets: Sequence[Set], seed: int) -> grain.MapDataset:
 
 def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
     """None, or a number > 0 for each path; else a UserError."""
-    given = f"weights = {tuple(weights)}"
+    setting = f"weights = {tuple(weights)}"
     if weights and len(weights) != len(paths):
-        raise UserError(f"{given}: wanted none, or one for each of {len(paths)} paths")
+        raise UserError(
+            f"{setting}: wanted none, or one for each of {len(paths)} paths"
+        )
     if not all(0 < weight < math.inf for weight in weights):
-        raise UserError(f"{given}: wanted finite numbers > 0; leave a path out for 0")
+        raise UserError(f"{setting}: wanted finite numbers > 0; leave a path out for 0")
     if weights and max(weights) > SPREAD * min(weights):
-        raise UserError(f"{given}: wanted none over {SPREAD:g} times another")
+        raise UserError(f"{setting}: wanted none over {SPREAD:g} times another")

@@ -82,8 +82,8 @@ def parse(caption: str) -> Scene | None:
 def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scans as (n, 8, 8) float32 in [0, 1] and their digits; one in five held out."""
     data = load_digits()
-    mine = (np.arange(len(data.target)) % 5 == 0) == held_out
-    return (data.images[mine] / 16).astype(np.float32), data.target[mine]
+    in_split = (np.arange(len(data.target)) % 5 == 0) == held_out
+    return (data.images[in_split] / 16).astype(np.float32), data.target[in_split]
 
 
 @functools.cache
@@ -124,16 +124,16 @@ def scenes(kind: str, split: str) -> list[Scene]:
     if kind == "single":
         return [Scene(kind, (a,)) for a in things]
     if kind == "pair":
-        every = [
+        candidates = [
             Scene(kind, (a, b), r) for a in things for b in things for r in RELATIONS
         ]
     else:
-        every = [
+        candidates = [
             Scene(kind, (Thing(c, n // 10), Thing(c, n % 10)))
             for c in COLOURS
             for n in range(100)
         ]
-    return [scene for scene in every if split_of(scene) == split]
+    return [scene for scene in candidates if split_of(scene) == split]
 
 
 @dataclass(frozen=True)

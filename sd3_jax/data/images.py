@@ -120,10 +120,10 @@ def _at(where) -> str:
     return shown(where, 4096)
 
 
-def _bad(where, what) -> BadImage:
-    what = str(what) or type(what).__name__
+def _bad(where, reason) -> BadImage:
+    reason = str(reason) or type(reason).__name__
     return BadImage(
-        f"{_at(where)}: {shown(what, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f"{_at(where)}: {shown(reason, 120)}; wanted a whole JPEG, PNG or WebP, not"
         f" animated, of at most {PIXELS >> 20} megapixels"
     )
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sd3_jax import files
-from sd3_jax.data import records
+from sd3_jax.data import record_header
 
 BLOCK = 2**16  # bytes; each block of a file begins with a header
 BLOCK_HEADER = 24
@@ -50,7 +50,7 @@ class RangeReader:
         if not 0 <= index < self.num_records():
             raise RuntimeError(f"no record {index}, of {self.num_records()}")
         start, end = (int(x) for x in self._ends[index : index + 2])
-        if end - start > 2 * records.RECORD:
+        if end - start > 2 * record_header.RECORD:
             raise RuntimeError(f"Corrupted: a record of {end - start} bytes")
         data = files.read_range(self.path, start, end)
         record, *more = _chunk(_without_headers(data, start))

@@ -124,33 +124,33 @@ def expand(pattern: str) -> list[str]:
             f"{pattern}: wanted a glob without **, one of files in a folder"
         )
     root = epath.Path(*parts[: magic[0]])
-    found = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
-    if not found:
+    matches = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
+    if not matches:
         raise UserError(f"{pattern}: matches no file")
-    return found
+    return matches
 
 
 def open_all(paths: Sequence[str]) -> list[Shard]:
     """Every shard, looked at; a UserError if one cannot be read or comes twice."""
     with ThreadPoolExecutor(OPENERS) as threads:
         looked_at = list(threads.map(inspect, paths))
-    before = {}
+    path_of_file = {}
     for shard in looked_at:
-        if shard.file in before:
-            other = before[shard.file]
+        if shard.file in path_of_file:
+            other = path_of_file[shard.file]
             also = "" if other == shard.path else f", also as {other}"
             raise UserError(f"{shard.path}: the same shard is listed twice{also}")
-        before[shard.file] = shard.path
+        path_of_file[shard.file] = shard.path
     return renumbered(looked_at, range(len(looked_at)))
 
 
 def renumbered(shards: Sequence[Shard], places: Sequence[int]) -> list[Shard]:
     """The shards in this order, their records counted on from one to the next."""
-    made, start = [], 0
+    ordered, start = [], 0
     for place in places:
-        made.append(shards[place]._replace(start=start))
+        ordered.append(shards[place]._replace(start=start))
         start += shards[place].count
-    return made
+    return ordered
 
 
 def inspect(path: str) -> Shard:
@@ -216,7 +216,7 @@ def file_of(path: str) -> Any:
     """What two names of one file have in common."""
     if "://" in path:
         return path
-    found = os.stat(path)
-    if found.st_ino:
-        return found.st_dev, found.st_ino
+    status = os.stat(path)
+    if status.st_ino:
+        return status.st_dev, status.st_ino
     return os.path.realpath(path)

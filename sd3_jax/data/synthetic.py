@@ -33,9 +33,9 @@ class Synthetic:
 
     def identity(self) -> dict[str, Any]:
         """What data this is, flat and short."""
-        about = asdict(self)
-        more = {k: v for k in ("pairs", "sets") if (v := about.pop(k))}
-        return {"name": "synthetic", **about, **more}
+        settings = asdict(self)
+        optional = {k: v for k in ("pairs", "sets") if (v := settings.pop(k))}
+        return {"name": "synthetic", **settings, **optional}
 
     def example(self, i: int) -> dict[str, np.ndarray]:
         rng = np.random.default_rng((self.seed, i))
@@ -46,8 +46,8 @@ class Synthetic:
         }
         if self.pairs:
             shapes["rejected_latents"] = shapes["latents"]
-        made = {
+        tensors = {
             name: rng.standard_normal(shape, np.float32)
             for name, shape in shapes.items()
         }
-        return made | ({"set": np.int32(i % 2)} if self.sets else {})
+        return tensors | ({"set": np.int32(i % 2)} if self.sets else {})

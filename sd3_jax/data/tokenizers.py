@@ -67,12 +67,12 @@ def load(folder: epath.PathLike) -> dict[str, Any]:
     A folder that is itself T5's, as in a repository of that model, is that one.
     """
     folder = epath.Path(folder)
-    found = {
+    loaded = {
         name: read(name, folder / place)
         for name, place in FOLDERS.items()
         if (folder / place).is_dir() and any((folder / place).iterdir())
     }
-    return found or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
+    return loaded or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
 
 
 def _is_t5(folder: epath.Path) -> bool:
@@ -124,8 +124,8 @@ def _try(tokenizer: Any) -> list[int]:
 def _check_files(folder: epath.Path) -> None:
     """The files' types, and those of the settings that the library would take on
     trust: null, or another type, for a token that pads or ends a text."""
-    there = [folder / name for name in FILES if (folder / name).exists()]
-    for path in there:
+    present = [folder / name for name in FILES if (folder / name).exists()]
+    for path in present:
         files.require_regular(path)
         if (size := files.size(path)) > LARGEST:
             raise UserError(f"{path}: {size} bytes, too large to be read")
@@ -133,7 +133,7 @@ def _check_files(folder: epath.Path) -> None:
             _check_settings(path, files.parse_object(path, _text(path)))
         elif path.suffix == ".txt":
             _text(path)
-    names = {path.name for path in there}
+    names = {path.name for path in present}
     if names & set(MAIN_FILES) <= {"spiece.model", "tokenizer_config.json"}:
         if "spiece.model" not in names:
             raise UserError(
@@ -163,13 +163,14 @@ def _check_merges(folder: epath.Path) -> None:
     pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
     if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
         raise UserError(f"{path}: wanted merges of two pieces")
-    made = set(map("".join, pairs))
-    whole = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
-    lost = [piece for piece in pieces if not whole(piece) and piece not in made]
-    if lost:
+    results = set(map("".join, pairs))
+    is_base_piece = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
+    composite = [piece for piece in pieces if not is_base_piece(piece)]
+    unmerged = [piece for piece in composite if piece not in results]
+    if unmerged:
         raise UserError(
-            f"{path}: no merges for {len(lost)} pieces of the vocabulary,"
-            f" {shown(lost[0])} first: wanted the whole list"
+            f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
+            f" {shown(unmerged[0])} first: wanted the whole list"
         )
 
 
@@ -235,14 +236,14 @@ def packaged_clip(name: str) -> Any:
     )
 
 
-def save(found: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
+def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
     """Into a diffusers folder; what its model_index.json is to say of them."""
     index = {}
     for name, place in FOLDERS.items():
         index[place] = [None, None]
-        if name in found:
-            found[name].save_pretrained(os.fspath(epath.Path(folder) / place))
-            index[place] = ["transformers", type(found[name]).__name__]
+        if name in by_encoder:
+            by_encoder[name].save_pretrained(os.fspath(epath.Path(folder) / place))
+            index[place] = ["transformers", type(by_encoder[name]).__name__]
     return index
 
 
@@ -268,22 +269,23 @@ def t5_ids(
     return _ids(tokenizer, texts, length, "T5", cut)
 
 
-def _ids(tokenizer, texts, length, what, counts):
+def _ids(tokenizer, texts, length, encoder_name, counts):
     with _LOCK:
-        return _locked_ids(tokenizer, texts, length, what, counts)
+        return _locked_ids(tokenizer, texts, length, encoder_name, counts)
 
 
-def _locked_ids(tokenizer, texts, length, what, counts):
+def _locked_ids(tokenizer, texts, length, encoder_name, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
     if counts is not None:
         whole = tokenizer(list(texts))["input_ids"]
-        counts[what] += sum(len(row) > length for row in whole)
+        counts[encoder_name] += sum(len(row) > length for row in whole)
         return ids
     whole = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
-    if cut := [row for row in whole if len(row) > length]:
-        lost = shown(tokenizer.decode(cut[0][length - 1 : -1]), 200)
-        counts = length, len(cut), len(whole), max(map(len, cut))
-        told = "%s reads %d tokens: cuts %d of %d prompts, of %d at most; not read: %s"
-        log.warning(told, what, *counts, lost)
+    if overlong := [row for row in whole if len(row) > length]:
+        unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
+        counts = length, len(overlong), len(whole), max(map(len, overlong))
+        message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
+        message += " not read: %s"
+        log.warning(message, encoder_name, *counts, unread)
     return ids

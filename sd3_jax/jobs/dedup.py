@@ -64,7 +64,7 @@ def dedup(config: ConfigDict, workdir: epath.Path) -> None:
     settings, clock = config.dedup, Clock()
     embed, threshold = embedding(settings.embed)
     threshold = settings.threshold or threshold
-    parts = intake.planned(config)
+    parts = intake.plan_inputs(config)
     pictures, unread = read_all(parts, embed, settings)
     clock.lap("read")
     options = dict(clusters=settings.clusters, probes=settings.probes)
@@ -158,7 +158,7 @@ def read(given, *, printed: bool):
     try:
         picture = images.read(item.read())
     except (images.BadImage, items.BadItem) as error:
-        reason = prepare.common(error)
+        reason = prepare.fault_kind(error)
         return items.rejected(item.source, reason, item.bytes), number, 0, None
     size = picture.shape[0] * picture.shape[1]
     made = fingerprints.prints([picture]) if printed else picture
@@ -170,7 +170,7 @@ def readable(made, unread: Counter, told: list, progress: Progress) -> Iterator:
     for item, number, size, one in made:
         progress.add(things=1, bytes=item.bytes)
         if isinstance(item, Rejected):
-            unread[prepare.reasons(item.reason)] += 1
+            unread[prepare.reason_kind(item.reason)] += 1
             continue
         told.append((item.source, number, size, item.bytes))
         yield one

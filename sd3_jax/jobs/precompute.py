@@ -40,7 +40,8 @@ from sd3_jax.data.ingest import (
 from sd3_jax.data.ingest.input_parts import Item, Part, Rejected
 from sd3_jax.data.ingest.manifest import Manifest, PartWriter
 from sd3_jax.data.ingest.prepare import Ready
-from sd3_jax.data.records import REJECTED, BadRecord
+from sd3_jax.data.record_header import REJECTED
+from sd3_jax.data.records import BadRecord
 from sd3_jax.data.shards import expand
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.errors import UserError
@@ -168,7 +169,7 @@ def new_plan(
     """The parts of the input; a UserError if captions would be lost."""
     begun = (workdir / "plan.json").exists()
     known = [part.path for part in plan_of(workdir)] if begun else []
-    parts = intake.planned(config, known=known, size=config.precompute.part)
+    parts = intake.plan_inputs(config, known=known, size=config.precompute.part)
     if not settings.uncaptioned and not begun:
         intake.require_captions(parts, settings.captions, prefix=settings.prefix)
     return list(map(located, parts))
@@ -236,7 +237,7 @@ def located(part: Part) -> Part:
 def prepare_settings(config: ConfigDict) -> prepare.Settings:
     """What is taken and how; a UserError names the key that makes no sense."""
     given, found = config.ingest, {}
-    for key, parse in ("captions", captions.weights), ("filters", filters.parse):
+    for key, parse in ("captions", captions.parse), ("filters", filters.parse):
         try:
             found[key] = parse(tuple(given[key]))
         except UserError as error:
@@ -248,7 +249,7 @@ def prepare_settings(config: ConfigDict) -> prepare.Settings:
         except (OSError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"config.ingest.exclude: {path}: {reason}") from None
-        gone |= prepare.excluded(lines, f"config.ingest.exclude: {path}")
+        gone |= prepare.parse_exclusions(lines, f"config.ingest.exclude: {path}")
     return prepare.Settings(
         buckets=examples.table(config),
         excluded=gone,

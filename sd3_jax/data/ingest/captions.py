@@ -16,7 +16,7 @@ from numpy import ndarray
 
 from sd3_jax import hooks
 from sd3_jax.data import records
-from sd3_jax.data.ingest.items import BadItem, Numeral, Value, asked
+from sd3_jax.data.ingest.items import BadItem, Numeral, Value, call_function
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
@@ -36,9 +36,9 @@ class Drawn(NamedTuple):
     name: str  # which of the captions it is, "" if none
 
 
-def weights(specs: Sequence[str]) -> tuple[Caption, ...]:
+def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
     """Captions from their specs, "name=weight" or "name"; or a UserError."""
-    found = {}
+    by_name = {}
     for spec in specs:
         name, equals, weight = spec.rpartition("=")
         name, weight = (name, weight) if equals else (spec, "1")
@@ -47,11 +47,11 @@ def weights(specs: Sequence[str]) -> tuple[Caption, ...]:
             raise UserError(
                 f"{shown(spec) or '(nothing)'}: no caption; wanted {WANTED}"
             )
-        if name in found:
+        if name in by_name:
             raise UserError(f"{shown(spec)}: the caption {shown(name)} is listed twice")
         function = hooks.load(name) if ":" in name else None
-        found[name] = Caption(name, float(weight), function)
-    return tuple(found.values())
+        by_name[name] = Caption(name, float(weight), function)
+    return tuple(by_name.values())
 
 
 def draw(
@@ -68,25 +68,26 @@ def draw(
     Of a column that lists several, each is as likely. What is no text, or empty once it
     is cleaned, is none. BadItem if a function was drawn and fails.
     """
-    having = [(each, _texts(item_columns, each.name)) for each in captions]
-    having = [(each, texts) for each, texts in having if each.function or texts]
-    if not having:
+    texts_of = [(caption, _texts(item_columns, caption.name)) for caption in captions]
+    choices = [row for row in texts_of if row[0].function or row[1]]
+    if not choices:
         return Drawn("", "")
-    which, among = _uniform(seed, source)
-    ends = list(accumulate(each.weight for each, _ in having))
-    place = bisect(ends, which * ends[-1])
-    each, texts = having[min(place, len(having) - 1)]  # past the last by rounding
-    if not each.function:
+    caption_draw, text_draw = _uniform(seed, source)
+    ends = list(accumulate(caption.weight for caption, _ in choices))
+    chosen = bisect(ends, caption_draw * ends[-1])
+    # Rounding may leave the draw at the last end, which bisect puts past the last.
+    caption, texts = choices[min(chosen, len(choices) - 1)]
+    if not caption.function:
         several = " (one of several)" if len(texts) > 1 else ""
-        return Drawn(texts[int(among * len(texts))], each.name + several)
-    answer = asked(each.function, each.name, picture, item_columns)
+        return Drawn(texts[int(text_draw * len(texts))], caption.name + several)
+    answer = call_function(caption.function, caption.name, picture, item_columns)
     if not isinstance(answer, str):
-        raise BadItem(f"{each.name} gave no text: {shown(type(answer).__name__)}")
+        raise BadItem(f"{caption.name} gave no text: {shown(type(answer).__name__)}")
     try:
         text = records.clean(answer)
     except ValueError as error:
-        raise BadItem(f"{each.name} gave no text: {error}") from None
-    return Drawn(text, each.name if text else "")
+        raise BadItem(f"{caption.name} gave no text: {error}") from None
+    return Drawn(text, caption.name if text else "")
 
 
 def prefixed(drawn: Drawn, prefix: str) -> Drawn:
@@ -98,10 +99,10 @@ def prefixed(drawn: Drawn, prefix: str) -> Drawn:
     return Drawn(records.clean(f"{prefix.rstrip(' ')} {drawn.text}"), drawn.name)
 
 
-def having(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
+def available(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
     """Which of the captions that are columns the item has."""
-    plain = [each for each in captions if not each.function]
-    return [each.name for each in plain if _texts(columns, each.name)]
+    from_columns = [caption for caption in captions if not caption.function]
+    return [caption.name for caption in from_columns if _texts(columns, caption.name)]
 
 
 def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
@@ -130,8 +131,8 @@ def _text(value: Value) -> str:
 def _uniform(seed: int, source: str) -> tuple[float, float]:
     """Two numbers in [0, 1), independent of each other."""
     data = json.dumps([seed, source]).encode()  # ASCII, whatever the source is
-    made = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
-    high, low = made[:8], made[8:]
+    digest = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
+    high, low = digest[:8], digest[8:]
     return tuple((int.from_bytes(half) >> 11) / 2**53 for half in (high, low))
 
 

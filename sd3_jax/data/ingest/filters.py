@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from sd3_jax import hooks
-from sd3_jax.data.ingest.items import BadItem, Value, asked
+from sd3_jax.data.ingest.items import BadItem, Value, call_function
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
@@ -41,8 +41,8 @@ def split(
     filters: Sequence[Filter],
 ) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
     """Those on columns, which cost nothing, and those that look at the picture."""
-    on_columns = tuple(each for each in filters if not each.function)
-    return on_columns, tuple(each for each in filters if each.function)
+    on_columns = tuple(rule for rule in filters if not rule.function)
+    return on_columns, tuple(rule for rule in filters if rule.function)
 
 
 def refuse(
@@ -54,13 +54,13 @@ def refuse(
 
     BadItem if a function fails, or gives no number.
     """
-    for each in filters:
-        value = _value(each, columns, picture)
+    for rule in filters:
+        value = _value(rule, columns, picture)
         if value is None:
-            return Refusal(each.spec, f"no {each.name}")
-        if not PASSES[each.op](value, each.bound):
-            wanted = f"wanted {each.op} {each.bound:.15g}"
-            return Refusal(each.spec, f"{each.name} {_shown(each, value)}, {wanted}")
+            return Refusal(rule.spec, f"no {rule.name}")
+        if not PASSES[rule.op](value, rule.bound):
+            wanted = f"wanted {rule.op} {rule.bound:.15g}"
+            return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {wanted}")
     return None
 
 
@@ -74,17 +74,17 @@ def _parse(spec: str) -> Filter:
     return Filter("".join(match.groups()), name, match[2], bound, function)
 
 
-def _value(each: Filter, columns, picture) -> float | None:
+def _value(rule: Filter, columns, picture) -> float | None:
     """A finite number, or None: a text is none, whatever it spells."""
-    if not each.function:
-        value = columns.get(each.name)
+    if not rule.function:
+        value = columns.get(rule.name)
         return _finite(value) if isinstance(value, int | float) else None
-    made = asked(each.function, each.name, picture, columns)
+    answer = call_function(rule.function, rule.name, picture, columns)
     try:
-        return _finite(float(made))  # an array of one number too
+        return _finite(float(answer))  # an array of one number too
     except Exception:
-        kind = shown(type(made).__name__)
-        raise BadItem(f"{each.name} gave no number: {kind}") from None
+        kind = shown(type(answer).__name__)
+        raise BadItem(f"{rule.name} gave no number: {kind}") from None
 
 
 def _finite(value: str | int | float) -> float | None:
@@ -95,7 +95,7 @@ def _finite(value: str | int | float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _shown(each: Filter, value: float) -> str:
+def _shown(rule: Filter, value: float) -> str:
     """Short, but never so that it reads as passing: 4.4999999 is not 4.5."""
     short = f"{value:g}"
-    return repr(value) if PASSES[each.op](float(short), each.bound) else short
+    return repr(value) if PASSES[rule.op](float(short), rule.bound) else short

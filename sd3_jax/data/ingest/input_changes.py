@@ -92,19 +92,21 @@ def _compare(
     part has, between two that done parts have, was planned for the part between these;
     if there is none, it was added.
     """
-    both = {*map(json.dumps, planned)} & {*map(json.dumps, parts)}
+    unchanged = {*map(json.dumps, planned)} & {*map(json.dumps, parts)}
     timeless = lambda part: json.dumps(part._replace(stamp=""))
-    at, before, todo = {}, {}, {}  # positions in the plan; rows; counts by position
+    position_of: dict[str, int] = {}  # in the plan, of whole parts and of sources
+    old_rows: dict[str, list] = {}  # of parts that are done, by source
+    todo: dict[int, int] = {}  # how many are not done, by position in the plan
     for number, part in enumerate(planned):
-        position = len(at)
-        if (text := json.dumps(part)) in both:
-            at[text] = position
+        position = len(position_of)
+        if (text := json.dumps(part)) in unchanged:
+            position_of[text] = position
         elif number not in done:
-            at[timeless(part)], todo[position] = position, part.count or 0
+            position_of[timeless(part)], todo[position] = position, part.count or 0
         else:
-            rows = {each[0]: each for each in _rows(workdir, number)}
-            before |= rows
-            at |= {source: position + i for i, source in enumerate(rows)}
+            rows = {old[0]: old for old in _rows(workdir, number)}
+            old_rows |= rows
+            position_of |= {source: position + i for i, source in enumerate(rows)}
     added, edited, unplaced, todo_now, last = [], [], [], 0, -1
     gaps = sorted(todo)
 
@@ -118,22 +120,22 @@ def _compare(
         return count
 
     for part in parts:
-        whole = at.get(json.dumps(part), at.get(timeless(part)))
+        whole = position_of.get(json.dumps(part), position_of.get(timeless(part)))
         if whole is not None:  # nothing of it is to be read
             todo_now += place(whole)
             last = whole
             todo.pop(whole, None)
             continue
         for item in input_parts.items(part):
-            if (old := before.pop(item.source, None)) is None:
+            if (old := old_rows.pop(item.source, None)) is None:
                 unplaced.append(item.source)
                 continue
-            todo_now += place(at[item.source])
-            last = at[item.source]
+            todo_now += place(position_of[item.source])
+            last = position_of[item.source]
             if change := _change(item, old):
                 edited.append(f"{item.source}: {change}")
-    todo_now += place(len(at))
-    return Differences(added, sorted(before), edited, todo_now, sum(todo.values()))
+    todo_now += place(len(position_of))
+    return Differences(added, sorted(old_rows), edited, todo_now, sum(todo.values()))
 
 
 def _rows(workdir: epath.Path, number: int) -> Iterator[list]:
@@ -159,5 +161,5 @@ def _change(item: Item | Rejected, old: list) -> str:
 
 
 def _named(sources: Sequence[str]) -> str:
-    more = ", …" if len(sources) > NAMED else ""
-    return ", ".join(shown(each) for each in sources[:NAMED]) + more
+    ellipsis = ", …" if len(sources) > NAMED else ""
+    return ", ".join(shown(source) for source in sources[:NAMED]) + ellipsis

@@ -35,8 +35,8 @@ def plan(inputs: Sequence[str], *, size: int = 4096) -> list[Part]:
     with ThreadPoolExecutor(THREADS) as threads:
         kinds = list(threads.map(_kind, paths))
         _check_once(paths, kinds)
-        found = sorted(zip(_labels(paths, kinds), paths, kinds))
-        planned = threads.map(lambda each: _parts(*each, size), found)
+        labelled = sorted(zip(_labels(paths, kinds), paths, kinds))
+        planned = threads.map(lambda row: _parts(*row, size), labelled)
         return [part for parts in planned for part in parts]
 
 
@@ -79,12 +79,13 @@ def _kind(path: str) -> str:
 
 
 def _check_once(paths: Sequence[str], kinds: Sequence[str]):
-    before = {}
+    path_of_file = {}
     for path in paths:
-        if (file := shards.file_of(path.rstrip("/") or path)) in before:
-            also = "" if before[file] == path else f", also as {before[file]}"
+        if (file := shards.file_of(path.rstrip("/") or path)) in path_of_file:
+            other = path_of_file[file]
+            also = "" if other == path else f", also as {other}"
             raise UserError(f"{path}: the same input is listed twice{also}")
-        before[file] = path
+        path_of_file[file] = path
     roots = {os.path.realpath(p): p for p, k in zip(paths, kinds) if k == "folder"}
     for root, path in roots.items():
         for other in map(str, epath.Path(root).parents):
@@ -110,14 +111,14 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
 def _ends(paths: Sequence[str]) -> dict[str, str]:
     whole = lambda path: os.path.abspath(path) if listing.local(path) else path
     parts = {path: epath.Path(whole(path)).parts for path in paths}
-    found, left, length = {}, list(paths), 0
-    while left:
+    unique_ends, ambiguous, length = {}, list(paths), 0
+    while ambiguous:
         length += 1
-        ends = {path: "/".join(parts[path][-length:]) for path in left}
-        times = Counter(ends.values())
-        found |= {path: end for path, end in ends.items() if times[end] == 1}
-        left = [path for path in left if times[ends[path]] > 1]
-    return found
+        ends = {path: "/".join(parts[path][-length:]) for path in ambiguous}
+        counts = Counter(ends.values())
+        unique_ends |= {path: end for path, end in ends.items() if counts[end] == 1}
+        ambiguous = [path for path in ambiguous if counts[ends[path]] > 1]
+    return unique_ends
 
 
 def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:

@@ -20,7 +20,9 @@ WORDS = "caption", "file_name", "metadata", "sidecar", "line", "column"  # in re
 PARTS, FILES = 8, 256  # of the input, and of each of these, that are looked at first
 
 
-def planned(config: ConfigDict, *, known: Iterable[str] = (), **options) -> list[Part]:
+def plan_inputs(
+    config: ConfigDict, *, known: Iterable[str] = (), **options
+) -> list[Part]:
     """The parts of config.ingest.inputs; a UserError names the key.
 
     An input that is one of the `known` paths by another name goes by the known one: the
@@ -54,10 +56,10 @@ class Survey(NamedTuple):
     @property
     def looked_at(self) -> str:
         names = self.columns.most_common(12)
-        there = ", ".join(f"{shown(name)} ({n:,})" for name, n in names) or "none"
+        listed = ", ".join(f"{shown(name)} ({n:,})" for name, n in names) or "none"
         return (
             f"of the {self.pictures:,} pictures that were looked at, whose columns are"
-            f" {there}"
+            f" {listed}"
         )
 
 
@@ -68,11 +70,11 @@ def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
     for part in parts[:: -(-len(parts) // PARTS) or 1]:
         for item in islice(input_parts.items(part), FILES):
             if not isinstance(item, Item):
-                reason = prepare.reasons(item.reason)
+                reason = prepare.reason_kind(item.reason)
                 rejected[reason] += 1
                 reasons.setdefault(reason, f"{item.source}: {item.reason}")
                 continue
-            names = captions.having(item.columns, specs)
+            names = captions.available(item.columns, specs)
             pictures += 1
             captioned += bool(names)
             caption_counts.update(names)
@@ -89,42 +91,47 @@ def require_captions(
 ) -> None:
     """UserError if a caption that is named is in none of the first pictures of some
     parts, or if none of them has any: before anything is encoded, no picture opened."""
-    seen = survey(parts, specs)
-    about_captions = [why for why in seen.rejected if any(x in why for x in WORDS)]
-    left_over = [f"{seen.rejected[why]:,} {why}" for why in about_captions]
-    if not seen.pictures:
+    counted = survey(parts, specs)
+    about_captions = [why for why in counted.rejected if any(x in why for x in WORDS)]
+    rejections = [f"{counted.rejected[why]:,} {why}" for why in about_captions]
+    if not counted.pictures:
         if about_captions:
             raise UserError(
                 "config.ingest.inputs: no picture can be taken of the first files:"
-                f" rejected {'; '.join(left_over[:3])}. The first is"
-                f" {seen.reasons[about_captions[0]]}"
+                f" rejected {'; '.join(rejections[:3])}. The first is"
+                f" {counted.reasons[about_captions[0]]}"
             )
         return
-    plain = [each.name for each in specs if not each.function]
-    lost = [x for x in plain if not seen.captions[x] and x not in captions.STANDING]
-    if lost and (counts := seen.kinds.get(lost[0])):
+    column_names = [caption.name for caption in specs if not caption.function]
+    required = [x for x in column_names if x not in captions.STANDING]
+    missing = [name for name in required if not counted.captions[name]]
+    if missing and (counts := counted.kinds.get(missing[0])):
         raise UserError(
-            f"config.ingest.captions: {shown(lost[0])} holds {_counted(counts)}, and no"
-            f" text, in any {seen.looked_at}; wanted a column of texts, or of lists of"
-            " texts; package.module:function makes a text of other values"
+            f"config.ingest.captions: {shown(missing[0])} holds {_counted(counts)}, and"
+            f" no text, in any {counted.looked_at}; wanted a column of texts, or of"
+            " lists of texts; package.module:function makes a text of other values"
         )
-    mean = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
-    if lost:
+    keep = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
+    if missing:
         raise UserError(
-            f"config.ingest.captions: {shown(lost[0])} is in none {seen.looked_at};"
+            f"config.ingest.captions: {shown(missing[0])} is in none"
+            f" {counted.looked_at};"
             ' wanted one of these; --config.ingest.prefix="…" for one text in all'
-            f" captions; {mean}"
+            f" captions; {keep}"
         )
-    if len(plain) < len(specs) or seen.captioned or (prefix and not left_over):
+    has_function = len(column_names) < len(specs)
+    if has_function or counted.captioned or (prefix and not rejections):
         return
-    also = f"; rejected: {'; '.join(left_over[:3])}" if left_over else ""
-    usual = [x for x in seen.kinds if x.lower() in captions.USUAL]
-    also += "".join(f"; {shown(x)} holds {_counted(seen.kinds[x])}" for x in usual)
+    details = f"; rejected: {'; '.join(rejections[:3])}" if rejections else ""
+    usual = [x for x in counted.kinds if x.lower() in captions.USUAL]
+    details += "".join(
+        f"; {shown(x)} holds {_counted(counted.kinds[x])}" for x in usual
+    )
     raise UserError(
-        f"config.ingest.captions: no caption in any {seen.looked_at}{also}. Wanted"
-        " a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a metadata.jsonl or .csv,"
-        ' or the name of a column; --config.ingest.prefix="…" for one text for all;'
-        f" {mean}"
+        f"config.ingest.captions: no caption in any {counted.looked_at}{details}."
+        " Wanted a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a metadata.jsonl"
+        ' or .csv, or the name of a column; --config.ingest.prefix="…" for one text for'
+        f" all; {keep}"
     )
 
 
@@ -141,17 +148,17 @@ def _kind(value: Value) -> str:
 
 
 def in_order(
-    pool: ThreadPoolExecutor, function: Callable, things: Iterable, ahead: int
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator:
     """function(thing) of each, in their order, `ahead` of them at a time."""
     running = deque()
     try:
-        for thing in things:
-            running.append(pool.submit(function, thing))
+        for item in items:
+            running.append(pool.submit(function, item))
             if len(running) > ahead:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
-        for one in running:
-            one.cancel()
+        for future in running:
+            future.cancel()

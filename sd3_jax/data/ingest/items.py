@@ -11,8 +11,9 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from sd3_jax import files
-from sd3_jax.data import images, records
+from sd3_jax.data import images
 from sd3_jax.data.prompt_text import REFUSED
+from sd3_jax.data.record_header import SOURCE
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import parse_json, shown
 
@@ -68,11 +69,11 @@ class Part(NamedTuple):
     stamp: str = ""  # a hash of all that and of the files' times
 
 
-def taken(
+def checked_item(
     source: str, columns: dict, read: Callable, size: int, time: int = 0
 ) -> Item | Rejected:
     """The item, if its source can stand in a record and its picture is of a size."""
-    if REFUSED.search(source) or not source.strip() or len(source) > records.SOURCE:
+    if REFUSED.search(source) or not source.strip() or len(source) > SOURCE:
         return rejected(source, "an odd name", size)
     if size > images.BYTES:
         return rejected(source, f"more than {images.BYTES} bytes", size)
@@ -81,7 +82,7 @@ def taken(
 
 def rejected(source: str, reason: object, size: int = 0) -> Rejected:
     """A source that nothing is known of yet is made fit for a line."""
-    return Rejected(shown(source, records.SOURCE), shown(reason, 300), max(0, size))
+    return Rejected(shown(source, SOURCE), shown(reason, 300), max(0, size))
 
 
 def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
@@ -91,7 +92,7 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
             with epath.Path(path).open("rb") as file:
                 file.seek(start)
                 data = file.read(images.BYTES + 1 if size is None else size)
-        elif size is None:  # and `taken` has seen that it is not too large
+        elif size is None:  # `checked_item` has seen that it is not too large
             data = files.read_whole(path)
         else:  # by epath 5 MB would be read for each picture of a tar
             data = files.read_range(path, start, start + size)
@@ -140,8 +141,8 @@ def encoding_of(start: bytes) -> str:
 
 def merge(columns: dict[str, Value], over: Mapping[str, Value]) -> dict[str, Value]:
     """Both, the second over the first; but what is empty hides nothing."""
-    kept = {k: v for k, v in over.items() if k not in columns or not empty(v)}
-    return columns | kept
+    overriding = {k: v for k, v in over.items() if k not in columns or not empty(v)}
+    return columns | overriding
 
 
 def empty(value: Value) -> bool:
@@ -170,8 +171,8 @@ def plain(value) -> Value:
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
-        kept = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
-        return {k: plain(v) for k, v in kept.items()}
+        fields = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
+        return {k: plain(v) for k, v in fields.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value[:TEXT] if not isinstance(v, bytes)]
     if isinstance(value, (Real, Decimal)):  # numpy's float16, too
@@ -179,7 +180,7 @@ def plain(value) -> Value:
     return str(value)[:TEXT]
 
 
-def asked(
+def call_function(
     function: Callable,
     name: str,
     picture: UInt8[ndarray, "h w 3"] | None,
@@ -197,8 +198,8 @@ def asked(
     except MemoryError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BadItem(f"{name} failed: {shown(what, 200)}") from error
+        failure = f"{type(error).__name__}: {error}"
+        raise BadItem(f"{name} failed: {shown(failure, 200)}") from error
 
 
 def _why(error: Exception) -> str:

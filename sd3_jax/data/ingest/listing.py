@@ -25,12 +25,12 @@ def entries(folder: str) -> list[Entry]:
     if not local(folder):
         names = [path.name for path in epath.Path(folder).iterdir()]
         with ThreadPoolExecutor(THREADS) as threads:
-            looked = threads.map(look, [join(folder, name) for name in names])
-        found = [Entry(name, kind) for name, (kind, _) in zip(names, looked)]
+            looks = threads.map(look, [join(folder, name) for name in names])
+        listed = [Entry(name, kind) for name, (kind, _) in zip(names, looks)]
     else:
         with os.scandir(folder) as scanned:
-            found = [Entry(each.name, _kind(each)) for each in scanned]
-    return sorted(each for each in found if not each.name.startswith("."))
+            listed = [Entry(entry.name, _kind(entry)) for entry in scanned]
+    return sorted(entry for entry in listed if not entry.name.startswith("."))
 
 
 def look(path: str) -> tuple[str, int]:
@@ -41,15 +41,15 @@ def look(path: str) -> tuple[str, int]:
     """
     try:
         if not local(path):
-            found = epath.Path(path).stat()
-            return (FOLDER if found.is_directory else FILE), found.length or 0
-        found = os.stat(path)
+            status = epath.Path(path).stat()
+            return (FOLDER if status.is_directory else FILE), status.length or 0
+        status = os.stat(path)
     except (OSError, ValueError) as error:
         files.require_answered(path, error)
         return OTHER, -1
     kinds = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER}
-    kind = kinds.get(stat.S_IFMT(found.st_mode), OTHER)
-    return kind, found.st_size if kind == FILE else 0
+    kind = kinds.get(stat.S_IFMT(status.st_mode), OTHER)
+    return kind, status.st_size if kind == FILE else 0
 
 
 def stats(paths: list[str]) -> list[tuple[int, int]]:
@@ -64,13 +64,13 @@ def stat_of(path: str) -> tuple[int, int]:
     """(bytes, time of the last change in ns) of a file; 0 bytes of what is none."""
     try:
         if not local(path):
-            found = epath.Path(path).stat()
-            return found.length or 0, int(found.mtime or 0) * 10**9
-        found = os.stat(path)
+            status = epath.Path(path).stat()
+            return status.length or 0, int(status.mtime or 0) * 10**9
+        status = os.stat(path)
     except (OSError, ValueError) as error:
         files.require_answered(path, error)
         return -1, -1
-    return (found.st_size if stat.S_ISREG(found.st_mode) else 0), found.st_mtime_ns
+    return (status.st_size if stat.S_ISREG(status.st_mode) else 0), status.st_mtime_ns
 
 
 def local(path: str) -> bool:
@@ -90,9 +90,9 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder and name else folder or name
 
 
-def digest(*what) -> str:
+def digest(*values) -> str:
     """A short hash, of names and sizes say, that an odd name has too."""
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
 def digest_file(path: str, length: int) -> str:

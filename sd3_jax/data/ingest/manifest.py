@@ -38,8 +38,15 @@ class PartWriter:
 
     def write(self, ready: Ready, tensors: dict[str, Any]) -> None:
         """A BadRecord, and nothing written, if a value is not finite."""
-        said = ready.source, ready.caption, ready.size, ready.crop, ready.caption_from
-        data = records.encode(Record(tensors, *said))
+        record = Record(
+            tensors,
+            source=ready.source,
+            caption=ready.caption,
+            size=ready.size,
+            crop=ready.crop,
+            caption_from=ready.caption_from,
+        )
+        data = records.encode(record)
         key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
         if key not in self._writers:
             writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
@@ -50,13 +57,13 @@ class PartWriter:
 
     def about(self) -> dict[str, Any]:
         """Counts by bucket and split, by caption, and the shards, now all whole."""
-        kept, shards = {}, []
-        by_name = lambda each: each[1].path.name
+        by_bucket, shards = {}, []
+        by_name = lambda entry: entry[1].path.name
         for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
-            kept.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
+            by_bucket.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
             shards.append({"name": writer.path.name, "records": writer.count})
         return {
-            "kept": kept,
+            "kept": by_bucket,
             "captions": dict(sorted((+self._sources).items())),
             "uncaptioned": self.uncaptioned,
             "shards": shards,
@@ -85,7 +92,7 @@ class Manifest:
         rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
-        reasons = Counter(prepare.reasons(row.reason) for row in rejected)
+        reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
         about = about | {"rejected": dict(sorted(reasons.items()))}
         write_whole(self.folder / f"{number:05d}.json", json.dumps(about).encode())
 
@@ -101,26 +108,26 @@ class Manifest:
 
     def total(self) -> dict[str, Any]:
         """The sum of all parts: every file of the input counted once."""
-        kept, shards, counts = {}, [], Counter()
-        sums = {name: Counter() for name in ("rejected", "captions", "cut")}
+        by_bucket, shards, counts = {}, [], Counter()
+        counters = {name: Counter() for name in ("rejected", "captions", "cut")}
         for about in self._abouts():
             for bucket, by_split in about["kept"].items():
-                kept.setdefault(bucket, Counter()).update(by_split)
-            for name, total in sums.items():
+                by_bucket.setdefault(bucket, Counter()).update(by_split)
+            for name, total in counters.items():
                 total.update(about[name])
             for name in ("uncaptioned", "seconds"):
                 counts[name] += about[name]
             shards += about["shards"]
-        records = sum(sum(x.values()) for x in kept.values())
-        rejected = sum(sums["rejected"].values())
+        records = sum(sum(x.values()) for x in by_bucket.values())
+        rejected = sum(counters["rejected"].values())
         return {
             "files": records + rejected,
             "records": records,
-            "kept": {name: dict(kept[name]) for name in sorted(kept)},
-            "rejected": dict(sums["rejected"].most_common()),
-            "captions": dict(sums["captions"].most_common()),
+            "kept": {name: dict(by_bucket[name]) for name in sorted(by_bucket)},
+            "rejected": dict(counters["rejected"].most_common()),
+            "captions": dict(counters["captions"].most_common()),
             "uncaptioned": counts["uncaptioned"],
-            "cut": dict(+sums["cut"]),
+            "cut": dict(+counters["cut"]),
             "host_seconds": round(counts["seconds"], 1),
             "shards": shards,
         }

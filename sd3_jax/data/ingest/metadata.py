@@ -68,21 +68,21 @@ def columns(
     depth = lambda file: len(file[0].split("/")) if file[0] else 0
     columns_of, bad_lines, bad_files = {}, {}, {}
     for place, name in sorted(governing_files, key=lambda file: (depth(file), file)):
-        of_file = {}  # by picture; the first line about it counts
+        first_columns = {}  # by picture; the first line about it counts
         try:
             for _, line in _lines(root, place, name, names):
                 if isinstance(line, BadLine):
                     for picture in set(line.names) & set(names):
                         bad_lines.setdefault(picture, f"its line in {name}: {line}")
                 elif picture := _picture(root, line[0], names):
-                    of_file.setdefault(picture, line[1])
+                    first_columns.setdefault(picture, line[1])
         except FAULTS as error:
             files.require_answered(root, error)
             bad_files[place, name] = getattr(error, "strerror", None) or error
-        for picture, more in of_file.items():
-            columns_of[picture] = items.merge(columns_of.get(picture, {}), more)
+        for picture, line_columns in first_columns.items():
+            columns_of[picture] = items.merge(columns_of.get(picture, {}), line_columns)
 
-    def of(picture: str) -> dict[str, Value]:
+    def columns_for(picture: str) -> dict[str, Value]:
         for (place, name), reason in bad_files.items():
             if not place or picture.startswith(f"{place}/"):
                 raise BadItem(f"its {name} cannot be read: {shown(reason, 200)}")
@@ -90,29 +90,29 @@ def columns(
             raise BadItem(bad_lines[picture])
         return columns_of.get(picture, {})
 
-    return of
+    return columns_for
 
 
 def faults(root: str, directory: str, name: str) -> Iterator[tuple[int, str]]:
     """(line, why) of lines that are not taken; line 0 if the file cannot be read."""
-    first_lines, bad, tree = {}, [], _Tree(root)
+    first_lines, bad_lines, tree = {}, [], _Tree(root)
     try:
         for number, line in _lines(root, directory, name):
             if isinstance(line, BadLine):
-                bad.append((number, str(line)))
+                bad_lines.append((number, str(line)))
                 continue
-            picture = next((each for each in line[0] if tree.holds(each)), None)
+            picture = next(filter(tree.holds, line[0]), None)
             if (picture or line[0][0]) in first_lines:
-                bad.append((number, "a file_name that came before"))
+                bad_lines.append((number, "a file_name that came before"))
             elif picture is None:
-                bad.append((number, f"{name} names it, and it is not there"))
+                bad_lines.append((number, f"{name} names it, and it is not there"))
             first_lines.setdefault(picture or line[0][0], number)
     except FAULTS as error:
         files.require_answered(root, error)
         reason = getattr(error, "strerror", None) or error
         yield 0, f"cannot be read: {shown(reason, 200)}"
         return
-    yield from sorted(bad)
+    yield from sorted(bad_lines)
 
 
 class _Tree:
@@ -134,14 +134,14 @@ class _Tree:
         path = listing.join(self.root, directory)
         try:
             if not listing.local(path):  # what kinds they are would cost a request each
-                names = [each.name for each in epath.Path(path).iterdir()]
+                names = [entry.name for entry in epath.Path(path).iterdir()]
                 return {name for name in names if not name.startswith(".")}
             entries = listing.entries(path)
         except (OSError, ValueError) as error:
             files.require_answered(path, error)
             return set()
-        gone = (listing.FOLDER, listing.LINK)
-        return {each.name for each in entries if each.kind not in gone}
+        not_files = (listing.FOLDER, listing.LINK)
+        return {entry.name for entry in entries if entry.kind not in not_files}
 
     def _linked(self, parts: list[str]) -> bool:
         ends = range(1, len(parts) + 1)
@@ -156,9 +156,10 @@ def _picture(
     """Which of these names a line is about, if it is one of `names`."""
     for place, candidate in enumerate(candidates):
         if candidate in names:
-            before = [listing.join(root, each) for each in candidates[:place]]
-            taken = any(listing.look(path)[0] == listing.FILE for path in before)
-            return None if taken else candidate
+            paths = [listing.join(root, earlier) for earlier in candidates[:place]]
+            # The first reading of a name that exists is the one that is meant.
+            means_another = any(listing.look(path)[0] == listing.FILE for path in paths)
+            return None if means_another else candidate
     return None
 
 
@@ -173,35 +174,35 @@ def _lines(
     Lines that clearly tell of others than `names` are passed over unparsed, in a
     third of the time: a large folder's metadata is read for each of its parts.
     """
-    last = None if names is None else {_last(os.fsencode(name)) for name in names}
+    last_parts = None if names is None else {_last(os.fsencode(name)) for name in names}
     path = listing.join(root, listing.join(directory, name))
-    whole = os.path.abspath(root) if listing.local(root) else root
-    place = listing.join(whole, directory)
-    inside = lambda file_name: tuple(
-        listing.join(directory, each) for each in _inside(file_name, place)
+    full_root = os.path.abspath(root) if listing.local(root) else root
+    place = listing.join(full_root, directory)
+    names_inside = lambda file_name: tuple(
+        listing.join(directory, name_) for name_ in _inside(file_name, place)
     )
     with epath.Path(path).open("rb") as file:
         rows = _csv_rows if name.endswith(".csv") else _json_rows
-        for number, row in rows(file, last):
+        for number, row in rows(file, last_parts):
             try:
                 if isinstance(row, BadLine):
                     raise row
                 file_name = row.pop("file_name", None)
                 if not isinstance(file_name, str) or not file_name:
                     raise BadLine("a line without a file_name")
-                yield number, (inside(file_name), row)
+                yield number, (names_inside(file_name), row)
             except BadLine as error:
-                about = []
-                for each in error.names:
+                candidates = []
+                for name_ in error.names:
                     try:
-                        about += inside(each)
+                        candidates += names_inside(name_)
                     except BadLine:
                         continue
-                yield number, BadLine(str(error), tuple(about))
+                yield number, BadLine(str(error), tuple(candidates))
 
 
 def _json_rows(
-    file: BinaryIO, last: Collection[bytes] | None
+    file: BinaryIO, last_parts: Collection[bytes] | None
 ) -> Iterator[tuple[int, dict | BadLine]]:
     """A line's object; blank lines are none."""
     if (encoding := _encoding(file)) == "utf-16":
@@ -209,7 +210,9 @@ def _json_rows(
     for number, line in enumerate(_split(file), 1):
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
-        if not line.strip() or (last is not None and _of_another(line, last)):
+        if not line.strip():
+            continue
+        if last_parts is not None and _of_another(line, last_parts):
             continue
         try:
             yield number, _parsed(line)
@@ -218,7 +221,7 @@ def _json_rows(
 
 
 def _csv_rows(
-    file: BinaryIO, last: Collection[bytes] | None
+    file: BinaryIO, last_parts: Collection[bytes] | None
 ) -> Iterator[tuple[int, dict | BadLine]]:
     """A row by the names of the first one; numbers are numbers but in captions.
 
@@ -230,18 +233,19 @@ def _csv_rows(
     header, options = _header(text.readline(SIDECAR))
     if "file_name" not in header:
         columns = f"its columns are {shown(', '.join(header)) or 'none'}"
-        what = "rename the one with the pictures' names to file_name"
-        yield 1, BadLine(f"a header without file_name: {columns}; {what}")
+        advice = "rename the one with the pictures' names to file_name"
+        yield 1, BadLine(f"a header without file_name: {columns}; {advice}")
         return
     as_text = {name.lower() for name in ("file_name", *STANDING, *USUAL)}
-    place = header.index("file_name")
+    name_column = header.index("file_name")
     for number, values in _records(csv.reader(text, strict=True, **options)):
-        name = values[place].strip() if place < len(values) else ""
-        if last is not None and _last(os.fsencode(name.replace("\\", "/"))) not in last:
+        name = values[name_column].strip() if name_column < len(values) else ""
+        last = _last(os.fsencode(name.replace("\\", "/")))
+        if last_parts is not None and last not in last_parts:
             continue
         if len(values) != len(header):
-            short = "fewer" if len(values) < len(header) else "more"
-            reason = f"a line that cannot be read: {short} values than its header has"
+            count = "fewer" if len(values) < len(header) else "more"
+            reason = f"a line that cannot be read: {count} values than its header has"
             yield number, BadLine(reason, (name,))
             continue
         row = dict(zip(header, values)) | {"file_name": name}
@@ -316,23 +320,23 @@ def _encoding(file: BinaryIO) -> str:
 def _split(file: BinaryIO) -> Iterator[bytes]:
     """Lines, of one that is too long no more than shows it. (A bucket's files have no
     readline with a bound.)"""
-    rest = b""
+    unfinished = b""
     while block := file.read(BLOCK):
-        *lines, last = block.split(b"\n")
+        *lines, tail = block.split(b"\n")
         for line in lines:
-            yield rest + line
-            rest = b""
-        rest = (rest + last)[: SIDECAR + 1]
-    if rest:
-        yield rest
+            yield unfinished + line
+            unfinished = b""
+        unfinished = (unfinished + tail)[: SIDECAR + 1]
+    if unfinished:
+        yield unfinished
 
 
-def _of_another(line: bytes, last: Collection[bytes]) -> bool:
+def _of_another(line: bytes, last_parts: Collection[bytes]) -> bool:
     """Whether no file_name in it, at any depth, can end in one of these names."""
     file_names = PLAIN.findall(line)
     if len(file_names) != max(1, line.count(b"file_name")) or SPELT.search(line):
         return False
-    return all(x[-1:] not in b"/." and _last(x) not in last for x in file_names)
+    return all(x[-1:] not in b"/." and _last(x) not in last_parts for x in file_names)
 
 
 def _last(name: bytes) -> bytes:

@@ -28,10 +28,10 @@ from sd3_jax.data.ingest.items import (
     Part,
     Rejected,
     Value,
+    checked_item,
     merge,
     plain,
     rejected,
-    taken,
 )
 from sd3_jax.foreign_text import shown
 
@@ -114,7 +114,7 @@ def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
         columns = merge(columns.pop("json"), columns)
     if not picture:
         return rejected(source, "no picture in its row")
-    return taken(source, columns, partial(bytes, picture), len(picture))
+    return checked_item(source, columns, partial(bytes, picture), len(picture))
 
 
 def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
@@ -153,11 +153,11 @@ def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
 def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
     """How many rows to decode at once, and which columns: what is neither text nor the
     picture is left out, and told of, if its rows are too large; else a BadItem."""
-    about = file.metadata.row_group(group)
-    rows, decoded, dropped = max(1, about.num_rows), 0, set()
+    row_group = file.metadata.row_group(group)
+    rows, decoded, dropped = max(1, row_group.num_rows), 0, set()
     inside = lambda path, name: path == name or path.startswith(f"{name}.")
-    for i in range(about.num_columns):
-        chunk, leaf = about.column(i), file.schema.column(i)
+    for i in range(row_group.num_columns):
+        chunk, leaf = row_group.column(i), file.schema.column(i)
         name = next((x for x in columns.paths if inside(leaf.path, x)), None)
         if name is None:
             continue
@@ -169,12 +169,12 @@ def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
             if size > MASKS * rows:  # masks and the like: not decoded to be dropped
                 dropped.add(name)
                 continue
-        most = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
-        if size > LARGE and size > most:
-            what = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
+        size_limit = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
+        if size > LARGE and size > size_limit:
+            size_text = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
             if picture or text:
-                raise BadItem(f"too large to be decoded: {what}")
-            log.warning("a row group's %s; this column is not read", what)
+                raise BadItem(f"too large to be decoded: {size_text}")
+            log.warning("a row group's %s; this column is not read", size_text)
             dropped.add(name)
         else:
             decoded += size

@@ -68,20 +68,20 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
     if item.source in settings.excluded:
         return refuse(f"excluded: {settings.excluded[item.source]}")
     of_columns, of_pictures = filters.split(settings.filters)
-    known = {"height", "width", "enlarged", "kept"}
-    before = [one for one in of_columns if one.name not in known]
+    known_columns = {"height", "width", "enlarged", "kept"}
+    early_filters = [rule for rule in of_columns if rule.name not in known_columns]
     try:
-        if refusal := filters.refuse(before, item.columns):
+        if refusal := filters.refuse(early_filters, item.columns):
             return refuse(_filtered(refusal))
         picture = images.read(item.read())
         height, width = size = picture.shape[:2]
         fit = buckets.fit(height, width, settings.buckets)
         columns = dict(item.columns, height=height, width=width)
         columns |= dict(enlarged=fit.enlarged, kept=fit.kept)
-        after = [one for one in of_columns if one.name in known]
-        if refusal := filters.refuse([*after, *of_pictures], columns, picture):
+        late_filters = [rule for rule in of_columns if rule.name in known_columns]
+        if refusal := filters.refuse([*late_filters, *of_pictures], columns, picture):
             return refuse(_filtered(refusal))
-        other = worse(item, settings, fit.bucket)
+        rejected_picture = rejected_picture_of(item, settings, fit.bucket)
         drawn = captions.draw(
             columns,
             settings.captions,
@@ -91,20 +91,20 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
         )
         drawn = captions.prefixed(drawn, settings.prefix)
     except images.BadImage as error:
-        alike = common(error).replace(": ", ", ")
-        return refuse(f"bad picture, {alike}: {str(error).removeprefix('image: ')}")
+        fault = fault_kind(error).replace(": ", ", ")
+        return refuse(f"bad picture, {fault}: {str(error).removeprefix('image: ')}")
     except BadItem as error:
         return refuse(str(error))
     if not (drawn.text or settings.uncaptioned):
         return refuse(UNCAPTIONED)
-    held_out = chance(settings.seed, item.source) < settings.held_out
-    made = buckets.cut(picture, fit)
+    held_out = held_out_draw(settings.seed, item.source) < settings.held_out
+    cropped = buckets.cut(picture, fit)
     text = drawn.text, drawn.name
-    where = size, fit.crop, held_out, item.bytes
-    return Ready(item.source, made, fit.bucket, *text, *where, other)
+    placement = size, fit.crop, held_out, item.bytes
+    return Ready(item.source, cropped, fit.bucket, *text, *placement, rejected_picture)
 
 
-def worse(
+def rejected_picture_of(
     item: Item, settings: Settings, bucket: Bucket
 ) -> UInt8[ndarray, "h w 3"] | None:
     """The other picture of a preference, in the bucket of the first; or a BadItem."""
@@ -119,42 +119,42 @@ def worse(
     try:
         picture = images.read(read_at(str(path)))
     except (images.BadImage, BadItem) as error:
-        told = str(error).removeprefix("image: ")
-        raise BadItem(f'bad "{settings.rejected}": {told}') from None
+        reason = str(error).removeprefix("image: ")
+        raise BadItem(f'bad "{settings.rejected}": {reason}') from None
     return buckets.cut(picture, buckets.fit(*picture.shape[:2], [bucket]))
 
 
-def excluded(lines: Sequence[str], where: str) -> dict[str, str]:
+def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
     """Sources that dedup's duplicates.jsonl removes, and why; or a UserError."""
-    found = {}
+    exclusions = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found[row["source"]] = f"near-duplicate of {row['kept']}"
+            exclusions[row["source"]] = f"near-duplicate of {row['kept']}"
         except (ValueError, TypeError, KeyError):
             raise UserError(
                 f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
                 " sd3-jax dedup writes it"
             ) from None
-    return found
+    return exclusions
 
 
-def chance(seed: int, source: str) -> float:
+def held_out_draw(seed: int, source: str) -> float:
     """In [0, 1): for whether an example is held out, whatever else is drawn of it."""
     data = json.dumps([seed, source]).encode()
-    made = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
-    return (int.from_bytes(made) >> 11) / 2**53
+    digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
+    return (int.from_bytes(digest) >> 11) / 2**53
 
 
-def reasons(reason: str) -> str:
+def reason_kind(reason: str) -> str:
     """What a reason has in common with others: all before its first colon."""
     return reason.partition(": ")[0]
 
 
-def common(error: UserError) -> str:
+def fault_kind(error: UserError) -> str:
     """What a picture's fault has in common with others: not where, nor its numbers."""
-    what, _, _ = str(error).removeprefix("image: ").partition("; wanted")
-    return re.sub(r"\d+", "N", what)
+    fault, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    return re.sub(r"\d+", "N", fault)
 
 
 def _filtered(refusal: filters.Refusal) -> str:

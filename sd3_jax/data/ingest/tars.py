@@ -98,8 +98,9 @@ def _compressed(start: bytes, path: str) -> str:
     for magic, (program, unpack) in COMPRESSED.items():
         if start.startswith(magic):
             plain = re.sub(r"(\.tar)?\.[^./]+$", "", path) + ".plain.tar"
-            how = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
-            return f"is compressed by {program}; wanted a plain tar: unpack it by {how}"
+            command = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
+            wanted = f"wanted a plain tar: unpack it by {command}"
+            return f"is compressed by {program}; {wanted}"
     return ""
 
 
@@ -134,9 +135,9 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             text = _read(file, size, path, name)
             extended |= _pax(text) if kind == "x" else {"path": _text(text)}
         elif kind not in "gK":
-            what = KINDS.get(kind, "unknown type")
-            what = FOLDER if name.endswith("/") and not what else what
-            yield name, extended.get("kind", what), at, size
+            kind_name = KINDS.get(kind, "unknown type")
+            kind_name = FOLDER if name.endswith("/") and not kind_name else kind_name
+            yield name, extended.get("kind", kind_name), at, size
             extended = {}
         at += -(-size // BLOCK) * BLOCK
 
@@ -202,5 +203,5 @@ def _read(file, size, path, name) -> bytes:
     return data
 
 
-def _bad(path, name, what) -> BadTar:
-    return BadTar(f"{path}: at {shown(name)}: {what}")
+def _bad(path, name, reason) -> BadTar:
+    return BadTar(f"{path}: at {shown(name)}: {reason}")

@@ -19,11 +19,11 @@ from sd3_jax.data.ingest.items import (
     Item,
     Part,
     Rejected,
+    checked_item,
     merge,
     read_at,
     read_columns,
     rejected,
-    taken,
 )
 from sd3_jax.data.ingest.tars import Place
 
@@ -44,7 +44,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
                 places.append(place)
     except tars.BadTar as error:
         damage = str(error).removeprefix(f"{part.path}: ")
-    runs = [list(run) for _, run in groupby(_keyed(places), key=lambda each: each.key)]
+    by_key = lambda place: place.key
+    runs = [list(run) for _, run in groupby(_keyed(places), key=by_key)]
     merged = _merged(runs)
     for number, run in enumerate(runs):
         for place in run:
@@ -59,22 +60,22 @@ def items(part: Part) -> Iterator[Item | Rejected]:
 
 def _keyed(places: Sequence[Place]) -> list[Place]:
     """The members under the keys of their samples."""
-    by_first_dot = {each.key for each in places if _is_picture(each)}
+    by_first_dot = {place.key for place in places if _is_picture(place)}
     keyed = []
     for place in places:
-        again = tars.by_last_dot(place)
-        if again and _is_picture(again) and place.key not in by_first_dot:
-            place = again
+        redotted = tars.by_last_dot(place)
+        if redotted and _is_picture(redotted) and place.key not in by_first_dot:
+            place = redotted
         keyed.append(place)
-    pictured = {each.key for each in keyed if _is_picture(each)}
+    pictured = {place.key for place in keyed if _is_picture(place)}
     owners = {f"{p.key}.{p.extension}": p.key for p in keyed if _is_picture(p)}
     for i, place in enumerate(keyed):
-        again = tars.by_last_dot(place)
-        if again and not _is_picture(again):
-            stem, dot, extension = again.key.rpartition(".")
-            owner = owners.get(f"{stem}{dot}{extension.lower()}", again.key)
+        redotted = tars.by_last_dot(place)
+        if redotted and not _is_picture(redotted):
+            stem, dot, extension = redotted.key.rpartition(".")
+            owner = owners.get(f"{stem}{dot}{extension.lower()}", redotted.key)
             if owner in pictured:
-                keyed[i] = again._replace(key=owner)
+                keyed[i] = redotted._replace(key=owner)
     return keyed
 
 
@@ -125,24 +126,24 @@ def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
     Where the tar is cut off a caption may have followed: alone, a picture is not taken.
     """
     picture = _picture(sample)
-    beside = [sample[kind] for kind in SIDECARS if kind in sample]
+    sidecars = [sample[kind] for kind in SIDECARS if kind in sample]
     if not picture:
-        for place in beside:
+        for place in sidecars:
             yield _refused(part, place, "a caption without a picture")
         return
-    if cut and not beside:
+    if cut and not sidecars:
         yield _refused(part, picture, "its tar is cut off after it")
         return
     try:
         columns = {}
-        for place in beside:
-            where = (part.path, place.extension, place.start, place.size)
-            columns = merge(columns, read_columns(*where))
+        for place in sidecars:
+            location = (part.path, place.extension, place.start, place.size)
+            columns = merge(columns, read_columns(*location))
     except BadItem as error:
         yield _refused(part, picture, error)
         return
     read = partial(read_at, part.path, picture.start, picture.size)
-    yield taken(f"{part.label}:{picture.key}", columns, read, picture.size)
+    yield checked_item(f"{part.label}:{picture.key}", columns, read, picture.size)
 
 
 def _is_picture(place: Place) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from sd3_jax.data import records, shards
+from sd3_jax.data import record_header, records, shards
 from sd3_jax.data.records import BadRecord, Record
 from sd3_jax.distributed import watchdog
 from sd3_jax.errors import UserError
@@ -164,8 +164,8 @@ def reason(error: UserError, where: str) -> str:
 def held(record: Record) -> str:
     """Its tensors: moments 64x64x32 F16, context 154x4096 BF16, pooled 2048 F16."""
     return ", ".join(
-        f"{name} {'x'.join(map(str, x.shape))} {records.NAMES[x.dtype]}"
-        for name in records.TENSORS
+        f"{name} {'x'.join(map(str, x.shape))} {record_header.NAMES[x.dtype]}"
+        for name in record_header.TENSORS
         if (x := record.tensors.get(name)) is not None
     )
 

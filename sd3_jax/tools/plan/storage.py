@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from sd3_jax.data.records import FORMAT, VERSION
+from sd3_jax.data.record_header import FORMAT, VERSION
 from sd3_jax.tools.plan import synthetic_web
 
 SAMPLE = 10**6  # invented pictures, at most; counts of more are scaled from these

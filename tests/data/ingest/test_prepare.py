@@ -33,7 +33,7 @@ def ready(tmp_path):
     (folder / "metadata.jsonl").write_text(lines)
     settings = prepare.Settings(
         buckets=[Bucket(32, 32), Bucket(24, 32)],
-        captions=captions.weights(("caption=1",)),
+        captions=captions.parse(("caption=1",)),
         rejected="worse",
         folder=str(folder),
     )
