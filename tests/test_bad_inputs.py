@@ -588,7 +588,7 @@ def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(
 
 
 def test_35_a_checkpoint_of_another_dtype_is_not_cast(trained):
-    parts = model_parts.parts(
+    parts = model_parts.build_parts(
         main.parse(["train", f"--config={TINY}", "--workdir=a"])[1]
     )
     params = tree.unbox(jax.eval_shape(parts.objective.init, jax.random.key(0)))

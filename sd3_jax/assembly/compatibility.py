@@ -16,37 +16,39 @@ from sd3_jax.training import optimizer
 log = logging.getLogger(__name__)
 # Keys and groups that change how a run is done, written or looked at, not what it
 # computes beyond rounding; and train.steps, which is there to be raised.
-FREE = (
+FREE_KEYS = (
     *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
     *("convert", "plan", "compare", "ingest", "precompute", "dedup", "inspect"),
     *("study", "quantize.denoiser", "tune.base"),  # whose fingerprint is compared
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
 )
-MADE = ("model", "text", "image.autoencoder", "flow.path")
-TRAINED = ("text.dropout", "model.pos_crop", "model.dtype")  # of these, how it trains
+MODEL_KEYS = ("model", "text", "image.autoencoder", "flow.path")
+# Of these, the ones that only matter in training.
+TRAINING_KEYS = ("text.dropout", "model.pos_crop", "model.dtype")
 
 
 def compare(where: Any, saved: dict, config: ConfigDict) -> None:
     """UserError if a setting differs that is neither FREE nor in train.changes."""
-    given, declared = config.to_dict(), tuple(config.train.changes)
-    known = {key for key, _ in validation.leaves(given)}
-    groups = {key.partition(".")[0] for key in known}
+    settings, declared = config.to_dict(), tuple(config.train.changes)
+    keys = {key for key, _ in validation.leaves(settings)}
+    groups = {key.partition(".")[0] for key in keys}
     for name in declared:
-        if name not in known | groups:
+        if name not in keys | groups:
             raise ConfigError(
-                f'config.train.changes: no key "{name}"{nearest(name, known | groups)}'
+                f'config.train.changes: no key "{name}"{nearest(name, keys | groups)}'
             )
-    differ = list(_differences(saved, given))
-    if refused := [row for row in differ if not within(row[0], FREE + declared)]:
-        keys = ",".join(key for key, _, _ in refused)
+    differences = list(_differences(saved, settings))
+    allowed = FREE_KEYS + declared
+    if undeclared := [row for row in differences if not within(row[0], allowed)]:
+        keys = ",".join(key for key, _, _ in undeclared)
         raise UserError(
-            f"{where} was trained with other settings: {spelled(refused)}. To go on"
+            f"{where} was trained with other settings: {spelled(undeclared)}. To go on"
             f" with the new ones say so, --config.train.changes={keys}; else give back"
             " the old ones, or another workdir"
         )
-    if differ:
-        log.info("goes on with other settings: %s", spelled(differ))
+    if differences:
+        log.info("goes on with other settings: %s", spelled(differences))
 
 
 def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None:
@@ -112,16 +114,16 @@ def differing(saved: dict, config: ConfigDict) -> list[tuple[str, Any, Any]]:
     return [
         row
         for row in _differences(saved, config.to_dict())
-        if within(row[0], MADE) and not within(row[0], FREE + TRAINED)
+        if within(row[0], MODEL_KEYS) and not within(row[0], FREE_KEYS + TRAINING_KEYS)
     ]
 
 
-def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
+def compare_data(where: Any, saved: Any, current: Any, config: ConfigDict) -> None:
     """UserError if the run's examples were others, under the same settings."""
-    if saved not in (None, given) and "data" not in config.train.changes:
+    if saved not in (None, current) and "data" not in config.train.changes:
         raise UserError(
             f"{where} was trained on other examples: {json.dumps(saved)}, now"
-            f" {json.dumps(given)}. Bring those back, or go on with these and say so:"
+            f" {json.dumps(current)}. Bring those back, or go on with these and say so:"
             " --config.train.changes=data"
         )
 

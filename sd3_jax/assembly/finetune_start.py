@@ -38,30 +38,30 @@ SHAPE = (
 )
 
 
-def made(config: ConfigDict, objective: Objective) -> Tuning:
+def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
     """What config.tune means for an objective."""
     tune = config.tune
     if not tune.base:
         require_base(config)
-        one = finetuning.plain(objective)
+        tuning = finetuning.plain(objective)
     elif tune.method == "full":
         bytewise = config.text.name == "bytes" and tune.text
-        one = finetuning.full(
+        tuning = finetuning.full(
             objective, text=bytewise, reference=tune.objective == "dpo"
         )
     else:
         shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
         lora.chosen(tree.unbox(shapes), tune.targets)  # a mistake is told of
-        one = finetuning.low_rank(
+        tuning = finetuning.low_rank(
             objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
         )
     if tune.objective == "dpo":
-        about = dict(beta=tune.beta, weight=tune.weight)
-        return finetuning.preferring(one, objective, **about)
+        options = dict(beta=tune.beta, weight=tune.weight)
+        return finetuning.preferring(tuning, objective, **options)
     if tune.prior:
         last = max(1, len(config.data.records) - 1)
-        return finetuning.preserving(one, objective, weight=tune.prior, last=last)
-    return one
+        return finetuning.preserving(tuning, objective, weight=tune.prior, last=last)
+    return tuning
 
 
 def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
@@ -108,8 +108,8 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
     base = config.tune.base
     if not base:
         return {}
-    beside = config.tune.method == "lora"
-    dtype = config.model.dtype if beside else "float32"
+    adapts = config.tune.method == "lora"
+    dtype = config.model.dtype if adapts else "float32"
     folder, step = checkpoint_of(base)
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
@@ -132,17 +132,19 @@ def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) ->
         bundle = bundles.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
     except UserError as error:
         raise UserError(f"config.tune.base: {error}") from None
-    theirs = bundle.part("denoiser")
-    pairs = {name: (getattr(theirs, name), getattr(denoiser, name)) for name in SHAPE}
-    if wrong := [name for name, (a, b) in pairs.items() if a != b]:
-        told = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in wrong)
-        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in wrong)
-        raise UserError(f"config.tune.base = {base}: {told}; wanted {keys}")
+    base_denoiser = bundle.part("denoiser")
+    pairs = {
+        name: (getattr(base_denoiser, name), getattr(denoiser, name)) for name in SHAPE
+    }
+    if differing := [name for name, (a, b) in pairs.items() if a != b]:
+        settings = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in differing)
+        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in differing)
+        raise UserError(f"config.tune.base = {base}: {settings}; wanted {keys}")
     variables = bundle.variables["denoiser"]
-    found = {"denoiser": variables["params"], "text": {}}
+    params = {"denoiser": variables["params"], "text": {}}
     if "buffers" in variables:
-        found["buffers"] = variables["buffers"]
-    return found
+        params["buffers"] = variables["buffers"]
+    return params
 
 
 def restored(
@@ -162,12 +164,12 @@ def restored(
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
-    one = made(config, objective)
+    tuning = build_tuning(config, objective)
     params, step = restore_params(
-        folder, abstract(one.init, mesh), which=which, step=step
+        folder, abstract(tuning.init, mesh), which=which, step=step
     )
-    frozen = one.kept(start(config, denoiser, objective, mesh))
-    return one.whole(params, frozen), step
+    frozen = tuning.kept(start(config, denoiser, objective, mesh))
+    return tuning.whole(params, frozen), step
 
 
 def initial_adapter(config: ConfigDict, parts) -> dict:
@@ -185,8 +187,8 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         pairs = adapter_files.read(path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if others := sorted(set(pairs) - {"denoiser"}):
-        raise UserError(f"{where}: adapts {others[0]}; wanted the denoiser alone")
+    if foreign := sorted(set(pairs) - {"denoiser"}):
+        raise UserError(f"{where}: adapts {foreign[0]}; wanted the denoiser alone")
     if not isinstance(parts.denoiser, MMDiT):
         name = config.model.name
         raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
@@ -204,9 +206,9 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     )
     trained = lora.chosen(shapes, config.tune.targets)
     of_file = [module for module, _ in lora_model.modules(loaded, "a")]
-    if others := ["/".join(module) for module in of_file if module not in trained]:
+    if foreign := ["/".join(module) for module in of_file if module not in trained]:
         raise UserError(
-            f"{where}: adapts {others[0]}, which is not among config.tune.targets ="
+            f"{where}: adapts {foreign[0]}, which is not among config.tune.targets ="
             f' "{config.tune.targets}"; "" are all'
         )
     log.info(
@@ -267,11 +269,11 @@ def identity(base: dict) -> str:
     return tree.fingerprint(base) if base else ""
 
 
-def compare(where: Any, saved: str, given: str) -> None:
+def compare(where: Any, saved: str, current: str) -> None:
     """UserError if a run goes on beside other weights than it began with."""
-    if saved != given:
+    if saved != current:
         raise UserError(
             f"{where} began with other weights: config.tune.base had the fingerprint"
-            f" {saved or 'of none'}, now {given or 'of none'}. Bring those back, or use"
-            " another workdir"
+            f" {saved or 'of none'}, now {current or 'of none'}. Bring those back, or"
+            " use another workdir"
         )

@@ -37,16 +37,16 @@ class Parts(NamedTuple):
     encoders: Mapping[str, str] = MappingProxyType({})  # that weights were trained with
 
 
-def parts(config: ConfigDict) -> Parts:
+def build_parts(config: ConfigDict) -> Parts:
     model, autoencoder = denoiser(config.model), AUTOENCODERS[config.image.autoencoder]
     sides = (config.image.height, config.image.width)
     shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
-    made = formulation(config.flow)
+    flow = formulation(config.flow)
     objective = objectives.flow_matching(
         model,
         text_model(config),
         autoencoder,
-        formulation=made,
+        formulation=flow,
         dropout=config.text.dropout,
         example=examples.nominal(config),
         random_positions=config.model.pos_crop == "random",
@@ -60,7 +60,7 @@ def parts(config: ConfigDict) -> Parts:
         text=tokens,
         text_dim=config.model.context_dim,
     )
-    return Parts(model, autoencoder, objective, made, shape, image_flops)
+    return Parts(model, autoencoder, objective, flow, shape, image_flops)
 
 
 def formulation(flow: ConfigDict) -> Formulation:
@@ -121,7 +121,7 @@ def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
 
 def trained_params(
     config: ConfigDict,
-    made: Parts,
+    parts: Parts,
     workdir: str,
     mesh: Mesh,
     step: int | None = None,
@@ -135,7 +135,7 @@ def trained_params(
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
     params, step = finetune_start.restored(
-        config, made.objective, made.denoiser, folder, mesh, which=which, step=step
+        config, parts.objective, parts.denoiser, folder, mesh, which=which, step=step
     )
     compatibility.warn(workdir, saved_config(folder, step), config)
     if config.quantize.denoiser and not exact:

@@ -88,6 +88,22 @@ def decode(data: bytes, where: str) -> Record:
         raise BadRecord(f"{where}: {error}") from None
 
 
+def check_layout(
+    record: Record, layout: Mapping[str, tuple[tuple[int, ...], np.dtype]], where: str
+) -> None:
+    """BadRecord if a batch of these shapes and dtypes cannot hold the record."""
+    for name, (shape, dtype) in layout.items():
+        if name not in record.tensors:
+            raise BadRecord(f"{where}: {name}: missing, which the first record has")
+        x = record.tensors[name]
+        if x.shape != shape:
+            raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
+        if not np.can_cast(x.dtype, dtype):
+            raise BadRecord(
+                f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"
+            )
+
+
 def clean(caption: str | bytes | None) -> str:
     """Normalize a caption for a record; ValueError if it is not valid UTF-8 text.
 

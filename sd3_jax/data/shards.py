@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -151,6 +152,15 @@ def renumbered(shards: Sequence[Shard], places: Sequence[int]) -> list[Shard]:
         ordered.append(shards[place]._replace(start=start))
         start += shards[place].count
     return ordered
+
+
+def display_names(shards: Sequence[Shard]) -> list[str]:
+    """Shards' file names, for messages; the whole path where two share a name."""
+    names = [os.path.basename(shard.path) for shard in shards]
+    counts = Counter(names)
+    return [
+        shard.path if counts[name] > 1 else name for name, shard in zip(names, shards)
+    ]
 
 
 def inspect(path: str) -> Shard:

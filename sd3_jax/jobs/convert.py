@@ -58,7 +58,7 @@ def control_path(weights: str) -> epath.Path | None:
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     """The denoiser of config.sample.step, or the newest checkpoint; its positions, a
     formula to us, are a table in a file."""
-    parts = model_parts.parts(config)
+    parts = model_parts.build_parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
     if model.weight_sets != 2:
         raise UserError(

@@ -32,7 +32,7 @@ from sd3_jax.distributed import lock, processes, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.monitoring.progress import Progress
-from sd3_jax.tools.dedup import dedup_page, duplicates, fingerprints
+from sd3_jax.tools.dedup import dedup_page, duplicates, embeddings, fingerprints
 from sd3_jax.tools.dedup.fingerprints import Prints
 
 PAPER = 0.5  # SSCD's cosine that the paper trains below, and other embeddings' default
@@ -47,7 +47,7 @@ class Pictures(NamedTuple):
     sources: list[str]
     parts: list[int]  # of the plan, by number
     pixels: ndarray  # (n,)
-    found: Prints | ndarray  # fingerprints, or embeddings (n, d)
+    compared: Prints | ndarray  # fingerprints, or embeddings (n, d)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -69,30 +69,30 @@ def dedup(config: ConfigDict, workdir: epath.Path) -> None:
     clock.lap("read")
     options = dict(clusters=settings.clusters, probes=settings.probes)
     pairs, alike = candidates(
-        pictures.found, threshold, clock, settings.threads, options
+        pictures.compared, threshold, clock, settings.threads, options
     )
-    over, n = alike >= threshold, len(pictures.sources)
-    gone = duplicates.choose(n, pairs[over], alike[over], np.arange(n))
+    near, n = alike >= threshold, len(pictures.sources)
+    removed = duplicates.choose(n, pairs[near], alike[near], np.arange(n))
     clock.lap("choose")
-    about = {
+    report = {
         "pictures": n,
         "unreadable": dict(sorted(unread.items())),
-        "pairs": int(over.sum()),
-        "removed": len(gone),
+        "pairs": int(near.sum()),
+        "removed": len(removed),
         "settings": settings.to_dict()
         | {"threshold": threshold, "inputs": list(config.ingest.inputs)},
     }
-    write(workdir, pictures.sources, gone)
+    write(workdir, pictures.sources, removed)
     shown = dedup_page.spread(alike, threshold, settings.pairs)
     examples = shots(parts, pictures, pairs[shown])
     clock.lap("page")
-    about["seconds"] = clock.seconds
+    report["seconds"] = clock.seconds
     rows = zip(pairs[shown].tolist(), alike[shown].tolist())
     rows = [(*map(examples.get, pair), value) for pair, value in rows]
-    page = dedup_page.html(about, alike, threshold, rows)
+    page = dedup_page.html(report, alike, threshold, rows)
     write_whole(workdir / "duplicates.html", page.encode())
-    write_whole(workdir / "dedup.json", json.dumps(about, indent=1).encode())
-    print(*lines(about), f"{workdir}/duplicates.jsonl, duplicates.html", sep="\n")
+    write_whole(workdir / "dedup.json", json.dumps(report, indent=1).encode())
+    print(*lines(report), f"{workdir}/duplicates.jsonl, duplicates.html", sep="\n")
 
 
 class Clock:
@@ -111,9 +111,9 @@ def embedding(name: str) -> tuple[Callable | None, float]:
     if name == "hash":
         return None, fingerprints.THRESHOLD
     if name.endswith(".pt"):
-        return fingerprints.SSCD(name), PAPER
+        return embeddings.SSCD(name), PAPER
     if ":" in name:
-        return partial(fingerprints.embedded, hooks.load(name), name=name), PAPER
+        return partial(embeddings.embedded, hooks.load(name), name=name), PAPER
     raise UserError(
         f'config.dedup.embed = "{name}": wanted "hash", "package.module:function" or a'
         " TorchScript file of SSCD's, *.pt"
@@ -124,35 +124,36 @@ def read_all(
     parts: Sequence[Part], embed: Callable | None, settings: ConfigDict
 ) -> tuple[Pictures, Counter[str]]:
     """Every picture's fingerprint, and how many have none, by reason."""
-    unread, told, found = Counter(), [], []
+    unread, rows, batches = Counter(), [], []
     total = sum(part.bytes for part in parts)
-    given = chain.from_iterable(
+    numbered_items = chain.from_iterable(
         ((number, item) for item in input_parts.items(part))
         for number, part in enumerate(parts)
     )
-    look = partial(read, printed=embed is None)
+    look, join = partial(read, printed=embed is None), fingerprints.joined
     with (
         ThreadPoolExecutor(settings.threads) as threads,
         Progress("pictures", total=total) as progress,
     ):
-        made = intake.in_order(threads, look, given, 2 * settings.threads)
-        good = readable(made, unread, told, progress)
-        while batch := list(islice(good, settings.batch_size)):
-            found.append(fingerprints.joined(batch) if embed is None else embed(batch))
+        outcomes = intake.in_order(threads, look, numbered_items, 2 * settings.threads)
+        readable_pictures = readable(outcomes, unread, rows, progress)
+        while batch := list(islice(readable_pictures, settings.batch_size)):
+            batches.append(join(batch) if embed is None else embed(batch))
     if embed is None:
-        whole = fingerprints.joined(found)
+        compared = join(batches)
     else:
-        whole = np.concatenate(found) if found else np.zeros((0, 1), np.float32)
-    pixels, size = np.array([row[2:] for row in told], np.int64).reshape(-1, 2).T
+        compared = np.concatenate(batches or [np.zeros((0, 1), np.float32)])
+    pixels, size = np.array([row[2:] for row in rows], np.int64).reshape(-1, 2).T
     order = np.lexsort((-size, -pixels))  # of one size, the least compressed
-    whole = Prints(*(x[order] for x in whole)) if embed is None else whole[order]
-    sources, numbers = ([told[i][k] for i in order] for k in (0, 1))
-    return Pictures(sources, numbers, pixels[order], whole), unread
+    reorder = lambda prints: Prints(*(x[order] for x in prints))
+    compared = reorder(compared) if embed is None else compared[order]
+    sources, numbers = ([rows[i][k] for i in order] for k in (0, 1))
+    return Pictures(sources, numbers, pixels[order], compared), unread
 
 
-def read(given, *, printed: bool):
+def read(numbered_item, *, printed: bool):
     """(item or Rejected, number of its part, pixels, fingerprint or picture)."""
-    number, item = given
+    number, item = numbered_item
     if isinstance(item, Rejected):
         return item, number, 0, None
     try:
@@ -161,43 +162,48 @@ def read(given, *, printed: bool):
         reason = prepare.fault_kind(error)
         return items.rejected(item.source, reason, item.bytes), number, 0, None
     size = picture.shape[0] * picture.shape[1]
-    made = fingerprints.prints([picture]) if printed else picture
-    return item._replace(read=None), number, size, made
+    comparable = fingerprints.prints([picture]) if printed else picture
+    return item._replace(read=None), number, size, comparable
 
 
-def readable(made, unread: Counter, told: list, progress: Progress) -> Iterator:
+def readable(outcomes, unread: Counter, rows: list, progress: Progress) -> Iterator:
     """What could be read, in `told` (source, part, pixels, bytes); else counted."""
-    for item, number, size, one in made:
+    for item, number, size, comparable in outcomes:
         progress.add(things=1, bytes=item.bytes)
         if isinstance(item, Rejected):
             unread[prepare.reason_kind(item.reason)] += 1
             continue
-        told.append((item.source, number, size, item.bytes))
-        yield one
+        rows.append((item.source, number, size, item.bytes))
+        yield comparable
 
 
 def candidates(
-    found: Prints | ndarray, threshold: float, clock: Clock, threads: int, options: dict
+    compared: Prints | ndarray,
+    threshold: float,
+    clock: Clock,
+    threads: int,
+    options: dict,
 ) -> tuple[ndarray, ndarray]:
     """Pairs and how alike they are: all above the threshold, and some below it."""
-    if not isinstance(found, Prints):
-        made = duplicates.pairs(found, threshold=threshold - MARGIN, **options)
+    if not isinstance(compared, Prints):
+        lowest = threshold - MARGIN
+        candidate_pairs = duplicates.pairs(compared, threshold=lowest, **options)
         clock.lap("search")
-        return made
+        return candidate_pairs
     loose = fingerprints.LOOSE
-    pairs, _ = duplicates.pairs(found.descriptors, threshold=loose, **options)
+    pairs, _ = duplicates.pairs(compared.descriptors, threshold=loose, **options)
     clock.lap("search")
     with ThreadPoolExecutor(threads) as pool:
-        some = [pairs[at : at + SOME] for at in range(0, len(pairs), SOME)]
-        alike = list(pool.map(partial(fingerprints.likeness, found), some))
+        blocks = [pairs[at : at + SOME] for at in range(0, len(pairs), SOME)]
+        likenesses = list(pool.map(partial(fingerprints.likeness, compared), blocks))
     clock.lap("compare")
-    return pairs, np.concatenate([np.zeros(0, np.float32), *alike])
+    return pairs, np.concatenate([np.zeros(0, np.float32), *likenesses])
 
 
-def write(workdir: epath.Path, sources: list[str], gone: list) -> None:
+def write(workdir: epath.Path, sources: list[str], removed: list) -> None:
     rows = sorted(
-        (sources[each.index], sources[each.kept], round(each.similarity, 4))
-        for each in gone
+        (sources[one.index], sources[one.kept], round(one.similarity, 4))
+        for one in removed
     )
     keys = "source", "kept", "similarity"
     text = "".join(f"{json.dumps(dict(zip(keys, row)))}\n" for row in rows)
@@ -206,26 +212,27 @@ def write(workdir: epath.Path, sources: list[str], gone: list) -> None:
 
 def shots(parts: Sequence[Part], pictures: Pictures, pairs: ndarray) -> dict:
     """The pictures of these pairs by index, read anew: only the page needs them."""
-    wanted = {}
+    by_part = {}
     for index in np.unique(pairs).tolist():
-        of = wanted.setdefault(pictures.parts[index], {})
-        of[pictures.sources[index]] = index
-    made = {}
-    for number, by_source in wanted.items():
+        index_of = by_part.setdefault(pictures.parts[index], {})
+        index_of[pictures.sources[index]] = index
+    by_index = {}
+    for number, by_source in by_part.items():
         for item in input_parts.items(parts[number]):
             if isinstance(item, Rejected) or item.source not in by_source:
                 continue
             picture = images.read(item.read(), item.source)
-            made[by_source[item.source]] = dedup_page.shot(item.source, picture)
-    return made
+            by_index[by_source[item.source]] = dedup_page.shot(item.source, picture)
+    return by_index
 
 
-def lines(about: dict[str, Any]) -> Iterator[str]:
+def lines(report: dict[str, Any]) -> Iterator[str]:
     """What dedup prints at its end."""
-    settings, n, seconds = about["settings"], about["pictures"], about["seconds"]
-    yield f"{n:,} pictures, {about['removed']:,} of them near-duplicates of others"
+    settings, n, seconds = report["settings"], report["pictures"], report["seconds"]
+    yield f"{n:,} pictures, {report['removed']:,} of them near-duplicates of others"
     threshold = settings["threshold"]
-    yield f"  {about['pairs']:,} pairs by {settings['embed']} at {threshold:g} or above"
-    for reason, count in about["unreadable"].items():
+    measure = settings["embed"]
+    yield f"  {report['pairs']:,} pairs by {measure} at {threshold:g} or above"
+    for reason, count in report["unreadable"].items():
         yield f"  unreadable {count:,}: {reason}"
     yield "  " + ", ".join(f"{stage} {value:.1f} s" for stage, value in seconds.items())

@@ -49,7 +49,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     """(parts, params, what scores.json says of them): the newest checkpoint's or, of
     config.weights, (None, their bundle, ...); the scores take either to `painter`."""
     if not config.weights:
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         params, step = model_parts.trained_params(config, parts, workdir, mesh)
         about = {"step": step, "weights": config.sample.weights}
         if trained_with := model_parts.trained_encoders(workdir, step):

@@ -83,7 +83,7 @@ def trained(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     """What paints a batch of tasks by the newest checkpoint, and what a line tells."""
-    parts = model_parts.parts(config)
+    parts = model_parts.build_parts(config)
     params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
     if config.quantize.denoiser:
@@ -98,7 +98,9 @@ def trained(
         group = rows[0].group
         if group not in painters:
             config = rows[0].config
-            painters[group] = Painter(config, model_parts.parts(config), mesh, encoder)
+            painters[group] = Painter(
+                config, model_parts.build_parts(config), mesh, encoder
+            )
         captions = [task.caption for task in rows]
         return painters[group](params, captions, [task.number for task in rows])
 

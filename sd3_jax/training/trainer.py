@@ -158,8 +158,8 @@ def warn_of_short_run(config: ConfigDict) -> None:
 
 def program(config: ConfigDict, mesh: Mesh) -> Program:
     require_trainable_dtype(config)
-    parts = model_parts.parts(config)
-    tuning = finetune_start.made(config, parts.objective)
+    parts = model_parts.build_parts(config)
+    tuning = finetune_start.build_tuning(config, parts.objective)
     optim = config.optim.to_dict()
     accumulate = optim.pop("accumulate")
     tx, rate = optimizer.make(**optim, steps=config.train.steps)
@@ -364,7 +364,7 @@ class Training:
             self.rows,
             start=start,
             ahead=self.ahead,
-            made=self.source,
+            examples=self.source,
             encoder=self.encoder,
         )
         watchdog.expect("compiling the step", watchdog.LONG)
@@ -572,7 +572,7 @@ class Validation:
             words = "config.data.held_out: encoded by others than the run's records: %s"
             log.warning(words, told)
         loader = examples.loader(
-            self.config, rows, made=self.source, encoder=encoder, held_out=True
+            self.config, rows, examples=self.source, encoder=encoder, held_out=True
         )
         count = max(1, self.config.eval.examples // size)
         place = encoder or partial(sharding.put, mesh=self.mesh)

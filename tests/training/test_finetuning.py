@@ -74,7 +74,7 @@ def test_the_reference_has_no_gradient(key, pair):
 @pytest.fixture(scope="module")
 def model():
     config = load("configs/quickstart.py:tiny")
-    made = model_parts.parts(config)
+    made = model_parts.build_parts(config)
     init = jax.jit(lambda key: tree.unbox(made.objective.init(key)))
     params = init(jax.random.key(0))
     off = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)

@@ -44,12 +44,12 @@ def spread(alike: Float[ndarray, " m"], threshold: float, count: int) -> ndarray
     order = np.argsort(-alike, kind="stable")
     if len(order) <= count:
         return order
-    near = np.argsort(np.abs(alike - threshold), kind="stable")[: count // 2]
-    rest = order[~np.isin(order, near)]
-    levels = np.linspace(alike[rest[0]], alike[rest[-1]], count - len(near))
-    at = np.searchsorted(-alike[rest], -levels).clip(0, len(rest) - 1)
-    some = np.union1d(near, rest[at])
-    return order[np.isin(order, some)]
+    nearest = np.argsort(np.abs(alike - threshold), kind="stable")[: count // 2]
+    others = order[~np.isin(order, nearest)]
+    levels = np.linspace(alike[others[0]], alike[others[-1]], count - len(nearest))
+    at = np.searchsorted(-alike[others], -levels).clip(0, len(others) - 1)
+    chosen = np.union1d(nearest, others[at])
+    return order[np.isin(order, chosen)]
 
 
 def html(
@@ -66,10 +66,10 @@ def html(
     settings = about["settings"] | {
         f"seconds to {stage}": value for stage, value in about["seconds"].items()
     }
-    rows = [(key, _told(value)) for key, value in settings.items()]
+    rows = [(key, _as_text(value)) for key, value in settings.items()]
     reasons = [(reason, f"{count:,}") for reason, count in about["unreadable"].items()]
-    head = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
-    told = html_page.note(
+    columns = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
+    explanation = html_page.note(
         f"Pairs of {threshold:g} or above are near-duplicates. A picture goes if it is"
         " one of a picture that is kept; of more pixels first, then of more bytes."
     )
@@ -80,7 +80,9 @@ def html(
         html_page.element("h1", f"{removed:,} of {n:,} pictures"),
         html_page.stats(figures),
         html_page.section(
-            "Similarity", told, html_page.table(head, histogram(alike, threshold))
+            "Similarity",
+            explanation,
+            html_page.table(columns, histogram(alike, threshold)),
         ),
         html_page.section("Pairs", sheet(pairs, threshold)),
         html_page.section(
@@ -109,8 +111,8 @@ def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
     rows = []
     for start, end, count in zip(edges, edges[1:], counts.tolist()):
         track = html_page.filled(count / counts.max())
-        kept = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
-        rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, kept))
+        verdict = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
+        rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, verdict))
     return rows
 
 
@@ -126,11 +128,11 @@ def sheet(
 def _figure(
     one: Shot | None, other: Shot | None, similarity, threshold
 ) -> html_page.Html:
-    both = [each for each in (one, other) if each is not None]  # None: gone since
-    images = [html_page.image(x.jpeg, shown(x.source, 200), limit=MOST) for x in both]
+    shots = [shot_ for shot_ in (one, other) if shot_ is not None]  # None: gone since
+    images = [html_page.image(x.jpeg, shown(x.source, 200), limit=MOST) for x in shots]
     verdict = "near-duplicates" if similarity >= threshold else "distinct"
     lines = [html_page.element("b", f"{similarity:.3f}"), f" · {verdict}"]
-    for x in both:
+    for x in shots:
         size = "{} × {}".format(*x.size)
         lines += [html_page.Html("<br>"), f"{shown(x.source, 200)} · {size}"]
     pictures = html_page.element("div", *images)
@@ -139,7 +141,7 @@ def _figure(
     )
 
 
-def _told(value) -> str:
+def _as_text(value) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)

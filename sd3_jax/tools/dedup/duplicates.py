@@ -52,16 +52,16 @@ def pairs(
     rows, groups = _distinct(_units(embeddings))
     n = len(rows)
     clusters = min(clusters or default_clusters(n), n)
-    found, cut = [np.zeros(0, np.int64)], 0
+    codes, left_out = [np.zeros(0, np.int64)], 0
     for members in _clustered(rows, clusters, min(probes, clusters), seed):
-        for i, j, lost in _within(rows, members, threshold - SLACK):
-            found.append(i * n + j)
-            cut += lost
-    if cut:
+        for i, j, dropped in _within(rows, members, threshold - SLACK):
+            codes.append(i * n + j)
+            left_out += dropped
+    if left_out:
         text = "%d pairs beyond %d an item are left out: many resemble many others"
-        log.warning(text, cut, MOST)
-    between = np.stack(np.divmod(np.unique(np.concatenate(found)), max(n, 1)), axis=1)
-    return _measured(rows, groups, between, threshold)
+        log.warning(text, left_out, MOST)
+    numbered = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), axis=1)
+    return _measured(rows, groups, numbered, threshold)
 
 
 def choose(
@@ -84,7 +84,7 @@ def choose(
         kept[index] = not any(kept[other] for _, other in near[index])
     for index in np.flatnonzero(~kept).tolist():
         alike = [(similarity, -other) for similarity, other in near[index]]
-        similarity, other = max(each for each in alike if kept[-each[1]])
+        similarity, other = max(row for row in alike if kept[-row[1]])
         removed[index] = Duplicate(index, -other, similarity)
     return list(removed.values())
 
@@ -123,7 +123,7 @@ def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
         return
     faiss = _faiss()
     rng = np.random.default_rng(seed)
-    some = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
+    sample = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
     kmeans = faiss.Kmeans(
         d,
         clusters,
@@ -133,7 +133,7 @@ def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
         min_points_per_centroid=1,
         max_points_per_centroid=SAMPLE,
     )
-    kmeans.train(rows[np.sort(some)])
+    kmeans.train(rows[np.sort(sample)])
     nearest = kmeans.index.search(rows, probes)[1].ravel()
     order = np.argsort(nearest, kind="stable")
     ends = np.searchsorted(nearest[order], np.arange(clusters + 1))
@@ -145,16 +145,16 @@ def _within(rows, members, threshold) -> Iterator[tuple[ndarray, ndarray, int]]:
     """Blocks of (earlier, later, how many were left out) among the members."""
     x = rows[members]
     for start in range(0, len(x), ROWS):
-        block, lost = x[start : start + ROWS], 0
-        found = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
+        block, dropped = x[start : start + ROWS], 0
+        hits = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
         for at in range(0, start + len(block), COLUMNS):
-            more = _hits(block, x, start, at, threshold)
-            found = [np.concatenate(each, axis=-1) for each in zip(found, more)]
-            keep = _kept(*found)
-            lost += int((~keep).sum())
-            found = [each[..., keep] for each in found]
-        later, earlier = found[0]
-        yield members[earlier], members[later], lost
+            new_hits = _hits(block, x, start, at, threshold)
+            hits = [np.concatenate(columns, axis=-1) for columns in zip(hits, new_hits)]
+            stays = _kept(*hits)
+            dropped += int((~stays).sum())
+            hits = [columns[..., stays] for columns in hits]
+        later, earlier = hits[0]
+        yield members[earlier], members[later], dropped
 
 
 def _hits(block, x, start, at, threshold):
@@ -190,15 +190,15 @@ def _measured(rows, groups, between, threshold):
     between, cosines = between[at_least], cosines[at_least]
     first = np.array([group[0] for group in groups], np.int64)
     several = np.array([len(group) > 1 for group in groups], bool)
-    made, values = [first[between]], [cosines]
+    pair_lists, values = [first[between]], [cosines]
     copied = several[between].any(axis=1)
     for (i, j), cosine in zip(between[copied].tolist(), cosines[copied]):
-        made.append(_crossed(groups[i], groups[j]))
-        values.append(np.full(len(made[-1]), cosine, np.float32))
+        pair_lists.append(_crossed(groups[i], groups[j]))
+        values.append(np.full(len(pair_lists[-1]), cosine, np.float32))
     for i in np.flatnonzero(several):
-        made.append(_crossed(groups[i], groups[i]))
-        values.append(np.ones(len(made[-1]), np.float32))
-    i, j = np.sort(np.concatenate(made), axis=1).T
+        pair_lists.append(_crossed(groups[i], groups[i]))
+        values.append(np.ones(len(pair_lists[-1]), np.float32))
+    i, j = np.sort(np.concatenate(pair_lists), axis=1).T
     n = sum(map(len, groups))
     between, at = np.unique(i * n + j, return_index=True)
     return np.stack(np.divmod(between, max(n, 1)), 1), np.concatenate(values)[at]
@@ -207,8 +207,8 @@ def _measured(rows, groups, between, threshold):
 def _crossed(a, b):
     """Each of the one's with the first of the other's, and the other way."""
     grid = lambda x, y: np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-    made = np.concatenate([grid(a[:COPIES], b), grid(a, b[:COPIES])])
-    return made[made[:, 0] != made[:, 1]]
+    crossed_pairs = np.concatenate([grid(a[:COPIES], b), grid(a, b[:COPIES])])
+    return crossed_pairs[crossed_pairs[:, 0] != crossed_pairs[:, 1]]
 
 
 def _faiss():

@@ -52,19 +52,19 @@ def html(
     where: str,
     figures: Sequence[tuple[str, str, str]],
     buckets: Sequence[tuple[str, str, float, str]],
-    told: Sequence[str],
+    notes: Sequence[str],
     bad: Sequence[str],
     contacts: Sequence[Contact],
     *,
-    drawn: str,
+    rendering: str,
 ) -> str:
     """`figures` are label, value, unit; `buckets` name, records, share, MB a record."""
     head = {"Bucket": "code", "Records": "number", "Share": "number"}
     head |= {"MB a record": "number", "": "bar"}
     rows = [(a, n, f"{x:.1%}", mb, html_page.filled(x)) for a, n, x, mb in buckets]
     by_bucket = {}
-    for each in contacts:
-        by_bucket.setdefault(each.bucket, []).append(each)
+    for contact in contacts:
+        by_bucket.setdefault(contact.bucket, []).append(contact)
     counted = {name: f"{n} records, {x:.1%}" for name, n, x, _ in buckets}
     return html_page.document(
         "Records",
@@ -74,13 +74,15 @@ def html(
         html_page.element("p", where, class_="lede"),
         html_page.stats(figures),
         html_page.section(
-            "Buckets", html_page.table(head, rows), *map(html_page.note, told)
+            "Buckets", html_page.table(head, rows), *map(html_page.note, notes)
         ),
         faults(bad),
-        html_page.note(f"The pictures below are {drawn}.") if contacts else "",
+        html_page.note(f"The pictures below are {rendering}.") if contacts else "",
         *(
-            html_page.section(name, html_page.note(counted.get(name, "")), sheet(some))
-            for name, some in by_bucket.items()
+            html_page.section(
+                name, html_page.note(counted.get(name, "")), sheet(contacts_)
+            )
+            for name, contacts_ in by_bucket.items()
         ),
     )
 
@@ -127,11 +129,11 @@ def figure(contact: Contact) -> html_page.Html:
 def origin(record: Record) -> str:
     if record.size is None:
         return "original size not told"
-    told = "{} × {} px".format(*record.size)
+    text = "{} × {} px".format(*record.size)
     if record.crop is None or record.crop == (0, 0, *record.size):
-        return told
+        return text
     top, left, height, width = record.crop
-    return f"{told}, crop {height} × {width} at {top}, {left}"
+    return f"{text}, crop {height} × {width} at {top}, {left}"
 
 
 def drawing(record: Record) -> html_page.Html:
@@ -171,9 +173,9 @@ def preview(x0: Float[ndarray, "h w c"]) -> Float[ndarray, "h w 3"]:
     """A rough picture in [0, 1]; the map to colours is that of 16 channels."""
     if x0.shape[-1] == len(latents.TO_RGB):
         return np.asarray(latents.to_rgb(jnp.asarray(x0[None]))[0], np.float32)
-    some = x0[..., [min(i, x0.shape[-1] - 1) for i in range(3)]]
-    low, high = np.percentile(some, (1, 99), axis=(0, 1))
-    return (some - low) / np.maximum(high - low, 1e-6)
+    channels = x0[..., [min(i, x0.shape[-1] - 1) for i in range(3)]]
+    low, high = np.percentile(channels, (1, 99), axis=(0, 1))
+    return (channels - low) / np.maximum(high - low, 1e-6)
 
 
 def jpeg(pixels: UInt8[ndarray, "h w 3"]) -> bytes:

@@ -17,7 +17,7 @@ from sd3_jax.distributed import watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-TOLD = 50  # bad records and shards told one by one
+LISTED = 50  # bad records and shards told one by one
 KINDS = 30  # reasons, sources of captions and the like that are counted apart
 BUCKETS = 128  # of which there are pictures to choose from
 THREADS = 4  # shards read at a time
@@ -53,7 +53,7 @@ class Tally:
     def fault(self, error: UserError, reason: str) -> None:
         self.bad_count += 1
         _count(self.reasons, reason)
-        if len(self.bad) < TOLD:
+        if len(self.bad) < LISTED:
             self.bad.append(shown(error, 400))
 
     def add(self, other: "Tally") -> None:
@@ -62,7 +62,7 @@ class Tally:
         for name in ("holds", "buckets", "bucket_bytes", "made_by", "reasons"):
             for key, n in getattr(other, name).items():
                 _count(getattr(self, name), key, n)
-        self.bad += other.bad[: TOLD - len(self.bad)]
+        self.bad += other.bad[: LISTED - len(self.bad)]
 
     def bucket(self) -> str:
         """The commonest, by which its row is folded with others."""
@@ -91,35 +91,35 @@ class Choice:
         names = sorted(self._kept, key=sides)
         turns = [[(name, x) for x in self._kept[name]] for name in names]
         rounds = itertools.chain(*itertools.zip_longest(*turns))
-        some = list(itertools.islice(filter(None, rounds), self.pictures))
-        return [x for own in names for name, x in some if name == own]
+        picked = list(itertools.islice(filter(None, rounds), self.pictures))
+        return [x for bucket_name in names for name, x in picked if name == bucket_name]
 
 
 def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, Tally]]:
     """Shard by shard, in order, a few being read ahead."""
     with ThreadPoolExecutor(THREADS) as threads:
-        rest = iter(paths)
+        remaining = iter(paths)
         submit = lambda path: (path, threads.submit(look, path, most))
-        ahead = collections.deque(map(submit, itertools.islice(rest, 2 * THREADS)))
+        ahead = collections.deque(map(submit, itertools.islice(remaining, 2 * THREADS)))
         while ahead:
-            path, made = ahead.popleft()
+            path, future = ahead.popleft()
             watchdog.expect(f"the records of {name_of(path)}", WAIT)
-            tally, found = made.result()
-            ahead.extend(map(submit, itertools.islice(rest, 1)))
-            for index, own in found:
-                choice.offer(path, index, own)
+            tally, good_records = future.result()
+            ahead.extend(map(submit, itertools.islice(remaining, 1)))
+            for index, bucket_name in good_records:
+                choice.offer(path, index, bucket_name)
             yield path, tally
 
 
 def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
     """`most` records of a shard, evenly spread (0: all), and the good ones' buckets."""
-    tally, found = Tally(name_of(path), shards=1), []
+    tally, good_records = Tally(name_of(path), shards=1), []
     try:
         shard = shards.inspect(path)
         reader = shards.open_shard(path)
     except UserError as error:
         tally.fault(error, "not readable")
-        return tally, found
+        return tally, good_records
     tally.records, tally.bytes = shard.count, shard.bytes
     try:
         for index in spread(shard.count, most):
@@ -129,13 +129,13 @@ def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
                 tally.fault(error, reason(error, f"{path}:{index}: "))
                 continue
             tally.saw(record)
-            found.append((index, bucket(record)))
+            good_records.append((index, bucket(record)))
     finally:
         reader.close()
-    for name, n in Counter(name for _, name in found).items():
-        tally.buckets[name] = tally.records * n / len(found)
-        tally.bucket_bytes[name] = tally.bytes * n / len(found)
-    return tally, found
+    for name, n in Counter(name for _, name in good_records).items():
+        tally.buckets[name] = tally.records * n / len(good_records)
+        tally.bucket_bytes[name] = tally.bytes * n / len(good_records)
+    return tally, good_records
 
 
 def read(reader, path: str, index: int) -> tuple[Record, int]:
@@ -157,8 +157,8 @@ def spread(count: int, most: int) -> Iterable[int]:
 
 def reason(error: UserError, where: str) -> str:
     """An error's kind in a word or two: "checksum", "not a record", "latents"."""
-    told = re.match(r"[\w ]{1,24}(?=:| )", str(error).removeprefix(where))
-    return told[0] if told else "damaged"
+    match = re.match(r"[\w ]{1,24}(?=:| )", str(error).removeprefix(where))
+    return match[0] if match else "damaged"
 
 
 def held(record: Record) -> str:
@@ -182,8 +182,8 @@ def bucket(record: Record) -> str:
 
 def sides(name: str) -> tuple[float, str]:
     """Tall buckets first."""
-    found = re.fullmatch(r"(\d+)x(\d+)", name)
-    return (int(found[2]) / int(found[1]) if found else np.inf, name)
+    match = re.fullmatch(r"(\d+)x(\d+)", name)
+    return (int(match[2]) / int(match[1]) if match else np.inf, name)
 
 
 def name_of(path: str) -> str:

@@ -43,7 +43,7 @@ def measure(
     again. The step is that of the least validation loss among those saved (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
         best = min(
             (row for row in validations if row["step"] in saved),
