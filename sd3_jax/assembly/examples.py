@@ -32,16 +32,17 @@ log = logging.getLogger(__name__)
 
 
 def source(config: ConfigDict, *, held_out: bool = False):
-    """The training examples, or those set apart for validation.
+    """The training examples, or those held out for validation.
 
-    Making it looks at every shard of records, held out ones too, and at the first
-    record: a UserError then, before anything is compiled.
+    Records are checked at once, before anything is compiled: every shard is opened,
+    held-out ones too, and the first record read. UserError if something is wrong.
     """
     if config.image.buckets > 1 and config.data.name in validation.READS:
         raise UserError(
             f"config.image.buckets = {config.image.buckets}: wanted 1, for config.data."
             f'name = "{config.data.name}" has pictures of one shape; or "records"'
         )
+    # Made-up data has no files to set apart: validation draws from another seed.
     seed = config.seed + (2**31 if held_out else 0)
     size = dict(height=config.image.height, width=config.image.width)
     if config.data.name == "digits":
@@ -61,6 +62,7 @@ def source(config: ConfigDict, *, held_out: bool = False):
         )
     if config.data.name == "records":
         records = open_records(config, held_out=held_out)
+        # Now, not at the first validation, which may be hours away.
         if not held_out:
             check_held_out(config, records)
         return records
@@ -71,7 +73,7 @@ def source(config: ConfigDict, *, held_out: bool = False):
 
 
 def by_bucket(source) -> str:
-    """ "48x64 31 %, 64x64 69 %": how often it is whose turn; "" if all are alike."""
+    """Each bucket's share of steps, "48x64 31.0%, 64x64 69.0%"; "" for one bucket."""
     if not isinstance(source, Records) or len(source.buckets) == 1:
         return ""
     weights = {b.name: sum(s.weight for s in b.sets) for b in source.buckets}
@@ -80,7 +82,7 @@ def by_bucket(source) -> str:
 
 
 def encoder_of(config: ConfigDict, source, mesh: Mesh) -> Encoder | None:
-    """What a source's batches are still to go through, if anything."""
+    """The encoder that a source's batches still have to go through, if any."""
     fields = source.fields if isinstance(source, Records) else ()
     parts = to_encode(config, fields)
     return encoder(config, mesh, parts) if parts else None
@@ -89,10 +91,8 @@ def encoder_of(config: ConfigDict, source, mesh: Mesh) -> Encoder | None:
 def encoder(
     config: ConfigDict, mesh: Mesh, only: list[str], form: str = "moments"
 ) -> Encoder:
-    """config.encode's encoders over the mesh; a UserError if they are not the model's.
-
-    A text encoder that the weights have not is zeros to the denoiser.
-    """
+    """Load config.encode's encoders over the mesh; UserError if they do not fit the
+    model. The denoiser sees zeros for a text encoder that the weights lack."""
     encode, model = config.encode, config.model
     bundle = bundles.load(
         encode.weights,
@@ -122,7 +122,7 @@ def encoder(
     )
     if any(name in bundle.modules for name in bundles.TEXT):
         try:
-            result.check()
+            result.check()  # shapes alone: traced, not compiled
         except (ValueError, TypeError) as error:
             raise UserError(
                 f"config.encode.weights = {encode.weights}: text encoders that do not"
@@ -158,7 +158,7 @@ def loader(
 
 
 def nominal(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
-    """The shapes and dtypes of a batch of the recipe's size, in float32."""
+    """The shapes and dtypes of a batch as the recipe has it, for tracing."""
     b, text = config.data.batch_size, config.text
     shapes_of = tensor_shapes(config, Bucket(config.image.height, config.image.width))
     pixels = config.image.autoencoder == "pixels"
@@ -178,7 +178,7 @@ def nominal(config: ConfigDict) -> dict[str, jax.ShapeDtypeStruct]:
 
 
 def tokenizer(config: ConfigDict, encoder: Encoder | None) -> Callable:
-    """From captions to a batch's ids."""
+    """The function from captions to a batch's ids."""
     if encoder is not None:
         return encoder.tokenize
     return functools.partial(tokenizers.bytes_of, length=config.text.length)
@@ -187,7 +187,9 @@ def tokenizer(config: ConfigDict, encoder: Encoder | None) -> Callable:
 def batches(
     config: ConfigDict, source, encoder: Encoder | None = None
 ) -> list[dict[str, np.ndarray]]:
-    """A batch of zeros of each bucket that the source has, as its loader gives them."""
+    """A batch of zeros of each bucket, with the loader's shapes and dtypes."""
+    # For compiling every bucket's step ahead: a new shape in the middle of a run would
+    # stop all processes for a compile.
     size = config.data.batch_size
     if not isinstance(source, Records):
         return [zeros(nominal(config))]

@@ -1,4 +1,4 @@
-"""What training starts from, and what of it trains: config.tune."""
+"""config.tune: the weights that training starts from, and which of them train."""
 
 import logging
 from collections.abc import Callable
@@ -39,7 +39,7 @@ SHAPE = (
 
 
 def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
-    """What config.tune means for an objective."""
+    """Build the fine-tuning of an objective that config.tune describes."""
     tune = config.tune
     if not tune.base:
         require_base(config)
@@ -50,8 +50,9 @@ def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
             objective, text=bytewise, reference=tune.objective == "dpo"
         )
     else:
+        # Raises for targets that match no kernel, before any weights are read.
         shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
-        lora.chosen(tree.unbox(shapes), tune.targets)  # a mistake is told of
+        lora.chosen(tree.unbox(shapes), tune.targets)
         tuning = finetuning.low_rank(
             objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
         )
@@ -59,22 +60,24 @@ def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
         options = dict(beta=tune.beta, weight=tune.weight)
         return finetuning.preferring(tuning, objective, **options)
     if tune.prior:
+        # The last path of data.records is the prior's: examples of the class, which
+        # the fine-tuned model is to go on painting as before.
         last = max(1, len(config.data.records) - 1)
         return finetuning.preserving(tuning, objective, weight=tune.prior, last=last)
     return tuning
 
 
 def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
-    """What a run began with."""
+    """The base that a run started from, "" if it had none."""
     saved = saved_config(epath.Path(workdir) / CHECKPOINTS, step)
     return saved.get("tune", {}).get("base", "")
 
 
 def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
-    """The folder of a run's checkpoints and the step, None for the newest.
+    """The checkpoints folder and the step, None for the newest, of a base.
 
-    `base` is the run's workdir, or WORKDIR/checkpoints/STEP. The folder of released
-    weights does not exist.
+    `base` is a run's workdir, or WORKDIR/checkpoints/STEP. For released weights the
+    returned folder does not exist.
     """
     path = epath.Path(base).expanduser()
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -83,7 +86,7 @@ def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
 
 
 def base_encoders(config: ConfigDict) -> dict[str, str]:
-    """Fingerprints of the encoders that another run, the base, was trained with."""
+    """Fingerprints of the encoders that the base, if it is a run, was trained with."""
     if not config.tune.base:
         return {}
     folder, step = checkpoint_of(config.tune.base)
@@ -91,6 +94,7 @@ def base_encoders(config: ConfigDict) -> dict[str, str]:
 
 
 def require_base(config: ConfigDict) -> None:
+    """UserError if config.tune asks for a method or objective that needs a base."""
     for key, value, plain in (
         ("method", config.tune.method, "full"),
         ("objective", config.tune.objective, "flow"),
@@ -103,11 +107,15 @@ def require_base(config: ConfigDict) -> None:
 
 
 def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: Mesh):
-    """The base's parameters in their shardings, {} without one: a tree of "denoiser",
-    "text" and, of released weights, "buffers"."""
+    """Load the base's parameters into their shardings; {} without a base.
+
+    The tree has "denoiser", "text" and, of released weights, "buffers".
+    """
     base = config.tune.base
     if not base:
         return {}
+    # Frozen weights beside a LoRA are only computed with, in the compute dtype; weights
+    # that train are float32.
     adapts = config.tune.method == "lora"
     dtype = config.model.dtype if adapts else "float32"
     folder, step = checkpoint_of(base)
@@ -127,6 +135,7 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
 
 
 def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
+    """Load a released denoiser; UserError if it is not shaped as the recipe's."""
     base = config.tune.base
     try:
         bundle = bundles.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
@@ -157,10 +166,9 @@ def restored(
     which: str,
     step: int | None = None,
 ) -> tuple[dict, int]:
-    """A checkpoint's weights, with those that it was trained beside, and its step.
-
-    What was trained, and from what, the checkpoint knows better than `config`.
-    """
+    """Restore a checkpoint's weights together with the frozen ones, and its step."""
+    # What was trained, and from which base, is the checkpoint's config.tune: `config`
+    # may be that of another recipe, as in `sample`.
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
@@ -173,9 +181,9 @@ def restored(
 
 
 def initial_adapter(config: ConfigDict, parts) -> dict:
-    """What config.tune.lora holds, as arrays on the host, {} without one.
+    """Read the LoRA file config.tune.lora, as host arrays; {} without one.
 
-    UserError unless all of it is for the denoiser's maps that train, at their rank.
+    UserError unless it adapts only kernels of the denoiser that train, at tune.rank.
     """
     source, rank = config.tune.lora, config.tune.rank
     if not source:
@@ -214,18 +222,18 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     log.info(
         "%s: %d of %d linear maps start from it", where, len(of_file), len(trained)
     )
-    scale = config.tune.alpha / rank if config.tune.alpha else 1.0  # as attach has it
+    # The file's pairs are whole updates. `attach` multiplies b by alpha / rank, so that
+    # is divided out here.
+    scale = config.tune.alpha / rank if config.tune.alpha else 1.0
     divide = lambda pair: {"a": pair["a"], "b": pair["b"] / np.float32(scale)}
     flat = {path: divide(pair) for path, pair in lora_model.modules(loaded, "a")}
     return {"denoiser": lora_model.nested(flat)}
 
 
 def adapted(params: dict, adapter: dict) -> dict:
-    """A new LoRA's `params` with the adapter's matrices where it has them.
-
-    What of a map the adapter lacks (layers, or one of q, k and v) is zero in it: the
-    new a stays there, since of a and b both zero neither would ever have a gradient.
-    """
+    """Put an adapter's matrices into a new LoRA's `params`, where it has them."""
+    # Layers, or one of q, k and v, that the adapter lacks are zero in it. The new a
+    # stays there: if a and b are both zero, neither ever has a gradient.
     params = tree.unbox(params)
     denoiser = lora.started(params["denoiser"], adapter["denoiser"])
     return params | {"denoiser": denoiser}
@@ -238,7 +246,7 @@ def save_adapter(
     workdir: epath.Path,
     step: int,
 ) -> None:
-    """A LoRA as diffusers loads it, in workdir; nothing of other training."""
+    """Write a LoRA run's file for diffusers into workdir; other runs write none."""
     if not config.tune.base or config.tune.method != "lora":
         return
     if not isinstance(denoiser, MMDiT):
@@ -255,7 +263,7 @@ def save_adapter(
 
 
 def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
-    """Shapes of what init gives, with their shardings."""
+    """The shapes of `init`'s parameters, with their shardings."""
     boxed = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -265,12 +273,12 @@ def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
 
 
 def identity(base: dict) -> str:
-    """Of the base's weights, for a run that goes on to compare; "" of none."""
+    """A fingerprint of the base's weights, compared on resume; "" without a base."""
     return tree.fingerprint(base) if base else ""
 
 
 def compare(where: Any, saved: str, current: str) -> None:
-    """UserError if a run goes on beside other weights than it began with."""
+    """UserError if a resumed run has another base than it began with."""
     if saved != current:
         raise UserError(
             f"{where} began with other weights: config.tune.base had the fingerprint"

@@ -13,6 +13,7 @@ def bucket_table(config: ConfigDict) -> tuple[Bucket, ...]:
     """The shapes of the recipe's pictures, in pixels."""
     image = config.image
     model = config.model
+    # Sides are whole tokens of the denoiser at its coarsest level.
     unit = validation.unit(image.autoencoder, model.patch, model.multipliers)
     sides = image.height, image.width
     return buckets.table(*sides, count=image.buckets, aspect=image.aspect, unit=unit)

@@ -44,6 +44,7 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
         )
     except UserError as error:
         raise UserError(f"config.{key}: {error}") from None
+    # Known from files beside the shards; a mixture of encoders is an error already.
     try:
         records.encoders = encoder_identity.of_records(records)
     except UserError as error:
@@ -60,6 +61,8 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
         records.select_fields(batch_fields(config, records.first))
     except UserError as error:
         raise UserError(f"config.{key}: {records.shards[0].path}: {error}") from None
+    # The first record shows a wrong recipe. Every other record is checked for its
+    # bucket's shapes when it is read.
     for name in records.example(records.buckets[0]):
         required = records.buckets[0].shapes[name]
         shape = records.first.tensors[name].shape
@@ -117,9 +120,11 @@ def batch_fields(config: ConfigDict, first: Record) -> list[str]:
                 f'its records hold {listed}: config.tune.objective = "dpo" wants'
                 f" preferences, {picture} and {extra[-1]}"
             )
+    # Captions count as encoded if any text encoder has been: what it lacks is zeros.
     text = [name for name in TEXTS if name in first.tensors]
     if config.text.name != "precomputed" or not text:
         text = ["caption"]
+    # What is not stored encoded needs encoders while training.
     raw = picture == "image" and kind == "latents"
     if not config.encode.weights and (raw or to_encode(config, text)):
         unencoded = "pictures" if raw else "captions"
@@ -171,6 +176,7 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
             "config.data.held_out = (): wanted shards for validation, or config.train."
             f"eval_every over config.train.steps = {config.train.steps}"
         )
+    # By identity of the file: two spellings of a path are one shard.
     files = {shard.file for shard in trained_on.shards}
     held_out = open_records(config, held_out=True)
     if differences := encoder_identity.differing(

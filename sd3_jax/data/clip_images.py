@@ -1,4 +1,4 @@
-"""Pictures as CLIP's vision tower takes them: transformers' CLIPImageProcessor."""
+"""Preparing pictures for CLIP's vision tower, as transformers' CLIPImageProcessor."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,11 @@ from sd3_jax.foreign_text import parse_json, shown
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the pictures it trained on
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3  # Pillow's number, as in preprocessor_config.json
-THREADS = 8  # that resize
+THREADS = 8  # that resize: Pillow releases the GIL
 
 
 class Preparation(NamedTuple):
-    """How pictures become a tower's input, as CLIPImageProcessor does it."""
+    """Resize, crop and normalize pictures for a vision tower."""
 
     size: int = 224  # the shorter side is resized to it
     crop: int = 224  # then the middle, square, is cut out
@@ -31,7 +31,7 @@ class Preparation(NamedTuple):
     def __call__(
         self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]] | UInt8[ndarray, "n _ _ 3"]
     ) -> Float[ndarray, "n s s 3"]:
-        """In float32; pictures of any shapes."""
+        """Prepare pictures of any shapes; float32."""
         if len(pictures) == 0:
             return np.zeros((0, self.crop, self.crop, 3), np.float32)
         with ThreadPoolExecutor(THREADS) as threads:
@@ -42,7 +42,7 @@ class Preparation(NamedTuple):
     def _one(self, picture: ndarray) -> ndarray:
         image = Image.fromarray(picture)
         short, long = sorted(image.size)
-        other = int(self.size * long / short)  # cut off, not rounded, as theirs is
+        other = int(self.size * long / short)  # truncated, as in transformers
         sides = (
             (self.size, other) if image.width <= image.height else (other, self.size)
         )
@@ -52,7 +52,9 @@ class Preparation(NamedTuple):
 
 
 def preparation(folder: epath.Path, size: int) -> Preparation:
-    """As the folder's preprocessor_config.json says; OpenAI's where there is none."""
+    """Read a folder's preprocessor_config.json; without one OpenAI's settings."""
+    # processor_config.json, of newer transformers, nests the same settings; the older
+    # file wins where a folder has both.
     settings = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
@@ -70,6 +72,7 @@ def preparation(folder: epath.Path, size: int) -> Preparation:
         Image.Resampling(parsed.resample)
     except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{folder}: preprocessor_config.json: {error!r}") from None
+    # Options are checked, not ignored: "do_normalize": false would give other features.
     disabled = [k for k in settings if k.startswith("do_") and settings[k] is False]
     if parsed.crop != size or parsed.size < size or disabled:
         raise UserError(
@@ -81,7 +84,7 @@ def preparation(folder: epath.Path, size: int) -> Preparation:
 
 
 def read_json(path: epath.Path) -> dict:
-    """A JSON object of other hands; or a UserError."""
+    """Read a JSON object; UserError if the file is missing or holds none."""
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -92,4 +95,5 @@ def read_json(path: epath.Path) -> dict:
 
 
 def _side(value: Any, key: str) -> int:
+    """A size that is a number, or a dict as in newer versions of transformers."""
     return int(value[key] if isinstance(value, dict) else value)

@@ -18,7 +18,7 @@ from array_record.python.array_record_module import ArrayRecordReader
 from sd3_jax import files
 from sd3_jax.data import records, shards
 from sd3_jax.data.buckets import Turns
-from sd3_jax.data.mixtures import Bucket, Set, check_weights, order
+from sd3_jax.data.mixtures import Bucket, Set, check_weights, matching_bucket, order
 from sd3_jax.data.ranges import RangeReader
 from sd3_jax.data.records import BadRecord, Record
 from sd3_jax.errors import UserError
@@ -65,6 +65,7 @@ class Records:
         self.seed, self.batch_size = seed, batch_size
         self.weights, self.bad_records = tuple(weights), bad_records
         self.encoders: dict[str, str] = {}  # fingerprints by part, if they are known
+        # Loader threads read concurrently; the count of bad records is shared.
         self._bad, self._lock = set(), threading.Lock()
         reader_limit = INDEXED if all(map(files.remote, paths)) else OPEN
         self._reader = functools.lru_cache(reader_limit)(self._open)
@@ -136,6 +137,7 @@ class Records:
             sets.append(self._set_number(number))
             for name, x in batch.items():
                 x[row] = record.tensors[name]
+        # The prior of DreamBooth is weighed by the set that an example is from.
         batch |= {"set": np.array(sets, np.int32)} if "set" in self.fields else {}
         return batch | ({"caption": captions} if "caption" in self.fields else {})
 
@@ -168,29 +170,24 @@ class Records:
         """The number of each shard's bucket."""
         if shapes is None or len(shapes) == 1:
             return [0] * len(self.shards)
-        find = functools.partial(
-            self._shard_bucket, list(shapes), list(shapes.values())
-        )
+        find = functools.partial(self._shard_bucket, shapes)
         with ThreadPoolExecutor(shards.OPENERS) as threads:
             return list(threads.map(find, range(len(self.shards))))
 
-    def _shard_bucket(self, names: list[str], shapes: list[dict], place: int) -> int:
-        path = self.shards[place].path
+    def _shard_bucket(self, shapes: dict[str, dict], place: int) -> int:
+        names, path = list(shapes), self.shards[place].path
         # precompute names the bucket; only other shards cost a read here.
         stem = os.path.basename(path).removesuffix(".arecord")
         if stem.rpartition("-")[2] in names:
             return names.index(stem.rpartition("-")[2])
+        # A bad first record says nothing about the others of its shard.
         for index in range(self.shards[place].count):
             with contextlib.suppress(BadRecord):
                 tensors = self._read(place, index).tensors
                 break
         else:
             raise BadRecord(f"{path}: none of its records is good")
-        for kind, expected in enumerate(shapes):
-            if all(x.shape == expected.get(name) for name, x in tensors.items()):
-                return kind
-        listed = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
-        raise UserError(f"{path}: {listed} is of no bucket: wanted {', '.join(names)}")
+        return matching_bucket(tensors, shapes, path)
 
     def _sets(self, paths, keys) -> list[Set]:
         if not self.weights:
@@ -222,6 +219,7 @@ class Records:
 
     def _numbers(self, keys: list, key) -> range:
         """Numbers of the records in shards with this key, which are contiguous."""
+        # Keys are sorted, so equal ones are neighbours.
         first, last = keys.index(key), len(keys) - 1 - keys[::-1].index(key)
         last = self.shards[last]
         return range(self.shards[first].start, last.start + last.count)

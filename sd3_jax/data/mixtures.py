@@ -1,10 +1,11 @@
 """Sets of records mixed by weight: whose records a bucket's examples are, in order."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import grain
+import numpy as np
 
 from sd3_jax.errors import UserError
 
@@ -43,6 +44,19 @@ def order(sets: Sequence[Set], seed: int) -> grain.MapDataset:
     if len(epochs) == 1:
         return epochs[0]
     return grain.MapDataset.mix(epochs, [mixed_set.weight for mixed_set in sets])
+
+
+def matching_bucket(
+    tensors: Mapping[str, np.ndarray],
+    shapes: Mapping[str, Mapping[str, tuple[int, ...]]],
+    where: str,
+) -> int:
+    """The number of the bucket whose shapes these tensors have; or a UserError."""
+    for number, expected in enumerate(shapes.values()):
+        if all(x.shape == expected.get(name) for name, x in tensors.items()):
+            return number
+    listed = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
+    raise UserError(f"{where}: {listed} is of no bucket: wanted {', '.join(shapes)}")
 
 
 def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:

@@ -1,4 +1,4 @@
-"""Noise in the shape of precomputed records: for benchmarks, plans and tiny recipes."""
+"""Noise in the shape of precomputed records, for benchmarks, plans and tiny recipes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), all normal.
+    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), standard normal.
 
-    Preferences if they are `pairs`, with rejected_latents; of two `sets` by turns.
+    `pairs` adds rejected_latents, for preferences; `sets` alternates between two sets.
     """
 
     height: int
@@ -32,7 +32,9 @@ class Synthetic:
         return [f"synthetic:{int(i)}" for i in indices]
 
     def identity(self) -> dict[str, Any]:
-        """What data this is, flat and short."""
+        """A flat, short summary of the data, for a checkpoint to compare on resume."""
+        # Options that are off are left out: checkpoints of before they existed compare
+        # equal.
         settings = asdict(self)
         optional = {k: v for k in ("pairs", "sets") if (v := settings.pop(k))}
         return {"name": "synthetic", **settings, **optional}

@@ -1,12 +1,12 @@
-"""Which pictures of the input are near-duplicates of others, for precompute to leave.
+"""Find near-duplicates among the input's pictures, for precompute to leave out.
 
     sd3-jax dedup --config=RECIPE --workdir=DIR --config.ingest.inputs=FOLDER
     sd3-jax precompute ... --config.ingest.exclude=DIR/duplicates.jsonl
 
-After the SD3 paper's appendix E.2 and E.3. Of pictures that are alike the one of most
-pixels is kept, of several the largest file: an enlarged copy therefore stays, and its
-original goes. What is in memory is a fingerprint a picture, not pictures; process 0
-does it, in as many threads as config.dedup.threads.
+After the SD3 paper's appendix E.2 and E.3. Of similar pictures the one with most pixels
+is kept, and of several such the largest file. An enlarged copy is therefore kept and
+its original removed. Memory holds a fingerprint of each picture, not the pictures.
+Process 0 does the work, in config.dedup.threads threads.
 """
 
 import json
@@ -35,14 +35,16 @@ from sd3_jax.monitoring.progress import Progress
 from sd3_jax.tools.dedup import dedup_page, duplicates, embeddings, fingerprints
 from sd3_jax.tools.dedup.fingerprints import Prints
 
-PAPER = 0.5  # SSCD's cosine that the paper trains below, and other embeddings' default
-MARGIN = 0.05  # below the threshold: found for the page, to show what it spares
-SOME = 1024  # pairs a thread compares at once
+PAPER = 0.5  # cosine of SSCD in the paper, and the default of other embeddings
+# Pairs up to this far below the threshold are searched as well: the page shows what the
+# threshold just spares.
+MARGIN = 0.05
+PAIRS = 1024  # that a thread compares at once
 DAYS = 7  # that other processes wait
 
 
 class Pictures(NamedTuple):
-    """Those that could be read, of most pixels first, then of the largest file."""
+    """The readable pictures, most pixels first, then largest file first."""
 
     sources: list[str]
     parts: list[int]  # of the plan, by number
@@ -51,7 +53,7 @@ class Pictures(NamedTuple):
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Leaves duplicates.jsonl, dedup.json and duplicates.html in workdir."""
+    """Write duplicates.jsonl, dedup.json and duplicates.html in workdir."""
     workdir = epath.Path(workdir)
     watchdog.expect("a search for near-duplicates, by process 0", None)
     with lock.held(workdir, "dedup"):
@@ -61,16 +63,21 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def dedup(config: ConfigDict, workdir: epath.Path) -> None:
+    """Find the duplicates and write them, a page of pairs and a summary."""
     settings, clock = config.dedup, Clock()
     embed, threshold = embedding(settings.embed)
     threshold = settings.threshold or threshold
     parts = intake.plan_inputs(config)
+
+    # --- fingerprints, compared with each other
     pictures, unread = read_all(parts, embed, settings)
     clock.lap("read")
     options = dict(clusters=settings.clusters, probes=settings.probes)
     pairs, alike = candidates(
         pictures.compared, threshold, clock, settings.threads, options
     )
+
+    # --- which go. Pictures are sorted by preference, so their index is their rank
     near, n = alike >= threshold, len(pictures.sources)
     removed = duplicates.choose(n, pairs[near], alike[near], np.arange(n))
     clock.lap("choose")
@@ -82,7 +89,10 @@ def dedup(config: ConfigDict, workdir: epath.Path) -> None:
         "settings": settings.to_dict()
         | {"threshold": threshold, "inputs": list(config.ingest.inputs)},
     }
+    # What precompute needs comes first; the page reads pictures again, and may fail.
     write(workdir, pictures.sources, removed)
+
+    # --- the page
     shown = dedup_page.spread(alike, threshold, settings.pairs)
     examples = shots(parts, pictures, pairs[shown])
     clock.lap("page")
@@ -96,7 +106,7 @@ def dedup(config: ConfigDict, workdir: epath.Path) -> None:
 
 
 class Clock:
-    """Seconds by stage."""
+    """Measures the seconds of each stage."""
 
     def __init__(self):
         self.seconds, self._since = {}, time.monotonic()
@@ -107,7 +117,7 @@ class Clock:
 
 
 def embedding(name: str) -> tuple[Callable | None, float]:
-    """The function that makes embeddings, None for the hash, and its threshold."""
+    """The embedding of config.dedup.embed, None for the hash, and its threshold."""
     if name == "hash":
         return None, fingerprints.THRESHOLD
     if name.endswith(".pt"):
@@ -123,7 +133,7 @@ def embedding(name: str) -> tuple[Callable | None, float]:
 def read_all(
     parts: Sequence[Part], embed: Callable | None, settings: ConfigDict
 ) -> tuple[Pictures, Counter[str]]:
-    """Every picture's fingerprint, and how many have none, by reason."""
+    """Read and fingerprint every picture; also counts unreadable ones by reason."""
     unread, rows, batches = Counter(), [], []
     total = sum(part.bytes for part in parts)
     numbered_items = chain.from_iterable(
@@ -144,7 +154,9 @@ def read_all(
     else:
         compared = np.concatenate(batches or [np.zeros((0, 1), np.float32)])
     pixels, size = np.array([row[2:] for row in rows], np.int64).reshape(-1, 2).T
-    order = np.lexsort((-size, -pixels))  # of one size, the least compressed
+    # Most pixels first; of equals the largest file, which is the least compressed. The
+    # sort is stable, so ties keep the order of the input.
+    order = np.lexsort((-size, -pixels))
     reorder = lambda prints: Prints(*(x[order] for x in prints))
     compared = reorder(compared) if embed is None else compared[order]
     sources, numbers = ([rows[i][k] for i in order] for k in (0, 1))
@@ -153,6 +165,7 @@ def read_all(
 
 def read(numbered_item, *, printed: bool):
     """(item or Rejected, number of its part, pixels, fingerprint or picture)."""
+    # Fingerprints are made here, in many threads. Embeddings want batches, in one.
     number, item = numbered_item
     if isinstance(item, Rejected):
         return item, number, 0, None
@@ -163,11 +176,13 @@ def read(numbered_item, *, printed: bool):
         return items.rejected(item.source, reason, item.bytes), number, 0, None
     size = picture.shape[0] * picture.shape[1]
     comparable = fingerprints.prints([picture]) if printed else picture
+    # Without `read`, which for a parquet file holds the picture's bytes.
     return item._replace(read=None), number, size, comparable
 
 
 def readable(outcomes, unread: Counter, rows: list, progress: Progress) -> Iterator:
-    """What could be read, in `told` (source, part, pixels, bytes); else counted."""
+    """Yield what could be read and add its (source, part, pixels, bytes) to `rows`;
+    count the others in `unread`, by reason."""
     for item, number, size, comparable in outcomes:
         progress.add(things=1, bytes=item.bytes)
         if isinstance(item, Rejected):
@@ -184,17 +199,19 @@ def candidates(
     threads: int,
     options: dict,
 ) -> tuple[ndarray, ndarray]:
-    """Pairs and how alike they are: all above the threshold, and some below it."""
+    """Pairs and their similarity: all above the threshold, and some below it."""
     if not isinstance(compared, Prints):
         lowest = threshold - MARGIN
         candidate_pairs = duplicates.pairs(compared, threshold=lowest, **options)
         clock.lap("search")
         return candidate_pairs
+    # The hash searches in two steps: descriptors find pairs cheaply and loosely, and
+    # only these are laid over each other.
     loose = fingerprints.LOOSE
     pairs, _ = duplicates.pairs(compared.descriptors, threshold=loose, **options)
     clock.lap("search")
     with ThreadPoolExecutor(threads) as pool:
-        blocks = [pairs[at : at + SOME] for at in range(0, len(pairs), SOME)]
+        blocks = [pairs[at : at + PAIRS] for at in range(0, len(pairs), PAIRS)]
         likenesses = list(pool.map(partial(fingerprints.likeness, compared), blocks))
     clock.lap("compare")
     return pairs, np.concatenate([np.zeros(0, np.float32), *likenesses])
@@ -211,7 +228,7 @@ def write(workdir: epath.Path, sources: list[str], removed: list) -> None:
 
 
 def shots(parts: Sequence[Part], pictures: Pictures, pairs: ndarray) -> dict:
-    """The pictures of these pairs by index, read anew: only the page needs them."""
+    """Read the pictures of these pairs again, for the page; by index."""
     by_part = {}
     for index in np.unique(pairs).tolist():
         index_of = by_part.setdefault(pictures.parts[index], {})
@@ -227,7 +244,7 @@ def shots(parts: Sequence[Part], pictures: Pictures, pairs: ndarray) -> dict:
 
 
 def lines(report: dict[str, Any]) -> Iterator[str]:
-    """What dedup prints at its end."""
+    """The lines that dedup prints at its end."""
     settings, n, seconds = report["settings"], report["pictures"], report["seconds"]
     yield f"{n:,} pictures, {report['removed']:,} of them near-duplicates of others"
     threshold = settings["threshold"]

@@ -1,9 +1,10 @@
-"""What shards of records hold: a table of them, and a page with some of the pictures.
+"""Inspect shards of records: print a table, and write a page with some pictures.
 
     sd3-jax inspect --config=RECIPE --workdir=DIR [--config.data.records=SHARDS]
 
 The shards are those of config.data, or else DIR/records/*.arecord, which `precompute`
-wrote. By default it reads a few records of each; config.inspect.records = 0 reads all.
+wrote. By default a few records of each shard are read; config.inspect.records = 0 reads
+all.
 """
 
 import logging
@@ -29,14 +30,14 @@ from sd3_jax.tools.inspect.inspect_page import Contact
 from sd3_jax.tools.inspect.survey import KINDS, WAIT, Choice, Tally, name_of
 
 log = logging.getLogger(__name__)
-FOLD = 50  # shards; the rows of more are folded by bucket
+FOLD = 50  # shards; with more, the table has a row a bucket
 DECODED = 2**17  # latents of a picture, at most: 8 megapixels
 MANIFEST = 2**28  # bytes of it, at most
 HEAD = ("shard", "records", "MB", "bucket", "captions", "bad", "holds")
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Prints the table, leaves workdir/inspect.html; 1 if a record or shard is bad."""
+    """Print the table and write inspect.html; returns 1 if a record or shard is bad."""
     watchdog.expect("process 0, which inspects the records", WAIT)
     code = processes.first(lambda: inspected(config, epath.Path(workdir)), seconds=WAIT)
     watchdog.expect("the end", None)
@@ -44,13 +45,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
 
 
 def inspected(config: ConfigDict, workdir: epath.Path) -> int:
-    """What process 0 does; memory does not grow with what the shards hold."""
+    """Inspect the shards on process 0; memory does not grow with what they hold."""
     paths, held_out = listed(config, workdir)
     choice = Choice(config.inspect.pictures)
     total, held_out_total = table(config, paths, held_out, choice)
     notes = summary(total, held_out_total) + manifest(workdir)
     faults = verdict(total, config.inspect.records)
     print("", *buckets_text(total), "", *notes, *faults, sep="\n", flush=True)
+    # After the table: the page may need weights, which may fail to load.
     decode, rendering = decoder(config)
     sheet = contacts(choice.chosen(), decode)
     text = page(config, workdir, total, notes, sheet, rendering)
@@ -61,13 +63,14 @@ def inspected(config: ConfigDict, workdir: epath.Path) -> int:
 
 
 def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]]:
-    """The shards' paths, and which of them config says are held out."""
+    """The shards' paths, and the set of those that config.data.held_out names."""
     data = config.data
     if data.records or data.held_out:
         trained = [path for pattern in data.records for path in shards.expand(pattern)]
         held_out = [
             path for pattern in data.held_out for path in shards.expand(pattern)
         ]
+        # A shard that is listed in both is counted once.
         return list(dict.fromkeys(trained + held_out)), set(held_out)
     pattern = workdir / "records" / "*.arecord"
     try:
@@ -77,14 +80,15 @@ def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]
         raise UserError(f"{error}; wanted {wanted}") from None
 
 
-# What is printed
+# --- what is printed
 
 
 def table(
     config: ConfigDict, paths: list[str], held_out: set[str], choice: Choice
 ) -> tuple[Tally, Tally]:
-    """Prints a row as its shard is read; the sums of all, and of those held out."""
+    """Print a row as each shard is read; sums of all shards and of held-out ones."""
     each_shard = config.inspect.shards or len(paths) <= FOLD
+    # Rows are printed before all are known: the width of names is taken up front.
     names = [name_of(path) for path in paths] if each_shard else ["1,000,000 shards"]
     wide = max(len(name) for name in (HEAD[0], *names))
     total, held_out_total, folded = Tally("all"), Tally("held out"), {}
@@ -93,6 +97,7 @@ def table(
     print(aligned(HEAD, wide))
     for path, tally in survey.tallies(paths, config.inspect.records, choice):
         total.add(tally)
+        # Without config.data it is precompute's name that says so.
         if path in held_out or name_of(path).startswith("val-"):
             held_out_total.add(tally)
         if each_shard:
@@ -108,7 +113,7 @@ def table(
 
 
 def aligned(row: tuple[str, ...], wide: int) -> str:
-    """One line; only the last cell may be as long as it likes."""
+    """Format a row in columns; only its last cell has any length."""
     first, records, size, bucket, captions, bad, holds = row
     counts = f"{records:>10}  {size:>10}  {bucket:>12}  {captions:>8}  {bad:>5}"
     return f"{first:<{wide}}  {counts}  {holds}"
@@ -139,7 +144,7 @@ def buckets_text(total: Tally) -> list[str]:
 
 
 def buckets(total: Tally) -> list[tuple[str, str, float, str]]:
-    """Each bucket's records, their share and MB a record."""
+    """(bucket, records, their share, MB a record), tall buckets first."""
     return [
         (
             name,
@@ -173,9 +178,13 @@ def summary(total: Tally, held_out: Tally) -> list[str]:
 
 def verdict(total: Tally, most: int) -> list[str]:
     if not total.bad_count:
+        # With all records read their checksums are all verified; otherwise only those
+        # read.
         if not most:
             return [f"all {total.records:,} records are sound"]
         return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
+    # Shards that cannot be opened are counted among the bad, but hold no known number
+    # of records.
     unread = total.reasons["not readable"]
     bad = total.bad_count - unread
     examined = total.good + bad
@@ -189,11 +198,11 @@ def verdict(total: Tally, most: int) -> list[str]:
 
 
 def manifest(workdir: epath.Path) -> list[str]:
-    """What precompute counted, pictures kept and rejected; nothing without its file."""
+    """Precompute's counts of records and rejected files; [] without manifest.json."""
     path = workdir / "manifest.json"
     try:
         with path.open("rb") as file:
-            data = file.read(MANIFEST + 1)
+            data = file.read(MANIFEST + 1)  # one byte more shows that it is too long
         counts = parse_json(data) if len(data) <= MANIFEST else None
     except OSError:
         return []
@@ -213,16 +222,17 @@ def manifest(workdir: epath.Path) -> list[str]:
     return [f"{path.name}: {', '.join(notes)}"] if notes else []
 
 
-# The page
+# --- the page
 
 
 def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str]:
-    """What makes pixels of latents, and what the page says of it."""
+    """A function from latents to pixels, or None; and how the page describes it."""
     if not config.weights:
         return None, "a rough preview where a record has no image (no config.weights)"
     mesh = sharding.make_mesh(fsdp=1, devices=jax.local_devices()[:1])
     bundle = None
 
+    # Loaded at the first latents: records of pictures need no autoencoder.
     def decode(x0):
         nonlocal bundle
         bundle = bundle or released_sampler.load(config, mesh, only=("vae",))
@@ -235,7 +245,7 @@ def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str
 
 
 def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
-    """Each read again, so that no more than one is in memory at a time."""
+    """Read the chosen records again, one at a time, and make their thumbnails."""
     sheet = []
     for path, index in places:
         watchdog.expect("a picture", watchdog.LONG)
@@ -246,6 +256,7 @@ def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
             log.warning("%s", error)
             continue
         image = inspect_page.jpeg(inspect_page.picture(record, decode))
+        # Without the tensors: only those of one record are in memory at a time.
         bucket, name = survey.bucket(record), f"{name_of(path)}:{index}"
         sheet.append(Contact(name, bucket, size, record._replace(tensors={}), image))
         reader.close()

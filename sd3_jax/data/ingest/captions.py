@@ -1,6 +1,6 @@
-"""Which of a picture's captions a record has: drawn by weight, for good, by its source.
+"""Drawing a record's caption among those of its picture: by weight, once, by source.
 
-The paper's mix is half the original's, half synthetic ones (sec. 4.2).
+The SD3 paper mixes original and synthetic captions in equal parts (sec. 4.2).
 """
 
 import hashlib
@@ -20,8 +20,9 @@ from sd3_jax.data.ingest.items import BadItem, Numeral, Value, call_function
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-USUAL = ("caption", "text", "txt", "prompt", "captions")  # what "caption" stands for
-STANDING = ("caption", "synthetic")  # the default's: not every input has each of them
+USUAL = ("caption", "text", "txt", "prompt", "captions")  # that "caption" stands for
+# Columns of the default mixture. An input may lack them without it being a mistake.
+STANDING = ("caption", "synthetic")
 WANTED = '"caption=0.5", "column=0.5" or "package.module:function=0.5"'
 
 
@@ -33,11 +34,11 @@ class Caption(NamedTuple):
 
 class Drawn(NamedTuple):
     text: str  # "" if the item has none
-    name: str  # which of the captions it is, "" if none
+    name: str  # of the caption that was drawn, "" if none
 
 
 def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
-    """Captions from their specs, "name=weight" or "name"; or a UserError."""
+    """Parse captions from specs, "name=weight" or "name"; or a UserError."""
     by_name = {}
     for spec in specs:
         name, equals, weight = spec.rpartition("=")
@@ -49,6 +50,7 @@ def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
             )
         if name in by_name:
             raise UserError(f"{shown(spec)}: the caption {shown(name)} is listed twice")
+        # A colon tells a function from a column: "package.module:function".
         function = hooks.load(name) if ":" in name else None
         by_name[name] = Caption(name, float(weight), function)
     return tuple(by_name.values())
@@ -62,11 +64,11 @@ def draw(
     source: str,
     picture: UInt8[ndarray, "h w 3"] | None = None,
 ) -> Drawn:
-    """One of the captions that the item has, a function's among them.
+    """Draw one of the captions that the item has, or that a function gives.
 
-    A function of seed and source: the same on every host, and when it is done again.
-    Of a column that lists several, each is as likely. What is no text, or empty once it
-    is cleaned, is none. BadItem if a function was drawn and fails.
+    Depends only on seed and source: the same on every host and in every run. In a
+    column with a list of captions each is equally likely. Values that are not text, or
+    empty once cleaned, do not count. BadItem if a function is drawn and fails.
     """
     texts_of = [(caption, _texts(item_columns, caption.name)) for caption in captions]
     choices = [row for row in texts_of if row[0].function or row[1]]
@@ -91,7 +93,7 @@ def draw(
 
 
 def prefixed(drawn: Drawn, prefix: str) -> Drawn:
-    """The caption behind the text that all have in common; without one, that text."""
+    """The caption after the prefix of all captions; the prefix alone without one."""
     if not prefix:
         return drawn
     if not drawn.text:
@@ -100,16 +102,17 @@ def prefixed(drawn: Drawn, prefix: str) -> Drawn:
 
 
 def available(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
-    """Which of the captions that are columns the item has."""
+    """Names of the captions that the item has as columns."""
     from_columns = [caption for caption in captions if not caption.function]
     return [caption.name for caption in from_columns if _texts(columns, caption.name)]
 
 
 def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
-    """A column's captions, cleaned; of the usual ones, however their letters are cased,
-    the first that has any."""
+    """A column's captions, cleaned; for "caption" those of the first usual column that
+    has any, in whatever case its name is."""
     names = (name,)
     if name == "caption":
+        # Column names are matched in any case, the exact one first.
         spelt = lambda usual: sorted(x for x in columns if x.lower() == usual)
         names = [x for usual in USUAL for x in (usual, *spelt(usual))]
     for column in names:
@@ -124,12 +127,14 @@ def _text(value: Value) -> str:
     value = value.text if isinstance(value, Numeral) else value
     try:
         return records.clean(value) if isinstance(value, str) else ""
-    except ValueError:  # half of a surrogate pair: it came of a broken file
+    except ValueError:  # half of a surrogate pair, from a broken file
         return ""
 
 
 def _uniform(seed: int, source: str) -> tuple[float, float]:
-    """Two numbers in [0, 1), independent of each other."""
+    """Two independent numbers in [0, 1)."""
+    # `person` keeps this draw apart from that of held-out pictures (prepare.py), which
+    # hashes the same values. 53 bits are a float's.
     data = json.dumps([seed, source]).encode()  # ASCII, whatever the source is
     digest = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
     high, low = digest[:8], digest[8:]

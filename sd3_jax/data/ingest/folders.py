@@ -1,8 +1,7 @@
-"""Folders of pictures with their captions beside them, walked in order of name.
+"""Folders of pictures with captions beside them, walked in order of name.
 
-Captions stand beside a.jpg in a.txt, a.caption or a.json, or in a.jpg.txt and so on, or
-in a folder's metadata.jsonl or .csv, which goes for the folders in it too. Hidden files
-and folders are not looked at.
+Captions of a.jpg are in a.txt, a.caption or a.json, in a.jpg.txt and so on, or in a
+metadata.jsonl or .csv of its folder or one above. Hidden files and folders are skipped.
 """
 
 import functools
@@ -32,7 +31,9 @@ from sd3_jax.data.ingest.items import (
 from sd3_jax.data.ingest.listing import FILE, FOLDER, LINK, OTHER, Entry
 from sd3_jax.errors import UserError
 
-COARSE = 2 * 10**9  # ns in which a directory may change twice under one time
+# Nanoseconds in which a directory may change twice and keep one time: FAT's clock, the
+# coarsest that is common, ticks every two seconds.
+COARSE = 2 * 10**9
 UNFIT = {
     LINK: "a link to a folder, which is not followed",
     OTHER: "cannot be read: not a file, or a link to none",
@@ -43,7 +44,7 @@ NOT_READ = {
 
 
 class Subject(NamedTuple):
-    """What is accounted for once: a picture, or a file that is none."""
+    """A picture with its sidecars, or another file; each is counted once."""
 
     name: str
     reason: str = ""  # why it is rejected
@@ -51,26 +52,29 @@ class Subject(NamedTuple):
 
 
 class Contents(NamedTuple):
-    """A directory as it is now."""
+    """What a directory holds now."""
 
     subjects: list[Subject]
     folders: list[str]
-    names: str  # a hash of all that is in it
+    names: str  # a hash of the names and kinds of all entries
 
 
 def plan(path: str, label: str, size: int) -> Iterator[Part]:
-    """Parts of at most `size` pictures and other files; a UserError if it holds no
-    picture. A small directory shares a part with those after it."""
+    """Plan parts of at most `size` files; UserError if the folder holds no picture.
+
+    Small directories share a part with those after them.
+    """
     waiting, open_part, pictures = [""], _Planned(path, label), 0
     while waiting:
         directory = waiting.pop()
         contents = _contents(path, directory)
+        # Depth first, in order of name: sources come in one order, whatever the parts.
         waiting += [
             listing.join(directory, name) for name in reversed(contents.folders)
         ]
         pictures += sum(is_picture(s.name) and not s.reason for s in contents.subjects)
         first = 0
-        while True:
+        while True:  # once for an empty directory too: its part sees files added
             number = min(size - open_part.weight, len(contents.subjects) - first)
             open_part.add(directory, contents, first, number)
             first += number
@@ -89,7 +93,9 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """Each file of a planned part once; a UserError if it is not as it was planned."""
+    """Yield each file of a planned part once; UserError if the part has changed."""
+    # The same spans are planned again and the hashes compared: positions in a directory
+    # mean other files as soon as one is added before them.
     replanned, by_directory = _Planned(part.path, part.label), []
     for directory, first, number in part.spans:
         contents = _contents(part.path, directory)
@@ -119,7 +125,7 @@ def is_picture(name: str) -> bool:
 
 
 class _Planned:
-    """A part in the making; planned from the same spans again, it has the same hash."""
+    """A part under construction. The same spans and files give the same hash."""
 
     def __init__(self, path: str, label: str):
         self.path, self.label, self.spans = path, label, []
@@ -129,7 +135,7 @@ class _Planned:
     def add(
         self, directory: str, contents: Contents, first: int, number: int
     ) -> list[tuple[int, int]]:
-        """Takes so many subjects of a directory, and gives their bytes and times."""
+        """Add `number` subjects of a directory; returns their bytes and times."""
         subjects = contents.subjects[first : first + number]
         groups = [[s.name, *(entry.name for entry in s.sidecars)] for s in subjects]
         names = [listing.join(directory, name) for group in groups for name in group]
@@ -139,6 +145,8 @@ class _Planned:
         governing = [
             row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in metadata_files
         ]
+        # Times go into `stamps` alone: of a file that was only touched or copied the
+        # stamp changes, after which contents are compared, but not the listing.
         self.spans.append([directory, first, number])
         self.hashes.append(
             listing.digest(directory, first, contents.names, governing, sizes)
@@ -170,12 +178,13 @@ class _Planned:
 
 
 def _contents(root: str, directory: str) -> Contents:
-    """A directory of many parts is listed once, as long as it does not change."""
+    """List a directory once for its parts, as long as its time does not change."""
     where = listing.join(root, directory)
     try:
         stamp = os.stat(where).st_mtime_ns if listing.local(where) else None
     except OSError:
         stamp = None
+    # A directory that changed just now may change again under the same time.
     if stamp is None or time.time_ns() - stamp < COARSE:
         return _read_contents.__wrapped__(root, directory, stamp)
     return _read_contents(root, directory, stamp)
@@ -206,16 +215,19 @@ def _subjects(entries: list[Entry]) -> list[Subject]:
         if extension in SIDECARS and entry.kind != LINK:
             if (owner := _owner(stem)) in pictured:
                 sidecar_of.setdefault((owner, extension), entry)
+    # Every entry becomes one subject, or is the sidecar of one.
     subjects = []
     for entry, stem, extension in rows:
         sidecar = sidecar_of.get((_owner(stem), extension))
         reason, sidecars = UNFIT.get(entry.kind, ""), ()
         if sidecar is entry:
             continue  # accounted for with its picture
+        # OneTrainer's a-masklabel.png is no picture of its own.
         if not reason and extension in PICTURES and stem.endswith(LABELS):
             reason = LABEL
         if not reason and extension in PICTURES:
             owners = _owner(stem), f"{stem}.{extension}"
+            # a.txt and then a.jpg.txt, each in the order in which later kinds override.
             keys = [(owner, kind) for owner in owners for kind in SIDECARS]
             sidecars = tuple(sidecar_of[key] for key in keys if key in sidecar_of)
         elif not reason:
@@ -247,6 +259,7 @@ def _outcome(
         yield rejected(source if subject.name else f"{source}/", subject.reason, size)
         return
     try:
+        # Metadata first: sidecars override it.
         columns = dict(columns_of(inside))
         for sidecar in subject.sidecars:
             extension = _split(sidecar.name)[1]
@@ -263,12 +276,12 @@ def _outcome(
 
 
 def _owner(stem: str) -> str:
-    """A sidecar's stem as its picture's name is known by: A.JPG as A.jpg."""
+    """A sidecar's stem with a picture's extension in lower case: A.JPG as A.jpg."""
     name, extension = _split(stem)
     return f"{name}.{extension}" if extension in PICTURES else stem
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Up to the last dot, and what follows it in lower case."""
+    """(stem up to the last dot, extension in lower case)."""
     stem, dot, extension = name.rpartition(".")
     return (stem, extension.lower()) if dot else (name, "")

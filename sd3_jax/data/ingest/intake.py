@@ -1,4 +1,4 @@
-"""How jobs go through pictures of other hands: the parts of the input, and in order."""
+"""How jobs read config.ingest.inputs: plan parts, check captions, map in order."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,17 +16,18 @@ from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-WORDS = "caption", "file_name", "metadata", "sidecar", "line", "column"  # in reasons
-PARTS, FILES = 8, 256  # of the input, and of each of these, that are looked at first
+# Reasons with one of these words say that a caption was lost, not a picture.
+WORDS = "caption", "file_name", "metadata", "sidecar", "line", "column"
+PARTS, FILES = 8, 256  # that a survey looks at: parts, spread over all; files of each
 
 
 def plan_inputs(
     config: ConfigDict, *, known: Iterable[str] = (), **options
 ) -> list[Part]:
-    """The parts of config.ingest.inputs; a UserError names the key.
+    """Plan the parts of config.ingest.inputs; a UserError names the key.
 
-    An input that is one of the `known` paths by another name goes by the known one: the
-    names of its sources follow from it.
+    An input that is another spelling of one of the `known` paths goes by the known one,
+    since the names of its sources follow from it.
     """
     if not config.ingest.inputs:
         raise UserError(
@@ -43,15 +44,15 @@ def plan_inputs(
 
 
 class Survey(NamedTuple):
-    """The first items of some parts, counted; no picture is opened."""
+    """Counts of the first items of a few parts, from columns alone."""
 
     pictures: int
     captioned: int
-    columns: Counter[str]  # where they are not null
-    captions: Counter[str]  # of those that are asked for
-    kinds: dict[str, Counter[str]]  # by column, of values that are no text
+    columns: Counter[str]  # items in which a column is not null
+    captions: Counter[str]  # items that have a requested caption
+    kinds: dict[str, Counter[str]]  # by column, types of values that are not text
     rejected: Counter[str]  # by reason
-    reasons: dict[str, str]  # the first in full, with its source
+    reasons: dict[str, str]  # the first item of each reason, and the reason in full
 
     @property
     def looked_at(self) -> str:
@@ -64,9 +65,11 @@ class Survey(NamedTuple):
 
 
 def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
+    """Count what the first files of up to PARTS parts hold; opens no picture."""
     columns, caption_counts, rejected = Counter(), Counter(), Counter()
     kinds, reasons = defaultdict(Counter), {}
     pictures = captioned = 0
+    # Spread over the input, whose parts may come from different sources.
     for part in parts[:: -(-len(parts) // PARTS) or 1]:
         for item in islice(input_parts.items(part), FILES):
             if not isinstance(item, Item):
@@ -89,11 +92,14 @@ def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
 def require_captions(
     parts: Sequence[Part], specs: Sequence[Caption], *, prefix: str = ""
 ) -> None:
-    """UserError if a caption that is named is in none of the first pictures of some
-    parts, or if none of them has any: before anything is encoded, no picture opened."""
+    """UserError if no picture of a survey has a caption, or a named one is in none.
+
+    Called before anything is encoded: a wrong column would otherwise cost a whole run.
+    """
     counted = survey(parts, specs)
     about_captions = [why for why in counted.rejected if any(x in why for x in WORDS)]
     rejections = [f"{counted.rejected[why]:,} {why}" for why in about_captions]
+    # Nothing but rejected files: an error only if captions are why.
     if not counted.pictures:
         if about_captions:
             raise UserError(
@@ -102,6 +108,7 @@ def require_captions(
                 f" {counted.reasons[about_captions[0]]}"
             )
         return
+    # A function may caption anything; only columns can be missing.
     column_names = [caption.name for caption in specs if not caption.function]
     required = [x for x in column_names if x not in captions.STANDING]
     missing = [name for name in required if not counted.captions[name]]
@@ -140,7 +147,7 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def _kind(value: Value) -> str:
-    """What a value is, in the words of JSON."""
+    """The type of a value, in the words of JSON."""
     if isinstance(value, list):
         return "lists of " + "/".join(sorted({_kind(x) for x in value}) or ["nothing"])
     names = {bool: "booleans", dict: "objects", str: "texts", type(None): "nulls"}
@@ -150,7 +157,8 @@ def _kind(value: Value) -> str:
 def in_order(
     pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator:
-    """function(thing) of each, in their order, `ahead` of them at a time."""
+    """Map items in a pool, results in the items' order, at most `ahead` in flight."""
+    # Not pool.map, which consumes all items before it yields the first result.
     running = deque()
     try:
         for item in items:

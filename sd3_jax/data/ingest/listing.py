@@ -1,4 +1,4 @@
-"""What a folder holds, here or in a bucket."""
+"""Listing of folders and sizes of files, on a local file system or in a bucket."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from etils import epath
 from sd3_jax import files
 
 FILE, FOLDER, LINK, OTHER = "file", "folder", "link to a folder", "other"
-THREADS = 32  # that ask a bucket for sizes
+THREADS = 32  # that ask a bucket for sizes, at a request each
 
 
 class Entry(NamedTuple):
@@ -21,7 +21,7 @@ class Entry(NamedTuple):
 
 
 def entries(folder: str) -> list[Entry]:
-    """What a folder holds and is not hidden, in order of name; or an OSError."""
+    """The entries of a folder that are not hidden, in order of name; or an OSError."""
     if not local(folder):
         names = [path.name for path in epath.Path(folder).iterdir()]
         with ThreadPoolExecutor(THREADS) as threads:
@@ -34,11 +34,9 @@ def entries(folder: str) -> list[Entry]:
 
 
 def look(path: str) -> tuple[str, int]:
-    """What a path is, links followed, and a file's bytes; (OTHER, -1) if there is none.
-
-    Not by epath where the file is local: it asks for the owner's name, and fails
-    where the owner has none.
-    """
+    """(kind, bytes) of a path, links followed; (OTHER, -1) if it does not exist."""
+    # os.stat for local files: epath's stat looks the owner's name up, and fails where
+    # the owner has none, as in many containers.
     try:
         if not local(path):
             status = epath.Path(path).stat()
@@ -53,7 +51,7 @@ def look(path: str) -> tuple[str, int]:
 
 
 def stats(paths: list[str]) -> list[tuple[int, int]]:
-    """(bytes, time of the last change in ns) of files; -1 of what is not there."""
+    """(bytes, mtime in ns) of files, -1 for those that do not exist."""
     if paths and not local(paths[0]):
         with ThreadPoolExecutor(THREADS) as threads:
             return list(threads.map(stat_of, paths))
@@ -61,7 +59,7 @@ def stats(paths: list[str]) -> list[tuple[int, int]]:
 
 
 def stat_of(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change in ns) of a file; 0 bytes of what is none."""
+    """(bytes, mtime in ns) of a file; 0 bytes if it is not a regular file."""
     try:
         if not local(path):
             status = epath.Path(path).stat()
@@ -82,7 +80,7 @@ def absolute(path: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """One spelling of all that lead to the same place, links followed."""
+    """A path with links resolved: equal for two spellings of one place."""
     return os.path.realpath(path) if local(path) else path
 
 
@@ -91,7 +89,9 @@ def join(folder: str, name: str) -> str:
 
 
 def digest(*values) -> str:
-    """A short hash, of names and sizes say, that an odd name has too."""
+    """A short hash of values such as names and sizes."""
+    # json.dumps escapes what UTF-8 cannot spell: names that are no valid text, which
+    # Python has as surrogates, have a hash as well.
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 

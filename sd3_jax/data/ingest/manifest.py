@@ -1,4 +1,4 @@
-"""What precompute has done: a file for each part that is whole, and their sum."""
+"""The progress of precompute: a file for each finished part, and the sum of all."""
 
 import json
 from collections import Counter
@@ -21,7 +21,11 @@ SPLITS = ("train", "val")
 
 
 class PartWriter:
-    """A part's shards, one for each bucket and split: all whole, or none has a name."""
+    """The shards of a part, one for each bucket and split.
+
+    An exception leaves none of them: shards get their names when the writer is left,
+    and `Manifest.clear_unfinished` removes those of a part that is not done.
+    """
 
     def __init__(self, workdir: epath.Path, number: int):
         self.folder, self.number = workdir / "records", number
@@ -37,7 +41,7 @@ class PartWriter:
         return self._open.__exit__(*error)
 
     def write(self, ready: Ready, tensors: dict[str, Any]) -> None:
-        """A BadRecord, and nothing written, if a value is not finite."""
+        """Write a record to its shard; BadRecord, and nothing written, if it is bad."""
         record = Record(
             tensors,
             source=ready.source,
@@ -46,17 +50,19 @@ class PartWriter:
             crop=ready.crop,
             caption_from=ready.caption_from,
         )
+        # Encoded before a shard is opened: a shard without records is an error.
         data = records.encode(record)
         key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
         if key not in self._writers:
             writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
             self._writers[key] = self._open.enter_context(writer)
         self._writers[key].add(data)
+        # Counted after the write: what is refused is counted as rejected.
         self._sources[ready.caption_from] += bool(ready.caption_from)
         self.uncaptioned += not ready.caption
 
     def about(self) -> dict[str, Any]:
-        """Counts by bucket and split, by caption, and the shards, now all whole."""
+        """Counts by bucket, split and caption, and the names of the shards."""
         by_bucket, shards = {}, []
         by_name = lambda entry: entry[1].path.name
         for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
@@ -71,14 +77,14 @@ class PartWriter:
 
 
 class Manifest:
-    """DIR/parts: 00012.json once a part is done, and what it rejected beside it."""
+    """DIR/parts: 00012.json once part 12 is done, with its rejected files beside it."""
 
     def __init__(self, workdir: epath.Path, parts: int):
         self.workdir, self.parts = workdir, parts
         self.folder = workdir / "parts"
 
     def done(self) -> set[int]:
-        """The parts that are whole."""
+        """Numbers of the finished parts."""
         names = [path.name for path in files.children(self.folder)]
         numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
         return {int(number) for number in numbers if int(number) < self.parts}
@@ -86,19 +92,28 @@ class Manifest:
     def add(
         self, number: int, about: dict, rejected: list[Rejected], sources: list[list]
     ) -> None:
-        """A part is done, all its shards being whole; `sources` are rows of `stale`."""
+        """Mark a part as done; `sources` are its rows of `input_changes`.
+
+        All its shards must have their names by now.
+        """
+        # 00012.json comes last: it makes the part count, so all else must be there. A
+        # kill before it leaves files that the next run writes over.
         lines = "".join(f"{json.dumps(row)}\n" for row in sources)
         write_whole(input_changes.path(self.workdir, number), lines.encode())
         rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
+        # Names that are not valid text cannot be written as UTF-8.
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
+        # Reasons are counted by what they have in common; each in full is in the file.
         reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
         about = about | {"rejected": dict(sorted(reasons.items()))}
         write_whole(self.folder / f"{number:05d}.json", json.dumps(about).encode())
 
     def clear_unfinished(self) -> list[int]:
-        """Remove what a killed job left of parts that are not done; their numbers."""
+        """Remove what a killed job left of unfinished parts; returns their numbers."""
         done = self.done()
+        # A part's shards may be whole while its file in parts/ is missing: a kill
+        # between the two. They are made again, so that counts and shards agree.
         for path in files.children(self.workdir / "records"):
             number = path.name.split("-")[1] if path.name.count("-") >= 2 else ""
             unfinished = number.isdigit() and int(number) not in done
@@ -107,7 +122,7 @@ class Manifest:
         return [number for number in range(self.parts) if number not in done]
 
     def total(self) -> dict[str, Any]:
-        """The sum of all parts: every file of the input counted once."""
+        """The sum of all parts, in which every file of the input is counted once."""
         by_bucket, shards, counts = {}, [], Counter()
         counters = {name: Counter() for name in ("rejected", "captions", "cut")}
         for about in self._abouts():
@@ -133,7 +148,7 @@ class Manifest:
         }
 
     def rejected(self) -> Iterator[str]:
-        """The lines of all that was not taken, in the order of the input."""
+        """The JSON lines of all rejected files, in the order of the input."""
         for number in range(self.parts):
             path = self.folder / f"{number:05d}.rejected.jsonl"
             yield from path.read_text().splitlines()

@@ -1,7 +1,6 @@
-"""An item of other hands to what is encoded: filtered, decoded, cut, captioned.
+"""Prepare an item for encoding: filter, decode, crop to its bucket, draw its caption.
 
-All of it is a function of the item and the settings: the same on any host, and when it
-is done again.
+The result depends only on the item and the settings, not on the host or the run.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ UNCAPTIONED = "no caption"
 
 
 class Settings(NamedTuple):
-    """Which items are taken, and what is made of them."""
+    """Which items are taken, and how they are prepared."""
 
     buckets: Sequence[Bucket]
     captions: Sequence[Caption]
@@ -37,12 +36,12 @@ class Settings(NamedTuple):
     uncaptioned: bool = False  # whether items without a caption are taken
     held_out: float = 0.0  # share that is for validation
     rejected: str = ""  # the column that names a preference's other picture
-    folder: str = ""  # in which that name is looked for
+    folder: str = ""  # that the names in that column are relative to
     seed: int = 0
 
 
 class Ready(NamedTuple):
-    """A picture in its bucket's shape, and all else that its record will say."""
+    """A picture in its bucket's shape, with the other fields of its record."""
 
     source: str
     image: UInt8[ndarray, "h w 3"]
@@ -57,10 +56,11 @@ class Ready(NamedTuple):
 
 
 def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
-    """The item as it is encoded, or why it is not; filters on columns come first.
+    """Prepare an item, or reject it with a reason.
 
-    To an item's columns are added its height and width in pixels, `enlarged`, the
-    factor by which its bucket enlarges it, and `kept`, the share that is not cut off.
+    Filters and functions also see the columns height and width in pixels, `enlarged`,
+    the factor by which the bucket enlarges the picture, and `kept`, the share of the
+    picture that is not cropped off.
     """
     if isinstance(item, Rejected):
         return item
@@ -70,6 +70,7 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
     of_columns, of_pictures = filters.split(settings.filters)
     known_columns = {"height", "width", "enlarged", "kept"}
     early_filters = [rule for rule in of_columns if rule.name not in known_columns]
+    # Cheapest first: filters on the input's columns reject before the picture is read.
     try:
         if refusal := filters.refuse(early_filters, item.columns):
             return refuse(_filtered(refusal))
@@ -107,12 +108,14 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
 def rejected_picture_of(
     item: Item, settings: Settings, bucket: Bucket
 ) -> UInt8[ndarray, "h w 3"] | None:
-    """The other picture of a preference, in the bucket of the first; or a BadItem."""
+    """The worse picture of a preference, cut to the bucket of the better one."""
     if not settings.rejected:
         return None
     name = item.columns.get(settings.rejected)
     if not isinstance(name, str) or not name.strip():
         raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+    # Written on Windows, as a file_name in metadata may be.
+    name = name.replace("\\", "/")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BadItem(f'bad "{settings.rejected}": outside the folder')
     path = epath.Path(settings.folder) / name
@@ -125,7 +128,7 @@ def rejected_picture_of(
 
 
 def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
-    """Sources that dedup's duplicates.jsonl removes, and why; or a UserError."""
+    """Parse dedup's duplicates.jsonl: source → why it is excluded; or a UserError."""
     exclusions = {}
     for number, line in enumerate(lines, 1):
         try:
@@ -140,19 +143,21 @@ def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
 
 
 def held_out_draw(seed: int, source: str) -> float:
-    """In [0, 1): for whether an example is held out, whatever else is drawn of it."""
+    """A number in [0, 1) that decides whether an example is held out."""
+    # By source, not by place in the input: a picture stays on its side when others are
+    # added or filtered.
     data = json.dumps([seed, source]).encode()
     digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
     return (int.from_bytes(digest) >> 11) / 2**53
 
 
 def reason_kind(reason: str) -> str:
-    """What a reason has in common with others: all before its first colon."""
+    """The part of a reason that it shares with others: all before its first colon."""
     return reason.partition(": ")[0]
 
 
 def fault_kind(error: UserError) -> str:
-    """What a picture's fault has in common with others: not where, nor its numbers."""
+    """A picture's fault without its place and numbers, for counting."""
     fault, _, _ = str(error).removeprefix("image: ").partition("; wanted")
     return re.sub(r"\d+", "N", fault)
 

@@ -1,8 +1,8 @@
-"""A WebDataset tar's samples: pictures with the captions that share their key.
+"""Samples of a WebDataset tar: pictures and the captions that share their key.
 
-A key ends at the first dot of a member's name, as in WebDataset: 0001.seg.png is a
-second file of the sample 0001. Where no picture has that key, names have dots of their
-own, 22.00.png beside 22.00.txt, and the key ends at the last dot.
+As in WebDataset, a key ends at the first dot of a member's name: 0001.seg.png is a
+second file of the sample 0001. If no picture has that key, names contain dots, such as
+22.00.png beside 22.00.txt, and the key ends at the last dot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -31,20 +31,23 @@ TWICE = "a name that came before"
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """A tar's samples and, where they stand, the members that are not taken.
+    """Yield a tar's samples, and rejected members where they stand.
 
-    A caption may lie anywhere in the tar: some tools write all pictures first.
+    All headers are read before the first sample: a caption may lie anywhere in the tar,
+    since some tools write all pictures first.
     """
     places, damage = [], None
     try:
         for place in tars.places(part.path):
             if _is_picture(place) and place.key.endswith(LABELS):
                 place = place._replace(reason=LABEL)
+            # Folders are no files: they are not counted.
             if place.reason != tars.FOLDER:
                 places.append(place)
     except tars.BadTar as error:
         damage = str(error).removeprefix(f"{part.path}: ")
     by_key = lambda place: place.key
+    # WebDataset's writers put a sample's files next to each other: a run of one key.
     runs = [list(run) for _, run in groupby(_keyed(places), key=by_key)]
     merged = _merged(runs)
     for number, run in enumerate(runs):
@@ -52,8 +55,10 @@ def items(part: Part) -> Iterator[Item | Rejected]:
             if place.reason:
                 yield _refused(part, place, place.reason)
         if number in merged:
+            # Only the last sample can have lost members to the damage.
             cut = damage is not None and number == len(runs) - 1
             yield from _sample(part, merged[number], cut=cut)
+    # What came before the damage is used; the damage itself is one rejected entry.
     if damage is not None:
         yield rejected(part.label, f"a damaged tar: {damage}", part.bytes)
 
@@ -67,6 +72,8 @@ def _keyed(places: Sequence[Place]) -> list[Place]:
         if redotted and _is_picture(redotted) and place.key not in by_first_dot:
             place = redotted
         keyed.append(place)
+    # Then captions, once all pictures have their keys: of a.b.txt to a.b.jpg, and of
+    # a.jpg.txt to a.jpg.
     pictured = {place.key for place in keyed if _is_picture(place)}
     owners = {f"{p.key}.{p.extension}": p.key for p in keyed if _is_picture(p)}
     for i, place in enumerate(keyed):
@@ -80,12 +87,12 @@ def _keyed(places: Sequence[Place]) -> list[Place]:
 
 
 def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
-    """Samples by extension, at the place of the run that has the picture.
+    """Samples as members by extension, under the number of the run with the picture.
 
-    Members that follow each other with one key are a run. One without a picture adds
-    its captions to the run of its key that has one; a second picture of a key is of
-    another sample, whose captions are not mixed with the first's. What is left over is
-    given its reason in `runs`.
+    Consecutive members with one key are a run. A run without a picture adds its
+    captions to the run of that key that has one. A second picture of a key belongs to
+    another sample, whose captions are not mixed with the first's. Members that are left
+    over get their reason in `runs`.
     """
     samples, place_of = {}, {}
     for number, run in enumerate(runs):
@@ -102,10 +109,13 @@ def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
         if sample:
             samples[number] = sample
             key = run[0].key
+            # The first run with a picture has the key; before one comes, the first of
+            # all.
             if key not in place_of or (
                 _picture(sample) and not _picture(samples[place_of[key]])
             ):
                 place_of[key] = number
+    # Only now is it known which run of each key has a picture.
     for number, sample in list(samples.items()):
         first = place_of[runs[number][0].key]
         if number == first:
@@ -116,14 +126,16 @@ def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
                 at = runs[number].index(place)
                 runs[number][at] = place._replace(reason=TWICE)
             else:
+                # A caption of a run without a picture, as when all pictures come first.
                 target[extension] = place
     return samples
 
 
 def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
-    """The item of members that share a key, or why they are none.
+    """The item of a sample, or its rejected members.
 
-    Where the tar is cut off a caption may have followed: alone, a picture is not taken.
+    At the end of a truncated tar a picture without captions is rejected: its caption
+    may have been cut off.
     """
     picture = _picture(sample)
     sidecars = [sample[kind] for kind in SIDECARS if kind in sample]

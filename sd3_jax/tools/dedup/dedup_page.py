@@ -1,4 +1,4 @@
-"""What dedup found, to look at: duplicates.html, which holds its pictures itself."""
+"""duplicates.html: the pairs that dedup found, with their pictures in the page."""
 
 import io
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from sd3_jax.reports import html_page
 
 SIDE = 200  # pixels of a picture's longer side
 BINS = 24
-MOST = 2**18  # bytes of a picture, of which JPEGs of this side have a tenth
+MOST = 2**18  # bytes of a picture; JPEGs of this side have about a tenth of it
 STYLE = """
 .pairs { display: grid; gap: 1.6rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
@@ -39,8 +39,11 @@ def shot(source: str, picture: UInt8[ndarray, "h w 3"]) -> Shot:
 
 
 def spread(alike: Float[ndarray, " m"], threshold: float, count: int) -> ndarray:
-    """Indices of so many pairs, most alike first: half of them nearest the threshold,
-    the others spread over the whole range."""
+    """Choose `count` pairs for the page; returns indices, most alike first.
+
+    Half of them are nearest to the threshold, which is where a wrong one shows; the
+    others are spread over the whole range.
+    """
     order = np.argsort(-alike, kind="stable")
     if len(order) <= count:
         return order
@@ -97,7 +100,7 @@ def html(
 
 
 def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
-    """Rows of the table, of bins that the threshold is an edge of."""
+    """Rows of the table of similarities, in bins with the threshold as an edge."""
     if not len(alike):
         return []
     low, high = min(float(alike.min()), threshold), max(1.0, float(alike.max()))
@@ -105,7 +108,8 @@ def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
     edges = [np.linspace(low, threshold, below + 1)[:-1]]
     edges = np.concatenate([*edges, np.linspace(threshold, high, BINS - below + 1)])
     edges = np.unique(np.append(edges, threshold))
-    # Not by np.histogram, for which a last bin ends with its edge and float32 is less.
+    # Not np.histogram: a float32 similarity of just the threshold may fall below its
+    # float64 edge. The slack puts it above.
     place = np.searchsorted(edges, alike.astype(np.float64) + 1e-9, side="right") - 1
     counts = np.bincount(place.clip(0, len(edges) - 2), minlength=len(edges) - 1)
     rows = []
@@ -128,7 +132,8 @@ def sheet(
 def _figure(
     one: Shot | None, other: Shot | None, similarity, threshold
 ) -> html_page.Html:
-    shots = [shot_ for shot_ in (one, other) if shot_ is not None]  # None: gone since
+    # None is a picture that was removed or changed since it was compared.
+    shots = [shot_ for shot_ in (one, other) if shot_ is not None]
     images = [html_page.image(x.jpeg, shown(x.source, 200), limit=MOST) for x in shots]
     verdict = "near-duplicates" if similarity >= threshold else "distinct"
     lines = [html_page.element("b", f"{similarity:.3f}"), f" · {verdict}"]

@@ -1,9 +1,7 @@
-"""What a picture is compared by: a perceptual hash of our own, or SSCD.
+"""Perceptual fingerprints of pictures, which need no weights, and their comparison.
 
-An embedding is any function of RGB pictures, (h, w, 3) uint8 each, that gives (n, d)
-float32, whose cosines are compared. SSCD (arXiv 2202.10261) is the SD3 paper's, in its
-appendix E.2. The hash needs no weights and takes two steps: `prints` has descriptors to
-search by, loosely, and `likeness` lays the thumbnails of what is found over each other.
+Comparing takes two steps. `prints` has descriptors for a loose search; `likeness` lays
+the thumbnails of the pairs that it finds over each other.
 """
 
 from collections.abc import Sequence
@@ -62,11 +60,11 @@ def joined(parts: Sequence[Prints]) -> Prints:
 
 
 def likeness(prints_: Prints, pairs: Int64[ndarray, "m 2"]) -> Float32[ndarray, " m"]:
-    """How alike two pictures are once laid over each other: in [0, 1], 1 for equal.
+    """The similarity of pairs once laid over each other, in [0, 1], 1 for equal.
 
-    What is left of the one's variance when the other, shifted, stretched, its contrast
-    and brightness fitted, explains it; chroma's part too, absolute differences in it.
-    The darker one explains the other, white as far as brightening it cuts it off.
+    It is the share of one picture's variance, in luminance and chroma, that the other
+    explains after it is shifted, stretched and fitted in contrast and brightness. The
+    darker picture explains the brighter one, which may have been cut off at white.
     """
     alike = np.zeros(len(pairs), np.float32)
     for start in range(0, len(pairs), BLOCK):
@@ -93,6 +91,7 @@ def _descriptors(light, chroma):
     rows, coarse = _cosines(TERMS[0], SIDE), _cosines(TERMS[1], COARSE)
     y = rows @ light.astype(np.float32) @ rows.T  # (n, terms, terms)
     c = CHROMA * (coarse @ _centred(chroma) @ coarse.T)
+    # Pictures that differ in brightness alone should stay near each other.
     y[:, 0, 0] *= MEAN
     y, c = y.reshape(-1, TERMS[0] ** 2), c.reshape(-1, 2 * TERMS[1] ** 2)
     terms = np.concatenate([np.full((len(y), 1), FLOOR, np.float32), y, c], axis=1)
@@ -126,6 +125,7 @@ def _blurred(x):
 
 def _explained(y1, c1, y2, c2):
     """The share of one's variance (and NOISE) that the other explains; (m,)."""
+    # Coarse to fine: Gauss-Newton converges from a pixel or so away.
     move = np.zeros((len(y1), 4), np.float32)
     for by in LEVELS:
         a, b = _blurred(_reduced(y1, by)), _blurred(_reduced(y2, by))
@@ -133,6 +133,7 @@ def _explained(y1, c1, y2, c2):
     y, inside = _warped(a, move)
     planes = [_warped(c, move)[0] for c in np.moveaxis(c1, 1, 0)]
     coarse = _warped(c1[:, 0], move)[1]
+    # From here on the first of a pair is the darker one.
     y, c1, b, c2 = _darker_first(y, np.stack(planes, 1), b, c2)
     y, c1 = _lighter(y, c1, b, c2)
     (mean1, var1), (mean2, var2), shared = _moments(y, b, inside)
@@ -141,6 +142,7 @@ def _explained(y1, c1, y2, c2):
     whole = var2 + NOISE**2
     broad = BROAD * _broad(y, b, gain, inside)
     brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / LIGHTER, LIGHTER)
+    # A difference of means that no gain explains counts as well.
     left += np.square(mean2 - brighter * mean1)
     for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
         (mean1, var1), (mean2, var2), shared = _moments(a, b, coarse)

@@ -1,4 +1,4 @@
-"""What there is in shards of records, counted; memory does not grow with it."""
+"""Counting what shards of records hold, in memory that does not grow with them."""
 
 import collections
 import itertools
@@ -17,7 +17,7 @@ from sd3_jax.distributed import watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-LISTED = 50  # bad records and shards told one by one
+LISTED = 50  # bad records and shards that are listed one by one
 KINDS = 30  # reasons, sources of captions and the like that are counted apart
 BUCKETS = 128  # of which there are pictures to choose from
 THREADS = 4  # shards read at a time
@@ -27,7 +27,7 @@ WAIT = 7 * 86_400.0  # seconds for a shard, which may be large and all be read
 
 @dataclass
 class Tally:
-    """What was found in a shard, or in several. Memory is bounded, whatever is bad."""
+    """Counts of a shard, or of several. Its size is bounded, however much is bad."""
 
     name: str
     shards: int = 0
@@ -44,6 +44,7 @@ class Tally:
     bad: list[str] = field(default_factory=list)  # the first of them
 
     def saw(self, record: Record) -> None:
+        """Count a good record."""
         self.good += 1
         self.captions += bool(record.caption)
         _count(self.holds, held(record))
@@ -65,18 +66,21 @@ class Tally:
         self.bad += other.bad[: LISTED - len(self.bad)]
 
     def bucket(self) -> str:
-        """The commonest, by which its row is folded with others."""
+        """The most common bucket, by which shards are folded into rows."""
         return max(self.buckets, key=self.buckets.get, default="unknown")
 
 
 class Choice:
-    """Records for the contact sheet, of every bucket alike: a reservoir for each."""
+    """Chooses records for the contact sheet, as many of every bucket."""
 
+    # A reservoir for each bucket: every record read is as likely, in one pass, however
+    # many will come.
     def __init__(self, pictures: int):
         self.pictures, self._kept, self._seen = pictures, {}, Counter()
         self._rng = np.random.default_rng(0)
 
     def offer(self, path: str, index: int, bucket: str) -> None:
+        # Foreign records may have any number of shapes: memory is for BUCKETS of them.
         if bucket not in self._kept and len(self._kept) == BUCKETS:
             return
         self._seen[bucket] += 1
@@ -87,7 +91,7 @@ class Choice:
             kept[place] = (path, index)
 
     def chosen(self) -> list[tuple[str, int]]:
-        """At most so many, bucket by bucket, each having its turn until all are in."""
+        """At most `pictures` records, taken from buckets in turn, sorted by bucket."""
         names = sorted(self._kept, key=sides)
         turns = [[(name, x) for x in self._kept[name]] for name in names]
         rounds = itertools.chain(*itertools.zip_longest(*turns))
@@ -96,7 +100,7 @@ class Choice:
 
 
 def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, Tally]]:
-    """Shard by shard, in order, a few being read ahead."""
+    """Yield shards' tallies in order, reading a few ahead."""
     with ThreadPoolExecutor(THREADS) as threads:
         remaining = iter(paths)
         submit = lambda path: (path, threads.submit(look, path, most))
@@ -112,7 +116,8 @@ def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, 
 
 
 def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
-    """`most` records of a shard, evenly spread (0: all), and the good ones' buckets."""
+    """Read `most` evenly spread records of a shard (0: all); its tally, and the index
+    and bucket of each good record."""
     tally, good_records = Tally(name_of(path), shards=1), []
     try:
         shard = shards.inspect(path)
@@ -132,6 +137,7 @@ def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
             good_records.append((index, bucket(record)))
     finally:
         reader.close()
+    # The shares of the records that were read stand for the whole shard.
     for name, n in Counter(name for _, name in good_records).items():
         tally.buckets[name] = tally.records * n / len(good_records)
         tally.bucket_bytes[name] = tally.bytes * n / len(good_records)
@@ -139,9 +145,11 @@ def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
 
 
 def read(reader, path: str, index: int) -> tuple[Record, int]:
-    """A record, and how many bytes it has; or a UserError."""
+    """Read a record and its size in bytes; or a UserError."""
     where = f"{path}:{index}"
     try:
+        # ArrayRecord reports damage as RuntimeError; one bad record is not the end of a
+        # shard.
         (data,) = reader.read([index])
     except RuntimeError as error:
         raise BadRecord(f"{where}: unreadable: {error}") from None
@@ -149,20 +157,20 @@ def read(reader, path: str, index: int) -> tuple[Record, int]:
 
 
 def spread(count: int, most: int) -> Iterable[int]:
-    """The first, the last, and between them as many as are asked for."""
+    """`most` evenly spread indices, the first and the last among them."""
     if not 0 < most < count:
         return range(count)
     return np.linspace(0, count - 1, most).round().astype(int).tolist()
 
 
 def reason(error: UserError, where: str) -> str:
-    """An error's kind in a word or two: "checksum", "not a record", "latents"."""
+    """The kind of an error in a few words: "checksum", "not a record", "latents"."""
     match = re.match(r"[\w ]{1,24}(?=:| )", str(error).removeprefix(where))
     return match[0] if match else "damaged"
 
 
 def held(record: Record) -> str:
-    """Its tensors: moments 64x64x32 F16, context 154x4096 BF16, pooled 2048 F16."""
+    """A record's tensors: "moments 64x64x32 F16, context 154x4096 BF16"."""
     return ", ".join(
         f"{name} {'x'.join(map(str, x.shape))} {record_header.NAMES[x.dtype]}"
         for name in record_header.TENSORS
@@ -171,7 +179,7 @@ def held(record: Record) -> str:
 
 
 def bucket(record: Record) -> str:
-    """Height x width in pixels: an image's, or of what latents are the latents."""
+    """A record's height x width in pixels, of its image or of what its latents show."""
     if "image" in record.tensors:
         height, width, _ = record.tensors["image"].shape
         return f"{height}x{width}"
@@ -181,7 +189,7 @@ def bucket(record: Record) -> str:
 
 
 def sides(name: str) -> tuple[float, str]:
-    """Tall buckets first."""
+    """A sort key for buckets: tall ones first."""
     match = re.fullmatch(r"(\d+)x(\d+)", name)
     return (int(match[2]) / int(match[1]) if match else np.inf, name)
 
@@ -191,5 +199,6 @@ def name_of(path: str) -> str:
 
 
 def _count(counter: Counter, key: str, n: float = 1) -> None:
-    """One more, but of no more than so many kinds: other hands write these."""
+    """Count a key, of at most KINDS different ones; the rest is "other"."""
+    # Foreign files may hold any number of different texts.
     counter[key if key in counter or len(counter) < KINDS else "other"] += n
