@@ -81,8 +81,8 @@ def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None
 def learning_rate(optim: dict, steps: int, step: int) -> float:
     """The learning rate of the update after `step` steps."""
     # A checkpoint of another version may have keys that `make` does not know.
-    known = inspect.signature(optimizer.make).parameters
-    options = {name: value for name, value in optim.items() if name in known}
+    parameters = inspect.signature(optimizer.make).parameters
+    options = {name: value for name, value in optim.items() if name in parameters}
     return float(optimizer.make(**options, steps=steps)[1](step))
 
 

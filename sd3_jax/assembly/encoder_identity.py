@@ -36,12 +36,13 @@ def of_records(records: Records) -> dict[str, str]:
     folders = dict.fromkeys(os.path.dirname(shard.path) for shard in records.shards)
     for folder in folders:
         for part, fingerprint in _read(epath.Path(folder).parent).items():
-            first, known = of_part.setdefault(part, (folder, fingerprint))
-            if known != fingerprint:
+            first, first_print = of_part.setdefault(part, (folder, fingerprint))
+            if first_print != fingerprint:
                 raise UserError(
                     f"{folder} was encoded by another {part} than {first}: fingerprints"
-                    f" {fingerprint} and {known}. Wanted records of one config.encode."
-                    "weights and dtype: make one of them again with the other's"
+                    f" {fingerprint} and {first_print}. Wanted records of one"
+                    " config.encode.weights and dtype: make one of them again with the"
+                    " other's"
                 )
     return {part: fingerprint for part, (_, fingerprint) in of_part.items()}
 
@@ -53,38 +54,38 @@ def of_run(source: Any, encoder: Encoder | None) -> dict[str, str]:
     return stored | (encoder.bundle.fingerprints() if encoder else {})
 
 
-def differing(known: Mapping[str, str], now: Mapping[str, str]) -> str:
+def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> str:
     """Describe the parts whose fingerprints differ; "" if none that both have does."""
     rows = [
-        f"{part} had the fingerprint {known[part]}, now {now[part]}"
-        for part in known
-        if part in now and known[part] != now[part]
+        f"{part} had the fingerprint {saved[part]}, now {current[part]}"
+        for part in saved
+        if part in current and saved[part] != current[part]
     ]
     return ", ".join(rows)
 
 
-def warn(config: ConfigDict, known: Mapping[str, str], encoder: Encoder) -> None:
+def warn(config: ConfigDict, saved: Mapping[str, str], encoder: Encoder) -> None:
     """Warn of encoders other than those that a run was trained with."""
-    if known and (differences := differing(known, encoder.bundle.fingerprints())):
+    if saved and (differences := differing(saved, encoder.bundle.fingerprints())):
         words = "config.encode.weights = %s: the run was trained with others, or with"
         words += " another encode.dtype or quantize.t5: %s; pictures will be worse"
         log.warning(words, config.encode.weights, differences)
 
 
 def warn_of_base(
-    config: ConfigDict, known: Mapping[str, str], now: Mapping[str, str]
+    config: ConfigDict, saved: Mapping[str, str], current: Mapping[str, str]
 ) -> None:
     """Warn if records have other encoders than the run that this one starts from."""
-    if differences := differing(known, now):
+    if differences := differing(saved, current):
         words = "config.tune.base = %s: was trained with other encoders: %s"
         log.warning(words, config.tune.base, differences)
 
 
 def compare(
-    where: Any, saved: Mapping[str, str], now: Mapping[str, str], config: ConfigDict
+    where: Any, saved: Mapping[str, str], current: Mapping[str, str], config: ConfigDict
 ) -> None:
     """UserError if a resumed run has undeclared records of other encoders."""
-    differences = differing(saved, now)
+    differences = differing(saved, current)
     if differences and not set(DECLARED) & set(config.train.changes):
         raise UserError(
             f"{where} was trained with other encoders: {differences}. Bring those back,"

@@ -202,10 +202,10 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
     ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
     if ranks != [rank]:
-        wanted = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
+        advice = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
         listed = ", ".join(map(str, ranks))
         raise UserError(
-            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {wanted}"
+            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {advice}"
         )
     init = parts.objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]

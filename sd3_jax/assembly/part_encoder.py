@@ -87,8 +87,8 @@ class PartEncoder:
         Adds to `rejected` and `sources` as items pass.
         """
         by_bucket = defaultdict(list)
-        place = epath.Path(part.path)
-        folder = place if part.kind == "folder" else place.parent
+        path = epath.Path(part.path)
+        folder = path if part.kind == "folder" else path.parent
         settings = self.settings._replace(folder=str(folder))
         prepare_one = partial(prepare_item, settings=settings)
         items_of_part = input_parts.items(part)
@@ -169,9 +169,9 @@ def prepare_item(
 def write_batch(shards: PartWriter, batch: list[Ready], tensors: dict, rejected: list):
     """Write a batch's rows to their shards; reject those with values not finite."""
     tensors = {name: np.asarray(x) for name, x in tensors.items()}
-    for place, ready in enumerate(batch):
+    for index, ready in enumerate(batch):
         try:
-            shards.write(ready, {name: x[place] for name, x in tensors.items()})
+            shards.write(ready, {name: x[index] for name, x in tensors.items()})
         except BadRecord as error:
             # `encode` names the record, as a Rejected does already.
             reason = str(error).removeprefix(f"record of {ready.source!a}: ")

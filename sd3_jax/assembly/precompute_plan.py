@@ -85,8 +85,9 @@ def plan_input(
     # On resume an input that is spelled otherwise, relative or through a link, goes by
     # the planned path: the names of its sources follow from it.
     begun = (workdir / "plan.json").exists()
-    known = [part.path for part in read_plan(workdir)] if begun else []
-    parts = intake.plan_inputs(config, known=known, size=config.precompute.part)
+    planned_paths = [part.path for part in read_plan(workdir)] if begun else []
+    size = config.precompute.part
+    parts = intake.plan_inputs(config, planned_paths=planned_paths, size=size)
     if not settings.uncaptioned and not begun:
         intake.require_captions(parts, settings.captions, prefix=settings.prefix)
     return list(map(with_absolute_path, parts))
@@ -122,7 +123,7 @@ def remaining_parts(
         # --- the same inputs, wherever the links to them lie
         planned_parts = read_plan(workdir)
         known_paths = {listing.resolved(part.path) for part in planned_parts}
-        paths = [path for one in config.ingest.inputs for path in expand(one)]
+        paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
         current_paths = set(map(listing.resolved, paths))
         if different_paths := sorted(known_paths ^ current_paths):
             raise UserError(

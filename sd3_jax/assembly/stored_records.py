@@ -88,16 +88,17 @@ def validated(config: ConfigDict) -> int:
 def warn_of_repeats(key: str, source: Records, size: int) -> None:
     """Warn of sets that repeat examples within a batch, in each bucket."""
     for bucket in source.buckets:
-        total = sum(one.weight for one in bucket.sets)
-        for one in bucket.sets:
+        of_bucket = f", {bucket.name}" * bool(source.buckets[1:])
+        total = sum(mixed_set.weight for mixed_set in bucket.sets)
+        for mixed_set in bucket.sets:
             # A set's share holds in every batch, rounded up at most; the tolerance
             # keeps errors of floats from adding an example.
-            part = math.ceil(size * one.weight / total - 1e-6)
-            count = len(one.numbers)
+            part = math.ceil(size * mixed_set.weight / total - 1e-6)
+            count = len(mixed_set.numbers)
             if count < part:
                 log.warning(
                     "config.%s: %s%s: %d records for %d of a batch: at least %d repeat",
-                    *(key, one.name, f", {bucket.name}" * bool(source.buckets[1:])),
+                    *(key, mixed_set.name, of_bucket),
                     *(count, part, part - count),
                 )
 

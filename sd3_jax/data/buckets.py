@@ -46,19 +46,19 @@ def table(
 
 def _shape(area: int, aspect: float, unit: int) -> Bucket:
     """The sides that lose least of the area and are nearest to the aspect."""
-    most = area // unit**2  # tokens, if a unit is one
+    tokens = area // unit**2  # tokens, if a unit is one
     # The best height is a neighbour of the ideal one, rounded either way.
-    ideal = math.sqrt(most / aspect)
+    ideal = math.sqrt(tokens / aspect)
     tries = range(max(1, math.floor(ideal) - 1), math.ceil(ideal) + 2)
 
     def loss(h: int) -> float:
-        w = max(1, min(most // h, round(h * aspect)))
+        w = max(1, min(tokens // h, round(h * aspect)))
         # Lost tokens and a wrong aspect are both ratios; an error of aspect costs
         # twice.
-        return math.log(most / (h * w)) + 2 * abs(math.log(w / h / aspect))
+        return math.log(tokens / (h * w)) + 2 * abs(math.log(w / h / aspect))
 
     h = min(tries, key=loss)
-    w = max(1, min(most // h, round(h * aspect)))
+    w = max(1, min(tokens // h, round(h * aspect)))
     return Bucket(h * unit, w * unit)
 
 
@@ -124,8 +124,8 @@ class Turns:
         """(number of the step's bucket, count of earlier steps of that bucket)."""
         if len(self._ends) == 2:  # one bucket, whose turn is always
             return 0, step
-        at = (self._STEP * step + self._start) % self._ALL
-        bucket = sum(at >= end for end in self._ends[1:])
+        position = (self._STEP * step + self._start) % self._ALL
+        bucket = sum(position >= end for end in self._ends[1:])
         low, high = self._ends[bucket : bucket + 2]
         return bucket, self._below(step, high) - self._below(step, low)
 

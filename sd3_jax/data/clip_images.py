@@ -42,10 +42,9 @@ class Preparation(NamedTuple):
     def _one(self, picture: ndarray) -> ndarray:
         image = Image.fromarray(picture)
         short, long = sorted(image.size)
-        other = int(self.size * long / short)  # truncated, as in transformers
-        sides = (
-            (self.size, other) if image.width <= image.height else (other, self.size)
-        )
+        scaled = int(self.size * long / short)  # truncated, as in transformers
+        is_tall = image.width <= image.height
+        sides = (self.size, scaled) if is_tall else (scaled, self.size)
         x = np.asarray(image.resize(sides, Image.Resampling(self.resample)))
         top, left = ((side - self.crop) // 2 for side in x.shape[:2])
         return x[top : top + self.crop, left : left + self.crop]

@@ -207,11 +207,11 @@ class Records:
         buckets = []
         for kind in sorted({kind for _, kind in keys}):
             parts = []
-            for group, whole in enumerate(self.sets):
+            for group, full_set in enumerate(self.sets):
                 if (group, kind) in keys:
                     numbers = self._numbers(keys, (group, kind))
-                    weight = whole.weight * len(numbers) / len(whole.numbers)
-                    parts.append(Set(whole.name, numbers, weight))
+                    weight = full_set.weight * len(numbers) / len(full_set.numbers)
+                    parts.append(Set(full_set.name, numbers, weight))
             known_shapes = shapes[names[kind]] if shapes else {}
             example_order = order(parts, self.seed)
             buckets.append(Bucket(names[kind], known_shapes, parts, example_order))
@@ -227,8 +227,8 @@ class Records:
     def _number(self, i: int) -> int:
         """The number of example i's record."""
         step, row = divmod(i, self.batch_size)
-        bucket, before = self._turn(step)
-        return self.buckets[bucket].order[before * self.batch_size + row]
+        bucket, earlier_steps = self._turn(step)
+        return self.buckets[bucket].order[earlier_steps * self.batch_size + row]
 
     def _set_number(self, number: int) -> int:
         return next(i for i, one in enumerate(self.sets) if number in one.numbers)

@@ -178,11 +178,11 @@ class Digits:
         """A flat, short summary of the data, for a checkpoint to compare on resume."""
         return {"name": "digits", **asdict(self), "mix": list(self.mix)}
 
-    def scene(self, kind: float, which: float) -> Scene:
+    def scene(self, kind: float, choice: float) -> Scene:
         """The scene that two uniform numbers choose: its kind, then which of those."""
-        at = np.searchsorted(np.cumsum(self.mix) / np.sum(self.mix), kind, "right")
-        choices = _scenes(KINDS[at])
-        return choices[int(which * len(choices))]
+        shares = np.cumsum(self.mix) / np.sum(self.mix)
+        choices = _scenes(KINDS[np.searchsorted(shares, kind, "right")])
+        return choices[int(choice * len(choices))]
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
         """Draw a scene in scans that two uniform numbers `u` choose."""

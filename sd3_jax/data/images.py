@@ -78,9 +78,10 @@ def open_header(
     except Exception as error:  # a damaged header can raise most things
         kind = f"of a kind other than {', '.join(formats)}, or damaged"
         bomb = re.sub(r".*?(\d+ pixels).*", r"\1", str(error))  # as we say it below
-        known = isinstance(error, Image.UnidentifiedImageError)
-        large = isinstance(error, Image.DecompressionBombError)
-        raise _bad(where, kind if known else bomb if large else error) from None
+        unidentified = isinstance(error, Image.UnidentifiedImageError)
+        is_bomb = isinstance(error, Image.DecompressionBombError)
+        reason = kind if unidentified else bomb if is_bomb else error
+        raise _bad(where, reason) from None
     if picture.width * picture.height > PIXELS:
         raise _bad(where, f"{picture.width} x {picture.height} pixels")
     # A JPEG that holds several pictures (MPO) begins with the photograph itself.

@@ -55,8 +55,8 @@ class RangeReader:
         if end - start > 2 * record_header.RECORD:
             raise RuntimeError(f"Corrupted: a record of {end - start} bytes")
         data = files.read_range(self.path, start, end)
-        record, *more = _chunk(_without_headers(data, start))
-        if more:
+        record, *others = _chunk(_without_headers(data, start))
+        if others:
             raise RuntimeError("Corrupted: a chunk of more than one record")
         return record
 
@@ -69,9 +69,9 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
     # --- the postscript, in a block of its own, says where the index begins
     start = max(0, size - TAIL) // BLOCK * BLOCK
     tail = files.read_range(path, start, size)
-    place = dict(_fields(_chunk(_without_headers(tail[last - start :], last))[0]))
-    footer = place.get(1, 0)
-    if place.get(2) != MAGIC or not BLOCK_HEADER < footer < last:
+    postscript = dict(_fields(_chunk(_without_headers(tail[last - start :], last))[0]))
+    footer = postscript.get(1, 0)
+    if postscript.get(2) != MAGIC or not BLOCK_HEADER < footer < last:
         raise RuntimeError("its index is missing")
     if last - footer > INDEX:
         raise RuntimeError(f"an index of more than {INDEX} bytes")
@@ -80,9 +80,9 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
 
     # --- the index: a chunk of options and one entry for each chunk of records
     chunk = _without_headers(tail[footer - start : last - start], footer)
-    about, *entries = _chunk(chunk)
-    about = dict(_fields(dict(_fields(about)).get(1, b"")))
-    options = about.get(4, b"").decode(errors="replace")
+    options_entry, *entries = _chunk(chunk)
+    options_entry = dict(_fields(dict(_fields(options_entry)).get(1, b"")))
+    options = options_entry.get(4, b"").decode(errors="replace")
     entries = [dict(_fields(entry)) for entry in entries]
     if any(entry.get(3) != 1 for entry in entries):
         raise RuntimeError(

@@ -63,10 +63,10 @@ def parse_header(data) -> tuple[dict, dict[str, str]]:
     # safetensors: 8 bytes of length, then so many of JSON, then the tensors.
     if not 8 <= len(data) <= RECORD:
         raise ValueError(f"not a record: {len(data)} bytes, wanted 8 to {RECORD}")
-    size, most = int.from_bytes(data[:8], "little"), min(HEADER, len(data) - 8)
-    if size > most:
+    size, limit = int.from_bytes(data[:8], "little"), min(HEADER, len(data) - 8)
+    if size > limit:
         raise ValueError(
-            f"not a record: a header of {size} bytes, wanted at most {most}"
+            f"not a record: a header of {size} bytes, wanted at most {limit}"
         )
     try:
         header = parse_json(bytes(data[8 : 8 + size]))
@@ -124,13 +124,13 @@ def check_entry(name, entry):
     kinds = ("U8",) if form == "image" else tuple(FLOATS)
     if not isinstance(dtype, str) or dtype not in kinds:
         raise ValueError(f"{name}: dtype {show(dtype)}, wanted one of {listed(kinds)}")
-    wanted = f"({axes}), each in [1, {SIDE}]"
+    allowed = f"({axes}), each in [1, {SIDE}]"
     if not (
         _are_integers(shape, len(axes.split()), low=1)
         and (form != "image" or shape[-1] == 3)
         and (form != "moments" or shape[-1] % 2 == 0)
     ):
-        raise ValueError(f"{name}: shape {show(shape)}, wanted {wanted}")
+        raise ValueError(f"{name}: shape {show(shape)}, wanted {allowed}")
 
 
 def check_pairs(header):
@@ -162,8 +162,8 @@ def parse_geometry(metadata):
 def check_line(name, text):
     line = not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
     if not (line and text.strip() and len(text) <= SOURCE):
-        wanted = f"1 to {SOURCE} characters, none for control"
-        raise ValueError(f"{name}: {show(text)}, wanted {wanted}")
+        allowed = f"1 to {SOURCE} characters, none for control"
+        raise ValueError(f"{name}: {show(text)}, wanted {allowed}")
     return text
 
 

@@ -69,9 +69,9 @@ def load(folder: epath.PathLike) -> dict[str, Any]:
     """
     folder = epath.Path(folder)
     loaded = {
-        name: read(name, folder / place)
-        for name, place in FOLDERS.items()
-        if (folder / place).is_dir() and any((folder / place).iterdir())
+        name: read(name, folder / subfolder)
+        for name, subfolder in FOLDERS.items()
+        if (folder / subfolder).is_dir() and any((folder / subfolder).iterdir())
     }
     return loaded or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
 
@@ -242,11 +242,11 @@ def packaged_clip(name: str) -> Any:
 def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
     """Save tokenizers in a diffusers folder; returns its model_index.json entries."""
     index = {}
-    for name, place in FOLDERS.items():
-        index[place] = [None, None]
+    for name, subfolder in FOLDERS.items():
+        index[subfolder] = [None, None]
         if name in by_encoder:
-            by_encoder[name].save_pretrained(os.fspath(epath.Path(folder) / place))
-            index[place] = ["transformers", type(by_encoder[name]).__name__]
+            by_encoder[name].save_pretrained(os.fspath(epath.Path(folder) / subfolder))
+            index[subfolder] = ["transformers", type(by_encoder[name]).__name__]
     return index
 
 
@@ -282,14 +282,14 @@ def _locked_ids(tokenizer, texts, length, encoder_name, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
     if counts is not None:
-        whole = tokenizer(list(texts))["input_ids"]
-        counts[encoder_name] += sum(len(row) > length for row in whole)
+        untruncated = tokenizer(list(texts))["input_ids"]
+        counts[encoder_name] += sum(len(row) > length for row in untruncated)
         return ids
     # Without truncation and each text once, only to count and show what is lost.
-    whole = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
-    if overlong := [row for row in whole if len(row) > length]:
+    untruncated = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
+    if overlong := [row for row in untruncated if len(row) > length]:
         unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
-        counts = length, len(overlong), len(whole), max(map(len, overlong))
+        counts = length, len(overlong), len(untruncated), max(map(len, overlong))
         message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
         message += " not read: %s"
         log.warning(message, encoder_name, *counts, unread)

@@ -76,8 +76,8 @@ def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]
     try:
         return shards.expand(os.fspath(pattern)), set()
     except UserError as error:
-        wanted = "config.data.records, or the workdir of a precompute job"
-        raise UserError(f"{error}; wanted {wanted}") from None
+        advice = "config.data.records, or the workdir of a precompute job"
+        raise UserError(f"{error}; wanted {advice}") from None
 
 
 # --- what is printed
@@ -176,11 +176,11 @@ def summary(total: Tally, held_out: Tally) -> list[str]:
     return notes
 
 
-def verdict(total: Tally, most: int) -> list[str]:
+def verdict(total: Tally, limit: int) -> list[str]:
     if not total.bad_count:
         # With all records read their checksums are all verified; otherwise only those
         # read.
-        if not most:
+        if not limit:
             return [f"all {total.records:,} records are sound"]
         return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
     # Shards that cannot be opened are counted among the bad, but hold no known number

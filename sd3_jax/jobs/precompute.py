@@ -114,10 +114,10 @@ def convert_all(
             except Stopped:
                 return
             # All shards have their names by now: the part's file may say so.
-            about = shards.about() | {"source": parts[number].label}
-            about |= {"cut": dict(part_encoder.cut - truncated)}
-            about |= {"seconds": round(time.monotonic() - begun, 3)}
-            manifest.add(number, about, rejected, sources)
+            report = shards.about() | {"source": parts[number].label}
+            report |= {"cut": dict(part_encoder.cut - truncated)}
+            report |= {"seconds": round(time.monotonic() - begun, 3)}
+            manifest.add(number, report, rejected, sources)
             if first:  # it shows the progress of all hosts, at a listing a part
                 progress.at(size(manifest.done()))
 
@@ -162,8 +162,8 @@ def finish(
     text = "".join(f"{line}\n" for line in manifest.rejected())
     write_whole(workdir / "rejected.jsonl", text.encode())
     # manifest.json comes last: that it exists says that all is done.
-    about = total | {"made_by": record_settings, "encoders": fingerprints}
-    write_whole(workdir / "manifest.json", json.dumps(about, indent=1).encode())
+    contents = total | {"made_by": record_settings, "encoders": fingerprints}
+    write_whole(workdir / "manifest.json", json.dumps(contents, indent=1).encode())
     print(*lines(total), f"{workdir}/manifest.json, {workdir}/records", sep="\n")
     if not total["records"]:
         reasons = [f"{count:,} {why}" for why, count in total["rejected"].items()]

@@ -60,8 +60,8 @@ def refuse(
         if value is None:
             return Refusal(rule.spec, f"no {rule.name}")
         if not PASSES[rule.op](value, rule.bound):
-            wanted = f"wanted {rule.op} {rule.bound:.15g}"
-            return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {wanted}")
+            bound = f"wanted {rule.op} {rule.bound:.15g}"
+            return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {bound}")
     return None
 
 

@@ -70,8 +70,8 @@ def require_same(
         for kind in ("added", "removed", "edited")
         if by_kind[kind]
     ]
-    place = lambda part: [part.path, part.label, part.spans]
-    if not changes and [*map(place, planned)] != [*map(place, parts)]:
+    extent = lambda part: [part.path, part.label, part.spans]
+    if not changes and [*map(extent, planned)] != [*map(extent, parts)]:
         counts = f"{differences.todo_now:,} where {differences.todo_planned:,} were"
         changes = [f"of files that are not done yet there are {counts} planned,"]
     if changes:
@@ -113,7 +113,7 @@ def _compare(
     added, edited, unplaced, todo_now, last = [], [], [], 0, -1
     gaps = sorted(todo)
 
-    def place(position: int) -> int:
+    def decide(position: int) -> int:
         """Decide what the sources between the last position and this one are."""
         between = bisect.bisect_left(gaps, position) - bisect.bisect_right(gaps, last)
         if between <= 0:
@@ -123,21 +123,21 @@ def _compare(
         return count
 
     for part in parts:
-        whole = position_of.get(json.dumps(part), position_of.get(timeless(part)))
-        if whole is not None:  # unchanged, or changed but not done: not read
-            todo_now += place(whole)
-            last = whole
-            todo.pop(whole, None)
+        position = position_of.get(json.dumps(part), position_of.get(timeless(part)))
+        if position is not None:  # unchanged, or touched and not done: not read
+            todo_now += decide(position)
+            last = position
+            todo.pop(position, None)
             continue
         for item in input_parts.items(part):
             if (old := old_rows.pop(item.source, None)) is None:
                 unplaced.append(item.source)
                 continue
-            todo_now += place(position_of[item.source])
+            todo_now += decide(position_of[item.source])
             last = position_of[item.source]
             if change := _change(item, old):
                 edited.append(f"{item.source}: {change}")
-    todo_now += place(len(position_of))
+    todo_now += decide(len(position_of))
     return Differences(added, sorted(old_rows), edited, todo_now, sum(todo.values()))
 
 

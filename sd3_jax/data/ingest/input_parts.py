@@ -117,8 +117,8 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
 def _ends(paths: Sequence[str]) -> dict[str, str]:
     # Ends of paths, lengthened where two are alike: a/x.tar and b/x.tar need their
     # folders, c.tar does not.
-    whole = lambda path: os.path.abspath(path) if listing.local(path) else path
-    parts = {path: epath.Path(whole(path)).parts for path in paths}
+    full_path = lambda path: os.path.abspath(path) if listing.local(path) else path
+    parts = {path: epath.Path(full_path(path)).parts for path in paths}
     unique_ends, ambiguous, length = {}, list(paths), 0
     while ambiguous:
         length += 1
@@ -135,7 +135,7 @@ def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:
     if kind == "parquet":
         return parquet.plan(path, label, size)
     length, changed = listing.stat_of(path)
-    known = listing.digest_file(path, length)
-    stamp = listing.digest(known, changed)
+    name_and_size = listing.digest_file(path, length)
+    stamp = listing.digest(name_and_size, changed)
     # A tar has no index, so it cannot be divided without reading all its headers.
-    return [Part("tar", path, label, [], None, length, known, stamp)]
+    return [Part("tar", path, label, [], None, length, name_and_size, stamp)]

@@ -22,11 +22,11 @@ PARTS, FILES = 8, 256  # that a survey looks at: parts, spread over all; files o
 
 
 def plan_inputs(
-    config: ConfigDict, *, known: Iterable[str] = (), **options
+    config: ConfigDict, *, planned_paths: Iterable[str] = (), **options
 ) -> list[Part]:
     """Plan the parts of config.ingest.inputs; a UserError names the key.
 
-    An input that is another spelling of one of the `known` paths goes by the known one,
+    An input that is another spelling of one of `planned_paths` goes by that one,
     since the names of its sources follow from it.
     """
     if not config.ingest.inputs:
@@ -35,9 +35,9 @@ def plan_inputs(
             " files, or globs of them"
         )
     try:
-        paths = [path for one in config.ingest.inputs for path in expand(one)]
-        spelled = {listing.resolved(path): path for path in known}
-        paths = [spelled.get(listing.resolved(path), path) for path in paths]
+        paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
+        planned_path_of = {listing.resolved(path): path for path in planned_paths}
+        paths = [planned_path_of.get(listing.resolved(path), path) for path in paths]
         return input_parts.plan(paths, **options)
     except UserError as error:
         raise UserError(f"config.ingest.inputs: {error}") from None

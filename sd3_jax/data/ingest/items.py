@@ -112,13 +112,13 @@ def read_columns(
 ) -> dict[str, Value]:
     """The columns in a .txt, .caption or .json beside a picture; or a BadItem."""
     try:
-        most = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
+        limit = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
         if size is not None and files.remote(path):  # of a tar
-            data = files.read_range(path, start, start + most)
+            data = files.read_range(path, start, start + limit)
         else:
             with epath.Path(path).open("rb") as file:
                 file.seek(start)
-                data = file.read(most)
+                data = file.read(limit)
         if len(data) > SIDECAR:
             raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
         text = data.decode(encoding_of(data))

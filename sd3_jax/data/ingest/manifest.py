@@ -90,7 +90,7 @@ class Manifest:
         return {int(number) for number in numbers if int(number) < self.parts}
 
     def add(
-        self, number: int, about: dict, rejected: list[Rejected], sources: list[list]
+        self, number: int, report: dict, rejected: list[Rejected], sources: list[list]
     ) -> None:
         """Mark a part as done; `sources` are its rows of `input_changes`.
 
@@ -106,8 +106,8 @@ class Manifest:
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
         # Reasons are counted by what they have in common; each in full is in the file.
         reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
-        about = about | {"rejected": dict(sorted(reasons.items()))}
-        write_whole(self.folder / f"{number:05d}.json", json.dumps(about).encode())
+        report = report | {"rejected": dict(sorted(reasons.items()))}
+        write_whole(self.folder / f"{number:05d}.json", json.dumps(report).encode())
 
     def clear_unfinished(self) -> list[int]:
         """Remove what a killed job left of unfinished parts; returns their numbers."""
@@ -125,14 +125,14 @@ class Manifest:
         """The sum of all parts, in which every file of the input is counted once."""
         by_bucket, shards, counts = {}, [], Counter()
         counters = {name: Counter() for name in ("rejected", "captions", "cut")}
-        for about in self._abouts():
-            for bucket, by_split in about["kept"].items():
+        for report in self._abouts():
+            for bucket, by_split in report["kept"].items():
                 by_bucket.setdefault(bucket, Counter()).update(by_split)
             for name, total in counters.items():
-                total.update(about[name])
+                total.update(report[name])
             for name in ("uncaptioned", "seconds"):
-                counts[name] += about[name]
-            shards += about["shards"]
+                counts[name] += report[name]
+            shards += report["shards"]
         records = sum(sum(x.values()) for x in by_bucket.values())
         rejected = sum(counters["rejected"].values())
         return {

@@ -29,12 +29,12 @@ def governing(root: str, directory: str) -> list[tuple[str, str, int]]:
     governing_files = []
     # Every folder from the root down may have metadata for what lies below it.
     for depth in range(len(parts) + 1):
-        place = "/".join(parts[:depth])
+        parent = "/".join(parts[:depth])
         for name in NAMES:
-            path = listing.join(root, listing.join(place, name))
+            path = listing.join(root, listing.join(parent, name))
             kind, size = listing.look(path)
             if kind == listing.FILE:
-                governing_files.append((place, name, size))
+                governing_files.append((parent, name, size))
     return governing_files
 
 
@@ -53,10 +53,10 @@ def columns(
     depth = lambda file: len(file[0].split("/")) if file[0] else 0
     columns_of, bad_lines, bad_files = {}, {}, {}
     # Outer files first, so that inner ones override them.
-    for place, name in sorted(governing_files, key=lambda file: (depth(file), file)):
+    for folder, name in sorted(governing_files, key=lambda file: (depth(file), file)):
         first_columns = {}  # by picture; the first line about it counts
         try:
-            for _, line in _lines(root, place, name, names):
+            for _, line in _lines(root, folder, name, names):
                 if isinstance(line, BadLine):
                     for picture in set(line.names) & set(names):
                         bad_lines.setdefault(picture, f"its line in {name}: {line}")
@@ -64,15 +64,15 @@ def columns(
                     first_columns.setdefault(picture, line[1])
         except FAULTS as error:
             files.require_answered(root, error)
-            bad_files[place, name] = getattr(error, "strerror", None) or error
+            bad_files[folder, name] = getattr(error, "strerror", None) or error
         for picture, line_columns in first_columns.items():
             columns_of[picture] = items.merge(columns_of.get(picture, {}), line_columns)
 
     # A line that was read wins over a bad one: an outer file's fault is no loss where
     # the inner file names the picture.
     def columns_for(picture: str) -> dict[str, Value]:
-        for (place, name), reason in bad_files.items():
-            if not place or picture.startswith(f"{place}/"):
+        for (folder, name), reason in bad_files.items():
+            if not folder or picture.startswith(f"{folder}/"):
                 raise BadItem(f"its {name} cannot be read: {shown(reason, 200)}")
         if picture in bad_lines and picture not in columns_of:
             raise BadItem(bad_lines[picture])
@@ -143,9 +143,9 @@ def _picture(
     root: str, candidates: tuple[str, ...], names: Collection[str]
 ) -> str | None:
     """The picture among `names` that a line is about, if it is about one of them."""
-    for place, candidate in enumerate(candidates):
+    for rank, candidate in enumerate(candidates):
         if candidate in names:
-            paths = [listing.join(root, earlier) for earlier in candidates[:place]]
+            paths = [listing.join(root, earlier) for earlier in candidates[:rank]]
             # file_name has several readings (`_inside`); the first whose file exists
             # is meant, and that may be a picture of another part.
             means_another = any(listing.look(path)[0] == listing.FILE for path in paths)
@@ -169,9 +169,9 @@ def _lines(
     )
     path = listing.join(root, listing.join(directory, name))
     full_root = os.path.abspath(root) if listing.local(root) else root
-    place = listing.join(full_root, directory)
+    folder = listing.join(full_root, directory)
     names_inside = lambda file_name: tuple(
-        listing.join(directory, name_) for name_ in _inside(file_name, place)
+        listing.join(directory, name_) for name_ in _inside(file_name, folder)
     )
     with epath.Path(path).open("rb") as file:
         rows = csv_rows if name.endswith(".csv") else json_rows
@@ -205,12 +205,12 @@ def _inside(name: str, folder: str) -> list[str]:
     above = [part for part in folder.split("/") if part]
     shared = [n for n in range(1, len(parts)) if above[-n:] == parts[:n]]
     # Of an absolute path only the reading that starts below this very folder counts.
-    whole = name.startswith("/")
-    if whole:
+    is_absolute = name.startswith("/")
+    if is_absolute:
         shared = [n for n in shared if n == len(above)]
-    leads = whole and not shared or re.match("[A-Za-z]:/", name)
-    if leads or ".." in parts:
+    leads_out = is_absolute and not shared or re.match("[A-Za-z]:/", name)
+    if leads_out or ".." in parts:
         raise BadLine(f"a file_name that leads out of its folder: {shown(name)}")
     if not parts:
         raise BadLine("a line without a file_name")
-    return ["/".join(parts)] * (not whole) + ["/".join(parts[n:]) for n in shared]
+    return ["/".join(parts)] * (not is_absolute) + ["/".join(parts[n:]) for n in shared]

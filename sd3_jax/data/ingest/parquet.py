@@ -60,14 +60,14 @@ class Columns(NamedTuple):
 def plan(path: str, label: str, size: int) -> list[Part]:
     """Parts of whole row groups, up to `size` rows; one part if it cannot be read."""
     length, changed = listing.stat_of(path)
-    known = listing.digest_file(path, length)
-    stamp = listing.digest(known, changed)
-    whole = Part("parquet", path, label, [], None, length, known, stamp)
+    name_and_size = listing.digest_file(path, length)
+    stamp = listing.digest(name_and_size, changed)
+    whole_file = Part("parquet", path, label, [], None, length, name_and_size, stamp)
     try:
         with _opened(path) as file:
             groups = [file.metadata.row_group(i).num_rows for i in _groups(file)]
     except BadItem:
-        return [whole]
+        return [whole_file]
     parts, first = [], 0
     while first < len(groups):
         number, rows = 1, groups[first]
@@ -76,9 +76,9 @@ def plan(path: str, label: str, size: int) -> list[Part]:
             number += 1
         share = length * rows // max(1, sum(groups))
         spans = [["", first, number]]
-        parts.append(whole._replace(spans=spans, count=rows, bytes=share))
+        parts.append(whole_file._replace(spans=spans, count=rows, bytes=share))
         first += number
-    return parts or [whole]
+    return parts or [whole_file]
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
@@ -149,9 +149,9 @@ def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
             try:
                 row = {
                     name: column_value(
-                        name, of, i, lengths[name][i], name in columns.bytes
+                        name, column, i, lengths[name][i], name in columns.bytes
                     )
-                    for name, of in values.items()
+                    for name, column in values.items()
                 }
             except BadItem as error:
                 yield error, {}

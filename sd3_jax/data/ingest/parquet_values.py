@@ -28,7 +28,7 @@ def text_lengths(column) -> list[int]:
         lengths = pc.binary_length(column)
     elif pa.types.is_struct(kind):
         fields = [text_lengths(field) for field in column.flatten()]
-        return [sum(of) for of in zip(*fields)]
+        return [sum(row_lengths) for row_lengths in zip(*fields)]
     else:
         # A list: the sum over its elements. flatten() leaves out what null lists hide,
         # unlike .values, so that counts of null are 0 as well.

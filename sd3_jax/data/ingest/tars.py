@@ -39,7 +39,7 @@ class BadTar(UserError):
     """A tar that cannot be read on: its path, the last good member, and the reason."""
 
 
-class Place(NamedTuple):
+class Member(NamedTuple):
     """Where a member's bytes lie, or why it is rejected."""
 
     name: str
@@ -50,7 +50,7 @@ class Place(NamedTuple):
     reason: str  # "" if it is taken
 
 
-def places(path: epath.PathLike) -> Iterator[Place]:
+def members(path: epath.PathLike) -> Iterator[Member]:
     """Yield every member in order, rejected ones too, reading headers only.
 
     Raises BadTar where a damaged or truncated tar cannot be read on.
@@ -59,7 +59,7 @@ def places(path: epath.PathLike) -> Iterator[Place]:
     try:
         with path.open("rb") as file:
             for name, kind, start, size in _entries(file, path):
-                yield _place(name, kind, start, size)
+                yield _member(name, kind, start, size)
     except OSError as error:
         files.require_answered(str(path), error)
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
@@ -74,26 +74,26 @@ def compression(path: epath.PathLike) -> str:
         return ""
 
 
-def by_last_dot(place: Place) -> Place | None:
+def by_last_dot(member: Member) -> Member | None:
     """A member whose extension is unknown, with its key ending at the last dot instead;
     None if what follows the last dot is no known extension either."""
-    key, _, extension = place.name.rpartition(".")
+    key, _, extension = member.name.rpartition(".")
     parts = [part for part in key.split("/") if part not in ("", ".")]
-    if place.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
+    if member.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
         return None
-    reason = f"more than {MEMBER} bytes" if place.size > MEMBER else ""
+    reason = f"more than {MEMBER} bytes" if member.size > MEMBER else ""
     key, extension = "/".join(parts), extension.lower()
-    return place._replace(key=key, extension=extension, reason=reason)
+    return member._replace(key=key, extension=extension, reason=reason)
 
 
-def _place(name: str, kind: str, start: int, size: int) -> Place:
+def _member(name: str, kind: str, start: int, size: int) -> Member:
     key, extension = _split(name)
     reason = kind or _unfit(name, key)
     if not reason and extension not in EXTENSIONS:
         reason = OTHER
     if not reason and size > MEMBER:
         reason = f"more than {MEMBER} bytes"
-    return Place(name, key, extension, start, size, reason)
+    return Member(name, key, extension, start, size, reason)
 
 
 def _compressed(start: bytes, path: str) -> str:

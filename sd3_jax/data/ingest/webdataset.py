@@ -25,7 +25,7 @@ from sd3_jax.data.ingest.items import (
     read_columns,
     rejected,
 )
-from sd3_jax.data.ingest.tars import Place
+from sd3_jax.data.ingest.tars import Member
 
 TWICE = "a name that came before"
 
@@ -36,24 +36,24 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     All headers are read before the first sample: a caption may lie anywhere in the tar,
     since some tools write all pictures first.
     """
-    places, damage = [], None
+    members, damage = [], None
     try:
-        for place in tars.places(part.path):
-            if _is_picture(place) and place.key.endswith(LABELS):
-                place = place._replace(reason=LABEL)
+        for member in tars.members(part.path):
+            if _is_picture(member) and member.key.endswith(LABELS):
+                member = member._replace(reason=LABEL)
             # Folders are no files: they are not counted.
-            if place.reason != tars.FOLDER:
-                places.append(place)
+            if member.reason != tars.FOLDER:
+                members.append(member)
     except tars.BadTar as error:
         damage = str(error).removeprefix(f"{part.path}: ")
-    by_key = lambda place: place.key
+    by_key = lambda member: member.key
     # WebDataset's writers put a sample's files next to each other: a run of one key.
-    runs = [list(run) for _, run in groupby(_keyed(places), key=by_key)]
+    runs = [list(run) for _, run in groupby(_keyed(members), key=by_key)]
     merged = _merged(runs)
     for number, run in enumerate(runs):
-        for place in run:
-            if place.reason:
-                yield _refused(part, place, place.reason)
+        for member in run:
+            if member.reason:
+                yield _refused(part, member, member.reason)
         if number in merged:
             # Only the last sample can have lost members to the damage.
             cut = damage is not None and number == len(runs) - 1
@@ -63,21 +63,21 @@ def items(part: Part) -> Iterator[Item | Rejected]:
         yield rejected(part.label, f"a damaged tar: {damage}", part.bytes)
 
 
-def _keyed(places: Sequence[Place]) -> list[Place]:
+def _keyed(members: Sequence[Member]) -> list[Member]:
     """The members under the keys of their samples."""
-    by_first_dot = {place.key for place in places if _is_picture(place)}
+    by_first_dot = {member.key for member in members if _is_picture(member)}
     keyed = []
-    for place in places:
-        redotted = tars.by_last_dot(place)
-        if redotted and _is_picture(redotted) and place.key not in by_first_dot:
-            place = redotted
-        keyed.append(place)
+    for member in members:
+        redotted = tars.by_last_dot(member)
+        if redotted and _is_picture(redotted) and member.key not in by_first_dot:
+            member = redotted
+        keyed.append(member)
     # Then captions, once all pictures have their keys: of a.b.txt to a.b.jpg, and of
     # a.jpg.txt to a.jpg.
-    pictured = {place.key for place in keyed if _is_picture(place)}
+    pictured = {member.key for member in keyed if _is_picture(member)}
     owners = {f"{p.key}.{p.extension}": p.key for p in keyed if _is_picture(p)}
-    for i, place in enumerate(keyed):
-        redotted = tars.by_last_dot(place)
+    for i, member in enumerate(keyed):
+        redotted = tars.by_last_dot(member)
         if redotted and not _is_picture(redotted):
             stem, dot, extension = redotted.key.rpartition(".")
             owner = owners.get(f"{stem}{dot}{extension.lower()}", redotted.key)
@@ -86,7 +86,7 @@ def _keyed(places: Sequence[Place]) -> list[Place]:
     return keyed
 
 
-def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
+def _merged(runs: list[list[Member]]) -> dict[int, dict[str, Member]]:
     """Samples as members by extension, under the number of the run with the picture.
 
     Consecutive members with one key are a run. A run without a picture adds its
@@ -94,44 +94,44 @@ def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
     another sample, whose captions are not mixed with the first's. Members that are left
     over get their reason in `runs`.
     """
-    samples, place_of = {}, {}
+    samples, run_of_key = {}, {}
     for number, run in enumerate(runs):
         sample = {}
-        for i, place in enumerate(run):
-            if place.reason:
+        for i, member in enumerate(run):
+            if member.reason:
                 continue
-            if place.extension in sample:
-                run[i] = place._replace(reason=TWICE)
-            elif place.extension in PICTURES and _picture(sample):
-                run[i] = place._replace(reason="another picture of its sample")
+            if member.extension in sample:
+                run[i] = member._replace(reason=TWICE)
+            elif member.extension in PICTURES and _picture(sample):
+                run[i] = member._replace(reason="another picture of its sample")
             else:
-                sample[place.extension] = place
+                sample[member.extension] = member
         if sample:
             samples[number] = sample
             key = run[0].key
             # The first run with a picture has the key; before one comes, the first of
             # all.
-            if key not in place_of or (
-                _picture(sample) and not _picture(samples[place_of[key]])
+            if key not in run_of_key or (
+                _picture(sample) and not _picture(samples[run_of_key[key]])
             ):
-                place_of[key] = number
+                run_of_key[key] = number
     # Only now is it known which run of each key has a picture.
     for number, sample in list(samples.items()):
-        first = place_of[runs[number][0].key]
+        first = run_of_key[runs[number][0].key]
         if number == first:
             continue
         target = samples[first]
-        for extension, place in samples.pop(number).items():
+        for extension, member in samples.pop(number).items():
             if _picture(sample) or extension in target:
-                at = runs[number].index(place)
-                runs[number][at] = place._replace(reason=TWICE)
+                at = runs[number].index(member)
+                runs[number][at] = member._replace(reason=TWICE)
             else:
                 # A caption of a run without a picture, as when all pictures come first.
-                target[extension] = place
+                target[extension] = member
     return samples
 
 
-def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
+def _sample(part: Part, sample: dict[str, Member], *, cut: bool) -> Iterator:
     """The item of a sample, or its rejected members.
 
     At the end of a truncated tar a picture without captions is rejected: its caption
@@ -140,16 +140,16 @@ def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
     picture = _picture(sample)
     sidecars = [sample[kind] for kind in SIDECARS if kind in sample]
     if not picture:
-        for place in sidecars:
-            yield _refused(part, place, "a caption without a picture")
+        for member in sidecars:
+            yield _refused(part, member, "a caption without a picture")
         return
     if cut and not sidecars:
         yield _refused(part, picture, "its tar is cut off after it")
         return
     try:
         columns = {}
-        for place in sidecars:
-            location = (part.path, place.extension, place.start, place.size)
+        for member in sidecars:
+            location = (part.path, member.extension, member.start, member.size)
             columns = merge(columns, read_columns(*location))
     except BadItem as error:
         yield _refused(part, picture, error)
@@ -158,13 +158,13 @@ def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
     yield checked_item(f"{part.label}:{picture.key}", columns, read, picture.size)
 
 
-def _is_picture(place: Place) -> bool:
-    return not place.reason and place.extension in PICTURES
+def _is_picture(member: Member) -> bool:
+    return not member.reason and member.extension in PICTURES
 
 
-def _picture(sample: dict[str, Place]) -> Place | None:
+def _picture(sample: dict[str, Member]) -> Member | None:
     return next((sample[kind] for kind in sample if kind in PICTURES), None)
 
 
-def _refused(part: Part, place: Place, reason: object) -> Rejected:
-    return rejected(f"{part.label}:{place.name}", reason, place.size)
+def _refused(part: Part, member: Member, reason: object) -> Rejected:
+    return rejected(f"{part.label}:{member.name}", reason, member.size)

@@ -56,21 +56,22 @@ def spread(alike: Float[ndarray, " m"], threshold: float, count: int) -> ndarray
 
 
 def html(
-    about: dict[str, Any],
+    report: dict[str, Any],
     alike: Float[ndarray, " m"],
     threshold: float,
     pairs: Iterable[tuple[Shot, Shot, float]],
 ) -> str:
-    n, removed = about["pictures"], about["removed"]
+    n, removed = report["pictures"], report["removed"]
     share = f"{removed / max(1, n):.2%}"
-    unread = sum(about["unreadable"].values())
+    unread = sum(report["unreadable"].values())
     figures = [("pictures", f"{n:,}", ""), ("near-duplicates", f"{removed:,}", share)]
-    figures += [("pairs", f"{about['pairs']:,}", ""), ("unreadable", f"{unread:,}", "")]
-    settings = about["settings"] | {
-        f"seconds to {stage}": value for stage, value in about["seconds"].items()
+    figures.append(("pairs", f"{report['pairs']:,}", ""))
+    figures.append(("unreadable", f"{unread:,}", ""))
+    settings = report["settings"] | {
+        f"seconds to {stage}": value for stage, value in report["seconds"].items()
     }
     rows = [(key, _as_text(value)) for key, value in settings.items()]
-    reasons = [(reason, f"{count:,}") for reason, count in about["unreadable"].items()]
+    reasons = [(reason, f"{count:,}") for reason, count in report["unreadable"].items()]
     columns = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
     explanation = html_page.note(
         f"Pairs of {threshold:g} or above are near-duplicates. A picture goes if it is"

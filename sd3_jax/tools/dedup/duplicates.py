@@ -165,8 +165,8 @@ def _hits(block, x, start, at, threshold):
     product = block @ x[at : min(at + COLUMNS, start + len(block))].T
     row, column = np.nonzero(product >= threshold)
     # A pair once, the earlier item as the column; not an item with itself.
-    before = column + at < row + start
-    row, column = row[before], column[before]
+    is_earlier = column + at < row + start
+    row, column = row[is_earlier], column[is_earlier]
     return np.stack([row + start, column + at]), product[row, column]
 
 

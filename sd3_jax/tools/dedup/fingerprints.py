@@ -138,19 +138,19 @@ def _explained(y1, c1, y2, c2):
     y, c1 = _lighter(y, c1, b, c2)
     (mean1, var1), (mean2, var2), shared = _moments(y, b, inside)
     gain = (shared / np.maximum(var1, 1e-6)).clip(1 / GAIN, GAIN)
-    left = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
-    whole = var2 + NOISE**2
+    residual = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
+    variance = var2 + NOISE**2
     broad = BROAD * _broad(y, b, gain, inside)
     brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / LIGHTER, LIGHTER)
     # A difference of means that no gain explains counts as well.
-    left += np.square(mean2 - brighter * mean1)
+    residual += np.square(mean2 - brighter * mean1)
     for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
         (mean1, var1), (mean2, var2), shared = _moments(a, b, coarse)
-        apart = var2 - 2 * gain * shared + gain**2 * var1
-        left += (apart - TINGE).clip(0)
-        left += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
-        whole += var2
-    return (1 - np.maximum(left / whole, broad)).clip(0, 1)
+        chroma_residual = var2 - 2 * gain * shared + gain**2 * var1
+        residual += (chroma_residual - TINGE).clip(0)
+        residual += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
+        variance += var2
+    return (1 - np.maximum(residual / variance, broad)).clip(0, 1)
 
 
 def _darker_first(y1, c1, y2, c2):
@@ -197,9 +197,9 @@ def _broad(y1, y2, gain, inside):
     (mean1, _), (mean2, _), _ = _moments(y1, y2, inside)
     one = (y1 - mean1[:, None, None]) * gain[:, None, None] * inside
     other = (y2 - mean2[:, None, None]) * inside
-    left = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
-    whole = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
-    return (left - STAIN).clip(0) / whole
+    residual = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
+    variance = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
+    return (residual - STAIN).clip(0) / variance
 
 
 def _moved(a, b, move):

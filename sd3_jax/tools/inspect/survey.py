@@ -99,11 +99,13 @@ class Choice:
         return [x for bucket_name in names for name, x in picked if name == bucket_name]
 
 
-def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, Tally]]:
+def tallies(
+    paths: list[str], limit: int, choice: Choice
+) -> Iterator[tuple[str, Tally]]:
     """Yield shards' tallies in order, reading a few ahead."""
     with ThreadPoolExecutor(THREADS) as threads:
         remaining = iter(paths)
-        submit = lambda path: (path, threads.submit(look, path, most))
+        submit = lambda path: (path, threads.submit(look, path, limit))
         ahead = collections.deque(map(submit, itertools.islice(remaining, 2 * THREADS)))
         while ahead:
             path, future = ahead.popleft()
@@ -115,7 +117,7 @@ def tallies(paths: list[str], most: int, choice: Choice) -> Iterator[tuple[str, 
             yield path, tally
 
 
-def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
+def look(path: str, limit: int) -> tuple[Tally, list[tuple[int, str]]]:
     """Read `most` evenly spread records of a shard (0: all); its tally, and the index
     and bucket of each good record."""
     tally, good_records = Tally(name_of(path), shards=1), []
@@ -127,7 +129,7 @@ def look(path: str, most: int) -> tuple[Tally, list[tuple[int, str]]]:
         return tally, good_records
     tally.records, tally.bytes = shard.count, shard.bytes
     try:
-        for index in spread(shard.count, most):
+        for index in spread(shard.count, limit):
             try:
                 record, _ = read(reader, path, index)
             except UserError as error:
@@ -156,11 +158,11 @@ def read(reader, path: str, index: int) -> tuple[Record, int]:
     return records.decode(data, where), len(data)
 
 
-def spread(count: int, most: int) -> Iterable[int]:
+def spread(count: int, limit: int) -> Iterable[int]:
     """`most` evenly spread indices, the first and the last among them."""
-    if not 0 < most < count:
+    if not 0 < limit < count:
         return range(count)
-    return np.linspace(0, count - 1, most).round().astype(int).tolist()
+    return np.linspace(0, count - 1, limit).round().astype(int).tolist()
 
 
 def reason(error: UserError, where: str) -> str:
