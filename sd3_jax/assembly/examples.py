@@ -102,6 +102,7 @@ def encoder(
         only=only,
         quantize={"t5": config.quantize.t5},
     )
+    # A recipe's shapes assume 8 pixels a latent; another autoencoder is another model.
     if "vae" in only:
         layout = bundle.part("vae").latent_channels, bundle.factor
         if layout != (model.channels, 8):
@@ -129,6 +130,7 @@ def encoder(
                 f" fit config.model.context_dim = {model.context_dim} and pooled_dim ="
                 f" {model.pooled_dim}: {error}"
             ) from error
+    # Captions alone were asked for: without any text encoder all of them are zeros.
     elif only != ["vae"]:
         raise UserError(f"config.encode.weights = {encode.weights}: no text encoder")
     return result

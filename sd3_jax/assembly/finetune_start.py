@@ -122,6 +122,7 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
     saved = saved_config(folder, step)
+    # Another run's weights fit by shape in many models that compute something else.
     if rows := compatibility.differing(saved, config):
         raise UserError(
             f"config.tune.base = {base}: was trained with other settings:"
@@ -169,6 +170,7 @@ def restored(
     """Restore a checkpoint's weights together with the frozen ones, and its step."""
     # What was trained, and from which base, is the checkpoint's config.tune: `config`
     # may be that of another recipe, as in `sample`.
+    # A copy: the caller's config stays as the command line gave it.
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))

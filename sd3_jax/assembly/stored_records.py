@@ -29,6 +29,7 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
     data, size = config.data, batch_size(config, held_out=held_out)
     key, paths, weights = "data.records", data.records, data.weights
     if held_out:
+        # Validation is one set: its mean loss is over examples, not over sets.
         key, paths, weights = "data.held_out", data.held_out, ()
     try:
         records = Records(
@@ -180,6 +181,7 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
     # By identity of the file: two spellings of a path are one shard.
     files = {shard.file for shard in trained_on.shards}
     held_out = open_records(config, held_out=True)
+    # A loss on another autoencoder's latents would say nothing.
     if differences := encoder_identity.differing(
         trained_on.encoders, held_out.encoders
     ):

@@ -53,8 +53,7 @@ def _shape(area: int, aspect: float, unit: int) -> Bucket:
 
     def loss(h: int) -> float:
         w = max(1, min(tokens // h, round(h * aspect)))
-        # Lost tokens and a wrong aspect are both ratios; an error of aspect costs
-        # twice.
+        # Both are ratios, of tokens lost and of aspects; a wrong aspect counts twice.
         return math.log(tokens / (h * w)) + 2 * abs(math.log(w / h / aspect))
 
     h = min(tries, key=loss)
@@ -108,8 +107,7 @@ class Turns:
     # the history of a run to resume it. Here bucket and examples depend on (seed, step)
     # alone: a run goes on from its step number, on any number of hosts.
     #
-    # Integers, not floats: the turn of step 10^12 must be exact, and equal on all
-    # hosts.
+    # Integers, not floats: turns must be exact at step 10^12, and equal on all hosts.
     _ALL = 2**61 - 1  # the circle, in integers; prime, so that no step comes twice
     _STEP = round(_ALL * (math.sqrt(5) - 1) / 2)
 

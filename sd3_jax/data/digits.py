@@ -95,8 +95,7 @@ def splits() -> tuple[dict, dict]:
     """
     # "A left of B" and "B right of A" are one picture: with two keys, a test picture
     # could be in training under its other caption.
-    # The paper's arXiv number: the split is part of the data set, whatever a run's
-    # seed.
+    # The paper's arXiv number: the split does not depend on a run's seed.
     rng = np.random.default_rng(2403_03206)
     things = [Thing(c, d) for c in COLOURS for d in range(10)]
     pairs = [(a, b, axis) for a in things for b in things for axis in "xy"]

@@ -39,6 +39,7 @@ class Loader:
         self._source, self._batch_size, self._ahead = source, batch_size, ahead
 
         def load(step: int) -> dict[str, np.ndarray]:
+            # Only this process's rows are read: no host reads another's examples.
             batch = source.batch((step + ahead) * batch_size + rows)
             captions = batch.pop("caption", None)
             return batch if captions is None else batch | tokenize(captions)

@@ -41,6 +41,8 @@ class Writer:
         self.path, self.count = epath.Path(path), 0
         self._temporary = None
         if files.remote(self.path):
+            # ArrayRecord writes to local paths only; the whole file is uploaded at the
+            # end.
             self._temporary = _temporary_file()
             self._partial = epath.Path(_path_of(self._temporary))
         else:
@@ -128,6 +130,7 @@ def expand(pattern: str) -> list[str]:
         raise UserError(
             f"{pattern}: wanted a glob without **, one of files in a folder"
         )
+    # Globbing starts at the last folder without a wildcard.
     root = epath.Path(*parts[: magic[0]])
     matches = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
     if not matches:
@@ -138,6 +141,7 @@ def expand(pattern: str) -> list[str]:
 def open_all(paths: Sequence[str]) -> list[Shard]:
     """Inspect every shard; UserError if one cannot be read or is listed twice."""
     with ThreadPoolExecutor(OPENERS) as threads:
+        # In parallel: of 10^5 shards each is opened once, at a request or a seek.
         looked_at = list(threads.map(inspect, paths))
     path_of_file = {}
     for shard in looked_at:

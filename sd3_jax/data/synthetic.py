@@ -40,6 +40,7 @@ class Synthetic:
         return {"name": "synthetic", **settings, **optional}
 
     def example(self, i: int) -> dict[str, np.ndarray]:
+        # Seeded by example, so that any process can make any row.
         rng = np.random.default_rng((self.seed, i))
         shapes = {
             "latents": (self.height // 8, self.width // 8, self.channels),

@@ -81,6 +81,7 @@ def _is_t5(folder: epath.Path) -> bool:
     if settings.exists():
         kind = files.parse_object(settings, _text(settings)).get("tokenizer_class")
     if kind is None:
+        # Of the tokenizers that are read only T5's has a sentencepiece model.
         return (folder / "spiece.model").exists()
     return str(kind).startswith("T5")
 
@@ -101,6 +102,7 @@ def read(name: str, folder: epath.PathLike) -> Any:
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
     except BaseException as error:  # panics of the Rust library are no Exceptions
+        # The error need not name a file: the first main one that exists is named.
         present = (file for file in MAIN_FILES if (folder / file).exists())
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(

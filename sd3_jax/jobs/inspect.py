@@ -97,7 +97,7 @@ def table(
     print(aligned(HEAD, wide))
     for path, tally in survey.tallies(paths, config.inspect.records, choice):
         total.add(tally)
-        # Without config.data it is precompute's name that says so.
+        # Without config.data, precompute's name says so.
         if path in held_out or name_of(path).startswith("val-"):
             held_out_total.add(tally)
         if each_shard:
@@ -178,13 +178,11 @@ def summary(total: Tally, held_out: Tally) -> list[str]:
 
 def verdict(total: Tally, limit: int) -> list[str]:
     if not total.bad_count:
-        # With all records read their checksums are all verified; otherwise only those
-        # read.
+        # Only what was read is known to be sound: each has had its checksum verified.
         if not limit:
             return [f"all {total.records:,} records are sound"]
         return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
-    # Shards that cannot be opened are counted among the bad, but hold no known number
-    # of records.
+    # Shards that cannot be opened are among the bad, but are not records.
     unread = total.reasons["not readable"]
     bad = total.bad_count - unread
     examined = total.good + bad

@@ -19,8 +19,8 @@ from sd3_jax.data.ingest.items import SIDECAR, BadItem, Value
 from sd3_jax.foreign_text import shown
 
 BLOCK = 2**20  # bytes that are read at once
-# A file_name without escapes, found without parsing its line; SPELT finds
-# escaped letters of the key, "file\u005fname", and would hide one from PLAIN.
+# A file_name without escapes, found without parsing its line. SPELT finds escaped
+# letters of the key, "file\u005fname", which would hide one from it.
 PLAIN = re.compile(rb'"file_name"\s*:\s*"([^"\\]*)"')
 SPELT = re.compile(rb"\\u00[56]")
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")

@@ -55,7 +55,7 @@ def items(part: Part) -> Iterator[Item | Rejected]:
             if member.reason:
                 yield _refused(part, member, member.reason)
         if number in merged:
-            # Only the last sample can have lost members to the damage.
+            # Of the last run members may be lost; the others are followed by more.
             cut = damage is not None and number == len(runs) - 1
             yield from _sample(part, merged[number], cut=cut)
     # What came before the damage is used; the damage itself is one rejected entry.
@@ -109,8 +109,7 @@ def _merged(runs: list[list[Member]]) -> dict[int, dict[str, Member]]:
         if sample:
             samples[number] = sample
             key = run[0].key
-            # The first run with a picture has the key; before one comes, the first of
-            # all.
+            # The key's first run with a picture, or its first run until one comes.
             if key not in run_of_key or (
                 _picture(sample) and not _picture(samples[run_of_key[key]])
             ):

@@ -44,6 +44,7 @@ def spread(alike: Float[ndarray, " m"], threshold: float, count: int) -> ndarray
     Half of them are nearest to the threshold, which is where a wrong one shows; the
     others are spread over the whole range.
     """
+    # Stable, so that the page does not depend on the machine's sort.
     order = np.argsort(-alike, kind="stable")
     if len(order) <= count:
         return order

@@ -115,7 +115,7 @@ def _reduced(x, by):
 
 
 def _blurred(x):
-    """By a Gaussian of one pixel: JPEG's noise goes, derivatives are smooth."""
+    """Blur by a Gaussian of one pixel: less of JPEG's noise, smooth derivatives."""
     weights = np.exp(-0.5 * np.arange(-3, 4, dtype=np.float32) ** 2)
     rows, n = np.zeros((x.shape[-1],) * 2, np.float32), x.shape[-1]
     for offset, weight in zip(range(-3, 4), weights / weights.sum()):

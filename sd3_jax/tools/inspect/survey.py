@@ -150,8 +150,7 @@ def read(reader, path: str, index: int) -> tuple[Record, int]:
     """Read a record and its size in bytes; or a UserError."""
     where = f"{path}:{index}"
     try:
-        # ArrayRecord reports damage as RuntimeError; one bad record is not the end of a
-        # shard.
+        # ArrayRecord reports damage as RuntimeError; the next record may be good.
         (data,) = reader.read([index])
     except RuntimeError as error:
         raise BadRecord(f"{where}: unreadable: {error}") from None
