@@ -90,7 +90,7 @@ def built(config, tmp_path):
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         job = trainer.Training(config, tmp_path, mesh)
         job.trace(0)
-        examples.loader(config, job.rows, made=job.source)
+        examples.loader(config, job.rows, examples=job.source)
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = trainer.example(config, mesh)
         state, _ = job.step.eval_shape(job.abstract, key, batch, {})
