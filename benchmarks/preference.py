@@ -35,7 +35,7 @@ def painter(workdir, *flags):
     config = main.parse(argv).config
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         params, _ = model_parts.trained_params(config, parts, workdir, mesh)
     made = TrainedSampler(config, parts, mesh)
 

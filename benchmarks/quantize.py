@@ -211,7 +211,7 @@ def differing(workdir: Path) -> list[list[str]]:
     from sd3_jax.sampling.sampler import TrainedSampler
 
     config, mesh, rows = quickstart.get_config(), sharding.make_mesh(), []
-    made, captions, plain = model_parts.parts(config), config.train.prompts, None
+    made, captions, plain = model_parts.build_parts(config), config.train.prompts, None
     draw = np.random.default_rng(0).standard_normal
     sizes = made.shape, (4, config.model.context_dim), (config.model.pooled_dim,)
     xt, *cond = (draw((64, *size), np.float32) for size in sizes)

@@ -107,7 +107,7 @@ def plan(config: ConfigDict) -> tuple[str, int]:
         optim = config.optim.to_dict()
         del optim["accumulate"]
         tx, _ = optimizer.make(**optim, steps=config.train.steps)
-        init = model_parts.parts(config).objective.init
+        init = model_parts.build_parts(config).objective.init
         state = abstract_state(jax.random.key(0), init, tx, mesh)
     except UserError as error:
         return " ".join(str(error).split())[:1000], 0

@@ -575,7 +575,7 @@ def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(
                 setattr(member, key, value)
             tar.addfile(member, io.BytesIO(bytes(member.size)))
     monkeypatch.setattr(tars, "MEMBER", 1000)
-    places = list(tars.places(path))
+    places = list(tars.members(path))
     assert [(x.key, x.extension, x.size) for x in places if not x.reason] == [
         ("a", "jpg", 3),
         ("a", "txt", 0),
@@ -585,11 +585,11 @@ def test_30_members_that_are_no_samples_are_skipped_and_nothing_is_extracted(
     assert [x.name for x in tmp_path.rglob("*")] == ["in", "a.tar"]
     path.write_bytes(path.read_bytes()[:700])
     with pytest.raises(tars.BadTar, match=f"{path}: at a.jpg: .*"):
-        list(tars.places(path))
+        list(tars.members(path))
 
 
 def test_35_a_checkpoint_of_another_dtype_is_not_cast(trained):
-    parts = model_parts.parts(
+    parts = model_parts.build_parts(
         main.parse(["train", f"--config={TINY}", "--workdir=a"])[1]
     )
     params = tree.unbox(jax.eval_shape(parts.objective.init, jax.random.key(0)))

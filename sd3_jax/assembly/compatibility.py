@@ -1,4 +1,4 @@
-"""Going on with a run: what may differ from its settings so far, and what must not."""
+"""Resuming a run: which settings may differ from those it has had, and which not."""
 
 import inspect
 import json
@@ -14,47 +14,51 @@ from sd3_jax.errors import ConfigError, UserError, nearest
 from sd3_jax.training import optimizer
 
 log = logging.getLogger(__name__)
-# Keys and groups that change how a run is done, written or looked at, not what it
-# computes beyond rounding; and train.steps, which is there to be raised.
-FREE = (
+# Keys and groups that may differ on resume: they change how a run is executed, written
+# or evaluated, but what it computes by rounding at most. train.steps may be raised.
+FREE_KEYS = (
     *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
     *("convert", "plan", "compare", "ingest", "precompute", "dedup", "inspect"),
     *("study", "quantize.denoiser", "tune.base"),  # whose fingerprint is compared
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
 )
-MADE = ("model", "text", "image.autoencoder", "flow.path")
-TRAINED = ("text.dropout", "model.pos_crop", "model.dtype")  # of these, how it trains
+# Keys that decide what a set of weights computes.
+MODEL_KEYS = ("model", "text", "image.autoencoder", "flow.path")
+# Of these, the ones that only matter in training.
+TRAINING_KEYS = ("text.dropout", "model.pos_crop", "model.dtype")
 
 
 def compare(where: Any, saved: dict, config: ConfigDict) -> None:
-    """UserError if a setting differs that is neither FREE nor in train.changes."""
-    given, declared = config.to_dict(), tuple(config.train.changes)
-    known = {key for key, _ in validation.leaves(given)}
-    groups = {key.partition(".")[0] for key in known}
+    """UserError if a setting differs that is neither free nor in train.changes."""
+    settings, declared = config.to_dict(), tuple(config.train.changes)
+    keys = {key for key, _ in validation.leaves(settings)}
+    groups = {key.partition(".")[0] for key in keys}
     for name in declared:
-        if name not in known | groups:
+        if name not in keys | groups:
             raise ConfigError(
-                f'config.train.changes: no key "{name}"{nearest(name, known | groups)}'
+                f'config.train.changes: no key "{name}"{nearest(name, keys | groups)}'
             )
-    differ = list(_differences(saved, given))
-    if refused := [row for row in differ if not within(row[0], FREE + declared)]:
-        keys = ",".join(key for key, _, _ in refused)
+    differences = list(_differences(saved, settings))
+    allowed = FREE_KEYS + declared
+    if undeclared := [row for row in differences if not within(row[0], allowed)]:
+        keys = ",".join(key for key, _, _ in undeclared)
         raise UserError(
-            f"{where} was trained with other settings: {spelled(refused)}. To go on"
+            f"{where} was trained with other settings: {spelled(undeclared)}. To go on"
             f" with the new ones say so, --config.train.changes={keys}; else give back"
             " the old ones, or another workdir"
         )
-    if differ:
-        log.info("goes on with other settings: %s", spelled(differ))
+    if differences:
+        log.info("goes on with other settings: %s", spelled(differences))
 
 
 def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None:
-    """UserError if train.steps, at which a decay ends, differs and is not declared.
+    """UserError if a decay's end, train.steps, differs and is not declared.
 
-    The learning rate would jump at the step that the run goes on from. A rate that
-    differs for any declared reason is logged.
+    Logs both learning rates at `step` if they differ for a declared reason.
     """
+    # train.steps is free otherwise. Under a cosine or linear decay the rate would jump
+    # at the step that the run goes on from.
     old_optim = config.optim.to_dict() | saved.get("optim", {})
     old_steps = saved.get("train", {}).get("steps", config.train.steps)
     old = learning_rate(old_optim, old_steps, step)
@@ -75,22 +79,24 @@ def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None
 
 
 def learning_rate(optim: dict, steps: int, step: int) -> float:
-    """Of an update after `step` steps; `optim` may be of another version."""
-    known = inspect.signature(optimizer.make).parameters
-    options = {name: value for name, value in optim.items() if name in known}
+    """The learning rate of the update after `step` steps."""
+    # A checkpoint of another version may have keys that `make` does not know.
+    parameters = inspect.signature(optimizer.make).parameters
+    options = {name: value for name, value in optim.items() if name in parameters}
     return float(optimizer.make(**options, steps=steps)[1](step))
 
 
 def batches_ahead(data: dict, saved: dict, config: ConfigDict) -> int:
-    """How many batches the data are ahead of the step, so that no example comes twice.
+    """By how many batches the data are ahead of the step, after a change of batch size.
 
-    `data` is a checkpoint's position, `saved` its config. After another batch size the
-    run goes on with the first whole batch of examples that it has not had: among
-    buckets, whose turn a batch is depends on its number.
+    `data` is a checkpoint's position, `saved` its config. The run goes on with the
+    first whole batch of examples that it has not seen.
     """
     step, size = data["next_step"], config.data.batch_size
     old_size = saved.get("data", {}).get("batch_size", size)
     examples = data.get("next_batch", step) * old_size
+    # Rounded up: no example comes twice, and a few are skipped. Whole batches, because
+    # the bucket of a batch depends on its number.
     batch = -(-examples // size)
     if old_size != size:
         log.warning(
@@ -102,26 +108,26 @@ def batches_ahead(data: dict, saved: dict, config: ConfigDict) -> int:
 
 
 def warn(where: Any, saved: dict, config: ConfigDict) -> None:
-    """Of settings that make another model of the same weights."""
+    """Warn of settings with which the same weights are another model."""
     if rows := differing(saved, config):
         log.warning("%s was trained with other settings: %s", where, spelled(rows))
 
 
 def differing(saved: dict, config: ConfigDict) -> list[tuple[str, Any, Any]]:
-    """(key, then, now) of settings that make another model of the same weights."""
+    """(key, old, new) of settings with which the same weights are another model."""
     return [
         row
         for row in _differences(saved, config.to_dict())
-        if within(row[0], MADE) and not within(row[0], FREE + TRAINED)
+        if within(row[0], MODEL_KEYS) and not within(row[0], FREE_KEYS + TRAINING_KEYS)
     ]
 
 
-def compare_data(where: Any, saved: Any, given: Any, config: ConfigDict) -> None:
-    """UserError if the run's examples were others, under the same settings."""
-    if saved not in (None, given) and "data" not in config.train.changes:
+def compare_data(where: Any, saved: Any, current: Any, config: ConfigDict) -> None:
+    """UserError if the run's examples were others, though its settings are the same."""
+    if saved not in (None, current) and "data" not in config.train.changes:
         raise UserError(
             f"{where} was trained on other examples: {json.dumps(saved)}, now"
-            f" {json.dumps(given)}. Bring those back, or go on with these and say so:"
+            f" {json.dumps(current)}. Bring those back, or go on with these and say so:"
             " --config.train.changes=data"
         )
 
@@ -134,7 +140,9 @@ def spelled(rows: Sequence[tuple[str, Any, Any]]) -> str:
 
 
 def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
-    """Keys that only one of them has are of another version of this code."""
+    """(key, old, new) of keys in both whose values differ."""
+    # A key that only one has belongs to another version of this code. Through JSON, as
+    # the old one was: tuples become lists.
     old, new = (dict(validation.leaves(json.loads(json.dumps(x)))) for x in (old, new))
     for key in new:
         if key in old and old[key] != new[key]:
@@ -142,4 +150,5 @@ def _differences(old: dict, new: dict) -> Iterator[tuple[str, Any, Any]]:
 
 
 def within(key: str, names: Sequence[str]) -> bool:
+    """Whether a key is one of these names, or in a group that is."""
     return any(key == name or key.startswith(f"{name}.") for name in names)

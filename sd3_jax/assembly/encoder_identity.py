@@ -1,7 +1,7 @@
-"""Which encoders made the records of a run: by part, as fingerprints of weights.
+"""The encoders that made a run's records, as fingerprints of weights by part.
 
-`precompute` leaves them in encoders.json and manifest.json, `train` in its checkpoints.
-What was trained on one autoencoder's latents makes nonsense of another's.
+`precompute` writes them to encoders.json and manifest.json, `train` to its checkpoints.
+A model that was trained on one autoencoder's latents cannot use another's.
 """
 
 import logging
@@ -19,7 +19,7 @@ from sd3_jax.sampling.encoder import Encoder
 
 log = logging.getLogger(__name__)
 NAME = "encoders.json"  # in precompute's workdir, beside records/
-# What a fingerprint depends on: to declare a change of one of these is enough.
+# Keys that a fingerprint depends on; declaring a change of any one of them is enough.
 DECLARED = (
     *("data", "encode", "encode.weights", "encode.dtype"),
     *("quantize", "quantize.t5"),
@@ -27,63 +27,65 @@ DECLARED = (
 
 
 def of_records(records: Records) -> dict[str, str]:
-    """Read the fingerprints by part ("vae", "clip_l", …) of what encoded these records.
+    """Read the fingerprints, by part ("vae", "clip_l", …), of the records' encoders.
 
-    Shards that were moved away from their workdir say nothing. A UserError if records
-    of different encoders are mixed.
+    Nothing is known of shards that were moved away from their workdir. UserError if
+    records of different encoders are mixed.
     """
     of_part: dict[str, tuple[str, str]] = {}
     folders = dict.fromkeys(os.path.dirname(shard.path) for shard in records.shards)
     for folder in folders:
         for part, fingerprint in _read(epath.Path(folder).parent).items():
-            first, known = of_part.setdefault(part, (folder, fingerprint))
-            if known != fingerprint:
+            first, first_print = of_part.setdefault(part, (folder, fingerprint))
+            if first_print != fingerprint:
                 raise UserError(
                     f"{folder} was encoded by another {part} than {first}: fingerprints"
-                    f" {fingerprint} and {known}. Wanted records of one config.encode."
-                    "weights and dtype: make one of them again with the other's"
+                    f" {fingerprint} and {first_print}. Wanted records of one"
+                    " config.encode.weights and dtype: make one of them again with the"
+                    " other's"
                 )
     return {part: fingerprint for part, (_, fingerprint) in of_part.items()}
 
 
 def of_run(source: Any, encoder: Encoder | None) -> dict[str, str]:
-    """Of the encoders that its records are of, and of those that encode the rest."""
+    """Fingerprints of the encoders of its records and of those that encode the rest."""
+    # What a run encodes itself counts over what is stored beside it.
     stored = source.encoders if isinstance(source, Records) else {}
     return stored | (encoder.bundle.fingerprints() if encoder else {})
 
 
-def differing(known: Mapping[str, str], now: Mapping[str, str]) -> str:
-    """Which parts are others than known; "" if none that both name."""
+def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> str:
+    """Describe the parts whose fingerprints differ; "" if none that both have does."""
     rows = [
-        f"{part} had the fingerprint {known[part]}, now {now[part]}"
-        for part in known
-        if part in now and known[part] != now[part]
+        f"{part} had the fingerprint {saved[part]}, now {current[part]}"
+        for part in saved
+        if part in current and saved[part] != current[part]
     ]
     return ", ".join(rows)
 
 
-def warn(config: ConfigDict, known: Mapping[str, str], encoder: Encoder) -> None:
-    """Of encoders that are others than those that a run was trained with."""
-    if known and (differences := differing(known, encoder.bundle.fingerprints())):
+def warn(config: ConfigDict, saved: Mapping[str, str], encoder: Encoder) -> None:
+    """Warn of encoders other than those that a run was trained with."""
+    if saved and (differences := differing(saved, encoder.bundle.fingerprints())):
         words = "config.encode.weights = %s: the run was trained with others, or with"
         words += " another encode.dtype or quantize.t5: %s; pictures will be worse"
         log.warning(words, config.encode.weights, differences)
 
 
 def warn_of_base(
-    config: ConfigDict, known: Mapping[str, str], now: Mapping[str, str]
+    config: ConfigDict, saved: Mapping[str, str], current: Mapping[str, str]
 ) -> None:
-    """Of records that were encoded otherwise than those of the run they start from."""
-    if differences := differing(known, now):
+    """Warn if records have other encoders than the run that this one starts from."""
+    if differences := differing(saved, current):
         words = "config.tune.base = %s: was trained with other encoders: %s"
         log.warning(words, config.tune.base, differences)
 
 
 def compare(
-    where: Any, saved: Mapping[str, str], now: Mapping[str, str], config: ConfigDict
+    where: Any, saved: Mapping[str, str], current: Mapping[str, str], config: ConfigDict
 ) -> None:
-    """UserError if a run goes on with what other encoders made, unless that is said."""
-    differences = differing(saved, now)
+    """UserError if a resumed run has undeclared records of other encoders."""
+    differences = differing(saved, current)
     if differences and not set(DECLARED) & set(config.train.changes):
         raise UserError(
             f"{where} was trained with other encoders: {differences}. Bring those back,"
@@ -92,6 +94,7 @@ def compare(
 
 
 def _read(workdir: epath.Path) -> dict[str, str]:
+    # encoders.json is there from the start of a job, manifest.json only at its end.
     for name, within in (NAME, None), ("manifest.json", "encoders"):
         if (workdir / name).exists():
             value = files.read_object(workdir / name)

@@ -1,4 +1,4 @@
-"""What training starts from, and what of it trains: config.tune."""
+"""config.tune: the weights that training starts from, and which of them train."""
 
 import logging
 from collections.abc import Callable
@@ -37,43 +37,46 @@ SHAPE = (
 )
 
 
-def made(config: ConfigDict, objective: Objective) -> Tuning:
-    """What config.tune means for an objective."""
+def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
+    """Build the fine-tuning of an objective that config.tune describes."""
     tune = config.tune
     if not tune.base:
         require_base(config)
-        one = finetuning.plain(objective)
+        tuning = finetuning.plain(objective)
     elif tune.method == "full":
         bytewise = config.text.name == "bytes" and tune.text
-        one = finetuning.full(
+        tuning = finetuning.full(
             objective, text=bytewise, reference=tune.objective == "dpo"
         )
     else:
+        # Raises for targets that match no kernel, before any weights are read.
         shapes = jax.eval_shape(objective.init, jax.random.key(0))["denoiser"]
-        lora.target_kernels(tree.unbox(shapes), tune.targets)  # a mistake is told of
-        one = finetuning.low_rank(
+        lora.target_kernels(tree.unbox(shapes), tune.targets)
+        tuning = finetuning.low_rank(
             objective, rank=tune.rank, alpha=tune.alpha, targets=tune.targets
         )
     if tune.objective == "dpo":
-        about = dict(beta=tune.beta, weight=tune.weight)
-        return finetuning.preferring(one, objective, **about)
+        options = dict(beta=tune.beta, weight=tune.weight)
+        return finetuning.preferring(tuning, objective, **options)
     if tune.prior:
+        # The last path of data.records is the prior's: examples of the class, which
+        # the fine-tuned model is to go on painting as before.
         last = max(1, len(config.data.records) - 1)
-        return finetuning.preserving(one, objective, weight=tune.prior, last=last)
-    return one
+        return finetuning.preserving(tuning, objective, weight=tune.prior, last=last)
+    return tuning
 
 
 def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
-    """What a run began with."""
+    """The base that a run started from, "" if it had none."""
     saved = saved_config(epath.Path(workdir) / CHECKPOINTS, step)
     return saved.get("tune", {}).get("base", "")
 
 
 def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
-    """The folder of a run's checkpoints and the step, None for the newest.
+    """The checkpoints folder and the step, None for the newest, of a base.
 
-    `base` is the run's workdir, or WORKDIR/checkpoints/STEP. The folder of released
-    weights does not exist.
+    `base` is a run's workdir, or WORKDIR/checkpoints/STEP. For released weights the
+    returned folder does not exist.
     """
     path = epath.Path(base).expanduser()
     if path.parent.name == CHECKPOINTS and path.name.isdecimal():
@@ -82,7 +85,7 @@ def checkpoint_of(base: str) -> tuple[epath.Path, int | None]:
 
 
 def base_encoders(config: ConfigDict) -> dict[str, str]:
-    """Fingerprints of the encoders that another run, the base, was trained with."""
+    """Fingerprints of the encoders that the base, if it is a run, was trained with."""
     if not config.tune.base:
         return {}
     folder, step = checkpoint_of(config.tune.base)
@@ -90,6 +93,7 @@ def base_encoders(config: ConfigDict) -> dict[str, str]:
 
 
 def require_base(config: ConfigDict) -> None:
+    """UserError if config.tune asks for a method or objective that needs a base."""
     for key, value, plain in (
         ("method", config.tune.method, "full"),
         ("objective", config.tune.objective, "flow"),
@@ -102,17 +106,22 @@ def require_base(config: ConfigDict) -> None:
 
 
 def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: Mesh):
-    """The base's parameters in their shardings, {} without one: a tree of "denoiser",
-    "text" and, of released weights, "buffers"."""
+    """Load the base's parameters into their shardings; {} without a base.
+
+    The tree has "denoiser", "text" and, of released weights, "buffers".
+    """
     base = config.tune.base
     if not base:
         return {}
-    beside = config.tune.method == "lora"
-    dtype = config.model.dtype if beside else "float32"
+    # Frozen weights beside a LoRA are only computed with, in the compute dtype; weights
+    # that train are float32.
+    adapts = config.tune.method == "lora"
+    dtype = config.model.dtype if adapts else "float32"
     folder, step = checkpoint_of(base)
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
     saved = saved_config(folder, step)
+    # Another run's weights fit by shape in many models that compute something else.
     if rows := compatibility.differing(saved, config):
         raise UserError(
             f"config.tune.base = {base}: was trained with other settings:"
@@ -126,22 +135,25 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
 
 
 def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
+    """Load a released denoiser; UserError if it is not shaped as the recipe's."""
     base = config.tune.base
     try:
         bundle = bundle_loading.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
     except UserError as error:
         raise UserError(f"config.tune.base: {error}") from None
-    theirs = bundle.part("denoiser")
-    pairs = {name: (getattr(theirs, name), getattr(denoiser, name)) for name in SHAPE}
-    if wrong := [name for name, (a, b) in pairs.items() if a != b]:
-        told = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in wrong)
-        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in wrong)
-        raise UserError(f"config.tune.base = {base}: {told}; wanted {keys}")
+    base_denoiser = bundle.part("denoiser")
+    pairs = {
+        name: (getattr(base_denoiser, name), getattr(denoiser, name)) for name in SHAPE
+    }
+    if differing := [name for name, (a, b) in pairs.items() if a != b]:
+        settings = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in differing)
+        keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in differing)
+        raise UserError(f"config.tune.base = {base}: {settings}; wanted {keys}")
     variables = bundle.variables["denoiser"]
-    found = {"denoiser": variables["params"], "text": {}}
+    params = {"denoiser": variables["params"], "text": {}}
     if "buffers" in variables:
-        found["buffers"] = variables["buffers"]
-    return found
+        params["buffers"] = variables["buffers"]
+    return params
 
 
 def restored(
@@ -154,25 +166,25 @@ def restored(
     which: str,
     step: int | None = None,
 ) -> tuple[dict, int]:
-    """A checkpoint's weights, with those that it was trained beside, and its step.
-
-    What was trained, and from what, the checkpoint knows better than `config`.
-    """
+    """Restore a checkpoint's weights together with the frozen ones, and its step."""
+    # What was trained, and from which base, is the checkpoint's config.tune: `config`
+    # may be that of another recipe, as in `sample`.
+    # A copy: the caller's config stays as the command line gave it.
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
-    one = made(config, objective)
+    tuning = build_tuning(config, objective)
     params, step = restore_params(
-        folder, abstract(one.init, mesh), which=which, step=step
+        folder, abstract(tuning.init, mesh), which=which, step=step
     )
-    frozen = one.frozen_part(start(config, denoiser, objective, mesh))
-    return one.full_params(params, frozen), step
+    frozen = tuning.frozen_part(start(config, denoiser, objective, mesh))
+    return tuning.full_params(params, frozen), step
 
 
 def initial_adapter(config: ConfigDict, parts) -> dict:
-    """What config.tune.lora holds, as arrays on the host, {} without one.
+    """Read the LoRA file config.tune.lora, as host arrays; {} without one.
 
-    UserError unless all of it is for the denoiser's maps that train, at their rank.
+    UserError unless it adapts only kernels of the denoiser that train, at tune.rank.
     """
     source, rank = config.tune.lora, config.tune.rank
     if not source:
@@ -184,17 +196,17 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         pairs = adapter_files.read(path)
     except UserError as error:
         raise UserError(f"{where}: {error}") from None
-    if others := sorted(set(pairs) - {"denoiser"}):
-        raise UserError(f"{where}: adapts {others[0]}; wanted the denoiser alone")
+    if foreign := sorted(set(pairs) - {"denoiser"}):
+        raise UserError(f"{where}: adapts {foreign[0]}; wanted the denoiser alone")
     if not isinstance(parts.denoiser, MMDiT):
         name = config.model.name
         raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
     ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
     if ranks != [rank]:
-        wanted = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
+        advice = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
         listed = ", ".join(map(str, ranks))
         raise UserError(
-            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {wanted}"
+            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {advice}"
         )
     init = parts.objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]
@@ -203,26 +215,26 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     )
     trained = lora.target_kernels(shapes, config.tune.targets)
     of_file = [module for module, _ in lora_model.modules(loaded, "a")]
-    if others := ["/".join(module) for module in of_file if module not in trained]:
+    if foreign := ["/".join(module) for module in of_file if module not in trained]:
         raise UserError(
-            f"{where}: adapts {others[0]}, which is not among config.tune.targets ="
+            f"{where}: adapts {foreign[0]}, which is not among config.tune.targets ="
             f' "{config.tune.targets}"; "" are all'
         )
     log.info(
         "%s: %d of %d linear maps start from it", where, len(of_file), len(trained)
     )
-    scale = config.tune.alpha / rank if config.tune.alpha else 1.0  # as attach has it
+    # The file's pairs are whole updates. `attach` multiplies b by alpha / rank, so that
+    # is divided out here.
+    scale = config.tune.alpha / rank if config.tune.alpha else 1.0
     divide = lambda pair: {"a": pair["a"], "b": pair["b"] / np.float32(scale)}
     flat = {path: divide(pair) for path, pair in lora_model.modules(loaded, "a")}
     return {"denoiser": lora_model.nested(flat)}
 
 
 def adapted(params: dict, adapter: dict) -> dict:
-    """A new LoRA's `params` with the adapter's matrices where it has them.
-
-    What of a map the adapter lacks (layers, or one of q, k and v) is zero in it: the
-    new a stays there, since of a and b both zero neither would ever have a gradient.
-    """
+    """Put an adapter's matrices into a new LoRA's `params`, where it has them."""
+    # Layers, or one of q, k and v, that the adapter lacks are zero in it. The new a
+    # stays there: if a and b are both zero, neither ever has a gradient.
     params = tree.unbox(params)
     denoiser = lora.started(params["denoiser"], adapter["denoiser"])
     return params | {"denoiser": denoiser}
@@ -235,7 +247,7 @@ def save_adapter(
     workdir: epath.Path,
     step: int,
 ) -> None:
-    """A LoRA as diffusers loads it, in workdir; nothing of other training."""
+    """Write a LoRA run's file for diffusers into workdir; other runs write none."""
     if not config.tune.base or config.tune.method != "lora":
         return
     if not isinstance(denoiser, MMDiT):
@@ -252,7 +264,7 @@ def save_adapter(
 
 
 def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
-    """Shapes of what init gives, with their shardings."""
+    """The shapes of `init`'s parameters, with their shardings."""
     boxed = jax.eval_shape(init, jax.random.key(0))
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -262,15 +274,15 @@ def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
 
 
 def identity(base: dict) -> str:
-    """Of the base's weights, for a run that goes on to compare; "" of none."""
+    """A fingerprint of the base's weights, compared on resume; "" without a base."""
     return tree.fingerprint(base) if base else ""
 
 
-def compare(where: Any, saved: str, given: str) -> None:
-    """UserError if a run goes on beside other weights than it began with."""
-    if saved != given:
+def compare(where: Any, saved: str, current: str) -> None:
+    """UserError if a resumed run has another base than it began with."""
+    if saved != current:
         raise UserError(
             f"{where} began with other weights: config.tune.base had the fingerprint"
-            f" {saved or 'of none'}, now {given or 'of none'}. Bring those back, or use"
-            " another workdir"
+            f" {saved or 'of none'}, now {current or 'of none'}. Bring those back, or"
+            " use another workdir"
         )

@@ -1,4 +1,4 @@
-"""From a config to the things it names; below this, nobody sees a config."""
+"""Build the models and the objective that a config names."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from sd3_jax.training import objectives
 
 
 class Parts(NamedTuple):
-    """What a config describes, built; nothing here holds an array."""
+    """The modules and functions that a config describes; no arrays."""
 
     denoiser: nn.Module
     autoencoder: Autoencoder
@@ -37,20 +37,22 @@ class Parts(NamedTuple):
     encoders: Mapping[str, str] = MappingProxyType({})  # that weights were trained with
 
 
-def parts(config: ConfigDict) -> Parts:
+def build_parts(config: ConfigDict) -> Parts:
+    """Build the denoiser, the autoencoder's layout and the objective; loads nothing."""
     model, autoencoder = denoiser(config.model), AUTOENCODERS[config.image.autoencoder]
     sides = (config.image.height, config.image.width)
     shape = (*(side // autoencoder.factor for side in sides), config.model.channels)
-    made = formulation(config.flow)
+    flow = formulation(config.flow)
     objective = objectives.flow_matching(
         model,
         text_model(config),
         autoencoder,
-        formulation=made,
+        formulation=flow,
         dropout=config.text.dropout,
         example=examples.nominal(config),
         random_positions=config.model.pos_crop == "random",
     )
+    # FLOPs count the text tokens that the denoiser sees: words of the tower of bytes.
     bytewise = config.text.name == "bytes"
     tokens = config.text.words if bytewise else config.text.length
     image_flops = flops.forward(
@@ -60,7 +62,7 @@ def parts(config: ConfigDict) -> Parts:
         text=tokens,
         text_dim=config.model.context_dim,
     )
-    return Parts(model, autoencoder, objective, made, shape, image_flops)
+    return Parts(model, autoencoder, objective, flow, shape, image_flops)
 
 
 def formulation(flow: ConfigDict) -> Formulation:
@@ -77,6 +79,7 @@ def formulation(flow: ConfigDict) -> Formulation:
 def denoiser(model: ConfigDict) -> nn.Module:
     kind = DENOISERS[model.name]
     fields = {k: v for k, v in model.items() if k in kind.__dataclass_fields__}
+    # SD3's rule: depth d has a width of 64 d and d heads (paper, sec. 4).
     fields["width"] = model.width or 64 * model.depth
     fields["num_heads"] = model.num_heads or model.depth
     fields["dtype"] = jnp.dtype(model.dtype)
@@ -85,7 +88,7 @@ def denoiser(model: ConfigDict) -> nn.Module:
 
 
 def mmdit(model: ConfigDict, why: str) -> MMDiT:
-    """The denoiser, where it must be the paper's."""
+    """The denoiser, which must be the MMDiT; UserError with the reason `why` if not."""
     if model.name != "mmdit":
         raise UserError(f'config.model.name = "{model.name}": {why}; wanted "mmdit"')
     return denoiser(model)
@@ -121,21 +124,23 @@ def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
 
 def trained_params(
     config: ConfigDict,
-    made: Parts,
+    parts: Parts,
     workdir: str,
     mesh: Mesh,
     step: int | None = None,
     *,
     exact: bool = False,
 ):
-    """A checkpoint's weights, straight into their shardings, and its step: `step`, else
-    config.sample.step, else the newest. Of fine-tuning with those that it trained
-    beside. In eight bits where config.quantize says so, unless they are to be `exact`.
+    """Restore a checkpoint's weights into their shardings, and its step.
+
+    The step is `step`, else config.sample.step, else the newest. After fine-tuning the
+    frozen weights are included. The denoiser is quantized if config.quantize says so,
+    unless `exact`.
     """
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
     params, step = finetune_start.restored(
-        config, made.objective, made.denoiser, folder, mesh, which=which, step=step
+        config, parts.objective, parts.denoiser, folder, mesh, which=which, step=step
     )
     compatibility.warn(workdir, saved_config(folder, step), config)
     if config.quantize.denoiser and not exact:

@@ -1,4 +1,4 @@
-"""Pictures as CLIP's vision tower takes them: transformers' CLIPImageProcessor."""
+"""Preparing pictures for CLIP's vision tower, as transformers' CLIPImageProcessor."""
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,11 +16,11 @@ from sd3_jax.foreign_text import parse_json, shown
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the pictures it trained on
 STD = (0.26862954, 0.26130258, 0.27577711)
 BICUBIC = 3  # Pillow's number, as in preprocessor_config.json
-THREADS = 8  # that resize
+THREADS = 8  # that resize: Pillow releases the GIL
 
 
 class Preparation(NamedTuple):
-    """How pictures become a tower's input, as CLIPImageProcessor does it."""
+    """Resize, crop and normalize pictures for a vision tower."""
 
     size: int = 224  # the shorter side is resized to it
     crop: int = 224  # then the middle, square, is cut out
@@ -31,56 +31,59 @@ class Preparation(NamedTuple):
     def __call__(
         self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]] | UInt8[ndarray, "n _ _ 3"]
     ) -> Float[ndarray, "n s s 3"]:
-        """In float32; pictures of any shapes."""
+        """Prepare pictures of any shapes; float32."""
         if len(pictures) == 0:
             return np.zeros((0, self.crop, self.crop, 3), np.float32)
         with ThreadPoolExecutor(THREADS) as threads:
-            made = np.stack(list(threads.map(self._one, pictures)))  # uint8
-        x = made.astype(np.float32) * np.float32(1 / 255)
+            cropped = np.stack(list(threads.map(self._one, pictures)))  # uint8
+        x = cropped.astype(np.float32) * np.float32(1 / 255)
         return (x - np.float32(self.mean)) / np.float32(self.std)
 
     def _one(self, picture: ndarray) -> ndarray:
         image = Image.fromarray(picture)
         short, long = sorted(image.size)
-        other = int(self.size * long / short)  # cut off, not rounded, as theirs is
-        sides = (
-            (self.size, other) if image.width <= image.height else (other, self.size)
-        )
+        scaled = int(self.size * long / short)  # truncated, as in transformers
+        is_tall = image.width <= image.height
+        sides = (self.size, scaled) if is_tall else (scaled, self.size)
         x = np.asarray(image.resize(sides, Image.Resampling(self.resample)))
         top, left = ((side - self.crop) // 2 for side in x.shape[:2])
         return x[top : top + self.crop, left : left + self.crop]
 
 
 def preparation(folder: epath.Path, size: int) -> Preparation:
-    """As the folder's preprocessor_config.json says; OpenAI's where there is none."""
-    given = {}
+    """Read a folder's preprocessor_config.json; without one OpenAI's settings."""
+    # processor_config.json, of newer transformers, nests the same settings; the older
+    # file wins where a folder has both.
+    settings = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
-            given = read_json(folder / name)
-            given = given.get("image_processor", given)
-    told = lambda name, default: given.get(name) or default
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", settings)
+    setting = lambda name, default: settings.get(name) or default
     try:
-        made = Preparation(
-            _side(told("size", size), "shortest_edge"),
-            _side(told("crop_size", size), "height"),
-            tuple(map(float, told("image_mean", MEAN))),
-            tuple(map(float, told("image_std", STD))),
-            int(given.get("resample", BICUBIC)),
+        parsed = Preparation(
+            _side(setting("size", size), "shortest_edge"),
+            _side(setting("crop_size", size), "height"),
+            tuple(map(float, setting("image_mean", MEAN))),
+            tuple(map(float, setting("image_std", STD))),
+            int(settings.get("resample", BICUBIC)),
         )
-        Image.Resampling(made.resample)
+        Image.Resampling(parsed.resample)
     except (TypeError, ValueError, LookupError) as error:
         raise UserError(f"{folder}: preprocessor_config.json: {error!r}") from None
-    undone = [k for k in given if k.startswith("do_") and given[k] is False]
-    if made.crop != size or made.size < size or undone:
+    # Options are checked, not ignored: "do_normalize": false would give other features.
+    disabled = [k for k in settings if k.startswith("do_") and settings[k] is False]
+    if parsed.crop != size or parsed.size < size or disabled:
         raise UserError(
-            f"{folder}: preprocessor_config.json: size {made.size}, crop {made.crop}"
-            f" {' '.join(undone)}: wanted pictures resized and cropped to {size} pixels"
+            f"{folder}: preprocessor_config.json: size {parsed.size}, crop"
+            f" {parsed.crop} {' '.join(disabled)}: wanted pictures resized and cropped"
+            f" to {size} pixels"
         )
-    return made
+    return parsed
 
 
 def read_json(path: epath.Path) -> dict:
-    """A JSON object of other hands; or a UserError."""
+    """Read a JSON object; UserError if the file is missing or holds none."""
     try:
         value = parse_json(path.read_bytes())
     except (OSError, ValueError) as error:
@@ -90,5 +93,6 @@ def read_json(path: epath.Path) -> dict:
     return value
 
 
-def _side(given: Any, key: str) -> int:
-    return int(given[key] if isinstance(given, dict) else given)
+def _side(value: Any, key: str) -> int:
+    """A size that is a number, or a dict as in newer versions of transformers."""
+    return int(value[key] if isinstance(value, dict) else value)

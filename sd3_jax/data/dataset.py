@@ -1,72 +1,54 @@
-"""What a run draws from: sets of shards, their epochs shuffled, mixed by weights."""
+"""Records as a training set: example number → record, in a reproducible order."""
 
 import bisect
-import collections
 import contextlib
 import functools
 import hashlib
 import json
 import logging
-import math
 import os
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import grain
 import numpy as np
 from array_record.python.array_record_module import ArrayRecordReader
 
 from sd3_jax import files
 from sd3_jax.data import records, shards
 from sd3_jax.data.buckets import Turns
+from sd3_jax.data.mixtures import Bucket, Set, check_weights, matching_bucket, order
 from sd3_jax.data.ranges import RangeReader
 from sd3_jax.data.records import BadRecord, Record
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-OPEN = 256  # shards at a time: a process may have 1,024 files
-INDEXED = 2**14  # shards in buckets whose indices, 8 bytes a record, are in memory
-SPREAD = 1e6  # of weights, from the least to the greatest
-
-
-class Set(NamedTuple):
-    """What has epochs of its own, and how often it is drawn from beside the others."""
-
-    name: str
-    numbers: range  # of its records
-    weight: float
-
-
-class Bucket(NamedTuple):
-    """Records of one shape: batches are of one bucket."""
-
-    name: str
-    shapes: dict[str, tuple[int, ...]]  # that their tensors may have
-    sets: list[Set]
-    order: grain.MapDataset  # of its records' numbers
+OPEN = 256  # local shards at a time: 1,024 open files is a common limit
+# Shards in buckets whose readers are kept. They hold no open file but the shard's
+# index, 8 bytes a record, which costs a request or two to read again.
+INDEXED = 2**14
 
 
 class Records:
-    """The examples of shards; example i is a pure function of the seed and i.
+    """The examples of shards. Example i is a pure function of the seed and i.
 
-    `paths` are files or globs. Without `weights` they are one set, each epoch of which
-    is a permutation of its own. With them every path is a set with such epochs, and its
-    share of the examples holds over any few of them; grain keeps weights to one percent
-    of the least.
+    `paths` are files or globs. Without `weights` they are one set, and each epoch is a
+    permutation of it. With `weights` each path is a set with epochs of its own, and its
+    share holds over any short run of examples; grain keeps weights to one percent of
+    the least.
 
-    `shapes` are what each record's tensors must have, by bucket, "512x768"; one bucket
-    with those of the first record unless given. A shard is of one bucket: the one that
-    its name ends with, else its first record's. All `batch_size` examples of a step are
-    of one bucket, whose turn comes as often as it has records.
+    `shapes` gives the shapes of a record's tensors for each bucket, by a name such as
+    "512x768". Without it there is one bucket, with the shapes of the first record. A
+    shard belongs to the bucket that its name ends with, else to that of its first
+    record. All `batch_size` examples of a step are of one bucket; each bucket's turn
+    comes as often as it has records.
 
-    `bad_records` is the largest share of all records that may be bad: the next good
-    record of the set takes a bad one's place, which depends on nothing but the shards.
-    Each process counts the bad ones that itself has met since it started.
+    `bad_records` is the largest share of all records that may be bad. The next good
+    record of the same set replaces a bad one, so that the replacement depends only on
+    the shards. Each process counts the bad records that it has met itself.
 
-    A UserError says in one line what is wrong with paths, weights or shards; one that
-    is a BadRecord, what is wrong with a record.
+    UserError if paths, weights or shards are wrong; BadRecord if a record is.
     """
 
     def __init__(
@@ -80,50 +62,57 @@ class Records:
         seed: int = 0,
     ):
         check_weights(weights, paths)
-        self.seed, self.weights, self.bad_records = seed, tuple(weights), bad_records
-        self.batch_size = batch_size
+        self.seed, self.batch_size = seed, batch_size
+        self.weights, self.bad_records = tuple(weights), bad_records
         self.encoders: dict[str, str] = {}  # fingerprints by part, if they are known
+        # Loader threads read concurrently; the count of bad records is shared.
         self._bad, self._lock = set(), threading.Lock()
-        most = INDEXED if all(map(files.remote, paths)) else OPEN
-        self._reader = functools.lru_cache(most)(self._open)
-        found = [shards.expand(path) for path in paths]
-        if not found:
+        reader_limit = INDEXED if all(map(files.remote, paths)) else OPEN
+        self._reader = functools.lru_cache(reader_limit)(self._open)
+
+        # --- open every shard; number its records by set, then bucket
+        matches = [shards.expand(path) for path in paths]
+        if not matches:
             raise UserError("no paths: wanted shards of records, or globs of them")
-        self.shards = shards.open_all([path for group in found for path in group])
-        groups = [place for place, group in enumerate(found) for _ in group]
+        self.shards = shards.open_all([path for group in matches for path in group])
+        groups = [place for place, group in enumerate(matches) for _ in group]
         groups = groups if weights else [0] * len(groups)
-        keys = list(zip(groups, self._kinds(shapes)))
-        by_key = sorted(range(len(keys)), key=keys.__getitem__)
-        if by_key != list(range(len(keys))):  # so that a set's numbers are a range
+        keys = list(zip(groups, self._shard_buckets(shapes)))
+        places_by_key = sorted(range(len(keys)), key=keys.__getitem__)
+        if places_by_key != list(range(len(keys))):
+            # Shards of one set and bucket must follow each other: the numbers of its
+            # records are then a range, which grain shuffles without a table. Readers
+            # that were opened to find buckets are cached under the old places.
             self._reader.cache_clear()
-            self.shards, keys = shards.renumbered(self.shards, by_key), sorted(keys)
+            self.shards = shards.renumbered(self.shards, places_by_key)
+            keys.sort()
+
+        # --- group them into sets and buckets
         self._starts = [shard.start for shard in self.shards]
         self.sets = self._sets(paths, keys)
         self.buckets = self._buckets(shapes, keys)
         self._turns = Turns([sum(s.weight for s in b.sets) for b in self.buckets], seed)
+        # Every row of a batch asks for the same step's turn.
         self._turn = functools.lru_cache(64)(self._turns.place)
-        names = [os.path.basename(shard.path) for shard in self.shards]
-        twice = {name for name, n in collections.Counter(names).items() if n > 1}
-        self._names = [
-            shard.path if name in twice else name
-            for name, shard in zip(names, self.shards)
-        ]
-        self.first = self._good(self.buckets[0].sets[0].numbers[0], self._record)
+        self._names = shards.display_names(self.shards)
+
+        # --- take dtypes, and shapes where none are given, from the first record
+        self.first = self._read_good(self.buckets[0].sets[0].numbers[0], self._record)
         if shapes is None:
-            own = {name: x.shape for name, x in self.first.tensors.items()}
-            self.buckets = [self.buckets[0]._replace(shapes=own)]
+            first_shapes = {name: x.shape for name, x in self.first.tensors.items()}
+            self.buckets = [self.buckets[0]._replace(shapes=first_shapes)]
         self.fields = tuple(self.first.tensors)
 
     def __len__(self) -> int:
         return self.shards[-1].start + self.shards[-1].count
 
-    def keep(self, fields: Sequence[str]) -> None:
-        """Of what the first record holds, what batches are to have; and "caption", and
-        "set": which of the paths an example is of, by its place among them."""
+    def select_fields(self, fields: Sequence[str]) -> None:
+        """Choose what batches have: tensors of the first record, "caption", and "set",
+        the number of the path that an example is from."""
         self.fields = tuple(fields)
 
     def example(self, bucket: Bucket) -> dict[str, tuple[tuple[int, ...], np.dtype]]:
-        """Shape and dtype of each tensor of one of its examples."""
+        """Shape and dtype of each selected tensor of one of the bucket's examples."""
         tensors = self.first.tensors
         return {
             name: (bucket.shapes[name], tensors[name].dtype)
@@ -132,34 +121,40 @@ class Records:
         }
 
     def batch(self, indices: np.ndarray) -> dict[str, Any]:
-        """The tensors of these examples of one step, stacked, in the first's dtypes."""
+        """Stack the tensors of these examples, all of one step, in the first record's
+        dtypes."""
         bucket = self.buckets[self._turn(int(indices[0]) // self.batch_size)[0]]
-        wanted = self.example(bucket)
+        layout = self.example(bucket)
         batch = {
             name: np.empty((len(indices), *shape), dtype)
-            for name, (shape, dtype) in wanted.items()
+            for name, (shape, dtype) in layout.items()
         }
-        captions, sets, read = [], [], functools.partial(self._fitting, wanted)
+        captions, sets, read = [], [], functools.partial(self._read_fitting, layout)
         for row, i in enumerate(indices):
             number = self._number(int(i))
-            found = self._good(number, read)
-            captions.append(found.caption)
-            sets.append(self._set(number))
+            record = self._read_good(number, read)
+            captions.append(record.caption)
+            sets.append(self._set_number(number))
             for name, x in batch.items():
-                x[row] = found.tensors[name]
+                x[row] = record.tensors[name]
+        # The prior of DreamBooth is weighed by the set that an example is from.
         batch |= {"set": np.array(sets, np.int32)} if "set" in self.fields else {}
         return batch | ({"caption": captions} if "caption" in self.fields else {})
 
     def names(self, indices: np.ndarray) -> list[str]:
-        """The records that these examples are, "train-00000.arecord:123".
+        """Name the records of these examples: "train-00000.arecord:123".
 
-        A bad record that another takes the place of has its own name here.
+        A bad record goes by its own name here, not by that of its replacement.
         """
         places = [self._place(self._number(int(i))) for i in indices]
         return [f"{self._names[shard]}:{index}" for shard, index in places]
 
     def identity(self) -> dict[str, Any]:
-        """What data this is, flat and short: the shards' names, sizes and counts."""
+        """A flat, short summary of the data, for a checkpoint to compare on resume.
+
+        It has a hash of the shards' names, sizes and counts, not of their contents,
+        and no folders: a set that was moved is the same set.
+        """
         listed = [(os.path.basename(s.path), s.bytes, s.count) for s in self.shards]
         return {
             "name": "records",
@@ -171,30 +166,28 @@ class Records:
             "listing": hashlib.sha256(json.dumps(listed).encode()).hexdigest()[:16],
         }
 
-    def _kinds(self, shapes) -> list[int]:
-        """Of each shard, its bucket by its place among them."""
+    def _shard_buckets(self, shapes) -> list[int]:
+        """The number of each shard's bucket."""
         if shapes is None or len(shapes) == 1:
             return [0] * len(self.shards)
-        find = functools.partial(self._kind, list(shapes), list(shapes.values()))
+        find = functools.partial(self._shard_bucket, shapes)
         with ThreadPoolExecutor(shards.OPENERS) as threads:
             return list(threads.map(find, range(len(self.shards))))
 
-    def _kind(self, names: list[str], shapes: list[dict], place: int) -> int:
-        path = self.shards[place].path
+    def _shard_bucket(self, shapes: dict[str, dict], place: int) -> int:
+        names, path = list(shapes), self.shards[place].path
+        # precompute names the bucket; only other shards cost a read here.
         stem = os.path.basename(path).removesuffix(".arecord")
         if stem.rpartition("-")[2] in names:
             return names.index(stem.rpartition("-")[2])
+        # A bad first record says nothing about the others of its shard.
         for index in range(self.shards[place].count):
             with contextlib.suppress(BadRecord):
-                found = self._read(place, index).tensors
+                tensors = self._read(place, index).tensors
                 break
         else:
             raise BadRecord(f"{path}: none of its records is good")
-        for kind, wanted in enumerate(shapes):
-            if all(x.shape == wanted.get(name) for name, x in found.items()):
-                return kind
-        given = ", ".join(f"{name} {x.shape}" for name, x in found.items())
-        raise UserError(f"{path}: {given} is of no bucket: wanted {', '.join(names)}")
+        return matching_bucket(tensors, shapes, path)
 
     def _sets(self, paths, keys) -> list[Set]:
         if not self.weights:
@@ -206,56 +199,61 @@ class Records:
         ]
 
     def _buckets(self, shapes, keys) -> list[Bucket]:
-        """Those that have records, each with its part of every set that has some."""
+        """The buckets that have records, each with its part of every set.
+
+        A set's weight is divided among buckets in proportion to its records there.
+        """
         names = list(shapes) if shapes else [""]
-        made = []
+        buckets = []
         for kind in sorted({kind for _, kind in keys}):
-            own = []
-            for group, whole in enumerate(self.sets):
+            parts = []
+            for group, full_set in enumerate(self.sets):
                 if (group, kind) in keys:
                     numbers = self._numbers(keys, (group, kind))
-                    weight = whole.weight * len(numbers) / len(whole.numbers)
-                    own.append(Set(whole.name, numbers, weight))
-            known = shapes[names[kind]] if shapes else {}
-            made.append(Bucket(names[kind], known, own, order(own, self.seed)))
-        return made
+                    weight = full_set.weight * len(numbers) / len(full_set.numbers)
+                    parts.append(Set(full_set.name, numbers, weight))
+            known_shapes = shapes[names[kind]] if shapes else {}
+            example_order = order(parts, self.seed)
+            buckets.append(Bucket(names[kind], known_shapes, parts, example_order))
+        return buckets
 
     def _numbers(self, keys: list, key) -> range:
-        """Of the records in shards with this key, which follow each other."""
+        """Numbers of the records in shards with this key, which are contiguous."""
+        # Keys are sorted, so equal ones are neighbours.
         first, last = keys.index(key), len(keys) - 1 - keys[::-1].index(key)
         last = self.shards[last]
         return range(self.shards[first].start, last.start + last.count)
 
     def _number(self, i: int) -> int:
-        """The record that example i is."""
+        """The number of example i's record."""
         step, row = divmod(i, self.batch_size)
-        bucket, before = self._turn(step)
-        return self.buckets[bucket].order[before * self.batch_size + row]
+        bucket, earlier_steps = self._turn(step)
+        return self.buckets[bucket].order[earlier_steps * self.batch_size + row]
 
-    def _set(self, number: int) -> int:
+    def _set_number(self, number: int) -> int:
         return next(i for i, one in enumerate(self.sets) if number in one.numbers)
 
     def _place(self, number: int) -> tuple[int, int]:
-        """A record's shard, by its place among them, and its index in it."""
+        """The number of a record's shard, and the record's index in it."""
         shard = bisect.bisect_right(self._starts, number) - 1
         return shard, number - self._starts[shard]
 
-    def _good(self, number: int, read: Callable[[int], Any]) -> Any:
-        """What `read` makes of the record, or of the next good one of its set."""
+    def _read_good(self, number: int, read: Callable[[int], Any]) -> Any:
+        """Read a record, or if it is bad the next good one of its set and bucket."""
         sets = (s for bucket in self.buckets for s in bucket.sets)
-        (own,) = (s.numbers for s in sets if number in s.numbers)
-        for step in range(len(own)):
-            at = own[(number - own.start + step) % len(own)]
+        (numbers,) = (s.numbers for s in sets if number in s.numbers)
+        for step in range(len(numbers)):
+            candidate = numbers[(number - numbers.start + step) % len(numbers)]
             try:
-                return read(at)
+                return read(candidate)
             except BadRecord as error:
-                self._count(at, error)
+                self._count_bad(candidate, error)
         raise BadRecord(f"{self._where(number)}: no record of its set is good")
 
-    def _count(self, number: int, error: BadRecord) -> None:
-        """Put a bad record down; raise its error if that is one more than may be."""
+    def _count_bad(self, number: int, error: BadRecord) -> None:
+        """Count a bad record; raise its error if more are bad than are allowed."""
         with self._lock:
-            new = number not in self._bad
+            new = number not in self._bad  # each epoch meets the same ones again
             self._bad.add(number)
             count = len(self._bad)
         share = f"bad_records = {self.bad_records:g} of {len(self)}"
@@ -266,20 +264,11 @@ class Records:
         if new:
             log.warning("%s; the next good one is read; %d of %s", error, count, share)
 
-    def _fitting(self, wanted: dict, number: int) -> Record:
+    def _read_fitting(self, layout: dict, number: int) -> Record:
         """The record, if a batch of these shapes and dtypes can hold it."""
-        found, where = self._record(number), self._where(number)
-        for name, (shape, dtype) in wanted.items():
-            if name not in found.tensors:
-                raise BadRecord(f"{where}: {name}: missing, which the first record has")
-            x = found.tensors[name]
-            if x.shape != shape:
-                raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
-            if not np.can_cast(x.dtype, dtype):
-                raise BadRecord(
-                    f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"
-                )
-        return found
+        record = self._record(number)
+        records.check_layout(record, layout, self._where(number))
+        return record
 
     def _record(self, number: int) -> Record:
         return self._read(*self._place(number))
@@ -291,7 +280,8 @@ class Records:
         except RuntimeError as error:
             if str(error).startswith("Corrupted"):
                 raise BadRecord(f"{where}: {error}") from None
-            # Of a disk or a network: another host may well have read it.
+            # A disk or network fault, not a bad record: another host may well have
+            # read it, and would then go on with other examples than this one.
             raise UserError(f"{where}: cannot be read: {error}") from None
         return records.decode(data, where)
 
@@ -302,29 +292,8 @@ class Records:
     def _open(self, place: int) -> ArrayRecordReader | RangeReader:
         shard = self.shards[place]
         reader = shards.open_shard(shard.path)
+        # Readers are opened anew during a run, when the cache has dropped them.
         if reader.num_records() != shard.count:
             count = f"{reader.num_records()} records, {shard.count} when the run began"
             raise UserError(f"{shard.path}: was changed: it has {count}")
         return reader
-
-
-def order(sets: Sequence[Set], seed: int) -> grain.MapDataset:
-    """The number of the record that example i is, for any i, by random access."""
-    epochs = []
-    for place, one in enumerate(sets):
-        numbers = grain.MapDataset.range(one.numbers.start, one.numbers.stop)
-        epochs.append(numbers.seed((seed + place) % 2**32).shuffle().repeat())
-    if len(epochs) == 1:
-        return epochs[0]
-    return grain.MapDataset.mix(epochs, [one.weight for one in sets])
-
-
-def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
-    """None, or a number > 0 for each path; else a UserError."""
-    given = f"weights = {tuple(weights)}"
-    if weights and len(weights) != len(paths):
-        raise UserError(f"{given}: wanted none, or one for each of {len(paths)} paths")
-    if not all(0 < weight < math.inf for weight in weights):
-        raise UserError(f"{given}: wanted finite numbers > 0; leave a path out for 0")
-    if weights and max(weights) > SPREAD * min(weights):
-        raise UserError(f"{given}: wanted none over {SPREAD:g} times another")

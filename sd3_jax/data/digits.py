@@ -1,4 +1,4 @@
-"""The embedded set: scikit-learn's digit scans, coloured and composed, with captions.
+"""A built-in data set: scikit-learn's digit scans, coloured and composed, captioned.
 
 Three kinds of picture: "a red seven"; "a red seven left of a blue three" (binding);
 'the number "42" in green' (typography). Example i is a pure function of (seed, i).
@@ -38,7 +38,7 @@ class Thing(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """What a caption says: things, first in reading order, and how they stand."""
+    """What a caption describes: its things in reading order, and their relation."""
 
     kind: str
     things: tuple[Thing, ...]
@@ -59,14 +59,14 @@ class Scene(NamedTuple):
         return self.things[::-1] if swap else self.things, axis
 
     def ordered(self) -> "Scene":
-        """The same picture, told from left to right or from top to bottom."""
+        """The same picture, described from left to right or from top to bottom."""
         things, axis = self.placed()
         relation = self.relation and {"x": "left of", "y": "above"}[axis]
         return Scene(self.kind, things, relation)
 
 
 def parse(caption: str) -> Scene | None:
-    """The scene a caption describes, or None if it is not of the three kinds."""
+    """Parse a caption; None if it is not of the three kinds."""
     thing = rf"a ({'|'.join(COLOURS)}) ({'|'.join(DIGITS)})"
     if m := re.fullmatch(thing, caption):
         return Scene("single", (Thing(m[1], DIGITS.index(m[2])),))
@@ -82,18 +82,20 @@ def parse(caption: str) -> Scene | None:
 def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scans as (n, 8, 8) float32 in [0, 1] and their digits; one in five held out."""
     data = load_digits()
-    mine = (np.arange(len(data.target)) % 5 == 0) == held_out
-    return (data.images[mine] / 16).astype(np.float32), data.target[mine]
+    in_split = (np.arange(len(data.target)) % 5 == 0) == held_out
+    return (data.images[in_split] / 16).astype(np.float32), data.target[in_split]
 
 
 @functools.cache
 def splits() -> tuple[dict, dict]:
-    """Split of every pair, put into one order first, and of every two-digit number.
+    """The split of every pair, in a canonical order, and of every two-digit number.
 
-    "A left of B" and "B right of A" are one picture and so one key. Of the pairs one
-    in ten is for tuning and one in ten for the scores; of the numbers likewise, each in
-    all its colours.
+    One in ten of the pairs is for tuning and one in ten for the scores, and likewise of
+    the numbers, each in all its colours.
     """
+    # "A left of B" and "B right of A" are one picture: with two keys, a test picture
+    # could be in training under its other caption.
+    # The paper's arXiv number: the split does not depend on a run's seed.
     rng = np.random.default_rng(2403_03206)
     things = [Thing(c, d) for c in COLOURS for d in range(10)]
     pairs = [(a, b, axis) for a in things for b in things for axis in "xy"]
@@ -108,7 +110,7 @@ def splits() -> tuple[dict, dict]:
 
 
 def split_of(scene: Scene) -> str:
-    """The split a scene belongs to; single digits are in training, all of them."""
+    """The split of a scene; all single digits are in training."""
     pairs, numbers = splits()
     if scene.kind == "pair":
         (first, second), axis = scene.placed()
@@ -119,30 +121,30 @@ def split_of(scene: Scene) -> str:
 
 
 def scenes(kind: str, split: str) -> list[Scene]:
-    """Every scene of a kind in a split, in a fixed order; singles are in any split."""
+    """All scenes of a kind in a split, in a fixed order; singles are in every split."""
     things = [Thing(c, d) for c in COLOURS for d in range(10)]
     if kind == "single":
         return [Scene(kind, (a,)) for a in things]
     if kind == "pair":
-        every = [
+        candidates = [
             Scene(kind, (a, b), r) for a in things for b in things for r in RELATIONS
         ]
     else:
-        every = [
+        candidates = [
             Scene(kind, (Thing(c, n // 10), Thing(c, n % 10)))
             for c in COLOURS
             for n in range(100)
         ]
-    return [scene for scene in every if split_of(scene) == split]
+    return [scene for scene in candidates if split_of(scene) == split]
 
 
 @dataclass(frozen=True)
 class Digits:
     """Compositions on a height x width canvas, kinds drawn by the weights of `mix`.
 
-    The first `easy` examples tell every pair from left to right or from top to bottom;
-    after them the words say in which order. `held_out` takes scans that training never
-    shows; captions are always of the training split.
+    The first `easy` examples describe every pair from left to right or top to bottom;
+    later ones in either order. `held_out` uses scans that training never sees; captions
+    are always of the training split.
     """
 
     height: int = 16
@@ -155,6 +157,7 @@ class Digits:
     def batch(self, indices: np.ndarray) -> dict[str, np.ndarray | list[str]]:
         """Pictures u8 (n, h, w, 3) and captions of the examples with these indices."""
         chosen = self.scenes(indices)
+        # Another stream than the scenes', or handwriting would depend on the scene.
         rows = draws(self.seed + 1, indices, 2)
         image = np.stack([self.draw(s, r) for s, r in zip(chosen, rows)])
         return {"image": image, "caption": [str(scene) for scene in chosen]}
@@ -171,30 +174,32 @@ class Digits:
         return [f"digits:{int(i)}" for i in indices]
 
     def identity(self) -> dict[str, Any]:
-        """What data this is, flat and short."""
+        """A flat, short summary of the data, for a checkpoint to compare on resume."""
         return {"name": "digits", **asdict(self), "mix": list(self.mix)}
 
-    def scene(self, kind: float, which: float) -> Scene:
-        at = np.searchsorted(np.cumsum(self.mix) / np.sum(self.mix), kind, "right")
-        choices = _scenes(KINDS[at])
-        return choices[int(which * len(choices))]
+    def scene(self, kind: float, choice: float) -> Scene:
+        """The scene that two uniform numbers choose: its kind, then which of those."""
+        shares = np.cumsum(self.mix) / np.sum(self.mix)
+        choices = _scenes(KINDS[np.searchsorted(shares, kind, "right")])
+        return choices[int(choice * len(choices))]
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
-        """The scene in somebody's handwriting; u holds two uniform numbers."""
+        """Draw a scene in scans that two uniform numbers `u` choose."""
         hands = [_handwriting(self.held_out)[t.digit] for t in scene.placed()[0]]
         return self.compose(scene, [h[int(v * len(h))] for h, v in zip(hands, u)])
 
     def compose(self, scene: Scene, inks: list[np.ndarray]) -> np.ndarray:
-        """The scene in these scans (8, 8), given from left to right or downward."""
+        """Draw a scene with these scans (8, 8), from left to right or downward."""
         things, axis = scene.placed()
         canvas = np.zeros((self.height, self.width, 3), np.float32)
         for thing, ink, (y, x) in zip(things, inks, self.places(scene, axis)):
             patch = canvas[y : y + SIDE, x : x + SIDE]
+            # Maximum, not a sum: where scans touch, colours stay what captions say.
             np.maximum(patch, ink[..., None] * COLOURS[thing.colour], out=patch)
         return np.rint(canvas * 255).astype(np.uint8)
 
     def places(self, scene: Scene, axis: str) -> list[tuple[int, int]]:
-        """Upper left corners: one in the middle, or two at the ends of an axis."""
+        """Upper left corners of scans: in the middle, or at both ends of an axis."""
         y, x = (self.height - SIDE) // 2, (self.width - SIDE) // 2
         if len(scene.things) == 1:
             return [(y, x)]
@@ -213,7 +218,9 @@ def _handwriting(held_out: bool) -> list[np.ndarray]:
 
 
 def draws(seed: int, indices: np.ndarray, n: int) -> np.ndarray:
-    """n uniform numbers in [0, 1) for each index, by splitmix64: no state to resume."""
+    """n uniform numbers in [0, 1) for each index, by splitmix64."""
+    # A hash of (seed, index), not a generator: there is no state to save or to resume.
+    # The top 53 bits are a double's.
     with np.errstate(over="ignore"):
         z = np.asarray(indices, np.uint64)[:, None] * np.uint64(n)
         z = z + np.arange(n, dtype=np.uint64) + np.uint64(seed) * np.uint64(2**40 + 1)

@@ -1,6 +1,7 @@
-"""Pictures from outside hands to RGB: three formats, bounded before they are decoded.
+"""Reading pictures to RGB: JPEG, PNG and WebP, with limits checked before decoding.
 
-Each mode has its rule, and what has none is refused. Colour profiles are not applied.
+Each of Pillow's modes has its rule; a mode without one is refused. Colour profiles are
+not applied.
 """
 
 import io
@@ -17,12 +18,13 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+# Limits. A file of a few kB can decode to gigabytes; headers are enough to refuse it.
 BYTES = 2**27  # of a file
 PIXELS = 2**26  # 8192 x 8192
-SIDE = 16  # pixels, at least: what an autoencoder and a patch make one token of
-ASPECT = 8  # at most: beyond it no crop to a bucket leaves what a caption tells
+SIDE = 16  # pixels, at least: one token is 8 of the autoencoder times a patch of 2
+ASPECT = 8  # at most: a crop to a bucket would lose most of what a caption describes
 SCANS = 256  # of a progressive JPEG, which has about ten; each costs a whole pass
-UPRIGHT = {  # by EXIF's orientation, from 2 on
+UPRIGHT = {  # by EXIF orientation; 1 is upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,15 +36,15 @@ UPRIGHT = {  # by EXIF's orientation, from 2 on
 
 
 class BadImage(UserError):
-    """A picture that is not taken: where, what it is, what was wanted."""
+    """A rejected picture: where it is, what it is, and what is allowed."""
 
 
 def read(
     source: bytes | epath.PathLike, where: str = "image"
 ) -> UInt8[ndarray, "h w 3"]:
-    """A photograph upright and in RGB, transparency over white; or a BadImage.
+    """Read a picture, upright and in RGB, transparency over white; or a BadImage.
 
-    `where` is what the message calls bytes; a path speaks for itself.
+    `where` names bytes in messages; a path names itself.
     """
     if not isinstance(source, bytes):
         where, source = str(source), _bytes(epath.Path(source))
@@ -57,7 +59,7 @@ def read(
 
 
 def read_own(path: epath.PathLike) -> tuple[UInt8[ndarray, "h w 3"], dict[str, str]]:
-    """A PNG that we wrote, of any shape, and the texts in it; or a BadImage."""
+    """Read a PNG of this package, of any shape, and its texts; or a BadImage."""
     picture = open_header(_bytes(epath.Path(path)), str(path), ["PNG"])
     return pixels(picture, str(path)), dict(picture.text)
 
@@ -65,19 +67,21 @@ def read_own(path: epath.PathLike) -> tuple[UInt8[ndarray, "h w 3"], dict[str, s
 def open_header(
     data: bytes, where: str = "image", formats: Sequence[str] = FORMATS
 ) -> Image.Image:
-    """The picture, its size and format within bounds and nothing of it decoded."""
+    """Open a picture and check its size and format, without decoding it."""
     if len(data) > BYTES:
         raise BadImage(f"{_at(where)}: {len(data)} bytes; wanted at most {BYTES}")
     try:
         picture = Image.open(io.BytesIO(data), formats=tuple(formats))
+    # MemoryError says nothing about the picture: it must not be rejected for good.
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can raise most things
         kind = f"of a kind other than {', '.join(formats)}, or damaged"
         bomb = re.sub(r".*?(\d+ pixels).*", r"\1", str(error))  # as we say it below
-        known = isinstance(error, Image.UnidentifiedImageError)
-        large = isinstance(error, Image.DecompressionBombError)
-        raise _bad(where, kind if known else bomb if large else error) from None
+        unidentified = isinstance(error, Image.UnidentifiedImageError)
+        is_bomb = isinstance(error, Image.DecompressionBombError)
+        reason = kind if unidentified else bomb if is_bomb else error
+        raise _bad(where, reason) from None
     if picture.width * picture.height > PIXELS:
         raise _bad(where, f"{picture.width} x {picture.height} pixels")
     # A JPEG that holds several pictures (MPO) begins with the photograph itself.
@@ -90,8 +94,9 @@ def open_header(
 
 
 def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"]:
-    """An opened picture decoded, whole, turned as its EXIF says and brought to RGB."""
-    ImageFile.LOAD_TRUNCATED_IMAGES = False  # whatever another library made of it
+    """Decode an opened picture, turn it as its EXIF says and convert it to RGB."""
+    # A global of Pillow's: other libraries set it, and half a picture would be grey.
+    ImageFile.LOAD_TRUNCATED_IMAGES = False
     try:
         picture.load()
     except MemoryError:
@@ -116,14 +121,14 @@ def _bytes(path: epath.Path) -> bytes:
 
 
 def _at(where) -> str:
-    """A path's end is its name, so that it is shown to that, however long it is."""
+    """A path for a message, long enough to keep its end, the file's name."""
     return shown(where, 4096)
 
 
-def _bad(where, what) -> BadImage:
-    what = str(what) or type(what).__name__
+def _bad(where, reason) -> BadImage:
+    reason = str(reason) or type(reason).__name__
     return BadImage(
-        f"{_at(where)}: {shown(what, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f"{_at(where)}: {shown(reason, 120)}; wanted a whole JPEG, PNG or WebP, not"
         f" animated, of at most {PIXELS >> 20} megapixels"
     )
 
@@ -135,11 +140,11 @@ def _orientation(picture) -> int:
         return 1
 
 
-# By mode: what Pillow would do in silence, clip sixteen bits and drop alpha, we do not.
+# Conversions by mode. Pillow's own would clip sixteen bits and drop alpha silently.
 
 
 def _opaque(picture):
-    """Colours as they are, one of which may stand for transparent (PNG's tRNS)."""
+    """Convert a mode without alpha; one colour may be transparent (PNG's tRNS)."""
     key = picture.info.get("transparency")
     if key is None:
         return picture.convert("RGB")
@@ -155,6 +160,7 @@ def _over_white(picture):
 
 def _sixteen_bits(picture):
     values = np.asarray(picture).astype(np.uint32)
+    # 65535 is 257 * 255: rounded to the nearest of 8 bits.
     grey = ((values + 128) // 257).astype(np.uint8)
     grey[values == picture.info.get("transparency", -1)] = 255
     return Image.fromarray(grey).convert("RGB")

@@ -1,4 +1,4 @@
-"""Batches for a run's steps: step -> rows, a pure function, read ahead by grain."""
+"""Batches of a run: a pure function from step to rows, read ahead by grain."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,19 +8,19 @@ import numpy as np
 from sd3_jax.data import malloc
 from sd3_jax.errors import RetryableError, UserError
 
-STEPS = 2**31 - 1  # more than any run has
+STEPS = 2**31 - 1  # a bound that no run reaches
 
 
 class Loader:
-    """This process's rows of each global batch, from step `start` on.
+    """An iterator over this process's rows of each global batch, from step `start` on.
 
     `rows` are their indices in the batch (sharding.local_rows), in increasing order.
 
-    `source.batch(indices)` gives the examples with these indices, and their captions
-    if there are any, of which `tokenize` makes arrays. Example step *
-    batch_size + row is row `row` of step `step`, whatever the number of processes and
-    threads, so a run is resumed, on any hosts, by its step alone. Step n of a run that
-    went on with another batch size has batch n + `ahead`.
+    `source.batch(indices)` returns the examples with these indices, and their captions
+    if there are any, which `tokenize` turns into arrays. Row `row` of step `step` is
+    example step * batch_size + row, whatever the number of processes and threads. A run
+    is therefore resumed by its step alone, on any hosts. After a change of batch size,
+    step n has batch n + `ahead`.
     """
 
     def __init__(
@@ -39,6 +39,7 @@ class Loader:
         self._source, self._batch_size, self._ahead = source, batch_size, ahead
 
         def load(step: int) -> dict[str, np.ndarray]:
+            # Only this process's rows are read: no host reads another's examples.
             batch = source.batch((step + ahead) * batch_size + rows)
             captions = batch.pop("caption", None)
             return batch if captions is None else batch | tokenize(captions)
@@ -46,6 +47,8 @@ class Loader:
         steps = grain.MapDataset.range(STEPS).map(load)
         options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=prefetch)
         self._batches = iter(steps.to_iter_dataset(options))
+        # grain's state for a dataset without shuffling or filters is its next index:
+        # setting it skips to a step in no time, and nothing of grain is checkpointed.
         self._batches.set_state({"next_index": start})
 
     def __iter__(self):
@@ -55,14 +58,13 @@ class Loader:
         try:
             return next(self._batches)
         except (UserError, RetryableError) as error:
-            error.__notes__ = []  # grain's, on the frames of the traceback
+            error.__notes__ = []  # grain adds lines to what is a one-line message
             raise
 
     def names(self, step: int) -> list[str]:
-        """Every example of a global batch, by name, in the order of its rows.
+        """Names of all examples of a global batch, in the order of its rows.
 
-        Step 0 has the first batch, so step n's is the one that a run's n + 1st update
-        is made from, whatever step this loader started at.
+        Step 0 has the first batch, whatever step this loader started at.
         """
         first = (step + self._ahead) * self._batch_size
         return self._source.names(np.arange(first, first + self._batch_size))

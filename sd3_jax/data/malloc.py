@@ -1,4 +1,4 @@
-"""glibc's malloc, told to keep what is freed: records are read twice as fast for it."""
+"""Tuning of glibc's malloc to keep freed memory, which reads records twice as fast."""
 
 import ctypes
 import functools
@@ -9,11 +9,12 @@ LARGE, KEPT = 2**25, 2**28  # bytes: of a block that is reused, and at most at t
 
 @functools.cache
 def keep_freed() -> bool:
-    """Blocks of a record's size come from the heap and stay there.
+    """Serve blocks of a record's size from the heap and keep them there.
 
-    By default each is mapped anew and given back, which the kernel fills with zeros
-    page by page (benchmarks/records.md). Whether this system's malloc heeds it.
+    Returns whether this system's malloc accepts the settings.
     """
+    # By default each block is mapped anew and given back, and the kernel fills it with
+    # zeros page by page (benchmarks/records.md).
     try:
         mallopt = ctypes.CDLL("libc.so.6").mallopt
     except (OSError, AttributeError):  # not glibc

@@ -1,4 +1,4 @@
-"""Prompts as people give them, made fit for tokenizers, file names and pages."""
+"""Checking and normalizing prompts for tokenizers, file names and HTML pages."""
 
 import re
 
@@ -12,13 +12,12 @@ REFUSED = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
 
 def checked(text: str, name: str = "prompt") -> str:
-    """The text on one line; else a UserError: one too long, or no text at all.
+    """The prompt on one line; UserError if it is too long or has control characters.
 
-    It is as `on_one_line` has it. Other control characters, and halves of
-    surrogate pairs, which UTF-8 cannot spell, come of broken files: they are refused.
-    Marks of direction stay, for they are part of what is said; pages do without.
-    Nothing is what a guided velocity is steered away from: the empty prompt is allowed.
+    The empty prompt is allowed: guidance steers away from it.
     """
+    # Halves of surrogate pairs, which UTF-8 cannot spell, and control characters come
+    # from broken files. Marks of direction stay: right-to-left text needs them.
     if len(text) > LENGTH:
         raise UserError(f"{name}: {len(text)} characters; wanted at most {LENGTH}")
     text = on_one_line(text)
@@ -31,6 +30,8 @@ def checked(text: str, name: str = "prompt") -> str:
 
 
 def on_one_line(text: str) -> str:
-    """Without the ends of lines at its end, as an editor leaves one in a .txt; tabs and
-    other ends of lines as spaces."""
+    """The text without line ends at its end; tabs and other line ends become spaces.
+
+    An editor leaves a line end in a .txt; it must not make another prompt.
+    """
     return LINES.sub(" ", text.rstrip(ENDS))

@@ -1,8 +1,8 @@
-"""A shard in a bucket, read by ranges: ArrayRecord's own reader opens local files only.
+"""Reading a shard in a bucket by ranges; ArrayRecord's reader opens local files only.
 
-The layout is Riegeli's (google/riegeli, doc/riegeli_records_file_format.md), with
-ArrayRecord's index at the end. Shards of `shards.Writer` have a record a chunk and no
-compression, so a record is one range. Others are refused.
+The format is Riegeli's (google/riegeli, doc/riegeli_records_file_format.md), with
+ArrayRecord's index at the end. `shards.Writer` puts each record in a chunk of its own,
+uncompressed, so that a record is one range. Other shards are refused.
 """
 
 from collections.abc import Iterator, Sequence
@@ -10,27 +10,28 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from sd3_jax import files
-from sd3_jax.data import records
+from sd3_jax.data import record_header
 
 BLOCK = 2**16  # bytes; each block of a file begins with a header
 BLOCK_HEADER = 24
 CHUNK_HEADER = 40  # hash, size, hash of the data, type and number of records, decoded
 MAGIC = 0x71930E704FDAE05E  # of the postscript
-TAIL = 2**18  # bytes that are read at once: the postscript, and most indices
+TAIL = 2**18  # bytes of the first request: the postscript, and the index of most shards
 INDEX = 2**28  # bytes of an index, at most
 VARINT = 10  # bytes, at most
 
 
 class RangeReader:
-    """What we use of ArrayRecordReader, by one request a record.
+    """The part of ArrayRecordReader's interface that is used, at one request a record.
 
-    A RuntimeError says what is damaged, as ArrayRecord's does. Threads may share it.
+    Damage is a RuntimeError, as in ArrayRecord. Threads may share a reader.
     """
 
     def __init__(self, path: str):
         self.path = path
         try:
             self._options, self._ends = _index(path, files.size(path))
+        # Protocol buffers of a damaged index parse to fields of wrong types.
         except (TypeError, ValueError, AttributeError, OverflowError):
             raise RuntimeError("its index is damaged") from None
 
@@ -50,40 +51,45 @@ class RangeReader:
         if not 0 <= index < self.num_records():
             raise RuntimeError(f"no record {index}, of {self.num_records()}")
         start, end = (int(x) for x in self._ends[index : index + 2])
-        if end - start > 2 * records.RECORD:
+        # A record, and 24 bytes for each 64 KiB of it: the factor of 2 is ample.
+        if end - start > 2 * record_header.RECORD:
             raise RuntimeError(f"Corrupted: a record of {end - start} bytes")
         data = files.read_range(self.path, start, end)
-        record, *more = _chunk(_without_headers(data, start))
-        if more:
+        record, *others = _chunk(_without_headers(data, start))
+        if others:
             raise RuntimeError("Corrupted: a chunk of more than one record")
         return record
 
 
 def _index(path: str, size: int) -> tuple[str, np.ndarray]:
-    """The writer's options, and where the records' chunks begin and the last ends."""
+    """The writer's options, and the offsets of records, with the end of the last."""
     last = size - BLOCK  # the block of the postscript
     if last < BLOCK or size % BLOCK:
         raise RuntimeError(f"{size} bytes are no whole number of blocks")
+    # --- the postscript, in a block of its own, says where the index begins
     start = max(0, size - TAIL) // BLOCK * BLOCK
     tail = files.read_range(path, start, size)
-    place = dict(_fields(_chunk(_without_headers(tail[last - start :], last))[0]))
-    footer = place.get(1, 0)
-    if place.get(2) != MAGIC or not BLOCK_HEADER < footer < last:
+    postscript = dict(_fields(_chunk(_without_headers(tail[last - start :], last))[0]))
+    footer = postscript.get(1, 0)
+    if postscript.get(2) != MAGIC or not BLOCK_HEADER < footer < last:
         raise RuntimeError("its index is missing")
     if last - footer > INDEX:
         raise RuntimeError(f"an index of more than {INDEX} bytes")
     if footer < start:
         tail, start = files.read_range(path, footer, last), footer
+
+    # --- the index: a chunk of options and one entry for each chunk of records
     chunk = _without_headers(tail[footer - start : last - start], footer)
-    about, *entries = _chunk(chunk)
-    about = dict(_fields(dict(_fields(about)).get(1, b"")))
-    options = about.get(4, b"").decode(errors="replace")
+    options_entry, *entries = _chunk(chunk)
+    options_entry = dict(_fields(dict(_fields(options_entry)).get(1, b"")))
+    options = options_entry.get(4, b"").decode(errors="replace")
     entries = [dict(_fields(entry)) for entry in entries]
     if any(entry.get(3) != 1 for entry in entries):
         raise RuntimeError(
             f"written with {options}, several records a chunk: wanted group_size:1 in"
             " a bucket; copy it to a file system"
         )
+    # An entry has its chunk's offset; the index itself follows the last chunk.
     ends = [entry.get(1, 0) for entry in entries] + [footer]
     if any(a >= b for a, b in zip([0, *ends], ends)):
         raise RuntimeError("its index is damaged")
@@ -91,9 +97,10 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
 
 
 def _without_headers(data: bytes, start: int) -> bytes:
-    """The bytes at `start` of a file without the headers of blocks among them."""
+    """Bytes that lie at `start` of a file, without the headers of blocks in them."""
     parts, at = [], 0
     while at < len(data):
+        # Blocks of 64 KiB cut through chunks wherever they fall, each with a header.
         inside = (start + at) % BLOCK
         skip = max(0, BLOCK_HEADER - inside)
         parts.append(data[at + skip : at + BLOCK - inside])
@@ -102,7 +109,7 @@ def _without_headers(data: bytes, start: int) -> bytes:
 
 
 def _chunk(data: bytes) -> list[bytes]:
-    """The records, one at least, of the simple chunk without compression here."""
+    """The records, one at least, of a simple chunk without compression."""
     size, count = _integer(data, 8), _integer(data, 25, 7)
     body = data[CHUNK_HEADER : CHUNK_HEADER + size]
     if len(data) < CHUNK_HEADER or len(body) < size:
@@ -113,6 +120,7 @@ def _chunk(data: bytes) -> list[bytes]:
         raise RuntimeError(
             "a compressed chunk, wanted none in a bucket: copy it to a file system"
         )
+    # A simple chunk: compression type, length of the sizes, sizes, records.
     sizes_size, at = _varint(body, 1)
     first, sizes = at + sizes_size, []
     while at < first:
@@ -125,7 +133,7 @@ def _chunk(data: bytes) -> list[bytes]:
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of a protocol buffer's integers and byte strings."""
+    """(field number, value) of a protocol buffer's integers and byte strings."""
     at = 0
     while at < len(data):
         key, at = _varint(data, at)
@@ -138,7 +146,7 @@ def _fields(data: bytes) -> Iterator[tuple[int, int | bytes]]:
 
 
 def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """Seven bits a byte, the lowest first; and where the next value begins."""
+    """A base-128 varint at `at`, lowest bits first, and where the next value begins."""
     value = 0
     for place, byte in enumerate(data[at : at + VARINT]):
         value |= (byte & 0x7F) << 7 * place

@@ -1,8 +1,7 @@
-"""Shards: files of records, which are whole or have no name, and how one is opened.
+"""Shards: ArrayRecord files of records. A shard is whole, or it has no name.
 
-A shard is an ArrayRecord file with a record a group, so that any record is one read.
-ArrayRecord opens local files only: to a bucket shards are uploaded whole, and from one
-they are read by `ranges`.
+Each record is a group of its own, so that any record is one read. ArrayRecord opens
+local files only: shards are uploaded to a bucket whole, and `ranges` reads them there.
 """
 
 import logging
@@ -10,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -27,11 +27,11 @@ from sd3_jax.data.records import Record
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-OPENERS = 32  # threads that look at the shards at start
+OPENERS = 32  # threads that open shards at the start; a bucket answers in 50 ms or so
 
 
 class Writer:
-    """One shard, which has its name only once it is whole; an exception leaves none.
+    """Writes one shard, which gets its name once it is whole; an exception leaves none.
 
     with Writer("train-00000.arecord") as shard:
         shard.write(Record(...))
@@ -41,6 +41,8 @@ class Writer:
         self.path, self.count = epath.Path(path), 0
         self._temporary = None
         if files.remote(self.path):
+            # ArrayRecord writes to local paths only; the whole file is uploaded at the
+            # end.
             self._temporary = _temporary_file()
             self._partial = epath.Path(_path_of(self._temporary))
         else:
@@ -54,11 +56,11 @@ class Writer:
         self._writer = ArrayRecordWriter(os.fspath(self._partial), options)
 
     def write(self, record: Record) -> None:
-        """Add a record; a BadRecord if `decode` would refuse it."""
+        """Add a record; BadRecord if `decode` would refuse it."""
         self.add(records.encode(record))
 
     def add(self, data: bytes) -> None:
-        """What `encode` made of a record."""
+        """Add an encoded record."""
         try:
             self._writer.write(data)
         except RuntimeError as error:
@@ -85,8 +87,12 @@ class Writer:
     def _name_it(self):
         if not self.count:
             raise self._failed("no record was written to it")
+        # Counted in the file before it gets its name, and again after an upload: what
+        # was cut off must not show only in training.
         self._require_all(os.fspath(self._partial))
         if self._temporary is None:
+            # Data before the name: after a crash of the machine a renamed file may
+            # otherwise be empty.
             with open(self._partial, "rb") as file:
                 os.fsync(file.fileno())
             self._partial.replace(self.path)
@@ -103,17 +109,18 @@ class Writer:
 
 
 class Shard(NamedTuple):
-    """A file that can be read, and the number of its first record among all."""
+    """A readable shard, and the number of its first record among all shards'."""
 
     path: str
-    file: Any  # equal for two names of one file
+    file: Any  # identity of the file, equal for two names of one file
     bytes: int
     count: int
     start: int = 0
 
 
 def expand(pattern: str) -> list[str]:
-    """The file of that name, or else what the glob matches, sorted; or a UserError."""
+    """The path itself, or the sorted files that a glob matches; or a UserError."""
+    # A file whose name has brackets, "cats [1].tar", is that file and no glob.
     path = epath.Path(pattern).expanduser()
     parts = path.parts
     magic = [i for i, part in enumerate(parts) if re.search(r"[*?[]", part)]
@@ -123,38 +130,49 @@ def expand(pattern: str) -> list[str]:
         raise UserError(
             f"{pattern}: wanted a glob without **, one of files in a folder"
         )
+    # Globbing starts at the last folder without a wildcard.
     root = epath.Path(*parts[: magic[0]])
-    found = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
-    if not found:
+    matches = sorted(map(os.fspath, root.glob("/".join(parts[magic[0] :]))))
+    if not matches:
         raise UserError(f"{pattern}: matches no file")
-    return found
+    return matches
 
 
 def open_all(paths: Sequence[str]) -> list[Shard]:
-    """Every shard, looked at; a UserError if one cannot be read or comes twice."""
+    """Inspect every shard; UserError if one cannot be read or is listed twice."""
     with ThreadPoolExecutor(OPENERS) as threads:
+        # In parallel: of 10^5 shards each is opened once, at a request or a seek.
         looked_at = list(threads.map(inspect, paths))
-    before = {}
+    path_of_file = {}
     for shard in looked_at:
-        if shard.file in before:
-            other = before[shard.file]
+        if shard.file in path_of_file:
+            other = path_of_file[shard.file]
             also = "" if other == shard.path else f", also as {other}"
             raise UserError(f"{shard.path}: the same shard is listed twice{also}")
-        before[shard.file] = shard.path
+        path_of_file[shard.file] = shard.path
     return renumbered(looked_at, range(len(looked_at)))
 
 
 def renumbered(shards: Sequence[Shard], places: Sequence[int]) -> list[Shard]:
-    """The shards in this order, their records counted on from one to the next."""
-    made, start = [], 0
+    """The shards in the order of `places`, with consecutive numbers of records."""
+    ordered, start = [], 0
     for place in places:
-        made.append(shards[place]._replace(start=start))
+        ordered.append(shards[place]._replace(start=start))
         start += shards[place].count
-    return made
+    return ordered
+
+
+def display_names(shards: Sequence[Shard]) -> list[str]:
+    """Shards' file names, for messages; the whole path where two share a name."""
+    names = [os.path.basename(shard.path) for shard in shards]
+    counts = Counter(names)
+    return [
+        shard.path if counts[name] > 1 else name for name, shard in zip(names, shards)
+    ]
 
 
 def inspect(path: str) -> Shard:
-    """A shard's size and count of records; a UserError if it is none, or holds none."""
+    """Read a shard's size and count of records; UserError if it is none or empty."""
     try:
         if epath.Path(path).is_dir():
             raise UserError(f"{path}: is a folder, wanted a shard, or a glob of them")
@@ -175,17 +193,17 @@ def inspect(path: str) -> Shard:
 
 
 def open_shard(path: str) -> ArrayRecordReader | RangeReader:
-    """A shard's reader; a UserError if it is none, or not whole.
-
-    ArrayRecord opens anything, and says of what it cannot read: 0 records.
-    """
+    """Open a shard for reading; UserError if it is none, or not whole."""
     if files.remote(path):
         try:
             return RangeReader(path)
         except RuntimeError as error:
             raise _no_shard(path, error) from None
-    options = "readahead_buffer_size:0,max_parallelism:0"  # for one record at a time
+    # Records are read one at a time, in random order: reading ahead would be in vain.
+    options = "readahead_buffer_size:0,max_parallelism:0"
     reader = ArrayRecordReader(path, options, file_reader_buffer_size=2**15)
+    # ArrayRecord opens any file, and reports 0 records of one that it cannot read; the
+    # reason comes out when it is closed.
     if not reader.ok():
         reason = "its index is missing"
         try:
@@ -201,22 +219,22 @@ def _no_shard(path: str, reason: object) -> UserError:
 
 
 def _temporary_file():
-    """A file in TMPDIR. On Linux it has no name, so that a kill leaves nothing."""
+    """A file in TMPDIR; on Linux without a name, so that a kill leaves nothing."""
     linux = sys.platform == "linux"
     return (tempfile.TemporaryFile if linux else tempfile.NamedTemporaryFile)()
 
 
 def _path_of(file) -> str:
-    """A path by which another opens a file that may have no name."""
+    """A path to an open file, which may have no name, for another library to open."""
     named = isinstance(file.name, str)
     return file.name if named else f"/proc/self/fd/{file.fileno()}"
 
 
 def file_of(path: str) -> Any:
-    """What two names of one file have in common."""
+    """The identity of a file, equal for two names of it."""
     if "://" in path:
         return path
-    found = os.stat(path)
-    if found.st_ino:
-        return found.st_dev, found.st_ino
+    status = os.stat(path)
+    if status.st_ino:  # some file systems have none
+        return status.st_dev, status.st_ino
     return os.path.realpath(path)

@@ -1,4 +1,4 @@
-"""Noise in the shape of precomputed records: for benchmarks, plans and tiny recipes."""
+"""Noise in the shape of precomputed records, for benchmarks, plans and tiny recipes."""
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -8,9 +8,9 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Synthetic:
-    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), all normal.
+    """Latents (n, h/8, w/8, c), context (n, l, k) and pooled (n, e), standard normal.
 
-    Preferences if they are `pairs`, with rejected_latents; of two `sets` by turns.
+    `pairs` adds rejected_latents, for preferences; `sets` alternates between two sets.
     """
 
     height: int
@@ -32,12 +32,15 @@ class Synthetic:
         return [f"synthetic:{int(i)}" for i in indices]
 
     def identity(self) -> dict[str, Any]:
-        """What data this is, flat and short."""
-        about = asdict(self)
-        more = {k: v for k in ("pairs", "sets") if (v := about.pop(k))}
-        return {"name": "synthetic", **about, **more}
+        """A flat, short summary of the data, for a checkpoint to compare on resume."""
+        # Options that are off are left out: checkpoints of before they existed compare
+        # equal.
+        settings = asdict(self)
+        optional = {k: v for k in ("pairs", "sets") if (v := settings.pop(k))}
+        return {"name": "synthetic", **settings, **optional}
 
     def example(self, i: int) -> dict[str, np.ndarray]:
+        # Seeded by example, so that any process can make any row.
         rng = np.random.default_rng((self.seed, i))
         shapes = {
             "latents": (self.height // 8, self.width // 8, self.channels),
@@ -46,8 +49,8 @@ class Synthetic:
         }
         if self.pairs:
             shapes["rejected_latents"] = shapes["latents"]
-        made = {
+        tensors = {
             name: rng.standard_normal(shape, np.float32)
             for name, shape in shapes.items()
         }
-        return made | ({"set": np.int32(i % 2)} if self.sets else {})
+        return tensors | ({"set": np.int32(i % 2)} if self.sets else {})

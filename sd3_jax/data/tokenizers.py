@@ -1,4 +1,4 @@
-"""Captions to token ids: bytes, which need no file, and the released models' own."""
+"""Tokenizers: bytes, which need no file, and those of the released models."""
 
 import functools
 import gzip
@@ -19,7 +19,8 @@ from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # of no PyTorch
+# Before the import: transformers would warn that PyTorch is missing.
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 from transformers import ByT5Tokenizer  # noqa: E402
 
 log = logging.getLogger(__name__)
@@ -37,7 +38,7 @@ VOCABULARY = epath.Path(__file__).parent / "vocabulary"
 # and SD3's are gated.
 T5_HUB = "google-t5/t5-small"
 T5_WORDS = 32128  # rows of the published encoder's embedding, 100 of them of no word
-# What of a hub's repository is a tokenizer's.
+# Patterns of a tokenizer's files in a hub repository.
 WANTED = ("tokenizer*/*", *FILES)
 
 
@@ -56,23 +57,23 @@ def byte_ids(caption: str, length: int) -> np.ndarray:
 
 
 def bytes_of(captions: Sequence[str], length: int) -> dict[str, np.ndarray]:
-    """A batch's "ids_bytes" (b, length), each caption on one line as a prompt is."""
+    """A batch's "ids_bytes" (b, length) of captions, normalized as prompts are."""
     texts_ = map(prompt_text.on_one_line, captions)
     return {"ids_bytes": np.stack([byte_ids(text, length) for text in texts_])}
 
 
 def load(folder: epath.PathLike) -> dict[str, Any]:
-    """The tokenizers that a diffusers folder holds, by encoder; none is no error.
+    """Load the tokenizers of a diffusers folder, by encoder; {} if it has none.
 
-    A folder that is itself T5's, as in a repository of that model, is that one.
+    A folder that is itself a T5 tokenizer, as in a repository of T5, is loaded as such.
     """
     folder = epath.Path(folder)
-    found = {
-        name: read(name, folder / place)
-        for name, place in FOLDERS.items()
-        if (folder / place).is_dir() and any((folder / place).iterdir())
+    loaded = {
+        name: read(name, folder / subfolder)
+        for name, subfolder in FOLDERS.items()
+        if (folder / subfolder).is_dir() and any((folder / subfolder).iterdir())
     }
-    return found or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
+    return loaded or ({"t5": read("t5", folder)} if _is_t5(folder) else {})
 
 
 def _is_t5(folder: epath.Path) -> bool:
@@ -80,13 +81,14 @@ def _is_t5(folder: epath.Path) -> bool:
     if settings.exists():
         kind = files.parse_object(settings, _text(settings)).get("tokenizer_class")
     if kind is None:
+        # Of the tokenizers that are read only T5's has a sentencepiece model.
         return (folder / "spiece.model").exists()
     return str(kind).startswith("T5")
 
 
 def read(name: str, folder: epath.PathLike) -> Any:
-    """An encoder's tokenizer, transformers' own, tried out; a UserError names what is
-    wrong with its files."""
+    """Load and try an encoder's tokenizer, of transformers; UserError if a file is
+    wrong."""
     from transformers import CLIPTokenizer, T5TokenizerFast
 
     folder = epath.Path(folder)
@@ -99,20 +101,22 @@ def read(name: str, folder: epath.PathLike) -> Any:
         ids = _try(tokenizer)
     except (KeyboardInterrupt, SystemExit, MemoryError):
         raise
-    except BaseException as error:  # the library's panics in Rust are no Exceptions
+    except BaseException as error:  # panics of the Rust library are no Exceptions
+        # The error need not name a file: the first main one that exists is named.
         present = (file for file in MAIN_FILES if (folder / file).exists())
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
             f"{folder / next(present, '')}: not a tokenizer, no {kind.__name__}:"
             f" {shown(reason, 200)}"
         ) from error
+    # Such ids would read outside the encoder's embedding, which JAX does not report.
     if not all(0 <= i < len(tokenizer) for i in ids):
         raise UserError(f"{folder}: a tokenizer with ids beyond its vocabulary")
     return tokenizer
 
 
 def _try(tokenizer: Any) -> list[int]:
-    """As it will be used: what lacks a token to pad with fails here."""
+    """Use a tokenizer as it will be used: a missing padding token fails here."""
     options = dict(padding="max_length", max_length=8, truncation=True)
     ids = tokenizer(["", "a red fox, twice!"], **options)["input_ids"]
     tokenizer.decode(ids[1])
@@ -122,10 +126,10 @@ def _try(tokenizer: Any) -> list[int]:
 
 
 def _check_files(folder: epath.Path) -> None:
-    """The files' types, and those of the settings that the library would take on
-    trust: null, or another type, for a token that pads or ends a text."""
-    there = [folder / name for name in FILES if (folder / name).exists()]
-    for path in there:
+    """Check the files, and settings that the library would accept unchecked, such as
+    null for the token that pads a text."""
+    present = [folder / name for name in FILES if (folder / name).exists()]
+    for path in present:
         files.require_regular(path)
         if (size := files.size(path)) > LARGEST:
             raise UserError(f"{path}: {size} bytes, too large to be read")
@@ -133,7 +137,7 @@ def _check_files(folder: epath.Path) -> None:
             _check_settings(path, files.parse_object(path, _text(path)))
         elif path.suffix == ".txt":
             _text(path)
-    names = {path.name for path in there}
+    names = {path.name for path in present}
     if names & set(MAIN_FILES) <= {"spiece.model", "tokenizer_config.json"}:
         if "spiece.model" not in names:
             raise UserError(
@@ -147,7 +151,7 @@ def _check_files(folder: epath.Path) -> None:
 
 
 def _check_merges(folder: epath.Path) -> None:
-    """Of byte pair encoding: a list that was cut would give other ids in silence."""
+    """Check the merges of byte pair encoding: a truncated list gives other ids."""
     path, vocab = folder / "tokenizer.json", folder / "vocab.json"
     if path.exists():
         model = files.parse_object(path, _text(path))["model"]
@@ -163,13 +167,15 @@ def _check_merges(folder: epath.Path) -> None:
     pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
     if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
         raise UserError(f"{path}: wanted merges of two pieces")
-    made = set(map("".join, pairs))
-    whole = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
-    lost = [piece for piece in pieces if not whole(piece) and piece not in made]
-    if lost:
+    results = set(map("".join, pairs))
+    is_base_piece = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
+    # Every piece is a byte, a special token, or the result of a merge.
+    composite = [piece for piece in pieces if not is_base_piece(piece)]
+    unmerged = [piece for piece in composite if piece not in results]
+    if unmerged:
         raise UserError(
-            f"{path}: no merges for {len(lost)} pieces of the vocabulary,"
-            f" {shown(lost[0])} first: wanted the whole list"
+            f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
+            f" {shown(unmerged[0])} first: wanted the whole list"
         )
 
 
@@ -206,11 +212,10 @@ def _text(path: epath.Path) -> str:
 
 @functools.cache
 def packaged_clip(name: str) -> Any:
-    """CLIP's own, of CLIP_WORDS tokens, from the vocabulary that OpenAI published.
+    """CLIP's tokenizer of CLIP_WORDS tokens, from the vocabulary that OpenAI published.
 
-    Its bytes come first, then its bytes that end a word, its merges in their order, and
-    the start and the end of a text. The two encoders differ in what they are padded
-    with: "clip_g" by "!", whose id is 0, as its published folder has it.
+    "clip_g" pads with "!", whose id is 0, as its published folder does; "clip_l" with
+    the end of text.
     """
     from tokenizers import AddedToken
     from tokenizers.pre_tokenizers import ByteLevel
@@ -219,6 +224,7 @@ def packaged_clip(name: str) -> Any:
     text = gzip.decompress((VOCABULARY / "bpe_simple_vocab_16e6.txt.gz").read_bytes())
     lines = text.decode().split("\n")[1 : CLIP_WORDS - 2 * 256 - 2 + 1]
     merges = [tuple(line.split()) for line in lines]
+    # OpenAI's order of ids: bytes, bytes that end a word, merges, start, end of text.
     # Printable bytes first, each as its character, then the others: "!" is 0.
     letters = sorted(ByteLevel.alphabet(), key=lambda c: (ord(c) >= 256, ord(c)))
     pieces = [*letters, *(c + "</w>" for c in letters), *map("".join, merges)]
@@ -235,14 +241,14 @@ def packaged_clip(name: str) -> Any:
     )
 
 
-def save(found: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
-    """Into a diffusers folder; what its model_index.json is to say of them."""
+def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
+    """Save tokenizers in a diffusers folder; returns its model_index.json entries."""
     index = {}
-    for name, place in FOLDERS.items():
-        index[place] = [None, None]
-        if name in found:
-            found[name].save_pretrained(os.fspath(epath.Path(folder) / place))
-            index[place] = ["transformers", type(found[name]).__name__]
+    for name, subfolder in FOLDERS.items():
+        index[subfolder] = [None, None]
+        if name in by_encoder:
+            by_encoder[name].save_pretrained(os.fspath(epath.Path(folder) / subfolder))
+            index[subfolder] = ["transformers", type(by_encoder[name]).__name__]
     return index
 
 
@@ -252,9 +258,9 @@ def clip_ids(
     length: int,
     cut: Counter[str] | None = None,
 ) -> Int[np.ndarray, "b l"]:
-    """As CLIP's encoders read them, cut or padded by the tokenizer's own rule.
+    """Token ids for CLIP's encoders, truncated or padded by the tokenizer's own rule.
 
-    How many are cut is logged, or added to `cut` where it is given.
+    The number of truncated texts is logged, or added to `cut` if that is passed.
     """
     return _ids(tokenizer, texts, length, "CLIP", cut)
 
@@ -265,25 +271,28 @@ def t5_ids(
     length: int,
     cut: Counter[str] | None = None,
 ) -> Int[np.ndarray, "b l"]:
+    """Token ids for T5, truncated or padded to `length`; see `clip_ids`."""
     return _ids(tokenizer, texts, length, "T5", cut)
 
 
-def _ids(tokenizer, texts, length, what, counts):
+def _ids(tokenizer, texts, length, encoder_name, counts):
     with _LOCK:
-        return _locked_ids(tokenizer, texts, length, what, counts)
+        return _locked_ids(tokenizer, texts, length, encoder_name, counts)
 
 
-def _locked_ids(tokenizer, texts, length, what, counts):
+def _locked_ids(tokenizer, texts, length, encoder_name, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
     ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
     if counts is not None:
-        whole = tokenizer(list(texts))["input_ids"]
-        counts[what] += sum(len(row) > length for row in whole)
+        untruncated = tokenizer(list(texts))["input_ids"]
+        counts[encoder_name] += sum(len(row) > length for row in untruncated)
         return ids
-    whole = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
-    if cut := [row for row in whole if len(row) > length]:
-        lost = shown(tokenizer.decode(cut[0][length - 1 : -1]), 200)
-        counts = length, len(cut), len(whole), max(map(len, cut))
-        told = "%s reads %d tokens: cuts %d of %d prompts, of %d at most; not read: %s"
-        log.warning(told, what, *counts, lost)
+    # Without truncation and each text once, only to count and show what is lost.
+    untruncated = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
+    if overlong := [row for row in untruncated if len(row) > length]:
+        unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
+        counts = length, len(overlong), len(untruncated), max(map(len, overlong))
+        message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
+        message += " not read: %s"
+        log.warning(message, encoder_name, *counts, unread)
     return ids

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from sd3_jax.assembly import examples
+from sd3_jax.assembly import examples, record_shapes, stored_records
 from sd3_jax.data import buckets, images
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.dataset import Records
@@ -94,8 +94,10 @@ def records(config: ConfigDict) -> Records:
             "config.data.held_out = (): wanted shards of records to take captions and"
             " pictures of, or config.eval.prompts_file and config.eval.real"
         )
-    table = examples.table(config)
-    shapes = {str(bucket): examples.shapes(config, bucket) for bucket in table}
+    table = record_shapes.bucket_table(config)
+    shapes = {
+        str(bucket): record_shapes.tensor_shapes(config, bucket) for bucket in table
+    }
     try:
         return Records(
             tuple(config.data.held_out),
@@ -117,15 +119,16 @@ def _digits(source, indices, pictures: bool) -> Iterator:
 
 
 def _records(config, held_records: Records, indices, pictures: bool) -> Iterator:
-    kinds = examples.PICTURES["latents"][::-1]  # pictures themselves before latents
-    has = next((name for name in kinds if name in held_records.first.tensors), "")
+    kinds = stored_records.PICTURES["latents"]
+    # Pictures themselves before latents.
+    has = next((x for x in reversed(kinds) if x in held_records.first.tensors), "")
     if pictures and not has:
         raise UserError(
             "config.data.held_out: its records hold no pictures; wanted some that do,"
             " or config.eval.real"
         )
     # Other tensors of a record, such as encoded text, are not even decoded.
-    held_records.keep(("caption", has) if pictures else ("caption",))
+    held_records.select_fields(("caption", has) if pictures else ("caption",))
     rows = (held_records.batch(np.array([i])) for i in indices)
     if not pictures:
         yield from ((row["caption"][0], None) for row in rows)

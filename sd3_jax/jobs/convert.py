@@ -59,7 +59,7 @@ def control_path(weights: str) -> epath.Path | None:
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     """The denoiser of config.sample.step or of the newest checkpoint, as a bundle. Its
     positions, computed here, become a table in the file."""
-    parts = model_parts.parts(config)
+    parts = model_parts.build_parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
     # The published files have a set of weights for image tokens and one for text
     # tokens.

@@ -53,7 +53,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     """(parts, params, facts for scores.json) of the checkpoint, or (None, bundle,
     facts) of config.weights. sampler_for takes either pair."""
     if not config.weights:
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         params, step = model_parts.trained_params(config, parts, workdir, mesh)
         about = {"step": step, "weights": config.sample.weights}
         if trained_with := model_parts.trained_encoders(workdir, step):

@@ -1,9 +1,10 @@
-"""What shards of records hold: a table of them, and a page with some of the pictures.
+"""Inspect shards of records: print a table, and write a page with some pictures.
 
     sd3-jax inspect --config=RECIPE --workdir=DIR [--config.data.records=SHARDS]
 
 The shards are those of config.data, or else DIR/records/*.arecord, which `precompute`
-wrote. By default it reads a few records of each; config.inspect.records = 0 reads all.
+wrote. By default a few records of each shard are read; config.inspect.records = 0 reads
+all.
 """
 
 import logging
@@ -29,14 +30,14 @@ from sd3_jax.tools.inspect.inspect_page import Contact
 from sd3_jax.tools.inspect.survey import KINDS, WAIT, Choice, Tally, name_of
 
 log = logging.getLogger(__name__)
-FOLD = 50  # shards; the rows of more are folded by bucket
+FOLD = 50  # shards; with more, the table has a row a bucket
 DECODED = 2**17  # latents of a picture, at most: 8 megapixels
 MANIFEST = 2**28  # bytes of it, at most
 HEAD = ("shard", "records", "MB", "bucket", "captions", "bad", "holds")
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Prints the table, leaves workdir/inspect.html; 1 if a record or shard is bad."""
+    """Print the table and write inspect.html; returns 1 if a record or shard is bad."""
     watchdog.expect("process 0, which inspects the records", WAIT)
     code = processes.first(lambda: inspected(config, epath.Path(workdir)), seconds=WAIT)
     watchdog.expect("the end", None)
@@ -44,16 +45,17 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
 
 
 def inspected(config: ConfigDict, workdir: epath.Path) -> int:
-    """What process 0 does; memory does not grow with what the shards hold."""
+    """Inspect the shards on process 0; memory does not grow with what they hold."""
     paths, held_out = listed(config, workdir)
     choice = Choice(config.inspect.pictures)
-    total, apart = table(config, paths, held_out, choice)
-    told = summary(total, apart) + manifest(workdir)
-    sound = verdict(total, config.inspect.records)
-    print("", *buckets_text(total), "", *told, *sound, sep="\n", flush=True)
-    decode, drawn = decoder(config)
+    total, held_out_total = table(config, paths, held_out, choice)
+    notes = summary(total, held_out_total) + manifest(workdir)
+    faults = verdict(total, config.inspect.records)
+    print("", *buckets_text(total), "", *notes, *faults, sep="\n", flush=True)
+    # After the table: the page may need weights, which may fail to load.
+    decode, rendering = decoder(config)
     sheet = contacts(choice.chosen(), decode)
-    text = page(config, workdir, total, told, sheet, drawn)
+    text = page(config, workdir, total, notes, sheet, rendering)
     workdir.mkdir(parents=True, exist_ok=True)
     write_whole(workdir / "inspect.html", text.encode())
     print(workdir / "inspect.html")
@@ -61,54 +63,59 @@ def inspected(config: ConfigDict, workdir: epath.Path) -> int:
 
 
 def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]]:
-    """The shards' paths, and which of them config says are held out."""
+    """The shards' paths, and the set of those that config.data.held_out names."""
     data = config.data
     if data.records or data.held_out:
-        own = [path for each in data.records for path in shards.expand(each)]
-        apart = [path for each in data.held_out for path in shards.expand(each)]
-        return list(dict.fromkeys(own + apart)), set(apart)
+        trained = [path for pattern in data.records for path in shards.expand(pattern)]
+        held_out = [
+            path for pattern in data.held_out for path in shards.expand(pattern)
+        ]
+        # A shard that is listed in both is counted once.
+        return list(dict.fromkeys(trained + held_out)), set(held_out)
     pattern = workdir / "records" / "*.arecord"
     try:
         return shards.expand(os.fspath(pattern)), set()
     except UserError as error:
-        wanted = "config.data.records, or the workdir of a precompute job"
-        raise UserError(f"{error}; wanted {wanted}") from None
+        advice = "config.data.records, or the workdir of a precompute job"
+        raise UserError(f"{error}; wanted {advice}") from None
 
 
-# What is printed
+# --- what is printed
 
 
 def table(
     config: ConfigDict, paths: list[str], held_out: set[str], choice: Choice
 ) -> tuple[Tally, Tally]:
-    """Prints a row as its shard is read; the sums of all, and of those held out."""
-    whole = config.inspect.shards or len(paths) <= FOLD
-    names = [name_of(path) for path in paths] if whole else ["1,000,000 shards"]
+    """Print a row as each shard is read; sums of all shards and of held-out ones."""
+    each_shard = config.inspect.shards or len(paths) <= FOLD
+    # Rows are printed before all are known: the width of names is taken up front.
+    names = [name_of(path) for path in paths] if each_shard else ["1,000,000 shards"]
     wide = max(len(name) for name in (HEAD[0], *names))
-    total, apart, folded = Tally("all"), Tally("held out"), {}
-    if not whole:
+    total, held_out_total, folded = Tally("all"), Tally("held out"), {}
+    if not each_shard:
         print(f"{len(paths):,} shards, folded by bucket (--config.inspect.shards=true)")
     print(aligned(HEAD, wide))
-    for path, found in survey.tallies(paths, config.inspect.records, choice):
-        total.add(found)
+    for path, tally in survey.tallies(paths, config.inspect.records, choice):
+        total.add(tally)
+        # Without config.data, precompute's name says so.
         if path in held_out or name_of(path).startswith("val-"):
-            apart.add(found)
-        if whole:
-            print(aligned(cells(found), wide), *reasons(found), sep="\n", flush=True)
+            held_out_total.add(tally)
+        if each_shard:
+            print(aligned(cells(tally), wide), *reasons(tally), sep="\n", flush=True)
         else:
-            own = found.bucket()
-            folded.setdefault(own, Tally(own)).add(found)
-    for own in sorted(folded, key=survey.sides):
-        found = folded[own]
-        found.name = plural(found.shards, "shard")
-        print(aligned(cells(found), wide), *reasons(found), sep="\n")
-    return total, apart
+            bucket_name = tally.bucket()
+            folded.setdefault(bucket_name, Tally(bucket_name)).add(tally)
+    for bucket_name in sorted(folded, key=survey.sides):
+        tally = folded[bucket_name]
+        tally.name = plural(tally.shards, "shard")
+        print(aligned(cells(tally), wide), *reasons(tally), sep="\n")
+    return total, held_out_total
 
 
 def aligned(row: tuple[str, ...], wide: int) -> str:
-    """One line; only the last cell may be as long as it likes."""
-    first, records, size, own, captions, bad, holds = row
-    counts = f"{records:>10}  {size:>10}  {own:>12}  {captions:>8}  {bad:>5}"
+    """Format a row in columns; only its last cell has any length."""
+    first, records, size, bucket, captions, bad, holds = row
+    counts = f"{records:>10}  {size:>10}  {bucket:>12}  {captions:>8}  {bad:>5}"
     return f"{first:<{wide}}  {counts}  {holds}"
 
 
@@ -116,19 +123,19 @@ def cells(tally: Tally) -> tuple[str, ...]:
     holds = max(tally.holds, key=tally.holds.get, default="–")
     if len(tally.holds) > 1:
         holds += f" (and {plural(len(tally.holds) - 1, 'other kind')})"
-    own = tally.bucket() if tally.good else "–"
+    bucket = tally.bucket() if tally.good else "–"
     if len(tally.buckets) > 1:
-        own += f" +{len(tally.buckets) - 1}"
+        bucket += f" +{len(tally.buckets) - 1}"
     captions = f"{tally.captions / tally.good:.0%}" if tally.good else "–"
     counts = f"{tally.records:,}", f"{tally.bytes / 1e6:,.1f}"
-    return tally.name, *counts, own, captions, f"{tally.bad_count:,}", holds
+    return tally.name, *counts, bucket, captions, f"{tally.bad_count:,}", holds
 
 
 def reasons(tally: Tally) -> list[str]:
     if not tally.bad_count:
         return []
-    each = ", ".join(f"{k} {n:,}" for k, n in tally.reasons.most_common())
-    return [f"  bad: {each}"]
+    counts = ", ".join(f"{k} {n:,}" for k, n in tally.reasons.most_common())
+    return [f"  bad: {counts}"]
 
 
 def buckets_text(total: Tally) -> list[str]:
@@ -137,7 +144,7 @@ def buckets_text(total: Tally) -> list[str]:
 
 
 def buckets(total: Tally) -> list[tuple[str, str, float, str]]:
-    """Each bucket's records, their share and MB a record."""
+    """(bucket, records, their share, MB a record), tall buckets first."""
     return [
         (
             name,
@@ -149,36 +156,37 @@ def buckets(total: Tally) -> list[tuple[str, str, float, str]]:
     ]
 
 
-def summary(total: Tally, apart: Tally) -> list[str]:
-    each = total.bytes / max(total.records, 1) / 1e6
+def summary(total: Tally, held_out: Tally) -> list[str]:
+    megabytes = total.bytes / max(total.records, 1) / 1e6
     size = f"{total.bytes / 1e9:,.2f} GB"
-    told = [
+    notes = [
         f"{plural(total.records, 'record')} in {plural(total.shards, 'shard')}, {size},"
-        f" {each:.3f} MB a record"
+        f" {megabytes:.3f} MB a record"
     ]
-    if apart.shards:
-        told.append(
-            f"held out: {apart.records:,} of them, {plural(apart.shards, 'shard')}"
-        )
+    if held_out.shards:
+        shards_ = plural(held_out.shards, "shard")
+        notes.append(f"held out: {held_out.records:,} of them, {shards_}")
     if total.good:
         text = f"with a caption: {total.captions / total.good:.0%}"
         if total.made_by:
             by = total.made_by.most_common()
-            each = [f"{shown(k)} {n / total.captions:.0%}" for k, n in by]
-            text += f"; by where it is from: {', '.join(each)}"
-        told.append(text)
-    return told
+            shares = [f"{shown(k)} {n / total.captions:.0%}" for k, n in by]
+            text += f"; by where it is from: {', '.join(shares)}"
+        notes.append(text)
+    return notes
 
 
-def verdict(total: Tally, most: int) -> list[str]:
+def verdict(total: Tally, limit: int) -> list[str]:
     if not total.bad_count:
-        if not most:
+        # Only what was read is known to be sound: each has had its checksum verified.
+        if not limit:
             return [f"all {total.records:,} records are sound"]
         return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
+    # Shards that cannot be opened are among the bad, but are not records.
     unread = total.reasons["not readable"]
     bad = total.bad_count - unread
-    looked = total.good + bad
-    lines = [f"{bad:,} of the {looked:,} records that were read are bad"]
+    examined = total.good + bad
+    lines = [f"{bad:,} of the {examined:,} records that were read are bad"]
     if unread:
         lines[0] += f"; {unread:,} of {total.shards:,} shards cannot be read"
     lines += [f"  {line}" for line in total.bad]
@@ -188,54 +196,55 @@ def verdict(total: Tally, most: int) -> list[str]:
 
 
 def manifest(workdir: epath.Path) -> list[str]:
-    """What precompute counted, pictures kept and rejected; nothing without its file."""
+    """Precompute's counts of records and rejected files; [] without manifest.json."""
     path = workdir / "manifest.json"
     try:
         with path.open("rb") as file:
-            data = file.read(MANIFEST + 1)
-        found = parse_json(data) if len(data) <= MANIFEST else None
+            data = file.read(MANIFEST + 1)  # one byte more shows that it is too long
+        counts = parse_json(data) if len(data) <= MANIFEST else None
     except OSError:
         return []
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        counts = None
+    if not isinstance(counts, dict):
         return [f"{path.name}: not a manifest"]
-    told = []
-    if "kept" in found:
-        told.append(f"kept {_sum(found['kept']):,}")
-    if "rejected" in found:
-        told.append(f"rejected {_sum(found['rejected']):,}")
-        if isinstance(found["rejected"], dict) and found["rejected"]:
-            by = Counter({k: _sum(n) for k, n in found["rejected"].items()})
-            some = [f"{shown(k)} {n:,}" for k, n in by.most_common(KINDS)]
-            told[-1] += f" ({', '.join(some)})"
-    return [f"{path.name}: {', '.join(told)}"] if told else []
+    notes = []
+    if "kept" in counts:
+        notes.append(f"kept {_sum(counts['kept']):,}")
+    if "rejected" in counts:
+        notes.append(f"rejected {_sum(counts['rejected']):,}")
+        if isinstance(counts["rejected"], dict) and counts["rejected"]:
+            reasons_ = Counter({k: _sum(n) for k, n in counts["rejected"].items()})
+            listed = [f"{shown(k)} {n:,}" for k, n in reasons_.most_common(KINDS)]
+            notes[-1] += f" ({', '.join(listed)})"
+    return [f"{path.name}: {', '.join(notes)}"] if notes else []
 
 
-# The page
+# --- the page
 
 
 def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str]:
-    """What makes pixels of latents, and what the page says of it."""
+    """A function from latents to pixels, or None; and how the page describes it."""
     if not config.weights:
         return None, "a rough preview where a record has no image (no config.weights)"
     mesh = sharding.make_mesh(fsdp=1, devices=jax.local_devices()[:1])
-    made = None
+    bundle = None
 
+    # Loaded at the first latents: records of pictures need no autoencoder.
     def decode(x0):
-        nonlocal made
-        made = made or released_sampler.load(config, mesh, only=("vae",))
-        fits = x0.shape[-1] == made.part("vae").latent_channels
+        nonlocal bundle
+        bundle = bundle or released_sampler.load(config, mesh, only=("vae",))
+        fits = x0.shape[-1] == bundle.part("vae").latent_channels
         if not fits or math.prod(x0.shape[:2]) > DECODED:
             return inspect_page.preview(x0)
-        return made.decode(x0[None])[0]
+        return bundle.decode(x0[None])[0]
 
     return decode, f"images as stored, or decoded by {config.weights}"
 
 
 def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
-    """Each read again, so that no more than one is in memory at a time."""
-    made = []
+    """Read the chosen records again, one at a time, and make their thumbnails."""
+    sheet = []
     for path, index in places:
         watchdog.expect("a picture", watchdog.LONG)
         try:
@@ -245,28 +254,29 @@ def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
             log.warning("%s", error)
             continue
         image = inspect_page.jpeg(inspect_page.picture(record, decode))
-        own, name = survey.bucket(record), f"{name_of(path)}:{index}"
-        made.append(Contact(name, own, size, record._replace(tensors={}), image))
+        # Without the tensors: only those of one record are in memory at a time.
+        bucket, name = survey.bucket(record), f"{name_of(path)}:{index}"
+        sheet.append(Contact(name, bucket, size, record._replace(tensors={}), image))
         reader.close()
-    return made
+    return sheet
 
 
-def page(config, workdir, total: Tally, told, sheet, drawn) -> str:
-    each = total.bytes / max(total.records, 1) / 1e6
+def page(config, workdir, total: Tally, notes, sheet, rendering) -> str:
+    megabytes = total.bytes / max(total.records, 1) / 1e6
     figures = [
         ("records", f"{total.records:,}", ""),
         ("on disk", f"{total.bytes / 1e9:,.2f}", "GB"),
-        ("a record", f"{each:.3f}", "MB"),
+        ("a record", f"{megabytes:.3f}", "MB"),
         ("shards", f"{total.shards:,}", ""),
         ("read for this page", f"{total.good:,}", ""),
         ("bad", f"{total.bad_count:,}", ""),
     ]
-    given = ", ".join([*config.data.records, *config.data.held_out])
-    where = given or f"{workdir}/records"
-    more = total.bad_count - len(total.bad)
-    bad = [*total.bad, *([f"and {more:,} more"] if more else [])]
+    patterns = ", ".join([*config.data.records, *config.data.held_out])
+    where = patterns or f"{workdir}/records"
+    unlisted = total.bad_count - len(total.bad)
+    bad = [*total.bad, *([f"and {unlisted:,} more"] if unlisted else [])]
     return inspect_page.html(
-        where, figures, buckets(total), told[1:], bad, sheet, drawn=drawn
+        where, figures, buckets(total), notes[1:], bad, sheet, rendering=rendering
     )
 
 

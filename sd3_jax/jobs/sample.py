@@ -92,7 +92,7 @@ def trained(
     config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     """A sampler of tasks by the newest checkpoint, and the facts for each line."""
-    parts = model_parts.parts(config)
+    parts = model_parts.build_parts(config)
     params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
     if config.quantize.denoiser:
@@ -108,7 +108,7 @@ def trained(
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(
-                config, model_parts.parts(config), mesh, encoder
+                config, model_parts.build_parts(config), mesh, encoder
             )
         captions = [task.caption for task in rows]
         return samplers[group](params, captions, [task.number for task in rows])

@@ -63,7 +63,7 @@ class Validation:
             words = "config.data.held_out: encoded by others than the run's records: %s"
             log.warning(words, differences)
         loader = examples.loader(
-            self.config, rows, made=self.source, encoder=encoder, held_out=True
+            self.config, rows, examples=self.source, encoder=encoder, held_out=True
         )
         count = max(1, self.config.eval.examples // size)
         place_batch = encoder or partial(sharding.put, mesh=self.mesh)

@@ -38,8 +38,8 @@ class Program(NamedTuple):
 def build_program(config: ConfigDict, mesh: Mesh) -> Program:
     """The training program; UserError for a config that cannot train."""
     require_trainable_dtype(config)
-    parts = model_parts.parts(config)
-    tuning = finetune_start.made(config, parts.objective)
+    parts = model_parts.build_parts(config)
+    tuning = finetune_start.build_tuning(config, parts.objective)
     optim = config.optim.to_dict()
     accumulate = optim.pop("accumulate")
     tx, rate = optimizer.make(**optim, steps=config.train.steps)

@@ -114,7 +114,7 @@ def train(
         # --- the loader, and the step compiled for each bucket that it gives
         ahead = progress.batches_ahead
         loader = examples.loader(
-            config, rows, start=start, ahead=ahead, made=source, encoder=encoder
+            config, rows, start=start, ahead=ahead, examples=source, encoder=encoder
         )
         watchdog.expect("compiling the step", watchdog.LONG)
         with goodput.spend("compile"):

@@ -98,7 +98,9 @@ def test_a_run_starts_from_other_tools_files(kind, tuned, released, tmp_path):
         ]
         argv = ["train", "--config=configs/lora.py:tiny", "--workdir=unused", *flags]
         config = main.parse([*argv, *more]).config
-        adapter = finetune_start.initial_adapter(config, model_parts.parts(config))
+        adapter = finetune_start.initial_adapter(
+            config, model_parts.build_parts(config)
+        )
         return dict(modules(adapter["denoiser"], "a"))
 
     wanted, path = loaded(tuned), renamed(tuned, tmp_path, kind)
@@ -119,7 +121,7 @@ def test_a_checkpoint_by_its_step(tuned, released, capsys):
     config = main.parse(["convert", *argv, "--config.sample.step=2"]).config
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         assert model_parts.trained_params(config, parts, tuned, mesh)[1] == 2
     for job in "evaluate", "convert":
         assert main.main([job, *argv, "--config.sample.step=3"]) == 2
@@ -147,7 +149,7 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
     config = main.parse(argv).config
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         params, step = model_parts.trained_params(config, parts, tuned, mesh)
         assert step == 4
         x = jax.random.normal(jax.random.key(0), (8, 8, 8, 16))

@@ -16,7 +16,12 @@ from etils import epath
 from flax import linen as nn
 from PIL import Image
 
-from sd3_jax.assembly import examples, finetune_start
+from sd3_jax.assembly import (
+    examples,
+    finetune_start,
+    precompute_plan,
+    record_shapes,
+)
 from sd3_jax.config import command_line
 from sd3_jax.config.schema import KEYS
 from sd3_jax.config.validation import leaves, validate
@@ -100,7 +105,7 @@ def built(config, tmp_path):
         finetune_start.start(config, parts.denoiser, parts.objective, mesh)
         Validation(config, parts, mesh)
         Trace(tmp_path / "profile", **config.profile, done=0, total=steps)
-        examples.loader(config, rows, made=source)
+        examples.loader(config, rows, examples=source)
         key = jax.eval_shape(lambda: jax.random.key(0))
         batch = abstract_batch(config, mesh)
         state, _ = program.step.eval_shape(program.abstract, key, batch, {})
@@ -148,12 +153,12 @@ def scored(config, parts, params, mesh):
 def prepared(config, workdir):
     """precompute up to the first batch that it would encode."""
     if config.precompute.plan:
-        assert precompute.planned(config, workdir)
-    settings = precompute.prepare_settings(config)
-    parts = precompute.new_plan(config, workdir, settings)
-    work = precompute.new_work(config, settings)
-    made_by = precompute.made_by(config, work.encoder, "")
-    todo = precompute.begin(config, workdir, made_by, parts, {})
+        assert precompute.storage_plan(config, workdir)
+    settings = precompute_plan.ingest_settings(config)
+    parts = precompute_plan.plan_input(config, workdir, settings)
+    work = precompute.new_encoder(config, settings)
+    made_by = precompute_plan.record_settings(config, work.encoder, "")
+    todo = precompute_plan.remaining_parts(config, workdir, made_by, parts, {})
     assert todo == [*range(len(parts))]
     progress = SimpleNamespace(add=lambda **_: None)
     with ThreadPoolExecutor(config.precompute.threads) as readers:
@@ -238,7 +243,7 @@ def test_the_least_and_the_most_of_every_number_build_the_job(
 CHECKS = {
     "mesh": lambda config: sharding.make_mesh(**config.mesh),
     "sample": prompt_file.tasks,
-    "image": examples.table,
+    "image": record_shapes.bucket_table,
 }
 
 
@@ -289,7 +294,7 @@ def test_every_value_of_an_evaluation_builds_or_is_refused(config, inputs):
                 evaluate.check(config)
 
 
-# Of the keys in precompute.MAKING those that a recipe of pixels reads, and some more.
+# Of precompute_plan.RECORD_KEYS those that a recipe of pixels reads, and some more.
 @pytest.mark.parametrize("groups", ["seed precompute mesh", "ingest", "encode image"])
 def test_every_value_of_precompute_builds_or_is_refused(
     config, inputs, groups, tmp_path

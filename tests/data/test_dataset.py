@@ -280,7 +280,7 @@ def test_batches_have_the_first_records_dtypes(folder):
         BadRecord, match="dtype float32, the first record's is bfloat16"
     ):
         Records([f"{folder}/not.arecord"]).batch(np.arange(2))
-    source.keep(["latents", "caption"])
+    source.select_fields(["latents", "caption"])
     assert source.batch(np.arange(2)).keys() == {"latents", "caption"}
 
 

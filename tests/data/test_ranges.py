@@ -146,7 +146,7 @@ READS = {
     "a picture in a tar": lambda: items.read_at("gs://b/a.tar", 512, 9),
     "a caption": lambda: items.read_columns("gs://b/a.txt", "txt"),
     "a caption in a tar": lambda: items.read_columns("gs://b/a.tar", "txt", 512, 9),
-    "a tar": lambda: list(tars.places("gs://b/a.tar")),
+    "a tar": lambda: list(tars.members("gs://b/a.tar")),
     "a path": lambda: listing.look("gs://b/a"),
     "times": lambda: listing.stats(["gs://b/a"]),
     "a folder": lambda: list(folders.plan("gs://b", "", 9)),

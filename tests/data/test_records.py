@@ -9,7 +9,7 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sd3_jax.data import records
+from sd3_jax.data import record_header, records
 from sd3_jax.data.records import BadRecord, Record, clean, decode, encode
 
 quick = settings(deadline=None, database=None, derandomize=True, max_examples=150)
@@ -62,7 +62,7 @@ def signed(changed: dict, rest=WHOLE[8 + HEADER :], kind="crc32") -> bytes:
     tensors = {}
     for name, (dtype, shape) in kinds.items():
         start, end = changed[name]["data_offsets"]
-        tensors[name] = np.frombuffer(rest[start:end], records.DTYPES[dtype])
+        tensors[name] = np.frombuffer(rest[start:end], record_header.DTYPES[dtype])
         tensors[name] = tensors[name].reshape(shape)
     metadata["checksum"] = records._checksum(tensors, metadata, kind)
     return pack(changed, rest)
@@ -78,7 +78,7 @@ def test_a_record_comes_back_as_it_was():
     assert same(decode(encode(turned), "x:0"), record())
 
 
-@pytest.mark.parametrize("name", records.PICTURES)
+@pytest.mark.parametrize("name", record_header.PICTURES)
 def test_one_form_of_a_picture_is_enough(name):
     x = np.ones((2, 3, 6), np.float32)
     if name == "image":
@@ -129,8 +129,8 @@ FAULTS = {
     "pickle": (b"\x80\x04\x95" + bytes(100), "not a record: a header of"),
     "huge header": ((2**40).to_bytes(8, "little") + bytes(99), "wanted at most 99"),
     "header beyond": (
-        pack(json.dumps(header()).encode() + b" " * records.HEADER),
-        f"wanted at most {records.HEADER}",
+        pack(json.dumps(header()).encode() + b" " * record_header.HEADER),
+        f"wanted at most {record_header.HEADER}",
     ),
     "no json": (pack(b"{"), "its header"),
     "no utf-8": (pack(b'{"\xff": 1}'), "its header"),

@@ -37,7 +37,7 @@ def variants():
 def test_a_recipe_makes_sense(name, variant):
     config = importlib.import_module(f"configs.{name}").get_config(variant)
     validate(config)
-    made = model_parts.parts(config)
+    made = model_parts.build_parts(config)
     params = jax.eval_shape(made.objective.init, jax.random.key(0))
     count = sum(x.size for x in jax.tree.leaves(params["denoiser"]))
     if name in PARAMETERS and variant != "tiny":

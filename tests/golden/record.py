@@ -79,7 +79,7 @@ def parameters(recipe: str) -> dict[str, list[int]]:
     from sd3_jax.assembly import model_parts
 
     config = importlib.import_module(f"configs.{recipe}").get_config("tiny")
-    objective = model_parts.parts(config).objective
+    objective = model_parts.build_parts(config).objective
     params = tree.unbox(jax.eval_shape(objective.init, jax.random.key(0)))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {"/".join(tree.names(path)): list(x.shape) for path, x in leaves}

@@ -65,7 +65,7 @@ def test_what_we_trained_runs_in_pytorch(trained):
     folder = workdir / "diffusers" / "transformer"
     theirs = diffusers.SD3Transformer2DModel.from_pretrained(folder).eval()
     config = quickstart.get_config("tiny")
-    made = model_parts.parts(config)
+    made = model_parts.build_parts(config)
     mesh = sharding.make_mesh()
     params, _ = model_parts.trained_params(config, made, workdir, mesh)
     draw = np.random.default_rng(0).standard_normal

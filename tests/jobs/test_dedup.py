@@ -68,7 +68,7 @@ def test_smaller_copies_go(folder, tmp_path, capsys):
     html = (tmp_path / "duplicates.html").read_text()
     assert html.count("data:image/jpeg;base64,") >= 6 and "img-src data:" in html
     lines = (tmp_path / "duplicates.jsonl").read_text().splitlines()
-    gone = prepare.excluded(lines, "duplicates.jsonl")
+    gone = prepare.parse_exclusions(lines, "duplicates.jsonl")
     assert {*gone} == {row["source"] for row in rows}
 
 

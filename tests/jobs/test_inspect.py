@@ -229,7 +229,7 @@ def test_memory_does_not_grow_with_what_is_bad():
         one.fault(UserError(f"{i}: x"), f"reason {i}")
         one.saw(record(0, caption_from=f"by {i}"))
         total.add(one)
-    assert total.bad_count == 500 and len(total.bad) == survey.TOLD
+    assert total.bad_count == 500 and len(total.bad) == survey.LISTED
     assert len(total.reasons) <= survey.KINDS + 1 and sum(total.reasons.values()) == 500
     assert len(total.made_by) <= survey.KINDS + 1
     choice = survey.Choice(4)

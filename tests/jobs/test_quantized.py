@@ -27,7 +27,7 @@ def workdir(tmp_path_factory):
 def params_of(workdir, *flags, **options):
     config = main.parse(["sample", RECIPE, f"--workdir={workdir}", *flags]).config
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
-    made = model_parts.parts(config)
+    made = model_parts.build_parts(config)
     return model_parts.trained_params(config, made, workdir, mesh, **options)[0]
 
 

@@ -6,7 +6,7 @@ import pytest
 from array_record.python.array_record_module import ArrayRecordWriter
 
 from sd3_jax import main
-from sd3_jax.assembly import examples
+from sd3_jax.assembly import examples, stored_records
 from sd3_jax.data import records
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
@@ -106,10 +106,10 @@ def said(folder, capsys, *more, **changes):
 
 def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
     given = config(folder, batch_size=24)
-    source = examples.stored(given, held_out=False)
+    source = stored_records.open_records(given, held_out=False)
     assert "a-*.arecord: 14 records for 18 of a batch: at least 4 repeat" in caplog.text
     assert "b.arecord" not in caplog.text.partition("a-*.arecord: 14")[0]
-    names = examples.loader(given, np.arange(24), made=source).names(0)
+    names = examples.loader(given, np.arange(24), examples=source).names(0)
     assert len(names) == 24 and len(set(names)) == 14 + 6
 
 
@@ -123,7 +123,7 @@ def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
 )
 def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
     given = config(folder, *(f"--config.eval.{flag}" for flag in flags))
-    assert examples.validated(given) == wanted
+    assert stored_records.validated(given) == wanted
     batches = examples.loader(given, np.arange(size), held_out=True)
     assert len(next(batches)["latents"]) == size
 

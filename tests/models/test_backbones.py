@@ -241,7 +241,7 @@ def test_what_a_uvit_and_a_unet_refuse():
 def count(variant):
     c = backbones.get_config(variant)
     validate(c)
-    made = model_parts.parts(c)
+    made = model_parts.build_parts(c)
     params = jax.eval_shape(made.objective.init, jax.random.key(0))
     return tree.count(params["denoiser"]), tree.count(params["text"])
 

@@ -41,7 +41,7 @@ def painted(config):
     """A painter whose denoiser is not all zeros, and its weights."""
     mesh = sharding.make_mesh()
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         init = jax.jit(lambda key: tree.unbox(parts.objective.init(key)))
         off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
         params = jax.tree.map(off, init(jax.random.key(0)))

@@ -10,7 +10,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from sd3_jax.errors import UserError
-from sd3_jax.tools.dedup import duplicates, fingerprints
+from sd3_jax.tools.dedup import duplicates, embeddings, fingerprints
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import dedup as benchmark  # noqa: E402
@@ -155,7 +155,7 @@ def test_sscd_is_the_module_on_squeezed_normalised_squares(tmp_path):
     module.save(str(tmp_path / "sscd.pt"))
     rng = np.random.default_rng(0)
     pictures = [rng.integers(0, 256, (h, 90, 3), np.uint8) for h in (40, 400)]
-    made = fingerprints.SSCD(tmp_path / "sscd.pt")(pictures)
+    made = embeddings.SSCD(tmp_path / "sscd.pt")(pictures)
     square = [np.array(Image.fromarray(x).resize((320, 320), 2)) for x in pictures]
     x = torch.tensor(np.stack(square)).permute(0, 3, 1, 2) / 255
     mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
@@ -166,9 +166,9 @@ def test_sscd_is_the_module_on_squeezed_normalised_squares(tmp_path):
 def test_no_torchscript(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"not it")
     with pytest.raises(UserError, match="weights.pt: .* wanted a file of TorchScript"):
-        fingerprints.SSCD(tmp_path / "weights.pt")
+        embeddings.SSCD(tmp_path / "weights.pt")
     with pytest.raises(UserError, match="missing.pt: cannot be read: No such file"):
-        fingerprints.SSCD(tmp_path / "missing.pt")
+        embeddings.SSCD(tmp_path / "missing.pt")
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_no_torchscript(tmp_path):
 def test_embeddings_of_other_hands_are_looked_at(made):
     with pytest.raises(UserError, match="my.module:embed: gave"):
         picture = np.zeros((16, 16, 3), np.uint8)
-        fingerprints.embedded(lambda _: made, [picture] * 2, "my.module:embed")
+        embeddings.embedded(lambda _: made, [picture] * 2, "my.module:embed")
 
 
 def test_a_failing_embedding_is_named():
@@ -185,4 +185,4 @@ def test_a_failing_embedding_is_named():
         raise ValueError("no such layer")
 
     with pytest.raises(UserError, match="my.module:embed failed: ValueError: no such"):
-        fingerprints.embedded(embed, [], "my.module:embed")
+        embeddings.embedded(embed, [], "my.module:embed")

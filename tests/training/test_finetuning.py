@@ -12,7 +12,7 @@ import pytest
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.config.command_line import load
-from sd3_jax.data import records
+from sd3_jax.data import record_header
 from sd3_jax.diffusion.paths import RF, expand
 from sd3_jax.diffusion.timesteps import Uniform
 from sd3_jax.training import finetuning, objectives
@@ -74,7 +74,7 @@ def test_the_reference_has_no_gradient(key, pair):
 @pytest.fixture(scope="module")
 def model():
     config = load("configs/quickstart.py:tiny")
-    made = model_parts.parts(config)
+    made = model_parts.build_parts(config)
     init = jax.jit(lambda key: tree.unbox(made.objective.init(key)))
     params = init(jax.random.key(0))
     off = lambda x: x + 0.1 * jax.random.normal(jax.random.key(1), x.shape)
@@ -181,6 +181,6 @@ def test_a_sets_mean_is_that_of_the_whole_batch_however_it_is_cut(sets, parts):
 
 
 def test_a_preferences_names_are_those_of_records():
-    assert objectives.REJECTED == records.REJECTED
+    assert objectives.REJECTED == record_header.REJECTED
     better, worse = objectives.parted({"image": 1, "rejected_image": 2, "pooled": 3})
     assert better == {"image": 1, "pooled": 3} and worse == {"image": 2}

@@ -181,7 +181,7 @@ def test_muons_other_leaves_have_plain_adam():
 
 
 def test_what_muon_leaves_of_the_digits_model_is_what_the_docs_say():
-    init = model_parts.parts(digits.get_config()).objective.init
+    init = model_parts.build_parts(digits.get_config()).objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))
     labels = jax.tree_util.tree_leaves_with_path(optimizer._muon_labels(shapes))
     left = {

@@ -1,6 +1,6 @@
-"""Which of a picture's captions a record has: drawn by weight, for good, by its source.
+"""Drawing a record's caption among those of its picture: by weight, once, by source.
 
-The paper's mix is half the original's, half synthetic ones (sec. 4.2).
+The SD3 paper mixes original and synthetic captions in equal parts (sec. 4.2).
 """
 
 import hashlib
@@ -16,12 +16,13 @@ from numpy import ndarray
 
 from sd3_jax import hooks
 from sd3_jax.data import records
-from sd3_jax.data.ingest.items import BadItem, Numeral, Value, asked
+from sd3_jax.data.ingest.items import BadItem, Numeral, Value, call_function
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-USUAL = ("caption", "text", "txt", "prompt", "captions")  # what "caption" stands for
-STANDING = ("caption", "synthetic")  # the default's: not every input has each of them
+USUAL = ("caption", "text", "txt", "prompt", "captions")  # that "caption" stands for
+# Columns of the default mixture. An input may lack them without it being a mistake.
+STANDING = ("caption", "synthetic")
 WANTED = '"caption=0.5", "column=0.5" or "package.module:function=0.5"'
 
 
@@ -33,12 +34,12 @@ class Caption(NamedTuple):
 
 class Drawn(NamedTuple):
     text: str  # "" if the item has none
-    name: str  # which of the captions it is, "" if none
+    name: str  # of the caption that was drawn, "" if none
 
 
-def weights(specs: Sequence[str]) -> tuple[Caption, ...]:
-    """Captions from their specs, "name=weight" or "name"; or a UserError."""
-    found = {}
+def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
+    """Parse captions from specs, "name=weight" or "name"; or a UserError."""
+    by_name = {}
     for spec in specs:
         name, equals, weight = spec.rpartition("=")
         name, weight = (name, weight) if equals else (spec, "1")
@@ -47,11 +48,12 @@ def weights(specs: Sequence[str]) -> tuple[Caption, ...]:
             raise UserError(
                 f"{shown(spec) or '(nothing)'}: no caption; wanted {WANTED}"
             )
-        if name in found:
+        if name in by_name:
             raise UserError(f"{shown(spec)}: the caption {shown(name)} is listed twice")
+        # A colon tells a function from a column: "package.module:function".
         function = hooks.load(name) if ":" in name else None
-        found[name] = Caption(name, float(weight), function)
-    return tuple(found.values())
+        by_name[name] = Caption(name, float(weight), function)
+    return tuple(by_name.values())
 
 
 def draw(
@@ -62,35 +64,36 @@ def draw(
     source: str,
     picture: UInt8[ndarray, "h w 3"] | None = None,
 ) -> Drawn:
-    """One of the captions that the item has, a function's among them.
+    """Draw one of the captions that the item has, or that a function gives.
 
-    A function of seed and source: the same on every host, and when it is done again.
-    Of a column that lists several, each is as likely. What is no text, or empty once it
-    is cleaned, is none. BadItem if a function was drawn and fails.
+    Depends only on seed and source: the same on every host and in every run. In a
+    column with a list of captions each is equally likely. Values that are not text, or
+    empty once cleaned, do not count. BadItem if a function is drawn and fails.
     """
-    having = [(each, _texts(item_columns, each.name)) for each in captions]
-    having = [(each, texts) for each, texts in having if each.function or texts]
-    if not having:
+    texts_of = [(caption, _texts(item_columns, caption.name)) for caption in captions]
+    choices = [row for row in texts_of if row[0].function or row[1]]
+    if not choices:
         return Drawn("", "")
-    which, among = _uniform(seed, source)
-    ends = list(accumulate(each.weight for each, _ in having))
-    place = bisect(ends, which * ends[-1])
-    each, texts = having[min(place, len(having) - 1)]  # past the last by rounding
-    if not each.function:
+    caption_draw, text_draw = _uniform(seed, source)
+    ends = list(accumulate(caption.weight for caption, _ in choices))
+    chosen = bisect(ends, caption_draw * ends[-1])
+    # Rounding may leave the draw at the last end, which bisect puts past the last.
+    caption, texts = choices[min(chosen, len(choices) - 1)]
+    if not caption.function:
         several = " (one of several)" if len(texts) > 1 else ""
-        return Drawn(texts[int(among * len(texts))], each.name + several)
-    answer = asked(each.function, each.name, picture, item_columns)
+        return Drawn(texts[int(text_draw * len(texts))], caption.name + several)
+    answer = call_function(caption.function, caption.name, picture, item_columns)
     if not isinstance(answer, str):
-        raise BadItem(f"{each.name} gave no text: {shown(type(answer).__name__)}")
+        raise BadItem(f"{caption.name} gave no text: {shown(type(answer).__name__)}")
     try:
         text = records.clean(answer)
     except ValueError as error:
-        raise BadItem(f"{each.name} gave no text: {error}") from None
-    return Drawn(text, each.name if text else "")
+        raise BadItem(f"{caption.name} gave no text: {error}") from None
+    return Drawn(text, caption.name if text else "")
 
 
 def prefixed(drawn: Drawn, prefix: str) -> Drawn:
-    """The caption behind the text that all have in common; without one, that text."""
+    """The caption after the prefix of all captions; the prefix alone without one."""
     if not prefix:
         return drawn
     if not drawn.text:
@@ -98,17 +101,18 @@ def prefixed(drawn: Drawn, prefix: str) -> Drawn:
     return Drawn(records.clean(f"{prefix.rstrip(' ')} {drawn.text}"), drawn.name)
 
 
-def having(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
-    """Which of the captions that are columns the item has."""
-    plain = [each for each in captions if not each.function]
-    return [each.name for each in plain if _texts(columns, each.name)]
+def available(columns: Mapping[str, Value], captions: Sequence[Caption]) -> list[str]:
+    """Names of the captions that the item has as columns."""
+    from_columns = [caption for caption in captions if not caption.function]
+    return [caption.name for caption in from_columns if _texts(columns, caption.name)]
 
 
 def _texts(columns: Mapping[str, Value], name: str) -> list[str]:
-    """A column's captions, cleaned; of the usual ones, however their letters are cased,
-    the first that has any."""
+    """A column's captions, cleaned; for "caption" those of the first usual column that
+    has any, in whatever case its name is."""
     names = (name,)
     if name == "caption":
+        # Column names are matched in any case, the exact one first.
         spelt = lambda usual: sorted(x for x in columns if x.lower() == usual)
         names = [x for usual in USUAL for x in (usual, *spelt(usual))]
     for column in names:
@@ -123,15 +127,17 @@ def _text(value: Value) -> str:
     value = value.text if isinstance(value, Numeral) else value
     try:
         return records.clean(value) if isinstance(value, str) else ""
-    except ValueError:  # half of a surrogate pair: it came of a broken file
+    except ValueError:  # half of a surrogate pair, from a broken file
         return ""
 
 
 def _uniform(seed: int, source: str) -> tuple[float, float]:
-    """Two numbers in [0, 1), independent of each other."""
+    """Two independent numbers in [0, 1)."""
+    # `person` keeps this draw apart from that of held-out pictures (prepare.py), which
+    # hashes the same values. 53 bits are a float's.
     data = json.dumps([seed, source]).encode()  # ASCII, whatever the source is
-    made = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
-    high, low = made[:8], made[8:]
+    digest = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
+    high, low = digest[:8], digest[8:]
     return tuple((int.from_bytes(half) >> 11) / 2**53 for half in (high, low))
 
 

@@ -1,4 +1,4 @@
-"""Which items are kept: bounds on their columns, or on what a function says of them."""
+"""Filters: bounds on an item's columns, or on what a user's function gives for it."""
 
 import math
 import operator
@@ -10,7 +10,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from sd3_jax import hooks
-from sd3_jax.data.ingest.items import BadItem, Value, asked
+from sd3_jax.data.ingest.items import BadItem, Value, call_function
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
@@ -28,21 +28,21 @@ class Filter(NamedTuple):
 
 
 class Refusal(NamedTuple):
-    spec: str  # of the filter: many have it in common
+    spec: str  # of the filter, by which rejected items are counted
     reason: str
 
 
 def parse(specs: Sequence[str]) -> tuple[Filter, ...]:
-    """Filters from their specs, in that order; or a UserError."""
+    """Parse filters from their specs, in order; or a UserError."""
     return tuple(map(_parse, specs))
 
 
 def split(
     filters: Sequence[Filter],
 ) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
-    """Those on columns, which cost nothing, and those that look at the picture."""
-    on_columns = tuple(each for each in filters if not each.function)
-    return on_columns, tuple(each for each in filters if each.function)
+    """(filters on columns, which cost nothing; functions, which need the picture)."""
+    on_columns = tuple(rule for rule in filters if not rule.function)
+    return on_columns, tuple(rule for rule in filters if rule.function)
 
 
 def refuse(
@@ -50,17 +50,18 @@ def refuse(
     columns: Mapping[str, Value],
     picture: UInt8[ndarray, "h w 3"] | None = None,
 ) -> Refusal | None:
-    """Why the item is not kept: the first filter it does not pass; None if it is kept.
+    """The first filter that the item does not pass, or None if it passes all.
 
-    BadItem if a function fails, or gives no number.
+    BadItem if a function fails or does not give a number.
     """
-    for each in filters:
-        value = _value(each, columns, picture)
+    for rule in filters:
+        value = _value(rule, columns, picture)
+        # An item without the column is rejected: nothing says that it would pass.
         if value is None:
-            return Refusal(each.spec, f"no {each.name}")
-        if not PASSES[each.op](value, each.bound):
-            wanted = f"wanted {each.op} {each.bound:.15g}"
-            return Refusal(each.spec, f"{each.name} {_shown(each, value)}, {wanted}")
+            return Refusal(rule.spec, f"no {rule.name}")
+        if not PASSES[rule.op](value, rule.bound):
+            bound = f"wanted {rule.op} {rule.bound:.15g}"
+            return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {bound}")
     return None
 
 
@@ -69,22 +70,23 @@ def _parse(spec: str) -> Filter:
     bound = _finite(match[3]) if match else None
     if bound is None:
         raise UserError(f"{shown(spec) or '(nothing)'}: no filter; wanted {WANTED}")
+    # A colon tells a function from a column: "package.module:function".
     name = match[1]
     function = hooks.load(name) if ":" in name else None
     return Filter("".join(match.groups()), name, match[2], bound, function)
 
 
-def _value(each: Filter, columns, picture) -> float | None:
-    """A finite number, or None: a text is none, whatever it spells."""
-    if not each.function:
-        value = columns.get(each.name)
+def _value(rule: Filter, columns, picture) -> float | None:
+    """A finite number or None. A text is not a number, whatever it spells."""
+    if not rule.function:
+        value = columns.get(rule.name)
         return _finite(value) if isinstance(value, int | float) else None
-    made = asked(each.function, each.name, picture, columns)
+    answer = call_function(rule.function, rule.name, picture, columns)
     try:
-        return _finite(float(made))  # an array of one number too
+        return _finite(float(answer))  # an array of one number too
     except Exception:
-        kind = shown(type(made).__name__)
-        raise BadItem(f"{each.name} gave no number: {kind}") from None
+        kind = shown(type(answer).__name__)
+        raise BadItem(f"{rule.name} gave no number: {kind}") from None
 
 
 def _finite(value: str | int | float) -> float | None:
@@ -95,7 +97,7 @@ def _finite(value: str | int | float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _shown(each: Filter, value: float) -> str:
-    """Short, but never so that it reads as passing: 4.4999999 is not 4.5."""
+def _shown(rule: Filter, value: float) -> str:
+    """The value, short unless rounding makes it pass: 4.4999999 is not 4.5."""
     short = f"{value:g}"
-    return repr(value) if PASSES[each.op](float(short), each.bound) else short
+    return repr(value) if PASSES[rule.op](float(short), rule.bound) else short

@@ -1,8 +1,7 @@
-"""Folders of pictures with their captions beside them, walked in order of name.
+"""Folders of pictures with captions beside them, walked in order of name.
 
-Captions stand beside a.jpg in a.txt, a.caption or a.json, or in a.jpg.txt and so on, or
-in a folder's metadata.jsonl or .csv, which goes for the folders in it too. Hidden files
-and folders are not looked at.
+Captions of a.jpg are in a.txt, a.caption or a.json, in a.jpg.txt and so on, or in a
+metadata.jsonl or .csv of its folder or one above. Hidden files and folders are skipped.
 """
 
 import functools
@@ -23,16 +22,18 @@ from sd3_jax.data.ingest.items import (
     Item,
     Part,
     Rejected,
+    checked_item,
     merge,
     read_at,
     read_columns,
     rejected,
-    taken,
 )
 from sd3_jax.data.ingest.listing import FILE, FOLDER, LINK, OTHER, Entry
 from sd3_jax.errors import UserError
 
-COARSE = 2 * 10**9  # ns in which a directory may change twice under one time
+# Nanoseconds in which a directory may change twice and keep one time: FAT's clock, the
+# coarsest that is common, ticks every two seconds.
+COARSE = 2 * 10**9
 UNFIT = {
     LINK: "a link to a folder, which is not followed",
     OTHER: "cannot be read: not a file, or a link to none",
@@ -43,39 +44,44 @@ NOT_READ = {
 
 
 class Subject(NamedTuple):
-    """What is accounted for once: a picture, or a file that is none."""
+    """A picture with its sidecars, or another file; each is counted once."""
 
     name: str
     reason: str = ""  # why it is rejected
     sidecars: tuple[Entry, ...] = ()  # of a picture
 
 
-class Seen(NamedTuple):
-    """A directory as it is now."""
+class Contents(NamedTuple):
+    """What a directory holds now."""
 
     subjects: list[Subject]
     folders: list[str]
-    names: str  # a hash of all that is in it
+    names: str  # a hash of the names and kinds of all entries
 
 
 def plan(path: str, label: str, size: int) -> Iterator[Part]:
-    """Parts of at most `size` pictures and other files; a UserError if it holds no
-    picture. A small directory shares a part with those after it."""
+    """Plan parts of at most `size` files; UserError if the folder holds no picture.
+
+    Small directories share a part with those after them.
+    """
     waiting, open_part, pictures = [""], _Planned(path, label), 0
     while waiting:
         directory = waiting.pop()
-        seen = _look(path, directory)
-        waiting += [listing.join(directory, name) for name in reversed(seen.folders)]
-        pictures += sum(is_picture(s.name) and not s.reason for s in seen.subjects)
+        contents = _contents(path, directory)
+        # Depth first, in order of name: sources come in one order, whatever the parts.
+        waiting += [
+            listing.join(directory, name) for name in reversed(contents.folders)
+        ]
+        pictures += sum(is_picture(s.name) and not s.reason for s in contents.subjects)
         first = 0
-        while True:
-            number = min(size - open_part.weight, len(seen.subjects) - first)
-            open_part.add(directory, seen, first, number)
+        while True:  # once for an empty directory too: its part sees files added
+            number = min(size - open_part.weight, len(contents.subjects) - first)
+            open_part.add(directory, contents, first, number)
             first += number
             if open_part.full(size):
                 yield open_part.part()
                 open_part = _Planned(path, label)
-            if first == len(seen.subjects):
+            if first == len(contents.subjects):
                 break
     if not pictures:
         raise UserError(
@@ -87,26 +93,29 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """Each file of a planned part once; a UserError if it is not as it was planned."""
-    again, work = _Planned(part.path, part.label), []
+    """Yield each file of a planned part once; UserError if the part has changed."""
+    # The same spans are planned again and the hashes compared: positions in a directory
+    # mean other files as soon as one is added before them.
+    replanned, by_directory = _Planned(part.path, part.label), []
     for directory, first, number in part.spans:
-        seen = _look(part.path, directory)
-        stats = again.add(directory, seen, first, number)
-        work.append((directory, list(zip(seen.subjects[first:], stats))))
-    if again.part().listing != part.listing:
+        contents = _contents(part.path, directory)
+        stats = replanned.add(directory, contents, first, number)
+        by_directory.append((directory, list(zip(contents.subjects[first:], stats))))
+    if replanned.part().listing != part.listing:
         where = listing.join(part.path, part.spans[0][0])
-        if unread := [
-            s.reason for _, subjects in work for s, _ in subjects if not s.name
-        ]:
+        subjects = [s for _, pairs in by_directory for s, _ in pairs]
+        if unread := [s.reason for s in subjects if not s.name]:
             raise UserError(f"{where}, or a folder after it: {unread[0]}")
         raise UserError(
             f"{where}: not what was planned: here, or in a folder after it, files were"
             " added, removed or changed since; begin anew, in another folder"
         )
-    names = {listing.join(d, s.name) for d, subjects in work for s, _ in subjects}
-    directories = {directory for directory, _ in work}
+    names = {
+        listing.join(d, s.name) for d, subjects in by_directory for s, _ in subjects
+    }
+    directories = {directory for directory, _ in by_directory}
     columns_of = metadata.columns(part.path, directories, names)
-    for directory, subjects in work:
+    for directory, subjects in by_directory:
         for subject, stat in subjects:
             yield from _outcome(part, directory, subject, *stat, columns_of)
 
@@ -116,7 +125,7 @@ def is_picture(name: str) -> bool:
 
 
 class _Planned:
-    """A part in the making; planned from the same spans again, it has the same hash."""
+    """A part under construction. The same spans and files give the same hash."""
 
     def __init__(self, path: str, label: str):
         self.path, self.label, self.spans = path, label, []
@@ -124,27 +133,33 @@ class _Planned:
         self.count = self.bytes = self.weight = 0
 
     def add(
-        self, directory: str, seen: Seen, first: int, number: int
+        self, directory: str, contents: Contents, first: int, number: int
     ) -> list[tuple[int, int]]:
-        """Takes so many subjects of a directory, and gives their bytes and times."""
-        subjects = seen.subjects[first : first + number]
-        groups = [[s.name, *(each.name for each in s.sidecars)] for s in subjects]
-        places = [listing.join(directory, name) for each in groups for name in each]
-        stats = listing.stats([listing.join(self.path, place) for place in places])
+        """Add `number` subjects of a directory; returns their bytes and times."""
+        subjects = contents.subjects[first : first + number]
+        groups = [[s.name, *(entry.name for entry in s.sidecars)] for s in subjects]
+        names = [listing.join(directory, name) for group in groups for name in group]
+        stats = listing.stats([listing.join(self.path, name) for name in names])
         sizes = [size for size, _ in stats]
-        about = metadata.governing(self.path, directory)
-        governing = [row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in about]
+        metadata_files = metadata.governing(self.path, directory)
+        governing = [
+            row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in metadata_files
+        ]
+        # Times go into `stamps` alone: of a file that was only touched or copied the
+        # stamp changes, after which contents are compared, but not the listing.
         self.spans.append([directory, first, number])
         self.hashes.append(
-            listing.digest(directory, first, seen.names, governing, sizes)
+            listing.digest(directory, first, contents.names, governing, sizes)
         )
-        paths = [listing.join(self.path, listing.join(*row[:2])) for row in about]
+        paths = [
+            listing.join(self.path, listing.join(*row[:2])) for row in metadata_files
+        ]
         self.stamps.append(listing.digest(stats, listing.stats(paths)))
         self.count += sum(s.name not in metadata.NAMES for s in subjects)
         self.bytes += sum(size for size in sizes if size > 0)
         self.weight += number
-        left = iter(stats)
-        return [[next(left) for _ in each][0] for each in groups]
+        remaining_stats = iter(stats)
+        return [[next(remaining_stats) for _ in group][0] for group in groups]
 
     def full(self, size: int) -> bool:
         return self.weight >= size or len(self.spans) >= size
@@ -162,20 +177,21 @@ class _Planned:
         )
 
 
-def _look(root: str, directory: str) -> Seen:
-    """A directory of many parts is listed once, as long as it does not change."""
+def _contents(root: str, directory: str) -> Contents:
+    """List a directory once for its parts, as long as its time does not change."""
     where = listing.join(root, directory)
     try:
         stamp = os.stat(where).st_mtime_ns if listing.local(where) else None
     except OSError:
         stamp = None
+    # A directory that changed just now may change again under the same time.
     if stamp is None or time.time_ns() - stamp < COARSE:
-        return _listed.__wrapped__(root, directory, stamp)
-    return _listed(root, directory, stamp)
+        return _read_contents.__wrapped__(root, directory, stamp)
+    return _read_contents(root, directory, stamp)
 
 
 @functools.lru_cache(2)
-def _listed(root: str, directory: str, stamp: int | None) -> Seen:
+def _read_contents(root: str, directory: str, stamp: int | None) -> Contents:
     try:
         entries = listing.entries(listing.join(root, directory))
     except OSError as error:
@@ -184,36 +200,39 @@ def _listed(root: str, directory: str, stamp: int | None) -> Seen:
             reason = error.strerror or error
             raise UserError(f"{root}: cannot be read: {reason}") from None
         reason = f"cannot be read: {error.strerror or error}"
-        return Seen([Subject("", reason)], [], "")
-    folders = [each.name for each in entries if each.kind == FOLDER]
-    return Seen(_subjects(entries), folders, listing.digest(entries))
+        return Contents([Subject("", reason)], [], "")
+    folders = [entry.name for entry in entries if entry.kind == FOLDER]
+    return Contents(_subjects(entries), folders, listing.digest(entries))
 
 
 def _subjects(entries: list[Entry]) -> list[Subject]:
-    rows = [(each, *_split(each.name)) for each in entries if each.kind != FOLDER]
+    rows = [(entry, *_split(entry.name)) for entry in entries if entry.kind != FOLDER]
     pictures = [row for row in rows if row[2] in PICTURES]
     # a.txt or a.jpg.txt of a.jpg; of A.JPG also A.jpg.txt
     pictured = {x for _, a, b in pictures for x in (_owner(a), f"{a}.{b}")}
-    beside = {}  # stem and extension → the first of them, a.TXT before a.txt
-    for each, stem, extension in rows:
-        if extension in SIDECARS and each.kind != LINK:
+    sidecar_of = {}  # stem and extension → the first of them, a.TXT before a.txt
+    for entry, stem, extension in rows:
+        if extension in SIDECARS and entry.kind != LINK:
             if (owner := _owner(stem)) in pictured:
-                beside.setdefault((owner, extension), each)
+                sidecar_of.setdefault((owner, extension), entry)
+    # Every entry becomes one subject, or is the sidecar of one.
     subjects = []
-    for each, stem, extension in rows:
-        known = beside.get((_owner(stem), extension))
-        reason, kept = UNFIT.get(each.kind, ""), ()
-        if known is each:
+    for entry, stem, extension in rows:
+        sidecar = sidecar_of.get((_owner(stem), extension))
+        reason, sidecars = UNFIT.get(entry.kind, ""), ()
+        if sidecar is entry:
             continue  # accounted for with its picture
+        # OneTrainer's a-masklabel.png is no picture of its own.
         if not reason and extension in PICTURES and stem.endswith(LABELS):
             reason = LABEL
         if not reason and extension in PICTURES:
             owners = _owner(stem), f"{stem}.{extension}"
+            # a.txt and then a.jpg.txt, each in the order in which later kinds override.
             keys = [(owner, kind) for owner in owners for kind in SIDECARS]
-            kept = tuple(beside[key] for key in keys if key in beside)
+            sidecars = tuple(sidecar_of[key] for key in keys if key in sidecar_of)
         elif not reason:
-            reason = _unfit(each.name, extension, again=known is not None)
-        subjects.append(Subject(each.name, reason, kept))
+            reason = _unfit(entry.name, extension, again=sidecar is not None)
+        subjects.append(Subject(entry.name, reason, sidecars))
     return subjects
 
 
@@ -240,26 +259,29 @@ def _outcome(
         yield rejected(source if subject.name else f"{source}/", subject.reason, size)
         return
     try:
+        # Metadata first: sidecars override it.
         columns = dict(columns_of(inside))
-        for each in subject.sidecars:
-            extension = _split(each.name)[1]
-            if each.kind != FILE:
+        for sidecar in subject.sidecars:
+            extension = _split(sidecar.name)[1]
+            if sidecar.kind != FILE:
                 raise BadItem(f"its .{extension} cannot be read: not a file")
-            beside = listing.join(part.path, listing.join(directory, each.name))
-            columns = merge(columns, read_columns(beside, extension))
+            sidecar_path = listing.join(
+                part.path, listing.join(directory, sidecar.name)
+            )
+            columns = merge(columns, read_columns(sidecar_path, extension))
     except BadItem as error:
         yield rejected(source, error, size)
     else:
-        yield taken(source, columns, partial(read_at, path), max(0, size), time_)
+        yield checked_item(source, columns, partial(read_at, path), max(0, size), time_)
 
 
 def _owner(stem: str) -> str:
-    """A sidecar's stem as its picture's name is known by: A.JPG as A.jpg."""
+    """A sidecar's stem with a picture's extension in lower case: A.JPG as A.jpg."""
     name, extension = _split(stem)
     return f"{name}.{extension}" if extension in PICTURES else stem
 
 
 def _split(name: str) -> tuple[str, str]:
-    """Up to the last dot, and what follows it in lower case."""
+    """(stem up to the last dot, extension in lower case)."""
     stem, dot, extension = name.rpartition(".")
     return (stem, extension.lower()) if dot else (name, "")

@@ -1,8 +1,8 @@
-"""Whether the input is still what finished parts were made of.
+"""Comparing the input of a resumed job with what its finished parts were made of.
 
-A part's line in plan.json has a hash of its files' names and sizes, and one of their
-times as well. Only where these differ are items looked at again: their columns, and
-their pictures if the time or the size is another, against what DIR/parts says of them.
+A part's line in plan.json has a hash of its files' names and sizes, and one with their
+times. Only where these differ are items read again: their columns, and their pictures
+if time or size differ. They are compared with the rows in DIR/parts.
 """
 
 import bisect
@@ -24,8 +24,8 @@ NAMED = 3  # sources of a kind in an error, at most
 
 
 class Differences(NamedTuple):
-    """Between the input and what finished parts were made of, by source; and how many
-    files are in the place of those that are not done, beside how many were planned."""
+    """Sources that differ from those of finished parts, and the number of files that
+    are left to do now, beside the number that was planned."""
 
     added: list[str]
     removed: list[str]
@@ -35,7 +35,7 @@ class Differences(NamedTuple):
 
 
 def row(item: Item | Rejected, crc: int | None) -> list[Any]:
-    """What tells an item from a changed one; `crc` of its picture, if that was read."""
+    """The row by which a change of an item is seen; `crc` if its picture was read."""
     if isinstance(item, Rejected):
         return [item.source, item.bytes, 0, None, ""]
     return [item.source, item.bytes, item.time, crc, listing.digest(item.columns)]
@@ -51,11 +51,13 @@ def require_same(
     parts: Sequence[Part],
     done: set[int],
 ) -> bool:
-    """Compare the parts that are in the input with those that were planned; a UserError
-    if what is `done` was made of other files, or if more or fewer are left to do.
+    """Compare the input's parts with those planned.
 
-    Returns whether the plan may have the new parts: times differ, or what is not done.
+    UserError if finished parts (`done`) were made of other files, or if more or fewer
+    files are left to do. Returns whether the plan should take the new parts over, as
+    only times differ, or files of parts that are not done.
     """
+    # Plans of earlier versions have no stamps to compare.
     if not any(part.stamp for part in planned):
         log.warning("%s: planned by an earlier version; changes are not seen", workdir)
         return False
@@ -68,8 +70,8 @@ def require_same(
         for kind in ("added", "removed", "edited")
         if by_kind[kind]
     ]
-    place = lambda part: [part.path, part.label, part.spans]
-    if not changes and [*map(place, planned)] != [*map(place, parts)]:
+    extent = lambda part: [part.path, part.label, part.spans]
+    if not changes and [*map(extent, planned)] != [*map(extent, parts)]:
         counts = f"{differences.todo_now:,} where {differences.todo_planned:,} were"
         changes = [f"of files that are not done yet there are {counts} planned,"]
     if changes:
@@ -86,30 +88,33 @@ def _compare(
     parts: Sequence[Part],
     done: set[int],
 ) -> Differences:
-    """What is added, removed and edited, told from what is merely not done.
+    """Find sources that were added, removed or edited, as opposed to not done yet.
 
-    Sources come in one order, whatever parts they are put in, so that one that no done
-    part has, between two that done parts have, was planned for the part between these;
-    if there is none, it was added.
+    Sources come in one order, however they are divided into parts. A source that no
+    finished part has, between two that finished parts have, was planned for the part
+    between these; if there is no such part, it was added.
     """
-    both = {*map(json.dumps, planned)} & {*map(json.dumps, parts)}
+    unchanged = {*map(json.dumps, planned)} & {*map(json.dumps, parts)}
     timeless = lambda part: json.dumps(part._replace(stamp=""))
-    at, before, todo = {}, {}, {}  # positions in the plan; rows; counts by position
+    position_of: dict[str, int] = {}  # in the plan, of whole parts and of sources
+    old_rows: dict[str, list] = {}  # of parts that are done, by source
+    todo: dict[int, int] = {}  # how many are not done, by position in the plan
+    # Rows of finished parts are read only where the part itself is not as it was.
     for number, part in enumerate(planned):
-        position = len(at)
-        if (text := json.dumps(part)) in both:
-            at[text] = position
+        position = len(position_of)
+        if (text := json.dumps(part)) in unchanged:
+            position_of[text] = position
         elif number not in done:
-            at[timeless(part)], todo[position] = position, part.count or 0
+            position_of[timeless(part)], todo[position] = position, part.count or 0
         else:
-            rows = {each[0]: each for each in _rows(workdir, number)}
-            before |= rows
-            at |= {source: position + i for i, source in enumerate(rows)}
+            rows = {old[0]: old for old in _rows(workdir, number)}
+            old_rows |= rows
+            position_of |= {source: position + i for i, source in enumerate(rows)}
     added, edited, unplaced, todo_now, last = [], [], [], 0, -1
     gaps = sorted(todo)
 
-    def place(position: int) -> int:
-        """Decides on what lies between the last position and this one."""
+    def decide(position: int) -> int:
+        """Decide what the sources between the last position and this one are."""
         between = bisect.bisect_left(gaps, position) - bisect.bisect_right(gaps, last)
         if between <= 0:
             added.extend(unplaced)
@@ -118,22 +123,22 @@ def _compare(
         return count
 
     for part in parts:
-        whole = at.get(json.dumps(part), at.get(timeless(part)))
-        if whole is not None:  # nothing of it is to be read
-            todo_now += place(whole)
-            last = whole
-            todo.pop(whole, None)
+        position = position_of.get(json.dumps(part), position_of.get(timeless(part)))
+        if position is not None:  # unchanged, or touched and not done: not read
+            todo_now += decide(position)
+            last = position
+            todo.pop(position, None)
             continue
         for item in input_parts.items(part):
-            if (old := before.pop(item.source, None)) is None:
+            if (old := old_rows.pop(item.source, None)) is None:
                 unplaced.append(item.source)
                 continue
-            todo_now += place(at[item.source])
-            last = at[item.source]
+            todo_now += decide(position_of[item.source])
+            last = position_of[item.source]
             if change := _change(item, old):
                 edited.append(f"{item.source}: {change}")
-    todo_now += place(len(at))
-    return Differences(added, sorted(before), edited, todo_now, sum(todo.values()))
+    todo_now += decide(len(position_of))
+    return Differences(added, sorted(old_rows), edited, todo_now, sum(todo.values()))
 
 
 def _rows(workdir: epath.Path, number: int) -> Iterator[list]:
@@ -142,14 +147,17 @@ def _rows(workdir: epath.Path, number: int) -> Iterator[list]:
 
 
 def _change(item: Item | Rejected, old: list) -> str:
-    """Which part of an item is another than it was; "" if none is."""
+    """Which part of an item has changed; "" if none has."""
     _, size, time, crc, columns = row(item, None)
     if isinstance(item, Rejected):
         return "" if (size, columns) == (old[1], old[4]) else "the file"
+    # Columns first: they are at hand, while the picture may have to be read.
     if columns != old[4]:
         return "its caption or another column"
     if size != old[1]:
         return "the picture"
+    # Without a checksum the picture was rejected unread; with the time unchanged it
+    # need not be read again. Tars and parquet files have no time for each picture.
     if old[3] is None or (time and time == old[2]):
         return ""
     try:
@@ -159,5 +167,5 @@ def _change(item: Item | Rejected, old: list) -> str:
 
 
 def _named(sources: Sequence[str]) -> str:
-    more = ", …" if len(sources) > NAMED else ""
-    return ", ".join(shown(each) for each in sources[:NAMED]) + more
+    ellipsis = ", …" if len(sources) > NAMED else ""
+    return ", ".join(shown(source) for source in sources[:NAMED]) + ellipsis

@@ -1,7 +1,7 @@
-"""Pictures and captions of other hands, planned in parts and given one by one.
+"""The input of pictures and captions, planned in parts and read one item at a time.
 
-Folders, WebDataset's tars and parquet files. What is not taken is given too, with the
-reason, so that every file is accounted for once.
+Inputs are folders, WebDataset tars and parquet files. Rejected files are yielded too,
+with the reason, so that every file is counted once.
 """
 
 import os
@@ -17,15 +17,15 @@ from sd3_jax.data.ingest.items import BadItem, Item, Part, Rejected
 from sd3_jax.errors import UserError
 
 __all__ = ["BadItem", "Item", "Part", "Rejected", "items", "plan"]
-THREADS = 32  # that look at files at start
+THREADS = 32  # that open inputs at the start
 
 
 def plan(inputs: Sequence[str], *, size: int = 4096) -> list[Part]:
-    """What to do, in an order that depends on the files alone; or a UserError.
+    """Plan the parts of inputs, in an order that depends on the files alone.
 
-    Inputs are folders, tars and parquet files, or globs of them. Parts of a folder are
-    of at most `size` pictures, those of a parquet file of as many rows if its row
-    groups are no larger; a tar is one part.
+    Inputs are folders, tars and parquet files, or globs of them. A part of a folder has
+    at most `size` pictures; one of a parquet file as many rows, unless a row group has
+    more; a tar is one part. UserError if an input is missing, unknown or listed twice.
     """
     if size < 1:
         raise UserError(f"parts of {size} pictures; wanted 1 or more")
@@ -35,21 +35,23 @@ def plan(inputs: Sequence[str], *, size: int = 4096) -> list[Part]:
     with ThreadPoolExecutor(THREADS) as threads:
         kinds = list(threads.map(_kind, paths))
         _check_once(paths, kinds)
-        found = sorted(zip(_labels(paths, kinds), paths, kinds))
-        planned = threads.map(lambda each: _parts(*each, size), found)
+        # By label, so that the order of arguments and of a glob does not matter.
+        labelled = sorted(zip(_labels(paths, kinds), paths, kinds))
+        planned = threads.map(lambda row: _parts(*row, size), labelled)
         return [part for parts in planned for part in parts]
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """All of a part, each file once, in an order of its own; no picture is opened.
+    """Yield a part's items, each file once, in a fixed order; opens no picture.
 
-    A UserError if files were added, removed or changed since it was planned. What a
-    parquet file gives holds its picture in memory; the others only say where it is.
+    Items of a parquet file hold their pictures in memory; those of folders and tars
+    only say where they lie. UserError if files changed since the part was planned.
     """
     if part.kind == "folder":
         yield from folders.items(part)
         return
     kind, length = listing.look(part.path)
+    # Of a folder `folders.items` checks this itself.
     if kind != listing.FILE or listing.digest_file(part.path, length) != part.listing:
         raise UserError(
             f"{part.path}: not what was planned: removed or changed since; begin anew,"
@@ -59,7 +61,7 @@ def items(part: Part) -> Iterator[Item | Rejected]:
 
 
 def _kind(path: str) -> str:
-    """What an input is, or a UserError."""
+    """The kind of an input, by its extension; or a UserError."""
     kind = listing.look(path)[0]
     if kind == listing.FOLDER:
         return "folder"
@@ -68,6 +70,7 @@ def _kind(path: str) -> str:
     _, dot, extension = epath.Path(path).name.lower().rpartition(".")
     if dot and extension == "parquet":
         return extension
+    # Before the extension .tar: a compressed tar is often named so as well.
     if reason := tars.compression(path):
         raise UserError(f"{path}: {reason}")
     if dot and extension == "tar":
@@ -79,12 +82,15 @@ def _kind(path: str) -> str:
 
 
 def _check_once(paths: Sequence[str], kinds: Sequence[str]):
-    before = {}
+    path_of_file = {}
     for path in paths:
-        if (file := shards.file_of(path.rstrip("/") or path)) in before:
-            also = "" if before[file] == path else f", also as {before[file]}"
+        # Two spellings of one input, or a link to it, are one file to the file system.
+        if (file := shards.file_of(path.rstrip("/") or path)) in path_of_file:
+            other = path_of_file[file]
+            also = "" if other == path else f", also as {other}"
             raise UserError(f"{path}: the same input is listed twice{also}")
-        before[file] = path
+        path_of_file[file] = path
+    # A folder inside another would give its pictures twice, under two sources.
     roots = {os.path.realpath(p): p for p, k in zip(paths, kinds) if k == "folder"}
     for root, path in roots.items():
         for other in map(str, epath.Path(root).parents):
@@ -93,10 +99,11 @@ def _check_once(paths: Sequence[str], kinds: Sequence[str]):
 
 
 def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
-    """What each input's sources begin with: no more of its path than tells them apart.
+    """The prefix of each input's sources: as much of its path as tells inputs apart.
 
-    Nothing, for the only folder.
+    The only folder has none.
     """
+    # Sources stay the same when a set is moved, which whole paths would not.
     folders_ = [path for path, kind in zip(paths, kinds) if kind == "folder"]
     files = [path for path, kind in zip(paths, kinds) if kind != "folder"]
     ends = _ends(files)
@@ -108,16 +115,18 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
 
 
 def _ends(paths: Sequence[str]) -> dict[str, str]:
-    whole = lambda path: os.path.abspath(path) if listing.local(path) else path
-    parts = {path: epath.Path(whole(path)).parts for path in paths}
-    found, left, length = {}, list(paths), 0
-    while left:
+    # Ends of paths, lengthened where two are alike: a/x.tar and b/x.tar need their
+    # folders, c.tar does not.
+    full_path = lambda path: os.path.abspath(path) if listing.local(path) else path
+    parts = {path: epath.Path(full_path(path)).parts for path in paths}
+    unique_ends, ambiguous, length = {}, list(paths), 0
+    while ambiguous:
         length += 1
-        ends = {path: "/".join(parts[path][-length:]) for path in left}
-        times = Counter(ends.values())
-        found |= {path: end for path, end in ends.items() if times[end] == 1}
-        left = [path for path in left if times[ends[path]] > 1]
-    return found
+        ends = {path: "/".join(parts[path][-length:]) for path in ambiguous}
+        counts = Counter(ends.values())
+        unique_ends |= {path: end for path, end in ends.items() if counts[end] == 1}
+        ambiguous = [path for path in ambiguous if counts[ends[path]] > 1]
+    return unique_ends
 
 
 def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:
@@ -126,6 +135,7 @@ def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:
     if kind == "parquet":
         return parquet.plan(path, label, size)
     length, changed = listing.stat_of(path)
-    known = listing.digest_file(path, length)
-    stamp = listing.digest(known, changed)
-    return [Part("tar", path, label, [], None, length, known, stamp)]
+    name_and_size = listing.digest_file(path, length)
+    stamp = listing.digest(name_and_size, changed)
+    # A tar has no index, so it cannot be divided without reading all its headers.
+    return [Part("tar", path, label, [], None, length, name_and_size, stamp)]

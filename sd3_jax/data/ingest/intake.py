@@ -1,4 +1,4 @@
-"""How jobs go through pictures of other hands: the parts of the input, and in order."""
+"""How jobs read config.ingest.inputs: plan parts, check captions, map in order."""
 
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,15 +16,18 @@ from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-WORDS = "caption", "file_name", "metadata", "sidecar", "line", "column"  # in reasons
-PARTS, FILES = 8, 256  # of the input, and of each of these, that are looked at first
+# Reasons with one of these words say that a caption was lost, not a picture.
+WORDS = "caption", "file_name", "metadata", "sidecar", "line", "column"
+PARTS, FILES = 8, 256  # that a survey looks at: parts, spread over all; files of each
 
 
-def planned(config: ConfigDict, *, known: Iterable[str] = (), **options) -> list[Part]:
-    """The parts of config.ingest.inputs; a UserError names the key.
+def plan_inputs(
+    config: ConfigDict, *, planned_paths: Iterable[str] = (), **options
+) -> list[Part]:
+    """Plan the parts of config.ingest.inputs; a UserError names the key.
 
-    An input that is one of the `known` paths by another name goes by the known one: the
-    names of its sources follow from it.
+    An input that is another spelling of one of `planned_paths` goes by that one,
+    since the names of its sources follow from it.
     """
     if not config.ingest.inputs:
         raise UserError(
@@ -32,47 +35,49 @@ def planned(config: ConfigDict, *, known: Iterable[str] = (), **options) -> list
             " files, or globs of them"
         )
     try:
-        paths = [path for one in config.ingest.inputs for path in expand(one)]
-        spelled = {listing.resolved(path): path for path in known}
-        paths = [spelled.get(listing.resolved(path), path) for path in paths]
+        paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
+        planned_path_of = {listing.resolved(path): path for path in planned_paths}
+        paths = [planned_path_of.get(listing.resolved(path), path) for path in paths]
         return input_parts.plan(paths, **options)
     except UserError as error:
         raise UserError(f"config.ingest.inputs: {error}") from None
 
 
 class Survey(NamedTuple):
-    """The first items of some parts, counted; no picture is opened."""
+    """Counts of the first items of a few parts, from columns alone."""
 
     pictures: int
     captioned: int
-    columns: Counter[str]  # where they are not null
-    captions: Counter[str]  # of those that are asked for
-    kinds: dict[str, Counter[str]]  # by column, of values that are no text
+    columns: Counter[str]  # items in which a column is not null
+    captions: Counter[str]  # items that have a requested caption
+    kinds: dict[str, Counter[str]]  # by column, types of values that are not text
     rejected: Counter[str]  # by reason
-    reasons: dict[str, str]  # the first in full, with its source
+    reasons: dict[str, str]  # the first item of each reason, and the reason in full
 
     @property
     def looked_at(self) -> str:
         names = self.columns.most_common(12)
-        there = ", ".join(f"{shown(name)} ({n:,})" for name, n in names) or "none"
+        listed = ", ".join(f"{shown(name)} ({n:,})" for name, n in names) or "none"
         return (
             f"of the {self.pictures:,} pictures that were looked at, whose columns are"
-            f" {there}"
+            f" {listed}"
         )
 
 
 def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
+    """Count what the first files of up to PARTS parts hold; opens no picture."""
     columns, caption_counts, rejected = Counter(), Counter(), Counter()
     kinds, reasons = defaultdict(Counter), {}
     pictures = captioned = 0
+    # Spread over the input, whose parts may come from different sources.
     for part in parts[:: -(-len(parts) // PARTS) or 1]:
         for item in islice(input_parts.items(part), FILES):
             if not isinstance(item, Item):
-                reason = prepare.reasons(item.reason)
+                reason = prepare.reason_kind(item.reason)
                 rejected[reason] += 1
                 reasons.setdefault(reason, f"{item.source}: {item.reason}")
                 continue
-            names = captions.having(item.columns, specs)
+            names = captions.available(item.columns, specs)
             pictures += 1
             captioned += bool(names)
             caption_counts.update(names)
@@ -87,44 +92,53 @@ def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
 def require_captions(
     parts: Sequence[Part], specs: Sequence[Caption], *, prefix: str = ""
 ) -> None:
-    """UserError if a caption that is named is in none of the first pictures of some
-    parts, or if none of them has any: before anything is encoded, no picture opened."""
-    seen = survey(parts, specs)
-    about_captions = [why for why in seen.rejected if any(x in why for x in WORDS)]
-    left_over = [f"{seen.rejected[why]:,} {why}" for why in about_captions]
-    if not seen.pictures:
+    """UserError if no picture of a survey has a caption, or a named one is in none.
+
+    Called before anything is encoded: a wrong column would otherwise cost a whole run.
+    """
+    counted = survey(parts, specs)
+    about_captions = [why for why in counted.rejected if any(x in why for x in WORDS)]
+    rejections = [f"{counted.rejected[why]:,} {why}" for why in about_captions]
+    # Nothing but rejected files: an error only if captions are why.
+    if not counted.pictures:
         if about_captions:
             raise UserError(
                 "config.ingest.inputs: no picture can be taken of the first files:"
-                f" rejected {'; '.join(left_over[:3])}. The first is"
-                f" {seen.reasons[about_captions[0]]}"
+                f" rejected {'; '.join(rejections[:3])}. The first is"
+                f" {counted.reasons[about_captions[0]]}"
             )
         return
-    plain = [each.name for each in specs if not each.function]
-    lost = [x for x in plain if not seen.captions[x] and x not in captions.STANDING]
-    if lost and (counts := seen.kinds.get(lost[0])):
+    # A function may caption anything; only columns can be missing.
+    column_names = [caption.name for caption in specs if not caption.function]
+    required = [x for x in column_names if x not in captions.STANDING]
+    missing = [name for name in required if not counted.captions[name]]
+    if missing and (counts := counted.kinds.get(missing[0])):
         raise UserError(
-            f"config.ingest.captions: {shown(lost[0])} holds {_counted(counts)}, and no"
-            f" text, in any {seen.looked_at}; wanted a column of texts, or of lists of"
-            " texts; package.module:function makes a text of other values"
+            f"config.ingest.captions: {shown(missing[0])} holds {_counted(counts)}, and"
+            f" no text, in any {counted.looked_at}; wanted a column of texts, or of"
+            " lists of texts; package.module:function makes a text of other values"
         )
-    mean = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
-    if lost:
+    keep = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
+    if missing:
         raise UserError(
-            f"config.ingest.captions: {shown(lost[0])} is in none {seen.looked_at};"
+            f"config.ingest.captions: {shown(missing[0])} is in none"
+            f" {counted.looked_at};"
             ' wanted one of these; --config.ingest.prefix="…" for one text in all'
-            f" captions; {mean}"
+            f" captions; {keep}"
         )
-    if len(plain) < len(specs) or seen.captioned or (prefix and not left_over):
+    has_function = len(column_names) < len(specs)
+    if has_function or counted.captioned or (prefix and not rejections):
         return
-    also = f"; rejected: {'; '.join(left_over[:3])}" if left_over else ""
-    usual = [x for x in seen.kinds if x.lower() in captions.USUAL]
-    also += "".join(f"; {shown(x)} holds {_counted(seen.kinds[x])}" for x in usual)
+    details = f"; rejected: {'; '.join(rejections[:3])}" if rejections else ""
+    usual = [x for x in counted.kinds if x.lower() in captions.USUAL]
+    details += "".join(
+        f"; {shown(x)} holds {_counted(counted.kinds[x])}" for x in usual
+    )
     raise UserError(
-        f"config.ingest.captions: no caption in any {seen.looked_at}{also}. Wanted"
-        " a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a metadata.jsonl or .csv,"
-        ' or the name of a column; --config.ingest.prefix="…" for one text for all;'
-        f" {mean}"
+        f"config.ingest.captions: no caption in any {counted.looked_at}{details}."
+        " Wanted a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a metadata.jsonl"
+        ' or .csv, or the name of a column; --config.ingest.prefix="…" for one text for'
+        f" all; {keep}"
     )
 
 
@@ -133,7 +147,7 @@ def _counted(counts: Counter[str]) -> str:
 
 
 def _kind(value: Value) -> str:
-    """What a value is, in the words of JSON."""
+    """The type of a value, in the words of JSON."""
     if isinstance(value, list):
         return "lists of " + "/".join(sorted({_kind(x) for x in value}) or ["nothing"])
     names = {bool: "booleans", dict: "objects", str: "texts", type(None): "nulls"}
@@ -141,17 +155,18 @@ def _kind(value: Value) -> str:
 
 
 def in_order(
-    pool: ThreadPoolExecutor, function: Callable, things: Iterable, ahead: int
+    pool: ThreadPoolExecutor, function: Callable, items: Iterable, ahead: int
 ) -> Iterator:
-    """function(thing) of each, in their order, `ahead` of them at a time."""
+    """Map items in a pool, results in the items' order, at most `ahead` in flight."""
+    # Not pool.map, which consumes all items before it yields the first result.
     running = deque()
     try:
-        for thing in things:
-            running.append(pool.submit(function, thing))
+        for item in items:
+            running.append(pool.submit(function, item))
             if len(running) > ahead:
                 yield running.popleft().result()
         while running:
             yield running.popleft().result()
     finally:
-        for one in running:
-            one.cancel()
+        for future in running:
+            future.cancel()

@@ -1,4 +1,4 @@
-"""What other hands give: a picture with what came with it, or why it is not taken."""
+"""Items of the input: a picture with its columns, or the reason why it is rejected."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -11,28 +11,30 @@ from jaxtyping import UInt8
 from numpy import ndarray
 
 from sd3_jax import files
-from sd3_jax.data import images, records
+from sd3_jax.data import images
 from sd3_jax.data.prompt_text import REFUSED
+from sd3_jax.data.record_header import SOURCE
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import parse_json, shown
 
 PICTURES = ("jpg", "jpeg", "png", "webp")  # extensions, in lower case
-SIDECARS = ("json", "caption", "txt")  # a later one's caption goes over an earlier's
+SIDECARS = ("json", "caption", "txt")  # captions of a later one override an earlier's
 SIDECAR = 2**20  # bytes of one, at most, and of a line of metadata.jsonl
 TEXT = 2**16  # characters of a column's text, values of its list; the rest is cut
 Value = str | int | float | bool | None | list | dict
 
 
-LABELS = ("-masklabel", "-condlabel")  # end the names of OneTrainer's masks
+# OneTrainer keeps masks beside pictures: a-masklabel.png of a.jpg.
+LABELS = ("-masklabel", "-condlabel")  # at the end of a stem
 LABEL = "a mask or condition of another picture (OneTrainer's -masklabel, -condlabel)"
 
 
 class BadItem(UserError):
-    """Why an item is not taken, as a Rejected's reason says it: where, others know."""
+    """The reason why an item is rejected. Where it lies, the caller knows."""
 
 
 class Numeral(float):
-    """A number in a CSV file. In a column of captions it is the text that it was."""
+    """A number of a CSV file that keeps its text, in case it turns out a caption."""
 
     def __new__(cls, text: str):
         number = super().__new__(cls, text)
@@ -55,11 +57,11 @@ class Rejected(NamedTuple):
 
 
 class Part(NamedTuple):
-    """What one host does at a time. It goes through JSON and back unchanged."""
+    """The unit of work that one host does. It survives a round trip through JSON."""
 
     kind: str  # "folder", "tar" or "parquet"
     path: str  # of the input: a file, or a folder
-    label: str  # what its sources begin with, so that no two inputs share one
+    label: str  # prefix of its sources, unlike that of any other input
     spans: list[list]  # [directory, first, number] of a folder's files;
     # of a parquet file's row groups ["", first, number]; none is the whole of it
     count: int | None  # items and rejected ones, if known without opening
@@ -68,11 +70,11 @@ class Part(NamedTuple):
     stamp: str = ""  # a hash of all that and of the files' times
 
 
-def taken(
+def checked_item(
     source: str, columns: dict, read: Callable, size: int, time: int = 0
 ) -> Item | Rejected:
-    """The item, if its source can stand in a record and its picture is of a size."""
-    if REFUSED.search(source) or not source.strip() or len(source) > records.SOURCE:
+    """The item, or a Rejected if a record cannot hold its source or it is too large."""
+    if REFUSED.search(source) or not source.strip() or len(source) > SOURCE:
         return rejected(source, "an odd name", size)
     if size > images.BYTES:
         return rejected(source, f"more than {images.BYTES} bytes", size)
@@ -80,18 +82,19 @@ def taken(
 
 
 def rejected(source: str, reason: object, size: int = 0) -> Rejected:
-    """A source that nothing is known of yet is made fit for a line."""
-    return Rejected(shown(source, records.SOURCE), shown(reason, 300), max(0, size))
+    """A Rejected whose source and reason are made printable, whatever they hold."""
+    return Rejected(shown(source, SOURCE), shown(reason, 300), max(0, size))
 
 
 def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
-    """So many bytes of a file, or all of a picture's; or a BadItem."""
+    """Read `size` bytes of a file, or a whole picture; or a BadItem."""
     try:
         if not files.remote(path):
             with epath.Path(path).open("rb") as file:
                 file.seek(start)
+                # One byte more than is allowed shows that there are too many.
                 data = file.read(images.BYTES + 1 if size is None else size)
-        elif size is None:  # and `taken` has seen that it is not too large
+        elif size is None:  # `checked_item` has seen that it is not too large
             data = files.read_whole(path)
         else:  # by epath 5 MB would be read for each picture of a tar
             data = files.read_range(path, start, start + size)
@@ -107,15 +110,15 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
 def read_columns(
     path: str, extension: str, start: int = 0, size: int | None = None
 ) -> dict[str, Value]:
-    """What a .txt, .caption or .json says of the picture it is beside; or a BadItem."""
+    """The columns in a .txt, .caption or .json beside a picture; or a BadItem."""
     try:
-        most = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
+        limit = SIDECAR + 1 if size is None else min(size, SIDECAR + 1)
         if size is not None and files.remote(path):  # of a tar
-            data = files.read_range(path, start, start + most)
+            data = files.read_range(path, start, start + limit)
         else:
             with epath.Path(path).open("rb") as file:
                 file.seek(start)
-                data = file.read(most)
+                data = file.read(limit)
         if len(data) > SIDECAR:
             raise BadItem(f"its .{extension} is too large, more than {SIDECAR} bytes")
         text = data.decode(encoding_of(data))
@@ -123,36 +126,38 @@ def read_columns(
     except BadItem:
         raise
     except (OSError, ValueError, UserError) as error:
+        # A bucket that does not answer ends the job; otherwise its pictures would be
+        # rejected for good.
         files.require_answered(path, error)
         raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
 
 
 def _lines(text: str) -> str | list[str]:
-    """A text's caption, or its captions: each line is one, as OneTrainer has it."""
+    """The caption of a text file, or its captions, one a line, as in OneTrainer."""
     lines = [line for line in text[:TEXT].splitlines() if line.strip()]
     return lines if len(lines) > 1 else text[:TEXT]
 
 
 def encoding_of(start: bytes) -> str:
-    """Of a text that begins with these bytes: UTF-16 has a mark there, else UTF-8."""
+    """The encoding of a text by its first bytes: UTF-16 has a mark, UTF-8 may have."""
     return "utf-16" if start[:2] in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
 
 
 def merge(columns: dict[str, Value], over: Mapping[str, Value]) -> dict[str, Value]:
-    """Both, the second over the first; but what is empty hides nothing."""
-    kept = {k: v for k, v in over.items() if k not in columns or not empty(v)}
-    return columns | kept
+    """Columns overridden by `over`, except where that is empty."""
+    overriding = {k: v for k, v in over.items() if k not in columns or not empty(v)}
+    return columns | overriding
 
 
 def empty(value: Value) -> bool:
-    """Whether nothing is said: null, white space, or a list of such."""
+    """Whether a value is null, white space, or a list of such values."""
     if isinstance(value, list):
         return all(map(empty, value))
     return value is None or isinstance(value, str) and not value.strip()
 
 
 def columns(text: str) -> dict[str, Value]:
-    """An object of JSON, its long texts cut, NaN as null; else a ValueError."""
+    """Parse a JSON object, long texts cut and NaN as null; ValueError if it is none."""
     columns = parse_json(text, null_nonfinite=True)
     if not isinstance(columns, dict):
         raise ValueError("no object")
@@ -160,18 +165,17 @@ def columns(text: str) -> dict[str, Value]:
 
 
 def plain(value) -> Value:
-    """As JSON has it: dates and the like as text, NaN and infinity as null, bytes
-    dropped, what is long cut.
+    """A value of parquet as a value of JSON: dates as text, NaN as null, no bytes.
 
-    Not for JSON itself, which nests deeper than this goes.
+    Long texts and lists are cut. Recursive, and so not for JSON, which may nest deeper.
     """
     if isinstance(value, str):
         return value[:TEXT]
     if value is None or isinstance(value, (bool, int)):
         return value
     if isinstance(value, Mapping):
-        kept = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
-        return {k: plain(v) for k, v in kept.items()}
+        fields = {str(k): v for k, v in value.items() if not isinstance(v, bytes)}
+        return {k: plain(v) for k, v in fields.items()}
     if isinstance(value, (list, tuple)):
         return [plain(v) for v in value[:TEXT] if not isinstance(v, bytes)]
     if isinstance(value, (Real, Decimal)):  # numpy's float16, too
@@ -179,16 +183,14 @@ def plain(value) -> Value:
     return str(value)[:TEXT]
 
 
-def asked(
+def call_function(
     function: Callable,
     name: str,
     picture: UInt8[ndarray, "h w 3"] | None,
     columns: Mapping[str, Value],
 ):
-    """What the user's function says of an item; its exception is a BadItem.
-
-    It has the picture to look at, not to write on: the record is made of it.
-    """
+    """Call a user's function with a read-only picture; its exception is a BadItem."""
+    # Not a copy: the record is made of the same array, which must stay as it is.
     if picture is not None:
         picture = picture.view()
         picture.flags.writeable = False
@@ -197,8 +199,8 @@ def asked(
     except MemoryError:
         raise
     except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise BadItem(f"{name} failed: {shown(what, 200)}") from error
+        failure = f"{type(error).__name__}: {error}"
+        raise BadItem(f"{name} failed: {shown(failure, 200)}") from error
 
 
 def _why(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""What a folder holds, here or in a bucket."""
+"""Listing of folders and sizes of files, on a local file system or in a bucket."""
 
 import hashlib
 import json
@@ -12,7 +12,7 @@ from etils import epath
 from sd3_jax import files
 
 FILE, FOLDER, LINK, OTHER = "file", "folder", "link to a folder", "other"
-THREADS = 32  # that ask a bucket for sizes
+THREADS = 32  # that ask a bucket for sizes, at a request each
 
 
 class Entry(NamedTuple):
@@ -21,39 +21,37 @@ class Entry(NamedTuple):
 
 
 def entries(folder: str) -> list[Entry]:
-    """What a folder holds and is not hidden, in order of name; or an OSError."""
+    """The entries of a folder that are not hidden, in order of name; or an OSError."""
     if not local(folder):
         names = [path.name for path in epath.Path(folder).iterdir()]
         with ThreadPoolExecutor(THREADS) as threads:
-            looked = threads.map(look, [join(folder, name) for name in names])
-        found = [Entry(name, kind) for name, (kind, _) in zip(names, looked)]
+            looks = threads.map(look, [join(folder, name) for name in names])
+        listed = [Entry(name, kind) for name, (kind, _) in zip(names, looks)]
     else:
         with os.scandir(folder) as scanned:
-            found = [Entry(each.name, _kind(each)) for each in scanned]
-    return sorted(each for each in found if not each.name.startswith("."))
+            listed = [Entry(entry.name, _kind(entry)) for entry in scanned]
+    return sorted(entry for entry in listed if not entry.name.startswith("."))
 
 
 def look(path: str) -> tuple[str, int]:
-    """What a path is, links followed, and a file's bytes; (OTHER, -1) if there is none.
-
-    Not by epath where the file is local: it asks for the owner's name, and fails
-    where the owner has none.
-    """
+    """(kind, bytes) of a path, links followed; (OTHER, -1) if it does not exist."""
+    # os.stat for local files: epath's stat looks the owner's name up, and fails where
+    # the owner has none, as in many containers.
     try:
         if not local(path):
-            found = epath.Path(path).stat()
-            return (FOLDER if found.is_directory else FILE), found.length or 0
-        found = os.stat(path)
+            status = epath.Path(path).stat()
+            return (FOLDER if status.is_directory else FILE), status.length or 0
+        status = os.stat(path)
     except (OSError, ValueError) as error:
         files.require_answered(path, error)
         return OTHER, -1
     kinds = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER}
-    kind = kinds.get(stat.S_IFMT(found.st_mode), OTHER)
-    return kind, found.st_size if kind == FILE else 0
+    kind = kinds.get(stat.S_IFMT(status.st_mode), OTHER)
+    return kind, status.st_size if kind == FILE else 0
 
 
 def stats(paths: list[str]) -> list[tuple[int, int]]:
-    """(bytes, time of the last change in ns) of files; -1 of what is not there."""
+    """(bytes, mtime in ns) of files, -1 for those that do not exist."""
     if paths and not local(paths[0]):
         with ThreadPoolExecutor(THREADS) as threads:
             return list(threads.map(stat_of, paths))
@@ -61,16 +59,16 @@ def stats(paths: list[str]) -> list[tuple[int, int]]:
 
 
 def stat_of(path: str) -> tuple[int, int]:
-    """(bytes, time of the last change in ns) of a file; 0 bytes of what is none."""
+    """(bytes, mtime in ns) of a file; 0 bytes if it is not a regular file."""
     try:
         if not local(path):
-            found = epath.Path(path).stat()
-            return found.length or 0, int(found.mtime or 0) * 10**9
-        found = os.stat(path)
+            status = epath.Path(path).stat()
+            return status.length or 0, int(status.mtime or 0) * 10**9
+        status = os.stat(path)
     except (OSError, ValueError) as error:
         files.require_answered(path, error)
         return -1, -1
-    return (found.st_size if stat.S_ISREG(found.st_mode) else 0), found.st_mtime_ns
+    return (status.st_size if stat.S_ISREG(status.st_mode) else 0), status.st_mtime_ns
 
 
 def local(path: str) -> bool:
@@ -82,7 +80,7 @@ def absolute(path: str) -> str:
 
 
 def resolved(path: str) -> str:
-    """One spelling of all that lead to the same place, links followed."""
+    """A path with links resolved: equal for two spellings of one place."""
     return os.path.realpath(path) if local(path) else path
 
 
@@ -90,9 +88,11 @@ def join(folder: str, name: str) -> str:
     return f"{folder.rstrip('/')}/{name}" if folder and name else folder or name
 
 
-def digest(*what) -> str:
-    """A short hash, of names and sizes say, that an odd name has too."""
-    return hashlib.blake2b(json.dumps(what).encode(), digest_size=8).hexdigest()
+def digest(*values) -> str:
+    """A short hash of values such as names and sizes."""
+    # json.dumps escapes what UTF-8 cannot spell: names that are no valid text, which
+    # Python has as surrogates, have a hash as well.
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
 
 
 def digest_file(path: str, length: int) -> str:

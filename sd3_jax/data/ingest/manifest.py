@@ -1,4 +1,4 @@
-"""What precompute has done: a file for each part that is whole, and their sum."""
+"""The progress of precompute: a file for each finished part, and the sum of all."""
 
 import json
 from collections import Counter
@@ -21,7 +21,11 @@ SPLITS = ("train", "val")
 
 
 class PartWriter:
-    """A part's shards, one for each bucket and split: all whole, or none has a name."""
+    """The shards of a part, one for each bucket and split.
+
+    An exception leaves none of them: shards get their names when the writer is left,
+    and `Manifest.clear_unfinished` removes those of a part that is not done.
+    """
 
     def __init__(self, workdir: epath.Path, number: int):
         self.folder, self.number = workdir / "records", number
@@ -37,26 +41,35 @@ class PartWriter:
         return self._open.__exit__(*error)
 
     def write(self, ready: Ready, tensors: dict[str, Any]) -> None:
-        """A BadRecord, and nothing written, if a value is not finite."""
-        said = ready.source, ready.caption, ready.size, ready.crop, ready.caption_from
-        data = records.encode(Record(tensors, *said))
+        """Write a record to its shard; BadRecord, and nothing written, if it is bad."""
+        record = Record(
+            tensors,
+            source=ready.source,
+            caption=ready.caption,
+            size=ready.size,
+            crop=ready.crop,
+            caption_from=ready.caption_from,
+        )
+        # Encoded before a shard is opened: a shard without records is an error.
+        data = records.encode(record)
         key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
         if key not in self._writers:
             writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
             self._writers[key] = self._open.enter_context(writer)
         self._writers[key].add(data)
+        # Counted after the write: what is refused is counted as rejected.
         self._sources[ready.caption_from] += bool(ready.caption_from)
         self.uncaptioned += not ready.caption
 
     def about(self) -> dict[str, Any]:
-        """Counts by bucket and split, by caption, and the shards, now all whole."""
-        kept, shards = {}, []
-        by_name = lambda each: each[1].path.name
+        """Counts by bucket, split and caption, and the names of the shards."""
+        by_bucket, shards = {}, []
+        by_name = lambda entry: entry[1].path.name
         for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
-            kept.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
+            by_bucket.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
             shards.append({"name": writer.path.name, "records": writer.count})
         return {
-            "kept": kept,
+            "kept": by_bucket,
             "captions": dict(sorted((+self._sources).items())),
             "uncaptioned": self.uncaptioned,
             "shards": shards,
@@ -64,34 +77,43 @@ class PartWriter:
 
 
 class Manifest:
-    """DIR/parts: 00012.json once a part is done, and what it rejected beside it."""
+    """DIR/parts: 00012.json once part 12 is done, with its rejected files beside it."""
 
     def __init__(self, workdir: epath.Path, parts: int):
         self.workdir, self.parts = workdir, parts
         self.folder = workdir / "parts"
 
     def done(self) -> set[int]:
-        """The parts that are whole."""
+        """Numbers of the finished parts."""
         names = [path.name for path in files.children(self.folder)]
         numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
         return {int(number) for number in numbers if int(number) < self.parts}
 
     def add(
-        self, number: int, about: dict, rejected: list[Rejected], sources: list[list]
+        self, number: int, report: dict, rejected: list[Rejected], sources: list[list]
     ) -> None:
-        """A part is done, all its shards being whole; `sources` are rows of `stale`."""
+        """Mark a part as done; `sources` are its rows of `input_changes`.
+
+        All its shards must have their names by now.
+        """
+        # 00012.json comes last: it makes the part count, so all else must be there. A
+        # kill before it leaves files that the next run writes over.
         lines = "".join(f"{json.dumps(row)}\n" for row in sources)
         write_whole(input_changes.path(self.workdir, number), lines.encode())
         rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
+        # Names that are not valid text cannot be written as UTF-8.
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
-        reasons = Counter(prepare.reasons(row.reason) for row in rejected)
-        about = about | {"rejected": dict(sorted(reasons.items()))}
-        write_whole(self.folder / f"{number:05d}.json", json.dumps(about).encode())
+        # Reasons are counted by what they have in common; each in full is in the file.
+        reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
+        report = report | {"rejected": dict(sorted(reasons.items()))}
+        write_whole(self.folder / f"{number:05d}.json", json.dumps(report).encode())
 
     def clear_unfinished(self) -> list[int]:
-        """Remove what a killed job left of parts that are not done; their numbers."""
+        """Remove what a killed job left of unfinished parts; returns their numbers."""
         done = self.done()
+        # A part's shards may be whole while its file in parts/ is missing: a kill
+        # between the two. They are made again, so that counts and shards agree.
         for path in files.children(self.workdir / "records"):
             number = path.name.split("-")[1] if path.name.count("-") >= 2 else ""
             unfinished = number.isdigit() and int(number) not in done
@@ -100,33 +122,33 @@ class Manifest:
         return [number for number in range(self.parts) if number not in done]
 
     def total(self) -> dict[str, Any]:
-        """The sum of all parts: every file of the input counted once."""
-        kept, shards, counts = {}, [], Counter()
-        sums = {name: Counter() for name in ("rejected", "captions", "cut")}
-        for about in self._abouts():
-            for bucket, by_split in about["kept"].items():
-                kept.setdefault(bucket, Counter()).update(by_split)
-            for name, total in sums.items():
-                total.update(about[name])
+        """The sum of all parts, in which every file of the input is counted once."""
+        by_bucket, shards, counts = {}, [], Counter()
+        counters = {name: Counter() for name in ("rejected", "captions", "cut")}
+        for report in self._abouts():
+            for bucket, by_split in report["kept"].items():
+                by_bucket.setdefault(bucket, Counter()).update(by_split)
+            for name, total in counters.items():
+                total.update(report[name])
             for name in ("uncaptioned", "seconds"):
-                counts[name] += about[name]
-            shards += about["shards"]
-        records = sum(sum(x.values()) for x in kept.values())
-        rejected = sum(sums["rejected"].values())
+                counts[name] += report[name]
+            shards += report["shards"]
+        records = sum(sum(x.values()) for x in by_bucket.values())
+        rejected = sum(counters["rejected"].values())
         return {
             "files": records + rejected,
             "records": records,
-            "kept": {name: dict(kept[name]) for name in sorted(kept)},
-            "rejected": dict(sums["rejected"].most_common()),
-            "captions": dict(sums["captions"].most_common()),
+            "kept": {name: dict(by_bucket[name]) for name in sorted(by_bucket)},
+            "rejected": dict(counters["rejected"].most_common()),
+            "captions": dict(counters["captions"].most_common()),
             "uncaptioned": counts["uncaptioned"],
-            "cut": dict(+sums["cut"]),
+            "cut": dict(+counters["cut"]),
             "host_seconds": round(counts["seconds"], 1),
             "shards": shards,
         }
 
     def rejected(self) -> Iterator[str]:
-        """The lines of all that was not taken, in the order of the input."""
+        """The JSON lines of all rejected files, in the order of the input."""
         for number in range(self.parts):
             path = self.folder / f"{number:05d}.rejected.jsonl"
             yield from path.read_text().splitlines()

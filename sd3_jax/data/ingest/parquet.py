@@ -1,8 +1,8 @@
-"""Parquet files with a picture a row, as Hugging Face writes them, read as a stream.
+"""Parquet files with a picture in each row, as Hugging Face writes them, as a stream.
 
-What a file of a few kB decodes to may be many thousand times as large: a long text that
-stands once in a dictionary, for all rows. Texts and pictures stay in their dictionaries
-until their length is known, and batches are as small as rows are large.
+A file of a few kB may decode to many thousand times its size: a long text that stands
+once in a dictionary, for all rows. Texts and pictures therefore stay in dictionaries
+until their lengths are known, and the larger the rows the smaller the batches.
 
 pyarrow is imported where it is needed: to import it takes longer than a small job.
 """
@@ -11,7 +11,6 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from itertools import accumulate
 from typing import NamedTuple
 
 from etils import epath
@@ -19,7 +18,6 @@ from etils import epath
 from sd3_jax import files
 from sd3_jax.data import images
 from sd3_jax.data.ingest import listing
-from sd3_jax.data.ingest.captions import STANDING, USUAL
 from sd3_jax.data.ingest.items import (
     SIDECAR,
     TEXT,
@@ -27,27 +25,32 @@ from sd3_jax.data.ingest.items import (
     Item,
     Part,
     Rejected,
-    Value,
+    checked_item,
     merge,
-    plain,
     rejected,
-    taken,
+)
+from sd3_jax.data.ingest.parquet_values import (
+    BYTES,
+    CAPTIONS,
+    column_value,
+    scalar,
+    text_lengths,
 )
 from sd3_jax.foreign_text import shown
 
 log = logging.getLogger(__name__)
+# Names of the column of pictures, best first: `image` is Hugging Face's, `jpg` that of
+# img2dataset.
 IMAGES = ("image", "img", "jpg", "jpeg", "png", "webp", "image_bytes", "bytes")
-CAPTIONS = {*STANDING, *USUAL}
-BYTES = ("binary", "large_binary", "binary_view")  # types
 BATCH = 64  # rows, and their pictures, in memory at once, or fewer
 BUDGET = 2**25  # bytes that a batch of several rows is decoded to, about
-LARGE = 2**27  # bytes of a column in a row group, beyond which its rows' mean counts
+LARGE = 2**27  # bytes of a column in a row group; up to here any mean a row is fine
 MASKS = 2**14  # bytes a row, beyond which a column of bytes holds no texts
-BUFFER = 2**20  # bytes; without it a row group's pictures would be read at once
+BUFFER = 2**20  # bytes; without one pyarrow reads a row group's pictures at once
 
 
 class Columns(NamedTuple):
-    """What is read of a file; names in any letters."""
+    """The columns that are read of a file, by their names in it."""
 
     picture: str
     paths: list[str]  # of all columns, the picture's bytes first
@@ -55,16 +58,16 @@ class Columns(NamedTuple):
 
 
 def plan(path: str, label: str, size: int) -> list[Part]:
-    """Row groups, put together up to `size` rows; the whole, if it cannot be read."""
+    """Parts of whole row groups, up to `size` rows; one part if it cannot be read."""
     length, changed = listing.stat_of(path)
-    known = listing.digest_file(path, length)
-    stamp = listing.digest(known, changed)
-    whole = Part("parquet", path, label, [], None, length, known, stamp)
+    name_and_size = listing.digest_file(path, length)
+    stamp = listing.digest(name_and_size, changed)
+    whole_file = Part("parquet", path, label, [], None, length, name_and_size, stamp)
     try:
         with _opened(path) as file:
             groups = [file.metadata.row_group(i).num_rows for i in _groups(file)]
     except BadItem:
-        return [whole]
+        return [whole_file]
     parts, first = [], 0
     while first < len(groups):
         number, rows = 1, groups[first]
@@ -73,13 +76,13 @@ def plan(path: str, label: str, size: int) -> list[Part]:
             number += 1
         share = length * rows // max(1, sum(groups))
         spans = [["", first, number]]
-        parts.append(whole._replace(spans=spans, count=rows, bytes=share))
+        parts.append(whole_file._replace(spans=spans, count=rows, bytes=share))
         first += number
-    return parts or [whole]
+    return parts or [whole_file]
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """A row each, and one for those of a row group that cannot be read."""
+    """The items of a part, one a row; one Rejected for an unreadable row group."""
     try:
         with _opened(part.path) as file:
             yield from _rows(file, part)
@@ -110,16 +113,17 @@ def _rows(file, part: Part) -> Iterator[Item | Rejected]:
 
 def _outcome(source: str, picture, columns: dict) -> Item | Rejected:
     picture = picture.get("bytes") if isinstance(picture, dict) else picture
-    if isinstance(columns.get("json"), dict):  # of a WebDataset that was converted
+    # A WebDataset that was converted keeps the sample's .json as one column.
+    if isinstance(columns.get("json"), dict):
         columns = merge(columns.pop("json"), columns)
     if not picture:
         return rejected(source, "no picture in its row")
-    return taken(source, columns, partial(bytes, picture), len(picture))
+    return checked_item(source, columns, partial(bytes, picture), len(picture))
 
 
 def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
-    """(picture, values by column) of a row group's rows, the picture a BadItem if the
-    row is not taken; a BadItem is raised where the group cannot be decoded."""
+    """(picture, values by column) of each row of a group; a BadItem for the picture of
+    a rejected row. Raises BadItem where the group cannot be decoded."""
     rows, paths = _bounded(file, group, columns)
     batches = file.iter_batches(rows, [group], paths, use_threads=False)
     while True:
@@ -134,47 +138,57 @@ def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
             return
         values = dict(zip(batch.schema.names, batch.columns))
         pictures = values.pop(columns.picture)
-        sizes, lengths = _lengths(pictures), {k: _lengths(x) for k, x in values.items()}
+        sizes, lengths = (
+            text_lengths(pictures),
+            {k: text_lengths(x) for k, x in values.items()},
+        )
         for i in range(batch.num_rows):
             if sizes[i] > images.BYTES:
                 yield BadItem(f"more than {images.BYTES} bytes"), {}
                 continue
             try:
                 row = {
-                    name: _value(name, of, i, lengths[name][i], name in columns.bytes)
-                    for name, of in values.items()
+                    name: column_value(
+                        name, column, i, lengths[name][i], name in columns.bytes
+                    )
+                    for name, column in values.items()
                 }
             except BadItem as error:
                 yield error, {}
             else:
-                yield _scalar(pictures, i), row
+                yield scalar(pictures, i), row
 
 
 def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
-    """How many rows to decode at once, and which columns: what is neither text nor the
-    picture is left out, and told of, if its rows are too large; else a BadItem."""
-    about = file.metadata.row_group(group)
-    rows, decoded, dropped = max(1, about.num_rows), 0, set()
+    """How many rows to decode at once, and which columns.
+
+    A column of numbers whose rows are too large is left out and logged. BadItem if a
+    text or the picture is too large.
+    """
+    row_group = file.metadata.row_group(group)
+    rows, decoded, dropped = max(1, row_group.num_rows), 0, set()
     inside = lambda path, name: path == name or path.startswith(f"{name}.")
-    for i in range(about.num_columns):
-        chunk, leaf = about.column(i), file.schema.column(i)
+    for i in range(row_group.num_columns):
+        chunk, leaf = row_group.column(i), file.schema.column(i)
         name = next((x for x in columns.paths if inside(leaf.path, x)), None)
         if name is None:
             continue
         text = leaf.physical_type == "BYTE_ARRAY"
         width = 4 if text else leaf.length if leaf.length > 0 else 8
+        # A dictionary is stored once for many rows; `num_values` bounds what its
+        # indices take.
         size = max(chunk.total_uncompressed_size, width * chunk.num_values)
         picture = inside(name, columns.picture)
         if name in columns.bytes and name.lower() not in CAPTIONS:
             if size > MASKS * rows:  # masks and the like: not decoded to be dropped
                 dropped.add(name)
                 continue
-        most = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
-        if size > LARGE and size > most:
-            what = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
+        size_limit = rows * (images.BYTES if picture else TEXT if text else SIDECAR)
+        if size > LARGE and size > size_limit:
+            size_text = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
             if picture or text:
-                raise BadItem(f"too large to be decoded: {what}")
-            log.warning("a row group's %s; this column is not read", what)
+                raise BadItem(f"too large to be decoded: {size_text}")
+            log.warning("a row group's %s; this column is not read", size_text)
             dropped.add(name)
         else:
             decoded += size
@@ -183,88 +197,9 @@ def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
     ]
 
 
-def _lengths(column) -> list[int]:
-    """Of each row, the bytes of all its texts, counted without decoding them."""
-    import pyarrow as pa
-    import pyarrow.compute as pc
-
-    kind = column.type
-    if not _holds_text(kind):
-        return [0] * len(column)
-    if pa.types.is_dictionary(kind):
-        lengths = pc.binary_length(column.dictionary).take(column.indices)
-    elif _is_text(kind):
-        lengths = pc.binary_length(column)
-    elif pa.types.is_struct(kind):
-        fields = [_lengths(field) for field in column.flatten()]
-        return [sum(of) for of in zip(*fields)]
-    else:
-        sums = [0, *accumulate(_lengths(column.flatten()))]
-        counts = pc.fill_null(pc.list_value_length(column), 0).to_pylist()
-        ends = accumulate(counts)
-        return [sums[end] - sums[end - count] for end, count in zip(ends, counts)]
-    return pc.fill_null(lengths, 0).to_pylist()
-
-
-def _holds_text(kind) -> bool:
-    """Whether there are texts in it; those of maps are not counted."""
-    import pyarrow as pa
-
-    if pa.types.is_struct(kind):
-        return any(_holds_text(field.type) for field in kind)
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return _holds_text(kind.value_type)
-    return _is_text(kind.value_type if pa.types.is_dictionary(kind) else kind)
-
-
-def _is_text(kind) -> bool:
-    return str(kind) in (*BYTES, "string", "large_string", "string_view")
-
-
-def _value(name: str, column, i: int, length: int, as_bytes: bool) -> Value:
-    """A row's value; a BadItem for a caption that is no text or too large. Of other
-    bytes only those that are UTF-8 are kept."""
-    named = name.lower() in CAPTIONS
-    if length > SIDECAR:
-        if as_bytes and not named:
-            return None
-        raise BadItem(f"its {shown(name)} is too large, more than {SIDECAR} bytes")
-    value = _decoded(_scalar(column, i))
-    if named and value is None and column[i].is_valid:
-        raise BadItem(f"its {shown(name)} cannot be read: not UTF-8")
-    return plain(value)
-
-
-def _decoded(value):
-    """Bytes as the text that they spell, None where they spell none."""
-    if isinstance(value, list):
-        texts = map(_decoded, value)
-        return [text for text, x in zip(texts, value) if text is not None or x is None]
-    try:
-        return value.decode() if isinstance(value, bytes) else value
-    except UnicodeDecodeError:
-        return None
-
-
-def _scalar(column, i: int):
-    """One value as Python has it, a time as text; None if it cannot be had, as text
-    that is not UTF-8."""
-    import pyarrow as pa
-
-    value = column.slice(i, 1)
-    try:
-        if pa.types.is_temporal(column.type) and not pa.types.is_duration(column.type):
-            value = value.cast(pa.string())  # to the nanosecond, unlike Python's own
-        if pa.types.is_list(column.type) and value[0].is_valid:
-            return value[0].values[:TEXT].to_pylist()  # no more than is kept
-        return value[0].as_py()
-    except (ValueError, ArithmeticError, LookupError, NotImplementedError):
-        return None
-
-
 @contextmanager
 def _opened(path: str) -> Iterator:
-    """The open file, with a column of pictures in it; else a BadItem."""
+    """Open a parquet file; BadItem if it is damaged or has no column of pictures."""
     import pyarrow.parquet as pq
 
     try:
@@ -274,6 +209,8 @@ def _opened(path: str) -> Iterator:
         raise BadItem(f"cannot be read: {_why(error)}") from None
     with opened as stream:
         try:
+            # Opened twice: read_dictionary wants the names of columns, which only the
+            # footer has. The second takes the footer from the first.
             file = pq.ParquetFile(stream, buffer_size=BUFFER)
             _columns(file.schema.to_arrow_schema())
             leaves = [file.schema.column(i) for i in range(len(file.schema))]
@@ -282,14 +219,14 @@ def _opened(path: str) -> Iterator:
             file = pq.ParquetFile(stream, buffer_size=BUFFER, **options)
         except (BadItem, MemoryError):
             raise
-        except Exception as error:  # so do damaged footers
+        except Exception as error:  # damaged footers raise most things
             files.require_answered(path, error)
             raise BadItem(f"cannot be read: {_why(error)}") from None
         yield file
 
 
 def _columns(schema) -> Columns:
-    """Which column holds the pictures, and all that is read; or a BadItem."""
+    """Choose the column of pictures and the columns to read; or a BadItem."""
     import pyarrow as pa
 
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
@@ -311,6 +248,7 @@ def _columns(schema) -> Columns:
             f" the name of {' or '.join(IMAGES[:3])}; rename it; its columns are"
             f" {shown(columns, 150)}"
         )
+    # Several may be named as pictures: the best name, in lower case if both are there.
     picture = min(images_, key=lambda x: (IMAGES.index(x.lower()), x.lower() != x, x))
     path = picture if picture in in_bytes else f"{picture}.bytes"
     texts = in_bytes - set(images_)

@@ -1,7 +1,6 @@
-"""An item of other hands to what is encoded: filtered, decoded, cut, captioned.
+"""Prepare an item for encoding: filter, decode, crop to its bucket, draw its caption.
 
-All of it is a function of the item and the settings: the same on any host, and when it
-is done again.
+The result depends only on the item and the settings, not on the host or the run.
 """
 
 import hashlib
@@ -27,7 +26,7 @@ UNCAPTIONED = "no caption"
 
 
 class Settings(NamedTuple):
-    """Which items are taken, and what is made of them."""
+    """Which items are taken, and how they are prepared."""
 
     buckets: Sequence[Bucket]
     captions: Sequence[Caption]
@@ -37,12 +36,12 @@ class Settings(NamedTuple):
     uncaptioned: bool = False  # whether items without a caption are taken
     held_out: float = 0.0  # share that is for validation
     rejected: str = ""  # the column that names a preference's other picture
-    folder: str = ""  # in which that name is looked for
+    folder: str = ""  # that the names in that column are relative to
     seed: int = 0
 
 
 class Ready(NamedTuple):
-    """A picture in its bucket's shape, and all else that its record will say."""
+    """A picture in its bucket's shape, with the other fields of its record."""
 
     source: str
     image: UInt8[ndarray, "h w 3"]
@@ -57,10 +56,11 @@ class Ready(NamedTuple):
 
 
 def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
-    """The item as it is encoded, or why it is not; filters on columns come first.
+    """Prepare an item, or reject it with a reason.
 
-    To an item's columns are added its height and width in pixels, `enlarged`, the
-    factor by which its bucket enlarges it, and `kept`, the share that is not cut off.
+    Filters and functions also see the columns height and width in pixels, `enlarged`,
+    the factor by which the bucket enlarges the picture, and `kept`, the share of the
+    picture that is not cropped off.
     """
     if isinstance(item, Rejected):
         return item
@@ -68,20 +68,21 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
     if item.source in settings.excluded:
         return refuse(f"excluded: {settings.excluded[item.source]}")
     of_columns, of_pictures = filters.split(settings.filters)
-    known = {"height", "width", "enlarged", "kept"}
-    before = [one for one in of_columns if one.name not in known]
+    known_columns = {"height", "width", "enlarged", "kept"}
+    early_filters = [rule for rule in of_columns if rule.name not in known_columns]
+    # Cheapest first: filters on the input's columns reject before the picture is read.
     try:
-        if refusal := filters.refuse(before, item.columns):
+        if refusal := filters.refuse(early_filters, item.columns):
             return refuse(_filtered(refusal))
         picture = images.read(item.read())
         height, width = size = picture.shape[:2]
         fit = buckets.fit(height, width, settings.buckets)
         columns = dict(item.columns, height=height, width=width)
         columns |= dict(enlarged=fit.enlarged, kept=fit.kept)
-        after = [one for one in of_columns if one.name in known]
-        if refusal := filters.refuse([*after, *of_pictures], columns, picture):
+        late_filters = [rule for rule in of_columns if rule.name in known_columns]
+        if refusal := filters.refuse([*late_filters, *of_pictures], columns, picture):
             return refuse(_filtered(refusal))
-        other = worse(item, settings, fit.bucket)
+        rejected_picture = rejected_picture_of(item, settings, fit.bucket)
         drawn = captions.draw(
             columns,
             settings.captions,
@@ -91,70 +92,74 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
         )
         drawn = captions.prefixed(drawn, settings.prefix)
     except images.BadImage as error:
-        alike = common(error).replace(": ", ", ")
-        return refuse(f"bad picture, {alike}: {str(error).removeprefix('image: ')}")
+        fault = fault_kind(error).replace(": ", ", ")
+        return refuse(f"bad picture, {fault}: {str(error).removeprefix('image: ')}")
     except BadItem as error:
         return refuse(str(error))
     if not (drawn.text or settings.uncaptioned):
         return refuse(UNCAPTIONED)
-    held_out = chance(settings.seed, item.source) < settings.held_out
-    made = buckets.cut(picture, fit)
+    held_out = held_out_draw(settings.seed, item.source) < settings.held_out
+    cropped = buckets.cut(picture, fit)
     text = drawn.text, drawn.name
-    where = size, fit.crop, held_out, item.bytes
-    return Ready(item.source, made, fit.bucket, *text, *where, other)
+    placement = size, fit.crop, held_out, item.bytes
+    return Ready(item.source, cropped, fit.bucket, *text, *placement, rejected_picture)
 
 
-def worse(
+def rejected_picture_of(
     item: Item, settings: Settings, bucket: Bucket
 ) -> UInt8[ndarray, "h w 3"] | None:
-    """The other picture of a preference, in the bucket of the first; or a BadItem."""
+    """The worse picture of a preference, cut to the bucket of the better one."""
     if not settings.rejected:
         return None
     name = item.columns.get(settings.rejected)
     if not isinstance(name, str) or not name.strip():
         raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+    # Written on Windows, as a file_name in metadata may be.
+    name = name.replace("\\", "/")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
         raise BadItem(f'bad "{settings.rejected}": outside the folder')
     path = epath.Path(settings.folder) / name
     try:
         picture = images.read(read_at(str(path)))
     except (images.BadImage, BadItem) as error:
-        told = str(error).removeprefix("image: ")
-        raise BadItem(f'bad "{settings.rejected}": {told}') from None
+        reason = str(error).removeprefix("image: ")
+        raise BadItem(f'bad "{settings.rejected}": {reason}') from None
     return buckets.cut(picture, buckets.fit(*picture.shape[:2], [bucket]))
 
 
-def excluded(lines: Sequence[str], where: str) -> dict[str, str]:
-    """Sources that dedup's duplicates.jsonl removes, and why; or a UserError."""
-    found = {}
+def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
+    """Parse dedup's duplicates.jsonl: source → why it is excluded; or a UserError."""
+    exclusions = {}
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found[row["source"]] = f"near-duplicate of {row['kept']}"
+            exclusions[row["source"]] = f"near-duplicate of {row['kept']}"
         except (ValueError, TypeError, KeyError):
             raise UserError(
                 f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
                 " sd3-jax dedup writes it"
             ) from None
-    return found
+    return exclusions
 
 
-def chance(seed: int, source: str) -> float:
-    """In [0, 1): for whether an example is held out, whatever else is drawn of it."""
+def held_out_draw(seed: int, source: str) -> float:
+    """A number in [0, 1) that decides whether an example is held out."""
+    # By source, not by place in the input: a picture stays on its side when others are
+    # added or filtered.
     data = json.dumps([seed, source]).encode()
-    made = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
-    return (int.from_bytes(made) >> 11) / 2**53
+    digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
+    return (int.from_bytes(digest) >> 11) / 2**53
 
 
-def reasons(reason: str) -> str:
-    """What a reason has in common with others: all before its first colon."""
+def reason_kind(reason: str) -> str:
+    """The part of a reason that it shares with others: all before its first colon."""
     return reason.partition(": ")[0]
 
 
-def common(error: UserError) -> str:
-    """What a picture's fault has in common with others: not where, nor its numbers."""
-    what, _, _ = str(error).removeprefix("image: ").partition("; wanted")
-    return re.sub(r"\d+", "N", what)
+def fault_kind(error: UserError) -> str:
+    """A picture's fault without its place and numbers, for counting."""
+    fault, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    return re.sub(r"\d+", "N", fault)
 
 
 def _filtered(refusal: filters.Refusal) -> str:

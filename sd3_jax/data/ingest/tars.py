@@ -1,7 +1,8 @@
-"""Where the members of WebDataset's tars lie, of which nothing is ever extracted.
+"""Locate the members of WebDataset tars; nothing is ever extracted.
 
-Not by tarfile: before 3.11.14 a negative size turns it in circles, and still a damaged
-header is the end to it, every member is kept and a long name read however long.
+Python's tarfile is not used: before 3.11.14 a negative size makes it loop forever, and
+it still ends silently at a damaged header, keeps every member in memory and reads names
+of any length.
 """
 
 import re
@@ -16,11 +17,13 @@ from sd3_jax.foreign_text import shown
 
 EXTENSIONS = ("jpg", "jpeg", "png", "webp", "txt", "caption", "json")
 OTHER = "another extension"
+# Limits: sizes in a damaged or hostile header are arbitrary.
 MEMBER = 2**27  # bytes of one member, at most
 NAME = 255  # characters
 LONG = 2**20  # bytes of what precedes a member with a long name
 BLOCK = 512
 FOLDER = "folder"
+# Type flags of POSIX and GNU: what each is called, "" for a plain file.
 KINDS = {"1": "hard link", "2": "symbolic link", "3": "device", "4": "device"}
 KINDS |= {"5": FOLDER, "6": "FIFO", "S": "sparse file", "0": "", "7": "", "\0": ""}
 COMPRESSED = {  # by its first bytes: the program, and how to unpack
@@ -29,15 +32,15 @@ COMPRESSED = {  # by its first bytes: the program, and how to unpack
     b"\xfd7zXZ\0": ("xz", "xz -dc"),
     **{b"BZh%d1AY&SY" % n: ("bzip2", "bzip2 -dc") for n in range(1, 10)},
 }
-BARE = "123456"  # types that no data follows, whatever size they give
+BARE = "123456"  # types without data, whatever size their header gives
 
 
 class BadTar(UserError):
-    """A tar that cannot be gone on with: which, at which member, and why."""
+    """A tar that cannot be read on: its path, the last good member, and the reason."""
 
 
-class Place(NamedTuple):
-    """Where a member's bytes lie, or why it is not taken."""
+class Member(NamedTuple):
+    """Where a member's bytes lie, or why it is rejected."""
 
     name: str
     key: str  # a label with its folder, never a path
@@ -47,24 +50,23 @@ class Place(NamedTuple):
     reason: str  # "" if it is taken
 
 
-def places(path: epath.PathLike) -> Iterator[Place]:
-    """Every member in order, the ones that are not taken too, of which none is read.
+def members(path: epath.PathLike) -> Iterator[Member]:
+    """Yield every member in order, rejected ones too, reading headers only.
 
-    A tar that is damaged or cut off is a BadTar once that is reached.
+    Raises BadTar where a damaged or truncated tar cannot be read on.
     """
     path = epath.Path(path)
     try:
         with path.open("rb") as file:
             for name, kind, start, size in _entries(file, path):
-                yield _place(name, kind, start, size)
+                yield _member(name, kind, start, size)
     except OSError as error:
         files.require_answered(str(path), error)
         raise BadTar(f"{path}: cannot be read: {error.strerror or error}") from None
 
 
 def compression(path: epath.PathLike) -> str:
-    """Why a file that is named as a tar is none, and how to make one of it, if it is
-    compressed; "" for a plain one, and for one that cannot be opened."""
+    """Why a compressed tar is refused and how to unpack it; "" for any other file."""
     try:
         with epath.Path(path).open("rb") as file:
             return _compressed(file.read(BLOCK), str(path))
@@ -72,39 +74,40 @@ def compression(path: epath.PathLike) -> str:
         return ""
 
 
-def by_last_dot(place: Place) -> Place | None:
-    """A member of another extension, if what follows the last dot of its name is one
-    that is read: under the key before that dot."""
-    key, _, extension = place.name.rpartition(".")
+def by_last_dot(member: Member) -> Member | None:
+    """A member whose extension is unknown, with its key ending at the last dot instead;
+    None if what follows the last dot is no known extension either."""
+    key, _, extension = member.name.rpartition(".")
     parts = [part for part in key.split("/") if part not in ("", ".")]
-    if place.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
+    if member.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
         return None
-    reason = f"more than {MEMBER} bytes" if place.size > MEMBER else ""
+    reason = f"more than {MEMBER} bytes" if member.size > MEMBER else ""
     key, extension = "/".join(parts), extension.lower()
-    return place._replace(key=key, extension=extension, reason=reason)
+    return member._replace(key=key, extension=extension, reason=reason)
 
 
-def _place(name: str, kind: str, start: int, size: int) -> Place:
+def _member(name: str, kind: str, start: int, size: int) -> Member:
     key, extension = _split(name)
     reason = kind or _unfit(name, key)
     if not reason and extension not in EXTENSIONS:
         reason = OTHER
     if not reason and size > MEMBER:
         reason = f"more than {MEMBER} bytes"
-    return Place(name, key, extension, start, size, reason)
+    return Member(name, key, extension, start, size, reason)
 
 
 def _compressed(start: bytes, path: str) -> str:
     for magic, (program, unpack) in COMPRESSED.items():
         if start.startswith(magic):
             plain = re.sub(r"(\.tar)?\.[^./]+$", "", path) + ".plain.tar"
-            how = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
-            return f"is compressed by {program}; wanted a plain tar: unpack it by {how}"
+            command = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
+            wanted = f"wanted a plain tar: unpack it by {command}"
+            return f"is compressed by {program}; {wanted}"
     return ""
 
 
 def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
-    """(name, what it is or "" for a file, start, size), of which nothing is read."""
+    """(name, kind or "" for a file, start, size) of each member."""
     length, at, name, extended = files.size(path), 0, "its start", {}
     while True:
         file.seek(at)
@@ -113,14 +116,16 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             raise BadTar(f"{path}: {reason}")
         if len(block) < BLOCK:
             raise _bad(path, name, "cut off after it")
-        if not any(block):
+        if not any(block):  # a block of zeros ends a tar; what follows is padding
             return
         kind, size = chr(block[156]), _octal(block[124:136])
         if size is None or _octal(block[148:156]) != _checksum(block):
             hint = "" if at else "; wanted a plain tar"
             raise _bad(path, name, f"no tar header after it{hint}")
         at += BLOCK
-        if kind not in "xgLK":  # which only tell of the member after them
+        # x and g (pax), L and K (GNU) are headers of the member that follows: of them
+        # its long name and its size beyond 8 GiB are used.
+        if kind not in "xgLK":
             name = extended.get("path", _name(block))
             size = extended.get("size", size)
             if kind == "S" and block[482]:
@@ -134,21 +139,22 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             text = _read(file, size, path, name)
             extended |= _pax(text) if kind == "x" else {"path": _text(text)}
         elif kind not in "gK":
-            what = KINDS.get(kind, "unknown type")
-            what = FOLDER if name.endswith("/") and not what else what
-            yield name, extended.get("kind", what), at, size
+            kind_name = KINDS.get(kind, "unknown type")
+            kind_name = FOLDER if name.endswith("/") and not kind_name else kind_name
+            yield name, extended.get("kind", kind_name), at, size
             extended = {}
         at += -(-size // BLOCK) * BLOCK
 
 
 def _octal(field: bytes) -> int | None:
-    if field[0] == 0x80:  # GNU's way with large ones
+    if field[0] == 0x80:  # GNU: a large number in binary
         return int.from_bytes(field[1:])
     digits = re.fullmatch(rb" *([0-7]*)[ \0]*", field)
     return int(digits[1] or b"0", 8) if digits else None
 
 
 def _checksum(block: bytes) -> int:
+    """The sum of a header's bytes, its own checksum field counted as spaces."""
     return sum(block) - sum(block[148:156]) + 8 * ord(" ")
 
 
@@ -160,7 +166,7 @@ def _name(block: bytes) -> str:
 
 
 def _pax(text: bytes) -> dict:
-    """What the next member's records, each "length name=value", say that matters."""
+    """The path, size and sparseness in pax records, each "length name=value"."""
     values = {}
     while record := re.match(rb"(\d{1,7}) ([^=]+)=", text):
         name, value = record[2], text[record.end() : int(record[1]) - 1]
@@ -179,14 +185,14 @@ def _text(field: bytes) -> str:
 
 
 def _split(name: str) -> tuple[str, str]:
-    """WebDataset's: the first dot of the last part is where the extension begins."""
+    """WebDataset's rule: the extension begins at the first dot of the last part."""
     *folders, last = [part for part in name.split("/") if part not in ("", ".")] or [""]
     stem, _, extension = last.partition(".")
     return "/".join([*folders, stem]) if stem else "", extension.lower()
 
 
 def _unfit(name: str, key: str) -> str:
-    """Why a name cannot be a label, if so: what others take for a path, or garbage."""
+    """Why a name cannot be a source: it reads as a path elsewhere, or is garbage."""
     leads = name.startswith("/") or ".." in re.split(r"[/\\]", name)
     if leads or re.match(r"[A-Za-z]:[/\\]", name):
         return "a name that leads out of its folder"
@@ -202,5 +208,5 @@ def _read(file, size, path, name) -> bytes:
     return data
 
 
-def _bad(path, name, what) -> BadTar:
-    return BadTar(f"{path}: at {shown(name)}: {what}")
+def _bad(path, name, reason) -> BadTar:
+    return BadTar(f"{path}: at {shown(name)}: {reason}")

@@ -1,8 +1,8 @@
-"""A WebDataset tar's samples: pictures with the captions that share their key.
+"""Samples of a WebDataset tar: pictures and the captions that share their key.
 
-A key ends at the first dot of a member's name, as in WebDataset: 0001.seg.png is a
-second file of the sample 0001. Where no picture has that key, names have dots of their
-own, 22.00.png beside 22.00.txt, and the key ends at the last dot.
+As in WebDataset, a key ends at the first dot of a member's name: 0001.seg.png is a
+second file of the sample 0001. If no picture has that key, names contain dots, such as
+22.00.png beside 22.00.txt, and the key ends at the last dot.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,139 +19,151 @@ from sd3_jax.data.ingest.items import (
     Item,
     Part,
     Rejected,
+    checked_item,
     merge,
     read_at,
     read_columns,
     rejected,
-    taken,
 )
-from sd3_jax.data.ingest.tars import Place
+from sd3_jax.data.ingest.tars import Member
 
 TWICE = "a name that came before"
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
-    """A tar's samples and, where they stand, the members that are not taken.
+    """Yield a tar's samples, and rejected members where they stand.
 
-    A caption may lie anywhere in the tar: some tools write all pictures first.
+    All headers are read before the first sample: a caption may lie anywhere in the tar,
+    since some tools write all pictures first.
     """
-    places, damage = [], None
+    members, damage = [], None
     try:
-        for place in tars.places(part.path):
-            if _is_picture(place) and place.key.endswith(LABELS):
-                place = place._replace(reason=LABEL)
-            if place.reason != tars.FOLDER:
-                places.append(place)
+        for member in tars.members(part.path):
+            if _is_picture(member) and member.key.endswith(LABELS):
+                member = member._replace(reason=LABEL)
+            # Folders are no files: they are not counted.
+            if member.reason != tars.FOLDER:
+                members.append(member)
     except tars.BadTar as error:
         damage = str(error).removeprefix(f"{part.path}: ")
-    runs = [list(run) for _, run in groupby(_keyed(places), key=lambda each: each.key)]
+    by_key = lambda member: member.key
+    # WebDataset's writers put a sample's files next to each other: a run of one key.
+    runs = [list(run) for _, run in groupby(_keyed(members), key=by_key)]
     merged = _merged(runs)
     for number, run in enumerate(runs):
-        for place in run:
-            if place.reason:
-                yield _refused(part, place, place.reason)
+        for member in run:
+            if member.reason:
+                yield _refused(part, member, member.reason)
         if number in merged:
+            # Of the last run members may be lost; the others are followed by more.
             cut = damage is not None and number == len(runs) - 1
             yield from _sample(part, merged[number], cut=cut)
+    # What came before the damage is used; the damage itself is one rejected entry.
     if damage is not None:
         yield rejected(part.label, f"a damaged tar: {damage}", part.bytes)
 
 
-def _keyed(places: Sequence[Place]) -> list[Place]:
+def _keyed(members: Sequence[Member]) -> list[Member]:
     """The members under the keys of their samples."""
-    by_first_dot = {each.key for each in places if _is_picture(each)}
+    by_first_dot = {member.key for member in members if _is_picture(member)}
     keyed = []
-    for place in places:
-        again = tars.by_last_dot(place)
-        if again and _is_picture(again) and place.key not in by_first_dot:
-            place = again
-        keyed.append(place)
-    pictured = {each.key for each in keyed if _is_picture(each)}
+    for member in members:
+        redotted = tars.by_last_dot(member)
+        if redotted and _is_picture(redotted) and member.key not in by_first_dot:
+            member = redotted
+        keyed.append(member)
+    # Then captions, once all pictures have their keys: of a.b.txt to a.b.jpg, and of
+    # a.jpg.txt to a.jpg.
+    pictured = {member.key for member in keyed if _is_picture(member)}
     owners = {f"{p.key}.{p.extension}": p.key for p in keyed if _is_picture(p)}
-    for i, place in enumerate(keyed):
-        again = tars.by_last_dot(place)
-        if again and not _is_picture(again):
-            stem, dot, extension = again.key.rpartition(".")
-            owner = owners.get(f"{stem}{dot}{extension.lower()}", again.key)
+    for i, member in enumerate(keyed):
+        redotted = tars.by_last_dot(member)
+        if redotted and not _is_picture(redotted):
+            stem, dot, extension = redotted.key.rpartition(".")
+            owner = owners.get(f"{stem}{dot}{extension.lower()}", redotted.key)
             if owner in pictured:
-                keyed[i] = again._replace(key=owner)
+                keyed[i] = redotted._replace(key=owner)
     return keyed
 
 
-def _merged(runs: list[list[Place]]) -> dict[int, dict[str, Place]]:
-    """Samples by extension, at the place of the run that has the picture.
+def _merged(runs: list[list[Member]]) -> dict[int, dict[str, Member]]:
+    """Samples as members by extension, under the number of the run with the picture.
 
-    Members that follow each other with one key are a run. One without a picture adds
-    its captions to the run of its key that has one; a second picture of a key is of
-    another sample, whose captions are not mixed with the first's. What is left over is
-    given its reason in `runs`.
+    Consecutive members with one key are a run. A run without a picture adds its
+    captions to the run of that key that has one. A second picture of a key belongs to
+    another sample, whose captions are not mixed with the first's. Members that are left
+    over get their reason in `runs`.
     """
-    samples, place_of = {}, {}
+    samples, run_of_key = {}, {}
     for number, run in enumerate(runs):
         sample = {}
-        for i, place in enumerate(run):
-            if place.reason:
+        for i, member in enumerate(run):
+            if member.reason:
                 continue
-            if place.extension in sample:
-                run[i] = place._replace(reason=TWICE)
-            elif place.extension in PICTURES and _picture(sample):
-                run[i] = place._replace(reason="another picture of its sample")
+            if member.extension in sample:
+                run[i] = member._replace(reason=TWICE)
+            elif member.extension in PICTURES and _picture(sample):
+                run[i] = member._replace(reason="another picture of its sample")
             else:
-                sample[place.extension] = place
+                sample[member.extension] = member
         if sample:
             samples[number] = sample
             key = run[0].key
-            if key not in place_of or (
-                _picture(sample) and not _picture(samples[place_of[key]])
+            # The key's first run with a picture, or its first run until one comes.
+            if key not in run_of_key or (
+                _picture(sample) and not _picture(samples[run_of_key[key]])
             ):
-                place_of[key] = number
+                run_of_key[key] = number
+    # Only now is it known which run of each key has a picture.
     for number, sample in list(samples.items()):
-        first = place_of[runs[number][0].key]
+        first = run_of_key[runs[number][0].key]
         if number == first:
             continue
         target = samples[first]
-        for extension, place in samples.pop(number).items():
+        for extension, member in samples.pop(number).items():
             if _picture(sample) or extension in target:
-                at = runs[number].index(place)
-                runs[number][at] = place._replace(reason=TWICE)
+                at = runs[number].index(member)
+                runs[number][at] = member._replace(reason=TWICE)
             else:
-                target[extension] = place
+                # A caption of a run without a picture, as when all pictures come first.
+                target[extension] = member
     return samples
 
 
-def _sample(part: Part, sample: dict[str, Place], *, cut: bool) -> Iterator:
-    """The item of members that share a key, or why they are none.
+def _sample(part: Part, sample: dict[str, Member], *, cut: bool) -> Iterator:
+    """The item of a sample, or its rejected members.
 
-    Where the tar is cut off a caption may have followed: alone, a picture is not taken.
+    At the end of a truncated tar a picture without captions is rejected: its caption
+    may have been cut off.
     """
     picture = _picture(sample)
-    beside = [sample[kind] for kind in SIDECARS if kind in sample]
+    sidecars = [sample[kind] for kind in SIDECARS if kind in sample]
     if not picture:
-        for place in beside:
-            yield _refused(part, place, "a caption without a picture")
+        for member in sidecars:
+            yield _refused(part, member, "a caption without a picture")
         return
-    if cut and not beside:
+    if cut and not sidecars:
         yield _refused(part, picture, "its tar is cut off after it")
         return
     try:
         columns = {}
-        for place in beside:
-            where = (part.path, place.extension, place.start, place.size)
-            columns = merge(columns, read_columns(*where))
+        for member in sidecars:
+            location = (part.path, member.extension, member.start, member.size)
+            columns = merge(columns, read_columns(*location))
     except BadItem as error:
         yield _refused(part, picture, error)
         return
     read = partial(read_at, part.path, picture.start, picture.size)
-    yield taken(f"{part.label}:{picture.key}", columns, read, picture.size)
+    yield checked_item(f"{part.label}:{picture.key}", columns, read, picture.size)
 
 
-def _is_picture(place: Place) -> bool:
-    return not place.reason and place.extension in PICTURES
+def _is_picture(member: Member) -> bool:
+    return not member.reason and member.extension in PICTURES
 
 
-def _picture(sample: dict[str, Place]) -> Place | None:
+def _picture(sample: dict[str, Member]) -> Member | None:
     return next((sample[kind] for kind in sample if kind in PICTURES), None)
 
 
-def _refused(part: Part, place: Place, reason: object) -> Rejected:
-    return rejected(f"{part.label}:{place.name}", reason, place.size)
+def _refused(part: Part, member: Member, reason: object) -> Rejected:
+    return rejected(f"{part.label}:{member.name}", reason, member.size)

@@ -1,4 +1,4 @@
-"""What dedup found, to look at: duplicates.html, which holds its pictures itself."""
+"""duplicates.html: the pairs that dedup found, with their pictures in the page."""
 
 import io
 from collections.abc import Iterable
@@ -14,7 +14,7 @@ from sd3_jax.reports import html_page
 
 SIDE = 200  # pixels of a picture's longer side
 BINS = 24
-MOST = 2**18  # bytes of a picture, of which JPEGs of this side have a tenth
+MOST = 2**18  # bytes of a picture; JPEGs of this side have about a tenth of it
 STYLE = """
 .pairs { display: grid; gap: 1.6rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }
@@ -39,37 +39,42 @@ def shot(source: str, picture: UInt8[ndarray, "h w 3"]) -> Shot:
 
 
 def spread(alike: Float[ndarray, " m"], threshold: float, count: int) -> ndarray:
-    """Indices of so many pairs, most alike first: half of them nearest the threshold,
-    the others spread over the whole range."""
+    """Choose `count` pairs for the page; returns indices, most alike first.
+
+    Half of them are nearest to the threshold, which is where a wrong one shows; the
+    others are spread over the whole range.
+    """
+    # Stable, so that the page does not depend on the machine's sort.
     order = np.argsort(-alike, kind="stable")
     if len(order) <= count:
         return order
-    near = np.argsort(np.abs(alike - threshold), kind="stable")[: count // 2]
-    rest = order[~np.isin(order, near)]
-    levels = np.linspace(alike[rest[0]], alike[rest[-1]], count - len(near))
-    at = np.searchsorted(-alike[rest], -levels).clip(0, len(rest) - 1)
-    some = np.union1d(near, rest[at])
-    return order[np.isin(order, some)]
+    nearest = np.argsort(np.abs(alike - threshold), kind="stable")[: count // 2]
+    others = order[~np.isin(order, nearest)]
+    levels = np.linspace(alike[others[0]], alike[others[-1]], count - len(nearest))
+    at = np.searchsorted(-alike[others], -levels).clip(0, len(others) - 1)
+    chosen = np.union1d(nearest, others[at])
+    return order[np.isin(order, chosen)]
 
 
 def html(
-    about: dict[str, Any],
+    report: dict[str, Any],
     alike: Float[ndarray, " m"],
     threshold: float,
     pairs: Iterable[tuple[Shot, Shot, float]],
 ) -> str:
-    n, removed = about["pictures"], about["removed"]
+    n, removed = report["pictures"], report["removed"]
     share = f"{removed / max(1, n):.2%}"
-    unread = sum(about["unreadable"].values())
+    unread = sum(report["unreadable"].values())
     figures = [("pictures", f"{n:,}", ""), ("near-duplicates", f"{removed:,}", share)]
-    figures += [("pairs", f"{about['pairs']:,}", ""), ("unreadable", f"{unread:,}", "")]
-    settings = about["settings"] | {
-        f"seconds to {stage}": value for stage, value in about["seconds"].items()
+    figures.append(("pairs", f"{report['pairs']:,}", ""))
+    figures.append(("unreadable", f"{unread:,}", ""))
+    settings = report["settings"] | {
+        f"seconds to {stage}": value for stage, value in report["seconds"].items()
     }
-    rows = [(key, _told(value)) for key, value in settings.items()]
-    reasons = [(reason, f"{count:,}") for reason, count in about["unreadable"].items()]
-    head = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
-    told = html_page.note(
+    rows = [(key, _as_text(value)) for key, value in settings.items()]
+    reasons = [(reason, f"{count:,}") for reason, count in report["unreadable"].items()]
+    columns = {"Similarity": "number", "Pairs": "number", "": "bar", " ": ""}
+    explanation = html_page.note(
         f"Pairs of {threshold:g} or above are near-duplicates. A picture goes if it is"
         " one of a picture that is kept; of more pixels first, then of more bytes."
     )
@@ -80,7 +85,9 @@ def html(
         html_page.element("h1", f"{removed:,} of {n:,} pictures"),
         html_page.stats(figures),
         html_page.section(
-            "Similarity", told, html_page.table(head, histogram(alike, threshold))
+            "Similarity",
+            explanation,
+            html_page.table(columns, histogram(alike, threshold)),
         ),
         html_page.section("Pairs", sheet(pairs, threshold)),
         html_page.section(
@@ -95,7 +102,7 @@ def html(
 
 
 def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
-    """Rows of the table, of bins that the threshold is an edge of."""
+    """Rows of the table of similarities, in bins with the threshold as an edge."""
     if not len(alike):
         return []
     low, high = min(float(alike.min()), threshold), max(1.0, float(alike.max()))
@@ -103,14 +110,15 @@ def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
     edges = [np.linspace(low, threshold, below + 1)[:-1]]
     edges = np.concatenate([*edges, np.linspace(threshold, high, BINS - below + 1)])
     edges = np.unique(np.append(edges, threshold))
-    # Not by np.histogram, for which a last bin ends with its edge and float32 is less.
+    # Not np.histogram: a float32 similarity of just the threshold may fall below its
+    # float64 edge. The slack puts it above.
     place = np.searchsorted(edges, alike.astype(np.float64) + 1e-9, side="right") - 1
     counts = np.bincount(place.clip(0, len(edges) - 2), minlength=len(edges) - 1)
     rows = []
     for start, end, count in zip(edges, edges[1:], counts.tolist()):
         track = html_page.filled(count / counts.max())
-        kept = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
-        rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, kept))
+        verdict = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
+        rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, verdict))
     return rows
 
 
@@ -126,11 +134,12 @@ def sheet(
 def _figure(
     one: Shot | None, other: Shot | None, similarity, threshold
 ) -> html_page.Html:
-    both = [each for each in (one, other) if each is not None]  # None: gone since
-    images = [html_page.image(x.jpeg, shown(x.source, 200), limit=MOST) for x in both]
+    # None is a picture that was removed or changed since it was compared.
+    shots = [shot_ for shot_ in (one, other) if shot_ is not None]
+    images = [html_page.image(x.jpeg, shown(x.source, 200), limit=MOST) for x in shots]
     verdict = "near-duplicates" if similarity >= threshold else "distinct"
     lines = [html_page.element("b", f"{similarity:.3f}"), f" · {verdict}"]
-    for x in both:
+    for x in shots:
         size = "{} × {}".format(*x.size)
         lines += [html_page.Html("<br>"), f"{shown(x.source, 200)} · {size}"]
     pictures = html_page.element("div", *images)
@@ -139,7 +148,7 @@ def _figure(
     )
 
 
-def _told(value) -> str:
+def _as_text(value) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
     return str(value)

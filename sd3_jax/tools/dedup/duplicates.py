@@ -1,7 +1,8 @@
-"""Near-duplicates by embedding: which pairs there are, and which pictures go.
+"""Near-duplicates by embedding: which pairs are alike, and which pictures to remove.
 
-After the SD3 paper's appendix E.2 and E.3: clusters, a search by range within them, a
-threshold. There 10^9 pictures lie in 16,000 clusters, half the root of their number.
+After the SD3 paper's appendix E.2 and E.3: k-means clusters, a range search within each
+and a threshold. The paper puts 10^9 pictures into 16,000 clusters, half the root of
+their number.
 """
 
 import hashlib
@@ -16,7 +17,7 @@ from numpy import ndarray
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-FEW = 10_000  # up to here all are compared with all, and faiss is not needed
+FEW = 10_000  # up to here all are compared with all, without faiss
 SAMPLE = 256  # vectors a cluster that the clusters are found by
 ROUNDS = 10  # of k-means
 ROWS = 1024  # of a block of products, against at most COLUMNS: 16 MB
@@ -27,7 +28,7 @@ SLACK = 1e-5  # of cosines, whose last bits depend on the threads of a product
 
 
 class Duplicate(NamedTuple):
-    """An item that goes, the kept one it resembles most, and how much."""
+    """A removed item, the kept item that it resembles most, and their similarity."""
 
     index: int
     kept: int
@@ -42,26 +43,28 @@ def pairs(
     probes: int = 4,
     seed: int = 0,
 ) -> tuple[Int64[ndarray, "m 2"], Float[ndarray, " m"]]:
-    """(i, j), i < j, in order, whose cosine is at least `threshold`, and the cosines.
+    """Sorted pairs (i, j), i < j, with a cosine of at least `threshold`; the cosines.
 
-    Two are compared if one of the `probes` clusters nearest to each is the same; with
-    one cluster (0: one up to 10,000 vectors, else half their root) all are. Of those
-    that an item resembles before it, it keeps at most MOST a cluster, the first and
-    the most similar: what is to be kept should come first.
+    Two items are compared if they share one of the `probes` clusters nearest to each.
+    With one cluster all are compared. `clusters` of 0 is one for up to 10,000 vectors,
+    else half the root of their number. An item has at most MOST pairs with earlier
+    items in a cluster, the first and the most similar; items to keep should come first.
     """
     rows, groups = _distinct(_units(embeddings))
     n = len(rows)
     clusters = min(clusters or default_clusters(n), n)
-    found, cut = [np.zeros(0, np.int64)], 0
+    codes, left_out = [np.zeros(0, np.int64)], 0
     for members in _clustered(rows, clusters, min(probes, clusters), seed):
-        for i, j, lost in _within(rows, members, threshold - SLACK):
-            found.append(i * n + j)
-            cut += lost
-    if cut:
+        for i, j, dropped in _within(rows, members, threshold - SLACK):
+            codes.append(i * n + j)
+            left_out += dropped
+    if left_out:
         text = "%d pairs beyond %d an item are left out: many resemble many others"
-        log.warning(text, cut, MOST)
-    between = np.stack(np.divmod(np.unique(np.concatenate(found)), max(n, 1)), axis=1)
-    return _measured(rows, groups, between, threshold)
+        log.warning(text, left_out, MOST)
+    # A pair is one integer, i * n + j, so that np.unique drops pairs that several
+    # clusters found.
+    numbered = np.stack(np.divmod(np.unique(np.concatenate(codes)), max(n, 1)), axis=1)
+    return _measured(rows, groups, numbered, threshold)
 
 
 def choose(
@@ -70,10 +73,10 @@ def choose(
     similarities: Float[ndarray, " m"],
     rank: Sequence[int] | ndarray,
 ) -> list[Duplicate]:
-    """Which of n items go, in order: those paired with a kept one of a lower rank.
+    """Choose which of n items to remove: those similar to a kept one of a lower rank.
 
-    Greedy, lowest rank first and by index within one. An item that only resembles
-    removed ones is kept: there are no chains.
+    Greedy, lowest rank first, then by index. An item that resembles only removed items
+    is kept, so that similarity does not chain.
     """
     near = [[] for _ in range(n)]
     for (i, j), similarity in zip(pairs.tolist(), similarities.tolist()):
@@ -84,7 +87,7 @@ def choose(
         kept[index] = not any(kept[other] for _, other in near[index])
     for index in np.flatnonzero(~kept).tolist():
         alike = [(similarity, -other) for similarity, other in near[index]]
-        similarity, other = max(each for each in alike if kept[-each[1]])
+        similarity, other = max(row for row in alike if kept[-row[1]])
         removed[index] = Duplicate(index, -other, similarity)
     return list(removed.values())
 
@@ -100,10 +103,8 @@ def _units(embeddings):
 
 
 def _distinct(units):
-    """The rows that differ, at their first index, and the indices of each's copies.
-
-    10,000 copies of one white square would be 5 * 10^7 pairs.
-    """
+    """Rows without exact copies, and the indices of the copies of each."""
+    # 10,000 copies of one white square would be 5 * 10^7 pairs.
     groups = {}
     for index, row in enumerate(units):
         groups.setdefault(hashlib.blake2b(row, digest_size=16).digest(), []).append(
@@ -116,14 +117,14 @@ def _distinct(units):
 
 
 def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
-    """The members of each cluster, in order; everyone is in `probes` of them."""
+    """The members of each cluster, in order; each row is in `probes` clusters."""
     n, d = rows.shape
     if clusters <= 1:
         yield np.arange(n)
         return
     faiss = _faiss()
     rng = np.random.default_rng(seed)
-    some = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
+    sample = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
     kmeans = faiss.Kmeans(
         d,
         clusters,
@@ -133,7 +134,7 @@ def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
         min_points_per_centroid=1,
         max_points_per_centroid=SAMPLE,
     )
-    kmeans.train(rows[np.sort(some)])
+    kmeans.train(rows[np.sort(sample)])
     nearest = kmeans.index.search(rows, probes)[1].ravel()
     order = np.argsort(nearest, kind="stable")
     ends = np.searchsorted(nearest[order], np.arange(clusters + 1))
@@ -142,32 +143,35 @@ def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
 
 
 def _within(rows, members, threshold) -> Iterator[tuple[ndarray, ndarray, int]]:
-    """Blocks of (earlier, later, how many were left out) among the members."""
+    """(earlier, later, number of dropped pairs) for blocks of the members."""
+    # Blocks bound memory whatever a cluster's size: products of ROWS x COLUMNS, and
+    # hits cut to MOST an item after each.
     x = rows[members]
     for start in range(0, len(x), ROWS):
-        block, lost = x[start : start + ROWS], 0
-        found = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
+        block, dropped = x[start : start + ROWS], 0
+        hits = np.zeros((2, 0), np.int64), np.zeros(0, np.float32)
         for at in range(0, start + len(block), COLUMNS):
-            more = _hits(block, x, start, at, threshold)
-            found = [np.concatenate(each, axis=-1) for each in zip(found, more)]
-            keep = _kept(*found)
-            lost += int((~keep).sum())
-            found = [each[..., keep] for each in found]
-        later, earlier = found[0]
-        yield members[earlier], members[later], lost
+            new_hits = _hits(block, x, start, at, threshold)
+            hits = [np.concatenate(columns, axis=-1) for columns in zip(hits, new_hits)]
+            stays = _kept(*hits)
+            dropped += int((~stays).sum())
+            hits = [columns[..., stays] for columns in hits]
+        later, earlier = hits[0]
+        yield members[earlier], members[later], dropped
 
 
 def _hits(block, x, start, at, threshold):
-    """(later, earlier) and cosines, of a block and those before it from `at` on."""
+    """(later, earlier) and cosines between a block and the columns from `at` on."""
     product = block @ x[at : min(at + COLUMNS, start + len(block))].T
     row, column = np.nonzero(product >= threshold)
-    before = column + at < row + start
-    row, column = row[before], column[before]
+    # A pair once, the earlier item as the column; not an item with itself.
+    is_earlier = column + at < row + start
+    row, column = row[is_earlier], column[is_earlier]
     return np.stack([row + start, column + at]), product[row, column]
 
 
 def _kept(between, cosine):
-    """Which hits stay: of each later one's, half of MOST first, half most similar."""
+    """Which hits stay, of each later item: MOST / 2 first, MOST / 2 most similar."""
     later, earlier = between
     keep = np.ones(len(later), bool)
     if len(later) > MOST and np.bincount(later - later.min()).max() > MOST:
@@ -180,7 +184,9 @@ def _kept(between, cosine):
 
 
 def _measured(rows, groups, between, threshold):
-    """The pairs of items, copies among them, by cosines that no thread has a say in."""
+    """Pairs of items, copies included, with cosines that do not depend on threads."""
+    # Products of matrices round by the number of threads. The pairs that they find,
+    # down to SLACK below the threshold, are measured again in float64.
     cosines = np.zeros(len(between), np.float32)
     for at in range(0, len(between), ROWS):
         i, j = between[at : at + ROWS].T
@@ -190,25 +196,26 @@ def _measured(rows, groups, between, threshold):
     between, cosines = between[at_least], cosines[at_least]
     first = np.array([group[0] for group in groups], np.int64)
     several = np.array([len(group) > 1 for group in groups], bool)
-    made, values = [first[between]], [cosines]
+    pair_lists, values = [first[between]], [cosines]
     copied = several[between].any(axis=1)
     for (i, j), cosine in zip(between[copied].tolist(), cosines[copied]):
-        made.append(_crossed(groups[i], groups[j]))
-        values.append(np.full(len(made[-1]), cosine, np.float32))
+        pair_lists.append(_crossed(groups[i], groups[j]))
+        values.append(np.full(len(pair_lists[-1]), cosine, np.float32))
     for i in np.flatnonzero(several):
-        made.append(_crossed(groups[i], groups[i]))
-        values.append(np.ones(len(made[-1]), np.float32))
-    i, j = np.sort(np.concatenate(made), axis=1).T
+        pair_lists.append(_crossed(groups[i], groups[i]))
+        values.append(np.ones(len(pair_lists[-1]), np.float32))
+    i, j = np.sort(np.concatenate(pair_lists), axis=1).T
     n = sum(map(len, groups))
+    # The same pair may come about in several of the ways above.
     between, at = np.unique(i * n + j, return_index=True)
     return np.stack(np.divmod(between, max(n, 1)), 1), np.concatenate(values)[at]
 
 
 def _crossed(a, b):
-    """Each of the one's with the first of the other's, and the other way."""
+    """Pairs of each item of one group with the first COPIES of the other's."""
     grid = lambda x, y: np.stack(np.meshgrid(x, y), -1).reshape(-1, 2)
-    made = np.concatenate([grid(a[:COPIES], b), grid(a, b[:COPIES])])
-    return made[made[:, 0] != made[:, 1]]
+    crossed_pairs = np.concatenate([grid(a[:COPIES], b), grid(a, b[:COPIES])])
+    return crossed_pairs[crossed_pairs[:, 0] != crossed_pairs[:, 1]]
 
 
 def _faiss():

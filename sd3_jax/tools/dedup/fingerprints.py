@@ -1,22 +1,16 @@
-"""What a picture is compared by: a perceptual hash of our own, or SSCD.
+"""Perceptual fingerprints of pictures, which need no weights, and their comparison.
 
-An embedding is any function of RGB pictures, (h, w, 3) uint8 each, that gives (n, d)
-float32, whose cosines are compared. SSCD (arXiv 2202.10261) is the SD3 paper's, in its
-appendix E.2. The hash needs no weights and takes two steps: `prints` has descriptors to
-search by, loosely, and `likeness` lays the thumbnails of what is found over each other.
+Comparing takes two steps. `prints` has descriptors for a loose search; `likeness` lays
+the thumbnails of the pairs that it finds over each other.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from etils import epath
 from jaxtyping import Float32, Int64, UInt8
 from numpy import ndarray
 from PIL import Image
-
-from sd3_jax.errors import UserError
-from sd3_jax.foreign_text import shown
 
 # Chosen on the tuning half of benchmarks/dedup.py, whose other half is reported.
 LOOSE = 0.93  # cosine of descriptors: which pairs are laid over each other
@@ -42,8 +36,6 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)  # JPEG's, as its chroma
 LEVELS = (4, 2, 1)  # the thumbnails' reductions, coarse first: 5 % are 0.6 pixels there
 STEPS = 4  # of Gauss-Newton on each
 BLOCK = 256  # pairs at once: 20 MB of derivatives
-SSCD_SIDE = 320  # its README's choice for batches: squares, whatever the aspect
-SSCD_MEAN, SSCD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 
 
 class Prints(NamedTuple):
@@ -67,74 +59,20 @@ def joined(parts: Sequence[Prints]) -> Prints:
     return Prints(*map(np.concatenate, zip(*parts or [prints([])])))
 
 
-def likeness(found: Prints, pairs: Int64[ndarray, "m 2"]) -> Float32[ndarray, " m"]:
-    """How alike two pictures are once laid over each other: in [0, 1], 1 for equal.
+def likeness(prints_: Prints, pairs: Int64[ndarray, "m 2"]) -> Float32[ndarray, " m"]:
+    """The similarity of pairs once laid over each other, in [0, 1], 1 for equal.
 
-    What is left of the one's variance when the other, shifted, stretched, its contrast
-    and brightness fitted, explains it; chroma's part too, absolute differences in it.
-    The darker one explains the other, white as far as brightening it cuts it off.
+    It is the share of one picture's variance, in luminance and chroma, that the other
+    explains after it is shifted, stretched and fitted in contrast and brightness. The
+    darker picture explains the brighter one, which may have been cut off at white.
     """
-    made = np.zeros(len(pairs), np.float32)
+    alike = np.zeros(len(pairs), np.float32)
     for start in range(0, len(pairs), BLOCK):
         i, j = pairs[start : start + BLOCK].T
-        ours = found.light[i].astype(np.float32), _centred(found.chroma[i])
-        other = found.light[j].astype(np.float32), _centred(found.chroma[j])
-        made[start : start + BLOCK] = _explained(*ours, *other)
-    return made
-
-
-class SSCD:
-    """The embedding of a TorchScript file of SSCD's: (n, 512) float32 for most of them.
-
-    SSCD("sscd_disc_mixup.torchscript.pt")(pictures); `device` is "cpu" or "cuda".
-    Pictures are squeezed to 320 x 320, as its README has it for batches.
-    """
-
-    def __init__(self, path: epath.PathLike, *, device: str = "cpu"):
-        torch, path = _torch(), epath.Path(path)
-        try:
-            with path.open("rb") as file:
-                self._model = torch.jit.load(file, map_location=device).eval()
-        except OSError as error:
-            reason = error.strerror or error
-            raise UserError(f"{path}: cannot be read: {reason}") from None
-        except RuntimeError as error:
-            raise UserError(
-                f"{path}: {shown(str(error).splitlines()[0], 120)}; wanted a file of"
-                " TorchScript, such as sscd_disc_mixup.torchscript.pt, and a device"
-                f' that is there, given "{device}"'
-            ) from None
-        self._device = device
-
-    def __call__(
-        self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]]
-    ) -> Float32[ndarray, "n d"]:
-        torch = _torch()
-        batch = np.stack([_square(picture) for picture in pictures])  # (n, 3, s, s)
-        with torch.inference_mode():
-            made = self._model(torch.from_numpy(batch).to(self._device))
-        return made.float().cpu().numpy()
-
-
-def embedded(
-    embed: Callable, pictures: Sequence[UInt8[ndarray, "_ _ 3"]], name: str = "embed"
-) -> Float32[ndarray, "n d"]:
-    """What a function of other hands gives, if it is an embedding; or a UserError."""
-    try:
-        made = np.asarray(embed(pictures))
-    except MemoryError:
-        raise
-    except Exception as error:
-        what = f"{type(error).__name__}: {error}"
-        raise UserError(f"{name} failed: {shown(what, 200)}") from error
-    if made.ndim != 2 or len(made) != len(pictures) or made.dtype.kind != "f":
-        raise UserError(
-            f"{name}: gave {made.dtype} of shape {made.shape} for {len(pictures)}"
-            f" pictures; wanted float32 of shape ({len(pictures)}, d)"
-        )
-    if not np.isfinite(made).all():
-        raise UserError(f"{name}: gave numbers that are not finite")
-    return made.astype(np.float32)
+        one = prints_.light[i].astype(np.float32), _centred(prints_.chroma[i])
+        other = prints_.light[j].astype(np.float32), _centred(prints_.chroma[j])
+        alike[start : start + BLOCK] = _explained(*one, *other)
+    return alike
 
 
 def _thumbnail(picture):
@@ -153,10 +91,11 @@ def _descriptors(light, chroma):
     rows, coarse = _cosines(TERMS[0], SIDE), _cosines(TERMS[1], COARSE)
     y = rows @ light.astype(np.float32) @ rows.T  # (n, terms, terms)
     c = CHROMA * (coarse @ _centred(chroma) @ coarse.T)
+    # Pictures that differ in brightness alone should stay near each other.
     y[:, 0, 0] *= MEAN
     y, c = y.reshape(-1, TERMS[0] ** 2), c.reshape(-1, 2 * TERMS[1] ** 2)
-    made = np.concatenate([np.full((len(y), 1), FLOOR, np.float32), y, c], axis=1)
-    return made / np.linalg.norm(made, axis=1, keepdims=True)
+    terms = np.concatenate([np.full((len(y), 1), FLOOR, np.float32), y, c], axis=1)
+    return terms / np.linalg.norm(terms, axis=1, keepdims=True)
 
 
 def _cosines(terms, side):
@@ -176,7 +115,7 @@ def _reduced(x, by):
 
 
 def _blurred(x):
-    """By a Gaussian of one pixel: JPEG's noise goes, derivatives are smooth."""
+    """Blur by a Gaussian of one pixel: less of JPEG's noise, smooth derivatives."""
     weights = np.exp(-0.5 * np.arange(-3, 4, dtype=np.float32) ** 2)
     rows, n = np.zeros((x.shape[-1],) * 2, np.float32), x.shape[-1]
     for offset, weight in zip(range(-3, 4), weights / weights.sum()):
@@ -186,6 +125,7 @@ def _blurred(x):
 
 def _explained(y1, c1, y2, c2):
     """The share of one's variance (and NOISE) that the other explains; (m,)."""
+    # Coarse to fine: Gauss-Newton converges from a pixel or so away.
     move = np.zeros((len(y1), 4), np.float32)
     for by in LEVELS:
         a, b = _blurred(_reduced(y1, by)), _blurred(_reduced(y2, by))
@@ -193,22 +133,24 @@ def _explained(y1, c1, y2, c2):
     y, inside = _warped(a, move)
     planes = [_warped(c, move)[0] for c in np.moveaxis(c1, 1, 0)]
     coarse = _warped(c1[:, 0], move)[1]
+    # From here on the first of a pair is the darker one.
     y, c1, b, c2 = _darker_first(y, np.stack(planes, 1), b, c2)
     y, c1 = _lighter(y, c1, b, c2)
     (mean1, var1), (mean2, var2), shared = _moments(y, b, inside)
     gain = (shared / np.maximum(var1, 1e-6)).clip(1 / GAIN, GAIN)
-    left = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
-    whole = var2 + NOISE**2
+    residual = (var2 - 2 * gain * shared + gain**2 * var1).clip(0)
+    variance = var2 + NOISE**2
     broad = BROAD * _broad(y, b, gain, inside)
     brighter = (mean2 / np.maximum(mean1, 1)).clip(1 / LIGHTER, LIGHTER)
-    left += np.square(mean2 - brighter * mean1)
+    # A difference of means that no gain explains counts as well.
+    residual += np.square(mean2 - brighter * mean1)
     for a, b in zip(np.moveaxis(c1, 1, 0), np.moveaxis(c2, 1, 0)):
         (mean1, var1), (mean2, var2), shared = _moments(a, b, coarse)
-        apart = var2 - 2 * gain * shared + gain**2 * var1
-        left += (apart - TINGE).clip(0)
-        left += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
-        whole += var2
-    return (1 - np.maximum(left / whole, broad)).clip(0, 1)
+        chroma_residual = var2 - 2 * gain * shared + gain**2 * var1
+        residual += (chroma_residual - TINGE).clip(0)
+        residual += np.square((np.abs(mean2 - brighter * mean1) - TINT).clip(0))
+        variance += var2
+    return (1 - np.maximum(residual / variance, broad)).clip(0, 1)
 
 
 def _darker_first(y1, c1, y2, c2):
@@ -227,8 +169,10 @@ def _lighter(y1, c1, y2, c2):
     """
     one, other = _rgb(y1, c1), _rgb(y2, c2)  # (m, 3, s, s)
     clear = one * (other < WHITE)
-    shared, own = (np.einsum("mcij,mcij->m", clear, x) for x in (other, one))
-    gain = np.where(own > 0, shared / np.maximum(own, 1), LIGHTER).clip(1, LIGHTER)
+    shared, energy = (np.einsum("mcij,mcij->m", clear, x) for x in (other, one))
+    gain = np.where(energy > 0, shared / np.maximum(energy, 1), LIGHTER).clip(
+        1, LIGHTER
+    )
     return _ycc((one * gain[:, None, None, None]).clip(0, 255))
 
 
@@ -253,9 +197,9 @@ def _broad(y1, y2, gain, inside):
     (mean1, _), (mean2, _), _ = _moments(y1, y2, inside)
     one = (y1 - mean1[:, None, None]) * gain[:, None, None] * inside
     other = (y2 - mean2[:, None, None]) * inside
-    left = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
-    whole = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
-    return (left - STAIN).clip(0) / whole
+    residual = np.square(_reduced(one - other, LEVELS[0])).mean((1, 2))
+    variance = np.square(_reduced(other, LEVELS[0])).mean((1, 2)) + NOISE**2
+    return (residual - STAIN).clip(0) / variance
 
 
 def _moved(a, b, move):
@@ -292,8 +236,8 @@ def _warped(x, move):
         inside.append((at >= -0.5) & (at <= n - 0.5))
         at = at.clip(0, n - 1.001)
         low = at.astype(int)
-        part, each = (at - low)[..., None], np.arange(len(x))[:, None]
-        x = x[each, low] * (1 - part) + x[each, low + 1] * part
+        part, pair = (at - low)[..., None], np.arange(len(x))[:, None]
+        x = x[pair, low] * (1 - part) + x[pair, low + 1] * part
         x = x.swapaxes(1, 2)
     return x, (inside[0][:, :, None] & inside[1][:, None, :]).astype(np.float32)
 
@@ -305,20 +249,3 @@ def _moments(a, b, inside):
     mean1, mean2 = mean(a), mean(b)
     a, b = a - mean1[:, None, None], b - mean2[:, None, None]
     return (mean1, mean(a * a)), (mean2, mean(b * b)), mean(a * b)
-
-
-def _square(picture):
-    size = SSCD_SIDE, SSCD_SIDE
-    image = Image.fromarray(picture).resize(size, Image.Resampling.BILINEAR)
-    x = (np.asarray(image, np.float32) / 255 - SSCD_MEAN) / SSCD_STD
-    return x.transpose(2, 0, 1).astype(np.float32)
-
-
-def _torch():
-    try:
-        import torch
-    except ImportError:
-        raise UserError(
-            'SSCD needs PyTorch, which is not installed: pip install "sd3-jax[torch]"'
-        ) from None
-    return torch

@@ -1,4 +1,4 @@
-"""The contact sheet of records: inspect.html, which holds its pictures itself."""
+"""inspect.html: a contact sheet of records, with their pictures in the page."""
 
 import io
 import math
@@ -39,7 +39,7 @@ section .note { margin-bottom: .6rem }
 
 
 class Contact(NamedTuple):
-    """A record for the sheet: `name` is its shard and number."""
+    """A record on the sheet; `name` is its shard and number."""
 
     name: str
     bucket: str
@@ -52,19 +52,20 @@ def html(
     where: str,
     figures: Sequence[tuple[str, str, str]],
     buckets: Sequence[tuple[str, str, float, str]],
-    told: Sequence[str],
+    notes: Sequence[str],
     bad: Sequence[str],
     contacts: Sequence[Contact],
     *,
-    drawn: str,
+    rendering: str,
 ) -> str:
-    """`figures` are label, value, unit; `buckets` name, records, share, MB a record."""
+    """The page. `figures` are (label, value, unit), `buckets` (name, records, share, MB
+    a record)."""
     head = {"Bucket": "code", "Records": "number", "Share": "number"}
     head |= {"MB a record": "number", "": "bar"}
     rows = [(a, n, f"{x:.1%}", mb, html_page.filled(x)) for a, n, x, mb in buckets]
     by_bucket = {}
-    for each in contacts:
-        by_bucket.setdefault(each.bucket, []).append(each)
+    for contact in contacts:
+        by_bucket.setdefault(contact.bucket, []).append(contact)
     counted = {name: f"{n} records, {x:.1%}" for name, n, x, _ in buckets}
     return html_page.document(
         "Records",
@@ -74,13 +75,15 @@ def html(
         html_page.element("p", where, class_="lede"),
         html_page.stats(figures),
         html_page.section(
-            "Buckets", html_page.table(head, rows), *map(html_page.note, told)
+            "Buckets", html_page.table(head, rows), *map(html_page.note, notes)
         ),
         faults(bad),
-        html_page.note(f"The pictures below are {drawn}.") if contacts else "",
+        html_page.note(f"The pictures below are {rendering}.") if contacts else "",
         *(
-            html_page.section(name, html_page.note(counted.get(name, "")), sheet(some))
-            for name, some in by_bucket.items()
+            html_page.section(
+                name, html_page.note(counted.get(name, "")), sheet(contacts_)
+            )
+            for name, contacts_ in by_bucket.items()
         ),
     )
 
@@ -95,7 +98,8 @@ def faults(bad: Sequence[str]) -> str:
 
 
 def sheet(contacts: Sequence[Contact]) -> html_page.Html:
-    """Pictures of one bucket, in columns as wide as it needs."""
+    """Pictures of one bucket, in columns whose width follows from its aspect."""
+    # By the root of the aspect: pictures of all buckets cover about the same area.
     height, width = map(int, contacts[0].bucket.split("x"))
     rem = min(22.0, max(10.0, 13 * math.sqrt(width / height)))
     style = (
@@ -108,6 +112,7 @@ def sheet(contacts: Sequence[Contact]) -> html_page.Html:
 
 def figure(contact: Contact) -> html_page.Html:
     record = contact.record
+    # The sheet shows five lines of a caption; the title has all of it.
     text = html_page.element("p", record.caption, title=record.caption)
     if not record.caption:
         text = html_page.element("p", "no caption", class_="none")
@@ -127,15 +132,15 @@ def figure(contact: Contact) -> html_page.Html:
 def origin(record: Record) -> str:
     if record.size is None:
         return "original size not told"
-    told = "{} × {} px".format(*record.size)
+    text = "{} × {} px".format(*record.size)
     if record.crop is None or record.crop == (0, 0, *record.size):
-        return told
+        return text
     top, left, height, width = record.crop
-    return f"{told}, crop {height} × {width} at {top}, {left}"
+    return f"{text}, crop {height} × {width} at {top}, {left}"
 
 
 def drawing(record: Record) -> html_page.Html:
-    """The original's outline, and what of it the record has; nothing if not told."""
+    """A drawing of the original's outline and the record's crop, if both are known."""
     if record.size is None:
         return html_page.Html("")
     scale = FRAME / max(record.size)
@@ -153,9 +158,9 @@ def drawing(record: Record) -> html_page.Html:
 def picture(
     record: Record, decode: Callable[[ndarray], ndarray] | None = None
 ) -> UInt8[ndarray, "h w 3"]:
-    """What a record shows: its pixels, or its latents decoded, or else a rough idea.
+    """A record's picture: its pixels, its decoded latents, or a rough preview of them.
 
-    `decode` makes pixels in [0, 1], (h, w, 3), of scaled latents (h, w, c).
+    `decode` maps scaled latents (h, w, c) to pixels (h, w, 3) in [0, 1].
     """
     tensors = record.tensors
     if "image" in tensors:
@@ -168,16 +173,17 @@ def picture(
 
 
 def preview(x0: Float[ndarray, "h w c"]) -> Float[ndarray, "h w 3"]:
-    """A rough picture in [0, 1]; the map to colours is that of 16 channels."""
+    """A rough preview of latents in [0, 1], an eighth of the picture's sides."""
     if x0.shape[-1] == len(latents.TO_RGB):
         return np.asarray(latents.to_rgb(jnp.asarray(x0[None]))[0], np.float32)
-    some = x0[..., [min(i, x0.shape[-1] - 1) for i in range(3)]]
-    low, high = np.percentile(some, (1, 99), axis=(0, 1))
-    return (some - low) / np.maximum(high - low, 1e-6)
+    # Latents of other autoencoders: three channels as colours, at least their shapes.
+    channels = x0[..., [min(i, x0.shape[-1] - 1) for i in range(3)]]
+    low, high = np.percentile(channels, (1, 99), axis=(0, 1))
+    return (channels - low) / np.maximum(high - low, 1e-6)
 
 
 def jpeg(pixels: UInt8[ndarray, "h w 3"]) -> bytes:
-    """Small enough for a page that holds dozens."""
+    """A JPEG thumbnail, small enough for a page with dozens of them."""
     image = Image.fromarray(pixels)
     scale = SIDE / max(image.size)
     size = [max(1, round(scale * x)) for x in image.size]

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from sd3_jax.data.records import FORMAT, VERSION
+from sd3_jax.data.record_header import FORMAT, VERSION
 from sd3_jax.tools.plan import synthetic_web
 from sd3_jax.tools.plan.storage_table import Shape, Storage
 

@@ -43,7 +43,7 @@ def measure(
     repeated. It takes the checkpoint with the least validation loss (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        parts = model_parts.parts(config)
+        parts = model_parts.build_parts(config)
         # Process 0 lists the folder: hosts may see different files of a network disk.
         saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
         best = min(

@@ -13,7 +13,7 @@ from sd3_jax.data.ingest.captions import Drawn
 from sd3_jax.data.ingest.items import BadItem
 from sd3_jax.errors import UserError
 
-BOTH = captions.weights(["caption=0.5", "synthetic=0.5"])
+BOTH = captions.parse(["caption=0.5", "synthetic=0.5"])
 PICTURE = np.zeros((16, 24, 3), np.uint8)
 
 
@@ -30,7 +30,7 @@ def module(monkeypatch):
 
 
 def shares(columns, specs, count=10_000, **options):
-    specs = captions.weights(specs) if isinstance(specs[0], str) else specs
+    specs = captions.parse(specs) if isinstance(specs[0], str) else specs
     drawn = Counter(
         captions.draw(columns, specs, seed=1, source=f"cats/{i}.jpg", **options)
         for i in range(count)
@@ -85,7 +85,7 @@ GOLDEN = "dbhxxbecfgexhxgx"
 
 def test_the_first_of_the_usual_columns_that_holds_text():
     draw = lambda **columns: captions.draw(
-        columns, captions.weights(["caption"]), seed=0, source="x"
+        columns, captions.parse(["caption"]), seed=0, source="x"
     )
     assert draw(prompt="e", TEXT="d", txt="c", text="b", caption="a").text == "a"
     assert draw(prompt="e", TEXT="d", text=" ", caption=7) == Drawn("d", "caption")
@@ -122,12 +122,12 @@ def test_what_a_function_does_wrong_is_the_items_fault(module):
     }
     for function, words in wrong.values():
         module(f=function)
-        specs = captions.weights(["mine:f"])
+        specs = captions.parse(["mine:f"])
         with pytest.raises(BadItem, match=words):
             captions.draw({}, specs, seed=0, source="x", picture=PICTURE)
     assert not PICTURE.any()
     module(f=lambda p, c: " ")
-    specs = captions.weights(["mine:f"])
+    specs = captions.parse(["mine:f"])
     assert captions.draw({}, specs, seed=0, source="x") == Drawn("", "")
 
 
@@ -137,14 +137,14 @@ WRONG = ["", "=1", "caption=", "caption=x", "caption=0", "caption=-1", "caption=
 @pytest.mark.parametrize("spec", [*WRONG, "caption=inf"])
 def test_a_spec_that_is_none(spec):
     with pytest.raises(UserError, match='no caption; wanted "caption=0.5"'):
-        captions.weights([spec])
+        captions.parse([spec])
 
 
 def test_specs():
-    found = captions.weights(["caption", "a b = 0.25"])
+    found = captions.parse(["caption", "a b = 0.25"])
     assert [(c.name, c.weight) for c in found] == [("caption", 1), ("a b", 0.25)]
     with pytest.raises(UserError, match="caption is listed twice"):
-        captions.weights(["caption=1", "caption"])
+        captions.parse(["caption=1", "caption"])
 
 
 HOOKS = {

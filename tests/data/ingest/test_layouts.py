@@ -10,7 +10,7 @@ from PIL import Image
 from sd3_jax.data.ingest import captions, input_parts
 from sd3_jax.data.ingest.input_parts import Rejected
 
-SPECS = captions.weights(["caption"])
+SPECS = captions.parse(["caption"])
 
 
 def picture(shade):

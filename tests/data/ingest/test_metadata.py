@@ -19,7 +19,7 @@ def ingested(folder, text):
 
 
 def caption(item, spec="caption"):
-    drawn = captions.draw(item.columns, captions.weights([spec]), seed=0, source="a")
+    drawn = captions.draw(item.columns, captions.parse([spec]), seed=0, source="a")
     return drawn.text
 
 

@@ -16,6 +16,8 @@ ROWS = [
     {"file_name": "d.png", "caption": "a fox"},
     {"file_name": "e.png", "caption": "a fox", "worse": "other/broken.png"},
     {"file_name": "f.png", "caption": "a fox", "worse": "other/../../b.png"},
+    {"file_name": "g.png", "caption": "a fox", "worse": "other\\b.png"},
+    {"file_name": "h.png", "caption": "a fox", "worse": "other\\..\\..\\b.png"},
 ]
 
 
@@ -33,7 +35,7 @@ def ready(tmp_path):
     (folder / "metadata.jsonl").write_text(lines)
     settings = prepare.Settings(
         buckets=[Bucket(32, 32), Bucket(24, 32)],
-        captions=captions.weights(("caption=1",)),
+        captions=captions.parse(("caption=1",)),
         rejected="worse",
         folder=str(folder),
     )
@@ -47,6 +49,11 @@ def test_the_other_picture_has_the_same_shape(ready):
     assert made.image.shape == made.rejected.shape == (*made.bucket, 3)
     assert (made.rejected == (200, 0, 0)).all() and (made.image == (0, 50, 90)).all()
     assert isinstance(made.rejected, np.ndarray)
+
+
+def test_backslashes_separate_folders_as_in_file_name(ready):
+    assert (ready["g.png"].rejected == (200, 0, 0)).all()
+    assert ready["h.png"].reason == 'bad "worse": outside the folder'
 
 
 def test_a_picture_without_another_is_rejected_with_its_reason(ready):

@@ -60,7 +60,7 @@ def put(tmp_path):
 
 def taken(path):
     """(key, extension, data) of the members that are taken; the others by reason."""
-    places = list(tars.places(path))
+    places = list(tars.members(path))
     members = [
         (place.key, place.extension, read_at(str(path), place.start, place.size))
         for place in places
@@ -147,13 +147,13 @@ def test_a_damaged_tar_is_one_line_with_file_and_member(put, case):
     data, words = DAMAGED[case]
     path = put(data)
     with pytest.raises(BadTar) as caught:
-        list(tars.places(path))
+        list(tars.members(path))
     told = str(caught.value)
     assert told.startswith(f"{path}: ") and words in told and told.isprintable()
 
 
 def test_what_came_before_the_damage_is_given(put):
-    places = tars.places(put(whole[:1536]))
+    places = tars.members(put(whole[:1536]))
     assert next(places).key == "a/1"
     with pytest.raises(BadTar, match="at a/1.txt"):
         next(places)
@@ -179,7 +179,7 @@ def test_a_compressed_tar_is_refused_with_the_way_to_unpack_it(tmp_path, program
 def test_a_path_that_is_not_there(tmp_path):
     for path in (tmp_path / "none.tar", tmp_path):
         with pytest.raises(BadTar, match="cannot be read"):
-            list(tars.places(path))
+            list(tars.members(path))
 
 
 many = packed(
@@ -221,6 +221,6 @@ def test_damage_gives_members_or_a_bad_tar(scratch, changes, end):
 def test_any_header_with_a_true_checksum(scratch, name, kind, size, data):
     scratch.write_bytes(header(name, size, kind) + data.ljust(2048, b"\0") + whole)
     try:
-        list(tars.places(scratch))
+        list(tars.members(scratch))
     except BadTar as error:
         assert str(error).isprintable()

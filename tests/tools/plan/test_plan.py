@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from sd3_jax.jobs.plan import FLOORS, usual
+from sd3_jax.jobs.plan import FLOORS
 from sd3_jax.tools.plan import aot, bounds, hlo, slices
+from sd3_jax.tools.plan.schedule import usual_branch
 
 ROOT = Path(__file__).parents[3]
 SMALL = {  # narrower, XLA sums the small weights' gradients whole
@@ -120,5 +121,5 @@ def test_the_branch_that_most_steps_take():
     x = lambda source: hlo.Instruction(
         "c", (), "conditional", (), f'metadata={{op_name="{source}"}}'
     )
-    assert usual(x("jit(step)/cond"), lengths) == "update"
-    assert usual(x("jit(step)/ema/cond"), lengths) == "keep"
+    assert usual_branch(x("jit(step)/cond"), lengths) == "update"
+    assert usual_branch(x("jit(step)/ema/cond"), lengths) == "keep"
