@@ -106,15 +106,15 @@ def main(every: bool) -> int:
     return int(any(figure.passed() for figure in figures))
 
 
-# Today's figures, rounded up: they may fall, and the bounds with them.
+# Goals, but for `lines` and `comments`: today's figures, which are to get better.
 BOUNDS = dict(
-    lines=37_000,
+    lines=41_000,
     twice=0,
-    long_files=29,
-    longest=600,
-    functions=6,
-    comments=2.7,
-    vague=3.6,
+    long_files=12,
+    longest=450,
+    functions=8,
+    comments=6.9,
+    vague=0.3,
 )
 
 if __name__ == "__main__":
