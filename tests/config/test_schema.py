@@ -59,10 +59,12 @@ def test_a_job_s_own_page_of_help(name, capsys):
 RESTORED = "a checkpoint's own replaces it when a run is restored"
 TRAINER = "in modules of training, of which this job calls other functions"
 RELEASED = "in the loader of released weights, for what this job does not load"
+PAINTER = "in the sampler of released weights, beside that of the run in training"
 UNREAD = {
+    "train": dict(weights=PAINTER, tokenizers=PAINTER),
     "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
     "evaluate": dict(
-        **dict.fromkeys(("optim", "ema", "train", "checkpoint", "profile"), TRAINER),
+        **dict.fromkeys(("optim", "train"), TRAINER),
         tune=RESTORED,
         ingest="in the reader of pictures, which gets eval.real here",
     ),
@@ -77,7 +79,11 @@ UNREAD = {
     ),
     "precompute": dict.fromkeys(("optim", "tune", "train", "eval"), TRAINER),
     "inspect": dict.fromkeys(("tokenizers", "sample", "train", "quantize"), RELEASED),
-    "plan": dict.fromkeys(("encode", "checkpoint", "profile", "eval"), TRAINER),
+    "plan": dict(
+        **dict.fromkeys(("encode", "eval"), TRAINER),
+        weights=PAINTER,
+        tokenizers=PAINTER,
+    ),
 }
 
 
