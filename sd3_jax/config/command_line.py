@@ -27,6 +27,7 @@ from sd3_jax.errors import ConfigError, UserError, near, nearest
 from sd3_jax.jobs import JOBS
 from sd3_jax.weights.source_names import REMOTE
 
+ALIKE = 1.4  # keys that are suggested for a wrong one; see likeness
 FLAGS = ("--config", "--workdir", "--help")
 
 
@@ -47,7 +48,7 @@ def parse(argv: Sequence[str]) -> Call:
         extra = f"unexpected argument {shlex.quote(words[1])}"
         raise UserError(f"{extra}: did you forget --? (or quotes around a value)")
     if asked is not None and not recipe:
-        finish(help_pages.job_page(job) if job else usage())
+        print_and_exit(help_pages.job_page(job) if job else usage())
     if job is None and asked is None:
         raise UserError(f"no job given: wanted one of {', '.join(JOBS)}")
     if job is not None:
@@ -60,7 +61,7 @@ def parse(argv: Sequence[str]) -> Call:
     for name, text in flags.items():
         override(config, name.removeprefix("--config."), text)
     if asked is not None:
-        finish(help_pages.recipe_page(recipe, config, job))
+        print_and_exit(help_pages.recipe_page(recipe, config, job))
     validate(config)
     workdir = check_workdir(workdir)
     input_files.check(job, dict(leaves(config)))
@@ -69,7 +70,7 @@ def parse(argv: Sequence[str]) -> Call:
     return Call(job, config, workdir)
 
 
-def finish(page: str) -> None:
+def print_and_exit(page: str) -> None:
     print(page, flush=True)
     raise SystemExit(0)
 
@@ -112,11 +113,13 @@ def check_workdir(workdir):
         raise UserError("no workdir given: wanted --workdir=DIR")
     if workdir.startswith(REMOTE):
         return workdir
-    if match := re.match("([A-Za-z0-9]+):/+(.+)", workdir):  # as a path, ./gs:/…
+    if match := re.match(
+        "([A-Za-z0-9]+):/+(.+)", workdir
+    ):  # a path library made of gs://…
         scheme, rest = f"{match[1]}://", match[2]
-        hint = f'; did you mean "{scheme}{rest}"?' if scheme in REMOTE else ""
+        guess = f'; did you mean "{scheme}{rest}"?' if scheme in REMOTE else ""
         wanted = f"wanted a folder, or a bucket of {', '.join(REMOTE)}"
-        raise UserError(f"--workdir={workdir}: {wanted}{hint}")
+        raise UserError(f"--workdir={workdir}: {wanted}{guess}")
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
     for part in (path, *path.parents):
         if os.path.isfile(part):
@@ -134,28 +137,28 @@ def load(recipe: str) -> ConfigDict:
     make_importable(path)
     spec = importlib.util.spec_from_file_location("recipe", path)
     module = importlib.util.module_from_spec(spec)
-    attempt(name, path, spec.loader.exec_module, module)
+    call_recipe(name, path, spec.loader.exec_module, module)
     if not hasattr(module, "get_config"):
         raise ConfigError(f"{name} has no get_config(variant)")
     variants = getattr(module, "VARIANTS", ())
     if variant and variant not in variants:
         wanted = nearest(variant, variants) or "; the recipe has none"
         raise ConfigError(f'{name} has no variant "{variant}"{wanted}')
-    config = attempt(name, path, module.get_config, *filter(None, [variant]))
+    config = call_recipe(name, path, module.get_config, *filter(None, [variant]))
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
         raise ConfigError(f"{name}: get_config gave {kind}, wanted a ConfigDict")
-    refuse_strays(name, path, config)
+    require_same_keys(name, path, config)
     return config.lock()
 
 
-def refuse_strays(name: str, path: Path, config: ConfigDict) -> None:
+def require_same_keys(name: str, path: Path, config: ConfigDict) -> None:
     """A recipe has base's keys, which jobs read, and groups of its own if it likes.
 
     Any other key would be read by nobody.
     """
-    # Of the recipe's folder, where that has a base of its own.
-    base = attempt(name, path, importlib.import_module, "configs.base")
+    # configs.base may be one in the recipe's own folder.
+    base = call_recipe(name, path, importlib.import_module, "configs.base")
     if not hasattr(base, "get_config"):
         raise ConfigError(f"{base.__file__} hides our configs/base.py: rename it")
     ours, theirs = base.get_config(), dict(leaves(config))
@@ -163,12 +166,12 @@ def refuse_strays(name: str, path: Path, config: ConfigDict) -> None:
     for key in sorted(set(theirs) - set(known)):
         head, _, rest = key.partition(".")
         if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
-            raise ConfigError(f"{name}: {unknown(ours, key, known)}")
+            raise ConfigError(f"{name}: {unknown_key_message(ours, key, known)}")
     for key in sorted(set(known) - set(theirs)):
         raise ConfigError(f"{name}: no key config.{key}: wanted all of configs/base.py")
 
 
-def attempt(name, path, function, *args):
+def call_recipe(name, path, function, *args):
     """function(*args); if the recipe fails, say at which of its lines, and how."""
     try:
         return function(*args)
@@ -190,7 +193,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
     """config.key = text, read as the type that the key has."""
     known = dict(leaves(config))
     if key not in known:
-        raise ConfigError(unknown(config, key, known))
+        raise ConfigError(unknown_key_message(config, key, known))
     holder, name = place(config, key)
     kind = holder.get_type(name)
     try:
@@ -207,7 +210,7 @@ def place(config, key):
     return functools.reduce(operator.getitem, groups, config), name
 
 
-def unknown(config, key, known):
+def unknown_key_message(config, key, known):
     """No such key: the nearest one, or what there is in its group."""
     group, name = config, "config"
     for part in key.split("."):
@@ -217,19 +220,21 @@ def unknown(config, key, known):
     if name == f"config.{key}":
         return f"{name} is a group: wanted one of its keys, {', '.join(group)}"
     best = max(known, key=lambda other: likeness(key, other), default=None)
-    if best is not None and likeness(key, best) > 1.4:
+    if best is not None and likeness(key, best) > ALIKE:
         return f'unknown key config.{key}; did you mean "config.{best}"?'
     return f"unknown key config.{key}; {name} has {', '.join(group)}"
 
 
 def likeness(a, b):
-    """How alike two keys are, as a whole and in their last part; 2 is close."""
+    """How alike two keys are, in whole and in their last part: 0 to 3."""
     ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
     x, y = a.rpartition(".")[2], b.rpartition(".")[2]
-    return ratio(a, b) + (2 if short(x, y) or short(y, x) else ratio(x, y))
+    return ratio(a, b) + (
+        2 if is_short_for(x, y) or is_short_for(y, x) else ratio(x, y)
+    )
 
 
-def short(x, y):
+def is_short_for(x, y):
     """batch and bs are short for batch_size."""
     initials = "".join(word[:1] for word in y.split("_"))
     return f"{y}_".startswith(f"{x}_") or x == initials

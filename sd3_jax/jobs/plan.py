@@ -33,7 +33,6 @@ from sd3_jax.tools.plan.slices import Slice
 from sd3_jax.training.program import abstract_batch, build_program
 
 log = logging.getLogger(__name__)
-FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "DCN"}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
@@ -233,19 +232,14 @@ def accounted(
     chip = tpu_slice.generation
     # The decoder has no analytic FLOPs; those of its compiled program count.
     flops = case.flops or account.flops
-    # Without its waits the schedule is the serial floor: all operations in order.
-    waits = [account.by_kind[kind] for kind in schedule.WAITS.values()]
     kinds = {name: 1e3 * x for name, x in account.by_kind.items() if x}
-    times = {
+    floors = {name: 1e3 * x for name, x in bounds.floors(account, chip).items()}
+    times = floors | {
         "compute": kinds.get("matmul", 0.0) + kinds.get("attention", 0.0),
-        "memory": 1e3 * account.hbm / chip.hbm_rate,
-        "serial": 1e3 * (account.seconds - sum(waits)),
-        "links": 1e3 * account.links["ici"],
-        "other_slices": 1e3 * account.links["dcn"],
         "scheduled": 1e3 * account.seconds,
     }
     # The largest of the floors bounds the run; they may all overlap at best.
-    binds = max(FLOORS, key=times.get)
+    binds = max(floors, key=floors.get)
     least = times[binds] / 1e3
     # Model FLOPs, without recomputation: that is what MFU means.
     reached = flops / chip.peak / least
@@ -280,7 +274,7 @@ def accounted(
         "forecast_mfu": [share * reached for share in forecast],
         "rate": rate,
         "forecast_rate": [share * rate for share in forecast],
-        "binds": FLOORS[binds],
+        "binds": bounds.FLOORS[binds],
     }
 
 

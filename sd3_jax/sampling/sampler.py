@@ -1,7 +1,7 @@
-"""Captions to pictures by config.sample: of a trained run's weights, or released ones.
+"""Paint captions as config.sample says, with a run's weights or with released ones.
 
-`sampler_for` chooses between `TrainedSampler`, whose program is compiled here, and
-released_sampler.py, which calls sd3_jax.generate.
+`sampler_for` chooses `TrainedSampler`, whose program is jitted in this file, or
+`ReleasedSampler`, which goes through sd3_jax.generate.
 """
 
 import functools
@@ -60,7 +60,8 @@ def sample_in_batches(
 
 
 def batch_size(n: int, most: int, mesh: Mesh) -> int:
-    """For n pictures: at most `most`, and enough to give every shard a row."""
+    """A multiple of the batch's shards: as many as n pictures need, at most `most`, but
+    never less than a row for each shard."""
     shards = sharding.batch_shards(mesh)
     return min(max(shards, most // shards * shards), -(-n // shards) * shards)
 
@@ -192,10 +193,10 @@ class TrainedSampler:
     def latents(
         self, params: dict, batch: dict, negative: dict, solver: Callable
     ) -> jax.Array:
-        config, objective = self.config.sample, self.parts.objective
+        settings, objective = self.config.sample, self.parts.objective
         formulation = self.parts.formulation
-        seed = jax.random.key(config.seed)
-        # A picture's noise depends on the run's seed and its number, not on its batch.
+        seed = jax.random.key(settings.seed)
+        # Noise depends on sample.seed and the number, not on the rest of the batch.
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
         cond = objective.encode(params, batch)
         # The unconditional branch is zeros, as caption dropout leaves in training.
@@ -216,9 +217,9 @@ class TrainedSampler:
             grid=formulation.grid(self.solver_and_grid[1]),
             spread=formulation.spread,
             solver=solver,
-            scale=config.cfg,
-            interval=(config.cfg_start, config.cfg_stop),
-            rescale=config.rescale,
+            scale=settings.cfg,
+            interval=(settings.cfg_start, settings.cfg_stop),
+            rescale=settings.rescale,
         )
 
 

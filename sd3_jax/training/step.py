@@ -29,6 +29,8 @@ def make_train_step(
     before it is cut into `accumulate` parts. A schedule-free optimizer has an average
     of its own, and ema_decay is not used.
     """
+    # On a mesh the weights' gradients arrive reduce-scattered, each from its layer:
+    # models/sharded_linear.py.
     gradient = jax.value_and_grad(loss, has_aux=True)
 
     def step(state: TrainState, key: Array, batch: dict, frozen: dict):

@@ -52,7 +52,7 @@ def train(
     options, steps, settings = config.train, config.train.steps, config.to_dict()
     goodput = goodput or Goodput()
 
-    # --- model, optimizer, step: no arrays yet, so mistakes come before the waiting
+    # --- model, optimizer, step: no weights yet, so mistakes are told at once
     rows = sharding.local_rows(mesh, config.data.batch_size)  # of a batch, held here
     # The key never advances. A step folds in its own number, so a resumed run draws the
     # noise that the unbroken run would have drawn.
@@ -67,20 +67,20 @@ def train(
     encoders = encoder_identity.of_run(source, encoder)
     program = program._replace(parts=program.parts._replace(encoders=encoders))
     parts, tuning = program.parts, program.tuning
-    base = finetune_start.start(config, parts.denoiser, parts.objective, mesh)
-    trained_on = TrainedOn.of(source, base, encoders)
+    base_params = finetune_start.start(config, parts.denoiser, parts.objective, mesh)
+    trained_on = TrainedOn.of(source, base_params, encoders)
     base_encoders = finetune_start.base_encoders(config)
     encoder_identity.warn_of_base(config, base_encoders, encoders)
-    put = encoder or partial(sharding.put, mesh=mesh)
-    put = partial(put, batch_size=config.data.batch_size)
+    to_device = encoder or partial(sharding.put, mesh=mesh)
+    to_device = partial(to_device, batch_size=config.data.batch_size)
 
     # --- what looks at the averaged weights
     validation = Validation(config, parts, mesh, encoder)
-    painter, prompts = TrainedSampler(config, parts, mesh), list(options.prompts)
+    sample_prompts, prompts = TrainedSampler(config, parts, mesh), list(options.prompts)
 
     progress = RunProgress(steps, NonFinite(options.skip_nonfinite))
     with contextlib.ExitStack() as stack:
-        # Entered first, left last: the save in flight is durable when it speaks.
+        # Entered first, so left last: by then the save in flight is durable.
         stack.enter_context(progress.explaining_interrupts())
 
         # --- processes agree, checkpoints open
@@ -94,10 +94,11 @@ def train(
 
         # --- restore or initialise
         state, start, skipped, progress.batches_ahead = restore_or_initialise(
-            config, workdir, checkpoints, program, key, base, trained_on
+            config, workdir, checkpoints, program, key, base_params, trained_on
         )
         progress.nonfinite = NonFinite(options.skip_nonfinite, skipped, start)
-        frozen, base = tuning.frozen_part(base), {}  # the rest of the base is freed
+        # What of the base does not train; the rest of it is freed.
+        frozen, base_params = tuning.frozen_part(base_params), {}
 
         # --- tell what the run is: warnings, config.json, run.json
         run_checks.warn_of_settings(config)
@@ -112,19 +113,28 @@ def train(
         metrics.write(start, "goodput", goodput.line())
 
         # --- the loader, and the step compiled for each bucket that it gives
-        ahead = progress.batches_ahead
+        batch_offset = progress.batches_ahead
         loader = examples.loader(
-            config, rows, start=start, ahead=ahead, examples=source, encoder=encoder
+            config,
+            rows,
+            start=start,
+            ahead=batch_offset,
+            examples=source,
+            encoder=encoder,
         )
         watchdog.expect("compiling the step", watchdog.LONG)
         with goodput.spend("compile"):
-            zeros = examples.batches(config, source, encoder)
-            batches = (put({k: x[rows] for k, x in b.items()}) for b in zeros)
-            programs = compile_for_batches(program.step, state, key, batches, frozen)
+            example_batches = examples.batches(config, source, encoder)
+            batches = (
+                to_device({k: x[rows] for k, x in b.items()}) for b in example_batches
+            )
+            step_by_shape = compile_for_batches(
+                program.step, state, key, batches, frozen
+            )
 
-        # --- the loop, one step ahead of the device
+        # --- the loop: the host is one step ahead of the device
         goodput.turn("productive")
-        clock, logged, values = Clock(), start, None
+        clock, logged, step_metrics = Clock(), start, None
         trace = Trace(workdir / "profile", **config.profile, done=start, total=steps)
         stack.enter_context(trace)
         for step in range(start + 1, steps + 1):
@@ -134,21 +144,26 @@ def train(
             validate_now = is_due(step, options.eval_every, steps)
             sample_now = is_due(step, options.sample_every, steps)
             pause = validate_now or sample_now or trace.ends(step)
-            trace.begin(step, values)
+            trace.begin(step, step_metrics)
 
-            # --- dispatch step n, then read the loss of n - 1: the device never waits
+            # --- dispatch step n, then read the loss of n - 1: the device stays busy
             with jax.profiler.StepTraceAnnotation("train", step_num=step):
                 with goodput.spend("data_wait"), clock.wait():
                     batch = next(loader)
-                batch = put(batch)
-                before, run_step = values, programs[batch_shape(batch)]
-                state, values = run_step(state, key, batch, frozen)
-                check_step(step - 1, before, progress, loader.names, metrics)
+                batch = to_device(batch)
+                previous_metrics, run_step = (
+                    step_metrics,
+                    step_by_shape[batch_shape(batch)],
+                )
+                state, step_metrics = run_step(state, key, batch, frozen)
+                check_step(step - 1, previous_metrics, progress, loader.names, metrics)
             # What is logged, shown or saved is waited for, and its loss checked first.
             if log_now or pause or checkpoints.due(step, force=last):
-                check_step(step, values, progress, loader.names, metrics)
+                check_step(step, step_metrics, progress, loader.names, metrics)
             if log_now:
-                row = train_row(config, program, clock, step, step - logged, values)
+                row = train_row(
+                    config, program, clock, step, step - logged, step_metrics
+                )
                 metrics.write(step, "train", row)
                 logged = step
 
@@ -161,7 +176,7 @@ def train(
                     metrics.write(step, "val", losses)
                 if sample_now and prompts:
                     # From the same noise each time: what differs is the weights.
-                    images = painter(
+                    images = sample_prompts(
                         tuning.full_params(state.ema, frozen),
                         prompts,
                         [0] * len(prompts),
@@ -200,10 +215,10 @@ def is_due(step: int, every: int, total_steps: int) -> bool:
 def open_metrics(
     config: ConfigDict, workdir: epath.Path, start: int, goodput: Goodput
 ) -> Metrics:
-    """The run's metrics, of which process 0 alone writes, and its earlier goodput."""
+    """Open the metrics, which process 0 writes, and add the goodput of earlier lives."""
     is_first = jax.process_index() == 0
     if is_first:
-        # Before Metrics drops the lines of the steps that are done again: the newest
+        # Before Metrics drops the lines of steps that will run again: the newest
         # goodput line at or before `start` has the sums of the earlier lives.
         goodput.go_on(read(workdir), start)
     names = config.train.writers if is_first else ()
@@ -268,7 +283,7 @@ def save(
     last = step == progress.total_steps
     # Asked at every step, by all: jax answers "stop" for one step only.
     stop = checkpoints.reached_preemption(step)
-    if stop and processes.leads_others():  # a run of one process: see signals
+    if stop and processes.leads_others():  # of one process: signals.py does
         signals.say(f"SIGTERM: saves step {step}, then all processes stop")
     saved = checkpoints.save(step, state, record, settings, force=last, finite=True)
     if saved:

@@ -9,12 +9,15 @@ from typing import NamedTuple
 
 from sd3_jax.models.attention import splash
 from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.tools.plan.schedule import WAITS, Account
 from sd3_jax.tools.plan.slices import Generation
 
 # What published runs on TPUs reach of a bound computed as here. Training: Flux of
 # MaxDiffusion on v5p 0.62 to 0.64, Llama 3.1 on v6e 0.62 to 0.73; dense models with
 # heads of 128 go higher (0.79 to 0.89 on v5e, v5p). Sampling: one run, Flux on v6e-4.
 FORECAST = {"train": (0.62, 0.75), "sample": (0.50, 0.50)}
+# The floors of a program's time, and what a plan calls them.
+FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "DCN"}
 TIGHT = 0.93  # of HBM; the runtime wants some, and the compiler may err
 
 
@@ -41,6 +44,22 @@ class Compute(NamedTuple):
     @property
     def total(self) -> float:
         return sum(self)
+
+
+def floors(account: Account, chip: Generation) -> dict[str, float]:
+    """Seconds that a compiled program takes at least, by what bounds it.
+
+    "memory" is its bytes over the rate of HBM, "links" those between chips, and
+    "other_slices" those between slices. "serial" is the schedule without its waits:
+    all operations in order.
+    """
+    waits = sum(account.by_kind[kind] for kind in WAITS.values())
+    return {
+        "memory": account.hbm / chip.hbm_rate,
+        "serial": account.seconds - waits,
+        "links": account.links["ici"],
+        "other_slices": account.links["dcn"],
+    }
 
 
 def training(work: Work, chip: Generation, *, head: int, again: float) -> Compute:

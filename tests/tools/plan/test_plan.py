@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from sd3_jax.jobs.plan import FLOORS
 from sd3_jax.tools.plan import aot, bounds, hlo, slices
 from sd3_jax.tools.plan.schedule import usual_branch
 
@@ -54,7 +53,7 @@ def test_a_row(planned):
     assert row["batch"] == 4 and 0 < row["peak"] < row["capacity"]
     assert row["verdict"] == "fits" and row["compiler"].startswith("libtpu ")
     assert 0 < row["mfu_scheduled"] <= row["mfu"] < 1
-    assert FLOORS[max(FLOORS, key=row.get)] == row["binds"]
+    assert bounds.FLOORS[max(bounds.FLOORS, key=row.get)] == row["binds"]
     assert row["compute"] <= row["serial"] <= row["scheduled"]
     assert sum(row["shares"].values()) == pytest.approx(row["scheduled"])
     assert row["forecast_mfu"][1] < row["mfu"] and row["forecast_rate"][1] < row["rate"]
