@@ -215,7 +215,7 @@ def is_due(step: int, every: int, total_steps: int) -> bool:
 def open_metrics(
     config: ConfigDict, workdir: epath.Path, start: int, goodput: Goodput
 ) -> Metrics:
-    """Open the metrics, which process 0 writes, and add the goodput of earlier lives."""
+    """Open the metrics, which process 0 writes, with the goodput of earlier lives."""
     is_first = jax.process_index() == 0
     if is_first:
         # Before Metrics drops the lines of steps that will run again: the newest
