@@ -86,7 +86,7 @@ def collectives(
             if x.opcode == "while":
                 body = x.attribute(r"body=%?([\w.\-]+)")
                 yield from walk(body, times * (trips(x, home, module) or 1))
-            # Only one branch runs. The larger one is taken: rare branches are short.
+            # Only one branch runs. The larger one is counted, however rare it is.
             elif x.opcode == "conditional":
                 yield from walk(max(x.branches, key=module.size), times)
             elif x.opcode in ("call", "fusion", "async-start", "custom-call"):
