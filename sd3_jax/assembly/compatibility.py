@@ -25,7 +25,7 @@ FREE_KEYS = (
 )
 # Keys that decide what a set of weights computes.
 MODEL_KEYS = ("model", "text", "image.autoencoder", "flow.path")
-# Of these, the ones that only matter in training.
+# Of these, the ones that matter in training alone, or by rounding at most.
 TRAINING_KEYS = ("text.dropout", "model.pos_crop", "model.dtype")
 
 

@@ -131,7 +131,7 @@ def encoder(
                 f" fit config.model.context_dim = {model.context_dim} and pooled_dim ="
                 f" {model.pooled_dim}: {error}"
             ) from error
-    # Captions alone were asked for: without any text encoder all of them are zeros.
+    # Captions are to be encoded: without any text encoder all of them would be zeros.
     elif only != ["vae"]:
         raise UserError(f"config.encode.weights = {encode.weights}: no text encoder")
     return result

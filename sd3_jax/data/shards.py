@@ -27,7 +27,7 @@ from sd3_jax.data.records import Record
 from sd3_jax.errors import UserError
 
 log = logging.getLogger(__name__)
-OPENERS = 32  # threads that open shards at the start; a bucket answers in 50 ms or so
+OPENERS = 32  # threads that open shards at the start; those of a bucket wait for it
 
 
 class Writer:

@@ -101,7 +101,8 @@ def match_std(v: Batch, v_c: Batch, amount: Number) -> Batch:
 
     `amount` is 0 for v as it is, 1 for the std of v_c.
     """
-    # On the network's output, here the velocity, as in their code; not on x0.
+    # On the network's output, here the velocity, as diffusers' rescale_noise_cfg does,
+    # and not on x0.
     axes = tuple(range(1, v.ndim))
     std, std_c = (jnp.std(a, axis=axes, keepdims=True) for a in (v, v_c))  # (b, 1, …)
     ratio = jnp.where(std > 0, std_c / std, 1)  # a network at initialisation returns 0

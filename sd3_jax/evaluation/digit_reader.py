@@ -92,7 +92,7 @@ def _centred(ink: np.ndarray) -> np.ndarray:
 @functools.cache
 def classifier() -> SVC:
     """A digit classifier fitted on training scans only."""
-    # Fitted on the training scans only, so that scores on held-out scans measure it.
+    # None of the held-out scans, on which digit_scenes.read_scans measures it.
     images, labels = scans(held_out=False)
     cells = [_centred(ink[_bounds(ink > INK)]) for ink in images]
     return SVC(C=10, gamma=0.04).fit(np.stack(cells), labels)

@@ -77,7 +77,7 @@ def judge(
         verdicts += processes.shared(
             functools.partial(_share, scorer, batch, images), len(batch)
         )
-    # Verdicts of other processes arrive as plain tuples.
+    # They went through JSON, those of this process too, and are lists by now.
     return [Verdict(*verdict) for verdict in verdicts]
 
 

@@ -68,7 +68,6 @@ def overall(name: str, parts: Sequence[Score]) -> Score:
     """
     # Categories count equally, whatever their number of prompts: the benchmarks' rule.
     p = np.mean([part.score for part in parts])
-    # Independent errors of a mean add in squares.
     root = lambda off: np.sqrt(np.sum(np.square(off))) / len(parts)
     low = p - root([part.score - part.low for part in parts])
     high = p + root([part.high - part.score for part in parts])

@@ -162,7 +162,6 @@ SCORES |= picture_scores.SCORES | prompt_scores.SCORES
 def lines(result: dict) -> list[str]:
     """What evaluate prints: the scores, then the validation loss by t."""
     rows = result.get("scores", [])
-    # Names are padded to one width so that the numbers line up.
     wide = max((len(row["name"]) for row in rows), default=0)
     text = []
     for row in rows:

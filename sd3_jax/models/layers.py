@@ -41,8 +41,8 @@ class Dense(nn.Module):
         inputs = len(self.axes) - len(out)  # how many axes of x are contracted
         shape = x.shape[-inputs:]
 
-        # Fan-in and fan-out are those of the flat matrix: xavier would otherwise count
-        # the axes 3 and heads of a fused qkv as receptive field.
+        # Fan-in and fan-out are those of the flat matrix: of a fused qkv (d, 3, a, k)
+        # xavier would take a for the inputs, and d and 3 as receptive field.
         def kernel_init(key, full, dtype=jnp.float32):
             return self.init(key, (math.prod(shape), math.prod(out)), dtype).reshape(
                 full

@@ -247,7 +247,7 @@ class Stream(nn.Module):
     attention: str
 
     def setup(self):
-        # Shift and scale of attention; with its gate and the MLP's 6; with attn2 9.
+        # Shift and scale of attention; its gate and the MLP's three make 6, attn2's 9.
         chunks = 2 if self.pre_only else 9 if self.dual else 6
         self.adaln = Modulation(chunks, self.width, dtype=self.dtype)
         self.attn = Projections(**self.projections(out=not self.pre_only))

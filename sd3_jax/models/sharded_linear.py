@@ -61,9 +61,9 @@ def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
 
 def contract(x: Array, kernel: Array, inputs: int) -> Array:
     """The product itself; on a single CPU device as one flat matrix product."""
-    # XLA's CPU backend is 1.3 to 1.9 times slower at the backward of (b, n, d) @ (d, e)
-    # than at that of one flat matrix product. Elsewhere, and over a mesh, the axes stay
-    # apart: merging them would cost a sharded program its shardings.
+    # XLA's CPU backend is 1.1 to 1.9 times slower at the backward of (b, n, d) @ (d, e)
+    # than at that of one flat product (benchmarks/digits.md). Elsewhere, and on a mesh,
+    # the axes stay apart: merging them would cost a sharded program its shardings.
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_context.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         rows = math.prod(kernel.shape[:inputs])

@@ -90,7 +90,6 @@ def big(value: float) -> tuple[str, str]:
 
 def duration(seconds: float) -> tuple[str, str]:
     minutes, hours = seconds / 60, seconds / 3600
-    # Long runs in days, one digit; below that hours and minutes.
     if hours >= 48:
         return f"{hours / 24:.1f}", "days"
     if hours >= 1:

@@ -30,7 +30,6 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     """A whole number in [low, high]; a float is none, not even 2.0."""
     x = _scalar(value)
     integral = isinstance(x, numbers.Integral) and not isinstance(x, bool)
-    # 2.0 is refused: a float that happens to be whole is likely a mistake.
     if not integral or not low <= x <= high:
         raise UserError(
             f"{name} {shown(repr(value))}: wanted a whole number {low} to {high}"

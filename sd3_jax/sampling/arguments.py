@@ -116,7 +116,6 @@ def encoded(
         uncond = negative
     elif guided:
         texts = listed("" if negative is None else negative)
-        # One negative prompt serves all prompts.
         texts = texts * n if len(texts) == 1 else texts
         if len(texts) != n:
             raise UserError(

@@ -244,7 +244,6 @@ class Bundle:
 
     def fingerprints(self) -> dict[str, str]:
         """`fingerprint` of each part by itself."""
-        # Fingerprints read every weight once, which takes seconds for large models.
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints

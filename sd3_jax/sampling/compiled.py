@@ -72,8 +72,8 @@ def _put(x: Any, where: NamedSharding) -> Array:
     # Typed keys have no numpy form, so their uint32 data is placed and wrapped again.
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
         return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
-    # device_put cannot reach devices of other processes; each process fills its own
-    # shards from its copy of the whole array.
+    # device_put would first compare x over all processes, a collective. Here each fills
+    # its own shards from its copy of the whole array.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 

@@ -66,7 +66,7 @@ def scaled(
 
 
 def _stored(batch, key):
-    # Moments are stored in half precision; latents are drawn in float32.
+    # Stored in config.encode.latents_dtype, float16 by default; drawn in float32.
     if "moments" in batch:
         return vae.sample(key, batch["moments"].astype(jnp.float32))
     return batch["latents"].astype(jnp.float32)

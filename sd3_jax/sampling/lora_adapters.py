@@ -71,8 +71,8 @@ def opened(
     # LoRAs add up: each is attached beside the kernels, with its own weight.
     for source, weight in listed(requested):
         path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
-        # Headers alone: a LoRA for another model is refused before any weight is
-        # loaded.
+        # Headers and kohya's alphas alone: a LoRA for a part that is not there is
+        # refused before any weight is loaded.
         pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
         if lacking := [name for name in pairs if name not in available]:
             raise UserError(

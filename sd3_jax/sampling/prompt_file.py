@@ -103,7 +103,7 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
         if len(data) > FILE:
             raise UserError(f"{name}: wanted at most {FILE} bytes")
         # str.splitlines would also split at U+2028, which JSON allows inside strings.
-        return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))  # not at U+2028
+        return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))
     except OSError as error:
         raise UserError(f"{name}: cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:

@@ -55,8 +55,8 @@ class Scheduler:
         """
         options = {"grid": grid, "shift": shift, "mu": mu, "sigmas": sigmas}
         set_options = [name for name, value in options.items() if value is not None]
-        # A grid fixes all times, and mu is the logarithm of a shift: two of a pair
-        # contradict.
+        # A grid fixes all times, and mu sets the shift, as its logarithm or itself: two
+        # of a pair contradict.
         for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
             if set(pair) <= set(set_options):
                 raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")

@@ -234,7 +234,6 @@ def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
         for key, choices in wanted.items()
         if values[key] not in choices
     }
-    # On straight paths the first-order update of DPM-Solver++ is Euler's step.
     solver = "euler" if values["solver_order"] == 1 else "dpmpp_2m_flow"
     shift = float(values["flow_shift"])
     return Scheduler(solver, "flow", shift, **_sizes(values)), complaints

@@ -17,8 +17,6 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
     With one seed, pictures are numbered through all prompts. With a seed for each
     prompt, numbers start at 0 for each, so that a row does not depend on the others.
     """
-    # One seed numbers its pictures through all prompts; a list of seeds restarts at 0
-    # for each prompt, so that a row does not depend on the other rows.
     shared = isinstance(seed, int | np.integer) and not isinstance(seed, bool)
     seeds = [seed] if shared else listed_seeds(seed)
     if not shared and len(seeds) != prompts:

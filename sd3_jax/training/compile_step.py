@@ -43,7 +43,8 @@ def compile_for_batches(
         programs = dict(zip(lowered, threads.map(compile_or_explain, lowered.values())))
     seconds = time.perf_counter() - begin
     log.info("compiled the step in %.1f s, shapes: %d", seconds, len(programs))
-    # Hosts do not compile equally fast, and a collective waits for half a minute only.
+    # Hosts do not compile equally fast, and on CPUs a collective gives up after half a
+    # minute.
     processes.meet("compiled the step")
     return programs
 

@@ -72,7 +72,7 @@ def initial_state(
 
         return init_state(key, init_params, program.tx)
 
-    # Under jit with shardings, no device ever holds a whole parameter of a sharded one.
+    # Under jit with shardings, so that no device has to hold a whole sharded parameter.
     return jax.jit(start, out_shardings=program.shardings)(key, base, adapter)
 
 

@@ -121,7 +121,8 @@ def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
                 f"{message} cannot be reached, nor was it fetched from there before"
             ) from None
         message += f" does not give it: {shown(lines[0], 200)}"
-        # The hub does not tell a gated or private repository from an absent one.
+        # The hub answers for a private repository as for an absent one; the error for
+        # a gated one is a subclass.
         if isinstance(error, RepositoryNotFoundError):
             message += (
                 f"; if it is gated, accept its licence on huggingface.co/{name.repo},"

@@ -59,7 +59,7 @@ def load(
                     part = _matrix(pair, side, piece, ranks[piece.path[1:-1]])
                     share = pair.scale * weight if side else 1.0  # in b alone
                     scaled = share * piece.read(part)
-                    # Finite factors may overflow: alpha may be up to LARGEST.
+                    # Finite factors may overflow: kohya's alpha has no bound.
                     if not np.isfinite(scaled).all():
                         raise UserError(
                             f"{pair.up.path}: {_module(piece)}: too large for float32"

@@ -30,7 +30,7 @@ def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None
         # Last: a folder counts as a model once it has bundle.json.
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
-            # So that `load` can be asked for the stored dtypes without orbax.
+            # So that `dtypes` needs no orbax.
             head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
             (path / FILE).write_text(json.dumps(head, indent=2))
 

@@ -189,7 +189,6 @@ def _overlap(index: tuple, bound: tuple) -> tuple[tuple, tuple] | None:
 
 def _cast(x: np.ndarray, dtype) -> np.ndarray:
     """x ready to assign to `dtype`; eight-bit floats by way of float32."""
-    # numpy has no direct cast from them to every other dtype.
     eight = x.dtype.itemsize == 1 and x.dtype != dtype
     return x.astype(np.float32) if eight else x
 

@@ -72,7 +72,7 @@ DATA = dict(
 )
 INGEST = dict(
     inputs=Key((), PATHS, "Folders of pictures, WebDataset tars and parquet files."),
-    # The paper trains on half original, half synthetic captions (sec. 4.2).
+    # The paper trains on half original, half synthetic captions (table 4).
     captions=Key(
         ("caption=0.5", "synthetic=0.5"),
         TEXTS,

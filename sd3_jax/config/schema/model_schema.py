@@ -45,7 +45,7 @@ MODEL = dict(
         "Architecture of the denoiser.",
     ),
     depth=Key(24, DEPTH, "Number of blocks; in a U-Net, of each level."),
-    # The paper's family has width = 64 depth, one head for each 64 (sec. 5.3).
+    # The paper's family has width = 64 depth, one head for each 64 (sec. 4).
     width=Key(None, WIDTH, "Width of a token; unset: 64 * depth.", kind=int),
     num_heads=Key(None, FEW, "Number of attention heads; unset: depth.", kind=int),
     patch=Key(2, FEW, "Side of a patch, in latents."),
@@ -88,7 +88,7 @@ MODEL = dict(
     ),
     context_dim=Key(4096, WIDTH, "Width of a text token that enters the denoiser."),
     pooled_dim=Key(2048, WIDTH, "Width of the pooled text vector."),
-    # Without a scaled loss, most gradients of a mean over a batch are 0 in float16.
+    # Without a scaled loss, gradients of a mean over a batch underflow in float16.
     dtype=Key(
         "bfloat16",
         DTYPE_OR_HALF,

@@ -70,7 +70,8 @@ def auto(q, k, v, bias, scale):
 
 def choose(q, k, bias) -> str:
     """The platform's kernel; "xla" with a bias, for few tokens or heads over 512."""
-    # Fused kernels take no bias, pad tokens to blocks of 128, and hold whole heads.
+    # Splash takes no bias and pads tokens to blocks of 128; cuDNN takes few biases.
+    # Kernels hold whole heads.
     if bias is not None or min(q.shape[1], k.shape[1]) < 128 or q.shape[-1] > 512:
         return "xla"
     return {"tpu": "splash", "gpu": "dot_product"}.get(platform(), "xla")
@@ -105,7 +106,8 @@ def plain(q, k, v, bias, scale):
 def dot_product(q, k, v, bias, scale):
     """jax.nn.dot_product_attention, by cuDNN where cuDNN takes the arguments."""
     # JAX leaves it to the caller to know: NVIDIA GPUs, half precision, heads of at most
-    # 128. With a bias cuDNN refuses odd lengths and some broadcasts.
+    # 128 (256 from Hopper on). With a bias cuDNN refuses some broadcasts and, in
+    # training, odd lengths.
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     fits = half and bias is None and q.shape[-1] <= 128 and q.shape[-1] % 8 == 0
     cudnn = fits and tpu.device_kind().startswith("NVIDIA")

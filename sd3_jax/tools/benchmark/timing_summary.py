@@ -26,7 +26,6 @@ def ratios(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
 def grown(points: Sequence[Result]) -> list[dict[str, float]]:
     """Each point's growth over the first point, in time (median over the turns) and in
     FLOPs; `relative` is their ratio, 1 if time grows as FLOPs do."""
-    # Growth is relative to the smallest point of the axis.
     first = points[0]
     growth = []
     for point in points:

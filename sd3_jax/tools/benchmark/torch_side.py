@@ -185,7 +185,6 @@ def train(spec, model, inputs) -> Callable:
         xt = (1 - s) * x0 + s * noise
         with torch.autocast(DEVICE.type, dtype, enabled=dtype != torch.float32):
             v = run(xt, context, pooled, 1000 * t, return_dict=False)[0]
-        # The loss in float32, outside of autocast.
         loss = torch.nn.functional.mse_loss(v.float(), noise - x0)
         adamw.zero_grad(set_to_none=True)
         loss.backward()

@@ -14,7 +14,7 @@ from sd3_jax.reports import html_page
 
 SIDE = 200  # pixels of a picture's longer side
 BINS = 24
-MOST = 2**18  # bytes of a picture; JPEGs of this side have about a tenth of it
+MOST = 2**18  # bytes of a picture; a larger one is made smaller
 STYLE = """
 .pairs { display: grid; gap: 1.6rem; align-items: start;
   grid-template-columns: repeat(auto-fill, minmax(min(22rem, 100%), 1fr)) }

@@ -18,7 +18,7 @@ def gap(ours, theirs) -> Gap:
     a, b = (np.asarray(x).astype(np.float64).ravel() for x in (ours, theirs))
     if np.shape(ours) != np.shape(theirs):
         raise ValueError(f"ours is {np.shape(ours)}, theirs {np.shape(theirs)}")
-    # PyTorch's array is the reference in all three measures.
+    # PyTorch's array is the reference of the first two measures; the angle has none.
     size = np.linalg.norm(b)
     difference = np.linalg.norm(a - b)
     # `or 1.0`: two arrays of zeros agree.

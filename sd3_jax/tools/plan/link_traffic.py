@@ -86,7 +86,7 @@ def collectives(
             if x.opcode == "while":
                 body = x.attribute(r"body=%?([\w.\-]+)")
                 yield from walk(body, times * (trips(x, home, module) or 1))
-            # Only one branch runs. The larger one is taken: rare branches are short.
+            # Only one branch runs. The larger one is counted, however rare it is.
             elif x.opcode == "conditional":
                 yield from walk(max(x.branches, key=module.size), times)
             elif x.opcode in ("call", "fusion", "async-start", "custom-call"):
@@ -130,7 +130,6 @@ def _largest(x: Instruction, kind: str, home: Computation) -> tuple[float, str]:
 
 def _between_slices(x, home: Computation, mesh) -> Collective | None:
     """The transfer to other slices that a host makes for a device (megascale)."""
-    # Between slices there is no ICI: XLA sends by the hosts (megascale).
     if "xla_megascale" not in x.attributes:
         return None
     kind = x.attribute(r'_xla_megascale_transfer_type="(\w+)"').lower()
@@ -271,7 +270,6 @@ def _connected(pairs: Pairs) -> Groups:
     for start in near:
         if start not in visited:
             group, ahead = [], [start]
-            # Depth-first search over the pairs, in both directions.
             while ahead:
                 x = ahead.pop()
                 if x not in visited:

@@ -53,7 +53,6 @@ def rows(mesh: Mesh, shape: tuple[int, ...], dtype) -> jax.ShapeDtypeStruct:
 
 def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float):
     """Prompts, and as many negative ones where there is guidance."""
-    # Guidance encodes a negative prompt for each picture.
     dtype, count = jnp.dtype(config.model.dtype), images * (1 + guided)
     encoders = {name: part(name, mesh, dtype) for name in ("clip_l", "clip_g")}
     encoders["t5"] = part("t5", mesh, dtype, config.quantize.t5)

@@ -133,7 +133,7 @@ def find(name: str) -> Slice:
             f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
         )
     generation = GENERATIONS[match[2]]
-    # v5e and v6e are 2D tori of up to 256 chips; v5p and tpu7x are 3D.
+    # v5e and v6e have 2D meshes of up to 256 chips, v5p and tpu7x 3D ones.
     shapes = FLAT if generation.dims == 2 else SOLID
     chips, rest = divmod(int(match[3]), generation.named)
     if rest or chips not in shapes:

@@ -176,7 +176,6 @@ class Digits:
     recipe's mix, against real pictures of the same scenes."""
 
     def __init__(self, config: ConfigDict):
-        # Scenes in the proportion of the training mix.
         counts = np.array(config.data.mix) / sum(config.data.mix)
         counts = np.rint(counts * config.study.pictures).astype(int).tolist()
         self.scenes = []

@@ -121,7 +121,6 @@ def by_t(results, first) -> tuple[str, str]:
     lines = {}
     for name in tables.names(tables.best(results)):
         mine = tables.of(tables.best(results), name)
-        # The last validation of each seed, averaged below.
         last = [x["validation"][-1] for x in mine]
         # k[6:] is what follows "loss_t".
         times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))
