@@ -113,7 +113,7 @@ BOUNDS = dict(
     long_files=12,
     longest=450,
     functions=8,
-    comments=6.9,
+    comments=6.8,
     vague=0.3,
 )
 
