@@ -75,11 +75,11 @@ from sd3_jax.data import records, shards
 main.list_buckets_anew()
 from etils import epath
 from sd3_jax import files
-from sd3_jax.checkpoints import manager as checkpoint
+from sd3_jax.checkpoints import step_folders
 run = epath.Path("gs://emulated/looks")
 assert files.children(run) == []
-checkpoint._prepare(run)  # no folder is there, and none must be
-folder = checkpoint._identity(run)
+step_folders.prepare(run)  # no folder is there, and none must be
+folder = step_folders.folder_identity(run)
 (run / "a").write_text("1")
 def another(method, path):
     request = os.environ["STORAGE_EMULATOR_HOST"] + path
@@ -88,10 +88,10 @@ for _ in range(2):
     assert [x.name for x in files.children(run)] == ["a"]
     upload = "/upload/storage/v1/b/emulated/o?uploadType=media&name="
     another("POST", upload + "looks/2/commit_success.txt")
-    assert checkpoint._steps(run) == [2] and (run / "2").is_dir()
+    assert step_folders.complete_steps(run) == [2] and (run / "2").is_dir()
     another("DELETE", "/storage/v1/b/emulated/o/looks%2F2%2Fcommit_success.txt")
-    assert checkpoint._steps(run) == [] and not (run / "2").exists()
-assert checkpoint._identity(run) == folder
+    assert step_folders.complete_steps(run) == [] and not (run / "2").exists()
+assert step_folders.folder_identity(run) == folder
 """
 
 
