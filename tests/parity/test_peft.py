@@ -229,7 +229,7 @@ def outer(path):
 
 
 def test_a_hub_name_brings_the_configuration_too(tmp_path, monkeypatch):
-    def resolve(source, wanted, *, what):
+    def resolve(source, wanted, *, label):
         assert source == "owner/name" and lora_formats.PEFT_CONFIG in wanted
         return folder(tmp_path, pair())
 
