@@ -16,6 +16,7 @@ from typing import Any
 from etils import epath
 
 from sd3_jax import files
+from sd3_jax.monitoring.tensorboard import EventFiles
 from sd3_jax.monitoring.writers import Sender
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class Metrics:
         self.start_step = math.inf if start_step is None else start_step
         self.silent = process_index != 0
         self.writers = writers
-        self._tensorboard = None  # opened by the first numbers; False: not possible
+        self._tensorboard = EventFiles(workdir, start_step=self.start_step)
 
     def __enter__(self) -> "Metrics":
         if not self.silent:
@@ -71,8 +72,7 @@ class Metrics:
         if not self.silent:
             self._watch.close()
             self._log.close()
-            if self._tensorboard:
-                self._tensorboard.close()
+            self._tensorboard.close()
         for writer in self.writers:
             writer.close()
 
@@ -90,11 +90,7 @@ class Metrics:
     def _scalars(self, step, kind, values):
         for writer in self.writers if values else ():
             writer.write(step, kind, values)
-        if values and self._tensorboard is None:
-            self._tensorboard = _summary_writer(self.workdir, self.start_step)
-        if values and self._tensorboard:
-            for name, value in values.items():
-                self._tensorboard.add_scalar(f"{kind}/{name}", value, step)
+        self._tensorboard.add(kind, values, step)
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
@@ -281,17 +277,6 @@ def _row(line: str) -> dict | None:
     # type(), not isinstance: in Python true and false are ints.
     right = kinds[0] is int and kinds[1] is str and kinds[2] in (int, float)
     return row if right and 0 <= row["step"] < 2**53 else None
-
-
-def _summary_writer(workdir, start_step):
-    from tensorboardX import SummaryWriter
-
-    redone = start_step + 1 if start_step < math.inf else None
-    try:  # purge_step hides what an earlier life wrote of the steps to come
-        return SummaryWriter(f"{workdir}/tensorboard", purge_step=redone)
-    except ImportError as error:  # an object store needs its own client package
-        print(f"no TensorBoard files, {FILE} has it all: {error}", file=sys.stderr)
-        return False
 
 
 def _numbers(values):

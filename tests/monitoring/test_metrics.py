@@ -14,8 +14,10 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from sd3_jax import files
-from sd3_jax.monitoring import metrics
+from sd3_jax.errors import RetryableError
+from sd3_jax.monitoring import metrics, tensorboard
 from sd3_jax.monitoring.metrics import Clock, Metrics, read
+from sd3_jax.monitoring.tensorboard import EventFiles
 
 
 def steps(workdir):
@@ -144,7 +146,7 @@ def test_an_object_store_gets_the_whole_file(monkeypatch, capsys):
         "etils.epath.backend._FileSystemSpecBackend.fs", lambda self, path: gcs
     )
     monkeypatch.setattr(files, "_store", lambda path: (gcs, path))
-    monkeypatch.setattr(metrics, "_summary_writer", lambda *_: False)
+    monkeypatch.setattr(metrics.EventFiles, "add", lambda *_: None)
     train("gs://bucket/run", 1, 7)
     train("gs://bucket/run", 5, 6)
     assert steps("gs://bucket/run") == [1, 2, 3, 4, 5, 6]
@@ -172,3 +174,26 @@ def test_the_clock_tells_work_from_waiting(monkeypatch):
         tflops_per_device=2.0, mfu=0.5
     )
     assert clock.summary(1, 8) == dict(images_per_s=2, step_ms=4000, data_wait=0)
+
+
+def test_tensorboard_in_a_bucket(monkeypatch, caplog):
+    """Event files are put there whole; a bucket that refuses them ends no run."""
+    stored = {}
+    monkeypatch.setattr(files, "write_object", stored.__setitem__)
+    events = EventFiles("gs://bucket/run", start_step=0)
+    events.add("train", {"loss": 1.0}, 1)
+    assert not stored  # only twice a minute, and at the end
+    events.close()
+    ((name, data),) = stored.items()
+    assert name.startswith("gs://bucket/run/tensorboard/events.") and b"loss" in data
+
+    def refuse(path, data):
+        raise RetryableError(f"{path}: cannot be written: 412")
+
+    monkeypatch.setattr(files, "write_object", refuse)
+    monkeypatch.setattr(tensorboard, "UPLOAD_EVERY", -1.0)
+    events = EventFiles("gs://bucket/run", start_step=0)
+    for step in range(30):
+        events.add("train", {"loss": 1.0}, step)
+    events.close()
+    assert caplog.text.count("no more TensorBoard files") == 1

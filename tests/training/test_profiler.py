@@ -85,6 +85,7 @@ def test_an_object_store_gets_the_files(monkeypatch):
     monkeypatch.setattr(
         "etils.epath.backend._FileSystemSpecBackend.fs", lambda self, path: gcs
     )
+    monkeypatch.setattr("sd3_jax.files._store", lambda path: (gcs, path[4:]))
     life("gs://bucket/run/profile", 1, 3, start=2, steps=1)
     names = [name for name in MemoryFileSystem.store if "step_00000002" in name]
     assert any(name.endswith(".xplane.pb") for name in names)
