@@ -1,7 +1,7 @@
 """Whether the files that a config names can be there, asked before jax is imported.
 
 A wrong path is then answered at once. What a file holds, and whether the hub has a
-name, is seen when it is opened (pipelines/sources.py).
+name, is seen when it is opened (weights/sources.py).
 """
 
 import importlib.util
