@@ -133,8 +133,7 @@ def require_answered(path: str, error: Exception) -> None:
     Such a fault says nothing about the file, which must not be taken for damaged.
     """
     if remote(path) and passing(error):
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise RetryableError(f"{path}: cannot be read: {reason}") from error
+        raise RetryableError(f"{path}: cannot be read: {_reason(error)}") from error
 
 
 def write_object(path: epath.PathLike, data: bytes) -> None:
@@ -170,9 +169,7 @@ def retried(call: Callable[[], T], failure: str) -> T:
         try:
             return call()
         except Exception as error:
-            reason = (
-                f"{failure}: {' '.join(str(error).split()) or type(error).__name__}"
-            )
+            reason = f"{failure}: {_reason(error)}"
             if not passing(error):
                 if isinstance(error, OSError):
                     raise UserError(reason) from error
@@ -182,6 +179,11 @@ def retried(call: Callable[[], T], failure: str) -> T:
             log.warning("%s; trying again in %g s", reason, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
+
+
+def _reason(error: Exception) -> str:
+    """An error's text on one line, or its type where it has none."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _store(path: str) -> tuple[Any, str]:

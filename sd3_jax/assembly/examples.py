@@ -16,7 +16,7 @@ from sd3_jax.assembly.stored_records import (
     open_records,
     to_encode,
 )
-from sd3_jax.config import validation
+from sd3_jax.config import relations
 from sd3_jax.data import tokenizers
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.dataset import Records
@@ -38,7 +38,7 @@ def source(config: ConfigDict, *, held_out: bool = False):
     Records are checked at once, before anything is compiled: every shard is opened,
     held-out ones too, and the first record read. UserError if something is wrong.
     """
-    if config.image.buckets > 1 and config.data.name in validation.READS:
+    if config.image.buckets > 1 and config.data.name in relations.READS:
         raise UserError(
             f"config.image.buckets = {config.image.buckets}: wanted 1, for config.data."
             f'name = "{config.data.name}" has pictures of one shape; or "records"'

@@ -2,7 +2,7 @@
 
 from ml_collections import ConfigDict
 
-from sd3_jax.config import validation
+from sd3_jax.config import relations
 from sd3_jax.data import buckets
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.record_header import REJECTED
@@ -14,7 +14,7 @@ def bucket_table(config: ConfigDict) -> tuple[Bucket, ...]:
     image = config.image
     model = config.model
     # Sides are whole tokens of the denoiser at its coarsest level.
-    unit = validation.unit(image.autoencoder, model.patch, model.multipliers)
+    unit = relations.unit(image.autoencoder, model.patch, model.multipliers)
     sides = image.height, image.width
     return buckets.table(*sides, count=image.buckets, aspect=image.aspect, unit=unit)
 

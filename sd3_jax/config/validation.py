@@ -6,9 +6,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from sd3_jax.config import schema
-
-# The assembly asks this module for READS and unit, the tests for OPTIMIZERS.
-from sd3_jax.config.relations import OPTIMIZERS, READS, RELATIONS, unit  # noqa: F401
+from sd3_jax.config.relations import RELATIONS
 from sd3_jax.errors import ConfigError, near
 from sd3_jax.foreign_text import shown
 

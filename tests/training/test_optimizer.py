@@ -15,7 +15,7 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.checkpoints.manager import Checkpoints
 from sd3_jax.checkpoints.restoring import describe_leaves
-from sd3_jax.config.validation import OPTIMIZERS
+from sd3_jax.config.schema.training_schema import OPTIMIZERS
 from sd3_jax.distributed import sharding
 from sd3_jax.training import optimizer
 from sd3_jax.training.state import abstract_state, init_state
