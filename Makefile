@@ -45,11 +45,16 @@ bench-guard: $(VENV)/installed-test
 	$(BENCH) $(CASES) --workdir=runs/bench-guard \
 		--config.benchmark.guard=benchmarks/speed_cpu.json
 
+# A file's tests share fixtures, so a worker takes whole files. pytest-xdist 3.8 hangs when
+# it replaces a worker that died: the run ends instead, and names the test.
+PYTEST = $(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+	--max-worker-restart=0
+
 test: $(VENV)/installed-test lint
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(PYTEST)
 
 test-slow: $(VENV)/installed-test
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m slow
+	$(PYTEST) -m slow
 
 lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff check .

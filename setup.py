@@ -31,6 +31,7 @@ TEST = [
     "peft>=0.17",
     *PLAN,
     "pytest>=8",
+    "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
     "ruff>=0.8",
     "scipy>=1.13",
