@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from sklearn.datasets import load_digits
 
 COLOURS = {
     "red": (1, 0, 0),
@@ -81,6 +80,9 @@ def parse(caption: str) -> Scene | None:
 @functools.cache
 def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scans as (n, 8, 8) float32 in [0, 1] and their digits; one in five held out."""
+    # A second to import, which only recipes of digits should pay.
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     in_split = (np.arange(len(data.target)) % 5 == 0) == held_out
     return (data.images[in_split] / 16).astype(np.float32), data.target[in_split]

@@ -19,9 +19,8 @@ from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
-# Before the import: transformers would warn that PyTorch is missing.
+# Before its first import: transformers would warn that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-from transformers import ByT5Tokenizer  # noqa: E402
 
 log = logging.getLogger(__name__)
 _LOCK = threading.Lock()  # padding and truncation are a tokenizer's state
@@ -43,7 +42,9 @@ WANTED = ("tokenizer*/*", *FILES)
 
 
 @functools.cache
-def _byt5() -> ByT5Tokenizer:
+def _byt5() -> Any:
+    from transformers import ByT5Tokenizer  # half a second: only for runs that use it
+
     return ByT5Tokenizer()
 
 

@@ -1,12 +1,14 @@
 """Reads pictures of digits: which digits, in which colours, at which places."""
 
 import functools
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from sklearn.svm import SVC
 
 from sd3_jax.data.digits import COLOURS, SIDE, Scene, Thing, scans
+
+if TYPE_CHECKING:
+    from sklearn.svm import SVC
 
 INK = 0.25  # a pixel of less is paper
 
@@ -90,8 +92,10 @@ def _centred(ink: np.ndarray) -> np.ndarray:
 
 
 @functools.cache
-def classifier() -> SVC:
+def classifier() -> "SVC":
     """A digit classifier fitted on training scans only."""
+    from sklearn.svm import SVC  # slow to import, and jobs of other data do not need it
+
     # None of the held-out scans, on which digit_scenes.read_scans measures it.
     images, labels = scans(held_out=False)
     cells = [_centred(ink[_bounds(ink > INK)]) for ink in images]
