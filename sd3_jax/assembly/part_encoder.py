@@ -107,6 +107,17 @@ class PartEncoder:
         yield from (by_bucket[bucket] for bucket in sorted(by_bucket))
 
     @property
+    def tensor_names(self) -> list[str]:
+        """The tensors of a record, as `encode` gives them."""
+        names = [self.encoder.form if self.pictures else "image"]
+        if self.settings.rejected:
+            names.append(REJECTED + names[0])
+        if self.texts:
+            names += ["clip", "pooled"]
+            names += ["t5"] * (self.encoder.bundle.text_models.t5 is not None)
+        return names
+
+    @property
     def ahead(self) -> int:
         return 2 * self.config.threads
 

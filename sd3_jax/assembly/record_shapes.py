@@ -1,5 +1,7 @@
 """The shapes that a config fixes: its buckets, and a record's tensors in each."""
 
+from collections.abc import Iterable
+
 from ml_collections import ConfigDict
 
 from sd3_jax.config import relations
@@ -35,3 +37,14 @@ def tensor_shapes(config: ConfigDict, bucket: Bucket) -> dict[str, tuple[int, ..
         "context": (config.text.length, model.context_dim),
         "pooled": (model.pooled_dim,),
     }
+
+
+def stored_tensors(
+    config: ConfigDict, bucket: Bucket, names: Iterable[str]
+) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Shape and dtype of those of a record's tensors that precompute stores."""
+    shapes, encode = tensor_shapes(config, bucket), config.encode
+    dtype = {"image": "uint8", "moments": encode.latents_dtype}
+    dtype["latents"] = encode.latents_dtype
+    kind = lambda name: dtype.get(name.removeprefix(REJECTED), encode.text_dtype)
+    return {name: (shapes[name], kind(name)) for name in names}

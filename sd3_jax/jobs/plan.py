@@ -213,9 +213,7 @@ def planned(
     module = hlo.parse(compiled.text)
     # In the mesh's order, which is that of the program's partitions.
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
-    program = schedule.Schedule(
-        module, tpu_slice.generation, mesh.shape, links, schedule.usual_branch
-    )
+    program = schedule.Schedule(module, tpu_slice.generation, mesh.shape, links)
     account = program.run()
     return (
         row

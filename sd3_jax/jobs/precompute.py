@@ -28,7 +28,6 @@ from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.monitoring.progress import Progress
-from sd3_jax.sampling.bundle import TEXT
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.tools.plan import storage
 
@@ -39,10 +38,6 @@ POLL = 1.0  # seconds between two looks at what other hosts have done
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Write records/, parts/, manifest.json and rejected.jsonl in workdir."""
     workdir = epath.Path(workdir)
-    if config.precompute.plan:
-        if jax.process_index() == 0:
-            print(storage_plan(config, workdir))
-        return
     with lock.held(workdir, "precompute"), processes.stopping() as stop:
         # --- plan the input, on process 0; a listing has no time limit
         settings = precompute_plan.ingest_settings(config)
@@ -70,6 +65,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         todo = processes.first(compare_plan, seconds=watchdog.LONG)
         parts = precompute_plan.read_plan(workdir)
         manifest = Manifest(workdir, len(parts))
+        if jax.process_index() == 0:
+            print(*storage_lines(config, part_encoder, parts), sep="\n")
 
         # --- convert parts until all are done
         convert_all(part_encoder, parts, todo, manifest, stop)
@@ -196,27 +193,14 @@ def lines(total: dict) -> Iterator[str]:
         yield f"  {encoder} does not read {count:,} captions to their end"
 
 
-def storage_plan(config: ConfigDict, workdir: epath.Path) -> str:
-    """Plan the storage of config.precompute.plan invented pictures; reads none."""
-    encode, only = config.encode, config.precompute.only
-    vae, text = "vae" in only, any(name in only for name in TEXT)
-    plan = storage.plan(
-        config.precompute.plan,
-        buckets=record_shapes.bucket_table(config),
-        latents=("moments" if encode.form == "moments" else "sample")
-        if vae
-        else "image",
-        latents_dtype=encode.latents_dtype,
-        channels=config.model.channels,
-        text_tokens=config.text.length if text else 0,
-        context_dim=config.model.context_dim,
-        pooled_dim=config.model.pooled_dim,
-        text_dtype=encode.text_dtype,
-        part=config.precompute.part,
-        batch_size=config.data.batch_size,
-        seed=config.seed,
-    )
-    workdir.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(plan._asdict(), indent=1, default=str)
-    write_whole(workdir / "storage.json", text.encode())
-    return plan.text()
+def storage_lines(
+    config: ConfigDict, part_encoder: PartEncoder, parts: list[Part]
+) -> Iterator[str]:
+    """The lines on disk space that precompute prints before it reads a picture."""
+    names = part_encoder.tensor_names
+    layouts = [
+        record_shapes.stored_tensors(config, bucket, names)
+        for bucket in part_encoder.settings.buckets
+    ]
+    counts = [part.count for part in parts]
+    return storage.lines(list(map(storage.tensor_bytes, layouts)), counts)

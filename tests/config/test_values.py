@@ -152,14 +152,13 @@ def scored(config, parts, params, mesh):
 
 def prepared(config, workdir):
     """precompute up to the first batch that it would encode."""
-    if config.precompute.plan:
-        assert precompute.storage_plan(config, workdir)
     settings = precompute_plan.ingest_settings(config)
     parts = precompute_plan.plan_input(config, workdir, settings)
     work = precompute.new_encoder(config, settings)
     made_by = precompute_plan.record_settings(config, work.encoder, "")
     todo = precompute_plan.remaining_parts(config, workdir, made_by, parts, {})
     assert todo == [*range(len(parts))]
+    assert list(precompute.storage_lines(config, work, parts))
     progress = SimpleNamespace(add=lambda **_: None)
     with ThreadPoolExecutor(config.precompute.threads) as readers:
         batches = work.batches(parts[0], readers, [], [], progress)

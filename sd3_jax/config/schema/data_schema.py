@@ -116,11 +116,6 @@ PRECOMPUTE = dict(
     held_out=Key(
         0.0, BELOW_ONE, "Share of the pictures that goes into validation shards."
     ),
-    plan=Key(
-        0,
-        integer(0, 10**15),
-        "Print what this many pictures would take, and read none; 0: precompute.",
-    ),
 )
 DEDUP = dict(
     embed=Key(

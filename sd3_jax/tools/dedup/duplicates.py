@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 FEW = 10_000  # up to here all are compared with all, without faiss
 SAMPLE = 256  # vectors a cluster that the clusters are found by
 ROUNDS = 10  # of k-means
+SEED = 0  # of its sample and start
 ROWS = 1024  # of a block of products, against at most COLUMNS: 16 MB
 COLUMNS = 4096
 MOST = 128  # pairs with earlier ones that an item keeps, a cluster
@@ -41,7 +42,6 @@ def pairs(
     threshold: float,
     clusters: int = 0,
     probes: int = 4,
-    seed: int = 0,
 ) -> tuple[Int64[ndarray, "m 2"], Float[ndarray, " m"]]:
     """Sorted pairs (i, j), i < j, with a cosine of at least `threshold`; the cosines.
 
@@ -54,7 +54,7 @@ def pairs(
     n = len(rows)
     clusters = min(clusters or default_clusters(n), n)
     codes, left_out = [np.zeros(0, np.int64)], 0
-    for members in _clustered(rows, clusters, min(probes, clusters), seed):
+    for members in _clustered(rows, clusters, min(probes, clusters)):
         for i, j, dropped in _within(rows, members, threshold - SLACK):
             codes.append(i * n + j)
             left_out += dropped
@@ -116,21 +116,21 @@ def _distinct(units):
     return units[[group[0] for group in groups]], groups
 
 
-def _clustered(rows, clusters, probes, seed) -> Iterator[ndarray]:
+def _clustered(rows, clusters, probes) -> Iterator[ndarray]:
     """The members of each cluster, in order; each row is in `probes` clusters."""
     n, d = rows.shape
     if clusters <= 1:
         yield np.arange(n)
         return
     faiss = _faiss()
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(SEED)
     sample = rng.choice(n, min(n, SAMPLE * clusters), replace=False)
     kmeans = faiss.Kmeans(
         d,
         clusters,
         niter=ROUNDS,
         spherical=True,
-        seed=seed % 2**31,
+        seed=SEED,
         min_points_per_centroid=1,
         max_points_per_centroid=SAMPLE,
     )

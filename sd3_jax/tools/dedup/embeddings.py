@@ -22,24 +22,22 @@ SSCD_MEAN, SSCD_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # ImageNet's
 class SSCD:
     """An SSCD model from a TorchScript file; most give (n, 512) float32.
 
-    SSCD("sscd_disc_mixup.torchscript.pt")(pictures); `device` is "cpu" or "cuda".
+    SSCD("sscd_disc_mixup.torchscript.pt")(pictures) runs on the CPU.
     """
 
-    def __init__(self, path: epath.PathLike, *, device: str = "cpu"):
+    def __init__(self, path: epath.PathLike):
         torch, path = _torch(), epath.Path(path)
         try:
             with path.open("rb") as file:
-                self._model = torch.jit.load(file, map_location=device).eval()
+                self._model = torch.jit.load(file, map_location="cpu").eval()
         except OSError as error:
             reason = error.strerror or error
             raise UserError(f"{path}: cannot be read: {reason}") from None
         except RuntimeError as error:  # torch.jit's, many lines of C++ frames
             raise UserError(
                 f"{path}: {shown(str(error).splitlines()[0], 120)}; wanted a file of"
-                " TorchScript, such as sscd_disc_mixup.torchscript.pt, and a device"
-                f' that is there, given "{device}"'
+                " TorchScript, such as sscd_disc_mixup.torchscript.pt"
             ) from None
-        self._device = device
 
     def __call__(
         self, pictures: Sequence[UInt8[ndarray, "_ _ 3"]]
@@ -47,12 +45,12 @@ class SSCD:
         torch = _torch()
         batch = np.stack([_square(picture) for picture in pictures])  # (n, 3, s, s)
         with torch.inference_mode():
-            embeddings = self._model(torch.from_numpy(batch).to(self._device))
-        return embeddings.float().cpu().numpy()
+            embeddings = self._model(torch.from_numpy(batch))
+        return embeddings.float().numpy()
 
 
 def embedded(
-    embed: Callable, pictures: Sequence[UInt8[ndarray, "_ _ 3"]], name: str = "embed"
+    embed: Callable, pictures: Sequence[UInt8[ndarray, "_ _ 3"]], name: str
 ) -> Float32[ndarray, "n d"]:
     """Call a user's embedding; UserError if it fails or does not give floats (n, d)."""
     try:

@@ -1,7 +1,8 @@
 """Perceptual fingerprints of pictures, which need no weights, and their comparison.
 
 Comparing takes two steps. `prints` has descriptors for a loose search; `likeness` lays
-the thumbnails of the pairs that it finds over each other.
+the thumbnails of the pairs that it finds over each other. At as few false pairs
+the libraries pdqhash and imagehash find fewer altered copies (benchmarks/dedup.md).
 """
 
 from collections.abc import Sequence

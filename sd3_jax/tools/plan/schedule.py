@@ -7,7 +7,7 @@ units, latencies and contention are left out, so the sum is a bound and no forec
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -65,9 +65,8 @@ WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch", "host": "host"}
 class Schedule:
     """A program's operations as events, and the account of a run.
 
-    `branch(x, lengths)` says which of a conditional's computations, of so many
-    instructions each, a usual run takes; without it the longest. Loops of unknown
-    length count one turn and kernels of unknown FLOPs none: see `unknown`.
+    Of a conditional it runs `usual_branch`. Loops of unknown length count one turn and
+    kernels of unknown FLOPs none: see `unknown`.
     """
 
     def __init__(
@@ -76,10 +75,8 @@ class Schedule:
         chip: Generation,
         mesh: Mapping[str, int],
         links: Links,
-        branch: Callable[[Instruction, dict[str, int]], str] | None = None,
     ):
         self.module, self.chip, self.mesh, self.links = module, chip, mesh, links
-        self.branch = branch or (lambda _, lengths: max(lengths, key=lengths.get))
         self.unknown: set[str] = set()  # what could not be counted
         self._events: dict[str, list[Event]] = {}
 
@@ -114,7 +111,7 @@ class Schedule:
             yield Event("call", x.called[0])
         elif x.opcode == "conditional":
             lengths = {name: self.module.size(name) for name in x.branches}
-            yield Event("call", self.branch(x, lengths))
+            yield Event("call", usual_branch(x, lengths))
         elif operation_costs.is_done(x):
             yield Event("end", _first(x, home))
         else:
@@ -265,8 +262,9 @@ class Schedule:
 
 
 def usual_branch(x: Instruction, lengths: dict[str, int]) -> str:
-    """The branch that most steps take: the shorter one for the EMA, which is updated
-    only now and then, else the longer one: the shorter skips a non-finite step."""
+    """The branch that most steps take, by the number of instructions of each: the
+    shorter one for the EMA, which is updated only now and then, else the longer one:
+    the shorter skips a non-finite step."""
     choose = min if "/ema/" in x.source else max
     return choose(lengths, key=lengths.get)
 
