@@ -67,6 +67,7 @@ setup(
     package_data={
         "sd3_jax.data": ["vocabulary/*"],  # CLIP's, with its licence
         "sd3_jax.flags": ["*.env"],
+        "sd3_jax.reports": ["templates/*"],
     },
     install_requires=[
         "array_record>=0.8",
@@ -76,6 +77,7 @@ setup(
         "huggingface_hub>=0.30",
         "jax>=0.10.1",  # 0.10.0: AbstractDevice has no attribute platform
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
         "ml_collections>=1.0",
