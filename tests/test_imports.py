@@ -28,7 +28,7 @@ MAY = {
     "reports": {"data", "monitoring"},
     "tools": {"reports", "evaluation", "training", "sampling", "weights", "models"},
 }
-MAY["sampling"] |= {"reports", "pictures", *FLOOR}
+MAY["sampling"] |= {"pictures", *FLOOR}
 MAY["training"] |= {"checkpoints", "monitoring", *FLOOR}
 MAY["evaluation"] |= {*FLOOR}
 MAY["reports"] |= {*FLOOR}

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from scipy.stats import binomtest
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
@@ -46,10 +47,9 @@ def score(name: str, right: Sequence[bool]) -> Score:
     """The share of right pictures, with Wilson's interval."""
     # Wilson's interval stays within [0, 1] and has a width at 0 and 1 too, where the
     # normal approximation has none.
-    n, p, z = len(right), float(np.mean(right)), 1.96
-    centre = (p + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * np.sqrt(p * (1 - p) / n + z**2 / (4 * n**2))
-    return Score(name, p, n, float(centre - half), float(centre + half))
+    n, p = len(right), float(np.mean(right))
+    low, high = binomtest(sum(right), n).proportion_ci(method="wilson")
+    return Score(name, p, n, float(low), float(high))
 
 
 def mean(name: str, values: Sequence[float]) -> Score:

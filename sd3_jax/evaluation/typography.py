@@ -10,6 +10,8 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 
+from rapidfuzz.distance import Levenshtein
+
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
 from sd3_jax.evaluation import scorers
@@ -90,7 +92,7 @@ def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer
 def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdict:
     # Edits take time in the product of lengths; an OCR that repeats itself is cut.
     wanted, read = normal(wanted, ignore), normal(read, ignore)[:READ]
-    rate = edits(wanted, read) / max(len(wanted), 1)
+    rate = Levenshtein.distance(wanted, read) / max(len(wanted), 1)
     reason = "" if wanted == read else f'wanted "{wanted}", read "{shown(read)}"'
     return Verdict(float(wanted == read), reason, {ERRORS: rate})
 
@@ -108,19 +110,6 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     # Mean of the rates, not of the edits: every prompt counts equally.
     rates = [v.others[ERRORS] for v in verdicts]
     return [*scores, scorers.mean(f"typography, {ERRORS}", rates)]
-
-
-def edits(a: str, b: str) -> int:
-    """Levenshtein distance: characters inserted, deleted or substituted."""
-    # One row of the table of prefixes is enough for the distance.
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row[0] = row[0], i
-        for j, y in enumerate(b, 1):
-            # `above` is the diagonal entry of the row before.
-            substituted = above + (x != y)
-            above, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, substituted)
-    return row[-1]
 
 
 def _exact(name: str, verdicts: Sequence[Verdict]) -> Score:

@@ -45,7 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     first = [model["first_departure"] for model in models]
     result["passed"] = not any(first)
     write_whole(workdir / "compare.json", json.dumps(result, indent=1).encode())
-    write_whole(workdir / "compare.html", report.html(result, workdir).encode())
+    write_whole(workdir / "compare.html", report.html(result).encode())
     print(*lines(result), workdir / "compare.html", sep="\n")
     return 0 if result["passed"] else 1
 

@@ -37,19 +37,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     default = base.get_config().to_dict()
     # configs/sd3_2b.py:tiny → sd3_2b:tiny
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
-    text = html_page.document(
-        f"{name}: training report",
-        run_sections.head(name, rows, settings, facts),
-        run_sections.samples(workdir),
-        run_sections.scores(scores),
-        run_sections.training(rows),
-        run_sections.validation(rows),
-        run_sections.goodput(goodput.table(rows)),
-        run_sections.samples_over_training(workdir, rows),
-        run_sections.settings(settings, default, facts),
-        html_page.element(
-            "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
-        ),
+    text = html_page.render(
+        "report.html",
+        **run_sections.head(name, rows, settings, facts),
+        sheet=run_sections.sheet(workdir),
+        scores=run_sections.scores(scores),
+        training=run_sections.training(rows),
+        validation=run_sections.validation(rows),
+        goodput=run_sections.goodput(goodput.table(rows)),
+        film=run_sections.film(workdir, rows),
+        settings=run_sections.settings(settings, default),
+        facts=run_sections.flat(facts),
+        workdir=workdir,
+        date=number_format.date(datetime.now(UTC)),
     )
     path = workdir / "report.html"
     files.write_whole(path, text.encode())

@@ -25,7 +25,8 @@ from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling import contact_sheet, output_filter, prompt_file
+from sd3_jax.reports import html_page
+from sd3_jax.sampling import output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
 from sd3_jax.sampling.released_sampler import ReleasedSampler, load_for_sampling
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
@@ -273,7 +274,8 @@ class Lines:
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
     """Writes the lines in order, and two contact sheets."""
     write_whole(workdir / LINES, Lines.text(lines).encode())
-    write_whole(workdir / "samples.html", contact_sheet.html(lines).encode())
+    page = html_page.render("samples.html", lines=lines)
+    write_whole(workdir / "samples.html", page.encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
     first = [line for line in lines if there(line)][:SHOWN]
     images = [read_own(workdir / line["file"])[0] for line in first]

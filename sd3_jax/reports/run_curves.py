@@ -14,7 +14,7 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         subject = "No finite value" if values else "Nothing"
-        return html_page.panel(title, "", f"{subject} of “{name}” was logged.")
+        return html_page.Panel(title, "", f"{subject} of “{name}” was logged.")
     window = plots.window_for(len(values)) if smooth else 1
     frame = plots.frame_for(finite, zero=zero, clip=window > 1)
     svg = plots.over_steps(steps, values, window=window, frame=frame)
@@ -25,7 +25,7 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
     for subject, number in (("Above the frame", above), ("Not finite", lost)):
         caption += f" {subject}: {number} of {len(values)}." if number else ""
-    return html_page.panel(title, svg, caption)
+    return html_page.Panel(title, svg, caption)
 
 
 def by_t(rows):
@@ -38,10 +38,10 @@ def by_t(rows):
             curves[row["step"]] = ts, [number_format.finite(row[names[t]]) for t in ts]
     title = "Validation loss by t"
     if not curves:
-        return html_page.panel(title, "", "No validation loss by t was logged.")
+        return html_page.Panel(title, "", "No validation loss by t was logged.")
     shown = {step: curves[step] for step in evenly_spaced(sorted(curves), CURVES)}
     caption = "Each curve is one evaluation, the last one in colour."
-    return html_page.panel(title, plots.by_t(shown), caption)
+    return html_page.Panel(title, plots.by_t(shown), caption)
 
 
 def series(rows, kind, name):

@@ -50,10 +50,18 @@ def test_the_match_is_exact_but_for_what_is_ignored():
 
 @pytest.mark.parametrize(
     "a, b, count",
-    [("", "", 0), ("", "abc", 3), ("kitten", "sitting", 3), ("ab", "ba", 2)],
+    [
+        ("", "", 0),
+        ("", "abc", 3),
+        ("kitten", "sitting", 3),
+        ("ab", "ba", 2),
+        ("é字", "e字😀", 2),
+    ],
 )
-def test_edits_are_levenshteins(a, b, count):
-    assert typography.edits(a, b) == typography.edits(b, a) == count
+def test_the_error_rate_is_of_levenshteins_distance(a, b, count):
+    for wanted, read in ((a, b), (b, a)):
+        rate = typography.judged(wanted, read).others[typography.ERRORS]
+        assert rate * max(len(wanted), 1) == pytest.approx(count)
 
 
 def test_typography_counts_categories_and_errors():

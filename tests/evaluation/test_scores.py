@@ -55,6 +55,9 @@ def test_the_score_has_wilson_bounds():
     s = digit_scenes.score("x", [True] * 8 + [False] * 2)
     assert (s.score, s.n) == (0.8, 10)
     np.testing.assert_allclose((s.low, s.high), (0.490, 0.943), atol=1e-3)
+    # Exactly: the report's bar is left out where a bound is outside [0, 1].
+    assert digit_scenes.score("x", [False] * 8).low == 0
+    assert digit_scenes.score("x", [True] * 8).high == 1
 
 
 def test_variety_is_one_for_real_pictures_and_nothing_for_copies():

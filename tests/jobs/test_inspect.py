@@ -176,7 +176,7 @@ def test_captions_are_text_and_not_markup(tmp_path):
     assert run(tmp_path) == 0
     text = page(tmp_path)
     assert "<script" not in text and "<b>" not in text
-    assert "&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt; &amp; a fox" in text
+    assert "&lt;script&gt;alert(&#34;1&#34;)&lt;/script&gt; &amp; a fox" in text
 
 
 def test_an_image_is_shown_as_it_is(tmp_path):

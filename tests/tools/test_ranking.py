@@ -59,3 +59,5 @@ def test_correlation_is_of_ranks():
     assert correlation(a, b) == pytest.approx(spearmanr(a, b).statistic)
     assert correlation(a, -np.exp(a)) == pytest.approx(-1)
     assert np.isnan(correlation(a, np.ones(30)))
+    diverged = np.array([1, 2, 3, np.nan])
+    assert correlation(diverged, np.arange(4)) == pytest.approx(1)

@@ -5,6 +5,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 from numpy import ndarray
+from scipy.stats import rankdata
 
 
 class PowerLaw(NamedTuple):
@@ -64,14 +65,8 @@ def frontier(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> ndarray:
 
 def correlation(a: Float[ndarray, " n"], b: Float[ndarray, " n"]) -> float:
     """Spearman's: Pearson's of the ranks, ties sharing theirs."""
-    a, b = (_ranks(np.asarray(x, float)) for x in (a, b))
+    # NaN, of a run that diverged, ranks above all numbers.
+    a, b = (rankdata(np.nan_to_num(x, nan=np.inf)) for x in (a, b))
     if len(a) < 3 or a.std() == 0 or b.std() == 0:
         return float("nan")
     return float(np.corrcoef(a, b)[0, 1])
-
-
-def _ranks(x):
-    _, inverse, counts = np.unique(x, return_inverse=True, return_counts=True)
-    # Ties get the mean of the ranks that they take.
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[inverse]

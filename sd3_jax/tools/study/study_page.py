@@ -12,46 +12,29 @@ from sd3_jax.tools.study import study_tables as tables
 
 def html(results: Sequence[dict], workdir: epath.Path) -> str:
     ranked = tables.ranks(results)
-    figures = [
-        ("variants", str(len(ranked)), ""),
-        ("runs", str(len(results)), ""),
-        ("best by rank", ranked[0]["variant"], ""),
-    ]
-    drawn = [html_page.panel(*x) for x in panels(results)]
-    return html_page.document(
-        f"{workdir.name}: study",
-        html_page.element("p", "Study", class_="eyebrow"),
-        html_page.element("h1", workdir.name),
-        html_page.stats(figures),
-        html_page.section("Ranks", html_page.note(RANKS), rank_table(ranked, results)),
-        html_page.section("Curves", html_page.panels(drawn)),
-        html_page.section("Tables", html_page.element("pre", tables.markdown(results))),
-        html_page.element(
-            "footer", f"{workdir} · written {number_format.date(datetime.now(UTC))}"
-        ),
-    )
-
-
-RANKS = (
-    "Mean front by non-dominated sorting on score and FID, over seeds, weights and "
-    "sampler settings; lower is better (paper, Table 1)."
-)
-
-
-def rank_table(rows: Sequence[dict], results: Sequence[dict]) -> html_page.Html:
     every = [steps for steps, _ in tables.samplers(results)]
-    most = max(row["all"] for row in rows)
-    head = {"Variant": "code", "All": "number", "": "bar"}
-    head |= {f"{every[0]} steps": "number", f"{every[-1]} steps ": "number"}
-    return html_page.table(
-        head,
-        [
-            (
-                *(r["variant"], f"{r['all']:.2f}", html_page.filled(r["all"] / most)),
-                *(f"{r['few']:.2f}", f"{r['many']:.2f}"),
-            )
-            for r in rows
+    most = max(row["all"] for row in ranked)
+    ranks = [
+        (
+            *(r["variant"], f"{r['all']:.2f}", html_page.Bar(0, r["all"] / most)),
+            *(f"{r['few']:.2f}", f"{r['many']:.2f}"),
+        )
+        for r in ranked
+    ]
+    return html_page.render(
+        "study.html",
+        figures=[
+            ("variants", len(ranked), ""),
+            ("runs", len(results), ""),
+            ("best by rank", ranked[0]["variant"], ""),
         ],
+        ranks=ranks,
+        few=every[0],
+        many=every[-1],
+        panels=panels(results),
+        markdown=tables.markdown(results),
+        workdir=workdir,
+        date=number_format.date(datetime.now(UTC)),
     )
 
 
@@ -62,8 +45,7 @@ def figures(results: Sequence[dict]) -> dict[str, str]:
     return {name(title): plots.standalone(svg) for title, svg, _ in panels(results)}
 
 
-def panels(results: Sequence[dict]) -> list[tuple[str, str, str]]:
-    """(title, plot, caption) each."""
+def panels(results: Sequence[dict]) -> list[html_page.Panel]:
     first = tables.ranks(results)[0]["variant"]
     weights = results[0]["scores"][0]["weights"]
     _, cfg = tables.middle(results)
@@ -79,7 +61,7 @@ def panels(results: Sequence[dict]) -> list[tuple[str, str, str]]:
             ("Loss by t", *by_t(results, first)),
             ("Loss and score", *against(results, weights, first)),
         ]
-    return drawn
+    return [html_page.Panel(*panel) for panel in drawn]
 
 
 def over_steps(results, kind, cfg, weights, first) -> tuple[str, str]:
