@@ -1,8 +1,9 @@
 """CLIP with both towers: pictures and texts to embeddings in one space."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -37,7 +38,6 @@ class Clip:
     mesh: Mesh
     source: str
     rows: int = 8  # a device at a time
-    _memo: dict = field(default_factory=dict, compare=False)
 
     @property
     def dim(self) -> int:
@@ -60,14 +60,12 @@ class Clip:
         ids = lambda batch: tokenizers.clip_ids(self.tokenizer, batch, length)
         return self._batched("text", texts, ids)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the vision tower's weights and of how pictures are prepared."""
-        if "fingerprint" not in self._memo:
-            weights = tree.fingerprint(self.variables["vision"])
-            description = f"{weights} {self.modules['vision']} {self.prepare}"
-            digest = hashlib.sha256(description.encode()).hexdigest()[:12]
-            self._memo["fingerprint"] = digest
-        return self._memo["fingerprint"]
+        weights = tree.fingerprint(self.variables["vision"])
+        description = f"{weights} {self.modules['vision']} {self.prepare}"
+        return hashlib.sha256(description.encode()).hexdigest()[:12]
 
     def _batched(self, tower, inputs, prepare) -> ndarray:
         """Embeddings in batches of one size; the last is padded with its first row."""
