@@ -3,6 +3,7 @@
 A killed job resumes where it stopped.
 """
 
+import functools
 import hashlib
 import json
 import logging
@@ -14,8 +15,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import pictures, tree
@@ -25,9 +26,9 @@ from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling import contact_sheet, output_filter, prompt_file
+from sd3_jax.sampling import compiled, contact_sheet, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import ReleasedSampler, load_for_sampling
+from sd3_jax.sampling.released_sampler import load_for_sampling, sample_tasks
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
@@ -45,11 +46,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        make = released if config.weights else trained
-        if make is trained and config.text.name == "bytes":
-            warn_of_cut_prompts(tasks, config.text.length)
-        sample_batch, facts = make(config, workdir, mesh, tasks)
+    with compiled.on(mesh):
+        if config.weights:
+            sample_batch, facts = released(config, mesh, tasks)
+        else:
+            sample_batch, facts = trained(config, workdir, mesh)
+            if config.text.name == "bytes":
+                warn_of_cut_prompts(tasks, config.text.length)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         # A line holds settings and fingerprints of weights: a picture is skipped only
         # if all of these are equal.
@@ -89,7 +92,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def trained(
-    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+    config: ConfigDict, workdir: epath.Path, mesh: Mesh
 ) -> tuple[Callable, dict]:
     """A sampler of tasks by the newest checkpoint, and the facts for each line."""
     parts = model_parts.build_parts(config)
@@ -126,18 +129,18 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
 
 
 def released(
-    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+    config: ConfigDict, mesh: Mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     settings = {task.group: task.settings for task in tasks}
-    sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
-    facts = {"weights": sampler.bundle.fingerprint()}
-    if scheduler := sampler.bundle.scheduler.non_default_settings():
+    bundle = load_for_sampling(config, mesh, list(settings.values()))
+    facts = {"weights": bundle.fingerprint()}
+    if scheduler := bundle.scheduler.non_default_settings():
         facts["scheduler"] = scheduler
-    if sampler.bundle.quantize:
-        facts["quantize"] = sampler.bundle.quantize
+    if bundle.quantize:
+        facts["quantize"] = bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return sampler, facts
+    return functools.partial(sample_tasks, bundle), facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:
@@ -263,7 +266,7 @@ class Lines:
     def extend(self, lines: list[dict]) -> None:
         self.lines.extend(lines)
         if jax.process_index() == 0:
-            self.log.append(self.text(lines))
+            self.log.write(self.text(lines))
 
     @staticmethod
     def text(lines: list[dict]) -> str:

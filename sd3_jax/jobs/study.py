@@ -109,16 +109,11 @@ class Study:
         results = {x: self.result(Run(variant, x, 0)) for x in self.options}
         if not all(results.values()):
             return None
-        return min(results, key=lambda x: study_tables.merit(results[x], self.by))
-
-    @property
-    def by(self) -> str:
-        return self.config.study.by
+        by = self.config.study.by
+        return min(results, key=lambda x: study_tables.merit(results[x], by))
 
     def left(self) -> list[Run]:
-        return [
-            study_run for study_run in self.wanted() if self.result(study_run) is None
-        ]
+        return [x for x in self.wanted() if self.result(x) is None]
 
     def results(self) -> list[dict]:
         """Results with "best": whether a run has its variant's best option so far."""

@@ -45,13 +45,8 @@ def figure(line: dict) -> html_page.Html:
     file = quote(line["file"])
     # A job may have a million pictures; the browser loads those in sight.
     picture = html_page.element("img", src=file, alt=prompt, loading="lazy")
-    caption = html_page.element(
-        "figcaption", prompt, html_page.Html("<br>"), small(description)
-    )
+    small = html_page.element("small", description)
+    caption = html_page.element("figcaption", prompt, html_page.Html("<br>"), small)
     return html_page.element(
         "figure", html_page.element("a", picture, href=file), caption
     )
-
-
-def small(text: str) -> html_page.Html:
-    return html_page.element("small", text)

@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
@@ -29,6 +28,7 @@ from sd3_jax.evaluation import (
 )
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
+from sd3_jax.sampling import compiled
 from sd3_jax.sampling.sampler import TrainedSampler, require_text_encoders
 
 
@@ -42,7 +42,7 @@ def measure(
     """Adds scores to `result` and saves it after every sampler setting, so that none is
     repeated. It takes the checkpoint with the least validation loss (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         parts = model_parts.build_parts(config)
         # Process 0 lists the folder: hosts may see different files of a network disk.
         saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
