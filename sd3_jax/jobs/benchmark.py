@@ -279,10 +279,8 @@ class Benchmark:
         for kind in (startup.imports, startup.jobs):
             for i in range(times):
                 log.info("start-up, %s, %d of %d", kind.__name__, i + 1, times)
-                without = [x for x in ("diffusers",) if not machine.present(x)]
-                arguments = (without,) if kind is startup.imports else ()
                 try:
-                    for name, seconds in kind(*arguments, self.log):
+                    for name, seconds in kind(self.log):
                         seconds_by_name.setdefault(name, []).append(seconds)
                 except Failed as error:
                     log.warning("start-up: %s", error)

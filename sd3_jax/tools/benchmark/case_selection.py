@@ -2,9 +2,11 @@
 
 from ml_collections import ConfigDict
 
+from sd3_jax.assembly import model_parts
 from sd3_jax.errors import UserError
 from sd3_jax.tools.benchmark import cases
 from sd3_jax.tools.benchmark.cases import Spec
+from sd3_jax.weights import components
 
 
 def selected_cases(config: ConfigDict) -> list[Spec]:
@@ -50,19 +52,13 @@ def case(config: ConfigDict, text: str) -> Spec:
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
-    # SD3's rule: as many heads as layers, each 64 wide.
-    heads = model.num_heads or spec["depth"]
+    # A case may have another depth than the recipe.
+    model = model.copy_and_resolve_references()
+    model.depth = spec["depth"]
     configs = {
-        "denoiser": lambda: cases.denoiser(
-            depth=spec["depth"],
-            width=model.width or 64 * spec["depth"],
-            num_heads=heads,
-            patch=model.patch,
-            channels=model.channels,
-            qk_norm=model.qk_norm,
-            dual_blocks=model.dual_blocks,
-            pos_size=model.pos_size,
-            pos_base=model.pos_base,
+        "denoiser": lambda: components.denoiser_config(
+            model_parts.denoiser(model),
+            sample_size=model.pos_base * model.patch,
             context_dim=model.context_dim,
             pooled_dim=model.pooled_dim,
         ),
