@@ -102,7 +102,9 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
-    skip_layers = arguments.layers(bundle, skip_layers)
+    depth = bundle.part("denoiser").depth
+    # Sorted, since equal sets are to be one program.
+    skip_layers = tuple(sorted({*argument_checks.skip_layers(skip_layers, depth)}))
     skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: wanted a function (step, t, rgb)")

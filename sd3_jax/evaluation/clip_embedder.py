@@ -99,18 +99,11 @@ def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
     )  # a text's pooled vector
 
 
-def load(
-    source: str,
-    *,
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
-    tokenizers_from: str = "",
-    rows: int = 8,
-) -> Clip:
+def load(source: str, *, tokenizers_from: str = "", rows: int = 8) -> Clip:
     """A folder of transformers' CLIPModel, one .safetensors of it, or a hub name.
 
-    Weights are replicated over `mesh`, by default this process's devices: CLIP is
-    small, and processes embed their shares without waiting for each other.
+    Weights are float32, replicated over this process's devices: CLIP is small, and
+    processes embed their shares without waiting for each other.
     `tokenizers_from` is a folder or hub name of a released model or a tokenizer, for a
     file without one beside it. A UserError says what is missing.
     """
@@ -118,7 +111,7 @@ def load(
     devices = jax.local_devices()
     # Local devices only: a global mesh would make every embedding a collective, and the
     # processes embed different numbers of pictures.
-    mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
+    mesh = sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
     tensors, configs = _open_checkpoint(path)
     modules, variables = {}, {}
     for name, component in TOWERS.items():
@@ -134,8 +127,8 @@ def load(
         config = components.configured(
             component, configs[name] if configs else None, tower_tensors, where=label
         )
-        module = component.build(config, np.dtype(dtype))
-        shapes = components.abstract(component, module, config, mesh, dtype)
+        module = component.build(config, np.dtype("float32"))
+        shapes = components.abstract(component, module, config, mesh, "float32")
         # One file holds both towers; the key prefix tells whose a tensor is.
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
         sharded_load.check(

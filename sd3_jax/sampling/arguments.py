@@ -281,10 +281,3 @@ def latents_of(
     if image.shape[1:] != shape:
         raise UserError(f"latents of {image.shape[1:]}: wanted {shape} each")
     return jnp.asarray(image, jnp.float32)
-
-
-def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:
-    last = bundle.part("denoiser").depth - 1
-    return tuple(
-        sorted(set(argument_checks.whole_numbers("skip_layers", numbers, 0, last)))
-    )

@@ -115,8 +115,7 @@ class Bundle:
                 f"{len(latents)} latents, {len(context)} rows of context and"
                 f" {len(pooled)} of pooled: wanted as many of each"
             )
-        last = module.depth - 1
-        skipped = argument_checks.whole_numbers("skip_layers", skip_layers, 0, last)
+        skipped = argument_checks.skip_layers(skip_layers, module.depth)
         args = compiled.place((latents, t, context, pooled), self.mesh)
         with compiled.on(self.mesh, args):
             return compiled.velocity(module, variables, *args, skip=tuple(skipped))

@@ -93,8 +93,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
                 f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
                 " model"
             )
-    last = denoiser.get("num_layers", 1) - 1
-    argument_checks.whole_numbers("skip_layers", asked["skip_layers"], 0, last)
+    argument_checks.skip_layers(asked["skip_layers"], denoiser.get("num_layers", 1))
     argument_checks.whole(
         "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
     )
