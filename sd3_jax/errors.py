@@ -70,6 +70,7 @@ def prefixed(where: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
+        # A UserError and not its subclass: those mean a kind of record or of config.
         raise UserError(f"{where}: {error}") from None
 
 

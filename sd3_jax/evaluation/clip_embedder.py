@@ -63,6 +63,7 @@ class Clip:
     @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the vision tower's weights and of how pictures are prepared."""
+        # The preparation is part of it: other resampling moves FID as other weights do.
         weights = tree.fingerprint(self.variables["vision"])
         description = f"{weights} {self.modules['vision']} {self.prepare}"
         return hashlib.sha256(description.encode()).hexdigest()[:12]

@@ -109,6 +109,7 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
         return Features(whole, None)
     # A process without pictures takes part in the collectives all the same.
     mine = feature_statistics.none(dim) if total is None else total
+    # Field by field, so that each keeps its own dtype and shape.
     sums = zip(*(everyones(np.asarray(field)) for field in mine))
     statistics = (Statistics(int(count), *rest) for count, *rest in sums)
     return Features(whole, feature_statistics.summed(statistics))

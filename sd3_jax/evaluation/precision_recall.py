@@ -43,7 +43,8 @@ def among(x: ndarray, of: ndarray) -> Bool[ndarray, " n"]:
     """Whether each row of x is in a ball about a row of the others."""
     # (m,) squared radius of the ball about each row of `of`
     near = radii(of)
-    # In blocks of rows: 50,000 x 50,000 distances would take 20 GB.
+    # In blocks of rows, one at a time (a list would hold all): 50,000 x 50,000
+    # distances would take 20 GB.
     blocks = (distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK))
     return np.concatenate([(block <= near).any(1) for block in blocks])
 

@@ -43,6 +43,7 @@ class Score(NamedTuple):
 
     def finite(self) -> dict:
         """The row of scores.json, without infinite bounds, which JSON lacks."""
+        # Of a single picture the interval has no end; a page shows it without one.
         fields = self._asdict().items()
         return {k: x for k, x in fields if isinstance(x, str) or np.isfinite(x)}
 

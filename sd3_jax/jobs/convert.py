@@ -31,6 +31,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
+        # Known by what the file holds, before anything is taken for a model.
         path = epath.Path(config.weights).expanduser()
         if config.weights and path.exists() and sources.is_control(path):
             if config.sample.lora:

@@ -3,6 +3,7 @@
 A killed job resumes where it stopped.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -50,9 +51,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if config.weights:
             sample_batch, facts = released(config, mesh, tasks)
         else:
-            sample_batch, facts = trained(config, workdir, mesh)
             if config.text.name == "bytes":
                 warn_of_cut_prompts(tasks, config.text.length)
+            sample_batch, facts = trained(config, workdir, mesh)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         # A line holds settings and fingerprints of weights: a picture is skipped only
         # if all of these are equal.
@@ -60,7 +61,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
         known = [x for x, there in zip(lines, done) if there]
-        with lock.held(workdir, "sample"), Lines(workdir, known) as written:
+        count = len(known)
+        with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
             for batch, size in batches(tasks, config.sample.batch_size, mesh):
                 # A batch is sampled whole even if one picture of it is missing: a
                 # smaller batch is another program, whose pictures may differ in the
@@ -79,9 +81,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
-                written.extend(fresh)
+                add(fresh)
                 pace = (time.monotonic() - began) / len(left)
-                count = len(written.lines)
+                count += len(left)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if flagged := sum("filtered" in line for line in lines):
         message = "%d of %d pictures are black: config.sample.filter flagged them"
@@ -247,35 +249,29 @@ def save(
         pictures.save_png(shown, workdir / line["file"], info=info)
 
 
-class Lines:
-    """samples.jsonl, which begins with `lines`; only process 0 writes."""
+@contextlib.contextmanager
+def appending(
+    path: epath.Path, lines: list[dict]
+) -> Iterator[Callable[[list[dict]], None]]:
+    """A function that adds lines to samples.jsonl, which begins with `lines`.
 
-    def __init__(self, workdir: epath.Path, lines: list[dict]):
-        self.path, self.lines = workdir / LINES, lines
+    Only process 0 writes.
+    """
+    if jax.process_index() != 0:
+        yield lambda more: None
+        return
+    write_whole(path, text_of(lines).encode())
+    with contextlib.closing(metrics.open_log(path)) as log_file:
+        yield lambda more: log_file.write(text_of(more))
 
-    def __enter__(self) -> "Lines":
-        if jax.process_index() == 0:
-            write_whole(self.path, self.text(self.lines).encode())
-            self.log = metrics.open_log(self.path)
-        return self
 
-    def __exit__(self, *_) -> None:
-        if jax.process_index() == 0:
-            self.log.close()
-
-    def extend(self, lines: list[dict]) -> None:
-        self.lines.extend(lines)
-        if jax.process_index() == 0:
-            self.log.write(self.text(lines))
-
-    @staticmethod
-    def text(lines: list[dict]) -> str:
-        return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+def text_of(lines: list[dict]) -> str:
+    return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
 
 
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
     """Writes the lines in order, and two contact sheets."""
-    write_whole(workdir / LINES, Lines.text(lines).encode())
+    write_whole(workdir / LINES, text_of(lines).encode())
     write_whole(workdir / "samples.html", contact_sheet.html(lines).encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks
     first = [line for line in lines if there(line)][:SHOWN]

@@ -85,6 +85,7 @@ class Metrics:
         row |= {name: _jsonable(value) for name, value in values.items()}
         self._log.write(json.dumps(row) + "\n")
         self._watch.show(step, kind, values)
+        # Services and TensorBoard draw numbers; texts and lists are in the file alone.
         if numbers := _numbers(values):
             for writer in self.writers:
                 writer.write(step, kind, numbers)

@@ -54,6 +54,7 @@ def pixel_mask(
 ) -> Float[np.ndarray, "b H W 1"]:
     """A mask over the pixels of latents of `shape`; UserError for another size."""
     x = mask(masks)
+    # Not resized: where the border of a repainted area runs is the caller's choice.
     sides = shape[0] * factor, shape[1] * factor
     if x.shape[1:3] != sides:
         raise UserError(

@@ -137,6 +137,7 @@ def sample_tasks(
         skip_start=s["skip_start"],
         skip_stop=s["skip_stop"],
     )
+    # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]
     return pictures.to_uint8(2 * images.astype(np.float32) - 1)

@@ -69,6 +69,7 @@ def _warm(loaded, times: int) -> dict:
 
 
 def _run(loaded) -> dict:
+    # Both clocks: seconds of CPU over seconds show how many cores were busy.
     start, cpu = time.perf_counter(), time.process_time()
     loaded.call()
     seconds = time.perf_counter() - start

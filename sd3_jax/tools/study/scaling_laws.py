@@ -37,6 +37,7 @@ def power_law(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> PowerLaw:
     # Around the mean of log x, so that slope and height are uncorrelated.
     x0 = float(np.exp(np.log(x).mean()))
     # Three free numbers need more than three points.
+    # A floor at the least loss itself would leave it the logarithm of 0.
     shares = np.linspace(0, 1, 400)[:-1] if len(x) > 3 else [0]
     return min(
         (_line(x, loss, x0, share * loss.min()) for share in shares),
