@@ -8,6 +8,7 @@ share a workdir: each takes a run that no other works on. The tables are printed
 written to study.md, study.json and study.html.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -149,15 +150,14 @@ class Study:
     def take(self, study_run: Run) -> bool:
         """Trains and measures a run; False if another process works on it."""
         folder = self.folder(study_run)
-        # Entered by hand: a lock that is taken means "try the next run", not an error.
-        held = lock.held(folder, "study")
-        try:
-            held.__enter__()
-        except UserError as error:
-            if "another job" not in str(error):
-                raise
-            return False
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.held(folder, "study"))
+            except UserError as error:
+                # A lock that is taken means "try the next run", and is no error.
+                if "another job" not in str(error):
+                    raise
+                return False
             # Asked again under the lock: another process may have finished the run
             # meanwhile.
             if self.result(study_run) is None:
@@ -165,8 +165,6 @@ class Study:
                 words = f"{study_run.variant} {study_run.option}".strip()
                 log.info("run %d: %s, seed %d", done + 1, words, study_run.seed)
                 self.do(study_run, self.settings(study_run), folder)
-        finally:
-            held.__exit__(None, None, None)
         return True
 
     def do(self, study_run: Run, config: ConfigDict, folder: epath.Path) -> None:

@@ -227,15 +227,15 @@ def _words(kind, values):
     words = {
         "loss": lambda x: f"loss {x:.4f}",
         "grad_norm": lambda x: f"grad {x:.2f}",
-        "images_per_s": lambda x: f"{_short(x)} img/s",
-        "step_ms": lambda x: f"{_short(x)} ms/step",
+        "images_per_s": lambda x: f"{short(x)} img/s",
+        "step_ms": lambda x: f"{short(x)} ms/step",
         "data_wait": lambda x: f"wait {x:.0%}",
         "mfu": lambda x: f"mfu {x:.1%}",
     }
     return [text(values[name]) for name, text in words.items() if name in values]
 
 
-def _short(x):
+def short(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 

@@ -12,11 +12,12 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import model_parts
+from sd3_jax.checkpoints import step_folders
 from sd3_jax.config import command_line
 from sd3_jax.config.validation import validate
 from sd3_jax.data import digits
 from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.distributed import processes, sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import ConfigError
 from sd3_jax.evaluation import (
     digit_scenes,
@@ -44,8 +45,7 @@ def measure(
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         parts = model_parts.build_parts(config)
-        # Process 0 lists the folder: hosts may see different files of a network disk.
-        saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
+        saved = step_folders.shared_steps(model_parts.checkpoints(folder))
         best = min(
             (row for row in validations if row["step"] in saved),
             key=lambda row: row["loss"],
@@ -92,10 +92,6 @@ def measure(
                 result["scores"].append(key | sampler_settings | measured)
                 keep(result)
     keep(result | {"complete": True})
-
-
-def steps(folder: epath.Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
 
 
 def sampling(config: ConfigDict, setting: str) -> ConfigDict:
