@@ -77,7 +77,6 @@ UNREAD = {
         tune=RESTORED,
         quantize=RELEASED,
     ),
-    "benchmark": dict.fromkeys(("flow", "encode", "tune", "quantize", "eval"), TRAINER),
     "precompute": dict.fromkeys(("optim", "tune", "train", "eval"), TRAINER),
     "inspect": dict.fromkeys(("tokenizers", "sample", "train", "quantize"), RELEASED),
     "plan": dict(

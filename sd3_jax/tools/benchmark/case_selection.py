@@ -2,8 +2,8 @@
 
 from ml_collections import ConfigDict
 
-from sd3_jax.assembly import model_parts
 from sd3_jax.errors import UserError
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.tools.benchmark import cases
 from sd3_jax.tools.benchmark.cases import Spec
 from sd3_jax.weights import components
@@ -52,12 +52,18 @@ def case(config: ConfigDict, text: str) -> Spec:
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
-    # A case may have another depth than the recipe.
-    model = model.copy_and_resolve_references()
-    model.depth = spec["depth"]
+    # A case may have another depth than the recipe. Not by assembly.model_parts, which
+    # imports the data path: a machine with an accelerator may lack its packages.
+    fields = ("patch", "channels", "qk_norm", "dual_blocks", "pos_size")
+    module = MMDiT(
+        depth=spec["depth"],
+        width=model.width or 64 * spec["depth"],
+        num_heads=model.num_heads or spec["depth"],
+        **{name: model[name] for name in fields},
+    )
     configs = {
         "denoiser": lambda: components.denoiser_config(
-            model_parts.denoiser(model),
+            module,
             sample_size=model.pos_base * model.patch,
             context_dim=model.context_dim,
             pooled_dim=model.pooled_dim,
