@@ -7,31 +7,26 @@ Arrays are NHWC. Latents are shifted and scaled. t is in [0, 1], and 1 is noise.
 are floats in [0, 1]; inputs may also be bytes or PIL images (sampling/input_images.py).
 """
 
-import os
-from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 from jaxtyping import Float
 
 from sd3_jax.diffusion import grids, solvers
-from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import (
     argument_checks,
     arguments,
-    bundle_loading,
     compiled,
     control_arguments,
-    masks,
+    input_images,
     seeds,
 )
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.bundle_loading import load, load_control
 from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
@@ -39,39 +34,6 @@ from sd3_jax.sampling.input_images import Pictures
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
 __all__ += ["generate", "load", "load_control", "save"]
 OUTPUTS = ("images", "latents")
-
-
-def load(
-    path_or_hub_name: str | os.PathLike | Sequence[str | os.PathLike],
-    mesh: Mesh | None = None,
-    dtype: str = "bfloat16",
-    *,
-    tokenizers_from: str | None = "",
-    lora: Any = (),
-    quantize: Mapping[str, str] = MappingProxyType({}),
-) -> Bundle:
-    """Load a released model, sharded over `mesh` (by default all devices).
-
-    See sampling.bundle_loading.load for what `path_or_hub_name` may be. `lora` names
-    LoRA files or folders of diffusers, PEFT or kohya, with weights as in
-    "style.safetensors=0.8" or {path: weight}. `quantize` keeps matrices of the denoiser
-    or T5 in eight bits: {"denoiser": "int8", "t5": "fp8"}. Raises UserError, which
-    lists tensors that are missing, extra or of another shape.
-    """
-    mesh = sharding.make_mesh() if mesh is None else mesh
-    return bundle_loading.load(
-        path_or_hub_name,
-        mesh=mesh,
-        dtype=dtype,
-        tokenizers_from=tokenizers_from,
-        lora=lora,
-        quantize=quantize,
-    )
-
-
-def load_control(path_or_hub_name: str | os.PathLike, bundle: Bundle) -> ControlBundle:
-    """Load a ControlNet for `bundle`: a diffusers folder or one .safetensors file."""
-    return bundle_loading.load_control(path_or_hub_name, bundle)
 
 
 def generate(
@@ -140,7 +102,9 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
-    skip_layers = arguments.layers(bundle, skip_layers)
+    depth = bundle.part("denoiser").depth
+    # Sorted, since equal sets are to be one program.
+    skip_layers = tuple(sorted({*argument_checks.skip_layers(skip_layers, depth)}))
     skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: wanted a function (step, t, rgb)")
@@ -152,7 +116,8 @@ def generate(
         skip_layers=bool(skip_layers),
     )
     image = arguments.starting_image(bundle, image)
-    latents = arguments.starting_latents(bundle, latents)
+    if latents is not None:
+        latents = input_images.latents(latents, bundle.part("denoiser").channels)
     arguments.require_embeddings(bundle, prompts, "prompts")
     arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
     start = image if image is not None else latents  # gives the size by default
@@ -189,7 +154,8 @@ def generate(
     if mask is not None:
         if image is None:
             raise UserError("mask without image: wanted both, the picture to repaint")
-        mask = spread(masks.latent_mask(mask, shape, bundle.factor), "mask")
+        mask = input_images.latent_mask(mask, shape, bundle.factor)
+        mask = spread(mask, "mask")
     if image is not None:
         times = grids.strength(times, strength)
         x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)

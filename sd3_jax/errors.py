@@ -3,10 +3,11 @@
 All processes of a run exit with the code of the first one that ended.
 """
 
+import contextlib
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 FAILED, MISTAKE, RETRY, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {  # launch/README.md says what supervisors do with them
@@ -61,6 +62,16 @@ class RunFailed(Exception):
 
 class RetryableError(Exception):
     """A fault outside the run that may pass: one line, exit code 3, restart."""
+
+
+@contextlib.contextmanager
+def prefixed(where: str) -> Iterator[None]:
+    """Begin the message of a UserError with `where`, such as "config.eval.real"."""
+    try:
+        yield
+    except UserError as error:
+        # A UserError and not its subclass: those mean a kind of record or of config.
+        raise UserError(f"{where}: {error}") from None
 
 
 def exit_code(error: BaseException) -> int:

@@ -107,24 +107,19 @@ def remote(path: epath.PathLike) -> bool:
 def read_range(path: str, start: int, end: int) -> bytes:
     """Bytes start to end of a bucket's object, in one request."""
 
-    def read() -> bytes:
-        store, name = _store(path)
+    def read(store: Any, name: str) -> bytes:
         data = store.cat_file(name, start=start, end=end)
         if len(data) != end - start:
             raise ConnectionError(f"{len(data)} of {end - start} bytes came")
         return data
 
-    return retried(read, f"{path}: cannot be read")
+    return _asked(path, read, "cannot be read")
 
 
 def read_whole(path: str) -> bytes:
     """A bucket's object, in one request."""
 
-    def read() -> bytes:
-        store, name = _store(path)
-        return store.cat_file(name)
-
-    return retried(read, f"{path}: cannot be read")
+    return _asked(path, lambda store, name: store.cat_file(name), "cannot be read")
 
 
 def require_answered(path: str, error: Exception) -> None:
@@ -139,24 +134,20 @@ def require_answered(path: str, error: Exception) -> None:
 def write_object(path: epath.PathLike, data: bytes) -> None:
     """Write a bucket's object in one request: all of it, or nothing."""
 
-    def write() -> None:
-        store, name = _store(os.fspath(path))
-        store.pipe_file(name, data)
-
-    retried(write, f"{path}: cannot be written")
+    write = lambda store, name: store.pipe_file(name, data)
+    _asked(path, write, "cannot be written")
 
 
 def upload(local: epath.PathLike, path: epath.PathLike) -> None:
     """Upload a local file to a bucket; it gets its name once it is complete."""
     length = os.stat(local).st_size
 
-    def put() -> None:
-        store, name = _store(os.fspath(path))
+    def put(store: Any, name: str) -> None:
         store.put_file(os.fspath(local), name)
         if (stored := store.info(name)["size"]) != length:
             raise ConnectionError(f"{stored} of {length} bytes came")
 
-    retried(put, f"{path}: cannot be written")
+    _asked(path, put, "cannot be written")
 
 
 def retried(call: Callable[[], T], failure: str) -> T:
@@ -184,6 +175,12 @@ def retried(call: Callable[[], T], failure: str) -> T:
 def _reason(error: Exception) -> str:
     """An error's text on one line, or its type where it has none."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def _asked(path: epath.PathLike, call: Callable[[Any, str], T], failure: str) -> T:
+    """call(client, name) of a bucket's object, retried."""
+    # A client is asked for anew each time: making one may fail as well.
+    return retried(lambda: call(*_store(os.fspath(path))), f"{path}: {failure}")
 
 
 def _store(path: str) -> tuple[Any, str]:

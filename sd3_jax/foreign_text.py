@@ -11,15 +11,21 @@ def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
     With `null_nonfinite`, NaN and infinity become None: pandas and numpy write them for
     missing values. Raises ValueError.
     """
+
+    def number(text: str) -> float | None:
+        value = float(text)  # 1e999 is infinite; json also reads NaN and Infinity
+        if math.isfinite(value):
+            return value
+        if null_nonfinite:
+            return None
+        fault = "is too large" if text[-1].isdigit() else "is no JSON"
+        raise ValueError(f"{shown(text)} {fault}")
+
     # utf-8-sig: some Windows editors write a byte-order mark.
     text = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+    hooks = {"parse_float": number, "parse_constant": number}
     try:
-        return json.loads(
-            text,
-            object_pairs_hook=_unique,
-            parse_constant=_null if null_nonfinite else _no_number,
-            parse_float=_finite_or_null if null_nonfinite else _finite,
-        )
+        return json.loads(text, object_pairs_hook=_unique, **hooks)
     except RecursionError:
         raise ValueError("nested too deeply") from None
 
@@ -43,23 +49,3 @@ def _unique(pairs: list) -> dict:
             raise ValueError(f'"{shown(name)}" stands twice')
         values[name] = value
     return values
-
-
-def _no_number(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
-
-
-def _null(name: str) -> None:
-    return None
-
-
-def _finite_or_null(text: str) -> float | None:
-    value = float(text)
-    return value if math.isfinite(value) else None
-
-
-def _finite(text: str) -> float:
-    value = float(text)  # 1e999 is infinite
-    if not math.isfinite(value):
-        raise ValueError(f"{shown(text)} is too large")
-    return value

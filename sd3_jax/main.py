@@ -1,4 +1,4 @@
-"""The command line: flags -> jax.distributed -> JOBS[name](config, workdir)."""
+"""The command line: flags -> jax.distributed -> jobs.NAME.run(config, workdir)."""
 
 import contextlib
 import errno
@@ -32,7 +32,6 @@ from sd3_jax.errors import (
     UserError,
     exit_code,
 )
-from sd3_jax.jobs import JOBS
 
 PACKAGES = "jax jaxlib flax optax orbax-checkpoint grain numpy".split()
 
@@ -123,7 +122,7 @@ def run(call: Call) -> int:
     with watchdog.watching():
         if joined():
             processes.agree("code or config", statement(call))
-        job = importlib.import_module(JOBS[call.job].module)
+        job = importlib.import_module(f"sd3_jax.jobs.{call.job}")
         try:
             return job.run(call.config, call.workdir) or 0
         except KeyboardInterrupt as stop:  # train says more
@@ -217,6 +216,8 @@ def join_processes() -> None:
     )
     import jax  # no earlier: help and mistakes are not to wait for it
 
+    from sd3_jax.distributed.jax_internals import detected_processes
+
     if peers:
         refuse_port_in_use(peers)
         where = "process {process_id} of {num_processes}, at {coordinator_address}"
@@ -224,6 +225,8 @@ def join_processes() -> None:
             jax.distributed.initialize(
                 **peers, **waits, cluster_detection_method="deactivate"
             )
+    # `initialize` alone will not do: in a Slurm step of one task it hides all GPUs but
+    # one.
     elif (count := detected_processes()) > 1:
         with bounded(seconds, f"one of {count} processes"):
             jax.distributed.initialize(**waits)
@@ -301,14 +304,6 @@ def whole(name, default=None, *, low, high=2**31 - 1):
     if not text.isdecimal() or not low <= int(text) <= high:
         raise UserError(f"{name} = {text}: wanted an integer in [{low}, {high}]")
     return int(text)
-
-
-def detected_processes() -> int:
-    """How many processes jax sees: `initialize` alone will not do, since in a Slurm
-    step of one task it hides all GPUs but one."""
-    from sd3_jax.distributed import jax_internals  # no earlier, for it imports jax
-
-    return jax_internals.detected_processes()
 
 
 if __name__ == "__main__":

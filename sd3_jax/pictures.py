@@ -32,7 +32,6 @@ def grid(
     images: UInt8[ndarray, "n h w 3"],
     *,
     columns: int | None = None,
-    scale: int | float | None = None,
     captions: list[str] | None = None,
 ) -> Image.Image:
     """A contact sheet, row by row; about square by default.
@@ -44,7 +43,7 @@ def grid(
     if captions is not None and len(captions) != n:
         raise ValueError(f"{len(captions)} captions for {n} images")
     columns = min(columns or math.ceil(math.sqrt(n)), n) or 1
-    tiles = [_resize(image, scale or _scale(h, w, columns)) for image in images]
+    tiles = [_resize(image, _scale(h, w, columns)) for image in images]
     width, height = tiles[0].size if tiles else (TILE, TILE)
     gap = min(max(width // 12, 8), 24)
     font = ImageFont.load_default(min(max(width // 16, 11), 26))

@@ -7,6 +7,7 @@ import shlex
 import subprocess
 import sys
 import textwrap
+import types
 from pathlib import Path
 
 import multiprocess
@@ -21,8 +22,9 @@ from sd3_jax.config.relations import RELATIONS
 from sd3_jax.config.schema import KEYS as SCHEMA
 from sd3_jax.config.validation import flatten, leaves, validate
 from sd3_jax.config.value_text import read, show
+from sd3_jax.distributed import jax_internals
 from sd3_jax.errors import ConfigError, UserError
-from sd3_jax.jobs import JOBS, Job
+from sd3_jax.jobs import JOBS
 
 ROOT = Path(__file__).parents[1]
 RECIPES = {
@@ -367,11 +369,10 @@ def test_the_choices_are_those_of_the_code():
 # Running
 
 
-def stand_in(monkeypatch, folder, body):
-    (folder / "stand_in.py").write_text(f"def run(config, workdir):\n    {body}\n")
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.setitem(JOBS, "train", Job("a stand-in", "stand_in"))
-    monkeypatch.delitem(sys.modules, "stand_in", raising=False)
+def stand_in(monkeypatch, body):
+    job = types.ModuleType("stand_in")
+    exec(f"def run(config, workdir):\n    {body}\n", vars(job))
+    monkeypatch.setitem(sys.modules, "sd3_jax.jobs.train", job)
 
 
 def run():
@@ -406,7 +407,7 @@ def run():
     ],
 )
 def test_main_runs_the_job(here, monkeypatch, capsys, body, code, err):
-    stand_in(monkeypatch, here, body)
+    stand_in(monkeypatch, body)
     assert run() == code
     page = capsys.readouterr()
     assert page.err == err
@@ -414,7 +415,7 @@ def test_main_runs_the_job(here, monkeypatch, capsys, body, code, err):
 
 
 def test_a_fault_of_ours_keeps_its_traceback(here, monkeypatch):
-    stand_in(monkeypatch, here, "1 / 0")
+    stand_in(monkeypatch, "1 / 0")
     with pytest.raises(ZeroDivisionError):
         run()
 
@@ -422,7 +423,7 @@ def test_a_fault_of_ours_keeps_its_traceback(here, monkeypatch):
 def test_a_fault_that_passes_keeps_its_traceback_and_ends_with_3(
     here, monkeypatch, capsys
 ):
-    stand_in(monkeypatch, here, "raise ConnectionResetError('peer')")
+    stand_in(monkeypatch, "raise ConnectionResetError('peer')")
     assert run() == 3
     assert capsys.readouterr().err.endswith("ConnectionResetError: peer\n")
 
@@ -571,11 +572,11 @@ def test_a_wrong_environment_is_the_user_s_mistake(monkeypatch, env, wanted):
 
 
 def test_jax_s_own_detection_counts_processes(monkeypatch):
-    assert main.detected_processes() == 1
+    assert jax_internals.detected_processes() == 1
     for name in ("JOB_ID", "STEP_NODELIST", "PROCID", "LOCALID"):
         monkeypatch.setenv(f"SLURM_{name}", "0")
     monkeypatch.setenv("SLURM_NTASKS", "4")
-    assert main.detected_processes() == 4
+    assert jax_internals.detected_processes() == 4
 
 
 @pytest.mark.parametrize(
@@ -587,7 +588,7 @@ def test_jax_s_own_detection_counts_processes(monkeypatch):
 )
 def test_a_failing_process_leaves_at_once(here, fault, code, err):
     """Without os._exit it would wait for its peer until the shutdown barrier ends."""
-    (here / "job.py").write_text(
+    (here / "train.py").write_text(
         "import jax, os, time\nfrom sd3_jax.errors import UserError\n"
         "def run(config, workdir):\n"
         "    assert jax.distributed.is_initialized()\n"
@@ -596,8 +597,8 @@ def test_a_failing_process_leaves_at_once(here, fault, code, err):
         "    time.sleep(120)\n"
     )
     program = (
-        "import sys\nfrom sd3_jax import main\n"
-        "main.JOBS['train'] = main.JOBS['train']._replace(module='job')\n"
+        "import sys\nfrom sd3_jax import jobs, main\n"
+        f"jobs.__path__.insert(0, {str(here)!r})\n"
         "sys.exit(main.main(sys.argv[1:]))"
     )
     flags = ["train", f"--config={here}/configs/toy.py:tiny", f"--workdir={here}"]

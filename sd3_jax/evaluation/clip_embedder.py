@@ -1,8 +1,9 @@
 """CLIP with both towers: pictures and texts to embeddings in one space."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -37,7 +38,6 @@ class Clip:
     mesh: Mesh
     source: str
     rows: int = 8  # a device at a time
-    _memo: dict = field(default_factory=dict, compare=False)
 
     @property
     def dim(self) -> int:
@@ -60,14 +60,13 @@ class Clip:
         ids = lambda batch: tokenizers.clip_ids(self.tokenizer, batch, length)
         return self._batched("text", texts, ids)
 
+    @functools.cached_property
     def fingerprint(self) -> str:
         """A hash of the vision tower's weights and of how pictures are prepared."""
-        if "fingerprint" not in self._memo:
-            weights = tree.fingerprint(self.variables["vision"])
-            description = f"{weights} {self.modules['vision']} {self.prepare}"
-            digest = hashlib.sha256(description.encode()).hexdigest()[:12]
-            self._memo["fingerprint"] = digest
-        return self._memo["fingerprint"]
+        # The preparation is part of it: other resampling moves FID as other weights do.
+        weights = tree.fingerprint(self.variables["vision"])
+        description = f"{weights} {self.modules['vision']} {self.prepare}"
+        return hashlib.sha256(description.encode()).hexdigest()[:12]
 
     def _batched(self, tower, inputs, prepare) -> ndarray:
         """Embeddings in batches of one size; the last is padded with its first row."""
@@ -101,18 +100,11 @@ def embed(module: nn.Module, variables: dict, x: jax.Array) -> jax.Array:
     )  # a text's pooled vector
 
 
-def load(
-    source: str,
-    *,
-    mesh: Mesh | None = None,
-    dtype: str = "float32",
-    tokenizers_from: str = "",
-    rows: int = 8,
-) -> Clip:
+def load(source: str, *, tokenizers_from: str = "", rows: int = 8) -> Clip:
     """A folder of transformers' CLIPModel, one .safetensors of it, or a hub name.
 
-    Weights are replicated over `mesh`, by default this process's devices: CLIP is
-    small, and processes embed their shares without waiting for each other.
+    Weights are float32, replicated over this process's devices: CLIP is small, and
+    processes embed their shares without waiting for each other.
     `tokenizers_from` is a folder or hub name of a released model or a tokenizer, for a
     file without one beside it. A UserError says what is missing.
     """
@@ -120,7 +112,7 @@ def load(
     devices = jax.local_devices()
     # Local devices only: a global mesh would make every embedding a collective, and the
     # processes embed different numbers of pictures.
-    mesh = mesh or sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
+    mesh = sharding.make_mesh(data=len(devices), fsdp=1, devices=devices)
     tensors, configs = _open_checkpoint(path)
     modules, variables = {}, {}
     for name, component in TOWERS.items():
@@ -136,8 +128,8 @@ def load(
         config = components.configured(
             component, configs[name] if configs else None, tower_tensors, where=label
         )
-        module = component.build(config, np.dtype(dtype))
-        shapes = components.abstract(component, module, config, mesh, dtype)
+        module = component.build(config, np.dtype("float32"))
+        shapes = components.abstract(component, module, config, mesh, "float32")
         # One file holds both towers; the key prefix tells whose a tensor is.
         pieces = key_mapping.pieces(shapes, component.table(module), "diffusers")
         sharded_load.check(

@@ -14,15 +14,3 @@ def cosines(
     lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
     # An embedding of zeros has cosine 0 and not NaN.
     return np.einsum("ne,ne->n", a, b) / np.maximum(lengths, np.finfo(np.float64).tiny)
-
-
-def torchmetrics(similarities: Float64[ndarray, " n"]) -> float:
-    """torchmetrics' CLIPScore: 100 times the mean, not below 0."""
-    # torchmetrics clips the mean at 0, Hessel et al. each cosine.
-    return max(0.0, 100 * float(similarities.mean()))
-
-
-def hessel(similarities: Float64[ndarray, " n"]) -> float:
-    """CLIP-S: the mean of 2.5 max(cosine, 0). The caller prefixes the captions with
-    "A photo depicts", as the paper does."""
-    return 2.5 * float(np.maximum(similarities, 0).mean())

@@ -23,15 +23,6 @@ def sample_scenes(kind: str, split: str, count: int) -> list[Scene]:
     return [every[order[i % len(every)]] for i in range(count)]
 
 
-def judge(sample: Callable, scenes: Sequence[Scene]) -> list[bool]:
-    """Whether a picture of each scene, from noise of its own, shows the scene."""
-    asked = [Asked(str(scene), NAMES[scene.kind], scene) for scene in scenes]
-    # Picture i is drawn from noise i, so that two checkpoints are compared on equal
-    # noise.
-    images = sample([question.prompt for question in asked], list(range(len(asked))))
-    return [verdict.value == 1 for verdict in scorer(asked, images)]
-
-
 def scorer(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]) -> list[Verdict]:
     """A scorer (evaluation/scorers.py) for digits; a question's `wanted` is a Scene."""
     pairs = zip(asked, images, strict=True)

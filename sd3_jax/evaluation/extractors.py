@@ -11,7 +11,6 @@ from jaxtyping import Float32, UInt8
 from numpy import ndarray
 
 from sd3_jax.errors import UserError
-from sd3_jax.evaluation.clip_embedder import Clip
 from sd3_jax.foreign_text import shown
 
 
@@ -51,16 +50,6 @@ def pixels(images: UInt8[ndarray, "n h w 3"]) -> Float32[ndarray, "n d"]:
 
 
 PIXELS = Extractor("pixels", "1", pixels)
-
-
-def of_clip(clip: Clip) -> Extractor:
-    """CLIP's projected embeddings, not normalised."""
-    return Extractor("clip", clip.fingerprint(), clip.image, clip.dim)
-
-
-def of_function(name: str, function: Callable) -> Extractor:
-    """A user's function; its `fingerprint`, if any, identifies its weights."""
-    return Extractor(name, str(getattr(function, "fingerprint", "")), function)
 
 
 def of_torchscript(path: epath.PathLike) -> Extractor:

@@ -21,7 +21,6 @@ from numpy import ndarray
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.evaluation import scorers
-from sd3_jax.evaluation.box_geometry import OFFSET, RELATIONS, iou, relations
 from sd3_jax.evaluation.scorers import Asked, Score, Verdict, answers, called
 from sd3_jax.foreign_text import parse_json, shown
 
@@ -34,9 +33,10 @@ NAMES = {  # the tags, in the order of the paper's table 5, and what rows call t
     "color_attr": "color attribution",
 }
 COLOURS = "red orange yellow green blue purple pink brown black white".split()
+RELATIONS = ("left of", "right of", "above", "below")
 CONFIDENCE, COUNTING = 0.3, 0.9  # a detection's least score; in "counting"
 MOST = 16  # detections of a label that count
-OVERLAP = 1.0  # of two of a label, at most, as intersection over union; 1: any
+OFFSET = 0.1  # of both sizes, within which centres are not apart
 GREY = 153
 
 
@@ -69,16 +69,7 @@ def parse(line: str) -> Asked:
     return Asked(prompt_text.checked(record["prompt"]), tag, wanted)
 
 
-def scorer(
-    detect: Callable,
-    colour: Callable | None = None,
-    *,
-    confidence: float = CONFIDENCE,
-    counting: float = COUNTING,
-    most: int = MOST,
-    overlap: float = OVERLAP,
-    offset: float = OFFSET,
-) -> scorers.Scorer:
+def scorer(detect: Callable, colour: Callable | None = None) -> scorers.Scorer:
     """A scorer from the user's functions; only prompts with colours need `colour`."""
 
     def judge(asked: Sequence[Asked], images: UInt8[ndarray, "n h w 3"]):
@@ -88,9 +79,9 @@ def scorer(
             detected = detections(answer, image.shape[:2], called(detect))
             # Counting asks for surer detections: a doubled box would be one object too
             # many.
-            least = counting if question.category == "counting" else confidence
-            by_label = keep(detected, least, most, overlap)
-            verdicts.append(judged(image, by_label, question.wanted, colour, offset))
+            least = COUNTING if question.category == "counting" else CONFIDENCE
+            by_label = keep(detected, least)
+            verdicts.append(judged(image, by_label, question.wanted, colour))
         return verdicts
 
     return judge
@@ -100,15 +91,12 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """A score for each category, and their mean, the benchmark's overall score."""
     groups = scorers.by_category(asked, verdicts)
     tags = [tag for tag in NAMES if tag in groups]
-    right = {tag: [v.value == 1 for v in groups[tag]] for tag in tags}
-    scores = [scorers.score(f"GenEval {NAMES[tag]}", right[tag]) for tag in tags]
+    scores = [scorers.share_right(f"GenEval {NAMES[x]}", groups[x]) for x in tags]
     part = "" if len(tags) == len(NAMES) else f", {len(tags)} of 6 categories"
     return [*scores, scorers.overall(f"GenEval overall{part}", scores)]
 
 
-def detections(
-    answer: Any, shape: tuple[int, int], name: str = "detect"
-) -> list[Detection]:
+def detections(answer: Any, shape: tuple[int, int], name: str) -> list[Detection]:
     """Checks the detections that the user's function returned for one picture."""
     wanted = "wanted (label, score, (x0, y0, x1, y1)) or these and a mask"
     try:
@@ -118,30 +106,14 @@ def detections(
     return [_checked(item, shape, name, wanted) for item in parsed]
 
 
-def keep(
-    detected: Sequence[Detection],
-    least: float,
-    most: int = MOST,
-    overlap: float = OVERLAP,
-) -> dict[str, list[Detection]]:
-    """By label, the `most` surest detections above `least`, after suppression."""
+def keep(detected: Sequence[Detection], least: float) -> dict[str, list[Detection]]:
+    """By label, the MOST surest detections above `least`."""
     kept = {}
-    for label in dict.fromkeys(detection.label for detection in detected):
-        sure = [
-            detection
-            for detection in detected
-            if detection.label == label and detection.score > least
-        ]
-        sure = sorted(sure, key=lambda detection: -detection.score)[:most]
-        chosen = []
-        for detection in sure:
-            # Greedy non-maximum suppression; the benchmark's default of 1 switches it
-            # off.
-            if overlap == 1 or all(iou(x.box, detection.box) < overlap for x in chosen):
-                chosen.append(detection)
-        if chosen:
-            kept[label] = chosen
-    return kept
+    # Boxes may overlap: the benchmark suppresses no doubles by default.
+    for detection in sorted(detected, key=lambda detection: -detection.score):
+        if detection.score > least:
+            kept.setdefault(detection.label, []).append(detection)
+    return {label: surest[:MOST] for label, surest in kept.items()}
 
 
 def judged(
@@ -149,7 +121,6 @@ def judged(
     by_label: Mapping[str, list[Detection]],
     wanted: Mapping[str, list[dict]],
     colour: Callable | None = None,
-    offset: float = OFFSET,
 ) -> Verdict:
     """Whether a picture has all that must be included and nothing that is excluded.
 
@@ -169,7 +140,7 @@ def judged(
         if "position" in entry and not reason:
             # `target` is the index of an earlier entry, whose objects are in `groups`.
             relation, target = entry["position"]
-            reason = _misplaced(mine, groups[target], label, relation, offset)
+            reason = _misplaced(mine, groups[target], label, relation)
         # An entry that failed cannot be what another entry lies beside.
         groups.append(None if reason else mine)
         reasons += [reason] * bool(reason)
@@ -213,17 +184,36 @@ def _miscoloured(image, mine, entry, colour) -> str:
     return f"{label}: wanted {count} {wanted}, found {counts}"
 
 
-def _misplaced(mine, targets, label, relation, offset) -> str:
+def _misplaced(mine, targets, label, relation) -> str:
     if targets is None:
         return f"{label}: nothing to be {relation}"
     # All pairs must be in the relation, as in the benchmark.
     for subject in mine:
         for other in targets:
-            there = relations(subject.box, other.box, offset)
+            there = relations(subject.box, other.box)
             if relation not in there:
                 actual = " and ".join(sorted(there)) or "neither side"
                 return f"{label}: wanted {relation} {other.label}, found {actual}"
     return ""
+
+
+def relations(a: Sequence, b: Sequence) -> set[str]:
+    """The relations of box a to box b: up to two of RELATIONS.
+
+    Centres count as apart by what exceeds OFFSET times the sum of both sizes.
+    """
+    a, b = np.reshape(a, (2, 2)), np.reshape(b, (2, 2))  # corners, (x, y)
+    apart = a.mean(0) - b.mean(0)
+    size = np.abs(a[1] - a[0]) + np.abs(b[1] - b[0])
+    # Differences of centres within OFFSET of both sizes count as none.
+    beyond = np.sign(apart) * np.maximum(np.abs(apart) - OFFSET * size, 0)
+    if np.all(np.abs(beyond) < 1e-3):
+        return set()
+    # A component must exceed half of the distance, which is 30 degrees from the other
+    # axis; y points down.
+    x, y = beyond / np.linalg.norm(apart)
+    there = zip(RELATIONS, (x < -0.5, x > 0.5, y < -0.5, y > 0.5))
+    return {name for name, holds in there if holds}
 
 
 # --- checks of the file and of detections

@@ -1,7 +1,5 @@
 """Features of pictures that are shared among processes, gathered bit by bit."""
 
-import contextlib
-import functools
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
@@ -12,7 +10,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sd3_jax import hooks
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.evaluation import clip_embedder, extractors, feature_statistics
 from sd3_jax.evaluation.clip_embedder import Clip
 from sd3_jax.evaluation.extractors import Extractor
@@ -30,9 +28,9 @@ class Features(NamedTuple):
 def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     """UserError, before anything is sampled, if no extractor or no CLIP is named."""
     name = config.eval.features
-    if name not in KINDS and not name.endswith(".pt") and ":" not in name:
+    if name not in ("clip", "pixels") and not name.endswith(".pt") and ":" not in name:
         raise UserError(
-            f'config.eval.features = "{name}": wanted {", ".join(KINDS)},'
+            f'config.eval.features = "{name}": wanted clip, pixels,'
             ' "package.module:function" or a TorchScript file of Inception, *.pt'
         )
     if (scored or (compared and name == "clip")) and not config.eval.clip:
@@ -43,7 +41,7 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
             " openai/clip-vit-large-patch14"
         )
     if config.eval.clip and (scored or name == "clip"):
-        with blamed("eval.clip"):
+        with prefixed("config.eval.clip"):
             sources.resolve(config.eval.clip, clip_embedder.WANTED)
     # A covariance takes numbers^2 float64s.
     numbers = 3 * config.image.height * config.image.width
@@ -64,38 +62,25 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
 
 
 def load_clip(config: ConfigDict) -> Clip:
-    with blamed("eval.clip"):
+    with prefixed("config.eval.clip"):
         return clip_embedder.load(
             config.eval.clip, tokenizers_from=config.tokenizers, rows=config.eval.rows
         )
 
 
-@contextlib.contextmanager
-def blamed(key: str):
-    """Prefixes a UserError with the key of the config."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(f"config.{key}: {error}") from None
-
-
 def extractor(config: ConfigDict, loaded: Callable[[], Clip] | None) -> Extractor:
     """The extractor that config.eval.features names; only "clip" calls `loaded`."""
     name = config.eval.features
-    if name in KINDS:
-        return KINDS[name](loaded)
+    if name == "pixels":
+        return extractors.PIXELS
+    if name == "clip":
+        clip = loaded()
+        return Extractor(name, clip.fingerprint, clip.image, clip.dim)
     if name.endswith(".pt"):
         return extractors.of_torchscript(name)
-    by_function = extractors.of_function(name, hooks.load(name))
-    return extractors.Extractor(
-        name, by_function.fingerprint, hooks.guarded("eval.features", name)
-    )
-
-
-KINDS = {
-    "clip": lambda loaded: extractors.of_clip(loaded()),
-    "pixels": lambda loaded: extractors.PIXELS,
-}
+    # A user's function may say which weights it has; guarded() hides its attributes.
+    fingerprint = str(getattr(hooks.load(name), "fingerprint", ""))
+    return Extractor(name, fingerprint, hooks.guarded("eval.features", name))
 
 
 def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
@@ -122,11 +107,12 @@ def gather(parts: Iterable[np.ndarray], *, summed: bool) -> Features:
     whole = interleaved([x.reshape(-1, dim) for x in every])[:KEPT]
     if not summed:
         return Features(whole, None)
-    # A process without pictures takes part in the collective all the same.
+    # A process without pictures takes part in the collectives all the same.
     mine = feature_statistics.none(dim) if total is None else total
-    return Features(
-        whole, feature_statistics.summed(map(unpacked, everyones(packed(mine))))
-    )
+    # Field by field, so that each keeps its own dtype and shape.
+    sums = zip(*(everyones(np.asarray(field)) for field in mine))
+    statistics = (Statistics(int(count), *rest) for count, *rest in sums)
+    return Features(whole, feature_statistics.summed(statistics))
 
 
 # --- shares of processes
@@ -149,15 +135,6 @@ def interleaved(every: list[np.ndarray]) -> np.ndarray:
     return np.concatenate(every)[np.argsort(turns, kind="stable")]
 
 
-def packed(x: Statistics) -> np.ndarray:
-    return np.concatenate([[np.float64(x.count)], x.mean, x.scatter.ravel()])
-
-
-def unpacked(x: np.ndarray) -> Statistics:
-    d = int((np.sqrt(4 * len(x) - 3) - 1) / 2)  # 1 + d + d^2 numbers
-    return Statistics(int(x[0]), x[1 : 1 + d], x[1 + d :].reshape(d, d))
-
-
 def everyones(x: np.ndarray) -> list[np.ndarray]:
     """The array of each process, by its index, bit by bit; shapes may differ."""
     if jax.process_count() == 1:
@@ -172,9 +149,5 @@ def everyones(x: np.ndarray) -> list[np.ndarray]:
     # (bytes,), padded to the largest process's size
     raw[: x.nbytes] = np.ascontiguousarray(x).reshape(-1).view(np.uint8)
     gathered = multihost_utils.process_allgather(raw)  # bytes: no dtype is cast
-    read = functools.partial(_array, dtype=x.dtype)
-    return [read(row[:n], shape=s) for row, n, s in zip(gathered, sizes, shapes)]
-
-
-def _array(raw: np.ndarray, shape: np.ndarray, dtype) -> np.ndarray:
-    return np.ascontiguousarray(raw).view(dtype).reshape(shape)
+    rows = [np.ascontiguousarray(row[:n]) for row, n in zip(gathered, sizes)]
+    return [row.view(x.dtype).reshape(s) for row, s in zip(rows, shapes)]

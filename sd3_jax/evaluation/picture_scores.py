@@ -24,6 +24,7 @@ from sd3_jax.evaluation import (
     kid,
     picture_features,
     reference_images,
+    scorers,
 )
 from sd3_jax.evaluation.clip_embedder import Clip
 from sd3_jax.evaluation.extractors import Extractor
@@ -68,7 +69,7 @@ def score(config: ConfigDict, parts: model_parts.Parts | None, mesh: Mesh, param
     sampled, cosines = look(config, sample, captions, extract, clip, "fid" in names)
     rows = []
     if clip is not None:
-        rows.append(mean("CLIP score", cosines))
+        rows.append(scorers.mean("CLIP score", cosines).finite())
     for name in COMPARED:
         if name in names:
             rows += COMPARED[name](extract.name, reference, sampled)
@@ -167,14 +168,6 @@ def look(
     pictures = np.concatenate([np.zeros((0, clip.dim), np.float32), *embedded])
     cosines = picture_features.everyones(clip_score.cosines(pictures, texts))
     return sampled, picture_features.interleaved(cosines)
-
-
-def mean(name: str, values: np.ndarray) -> dict:
-    """A row with the mean over pictures and its 95 % interval."""
-    n, score = len(values), float(values.mean())
-    row = {"name": name, "score": score, "n": n}
-    half = 1.96 * float(values.std(ddof=1)) / n**0.5 if n > 1 else None
-    return row if half is None else row | {"low": score - half, "high": score + half}
 
 
 # --- measures that compare with real pictures

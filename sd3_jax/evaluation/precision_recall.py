@@ -21,46 +21,40 @@ class PrecisionRecall(NamedTuple):
 
 
 def precision_recall(
-    real: Float[ndarray, "n d"],
-    generated: Float[ndarray, "m d"],
-    *,
-    k: int = NEIGHBOURS,
+    real: Float[ndarray, "n d"], generated: Float[ndarray, "m d"]
 ) -> PrecisionRecall:
-    """A row is among a set if it is in the k-th neighbour ball of one of its rows.
+    """A row is among a set if it is in the third neighbour's ball of one of its rows.
 
     Sets of different sizes have balls of different sizes: compare equal ones.
     """
-    if min(len(real), len(generated)) <= k:
+    if min(len(real), len(generated)) <= NEIGHBOURS:
         raise UserError(
             f"precision and recall of {len(real)} and {len(generated)} features; wanted"
-            f" more than {k}, the neighbours, each"
+            f" more than {NEIGHBOURS}, the neighbours, each"
         )
     # Distances are differences of large squares: float32 would lose near neighbours.
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)
     return PrecisionRecall(
-        float(among(generated, real, k).mean()), float(among(real, generated, k).mean())
+        float(among(generated, real).mean()), float(among(real, generated).mean())
     )
 
 
-def among(x: ndarray, of: ndarray, k: int) -> Bool[ndarray, " n"]:
+def among(x: ndarray, of: ndarray) -> Bool[ndarray, " n"]:
     """Whether each row of x is in a ball about a row of the others."""
     # (m,) squared radius of the ball about each row of `of`
-    near = radii(of, k)
-    # In blocks of rows: 50,000 x 50,000 distances would take 20 GB.
-    blocks = [distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK)]
+    near = radii(of)
+    # In blocks of rows, one at a time (a list would hold all): 50,000 x 50,000
+    # distances would take 20 GB.
+    blocks = (distances(x[i : i + BLOCK], of) for i in range(0, len(x), BLOCK))
     return np.concatenate([(block <= near).any(1) for block in blocks])
 
 
-def radii(x: ndarray, k: int) -> Float64[ndarray, " n"]:
-    """Squared distance of each row to its k-th neighbour, not counting itself."""
-    blocks = []
-    for start in range(0, len(x), BLOCK):
-        # (rows, n)
-        block = distances(x[start : start + BLOCK], x)
-        blocks.append(
-            np.partition(block, k, axis=1)[:, k]
-        )  # the 0-th is the row itself
-    return np.concatenate(blocks)
+def radii(x: ndarray) -> Float64[ndarray, " n"]:
+    """Squared distance of each row to its third neighbour, not counting itself."""
+    blocks = (distances(x[i : i + BLOCK], x) for i in range(0, len(x), BLOCK))
+    # The 0-th neighbour is the row itself.
+    near = [np.partition(block, NEIGHBOURS, axis=1)[:, NEIGHBOURS] for block in blocks]
+    return np.concatenate(near)
 
 
 def distances(a: ndarray, b: ndarray) -> Float64[ndarray, "n m"]:

@@ -5,7 +5,6 @@ host; all processes get all verdicts. An error in a function is reported on one 
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from ml_collections import ConfigDict
 from sd3_jax import hooks
 from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import processes, watchdog
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.evaluation import compbench, geneval, scorers, typography
 from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
 from sd3_jax.sampling import prompt_file, sampler
@@ -49,10 +48,8 @@ def score(
     sample = sampler.sampler_for(config, parts, mesh, params)
     verdicts = judge(sample, asked, bench.scorer, config.sample.batch_size)
     return {
-        "scores": [
-            row(category_score) for category_score in bench.rows(asked, verdicts)
-        ],
-        "prompts": scorers.prompts(bench.name, asked, verdicts),
+        "scores": [row.finite() for row in bench.rows(asked, verdicts)],
+        "prompts": scorers.prompts(asked, verdicts, bench.name),
     }
 
 
@@ -74,24 +71,14 @@ def judge(
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
         # Verdicts arrive in order, so their number is the place of this batch.
         batch = asked[len(verdicts) : len(verdicts) + len(images)]
-        verdicts += processes.shared(
-            functools.partial(_share, scorer, batch, images), len(batch)
-        )
+        judge_rows = functools.partial(_share, scorer, batch, images)
+        verdicts += processes.shared(judge_rows, len(batch))
     # They went through JSON, those of this process too, and are lists by now.
     return [Verdict(*verdict) for verdict in verdicts]
 
 
 def _share(scorer, asked, images: np.ndarray, rows: list[int]) -> list[Verdict]:
     return scorer([asked[i] for i in rows], images[rows])
-
-
-def row(entry: Score) -> dict:
-    """A score for scores.json, without infinite numbers, which JSON lacks."""
-    return {
-        key: value
-        for key, value in entry._asdict().items()
-        if isinstance(value, str) or math.isfinite(value)
-    }
 
 
 def _geneval(config: ConfigDict) -> Benchmark:
@@ -115,10 +102,8 @@ def _typography(config: ConfigDict) -> Benchmark:
 
 def _compbench(config: ConfigDict) -> Benchmark:
     key, specs = "eval.compbench_scorers", config.eval.compbench_scorers
-    try:
+    with prefixed(f"config.{key}"):
         names = compbench.names(specs)
-    except UserError as error:
-        raise UserError(f"config.{key}: {error}") from None
     if not names:
         raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
     functions, asked = {}, []

@@ -17,7 +17,7 @@ from sd3_jax.data.dataset import Records
 from sd3_jax.data.ingest import input_parts, intake, items
 from sd3_jax.data.ingest.input_parts import Rejected
 from sd3_jax.distributed import sharding, watchdog
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.pictures import to_uint8
 from sd3_jax.sampling import bundle_loading, prompt_file
 
@@ -98,15 +98,13 @@ def records(config: ConfigDict) -> Records:
     shapes = {
         str(bucket): record_shapes.tensor_shapes(config, bucket) for bucket in table
     }
-    try:
+    with prefixed("config.data.held_out"):
         return Records(
             tuple(config.data.held_out),
             shapes=shapes,
             bad_records=config.data.bad_records,
             seed=config.seed,
         )
-    except UserError as error:
-        raise UserError(f"config.data.held_out: {error}") from None
 
 
 def _digits(source, indices, pictures: bool) -> Iterator:
@@ -177,10 +175,8 @@ def fitted(picture: np.ndarray, sides: Bucket) -> np.ndarray:
 
 
 def planned(config: ConfigDict) -> list[input_parts.Part]:
-    try:
+    with prefixed("config.eval.real"):
         return input_parts.plan(config.eval.real)
-    except UserError as error:
-        raise UserError(f"config.eval.real: {error}") from None
 
 
 # --- config.eval.real: files

@@ -42,6 +42,12 @@ class Score(NamedTuple):
     low: float
     high: float
 
+    def finite(self) -> dict:
+        """The row of scores.json, without infinite bounds, which JSON lacks."""
+        # Of a single picture the interval has no end; a page shows it without one.
+        fields = self._asdict().items()
+        return {k: x for k, x in fields if isinstance(x, str) or np.isfinite(x)}
+
 
 def score(name: str, right: Sequence[bool]) -> Score:
     """The share of right pictures, with Wilson's interval."""
@@ -52,7 +58,12 @@ def score(name: str, right: Sequence[bool]) -> Score:
     return Score(name, p, n, float(low), float(high))
 
 
-def mean(name: str, values: Sequence[float]) -> Score:
+def share_right(name: str, verdicts: Sequence[Verdict]) -> Score:
+    """The share of verdicts that are 1."""
+    return score(name, [verdict.value == 1 for verdict in verdicts])
+
+
+def mean(name: str, values: Sequence[float] | np.ndarray) -> Score:
     """The mean of any figures with a normal interval, infinite for a single one."""
     x = np.asarray(values, np.float64)
     # One picture says nothing about the spread.
@@ -84,7 +95,7 @@ def by_category(
 
 
 def prompts(
-    name: str, asked: Sequence[Asked], verdicts: Sequence[Verdict]
+    asked: Sequence[Asked], verdicts: Sequence[Verdict], name: str = ""
 ) -> list[dict]:
     """A row for each prompt of a category: score, number of pictures and reasons."""
     groups = {}
@@ -93,7 +104,7 @@ def prompts(
     return [
         {
             "prompt": prompt,
-            "split": f"{name} {category}",
+            "split": f"{name} {category}".strip(),
             "score": float(np.mean([v.value for v in prompt_verdicts])),
             "n": len(prompt_verdicts),
             "reasons": [v.reason for v in prompt_verdicts if v.reason],

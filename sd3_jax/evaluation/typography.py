@@ -26,15 +26,11 @@ READ = 2_000  # characters that count, of what is read; a word asked for has ten
 ERRORS = "character error rate"
 
 
-def _spaces(text: str) -> str:
-    return " ".join(text.split())
-
-
-def _marks(text: str) -> str:
-    return "".join(c for c in text if unicodedata.category(c)[0] != "P")
-
-
-IGNORE = {"case": str.casefold, "punctuation": _marks, "space": _spaces}
+IGNORE = {
+    "case": str.casefold,
+    "punctuation": lambda x: "".join(c for c in x if unicodedata.category(c)[0] != "P"),
+    "space": lambda text: " ".join(text.split()),
+}
 
 
 def parse(line: str) -> Asked:
@@ -101,16 +97,10 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
     """The share of right pictures, also by category if there are several, and the mean
     character error rate."""
     groups = scorers.by_category(asked, verdicts)
-    scores = [_exact("typography", verdicts)]
+    named = {"typography": verdicts}
     if len(groups) > 1:
-        scores += [
-            _exact(f"typography, {name}", category_verdicts)
-            for name, category_verdicts in groups.items()
-        ]
+        named |= {f"typography, {name}": group for name, group in groups.items()}
+    scores = [scorers.share_right(name, group) for name, group in named.items()]
     # Mean of the rates, not of the edits: every prompt counts equally.
     rates = [v.others[ERRORS] for v in verdicts]
     return [*scores, scorers.mean(f"typography, {ERRORS}", rates)]
-
-
-def _exact(name: str, verdicts: Sequence[Verdict]) -> Score:
-    return scorers.score(name, [v.value == 1 for v in verdicts])

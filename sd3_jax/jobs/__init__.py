@@ -7,7 +7,6 @@ class Job(NamedTuple):
     """`recipe` and `workdir` are what it takes where the flags are left out."""
 
     help: str  # a line of `sd3-jax --help`
-    module: str
     recipe: str = ""
     workdir: str = ""
     groups: tuple[str, ...] = ()  # of the config's keys, those that it reads
@@ -19,10 +18,9 @@ class Job(NamedTuple):
 MODEL = ("model", "text", "image", "flow")
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
 
-JOBS = {
+JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     "train": Job(
         "train a model, or go on from WORKDIR's last checkpoint",
-        "sd3_jax.jobs.train",
         groups=("seed", *MODEL, "encode", *TRAINING, "sample", "quantize", "eval"),
         about="The same command starts a run and resumes it after an interruption.",
         example="sd3-jax train --config=configs/quickstart.py"
@@ -30,7 +28,6 @@ JOBS = {
     ),
     "sample": Job(
         "turn prompts into pictures",
-        "sd3_jax.jobs.sample",
         groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh", "train")
         + ("sample", "quantize"),
         about="The weights are those of WORKDIR's checkpoint, or released ones"
@@ -42,7 +39,6 @@ JOBS = {
     ),
     "evaluate": Job(
         "score a checkpoint",
-        "sd3_jax.jobs.evaluate",
         groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh", "data")
         + ("sample", "quantize", "eval"),
         about="It prints a table of config.eval.scores and keeps it in scores.json."
@@ -53,7 +49,6 @@ JOBS = {
     ),
     "study": Job(
         "compare variants of a recipe over seeds, as the paper's tables do",
-        "sd3_jax.jobs.study",
         groups=("seed", "tokenizers", *MODEL, "encode", *TRAINING, "sample")
         + ("quantize", "study", "eval"),
         about="Each variant and seed is trained in WORKDIR/runs and scored. What is"
@@ -63,7 +58,6 @@ JOBS = {
     ),
     "convert": Job(
         "write weights in another layout: diffusers, original or orbax",
-        "sd3_jax.jobs.convert",
         groups=("weights", "tokenizers", *MODEL, "mesh", "sample", "convert"),
         about="The weights are those of WORKDIR's checkpoint, or released ones"
         " (config.weights). Of the group sample it reads weights, step, shift and"
@@ -73,7 +67,6 @@ JOBS = {
     ),
     "compare": Job(
         "lay PyTorch's numbers beside ours, layer by layer",
-        "sd3_jax.jobs.compare",
         recipe="configs/compare.py",
         workdir="runs/compare",
         groups=("seed", "weights", "tokenizers", "image", "mesh", "sample", "compare"),
@@ -84,7 +77,6 @@ JOBS = {
     ),
     "benchmark": Job(
         "time us and PyTorch in turn, on the same shapes and weights",
-        "sd3_jax.jobs.benchmark",
         recipe="configs/benchmark.py",
         workdir="runs/benchmark",
         groups=("seed", "model", "text", "image", "optim", "ema", "data", "train")
@@ -96,7 +88,6 @@ JOBS = {
     ),
     "precompute": Job(
         "turn pictures and captions into records: latents and embeddings, in buckets",
-        "sd3_jax.jobs.precompute",
         groups=("seed", "model", "text", "image", "encode", "mesh", "data")
         + ("ingest", "precompute", "quantize"),
         about="Training reads these records from WORKDIR/records. A job that was"
@@ -106,7 +97,6 @@ JOBS = {
     ),
     "dedup": Job(
         "find near-duplicates among pictures",
-        "sd3_jax.jobs.dedup",
         groups=("ingest", "dedup"),
         about="It leaves duplicates.jsonl, which precompute takes as"
         " config.ingest.exclude, and a page of pairs. Of the group ingest it reads"
@@ -116,7 +106,6 @@ JOBS = {
     ),
     "inspect": Job(
         "say what records hold, with a contact sheet of some",
-        "sd3_jax.jobs.inspect",
         groups=("weights", "model", "data", "inspect"),
         about="The shards are those of config.data, or WORKDIR/records. It prints a"
         " table and leaves inspect.html; the exit code is 1 if a record is bad.",
@@ -124,7 +113,6 @@ JOBS = {
     ),
     "plan": Job(
         "compile the step for TPU slices that are not there, and say what bounds it",
-        "sd3_jax.jobs.plan",
         groups=("seed", *MODEL, "optim", "ema", "tune", "mesh", "data", "train")
         + ("sample", "quantize", "plan"),
         about="It needs libtpu and no TPU. It prints a row for each slice: memory, the"
@@ -134,7 +122,6 @@ JOBS = {
     ),
     "report": Job(
         "plot what WORKDIR holds, as one page",
-        "sd3_jax.jobs.report",
         about="The page, report.html, has scores, samples, curves and settings of the"
         " run, and needs no other file.",
         example="sd3-jax report --config=configs/quickstart.py"

@@ -5,7 +5,6 @@ import logging
 import jax
 import jax.numpy as jnp
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -14,7 +13,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.params import parametrization
-from sd3_jax.sampling import bundle_loading, export, released_sampler
+from sd3_jax.sampling import bundle_loading, compiled, export, released_sampler
 from sd3_jax.sampling.bundle import Bundle, ControlBundle
 from sd3_jax.sampling.scheduler import PUBLISHED
 from sd3_jax.weights import components, sources
@@ -31,8 +30,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        if config.weights and (path := control_path(config.weights)):
+    with compiled.on(mesh):
+        # Known by what the file holds, before anything is taken for a model.
+        path = epath.Path(config.weights).expanduser()
+        if config.weights and path.exists() and sources.is_control(path):
             if config.sample.lora:
                 raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
             bundle = bundle_loading.load_stored_control(path, mesh)
@@ -48,12 +49,6 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         control = isinstance(bundle, ControlBundle)
         parts = ["a ControlNet"] if control else bundle.modules
         print(f"{out}: {', '.join(parts)} in the {layout} layout")
-
-
-def control_path(weights: str) -> epath.Path | None:
-    """The path of config.weights if it is a ControlNet's, else None."""
-    path = epath.Path(weights).expanduser()
-    return path if path.exists() and sources.is_control(path) else None
 
 
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:

@@ -3,20 +3,21 @@
 The table is printed and written to scores.json.
 """
 
+import functools
 import json
 
 import jax
 from etils import epath
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import model_parts
 from sd3_jax.data.digits import KINDS
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError, nearest
-from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores
+from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores, scorers
+from sd3_jax.evaluation.scorers import Asked
 from sd3_jax.files import write_whole
-from sd3_jax.sampling import prompt_file, released_sampler
+from sd3_jax.sampling import compiled, prompt_file, released_sampler
 from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.training.held_out_loss import Validation
 
@@ -26,7 +27,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     check(config)
     workdir = epath.Path(workdir)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         parts, params, result = weights(config, workdir, mesh)
         # Kept beside the scores: they are comparable only at equal settings.
         result["settings"] = config.sample.to_dict() | config.eval.to_dict()
@@ -88,20 +89,21 @@ def val_loss(config: ConfigDict, parts, mesh, params) -> dict:
 def digits(config: ConfigDict, parts, mesh, params) -> dict:
     """Scores of the recipe's single digits, pairs and numbers, seen and held out."""
     count = config.eval.pictures
-    sampler, few_step_sampler = digit_samplers(config, parts, mesh)
-    sample = lambda captions, numbers: sampler(params, captions, numbers)
-    sample_few = lambda captions, numbers: few_step_sampler(params, captions, numbers)
-
+    sample, sample_few = (
+        functools.partial(sampler, params)
+        for sampler in digit_samplers(config, parts, mesh)
+    )
     scores, by_prompt = [], []
 
     def judge(name, sample, kind, split):
         scenes = digit_scenes.sample_scenes(kind, split, count)
-        right = digit_scenes.judge(sample, scenes)
-        scores.append(digit_scenes.score(name, right)._asdict())
-        by_prompt.extend(
-            {"prompt": str(scene), "score": float(ok), "n": 1, "split": name}
-            for scene, ok in zip(scenes, right)
-        )
+        asked = [Asked(str(scene), name, scene) for scene in scenes]
+        # Picture i is drawn from noise i, so that two checkpoints are compared on equal
+        # noise.
+        images = sample([question.prompt for question in asked], range(count))
+        verdicts = digit_scenes.scorer(asked, images)
+        scores.append(scorers.share_right(name, verdicts)._asdict())
+        by_prompt.extend(scorers.prompts(asked, verdicts))
 
     # Kinds that the recipe never shows are not scored.
     kinds = [kind for kind, share in zip(KINDS, config.data.mix) if share > 0]
@@ -125,7 +127,7 @@ def digits(config: ConfigDict, parts, mesh, params) -> dict:
             scores.append(digit_scenes.read_scans(*sides)._asdict())
         else:
             scores.append(digit_scenes.ceiling(*sides, kind, 1_000)._asdict())
-    return {"scores": scores, "prompts": merged(by_prompt)}
+    return {"scores": scores, "prompts": by_prompt}
 
 
 def digit_samplers(
@@ -141,18 +143,6 @@ def digit_samplers(
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps
     return TrainedSampler(config, parts, mesh), TrainedSampler(few, parts, mesh)
-
-
-def merged(rows: list[dict]) -> list[dict]:
-    """One row a prompt and split, its pictures counted together."""
-    # A prompt may be scored several times, each from another noise.
-    grouped = {}
-    for row in rows:
-        grouped.setdefault((row["split"], row["prompt"]), []).append(row["score"])
-    return [
-        {"prompt": prompt, "split": split, "score": sum(x) / len(x), "n": len(x)}
-        for (split, prompt), x in grouped.items()
-    ]
 
 
 SCORES = {"val_loss": val_loss, "digits": digits}

@@ -51,7 +51,9 @@ def inspected(config: ConfigDict, workdir: epath.Path) -> int:
     total, held_out_total = table(config, paths, held_out, choice)
     notes = summary(total, held_out_total) + manifest(workdir)
     faults = verdict(total, config.inspect.records)
-    print("", *buckets_text(total), "", *notes, *faults, sep="\n", flush=True)
+    rows = buckets(total)
+    lines = [f"{a:>10} {n:>12} {x:>7.1%} {mb:>8} MB a record" for a, n, x, mb in rows]
+    print("", *lines, "", *notes, *faults, sep="\n", flush=True)
     # After the table: the page may need weights, which may fail to load.
     decode, rendering = decoder(config)
     sheet = contacts(choice.chosen(), decode)
@@ -136,11 +138,6 @@ def reasons(tally: Tally) -> list[str]:
         return []
     counts = ", ".join(f"{k} {n:,}" for k, n in tally.reasons.most_common())
     return [f"  bad: {counts}"]
-
-
-def buckets_text(total: Tally) -> list[str]:
-    rows = buckets(total)
-    return [f"{a:>10} {n:>12} {x:>7.1%} {mb:>8} MB a record" for a, n, x, mb in rows]
 
 
 def buckets(total: Tally) -> list[tuple[str, str, float, str]]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import jax
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -15,7 +14,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
-from sd3_jax.sampling import sampler
+from sd3_jax.sampling import compiled, sampler
 from sd3_jax.tools.plan import (
     aot,
     bounds,
@@ -101,7 +100,7 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
 def sized(config: ConfigDict, tpu_slice: Slice) -> dict:
     """The model, parameters and FLOPs, which a search needs without compiling."""
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         train_program = build_program(config, mesh)
     params = tree.count(train_program.abstract.params)
     return dict(
@@ -143,7 +142,7 @@ def train_row(
             )
     accumulate = config.optim.accumulate
     images = config.data.batch_size / tpu_slice.devices
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         train_program = build_program(config, mesh)
         sharding.local_rows(mesh, config.data.batch_size)
         # Abstract arguments with shardings: nothing is allocated, as there is no
@@ -201,30 +200,30 @@ def planned(
     }
     lowered = case.lower()
     try:
-        compiled = aot.compile(
+        executable = aot.compile(
             lowered, aot.flags(config.plan.flags, tpu_slice, config.plan.job)
         )
     except aot.TooLarge as error:
         return row | {"needs": str(error)}
-    log.info("%s: %s compiled in %.0f s", tpu_slice.name, case.name, compiled.seconds)
+    log.info("%s: %s compiled in %.0f s", tpu_slice.name, case.name, executable.seconds)
     if config.plan.hlo:
         name = f"plan-{tpu_slice.name}-{case.name}.hlo"
-        write_whole(workdir / name, compiled.text.encode())
-    module = hlo.parse(compiled.text)
+        write_whole(workdir / name, executable.text.encode())
+    module = hlo.parse(executable.text)
     # In the mesh's order, which is that of the program's partitions.
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
     program = schedule.Schedule(module, tpu_slice.generation, mesh.shape, links)
     account = program.run()
     return (
         row
-        | compiled.memory
-        | accounted(account, case, tpu_slice, compiled)
+        | executable.memory
+        | accounted(account, case, tpu_slice, executable)
         | {"unknown": sorted(program.unknown)}
     )
 
 
 def accounted(
-    account: schedule.Account, case: Case, tpu_slice: Slice, compiled: aot.Compiled
+    account: schedule.Account, case: Case, tpu_slice: Slice, executable: aot.Compiled
 ) -> dict[str, Any]:
     """The totals of a program's operations, in ms, bytes and shares of the peak."""
     chip = tpu_slice.generation
@@ -249,8 +248,8 @@ def accounted(
     all_sent = max(account.sent + account.outside, 1)
     products = case.seconds or {"linear": flops / chip.peak}
     return times | {
-        "verdict": bounds.verdict(compiled.memory["peak"], chip.hbm / slices.GB),
-        "seconds": round(compiled.seconds, 1),
+        "verdict": bounds.verdict(executable.memory["peak"], chip.hbm / slices.GB),
+        "seconds": round(executable.seconds, 1),
         "compiler": aot.compiler(),
         "flops": account.flops,
         "hbm_bytes": account.hbm,
@@ -282,7 +281,7 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
     images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         return [
             planned(config, tpu_slice, mesh, case, workdir)
             for case in sampling_programs.cases(config, tpu_slice, mesh, images)

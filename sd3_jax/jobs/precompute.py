@@ -70,7 +70,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
         # --- convert parts until all are done
         convert_all(part_encoder, parts, todo, manifest, stop)
-        wait_for_all(manifest, stop)
+        # The watchdog ends this host if another is lost.
+        watchdog.expect("the other hosts' parts", None)
+        while len(manifest.done()) < manifest.parts and not stop():
+            time.sleep(POLL)
 
         # --- sum up. Hosts notice a signal at different times: process 0 decides
         watchdog.expect("the manifest", None)
@@ -139,13 +142,6 @@ def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
             f" {', '.join(only)}; or --config.precompute.only= for records of pictures"
         )
     return examples.encoder(config, mesh, only, config.encode.form)
-
-
-def wait_for_all(manifest: Manifest, stop: Callable) -> None:
-    """Wait for the other hosts' parts; the watchdog ends this one if a host is lost."""
-    watchdog.expect("the other hosts' parts", None)
-    while len(manifest.done()) < manifest.parts and not stop():
-        time.sleep(POLL)
 
 
 def finish(

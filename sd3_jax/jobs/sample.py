@@ -3,6 +3,8 @@
 A killed job resumes where it stopped.
 """
 
+import contextlib
+import functools
 import hashlib
 import json
 import logging
@@ -14,8 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 import jax
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from jax.experimental import multihost_utils
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import pictures, tree
@@ -26,9 +28,9 @@ from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json
 from sd3_jax.monitoring import metrics
 from sd3_jax.reports import html_page
-from sd3_jax.sampling import output_filter, prompt_file
+from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import ReleasedSampler, load_for_sampling
+from sd3_jax.sampling.released_sampler import load_for_sampling, sample_tasks
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
@@ -46,11 +48,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        make = released if config.weights else trained
-        if make is trained and config.text.name == "bytes":
-            warn_of_cut_prompts(tasks, config.text.length)
-        sample_batch, facts = make(config, workdir, mesh, tasks)
+    with compiled.on(mesh):
+        if config.weights:
+            sample_batch, facts = released(config, mesh, tasks)
+        else:
+            if config.text.name == "bytes":
+                warn_of_cut_prompts(tasks, config.text.length)
+            sample_batch, facts = trained(config, workdir, mesh)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         # A line holds settings and fingerprints of weights: a picture is skipped only
         # if all of these are equal.
@@ -58,7 +62,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         if any(done):
             log.info("%d of %d pictures are there already", sum(done), len(tasks))
         known = [x for x, there in zip(lines, done) if there]
-        with lock.held(workdir, "sample"), Lines(workdir, known) as written:
+        count = len(known)
+        with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
             for batch, size in batches(tasks, config.sample.batch_size, mesh):
                 # A batch is sampled whole even if one picture of it is missing: a
                 # smaller batch is another program, whose pictures may differ in the
@@ -77,9 +82,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 pixels = config.image.autoencoder == "pixels" and not config.weights
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
-                written.extend(fresh)
+                add(fresh)
                 pace = (time.monotonic() - began) / len(left)
-                count = len(written.lines)
+                count += len(left)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if flagged := sum("filtered" in line for line in lines):
         message = "%d of %d pictures are black: config.sample.filter flagged them"
@@ -90,7 +95,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def trained(
-    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+    config: ConfigDict, workdir: epath.Path, mesh: Mesh
 ) -> tuple[Callable, dict]:
     """A sampler of tasks by the newest checkpoint, and the facts for each line."""
     parts = model_parts.build_parts(config)
@@ -127,18 +132,18 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
 
 
 def released(
-    config: ConfigDict, workdir: epath.Path, mesh, tasks: Sequence[Task]
+    config: ConfigDict, mesh: Mesh, tasks: Sequence[Task]
 ) -> tuple[Callable, dict]:
     settings = {task.group: task.settings for task in tasks}
-    sampler = ReleasedSampler(load_for_sampling(config, mesh, list(settings.values())))
-    facts = {"weights": sampler.bundle.fingerprint()}
-    if scheduler := sampler.bundle.scheduler.non_default_settings():
+    bundle = load_for_sampling(config, mesh, list(settings.values()))
+    facts = {"weights": bundle.fingerprint()}
+    if scheduler := bundle.scheduler.non_default_settings():
         facts["scheduler"] = scheduler
-    if sampler.bundle.quantize:
-        facts["quantize"] = sampler.bundle.quantize
+    if bundle.quantize:
+        facts["quantize"] = bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return sampler, facts
+    return functools.partial(sample_tasks, bundle), facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:
@@ -245,35 +250,29 @@ def save(
         pictures.save_png(shown, workdir / line["file"], info=info)
 
 
-class Lines:
-    """samples.jsonl, which begins with `lines`; only process 0 writes."""
+@contextlib.contextmanager
+def appending(
+    path: epath.Path, lines: list[dict]
+) -> Iterator[Callable[[list[dict]], None]]:
+    """A function that adds lines to samples.jsonl, which begins with `lines`.
 
-    def __init__(self, workdir: epath.Path, lines: list[dict]):
-        self.path, self.lines = workdir / LINES, lines
+    Only process 0 writes.
+    """
+    if jax.process_index() != 0:
+        yield lambda more: None
+        return
+    write_whole(path, text_of(lines).encode())
+    with contextlib.closing(metrics.open_log(path)) as log_file:
+        yield lambda more: log_file.write(text_of(more))
 
-    def __enter__(self) -> "Lines":
-        if jax.process_index() == 0:
-            write_whole(self.path, self.text(self.lines).encode())
-            self.log = metrics.open_log(self.path)
-        return self
 
-    def __exit__(self, *_) -> None:
-        if jax.process_index() == 0:
-            self.log.close()
-
-    def extend(self, lines: list[dict]) -> None:
-        self.lines.extend(lines)
-        if jax.process_index() == 0:
-            self.log.append(self.text(lines))
-
-    @staticmethod
-    def text(lines: list[dict]) -> str:
-        return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
+def text_of(lines: list[dict]) -> str:
+    return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
 
 
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
     """Writes the lines in order, and two contact sheets."""
-    write_whole(workdir / LINES, Lines.text(lines).encode())
+    write_whole(workdir / LINES, text_of(lines).encode())
     page = html_page.render("samples.html", lines=lines)
     write_whole(workdir / "samples.html", page.encode())
     there = lambda line: (workdir / line["file"]).is_file()  # hosts may not share disks

@@ -8,6 +8,7 @@ share a workdir: each takes a run that no other works on. The tables are printed
 written to study.md, study.json and study.html.
 """
 
+import contextlib
 import json
 import logging
 import re
@@ -109,16 +110,11 @@ class Study:
         results = {x: self.result(Run(variant, x, 0)) for x in self.options}
         if not all(results.values()):
             return None
-        return min(results, key=lambda x: study_tables.merit(results[x], self.by))
-
-    @property
-    def by(self) -> str:
-        return self.config.study.by
+        by = self.config.study.by
+        return min(results, key=lambda x: study_tables.merit(results[x], by))
 
     def left(self) -> list[Run]:
-        return [
-            study_run for study_run in self.wanted() if self.result(study_run) is None
-        ]
+        return [x for x in self.wanted() if self.result(x) is None]
 
     def results(self) -> list[dict]:
         """Results with "best": whether a run has its variant's best option so far."""
@@ -154,15 +150,14 @@ class Study:
     def take(self, study_run: Run) -> bool:
         """Trains and measures a run; False if another process works on it."""
         folder = self.folder(study_run)
-        # Entered by hand: a lock that is taken means "try the next run", not an error.
-        held = lock.held(folder, "study")
-        try:
-            held.__enter__()
-        except UserError as error:
-            if "another job" not in str(error):
-                raise
-            return False
-        try:
+        with contextlib.ExitStack() as stack:
+            try:
+                stack.enter_context(lock.held(folder, "study"))
+            except UserError as error:
+                # A lock that is taken means "try the next run", and is no error.
+                if "another job" not in str(error):
+                    raise
+                return False
             # Asked again under the lock: another process may have finished the run
             # meanwhile.
             if self.result(study_run) is None:
@@ -170,8 +165,6 @@ class Study:
                 words = f"{study_run.variant} {study_run.option}".strip()
                 log.info("run %d: %s, seed %d", done + 1, words, study_run.seed)
                 self.do(study_run, self.settings(study_run), folder)
-        finally:
-            held.__exit__(None, None, None)
         return True
 
     def do(self, study_run: Run, config: ConfigDict, folder: epath.Path) -> None:

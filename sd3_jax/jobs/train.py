@@ -5,12 +5,12 @@ import time
 
 import jax
 from etils import epath
-from flax import linen as nn
 from ml_collections import ConfigDict
 
 from sd3_jax.distributed import lock, sharding, watchdog
 from sd3_jax.monitoring import writers
 from sd3_jax.monitoring.goodput import Goodput
+from sd3_jax.sampling import compiled
 from sd3_jax.training import run_checks, trainer
 from sd3_jax.training.profiler import require_sound_profiler
 
@@ -26,9 +26,5 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     if config.profile.start:
         require_sound_profiler()
     mesh = sharding.make_mesh(**config.mesh)
-    with (
-        lock.held(workdir, "train"),
-        jax.set_mesh(mesh),
-        nn.logical_axis_rules(sharding.RULES),
-    ):
+    with lock.held(workdir, "train"), compiled.on(mesh):
         trainer.train(config, workdir, mesh, goodput)

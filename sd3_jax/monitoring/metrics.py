@@ -11,7 +11,7 @@ import math
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TextIO
 
 from etils import epath
 
@@ -83,21 +83,21 @@ class Metrics:
         values = {name: _plain(value) for name, value in values.items()}
         row = {"step": int(step), "kind": kind, "time": round(time.time(), 3)}
         row |= {name: _jsonable(value) for name, value in values.items()}
-        self._log.append(json.dumps(row) + "\n")
-        self._scalars(step, kind, _numbers(values))
+        self._log.write(json.dumps(row) + "\n")
         self._watch.show(step, kind, values)
-
-    def _scalars(self, step, kind, values):
-        for writer in self.writers if values else ():
-            writer.write(step, kind, values)
-        self._tensorboard.add(kind, values, step)
+        # Services and TensorBoard draw numbers; texts and lists are in the file alone.
+        if numbers := _numbers(values):
+            for writer in self.writers:
+                writer.write(step, kind, numbers)
+            self._tensorboard.add(kind, numbers, step)
 
 
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines written so far; one that a kill cut off is left out."""
     path = epath.Path(workdir) / FILE
     rows = [row for _, row in _rows(path)] if path.exists() else []
-    return [{name: _parsed(value) for name, value in row.items()} for row in rows]
+    number = lambda x: float(x) if x in ("nan", "inf", "-inf") else x
+    return [{name: number(value) for name, value in row.items()} for row in rows]
 
 
 class Clock:
@@ -144,22 +144,13 @@ class Clock:
         return rates
 
 
-def open_log(path: epath.PathLike) -> "_FileLog | _ObjectLog":
-    """What lines are appended to, at any path of epath: append(text), close()."""
-    log_type = _ObjectLog if files.remote(path) else _FileLog
-    return log_type(epath.Path(path))
-
-
-class _FileLog:
-    def __init__(self, path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = open(path, "a", buffering=1, encoding="utf-8")  # a line at a time
-
-    def append(self, line):
-        self.file.write(line)
-
-    def close(self):
-        self.file.close()
+def open_log(path: epath.PathLike) -> "TextIO | _ObjectLog":
+    """What lines are appended to, at any path of epath: write(text), close()."""
+    path = epath.Path(path)
+    if files.remote(path):
+        return _ObjectLog(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return open(path, "a", buffering=1, encoding="utf-8")  # a line at a time
 
 
 class _ObjectLog:
@@ -170,8 +161,8 @@ class _ObjectLog:
         self.text = path.read_text() if path.exists() else ""
         self.put = time.monotonic()
 
-    def append(self, line):
-        self.text += line
+    def write(self, text):
+        self.text += text
         if time.monotonic() - self.put > 30:
             self.close()
 
@@ -236,15 +227,15 @@ def _words(kind, values):
     words = {
         "loss": lambda x: f"loss {x:.4f}",
         "grad_norm": lambda x: f"grad {x:.2f}",
-        "images_per_s": lambda x: f"{_short(x)} img/s",
-        "step_ms": lambda x: f"{_short(x)} ms/step",
+        "images_per_s": lambda x: f"{short(x)} img/s",
+        "step_ms": lambda x: f"{short(x)} ms/step",
         "data_wait": lambda x: f"wait {x:.0%}",
         "mfu": lambda x: f"mfu {x:.1%}",
     }
     return [text(values[name]) for name, text in words.items() if name in values]
 
 
-def _short(x):
+def short(x):
     return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
@@ -292,7 +283,3 @@ def _plain(value):
 def _jsonable(value):
     special = isinstance(value, float) and not math.isfinite(value)
     return str(float(value)) if special else value
-
-
-def _parsed(value):
-    return float(value) if value in ("nan", "inf", "-inf") else value

@@ -33,7 +33,7 @@ class EventFiles:
 
     def add(self, kind: str, values: Mapping[str, float], step: int) -> None:
         """One point of each curve KIND/NAME."""
-        if not values or self._failed:
+        if self._failed:
             return
         try:
             if self._writer is None:

@@ -43,16 +43,18 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     return number(name, value[0]), number(name, value[1])
 
 
-def whole_numbers(name: str, value: Any, low: int, high: int) -> list[int]:
-    """The integers of a list, a tuple or an array; None is the empty list."""
+def skip_layers(value: Any, depth: int) -> list[int]:
+    """Numbers of layers below `depth`; None is the empty list."""
     if value is None:
         return []
     # A string would pass as a sequence of characters, so the accepted types are listed.
     if not isinstance(value, list | tuple | range | set) and not (
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
-        raise UserError(f"{name} {shown(repr(value))}: wanted a list of whole numbers")
-    return [whole(name, x, low, high) for x in value]
+        raise UserError(
+            f"skip_layers {shown(repr(value))}: wanted a list of whole numbers"
+        )
+    return [whole("skip_layers", x, 0, depth - 1) for x in value]
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:

@@ -55,7 +55,7 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
     # sample_size is in latents: 128 of them are the 1024 pixels of the released models.
     usual = bundle.configs["denoiser"].get("sample_size", 128) * bundle.factor
     if image_sides is not None:
-        _require_sides(image, image_sides, unit, most)
+        _require_sides(image_sides, unit, most)
     sides = []
     for i, (name, side) in enumerate((("height", height), ("width", width))):
         if side is None:
@@ -79,7 +79,7 @@ def _nearest(side: int, unit: int, most: int) -> int:
     return min(max(1, round(side / unit)) * unit, most)
 
 
-def _require_sides(image, image_sides: list[int], unit: int, most: int) -> None:
+def _require_sides(image_sides: list[int], unit: int, most: int) -> None:
     near = [_nearest(side, unit, most) for side in image_sides]
     if near != image_sides:
         height, width = image_sides
@@ -226,14 +226,6 @@ def starting_image(
     return input_images.pixels(image)
 
 
-def starting_latents(
-    bundle: Bundle, latents: Any
-) -> Float[Array | np.ndarray, "b h w c"] | None:
-    if latents is None:
-        return None
-    return input_images.latents(latents, bundle.part("denoiser").channels)
-
-
 def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
     """UserError for embeddings of another shape or dtype than the denoiser reads."""
     if not isinstance(texts, Conditioning):
@@ -289,10 +281,3 @@ def latents_of(
     if image.shape[1:] != shape:
         raise UserError(f"latents of {image.shape[1:]}: wanted {shape} each")
     return jnp.asarray(image, jnp.float32)
-
-
-def layers(bundle: Bundle, numbers: Any) -> tuple[int, ...]:
-    last = bundle.part("denoiser").depth - 1
-    return tuple(
-        sorted(set(argument_checks.whole_numbers("skip_layers", numbers, 0, last)))
-    )

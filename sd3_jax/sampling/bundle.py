@@ -16,9 +16,9 @@ from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.sampling import argument_checks, compiled
-from sd3_jax.sampling import control as hints
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.sampling.scheduler import Scheduler
@@ -115,8 +115,7 @@ class Bundle:
                 f"{len(latents)} latents, {len(context)} rows of context and"
                 f" {len(pooled)} of pooled: wanted as many of each"
             )
-        last = module.depth - 1
-        skipped = argument_checks.whole_numbers("skip_layers", skip_layers, 0, last)
+        skipped = argument_checks.skip_layers(skip_layers, module.depth)
         args = compiled.place((latents, t, context, pooled), self.mesh)
         with compiled.on(self.mesh, args):
             return compiled.velocity(module, variables, *args, skip=tuple(skipped))
@@ -142,8 +141,8 @@ class Bundle:
         module, variables = self.part("vae"), self.variables["vae"]
         # Some ControlNets were trained on hints without the autoencoder's shift.
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
-        images = inputs.pixels(images)
-        images = hints.prepare(images, preprocess)
+        argument_checks.choice("preprocess", preprocess, PREPROCESS)
+        images = PREPROCESS[preprocess](inputs.pixels(images))
         images, key = compiled.place((images, key), self.mesh)
         with compiled.on(self.mesh, images):
             return compiled.encode_image(

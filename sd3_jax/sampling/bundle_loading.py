@@ -14,6 +14,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sd3_jax import tree
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
@@ -34,36 +35,40 @@ QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are smal
 
 
 def load(
-    source: epath.PathLike | Sequence[epath.PathLike],
-    *,
-    mesh: Mesh,
+    path_or_hub_name: epath.PathLike | Sequence[epath.PathLike],
+    mesh: Mesh | None = None,
     dtype: str = "bfloat16",
+    *,
     tokenizers_from: str | None = "",
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
     check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
-    """A diffusers folder, a .safetensors file, our own folder or a hub name.
+    """Load a released model, sharded over `mesh` (by default all devices).
 
-    A hub name may have a revision, a variant or a file: "owner/name@v1:fp16",
+    `path_or_hub_name` is a diffusers folder, a .safetensors file, our own folder or a
+    hub name, which may have a revision, a variant or a file: "owner/name@v1:fp16",
     "owner/name/file.safetensors". Several sources, as a list or separated by commas,
     are combined; of a component in two sources the later one is used. `only` names the
     components to load. The dtype "stored" keeps each tensor's dtype, for saving.
 
-    `tokenizers_from` is a folder or hub name with the tokenizers that `source` lacks;
-    None loads none, for embeddings alone. Each `lora` is a file, a folder or a hub
-    name, with a weight as in "name=0.8"; they stay beside the weights
-    (sampling/lora_adapters.py), and `save` writes the sum. `quantize` names components
-    whose blocks have 8-bit matrices, {"denoiser": "int8", "t5": "fp8"}; they are
-    rounded while they are read (params/quantization.py). `check(scheduler, configs)`
-    is called before any weight is read, and may raise.
+    `tokenizers_from` is a folder or hub name with the tokenizers that the sources lack;
+    None loads none, for embeddings alone. `lora` names LoRA files or folders of
+    diffusers, PEFT or kohya, or on the hub, with weights as in "style.safetensors=0.8"
+    or {path: weight}; they stay beside the weights (sampling/lora_adapters.py), and
+    `save` writes the sum. `quantize` names components whose blocks have 8-bit matrices,
+    {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
+    (params/quantization.py). `check(scheduler, configs)` is called before any weight is
+    read, and may raise. Raises UserError, which lists tensors that are missing, extra
+    or of another shape.
     """
+    mesh = sharding.make_mesh() if mesh is None else mesh
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
 
     # --- what the sources hold: configurations, and parts whose weights are unread
-    names = sources.split(source)
+    names = sources.split(path_or_hub_name)
     if not names:
         raise UserError("no weights: wanted a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
@@ -75,7 +80,8 @@ def load(
 
     # --- checks that need no weights, so that a mistake costs seconds and not minutes
     check(read_scheduler(configs, source), configs)
-    _warn_of_unread_keys(configs, source)
+    for key in schedulers.unread(configs.get("scheduler", {})):
+        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
     loras = lora_adapters.opened(lora, only, parts)
     paths = [place.path for place in places]
@@ -93,11 +99,6 @@ def load(
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
     return Bundle(modules, variables, configs, words, mesh, *about)
-
-
-def _warn_of_unread_keys(configs: Mapping[str, dict], source: str) -> None:
-    for key in schedulers.unread(configs.get("scheduler", {})):
-        log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
 
 
 def _tokenizers(
@@ -149,20 +150,15 @@ def _read_part(
 
 
 def _checked_dtype(dtype: Any) -> str:
-    dtype = dtype if isinstance(dtype, str) else _dtype_name(dtype)
+    try:  # jnp.bfloat16 and the like
+        dtype = dtype if isinstance(dtype, str) else jnp.dtype(dtype).name
+    except TypeError:
+        dtype = shown(repr(dtype))
     if dtype not in DTYPES:
         raise UserError(
             f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
         )
     return dtype
-
-
-def _dtype_name(dtype: Any) -> str:
-    """Of jnp.bfloat16 and the like."""
-    try:
-        return jnp.dtype(dtype).name
-    except TypeError:
-        return shown(repr(dtype))
 
 
 def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
@@ -196,12 +192,13 @@ def _retyped(shapes, dtypes):
     return jax.tree_util.tree_map_with_path(leaf, shapes)
 
 
-def load_control(source: epath.PathLike, bundle: Bundle) -> ControlBundle:
+def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBundle:
     """A diffusers folder, one .safetensors file or a hub name, for this bundle.
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    path = resolve_control(source)
+    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
+    path = sources.resolve(path_or_hub_name, wanted, label="ControlNet")
     part = sources.control(path)
     module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
     # Checked before the weights are read: nets of other models fail inside the program.
@@ -234,11 +231,6 @@ def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
     shapes = _control_shapes(part, module, mesh, "float32")
     shapes = _retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
     return ControlBundle(module, part.read(CONTROLNET, module, shapes), part.config)
-
-
-def resolve_control(source: str) -> epath.Path:
-    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    return sources.resolve(source, wanted, label="ControlNet")
 
 
 def _control_shapes(part: sources.Part, module: ControlNet, mesh: Mesh, dtype: str):

@@ -50,7 +50,7 @@ def place(tree: Any, mesh: Mesh) -> Any:
         # Inside a caller's jit the placement is the caller's.
         if isinstance(x, jax.core.Tracer):
             return x
-        return _put(x, placement(getattr(x, "shape", ()), mesh))
+        return put(x, placement(getattr(x, "shape", ()), mesh))
 
     return jax.tree.map(leaf, tree)
 
@@ -63,7 +63,7 @@ def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, spec)
 
 
-def _put(x: Any, where: NamedSharding) -> Array:
+def put(x: Any, where: NamedSharding) -> Array:
     """x on its devices, also those of other processes, which have the same x."""
     if isinstance(x, Array) and not x.is_fully_addressable:
         return x  # it came from a program, and the next takes it as it lies
@@ -71,36 +71,17 @@ def _put(x: Any, where: NamedSharding) -> Array:
         return jax.device_put(x, where)
     # Typed keys have no numpy form, so their uint32 data is placed and wrapped again.
     if isinstance(x, Array) and jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
-        return jax.random.wrap_key_data(_put(jax.random.key_data(x), where))
+        return jax.random.wrap_key_data(put(jax.random.key_data(x), where))
     # device_put would first compare x over all processes, a collective. Here each fills
     # its own shards from its copy of the whole array.
     host = np.asarray(x)
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-@functools.partial(
-    jax.jit,
+encode_prompts = jax.jit(
+    prompts.encode_released,
     static_argnames=("models", "clip_skip", "context_dim", "pooled_dim", "length"),
 )
-def encode_prompts(
-    models: prompts.TextModels,
-    variables: dict,
-    ids: dict,
-    *,
-    clip_skip: int,
-    context_dim: int,
-    pooled_dim: int,
-    length: int,
-) -> Conditioning:
-    return prompts.encode_released(
-        models,
-        variables,
-        ids,
-        clip_skip=clip_skip,
-        context_dim=context_dim,
-        pooled_dim=pooled_dim,
-        length=length,
-    )
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "skip"))

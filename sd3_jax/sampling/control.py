@@ -5,14 +5,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array
 from jaxtyping import Float
 
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
-from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.weights import components
 
@@ -42,15 +40,6 @@ class Control(NamedTuple):
     hint: Float[Array, "b h w c"]
     scale: Float[Array, ""]
     window: tuple[Float[Array, ""], Float[Array, ""]]
-
-
-def prepare(
-    pixels: Float[Array | np.ndarray, "b H W 3"], preprocess: str
-) -> Float[Array | np.ndarray, "b H W 3"]:
-    """The pixels of a hint after its PREPROCESS function."""
-    return PREPROCESS[argument_checks.choice("preprocess", preprocess, PREPROCESS)](
-        pixels
-    )
 
 
 def require_fit(

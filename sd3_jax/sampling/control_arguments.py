@@ -14,8 +14,7 @@ from sd3_jax.sampling import argument_checks, input_images
 from sd3_jax.sampling.arguments import rows_of
 from sd3_jax.sampling.bundle import Bundle, ControlBundle
 from sd3_jax.sampling.control import require_fit
-from sd3_jax.sampling.input_images import Pictures
-from sd3_jax.sampling.masks import latent_mask, pixel_mask
+from sd3_jax.sampling.input_images import Pictures, latent_mask, pixel_mask
 
 
 class ControlInput(NamedTuple):

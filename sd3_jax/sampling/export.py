@@ -138,14 +138,12 @@ def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
     pieces = key_mapping.pieces(
         variables, component.table(bundle.modules[name]), layout
     )
-    return any(_differs_from_fill(variables, piece) for piece in pieces)
-
-
-def _differs_from_fill(variables: dict, piece: key_mapping.Piece) -> bool:
-    """Whether a piece without a tensor in the layout differs from its default."""
-    if piece.key is not None:
-        return False
-    return not np.array_equal(sharded_load.part(variables, piece), piece.fill())
+    # A piece without a tensor in the layout may only hold its default.
+    return any(
+        not np.array_equal(sharded_load.part(variables, piece), piece.fill())
+        for piece in pieces
+        if piece.key is None
+    )
 
 
 def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:

@@ -49,6 +49,29 @@ def mask(masks: Pictures, name: str = "mask") -> Float[np.ndarray, "b H W 1"]:
     return _floats(x, name)
 
 
+def pixel_mask(
+    masks: Pictures, shape: tuple, factor: int
+) -> Float[np.ndarray, "b H W 1"]:
+    """A mask over the pixels of latents of `shape`; UserError for another size."""
+    x = mask(masks)
+    # Not resized: where the border of a repainted area runs is the caller's choice.
+    sides = shape[0] * factor, shape[1] * factor
+    if x.shape[1:3] != sides:
+        raise UserError(
+            f"mask of {x.shape[1:3]} pixels: the picture has {sides}; wanted the same"
+        )
+    return x
+
+
+def latent_mask(
+    masks: Pictures, shape: tuple, factor: int
+) -> Float[np.ndarray, "b h w 1"]:
+    """1 where the mask is at least 0.5 at the first pixel of each latent."""
+    # Binary, and by the first pixel, as PyTorch's nearest interpolation shrinks a mask.
+    at_latents = pixel_mask(masks, shape, factor)[:, ::factor, ::factor]
+    return (at_latents >= 0.5).astype(np.float32)
+
+
 def latents(
     value: Any, channels: int, name: str = "latents"
 ) -> Float[Array | np.ndarray, "b h w c"]:

@@ -7,16 +7,14 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
 from etils import epath
 from flax import linen as nn
-from jax import Array
 from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params import lora
+from sd3_jax.sampling import compiled
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights import lora_formats, source_names, sources
 
@@ -113,12 +111,7 @@ def _placed(lora_params: dict, params: dict) -> dict:
         # whole.
         specs = lora.layout(path, kernel.ndim).shapes(spec, None)
         placed[path] = {
-            name: _put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
+            name: compiled.put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
             for name, axes in zip("ab", specs)
         }
     return lora.nested(placed)
-
-
-def _put(x: np.ndarray, where: NamedSharding) -> Array:
-    """Every process has the same x, and keeps its own shards."""
-    return jax.make_array_from_callback(x.shape, where, lambda index: x[index])

@@ -99,10 +99,10 @@ def encode_released(
     variables: dict,
     ids: dict[str, Int[Array, "b _"]],
     *,
-    clip_skip: int = 0,
-    context_dim: int = 4096,
-    pooled_dim: int = 2048,
-    length: int = 256,
+    clip_skip: int,
+    context_dim: int,
+    pooled_dim: int,
+    length: int,
 ) -> Conditioning:
     """Token ids "ids_clip_l", "ids_clip_g", "ids_t5" to what the denoiser reads."""
     encoded = encode_parts(models, variables, ids, clip_skip, pooled_dim=pooled_dim)
@@ -115,7 +115,7 @@ def encode_parts(
     ids: dict[str, Int[Array, "b _"]],
     clip_skip: int = 0,
     *,
-    pooled_dim: int = 2048,
+    pooled_dim: int,
 ) -> Encoded:
     """Penultimate states of both CLIPs, pooled (b, pooled_dim), and T5's states.
 
@@ -192,7 +192,7 @@ class TextModel(NamedTuple):
     encode: Callable[[dict, dict], Conditioning]
 
 
-def precomputed(*, length: int = 154, context_dim: int = 4096) -> TextModel:
+def precomputed(*, length: int, context_dim: int) -> TextModel:
     """Context and pooled of the batch, or joined from the encoders' stored outputs."""
 
     def encode(params, batch):

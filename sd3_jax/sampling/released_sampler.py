@@ -1,13 +1,14 @@
 """Released weights, as config.weights names them, and the pictures of their tasks."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
+from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
@@ -92,8 +93,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
                 f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
                 " model"
             )
-    last = denoiser.get("num_layers", 1) - 1
-    argument_checks.whole_numbers("skip_layers", asked["skip_layers"], 0, last)
+    argument_checks.skip_layers(asked["skip_layers"], denoiser.get("num_layers", 1))
     argument_checks.whole(
         "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
     )
@@ -101,46 +101,43 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     scheduler.sampler(asked["steps"], tokens, **times(asked))
 
 
-def times(settings: dict[str, Any]) -> dict[str, Any]:
+def times(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A task's solver, grid and shift; None stands for the model's default."""
     # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
-class ReleasedSampler:
-    """Pictures of tasks that share a shape and settings, u8 (n, h, w, 3)."""
-
-    def __init__(self, model: bundle.Bundle):
-        self.bundle = model
-
-    def __call__(self, rows: Sequence[prompt_file.Task]) -> np.ndarray:
-        # A task's prompt is one text, or one for each of the three encoders.
-        prompts = [
-            x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
-            for x in rows
-        ]
-        # Tasks of one batch share all settings but negative prompt and seed
-        # (Task.group).
-        s = rows[0].settings
-        images = api.generate(
-            self.bundle,
-            prompts,
-            negative_prompts=[x.settings["negative"] for x in rows],
-            seed=[x.settings["seed"] + x.number for x in rows],
-            height=s["height"],
-            width=s["width"],
-            steps=s["steps"],
-            guidance=s["cfg"],
-            guidance_interval=(s["cfg_start"], s["cfg_stop"]),
-            guidance_rescale=s["rescale"],
-            **times(s),
-            max_sequence_length=s["max_length"],
-            clip_skip=s["clip_skip"],
-            skip_layers=s["skip_layers"],
-            skip_scale=s["skip_scale"],
-            skip_start=s["skip_start"],
-            skip_stop=s["skip_stop"],
-        )
-        images = multihost_utils.process_allgather(images, tiled=True)
-        # (n, h, w, 3) from [0, 1]
-        return pictures.to_uint8(2 * images.astype(np.float32) - 1)
+def sample_tasks(
+    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures of tasks that share a shape and settings."""
+    # A task's prompt is one text, or one for each of the three encoders.
+    prompts = [
+        x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
+        for x in tasks
+    ]
+    # Tasks of one batch share all settings but negative prompt and seed (Task.group).
+    s = tasks[0].settings
+    images = api.generate(
+        model,
+        prompts,
+        negative_prompts=[x.settings["negative"] for x in tasks],
+        seed=[x.settings["seed"] + x.number for x in tasks],
+        height=s["height"],
+        width=s["width"],
+        steps=s["steps"],
+        guidance=s["cfg"],
+        guidance_interval=(s["cfg_start"], s["cfg_stop"]),
+        guidance_rescale=s["rescale"],
+        **times(s),
+        max_sequence_length=s["max_length"],
+        clip_skip=s["clip_skip"],
+        skip_layers=s["skip_layers"],
+        skip_scale=s["skip_scale"],
+        skip_start=s["skip_start"],
+        skip_stop=s["skip_stop"],
+    )
+    # Every process gets all rows: which of them it writes or scores is decided later.
+    images = multihost_utils.process_allgather(images, tiled=True)
+    # (n, h, w, 3) from [0, 1]
+    return pictures.to_uint8(2 * images.astype(np.float32) - 1)

@@ -1,7 +1,7 @@
 """Paint captions as config.sample says, with a run's weights or with released ones.
 
 `sampler_for` chooses `TrainedSampler`, whose program is jitted in this file, or
-`ReleasedSampler`, which goes through sd3_jax.generate.
+`sample_tasks`, which goes through sd3_jax.generate.
 """
 
 import functools
@@ -25,7 +25,7 @@ from sd3_jax.sampling import arguments, prompt_file, prompts
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.released_sampler import ReleasedSampler
+from sd3_jax.sampling.released_sampler import sample_tasks, times
 from sd3_jax.sampling.scheduler import PUBLISHED
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -42,9 +42,7 @@ def sampler_for(
     Every process makes the same calls and gets all pictures.
     """
     if isinstance(params, bundles.Bundle):
-        return functools.partial(
-            _sample_released, config, mesh, ReleasedSampler(params)
-        )
+        return functools.partial(_sample_released, config, mesh, params)
     return functools.partial(TrainedSampler(config, parts, mesh), params)
 
 
@@ -75,10 +73,21 @@ def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
         yield np.arange(start, start + size) % n
 
 
+def in_programs(
+    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, most: int, mesh: Mesh
+) -> np.ndarray:
+    """Pictures of n rows, by a program of one batch size that is called in turn."""
+    done = []
+    for rows in padded_batches(n, batch_size(n, most, mesh)):
+        watchdog.expect("a batch of pictures", watchdog.LONG)
+        done.append(sample_rows(rows))
+    return np.concatenate(done)[:n]  # without the rows that wrapped around
+
+
 def _sample_released(
     config: ConfigDict,
     mesh: Mesh,
-    released: ReleasedSampler,
+    bundle: bundles.Bundle,
     captions: Sequence[str],
     numbers: Sequence[int],
 ) -> np.ndarray:
@@ -86,12 +95,8 @@ def _sample_released(
         prompt_file.task(config, caption, number)
         for caption, number in zip(captions, numbers)
     ]
-    size = batch_size(len(tasks), config.sample.batch_size, mesh)
-    done = []
-    for rows in padded_batches(len(tasks), size):
-        watchdog.expect("a batch of pictures", watchdog.LONG)
-        done.append(released([tasks[i] for i in rows]))
-    return np.concatenate(done)[: len(tasks)]
+    sample_rows = lambda rows: sample_tasks(bundle, [tasks[i] for i in rows])
+    return in_programs(sample_rows, len(tasks), config.sample.batch_size, mesh)
 
 
 class TrainedSampler:
@@ -127,19 +132,21 @@ class TrainedSampler:
 
         The same caption and number give the same picture in whatever company.
         """
-        size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
-        done = []
-        for rows in padded_batches(len(captions), size):
-            watchdog.expect("a batch of pictures", watchdog.LONG)
+
+        def sample_rows(rows):
             batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
-            images = self.program(params, self.put(batch, size), self.negative)
+            images = self.program(params, self.put(batch, len(rows)), self.negative)
             # Latents are decoded by the encoder's model in a second program: the
             # recipe's own program has no autoencoder.
-            images = images if self.encoder is None else self.decoded(images)
-            done.append(multihost_utils.process_allgather(images, tiled=True))
-        # The rows that wrapped around are dropped.
-        return pictures.to_uint8(np.concatenate(done)[: len(captions)])
+            if self.encoder is not None:
+                images = 2 * self.encoder.bundle.decode(images) - 1  # to [-1, 1]
+            return multihost_utils.process_allgather(images, tiled=True)
+
+        most = self.config.sample.batch_size
+        return pictures.to_uint8(
+            in_programs(sample_rows, len(captions), most, self.mesh)
+        )
 
     @functools.cached_property
     def encoder(self) -> Encoder | None:
@@ -165,9 +172,8 @@ class TrainedSampler:
     def solver_and_grid(self) -> tuple[str, np.ndarray]:
         """The solver and its times t, by default those of the released models."""
         # PUBLISHED shifts by a constant: only a dynamic shift reads the token count.
-        s, tokens = self.config.sample, 0
-        options = {name: s[name] or None for name in ("solver", "grid", "shift")}
-        return PUBLISHED.sampler(s.steps, tokens, **options)
+        settings, tokens = self.config.sample, 0
+        return PUBLISHED.sampler(settings.steps, tokens, **times(settings))
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:
@@ -180,10 +186,6 @@ class TrainedSampler:
         batch = {name: value[rows] for name, value in batch.items()}
         put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)
         return put(batch, batch_size=size)
-
-    def decoded(self, x0: jax.Array) -> jax.Array:
-        # Images in [0, 1] → [-1, 1], as a recipe's own autoencoder gives them
-        return 2 * self.encoder.bundle.decode(x0) - 1
 
     def sample_batch(self, params: dict, batch: dict, negative: dict) -> jax.Array:
         """A batch's text and numbers to images in [-1, 1], or latents to decode."""

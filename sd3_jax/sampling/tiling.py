@@ -13,6 +13,8 @@ from jaxtyping import Float
 
 from sd3_jax.errors import ConfigError
 
+OVERLAP = 0.25  # of a tile's side, with the next tile
+
 
 def encode(
     run: Callable[[Array], Array],
@@ -20,13 +22,12 @@ def encode(
     *,
     tile: int,
     factor: int,
-    overlap: float = 0.25,
 ) -> Float[Array, "b h w k"]:
     """Moments of images; `run` maps tiles (b, H, W, 3) to (b, H/factor, W/factor, k).
 
     A tile is `tile` pixels high and wide, of which `factor` lie along a latent's side.
     """
-    size, stride = _in_latents(tile, factor, overlap)
+    size, stride = _in_latents(tile, factor)
     # One tile is the whole picture: no seam, and the same result as without tiling.
     if max(images.shape[1:3]) <= tile:
         return run(images)
@@ -41,10 +42,9 @@ def decode(
     *,
     tile: int,
     factor: int,
-    overlap: float = 0.25,
 ) -> Float[Array, "b H W 3"]:
     """Images of latents; `run` maps (b, h, w, c) to (b, factor*h, factor*w, 3)."""
-    size, stride = _in_latents(tile, factor, overlap)
+    size, stride = _in_latents(tile, factor)
     if max(latents.shape[1:3]) <= size:
         return run(latents)
     # Cut in latents, joined in pixels.
@@ -52,16 +52,14 @@ def decode(
     return _join(parts, factor * (size - stride), factor * stride)
 
 
-def _in_latents(tile, factor, overlap):
+def _in_latents(tile, factor):
     """The side of a tile and the stride between tiles, in latents."""
     # A tile must cover whole latents, or its neighbours would not meet.
     if tile < factor or tile % factor:
         raise ConfigError(f"tile {tile}: wanted a multiple of {factor}")
-    if not 0 <= overlap < 1:
-        raise ConfigError(f"overlap {overlap}: wanted at least 0 and less than 1")
     size = tile // factor
     # Where this rounds, diffusers gives pictures of a wrong size: nothing to equal.
-    return size, size - int(size * overlap)
+    return size, size - int(size * OVERLAP)
 
 
 def _parts(run, x, size, stride):

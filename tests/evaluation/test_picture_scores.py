@@ -200,10 +200,6 @@ def test_a_share_that_was_taken_is_put_back():
     np.testing.assert_array_equal(
         picture_features.interleaved(unequal), x[[0, 1, 4, 2, 5, 3]]
     )
-    one = feature_statistics.of(x.astype(float) ** 2)
-    back = picture_features.unpacked(picture_features.packed(one))
-    for a, b in zip(one, back):
-        np.testing.assert_array_equal(a, b)
 
 
 def test_two_processes_are_one_to_float64():

@@ -129,7 +129,7 @@ def test_digits_are_scored_by_the_same_interface():
 def test_a_row_a_prompt_has_its_reasons():
     asked = [Asked("a", "one"), Asked("a", "one"), Asked("b", "one")]
     verdicts = [Verdict(1.0), Verdict(0.0, "why"), Verdict(0.0, "so")]
-    first, second = scorers.prompts("GenEval", asked, verdicts)
+    first, second = scorers.prompts(asked, verdicts, "GenEval")
     assert first == {
         "prompt": "a",
         "split": "GenEval one",

@@ -37,14 +37,14 @@ def test_no_pair(value):
 
 
 def test_layers():
-    assert argument_checks.whole_numbers("skip_layers", np.array([1, 2]), 0, 3) == [
+    assert argument_checks.skip_layers(np.array([1, 2]), 4) == [
         1,
         2,
     ]
-    assert argument_checks.whole_numbers("skip_layers", None, 0, 3) == []
+    assert argument_checks.skip_layers(None, 4) == []
     for value in 3, "1", ["a"], [0.5], [True], [4]:
         with pytest.raises(UserError, match="skip_layers"):
-            argument_checks.whole_numbers("skip_layers", value, 0, 3)
+            argument_checks.skip_layers(value, 4)
 
 
 @pytest.mark.parametrize("value", [None, 3, "eulr"])

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from sd3_jax.files import write_whole
+from sd3_jax.monitoring.metrics import short
 
 log = logging.getLogger(__name__)
 IDLE = 0.5  # processes that want a core, at most, on a machine that is ours
@@ -108,10 +109,6 @@ def rows(result: dict) -> Iterator[list[str]]:
 def spread(values: dict, times: float) -> str:
     median, low, high = (short(times * values[k]) for k in ("median", "min", "max"))
     return f"{median} ({low} to {high})"
-
-
-def short(x: float) -> str:
-    return f"{x:,.0f}" if x >= 100 else f"{x:.3g}"
 
 
 def share(side_result: dict) -> str:

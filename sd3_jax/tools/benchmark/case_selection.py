@@ -3,8 +3,10 @@
 from ml_collections import ConfigDict
 
 from sd3_jax.errors import UserError
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.tools.benchmark import cases
 from sd3_jax.tools.benchmark.cases import Spec
+from sd3_jax.weights import components
 
 
 def selected_cases(config: ConfigDict) -> list[Spec]:
@@ -50,19 +52,19 @@ def case(config: ConfigDict, text: str) -> Spec:
     if kind in ("t5", "clip"):
         defaults |= {k: bench[kind][k] for k in ("batch", "length")}
     spec = cases.parse(text, defaults)
-    # SD3's rule: as many heads as layers, each 64 wide.
-    heads = model.num_heads or spec["depth"]
+    # A case may have another depth than the recipe. Not by assembly.model_parts, which
+    # imports the data path: a machine with an accelerator may lack its packages.
+    fields = ("patch", "channels", "qk_norm", "dual_blocks", "pos_size")
+    module = MMDiT(
+        depth=spec["depth"],
+        width=model.width or 64 * spec["depth"],
+        num_heads=model.num_heads or spec["depth"],
+        **{name: model[name] for name in fields},
+    )
     configs = {
-        "denoiser": lambda: cases.denoiser(
-            depth=spec["depth"],
-            width=model.width or 64 * spec["depth"],
-            num_heads=heads,
-            patch=model.patch,
-            channels=model.channels,
-            qk_norm=model.qk_norm,
-            dual_blocks=model.dual_blocks,
-            pos_size=model.pos_size,
-            pos_base=model.pos_base,
+        "denoiser": lambda: components.denoiser_config(
+            module,
+            sample_size=model.pos_base * model.patch,
             context_dim=model.context_dim,
             pooled_dim=model.pooled_dim,
         ),

@@ -138,29 +138,8 @@ def weight(
     return 0.1 * x if name.endswith("bias") else 1 + 0.1 * x
 
 
-# The components' configurations, as diffusers and transformers have them
-
-
-def denoiser(
-    *, depth: int, width: int, num_heads: int, patch: int, channels: int, **sizes
-) -> dict:
-    """`rest`: qk_norm, dual_blocks, pos_size, pos_base, context_dim, pooled_dim."""
-    return {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": sizes["pos_base"] * patch,
-        "patch_size": patch,
-        "in_channels": channels,
-        "out_channels": channels,
-        "num_layers": depth,
-        "attention_head_dim": width // num_heads,
-        "num_attention_heads": num_heads,
-        "joint_attention_dim": sizes["context_dim"],
-        "caption_projection_dim": width,
-        "pooled_projection_dim": sizes["pooled_dim"],
-        "pos_embed_max_size": sizes["pos_size"],
-        "dual_attention_layers": list(range(sizes["dual_blocks"])),
-        "qk_norm": "rms_norm" if sizes["qk_norm"] else None,
-    }
+# Configurations as diffusers and transformers have them; the denoiser's is that of
+# weights.components
 
 
 def vae(*, channels: Sequence[int], layers: int, latent_channels: int) -> dict:

@@ -5,9 +5,9 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
+import re
 import shlex
 import sys
-from collections.abc import Mapping
 from pathlib import Path
 
 from sd3_jax.tools.benchmark import cases, process_memory
@@ -61,9 +61,5 @@ def processor() -> str:
     # platform.processor() is empty or only an architecture on most Linux systems.
     path = Path("/proc/cpuinfo")
     text = path.read_text() if path.is_file() else ""
-    named: Mapping = dict(
-        (part.strip() for part in line.split(":", 1))
-        for line in text.splitlines()
-        if ":" in line
-    )
-    return named.get("model name") or platform.processor() or platform.machine()
+    match = re.search(r"^model name\s*:\s*(.*\S)", text, re.MULTILINE)
+    return match[1] if match else platform.processor() or platform.machine()

@@ -25,7 +25,8 @@ def _of(jaxpr) -> float:
         times = eqn.params["length"] if eqn.primitive.name == "scan" else 1
         # Bodies of scans, branches and nested jits are parameters of their equation.
         inner = jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr)
-        total += times * sum(_of(_opened(x)) for x in inner if _is_jaxpr(x))
+        bodies = [getattr(x, "jaxpr", x) for x in inner if _is_jaxpr(x)]
+        total += times * sum(map(_of, bodies))
     return total
 
 
@@ -47,7 +48,3 @@ def _convolution(eqn) -> float:
 
 def _is_jaxpr(x) -> bool:
     return hasattr(x, "eqns") or hasattr(x, "jaxpr")
-
-
-def _opened(x):
-    return x.jaxpr if hasattr(x, "jaxpr") else x

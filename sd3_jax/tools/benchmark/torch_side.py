@@ -84,7 +84,7 @@ def nhwc(x: torch.Tensor) -> torch.Tensor:
 
 def load(spec: Spec) -> torch.nn.Module:
     """The component with the file's weights, which are float32 in training."""
-    model = BUILD[spec["component"]](spec["config"])
+    model = build(spec["component"], spec["config"])
     state = safetensors.torch.load_file(spec["weights"])
     if spec["component"] == "t5":
         # T5's embedding has two names in transformers and one in the file.
@@ -102,32 +102,19 @@ def load(spec: Spec) -> torch.nn.Module:
     return model.train()
 
 
-def denoiser(config: dict) -> torch.nn.Module:
-    import diffusers
+def build(component: str, config: dict) -> torch.nn.Module:
+    # Imported here: a case needs one of the two, and the other may not be installed.
+    if component in ("denoiser", "vae"):
+        import diffusers
 
-    return diffusers.SD3Transformer2DModel.from_config(config)
-
-
-def vae(config: dict) -> torch.nn.Module:
-    import diffusers
-
-    return diffusers.AutoencoderKL.from_config(config)
-
-
-def t5(config: dict) -> torch.nn.Module:
+        name = {"denoiser": "SD3Transformer2DModel", "vae": "AutoencoderKL"}[component]
+        return getattr(diffusers, name).from_config(config)
     import transformers
 
-    return transformers.T5EncoderModel(transformers.T5Config(**config))
-
-
-def clip(config: dict) -> torch.nn.Module:
-    import transformers
-
+    if component == "t5":
+        return transformers.T5EncoderModel(transformers.T5Config(**config))
     config = transformers.CLIPTextConfig(**config)
     return transformers.CLIPTextModelWithProjection(config)
-
-
-BUILD = {"denoiser": denoiser, "vae": vae, "t5": t5, "clip_l": clip}
 
 
 def compiled(spec: Spec, model: Callable) -> Callable:

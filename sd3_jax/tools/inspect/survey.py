@@ -118,7 +118,7 @@ def tallies(
 
 
 def look(path: str, limit: int) -> tuple[Tally, list[tuple[int, str]]]:
-    """Read `most` evenly spread records of a shard (0: all); its tally, and the index
+    """Read `limit` evenly spread records of a shard (0: all); its tally, and the index
     and bucket of each good record."""
     tally, good_records = Tally(name_of(path), shards=1), []
     try:
@@ -158,7 +158,7 @@ def read(reader, path: str, index: int) -> tuple[Record, int]:
 
 
 def spread(count: int, limit: int) -> Iterable[int]:
-    """`most` evenly spread indices, the first and the last among them."""
+    """`limit` evenly spread indices, the first and the last among them."""
     if not 0 < limit < count:
         return range(count)
     return np.linspace(0, count - 1, limit).round().astype(int).tolist()

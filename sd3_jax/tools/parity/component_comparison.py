@@ -46,6 +46,11 @@ class Row(NamedTuple):
     theirs: Gap
 
 
+def row_of(layer: str, ours, ours_half, theirs_half, theirs) -> Row:
+    """The row of a layer's outputs; `theirs`, in float32, is what all are held to."""
+    return Row(layer, *(gap(x, theirs) for x in (ours, ours_half, theirs_half)))
+
+
 class Subject:
     """A source of weights, its components' configurations and their inputs."""
 
@@ -135,17 +140,11 @@ def parts(subject: Subject) -> Iterator[tuple[str, list[Row]]]:
             for label, case in cases.items():
                 answers[label, dtype] = case.ours(bundle)
         for label in cases:
+            ours = (answers[label, dtype] for dtype in ("float32", "bfloat16"))
+            sides = *ours, narrow[label], wide[label]
             yield (
                 label,
-                [
-                    Row(
-                        layer,
-                        gap(answers[label, "float32"][layer], wide[label][layer]),
-                        gap(answers[label, "bfloat16"][layer], wide[label][layer]),
-                        gap(narrow[label][layer], wide[label][layer]),
-                    )
-                    for layer in wide[label]
-                ],
+                [row_of(layer, *(x[layer] for x in sides)) for layer in wide[label]],
             )
 
 

@@ -79,39 +79,34 @@ def encoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"]
     layers = [_conv("encoder", "conv_in")]
     for i in range(levels):
-        name, ours = f"encoder.down_blocks.{i}", f"down_{i}"
-        layers += _level("encoder", name, ours, i, resnets, "down", levels)
-    return [*layers, *_end("encoder")]
+        layers += _level("encoder", "down", i, resnets, levels)
+    return [*layers, _middle("encoder"), _conv("encoder", "conv_out")]
 
 
 def decoder(config: dict) -> list[Layer]:
     levels, resnets = len(config["block_out_channels"]), config["layers_per_block"] + 1
     layers = [_conv("decoder", "conv_in"), _middle("decoder")]
     for i in range(levels):
-        name, ours = f"decoder.up_blocks.{i}", f"up_{i}"
-        layers += _level("decoder", name, ours, i, resnets, "up", levels)
-    return [*layers, *(x for x in _end("decoder") if x.name != "decoder middle")]
+        layers += _level("decoder", "up", i, resnets, levels)
+    return [*layers, _conv("decoder", "conv_out")]
 
 
-def _conv(half, name, ours=None):
-    return Layer(f"{half} {name}", at(half, ours or name), f"{half}.{name}", nhwc)
+def _conv(half, name):
+    return Layer(f"{half} {name}", at(half, name), f"{half}.{name}", nhwc)
 
 
 def _middle(half):
     return Layer(f"{half} middle", at(half, "mid"), f"{half}.mid_block", nhwc)
 
 
-def _end(half):
-    return _middle(half), _conv(half, "conv_out")
-
-
-def _level(half, name, ours, i, resnets, way, levels):
+def _level(half, way, i, resnets, levels):
+    ours, theirs = f"{way}_{i}", f"{half}.{way}_blocks.{i}"
     for j in range(resnets):
         label = f"{half} {way} {i} resnet {j}"
         path = at(half, f"{ours}_resnet_{j}")
-        yield Layer(label, path, f"{name}.resnets.{j}", nhwc)
+        yield Layer(label, path, f"{theirs}.resnets.{j}", nhwc)
     if i < levels - 1:
-        sampler = f"{name}.{way}samplers.0"
+        sampler = f"{theirs}.{way}samplers.0"
         yield Layer(f"{half} {way} {i} conv", at(half, f"{ours}_conv"), sampler, nhwc)
 
 
@@ -119,37 +114,26 @@ def _level(half, name, ours, i, resnets, way, levels):
 
 
 def clip(config: dict) -> list[Layer]:
-    blocks = [
-        Layer(
-            f"block {i}",
-            lambda taken, i=i: at("blocks")(taken)[i],
-            f"text_model.encoder.layers.{i}",
-            _first,
-        )
-        for i in range(config["num_hidden_layers"])
-    ]
     return [
-        *blocks,
+        *_blocks(
+            config["num_hidden_layers"], at("blocks"), "text_model.encoder.layers"
+        ),
         Layer("final norm", at("final_norm"), "text_model.final_layer_norm"),
         Layer("pooled", at("text_projection"), "text_projection"),
     ]
 
 
 def t5(config: dict) -> list[Layer]:
-    blocks = [
-        Layer(
-            f"block {i}",
-            lambda taken, i=i: at("stack", "blocks")(taken)[i],
-            f"encoder.block.{i}",
-            _first,
-        )
-        for i in range(config["num_layers"])
-    ]
     return [
-        *blocks,
+        *_blocks(config["num_layers"], at("stack", "blocks"), "encoder.block"),
         Layer("final norm", at("stack", "norm"), "encoder.final_layer_norm"),
     ]
 
 
-def _first(answer):
-    return answer[0] if isinstance(answer, tuple) else answer
+def _blocks(depth: int, ours: Callable[[dict], Any], theirs: str) -> list[Layer]:
+    # Some blocks of transformers return a tuple, whose first entry is the states.
+    first = lambda answer: answer[0] if isinstance(answer, tuple) else answer
+    return [
+        Layer(f"block {i}", lambda taken, i=i: ours(taken)[i], f"{theirs}.{i}", first)
+        for i in range(depth)
+    ]

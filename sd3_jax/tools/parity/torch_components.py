@@ -80,6 +80,10 @@ def _text(name, config, state, prefix):
     return model, state
 
 
+PIPELINE = (
+    *("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3"),
+    *("tokenizer", "tokenizer_2", "tokenizer_3"),
+)
 CONVERT: dict[str, Callable] = {"denoiser": _denoiser, "vae": _vae}
 
 
@@ -111,13 +115,17 @@ def nchw(x: np.ndarray, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.tensor(np.asarray(x)).permute(0, 3, 1, 2).contiguous().to(dtype)
 
 
+def pipeline(**parts) -> diffusers.StableDiffusion3Pipeline:
+    """diffusers' pipeline of these parts; the others, which it wants too, are None."""
+    absent = dict.fromkeys(PIPELINE)
+    return diffusers.StableDiffusion3Pipeline(**absent | parts)
+
+
 def encoded(
     modules: dict[str, torch.nn.Module], tokenizers: dict, texts: list[str], length: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """diffusers' encode_prompt: (context, pooled)."""
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=None,
-        vae=None,
+    pipe = pipeline(
         scheduler=diffusers.FlowMatchEulerDiscreteScheduler(),
         text_encoder=modules.get("clip_l"),
         text_encoder_2=modules.get("clip_g"),
@@ -150,13 +158,8 @@ def trajectory(
     scale: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """(latents after each step (n, b, h, w, c), images): diffusers' own loop."""
-    pipe = diffusers.StableDiffusion3Pipeline(
-        transformer=denoiser,
-        vae=vae,
-        scheduler=diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler),
-        **dict.fromkeys(("text_encoder", "text_encoder_2", "text_encoder_3")),
-        **dict.fromkeys(("tokenizer", "tokenizer_2", "tokenizer_3")),
-    )
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler.from_config(scheduler)
+    pipe = pipeline(transformer=denoiser, vae=vae, scheduler=scheduler)
     pipe.set_progress_bar_config(disable=True)
     visited = []
 

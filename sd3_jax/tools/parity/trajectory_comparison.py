@@ -14,8 +14,7 @@ from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.generate import generate
 from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.tools.parity import torch_components
-from sd3_jax.tools.parity.component_comparison import BF16, Row, Subject
-from sd3_jax.tools.parity.gap import gap
+from sd3_jax.tools.parity.component_comparison import BF16, Row, Subject, row_of
 
 
 class Drift(NamedTuple):
@@ -50,21 +49,16 @@ def drift(subject: Subject) -> Drift:
     del modules
     trajectories = {dtype: _ours(subject, texts, noise, dtype) for dtype in DTYPES}
     # PyTorch in float32 is the reference of all three others.
-    (wanted, picture), (half, half_picture) = narrow[torch.float32], narrow[BF16]
-    rows = [
-        Row(
-            f"step {i + 1}",
-            gap(trajectories["float32"][0][i + 1], wanted[i]),
-            gap(trajectories["bfloat16"][0][i + 1], wanted[i]),
-            gap(half[i], wanted[i]),
-        )
-        for i in range(len(wanted))
-    ]
-    ours, ours_half = trajectories["float32"][1], trajectories["bfloat16"][1]
-    ends = (gap(ours, picture), gap(ours_half, picture), gap(half_picture, picture))
+    (theirs, picture), (theirs_half, half_picture) = narrow[torch.float32], narrow[BF16]
+    (ours, our_picture), (ours_half, our_half_picture) = trajectories.values()
+    # Ours begin with the noise, theirs with the latents after the first step.
+    steps = zip(ours[1:], ours_half[1:], theirs_half, theirs)
+    rows = [row_of(f"step {i}", *latents) for i, latents in enumerate(steps, 1)]
+    end = row_of("picture", our_picture, our_half_picture, half_picture, picture)
     grid = _grid(subject)
-    pictures = {"ours": ours[0], "theirs": picture[0], "ours, bfloat16": ours_half[0]}
-    return Drift(grid[1:].tolist(), rows, Row("picture", *ends), pictures)
+    pictures = {"ours": our_picture[0], "theirs": picture[0]}
+    pictures["ours, bfloat16"] = our_half_picture[0]
+    return Drift(grid[1:].tolist(), rows, end, pictures)
 
 
 DTYPES = ("float32", "bfloat16")

@@ -8,16 +8,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from flax import linen as nn
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import model_parts
+from sd3_jax.checkpoints import step_folders
 from sd3_jax.config import command_line
 from sd3_jax.config.validation import validate
 from sd3_jax.data import digits
 from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.distributed import processes, sharding
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import ConfigError
 from sd3_jax.evaluation import (
     digit_scenes,
@@ -29,6 +29,7 @@ from sd3_jax.evaluation import (
 )
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
+from sd3_jax.sampling import compiled
 from sd3_jax.sampling.sampler import TrainedSampler, require_text_encoders
 
 
@@ -42,10 +43,9 @@ def measure(
     """Adds scores to `result` and saves it after every sampler setting, so that none is
     repeated. It takes the checkpoint with the least validation loss (B.3)."""
     mesh = sharding.make_mesh(**config.mesh)
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+    with compiled.on(mesh):
         parts = model_parts.build_parts(config)
-        # Process 0 lists the folder: hosts may see different files of a network disk.
-        saved = processes.first(lambda: steps(model_parts.checkpoints(folder)))
+        saved = step_folders.shared_steps(model_parts.checkpoints(folder))
         best = min(
             (row for row in validations if row["step"] in saved),
             key=lambda row: row["loss"],
@@ -92,10 +92,6 @@ def measure(
                 result["scores"].append(key | sampler_settings | measured)
                 keep(result)
     keep(result | {"complete": True})
-
-
-def steps(folder: epath.Path) -> list[int]:
-    return [int(path.name) for path in folder.iterdir() if path.name.isdecimal()]
 
 
 def sampling(config: ConfigDict, setting: str) -> ConfigDict:

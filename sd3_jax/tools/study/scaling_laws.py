@@ -25,13 +25,11 @@ class PowerLaw(NamedTuple):
         return f"{floor}{self.scale:.4g} (x / {self.x0:.3g})^-{self.exponent:.3g}"
 
 
-def power_law(
-    x: Float[ndarray, " n"], loss: Float[ndarray, " n"], *, floor: bool = True
-) -> PowerLaw:
+def power_law(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> PowerLaw:
     """The law whose logarithm is nearest to the loss's, by least squares.
 
     For a given floor it is a line in logarithms; the floor is searched for below the
-    least loss. Without `floor` it is 0, as where there are fewer than four points.
+    least loss. It is 0 where there are fewer than four points.
     """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     if len(x) < 2 or (x <= 0).any() or (loss <= 0).any():
@@ -39,7 +37,8 @@ def power_law(
     # Around the mean of log x, so that slope and height are uncorrelated.
     x0 = float(np.exp(np.log(x).mean()))
     # Three free numbers need more than three points.
-    shares = np.append(0, np.linspace(0, 1, 400)[1:-1]) if floor and len(x) > 3 else [0]
+    # A floor at the least loss itself would leave it the logarithm of 0.
+    shares = np.linspace(0, 1, 400)[:-1] if len(x) > 3 else [0]
     return min(
         (_line(x, loss, x0, share * loss.min()) for share in shares),
         key=lambda law: law.error,

@@ -117,13 +117,8 @@ def against(results, weights, first) -> tuple[str, str]:
     points = {}
     sampler = tables.middle(results)
     for name in tables.names(results):
-        rows = [
-            (x["loss"], s["score"])
-            for x in tables.of(results, name)
-            for s in x["scores"]
-            if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
-        ]
-        points[name] = tuple(zip(*rows))
+        rows = tables.scored(tables.of(results, name), sampler, weights)
+        points[name] = tuple(zip(*((x["loss"], s["score"]) for x, s in rows)))
     by_kind = tables.correlations(results, weights)
     words = ", ".join(f"{name} {value:+.2f}" for name, value in by_kind.items())
     drawn = plots.curves(points, "validation loss", "score", joined=False, first=first)

@@ -88,14 +88,20 @@ def scores(results: Sequence[Result], sampler: tuple[int, float], weights: str):
     return rows
 
 
-def values_of(results: Iterable[Result], kind: str, sampler, weights) -> list[float]:
-    """Of each run, at a sampler setting."""
+def scored(
+    results: Iterable[Result], sampler: tuple[int, float], weights: str
+) -> list[tuple[Result, dict]]:
+    """Runs with their scores at a sampler setting."""
     return [
-        s[kind]
+        (x, s)
         for x in results
         for s in x["scores"]
         if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights)
     ]
+
+
+def values_of(results: Iterable[Result], kind: str, sampler, weights) -> list[float]:
+    return [s[kind] for _, s in scored(results, sampler, weights)]
 
 
 def _mean(*args) -> float:
@@ -189,13 +195,9 @@ def comparable(results: Sequence[Result]) -> bool:
 
 def correlations(results: Sequence[Result], weights: str) -> dict[str, float]:
     """Of validation loss with each score at the middle sampler, over all runs."""
-    sampler, rows = middle(results), []
-    for x in results:
-        for s in x["scores"]:
-            if (s["steps"], s["cfg"], s["weights"]) == (*sampler, weights):
-                rows.append((x["loss"], s))
+    rows = scored(results, middle(results), weights)
     kinds = [k for k in rows[0][1] if k.startswith(("score", "fid"))] if rows else []
-    losses = np.array([loss for loss, _ in rows])
+    losses = np.array([x["loss"] for x, _ in rows])
     by_kind = {
         kind: scaling_laws.correlation(losses, np.array([s[kind] for _, s in rows]))
         for kind in kinds
