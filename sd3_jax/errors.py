@@ -3,10 +3,11 @@
 All processes of a run exit with the code of the first one that ended.
 """
 
+import contextlib
 import difflib
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 FAILED, MISTAKE, RETRY, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {  # launch/README.md says what supervisors do with them
@@ -61,6 +62,34 @@ class RunFailed(Exception):
 
 class RetryableError(Exception):
     """A fault outside the run that may pass: one line, exit code 3, restart."""
+
+
+@contextlib.contextmanager
+def explained(action: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Raise any failure of orbax inside as one line that begins with `action`.
+
+    Storage that does not answer is no damage and no mistake: RetryableError.
+    """
+    try:
+        yield
+    except (UserError, RunFailed, RetryableError):
+        raise
+    except Exception as e:
+        # Orbax wraps each failure, and its wrapper speaks of handlers that do not fit;
+        # what failed is the cause.
+        truth = e.__cause__ or e
+        reason = " ".join(str(truth).split())[:300]
+        kind = RetryableError if passing(truth) else kind
+        raise kind(f"{action}: {type(truth).__name__}: {reason}") from e
+
+
+@contextlib.contextmanager
+def placed(where: str) -> Iterator[None]:
+    """Begin the message of a UserError inside with `where`, such as a config key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def exit_code(error: BaseException) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from importlib.util import find_spec
 from pathlib import PurePath
 
-from sd3_jax.errors import UserError, near
+from sd3_jax.errors import UserError, near, placed
 from sd3_jax.foreign_text import shown
 
 
@@ -35,10 +35,8 @@ def guarded(key: str, name: str) -> Callable:
     The one-line message names the config key, the exception and the line of the user's
     code that raised it.
     """
-    try:
+    with placed(f"config.{key}"):
         function = load(name)
-    except UserError as error:
-        raise UserError(f"config.{key}: {error}") from None
 
     def call(*args):
         try:

@@ -23,6 +23,11 @@ def names(path) -> tuple[str, ...]:
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
 
 
+def path_name(path) -> str:
+    """A jax.tree_util path as "a/b/0"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
 def count(tree) -> int:
     """Number of values in all leaves."""
     return sum(x.size for x in jax.tree.leaves(tree))
@@ -44,9 +49,8 @@ def fingerprints(tree) -> dict[str, Print]:
     # the devices: integer addition has no order. The mixing is one to one.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     rows = zip(leaves, table)
-    return {name(path): Print(*map(int, row)) for (path, _), row in rows}
+    return {path_name(path): Print(*map(int, row)) for (path, _), row in rows}
 
 
 def fingerprint(tree) -> str:
