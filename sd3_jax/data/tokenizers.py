@@ -252,47 +252,33 @@ def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
     return index
 
 
-def clip_ids(
+def token_ids(
     tokenizer: Any,
     texts: Sequence[str],
     length: int,
+    *,
+    encoder: str,
     cut: Counter[str] | None = None,
 ) -> Int[np.ndarray, "b l"]:
-    """Token ids for CLIP's encoders, truncated or padded by the tokenizer's own rule.
+    """Token ids, truncated or padded to `length` by the tokenizer's own rule.
 
-    The number of truncated texts is logged, or added to `cut` if that is passed.
+    The number of truncated texts is logged for this `encoder`, "CLIP" or "T5", or added
+    to cut[encoder] if `cut` is passed.
     """
-    return _ids(tokenizer, texts, length, "CLIP", cut)
-
-
-def t5_ids(
-    tokenizer: Any,
-    texts: Sequence[str],
-    length: int,
-    cut: Counter[str] | None = None,
-) -> Int[np.ndarray, "b l"]:
-    """Token ids for T5, truncated or padded to `length`; see `clip_ids`."""
-    return _ids(tokenizer, texts, length, "T5", cut)
-
-
-def _ids(tokenizer, texts, length, encoder_name, counts):
-    with _LOCK:
-        return _locked_ids(tokenizer, texts, length, encoder_name, counts)
-
-
-def _locked_ids(tokenizer, texts, length, encoder_name, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
-    ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
-    if counts is not None:
-        untruncated = tokenizer(list(texts))["input_ids"]
-        counts[encoder_name] += sum(len(row) > length for row in untruncated)
-        return ids
-    # Without truncation and each text once, only to count and show what is lost.
-    untruncated = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
-    if overlong := [row for row in untruncated if len(row) > length]:
-        unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
-        counts = length, len(overlong), len(untruncated), max(map(len, overlong))
-        message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
-        message += " not read: %s"
-        log.warning(message, encoder_name, *counts, unread)
+    with _LOCK:
+        ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
+        # Without truncation, only to count and show what is lost; each text once where
+        # the count is for people.
+        counted = list(texts if cut is not None else dict.fromkeys(texts))
+        untruncated = tokenizer(counted)["input_ids"]
+        overlong = [row for row in untruncated if len(row) > length]
+        if cut is not None:
+            cut[encoder] += len(overlong)
+        elif overlong:
+            unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
+            counts = length, len(overlong), len(untruncated), max(map(len, overlong))
+            message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
+            message += " not read: %s"
+            log.warning(message, encoder, *counts, unread)
     return ids
