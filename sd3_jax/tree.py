@@ -1,13 +1,16 @@
 """Trees of parameters: names, sizes and fingerprints."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+
+from sd3_jax.foreign_text import listed
 
 
 def unbox(tree):
@@ -26,6 +29,23 @@ def names(path) -> tuple[str, ...]:
 def path_name(path) -> str:
     """A jax.tree_util path as "a/b/0"."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], what: str) -> str:
+    """How leaves by name differ in `what` they are, for a message; "" if they agree."""
+    missing = [f"{name} is missing" for name in wanted if name not in present]
+    extra = [f"{name} is not known" for name in present if name not in wanted]
+    other = [
+        f"{name} is {present[name]}, wanted {x}"
+        for name, x in wanted.items()
+        if present.get(name, x) != x
+    ]
+    if not (faults := missing + extra + other):
+        return ""
+    return (
+        f"{len(missing)} missing, {len(extra)} extra, {len(other)} of another {what}:"
+        f" {listed(faults, '; ')}"
+    )
 
 
 def count(tree) -> int:

@@ -20,7 +20,6 @@ from sd3_jax.checkpoints.orbax_io import load, orbax_context, readable
 from sd3_jax.checkpoints.step_folders import shared_steps, step_path, wait_or_raise
 from sd3_jax.distributed import processes
 from sd3_jax.errors import RetryableError, UserError
-from sd3_jax.foreign_text import listed
 
 log = logging.getLogger(__name__)
 
@@ -159,18 +158,8 @@ def compare_leaves(path: epath.Path, abstract: Any, *, only: str | None = None) 
             raise ValueError("it holds no leaves")
     present = describe_leaves(stored if only is None else {only: stored.get(only, {})})
     wanted = describe_leaves(abstract)
-    missing = [f"{n} is not stored" for n in wanted if n not in present]
-    extra = [f"{n} is stored but not wanted" for n in present if n not in wanted]
-    differ = [
-        f"{name} is {present[name]}, wanted {leaf}"
-        for name, leaf in wanted.items()
-        if present.get(name, leaf) != leaf
-    ]
-    if wrong := missing + extra + differ:
-        raise UserError(
-            f"{path} does not fit: {len(missing)} missing, {len(extra)} extra, "
-            f"{len(differ)} of another dtype or shape: {listed(wrong, '; ')}"
-        )
+    if faults := tree.mismatch(wanted, present, "dtype or shape"):
+        raise UserError(f"{path} does not fit: {faults}")
 
 
 def describe_leaves(state: Any) -> dict[str, str]:

@@ -165,7 +165,8 @@ def _check_merges(folder: epath.Path) -> None:
     else:
         return
     pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
-    if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
+    texts = lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x)
+    if not all(map(texts, pairs)):
         raise UserError(f"{path}: wanted merges of two pieces")
     results = set(map("".join, pairs))
     is_base_piece = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
@@ -177,10 +178,6 @@ def _check_merges(folder: epath.Path) -> None:
             f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
             f" {shown(unmerged[0])} first: wanted the whole list"
         )
-
-
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str)
 
 
 def _check_settings(path: epath.Path, settings: dict) -> None:

@@ -20,7 +20,6 @@ from jax.experimental import multihost_utils
 from sd3_jax import tree
 from sd3_jax.data.float_bits import finite
 from sd3_jax.errors import UserError
-from sd3_jax.foreign_text import listed
 from sd3_jax.params import parametrization, quantization
 from sd3_jax.params.quantization import Quantized
 from sd3_jax.weights import key_mapping
@@ -44,23 +43,14 @@ def check(
     `ignored` may be there. Tensors of integers are refused.
     """
     # --- names and shapes
-    wanted = {p.key: p.file_shape for p in pieces if p.key is not None}
-    missing = [f"{k} is missing" for k in wanted if k not in tensors]
-    extra = [
-        f"{k} is not known"
-        for k in tensors
-        if k not in wanted and not k.endswith(tuple(ignored))
-    ]
-    shapes = [
-        f"{k} is {list(tensors[k].shape)}, wanted {list(shape)}"
-        for k, shape in wanted.items()
-        if k in tensors and tuple(tensors[k].shape) != shape
-    ]
-    if faults := missing + extra + shapes:
-        raise UserError(
-            f"{where}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
-            f" of another shape: {listed(faults, '; ')}"
-        )
+    wanted = {p.key: list(p.file_shape) for p in pieces if p.key is not None}
+    present = {
+        key: list(x.shape)
+        for key, x in tensors.items()
+        if key in wanted or not key.endswith(tuple(ignored))
+    }
+    if faults := tree.mismatch(wanted, present, "shape"):
+        raise UserError(f"{where}: {faults}")
     # --- dtypes: integers mean something only with scales that we do not know
     if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
         name = integers[0]
