@@ -31,8 +31,8 @@ def path_name(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
-def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], what: str) -> str:
-    """How leaves by name differ in `what` they are, for a message; "" if they agree."""
+def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], kind: str) -> str:
+    """How leaves by name differ in their `kind`, for a message; "" if they agree."""
     missing = [f"{name} is missing" for name in wanted if name not in present]
     extra = [f"{name} is not known" for name in present if name not in wanted]
     other = [
@@ -43,7 +43,7 @@ def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], what: str) -
     if not (faults := missing + extra + other):
         return ""
     return (
-        f"{len(missing)} missing, {len(extra)} extra, {len(other)} of another {what}:"
+        f"{len(missing)} missing, {len(extra)} extra, {len(other)} of another {kind}:"
         f" {listed(faults, '; ')}"
     )
 
