@@ -146,6 +146,7 @@ def divide(folder: str) -> dict:
     import safetensors
 
     from sd3_jax.data import malloc, records, shards
+    from sd3_jax.data.float_bits import finite
 
     malloc.keep_freed()
     path = f"{folder}/0.arecord"
@@ -165,7 +166,7 @@ def divide(folder: str) -> dict:
         "decode": lambda i: records.decode(each[i], path),
         "  its safetensors": lambda i: safetensors.deserialize(each[i]),
         "  its crc32": lambda i: zlib.crc32(each[i]),
-        "  its look for nan": lambda i: [records._not_finite(x) for x in held],
+        "  its look for nan": lambda i: [finite(x) for x in held],
         "copy to the batch": copy,
     }
     times = {}

@@ -65,6 +65,25 @@ class RetryableError(Exception):
 
 
 @contextlib.contextmanager
+def explained(action: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """Raise any failure of orbax inside as one line that begins with `action`.
+
+    Storage that does not answer is no damage and no mistake: RetryableError.
+    """
+    try:
+        yield
+    except (UserError, RunFailed, RetryableError):
+        raise
+    except Exception as e:
+        # Orbax wraps each failure, and its wrapper speaks of handlers that do not fit;
+        # what failed is the cause.
+        truth = e.__cause__ or e
+        reason = " ".join(str(truth).split())[:300]
+        kind = RetryableError if passing(truth) else kind
+        raise kind(f"{action}: {type(truth).__name__}: {reason}") from e
+
+
+@contextlib.contextmanager
 def prefixed(where: str) -> Iterator[None]:
     """Begin the message of a UserError with `where`, such as "config.eval.real"."""
     try:

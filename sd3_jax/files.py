@@ -104,6 +104,12 @@ def remote(path: epath.PathLike) -> bool:
     return "://" in os.fspath(path)
 
 
+def absolute(path: epath.PathLike) -> str:
+    """The path without ~ and relative parts; a bucket's stays as it is."""
+    name = os.fspath(path)
+    return name if remote(name) else os.path.abspath(os.path.expanduser(name))
+
+
 def read_range(path: str, start: int, end: int) -> bytes:
     """Bytes start to end of a bucket's object, in one request."""
 

@@ -2,7 +2,10 @@
 
 import json
 import math
+from collections.abc import Iterable
 from typing import Any
+
+LISTED = 10  # names in a message, at most
 
 
 def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
@@ -36,6 +39,13 @@ def shown(value: Any, most: int = 80) -> str:
     text = str(value)
     ends = "…" if len(text) > most else ""
     return "".join(map(_printed, text[:most])) + ends
+
+
+def listed(names: Iterable[Any], between: str = ", ") -> str:
+    """The first ten names, and how many more there are, for a message."""
+    names = list(names)
+    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
+    return between.join(shown(name, 300) for name in names[:LISTED]) + more
 
 
 def _printed(c: str) -> str:

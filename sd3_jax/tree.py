@@ -1,13 +1,16 @@
 """Trees of parameters: names, sizes and fingerprints."""
 
 import hashlib
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
+
+from sd3_jax.foreign_text import listed
 
 
 def unbox(tree):
@@ -21,6 +24,28 @@ def unbox(tree):
 def names(path) -> tuple[str, ...]:
     """A jax.tree_util path as plain strings."""
     return tuple(str(getattr(k, "key", getattr(k, "name", k))) for k in path)
+
+
+def path_name(path) -> str:
+    """A jax.tree_util path as "a/b/0"."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], kind: str) -> str:
+    """How leaves by name differ in their `kind`, for a message; "" if they agree."""
+    missing = [f"{name} is missing" for name in wanted if name not in present]
+    extra = [f"{name} is not known" for name in present if name not in wanted]
+    other = [
+        f"{name} is {present[name]}, wanted {x}"
+        for name, x in wanted.items()
+        if present.get(name, x) != x
+    ]
+    if not (faults := missing + extra + other):
+        return ""
+    return (
+        f"{len(missing)} missing, {len(extra)} extra, {len(other)} of another {kind}:"
+        f" {listed(faults, '; ')}"
+    )
 
 
 def count(tree) -> int:
@@ -44,9 +69,8 @@ def fingerprints(tree) -> dict[str, Print]:
     # the devices: integer addition has no order. The mixing is one to one.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
     rows = zip(leaves, table)
-    return {name(path): Print(*map(int, row)) for (path, _), row in rows}
+    return {path_name(path): Print(*map(int, row)) for (path, _), row in rows}
 
 
 def fingerprint(tree) -> str:

@@ -545,9 +545,9 @@ def test_27_captions_that_are_cut_or_refused():
 def test_28_a_prompt_of_too_many_tokens_is_cut_and_told_of(words, caplog):
     found = tokenizers.load(words)
     texts = ["fox", *(n * "the red fox in " for n in (9, 90))]
-    clip = tokenizers.clip_ids(found["clip_l"], texts, 77)
+    clip = tokenizers.token_ids(found["clip_l"], texts, 77, encoder="CLIP")
     assert clip.shape == (3, 77) and clip.max() < len(found["clip_l"])
-    assert tokenizers.t5_ids(found["t5"], texts, 256).shape == (3, 256)
+    assert tokenizers.token_ids(found["t5"], texts, 256, encoder="T5").shape == (3, 256)
     told = [line for line in caplog.messages if "cuts 1 of 3 prompts" in line]
     assert [line.split(":")[0] for line in told] == [
         "CLIP reads 77 tokens",

@@ -1,7 +1,7 @@
 """The encoders that made a run's records, as fingerprints of weights by part.
 
-`precompute` writes them to encoders.json and manifest.json, `train` to its checkpoints.
-A model that was trained on one autoencoder's latents cannot use another's.
+`precompute` writes them to encoders.json, `train` to its checkpoints. A model that
+was trained on one autoencoder's latents cannot use another's.
 """
 
 import logging
@@ -94,11 +94,6 @@ def compare(
 
 
 def _read(workdir: epath.Path) -> dict[str, str]:
-    # encoders.json is there from the start of a job, manifest.json only at its end.
-    for name, within in (NAME, None), ("manifest.json", "encoders"):
-        if (workdir / name).exists():
-            value = files.read_object(workdir / name)
-            value = value.get(within, {}) if within else value
-            if isinstance(value, dict):
-                return {k: v for k, v in value.items() if isinstance(v, str)}
-    return {}
+    path = workdir / NAME
+    prints = files.read_object(path) if path.exists() else {}
+    return {part: x for part, x in prints.items() if isinstance(x, str)}

@@ -1,7 +1,6 @@
 """The examples of a run: their source, loader, batch shapes and encoder."""
 
 import functools
-import logging
 from collections.abc import Callable
 
 import jax
@@ -28,8 +27,6 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.sampling import bundle_loading
 from sd3_jax.sampling.bundle import TEXT
 from sd3_jax.sampling.encoder import Encoder
-
-log = logging.getLogger(__name__)
 
 
 def source(config: ConfigDict, *, held_out: bool = False):

@@ -16,16 +16,14 @@ from sd3_jax import tree
 from sd3_jax.assembly import compatibility
 from sd3_jax.checkpoints.restoring import restore_params, saved_config, saved_data
 from sd3_jax.distributed import sharding
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import lora
-from sd3_jax.params import lora as lora_model
 from sd3_jax.sampling import bundle_loading, lora_adapters
 from sd3_jax.training import finetuning
 from sd3_jax.training.finetuning import Tuning
 from sd3_jax.training.objectives import Objective
-from sd3_jax.weights import lora_files, sources
-from sd3_jax.weights import lora_formats as adapter_files
+from sd3_jax.weights import lora_files, lora_formats, sources
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # in a workdir
@@ -66,8 +64,8 @@ def build_tuning(config: ConfigDict, objective: Objective) -> Tuning:
     return tuning
 
 
-def base_of(workdir: epath.PathLike, step: int | None = None) -> str:
-    """The base that a run started from, "" if it had none."""
+def base_of(workdir: epath.PathLike, step: int) -> str:
+    """The base that a run's step was trained from, "" if it had none."""
     saved = saved_config(epath.Path(workdir) / CHECKPOINTS, step)
     return saved.get("tune", {}).get("base", "")
 
@@ -137,10 +135,8 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
 def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) -> dict:
     """Load a released denoiser; UserError if it is not shaped as the recipe's."""
     base = config.tune.base
-    try:
+    with prefixed("config.tune.base"):
         bundle = bundle_loading.load(base, mesh=mesh, dtype=dtype, only=("denoiser",))
-    except UserError as error:
-        raise UserError(f"config.tune.base: {error}") from None
     base_denoiser = bundle.part("denoiser")
     pairs = {
         name: (getattr(base_denoiser, name), getattr(denoiser, name)) for name in SHAPE
@@ -164,7 +160,7 @@ def restored(
     mesh: Mesh,
     *,
     which: str,
-    step: int | None = None,
+    step: int | None,
 ) -> tuple[dict, int]:
     """Restore a checkpoint's weights together with the frozen ones, and its step."""
     # What was trained, and from which base, is the checkpoint's config.tune: `config`
@@ -191,11 +187,9 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         return {}
     where = f"config.tune.lora = {source}"
     path, weight = lora_adapters.named(source)
-    try:
-        path = sources.resolve(path, adapter_files.WANTED, label="LoRA")
-        pairs = adapter_files.read(path)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+    with prefixed(where):
+        path = sources.resolve(path, lora_formats.WANTED, label="LoRA")
+        pairs = lora_formats.read(path)
     if foreign := sorted(set(pairs) - {"denoiser"}):
         raise UserError(f"{where}: adapts {foreign[0]}; wanted the denoiser alone")
     if not isinstance(parts.denoiser, MMDiT):
@@ -214,7 +208,7 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         pairs["denoiser"], "denoiser", parts.denoiser, shapes, weight=weight
     )
     trained = lora.target_kernels(shapes, config.tune.targets)
-    of_file = [module for module, _ in lora_model.modules(loaded, "a")]
+    of_file = [module for module, _ in lora.modules(loaded, "a")]
     if foreign := ["/".join(module) for module in of_file if module not in trained]:
         raise UserError(
             f"{where}: adapts {foreign[0]}, which is not among config.tune.targets ="
@@ -227,8 +221,8 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     # is divided out here.
     scale = config.tune.alpha / rank if config.tune.alpha else 1.0
     divide = lambda pair: {"a": pair["a"], "b": pair["b"] / np.float32(scale)}
-    flat = {path: divide(pair) for path, pair in lora_model.modules(loaded, "a")}
-    return {"denoiser": lora_model.nested(flat)}
+    flat = {path: divide(pair) for path, pair in lora.modules(loaded, "a")}
+    return {"denoiser": lora.nested(flat)}
 
 
 def adapted(params: dict, adapter: dict) -> dict:

@@ -57,6 +57,7 @@ class PartEncoder:
         `input_changes`.
         """
         rejected, sources, writing = [], [], deque()
+        # A single writer: a shard's records stay in the order of the batches.
         with (
             ThreadPoolExecutor(self.config.threads) as readers,
             ThreadPoolExecutor(1) as writer,
@@ -94,7 +95,8 @@ class PartEncoder:
         items_of_part = input_parts.items(part)
         # In the order of the input, whichever thread is first: a part that is done
         # again has the same records in the same order.
-        outcomes = intake.in_order(readers, prepare_one, items_of_part, self.ahead)
+        ahead = 2 * self.config.threads
+        outcomes = intake.in_order(readers, prepare_one, items_of_part, ahead)
         for outcome, row in outcomes:
             sources.append(row)
             progress.add(things=1, bytes=outcome.bytes)
@@ -116,10 +118,6 @@ class PartEncoder:
             names += ["clip", "pooled"]
             names += ["t5"] * (self.encoder.bundle.text_models.t5 is not None)
         return names
-
-    @property
-    def ahead(self) -> int:
-        return 2 * self.config.threads
 
     @property
     def cut(self) -> Counter:

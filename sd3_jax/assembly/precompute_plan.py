@@ -19,8 +19,8 @@ from sd3_jax.data.ingest import (
 from sd3_jax.data.ingest.input_parts import Part
 from sd3_jax.data.ingest.manifest import Manifest
 from sd3_jax.data.shards import expand
-from sd3_jax.errors import UserError
-from sd3_jax.files import write_whole
+from sd3_jax.errors import UserError, prefixed
+from sd3_jax.files import absolute, write_whole
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling.encoder import Encoder
 
@@ -37,10 +37,8 @@ def ingest_settings(config: ConfigDict) -> prepare.Settings:
     """Parse config.ingest; UserError with the key that is wrong."""
     ingest, parsed = config.ingest, {}
     for key, parse in ("captions", captions.parse), ("filters", filters.parse):
-        try:
+        with prefixed(f"config.ingest.{key}"):
             parsed[key] = parse(tuple(ingest[key]))
-        except UserError as error:
-            raise UserError(f"config.ingest.{key}: {error}") from None
     exclusions = {}
     for path in map(epath.Path, ingest.exclude):
         try:
@@ -153,4 +151,4 @@ def read_plan(workdir: epath.Path) -> list[Part]:
 
 def with_absolute_path(part: Part) -> Part:
     """The part with an absolute path: a later run may start in another folder."""
-    return part._replace(path=listing.absolute(part.path))
+    return part._replace(path=absolute(part.path))

@@ -11,7 +11,7 @@ from sd3_jax.assembly.record_shapes import bucket_table, tensor_shapes
 from sd3_jax.data.dataset import Records
 from sd3_jax.data.record_header import REJECTED, TENSORS, TEXTS
 from sd3_jax.data.records import Record
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.sampling import bundle as bundles
 
 log = logging.getLogger(__name__)
@@ -31,25 +31,18 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
     if held_out:
         # Validation is one set: its mean loss is over examples, not over sets.
         key, paths, weights = "data.held_out", data.held_out, ()
-    try:
+    shapes = {str(x): tensor_shapes(config, x) for x in bucket_table(config)}
+    with prefixed(f"config.{key}"):
         records = Records(
             tuple(paths),
             weights=tuple(weights),
-            shapes={
-                str(bucket): tensor_shapes(config, bucket)
-                for bucket in bucket_table(config)
-            },
+            shapes=shapes,
             batch_size=size,
             bad_records=data.bad_records,
             seed=config.seed,
         )
-    except UserError as error:
-        raise UserError(f"config.{key}: {error}") from None
-    # Known from files beside the shards; a mixture of encoders is an error already.
-    try:
+        # Known from files beside the shards; a mixture of encoders is an error already.
         records.encoders = encoder_identity.of_records(records)
-    except UserError as error:
-        raise UserError(f"config.{key}: {error}") from None
     if held_out and len(records) < (required := validated(config)):
         raise UserError(
             f"config.{key}: {', '.join(paths)}: {len(records)} records, wanted at least"
@@ -58,10 +51,9 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
             f" --config.eval.examples={len(records)}"
         )
     warn_of_repeats(key, records, size)
-    try:
+    where = f"config.{key}: {records.shards[0].path}"
+    with prefixed(where):
         records.select_fields(batch_fields(config, records.first))
-    except UserError as error:
-        raise UserError(f"config.{key}: {records.shards[0].path}: {error}") from None
     # The first record shows a wrong recipe. Every other record is checked for its
     # bucket's shapes when it is read.
     for name in records.example(records.buckets[0]):
@@ -69,8 +61,8 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
         shape = records.first.tensors[name].shape
         if shape != required:
             raise UserError(
-                f"config.{key}: {records.shards[0].path}: {name} of {by_x(shape)}, the"
-                f" recipe's are {by_x(required)}: {shape_advice(name, config, shape)}"
+                f"{where}: {name} of {by_x(shape)}, the recipe's are {by_x(required)}:"
+                f" {shape_advice(name, config, shape)}"
             )
     return records
 

@@ -20,12 +20,12 @@ from etils import epath
 import sd3_jax
 from sd3_jax import files, tree
 from sd3_jax.errors import RetryableError, UserError, passing
+from sd3_jax.foreign_text import listed
 
 FORMAT = 1  # of a step's folder; a larger one is of a later version of this code
 FOLDER = "sums"  # in it, a file for each process
 SMALL = 2**20  # bytes; files up to this size are summed even for a part of the state
 BLOCK = 2**24  # bytes read at a time
-LISTED = 10  # names in an error, at most
 
 
 class UnreadableCheckpoint(UserError):
@@ -87,7 +87,7 @@ def check_leaves(path: epath.Path, about: dict, part: Any) -> None:
     wrong = [k for k, x in prints.items() if saved_prints.get(k) != f"{x.word:08x}"]
     if wrong:
         raise UnreadableCheckpoint(
-            f"{path} is damaged: {_listed(wrong)} not as saved (fingerprint)"
+            f"{path} is damaged: {listed(wrong)} not as saved (fingerprint)"
         )
 
 
@@ -122,7 +122,7 @@ def check_files(
     with ThreadPoolExecutor(4) as pool:
         wrong = [x for x in pool.map(lambda job: _wrong(*job), jobs) if x]
     if wrong:
-        raise UnreadableCheckpoint(f"{path} is damaged: {_listed(wrong)}")
+        raise UnreadableCheckpoint(f"{path} is damaged: {listed(wrong)}")
     return bool(jobs)
 
 
@@ -204,10 +204,6 @@ def _sum(path: epath.Path) -> tuple[int, int]:
 
 
 def _digest(content: Any) -> str:
+    # Sorted: what comes back from storage may have its keys in another order.
     text = json.dumps(content, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - LISTED} more" if names[LISTED:] else ""
-    return ", ".join(names[:LISTED]) + more

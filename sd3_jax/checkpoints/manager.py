@@ -14,12 +14,13 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sd3_jax import tree
+from sd3_jax import files, tree
 from sd3_jax.checkpoints import integrity, restoring, step_folders
-from sd3_jax.checkpoints.integrity import LISTED, UnreadableCheckpoint
-from sd3_jax.checkpoints.orbax_io import explained, orbax_context
+from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
+from sd3_jax.checkpoints.orbax_io import orbax_context
 from sd3_jax.distributed import processes
-from sd3_jax.errors import RetryableError, RunFailed, UserError
+from sd3_jax.errors import RetryableError, RunFailed, UserError, explained
+from sd3_jax.foreign_text import listed
 
 LOOK = 5.0  # seconds between two looks for the folder that is saved to
 log = logging.getLogger(__name__)
@@ -44,14 +45,13 @@ class Checkpoints:
         """`grace` is how many seconds follow SIGTERM before SIGKILL, if known."""
         if min(every, keep, keep_every or 1) < 1:
             raise UserError("checkpoint.every, keep and keep_every must be at least 1")
-        self.directory = step_folders.absolute(directory)
+        self.directory = epath.Path(files.absolute(directory))
         self._every, self._keep, self._keep_every = every, keep, keep_every
         # One thread: what follows a save (sums, pruning) follows it in order.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._saving: Future | None = None
         self._asked_step, self._preempted = -1, False
         self._grace, self._warned = grace, False
-        self.save_seconds: float | None = None  # of the last save that is durable
         self.step_seconds = 0.0  # the mean from one save to the next
         self._since: tuple[int, float] | None = None  # a step, and when it ended
         if jax.process_index() == 0:
@@ -62,7 +62,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step; process 0 looks, all processes get its answer."""
-        return step_folders.latest_step(self.directory)
+        return max(step_folders.shared_steps(self.directory), default=None)
 
     def require_space(self, abstract_state: Any) -> None:
         """Refuse to start where two more saves of such a state have no room."""
@@ -111,7 +111,7 @@ class Checkpoints:
         if finite and (names := [k for k, x in prints.items() if x.strange]):
             raise RunFailed(
                 f"step {step} is not saved, {len(names)} of its leaves hold NaN or"
-                f" infinities: {', '.join(names[:LISTED])}; the newest saved step is"
+                f" infinities: {listed(names)}; the newest saved step is"
                 f" {self._last}"
             )
         about = integrity.about(step, prints, data, config)
@@ -220,12 +220,9 @@ class Checkpoints:
                     keep=self._keep,
                     keep_every=self._keep_every,
                 )
-            except (
-                OSError,
-                UserError,
-                RetryableError,
-            ) as e:  # the save is sound
-                logging.warning("cannot delete old steps in %s: %s", path.parent, e)
+            # Not an error: the save itself is sound.
+            except (OSError, UserError, RetryableError) as e:
+                log.warning("cannot delete old steps in %s: %s", path.parent, e)
 
     def _log_seconds(self, path: epath.Path, seconds: float) -> None:
         """Log how long the save took; warn once if the save on SIGTERM may not fit.
@@ -233,7 +230,6 @@ class Checkpoints:
         SIGTERM may come just after a save began: that save, the step in progress and
         the last save all come before SIGKILL.
         """
-        self.save_seconds = seconds
         if jax.process_index() != 0:
             return
         log.info("step %s is saved: it took %.1f s", path.name, seconds)

@@ -10,7 +10,7 @@ from orbax.checkpoint import v1 as ocp
 
 from sd3_jax.checkpoints import integrity
 from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
-from sd3_jax.errors import RetryableError, RunFailed, UserError, os_code, passing
+from sd3_jax.errors import RetryableError, UserError, explained, os_code
 
 JSON = ("data", "config", "about")  # a step's items beside "state"
 
@@ -65,22 +65,3 @@ def readable(path: epath.Path) -> Iterator[None]:
                 f"{action}, though its files are as they were written: {reason}"
             ) from fault.__cause__
         raise
-
-
-@contextlib.contextmanager
-def explained(action: str, kind: type[UserError] = UserError) -> Iterator[None]:
-    """Raise any failure inside as one line that begins with `action`.
-
-    Storage that does not answer is no damage and no mistake: RetryableError.
-    """
-    try:
-        yield
-    except (UserError, RunFailed, RetryableError):
-        raise
-    except Exception as e:
-        # Orbax wraps each failure, and its wrapper speaks of handlers that do not fit;
-        # what failed is the cause.
-        truth = e.__cause__ or e
-        reason = " ".join(str(truth).split())[:300]
-        kind = RetryableError if passing(truth) else kind
-        raise kind(f"{action}: {type(truth).__name__}: {reason}") from e

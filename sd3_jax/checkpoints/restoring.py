@@ -13,16 +13,11 @@ import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sd3_jax.checkpoints import integrity
-from sd3_jax.checkpoints.integrity import LISTED, UnreadableCheckpoint
+from sd3_jax import files, tree
+from sd3_jax.checkpoints import integrity, step_folders
+from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
 from sd3_jax.checkpoints.orbax_io import load, orbax_context, readable
-from sd3_jax.checkpoints.step_folders import (
-    absolute,
-    retry_pauses,
-    shared_steps,
-    step_path,
-    wait_or_raise,
-)
+from sd3_jax.checkpoints.step_folders import shared_steps, step_path, wait_or_raise
 from sd3_jax.distributed import processes
 from sd3_jax.errors import RetryableError, UserError
 
@@ -40,7 +35,7 @@ def restore_params(
 
     Without `step`, the newest sound one: damaged steps are logged and skipped.
     """
-    directory = absolute(directory)
+    directory = epath.Path(files.absolute(directory))
     first = int(step_path(directory, step).name)
     steps = [s for s in shared_steps(directory) if s <= first]
     for number in reversed(steps):
@@ -66,7 +61,7 @@ def saved_data(directory: epath.PathLike, step: int | None = None) -> dict:
 
 
 def _saved_json(directory: epath.PathLike, step: int | None, item: str) -> dict:
-    path = step_path(absolute(directory), step)
+    path = step_path(epath.Path(files.absolute(directory)), step)
     # `about` first: it refuses a step of a newer format before its JSON is believed.
     read_together(path, lambda: read_about(path))
     return read_together(path, lambda: load(path, {item: None}))[item]
@@ -120,7 +115,7 @@ def read_together(path: epath.Path, read: Callable[[], Any]) -> Any:
     a read that failed once looks like a file that is cut.
     """
     doubted = False
-    for pause in retry_pauses():
+    for pause in (*step_folders.PAUSES, None):
         content = fault = None
         try:
             content = read()
@@ -133,11 +128,8 @@ def read_together(path: epath.Path, read: Callable[[], Any]) -> Any:
         damaged = isinstance(fault, UnreadableCheckpoint)
         if not processes.all_well(not damaged):
             if doubted:
-                raise (
-                    fault
-                    if damaged
-                    else UnreadableCheckpoint(f"{path} is damaged: a peer says so")
-                )
+                peers = UnreadableCheckpoint(f"{path} is damaged: a peer says so")
+                raise fault if damaged else peers
             doubted = True
         wait_or_raise(fault or RetryableError(f"a peer cannot read {path}"), pause)
 
@@ -166,26 +158,14 @@ def compare_leaves(path: epath.Path, abstract: Any, *, only: str | None = None) 
             raise ValueError("it holds no leaves")
     present = describe_leaves(stored if only is None else {only: stored.get(only, {})})
     wanted = describe_leaves(abstract)
-    missing = [f"{n} is not stored" for n in wanted if n not in present]
-    extra = [f"{n} is stored but not wanted" for n in present if n not in wanted]
-    differ = [
-        f"{name} is {present[name]}, wanted {leaf}"
-        for name, leaf in wanted.items()
-        if present.get(name, leaf) != leaf
-    ]
-    if wrong := missing + extra + differ:
-        listed = "; ".join(wrong[:LISTED]) + (" ..." if len(wrong) > LISTED else "")
-        raise UserError(
-            f"{path} does not fit: {len(missing)} missing, {len(extra)} extra, "
-            f"{len(differ)} of another dtype or shape: {listed}"
-        )
+    if faults := tree.mismatch(wanted, present, "dtype or shape"):
+        raise UserError(f"{path} does not fit: {faults}")
 
 
-def describe_leaves(tree: Any) -> dict[str, str]:
+def describe_leaves(state: Any) -> dict[str, str]:
     """Path to "float32[2, 3]" of every leaf."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
+    leaves = jax.tree_util.tree_leaves_with_path(state)
+    return {tree.path_name(path): f"{x.dtype}{list(x.shape)}" for path, x in leaves}
 
 
 def _log_differences(path: epath.Path, about: dict) -> None:

@@ -9,31 +9,21 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
 
 from sd3_jax import files
 from sd3_jax.checkpoints import integrity
-from sd3_jax.checkpoints.integrity import LISTED
-from sd3_jax.checkpoints.orbax_io import explained
 from sd3_jax.distributed import processes
-from sd3_jax.errors import RetryableError, UserError
+from sd3_jax.errors import RetryableError, UserError, explained
+from sd3_jax.foreign_text import LISTED
 
 COMMIT = "commit_success.txt"  # orbax writes it last
 TMP = ".orbax-checkpoint-tmp"  # suffix of the folder that a killed save leaves behind
 DAMAGED = "damaged-"  # prefix of a step's folder once it is set aside
 PAUSES = (0.5, 2.0, 8.0)  # seconds before a read is tried again
 log = logging.getLogger(__name__)
-
-
-def absolute(directory: epath.PathLike) -> epath.Path:
-    """The path without ~ and relative parts; a bucket's stays as it is."""
-    name = os.fspath(directory)
-    if "://" not in name:  # gs://, s3://
-        name = os.path.abspath(os.path.expanduser(name))
-    return epath.Path(name)
 
 
 def prepare(directory: epath.Path) -> None:
@@ -82,11 +72,8 @@ def numbered_steps(directory: epath.Path) -> list[int]:
 
 def complete_steps(directory: epath.Path) -> list[int]:
     """Complete steps, oldest first."""
-    return [s for s in numbered_steps(directory) if is_complete(directory / str(s))]
-
-
-def is_complete(path: epath.Path) -> bool:
-    return integrity.is_there(path / COMMIT)
+    committed = lambda step: integrity.is_there(directory / str(step) / COMMIT)
+    return [step for step in numbered_steps(directory) if committed(step)]
 
 
 def shared_steps(directory: epath.Path) -> list[int]:
@@ -97,7 +84,7 @@ def shared_steps(directory: epath.Path) -> list[int]:
     """
 
     def list_steps() -> list[int]:
-        for pause in retry_pauses():
+        for pause in (*PAUSES, None):  # None: the last try
             try:
                 with explained(f"cannot read checkpoints in {directory}"):
                     return complete_steps(directory)
@@ -107,10 +94,6 @@ def shared_steps(directory: epath.Path) -> list[int]:
     return processes.first(list_steps)
 
 
-def latest_step(directory: epath.Path) -> int | None:
-    return max(shared_steps(directory), default=None)
-
-
 def step_path(directory: epath.Path, step: int | None) -> epath.Path:
     """The folder of a step, the newest by default; UserError if it is not complete."""
     steps = shared_steps(directory)
@@ -118,17 +101,11 @@ def step_path(directory: epath.Path, step: int | None) -> epath.Path:
         raise UserError(f"there is no complete checkpoint in {directory}")
     path = directory / str(max(steps) if step is None else step)
     if step is not None and step not in steps:
-        listed = ", ".join(map(str, steps[-LISTED:])) or "none"
+        newest = ", ".join(map(str, steps[-LISTED:])) or "none"
         raise UserError(
-            f"{path} is not a complete checkpoint; complete steps: {listed}"
+            f"{path} is not a complete checkpoint; complete steps: {newest}"
         )
     return path
-
-
-def retry_pauses() -> Iterator[float | None]:
-    """One item for each try: the seconds to wait after it, None after the last."""
-    yield from PAUSES
-    yield None
 
 
 def wait_or_raise(fault: RetryableError, seconds: float | None) -> None:

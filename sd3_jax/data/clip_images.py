@@ -10,8 +10,8 @@ from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
-from sd3_jax.foreign_text import parse_json, shown
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)  # OpenAI's, of the pictures it trained on
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -36,6 +36,7 @@ class Preparation(NamedTuple):
             return np.zeros((0, self.crop, self.crop, 3), np.float32)
         with ThreadPoolExecutor(THREADS) as threads:
             cropped = np.stack(list(threads.map(self._one, pictures)))  # uint8
+        # A product, as in transformers: a division by 255 rounds to other last bits.
         x = cropped.astype(np.float32) * np.float32(1 / 255)
         return (x - np.float32(self.mean)) / np.float32(self.std)
 
@@ -57,7 +58,7 @@ def preparation(folder: epath.Path, size: int) -> Preparation:
     settings = {}
     for name in ("processor_config.json", "preprocessor_config.json"):
         if (folder / name).exists():
-            settings = read_json(folder / name)
+            settings = files.read_object(folder / name)
             settings = settings.get("image_processor", settings)
     setting = lambda name, default: settings.get(name) or default
     try:
@@ -80,17 +81,6 @@ def preparation(folder: epath.Path, size: int) -> Preparation:
             f" to {size} pixels"
         )
     return parsed
-
-
-def read_json(path: epath.Path) -> dict:
-    """Read a JSON object; UserError if the file is missing or holds none."""
-    try:
-        value = parse_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {shown(error, 200)}") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: wanted a JSON object")
-    return value
 
 
 def _side(value: Any, key: str) -> int:

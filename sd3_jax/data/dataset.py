@@ -68,6 +68,7 @@ class Records:
         # Loader threads read concurrently; the count of bad records is shared.
         self._bad, self._lock = set(), threading.Lock()
         reader_limit = INDEXED if all(map(files.remote, paths)) else OPEN
+        # The cache is this object's: one on the method would keep every Records alive.
         self._reader = functools.lru_cache(reader_limit)(self._open)
 
         # --- open every shard; number its records by set, then bucket

@@ -122,11 +122,12 @@ def split_of(scene: Scene) -> str:
     return "train"
 
 
-def scenes(kind: str, split: str) -> list[Scene]:
+@functools.cache
+def scenes(kind: str, split: str) -> tuple[Scene, ...]:
     """All scenes of a kind in a split, in a fixed order; singles are in every split."""
     things = [Thing(c, d) for c in COLOURS for d in range(10)]
     if kind == "single":
-        return [Scene(kind, (a,)) for a in things]
+        return tuple(Scene(kind, (a,)) for a in things)
     if kind == "pair":
         candidates = [
             Scene(kind, (a, b), r) for a in things for b in things for r in RELATIONS
@@ -137,7 +138,7 @@ def scenes(kind: str, split: str) -> list[Scene]:
             for c in COLOURS
             for n in range(100)
         ]
-    return [scene for scene in candidates if split_of(scene) == split]
+    return tuple(scene for scene in candidates if split_of(scene) == split)
 
 
 @dataclass(frozen=True)
@@ -182,7 +183,8 @@ class Digits:
     def scene(self, kind: float, choice: float) -> Scene:
         """The scene that two uniform numbers choose: its kind, then which of those."""
         shares = np.cumsum(self.mix) / np.sum(self.mix)
-        choices = _scenes(KINDS[np.searchsorted(shares, kind, "right")])
+        # "right": a kind whose weight is 0 has an empty interval and is never drawn.
+        choices = scenes(KINDS[np.searchsorted(shares, kind, "right")], "train")
         return choices[int(choice * len(choices))]
 
     def draw(self, scene: Scene, u: np.ndarray) -> np.ndarray:
@@ -206,11 +208,6 @@ class Digits:
         if len(scene.things) == 1:
             return [(y, x)]
         return [(y, 0), (y, 2 * x)] if axis == "x" else [(0, x), (2 * y, x)]
-
-
-@functools.cache
-def _scenes(kind: str) -> list[Scene]:
-    return scenes(kind, "train")
 
 
 @functools.cache

@@ -66,6 +66,7 @@ def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
         raise UserError(
             f"{setting}: wanted none, or one for each of {len(paths)} paths"
         )
+    # NaN fails every comparison, so it is refused as well.
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError(f"{setting}: wanted finite numbers > 0; leave a path out for 0")
     if weights and max(weights) > SPREAD * min(weights):

@@ -10,7 +10,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from sd3_jax.foreign_text import parse_json
+from sd3_jax.foreign_text import parse_json, shown
 
 FORMAT = "sd3_jax.record"
 VERSION = 2  # 1 had latents, context and pooled, and no caption_from
@@ -168,9 +168,8 @@ def check_line(name, text):
 
 
 def show(value: Any) -> str:
-    """A value for a message: one short line that is harmless to a terminal."""
-    text = ascii(value)
-    return text if len(text) <= 80 else f"{text[:77]}..."
+    """A value for a message: one short line, texts in quotes."""
+    return shown(ascii(value))
 
 
 def _parse_integers(metadata, name, count):

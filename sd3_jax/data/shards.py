@@ -143,14 +143,20 @@ def open_all(paths: Sequence[str]) -> list[Shard]:
     with ThreadPoolExecutor(OPENERS) as threads:
         # In parallel: of 10^5 shards each is opened once, at a request or a seek.
         looked_at = list(threads.map(inspect, paths))
-    path_of_file = {}
-    for shard in looked_at:
-        if shard.file in path_of_file:
-            other = path_of_file[shard.file]
-            also = "" if other == shard.path else f", also as {other}"
-            raise UserError(f"{shard.path}: the same shard is listed twice{also}")
-        path_of_file[shard.file] = shard.path
+    require_once("shard", paths, [shard.file for shard in looked_at])
     return renumbered(looked_at, range(len(looked_at)))
+
+
+def require_once(noun: str, paths: Sequence[str], identities: Sequence[Any]) -> None:
+    """UserError if two of the paths have one identity; see `file_of`."""
+    path_of_file = {}
+    for path, file in zip(paths, identities):
+        if (other := path_of_file.setdefault(file, path)) != path:
+            raise UserError(f"{path}: the same {noun} is listed twice, also as {other}")
+    # A path that stands there twice is no second spelling, which the loop looks for.
+    if len(path_of_file) < len(paths):
+        twice, _ = Counter(paths).most_common(1)[0]
+        raise UserError(f"{twice}: the same {noun} is listed twice")
 
 
 def renumbered(shards: Sequence[Shard], places: Sequence[int]) -> list[Shard]:

@@ -166,7 +166,8 @@ def _check_merges(folder: epath.Path) -> None:
     else:
         return
     pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
-    if not all(isinstance(x, list) and all(map(_is_text, x)) for x in pairs):
+    texts = lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x)
+    if not all(map(texts, pairs)):
         raise UserError(f"{path}: wanted merges of two pieces")
     results = set(map("".join, pairs))
     is_base_piece = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
@@ -178,10 +179,6 @@ def _check_merges(folder: epath.Path) -> None:
             f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
             f" {shown(unmerged[0])} first: wanted the whole list"
         )
-
-
-def _is_text(x: Any) -> bool:
-    return isinstance(x, str)
 
 
 def _check_settings(path: epath.Path, settings: dict) -> None:
@@ -253,47 +250,33 @@ def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
     return index
 
 
-def clip_ids(
+def token_ids(
     tokenizer: Any,
     texts: Sequence[str],
     length: int,
+    *,
+    encoder: str,
     cut: Counter[str] | None = None,
 ) -> Int[np.ndarray, "b l"]:
-    """Token ids for CLIP's encoders, truncated or padded by the tokenizer's own rule.
+    """Token ids, truncated or padded to `length` by the tokenizer's own rule.
 
-    The number of truncated texts is logged, or added to `cut` if that is passed.
+    The number of truncated texts is logged for this `encoder`, "CLIP" or "T5", or added
+    to cut[encoder] if `cut` is passed.
     """
-    return _ids(tokenizer, texts, length, "CLIP", cut)
-
-
-def t5_ids(
-    tokenizer: Any,
-    texts: Sequence[str],
-    length: int,
-    cut: Counter[str] | None = None,
-) -> Int[np.ndarray, "b l"]:
-    """Token ids for T5, truncated or padded to `length`; see `clip_ids`."""
-    return _ids(tokenizer, texts, length, "T5", cut)
-
-
-def _ids(tokenizer, texts, length, encoder_name, counts):
-    with _LOCK:
-        return _locked_ids(tokenizer, texts, length, encoder_name, counts)
-
-
-def _locked_ids(tokenizer, texts, length, encoder_name, counts):
     options = dict(padding="max_length", max_length=length, truncation=True)
-    ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
-    if counts is not None:
-        untruncated = tokenizer(list(texts))["input_ids"]
-        counts[encoder_name] += sum(len(row) > length for row in untruncated)
-        return ids
-    # Without truncation and each text once, only to count and show what is lost.
-    untruncated = tokenizer(list(dict.fromkeys(texts)))["input_ids"]
-    if overlong := [row for row in untruncated if len(row) > length]:
-        unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
-        counts = length, len(overlong), len(untruncated), max(map(len, overlong))
-        message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
-        message += " not read: %s"
-        log.warning(message, encoder_name, *counts, unread)
+    with _LOCK:
+        ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
+        # Without truncation, only to count and show what is lost; each text once where
+        # the count is for people.
+        counted = list(texts if cut is not None else dict.fromkeys(texts))
+        untruncated = tokenizer(counted)["input_ids"]
+        overlong = [row for row in untruncated if len(row) > length]
+        if cut is not None:
+            cut[encoder] += len(overlong)
+        elif overlong:
+            unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
+            counts = length, len(overlong), len(untruncated), max(map(len, overlong))
+            message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
+            message += " not read: %s"
+            log.warning(message, encoder, *counts, unread)
     return ids

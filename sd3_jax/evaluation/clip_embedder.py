@@ -14,9 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 
-from sd3_jax import tree
+from sd3_jax import files, tree
 from sd3_jax.data import clip_images, tokenizers
-from sd3_jax.data.clip_images import read_json
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
@@ -57,7 +56,9 @@ class Clip:
                 " merges.txt beside the weights, or config.tokenizers"
             )
         length = self.modules["text"].length
-        ids = lambda batch: tokenizers.clip_ids(self.tokenizer, batch, length)
+        ids = lambda batch: tokenizers.token_ids(
+            self.tokenizer, batch, length, encoder="CLIP"
+        )
         return self._batched("text", texts, ids)
 
     @functools.cached_property
@@ -154,7 +155,7 @@ def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None
             f"{path}: no config.json: wanted a folder of transformers' CLIPModel, such"
             " as openai/clip-vit-large-patch14, or its .safetensors"
         )
-    config = read_json(path / "config.json")
+    config = files.read_object(path / "config.json")
     # A text encoder's folder has a config.json as well, but no vision tower.
     if "vision_config" not in config:
         kind = shown(config.get("model_type", "another model"))

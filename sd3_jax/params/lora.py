@@ -173,18 +173,14 @@ def attach(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0)
 def merge(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):
     """`params` with the updates added to the kernels, which become plain arrays.
 
-    The merged model is as fast as the original. See attach for arguments and errors.
+    The merged model is as fast as the original. The opposite weight undoes it up to the
+    rounding of their dtype. See attach for arguments and errors.
     """
     # An eight-bit kernel becomes an array too: rounding it again would lose the update.
     change = lambda *args: _low_rank(*args, alpha=alpha, weight=weight).array()
     for path, pair in modules(lora, "a"):
         params = replaced(params, path, functools.partial(change, path, pair))
     return params
-
-
-def unmerge(params: dict, lora: dict, *, alpha: float = 0.0, weight: float = 1.0):
-    """`params` as before merge, up to the rounding of their dtype."""
-    return merge(params, lora, alpha=alpha, weight=-weight)
 
 
 def replaced(params: dict, path: tuple[str, ...], change) -> dict:

@@ -196,14 +196,14 @@ class Bundle:
             texts = [
                 prompt_text.checked(p.clip_l if p[i] is None else p[i]) for p in full
             ]
-            tokenizer = self.tokenizers[name]
-            if name == "t5":
-                ids["ids_t5"] = tokenizers.t5_ids(tokenizer, texts, length, cut)
-            else:
-                # CLIP's length is the size of its position table; T5 has relative
-                # positions and takes any length.
-                most = self.configs[name]["max_position_embeddings"]
-                ids[f"ids_{name}"] = tokenizers.clip_ids(tokenizer, texts, most, cut)
+            # CLIP's length is the size of its position table; T5 has relative
+            # positions and takes any length.
+            encoder, most = "T5", length
+            if name != "t5":
+                encoder, most = "CLIP", self.configs[name]["max_position_embeddings"]
+            ids[f"ids_{name}"] = tokenizers.token_ids(
+                self.tokenizers[name], texts, most, encoder=encoder, cut=cut
+            )
         return ids
 
     @property

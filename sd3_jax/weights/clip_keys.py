@@ -29,7 +29,8 @@ def vision_table(model: ClipVision) -> list[Group]:
         Row("visual_projection", "visual_projection"),
     )
     files = ("vision_model.encoder.layers.{}",) * 2  # the same in both layouts
-    blocks = Group("blocks", *files, text_keys.CLIP_BLOCK, range(model.depth))
+    rows = list(map(text_keys.same_names, text_keys.CLIP_BLOCK))
+    blocks = Group("blocks", *files, rows, range(model.depth))
     return [Group("", "", "", ends), blocks]
 
 

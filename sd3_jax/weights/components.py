@@ -5,6 +5,7 @@ inferred from names and shapes of a single file's tensors. published_configs rea
 and refuses what is not implemented.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -246,7 +247,8 @@ COMPONENTS = {
         LAST_NORM,
         "clip_l",
         *CLIP,
-        text_keys.clip_l_table,  # original files have no projection that is read
+        # Original files have no projection that is read.
+        functools.partial(text_keys.clip_table, projected=False),
         ignored=(*text_keys.IGNORED, text_keys.PROJECTION),
         fuller=text_keys.clip_table,
     ),

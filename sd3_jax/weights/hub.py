@@ -1,10 +1,9 @@
 """Download from the Hugging Face hub; source_names parses the names."""
 
-import functools
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 from etils import epath
 
@@ -52,7 +51,7 @@ def fetch(
     left out. `label` begins messages, such as "weights" or "LoRA".
     """
     if name.file:
-        return epath.Path(_file(name, label))
+        return _downloaded("hf_hub_download", name, label, filename=name.file)
     patterns = of_model(name.variant) if wanted is None else list(wanted)
     folder = _folder(name, patterns, unwanted, label)
     if wanted is not None:
@@ -81,36 +80,25 @@ def _bare(folder: epath.Path) -> Iterable[str]:
 
 
 def _folder(name, patterns, unwanted, label) -> epath.Path:
+    patterns = dict(allow_patterns=patterns, ignore_patterns=list(unwanted))
+    return _downloaded("snapshot_download", name, label, **patterns)
+
+
+def _downloaded(function: str, name: Name, label: str, **options) -> epath.Path:
+    """The path that a function of huggingface_hub downloads to.
+
+    UserError with what to do if it fails.
+    """
     import huggingface_hub  # not needed for local paths
-
-    download = functools.partial(
-        huggingface_hub.snapshot_download,
-        name.repo,
-        revision=name.revision,
-        allow_patterns=patterns,
-        ignore_patterns=list(unwanted),
-    )
-    return epath.Path(_downloaded(name, label, download))
-
-
-def _file(name, label) -> str:
-    import huggingface_hub
-
-    download = functools.partial(
-        huggingface_hub.hf_hub_download, name.repo, name.file, revision=name.revision
-    )
-    return _downloaded(name, label, download)
-
-
-def _downloaded(name: Name, label: str, download: Callable[..., str]) -> str:
-    """The path that `download` returns; UserError with what to do if it fails."""
     from huggingface_hub.errors import RepositoryNotFoundError
 
+    download = getattr(huggingface_hub, function)
     # Without a connection the hub's client retries for half a minute, even for what it
     # has in its cache.
     offline = not _reachable()
     try:
-        return download(local_files_only=offline)
+        options |= dict(revision=name.revision, local_files_only=offline)
+        return epath.Path(download(name.repo, **options))
     except Exception as error:  # its errors have no common base
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""

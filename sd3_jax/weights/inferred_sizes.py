@@ -16,7 +16,6 @@ Shapes = Mapping[str, Any]  # tensors by name, of which only .shape is read
 INNER = "num_attention_heads x attention_head_dim"
 HINT = "in_channels + extra_conditioning_channels"
 T5_INNER = "num_heads x d_kv"
-BOTH = "diffusers", "original"
 HEAD = 64  # size of a head in every published file without a configuration
 
 
@@ -54,20 +53,18 @@ def _root(n: int) -> int | None:
 # linear_1 reads the pooled text, so its inputs are that wide.
 DIFFUSERS_POOLED = "time_text_embed.text_embedder.linear_1.weight"
 CONTEXT = axis("joint_attention_dim", "context_embedder.weight", 2, 1)
-DENOISER = {
-    "diffusers": (
-        *patches("pos_embed.proj.weight"),
-        positions("pos_embed.pos_embed"),
-        axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
-        CONTEXT,
-    ),
-    "original": (
-        *patches("x_embedder.proj.weight"),
-        positions("pos_embed"),
-        axis("pooled_projection_dim", "y_embedder.mlp.0.weight", 2, 1),
-        CONTEXT,
-    ),
-}
+DENOISER = (
+    *patches("pos_embed.proj.weight"),
+    positions("pos_embed.pos_embed"),
+    axis("pooled_projection_dim", DIFFUSERS_POOLED, 2, 1),
+    CONTEXT,
+)
+ORIGINAL_DENOISER = (
+    *patches("x_embedder.proj.weight"),
+    positions("pos_embed"),
+    axis("pooled_projection_dim", "y_embedder.mlp.0.weight", 2, 1),
+    CONTEXT,
+)
 CONTROLNET = (  # diffusers' names outside the blocks, in both layouts
     *patches("pos_embed_input.proj.weight", channels=HINT),
     positions("pos_embed.pos_embed", optional=True),
@@ -86,6 +83,7 @@ CLIP_TEXT = (
     axis("projection_dim", "text_projection.weight", 2, 0, optional=True),
 )
 PATCHES = "vision_model.embeddings.patch_embedding.weight"
+PLACES = "vision_model.embeddings.position_embedding.weight"
 CLIP_VISION = (
     axis("hidden_size", PATCHES, 4, 0),
     axis("num_channels", PATCHES, 4, 1),
@@ -105,49 +103,44 @@ T5 = (
 )
 SIZES = {
     "denoiser": DENOISER,
-    "controlnet": dict.fromkeys(BOTH, CONTROLNET),
-    "vae": dict.fromkeys(BOTH, VAE),
-    "clip_l": dict.fromkeys(BOTH, CLIP_TEXT),
-    "clip_g": dict.fromkeys(BOTH, CLIP_TEXT),
-    "t5": dict.fromkeys(BOTH, T5),
-    "clip_text": dict.fromkeys(BOTH, CLIP_TEXT),
-    "clip_vision": dict.fromkeys(BOTH, CLIP_VISION),
+    "controlnet": CONTROLNET,
+    "vae": VAE,
+    "clip_l": CLIP_TEXT,
+    "clip_g": CLIP_TEXT,
+    "t5": T5,
+    "clip_text": CLIP_TEXT,
+    "clip_vision": CLIP_VISION,
 }
-CLIP_LAYERS = "num_hidden_layers", dict.fromkeys(BOTH, "text_model.encoder.layers.")
-LAYERS = {  # the field, and the prefix of its layers' names by layout
-    "denoiser": (
-        "num_layers",
-        {"diffusers": "transformer_blocks.", "original": "joint_blocks."},
-    ),
-    "controlnet": (
-        "num_layers",
-        dict.fromkeys(BOTH, "controlnet_blocks."),
-    ),
+CLIP_LAYERS = "num_hidden_layers", "text_model.encoder.layers."
+LAYERS = {  # the field, and the prefix of its layers' names
+    "denoiser": ("num_layers", "transformer_blocks."),
+    "controlnet": ("num_layers", "controlnet_blocks."),
     "clip_l": CLIP_LAYERS,
     "clip_g": CLIP_LAYERS,
     "clip_text": CLIP_LAYERS,
-    "clip_vision": (
-        "num_hidden_layers",
-        dict.fromkeys(BOTH, "vision_model.encoder.layers."),
-    ),
-    "t5": (
-        "num_layers",
-        dict.fromkeys(BOTH, "encoder.block."),
-    ),
+    "clip_vision": ("num_hidden_layers", "vision_model.encoder.layers."),
+    "t5": ("num_layers", "encoder.block."),
 }
+# The autoencoder's levels have names by layout too: see _levels.
+ORIGINAL_LAYERS = LAYERS | {"denoiser": ("num_layers", "joint_blocks.")}
 NORMS = ".norm_q.", ".ln_q."  # qk-norm in diffusers' and in the original layout
 Measured = dict[str, tuple[Any, str]]  # by field: value, and reason for a message
+
+
+def sizes_of(kind: str, layout: str) -> tuple[Size, ...]:
+    """The fields that tensors of a file tell; only the denoiser has names by layout."""
+    original = kind == "denoiser" and layout == "original"
+    return ORIGINAL_DENOISER if original else SIZES[kind]
 
 
 def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
     """Every field that the tensors tell. A missing tensor tells nothing."""
     fields: Measured = {}
-    for size in SIZES[kind][layout]:
+    for size in sizes_of(kind, layout):
         if size.tensor in x:
             fields[size.field] = _tell(size, x[size.tensor].shape, where)
     if kind in LAYERS:
-        field, prefixes = LAYERS[kind]
-        prefix = prefixes[layout]
+        field, prefix = (ORIGINAL_LAYERS if layout == "original" else LAYERS)[kind]
         depth = number_of_layers(x, prefix, where)
         fields[field] = depth, f"the file has {prefix}0 to {depth - 1}"
     if kind in ("denoiser", "controlnet"):
@@ -222,11 +215,12 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
 def detect(kind: str, x: Shapes, where: str = "", *, layout: str = "original") -> dict:
     """The configuration in diffusers' or transformers' fields, for published_configs.
 
-    Fields that no tensor tells are as in the published files. Raises UserError if a
-    tensor is missing or of another number of axes.
+    Fields that no tensor tells are as in the published files; those whose default is
+    that already are left to published_configs. Raises UserError if a tensor is missing
+    or of another number of axes.
     """
     where = where or kind
-    for size in SIZES[kind][layout]:
+    for size in sizes_of(kind, layout):
         if size.tensor not in x and not size.optional:
             raise UserError(f"{where}: {size.tensor} is missing")
     sizes = {k: value for k, (value, _) in measured(kind, x, layout, where).items()}
@@ -246,8 +240,6 @@ def _heads(width: int, where: str) -> int:
 def _denoiser(x: Shapes, sizes: dict, where: str) -> dict:
     width = sizes.pop(INNER)
     return sizes | {
-        "_class_name": "SD3Transformer2DModel",
-        "sample_size": 128,  # 1024 pixels
         "attention_head_dim": HEAD,
         "num_attention_heads": _heads(width, where),
         "caption_projection_dim": width,
@@ -264,8 +256,6 @@ def _controlnet(x: Shapes, sizes: dict, where: str) -> dict:
         {"joint_attention_dim": None, "pos_embed_max_size": None}
         | sizes
         | {
-            "_class_name": "SD3ControlNetModel",
-            "sample_size": 128,
             "in_channels": channels,
             "extra_conditioning_channels": hint - channels,
             "attention_head_dim": HEAD,
@@ -287,13 +277,8 @@ def _vae(x: Shapes, sizes: dict, where: str) -> dict:
         )
     levels = len(sizes["block_out_channels"])
     return sizes | {
-        "_class_name": "AutoencoderKL",
-        "in_channels": 3,
-        "out_channels": 3,
         "down_block_types": ["DownEncoderBlock2D"] * levels,
         "up_block_types": ["UpDecoderBlock2D"] * levels,
-        "act_fn": "silu",
-        "norm_num_groups": 32,
         "sample_size": 1024,
         "scaling_factor": 1.5305,  # SD3's; no tensor tells it
         "shift_factor": 0.0609,
@@ -310,10 +295,8 @@ def _clip(activation: str, x: Shapes, sizes: dict, where: str) -> dict:
         | sizes
         | {
             "architectures": ["CLIPTextModelWithProjection"],
-            "model_type": "clip_text_model",
             "num_attention_heads": _heads(width, where),
             "hidden_act": activation,
-            "layer_norm_eps": 1e-5,
             "bos_token_id": 0,
             "eos_token_id": 2,  # as published: see clip.LEGACY_EOS
             "pad_token_id": 1,
@@ -327,26 +310,20 @@ OPENAI = (768, 1024)
 
 
 def _vision(x: Shapes, sizes: dict, where: str) -> dict:
-    width, name = (
-        sizes["hidden_size"],
-        f"{PATCHES.rsplit('.', 2)[0]}.position_embedding",
-    )
+    width = sizes["hidden_size"]
     if width not in OPENAI:
         raise UserError(
             f"{where}: a vision tower of width {width}: a file alone is read as"
             " OpenAI's ViT-B or ViT-L; wanted a folder, with its config.json"
         )
-    if f"{name}.weight" not in x:
-        raise UserError(f"{where}: {name}.weight is missing")
+    if PLACES not in x:
+        raise UserError(f"{where}: {PLACES} is missing")
     # (side^2 + 1, width): one more position, for the class token.
-    side = Size("image_size", f"{name}.weight", 2, lambda s: _root(s[0] - 1))
+    side = Size("image_size", PLACES, 2, lambda s: _root(s[0] - 1))
     places, _ = _tell(side, x[side.tensor].shape, where)
     return sizes | {
-        "model_type": "clip_vision_model",
         "num_attention_heads": _heads(width, where),
         "image_size": sizes["patch_size"] * places,
-        "hidden_act": "quick_gelu",
-        "layer_norm_eps": 1e-5,
     }
 
 
@@ -356,10 +333,7 @@ def _t5(x: Shapes, sizes: dict, where: str) -> dict:
         raise UserError(f"{where}: {inner} wide inside, for {heads} heads")
     return sizes | {
         "architectures": ["T5EncoderModel"],
-        "model_type": "t5",
         "d_kv": inner // heads,  # both from shapes: the relative bias has the heads
-        "relative_attention_max_distance": 128,
-        "layer_norm_epsilon": 1e-6,
         "feed_forward_proj": "gated-gelu",
         "is_encoder_decoder": True,
         "pad_token_id": 0,

@@ -76,11 +76,8 @@ class Row(NamedTuple):
     fill: Callable[[Sequence[int]], np.ndarray] | None = None
 
     def names(self, layout: str) -> str | Sequence[str] | None:
-        return (
-            self.diffusers
-            if layout == "diffusers" or self.original == ""
-            else (self.original)
-        )
+        as_diffusers = layout == "diffusers" or self.original == ""
+        return self.diffusers if as_diffusers else self.original
 
     def kind_in(self, layout: str) -> Kind:
         other = layout == "original" and self.original_kind is not None

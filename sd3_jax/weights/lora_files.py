@@ -14,6 +14,7 @@ import numpy as np
 from etils import epath
 from flax import linen as nn
 
+from sd3_jax.data.float_bits import finite
 from sd3_jax.errors import UserError, near
 from sd3_jax.params.lora import kernels, layout, layout_of, modules, nested
 from sd3_jax.weights import key_mapping, safetensors, sharded_load
@@ -93,7 +94,8 @@ def save(
         tensors = _tensors(name, parts[name], lora, alpha, np.dtype(dtype))
         prefix = next(k for k, v in PREFIXES.items() if v == name)  # "transformer"
         peft |= {f"{prefix}.{k}": v for k, v in _peft(tensors).items()}
-        entries |= {f"{prefix}.{k}": _entry(x) for k, x in tensors.items()}
+        for key, x in tensors.items():
+            entries[f"{prefix}.{key}"] = Entry(x.dtype, x.shape, lambda x=x: x)
     metadata = dict(facts or {}) | {
         METADATA: json.dumps(peft, indent=2, sort_keys=True)
     }
@@ -216,7 +218,7 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
             " wanted floats, which a quantized LoRA has not"
         )
     x = tensor.read()
-    if not safetensors.finite(x):
+    if not finite(x):
         raise UserError(f"{tensor.path}: {_module(piece)}: values that are not finite")
     padding = [(0, 0)] * x.ndim
     padding[side] = (0, rank - pair.rank)  # zeros add nothing to a b
@@ -268,7 +270,3 @@ def _peft(tensors: Mapping[str, np.ndarray]) -> dict[str, Any]:
         "alpha_pattern": others,
         "target_modules": sorted(ranks),
     }
-
-
-def _entry(x: np.ndarray) -> Entry:
-    return Entry(x.dtype, x.shape, lambda: x)

@@ -15,8 +15,8 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.errors import UserError, near
-from sd3_jax.foreign_text import shown
-from sd3_jax.weights import safetensors, unsupported_formats
+from sd3_jax.foreign_text import listed, shown
+from sd3_jax.weights import safetensors
 from sd3_jax.weights.components import COMPONENTS
 from sd3_jax.weights.safetensors import Tensor, Tensors
 
@@ -181,8 +181,8 @@ def _sides(
         pair[side] = tensor
         adapters.add(adapter)
     if len(adapters) > 1:
-        listed = ", ".join(sorted(map(str, adapters)))
-        raise UserError(f"{path}: holds several adapters, {listed}; wanted one")
+        names = listed(sorted(map(str, adapters)))
+        raise UserError(f"{path}: holds several adapters, {names}; wanted one")
     return sides
 
 
@@ -206,20 +206,10 @@ def _file(path: epath.Path) -> epath.Path:
         raise UserError(f"{path}: holds {FILE} and {PEFT_FILE}; name one of the two")
     if known:
         return known[0]
-    every = files.names(path)
-    names = [name for name in every if name.endswith(".safetensors")]
-    if len(names) != 1:
-        # PEFT saves adapters that have a name in a folder of that name.
-        inner = [name for name in every if (path / name / PEFT_CONFIG).exists()]
-        if not inner and not names:
-            unsupported_formats.refuse_pickles(path)
-        hint = f"; name {path / inner[0]}" if inner else ""
-        hint = f" ({safetensors.listed(names)}): name one" if names else hint
-        raise UserError(
-            f"{path}: wanted {FILE}, {PEFT_FILE} or one other .safetensors file; it has"
-            f" {len(names)} of those{hint}"
-        )
-    return path / names[0]
+    # PEFT saves adapters that have a name in a folder of that name.
+    inner = [x for x in files.names(path) if (path / x / PEFT_CONFIG).exists()]
+    hint = f"; name {path / inner[0]}" if inner else ""
+    return safetensors.only_file(path, f"{FILE}, {PEFT_FILE}", hint)
 
 
 def _settings_of(

@@ -3,17 +3,15 @@
 A later run reads each shard straight into its mesh, without renaming tensors.
 """
 
-import contextlib
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import jax
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
-from sd3_jax import files
-from sd3_jax.errors import UserError
+from sd3_jax import files, tree
+from sd3_jax.errors import UserError, explained
 from sd3_jax.foreign_text import parse_json
 
 FILE = "bundle.json"
@@ -24,21 +22,20 @@ LEFT = ocp.PLACEHOLDER  # a leaf that load leaves out
 def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None:
     """Write every component's variables and configuration; all processes must call."""
     path = epath.Path(path)
-    with _explained(f"cannot write {path}"):
-        for name, tree in variables.items():
-            ocp.save_pytree(path / name, tree, overwrite=True)
+    with explained(f"cannot write {path}"):
+        for name, arrays in variables.items():
+            ocp.save_pytree(path / name, arrays, overwrite=True)
         # Last: a folder counts as a model once it has bundle.json.
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
             # So that `dtypes` needs no orbax.
-            head["dtypes"] = {k: _dtypes(tree) for k, tree in variables.items()}
+            head["dtypes"] = {k: _dtypes(x) for k, x in variables.items()}
             (path / FILE).write_text(json.dumps(head, indent=2))
 
 
-def _dtypes(tree: Any) -> dict[str, str]:
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    name = lambda path: jax.tree_util.keystr(path, simple=True, separator="/")
-    return {name(path): x.dtype.name for path, x in leaves}
+def _dtypes(variables: Any) -> dict[str, str]:
+    leaves = jax.tree_util.tree_leaves_with_path(variables)
+    return {tree.path_name(path): x.dtype.name for path, x in leaves}
 
 
 def dtypes(path: epath.PathLike, name: str) -> dict[tuple[str, ...], str]:
@@ -69,16 +66,5 @@ def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
 
     Leaves that are LEFT there are not read. Raises UserError if orbax cannot read.
     """
-    with _explained(f"cannot read {path}/{name}"):
+    with explained(f"cannot read {path}/{name}"):
         return ocp.load_pytree(epath.Path(path) / name, abstract)
-
-
-@contextlib.contextmanager
-def _explained(failure: str) -> Iterator[None]:
-    try:
-        yield
-    except Exception as error:
-        # orbax wraps the storage's own error, which says more.
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]  # on one line
-        raise UserError(f"{failure}: {type(cause).__name__}: {reason}") from error

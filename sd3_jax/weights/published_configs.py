@@ -30,19 +30,23 @@ class Field(NamedTuple):
     guard: bool = False
 
 
-def count(default: int | None, most: int = WIDTH, *, least: int = 1, null=False):
-    """An integer field. `null` accepts null as well."""
+def or_null(field: Field) -> Field:
+    """The field, which may also be null."""
+    accepts = lambda x: x is None or field.accepts(x)
+    return field._replace(allowed=f"{field.allowed} or null", accepts=accepts)
+
+
+def count(default: int | None, most: int = WIDTH, *, least: int = 1) -> Field:
+    """An integer field."""
     # type(), not isinstance: JSON's true would be an int in Python.
-    words = f"a whole number from {least} to {most}" + (" or null" if null else "")
     accepts = lambda x: type(x) is int and least <= x <= most
-    return Field(default, words, _or_null(accepts) if null else accepts)
+    return Field(default, f"a whole number from {least} to {most}", accepts)
 
 
-def real(default: float | None, least: float, most: float, *, null=False):
+def real(default: float | None, least: float, most: float) -> Field:
     """A number field."""
-    words = f"a number from {least:g} to {most:g}" + (" or null" if null else "")
     accepts = lambda x: type(x) in (int, float) and least <= x <= most  # NaN is not
-    return Field(default, words, _or_null(accepts) if null else accepts)
+    return Field(default, f"a number from {least:g} to {most:g}", accepts)
 
 
 def flag(default: bool) -> Field:
@@ -50,20 +54,20 @@ def flag(default: bool) -> Field:
     return Field(default, "true or false", lambda x: type(x) is bool)
 
 
-def counts(default: Sequence[int], most: int, *, least: int, longest: int, null=False):
+def counts(default: Sequence[int], most: int, *, least: int, longest: int) -> Field:
     """A field that is a list of at most `longest` integers."""
     words = f"a list of at most {longest} whole numbers from {least} to {most}"
     one = count(None, most, least=least).accepts
     accepts = lambda x: (
         isinstance(x, list | tuple) and len(x) <= longest and all(map(one, x))
     )
-    words += " or null" if null else ""
-    return Field(default, words, _or_null(accepts) if null else accepts)
+    return Field(default, words, accepts)
 
 
 def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
     """A field of which only `values` are implemented; the first is the default."""
-    # Floats by isclose: files print them with more or fewer digits.
+    # Floats by isclose: files print them with more or fewer digits. Types must agree,
+    # because True == 1 == 1.0 in Python.
     words = " or ".join(map(_json, values)) + ": nothing else is implemented"
     alike = lambda x, value: (
         type(x) is type(value)
@@ -83,10 +87,6 @@ def all_of(value: str) -> Field:
         and all(one == value for one in x)
     )
     return Field((value,), words, accepts)
-
-
-def _or_null(accepts):
-    return lambda x: x is None or accepts(x)
 
 
 def _json(value: Any) -> str:
@@ -111,7 +111,7 @@ DENOISER = WHOLE | {
     "sample_size": count(128),
     "patch_size": count(2, 64),
     "in_channels": count(16),
-    "out_channels": count(16, null=True),  # null: as in_channels
+    "out_channels": or_null(count(16)),  # null: as in_channels
     "num_layers": count(18, LAYERS),
     "attention_head_dim": count(64),
     "num_attention_heads": count(18),
@@ -119,13 +119,13 @@ DENOISER = WHOLE | {
     "caption_projection_dim": count(1152),
     "pooled_projection_dim": count(2048),
     "pos_embed_max_size": count(96, 4096),  # tokens a side
-    "dual_attention_layers": counts((), LAYERS, least=0, longest=LAYERS, null=True),
+    "dual_attention_layers": or_null(counts((), LAYERS, least=0, longest=LAYERS)),
     "qk_norm": only(None, "rms_norm"),
 }
 CONTROLNET = DENOISER | {
     "_class_name": only("SD3ControlNetModel"),
-    "joint_attention_dim": count(4096, null=True),  # null: of a single stream
-    "pos_embed_max_size": count(96, 4096, null=True),
+    "joint_attention_dim": or_null(count(4096)),  # null: of a single stream
+    "pos_embed_max_size": or_null(count(96, 4096)),
     "extra_conditioning_channels": count(0, least=0),
     "pos_embed_type": only("sincos", None),
     "use_pos_embed": flag(True),
@@ -144,7 +144,7 @@ VAE = WHOLE | {
     "latent_channels": count(4),
     "norm_num_groups": count(32),
     "scaling_factor": real(0.18215, 1e-6, 1e6),  # the default is Stable Diffusion 1's
-    "shift_factor": real(None, -1e6, 1e6, null=True),
+    "shift_factor": or_null(real(None, -1e6, 1e6)),
     "latents_mean": only(None),
     "latents_std": only(None),
     # SD3's has none; a file without the fields is of an older autoencoder that has.

@@ -17,7 +17,7 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.errors import UserError
-from sd3_jax.foreign_text import parse_json, shown
+from sd3_jax.foreign_text import listed, parse_json, shown
 from sd3_jax.weights import unsupported_formats
 
 DTYPES = {  # plain ones; those of quantized files are in unsupported_formats
@@ -38,14 +38,9 @@ NAMES = {np.dtype(dtype): name for name, dtype in DTYPES.items()}
 HEADER = 16 * 2**20  # bytes, at most: room for 100,000 tensors; models have 2,000
 NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
 SHARD = 10**10  # bytes of a shard at most, as diffusers writes them
-LISTED = 10  # names in an error, at most
 SHARDED = re.compile(r"(?:^|-)(\d{1,5})-of-(\d{1,5})(?=\.)")  # in a file's name
 DIFFUSERS = "diffusion_pytorch_model."
 STEMS = ("model.", DIFFUSERS)  # transformers' and diffusers' names of weights
-# The bits, without the sign, from which on a float is infinite or NaN: all bits of the
-# exponent are set. E4M3 has no infinity, and a single NaN.
-BEYOND = {"F64": 0x7FF << 52, "F32": 0x7F800000, "F16": 0x7C00, "BF16": 0x7F80}
-BEYOND |= {"F8_E4M3": 0x7F, "F8_E5M2": 0x7C}
 
 
 class Tensor(NamedTuple):
@@ -209,6 +204,24 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     return open_shards(folder, [name for name in names if _is_weights(name)])
 
 
+def only_file(folder: epath.Path, wanted: str, hint: str = "") -> epath.Path:
+    """The only .safetensors file of a folder; UserError with what was `wanted` if not.
+
+    `hint` ends the message where the folder has no such file.
+    """
+    names = [name for name in files.names(folder) if _is_weights(name)]
+    if len(names) == 1:
+        return folder / names[0]
+    if names:
+        hint = f" ({listed(names)}: name one)"
+    elif not hint:
+        unsupported_formats.refuse_pickles(folder)
+    raise UserError(
+        f"{folder}: wanted {wanted} or one .safetensors file; it has {len(names)} of"
+        f" those{hint}"
+    )
+
+
 def variants(folder: epath.Path) -> set[str]:
     """Precisions that a folder holds; "" is the unnamed one."""
     return {variant_of(name) for name in files.names(folder) if _is_weights(name)}
@@ -263,13 +276,6 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
     return tensors
 
 
-def listed(names: Iterable[Any]) -> str:
-    """The first ten names, and how many more there are, for a message."""
-    names = list(names)
-    more = f" and {len(names) - LISTED} more" if len(names) > LISTED else ""
-    return ", ".join(shown(name) for name in names[:LISTED]) + more
-
-
 def _weight_map(path: epath.Path) -> dict[str, str]:
     """The file of each tensor, from an index; UserError for a damaged one."""
     try:
@@ -315,19 +321,6 @@ def _neighbour(name: str) -> bool:
     return plain and epath.Path(name).name == name
 
 
-def finite(x: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite."""
-    # By the bits: as fast as a copy; np.isfinite takes up to ten times as long for
-    # floats of one or two bytes.
-    beyond = BEYOND.get(NAMES[x.dtype])
-    if beyond is None:
-        return True
-    bits = np.ascontiguousarray(x).reshape(-1).view(f"u{x.dtype.itemsize}")
-    number = bits.dtype.type(np.iinfo(bits.dtype).max >> 1)  # all but the sign
-    starts = range(0, bits.size, 2**18)  # blocks that stay in a core's cache
-    return all((bits[i : i + 2**18] & number).max() < beyond for i in starts)
-
-
 class Entry(NamedTuple):
     """A tensor to write; `data()` is called when its turn comes, and not before."""
 
@@ -359,6 +352,7 @@ def write_file(
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)  # tensors start at a multiple of 8
     path.parent.mkdir(parents=True, exist_ok=True)
+    # A kill leaves a file that no reader takes for weights.
     partial = path.parent / f"{path.name}.partial"
     with partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little"))

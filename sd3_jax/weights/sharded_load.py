@@ -18,14 +18,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from sd3_jax import tree
+from sd3_jax.data.float_bits import finite
 from sd3_jax.errors import UserError
 from sd3_jax.params import parametrization, quantization
 from sd3_jax.params.quantization import Quantized
-from sd3_jax.weights import key_mapping, safetensors
+from sd3_jax.weights import key_mapping
 from sd3_jax.weights.key_mapping import Piece
 from sd3_jax.weights.safetensors import Entry, Tensors
 
-LISTED = 10  # names in an error, at most
 READERS = 4  # threads, a tensor each; numpy reads, turns and casts without the GIL
 ALIGNMENT = 64  # bytes; XLA's CPU devices copy host memory that is less aligned
 
@@ -43,24 +43,14 @@ def check(
     `ignored` may be there. Tensors of integers are refused.
     """
     # --- names and shapes
-    wanted = {p.key: p.file_shape for p in pieces if p.key is not None}
-    missing = [f"{k} is missing" for k in wanted if k not in tensors]
-    extra = [
-        f"{k} is not known"
-        for k in tensors
-        if k not in wanted and not k.endswith(tuple(ignored))
-    ]
-    shapes = [
-        f"{k} is {list(tensors[k].shape)}, wanted {list(shape)}"
-        for k, shape in wanted.items()
-        if k in tensors and tuple(tensors[k].shape) != shape
-    ]
-    if faults := missing + extra + shapes:
-        listed = "; ".join(faults[:LISTED]) + (" …" if len(faults) > LISTED else "")
-        raise UserError(
-            f"{where}: {len(missing)} missing, {len(extra)} extra, {len(shapes)}"
-            f" of another shape: {listed}"
-        )
+    wanted = {p.key: list(p.file_shape) for p in pieces if p.key is not None}
+    present = {
+        key: list(x.shape)
+        for key, x in tensors.items()
+        if key in wanted or not key.endswith(tuple(ignored))
+    }
+    if faults := tree.mismatch(wanted, present, "shape"):
+        raise UserError(f"{where}: {faults}")
     # --- dtypes: integers mean something only with scales that we do not know
     if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
         name = integers[0]
@@ -153,7 +143,7 @@ class _Shards:
 def _read(tensors, piece) -> np.ndarray:
     # Checked here, where the file and the tensor can be named.
     x = tensors[piece.key].read()
-    if not safetensors.finite(x):
+    if not finite(x):
         path = tensors[piece.key].path
         raise UserError(f"{path}: {piece.key} holds values that are NaN or infinite")
     return x

@@ -5,6 +5,7 @@ other prefixes; of diffusers; and of OpenCLIP. Every tensor belongs to a compone
 is listed in UNREAD, or the file is refused.
 """
 
+import functools
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -13,14 +14,14 @@ from typing import NamedTuple
 from etils import epath
 
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import listed
 from sd3_jax.weights import text_keys, unsupported_formats
 from sd3_jax.weights.components import COMPONENTS
-from sd3_jax.weights.safetensors import Tensors, listed
+from sd3_jax.weights.safetensors import Tensors
 
 log = logging.getLogger(__name__)
 CLIPS = ("clip_l", "clip_g")
 WIDTHS = {768: "clip_l", 1280: "clip_g"}  # identify a CLIP without a prefix
-TOKENS = "token_embedding.weight"
 # Prefixes by component, in order: a longer one comes before what it begins with.
 PREFIXES = {
     "model.diffusion_model.": "denoiser",
@@ -273,11 +274,8 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
     # The layout is told by names that only one of the two has.
     begins = lambda *starts: any(key.startswith(starts) for key in tensors)
     if name in CLIPS and begins("transformer.resblocks."):
-        table = (
-            text_keys.open_clip_l_table
-            if name == "clip_l"
-            else text_keys.open_clip_table
-        )
+        projected = name != "clip_l"
+        table = functools.partial(text_keys.open_clip_table, projected=projected)
         # Sizes are inferred by transformers' names, values read by OpenCLIP's.
         measured = {_renamed(key): x for key, x in tensors.items()}
         return PartTensors(tensors, measured, "original", table)

@@ -13,7 +13,7 @@ from etils import epath
 from sd3_jax import files, tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, near
-from sd3_jax.foreign_text import shown
+from sd3_jax.foreign_text import listed, shown
 from sd3_jax.params import quantization
 from sd3_jax.params.parametrization import is_leaf
 from sd3_jax.weights import (
@@ -179,17 +179,12 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
-    if len(weights) != 1:
-        unsupported_formats.refuse_pickles(path)
-        named = f" ({safetensors.listed(weights)}: name one)" if weights else ""
-        if "snapshots" in names_there:  # the hub's cache of a repository
-            named = f"; name one of {path / 'snapshots'}"
-        raise UserError(
-            f"{path}: wanted a diffusers folder ({hub.INDEX}), one of ours"
-            f" ({native_format.FILE}) or one .safetensors file; it has"
-            f" {len(weights)} of those{named}"
-        )
-    return _single(path / weights[0], *open_file(path / weights[0]))
+    wanted = f"a diffusers folder ({hub.INDEX}), one of ours ({native_format.FILE})"
+    # The hub's cache of a repository has its files further down.
+    cached = "snapshots" in names_there
+    hint = f"; name one of {path / 'snapshots'}" if cached else ""
+    file = safetensors.only_file(path, wanted, hint)
+    return _single(file, *open_file(file))
 
 
 def _no_variant(path: epath.Path, variant: str) -> None:
@@ -257,7 +252,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     if others := entries.keys() - known:
         log.warning("%s: not loaded: %s", file, ", ".join(sorted(others)))
     if variant and variant not in variants:
-        have = safetensors.listed(sorted(variants - {""})) or "none"
+        have = listed(sorted(variants - {""})) or "none"
         raise UserError(f"{path}: no weights of the variant {variant}; it has {have}")
     # --- the scheduler, which decides solver and t's unless the user does
     scheduler = path / "scheduler" / "scheduler_config.json"
@@ -327,7 +322,9 @@ def control(path: epath.Path) -> Part:
         config = files.read_object(path / "config.json")
         tensors = safetensors.open_folder(path)
     else:
-        file = _only_file(path, "a ControlNet's folder (config.json)")
+        if path.is_dir():
+            wanted = "a ControlNet's folder (config.json)"
+            file = safetensors.only_file(path, wanted)
         tensors, _ = open_file(file)
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
             layout = "original"  # qkv is fused there alone
@@ -337,20 +334,6 @@ def control(path: epath.Path) -> Part:
     config = configured(CONTROLNET, config or None, tensors, layout, str(file))
     config |= controlnet_keys.control_type(file, tensors, config)
     return _part(tensors, config, str(file), layout)
-
-
-def _only_file(path: epath.Path, wanted: str) -> epath.Path:
-    """The path of a file, or of the only .safetensors file in a folder."""
-    if not path.is_dir():
-        return path
-    weights = [name for name in files.names(path) if name.endswith(".safetensors")]
-    if len(weights) != 1:
-        unsupported_formats.refuse_pickles(path)
-        raise UserError(
-            f"{path}: wanted {wanted} or one .safetensors file; it has {len(weights)}"
-            " of those"
-        )
-    return path / weights[0]
 
 
 def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:

@@ -35,10 +35,7 @@ FORMATS = {  # first bytes, in lower case where they are letters: what it is, wh
     b"\x1f\x8b": ("a gzip archive", UNPACK),
     b"bzh": ("a bzip2 archive", UNPACK),
     b"\xfd7zxz": ("an xz archive", UNPACK),
-    b"\x28\xb5\x2f\xfd": (
-        "a zstd archive",
-        UNPACK,
-    ),
+    b"\x28\xb5\x2f\xfd": ("a zstd archive", UNPACK),
     b"7z\xbc\xaf": ("a 7z archive", UNPACK),
     b"rar!": ("a RAR archive", UNPACK),
     b"\x89hdf": ("an HDF5 file", "wanted the model as .safetensors"),

@@ -174,8 +174,8 @@ def test_mismatch_names_the_leaves(saved):
         Checkpoints(saved, **POLICY).restore(abstract.replace(params=params))
     message = str(error.value)
     assert "1 missing, 2 extra, 1 of another dtype or shape" in message
-    assert "params/new is not stored" in message
-    assert "params/block/bias is stored but not wanted" in message
+    assert "params/new is missing" in message
+    assert "params/block/bias is not known" in message
     assert "params/head/kernel is float32[16, 24], wanted bfloat16[16, 24]" in message
 
 
@@ -345,7 +345,8 @@ def test_it_says_how_long_a_save_takes_and_warns_once(
         for step in (1, 2):
             checkpoints.save(step, state, {}, {})
         checkpoints.wait()
-        assert 0 < checkpoints.save_seconds < 60
+    seconds = [r.args[1] for r in caplog.records if "it took" in r.msg]
+    assert all(0 < x < 60 for x in seconds)
     texts = [record.getMessage() for record in caplog.records]
     assert sum("is saved: it took" in text for text in texts) == 2
     assert sum("lower --config.checkpoint.every" in text for text in texts) == warnings

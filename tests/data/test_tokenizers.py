@@ -148,12 +148,12 @@ def test_ids_of_the_published_folders(tmp_path):
     again = tokenizers.load(tmp_path / "ours")
     assert set(theirs) == {"clip_l", "clip_g"} == set(again)
     for name, pad in ("clip_l", 49407), ("clip_g", 0):
-        wanted = tokenizers.clip_ids(theirs[name], TEXTS, 77)
+        wanted = tokenizers.token_ids(theirs[name], TEXTS, 77, encoder="CLIP")
         assert (wanted[0] == [49406, 49407, *[pad] * 75]).all()
         for found in ours, again:
             assert len(found[name]) == 49408
             np.testing.assert_array_equal(
-                tokenizers.clip_ids(found[name], TEXTS, 77), wanted
+                tokenizers.token_ids(found[name], TEXTS, 77, encoder="CLIP"), wanted
             )
 
 

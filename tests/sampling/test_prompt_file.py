@@ -180,7 +180,7 @@ def test_what_a_tokenizer_cuts_is_one_warning_with_counts(caplog):
             return "".join(map(chr, row))
 
     texts = ["a fox", "a fox in the\x1brain", "a fox in the\x1brain", "twelve words"]
-    assert tokenizers.clip_ids(Words(), texts, 10).shape == (4, 10)
+    assert tokenizers.token_ids(Words(), texts, 10, encoder="CLIP").shape == (4, 10)
     assert caplog.messages == [
         "CLIP reads 10 tokens: cuts 2 of 3 prompts, of 18 at most; not read:"
         " the\\x1brain"

@@ -122,7 +122,7 @@ def test_attached_is_merged(params):
     close(attached, velocity(merged), 1e-5)
     assert np.abs(attached - velocity(params)).max() > 0.1 * np.std(attached)
     chex.assert_trees_all_close(
-        lora.unmerge(merged, adapter, alpha=6.0, weight=0.5), params, atol=1e-6
+        lora.merge(merged, adapter, alpha=6.0, weight=-0.5), params, atol=1e-6
     )
 
 

@@ -465,7 +465,9 @@ def test_any_shape_is_answered(kind):
     """Each tensor that is looked at, missing or of any other shape."""
     layout = "diffusers" if kind == "controlnet" else "original"
     whole = tensors(kind, layout)
-    looked = {size.tensor for size in inferred_sizes.SIZES[kind][layout]} & whole.keys()
+    looked = {
+        size.tensor for size in inferred_sizes.sizes_of(kind, layout)
+    } & whole.keys()
     looked |= {k for k in whole if k.endswith(".0.block.0.conv1.weight")}
     assert len(looked) > 1
     for name in looked:

@@ -3,8 +3,6 @@
 The SD3 paper mixes original and synthetic captions in equal parts (sec. 4.2).
 """
 
-import hashlib
-import json
 import math
 from bisect import bisect
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +14,7 @@ from numpy import ndarray
 
 from sd3_jax import hooks
 from sd3_jax.data import records
-from sd3_jax.data.ingest.items import BadItem, Numeral, Value, call_function
+from sd3_jax.data.ingest.items import BadItem, Numeral, Value, call_function, uniform
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
@@ -74,7 +72,7 @@ def draw(
     choices = [row for row in texts_of if row[0].function or row[1]]
     if not choices:
         return Drawn("", "")
-    caption_draw, text_draw = _uniform(seed, source)
+    caption_draw, text_draw = uniform(seed, source, purpose=b"caption", count=2)
     ends = list(accumulate(caption.weight for caption, _ in choices))
     chosen = bisect(ends, caption_draw * ends[-1])
     # Rounding may leave the draw at the last end, which bisect puts past the last.
@@ -129,16 +127,6 @@ def _text(value: Value) -> str:
         return records.clean(value) if isinstance(value, str) else ""
     except ValueError:  # half of a surrogate pair, from a broken file
         return ""
-
-
-def _uniform(seed: int, source: str) -> tuple[float, float]:
-    """Two independent numbers in [0, 1)."""
-    # `person` keeps this draw apart from that of held-out pictures (prepare.py), which
-    # hashes the same values. 53 bits are a float's.
-    data = json.dumps([seed, source]).encode()  # ASCII, whatever the source is
-    digest = hashlib.blake2b(data, digest_size=16, person=b"caption").digest()
-    high, low = digest[:8], digest[8:]
-    return tuple((int.from_bytes(half) >> 11) / 2**53 for half in (high, low))
 
 
 def _positive(text: str) -> bool:

@@ -37,9 +37,7 @@ def parse(specs: Sequence[str]) -> tuple[Filter, ...]:
     return tuple(map(_parse, specs))
 
 
-def split(
-    filters: Sequence[Filter],
-) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
+def split(filters: Sequence[Filter]) -> tuple[tuple[Filter, ...], tuple[Filter, ...]]:
     """(filters on columns, which cost nothing; functions, which need the picture)."""
     on_columns = tuple(rule for rule in filters if not rule.function)
     return on_columns, tuple(rule for rule in filters if rule.function)
@@ -79,6 +77,7 @@ def _parse(spec: str) -> Filter:
 def _value(rule: Filter, columns, picture) -> float | None:
     """A finite number or None. A text is not a number, whatever it spells."""
     if not rule.function:
+        # A boolean is an int to Python, and counts as 0 or 1: "nsfw<1".
         value = columns.get(rule.name)
         return _finite(value) if isinstance(value, int | float) else None
     answer = call_function(rule.function, rule.name, picture, columns)

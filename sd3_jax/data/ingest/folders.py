@@ -141,19 +141,14 @@ class _Planned:
         names = [listing.join(directory, name) for group in groups for name in group]
         stats = listing.stats([listing.join(self.path, name) for name in names])
         sizes = [size for size, _ in stats]
-        metadata_files = metadata.governing(self.path, directory)
-        governing = [
-            row[:: 1 + (row[1] == metadata.NAMES[-1])] for row in metadata_files
-        ]
+        governing = metadata.governing(self.path, directory)
         # Times go into `stamps` alone: of a file that was only touched or copied the
         # stamp changes, after which contents are compared, but not the listing.
         self.spans.append([directory, first, number])
         self.hashes.append(
             listing.digest(directory, first, contents.names, governing, sizes)
         )
-        paths = [
-            listing.join(self.path, listing.join(*row[:2])) for row in metadata_files
-        ]
+        paths = [listing.join(self.path, listing.join(*row[:2])) for row in governing]
         self.stamps.append(listing.digest(stats, listing.stats(paths)))
         self.count += sum(s.name not in metadata.NAMES for s in subjects)
         self.bytes += sum(size for size in sizes if size > 0)
@@ -181,12 +176,12 @@ def _contents(root: str, directory: str) -> Contents:
     """List a directory once for its parts, as long as its time does not change."""
     where = listing.join(root, directory)
     try:
-        stamp = os.stat(where).st_mtime_ns if listing.local(where) else None
+        stamp = None if files.remote(where) else os.stat(where).st_mtime_ns
     except OSError:
         stamp = None
     # A directory that changed just now may change again under the same time.
     if stamp is None or time.time_ns() - stamp < COARSE:
-        return _read_contents.__wrapped__(root, directory, stamp)
+        return _read_contents.__wrapped__(root, directory, stamp)  # past the cache
     return _read_contents(root, directory, stamp)
 
 

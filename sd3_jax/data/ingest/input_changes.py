@@ -9,8 +9,8 @@ import bisect
 import json
 import logging
 import zlib
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 from etils import epath
 
@@ -21,17 +21,6 @@ from sd3_jax.foreign_text import shown
 
 log = logging.getLogger(__name__)
 NAMED = 3  # sources of a kind in an error, at most
-
-
-class Differences(NamedTuple):
-    """Sources that differ from those of finished parts, and the number of files that
-    are left to do now, beside the number that was planned."""
-
-    added: list[str]
-    removed: list[str]
-    edited: list[str]
-    todo_now: int
-    todo_planned: int
 
 
 def row(item: Item | Rejected, crc: int | None) -> list[Any]:
@@ -63,16 +52,15 @@ def require_same(
         return False
     if {*map(json.dumps, planned)} == {*map(json.dumps, parts)}:
         return False
-    differences = _compare(workdir, planned, parts, done)
-    by_kind = differences._asdict()
+    by_kind, todo_now, todo_planned = _compare(workdir, planned, parts, done)
     changes = [
-        f"{len(by_kind[kind]):,} {kind} ({_named(by_kind[kind])})"
-        for kind in ("added", "removed", "edited")
-        if by_kind[kind]
+        f"{len(names):,} {kind} ({_named(names)})"
+        for kind, names in by_kind.items()
+        if names
     ]
     extent = lambda part: [part.path, part.label, part.spans]
     if not changes and [*map(extent, planned)] != [*map(extent, parts)]:
-        counts = f"{differences.todo_now:,} where {differences.todo_planned:,} were"
+        counts = f"{todo_now:,} where {todo_planned:,} were"
         changes = [f"of files that are not done yet there are {counts} planned,"]
     if changes:
         raise UserError(
@@ -87,9 +75,10 @@ def _compare(
     planned: Sequence[Part],
     parts: Sequence[Part],
     done: set[int],
-) -> Differences:
+) -> tuple[dict[str, list[str]], int, int]:
     """Find sources that were added, removed or edited, as opposed to not done yet.
 
+    Returns them by kind, and how many files are left to do now and by the plan.
     Sources come in one order, however they are divided into parts. A source that no
     finished part has, between two that finished parts have, was planned for the part
     between these; if there is no such part, it was added.
@@ -107,7 +96,8 @@ def _compare(
         elif number not in done:
             position_of[timeless(part)], todo[position] = position, part.count or 0
         else:
-            rows = {old[0]: old for old in _rows(workdir, number)}
+            lines = path(workdir, number).read_text().splitlines()
+            rows = {old[0]: old for old in map(json.loads, lines)}
             old_rows |= rows
             position_of |= {source: position + i for i, source in enumerate(rows)}
     added, edited, unplaced, todo_now, last = [], [], [], 0, -1
@@ -138,12 +128,8 @@ def _compare(
             if change := _change(item, old):
                 edited.append(f"{item.source}: {change}")
     todo_now += decide(len(position_of))
-    return Differences(added, sorted(old_rows), edited, todo_now, sum(todo.values()))
-
-
-def _rows(workdir: epath.Path, number: int) -> Iterator[list]:
-    for line in path(workdir, number).read_text().splitlines():
-        yield json.loads(line)
+    by_kind = {"added": added, "removed": sorted(old_rows), "edited": edited}
+    return by_kind, todo_now, sum(todo.values())
 
 
 def _change(item: Item | Rejected, old: list) -> str:

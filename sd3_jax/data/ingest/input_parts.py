@@ -11,9 +11,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 from etils import epath
 
+from sd3_jax import files
 from sd3_jax.data import shards
 from sd3_jax.data.ingest import folders, listing, parquet, tars, webdataset
-from sd3_jax.data.ingest.items import BadItem, Item, Part, Rejected
+from sd3_jax.data.ingest.items import BadItem, Item, Part, Rejected, whole_file
 from sd3_jax.errors import UserError
 
 __all__ = ["BadItem", "Item", "Part", "Rejected", "items", "plan"]
@@ -50,9 +51,9 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     if part.kind == "folder":
         yield from folders.items(part)
         return
-    kind, length = listing.look(part.path)
     # Of a folder `folders.items` checks this itself.
-    if kind != listing.FILE or listing.digest_file(part.path, length) != part.listing:
+    now = whole_file(part.kind, part.path, part.label)
+    if listing.look(part.path)[0] != listing.FILE or now.listing != part.listing:
         raise UserError(
             f"{part.path}: not what was planned: removed or changed since; begin anew,"
             " in another folder"
@@ -82,14 +83,9 @@ def _kind(path: str) -> str:
 
 
 def _check_once(paths: Sequence[str], kinds: Sequence[str]):
-    path_of_file = {}
-    for path in paths:
-        # Two spellings of one input, or a link to it, are one file to the file system.
-        if (file := shards.file_of(path.rstrip("/") or path)) in path_of_file:
-            other = path_of_file[file]
-            also = "" if other == path else f", also as {other}"
-            raise UserError(f"{path}: the same input is listed twice{also}")
-        path_of_file[file] = path
+    # Two spellings of one input, or a link to it, are one file to the file system.
+    identities = [shards.file_of(path.rstrip("/") or path) for path in paths]
+    shards.require_once("input", paths, identities)
     # A folder inside another would give its pictures twice, under two sources.
     roots = {os.path.realpath(p): p for p, k in zip(paths, kinds) if k == "folder"}
     for root, path in roots.items():
@@ -105,8 +101,7 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
     """
     # Sources stay the same when a set is moved, which whole paths would not.
     folders_ = [path for path, kind in zip(paths, kinds) if kind == "folder"]
-    files = [path for path, kind in zip(paths, kinds) if kind != "folder"]
-    ends = _ends(files)
+    ends = _ends([path for path, kind in zip(paths, kinds) if kind != "folder"])
     if len(folders_) == 1:
         ends[folders_[0]] = ""
     else:
@@ -117,8 +112,7 @@ def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:
 def _ends(paths: Sequence[str]) -> dict[str, str]:
     # Ends of paths, lengthened where two are alike: a/x.tar and b/x.tar need their
     # folders, c.tar does not.
-    full_path = lambda path: os.path.abspath(path) if listing.local(path) else path
-    parts = {path: epath.Path(full_path(path)).parts for path in paths}
+    parts = {path: epath.Path(files.absolute(path)).parts for path in paths}
     unique_ends, ambiguous, length = {}, list(paths), 0
     while ambiguous:
         length += 1
@@ -134,8 +128,5 @@ def _parts(label: str, path: str, kind: str, size: int) -> list[Part]:
         return list(folders.plan(path, label, size))
     if kind == "parquet":
         return parquet.plan(path, label, size)
-    length, changed = listing.stat_of(path)
-    name_and_size = listing.digest_file(path, length)
-    stamp = listing.digest(name_and_size, changed)
     # A tar has no index, so it cannot be divided without reading all its headers.
-    return [Part("tar", path, label, [], None, length, name_and_size, stamp)]
+    return [whole_file("tar", path, label)]

@@ -13,7 +13,7 @@ from sd3_jax.data.ingest.captions import Caption
 from sd3_jax.data.ingest.input_parts import Item, Part
 from sd3_jax.data.ingest.items import Value
 from sd3_jax.data.shards import expand
-from sd3_jax.errors import UserError
+from sd3_jax.errors import UserError, prefixed
 from sd3_jax.foreign_text import shown
 
 # Reasons with one of these words say that a caption was lost, not a picture.
@@ -34,13 +34,11 @@ def plan_inputs(
             "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
             " files, or globs of them"
         )
-    try:
+    with prefixed("config.ingest.inputs"):
         paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
         planned_path_of = {listing.resolved(path): path for path in planned_paths}
         paths = [planned_path_of.get(listing.resolved(path), path) for path in paths]
         return input_parts.plan(paths, **options)
-    except UserError as error:
-        raise UserError(f"config.ingest.inputs: {error}") from None
 
 
 class Survey(NamedTuple):
@@ -69,7 +67,8 @@ def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
     columns, caption_counts, rejected = Counter(), Counter(), Counter()
     kinds, reasons = defaultdict(Counter), {}
     pictures = captioned = 0
-    # Spread over the input, whose parts may come from different sources.
+    # Spread over the input, whose parts may come from different sources. The step is
+    # rounded up, so that no more than PARTS are opened; for no parts it must not be 0.
     for part in parts[:: -(-len(parts) // PARTS) or 1]:
         for item in islice(input_parts.items(part), FILES):
             if not isinstance(item, Item):

@@ -1,5 +1,7 @@
 """Items of the input: a picture with its columns, or the reason why it is rejected."""
 
+import hashlib
+import json
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
@@ -12,6 +14,7 @@ from numpy import ndarray
 
 from sd3_jax import files
 from sd3_jax.data import images
+from sd3_jax.data.ingest import listing
 from sd3_jax.data.prompt_text import REFUSED
 from sd3_jax.data.record_header import SOURCE
 from sd3_jax.errors import UserError
@@ -70,6 +73,16 @@ class Part(NamedTuple):
     stamp: str = ""  # a hash of all that and of the files' times
 
 
+def whole_file(kind: str, path: str, label: str) -> Part:
+    """A part that is one whole tar or parquet file."""
+    # The time is in the stamp alone: a file that was only touched is still the planned
+    # one, and is read again to see that.
+    _, size, time = listing.look(path)
+    name_and_size = listing.digest(epath.Path(path).name, size)
+    stamp = listing.digest(name_and_size, time)
+    return Part(kind, path, label, [], None, size, name_and_size, stamp)
+
+
 def checked_item(
     source: str, columns: dict, read: Callable, size: int, time: int = 0
 ) -> Item | Rejected:
@@ -99,7 +112,7 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
         else:  # by epath 5 MB would be read for each picture of a tar
             data = files.read_range(path, start, start + size)
     except (OSError, ValueError, UserError) as error:
-        raise BadItem(f"cannot be read: {_why(error)}") from None
+        raise BadItem(f"cannot be read: {why(error)}") from None
     if len(data) > images.BYTES:
         raise BadItem(f"more than {images.BYTES} bytes")
     if size is not None and len(data) < size:
@@ -129,7 +142,7 @@ def read_columns(
         # A bucket that does not answer ends the job; otherwise its pictures would be
         # rejected for good.
         files.require_answered(path, error)
-        raise BadItem(f"its .{extension} cannot be read: {_why(error)}") from None
+        raise BadItem(f"its .{extension} cannot be read: {why(error)}") from None
 
 
 def _lines(text: str) -> str | list[str]:
@@ -183,6 +196,19 @@ def plain(value) -> Value:
     return str(value)[:TEXT]
 
 
+def uniform(seed: int, source: str, *, purpose: bytes, count: int) -> list[float]:
+    """`count` independent numbers in [0, 1), the same in every run and on every host.
+
+    They go by source, not by place in the input: an item keeps its draws when others
+    are added or filtered.
+    """
+    # `person` keeps draws for one purpose apart from those for another.
+    data = json.dumps([seed, source]).encode()  # ASCII, whatever the source is
+    digest = hashlib.blake2b(data, digest_size=8 * count, person=purpose).digest()
+    words = (digest[i : i + 8] for i in range(0, 8 * count, 8))
+    return [(int.from_bytes(word) >> 11) / 2**53 for word in words]  # a float's 53 bits
+
+
 def call_function(
     function: Callable,
     name: str,
@@ -203,7 +229,9 @@ def call_function(
         raise BadItem(f"{name} failed: {shown(failure, 200)}") from error
 
 
-def _why(error: Exception) -> str:
+def why(error: Exception) -> str:
+    """A short reason why something cannot be read, without its path."""
     if isinstance(error, UserError):  # of `files`, which names the path as well
         error = error.__cause__ or error
-    return shown(getattr(error, "strerror", None) or error, 120)
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return shown(reason, 120)

@@ -22,66 +22,49 @@ class Entry(NamedTuple):
 
 def entries(folder: str) -> list[Entry]:
     """The entries of a folder that are not hidden, in order of name; or an OSError."""
-    if not local(folder):
+    if files.remote(folder):
         names = [path.name for path in epath.Path(folder).iterdir()]
         with ThreadPoolExecutor(THREADS) as threads:
             looks = threads.map(look, [join(folder, name) for name in names])
-        listed = [Entry(name, kind) for name, (kind, _) in zip(names, looks)]
+        listed = [Entry(name, kind) for name, (kind, *_) in zip(names, looks)]
     else:
         with os.scandir(folder) as scanned:
             listed = [Entry(entry.name, _kind(entry)) for entry in scanned]
     return sorted(entry for entry in listed if not entry.name.startswith("."))
 
 
-def look(path: str) -> tuple[str, int]:
-    """(kind, bytes) of a path, links followed; (OTHER, -1) if it does not exist."""
+def look(path: str) -> tuple[str, int, int]:
+    """(kind, bytes, mtime in ns) of a path, links followed.
+
+    Bytes are 0 of what is not a regular file. (OTHER, -1, -1) if it does not exist.
+    """
     # os.stat for local files: epath's stat looks the owner's name up, and fails where
     # the owner has none, as in many containers.
     try:
-        if not local(path):
+        if files.remote(path):
             status = epath.Path(path).stat()
-            return (FOLDER if status.is_directory else FILE), status.length or 0
+            kind = FOLDER if status.is_directory else FILE
+            return kind, status.length or 0, int(status.mtime or 0) * 10**9
         status = os.stat(path)
     except (OSError, ValueError) as error:
         files.require_answered(path, error)
-        return OTHER, -1
+        return OTHER, -1, -1
     kinds = {stat.S_IFREG: FILE, stat.S_IFDIR: FOLDER}
     kind = kinds.get(stat.S_IFMT(status.st_mode), OTHER)
-    return kind, status.st_size if kind == FILE else 0
+    return kind, status.st_size if kind == FILE else 0, status.st_mtime_ns
 
 
 def stats(paths: list[str]) -> list[tuple[int, int]]:
     """(bytes, mtime in ns) of files, -1 for those that do not exist."""
-    if paths and not local(paths[0]):
+    if paths and files.remote(paths[0]):
         with ThreadPoolExecutor(THREADS) as threads:
-            return list(threads.map(stat_of, paths))
-    return [stat_of(path) for path in paths]
-
-
-def stat_of(path: str) -> tuple[int, int]:
-    """(bytes, mtime in ns) of a file; 0 bytes if it is not a regular file."""
-    try:
-        if not local(path):
-            status = epath.Path(path).stat()
-            return status.length or 0, int(status.mtime or 0) * 10**9
-        status = os.stat(path)
-    except (OSError, ValueError) as error:
-        files.require_answered(path, error)
-        return -1, -1
-    return (status.st_size if stat.S_ISREG(status.st_mode) else 0), status.st_mtime_ns
-
-
-def local(path: str) -> bool:
-    return "://" not in path
-
-
-def absolute(path: str) -> str:
-    return os.path.abspath(path) if local(path) else path
+            return [row[1:] for row in threads.map(look, paths)]
+    return [look(path)[1:] for path in paths]
 
 
 def resolved(path: str) -> str:
     """A path with links resolved: equal for two spellings of one place."""
-    return os.path.realpath(path) if local(path) else path
+    return path if files.remote(path) else os.path.realpath(path)
 
 
 def join(folder: str, name: str) -> str:
@@ -93,10 +76,6 @@ def digest(*values) -> str:
     # json.dumps escapes what UTF-8 cannot spell: names that are no valid text, which
     # Python has as surrogates, have a hash as well.
     return hashlib.blake2b(json.dumps(values).encode(), digest_size=8).hexdigest()
-
-
-def digest_file(path: str, length: int) -> str:
-    return digest(epath.Path(path).name, length)
 
 
 def _kind(entry: os.DirEntry) -> str:

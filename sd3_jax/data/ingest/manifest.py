@@ -20,7 +20,7 @@ from sd3_jax.files import write_whole
 SPLITS = ("train", "val")
 
 
-class PartWriter:
+class PartWriter(ExitStack):
     """The shards of a part, one for each bucket and split.
 
     An exception leaves none of them: shards get their names when the writer is left,
@@ -28,17 +28,10 @@ class PartWriter:
     """
 
     def __init__(self, workdir: epath.Path, number: int):
+        super().__init__()
         self.folder, self.number = workdir / "records", number
-        self._open, self._writers = ExitStack(), {}  # by bucket and split
-        self._sources = Counter()
+        self._writers, self._sources = {}, Counter()  # writers by bucket and split
         self.uncaptioned = 0
-
-    def __enter__(self):
-        self._open.__enter__()
-        return self
-
-    def __exit__(self, *error):
-        return self._open.__exit__(*error)
 
     def write(self, ready: Ready, tensors: dict[str, Any]) -> None:
         """Write a record to its shard; BadRecord, and nothing written, if it is bad."""
@@ -55,7 +48,7 @@ class PartWriter:
         key = bucket, split = str(ready.bucket), SPLITS[ready.held_out]
         if key not in self._writers:
             writer = Writer(self.folder / f"{split}-{self.number:05d}-{bucket}.arecord")
-            self._writers[key] = self._open.enter_context(writer)
+            self._writers[key] = self.enter_context(writer)
         self._writers[key].add(data)
         # Counted after the write: what is refused is counted as rejected.
         self._sources[ready.caption_from] += bool(ready.caption_from)
@@ -115,6 +108,7 @@ class Manifest:
         # A part's shards may be whole while its file in parts/ is missing: a kill
         # between the two. They are made again, so that counts and shards agree.
         for path in files.children(self.workdir / "records"):
+            # The middle of "train-00012-512x768.arecord"; other files are left alone.
             number = path.name.split("-")[1] if path.name.count("-") >= 2 else ""
             unfinished = number.isdigit() and int(number) not in done
             if unfinished or path.name.endswith(".partial"):
@@ -125,7 +119,8 @@ class Manifest:
         """The sum of all parts, in which every file of the input is counted once."""
         by_bucket, shards, counts = {}, [], Counter()
         counters = {name: Counter() for name in ("rejected", "captions", "cut")}
-        for report in self._abouts():
+        for number in range(self.parts):
+            report = json.loads((self.folder / f"{number:05d}.json").read_text())
             for bucket, by_split in report["kept"].items():
                 by_bucket.setdefault(bucket, Counter()).update(by_split)
             for name, total in counters.items():
@@ -152,7 +147,3 @@ class Manifest:
         for number in range(self.parts):
             path = self.folder / f"{number:05d}.rejected.jsonl"
             yield from path.read_text().splitlines()
-
-    def _abouts(self) -> Iterator[dict]:
-        for number in range(self.parts):
-            yield json.loads((self.folder / f"{number:05d}.json").read_text())

@@ -32,7 +32,7 @@ def governing(root: str, directory: str) -> list[tuple[str, str, int]]:
         parent = "/".join(parts[:depth])
         for name in NAMES:
             path = listing.join(root, listing.join(parent, name))
-            kind, size = listing.look(path)
+            kind, size, _ = listing.look(path)
             if kind == listing.FILE:
                 governing_files.append((parent, name, size))
     return governing_files
@@ -122,7 +122,7 @@ class _Tree:
             return set()
         path = listing.join(self.root, directory)
         try:
-            if not listing.local(path):  # their kinds would cost a request each
+            if files.remote(path):  # their kinds would cost a request each
                 names = [entry.name for entry in epath.Path(path).iterdir()]
                 return {name for name in names if not name.startswith(".")}
             entries = listing.entries(path)
@@ -134,7 +134,7 @@ class _Tree:
 
     def _linked(self, parts: list[str]) -> bool:
         ends = range(1, len(parts) + 1)
-        return listing.local(self.root) and any(
+        return not files.remote(self.root) and any(
             os.path.islink(os.path.join(self.root, *parts[:end])) for end in ends
         )
 
@@ -168,8 +168,7 @@ def _lines(
         None if names is None else {last_part(os.fsencode(name)) for name in names}
     )
     path = listing.join(root, listing.join(directory, name))
-    full_root = os.path.abspath(root) if listing.local(root) else root
-    folder = listing.join(full_root, directory)
+    folder = listing.join(files.absolute(root), directory)
     names_inside = lambda file_name: tuple(
         listing.join(directory, name_) for name_ in _inside(file_name, folder)
     )

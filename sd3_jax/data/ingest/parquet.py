@@ -17,7 +17,6 @@ from etils import epath
 
 from sd3_jax import files
 from sd3_jax.data import images
-from sd3_jax.data.ingest import listing
 from sd3_jax.data.ingest.items import (
     SIDECAR,
     TEXT,
@@ -28,6 +27,8 @@ from sd3_jax.data.ingest.items import (
     checked_item,
     merge,
     rejected,
+    whole_file,
+    why,
 )
 from sd3_jax.data.ingest.parquet_values import (
     BYTES,
@@ -59,26 +60,23 @@ class Columns(NamedTuple):
 
 def plan(path: str, label: str, size: int) -> list[Part]:
     """Parts of whole row groups, up to `size` rows; one part if it cannot be read."""
-    length, changed = listing.stat_of(path)
-    name_and_size = listing.digest_file(path, length)
-    stamp = listing.digest(name_and_size, changed)
-    whole_file = Part("parquet", path, label, [], None, length, name_and_size, stamp)
+    whole = whole_file("parquet", path, label)
     try:
         with _opened(path) as file:
             groups = [file.metadata.row_group(i).num_rows for i in _groups(file)]
     except BadItem:
-        return [whole_file]
+        return [whole]
     parts, first = [], 0
     while first < len(groups):
         number, rows = 1, groups[first]
         while first + number < len(groups) and rows + groups[first + number] <= size:
             rows += groups[first + number]
             number += 1
-        share = length * rows // max(1, sum(groups))
+        share = whole.bytes * rows // max(1, sum(groups))
         spans = [["", first, number]]
-        parts.append(whole_file._replace(spans=spans, count=rows, bytes=share))
+        parts.append(whole._replace(spans=spans, count=rows, bytes=share))
         first += number
-    return parts or [whole_file]
+    return parts or [whole]
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:
@@ -133,7 +131,7 @@ def _read(file, path: str, group: int, columns: Columns) -> Iterator[tuple]:
             raise
         except Exception as error:  # damaged pages raise most things
             files.require_answered(path, error)
-            raise BadItem(f"cannot be read: {_why(error)}") from None
+            raise BadItem(f"cannot be read: {why(error)}") from None
         if batch is None:
             return
         values = dict(zip(batch.schema.names, batch.columns))
@@ -206,7 +204,7 @@ def _opened(path: str) -> Iterator:
         opened = epath.Path(path).open("rb")
     except OSError as error:
         files.require_answered(path, error)
-        raise BadItem(f"cannot be read: {_why(error)}") from None
+        raise BadItem(f"cannot be read: {why(error)}") from None
     with opened as stream:
         try:
             # Opened twice: read_dictionary wants the names of columns, which only the
@@ -221,7 +219,7 @@ def _opened(path: str) -> Iterator:
             raise
         except Exception as error:  # damaged footers raise most things
             files.require_answered(path, error)
-            raise BadItem(f"cannot be read: {_why(error)}") from None
+            raise BadItem(f"cannot be read: {why(error)}") from None
         yield file
 
 
@@ -258,8 +256,3 @@ def _columns(schema) -> Columns:
 
 def _groups(file) -> range:
     return range(file.metadata.num_row_groups)
-
-
-def _why(error: Exception) -> str:
-    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-    return shown(reason, 120)

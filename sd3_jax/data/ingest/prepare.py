@@ -3,7 +3,6 @@
 The result depends only on the item and the settings, not on the host or the run.
 """
 
-import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,14 @@ from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.ingest import captions, filters
 from sd3_jax.data.ingest.captions import Caption
 from sd3_jax.data.ingest.filters import Filter
-from sd3_jax.data.ingest.items import BadItem, Item, Rejected, read_at, rejected
+from sd3_jax.data.ingest.items import (
+    BadItem,
+    Item,
+    Rejected,
+    read_at,
+    rejected,
+    uniform,
+)
 from sd3_jax.errors import UserError
 
 UNCAPTIONED = "no caption"
@@ -98,7 +104,8 @@ def prepare(item: Item | Rejected, settings: Settings) -> Ready | Rejected:
         return refuse(str(error))
     if not (drawn.text or settings.uncaptioned):
         return refuse(UNCAPTIONED)
-    held_out = held_out_draw(settings.seed, item.source) < settings.held_out
+    (draw,) = uniform(settings.seed, item.source, purpose=b"held out", count=1)
+    held_out = draw < settings.held_out
     cropped = buckets.cut(picture, fit)
     text = drawn.text, drawn.name
     placement = size, fit.crop, held_out, item.bytes
@@ -140,15 +147,6 @@ def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
                 " sd3-jax dedup writes it"
             ) from None
     return exclusions
-
-
-def held_out_draw(seed: int, source: str) -> float:
-    """A number in [0, 1) that decides whether an example is held out."""
-    # By source, not by place in the input: a picture stays on its side when others are
-    # added or filtered.
-    data = json.dumps([seed, source]).encode()
-    digest = hashlib.blake2b(data, digest_size=8, person=b"held out").digest()
-    return (int.from_bytes(digest) >> 11) / 2**53
 
 
 def reason_kind(reason: str) -> str:

@@ -128,6 +128,7 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
         if kind not in "xgLK":
             name = extended.get("path", _name(block))
             size = extended.get("size", size)
+            # GNU's flag that a table of more pieces follows the header.
             if kind == "S" and block[482]:
                 raise _bad(path, name, "a sparse file in many pieces")
             size = 0 if kind in BARE else size

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from sd3_jax import files
 from sd3_jax.data import images
-from sd3_jax.data.ingest import input_parts, items, listing
+from sd3_jax.data.ingest import input_parts, items
 from sd3_jax.data.ingest.input_parts import BadItem, Item, Part, Rejected
 from sd3_jax.errors import UserError
 
@@ -175,7 +176,7 @@ def messy(tmp_path_factory):
 @pytest.mark.parametrize("local", [True, False])
 def test_every_file_is_accounted_for_once(messy, size, local, monkeypatch):
     if not local:  # as if it were in a bucket
-        monkeypatch.setattr(listing, "local", lambda path: False)
+        monkeypatch.setattr(files, "remote", lambda path: True)
     kept, rejected = ingested(messy, size=size)
     gone = {} if local else {"metadata.jsonl:7"}  # names a folder, which costs to see
     assert {k: v.split(": ")[0] for k, v in rejected.items()} == {
