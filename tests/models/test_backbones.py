@@ -16,8 +16,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.config.validation import validate
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import flops
-from sd3_jax.models.denoisers import DENOISERS
+from sd3_jax.models.denoisers import denoiser_class
 from sd3_jax.models.unet import UNet
 from sd3_jax.models.uvit import UViT
 from sd3_jax.sampling import compiled
@@ -37,7 +36,7 @@ each = pytest.mark.parametrize("name", OTHERS)
 
 def model_of(name, **options):
     shared = dict(patch=2, channels=CHANNELS, dtype=jnp.float32, remat="none")
-    return DENOISERS[name](**SIZES[name] | shared | options)
+    return denoiser_class(name)(**SIZES[name] | shared | options)
 
 
 def inputs(seed=0):
@@ -301,7 +300,7 @@ def test_the_flops_are_the_programs(name):
     args = [jnp.zeros((1, SIDE, SIDE, CHANNELS)), *rest]
     params = tree.unbox(jax.eval_shape(model.init, jax.random.key(0), *args))
     made = products(jax.make_jaxpr(model.apply)(params, *args).jaxpr)
-    ours = flops.forward(model, height=SIDE, width=SIDE, text=L, text_dim=12)
+    ours = model.flops(height=SIDE, width=SIDE, text=L, text_dim=12)
     assert ours == pytest.approx(
         made, rel=1e-3
     )  # but for what pooled text goes through
