@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ EDGE = 2.0**-24  # 1 - EDGE is the largest float32 below 1: t stays inside (0, 1
 
 Shape = tuple[int, ...]
 Times = Float[Array, "*n"]
-Number = float | np.ndarray | Array
+Number = TypeVar("Number", float, np.ndarray, Array)
 
 
 @runtime_checkable

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import (
     MuonDimensionNumbers,
+    ProdigyState,
     ScheduleFreeState,
     prodigy,
     scale_by_muon,
@@ -185,8 +186,9 @@ def _prodigy(s: Settings):
         # buffers as the params, and both are donated.
         return inner.init(jax.tree.map(jnp.copy, params))
 
-    def update(grads, state, params=None):
-        updates, new = inner.update(grads, state, params)
+    def update(updates, state: Any, params=None):
+        updates, new = inner.update(updates, state, params)
+        new = cast(ProdigyState, new)  # optax types every state as a tree of arrays
         undefined = jnp.isnan(new.estim_lr)
         estim_lr = jnp.where(undefined, state.estim_lr, new.estim_lr)
         rate = state.estim_lr * s.rate(state.count)
