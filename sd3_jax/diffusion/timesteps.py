@@ -73,7 +73,7 @@ class Mode:
     scale > 0 favours the middle, < 0 the ends; 0 is uniform.
     """
 
-    scale: float = 1.29
+    scale: float = 1.29  # the paper's rf/mode(1.29), in its table 1
 
     def sample(self, key: Key[Array, ""], shape: Shape) -> Times:
         return inside(self._f(jax.random.uniform(key, shape, jnp.float32)))

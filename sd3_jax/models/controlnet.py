@@ -76,6 +76,7 @@ class ControlNet(nn.Module):
                 stack = self.stack(length, name, dual=name == "dual_blocks")
                 streams, of_stack = stack(streams, c)
                 residuals.append(of_stack)  # (length, b, n, d)
+        # Cast: a traced float32 scale would make bfloat16 residuals float32.
         return jnp.concatenate(residuals) * jnp.asarray(scale, x.dtype)
 
     def stack(self, length: int, name: str, **kwargs):

@@ -43,6 +43,8 @@ class Denoiser(nn.Module):
     remat: str = "full"
     attention: str = "auto"
 
+    # flax allows one compact method a class. It is this one, whose check all denoisers
+    # share; the submodules that `velocity` and the helpers make belong to it too.
     @nn.compact
     def __call__(
         self,
@@ -108,10 +110,12 @@ class TokenDenoiser(Denoiser):
         axes = (None, "embed")
         embed = Dense(self.width, axes, dtype=self.dtype, name="patch_embed")
         x = embed(patchify(xt, self.patch))  # (b, n, d)
+        # Cast: float32 positions would make the whole residual stream float32.
         return cut(x + position_table(self, h, w, place).astype(x.dtype))
 
     def text_tokens(self, context: Float[Array, "b l k"]) -> Float[Array, "b l d"]:
         """The text encoders' states (b, l, k) in the model's width (b, l, d)."""
+        # No positions: those of the text encoders are in their states.
         axes = (None, "embed")
         return Dense(self.width, axes, dtype=self.dtype, name="context_embed")(context)
 

@@ -185,6 +185,7 @@ def timestep_features(t: Float[Array, " b"], size: int = 256) -> Float[Array, "b
     frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
     # float32: bfloat16 has 8 bits, and would merge neighbouring steps of 1000.
     angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency  # (b, size/2)
+    # cos first, as in DiT's code: diffusers' flip_sin_to_cos.
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
 
 

@@ -62,6 +62,7 @@ def flow_matching(
         denoiser_key, text_key = jax.random.split(key)
         text_params = text.init(text_key, batch)
         cond = text.encode(tree.unbox(text_params), batch)
+        # The key a second time: no parameter depends on the values of x0.
         x0 = autoencoder.encode(batch, key)
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}

@@ -222,6 +222,13 @@ def test_long_skips_join_a_block_with_its_mirror_image():
     chex.assert_trees_all_close(run(cut_off, 3.0)[1], run(cut_off, 0.0)[1], atol=1e-5)
 
 
+@each
+def test_sides_that_patches_do_not_divide_are_refused(name):
+    xt, *rest = inputs()
+    with pytest.raises(ValueError, match="latents of 5x8: wanted sides that"):
+        jax.eval_shape(model_of(name).init, jax.random.key(0), xt[:, :5], *rest)
+
+
 def test_what_a_uvit_and_a_unet_refuse():
     with pytest.raises(ValueError, match="depth 4: wanted an odd number"):
         jax.eval_shape(model_of("uvit", depth=4).init, jax.random.key(0), *inputs())
