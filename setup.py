@@ -21,6 +21,8 @@ GCS = ["gcsfs>=2026.4.0"]
 DEDUP = ["faiss-cpu>=1.8"]
 TEST = [
     *TORCH,
+    # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
+    "basedpyright==1.40.2",
     "beartype>=0.20",
     "chex>=0.1.90",
     "build>=1.2",

@@ -95,6 +95,7 @@ def generate(
     argument_checks.choice("output", output, OUTPUTS)
     guidance = argument_checks.number("guidance", guidance)
     guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
+    low, high = guidance_interval
     guidance_rescale = argument_checks.number(
         "guidance_rescale", guidance_rescale, 0, 1
     )
@@ -168,7 +169,7 @@ def generate(
         uncond=uncond,
         grid=times,
         scale=np.float32(guidance),
-        interval=tuple(map(np.float32, guidance_interval)),
+        interval=(np.float32(low), np.float32(high)),
         rescale=np.float32(guidance_rescale),
         skip_scale=np.float32(skip_scale) if skipped else None,
         skip_window=grids.skip_window(times, skip_start, skip_stop)
@@ -188,7 +189,7 @@ def generate(
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
     with compiled.on(bundle.mesh):
-        latents = compiled.sample(
+        sampled = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
         )
-    return latents if output == "latents" else bundle.decode(latents)
+    return sampled if output == "latents" else bundle.decode(sampled)

@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from etils import epath
-from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
@@ -15,8 +14,8 @@ from sd3_jax.checkpoints.restoring import saved_config, saved_data
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
-from sd3_jax.models import flops
-from sd3_jax.models.denoisers import DENOISERS
+from sd3_jax.models.denoiser import Denoiser
+from sd3_jax.models.denoisers import denoiser_class
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import ByteTower
 from sd3_jax.params import quantization
@@ -28,7 +27,7 @@ from sd3_jax.training import objectives
 class Parts(NamedTuple):
     """The modules and functions that a config describes; no arrays."""
 
-    denoiser: nn.Module
+    denoiser: Denoiser
     autoencoder: Autoencoder
     objective: objectives.Objective
     formulation: Formulation
@@ -55,8 +54,7 @@ def build_parts(config: ConfigDict) -> Parts:
     # FLOPs count the text tokens that the denoiser sees: words of the tower of bytes.
     bytewise = config.text.name == "bytes"
     tokens = config.text.words if bytewise else config.text.length
-    image_flops = flops.forward(
-        model,
+    image_flops = model.flops(
         height=shape[0],
         width=shape[1],
         text=tokens,
@@ -76,8 +74,8 @@ def formulation(flow: ConfigDict) -> Formulation:
     return formulations.make(flow.path, density)
 
 
-def denoiser(model: ConfigDict) -> nn.Module:
-    kind = DENOISERS[model.name]
+def denoiser(model: ConfigDict) -> Denoiser:
+    kind = denoiser_class(model.name)
     fields = {k: v for k, v in model.items() if k in kind.__dataclass_fields__}
     # SD3's rule: depth d has a width of 64 d and d heads (paper, sec. 4).
     fields["width"] = model.width or 64 * model.depth

@@ -14,7 +14,7 @@ import shlex
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
@@ -62,6 +62,7 @@ def parse(argv: Sequence[str]) -> Call:
         override(config, name.removeprefix("--config."), text)
     if asked is not None:
         print_and_exit(help_pages.recipe_page(recipe, config, job))
+    assert job is not None  # without a job, only --help comes as far as here
     validate(config)
     workdir = check_workdir(workdir)
     input_files.check(job, dict(leaves(config)))
@@ -70,7 +71,7 @@ def parse(argv: Sequence[str]) -> Call:
     return Call(job, config, workdir)
 
 
-def print_and_exit(page: str) -> None:
+def print_and_exit(page: str) -> NoReturn:
     print(page, flush=True)
     raise SystemExit(0)
 
@@ -136,6 +137,7 @@ def load(recipe: str) -> ConfigDict:
     path = find(name)
     make_importable(path)
     spec = importlib.util.spec_from_file_location("recipe", path)
+    assert spec is not None and spec.loader is not None  # `find` returns .py files
     module = importlib.util.module_from_spec(spec)
     call_recipe(name, path, spec.loader.exec_module, module)
     if not hasattr(module, "get_config"):
@@ -204,10 +206,11 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         raise ConfigError(complaint) from None
 
 
-def place(config, key):
+def place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     """The group that holds a key, and the key's name in it."""
     *groups, name = key.split(".")
-    return functools.reduce(operator.getitem, groups, config), name
+    holder: Any = functools.reduce(operator.getitem, groups, config)
+    return holder, name
 
 
 def unknown_key_message(config, key, known):

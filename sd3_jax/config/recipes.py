@@ -84,6 +84,7 @@ def _import_package(name: str, folders: list[str]) -> None:
     else:
         spec = ModuleSpec(name, None, is_package=True)
         spec.submodule_search_locations = folders
+    assert spec is not None  # None is for files of an unknown kind
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module
     if spec.loader is not None:

@@ -13,10 +13,10 @@ def read(text: str, kind: type, old: Any) -> Any:
     if kind in (tuple, list):
         # Items get the type of those that are there: 1 for a tuple of floats is 1.0.
         types = {type(item) for item in old or ()}
-        one = lambda item: item
-        if len(types) == 1:
-            one = lambda item: read(str(item), *types, None)
-        return kind(one(item) for item in items(text))
+        if len(types) != 1:
+            return kind(items(text))
+        [item_type] = types
+        return kind(read(str(item), item_type, None) for item in items(text))
     return READERS[kind](text)
 
 

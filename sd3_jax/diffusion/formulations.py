@@ -30,15 +30,19 @@ class Prediction(Protocol):
 
     def scale(self, t: Times) -> Times:
         """Factor (b,) of xt that makes the network's input."""
+        ...
 
     def target(self, x0: Batch, noise: Batch, t: Times) -> Batch:
         """What the network regresses."""
+        ...
 
     def velocity(self, xt: Batch, answer: Batch, t: Times) -> Batch:
         """noise - x0 that follows from xt and the network's answer."""
+        ...
 
     def spread(self, t: float) -> float:
         """Std of the xt from which sampling starts at t: pure noise of its own path."""
+        ...
 
 
 @dataclass(frozen=True)

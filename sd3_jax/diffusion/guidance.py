@@ -12,7 +12,7 @@ from jaxtyping import Array, PyTree
 from sd3_jax.diffusion.checks import require
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
-Number = float | int | np.ndarray | np.generic | Array
+Number = float | int | np.ndarray | np.number | Array
 
 
 class Skip(NamedTuple):
@@ -59,7 +59,7 @@ def cfg(
             # float32 before the difference: `scale` multiplies its rounding error.
             v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
             v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)
-            v = jnp.where(expand((start <= t) & (t <= stop), x), v, v_c)  # by example
+            v = jnp.where(expand((t >= start) & (t <= stop), x), v, v_c)  # by example
         if skip is None:
             return v
         with jax.named_scope("skip_guidance"):
@@ -91,9 +91,9 @@ def check(
     """Raise a ConfigError that names the option out of range."""
     start, stop = interval
     require(math.isfinite(scale), "scale", scale, "a finite number")
-    ordered = 0 <= start <= stop <= 1
+    ordered = bool(0 <= start <= stop <= 1)
     require(ordered, "interval", interval, "0 <= start <= stop <= 1")
-    require(0 <= rescale <= 1, "rescale", rescale, "a number in [0, 1]")
+    require(bool(0 <= rescale <= 1), "rescale", rescale, "a number in [0, 1]")
 
 
 def match_std(v: Batch, v_c: Batch, amount: Number) -> Batch:
@@ -106,4 +106,4 @@ def match_std(v: Batch, v_c: Batch, amount: Number) -> Batch:
     axes = tuple(range(1, v.ndim))
     std, std_c = (jnp.std(a, axis=axes, keepdims=True) for a in (v, v_c))  # (b, 1, …)
     ratio = jnp.where(std > 0, std_c / std, 1)  # a network at initialisation returns 0
-    return amount * ratio * v + (1 - amount) * v
+    return ratio * amount * v + v * (1 - amount)

@@ -197,7 +197,7 @@ def _scan(step, x, memory, grid, steps, trajectory, after):
     x = x.astype(jnp.float32)
     steps = jnp.arange(len(grid) - 1), grid[1:], *steps
     (last, _), xs = jax.lax.scan(body, (x, memory), steps)  # xs (n - 1, b, ...)
-    return jnp.concatenate([x[None], xs]) if trajectory else last
+    return jnp.concatenate([x[None], xs]) if xs is not None else last
 
 
 def _times(t, x):

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +17,7 @@ EDGE = 2.0**-24  # 1 - EDGE is the largest float32 below 1: t stays inside (0, 1
 
 Shape = tuple[int, ...]
 Times = Float[Array, "*n"]
-Number = float | np.ndarray | Array
+Number = TypeVar("Number", float, np.ndarray, Array)
 
 
 @runtime_checkable
@@ -73,7 +73,7 @@ class Mode:
     scale > 0 favours the middle, < 0 the ends; 0 is uniform.
     """
 
-    scale: float = 1.29
+    scale: float = 1.29  # the paper's rf/mode(1.29), in its table 1
 
     def sample(self, key: Key[Array, ""], shape: Shape) -> Times:
         return inside(self._f(jax.random.uniform(key, shape, jnp.float32)))

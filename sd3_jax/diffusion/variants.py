@@ -7,7 +7,7 @@ Nothing here imports jax, since recipes import this module.
 def _variants() -> dict[str, dict]:
     """The 61 variants of the study (sec. 5.1.1): keys and values of config.flow."""
     normal = lambda mean, std: dict(density="logit_normal", mean=mean, std=std)
-    variants = {
+    variants: dict[str, dict] = {
         "eps/linear": dict(path="eps/linear", density="linear"),
         "v/linear": dict(path="v/linear", density="linear"),
         "eps/cos": dict(path="eps/cos", density="cosmap"),

@@ -8,10 +8,10 @@ from jax import Array
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sd3_jax.models.layers import Dense, patchify, zeros
+from sd3_jax.models.layers import Dense, condition, cut, patchify, zeros
 from sd3_jax.models.mmdit import Block
 from sd3_jax.models.position_table import position_table
-from sd3_jax.models.token_io import condition, cut
+from sd3_jax.models.scan import scanned
 
 
 class ControlNet(nn.Module):
@@ -76,18 +76,12 @@ class ControlNet(nn.Module):
                 stack = self.stack(length, name, dual=name == "dual_blocks")
                 streams, of_stack = stack(streams, c)
                 residuals.append(of_stack)  # (length, b, n, d)
+        # Cast: a traced float32 scale would make bfloat16 residuals float32.
         return jnp.concatenate(residuals) * jnp.asarray(scale, x.dtype)
 
     def stack(self, length: int, name: str, **kwargs):
         """Blocks in one scan, whose stacked outputs are the residuals."""
-        scan = nn.scan(
-            lambda block, streams, c: block(streams, c),
-            variable_axes={"params": 0, "intermediates": 0},
-            split_rngs={"params": True},
-            in_axes=nn.broadcast,
-            length=length,
-            metadata_params={nn.PARTITION_NAME: "layers"},
-        )
+        scan = scanned(lambda block, streams, c: block(streams, c), length)
         shared = dict(qk_norm=self.qk_norm, dtype=self.dtype)
         block = ControlBlock(self.width, self.num_heads, **shared, **kwargs, name=name)
         return lambda streams, c: scan(block, streams, c)
@@ -105,8 +99,8 @@ class ControlBlock(nn.Module):
     @nn.compact
     def __call__(self, streams, c: Float[Array, "b d"]):
         block = Block(
-            self.width,
             self.num_heads,
+            width=self.width,
             qk_norm=self.qk_norm,
             dual=self.dual,
             weight_sets=len(streams),

@@ -115,6 +115,27 @@ def modulate(x: Array, shift: Array, scale: Array) -> Array:
     return x * (1 + scale[:, None]) + shift[:, None]
 
 
+class Modulation(nn.Module):
+    """adaLN's linear layer: c (b, d) to (b, chunks, d), zero at initialisation.
+
+    The kernel is sharded along its outputs: see sharded_linear.exchanged.
+    """
+
+    chunks: int
+    width: int
+    dtype: DTypeLike = jnp.bfloat16
+
+    @nn.compact
+    def __call__(self, c: Float[Array, "b d"]) -> Float[Array, "b _ d"]:
+        # A third of SD3's weights are adaLN's, and c is one row an image: devices
+        # exchange rows, which is far less than gathering these weights.
+        axes = (None, None, "embed")
+        linear = Dense(
+            (self.chunks, self.width), axes, init=zeros, dtype=self.dtype, name="linear"
+        )
+        return linear(c)
+
+
 class Mlp(nn.Module):
     """Two layers with a tanh-GELU between them."""
 
@@ -164,7 +185,19 @@ def timestep_features(t: Float[Array, " b"], size: int = 256) -> Float[Array, "b
     frequency = jnp.exp(-jnp.log(1e4) * jnp.arange(half, dtype=jnp.float32) / half)
     # float32: bfloat16 has 8 bits, and would merge neighbouring steps of 1000.
     angle = 1000.0 * t.astype(jnp.float32)[:, None] * frequency  # (b, size/2)
+    # cos first, as in DiT's code: diffusers' flip_sin_to_cos.
     return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], -1)
+
+
+def condition(
+    t: Float[Array, " b"], pooled: Float[Array, "b e"], width: int, dtype: DTypeLike
+) -> Float[Array, "b d"]:
+    """The condition (b, d) of every adaLN: embedded time plus embedded pooled text."""
+    # Features of t are float32: see timestep_features.
+    t = Embedder(width, dtype=dtype, name="time_embed")(timestep_features(t))
+    y = Embedder(width, dtype=dtype, name="pooled_embed")(pooled)
+    # The SiLU that opens every adaLN, once for all of them.
+    return nn.silu(t + y)
 
 
 def patchify(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b n k"]:
@@ -183,3 +216,13 @@ def unpatchify(
     x = x.reshape(b, h // p, w // p, p, p, -1).transpose(0, 1, 3, 2, 4, 5)
     # (b, h/p, p, w/p, p, c)
     return x.reshape(b, h, w, -1)
+
+
+def cut(x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """Shard tokens over the mesh's context axis."""
+    return nn.with_logical_constraint(x, ("batch", "tokens", None))
+
+
+def whole(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
+    """Keys or values with all tokens on every device, since every query reads all."""
+    return nn.with_logical_constraint(x, ("batch", None, "heads", None))

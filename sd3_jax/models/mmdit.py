@@ -8,73 +8,51 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jax.typing import DTypeLike
 from jaxtyping import Float, Int, Key
 
 from sd3_jax.distributed import mesh_context
+from sd3_jax.models import flops
 from sd3_jax.models.attention.attention import attention, joint_attention
-from sd3_jax.models.layers import Dense, Mlp, RmsNorm, layer_norm, modulate
-from sd3_jax.models.scan import scanned, stacked
-from sd3_jax.models.token_io import (
-    Modulation,
-    condition,
-    cut,
-    image_tokens,
-    text_tokens,
-    velocity,
-    whole,
-)
+from sd3_jax.models.denoiser import TokenDenoiser
+from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
+from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
+from sd3_jax.models.scan import stacked
 
 
-class MMDiT(nn.Module):
+class MMDiT(TokenDenoiser):
     """The SD3 denoiser (paper, sec. 4): (xt, t, context, pooled) to a velocity.
 
     The first `dual_blocks` blocks add self-attention among image tokens (MMDiT-X of
     SD3.5-medium). With `weight_sets=3`, text tokens from `text_split` on, T5's, have
-    weights of their own (sec. 5.2.3). A variable pos_embed (1, pos_size^2, width) in
-    the collection "buffers" replaces the sin-cos formula where it is present.
+    weights of their own (sec. 5.2.3).
     """
 
-    depth: int
-    width: int
-    num_heads: int
-    patch: int = 2
-    channels: int = 16
-    mlp_ratio: int = 4
-    qk_norm: bool = True
     dual_blocks: int = 0
     weight_sets: int = 2
     text_split: int = 77
-    pos_size: int = 192  # of SD3-medium; SD3.5-medium has 384
-    pos_base: int = 64  # tokens that span the units of a 256-pixel image
-    dtype: DTypeLike = jnp.bfloat16
-    remat: str = "full"
-    unroll: int = 1  # blocks an iteration of the scan; on a CPU a loop costs: use depth
-    attention: str = "auto"
 
-    @nn.compact
-    def __call__(
+    def velocity(
         self,
-        xt: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        context: Float[Array, "b l k"],
-        pooled: Float[Array, "b e"],
+        xt: Array,
+        t: Array,
+        context: Array,
+        pooled: Array,
         *,
         residuals: Float[Array, "r b n d"] | None = None,
         residual_last: bool = False,
         skip: Sequence[int] = (),
         place: Int[Array, "b 2"] | None = None,
     ) -> Float[Array, "b h w c"]:
-        """The velocity (b, h, w, c) at (xt, t), in float32.
+        """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r. Blocks in `skip` are
         the identity (skip-layer guidance). `place` is the top left of each image on the
         position table, in tokens; by default images lie at its centre.
         """
         # --- embed the image, the text, and time with the pooled text
-        x = image_tokens(self, xt, place)  # (b, n, d)
-        text = text_tokens(self, context)
-        c = condition(t, pooled, self.width, self.dtype)
+        x = self.image_tokens(xt, place)  # (b, n, d)
+        text = self.text_tokens(context)
+        c = self.condition(t, pooled)
 
         # --- joint blocks: those with dual attention, the others, the last one
         split = () if self.weight_sets == 2 else (self.text_split,)
@@ -85,14 +63,14 @@ class MMDiT(nn.Module):
             streams = blocks(streams, c, residuals)
         # The last block has fewer weights (its text stream ends), so it is no layer of
         # the scan.
-        block = self.block(pre_only=True, name="last_block")
+        block = self.joint_block("last_block", pre_only=True)
         x = streams[0] if last in skip else block(streams, block.modulations(c))[0]
         # diffusers adds no residual after the last block, the released code does.
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
 
         # --- final layer
-        return velocity(self, x, c, *xt.shape[1:3])
+        return self.final_layer(x, c, *xt.shape[1:3])
 
     def random_place(
         self, key: Key[Array, ""], shape: Sequence[int]
@@ -102,19 +80,30 @@ class MMDiT(nn.Module):
         last = self.pos_size - jnp.array([h, w]) // self.patch
         return jax.random.randint(key, (b, 2), 0, last + 1)
 
-    def block(self, **kwargs):
-        return Block(
-            self.width,
-            self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-            weight_sets=self.weight_sets,
-            **kwargs,
+    def flops(self, *, height: int, width: int, text: int, text_dim: int) -> float:
+        d, n = self.width, flops.tokens(self, height, width)
+        token = 2 * (4 + 2 * self.mlp_ratio) * d**2  # qkv, out and the two of the MLP
+        image = self.depth * token * n
+        # The last block's text stream has qkv only.
+        words = ((self.depth - 1) * token + 2 * 3 * d**2) * text
+        # q k^T and weights v: 2 d a pair of tokens each. The last block has image
+        # queries alone.
+        joint = 4 * d * ((self.depth - 1) * (n + text) ** 2 + n * (n + text))
+        # qkv and out, attention among n tokens, and three more chunks of adaLN.
+        dual = self.dual_blocks * (8 * d**2 * n + 4 * d * n**2 + 6 * d**2)
+        # adaLN has 6 chunks a stream (the last text stream 2), the final one 2; the
+        # rest is the embedders of time (256 -> d -> d) and of the pooled text, its
+        # second layer.
+        vectors = 2 * d**2 * (12 * self.depth - 4 + 2 + 2) + 2 * 256 * d
+        return float(
+            image + words + joint + dual + vectors + flops.ends(self, n, text, text_dim)
         )
 
-    def stack(self, layers: range, name: str, skip: Sequence[int], **kwargs):
+    def joint_block(self, name: str, **options) -> "Block":
+        sizes = dict(width=self.width, weight_sets=self.weight_sets)
+        return self.block(Block, name, **sizes, **options)
+
+    def stack(self, layers: range, name: str, skip: Sequence[int], **options):
         """Blocks in one scan: program size does not grow with depth.
 
         Returns run(streams, c, residuals) -> streams.
@@ -136,17 +125,11 @@ class MMDiT(nn.Module):
                 streams = (x + residuals[source].astype(x.dtype), *texts)
             return streams, None
 
-        scan = scanned(
-            body,
-            len(layers),
-            remat=self.remat,
-            unroll=self.unroll,
-            in_axes=(0, nn.broadcast),
-        )
+        scan = self.scanned(body, len(layers), in_axes=(0, nn.broadcast))
         # adaLN reads c alone: one product for all layers before the scan, instead of a
         # small one with its own collectives in every layer.
         modulations = stacked(lambda block, c: block.modulations(c), len(layers))
-        block = self.block(**kwargs, name=name)
+        block = self.joint_block(name, **options)
         keep = jnp.array([i not in skip for i in layers]) if skip else None
 
         def run(streams, c, residuals):
@@ -161,18 +144,13 @@ class MMDiT(nn.Module):
         return run
 
 
-class Block(nn.Module):
+class Block(DenoiserBlock, kw_only=True):
     """One joint block: modulate each stream, attend over all, add, then the MLPs."""
 
     width: int
-    num_heads: int
-    mlp_ratio: int = 4
-    qk_norm: bool = True
     dual: bool = False
     pre_only: bool = False  # the last block: text gives keys and values, then ends
     weight_sets: int = 2
-    dtype: DTypeLike = jnp.bfloat16
-    attention: str = "auto"
 
     def setup(self):
         for i, name in enumerate(("image", "text", "text2")[: self.weight_sets]):
@@ -209,14 +187,10 @@ class Block(nn.Module):
 
     def stream(self, first: bool) -> "Stream":
         return Stream(
-            self.width,
-            self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
+            width=self.width,
             dual=self.dual and first,
             pre_only=self.pre_only and not first,
-            dtype=self.dtype,
-            attention=self.attention,
+            **block_options(self),
         )
 
 
@@ -230,7 +204,7 @@ class Opened(NamedTuple):
     dual: Array | None  # gated output of the attention among image tokens
 
 
-class Stream(nn.Module):
+class Stream(DenoiserBlock, kw_only=True):
     """One modality's weights in a block.
 
     The adaLN chunks are in the released order: shift, scale and gate of attention, then
@@ -238,13 +212,8 @@ class Stream(nn.Module):
     """
 
     width: int
-    num_heads: int
-    mlp_ratio: int
-    qk_norm: bool
     dual: bool
     pre_only: bool
-    dtype: DTypeLike
-    attention: str
 
     def setup(self):
         # Shift and scale of attention; its gate and the MLP's three make 6, attn2's 9.
@@ -286,46 +255,3 @@ class Stream(nn.Module):
             x = x + opened.dual
         h = self.mlp(modulate(layer_norm(x), shift, scale))
         return cut(x + gate_mlp[:, None] * checkpoint_name(h, "fed"))
-
-
-class Projections(nn.Module):
-    """Linear maps to q, k and v and out of attention; qk-norm keeps logits bounded.
-
-    q and k are RMS-normed by head where `qk_norm` (paper, sec. 5.3.2).
-    """
-
-    width: int
-    num_heads: int
-    qk_norm: bool
-    out: bool = True
-    dtype: DTypeLike = jnp.bfloat16
-
-    def setup(self):
-        size = self.width // self.num_heads
-        heads = (3, self.num_heads, size)
-        axes = ("embed", None, "heads", None)
-        self.to_qkv = Dense(heads, axes, dtype=self.dtype)
-        if self.qk_norm:
-            self.norm_q = RmsNorm()
-            self.norm_k = RmsNorm()
-        if self.out:
-            axes = ("heads", None, "embed")
-            self.to_out = Dense(self.width, axes, dtype=self.dtype)
-
-    def qkv(self, x: Float[Array, "b n d"]) -> Sequence[Float[Array, "b n a k"]]:
-        qkv = self.to_qkv(x)  # (b, n, 3, a, k)
-        axes = ("batch", "tokens", None, "heads", None)
-        qkv = nn.with_logical_constraint(qkv, axes)
-        # Saved before the norms: the backward pass then redoes cheap norms only.
-        q, k, v = (saved(x) for x in jnp.unstack(qkv, axis=-3))
-        return (self.norm_q(q), self.norm_k(k), v) if self.qk_norm else (q, k, v)
-
-    def project(self, x: Float[Array, "b n a k"]) -> Float[Array, "b n d"]:
-        return checkpoint_name(self.to_out(x), "projected")
-
-
-def saved(x: Float[Array, "b n a k"]) -> Float[Array, "b n a k"]:
-    """q, k or v (b, n, a, k) under the name by which remat keeps it."""
-    # Flat: a TPU pads heads of 64 to 128 lanes, twice the memory. Not all three in one
-    # array: XLA would copy it to take them apart.
-    return checkpoint_name(x.reshape(*x.shape[:2], -1), "qkv").reshape(x.shape)

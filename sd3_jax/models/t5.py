@@ -161,7 +161,7 @@ class ByteTower(nn.Module):
         self, ids: Int[Array, "b l"]
     ) -> tuple[Float[Array, "b w k"], Float[Array, "b e"]]:
         states = T5Encoder(
-            vocab=384,
+            vocab=384,  # ByT5's: 3 special ids, 256 bytes, 125 sentinels
             depth=self.depth,
             width=self.width,
             num_heads=self.num_heads,

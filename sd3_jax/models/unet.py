@@ -10,16 +10,16 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 from jaxtyping import Float
 
-from sd3_jax.models import vae
+from sd3_jax.models import flops, vae
 from sd3_jax.models.clip import LayerNorm
-from sd3_jax.models.dit import CrossAttention, self_attention
-from sd3_jax.models.layers import Dense, patchify, unpatchify, zeros
+from sd3_jax.models.denoiser import Denoiser
+from sd3_jax.models.denoiser_blocks import DenoiserBlock, block_options
+from sd3_jax.models.layers import Dense, condition, cut, patchify, unpatchify, zeros
 from sd3_jax.models.scan import REMAT
-from sd3_jax.models.token_io import condition, cut
 from sd3_jax.models.vae import Conv, spread
 
 
-class UNet(nn.Module):
+class UNet(Denoiser):
     """The U-Net of Stable Diffusion 2.1 (Rombach et al. 2022), the defaults its sizes.
 
     Level i has width * multipliers[i] channels and half the height and width of level
@@ -36,31 +36,11 @@ class UNet(nn.Module):
     num_heads: int = 5
     patch: int = 1
     channels: int = 4
+    qk_norm: bool = False
     multipliers: Sequence[int] = (1, 2, 4, 4)
     attended: Sequence[int] = (0, 1, 2)
-    mlp_ratio: int = 4
-    qk_norm: bool = False
-    dtype: DTypeLike = jnp.bfloat16
-    remat: str = "full"
-    attention: str = "auto"
 
-    @nn.compact
-    def __call__(
-        self,
-        xt: Float[Array, "b h w c"],
-        t: Float[Array, " b"],
-        context: Float[Array, "b l k"],
-        pooled: Float[Array, "b e"],
-    ) -> Float[Array, "b h w c"]:
-        """The velocity (b, h, w, c) at (xt, t), in float32.
-
-        Raises ValueError unless `unit` divides height and width.
-        """
-        _, h, w, _ = xt.shape
-        if h % self.unit or w % self.unit:
-            raise ValueError(
-                f"UNet: latents of {h}x{w}: wanted sides that {self.unit} divides"
-            )
+    def velocity(self, xt: Array, t: Array, context: Array, pooled: Array) -> Array:
         # --- condition and first convolution
         c = condition(t, pooled, 4 * self.width, self.dtype)
         conv = functools.partial(convolution, self.dtype)
@@ -70,7 +50,7 @@ class UNet(nn.Module):
         # --- down: every block's output is a skip, and every downsampling's
         for level in range(last + 1):
             for i in range(self.depth):
-                x = self.block(level, f"down_{level}_block_{i}")(x, c, context)
+                x = self.level_block(level, f"down_{level}_block_{i}")(x, c, context)
                 skips.append(x)
             if level < last:
                 # Padded on both sides, as PyTorch does; "SAME" of stride 2 is not.
@@ -79,12 +59,12 @@ class UNet(nn.Module):
                 skips.append(x)
         # --- middle: one block with a transformer, one without
         for i, attends in enumerate((True, False)):
-            x = self.block(last, f"mid_block_{i}", attends)(x, c, context)
+            x = self.level_block(last, f"mid_block_{i}", attends)(x, c, context)
         # --- up: skips in reverse
         for level in reversed(range(last + 1)):
             for i in range(self.depth + 1):
                 x = jnp.concatenate([x, skips.pop()], axis=-1)
-                x = self.block(level, f"up_{level}_block_{i}")(x, c, context)
+                x = self.level_block(level, f"up_{level}_block_{i}")(x, c, context)
             if level:
                 # Nearest neighbours, (b, 2h, 2w, d).
                 x = jnp.repeat(jnp.repeat(x, 2, axis=1), 2, axis=2)
@@ -93,29 +73,67 @@ class UNet(nn.Module):
         x = nn.silu(group_norm(x, "norm_out"))
         x = conv(self.patch**2 * self.channels, "conv_out", init=zeros)(x)
         x = x.reshape(len(x), -1, x.shape[-1])  # (b, n, p*p*c)
-        return unpatchify(x, self.patch, h, w).astype(jnp.float32)
+        return unpatchify(x, self.patch, *xt.shape[1:3])
 
     @property
     def unit(self) -> int:
-        """The factor that must divide a latent's height and width."""
+        # Each level but the first has half the height and width of the one before.
         return self.patch * 2 ** (len(self.multipliers) - 1)
 
-    def block(self, level: int, name: str, attends: bool | None = None) -> nn.Module:
+    def level_block(
+        self, level: int, name: str, attends: bool | None = None
+    ) -> nn.Module:
         # No scan: blocks differ in shape. Remat is by block all the same.
         kind = Block
         if self.remat != "none":
             kind = nn.remat(Block, policy=REMAT[self.remat])
         times = self.multipliers[level]
-        return kind(
-            self.width * times,
-            self.num_heads * times,
+        return self.block(
+            kind,
+            name,
+            num_heads=self.num_heads * times,
+            features=self.width * times,
             transformer=level in self.attended if attends is None else attends,
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-            name=name,
         )
+
+    def flops(self, *, height: int, width: int, text: int, text_dim: int) -> float:
+        last, e = len(self.multipliers) - 1, 4 * self.width
+        sizes = [self.width * times for times in self.multipliers]
+        points = [  # pixels of each level
+            height * width // (self.patch * 2**level) ** 2 for level in range(last + 1)
+        ]
+
+        def conv(level, inputs, out, size=3):
+            return 2 * size**2 * inputs * out * points[level]
+
+        def one(level, inputs, attends):
+            d, n = sizes[level], points[level]
+            total = conv(level, inputs, d) + conv(level, d, d) + 2 * e * d
+            total += conv(level, inputs, d, 1) if inputs != d else 0
+            if attends:  # proj_in and proj_out; GEGLU is a half more than an MLP
+                total += 2 * 2 * d**2 * n + flops.block(d, n, 1.5 * self.mlp_ratio)
+                total += flops.cross(d, n, text, text_dim)
+            return total
+
+        vectors = 2 * (256 + 2 * e) * e  # embedders of time and of the pooled text
+        ends = 2 * conv(0, self.patch**2 * self.channels, self.width)
+        total, at = vectors + ends, self.width
+        skips = [at]  # channels, pushed on the way down and popped on the way up
+        for level in range(last + 1):
+            for _ in range(self.depth):
+                total, at = total + one(level, at, level in self.attended), sizes[level]
+                skips.append(at)
+            if level < last:
+                total += conv(level + 1, at, at)
+                skips.append(at)
+        total += one(last, at, True) + one(last, at, False)
+        for level in reversed(range(last + 1)):
+            for _ in range(self.depth + 1):
+                total += one(level, at + skips.pop(), level in self.attended)
+                at = sizes[level]
+            if level:
+                total += conv(level - 1, at, at)  # after upsampling
+        return float(total)
 
 
 def fold(x: Float[Array, "b h w c"], p: int) -> Float[Array, "b h2 w2 c2"]:
@@ -143,16 +161,11 @@ def group_norm(x: Float[Array, "b h w c"], name: str) -> Float[Array, "b h w c"]
     return vae.GroupNorm(groups, name=name)(x)
 
 
-class Block(nn.Module):
+class Block(DenoiserBlock, kw_only=True):
     """A residual block conditioned on time, then a transformer where there is one."""
 
     features: int
-    num_heads: int
     transformer: bool
-    mlp_ratio: int
-    qk_norm: bool
-    dtype: DTypeLike
-    attention: str
 
     @nn.compact
     def __call__(
@@ -164,14 +177,7 @@ class Block(nn.Module):
         x = Resnet(self.features, self.dtype, name="resnet")(x, c)
         if not self.transformer:
             return x
-        transformer = Transformer(
-            self.num_heads,
-            mlp_ratio=self.mlp_ratio,
-            qk_norm=self.qk_norm,
-            dtype=self.dtype,
-            attention=self.attention,
-            name="transformer",
-        )
+        transformer = Transformer(**block_options(self), name="transformer")
         return transformer(x, text)
 
 
@@ -193,18 +199,12 @@ class Resnet(nn.Module):
         return x + checkpoint_name(h, "fed")
 
 
-class Transformer(nn.Module):
+class Transformer(DenoiserBlock):
     """Self-attention, cross-attention and GEGLU (Shazeer 2020) between linear maps.
 
     Pixels are tokens, without position embeddings: convolutions know where they are.
     Zero at initialisation, so that the block starts as its input.
     """
-
-    num_heads: int
-    mlp_ratio: int
-    qk_norm: bool
-    dtype: DTypeLike
-    attention: str
 
     @nn.compact
     def __call__(
@@ -217,11 +217,8 @@ class Transformer(nn.Module):
         x = group_norm(picture, "norm").reshape(b, h * w, d)  # (b, n, d)
         # `cut` shards tokens over context; by_rows below undoes it for convolutions.
         x = cut(dense(d, (None, "embed"), "proj_in")(x))
-        x = cut(x + self_attention(self)(LayerNorm(name="norm1")(x)))
-        look = CrossAttention(
-            self.num_heads, self.qk_norm, self.dtype, self.attention, name="cross"
-        )
-        x = cut(x + look(LayerNorm(name="norm2")(x), text))
+        x = cut(x + self.self_attention(LayerNorm(name="norm1")(x)))
+        x = cut(x + self.cross_attention(LayerNorm(name="norm2")(x), text))
         wide = dense((2, self.mlp_ratio * d), ("embed", None, "mlp"), "wi")
         gate, y = jnp.unstack(wide(LayerNorm(name="norm3")(x)), axis=-2)  # (b, n, r*d)
         y = checkpoint_name(y * nn.gelu(gate), "mlp")

@@ -140,18 +140,22 @@ class Plan(NamedTuple):
     preview: Callable | None = None
 
 
+# numpy's where a caller builds the Inputs, jax's inside the program.
+Scalar = Array | np.generic
+
+
 class Inputs(NamedTuple):
     """Traced arguments of a sampling program; whether a field is None is static."""
 
     keys: Array | None
     cond: Conditioning
     uncond: Conditioning
-    grid: Array
-    scale: Array
-    interval: tuple[Array, Array]
-    rescale: Array
-    skip_scale: Array | None = None
-    skip_window: tuple[Array, Array] | None = None
+    grid: Array | np.ndarray
+    scale: Scalar
+    interval: tuple[Scalar, Scalar]
+    rescale: Scalar
+    skip_scale: Scalar | None = None
+    skip_window: tuple[Scalar, Scalar] | None = None
     noise: Array | None = None
     x0: Array | None = None
     mask: Array | None = None

@@ -15,6 +15,7 @@ def moving_average(ema, params, step: Array, decay: float, every: int):
     early = step < every
     # float32: the decay lies near 1, where bfloat16 has no numbers but 1 and 0.996.
     n = jnp.where(early, step, step // every).astype(jnp.float32)
+    # The ramp of TensorFlow's ExponentialMovingAverage with `num_updates`.
     rate = 1 - jnp.minimum(decay, (1 + n) / (10 + n))
     follow = lambda ema: jax.tree.map(lambda e, p: e + rate * (p - e), ema, params)
     # A branch, so that on the other steps nothing of it is read or written.

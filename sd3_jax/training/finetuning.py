@@ -69,6 +69,7 @@ def low_rank(objective: Objective, *, rank: int, alpha: float, targets: str) -> 
     """A LoRA on the denoiser's linear maps trains, beside weights that do not."""
 
     def init(key):
+        # For shapes and axis names only: under jit nothing of the base is drawn.
         boxed = objective.init(key)["denoiser"]
         return {"denoiser": lora.init(key, boxed, rank=rank, targets=targets)}
 

@@ -1,7 +1,7 @@
 """The training objective: init(key) -> params, loss(params, key, batch, frozen)."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -62,6 +62,7 @@ def flow_matching(
         denoiser_key, text_key = jax.random.split(key)
         text_params = text.init(text_key, batch)
         cond = text.encode(tree.unbox(text_params), batch)
+        # The key a second time: no parameter depends on the values of x0.
         x0 = autoencoder.encode(batch, key)
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}
@@ -70,7 +71,9 @@ def flow_matching(
         variables = {"params": params["denoiser"]}
         if "buffers" in params:  # a released model's table of positions
             variables["buffers"] = params["buffers"]
-        return lambda x, t: denoiser.apply(variables, x, t, *cond, **options)
+        # Typed as if it could return variables too, which it does with `mutable`.
+        apply = cast(Callable[..., Array], denoiser.apply)
+        return lambda x, t: apply(variables, x, t, *cond, **options)
 
     def velocity(params, **options):
         return lambda x, t, cond: formulation.velocity(

@@ -2,13 +2,14 @@
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
 import optax
 from optax.contrib import (
     MuonDimensionNumbers,
+    ProdigyState,
     ScheduleFreeState,
     prodigy,
     scale_by_muon,
@@ -125,10 +126,10 @@ def _adafactor(s: Settings):
     """Shazeer & Stern 2018, with a moment and AdamW's meaning of the rate (Zhai et al.
     2021): neither is relative to a parameter's size, of which zero-initialised ones
     have none. `eps` joins the squared gradient, squared; b2 is 1 - step^-0.8."""
-    epsilon = max(s.eps**2, 1e-30)
+    epsilon = max(s.eps**2, 1e-30)  # 1e-30 is the paper's: without it 0 / 0
     scaled = [
         optax.scale_by_factored_rms(min_dim_size_to_factor=FACTORED, epsilon=epsilon),
-        optax.clip_by_block_rms(1.0),
+        optax.clip_by_block_rms(1.0),  # their update clipping, d = 1 (sec. 6)
     ]
     if s.b1:
         scaled += [optax.ema(s.b1, debias=False, accumulator_dtype=s.mu_dtype)]
@@ -140,6 +141,7 @@ def _muon(s: Settings):
 
     Not optax.contrib.muon, whose AdamW is Nesterov's and decays biases.
     """
+    # 0.95 is Jordan's: b1 belongs to AdamW, for the leaves that Muon does not take.
     orthogonal = scale_by_muon(
         beta=0.95, mu_dtype=s.mu_dtype, weight_dimension_numbers=matrices
     )
@@ -185,8 +187,9 @@ def _prodigy(s: Settings):
         # buffers as the params, and both are donated.
         return inner.init(jax.tree.map(jnp.copy, params))
 
-    def update(grads, state, params=None):
-        updates, new = inner.update(grads, state, params)
+    def update(updates, state: Any, params=None):
+        updates, new = inner.update(updates, state, params)
+        new = cast(ProdigyState, new)  # optax types every state as a tree of arrays
         undefined = jnp.isnan(new.estim_lr)
         estim_lr = jnp.where(undefined, state.estim_lr, new.estim_lr)
         rate = state.estim_lr * s.rate(state.count)

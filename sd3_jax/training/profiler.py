@@ -20,7 +20,9 @@ def require_sound_profiler() -> None:
 
     jax loads it wherever it is installed and JAX_PLATFORMS allows "tpu".
     """
-    allowed = (jax.config.jax_platforms or "tpu").split(",")
+    # jax adds its flags to `config` at run time.
+    platforms = jax.config.jax_platforms  # pyright: ignore[reportAttributeAccessIssue]
+    allowed = (platforms or "tpu").split(",")
     platform = jax.devices()[0].platform
     if platform != "tpu" and "tpu" in allowed and importlib.util.find_spec("libtpu"):
         raise UserError(

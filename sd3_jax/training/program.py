@@ -51,6 +51,7 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
         accumulate=accumulate,
         prepare_batch=tuning.prepare_batch,
     )
+    # A key's shape alone: `plan` has no device to make one on.
     key = jax.eval_shape(lambda: jax.random.key(0))
     abstract = abstract_state(key, tuning.init, tx, mesh)
     shardings = jax.tree.map(lambda x: x.sharding, abstract)

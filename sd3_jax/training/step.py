@@ -53,6 +53,7 @@ def make_train_step(
                     average = moving_average(ema, params, now, ema_decay, ema_every)
             return params, average, opt_state
 
+        # Before clipping, which is the optimizer's: clipped, every large norm is alike.
         with jax.named_scope("grad_norm"):
             norm = optax.global_norm(grads)
         # On the device and before the update: one NaN would stay in Adam's moments for
@@ -86,6 +87,7 @@ def make_train_step(
         zeros = jax.tree.map(
             lambda x: jnp.zeros(x.shape, x.dtype), (value, metrics, grads)
         )
+        # A scan, so that the activations of one part are freed before the next.
         total, _ = jax.lax.scan(part, zeros, (jnp.arange(accumulate), rows))
         return jax.tree.map(lambda x: x / accumulate, total)
 

@@ -16,8 +16,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.config.validation import validate
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.models import flops
-from sd3_jax.models.denoisers import DENOISERS
+from sd3_jax.models.denoisers import denoiser_class
 from sd3_jax.models.unet import UNet
 from sd3_jax.models.uvit import UViT
 from sd3_jax.sampling import compiled
@@ -37,7 +36,7 @@ each = pytest.mark.parametrize("name", OTHERS)
 
 def model_of(name, **options):
     shared = dict(patch=2, channels=CHANNELS, dtype=jnp.float32, remat="none")
-    return DENOISERS[name](**SIZES[name] | shared | options)
+    return denoiser_class(name)(**SIZES[name] | shared | options)
 
 
 def inputs(seed=0):
@@ -223,6 +222,13 @@ def test_long_skips_join_a_block_with_its_mirror_image():
     chex.assert_trees_all_close(run(cut_off, 3.0)[1], run(cut_off, 0.0)[1], atol=1e-5)
 
 
+@each
+def test_sides_that_patches_do_not_divide_are_refused(name):
+    xt, *rest = inputs()
+    with pytest.raises(ValueError, match="latents of 5x8: wanted sides that"):
+        jax.eval_shape(model_of(name).init, jax.random.key(0), xt[:, :5], *rest)
+
+
 def test_what_a_uvit_and_a_unet_refuse():
     with pytest.raises(ValueError, match="depth 4: wanted an odd number"):
         jax.eval_shape(model_of("uvit", depth=4).init, jax.random.key(0), *inputs())
@@ -301,7 +307,7 @@ def test_the_flops_are_the_programs(name):
     args = [jnp.zeros((1, SIDE, SIDE, CHANNELS)), *rest]
     params = tree.unbox(jax.eval_shape(model.init, jax.random.key(0), *args))
     made = products(jax.make_jaxpr(model.apply)(params, *args).jaxpr)
-    ours = flops.forward(model, height=SIDE, width=SIDE, text=L, text_dim=12)
+    ours = model.flops(height=SIDE, width=SIDE, text=L, text_dim=12)
     assert ours == pytest.approx(
         made, rel=1e-3
     )  # but for what pooled text goes through

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from sd3_jax import tree
-from sd3_jax.models import flops, position_table
+from sd3_jax.models import position_table
 from sd3_jax.models.layers import patchify, unpatchify
 from sd3_jax.models.mmdit import Block, MMDiT
 from sd3_jax.models.position_table import positions
@@ -195,7 +195,7 @@ def test_patches_are_rows_of_p_q_c(key):
 )
 def test_flops_are_the_analytic_count(depth, dual, side, text, tera):
     model = MMDiT(depth=depth, width=64 * depth, num_heads=depth, dual_blocks=dual)
-    count = flops.mmdit(model, height=side, width=side, text=text, text_dim=4096)
+    count = model.flops(height=side, width=side, text=text, text_dim=4096)
     assert abs(count / 1e12 / tera - 1) < 2e-3
 
 

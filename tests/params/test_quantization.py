@@ -9,8 +9,9 @@ from flax import linen as nn
 
 from sd3_jax import tree
 from sd3_jax.distributed import sharding
+from sd3_jax.models.denoiser_blocks import Projections
 from sd3_jax.models.layers import Mlp, modulate
-from sd3_jax.models.mmdit import MMDiT, Projections
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.scan import scanned
 from sd3_jax.models.t5 import T5Encoder
 from sd3_jax.params import lora, parametrization, quantization

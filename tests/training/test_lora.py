@@ -13,19 +13,18 @@ from sd3_jax import tree
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models.clip import ClipText
-from sd3_jax.models.denoisers import DENOISERS
-from sd3_jax.models.layers import Dense, Mlp, modulate
-from sd3_jax.models.mmdit import Projections
+from sd3_jax.models.denoiser_blocks import Projections
+from sd3_jax.models.denoisers import DENOISERS, denoiser_class
+from sd3_jax.models.layers import Dense, Mlp, Modulation, modulate
 from sd3_jax.models.scan import scanned
 from sd3_jax.models.t5 import ByteTower
-from sd3_jax.models.token_io import Modulation
 from sd3_jax.params import lora, parametrization
 from sd3_jax.params.lora import kernels, layout
 from sd3_jax.params.parametrization import LowRank
 
 SIZES = dict(depth=4, width=32, num_heads=2, dtype=jnp.float32)
 ARGS = (jnp.ones((2, 8, 8, 16)), jnp.ones(2), jnp.ones((2, 6, 24)), jnp.ones((2, 12)))
-MMDIT = DENOISERS["mmdit"](**SIZES, remat="full")
+MMDIT = denoiser_class("mmdit")(**SIZES, remat="full")
 
 
 @pytest.fixture(scope="module")
@@ -78,7 +77,7 @@ def test_what_it_adapts_is_what_the_dense_layers_are(name):
             if name == "unet"
             else {}
         )
-        model = DENOISERS[name](**SIZES | {"depth": 3}, **more)
+        model = denoiser_class(name)(**SIZES | {"depth": 3}, **more)
     told = {}
 
     def listen(call, args, kwargs, context):

@@ -76,7 +76,7 @@ def _value(entry: Key | dict):
     if isinstance(entry, dict):
         return _values(entry)
     # A new placeholder for each config: one that two share would share its value too.
-    return placeholder(entry.kind) if entry.default is None else entry.default
+    return entry.default if entry.kind is None else placeholder(entry.kind)
 
 
 def flat(keys: dict, prefix: str = "") -> Iterator[tuple[str, Key]]:

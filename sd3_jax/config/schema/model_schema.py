@@ -19,6 +19,7 @@ from sd3_jax.config.schema.key_rules import (
     one_of,
     sequence,
 )
+from sd3_jax.models.denoisers import DENOISERS
 
 FACTOR = {"latents": 8, "pixels": 1}  # image pixels along a latent's side
 TOKENS = integer(1, 2_048)
@@ -41,7 +42,7 @@ TOP = dict(
 MODEL = dict(
     name=Key(
         "mmdit",
-        one_of("mmdit", "dit", "crossdit", "uvit", "unet"),
+        one_of(*DENOISERS),
         "Architecture of the denoiser.",
     ),
     depth=Key(24, DEPTH, "Number of blocks; in a U-Net, of each level."),

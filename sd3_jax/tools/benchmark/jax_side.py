@@ -15,7 +15,6 @@ import numpy as np
 from sd3_jax.diffusion import grids, guidance
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
-from sd3_jax.models import flops
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
@@ -168,8 +167,7 @@ def forward(spec, module, variables, inputs) -> CaseProgram:
 
 
 def forward_flops(spec, module) -> float:
-    one = flops.forward(
-        module,
+    one = module.flops(
         height=spec["height"],
         width=spec["width"],
         text=spec["length"],

@@ -11,7 +11,6 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import guidance
-from sd3_jax.models import flops
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.prompts import Conditioning, TextModels
@@ -125,8 +124,8 @@ def denoise(
     shape = (*sides, model.channels)
     plan = compiled.Plan(module, s.solver or "euler", shape, guided)
     h, w = sides
-    total = flops.mmdit(
-        module, height=h, width=w, text=words, text_dim=config.model.context_dim
+    total = module.flops(
+        height=h, width=w, text=words, text_dim=config.model.context_dim
     )
     work = bounds.work_on(
         tpu_slice.generation, module, height=h, width=w, text=words, total=total

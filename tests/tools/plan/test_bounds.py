@@ -5,7 +5,6 @@ import jax.numpy as jnp
 import pytest
 
 from sd3_jax.errors import UserError
-from sd3_jax.models import flops
 from sd3_jax.models.attention import attention
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.tools.plan import bounds, plan_table, slices
@@ -16,7 +15,7 @@ SIZES = {24: 1536, 38: 2432}
 def ceiling(depth, generation, *, again=0.0, padded=4608):
     """The bound MFU at 1024 pixels and 154 text tokens, if compute binds."""
     model = MMDiT(depth=depth, width=SIZES[depth], num_heads=depth)
-    total = flops.mmdit(model, height=128, width=128, text=154, text_dim=4096)
+    total = model.flops(height=128, width=128, text=154, text_dim=4096)
     work = bounds.work(model, tokens=4096, text=154, padded=padded, total=total)
     chip = slices.GENERATIONS[generation]
     time = bounds.training(work, chip, head=64, again=again)
@@ -41,7 +40,7 @@ def test_what_costs():
 @pytest.mark.parametrize("depth, teraflops", [(24, 8.437), (38, 29.60)])
 def test_the_count_is_the_papers(depth, teraflops):
     model = MMDiT(depth=depth, width=SIZES[depth], num_heads=depth)
-    total = flops.mmdit(model, height=128, width=128, text=154, text_dim=4096)
+    total = model.flops(height=128, width=128, text=154, text_dim=4096)
     assert total / 1e12 == pytest.approx(teraflops, rel=0.002)
 
 
@@ -108,5 +107,5 @@ def test_the_count_is_the_compilers(dual, monkeypatch):
     key = jax.eval_shape(lambda: jax.random.key(0))
     variables = jax.eval_shape(model.init, key, *args)
     counted = jax.jit(model.apply).lower(variables, *args).cost_analysis()["flops"]
-    ours = flops.mmdit(model, height=32, width=32, text=154, text_dim=4096)
+    ours = model.flops(height=32, width=32, text=154, text_dim=4096)
     assert ours == pytest.approx(counted, rel=0.02)

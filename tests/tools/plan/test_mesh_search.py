@@ -2,7 +2,6 @@
 
 import pytest
 
-from sd3_jax.models import flops
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.tools.plan import bounds, mesh_search, slices
 
@@ -12,7 +11,7 @@ PARAMS = {24: 2.03e9, 38: 8.06e9}
 def order(depth, name, *, batch=4096, side=1024):
     model = MMDiT(depth=depth, width=64 * depth, num_heads=depth)
     latents, tokens = side // 8, (side // 16) ** 2
-    total = flops.mmdit(model, height=latents, width=latents, text=154, text_dim=4096)
+    total = model.flops(height=latents, width=latents, text=154, text_dim=4096)
     work = bounds.work(model, tokens=tokens, text=154, padded=tokens + 384, total=total)
     each = slices.find(name)
     return each, mesh_search.ordered(
