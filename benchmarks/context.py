@@ -70,7 +70,7 @@ def main() -> int:
 
 def devices(count: int, tpu: str | None) -> list:
     os.environ["JAX_PLATFORMS"] = "cpu"
-    os.environ["NPROC"] = "16"  # threads of XLA's, which must not be fewer than devices
+    os.environ["NPROC"] = "64"  # XLA's threads: several for each device
     os.environ["XLA_FLAGS"] = (
         f"--xla_force_host_platform_device_count={count}"
         # Devices that share a core may come to a collective minutes apart.

@@ -58,7 +58,7 @@ def child(step: str, *args) -> dict:
     """What a step prints last, in a process of its own: one's peak is for life."""
     env = os.environ | {
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES}",
-        "NPROC": "16",  # threads of XLA's, which must not be fewer than the devices
+        "NPROC": "64",  # XLA's threads: several for each device
         "JAX_PLATFORMS": "cpu",
     }
     command = [sys.executable, __file__, step, *map(str, args)]

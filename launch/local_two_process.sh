@@ -20,7 +20,7 @@ PORT=${PORT:-$("$PYTHON" -c "$free")}
 
 shared=(
   JAX_PLATFORMS=cpu
-  NPROC=16 # XLA's threads: fewer than devices can deadlock
+  NPROC=64 # XLA's threads: several for each device, or collectives can deadlock
   XLA_FLAGS="${XLA_FLAGS:+$XLA_FLAGS }--xla_force_host_platform_device_count=4"
   SD3_COORDINATOR="127.0.0.1:$PORT"
   SD3_NUM_PROCESSES=2

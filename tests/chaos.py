@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-os.environ.setdefault("NPROC", "16")  # before jax: the flips are made in this process
+os.environ["NPROC"] = "64"  # before jax: the flips are made in this process
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 

@@ -115,7 +115,7 @@ def environment(processes: int, devices: int) -> dict[str, str]:
     return {
         **defaults,
         **os.environ,
-        "NPROC": "16",  # XLA's threads: fewer than devices can deadlock
+        "NPROC": "64",  # conftest.py says why
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": " ".join([count, *XLA_FLAGS]),
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
