@@ -4,9 +4,9 @@ import gc
 import os
 from pathlib import Path
 
-# Before jax is imported. NPROC sizes XLA's thread pool. Each virtual device blocks a thread
-# in every scan that it is inside of and in every collective that is in flight. A busy
-# machine with 16 threads for 8 devices had one device wait for a thread for ever.
+# Before jax is imported. NPROC sizes XLA's thread pool. Each virtual device blocks a
+# thread in every scan that it is inside of and in every collective that is in flight.
+# With 16 threads for 8 devices, one device of a busy machine waited for ever.
 os.environ["NPROC"] = "64"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["XLA_FLAGS"] = " ".join(

@@ -108,12 +108,12 @@ def main(every: bool) -> int:
 
 # Goals, but for `lines` and `comments`: today's figures, which are to get better.
 BOUNDS = dict(
-    lines=41_000,
+    lines=39_500,
     twice=0,
     long_files=12,
     longest=450,
     functions=8,
-    comments=6.8,
+    comments=7,
     vague=0.3,
 )
 
