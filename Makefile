@@ -1,6 +1,7 @@
 # make quickstart: train, sample, score and report, from nothing but Python 3.11
 # make test: every promise at least once; CI as well
 # make test-slow: the same promises on more meshes, orders of devices and kinds of fault
+# make docs: the site of docs/, into build/site; a warning is an error
 # make package: the wheel, built, installed and run from an empty folder; CI as well
 # make chaos: faults thrown at real runs, and what was lost; ten minutes at most
 # make bench: us and PyTorch on the clock, into benchmarks/; an idle machine, half an hour
@@ -12,7 +13,7 @@ VENV ?= .venv
 RUN ?= runs/quickstart
 SD3 = $(VENV)/bin/sd3-jax
 
-.PHONY: quickstart digits plan chaos bench bench-guard test test-slow lint package clean
+.PHONY: quickstart digits plan chaos bench bench-guard test test-slow lint docs package clean
 
 quickstart: $(VENV)/installed
 	$(SD3) train --config=configs/quickstart.py --workdir=$(RUN)
@@ -62,6 +63,9 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/python tests/house.py
 
+docs: $(VENV)/installed-docs
+	$(VENV)/bin/mkdocs build --strict
+
 package: $(VENV)/installed-test
 	tests/package.sh $(VENV)/bin/python
 
@@ -73,6 +77,10 @@ $(VENV)/installed: setup.py
 
 $(VENV)/installed-test: $(VENV)/installed
 	$(VENV)/bin/pip install --quiet --editable ".[test]"
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(VENV)/bin/pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:

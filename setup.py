@@ -19,6 +19,8 @@ PLAN = ["libtpu>=0.0.52"]
 GCS = ["gcsfs>=2026.4.0"]
 # Near-duplicates among training pictures, which `dedup` finds.
 DEDUP = ["faiss-cpu>=1.8"]
+# `make docs`, which reads docstrings without importing the package.
+DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
@@ -105,6 +107,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "plan": PLAN,
         "dedup": DEDUP,
+        "docs": DOCS,
         "test": TEST,
     },
     entry_points={"console_scripts": ["sd3-jax=sd3_jax.main:main"]},
