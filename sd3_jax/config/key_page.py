@@ -1,12 +1,16 @@
-"""docs/keys.md, from the schema: python -m sd3_jax.config.key_page > docs/keys.md"""
+"""docs/reference/config.md, made from the schema.
+
+python -m sd3_jax.config.key_page > docs/reference/config.md
+"""
 
 from sd3_jax.config import schema
 from sd3_jax.config.schema.key_rules import Key
 from sd3_jax.config.value_text import show
 from sd3_jax.jobs import JOBS
 
+PAGE = "docs/reference/config.md"
 INTRO = """\
-# Keys
+# Configuration keys
 
 A recipe sets these keys. A flag sets one for a single run: `--config.optim.lr=3e-4`.
 `sd3-jax JOB --help --config=RECIPE` lists the keys that a job reads, with the values
@@ -15,7 +19,7 @@ that the recipe gives them. Some keys restrict others: `model.width` is a multip
 
 This page is generated from sd3_jax/config/schema:
 
-    python -m sd3_jax.config.key_page > docs/keys.md
+    python -m sd3_jax.config.key_page > docs/reference/config.md
 """
 
 
