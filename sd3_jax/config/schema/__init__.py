@@ -52,7 +52,7 @@ GROUPS = {  # in the order of a config
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),
     "compare": Group("Comparing with PyTorch", tool_schema.COMPARE),
     "benchmark": Group(
-        "Timing beside PyTorch (docs/explanation/speed.md)", tool_schema.BENCHMARK
+        "Timing beside PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
     ),
     "study": Group(
         "Variants to compare (docs/explanation/research.md)", evaluation_schema.STUDY
