@@ -3,6 +3,8 @@
 python -m sd3_jax.config.key_page > docs/reference/config.md
 """
 
+import textwrap
+
 from sd3_jax.config import schema
 from sd3_jax.config.schema.key_rules import Key
 from sd3_jax.config.value_text import show
@@ -33,7 +35,7 @@ def section(name: str) -> str:
     lines = [f"## {f'`{name}`: ' if name else ''}{group.about}", ""]
     if name:
         readers = [f"`{job}`" for job, entry in JOBS.items() if name in entry.groups]
-        lines += [f"Read by {', '.join(readers)}.", ""]
+        lines += [textwrap.fill(f"Read by {', '.join(readers)}.", 100), ""]
     lines += ["| key | default | allowed | what it does |", "|---|---|---|---|"]
     for key, entry in schema.flat(group.keys, f"{name}." if name else ""):
         cells = (f"`{key}`", default(entry), entry.rule.wanted, entry.about)
