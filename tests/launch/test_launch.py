@@ -1154,7 +1154,7 @@ def test_images_and_tpu_hosts_have_gcsfs_and_the_planned_libtpu(monkeypatch):
     assert "jax>=0.10.1" in needs
     for name in ("tpu", "gcs"):
         assert any(need.startswith("gcsfs") for need in extras[name])
-    lines = (LAUNCH / "README.md").read_text().splitlines()
+    lines = (ROOT / "docs/how-to/launch.md").read_text().splitlines()
     rows = [line.split("|")[1] for line in lines if line.startswith("| `")]
     assert set(extras) <= set(re.findall("`([a-z]+)`", " ".join(rows)))
     assert set(extras["plan"]) <= set(extras["tpu"])
