@@ -64,7 +64,7 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/python tests/house.py
 
 docs: $(VENV)/installed-docs
-	$(VENV)/bin/mkdocs build --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 package: $(VENV)/installed-test
 	tests/package.sh $(VENV)/bin/python

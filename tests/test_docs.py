@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
+import jax
 import numpy as np
 import pytest
 import safetensors.torch
@@ -23,6 +24,8 @@ from parity.test_pipelines import control_net, original_names
 from PIL import Image
 
 from sd3_jax import main
+from sd3_jax.distributed import sharding
+from sd3_jax.distributed.sharding import make_mesh
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
@@ -122,10 +125,17 @@ MINIATURE = {
     **{"model.depth": 4, "model.width": 64, "model.num_heads": 1},
     **{"model.dual_blocks": 2, "model.pos_size": 24, "model.dtype": "float32"},
     **{"model.context_dim": 160, "model.pooled_dim": 128, "text.length": 100},
-    **{"train.steps": 4, "train.sample_every": 4, "checkpoint.every": 2},
+}
+# Validation and pictures in training are programs that other tests compile.
+SHORT = {
+    "train": {
+        **{"train.steps": 2, "train.eval_every": 99, "train.sample_every": 99},
+        "checkpoint.every": 2,
+    },
+    "evaluate": {"eval.pictures": 8, "eval.examples": 8, "sample.batch_size": 8},
 }
 TUNED = ("lora", "dreambooth", "finetune")
-MOST = {"image.height": 64, "image.width": 64, "sample.steps": 2, "train.steps": 12}
+MOST = {"image.height": 64, "image.width": 64, "sample.steps": 2}
 ASSIGNMENTS = re.compile(r"""^(?:export )?(?:\w+=(?:"[^"]*"|\S+) ?)+$""", re.M)
 SHIM = r"""
 set -euo pipefail
@@ -146,8 +156,8 @@ def tiny(words: list[str]) -> list[str]:
     stem = Path(values.get("config", "").partition(":")[0]).stem
     if stem:
         values["config"] = f"configs/{stem}.py:tiny"
-    if stem in TUNED:
-        values |= {f"config.{key}": str(value) for key, value in MINIATURE.items()}
+    smaller = SHORT.get(job, {}) | (MINIATURE if stem in TUNED else {})
+    values |= {f"config.{key}": str(value) for key, value in smaller.items()}
     if job == "compare":  # of three miniatures one
         values.setdefault("config.weights", "stabilityai/stable-diffusion-3.5-medium")
     for key, most in MOST.items():
@@ -239,6 +249,8 @@ def folder(tmp_path_factory):
 def test_the_blocks_of_a_page_run_in_order(page, folder, monkeypatch):
     monkeypatch.chdir(folder)
     monkeypatch.setenv("MPLBACKEND", "Agg")
+    one = make_mesh(devices=jax.devices()[:1])  # quicker than eight virtual ones
+    monkeypatch.setattr(sharding, "make_mesh", lambda *args, **axes: one)
     names, variables = {"__name__": "__main__"}, ""
     for block in blocks(page):
         if block.language == "python" and not block.reason:
