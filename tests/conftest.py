@@ -51,7 +51,7 @@ LONG = (
     *("jobs/test_records", "jobs/test_compare", "assembly/test_compatibility"),
     *("jobs/test_convert", "parity/test_mmdit", "models/test_mmdit"),
     *("sampling/test_context", "test_bad_inputs", "config/test_values"),
-    *("e2e/test_container",),
+    *("e2e/test_container", "test_docs"),
 )
 HERE = Path(__file__).parent
 MOVED = [name for name in LONG if not (HERE / f"{name}.py").is_file()]
