@@ -45,8 +45,9 @@ class MMDiT(TokenDenoiser):
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
-        Block i adds ControlNet residual int(i / (depth / r)) of r. Blocks in `skip` are
-        the identity (skip-layer guidance). `place` is the top left of each image on the
+        Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
+        one only with `residual_last`. Blocks in `skip` are the identity (skip-layer
+        guidance). `place` is the top left of each image on the
         position table, in tokens; by default images lie at its centre.
         """
         # --- embed the image, the text, and time with the pooled text
