@@ -92,9 +92,9 @@ class MMDiT(TokenDenoiser):
         joint = 4 * d * ((self.depth - 1) * (n + text) ** 2 + n * (n + text))
         # qkv and out, attention among n tokens, and three more chunks of adaLN.
         dual = self.dual_blocks * (8 * d**2 * n + 4 * d * n**2 + 6 * d**2)
-        # adaLN has 6 chunks a stream (2 of the last block's text streams), the final one
-        # 2; the rest is the embedders of time (256 -> d -> d) and of the pooled text,
-        # its second layer.
+        # adaLN has 6 chunks a stream (2 of the last block's text streams), the final
+        # one 2; the rest is the embedders of time (256 -> d -> d) and of the pooled
+        # text, its second layer.
         chunks = 6 * self.weight_sets * self.depth - 4 * (self.weight_sets - 1)
         vectors = 2 * d**2 * (chunks + 2 + 2) + 2 * 256 * d
         return float(
