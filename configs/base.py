@@ -1,6 +1,6 @@
 """Every key with its default. A recipe imports this and assigns over it.
 
-docs/keys.md lists the keys; sd3_jax/config/schema holds them.
+docs/reference/config.md lists the keys; sd3_jax/config/schema holds them.
 """
 
 import math

@@ -5,7 +5,7 @@
     ... :tpu (ours alone), :tiny (seconds)
 
 `cpu`, the default, is depth 8 and width 512 at 256 pixels in float32; `gpu` and `tpu`
-are the 2B model in bfloat16. docs/speed.md says how to read what it leaves.
+are the 2B model in bfloat16. docs/explanation/speed.md says how to read what it leaves.
 """
 
 from configs import base

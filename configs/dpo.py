@@ -4,8 +4,8 @@
         --config.tune.base=RELEASED \
         --config.data.records='PAIRS/train-*' --config.data.held_out='PAIRS/val-*'
 
-Records hold two pictures of a caption (docs/finetuning.md). The loss starts at ln 2,
-0.693; metrics have the share of pairs told apart ("accuracy") and by how much
+Records hold two pictures of a caption (docs/how-to/preferences.md). The loss starts at
+ln 2, 0.693; metrics have the share of pairs told apart ("accuracy") and by how much
 ("margin"). SD3.5-medium at 1024 by default; the paper trained 4k steps of its 2B model
 and 2k of its 8B, at rank 128, and gives neither rate nor beta. "digits" is the small
 one of benchmarks/preference.md.

@@ -10,7 +10,7 @@
 class's, which `sample` makes of "a photo of a dog" by the base. The loss on the last of
 data.records counts tune.prior times; data.weights=1,1 gives each half of a batch. To
 train without the class, set --config.tune.prior=0 and name DOG's records alone.
-docs/finetuning.md has all the commands.
+docs/how-to/finetune.md has all the commands.
 """
 
 from configs import base, lora

@@ -1,4 +1,4 @@
-"""All of a released denoiser's weights, on one's own pictures (docs/finetuning.md).
+"""Train all of a released denoiser on your own pictures (docs/how-to/finetune.md).
 
     sd3-jax train --config=configs/finetune.py --workdir=gs://BUCKET/RUN \
         --config.tune.base=SD35 --config.data.name=records \

@@ -10,7 +10,7 @@
 # RESERVATION), CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs),
 # TPU_GENERATION (from COMPUTE_TYPE). The network is the cluster's, the extras the image's.
 # gcluster passes no variables of yours (PASS_ENV): use gke/render.py --secret for a job
-# that needs some. JOB is one of `sd3-jax --help`, or preflight. launch/README.md explains
+# that needs some. JOB is one of `sd3-jax --help`, or preflight. docs/how-to/launch.md explains
 # them.
 
 set -euo pipefail

@@ -19,7 +19,7 @@
 # programs) and PASS_ENV (names of variables that the job gets; those set of WANDB_API_KEY
 # HF_TOKEN MLFLOW_TRACKING_URI); to resume, POLL_S (60) and MAX_RESTARTS (10: of a job that
 # failed by itself); for logs, NODE (0: the slice) and WORKER (0: its host).
-# launch/README.md explains them.
+# docs/how-to/launch.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -15,7 +15,7 @@
 # for preflight, ACCELERATOR_TYPE or TPU_GENERATION (v5e v5p v6e), GRACE_S (300; spot: 30),
 # CHECKPOINT_EVERY (spot: 200), CACHE_DIR (of compiled programs) and PASS_ENV (names of
 # variables that the job gets; those set of WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI);
-# for logs, WORKER (0). launch/README.md explains them.
+# for logs, WORKER (0). docs/how-to/launch.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -9,7 +9,7 @@
 # (of compiled programs), TPU_GENERATION (from TPU_TYPE), PASS_ENV (names of variables that
 # the job gets; those set of WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI). The service
 # account and the network are the cluster's, the extras the image's. JOB is one of
-# `sd3-jax --help`, or preflight. launch/README.md explains them.
+# `sd3-jax --help`, or preflight. docs/how-to/launch.md explains them.
 
 set -euo pipefail
 # shellcheck source=launch/common.sh

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 FAILED, MISTAKE, RETRY, INTERRUPTED = 1, 2, 3, 130
-EXIT_CODES = {  # launch/README.md says what supervisors do with them
+EXIT_CODES = {  # docs/reference/exit_codes.md: what supervisors do
     0: "done, or stopped by SIGTERM with a checkpoint saved",
     FAILED: "restarting cannot help: NaN loss, a failed check, or a bug (traceback)",
     MISTAKE: "your mistake, or a full or read-only disk: one line says what to change",

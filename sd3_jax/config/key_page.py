@@ -1,12 +1,18 @@
-"""docs/keys.md, from the schema: python -m sd3_jax.config.key_page > docs/keys.md"""
+"""docs/reference/config.md, made from the schema.
+
+python -m sd3_jax.config.key_page > docs/reference/config.md
+"""
+
+import textwrap
 
 from sd3_jax.config import schema
 from sd3_jax.config.schema.key_rules import Key
 from sd3_jax.config.value_text import show
 from sd3_jax.jobs import JOBS
 
+PAGE = "docs/reference/config.md"
 INTRO = """\
-# Keys
+# Configuration keys
 
 A recipe sets these keys. A flag sets one for a single run: `--config.optim.lr=3e-4`.
 `sd3-jax JOB --help --config=RECIPE` lists the keys that a job reads, with the values
@@ -15,7 +21,7 @@ that the recipe gives them. Some keys restrict others: `model.width` is a multip
 
 This page is generated from sd3_jax/config/schema:
 
-    python -m sd3_jax.config.key_page > docs/keys.md
+    python -m sd3_jax.config.key_page > docs/reference/config.md
 """
 
 
@@ -29,7 +35,7 @@ def section(name: str) -> str:
     lines = [f"## {f'`{name}`: ' if name else ''}{group.about}", ""]
     if name:
         readers = [f"`{job}`" for job, entry in JOBS.items() if name in entry.groups]
-        lines += [f"Read by {', '.join(readers)}.", ""]
+        lines += [textwrap.fill(f"Read by {', '.join(readers)}.", 100), ""]
     lines += ["| key | default | allowed | what it does |", "|---|---|---|---|"]
     for key, entry in schema.flat(group.keys, f"{name}." if name else ""):
         cells = (f"`{key}`", default(entry), entry.rule.wanted, entry.about)

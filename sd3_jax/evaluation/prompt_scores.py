@@ -147,7 +147,7 @@ def _hook(config: ConfigDict, key: str) -> Callable:
     if not name:
         message = f"config.eval.{key}: no function"
         raise UserError(
-            f'{message}; wanted "package.module:function" (docs/measures.md)'
+            f'{message}; wanted "package.module:function" (docs/how-to/evaluate.md)'
         )
     return hooks.guarded(f"eval.{key}", name)
 

@@ -93,7 +93,7 @@ def test_how_a_run_is_done_may_change(values):
 
 
 def test_the_docs_list_what_may_change():
-    page = Path("docs/training.md").read_text()
+    page = Path("docs/how-to/resume.md").read_text()
     _, _, section = page.partition("These may differ:")
     listed = re.findall("`([a-z_.]+)`", section.partition("Any other change")[0])
     assert sorted(listed) == sorted(compatibility.FREE_KEYS)

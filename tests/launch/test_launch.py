@@ -1154,7 +1154,7 @@ def test_images_and_tpu_hosts_have_gcsfs_and_the_planned_libtpu(monkeypatch):
     assert "jax>=0.10.1" in needs
     for name in ("tpu", "gcs"):
         assert any(need.startswith("gcsfs") for need in extras[name])
-    for page in LAUNCH / "README.md", ROOT / "README.md":
+    for page in ROOT / "docs/how-to/launch.md", ROOT / "README.md":
         rows = [x.split("|")[1] for x in page.read_text().split("\n") if x[:3] == "| `"]
         listed = re.findall("`([a-z]+)`", " ".join(rows))
         assert set(extras) <= set(listed), page

@@ -191,7 +191,7 @@ def test_what_muon_leaves_of_the_digits_model_is_what_the_docs_say():
     inside |= {names for names in left if "blocks" in names}
     adaln = {names for names in inside if "adaln" in names}
     assert inside - adaln == {("text", "encoder", "stack", "blocks", "wo")}
-    assert "(`wo`) in the byte tower" in Path("docs/training.md").read_text()
+    assert "(`wo`) in the byte tower" in Path("docs/how-to/train.md").read_text()
 
 
 def test_a_run_with_optaxs_muon_goes_on_with_ours():

@@ -1,6 +1,6 @@
-"""Every key of a config, once: default, rule, one sentence (docs/keys.md lists them).
+"""Every key of a config, once: default, rule, one sentence.
 
-Defaults, validation, `--help` and docs/keys.md are made from GROUPS.
+Defaults, validation, `--help` and docs/reference/config.md are made from GROUPS.
 """
 
 from collections.abc import Iterator
@@ -34,24 +34,32 @@ GROUPS = {  # in the order of a config
     "flow": Group("What the network learns, and at which times", training_schema.FLOW),
     "optim": Group("The optimizer", training_schema.OPTIM),
     "ema": Group("The average of the weights", training_schema.EMA),
-    "tune": Group("Fine-tuning (docs/finetuning.md)", training_schema.TUNE),
+    "tune": Group("Fine-tuning (docs/how-to/finetune.md)", training_schema.TUNE),
     "mesh": Group("Devices along each axis of the mesh", training_schema.MESH),
-    "data": Group("Examples to train on (docs/data.md)", data_schema.DATA),
+    "data": Group(
+        "Examples to train on (docs/how-to/prepare_data.md)", data_schema.DATA
+    ),
     "ingest": Group("Pictures and captions to read", data_schema.INGEST),
     "precompute": Group("Making records", data_schema.PRECOMPUTE),
     "dedup": Group("Finding near-duplicates", data_schema.DEDUP),
     "inspect": Group("Looking at records", data_schema.INSPECT),
-    "train": Group("The training loop (docs/training.md)", training_schema.TRAIN),
+    "train": Group("The training loop (docs/how-to/train.md)", training_schema.TRAIN),
     "checkpoint": Group("Which checkpoints are saved", training_schema.CHECKPOINT),
     "profile": Group("An xprof trace", training_schema.PROFILE),
-    "sample": Group("Painting (docs/sampling.md)", sampling_schema.SAMPLE),
+    "sample": Group("Painting (docs/how-to/sample.md)", sampling_schema.SAMPLE),
     "quantize": Group("8-bit weights, in inference", model_schema.QUANTIZE),
     "convert": Group("Exporting weights", sampling_schema.CONVERT),
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),
     "compare": Group("Comparing with PyTorch", tool_schema.COMPARE),
-    "benchmark": Group("Timing beside PyTorch (docs/speed.md)", tool_schema.BENCHMARK),
-    "study": Group("Variants to compare (docs/research.md)", evaluation_schema.STUDY),
-    "eval": Group("Validation and scores (docs/measures.md)", evaluation_schema.EVAL),
+    "benchmark": Group(
+        "Timing beside PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
+    ),
+    "study": Group(
+        "Variants to compare (docs/explanation/research.md)", evaluation_schema.STUDY
+    ),
+    "eval": Group(
+        "Validation and scores (docs/how-to/evaluate.md)", evaluation_schema.EVAL
+    ),
 }
 TOP_LEVEL = (*GROUPS[""].keys, *filter(None, GROUPS))  # what a config is made of
 

@@ -78,7 +78,9 @@ EVAL = dict(
     ),
     geneval=Key("", FREE, "GenEval's evaluation_metadata.jsonl."),
     detector=Key(
-        "", HOOK, "Function that detects objects, for geneval (docs/measures.md)."
+        "",
+        HOOK,
+        "Function that detects objects, for geneval (docs/how-to/evaluate.md).",
     ),
     colour=Key("", HOOK, "Function that names the colour of objects, for geneval."),
     typography=Key(

@@ -100,7 +100,7 @@ MODEL = dict(
         one_of("none", "mlp", "attention", "offload", "dots", "full"),
         "What the backward pass recomputes in each block to save memory.",
     ),
-    # Unrolled, what is kept for the backward pass is not stacked (docs/speed.md).
+    # Unrolled blocks stack nothing for the backward pass (docs/explanation/speed.md).
     unroll=Key(
         1, DEPTH, "Number of blocks in a turn of the scan; on a CPU depth is best."
     ),

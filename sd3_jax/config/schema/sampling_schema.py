@@ -77,7 +77,7 @@ SAMPLE = dict(
         "",
         HOOK,
         "Function that flags pictures, which are then written black"
-        " (docs/sampling.md); empty: none.",
+        " (docs/how-to/sample.md); empty: none.",
     ),
     watermark=Key("", WATERMARK, "Invisible text in all pictures; empty: none."),
     max_length=Key(

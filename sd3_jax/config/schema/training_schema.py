@@ -38,7 +38,7 @@ FLOW = dict(
         "rf",
         one_of("rf", "edm", "eps/cos", "v/cos", "eps/linear", "v/linear"),
         "Formulation: what the network regresses, and on which schedule"
-        " (docs/research.md).",
+        " (docs/explanation/formulations.md).",
     ),
     density=Key(
         "logit_normal",
@@ -55,7 +55,7 @@ FLOW = dict(
     shift=Key(1.0, between(1e-3, 1_000), "Shift of times to more noise; 1: none."),
 )
 OPTIM = dict(
-    name=Key("adamw", one_of(*OPTIMIZERS), "Optimizer (docs/training.md)."),
+    name=Key("adamw", one_of(*OPTIMIZERS), "Optimizer (docs/how-to/train.md)."),
     lr=Key(1e-4, RATE, "Learning rate after the warm-up."),
     b1=Key(0.9, BELOW_ONE, "Decay of the first moment."),
     b2=Key(0.999, BELOW_ONE, "Decay of the second moment."),
@@ -89,7 +89,7 @@ EMA = dict(  # paper, appendix B.3
     decay=Key(
         0.99, BELOW_ONE, "Decay of the average of the weights, at each of its updates."
     ),
-    # Before the first such step the average follows every step (docs/training.md).
+    # Before the first such step the average follows every step (docs/how-to/train.md).
     every=Key(100, POSITIVE, "Number of steps between updates of the average."),
 )
 TUNE = dict(

@@ -29,7 +29,7 @@ def blockwise(
     A block has at least ROWS queries (or all), even if that exceeds `limit`. The limit
     is for each device; the backward pass computes the logits again.
     """
-    # Small blocks stay in a CPU's cache (docs/speed.md).
+    # Small blocks stay in a CPU's cache (docs/explanation/speed.md).
     spec, parts, _ = mesh_context.attending(q.shape)
     n = q.shape[1]
 
