@@ -58,6 +58,11 @@ def count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else DASH
 
 
+def plural(number: int, noun: str) -> str:
+    """ "1 picture", "1,200 pictures"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 # A figure and its unit
 
 
