@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -97,7 +98,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
             axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
-        _legend_below(figure, len(curves))
+        _legend_below(figure, curves)
         return _svg(figure)
 
 
@@ -115,7 +116,7 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
         _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
-        _legend_below(figure, len(curves))
+        _legend_below(figure, curves)
         return _svg(figure)
 
 
@@ -158,7 +159,7 @@ def curves(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(lines) > 1:
-            _legend_below(figure, len(lines))
+            _legend_below(figure, lines)
         return _svg(figure)
 
 
@@ -189,26 +190,24 @@ def bars(values: dict[str, tuple[float, float, float]], x: str, *, mark: float) 
         return _svg(figure)
 
 
-def histogram(edges: list[float], counts: list[int], x: str, *, mark: float) -> str:
+def histogram(
+    edges: Sequence[float], counts: Sequence[int], x: str, *, mark: float
+) -> str:
     """Counts between edges on a logarithmic axis; bins from `mark` on are in colour."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
         colour = [ACCENT if edge >= mark - 1e-9 else SOFT for edge in edges[:-1]]
-        # A bin of one pair is half a decade tall: at its logarithm it were 0.
         widths = 0.92 * np.diff(edges)
         axes.bar(edges[:-1], counts, widths, align="edge", color=colour, alpha=0.75)
         axes.set_yscale("log")
-        axes.set_ylim(0.3, 2 * max(counts))
+        axes.set_ylim(0.3, 2 * max(counts))  # below 1: a bin of one pair has a height
         axes.yaxis.set_major_locator(LogLocator(numticks=6))
-        axes.yaxis.set_major_formatter(FuncFormatter(_pairs))
+        whole = lambda count, _: f"{count:,.0f}" if count >= 1 else ""
+        axes.yaxis.set_major_formatter(FuncFormatter(whole))
         axes.yaxis.set_minor_locator(NullLocator())
         axes.axvline(mark, color=SOFT, lw=0.9, ls="--")
         axes.set_xlabel(x)
         return _svg(figure)
-
-
-def _pairs(count, _):
-    return f"{count:,.0f}" if count >= 1 else ""
 
 
 def standalone(svg: str) -> str:
@@ -223,13 +222,13 @@ def standalone(svg: str) -> str:
     return f"{svg[:end]}{style}{svg[end:]}"
 
 
-def _legend_below(figure, entries, columns=2):
+def _legend_below(figure, names):
     """A legend under the axes, for which the figure grows."""
     # Beside the axes, long names would take a third of the width.
-    figure.set_figheight(figure.get_figheight() + 0.2 * -(-entries // columns))
-    figure.legend(
-        loc="outside lower center", ncols=columns, fontsize=9, handlelength=2.2
-    )
+    columns = 2 if max(map(len, names)) <= 26 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+    style = dict(ncols=columns, fontsize=9, handlelength=2.2)
+    figure.legend(loc="outside lower center", **style)
 
 
 def _logarithmic(axes):

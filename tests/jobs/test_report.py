@@ -91,9 +91,9 @@ def test_settings_that_differ_come_first_by_group(workdir):
     _, checker = written(workdir)
     words = re.sub(r"\s+", " ", checker.text)
     assert (
-        "config.optim lr 0.001default 0.0001 schedule cosinedefault constant" in words
+        "config.optim lr 0.001 default 0.0001 schedule cosine default constant" in words
     )
-    assert words.index("warmup 300default 1000") < words.index("228 settings")
+    assert words.index("warmup 300 default 1000") < words.index("228 settings")
     assert 'config seed 0 weights "" tokenizers ""' in words
 
 
@@ -112,7 +112,7 @@ def test_without_a_contact_sheet_the_newest_grid_stands_first(tmp_path):
 
 def test_the_worst_prompt_comes_first(workdir):
     _, checker = written(workdir)
-    table = checker.text[checker.text.index("the worst first") :]
+    table = checker.text[checker.text.index("lowest score first") :]
     assert table.index(PROMPTS[0]) < table.index(PROMPTS[1]) < table.index("digit 9")
 
 
