@@ -83,7 +83,11 @@ def milliseconds(value: float) -> tuple[str, str]:
 
 
 def tflops(value: float) -> tuple[str, str]:
-    return f"{value:.3g}", "TFLOP/s"
+    # Small models on a CPU do thousandths of a thousandth of a TFLOP/s.
+    for size, unit in ((1, "TFLOP/s"), (1e-3, "GFLOP/s")):
+        if value >= size:
+            return f"{value / size:.3g}", unit
+    return f"{1e6 * value:.3g}", "MFLOP/s"
 
 
 def big(value: float) -> tuple[str, str]:

@@ -65,5 +65,7 @@ def _png(image: np.ndarray) -> str:
 
 def _film(model_result: dict):
     for name, data in model_result.get("pictures", {}).items():
-        picture = html_page.picture(base64.b64decode(data), name, limit=400_000)
-        yield f"{model_result['name']} {name}".replace(" ", "-"), picture, name
+        caption = name.replace("ours", "sd3_jax").replace("theirs", "PyTorch")
+        alt = f"{caption}, {model_result['name']}"
+        picture = html_page.picture(base64.b64decode(data), alt, limit=400_000)
+        yield f"{model_result['name']} {name}".replace(" ", "-"), picture, caption

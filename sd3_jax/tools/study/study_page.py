@@ -16,15 +16,16 @@ def html(results: Sequence[dict], workdir: epath.Path) -> str:
     ranked = tables.ranks(results)
     every = [steps for steps, _ in tables.samplers(results)]
     most = max(row["all"] for row in ranked)
+    extremes = {"few": every[0], "many": every[-1]} if every[0] != every[-1] else {}
     ranks = [
         (
             *(r["variant"], f"{r['all']:.2f}", html_page.Bar(0, r["all"] / most)),
-            *(f"{r['few']:.2f}", f"{r['many']:.2f}"),
+            *(f"{r[extreme]:.2f}" for extreme in extremes),
         )
         for r in ranked
     ]
     columns = [("variant", "code"), ("mean rank", "number"), ("", "bar")]
-    columns += [(f"{n} steps", "number") for n in (every[0], every[-1])]
+    columns += [(f"{steps} steps", "number") for steps in extremes.values()]
     # The first table is that of ranks, which the page shows with bars.
     _, *contents = tables.contents(results)
     return html_page.render(
