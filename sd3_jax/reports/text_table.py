@@ -19,7 +19,7 @@ class Table(NamedTuple):
 
     def markdown(self, *, right: bool = True) -> str:
         """The table without its caption; `right` aligns numbers to the right."""
-        rule = "---:" if right else "---"
-        rules = ["---" if i < self.names else rule for i in range(len(self.head))]
-        lines = [self.head, rules, *self.rows]
-        return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+        rules = ["---" if i < self.names else "---:" for i in range(len(self.head))]
+        line = lambda cells: f"| {' | '.join(cells)} |"
+        below = line(rules) if right else "|" + "---|" * len(self.head)
+        return "\n".join([line(self.head), below, *map(line, self.rows)])
