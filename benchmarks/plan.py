@@ -75,7 +75,7 @@ COLUMNS = {  # of the table, and of a row of plan.json
     "memory": lambda x: x["verdict"],
     "matmul ms": lambda x: f"{x['compute']:.4g}",
     "serial ms": lambda x: f"{x['serial']:.4g}",
-    "HBM ms": lambda x: f"{x['memory']:.3g}",
+    "HBM ms": lambda x: f"{x['hbm']:.3g}",
     "ICI ms": lambda x: f"{x['links']:.3g}",
     "DCN ms": lambda x: f"{x['other_slices']:.3g}",
     "scheduled ms": lambda x: f"{x['scheduled']:.4g}",

@@ -215,7 +215,7 @@ MISTAKES = [
         34, "convert workdir={trained} model.depth=1", "0 missing, 24 extra", "ema/deno"
     ),
     row(
-        34, "sample workdir={trained} model.qk_norm=false", "norm_k/scale is stored but"
+        34, "sample workdir={trained} model.qk_norm=false", "norm_k/scale is not known"
     ),
     row(
         34, "convert weights={lacks}", "lacks.safetensors: denoiser: 1 missing", "qkv.w"

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import compatibility
 from sd3_jax.checkpoints.restoring import restore_params, saved_config, saved_data
-from sd3_jax.distributed import sharding
+from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import lora
@@ -247,6 +247,7 @@ def save_adapter(
     if not isinstance(denoiser, MMDiT):
         log.info("diffusers has no layout for %s", type(denoiser).__name__)
         return
+    watchdog.expect("writing the LoRA", watchdog.LONG)
     path = lora_files.save(
         workdir,
         {"denoiser": params["denoiser"]},

@@ -6,6 +6,7 @@ Three kinds of picture: "a red seven"; "a red seven left of a blue three" (bindi
 
 import functools
 import re
+import threading
 from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
@@ -24,6 +25,7 @@ RELATIONS = ("left of", "right of", "above", "below")
 KINDS = ("single", "pair", "number")
 SPLITS = ("train", "tune", "test")
 SIDE = 8  # of a scan, in pixels
+_LOCK = threading.Lock()
 
 
 class Thing(NamedTuple):
@@ -80,8 +82,10 @@ def parse(caption: str) -> Scene | None:
 @functools.cache
 def scans(held_out: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scans as (n, 8, 8) float32 in [0, 1] and their digits; one in five held out."""
-    # A second to import, which only recipes of digits should pay.
-    from sklearn.datasets import load_digits
+    # A second to import, which only recipes of digits should pay. One thread at a time:
+    # modules that import each other may be half there for a second thread.
+    with _LOCK:
+        from sklearn.datasets import load_digits
 
     data = load_digits()
     in_split = (np.arange(len(data.target)) % 5 == 0) == held_out

@@ -23,7 +23,8 @@ from sd3_jax.foreign_text import shown
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
 log = logging.getLogger(__name__)
-_LOCK = threading.Lock()  # padding and truncation are a tokenizer's state
+# Padding and truncation are a tokenizer's state, and grain calls from many threads.
+_LOCK = threading.Lock()
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 MAIN_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json")
 FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
@@ -43,7 +44,10 @@ WANTED = ("tokenizer*/*", *FILES)
 
 @functools.cache
 def _byt5() -> Any:
-    from transformers import ByT5Tokenizer  # half a second: only for runs that use it
+    # Half a second to import, so only for runs that use it; and one thread at a time,
+    # because transformers' lazy modules fail where two import from them at once.
+    with _LOCK:
+        from transformers import ByT5Tokenizer
 
     return ByT5Tokenizer()
 

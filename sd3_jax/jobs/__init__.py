@@ -106,7 +106,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "inspect": Job(
         "say what records hold, with a contact sheet of some",
-        groups=("weights", "model", "data", "inspect"),
+        groups=("weights", "model", "encode", "data", "inspect"),
         about="The shards are those of config.data, or WORKDIR/records. It prints a"
         " table and leaves inspect.html; the exit code is 1 if a record is bad.",
         example="sd3-jax inspect --config=configs/sd3_2b.py:512 --workdir=runs/data",

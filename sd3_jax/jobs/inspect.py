@@ -24,7 +24,8 @@ from sd3_jax.distributed import processes, sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json, shown
-from sd3_jax.sampling import released_sampler
+from sd3_jax.reports.number_format import plural
+from sd3_jax.sampling import bundle_loading
 from sd3_jax.tools.inspect import inspect_page, survey
 from sd3_jax.tools.inspect.inspect_page import Contact
 from sd3_jax.tools.inspect.survey import KINDS, WAIT, Choice, Tally, name_of
@@ -222,21 +223,33 @@ def manifest(workdir: epath.Path) -> list[str]:
 
 def decoder(config: ConfigDict) -> tuple[Callable[[np.ndarray], Any] | None, str]:
     """A function from latents to pixels, or None; and how the page describes it."""
-    if not config.weights:
-        return None, "a rough preview where a record has no image (no config.weights)"
+    # encode.weights made the latents, so their autoencoder suits as well.
+    weights = config.weights or config.encode.weights
+    if not weights:
+        advice = "--config.encode.weights names the autoencoder that decodes them."
+        return None, f"Latents are shown as a rough preview; {advice}"
     mesh = sharding.make_mesh(fsdp=1, devices=jax.local_devices()[:1])
     bundle = None
 
     # Loaded at the first latents: records of pictures need no autoencoder.
     def decode(x0):
         nonlocal bundle
-        bundle = bundle or released_sampler.load(config, mesh, only=("vae",))
-        fits = x0.shape[-1] == bundle.part("vae").latent_channels
-        if not fits or math.prod(x0.shape[:2]) > DECODED:
+        bundle = bundle or bundle_loading.load(
+            weights,
+            mesh=mesh,
+            dtype=config.model.dtype,
+            tokenizers_from=None,
+            only=("vae",),
+        )
+        channels = bundle.part("vae").latent_channels
+        if x0.shape[-1] != channels or math.prod(x0.shape[:2]) > DECODED:
+            message = "%s decodes %d channels and %d positions at most; latents of"
+            message += " shape %s are shown as a rough preview"
+            log.warning(message, weights, channels, DECODED, x0.shape)
             return inspect_page.preview(x0)
         return bundle.decode(x0[None])[0]
 
-    return decode, f"images as stored, or decoded by {config.weights}"
+    return decode, f"Images are as stored; latents are decoded by {weights}."
 
 
 def contacts(places: list[tuple[str, int]], decode) -> list[Contact]:
@@ -262,8 +275,8 @@ def page(config, workdir, total: Tally, notes, sheet, rendering) -> str:
     megabytes = total.bytes / max(total.records, 1) / 1e6
     figures = [
         ("records", f"{total.records:,}", ""),
-        ("on disk", f"{total.bytes / 1e9:,.2f}", "GB"),
-        ("a record", f"{megabytes:.3f}", "MB"),
+        ("on disk", *gigabytes(total.bytes)),
+        ("per record", f"{megabytes:.3f}", "MB"),
         ("shards", f"{total.shards:,}", ""),
         ("read for this page", f"{total.good:,}", ""),
         ("bad", f"{total.bad_count:,}", ""),
@@ -277,8 +290,8 @@ def page(config, workdir, total: Tally, notes, sheet, rendering) -> str:
     )
 
 
-def plural(count: int, name: str) -> str:
-    return f"{count:,} {name}" + "s" * (count != 1)
+def gigabytes(size: int) -> tuple[str, str]:
+    return (f"{size / 1e9:,.2f}", "GB") if size >= 1e8 else (f"{size / 1e6:,.2f}", "MB")
 
 
 def _sum(value: Any) -> int:

@@ -37,17 +37,34 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     default = base.get_config().to_dict()
     # configs/sd3_2b.py:tiny → sd3_2b:tiny
     name = re.sub(r"^.*/|\.py\b", "", str(facts.get("recipe") or workdir.name))
+    head, unmeasured = run_sections.head(name, rows, settings, facts)
+    sheet, sheet_caption = run_sections.sheet(workdir, rows)
+    score_tables = run_sections.scores(scores)
+    shares = run_sections.goodput(goodput.table(rows))
+    film = run_sections.film(workdir, rows)
+    if not shares:
+        unmeasured.append("goodput")
+    missing = run_sections.missing(
+        unmeasured,
+        sheet=sheet is not None,
+        scores=bool(score_tables["rows"]),
+        film=bool(film["frames"]),
+        settings=bool(settings),
+    )
     text = html_page.render(
         "report.html",
-        **run_sections.head(name, rows, settings, facts),
-        sheet=run_sections.sheet(workdir),
-        scores=run_sections.scores(scores),
+        **head,
+        sheet=sheet,
+        sheet_caption=sheet_caption,
+        scores=score_tables,
         training=run_sections.training(rows),
         validation=run_sections.validation(rows),
-        goodput=run_sections.goodput(goodput.table(rows)),
-        film=run_sections.film(workdir, rows),
-        settings=run_sections.settings(settings, default),
-        facts=run_sections.flat(facts),
+        goodput=shares,
+        film=film,
+        changed=run_sections.changed(settings, default),
+        settings=run_sections.grouped(run_sections.flat(settings), prefix="config"),
+        facts=run_sections.grouped(run_sections.flat(facts)),
+        missing=missing,
         workdir=workdir,
         date=number_format.date(datetime.now(UTC)),
     )

@@ -23,7 +23,11 @@ def cross(d: int, n: int, text: int, text_dim: int) -> float:
 
 
 def modulated(model: nn.Module) -> float:
-    """adaLN of every block and of the end, and the embedders of the condition."""
+    """adaLN of every block and of the end, and the embedders of the condition.
+
+    Of the pooled text's embedder it is the second layer: the first is a matrix for one
+    row, and its width is not known here.
+    """
     d = model.width
     return float(2 * d**2 * (6 * model.depth + 2 + 2) + 2 * 256 * d)
 

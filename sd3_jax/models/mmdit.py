@@ -45,8 +45,9 @@ class MMDiT(TokenDenoiser):
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
-        Block i adds ControlNet residual int(i / (depth / r)) of r. Blocks in `skip` are
-        the identity (skip-layer guidance). `place` is the top left of each image on the
+        Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
+        one only with `residual_last`. Blocks in `skip` are the identity (skip-layer
+        guidance). `place` is the top left of each image on the
         position table, in tokens; by default images lie at its centre.
         """
         # --- embed the image, the text, and time with the pooled text
@@ -91,10 +92,11 @@ class MMDiT(TokenDenoiser):
         joint = 4 * d * ((self.depth - 1) * (n + text) ** 2 + n * (n + text))
         # qkv and out, attention among n tokens, and three more chunks of adaLN.
         dual = self.dual_blocks * (8 * d**2 * n + 4 * d * n**2 + 6 * d**2)
-        # adaLN has 6 chunks a stream (the last text stream 2), the final one 2; the
-        # rest is the embedders of time (256 -> d -> d) and of the pooled text, its
-        # second layer.
-        vectors = 2 * d**2 * (12 * self.depth - 4 + 2 + 2) + 2 * 256 * d
+        # adaLN has 6 chunks a stream (2 of the last block's text streams), the final
+        # one 2; the rest is the embedders of time (256 -> d -> d) and of the pooled
+        # text, its second layer.
+        chunks = 6 * self.weight_sets * self.depth - 4 * (self.weight_sets - 1)
+        vectors = 2 * d**2 * (chunks + 2 + 2) + 2 * 256 * d
         return float(
             image + words + joint + dual + vectors + flops.ends(self, n, text, text_dim)
         )

@@ -115,7 +115,8 @@ class UNet(Denoiser):
                 total += flops.cross(d, n, text, text_dim)
             return total
 
-        vectors = 2 * (256 + 2 * e) * e  # embedders of time and of the pooled text
+        # Embedder of time, and the second layer of the pooled text's.
+        vectors = 2 * (256 + 2 * e) * e
         ends = 2 * conv(0, self.patch**2 * self.channels, self.width)
         total, at = vectors + ends, self.width
         skips = [at]  # channels, pushed on the way down and popped on the way up

@@ -11,6 +11,7 @@ from PIL import Image
 
 from sd3_jax.data.images import open_header, pixels
 from sd3_jax.foreign_text import shown
+from sd3_jax.reports import number_format
 
 # What HTML and UTF-8 cannot hold, and marks that turn the text after them round.
 UNFIT = re.compile(
@@ -25,7 +26,11 @@ TEMPLATES = jinja2.Environment(
     lstrip_blocks=True,
     keep_trailing_newline=True,
 )
-TEMPLATES.filters |= {"shown": shown, "thousands": "{:,}".format}
+TEMPLATES.filters |= {
+    "shown": shown,
+    "thousands": "{:,}".format,
+    "plural": number_format.plural,
+}
 
 
 class Picture(NamedTuple):

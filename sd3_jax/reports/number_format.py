@@ -58,6 +58,11 @@ def count(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else DASH
 
 
+def plural(number: int, noun: str) -> str:
+    """ "1 picture", "1,200 pictures"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
+
+
 # A figure and its unit
 
 
@@ -78,7 +83,11 @@ def milliseconds(value: float) -> tuple[str, str]:
 
 
 def tflops(value: float) -> tuple[str, str]:
-    return f"{value:.3g}", "TFLOP/s"
+    # Small models on a CPU do thousandths of a thousandth of a TFLOP/s.
+    for size, unit in ((1, "TFLOP/s"), (1e-3, "GFLOP/s")):
+        if value >= size:
+            return f"{value / size:.3g}", unit
+    return f"{1e6 * value:.3g}", "MFLOP/s"
 
 
 def big(value: float) -> tuple[str, str]:

@@ -26,7 +26,7 @@ def html(result: dict) -> str:
 def panels(model_result: dict) -> list[html_page.Panel]:
     parts = {k: v for k, v in model_result["parts"].items() if k != "trajectory"}
     curves = {k: [r["float32"]["largest"] for r in rows] for k, rows in parts.items()}
-    caption = "largest error of each layer, in standard deviations of PyTorch's answer"
+    caption = "Largest error of each layer, in standard deviations of PyTorch's output."
     drawn = [html_page.Panel("Layers, float32", plots.by_layer(curves), caption)]
     # The last row is the decoded picture, which is no step.
     steps = model_result["parts"].get("trajectory", [])[:-1]
@@ -36,7 +36,9 @@ def panels(model_result: dict) -> list[html_page.Panel]:
             "bfloat16": [row["bfloat16"]["relative"] for row in steps],
             "PyTorch in bfloat16": [row["theirs"]["relative"] for row in steps],
         }
-        caption = "relative L2 of the latents after each step from PyTorch's in float32"
+        caption = (
+            "Relative L2 distance of the latents from those of PyTorch in float32."
+        )
         plot = plots.over_steps_log(drifts)
         drawn.append(html_page.Panel("Trajectory", plot, caption))
     return drawn
@@ -63,5 +65,7 @@ def _png(image: np.ndarray) -> str:
 
 def _film(model_result: dict):
     for name, data in model_result.get("pictures", {}).items():
-        picture = html_page.picture(base64.b64decode(data), name, limit=400_000)
-        yield f"{model_result['name']} {name}".replace(" ", "-"), picture, name
+        caption = name.replace("ours", "sd3_jax").replace("theirs", "PyTorch")
+        alt = f"{caption}, {model_result['name']}"
+        picture = html_page.picture(base64.b64decode(data), alt, limit=400_000)
+        yield f"{model_result['name']} {name}".replace(" ", "-"), picture, caption

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import re
+from collections.abc import Sequence
 
 import matplotlib
 import numpy as np
@@ -10,12 +11,14 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
+from sd3_jax.reports import smoothing
+
 # Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
 SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
 CSS = {SOFT: "var(--soft)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 STYLE = {
     "svg.fonttype": "none",
-    "font.size": 8.5,
+    "font.size": 10,
     "text.color": SOFT,
     "axes.edgecolor": RULE,
     "axes.labelcolor": SOFT,
@@ -40,7 +43,6 @@ STYLE = {
 }
 METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
 FEW_TICKS = 6  # on a logarithmic axis, each with its number
-FEW = 40  # points: up to here each is marked, beyond it they may be smoothed
 
 
 def over_steps(
@@ -56,7 +58,11 @@ def over_steps(
         _curve(axes, np.asarray(steps), np.asarray(values, float), window)
         axes.set_ylim(*frame)
         axes.set_xlabel("step")
-        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        # Around a single step the locator would mark fractions of it.
+        if min(steps) == max(steps):
+            axes.set_xticks([steps[0]])
+        else:
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands(max(steps))))
         return _svg(figure)
 
@@ -74,7 +80,7 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         axes.plot(*curves[last], color=ACCENT, lw=1.8, marker="o", ms=3, label=label)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
-        axes.legend(fontsize=8, handlelength=1.2)
+        axes.legend(fontsize=9, handlelength=1.2)
         return _svg(figure)
 
 
@@ -92,7 +98,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
             axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
-        axes.legend(fontsize=7, handlelength=1.4, ncols=2)
+        _legend_below(figure, curves)
         return _svg(figure)
 
 
@@ -110,7 +116,7 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
         _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
-        axes.legend(fontsize=8, handlelength=1.6)
+        _legend_below(figure, curves)
         return _svg(figure)
 
 
@@ -122,20 +128,23 @@ def curves(
     log: str = "",
     joined: bool = True,
     first: str | None = None,
+    unmarked: str | None = None,
 ) -> str:
     """Named curves, or points if not `joined`, one shade and mark each; `first` is in
-    colour. `log` names the axes that are logarithmic: "x", "y" or "xy"."""
+    colour, and `unmarked` has no marks. `log` names the logarithmic axes: "xy"."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
         others = [name for name in lines if name != first]
         for name, (xs, ys) in lines.items():
             i = others.index(name) if name in others else 0
-            shade = 0.9 - 0.6 * i / max(1, len(others) - 1)
+            shade = 0.95 - 0.45 * i / max(1, len(others) - 1)
             mine = dict(color=ACCENT, lw=1.8, zorder=3)
             theirs = dict(color=SOFT, alpha=shade, lw=1.2)
             look = mine if name == first else theirs
-            line = ("-", "--", ":", "-.")[i % 4] if joined else ""
-            axes.plot(xs, ys, line, marker="ov^sD*Pp"[i % 8], ms=4, label=name, **look)
+            line = ("-", "--", ":", "-.")[i % 4] if joined else "none"
+            mark = "" if name == unmarked else "ov^sD*Pp"[i % 8]
+            look |= dict(linestyle=line, marker=mark, ms=4.5)
+            axes.plot(xs, ys, label=name, **look)
         for axis in log:
             getattr(axes, f"set_{axis}scale")("log")
             ticked = getattr(axes, f"{axis}axis")
@@ -150,28 +159,53 @@ def curves(
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(lines) > 1:
-            beside = dict(loc="center left", bbox_to_anchor=(1, 0.5))
-            axes.legend(fontsize=6.5, handlelength=2.2, **beside)
+            _legend_below(figure, lines)
         return _svg(figure)
 
 
 def bars(values: dict[str, tuple[float, float, float]], x: str, *, mark: float) -> str:
-    """Named bars from top to bottom, each (value, least, most); those that reach the
-    `mark`, where a line stands, are in colour."""
+    """Named ratios from top to bottom, each (value, least, most), as bars from `mark`
+    on a logarithmic axis; those that reach the `mark` are in colour."""
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure, axes = _panel(height=0.75 + 0.24 * len(values))
+        figure, axes = _panel(height=0.85 + 0.26 * len(values))
         names, rows = list(values), np.array(list(values.values()), float)
         middle, low, high = rows.T
         colour = [ACCENT if value >= mark else SOFT for value in middle]
         place = np.arange(len(names))
-        axes.barh(place, middle, 0.62, color=colour, alpha=0.75)
+        axes.set_xscale("log")
+        axes.barh(place, middle - mark, 0.62, left=mark, color=colour, alpha=0.75)
         axes.hlines(place, low, high, color=SOFT, lw=1.2)
-        for y, value, end in zip(place, middle, high):
-            axes.text(end, y, f"  {value:.2f}", va="center", color=SOFT, fontsize=7.5)
+        # In a column beside the axes, where no line crosses them.
+        for y, value in zip(place, middle):
+            right = dict(transform=axes.get_yaxis_transform(), va="center")
+            axes.text(1.02, y, f"{value:.2f}", color=SOFT, fontsize=9.5, **right)
         axes.axvline(mark, color=SOFT, lw=0.9, ls="--")
         axes.set_yticks(place, names)
         axes.invert_yaxis()
-        axes.set_xlim(0, 1.12 * max(high.max(), mark))
+        axes.set_xlim(min(low.min(), mark) / 1.15, 1.15 * max(high.max(), mark))
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
+        axes.xaxis.set_minor_locator(NullLocator())
+        axes.set_xlabel(x)
+        return _svg(figure)
+
+
+def histogram(
+    edges: Sequence[float], counts: Sequence[int], x: str, *, mark: float
+) -> str:
+    """Counts between edges on a logarithmic axis; bins from `mark` on are in colour."""
+    with matplotlib.rc_context(STYLE):
+        figure, axes = _panel()
+        colour = [ACCENT if edge >= mark - 1e-9 else SOFT for edge in edges[:-1]]
+        widths = 0.92 * np.diff(edges)
+        axes.bar(edges[:-1], counts, widths, align="edge", color=colour, alpha=0.75)
+        axes.set_yscale("log")
+        axes.set_ylim(0.3, 2 * max(counts))  # below 1: a bin of one pair has a height
+        axes.yaxis.set_major_locator(LogLocator(numticks=6))
+        whole = lambda count, _: f"{count:,.0f}" if count >= 1 else ""
+        axes.yaxis.set_major_formatter(FuncFormatter(whole))
+        axes.yaxis.set_minor_locator(NullLocator())
+        axes.axvline(mark, color=SOFT, lw=0.9, ls="--")
         axes.set_xlabel(x)
         return _svg(figure)
 
@@ -188,6 +222,15 @@ def standalone(svg: str) -> str:
     return f"{svg[:end]}{style}{svg[end:]}"
 
 
+def _legend_below(figure, names):
+    """A legend under the axes, for which the figure grows."""
+    # Beside the axes, long names would take a third of the width.
+    columns = 2 if max(map(len, names)) <= 26 else 1
+    figure.set_figheight(figure.get_figheight() + 0.2 * -(-len(names) // columns))
+    style = dict(ncols=columns, fontsize=9, handlelength=2.2)
+    figure.legend(loc="outside lower center", **style)
+
+
 def _logarithmic(axes):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
@@ -197,24 +240,6 @@ def _positive(values):
     """What a logarithmic axis can show; equal to the last bit is a gap."""
     values = np.asarray(values, float)
     return np.where(values > 0, values, np.nan)
-
-
-# --- what is drawn of noisy curves
-
-
-def window_for(n: int) -> int:
-    """Over how many of n points to smooth."""
-    return 1 if n <= FEW else max(5, n // 30)
-
-
-def frame_for(values: list[float], *, zero: bool, clip: bool) -> tuple[float, float]:
-    """The least and the greatest y; if `clip`, a few wild points do not flatten all."""
-    low, high = 0.0 if zero else min(values), max(values)
-    # One spike in a thousand steps would press the curve flat.
-    if clip and (usual := float(np.quantile(values, 0.99))) > low:
-        high = usual if high - low > 1.5 * (usual - low) else high
-    pad = 0.06 * (high - low) or 0.06 * abs(high) or 1.0
-    return low if zero else low - pad, high + 2 * pad
 
 
 # --- figures
@@ -235,40 +260,11 @@ def _panel(height: float = 2.9):
 
 def _curve(axes, steps, values, window):
     if window > 1:
-        axes.plot(*_thin(steps, values), color=ACCENT, lw=0.7, alpha=0.28)
-        axes.plot(*_smooth(steps, values, window), color=ACCENT, lw=1.7)
+        axes.plot(*smoothing.thin(steps, values), color=ACCENT, lw=0.7, alpha=0.28)
+        axes.plot(*smoothing.smooth(steps, values, window), color=ACCENT, lw=1.7)
     else:
-        mark = dict(marker="o", ms=3.2) if len(steps) <= FEW else {}
-        axes.plot(*_thin(steps, values), color=ACCENT, lw=1.6, **mark)
-
-
-def _smooth(steps, values, width, most=400):
-    """At `most` places the interquartile mean of a window: no spike shows in it.
-
-    At the start, where curves fall steeply, the window is narrow enough to be centred.
-    """
-    centres = np.unique(np.linspace(0, len(steps) - 1, most).astype(int))
-    reach = np.minimum(centres, width // 2)
-    windows = [values[i - r : i + r + 1] for i, r in zip(centres, reach)]
-    # The middle half of each window: a mean that single spikes do not move.
-    finite = [np.sort(window[np.isfinite(window)]) for window in windows]
-    middle = [w[len(w) // 4 : len(w) - len(w) // 4] for w in finite]
-    return steps[centres], [w.mean() if len(w) else np.nan for w in middle]
-
-
-def _thin(steps, values, most=600):
-    """At most 2·most points: each bin's least and greatest, so no spike is lost."""
-    if len(steps) <= 2 * most:
-        return steps, values
-    chosen = []
-    for part in np.array_split(np.arange(len(steps)), most):
-        finite = part[np.isfinite(values[part])]
-        if len(finite):
-            low, high = finite[values[finite].argmin()], finite[values[finite].argmax()]
-            chosen += sorted({low, high})
-        else:
-            chosen.append(part[0])  # a gap stays a gap
-    return steps[chosen], values[chosen]
+        mark = dict(marker="o", ms=3.2) if len(steps) <= smoothing.FEW else {}
+        axes.plot(*smoothing.thin(steps, values), color=ACCENT, lw=1.6, **mark)
 
 
 def _thousands(most):

@@ -3,7 +3,7 @@
 import math
 import re
 
-from sd3_jax.reports import html_page, number_format, plots
+from sd3_jax.reports import html_page, number_format, plots, smoothing
 
 CURVES = 6  # validation steps in the plot over t
 
@@ -14,18 +14,20 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     finite = [value for value in values if math.isfinite(value)]
     if not finite:
         subject = "No finite value" if values else "Nothing"
-        return html_page.Panel(title, "", f"{subject} of “{name}” was logged.")
-    window = plots.window_for(len(values)) if smooth else 1
-    frame = plots.frame_for(finite, zero=zero, clip=window > 1)
+        caption = f"{title}: {subject.lower()} of “{name}” was logged."
+        return html_page.Panel(title, "", caption)
+    window = smoothing.window_for(len(values)) if smooth else 1
+    frame = smoothing.frame_for(finite, zero=zero, clip=window > 1)
     svg = plots.over_steps(steps, values, window=window, frame=frame)
-    caption = "As logged."
+    # Without smoothing the curve speaks for itself.
+    caption = ""
     if window > 1:
-        caption = f"Faint: as logged. Solid: smoothed over {window} points."
+        caption = f"Faint: logged values. Solid: smoothed over {window} points."
     # What the frame or the axis cannot show is counted in the caption.
     above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
     for subject, number in (("Above the frame", above), ("Not finite", lost)):
         caption += f" {subject}: {number} of {len(values)}." if number else ""
-    return html_page.Panel(title, svg, caption)
+    return html_page.Panel(title, svg, caption.strip())
 
 
 def by_t(rows):

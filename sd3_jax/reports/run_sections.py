@@ -17,23 +17,28 @@ from sd3_jax.reports import html_page, number_format, run_curves
 FRAMES = 9  # sample grids shown, of however many there are
 FINAL_BYTES, FILM_BYTES = 500_000, 1_100_000  # with base64 and plots below 3 MB
 Row = dict[str, Any]
+Groups = dict[str, list[tuple[str, str, str | None]]]
 
 
-def head(name: str, rows: list[Row], settings: dict, facts: dict) -> dict[str, Any]:
-    """Name, what ran where and when, and the figures of the run."""
+def head(
+    name: str, rows: list[Row], settings: dict, facts: dict
+) -> tuple[dict[str, Any], list[str]]:
+    """Name, what ran where and when, and the figures of the run; and the names of the
+    figures that nothing recorded."""
     model, train = settings.get("model", {}), settings.get("train", {})
     last = max(rows, key=lambda row: row["step"])
     # Every field may be missing or of another type: config.json is read as it is.
-    total = f" of {train['steps']:,}" if isinstance(train.get("steps"), int) else ""
+    total = f"{train['steps']:,}" if isinstance(train.get("steps"), int) else ""
+    steps = number_format.plural(last["step"], "step")
     devices = f"{facts['devices']} × " if "devices" in facts else ""
     lede = [
         model.get("name") and f"{model['name']}, depth {model.get('depth', '?')}",
-        f"{last['step']:,}{total} steps",
+        f"{last['step']:,} of {total} steps" if total else steps,
         facts.get("device_kind") and f"{devices}{facts['device_kind']}",
         number_format.date(datetime.fromtimestamp(last["time"], UTC)),
     ]
-    figures, missing = _figures(rows, facts)
-    return {"name": name, "lede": lede, "figures": figures, "missing": missing}
+    figures, unmeasured = _figures(rows, facts)
+    return {"name": name, "lede": lede, "figures": figures}, unmeasured
 
 
 def _figures(rows, facts):
@@ -60,7 +65,7 @@ def _figures(rows, facts):
         ),
         ("median throughput", middle("images_per_s"), number_format.rate),
         ("median step time", middle("step_ms"), number_format.milliseconds),
-        ("time spent waiting for data", middle("data_wait"), number_format.percent),
+        ("waiting for data", middle("data_wait"), number_format.percent),
         ("compute per device", middle("tflops_per_device"), number_format.tflops),
         ("model FLOPs utilization", middle("mfu"), number_format.percent),
     ]
@@ -70,9 +75,32 @@ def _figures(rows, facts):
     return measured, [name for name, value, _ in figures if value is None]
 
 
-def sheet(workdir: epath.Path) -> html_page.Picture | None:
-    """The contact sheet of the trained model."""
-    return _picture(workdir, "samples.png", "Samples after training", FINAL_BYTES)
+def sheet(workdir: epath.Path, rows: list[Row]) -> tuple[html_page.Picture | None, str]:
+    """The contact sheet of the trained model or else its last grid, and a caption."""
+    name = "samples.png"
+    if picture := _picture(workdir, name, "Samples after training", FINAL_BYTES):
+        return picture, "Drawn by the trained weights (samples.png)."
+    grids = [row for row in rows if row["kind"] == "samples"]
+    # The newest grid whose file is still there.
+    for row in reversed(grids):
+        if picture := _picture(workdir, row.get("path", ""), _alt(row), FINAL_BYTES):
+            caption = f"The newest grid of the training run, at step {row['step']:,}."
+            return picture, f"{caption} The sample job draws a larger sheet."
+    return None, ""
+
+
+def missing(
+    unmeasured: list[str], *, sheet: bool, scores: bool, film: bool, settings: bool
+) -> list[str]:
+    """Lines on what the page lacks, and which job or key adds it."""
+    lines = [
+        (sheet, "There is no samples.png yet; the sample job writes it."),
+        (scores, "There is no scores.json yet; the evaluate job writes it."),
+        (film, "No samples were drawn during training; train.prompts names prompts."),
+        (settings, "There is no config.json, so the settings are not known."),
+        (not unmeasured, f"Not recorded: {', '.join(unmeasured)}."),
+    ]
+    return [line for there, line in lines if not there]
 
 
 def scores(scores: dict) -> dict[str, Any]:
@@ -98,7 +126,7 @@ def scores(scores: dict) -> dict[str, Any]:
         )
         for entry in entries
     ]
-    settings = flat(scores.get("settings") or {})
+    settings = grouped(flat(scores.get("settings") or {}))
     at = number_format.scored_at(scores)
     return {"rows": rows, "prompts": prompts, "settings": settings, "at": at}
 
@@ -131,8 +159,8 @@ def goodput(kinds: list[tuple[str, float, float]]) -> list[tuple]:
     """Rows of where the time went, of (kind, share, seconds), restarts included."""
     return [
         (
-            *(name, html_page.bar(share, 0.0, share)),
-            " ".join(number_format.percent(share)),
+            *(name, " ".join(number_format.percent(share))),
+            html_page.Bar(0, share),
             " ".join(number_format.duration(seconds)),
         )
         for name, share, seconds in kinds
@@ -149,26 +177,42 @@ def film(workdir: epath.Path, rows: list[Row]) -> dict[str, Any]:
     return {"frames": frames, "drawn": len(rows), "prompts": prompts}
 
 
-def settings(settings: dict, default: dict) -> dict[str, Any]:
-    """What the recipe changes in `default`, and everything."""
+def changed(settings: dict, default: dict) -> Groups:
+    """The settings that differ from `default`, with their defaults."""
     values, usual = flat(settings), flat(default)
-    changed = [
-        (name, value, usual.get(name, ""))
-        for name, value in values.items()
-        if value != usual.get(name)
-    ]
-    return {"changed": changed, "all": values}
+    different = {k: v for k, v in values.items() if v != usual.get(k)}
+    return grouped(different, usual, prefix="config")
+
+
+def grouped(
+    values: dict[str, str],
+    defaults: dict[str, str] | None = None,
+    *,
+    prefix: str = "",
+) -> Groups:
+    """{"model.depth": "2"} as {"config.model": [("depth", "2", its default)]}."""
+    groups: Groups = {}
+    for name, value in values.items():
+        group, _, key = name.rpartition(".")
+        # All groups of "mesh.rules" and the like stay under their first name.
+        group, _, inner = group.partition(".")
+        title = ".".join(part for part in (prefix, group) if part)
+        default = defaults.get(name, "none") if defaults else None
+        key = f"{inner}.{key}" if inner else key
+        groups.setdefault(title, []).append((key, value, default))
+    return groups
 
 
 def flat(tree: dict, prefix: str = "") -> dict[str, str]:
-    """{"model": {"depth": 2}} as {"model.depth": "2"}; null is a dash."""
+    """{"model": {"depth": 2}} as {"model.depth": "2"}."""
     values = {}
     for key, value in tree.items():
         if isinstance(value, dict):
             values |= flat(value, f"{prefix}{key}.")
         else:
-            text = value if isinstance(value, str) else json.dumps(value)
-            values[prefix + key] = number_format.DASH if value is None else text
+            # An empty text has quotation marks, so that it is no gap on the page.
+            plain = value if isinstance(value, str) and value else json.dumps(value)
+            values[prefix + key] = "none" if value is None else plain
     return values
 
 
@@ -177,10 +221,13 @@ def flat(tree: dict, prefix: str = "") -> dict[str, str]:
 
 def _frame(workdir, row, limit):
     step, path = row["step"], row.get("path", "")
-    alt = f"Samples at step {step:,}: {'; '.join(_prompts(row))}"
-    picture = _picture(workdir, path, alt, limit)
+    picture = _picture(workdir, path, _alt(row), limit)
     caption = f"step {step:,}" + ("" if picture else f": {path} is not there")
     return f"step-{step}", picture, caption
+
+
+def _alt(row):
+    return f"Samples at step {row['step']:,}: {'; '.join(_prompts(row))}"
 
 
 def _picture(workdir, path, alt, limit):

@@ -88,6 +88,11 @@ class Encoder:
         join = partial(joined, shards=self.shards)
         self._join = jax.jit(join, static_argnums=1, out_shardings=placed)
 
+    @property
+    def encodes_all(self) -> bool:
+        """Whether it has the autoencoder and text encoders, and not one of the two."""
+        return "vae" in self.bundle.modules and any(self.bundle.text_models)
+
     def tokenize(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         """Ids by encoder; truncated captions are counted in `cut`."""
         return self.bundle.token_ids(captions, self._t5_length, cut=self.cut)

@@ -76,7 +76,11 @@ def train(
 
     # --- what looks at the averaged weights
     validation = Validation(config, parts, mesh, encoder)
-    sample_prompts, prompts = TrainedSampler(config, parts, mesh), list(options.prompts)
+    # An encoder of records that hold pictures and captions has all parts that painting
+    # needs. Another one lacks some, and the sampler loads its own when it first paints.
+    complete = encoder and encoder.encodes_all
+    sample_prompts = TrainedSampler(config, parts, mesh, encoder if complete else None)
+    prompts = list(options.prompts)
 
     progress = RunProgress(steps, NonFinite(options.skip_nonfinite))
     with contextlib.ExitStack() as stack:
@@ -301,6 +305,5 @@ def save_adapter(
     workdir: epath.Path,
 ) -> None:
     """The average of a LoRA run in diffusers' layout; nothing of other runs."""
-    watchdog.expect("writing the LoRA", watchdog.LONG)
     denoiser = program.parts.denoiser
     finetune_start.save_adapter(config, denoiser, state.ema, workdir, step)

@@ -78,7 +78,6 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("optim", "tune", "train", "eval"), TRAINER),
-    "inspect": dict.fromkeys(("tokenizers", "sample", "train", "quantize"), RELEASED),
     "plan": dict(
         **dict.fromkeys(("encode", "eval"), TRAINER),
         weights=PAINTER,

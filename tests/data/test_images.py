@@ -125,6 +125,7 @@ def test_upright_as_exif_says(kind, orientation):
     assert np.abs(found.astype(int) - upright).mean() < 4
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 def test_broken_exif_is_no_rotation():
     data = encoded(plain(), "jpeg", exif=b"Exif\0\0MM\0*\xff\xff\xff\xff")
     assert images.read(data).shape == (24, 32, 3)

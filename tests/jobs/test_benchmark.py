@@ -59,6 +59,9 @@ def test_it_leaves_a_table_and_a_chart(ran):
     assert "| forward | ours |" in page and "PyTorch eager" in page
     assert "## forward over tokens" in page
     assert (ran[1] / "benchmark.svg").read_text().count("<svg") == 1
+    html = (ran[1] / "benchmark.html").read_text()
+    assert html.count("<svg") == 1 and "PyTorch eager" in html
+    assert "forward over tokens" in html
     assert sorted(x.name for x in ran[1].iterdir() if x.is_dir()) == []
 
 
@@ -82,6 +85,8 @@ def test_who_disagrees_is_not_timed(tmp_path, monkeypatch):
     assert case["ratios"] == {} and case["turns"]["eager"] == []
     page = (tmp_path / "benchmark.md").read_text()
     assert "refused: velocity differs by 5.0e-01, at most 1e-03" in page
+    html = (tmp_path / "benchmark.html").read_text()
+    assert "forward, eager: velocity differs by 5.0e-01" in html
 
 
 def test_gap_is_relative_and_sees_what_is_not_finite():

@@ -28,7 +28,7 @@ TRAIN = ["train", *TINY, *FEW, "--config.checkpoint.every=2"]
 FAULTS = {3: 429, 8: 503, 13: "slow", 17: "cut"}  # by number of a request
 
 
-def faulty(every=21):
+def faulty(every=63):
     """Four faults in so many requests; after most gcsfs waits for a second or two."""
     count = itertools.count()
     return lambda method, path: FAULTS.get(next(count) % every)

@@ -59,7 +59,7 @@ def test_what_departs_is_named_and_the_exit_code_is_1(tmp_path, capsys, monkeypa
     first = result["models"][0]["first_departure"]
     assert (first["part"], first["layer"]) == ("clip_g", "block 0")
     page = (tmp_path / "compare.html").read_text()
-    assert "Departs first in clip_g at block 0" in page
+    assert "The first layer that departs is block 0 of clip_g." in page
 
 
 def test_without_pytorch(tmp_path, capsys, monkeypatch):

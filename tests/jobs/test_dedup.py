@@ -12,6 +12,7 @@ from PIL import Image
 from sd3_jax.data.ingest import prepare
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import dedup
+from sd3_jax.tools.dedup import dedup_page
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "benchmarks"))
 import dedup as benchmark  # noqa: E402
@@ -90,6 +91,18 @@ def test_no_picture_that_can_be_read(tmp_path):
     rows, about = ran(config(tmp_path / "in"), tmp_path / "out")
     assert rows == [] and about["pictures"] == 0
     assert all((tmp_path / "out" / name).exists() for name in FILES)
+
+
+def test_bins_have_the_threshold_as_an_edge_and_all_counts():
+    alike = np.array([0.1, 0.5, 0.92, 0.95, 1.0], np.float32)
+    bins = dedup_page.histogram(alike, 0.92)
+    assert 0.92 in [start for start, _, _ in bins]
+    assert sum(count for start, _, count in bins if start >= 0.92) == 3
+    # A bin of one pair is seen beside one of thousands.
+    panel = dedup_page.panel(
+        dedup_page.histogram(np.repeat(alike, 5000)[1:], 0.92), 0.92
+    )
+    assert "logarithmic" in panel.caption and panel.svg.startswith("<svg")
 
 
 def test_what_is_no_embedding(folder, tmp_path):

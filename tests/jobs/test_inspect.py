@@ -164,7 +164,7 @@ def test_the_page_holds_pictures_of_every_bucket(workdir):
     ]
     text = page(workdir)
     assert "90 × 70 px, crop 70 × 70 at 10, 0" in text and "<svg " in text
-    assert "no caption" in text and "original size not told" in text
+    assert "no caption" in text and "original size unknown" in text
     assert "src=" not in re.sub(r'src="data:[^"]+"', "", text)  # all is in it
     run(workdir, pictures=0)
     assert not images(workdir)
@@ -196,8 +196,11 @@ def test_latents_are_decoded_by_the_weights_that_are_given(tmp_path):
     assert run(tmp_path, flags) == 0
     decoded = images(tmp_path)
     assert "decoded by " in page(tmp_path) and len(decoded) == 3
+    # The key by which the encoders of the records are named serves as well.
+    assert run(tmp_path, flags.replace("config.weights", "config.encode.weights")) == 0
+    assert images(tmp_path) == decoded and "decoded by " in page(tmp_path)
     assert run(tmp_path) == 0
-    assert "rough preview" in page(tmp_path)
+    assert "rough preview; --config.encode.weights names" in page(tmp_path)
     assert (np.asarray(decoded[0]) != np.asarray(images(tmp_path)[0])).any()
 
 

@@ -12,6 +12,7 @@ import real_pictures
 from parity import miniature
 
 from sd3_jax import main
+from sd3_jax.assembly import examples
 from sd3_jax.data import records, shards
 from sd3_jax.distributed import sharding
 from sd3_jax.monitoring import metrics
@@ -116,12 +117,15 @@ def test_training_from_records_is_training_from_pictures(
     convert(tmp_path / "stored", folder[0], *split, *encoders)
     printed = capsys.readouterr().out
     convert(tmp_path / "raw", folder[0], *split, *encoders, *PICTURES)
-    losses = {}
+    losses, loads, load = {}, [], examples.encoder
+    monkeypatch.setattr(examples, "encoder", lambda *x: loads.append(x) or load(*x))
     for name in "stored", "raw":
         data = {split: f"{tmp_path}/{name}/records/{split}-*" for split in TRAINED}
         flags = [f"--config.data.{key}={data[s]}" for s, key in TRAINED.items()]
         steps = ["--config.train.steps=3", "--config.train.eval_every=3"]
         given = ["--config.data.name=records", *steps, *flags, *encoders]
+        if name == "raw":  # it paints with the encoder that training has
+            given += ["--config.train.sample_every=3", "--config.train.prompts=a fox,"]
         assert run("train", tmp_path / f"train-{name}", *given) == 0
         rows = metrics.read(tmp_path / f"train-{name}")
         kinds = {"train": ["loss", "grad_norm"], "val": ["loss"]}
@@ -132,6 +136,7 @@ def test_training_from_records_is_training_from_pictures(
         ]
     assert len(losses["raw"]) == 4 and np.isfinite(losses["raw"][:3]).all()
     assert losses["stored"] == losses["raw"]
+    assert len(loads) == 1
     record = next(iter(read(tmp_path / "stored").values()))
     kinds = {name: (x.shape, x.dtype.name) for name, x in record.tensors.items()}
     assert kinds == {

@@ -292,7 +292,7 @@ def test_a_profile_will_name_every_part_of_the_programs():
         painted = scopes(paint.lower(program.abstract.ema, batch, {}))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (
-        *(f"{way}MMDiT/{part}/" for way in (forward, backward)
+        *(f"{way}MMDiT/MMDiT.velocity/{part}/" for way in (forward, backward)
           for part in ("while/body", "last_block/image.open/attn.qkv/to_qkv")),
         # What is scanned is a function, named from its own beginning.
         "blocks.body/blocks/image.open/attn.qkv/to_qkv/",
@@ -301,5 +301,5 @@ def test_a_profile_will_name_every_part_of_the_programs():
         "/optimizer/", "/ema/", "jit(step)/grad_norm/",  # the first two in a branch
     ):  # fmt: skip
         assert name in step, name
-    for name in "solver/", "solver/MMDiT/last_block/", "guidance/":
+    for name in "solver/", "solver/MMDiT/MMDiT.velocity/last_block/", "guidance/":
         assert name in painted, name

@@ -57,7 +57,10 @@ SAMPLE = dict(
         " 2023); 0: not.",
     ),
     seed=Key(
-        0, SEED, "Seed of the first picture of each prompt; picture n has seed + n."
+        0,
+        SEED,
+        "Seed of the noise. Picture n has the seed seed + n with released weights; with"
+        " a run's checkpoint, n is folded into the seed.",
     ),
     per_prompt=Key(1, integer(1, 100_000), "Number of pictures for each prompt."),
     batch_size=Key(

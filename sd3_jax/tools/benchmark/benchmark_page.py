@@ -1,4 +1,4 @@
-"""Writes a benchmark's result as benchmark.md, and its ratios as benchmark.svg."""
+"""Writes a benchmark's result: benchmark.md and .html, and its ratios as .svg."""
 
 import logging
 import statistics
@@ -7,6 +7,7 @@ from pathlib import Path
 
 from sd3_jax.files import write_whole
 from sd3_jax.monitoring.metrics import short
+from sd3_jax.reports.text_table import Table
 
 log = logging.getLogger(__name__)
 IDLE = 0.5  # processes that want a core, at most, on a machine that is ours
@@ -15,21 +16,17 @@ WIDE = 0.15  # by which time may grow other than FLOPs do
 
 def write(result: dict, workdir: Path) -> None:
     write_whole(workdir / "benchmark.md", (page(result) + "\n").encode())
-    bars = {
-        f"{case['name']}, {side}": (ratio["median"], ratio["min"], ratio["max"])
-        for case in result["cases"]
-        for side, ratio in case["ratios"].items()
-    }
-    if not bars:
-        return
-    # matplotlib is an optional dependency; the tables need none.
+    # matplotlib and jinja2 may be absent beside an accelerator; the tables need none.
     try:
         from sd3_jax.reports import plots
+        from sd3_jax.tools.benchmark import benchmark_html
     except ImportError as error:
-        log.warning("no benchmark.svg: %s", error)
+        log.warning("no benchmark.html and no benchmark.svg: %s", error)
         return
-    drawn = plots.bars(bars, "times as fast as PyTorch", mark=1.0)
-    write_whole(workdir / "benchmark.svg", plots.standalone(drawn).encode())
+    drawn = benchmark_html.ratios(result)
+    write_whole(workdir / "benchmark.html", benchmark_html.html(result).encode())
+    if drawn:
+        write_whole(workdir / "benchmark.svg", plots.standalone(drawn).encode())
 
 
 def page(result: dict) -> str:
@@ -67,14 +64,14 @@ def page(result: dict) -> str:
     return "\n\n".join(parts)
 
 
+HEAD = (
+    *("case", "side", "ms", "ratio", "memory, MB", "compile s", "first call s"),
+    *("TFLOP/s", "of peak", "gap"),
+)
+
+
 def table(result: dict) -> str:
-    names = (
-        *("case", "side", "ms", "ratio", "memory, MB", "compile s", "first call s"),
-        *("TFLOP/s", "of peak", "gap"),
-    )
-    lines = ["| " + " | ".join(names) + " |", "|" + "---|" * len(names)]
-    lines += [f"| {' | '.join(row)} |" for row in rows(result)]
-    return "\n".join(lines)
+    return Table("", HEAD, list(rows(result))).markdown(right=False)
 
 
 def rows(result: dict) -> Iterator[list[str]]:
@@ -120,6 +117,12 @@ def share(side_result: dict) -> str:
 
 
 def scaling(result: dict) -> Iterator[str]:
+    for scaling_table in scaling_tables(result):
+        yield f"## {scaling_table.caption}"
+        yield scaling_table.markdown(right=False)
+
+
+def scaling_tables(result: dict) -> Iterator[Table]:
     """A table for each kind and axis that has points."""
     for series in result["scaling"]:
         if not series["points"]:
@@ -128,34 +131,41 @@ def scaling(result: dict) -> Iterator[str]:
         # Time that grows as FLOPs do has a ratio of 1 at every point.
         far = max(abs(x["relative"] - 1) for x in series["growth"])
         words = "within" if far <= WIDE else "not within"
-        yield (
-            f"## {series['kind']} over {axis}: time against FLOPs {words} {WIDE:.0%}"
+        caption = (
+            f"{series['kind']} over {axis}: time against FLOPs {words} {WIDE:.0%}"
             f" ({far:.0%})"
         )
-        lines = [
-            f"| {axis} | ms | time grown | FLOPs grown | time / FLOPs | compile s |",
-            "|---|---|---|---|---|---|",
-        ]
-        for point, grown in zip(series["points"], series["growth"]):
-            cells = (
+        head = (axis, "ms", "time grown", "FLOPs grown", "time / FLOPs", "compile s")
+        points = [
+            (
                 f"{point[axis]}",
                 spread(point["seconds"], 1e3),
                 *(f"{grown[k]:.2f}" for k in ("time", "flops", "relative")),
                 f"{point['lower'] + point['compile']:.1f}",
             )
-            lines.append(f"| {' | '.join(cells)} |")
-        yield "\n".join(lines)
+            for point, grown in zip(series["points"], series["growth"])
+        ]
+        yield Table(caption, head, points)
 
 
 def startup(result: dict) -> Iterator[str]:
-    times = {k: x for k, x in result["startup"].items() if k != "failed"}
-    if times:
-        yield "## Start-up, seconds, of configs/quickstart.py:tiny"
-        lines = ["| | median | least to most |", "|---|---|---|"]
-        for name, seconds in times.items():
-            ends = f"{min(seconds):.2f} to {max(seconds):.2f}"
-            lines.append(f"| {name} | {statistics.median(seconds):.2f} | {ends} |")
-        yield "\n".join(lines)
+    if startup_rows := startup_table(result):
+        yield f"## {startup_rows.caption}"
+        yield startup_rows.markdown(right=False)
     # A failure is shown beside the times that were measured.
     for text in result["startup"].get("failed", ()):
         yield f"Start-up failed: {text}"
+
+
+def startup_table(result: dict) -> Table | None:
+    times = {k: x for k, x in result["startup"].items() if k != "failed"}
+    caption = "Start-up, seconds, of configs/quickstart.py:tiny"
+    measured = [
+        (
+            name,
+            f"{statistics.median(seconds):.2f}",
+            f"{min(seconds):.2f} to {max(seconds):.2f}",
+        )
+        for name, seconds in times.items()
+    ]
+    return Table(caption, ("", "median", "least to most"), measured) if times else None

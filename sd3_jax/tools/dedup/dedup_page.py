@@ -10,7 +10,7 @@ from numpy import ndarray
 from PIL import Image
 
 from sd3_jax.foreign_text import shown
-from sd3_jax.reports import html_page
+from sd3_jax.reports import html_page, plots
 
 SIDE = 200  # pixels of a picture's longer side
 BINS = 24
@@ -56,25 +56,47 @@ def html(
     pairs: Iterable[tuple[Shot | None, Shot | None, float]],
 ) -> str:
     """The page; None in `pairs` is a picture that changed since it was compared."""
-    settings = report["settings"] | {
-        f"seconds to {stage}": value for stage, value in report["seconds"].items()
-    }
+    bins = histogram(alike, threshold)
     return html_page.render(
         "duplicates.html",
         report=report,
         share=f"{report['removed'] / max(1, report['pictures']):.2%}",
+        compared=len(alike),
         threshold=threshold,
-        histogram=histogram(alike, threshold),
+        histogram=panel(bins, threshold),
+        bins=[
+            (
+                f"{start:.3f} – {end:.3f}",
+                f"{count:,}",
+                "near-duplicates" if start >= threshold - 1e-9 else "distinct",
+            )
+            for start, end, count in bins
+        ],
         pairs=[
             ([(x, _picture(x)) for x in (one, other) if x is not None], similarity)
             for one, other, similarity in pairs
         ],
-        settings=[(key, _as_text(value)) for key, value in settings.items()],
+        settings={
+            "config.dedup": _rows(report["settings"]),
+            "seconds": _rows(report["seconds"]),
+        },
     )
 
 
-def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
-    """Rows of the table of similarities, in bins with the threshold as an edge."""
+def panel(bins: list[tuple[float, float, int]], threshold: float) -> html_page.Panel:
+    if not bins:
+        return html_page.Panel("", "", "")
+    starts, ends, counts = zip(*bins)
+    svg = plots.histogram([*starts, ends[-1]], counts, "similarity", mark=threshold)
+    # Nearly all pairs are far from alike: on a linear axis only their bin is visible.
+    caption = f"The vertical axis is logarithmic; the line is at {threshold:g}."
+    return html_page.Panel("Pairs by similarity", svg, caption)
+
+
+def histogram(
+    alike: Float[ndarray, " m"], threshold: float
+) -> list[tuple[float, float, int]]:
+    """(start, end, pairs) of similarities, in bins with the threshold as an edge."""
     if not len(alike):
         return []
     low, high = min(float(alike.min()), threshold), max(1.0, float(alike.max()))
@@ -86,19 +108,21 @@ def histogram(alike: Float[ndarray, " m"], threshold: float) -> list[tuple]:
     # float64 edge. The slack puts it above.
     place = np.searchsorted(edges, alike.astype(np.float64) + 1e-9, side="right") - 1
     counts = np.bincount(place.clip(0, len(edges) - 2), minlength=len(edges) - 1)
-    rows = []
-    for start, end, count in zip(edges, edges[1:], counts.tolist()):
-        track = html_page.Bar(0, count / counts.max())
-        verdict = "near-duplicates" if start >= threshold - 1e-9 else "distinct"
-        rows.append((f"{start:.3f} – {end:.3f}", f"{count:,}", track, verdict))
-    return rows
+    return list(zip(edges.tolist(), edges[1:].tolist(), counts.tolist()))
 
 
 def _picture(shot: Shot) -> html_page.Picture:
     return html_page.picture(shot.jpeg, shown(shot.source, 200), limit=MOST)
 
 
+def _rows(values: dict) -> list[tuple[str, str, None]]:
+    """As the macro `settings` takes them, without defaults."""
+    return [(key, _as_text(value), None) for key, value in values.items()]
+
+
 def _as_text(value) -> str:
     if isinstance(value, (list, tuple)):
         return ", ".join(map(str, value))
+    if isinstance(value, float):
+        return f"{value:.4g}"
     return str(value)

@@ -45,7 +45,10 @@ def html(
 ) -> str:
     """The page. `figures` are (label, value, unit), `buckets` (name, records, share, MB
     a record)."""
-    counted = {name: f"{n} records, {x:.1%}" for name, n, x, _ in buckets}
+    counted = {
+        name: f"{n} {'record' if n == '1' else 'records'}, {x:.1%}"
+        for name, n, x, _ in buckets
+    }
     by_bucket = {}
     for contact in contacts:
         by_bucket.setdefault(contact.bucket, []).append(contact)
@@ -63,7 +66,7 @@ def html(
         where=where,
         figures=figures,
         buckets=[
-            (a, n, f"{x:.1%}", mb, html_page.Bar(0, x)) for a, n, x, mb in buckets
+            (a, n, f"{x:.1%}", html_page.Bar(0, x), mb) for a, n, x, mb in buckets
         ],
         notes=notes,
         bad=bad,
@@ -81,12 +84,14 @@ def column_width(bucket: str) -> float:
 
 
 def embedded(contact: Contact) -> html_page.Picture:
-    return html_page.picture(contact.image, contact.record.caption[:200], limit=MOST)
+    # A record without a caption is named by its place.
+    alt = contact.record.caption[:200] or contact.name
+    return html_page.picture(contact.image, alt, limit=MOST)
 
 
 def origin(record: Record) -> str:
     if record.size is None:
-        return "original size not told"
+        return "original size unknown"
     text = "{} × {} px".format(*record.size)
     if record.crop is None or record.crop == (0, 0, *record.size):
         return text

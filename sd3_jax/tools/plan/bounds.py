@@ -17,7 +17,7 @@ from sd3_jax.tools.plan.slices import Generation
 # heads of 128 go higher (0.79 to 0.89 on v5e, v5p). Sampling: one run, Flux on v6e-4.
 FORECAST = {"train": (0.62, 0.75), "sample": (0.50, 0.50)}
 # The floors of a program's time, and what a plan calls them.
-FLOORS = {"serial": "serial", "memory": "HBM", "links": "ICI", "other_slices": "DCN"}
+FLOORS = {"serial": "serial", "hbm": "HBM", "links": "ICI", "other_slices": "DCN"}
 TIGHT = 0.93  # of HBM; the runtime wants some, and the compiler may err
 
 
@@ -49,13 +49,13 @@ class Compute(NamedTuple):
 def floors(account: Account, chip: Generation) -> dict[str, float]:
     """Seconds that a compiled program takes at least, by what bounds it.
 
-    "memory" is its bytes over the rate of HBM, "links" those between chips, and
+    "hbm" is its bytes over the rate of HBM, "links" those between chips, and
     "other_slices" those between slices. "serial" is the schedule without its waits:
     all operations in order.
     """
     waits = sum(account.by_kind[kind] for kind in WAITS.values())
     return {
-        "memory": account.hbm / chip.hbm_rate,
+        "hbm": account.hbm / chip.hbm_rate,
         "serial": account.seconds - waits,
         "links": account.links["ici"],
         "other_slices": account.links["dcn"],

@@ -18,7 +18,7 @@ COLUMNS = {
     "verdict": "memory",
     "compute": "matmul ms",
     "serial": "serial ms",
-    "memory": "HBM ms",
+    "hbm": "HBM ms",
     "links": "ICI ms",
     "other_slices": "DCN ms",
     "scheduled": "scheduled ms",

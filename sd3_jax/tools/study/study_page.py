@@ -9,30 +9,34 @@ from etils import epath
 from sd3_jax.reports import html_page, number_format, plots
 from sd3_jax.tools.study import study_tables as tables
 
+FITTED = "fitted"
+
 
 def html(results: Sequence[dict], workdir: epath.Path) -> str:
     ranked = tables.ranks(results)
     every = [steps for steps, _ in tables.samplers(results)]
     most = max(row["all"] for row in ranked)
+    extremes = {"few": every[0], "many": every[-1]} if every[0] != every[-1] else {}
     ranks = [
         (
             *(r["variant"], f"{r['all']:.2f}", html_page.Bar(0, r["all"] / most)),
-            *(f"{r['few']:.2f}", f"{r['many']:.2f}"),
+            *(f"{r[extreme]:.2f}" for extreme in extremes),
         )
         for r in ranked
     ]
+    columns = [("variant", "code"), ("mean rank", "number"), ("", "bar")]
+    columns += [(f"{steps} steps", "number") for steps in extremes.values()]
+    # The first table is that of ranks, which the page shows with bars.
+    _, *contents = tables.contents(results)
     return html_page.render(
         "study.html",
-        figures=[
-            ("variants", len(ranked), ""),
-            ("runs", len(results), ""),
-            ("best by rank", ranked[0]["variant"], ""),
-        ],
+        variants=len(ranked),
+        runs=len(results),
+        best=ranked[0]["variant"],
         ranks=ranks,
-        few=every[0],
-        many=every[-1],
+        rank_columns=columns,
         panels=panels(results),
-        markdown=tables.markdown(results),
+        tables=contents,
         workdir=workdir,
         date=number_format.date(datetime.now(UTC)),
     )
@@ -91,11 +95,10 @@ def over_flops(results, first) -> tuple[str, str]:
     if law := tables.law(results):
         every = np.concatenate([x for x, _ in lines.values()])
         x = np.geomspace(every.min(), every.max(), 40)
-        lines["fitted"] = x, law(x)
+        lines[FITTED] = x, law(x)
         caption = f"Fitted to the least loss: {law}."
-    drawn = plots.curves(
-        lines, "training FLOPs", "validation loss", log="xy", first=first
-    )
+    axes = "training FLOPs", "validation loss"
+    drawn = plots.curves(lines, *axes, log="xy", first=first, unmarked=FITTED)
     return drawn, caption
 
 

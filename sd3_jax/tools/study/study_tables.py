@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from sd3_jax.reports.text_table import Table
 from sd3_jax.tools.study import ranking, scaling_laws
 
 Result = dict
@@ -216,71 +217,79 @@ def spread(values: Sequence[float]) -> float:
 
 def markdown(results: Sequence[Result]) -> str:
     """All tables in Markdown."""
-    weights = results[0]["scores"][0]["weights"]
-    steps, cfg = sampler = middle(results)
-    every = [n for n, _ in samplers(results)]
     parts = [
-        "Mean rank by non-dominated sorting on (score, FID), lower is better\n",
-        table(
-            ["variant", "all", f"{every[0]} steps", f"{every[-1]} steps", "± seeds"],
-            [
-                (
-                    r["variant"],
-                    *(f"{r[k]:.2f}" for k in ("all", "few", "many")),
-                    plus(r["spread"]),
-                )
-                for r in ranks(results)
-            ],
-        ),
-        f"\nAt {steps} steps, guidance {cfg:g}, weights {weights}\n",
-        table(
-            ["variant", "score", "± seeds", "FID", "± seeds"],
-            [
-                (
-                    *(r["variant"], f"{r['score']:.3f}", plus(r["score_spread"], 3)),
-                    *(f"{r['fid']:.3f}", plus(r["fid_spread"], 3)),
-                )
-                for r in scores(results, sampler, weights)
-            ],
-        ),
+        part if isinstance(part, str) else f"{part.caption}\n\n{part.markdown()}"
+        for part in contents(results)
     ]
-    counts, rows = few_steps(results, weights)
-    if len(counts) > 1:
-        head = [f"{n} steps" for n in counts[:-1]]
-        parts += [
-            f"\nLoss of score against {counts[-1]} steps in %, and length of the way\n",
-            table(
-                ["variant", *head, "path length"],
-                [
-                    (
-                        r["variant"],
-                        *(f"{d:.2f}" for d in r["drops"]),
-                        f"{r['path']:.2f}",
-                    )
-                    for r in rows
-                ],
-            ),
-        ]
-    parts += ["\nSize and validation loss\n", sizes_table(results)]
+    return "\n\n".join(parts)
+
+
+def contents(results: Sequence[Result]) -> list[Table | str]:
+    """Tables, and sentences on what is fitted to them."""
+    weights = results[0]["scores"][0]["weights"]
+    parts: list[Table | str] = [ranks_table(results), scores_table(results, weights)]
+    if len({steps for steps, _ in samplers(results)}) > 1:
+        parts.append(steps_table(results, weights))
+    parts.append(sizes_table(results))
     if fitted := law(results):
-        parts.append(f"\nLeast loss for x FLOPs: {fitted}, off by {fitted.error:.2%}")
+        parts.append(f"Least loss for x FLOPs: {fitted}, off by {fitted.error:.2%}")
     if comparable(results) and (rows := correlations(results, weights)):
         words = ", ".join(f"{name} {value:+.2f}" for name, value in rows.items())
-        parts.append(f"\nRank correlation of validation loss with {words}")
-    return "\n".join(parts)
+        parts.append(f"Rank correlation of validation loss with {words}")
+    return parts
 
 
-def sizes_table(results: Sequence[Result]) -> str:
+def ranks_table(results: Sequence[Result]) -> Table:
+    every = [n for n, _ in samplers(results)]
+    return Table(
+        "Mean rank by non-dominated sorting on (score, FID), lower is better",
+        ["variant", "all", f"{every[0]} steps", f"{every[-1]} steps", "± seeds"],
+        [
+            (
+                r["variant"],
+                *(f"{r[k]:.2f}" for k in ("all", "few", "many")),
+                plus(r["spread"]),
+            )
+            for r in ranks(results)
+        ],
+    )
+
+
+def scores_table(results: Sequence[Result], weights: str) -> Table:
+    steps, cfg = sampler = middle(results)
+    return Table(
+        f"At {steps} steps, guidance {cfg:g}, weights {weights}",
+        ["variant", "score", "± seeds", "FID", "± seeds"],
+        [
+            (
+                *(r["variant"], f"{r['score']:.3f}", plus(r["score_spread"], 3)),
+                *(f"{r['fid']:.3f}", plus(r["fid_spread"], 3)),
+            )
+            for r in scores(results, sampler, weights)
+        ],
+    )
+
+
+def steps_table(results: Sequence[Result], weights: str) -> Table:
+    counts, rows = few_steps(results, weights)
+    return Table(
+        f"Loss of score against {counts[-1]} steps in %, and length of the way",
+        ["variant", *(f"{n} steps" for n in counts[:-1]), "path length"],
+        [
+            (r["variant"], *(f"{d:.2f}" for d in r["drops"]), f"{r['path']:.2f}")
+            for r in rows
+        ],
+    )
+
+
+def sizes_table(results: Sequence[Result]) -> Table:
     swept = any(x["option"] for x in results)
     head = [
-        "variant",
-        "parameters",
-        "training FLOPs",
-        "validation loss",
-        "± seeds",
-        "seeds",
+        *("variant", "parameters", "training FLOPs", "validation loss"),
+        *("± seeds", "seeds"),
     ]
-    return table(
+    return Table(
+        "Size and validation loss",
         [*head, "chosen"] if swept else head,
         [
             (
@@ -295,8 +304,3 @@ def sizes_table(results: Sequence[Result]) -> str:
 
 def plus(value: float, digits: int = 2) -> str:
     return "" if math.isnan(value) else f"{value:.{digits}f}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---", *("---:" for _ in head[1:])], *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
