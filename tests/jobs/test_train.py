@@ -288,8 +288,9 @@ def test_a_profile_will_name_every_part_of_the_programs():
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = scopes(program.step.lower(program.abstract, key, batch, {}))
         batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
-        paint = TrainedSampler(config, program.parts, mesh).program
-        painted = scopes(paint.lower(program.abstract.ema, batch, {}))
+        painter = TrainedSampler(config, program.parts, mesh)
+        arguments = program.abstract.ema, batch, {}, painter.times
+        painted = scopes(painter.program.lower(*arguments))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (
         *(f"{way}MMDiT/{part}/" for way in (forward, backward)
