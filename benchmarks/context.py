@@ -127,7 +127,7 @@ def program(
         keys = put(1, dtype=jax.random.key(0).dtype)
         told = put(3), put(), (put(), put()), put()
         inputs = compiled.Inputs(keys, cond, cond, *told)
-        static = (compiled.Plan(model, "euler", (h, h, 16), guided=True),)
+        static = (compiled.Plan(model, ("euler",), (h, h, 16), guided=True),)
         given = variables(model, *example), inputs
         return Program(compiled.sample, static, given, {}, mesh)
     module = VAE(channels=tuple(channels), layers=1, groups=8, dtype=dtype)

@@ -87,7 +87,14 @@ def generate(
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
-    rough image after each step; each such function compiles a program.
+    rough image after each step.
+
+    The first call compiles a program, and one line says so. Another call compiles again
+    if it changes the size or number of images, the text's length, whether there is
+    guidance, which inputs are given, `skip_layers`, the ControlNets, or the `preview`
+    function. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, and
+    up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow share a program;
+    heun and lcm have their own.
 
     Raises UserError for arguments of wrong types or out of range.
     """
@@ -167,7 +174,7 @@ def generate(
         keys=noise_keys if noise is None or draws else None,
         cond=cond,
         uncond=uncond,
-        grid=times,
+        **compiled.solver_inputs(solver, times),
         scale=np.float32(guidance),
         interval=(np.float32(low), np.float32(high)),
         rescale=np.float32(guidance_rescale),
@@ -180,7 +187,13 @@ def generate(
         mask=mask,
     )
     plan = compiled.Plan(
-        bundle.part("denoiser"), solver, shape, guided, skipped, preview
+        bundle.part("denoiser"),
+        solvers.same_program(solver),
+        shape,
+        guided,
+        skipped,
+        preview,
+        bundle.factor,
     )
     control = [control] if isinstance(control, ControlInput) else list(control or ())
     nets, acting = control_arguments.controls_of(

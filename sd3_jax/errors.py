@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 
 FAILED, MISTAKE, RETRY, INTERRUPTED = 1, 2, 3, 130
 EXIT_CODES = {  # docs/reference/exit_codes.md: what supervisors do
-    0: "done, or stopped by SIGTERM with a checkpoint saved",
+    0: "done, or stopped by SIGTERM or train.max_hours with a checkpoint saved",
     FAILED: "restarting cannot help: NaN loss, a failed check, or a bug (traceback)",
     MISTAKE: "your mistake, or a full or read-only disk: one line says what to change",
     RETRY: "start it again: stuck, a peer gone, a device, network or storage fault",

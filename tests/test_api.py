@@ -232,6 +232,72 @@ def test_guidance_is_no_new_program(bundle):
     assert compiled.sample._cache_size() == count
 
 
+@pytest.fixture
+def compilations():
+    """The seconds of each compilation from here on, whatever is compiled."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def test_steps_sigmas_and_solvers_of_a_kind_are_no_new_program(bundle, compilations):
+    paint(bundle)
+    compilations.clear()
+    two = paint(bundle, steps=2)
+    for options in (
+        dict(steps=5),
+        dict(sigmas=[1.0, 0.7, 0.2]),
+        dict(grid="linear", steps=7),
+        dict(solver="dpmpp_2m"),
+        dict(solver="dpmpp_2m_flow", steps=3),
+    ):
+        paint(bundle, **options)
+    assert not compilations
+    assert apart(paint(bundle, steps=2, solver="heun"), two) > 0.01
+    assert compilations
+    compilations.clear()
+    paint(bundle, steps=9, solver="heun")
+    photo = np.full((64, 64, 3), 0.5, np.float32)
+    paint(bundle, image=photo, strength=0.5)
+    compilations.clear()
+    paint(bundle, image=photo, strength=1.0, steps=6)
+    assert not compilations
+
+
+def test_skipped_layers_follow_the_steps_without_a_new_program(bundle, compilations):
+    options = dict(skip_layers=[1], skip_stop=0.6)
+    paint(bundle, **options)
+    compilations.clear()
+    skipped = paint(bundle, steps=8, **options)
+    assert not compilations
+    assert apart(skipped, paint(bundle, steps=8)) > 1e-3
+
+
+def test_one_line_tells_of_a_compilation(bundle, caplog):
+    caplog.set_level("INFO", "sd3_jax.sampling.compiled")
+    paint(bundle, height=48, images_per_prompt=2)
+    paint(bundle, height=48, images_per_prompt=2, steps=2, solver="dpmpp_2m")
+    (line,) = caplog.messages
+    assert line.startswith(
+        "compiling euler, dpmpp_2m, dpmpp_2m_flow for 2 x 48 x 64 pixels; later calls"
+    )
+
+
+def test_a_compilation_is_told_without_logging(capfd, caplog):
+    caplog.set_level("WARNING")
+    compiled.say_compiling("heun", 1, 64, 64)
+    assert "sd3-jax: compiling heun for 1 x 64 x 64 pixels" in capfd.readouterr().err
+    caplog.set_level("WARNING", "sd3_jax")  # as a user does who wants silence
+    compiled.say_compiling("heun", 1, 64, 64)
+    assert not capfd.readouterr().err
+
+
 def test_import_is_quick_and_lists_the_api():
     code = "import sys, sd3_jax; print('jax' in sys.modules, *dir(sd3_jax))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,10 +1,14 @@
-"""Solvers of dx = v(x, t) dt from grid[0] to grid[-1], each one scan over the grid.
+"""Solvers of dx = v(x, t) dt from grid[0] to grid[-1], each one loop over the grid.
 
 All take velocity(x, t), x (b, ...) and a falling grid (n,). They keep x in float32 and
 return it at grid[-1], which at t = 0 is the x0 estimate. With `trajectory`, they return
 x at every t of the grid, (n, b, ...). `after(x, t, step)`, if given, replaces x after
 every step; t is the time reached. Only the multistep solvers and lcm use `path`. The
 velocity is never evaluated at t = 0.
+
+With `steps`, a solver stops at grid[steps], and the rest of the grid is padding. Traced
+`steps` let one program serve any number of steps, but without gradients. A `trajectory`
+takes all steps of the grid.
 """
 
 import inspect
@@ -13,13 +17,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from sd3_jax.diffusion.paths import RF, Batch, Path
 
 Velocity = Callable[[Array, Array], Array]  # (x, t (b,)) -> v
 Grid = Float[Array | np.ndarray, " n"]
 After = Callable[[Array, Array, Array], Array]  # (x, t, step) -> x
+Integer = Int[Array | np.generic, ""] | int
 Draw = Callable[[Array], Array]  # step -> noise (b, ...)
 Solution = Batch | Float[Array, "n b ..."]  # x at the end, or the trajectory
 
@@ -32,15 +37,15 @@ def euler(
     path: Path = RF,
     trajectory: bool = False,
     after: After | None = None,
+    steps: Integer | None = None,
 ) -> Solution:
     """First order: x + dt v."""
 
     def step(x, _, t, t_next):
-        # dt is negative: t falls from noise to data.
-        return x + (t_next - t) * velocity(x, _times(t, x)), None
+        return _euler_update(x, velocity(x, _times(t, x)), t, t_next), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _scan(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after)
+    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
 
 
 def heun(
@@ -51,6 +56,7 @@ def heun(
     path: Path = RF,
     trajectory: bool = False,
     after: After | None = None,
+    steps: Integer | None = None,
 ) -> Solution:
     """Second order, by the mean of the slopes at both ends (Karras et al. 2022, alg 1).
 
@@ -69,7 +75,7 @@ def heun(
         return x + dt * (v + v_next) / 2, None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _scan(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after)
+    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
 
 
 def dpmpp_2m(
@@ -80,19 +86,16 @@ def dpmpp_2m(
     path: Path = RF,
     trajectory: bool = False,
     after: After | None = None,
+    steps: Integer | None = None,
 ) -> Solution:
     """DPM-Solver++(2M) (Lu et al. 2022), as in Stability's released code.
 
     Second order where steps in lambda are small; first order in the first step and in
     one to t = 0.
     """
-    # The released code extrapolates x0 in lambda = -log b_t, not in log a_t / b_t.
     grid = jnp.asarray(grid, jnp.float32)
-    a, b = path.coefficients(grid)
-    h = -jnp.diff(jnp.log(jnp.where(b > 0, b, 1)))  # a last one to b = 0 is not used
-    # Half the ratio of this step in lambda to the one before it; 0 is first order.
-    slope = jnp.where(b[2:] > 0, h[1:] / (2 * h[:-1]), 0)
-    return _multistep(velocity, x, grid, slope, path, trajectory, after)
+    slope = _log_b_slope(grid, path)
+    return _multistep(velocity, x, grid, slope, path, trajectory, after, steps)
 
 
 def dpmpp_2m_flow(
@@ -103,6 +106,7 @@ def dpmpp_2m_flow(
     path: Path = RF,
     trajectory: bool = False,
     after: After | None = None,
+    steps: Integer | None = None,
 ) -> Solution:
     """DPM-Solver++(2M) with lambda = log a_t / b_t, as diffusers runs it on flows.
 
@@ -111,13 +115,8 @@ def dpmpp_2m_flow(
     gives the network t itself.
     """
     grid = jnp.asarray(grid, jnp.float32)
-    a, b = path.coefficients(grid)
-    inner = (a > 0) & (b > 0)  # elsewhere lambda is infinite
-    lambda_ = jnp.log(jnp.where(inner, a, 1)) - jnp.log(jnp.where(inner, b, 1))
-    h = jnp.diff(lambda_)
-    second = inner[2:] & inner[1:-1] & inner[:-2]  # three times with finite lambda
-    slope = jnp.where(second, h[1:] / jnp.where(second, 2 * h[:-1], 1), 0)
-    return _multistep(velocity, x, grid, slope, path, trajectory, after)
+    slope = _log_ratio_slope(grid, path)
+    return _multistep(velocity, x, grid, slope, path, trajectory, after, steps)
 
 
 def lcm(
@@ -129,6 +128,7 @@ def lcm(
     path: Path = RF,
     trajectory: bool = False,
     after: After | None = None,
+    steps: Integer | None = None,
 ) -> Solution:
     """Consistency sampling (Luo et al. 2023), for models that are distilled for it.
 
@@ -143,8 +143,42 @@ def lcm(
         x0 = path.x0(x, velocity(x, t), t)
         return a_next * x0 + b_next * draw(i), None  # b is 0 at t = 0: no noise
 
-    steps = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]  # each (n - 1,)
-    return _scan(step, x, None, grid, steps, trajectory, after)
+    columns = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]  # each (n - 1,)
+    return _loop(step, x, None, grid, columns, trajectory, after, steps)
+
+
+def one_evaluation(
+    velocity: Velocity,
+    x: Batch,
+    grid: Grid,
+    *,
+    solver: Integer,
+    path: Path = RF,
+    after: After | None = None,
+    steps: Integer | None = None,
+) -> Batch:
+    """The solver ONE_EVALUATION[solver], a number that may be traced.
+
+    One program serves them all, since they differ only in how x is updated.
+    """
+    grid = jnp.asarray(grid, jnp.float32)
+    is_euler = solver == ONE_EVALUATION.index("euler")
+    is_2m = solver == ONE_EVALUATION.index("dpmpp_2m")
+    slope = jnp.where(is_2m, _log_b_slope(grid, path), _log_ratio_slope(grid, path))
+
+    def step(x, x0_last, t, t_next, *weights):
+        times = _times(t, x)
+        v = velocity(x, times)
+        x0 = path.x0(x, v, times)
+        # Both updates are computed and one is selected. Beside the velocity they cost
+        # nothing, and a branch would keep XLA from fusing them.
+        first_order = _euler_update(x, v, t, t_next)
+        multistep = _multistep_update(x, x0, x0_last, *weights)
+        return jnp.where(is_euler, first_order, multistep), x0
+
+    x0_last = jnp.zeros(x.shape, jnp.float32)
+    columns = grid[:-1], grid[1:], *_multistep_weights(grid, slope, path)
+    return _loop(step, x, x0_last, grid, columns, False, after, steps)
 
 
 SOLVERS = {
@@ -154,6 +188,8 @@ SOLVERS = {
     "dpmpp_2m_flow": dpmpp_2m_flow,
     "lcm": lcm,
 }
+# These call the velocity once a step, and `one_evaluation` runs any of them.
+ONE_EVALUATION = ("euler", "dpmpp_2m", "dpmpp_2m_flow")
 
 
 def draws(solver: Callable) -> bool:
@@ -161,30 +197,66 @@ def draws(solver: Callable) -> bool:
     return "draw" in inspect.signature(solver).parameters
 
 
-def _multistep(velocity, x, grid, slope, path, trajectory, after):
-    """Exponential integrator in x0, extrapolated by `slope` from the second step on.
+def same_program(name: str) -> tuple[str, ...]:
+    """The solvers that share a compiled program with this one, itself included."""
+    return ONE_EVALUATION if name in ONE_EVALUATION else (name,)
 
-    x' = (b'/b) x + (a' - (b'/b) a) x0, which is exact for a constant x0 estimate.
-    """
+
+def _euler_update(x, v, t, t_next):
+    # dt is negative: t falls from noise to data.
+    return x + (t_next - t) * v
+
+
+def _log_b_slope(grid, path):
+    """Half the ratio of a step in lambda to the one before it; 0 is first order."""
+    # The released code extrapolates x0 in lambda = -log b_t, not in log a_t / b_t.
+    _, b = path.coefficients(grid)
+    h = -jnp.diff(jnp.log(jnp.where(b > 0, b, 1)))  # a last one to b = 0 is not used
+    return jnp.where(b[2:] > 0, h[1:] / (2 * h[:-1]), 0)  # (n - 2,)
+
+
+def _log_ratio_slope(grid, path):
+    """The same in lambda = log a_t / b_t."""
     a, b = path.coefficients(grid)
-    keep = b[1:] / b[:-1]  # (n - 1,); what is left of x
-    gain = a[1:] - keep * a[:-1]
+    inner = (a > 0) & (b > 0)  # elsewhere lambda is infinite
+    lambda_ = jnp.log(jnp.where(inner, a, 1)) - jnp.log(jnp.where(inner, b, 1))
+    h = jnp.diff(lambda_)
+    second = inner[2:] & inner[1:-1] & inner[:-2]  # three times with finite lambda
+    return jnp.where(second, h[1:] / jnp.where(second, 2 * h[:-1], 1), 0)  # (n - 2,)
 
-    def step(x, x0_last, t, keep, gain, slope):
+
+def _multistep(velocity, x, grid, slope, path, trajectory, after, steps):
+    """Exponential integrator in x0, extrapolated by `slope` from the second step on."""
+
+    def step(x, x0_last, t, *weights):
         t = _times(t, x)
         x0 = path.x0(x, velocity(x, t), t)
-        return keep * x + gain * (x0 + slope * (x0 - x0_last)), x0
+        return _multistep_update(x, x0, x0_last, *weights), x0
 
     x0_last = jnp.zeros(x.shape, jnp.float32)  # the first step's slope is 0
-    steps = grid[:-1], keep, gain, jnp.pad(slope, (1, 0))  # each (n - 1,)
-    return _scan(step, x, x0_last, grid, steps, trajectory, after)
+    columns = grid[:-1], *_multistep_weights(grid, slope, path)
+    return _loop(step, x, x0_last, grid, columns, trajectory, after, steps)
 
 
-def _scan(step, x, memory, grid, steps, trajectory, after):
-    """Scan (x, memory) = step(x, memory, *s) over s of `steps`; then x = after(...).
+def _multistep_weights(grid, slope, path):
+    """keep, gain and slope of each step, (n - 1,)."""
+    a, b = path.coefficients(grid)
+    keep = b[1:] / b[:-1]  # what is left of x
+    return keep, a[1:] - keep * a[:-1], jnp.pad(slope, (1, 0))
+
+
+def _multistep_update(x, x0, x0_last, keep, gain, slope):
+    """x' = (b'/b) x + (a' - (b'/b) a) x0, exact for a constant x0 estimate."""
+    return keep * x + gain * (x0 + slope * (x0 - x0_last))
+
+
+def _loop(step, x, memory, grid, columns, trajectory, after, steps):
+    """(x, memory) = step(x, memory, *s) for each row s of `columns`; x = after(...).
 
     `memory` is what a multistep solver carries, None for the others.
     """
+    if trajectory and steps is not None:
+        raise ValueError("trajectory and steps: wanted one, a trajectory has all steps")
 
     def body(carry, s):
         i, t_next, *s = s
@@ -195,8 +267,12 @@ def _scan(step, x, memory, grid, steps, trajectory, after):
 
     # float32: many small steps in bfloat16 would each round x to 8 bits.
     x = x.astype(jnp.float32)
-    steps = jnp.arange(len(grid) - 1), grid[1:], *steps
-    (last, _), xs = jax.lax.scan(body, (x, memory), steps)  # xs (n - 1, b, ...)
+    columns = jnp.arange(len(grid) - 1), grid[1:], *columns
+    if steps is not None:
+        # A while loop, whose trip count is data: it never reaches the padding.
+        turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
+        return jax.lax.fori_loop(0, steps, turn, (x, memory))[0]
+    (last, _), xs = jax.lax.scan(body, (x, memory), columns)  # xs (n - 1, b, ...)
     return jnp.concatenate([x[None], xs]) if xs is not None else last
 
 

@@ -7,6 +7,7 @@ first program, beside a running one, and when a peer is stuck.
 import contextlib
 import itertools
 import json
+import os
 import signal
 import threading
 import time
@@ -117,6 +118,18 @@ def told_to_stop(step: int) -> bool:
     if coordination_client() is None:
         return _sigterm.is_set()
     return multihost_utils.reached_preemption_sync_point(step)
+
+
+def ask_to_stop() -> None:
+    """Stop the run as a SIGTERM to this process would: all agree on a later step.
+
+    A run of one process stops after the step that it is in.
+    """
+    if coordination_client() is None:
+        _sigterm.set()
+    else:
+        # jax's handler has no other door: it notes the signal, and tells the others.
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 @contextlib.contextmanager

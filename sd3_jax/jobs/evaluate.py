@@ -139,10 +139,11 @@ def digit_samplers(
             f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
             f'name = "{config.data.name}"; wanted "digits" there, or other scores'
         )
-    # A second sampler, because the number of steps is a shape of the program.
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps
-    return TrainedSampler(config, parts, mesh), TrainedSampler(few, parts, mesh)
+    usual, quick = (TrainedSampler(x, parts, mesh) for x in (config, few))
+    quick.program = usual.program  # the number of steps is an argument of it
+    return usual, quick
 
 
 SCORES = {"val_loss": val_loss, "digits": digits}

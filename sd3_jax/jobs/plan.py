@@ -212,7 +212,9 @@ def planned(
     module = hlo.parse(executable.text)
     # In the mesh's order, which is that of the program's partitions.
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
-    program = schedule.Schedule(module, tpu_slice.generation, mesh.shape, links)
+    program = schedule.Schedule(
+        module, tpu_slice.generation, mesh.shape, links, case.turns
+    )
     account = program.run()
     return (
         row

@@ -72,6 +72,10 @@ class Goodput:
         finally:
             self.turn(before)
 
+    def lived(self) -> float:
+        """Seconds since this life began, start-up included."""
+        return self._clock() - self._began
+
     def shares(self) -> dict[str, float]:
         """Each kind's part of the time so far; they sum to 1."""
         self.turn(self._kind)

@@ -1,11 +1,12 @@
 """The compiled programs behind a bundle: pure functions, their modules static.
 
 A program is compiled once for each set of shapes and cached, also on disk if
-JAX_COMPILATION_CACHE_DIR is set.
+JAX_COMPILATION_CACHE_DIR is set. One line tells of each that has to be compiled.
 """
 
 import contextlib
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -15,15 +16,18 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Float
 
-from sd3_jax.diffusion import guidance
-from sd3_jax.diffusion.solvers import SOLVERS
-from sd3_jax.distributed import sharding
+from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.distributed import sharding, signals
 from sd3_jax.models import vae
 from sd3_jax.sampling import prompts, tiling
 from sd3_jax.sampling.control import Control, controlled
 from sd3_jax.sampling.generate import generate
 from sd3_jax.sampling.prompts import Conditioning
+
+log = logging.getLogger(__name__)
+GRID_STEPS = 1024  # grids are padded to a multiple of so many steps
 
 
 @contextlib.contextmanager
@@ -111,6 +115,8 @@ def decode(
     module, variables, latents, *, scaling, shift, tile: int | None = None
 ) -> Array:
     """Latents to images in [0, 1]."""
+    sides = (side * _factor(module) for side in latents.shape[1:3])
+    say_compiling("the decoder", len(latents), *sides)
     # `scaling` and `shift` are traced numbers, so models that differ in them share a
     # program.
     z = vae.from_latents(latents, scaling=scaling, shift=shift)
@@ -124,20 +130,46 @@ def _by_tiles(module, variables, method, tile):
     run = functools.partial(module.apply, variables, method=method)
     if tile is None:
         return run
-    # Every level but the first halves the sides.
-    factor = 2 ** (len(module.channels) - 1)
-    return functools.partial(getattr(tiling, method), run, tile=tile, factor=factor)
+    by_tiles = getattr(tiling, method)
+    return functools.partial(by_tiles, run, tile=tile, factor=_factor(module))
+
+
+def _factor(module) -> int:
+    """Pixels a latent: every level but the first halves the sides."""
+    return 2 ** (len(module.channels) - 1)
+
+
+def say_compiling(program: str, images: int, height: int, width: int) -> None:
+    """One line about a program for images of pixels; call it in what jax traces.
+
+    Where INFO is not logged, the line goes to stderr, unless a user set the level of
+    the logger sd3_jax.
+    """
+    # Python runs a jitted function's body only while jax traces it, which is once for
+    # each program that has to be compiled.
+    text = (
+        f"compiling {program} for {images} x {height} x {width} pixels; later calls of"
+        " this shape reuse the program"
+    )
+    # An INFO line of a library is lost in a notebook, and a call that is silent for
+    # half a minute looks like one that hangs.
+    unset = logging.getLogger("sd3_jax").level == logging.NOTSET
+    if log.isEnabledFor(logging.INFO):
+        log.info("%s", text)
+    elif unset and jax.process_index() == 0:
+        signals.say(text)
 
 
 class Plan(NamedTuple):
     """Static arguments of a sampling program: changing one compiles another program."""
 
     denoiser: nn.Module
-    solver: str
+    solvers: tuple[str, ...]  # Inputs.solver chooses among several
     shape: tuple[int, int, int]
     guided: bool
     skip_layers: tuple[int, ...] = ()
     preview: Callable | None = None
+    factor: int = 8  # pixels a latent, for the line about compilation
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -159,6 +191,29 @@ class Inputs(NamedTuple):
     noise: Array | None = None
     x0: Array | None = None
     mask: Array | None = None
+    steps: Scalar | None = None  # of the grid; None: all
+    solver: Scalar | None = None
+
+
+def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[str, Any]:
+    """The fields of Inputs that say where to step and how: data of one program.
+
+    The grid is padded, so that programs do not differ by their number of steps.
+    """
+    steps = len(grid) - 1
+    padding = -steps % GRID_STEPS
+    return {
+        "grid": np.pad(np.asarray(grid, np.float32), (0, padding)),
+        "steps": np.int32(steps),
+        "solver": np.int32(solvers.same_program(solver).index(solver)),
+    }
+
+
+def solver_function(names: Sequence[str], number: Scalar | None) -> Callable:
+    """The solver names[number] of those that share a program; it may be traced."""
+    if len(names) == 1:
+        return solvers.SOLVERS[names[0]]
+    return functools.partial(solvers.one_evaluation, solver=number)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "nets"))
@@ -172,8 +227,11 @@ def sample(
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net."""
 
     # The plan is static, so modules, solver and shapes are part of the program;
-    # everything in Inputs is traced, and another seed, scale or grid of equal length
-    # reuses it.
+    # everything in Inputs is traced, and another seed, scale or number of steps reuses
+    # it.
+    sides = (side * plan.factor for side in plan.shape[:2])
+    say_compiling(", ".join(plan.solvers), len(inputs.cond.pooled), *sides)
+
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
@@ -192,7 +250,8 @@ def sample(
         inputs.uncond,
         shape=plan.shape,
         grid=inputs.grid,
-        solver=SOLVERS[plan.solver],
+        steps=inputs.steps,
+        solver=solver_function(plan.solvers, inputs.solver),
         # A Python 1.0 selects the path without guidance, which runs the denoiser on b
         # rows; a traced scale always doubles the batch.
         scale=inputs.scale if plan.guided else 1.0,

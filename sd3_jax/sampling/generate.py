@@ -34,6 +34,7 @@ def generate(
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
     spread: float = 1.0,
+    steps: solvers.Integer | None = None,
 ) -> Float[Array, "*n b h w c"]:
     """Latents (b, *shape), from the solver's steps down the times of `grid`.
 
@@ -42,7 +43,8 @@ def generate(
     sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
     x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
     each step. A solver with a trajectory returns all n latents. `spread` is the std of
-    x at grid[0], for formulations that do not start at pure noise.
+    x at grid[0], for formulations that do not start at pure noise. `steps` is how many
+    steps of the grid are taken, all by default; it may be traced.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
@@ -67,7 +69,7 @@ def generate(
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
     # Nothing to do between steps: the solver is then given no function at all.
     idle = mask is None and preview is None
-    solver_options = {}
+    solver_options = {"steps": steps}
     if solvers.draws(solver):
         # Fresh noise of step i depends on the picture's key and i alone.
         fold = jax.vmap(jax.random.fold_in, (0, None))

@@ -18,10 +18,11 @@ from ml_collections import ConfigDict
 from sd3_jax import pictures
 from sd3_jax.assembly import encoder_identity, examples, model_parts
 from sd3_jax.data import tokenizers
-from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.diffusion import solvers
+from sd3_jax.diffusion.solvers import Grid, Integer
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import arguments, prompt_file, prompts
+from sd3_jax.sampling import arguments, compiled, prompt_file, prompts
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
@@ -136,7 +137,8 @@ class TrainedSampler:
         def sample_rows(rows):
             batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
-            images = self.program(params, self.put(batch, len(rows)), self.negative)
+            batch = self.put(batch, len(rows))
+            images = self.program(params, batch, self.negative, self.times)
             # Latents are decoded by the encoder's model in a second program: the
             # recipe's own program has no autoencoder.
             if self.encoder is not None:
@@ -175,6 +177,13 @@ class TrainedSampler:
         settings, tokens = self.config.sample, 0
         return PUBLISHED.sampler(settings.steps, tokens, **times(settings))
 
+    @functools.cached_property
+    def times(self) -> dict[str, Any]:
+        """Solver, steps and grid as arguments of the program, which serves others."""
+        solver, grid = self.solver_and_grid
+        inputs = compiled.solver_inputs(solver, self.parts.formulation.grid(grid))
+        return compiled.place(inputs, self.mesh)
+
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:
             return self.encoder.tokenize(captions)
@@ -187,16 +196,29 @@ class TrainedSampler:
         put = self.encoder or functools.partial(sharding.put, mesh=self.mesh)
         return put(batch, batch_size=size)
 
-    def sample_batch(self, params: dict, batch: dict, negative: dict) -> jax.Array:
+    def sample_batch(
+        self, params: dict, batch: dict, negative: dict, times: dict
+    ) -> jax.Array:
         """A batch's text and numbers to images in [-1, 1], or latents to decode."""
-        x0 = self.latents(params, batch, negative, SOLVERS[self.solver_and_grid[0]])
+        names = solvers.same_program(self.solver_and_grid[0])
+        sides = self.config.image.height, self.config.image.width
+        compiled.say_compiling(", ".join(names), len(batch["number"]), *sides)
+        solver = compiled.solver_function(names, times["solver"])
+        steps = {name: times[name] for name in ("grid", "steps")}
+        x0 = self.latents(params, batch, negative, solver, **steps)
         return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
 
     def latents(
-        self, params: dict, batch: dict, negative: dict, solver: Callable
+        self,
+        params: dict,
+        batch: dict,
+        negative: dict,
+        solver: Callable,
+        *,
+        grid: Grid,
+        steps: Integer | None = None,
     ) -> jax.Array:
         settings, objective = self.config.sample, self.parts.objective
-        formulation = self.parts.formulation
         seed = jax.random.key(settings.seed)
         # Noise depends on sample.seed and the number, not on the rest of the batch.
         keys = jax.vmap(lambda n: jax.random.fold_in(seed, n))(batch["number"])
@@ -216,8 +238,9 @@ class TrainedSampler:
             cond,
             uncond,
             shape=self.parts.shape,
-            grid=formulation.grid(self.solver_and_grid[1]),
-            spread=formulation.spread,
+            grid=grid,
+            steps=steps,
+            spread=self.parts.formulation.spread,
             solver=solver,
             scale=settings.cfg,
             interval=(settings.cfg_start, settings.cfg_stop),

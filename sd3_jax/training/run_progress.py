@@ -1,4 +1,4 @@
-"""How far a run is: what Ctrl-C and SIGTERM report, and a check of every step."""
+"""How far a run is: what ends it early and what that reports; a check of every step."""
 
 import contextlib
 import dataclasses
@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from sd3_jax.distributed import processes
 from sd3_jax.files import write_whole
 from sd3_jax.monitoring.metrics import Metrics
 from sd3_jax.training.nonfinite import NonFinite
@@ -24,6 +25,16 @@ class RunProgress:
     step: int = 0  # the newest step that was begun, 0 before the first
     checked_step: int = 0  # the newest step whose loss was read
     batches_ahead: int = 0  # of the step number, after a change of the batch size
+    max_hours: float = 0.0  # config.train.max_hours; 0: no limit
+    stop_reason: str = "SIGTERM"  # what process 0 says if the run is stopped
+
+    def stop_in_time(self, seconds: float) -> None:
+        """Ask all processes to stop once process 0 has run for max_hours."""
+        over = self.max_hours and seconds >= 3600 * self.max_hours
+        # One clock decides, and asks once: all then agree on a step, as on SIGTERM.
+        if over and jax.process_index() == 0 and self.stop_reason == "SIGTERM":
+            self.stop_reason = f"config.train.max_hours = {self.max_hours:g} reached"
+            processes.ask_to_stop()
 
     def describe_stop(self) -> str:
         """Where a signal stopped the run and from where the same command resumes.

@@ -82,7 +82,9 @@ def train(
     sample_prompts = TrainedSampler(config, parts, mesh, encoder if complete else None)
     prompts = list(options.prompts)
 
-    progress = RunProgress(steps, NonFinite(options.skip_nonfinite))
+    progress = RunProgress(
+        steps, NonFinite(options.skip_nonfinite), max_hours=options.max_hours
+    )
     with contextlib.ExitStack() as stack:
         # Entered first, so left last: by then the save in flight is durable.
         stack.enter_context(progress.explaining_interrupts())
@@ -148,6 +150,7 @@ def train(
             validate_now = is_due(step, options.eval_every, steps)
             sample_now = is_due(step, options.sample_every, steps)
             pause = validate_now or sample_now or trace.ends(step)
+            progress.stop_in_time(goodput.lived())
             trace.begin(step, step_metrics)
 
             # --- dispatch step n, then read the loss of n - 1: the device stays busy
@@ -187,7 +190,7 @@ def train(
                     )
                     write_samples(images, prompts, step, metrics)
 
-            # --- save, and stop if SIGTERM came
+            # --- save, and stop if SIGTERM came or the time is over
             watchdog.expect(f"the save after step {step}", options.stuck_after)
             with goodput.spend("checkpoint"):
                 record = data_record(step, progress, trained_on)
@@ -198,7 +201,9 @@ def train(
                 metrics.write(step, "goodput", goodput.line(finished=last))
             if stop:
                 if jax.process_index() == 0:
-                    signals.say(f"SIGTERM: stopped {progress.describe_stop()}")
+                    signals.say(
+                        f"{progress.stop_reason}: stopped {progress.describe_stop()}"
+                    )
                 break
             if pause:  # logged rates are of training alone
                 clock.reset()
@@ -281,14 +286,15 @@ def save(
 ) -> tuple[bool, bool]:
     """(saved, stop): whether a save was due, and whether all processes stop here.
 
-    Where the run ends, after the last step or on SIGTERM, it waits for the save.
+    Where the run ends, after the last step or before it, it waits for the save.
     """
     step = progress.step
     last = step == progress.total_steps
     # Asked at every step, by all: jax answers "stop" for one step only.
     stop = checkpoints.reached_preemption(step)
     if stop and processes.leads_others():  # of one process: signals.py does
-        signals.say(f"SIGTERM: saves step {step}, then all processes stop")
+        reason = progress.stop_reason
+        signals.say(f"{reason}: saves step {step}, then all processes stop")
     saved = checkpoints.save(step, state, record, settings, force=last, finite=True)
     if saved:
         progress.nonfinite.last_saved = step

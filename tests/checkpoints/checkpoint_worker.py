@@ -1,6 +1,8 @@
 """What the checkpoint tests save, and the processes they start to save it.
 
-python tests/checkpoints/checkpoint_worker.py {exchange,fall_back,preempt,die} DIRECTORY
+python tests/checkpoints/checkpoint_worker.py VERB DIRECTORY
+
+VERB is exchange, fall_back, preempt, run_out_of_time or die.
 """
 
 import json
@@ -20,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 
 from sd3_jax import main
 from sd3_jax.checkpoints import manager, restoring, step_folders
+from sd3_jax.distributed import processes
 
 FSDP = P("fsdp")
 CONFIG = {"model": {"depth": 2, "width": None}, "scores": ["val_loss"]}
@@ -140,12 +143,21 @@ def fall_back(directory: Path) -> dict:
 
 def preempt(directory: Path) -> dict:
     """Process 1 is told to go at step 5: all save the same later step, and stop."""
+    return stop_early(directory, 1, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
+def run_out_of_time(directory: Path) -> dict:
+    """Process 0 asks to stop at step 5, as train.max_hours does."""
+    return stop_early(directory, 0, processes.ask_to_stop)
+
+
+def stop_early(directory: Path, index: int, stop) -> dict:
     state = make_state(abstract_state(), 0)
     policy = dict(every=10**6, keep=1, keep_every=None)
     with manager.Checkpoints(directory, **policy) as checkpoints:
         for step in range(1, 1000):
-            if step == 5 and jax.process_index() == 1:
-                os.kill(os.getpid(), signal.SIGTERM)
+            if step == 5 and jax.process_index() == index:
+                stop()
             saved = checkpoints.save(step, state, {"next_step": step}, CONFIG)
             if checkpoints.reached_preemption(step):
                 return dict(step=step, saved=saved)

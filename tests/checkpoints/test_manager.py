@@ -327,8 +327,9 @@ def test_two_processes_go_back_together(tmp_path, part):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "damaged-2"}
 
 
-def test_preempted_processes_save_the_same_step(tmp_path):
-    results = multiprocess.run([WORKER, "preempt", tmp_path])
+@pytest.mark.parametrize("verb", ["preempt", "run_out_of_time"])
+def test_processes_that_are_to_stop_save_the_same_step(verb, tmp_path):
+    results = multiprocess.run([WORKER, verb, tmp_path])
     a, b = answers(results)
     assert a == b and a["saved"] and a["step"] > 5
     assert steps_of(tmp_path) == [a["step"]]

@@ -113,7 +113,9 @@ def built(config, tmp_path):
         size = sampler.batch_size(3, config.sample.batch_size, mesh)
         shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
-        images = painter.program.eval_shape(state.ema, rows, painter.negative)
+        images = painter.program.eval_shape(
+            state.ema, rows, painter.negative, painter.times
+        )
         assert images.shape[0] == size
         scored(config, parts, state.ema, mesh)
     assert all(
@@ -136,7 +138,9 @@ def scored(config, parts, params, mesh):
     for painter in evaluate.digit_samplers(config, parts, mesh):
         size = sampler.batch_size(3, config.sample.batch_size, mesh)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
-        images = painter.program.eval_shape(params, rows, painter.negative)
+        images = painter.program.eval_shape(
+            params, rows, painter.negative, painter.times
+        )
         assert images.shape[0] == size
     validation = Validation(config, parts, mesh)
     validation.batches()

@@ -5,7 +5,15 @@ import numpy as np
 import pytest
 
 from sd3_jax.diffusion import grids
-from sd3_jax.diffusion.solvers import SOLVERS, dpmpp_2m, euler, heun, lcm
+from sd3_jax.diffusion.solvers import (
+    ONE_EVALUATION,
+    SOLVERS,
+    dpmpp_2m,
+    euler,
+    heun,
+    lcm,
+    one_evaluation,
+)
 
 ODE = {name: solver for name, solver in SOLVERS.items() if name != "lcm"}
 each = pytest.mark.parametrize("solver", ODE.values(), ids=ODE)
@@ -114,6 +122,42 @@ def test_lcm_meets_the_next_t_with_new_noise(key):
     np.testing.assert_allclose(end, x0, atol=1e-5)
     for i, (x, t) in enumerate(seen[1:]):
         np.testing.assert_allclose(x, (1 - t) * x0 + t * draw(i), atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [grids.linear, lambda n: grids.flow(n, 3.0)])
+@pytest.mark.parametrize("name", SOLVERS)
+def test_one_program_serves_any_number_of_steps(name, make, key):
+    """The bits are those of a program of that many steps at XLA's usual optimization.
+
+    At that of the tests, the last bit differs where XLA fuses this cheap velocity.
+    """
+    velocity = lambda x, t: jnp.sin(3 * x + t[:, None]) + 0.5 * x
+    options = {}
+    if name == "lcm":
+        fold = lambda i: jax.random.normal(jax.random.fold_in(key, i), (4, 5))
+        options["draw"] = fold
+    x = jax.random.normal(key, (4, 5))
+
+    @jax.jit
+    def shared(x, grid, steps, solver):
+        if name in ONE_EVALUATION:
+            return one_evaluation(velocity, x, grid, solver=solver, steps=steps)
+        return SOLVERS[name](velocity, x, grid, steps=steps, **options)
+
+    number = ONE_EVALUATION.index(name) if name in ONE_EVALUATION else 0
+    alone = jax.jit(lambda x, grid: SOLVERS[name](velocity, x, grid, **options))
+    for steps in (1, 2, 3, 28):
+        padded = np.pad(make(steps), (0, 32 - steps))
+        ours = shared(x, padded, np.int32(steps), np.int32(number))
+        np.testing.assert_allclose(ours, alone(x, make(steps)), rtol=2e-6, atol=1e-6)
+    assert shared._cache_size() == 1
+
+
+def test_a_trajectory_has_all_steps():
+    with pytest.raises(ValueError, match="trajectory and steps"):
+        euler(
+            lambda x, t: x, jnp.ones((1, 1)), grids.linear(2), trajectory=True, steps=1
+        )
 
 
 @each

@@ -15,12 +15,14 @@ from PIL import Image
 
 from configs import quickstart
 from sd3_jax import main
-from sd3_jax.distributed import sharding
+from sd3_jax.distributed import processes, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.monitoring import metrics
 from sd3_jax.monitoring.goodput import KINDS
 from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.training.nonfinite import NonFinite
 from sd3_jax.training.program import abstract_batch, build_program
+from sd3_jax.training.run_progress import RunProgress
 from sd3_jax.training.trainer import train as run_training
 
 TINY = "--config=configs/quickstart.py:tiny"
@@ -111,6 +113,29 @@ def test_process_0_says_where_sigterm_stopped_all(tmp_path):
     where = f"at step {step} of 2000; the same command goes on from step {step}"
     assert f"sd3-jax: SIGTERM: stopped {where}" in said
     assert "sd3-jax: SIGTERM" not in silent
+
+
+def test_max_hours_stops_a_run_with_a_checkpoint(tmp_path, capfd):
+    argv = ["train", TINY, f"--workdir={tmp_path}", "--config.train.steps=5"]
+    argv += ["--config.train.eval_every=100", "--config.train.sample_every=100"]
+    assert main.main([*argv, "--config.train.max_hours=1e-9"]) == 0
+    (folder,) = (tmp_path / "checkpoints").iterdir()
+    assert folder.name == "1"
+    said = "sd3-jax: config.train.max_hours = 1e-09 reached: stopped at step 1 of 5; "
+    assert said + "the same command goes on from step 1" in capfd.readouterr().err
+
+
+def test_process_0_asks_once_to_stop_in_time(monkeypatch):
+    asked = []
+    monkeypatch.setattr(processes, "ask_to_stop", lambda: asked.append(1))
+    progress = RunProgress(9, NonFinite(0), max_hours=2.0)
+    for hours in (0.5, 1.9, 2.1, 2.2):
+        progress.stop_in_time(3600 * hours)
+        assert len(asked) == (hours > 2)
+    RunProgress(9, NonFinite(0)).stop_in_time(1e9)  # no limit
+    monkeypatch.setattr(jax, "process_index", lambda: 1)
+    RunProgress(9, NonFinite(0), max_hours=2.0).stop_in_time(1e9)
+    assert len(asked) == 1
 
 
 def train(workdir, **env):
@@ -288,8 +313,9 @@ def test_a_profile_will_name_every_part_of_the_programs():
         key = jax.eval_shape(lambda: jax.random.key(0))
         step = scopes(program.step.lower(program.abstract, key, batch, {}))
         batch = batch | {"number": jax.ShapeDtypeStruct((8,), np.uint32)}
-        paint = TrainedSampler(config, program.parts, mesh).program
-        painted = scopes(paint.lower(program.abstract.ema, batch, {}))
+        painter = TrainedSampler(config, program.parts, mesh)
+        arguments = program.abstract.ema, batch, {}, painter.times
+        painted = scopes(painter.program.lower(*arguments))
     forward, backward = "jit(step)/jvp(loss)/", "jit(step)/transpose(jvp(loss))/"
     for name in (
         *(f"{way}MMDiT/MMDiT.velocity/{part}/" for way in (forward, backward)

@@ -162,6 +162,11 @@ TRAIN = dict(
         above_zero(1e7),
         "Seconds that a step or a save may take; after them the run is ended.",
     ),
+    max_hours=Key(
+        0.0,
+        between(0, 1e5),
+        "Hours after which this process saves a checkpoint and stops; 0: no limit.",
+    ),
     writers=Key((), some_of("wandb", "mlflow"), "Services that get the metrics too."),
     changes=Key(
         (), TEXTS, "Keys in which a resumed run may differ from its checkpoint."

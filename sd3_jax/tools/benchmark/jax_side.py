@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from sd3_jax.diffusion import grids, guidance
+from sd3_jax.diffusion import grids, guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling import compiled
@@ -219,18 +219,21 @@ def sample(spec, module, variables, inputs) -> CaseProgram:
     )
     # Arrays, as `sample` passes them: Python floats would be other programs.
     number = lambda x: jnp.asarray(x, jnp.float32)
+    grid = grids.released(steps, spec["shift"])
+    solver_inputs = compiled.solver_inputs("euler", grid)
     sampling_inputs = compiled.Inputs(
         keys=None,
         cond=cond,
         uncond=uncond,
-        grid=jnp.asarray(grids.released(steps, spec["shift"])),
+        **jax.tree.map(jnp.asarray, solver_inputs),
         scale=number(spec["cfg"]),
         interval=(number(0.0), number(1.0)),
         rescale=number(0.0),
         noise=inputs["latents"],
     )
     guided = guidance.guides(spec["cfg"])
-    plan = compiled.Plan(module, "euler", inputs["latents"].shape[1:], guided)
+    shape = inputs["latents"].shape[1:]
+    plan = compiled.Plan(module, solvers.same_program("euler"), shape, guided)
     arguments = (variables, sampling_inputs)
     lower = lambda: compiled.sample.lower(plan, *arguments)
     # Guidance runs the denoiser on twice the rows.

@@ -40,6 +40,7 @@ class Case(NamedTuple):
     flops: float  # of the model alone; 0: as compiled
     images: float
     parameters: int
+    turns: int | None = None  # of the loop whose trip count is data
 
 
 class Compiled(NamedTuple):

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
-from sd3_jax.diffusion import guidance
+from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.prompts import Conditioning, TextModels
@@ -111,18 +111,20 @@ def denoise(
         rows(mesh, (images, words, config.model.context_dim), model.dtype),
         rows(mesh, (images, config.model.pooled_dim), model.dtype),
     )
+    solver, grid = s.solver or "euler", np.zeros(s.steps + 1, np.float32)
+    solver_inputs = compiled.solver_inputs(solver, grid)
     # Only shapes and shardings: the program is lowered and never run.
     inputs = compiled.Inputs(
         keys=rows(mesh, key.shape, key.dtype),
         cond=cond,
         uncond=cond,
-        grid=rows(mesh, (s.steps + 1,), np.float32),
+        **{name: rows(mesh, x.shape, x.dtype) for name, x in solver_inputs.items()},
         scale=scalar(),
         interval=(scalar(), scalar()),
         rescale=scalar(),
     )
     shape = (*sides, model.channels)
-    plan = compiled.Plan(module, s.solver or "euler", shape, guided)
+    plan = compiled.Plan(module, solvers.same_program(solver), shape, guided)
     h, w = sides
     total = module.flops(
         height=h, width=w, text=words, text_dim=config.model.context_dim
@@ -136,7 +138,8 @@ def denoise(
     compute = bounds.forward(work, tpu_slice.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: compiled.sample.lower(plan, variables, inputs)
-    return Case("denoise", lower, seconds, total * calls, share, size)
+    # How often the loop runs is data of the program, so it is said here.
+    return Case("denoise", lower, seconds, total * calls, share, size, s.steps)
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):

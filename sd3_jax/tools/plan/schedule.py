@@ -65,8 +65,9 @@ WAITS = {"ici": "ICI", "dcn": "DCN", "hbm": "prefetch", "host": "host"}
 class Schedule:
     """A program's operations as events, and the account of a run.
 
-    Of a conditional it runs `usual_branch`. Loops of unknown length count one turn and
-    kernels of unknown FLOPs none: see `unknown`.
+    Of a conditional it runs `usual_branch`. Loops whose trip count cannot be read off
+    the program run `turns` times. Without `turns` they count one turn, as kernels of
+    unknown FLOPs count none: see `unknown`.
     """
 
     def __init__(
@@ -75,8 +76,10 @@ class Schedule:
         chip: Generation,
         mesh: Mapping[str, int],
         links: Links,
+        turns: int | None = None,
     ):
         self.module, self.chip, self.mesh, self.links = module, chip, mesh, links
+        self.turns = turns
         self.unknown: set[str] = set()  # what could not be counted
         self._events: dict[str, list[Event]] = {}
 
@@ -104,6 +107,7 @@ class Schedule:
         if x.opcode == "while":
             body = x.attribute(r"body=%?([\w.\-]+)")
             turns = trips(x, home, self.module)
+            turns = self.turns if turns is None else turns
             if turns is None:
                 self.unknown.add(f"turns of {x.name}")
             yield Event("call", body, times=1 if turns is None else turns)

@@ -133,7 +133,9 @@ class Traveller(TrainedSampler):
         self.program = partial(self.note, travel)
 
     def travel(self, params: dict, batch: dict, negative: dict, solver: Callable):
-        way = self.latents(params, batch, negative, solver)  # (n, b, h, w, c)
+        grid = self.parts.formulation.grid(self.solver_and_grid[1])
+        # (n, b, h, w, c)
+        way = self.latents(params, batch, negative, solver, grid=grid)
         # (n - 1, b): the squared length of each step. A straight path is as long as the
         # distance of its ends.
         steps = jnp.square(jnp.diff(way, axis=0)).sum(axis=(2, 3, 4))
@@ -141,8 +143,11 @@ class Traveller(TrainedSampler):
         image = last if self.encoder else self.parts.autoencoder.decode(last)
         return image, jnp.sqrt(steps).sum(0)
 
-    def note(self, travel: Callable, *args) -> jax.Array:
-        image, length = travel(*args)
+    def note(
+        self, travel: Callable, params: dict, batch: dict, negative: dict, _: dict
+    ) -> jax.Array:
+        # A trajectory has all steps of its grid, so they are no argument here.
+        image, length = travel(params, batch, negative)
         self.lengths.append(multihost_utils.process_allgather(length, tiled=True))
         return image
 

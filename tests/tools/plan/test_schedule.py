@@ -153,6 +153,10 @@ def test_what_is_not_counted_is_named():
     program = schedule.Schedule(module, CHIP, MESH, links)
     assert program.run().seconds == PRODUCT
     assert program.unknown == {"turns of l", "FLOPs of k"}
+    # The caller knows the trip count of a loop over a solver's steps.
+    program = schedule.Schedule(module, CHIP, MESH, links, turns=28)
+    assert program.run().seconds == pytest.approx(28 * PRODUCT)
+    assert program.unknown == {"FLOPs of k"}
 
 
 def test_a_collective_that_runs_through_several_operations():
