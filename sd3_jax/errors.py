@@ -162,4 +162,4 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     match = near(name, choices)
     if match is not None:
         return f'; did you mean "{match}"?'
-    return f"; wanted one of {', '.join(choices)}" if choices else ""
+    return f"; expected one of {', '.join(choices)}" if choices else ""

@@ -71,7 +71,7 @@ def require_regular(path: epath.PathLike) -> None:
     except OSError:
         return  # opening it says why
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is a pipe, a socket or a device: wanted a file")
+        raise UserError(f"{path} is a pipe, a socket or a device: expected a file")
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
@@ -95,7 +95,7 @@ def parse_object(where: Any, text: str | bytes) -> dict:
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {shown(error, 200)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: wanted a JSON object")
+        raise UserError(f"{where}: expected a JSON object")
     return value
 
 

@@ -273,8 +273,8 @@ def refuse_port_in_use(peers: dict) -> None:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise UserError(
                     f"SD3_COORDINATOR = {address}: port {port}: {error.strerror}, on"
-                    " the host of process 0; wanted a free port over 1023, the same in"
-                    " every process, or the end of what holds it"
+                    " the host of process 0; expected a free port over 1023, the same"
+                    " in every process, or the end of what holds it"
                 ) from None
 
 
@@ -292,7 +292,7 @@ def described_peers() -> dict:
     address = os.environ["SD3_COORDINATOR"]
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"SD3_COORDINATOR = {address}: wanted host:port")
+        raise UserError(f"SD3_COORDINATOR = {address}: expected host:port")
     count = whole("SD3_NUM_PROCESSES", low=1)
     index = whole("SD3_PROCESS_ID", low=0, high=count - 1)
     return dict(coordinator_address=address, num_processes=count, process_id=index)
@@ -302,7 +302,7 @@ def whole(name, default=None, *, low, high=2**31 - 1):
     """An environment variable that holds an integer."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not low <= int(text) <= high:
-        raise UserError(f"{name} = {text}: wanted an integer in [{low}, {high}]")
+        raise UserError(f"{name} = {text}: expected an integer in [{low}, {high}]")
     return int(text)
 
 

@@ -37,7 +37,8 @@ def source(config: ConfigDict, *, held_out: bool = False):
     """
     if config.image.buckets > 1 and config.data.name in relations.READS:
         raise UserError(
-            f"config.image.buckets = {config.image.buckets}: wanted 1, for config.data."
+            f"config.image.buckets = {config.image.buckets}: expected 1, for"
+            " config.data."
             f'name = "{config.data.name}" has pictures of one shape; or "records"'
         )
     # Made-up data has no files to set apart: validation draws from another seed.
@@ -107,7 +108,7 @@ def encoder(
             raise UserError(
                 f"config.encode.weights = {encode.weights}: an autoencoder of"
                 f" {layout[0]} channels and {layout[1]} pixels a latent;"
-                f" config.model.channels = {model.channels}, wanted 8 pixels"
+                f" config.model.channels = {model.channels}, expected 8 pixels"
             )
     result = Encoder(
         bundle,

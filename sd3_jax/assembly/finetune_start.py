@@ -98,7 +98,7 @@ def require_base(config: ConfigDict) -> None:
     ):
         if value != plain:
             raise UserError(
-                f'config.tune.{key} = "{value}": wanted config.tune.base, released'
+                f'config.tune.{key} = "{value}": expected config.tune.base, released'
                 f' weights or another run\'s workdir, to start from; or "{plain}"'
             )
 
@@ -144,7 +144,7 @@ def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) ->
     if differing := [name for name, (a, b) in pairs.items() if a != b]:
         settings = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in differing)
         keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in differing)
-        raise UserError(f"config.tune.base = {base}: {settings}; wanted {keys}")
+        raise UserError(f"config.tune.base = {base}: {settings}; expected {keys}")
     variables = bundle.variables["denoiser"]
     params = {"denoiser": variables["params"], "text": {}}
     if "buffers" in variables:
@@ -191,16 +191,16 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         path = sources.resolve(path, lora_formats.WANTED, label="LoRA")
         pairs = lora_formats.read(path)
     if foreign := sorted(set(pairs) - {"denoiser"}):
-        raise UserError(f"{where}: adapts {foreign[0]}; wanted the denoiser alone")
+        raise UserError(f"{where}: adapts {foreign[0]}; expected the denoiser alone")
     if not isinstance(parts.denoiser, MMDiT):
         name = config.model.name
-        raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
+        raise UserError(f'{where}: expected config.model.name = "mmdit", not "{name}"')
     ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
     if ranks != [rank]:
         advice = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
         listed = ", ".join(map(str, ranks))
         raise UserError(
-            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {advice}"
+            f"{where}: rank {listed}, and config.tune.rank = {rank}: expected {advice}"
         )
     init = parts.objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]

@@ -128,7 +128,7 @@ def remaining_parts(
                 f"config.ingest.inputs: {shown(different_paths[0], 200)}"
                 f" {'is new' if different_paths[0] in current_paths else 'is gone'}, of"
                 f" {len(different_paths)} that differ from what {workdir} was planned"
-                " for: wanted the same, or another workdir for what is new"
+                " for: expected the same, or another workdir for what is new"
             )
         # --- the same files; only times may differ, which the new plan then has
         done = Manifest(workdir, len(planned_parts)).done()

@@ -45,8 +45,8 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
         records.encoders = encoder_identity.of_records(records)
     if held_out and len(records) < (required := validated(config)):
         raise UserError(
-            f"config.{key}: {', '.join(paths)}: {len(records)} records, wanted at least"
-            f" {required} for validation by config.eval.examples ="
+            f"config.{key}: {', '.join(paths)}: {len(records)} records, expected at"
+            f" least {required} for validation by config.eval.examples ="
             f" {config.eval.examples}; hold out more, or set"
             f" --config.eval.examples={len(records)}"
         )
@@ -123,7 +123,7 @@ def batch_fields(config: ConfigDict, first: Record) -> list[str]:
     if not config.encode.weights and (raw or to_encode(config, text)):
         unencoded = "pictures" if raw else "captions"
         raise UserError(
-            f"its records hold {listed}: their {unencoded} are not encoded; wanted"
+            f"its records hold {listed}: their {unencoded} are not encoded; expected"
             " config.encode.weights, a released model that has the encoders"
         )
     return [picture, *text, *extra]
@@ -167,8 +167,8 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
         if config.train.eval_every > config.train.steps:
             return
         raise UserError(
-            "config.data.held_out = (): wanted shards for validation, or config.train."
-            f"eval_every over config.train.steps = {config.train.steps}"
+            "config.data.held_out = (): expected shards for validation, or"
+            f" config.train.eval_every over config.train.steps = {config.train.steps}"
         )
     # By identity of the file: two spellings of a path are one shard.
     files = {shard.file for shard in trained_on.shards}
@@ -179,7 +179,7 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
     ):
         raise UserError(
             "config.data.held_out: encoded by others than config.data.records:"
-            f" {differences}; wanted records of one config.encode.weights and dtype"
+            f" {differences}; expected records of one config.encode.weights and dtype"
         )
     for shard in held_out.shards:
         if shard.file in files:

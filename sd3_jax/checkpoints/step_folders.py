@@ -57,7 +57,7 @@ def require_space(directory: epath.Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise UserError(
-            f"{directory} has {free / 1e9:.3g} GB free: wanted {size / 1e9:.3g} GB,"
+            f"{directory} has {free / 1e9:.3g} GB free: expected {size / 1e9:.3g} GB,"
             " room for two checkpoints; free some, or write to another workdir"
         )
 

@@ -43,7 +43,7 @@ def require_drivers(values: Mapping[str, Any]) -> None:
                 if importlib.util.find_spec(package) is None:
                     raise UserError(
                         f"--{name}={text}: {scheme} paths need {package}, which is not"
-                        f" installed: wanted {extra}"
+                        f" installed: expected {extra}"
                     )
 
 
@@ -61,7 +61,7 @@ def model(text: str) -> str:
         return f'a link: name it as "{name}"'
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         return (
-            "a link, which is not downloaded: wanted a path, or a hub name such as"
+            "a link, which is not downloaded: expected a path, or a hub name such as"
             " owner/name or owner/name/file.safetensors"
         )
     known = source_names.parse_absent(text) is not None
@@ -93,9 +93,9 @@ PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
 ENCODED = ("train", "precompute", "study")
 INSTEAD = {  # what a user of config.weights means there
-    "train": "wanted config.tune.base, the weights to start from, or"
+    "train": "expected config.tune.base, the weights to start from, or"
     " config.encode.weights, which encode text and pictures",
-    "precompute": "wanted config.encode.weights, which encode text and pictures",
+    "precompute": "expected config.encode.weights, which encode text and pictures",
 }
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),

@@ -1,7 +1,7 @@
 """Relations between keys: what one may be, given the values of others.
 
 A relation takes the values of its keys. It returns what is wanted of the first of them,
-to complete "wanted …" in an error, or a false value if all is well.
+to complete "expected …" in an error, or a false value if all is well.
 """
 
 import math

@@ -74,7 +74,7 @@ class Records:
         # --- open every shard; number its records by set, then bucket
         matches = [shards.expand(path) for path in paths]
         if not matches:
-            raise UserError("no paths: wanted shards of records, or globs of them")
+            raise UserError("no paths: expected shards of records, or globs of them")
         self.shards = shards.open_all([path for group in matches for path in group])
         groups = [place for place, group in enumerate(matches) for _ in group]
         groups = groups if weights else [0] * len(groups)

@@ -52,7 +52,7 @@ def read(
     width, height = picture.size
     if min(width, height) < SIDE or max(width, height) > ASPECT * min(width, height):
         raise BadImage(
-            f"{_at(where)}: {width} x {height} pixels; wanted sides of {SIDE} or more"
+            f"{_at(where)}: {width} x {height} pixels; expected sides of {SIDE} or more"
             f" and at most {ASPECT}:1"
         )
     return pixels(picture, where)
@@ -69,7 +69,7 @@ def open_header(
 ) -> Image.Image:
     """Open a picture and check its size and format, without decoding it."""
     if len(data) > BYTES:
-        raise BadImage(f"{_at(where)}: {len(data)} bytes; wanted at most {BYTES}")
+        raise BadImage(f"{_at(where)}: {len(data)} bytes; expected at most {BYTES}")
     try:
         picture = Image.open(io.BytesIO(data), formats=tuple(formats))
     # MemoryError says nothing about the picture: it must not be rejected for good.
@@ -128,7 +128,7 @@ def _at(where) -> str:
 def _bad(where, reason) -> BadImage:
     reason = str(reason) or type(reason).__name__
     return BadImage(
-        f"{_at(where)}: {shown(reason, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f"{_at(where)}: {shown(reason, 120)}; expected a whole JPEG, PNG or WebP, not"
         f" animated, of at most {PIXELS >> 20} megapixels"
     )
 

@@ -86,7 +86,7 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
     entries = [dict(_fields(entry)) for entry in entries]
     if any(entry.get(3) != 1 for entry in entries):
         raise RuntimeError(
-            f"written with {options}, several records a chunk: wanted group_size:1 in"
+            f"written with {options}, several records a chunk: expected group_size:1 in"
             " a bucket; copy it to a file system"
         )
     # An entry has its chunk's offset; the index itself follows the last chunk.
@@ -118,7 +118,7 @@ def _chunk(data: bytes) -> list[bytes]:
         raise RuntimeError("Corrupted: no chunk of records where its index has one")
     if body[0]:
         raise RuntimeError(
-            "a compressed chunk, wanted none in a bucket: copy it to a file system"
+            "a compressed chunk, expected none in a bucket: copy it to a file system"
         )
     # A simple chunk: compression type, length of the sizes, sizes, records.
     sizes_size, at = _varint(body, 1)

@@ -68,7 +68,7 @@ def encode(record: Record) -> bytes:
         for name, x in record.tensors.items():
             if x.dtype not in NAMES:
                 allowed = record_header.listed(NAMES)
-                raise ValueError(f"{name}: dtype {x.dtype}, wanted one of {allowed}")
+                raise ValueError(f"{name}: dtype {x.dtype}, expected one of {allowed}")
         tensors = {k: np.asarray(x, order="C") for k, x in record.tensors.items()}
         metadata["checksum"] = _checksum(tensors, metadata)
         data = save(tensors, metadata)
@@ -95,7 +95,7 @@ def check_layout(
             raise BadRecord(f"{where}: {name}: missing, which the first record has")
         x = record.tensors[name]
         if x.shape != shape:
-            raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
+            raise BadRecord(f"{where}: {name}: shape {x.shape}, expected {shape}")
         if not np.can_cast(x.dtype, dtype):
             raise BadRecord(
                 f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"

@@ -128,7 +128,7 @@ def expand(pattern: str) -> list[str]:
         return [os.fspath(path)]
     if any("**" in part for part in parts):
         raise UserError(
-            f"{pattern}: wanted a glob without **, one of files in a folder"
+            f"{pattern}: expected a glob without **, one of files in a folder"
         )
     # Globbing starts at the last folder without a wildcard.
     root = epath.Path(*parts[: magic[0]])
@@ -181,13 +181,13 @@ def inspect(path: str) -> Shard:
     """Read a shard's size and count of records; UserError if it is none or empty."""
     try:
         if epath.Path(path).is_dir():
-            raise UserError(f"{path}: is a folder, wanted a shard, or a glob of them")
+            raise UserError(f"{path}: is a folder, expected a shard, or a glob of them")
         size = files.size(path)
     except OSError as error:
         reason = error.strerror or "no such file"
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if not size:
-        raise UserError(f"{path}: has 0 bytes, wanted a shard of records")
+        raise UserError(f"{path}: has 0 bytes, expected a shard of records")
     reader = open_shard(path)
     count, options = reader.num_records(), reader.writer_options_string() or ""
     reader.close()

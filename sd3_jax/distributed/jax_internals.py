@@ -25,7 +25,7 @@ def coordination_client() -> Any:
     except (ImportError, AttributeError) as error:
         raise UserError(
             f"jax {jax.__version__}: {error}: a run of several processes needs its"
-            " coordination service's client; wanted jax 0.10"
+            " coordination service's client; expected jax 0.10"
         ) from None
 
 

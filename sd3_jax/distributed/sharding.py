@@ -67,7 +67,7 @@ def refuse_uneven(devices) -> None:
     for index in (i for i in sorted(counts) if counts[i] != counts[0]):
         raise UserError(
             f"processes 0 and {index} have {counts[0]} and {counts[index]} devices:"
-            " wanted as many in every process (see CUDA_VISIBLE_DEVICES,"
+            " expected as many in every process (see CUDA_VISIBLE_DEVICES,"
             " TPU_VISIBLE_CHIPS, --xla_force_host_platform_device_count)"
         )
 
@@ -88,7 +88,7 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
     if data % slices:
         raise UserError(
             f"config.mesh.data = {data}: it alone crosses from slice to slice, and"
-            f" there are {slices}; wanted a multiple of {slices}"
+            f" there are {slices}; expected a multiple of {slices}"
         )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *rest),
@@ -204,7 +204,7 @@ def local_rows(
     if batch_size % shards:
         near = max(shards, round(batch_size / shards) * shards)
         raise UserError(
-            f"config.{key} = {batch_size}: wanted a multiple of data x fsdp ="
+            f"config.{key} = {batch_size}: expected a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
     # Asked of jax, not computed: a mesh does not have its devices in the order of ids.

@@ -30,12 +30,12 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     name = config.eval.features
     if name not in ("clip", "pixels") and not name.endswith(".pt") and ":" not in name:
         raise UserError(
-            f'config.eval.features = "{name}": wanted clip, pixels,'
+            f'config.eval.features = "{name}": expected clip, pixels,'
             ' "package.module:function" or a TorchScript file of Inception, *.pt'
         )
     if (scored or (compared and name == "clip")) and not config.eval.clip:
         raise UserError(
-            f'config.eval.clip = "": wanted CLIP\'s weights for'
+            f'config.eval.clip = "": expected CLIP\'s weights for'
             f" {'clip_score' if scored else 'config.eval.features = clip'}: a folder of"
             " transformers' CLIPModel, its .safetensors or a hub name, such as"
             " openai/clip-vit-large-patch14"
@@ -52,7 +52,8 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     ):
         raise UserError(
             f'config.eval.features = "pixels": {numbers} numbers a picture, and FID'
-            f" takes {feature_statistics.DIM} at most; wanted smaller pictures, or clip"
+            f" takes {feature_statistics.DIM} at most; expected smaller pictures, or"
+            " clip"
         )
     if compared and name.endswith(".pt") and not epath.Path(name).exists():
         raise UserError(f"config.eval.features = {name}: no such file")

@@ -53,7 +53,7 @@ def check(config: ConfigDict) -> None:
     if compared and path:
         if config.eval.statistics:
             raise UserError(
-                f"config.eval.statistics = {config.eval.statistics}: wanted none, for"
+                f"config.eval.statistics = {config.eval.statistics}: expected none, for"
                 f" config.eval.real = {path} has been made before"
             )
         feature_statistics.load(path)
@@ -109,8 +109,8 @@ def references(
     gathered = picture_features.gather(features, summed=bool(keep) or "fid" in names)
     if len(gathered.rows) < 2:
         raise UserError(
-            f"config.eval.real: {len(gathered.rows)} pictures that can be read; wanted"
-            " 2 or more"
+            f"config.eval.real: {len(gathered.rows)} pictures that can be read;"
+            " expected 2 or more"
         )
     if keep and jax.process_index() == 0:
         feature_statistics.save(keep, Stored(about, gathered.statistics, gathered.rows))
@@ -124,8 +124,8 @@ def stored_at(config: ConfigDict) -> str:
     files = [path for path in paths if path.endswith(".npz")]
     if files and len(paths) > 1:
         raise UserError(
-            f"config.eval.real = {', '.join(paths)}: wanted one .npz of statistics, or"
-            " pictures"
+            f"config.eval.real = {', '.join(paths)}: expected one .npz of statistics,"
+            " or pictures"
         )
     return files[0] if files else ""
 

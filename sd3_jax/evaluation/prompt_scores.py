@@ -105,7 +105,9 @@ def _compbench(config: ConfigDict) -> Benchmark:
     with prefixed(f"config.{key}"):
         names = compbench.names(specs)
     if not names:
-        raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
+        raise UserError(
+            f"config.{key}: none; expected color=package.module:function, …"
+        )
     functions, asked = {}, []
     for category, name in names.items():
         # guarded: an exception in the user's code becomes a one-line UserError.
@@ -147,7 +149,7 @@ def _hook(config: ConfigDict, key: str) -> Callable:
     if not name:
         message = f"config.eval.{key}: no function"
         raise UserError(
-            f'{message}; wanted "package.module:function" (docs/measures.md)'
+            f'{message}; expected "package.module:function" (docs/measures.md)'
         )
     return hooks.guarded(f"eval.{key}", name)
 

@@ -72,7 +72,7 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     if data.name not in SOURCES:
         raise UserError(
             f'config.data.name = "{data.name}": its examples have no captions or'
-            " pictures: wanted config.eval.prompts_file, and config.eval.real for FID"
+            " pictures: expected config.eval.prompts_file, and config.eval.real for FID"
         )
     if data.name == "digits":
         source = examples.source(config, held_out=True)
@@ -81,7 +81,7 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     least = config.eval.pictures
     if len(held_records) < least:
         raise UserError(
-            f"config.eval.pictures = {least}: wanted at most {len(held_records)}, the"
+            f"config.eval.pictures = {least}: expected at most {len(held_records)}, the"
             " records of config.data.held_out"
         )
     return lambda indices, pictures: _records(config, held_records, indices, pictures)
@@ -91,7 +91,7 @@ def records(config: ConfigDict) -> Records:
     """The held-out records, one a step, so that all buckets follow each other."""
     if not config.data.held_out:
         raise UserError(
-            "config.data.held_out = (): wanted shards of records to take captions and"
+            "config.data.held_out = (): expected shards of records to take captions and"
             " pictures of, or config.eval.prompts_file and config.eval.real"
         )
     table = record_shapes.bucket_table(config)
@@ -122,7 +122,7 @@ def _records(config, held_records: Records, indices, pictures: bool) -> Iterator
     has = next((x for x in reversed(kinds) if x in held_records.first.tensors), "")
     if pictures and not has:
         raise UserError(
-            "config.data.held_out: its records hold no pictures; wanted some that do,"
+            "config.data.held_out: its records hold no pictures; expected some that do,"
             " or config.eval.real"
         )
     # Other tensors of a record, such as encoded text, are not even decoded.
@@ -144,7 +144,7 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
     weights, rows = config.encode.weights, config.encode.rows
     if not weights:
         raise UserError(
-            "config.data.held_out: its records hold latents and no pictures: wanted"
+            "config.data.held_out: its records hold latents and no pictures: expected"
             " config.encode.weights, a released model whose autoencoder decodes them,"
             " or config.eval.real"
         )

@@ -86,7 +86,7 @@ def guarded(path: str) -> dict | None:
     except OSError as error:
         raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
-        wanted = "wanted a benchmark.json that this job wrote"
+        wanted = "expected a benchmark.json that this job wrote"
         raise UserError(f"config.benchmark.guard = {path}: {wanted}") from None
     return baseline
 

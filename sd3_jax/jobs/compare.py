@@ -29,7 +29,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     absent = [x for x in ("torch", "diffusers") if importlib.util.find_spec(x) is None]
     if absent:
         raise UserError(
-            f"compare runs PyTorch beside us, and {absent[0]} is not installed; wanted"
+            f"compare runs PyTorch beside us, and {absent[0]} is not installed;"
+            " expected"
             ' pip install -e ".[torch]"'
         )
     if jax.process_count() > 1:

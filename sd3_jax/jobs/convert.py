@@ -28,7 +28,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
     # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
+        raise UserError(f"config.convert.out = {out}: exists; expected a new path")
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         # Known by what the file holds, before anything is taken for a model.

@@ -65,7 +65,7 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
         raise UserError(
             f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
-            f"weights = {config.weights}; wanted scores of pictures, or no weights"
+            f"weights = {config.weights}; expected scores of pictures, or no weights"
         )
     settings = prompt_file.task(config, "", 0).settings
     bundle = released_sampler.load_for_sampling(config, mesh, [settings])
@@ -137,7 +137,7 @@ def digit_samplers(
     if config.data.name != "digits":
         raise UserError(
             f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
-            f'name = "{config.data.name}"; wanted "digits" there, or other scores'
+            f'name = "{config.data.name}"; expected "digits" there, or other scores'
         )
     # A second sampler, because the number of steps is a shape of the program.
     few = config.copy_and_resolve_references()

@@ -79,7 +79,7 @@ def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]
         return shards.expand(os.fspath(pattern)), set()
     except UserError as error:
         advice = "config.data.records, or the workdir of a precompute job"
-        raise UserError(f"{error}; wanted {advice}") from None
+        raise UserError(f"{error}; expected {advice}") from None
 
 
 # --- what is printed

@@ -138,7 +138,7 @@ def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
         return None
     if not config.encode.weights:
         raise UserError(
-            'config.encode.weights = "": wanted a released model for'
+            'config.encode.weights = "": expected a released model for'
             f" {', '.join(only)}; or --config.precompute.only= for records of pictures"
         )
     return examples.encoder(config, mesh, only, config.encode.form)

@@ -83,7 +83,8 @@ class Study:
         self.variants = dict(map(parse, config.study.variants))
         if not self.variants:
             raise UserError(
-                "config.study.variants = (): wanted some, as in configs/formulations.py"
+                "config.study.variants = (): expected some, as in"
+                " configs/formulations.py"
             )
         self.options = tuple(config.study.sweep) or ("",)
         # A mistake in any run's settings is reported before anything is trained.
@@ -186,6 +187,6 @@ def parse(text: str) -> tuple[str, list[str]]:
     name, colon, settings = text.partition(":")
     if not colon or not name.strip():
         raise ConfigError(
-            f"config.study.variants: {text!r}: wanted NAME: KEY=VALUE KEY=VALUE"
+            f"config.study.variants: {text!r}: expected NAME: KEY=VALUE KEY=VALUE"
         )
     return name.strip(), settings.split()

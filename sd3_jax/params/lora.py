@@ -152,7 +152,9 @@ def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
             targets, [*every, *(part for p, _ in every.values() for part in p)]
         )
         shown = ", ".join(list(every)[:SHOWN]) + (", …" if len(every) > SHOWN else "")
-        hint = f'; did you mean "{match}"?' if match else f"; wanted a part of {shown}"
+        hint = (
+            f'; did you mean "{match}"?' if match else f"; expected a part of {shown}"
+        )
         raise UserError(f'LoRA targets "{targets}" are in no linear map{hint}')
     return dict(every[name] for name in matching)
 
@@ -204,7 +206,7 @@ def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
     if axes is None or axes.shapes(shape, rank) != (a.shape, b.shape):
         wanted = "a linear map" if axes is None else axes.shapes(shape, rank)
         raise ValueError(
-            f"LoRA {name}: a {a.shape}, b {b.shape} for a kernel {shape}: wanted"
+            f"LoRA {name}: a {a.shape}, b {b.shape} for a kernel {shape}: expected"
             f" {wanted}"
         )
     scale = weight * (alpha / rank if alpha else 1.0)

@@ -70,7 +70,7 @@ def load(
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
     if not names:
-        raise UserError("no weights: wanted a file, a folder or a hub name")
+        raise UserError("no weights: expected a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
     source = ",".join(map(os.fspath, names))
     parts, configs = _open_parts(places, only)
@@ -165,7 +165,7 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     """Kinds by component, without those that are ""."""
     if not isinstance(quantize, Mapping):
         raise UserError(
-            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
+            f'quantize {shown(repr(quantize))}: expected {{"denoiser": "int8"}}'
         )
     for name, kind in quantize.items():
         if name not in QUANTIZED:
@@ -177,7 +177,9 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     # "" means "not quantized": recipes list every component.
     kinds = {name: kind for name, kind in quantize.items() if kind}
     if kinds and dtype == "stored":
-        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
+        raise UserError(
+            'quantize: expected no dtype "stored", which leaves all as it is'
+        )
     return kinds
 
 

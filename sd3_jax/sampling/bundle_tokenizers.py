@@ -21,7 +21,7 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
         folder_tokenizers = tokenizers.load(path)
         if other and not folder_tokenizers:
             raise UserError(
-                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
+                f"{path}: no tokenizers: expected a diffusers folder, which has them in"
                 f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
             )
         # The first folder that has a tokenizer wins.
@@ -42,8 +42,8 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
 def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
     """T5's tokenizer from the hub; the UserError says how to give one instead."""
     remedy = (
-        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
-        " name, or None for embeddings alone"
+        "expected tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a"
+        " hub name, or None for embeddings alone"
     )
     rows = config["vocab_size"]
     # Another vocabulary means another tokenizer, which only the caller can know.
@@ -71,5 +71,5 @@ def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
     if isinstance(rows, int) and not rows - spare <= tokens <= rows:
         raise UserError(
             f"{where}: its tokenizer for {name} has {tokens} tokens, the encoder {rows}"
-            " rows: wanted the tokenizer of the same model (config.tokenizers)"
+            " rows: expected the tokenizer of the same model (config.tokenizers)"
         )

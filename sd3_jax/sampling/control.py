@@ -67,7 +67,7 @@ def require_fit(
         kind = "joint" if net.joint else "single-stream (SD3.5-large's)"
         raise UserError(
             f"{where}: a {kind} ControlNet that is not of this denoiser,"
-            f" {components.released_name(theirs)}: {', '.join(wrong)}; wanted a"
+            f" {components.released_name(theirs)}: {', '.join(wrong)}; expected a"
             " ControlNet for the same model"
         )
 
@@ -82,7 +82,9 @@ def controlled(
     """
     counts = sorted({control.net.depth for control in controls})
     if len(counts) > 1:
-        raise ValueError(f"ControlNets of {counts} blocks: wanted equally many in each")
+        raise ValueError(
+            f"ControlNets of {counts} blocks: expected equally many in each"
+        )
 
     def velocity(x, t, cond):
         if not controls:

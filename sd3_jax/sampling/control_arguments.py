@@ -62,7 +62,7 @@ def controls_of(
     depths = [control.net.module.depth for control in controls]
     if len(set(depths)) > 1:
         raise UserError(
-            f"ControlNets of {', '.join(map(str, depths))} layers together: wanted"
+            f"ControlNets of {', '.join(map(str, depths))} layers together: expected"
             " equally many, as their residuals are added up layer by layer"
         )
     return tuple(control.net.module for control in controls), tuple(arrays)
@@ -75,15 +75,15 @@ def _require_control(
         control.net, ControlBundle
     ):
         raise UserError(
-            f"{name}: {type(control).__name__}: wanted ControlInput(net, image), the"
+            f"{name}: {type(control).__name__}: expected ControlInput(net, image), the"
             " net being load_control's"
         )
     for field in ("scale", "start", "stop"):
         argument_checks.number(f"{name}: {field}", getattr(control, field))
     if not 0 <= control.start < control.stop <= 1:
         raise UserError(
-            f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
-            " of the steps, 0 <= start < stop <= 1"
+            f"{name}: from start {control.start} to stop {control.stop}: expected"
+            " shares of the steps, 0 <= start < stop <= 1"
         )
     net, config = control.net.module, control.net.config
     denoiser = bundle.part("denoiser")
@@ -106,7 +106,7 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     if mask is not None and (
         not paints or input_images.are_latents(image, shape[2] + 1)
     ):
-        raise UserError(f"{name}: a mask: wanted none, its hint is whole without")
+        raise UserError(f"{name}: a mask: expected none, its hint is whole without")
     if input_images.are_latents(image, net.hint_channels):
         if control.preprocess is not None:
             raise UserError(
@@ -116,7 +116,7 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
         if hint.shape[1:3] != shape[:2]:
             raise UserError(
                 f"{name}: latents of {hint.shape[1:3]}: the picture's have {shape[:2]};"
-                " wanted the same"
+                " expected the same"
             )
         return hint
     pixels = input_images.pixels(image, f"{name}'s image")
@@ -124,7 +124,7 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     if pixels.shape[1:3] != sides:
         raise UserError(
             f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {sides};"
-            " wanted the same"
+            " expected the same"
         )
     if paints:  # the picture left, and where it is
         return _picture_left(bundle, control, pixels, shape, name)
@@ -132,7 +132,7 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     # make.
     if net.hint_channels != shape[2]:
         raise UserError(
-            f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
+            f"{name}: this ControlNet reads {net.hint_channels} channels: expected"
             " latents"
         )
     shift = 0.0 if net.zero_pooled else None  # as they were trained
@@ -146,7 +146,7 @@ def _picture_left(
     1 where it stays."""
     if control.mask is None:
         raise UserError(
-            f"{name}: this ControlNet repaints: wanted a mask with its image"
+            f"{name}: this ControlNet repaints: expected a mask with its image"
         )
     if control.preprocess not in (None, "plain"):
         raise UserError(
@@ -157,8 +157,8 @@ def _picture_left(
     hidden = pixel_mask(control.mask, shape, bundle.factor) > 0.5
     if len({len(hidden), len(pixels), 1}) > 2:
         raise UserError(
-            f"{name}: {len(hidden)} masks for {len(pixels)} images: wanted as many, or"
-            " one"
+            f"{name}: {len(hidden)} masks for {len(pixels)} images: expected as many,"
+            " or one"
         )
     left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
     # The released net's extra channel is 1 where the picture stays, the opposite of the

@@ -52,7 +52,7 @@ class Encoder:
         self._t5_length = length - prompts.CLIP_LENGTH
         if self._t5_length < 1 and any(bundle.text_models):
             raise UserError(
-                f"config.text.length = {length}: wanted more than CLIP's"
+                f"config.text.length = {length}: expected more than CLIP's"
                 f" {prompts.CLIP_LENGTH}, T5's tokens following them"
             )
         placed = sharding.batch_sharding(bundle.mesh)

@@ -48,7 +48,7 @@ def listed(requested: Any) -> list[tuple[str, float]]:
         known = isinstance(path, str | os.PathLike)
         if not known or isinstance(weight, bool | str):
             raise UserError(
-                f"lora {shown(repr(entry))}: wanted a path, (path, weight) or {{path:"
+                f"lora {shown(repr(entry))}: expected a path, (path, weight) or {{path:"
                 " weight}"
             )
         text = os.fspath(path)
@@ -56,7 +56,7 @@ def listed(requested: Any) -> list[tuple[str, float]]:
     # NaN or infinity would spread to every activation.
     for path, weight in specs:
         if not math.isfinite(weight):
-            raise UserError(f"lora {path}: weight {weight}: wanted a finite number")
+            raise UserError(f"lora {path}: weight {weight}: expected a finite number")
     return specs
 
 

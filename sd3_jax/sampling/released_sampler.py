@@ -90,7 +90,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     for name in ("height", "width"):
         if asked[name] > most:
             raise UserError(
-                f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
+                f"config.image.{name} = {asked[name]}: expected at most {most} of this"
                 " model"
             )
     argument_checks.skip_layers(asked["skip_layers"], denoiser.get("num_layers", 1))

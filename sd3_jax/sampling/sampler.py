@@ -230,6 +230,7 @@ def require_text_encoders(config: ConfigDict) -> None:
     if config.text.name != "bytes" and not config.encode.weights:
         raise UserError(
             f'config.text.name = "{config.text.name}": this recipe reads text that was'
-            " encoded before, and prompts need encoders: wanted config.encode.weights,"
+            " encoded before, and prompts need encoders: expected"
+            " config.encode.weights,"
             ' a released model that has them, or "bytes"'
         )

@@ -59,7 +59,7 @@ class Scheduler:
         # of a pair contradict.
         for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
             if set(pair) <= set(set_options):
-                raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")
+                raise UserError(f"{pair[0]} and {pair[1]} are both given: expected one")
         if self.refused and (
             solver is None or not {"grid", "sigmas"} & set(set_options)
         ):

@@ -45,9 +45,13 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     """
     h, w = image.shape[:2]
     if not fits(message):
-        raise ValueError(f"{message!r}: wanted 1 to {LENGTH} bytes of text that prints")
+        raise ValueError(
+            f"{message!r}: expected 1 to {LENGTH} bytes of text that prints"
+        )
     if min(h, w) < SIDE:
-        raise ValueError(f"{w} x {h} pixels; wanted sides of {SIDE} or more for a mark")
+        raise ValueError(
+            f"{w} x {h} pixels; expected sides of {SIDE} or more for a mark"
+        )
     name = "fine" if min(h, w) >= FINE else "coarse"
     grid, wanted = GRIDS[name], STRENGTH[name]
     signs = 2.0 * _frame(message) - 1  # (FRAME,)

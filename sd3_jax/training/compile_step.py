@@ -58,7 +58,7 @@ def compile_or_explain(lowered) -> Callable:
             raise
         raise UserError(
             f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
-            " wanted a smaller config.data.batch_size, config.optim.accumulate,"
+            " expected a smaller config.data.batch_size, config.optim.accumulate,"
             " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
             f" finds some): {' '.join(str(error).split())[:300]}"
         ) from error

@@ -20,7 +20,7 @@ def grace_seconds() -> float | None:
     if not text:
         return None
     if not text.isdecimal():
-        raise UserError(f"SD3_GRACE_S = {text}: wanted an integer, seconds")
+        raise UserError(f"SD3_GRACE_S = {text}: expected an integer, seconds")
     return float(text)
 
 
@@ -46,8 +46,8 @@ def require_trainable_dtype(config: ConfigDict) -> None:
     """
     if config.model.dtype == "float16":
         raise UserError(
-            'config.model.dtype = "float16": gradients would be rounded to zero; wanted'
-            ' "bfloat16" or "float32" to train (float16 is for sampling alone)'
+            'config.model.dtype = "float16": gradients would be rounded to zero;'
+            ' expected "bfloat16" or "float32" to train (float16 is for sampling alone)'
         )
 
 
@@ -60,7 +60,7 @@ def refuse_cpu_by_accident(params: dict) -> None:
     if platform == "cpu" and size > LARGE and not os.environ.get("JAX_PLATFORMS"):
         raise UserError(
             f"{size / 1e9:.1f} billion parameters, and jax found nothing but CPUs:"
-            " wanted jax[tpu] or jax[cuda12] and their devices, or"
+            " expected jax[tpu] or jax[cuda12] and their devices, or"
             " JAX_PLATFORMS=cpu, to mean it"
         )
 

@@ -98,7 +98,7 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
     kind = config.get("_class_name", "SD3ControlNetModel")
     if kind != "SD3ControlNetModel":
         raise UserError(
-            f"{path}: config.json is of {shown(kind)}; wanted SD3ControlNetModel, a"
+            f"{path}: config.json is of {shown(kind)}; expected SD3ControlNetModel, a"
             " ControlNet of SD3 or SD3.5"
         )
     wanted = ("controlnet_blocks.0.weight", HINT)
@@ -107,7 +107,7 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
     families = (FAMILIES[part] for part in FAMILIES if any(part in k for k in tensors))
     few = ", ".join(list(tensors)[:3])
     raise UserError(
-        f"{path}: {next(families, f'holds {few}, …')}; wanted a ControlNet of SD3 or"
+        f"{path}: {next(families, f'holds {few}, …')}; expected a ControlNet of SD3 or"
         f" SD3.5, which has {wanted[0]} and {wanted[1]}"
     )
 
@@ -137,7 +137,7 @@ def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict
         kind = CONTROL_TYPES[int(kind)]
     if kind not in CONTROL_TYPES:
         raise UserError(
-            f"{path}: control_type {shown(kind)}: wanted 0 (blur), 1 (canny) or 2"
+            f"{path}: control_type {shown(kind)}: expected 0 (blur), 1 (canny) or 2"
             " (depth)"
         )
     return {CONTROL_TYPE: kind}

@@ -151,7 +151,7 @@ def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
 def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
     reason = f"{size.tensor} is {list(shape)}"
     if len(shape) != size.axes:
-        raise UserError(f"{where}: {reason}: wanted {size.axes} axes")
+        raise UserError(f"{where}: {reason}: expected {size.axes} axes")
     value = size.tell(shape)
     if value is None:
         raise UserError(f"{where}: {reason}, which is no {size.field}")
@@ -232,7 +232,7 @@ def _heads(width: int, where: str) -> int:
     if not width or width % HEAD:
         raise UserError(
             f"{where}: {width} wide: a file without a configuration has heads of"
-            f" {HEAD}; wanted a folder with its config.json"
+            f" {HEAD}; expected a folder with its config.json"
         )
     return width // HEAD
 
@@ -314,7 +314,7 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
     if width not in OPENAI:
         raise UserError(
             f"{where}: a vision tower of width {width}: a file alone is read as"
-            " OpenAI's ViT-B or ViT-L; wanted a folder, with its config.json"
+            " OpenAI's ViT-B or ViT-L; expected a folder, with its config.json"
         )
     if PLACES not in x:
         raise UserError(f"{where}: {PLACES} is missing")

@@ -210,12 +210,12 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     if list(tensor.shape) != shape:
         raise UserError(
             f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
-            f" {list(tensor.shape)}, wanted {shape}"
+            f" {list(tensor.shape)}, expected {shape}"
         )
     if tensor.dtype.kind in "biu":
         raise UserError(
             f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is of {tensor.dtype}:"
-            " wanted floats, which a quantized LoRA has not"
+            " expected floats, which a quantized LoRA has not"
         )
     x = tensor.read()
     if not finite(x):

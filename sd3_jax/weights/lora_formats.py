@@ -138,7 +138,7 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
     path = _file(epath.Path(path))
     tensors, metadata = safetensors.open_file(path)
     if not tensors:
-        raise UserError(f"{path}: holds no tensors, wanted lora_A and lora_B")
+        raise UserError(f"{path}: holds no tensors, expected lora_A and lora_B")
     names = {key.removeprefix(WRAPPED): key for key in tensors}
     if len(names) < len(tensors):
         raise UserError(f"{path}: holds names with {WRAPPED} and without")
@@ -182,17 +182,17 @@ def _sides(
         adapters.add(adapter)
     if len(adapters) > 1:
         names = listed(sorted(map(str, adapters)))
-        raise UserError(f"{path}: holds several adapters, {names}; wanted one")
+        raise UserError(f"{path}: holds several adapters, {names}; expected one")
     return sides
 
 
 def _require_pair(path: epath.Path, module: str, pair: Mapping[str, Tensor]) -> None:
     if len(pair) < 2:
-        raise UserError(f"{path}: {module} has lora_{min(pair)} alone, wanted both")
+        raise UserError(f"{path}: {module} has lora_{min(pair)} alone, expected both")
     down, up = pair["A"].shape, pair["B"].shape
     if not len(down) == len(up) >= 2 or down[0] != up[1] or not down[0]:
         raise UserError(
-            f"{path}: {module}: lora_A {list(down)}, lora_B {list(up)}: wanted (rank,"
+            f"{path}: {module}: lora_A {list(down)}, lora_B {list(up)}: expected (rank,"
             " in) and (out, rank)"
         )
 
@@ -220,7 +220,7 @@ def _settings_of(
     if wrapped and METADATA not in metadata:
         if not beside.exists():
             raise UserError(
-                f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
+                f"{path}: expected {PEFT_CONFIG} beside it, where PEFT keeps alpha"
             )
         config = files.read_object(beside)
         usual = {"r": 8, "lora_alpha": 8}  # LoraConfig's defaults
@@ -247,12 +247,12 @@ def _settings(where: str, config: Mapping[str, Any]) -> Settings:
         ("init_lora_weights", initial, initial in INITIAL),
     ):
         if not good:
-            raise UserError(f"{where}: {name} {shown(value)}: wanted a plain LoRA")
+            raise UserError(f"{where}: {name} {shown(value)}: expected a plain LoRA")
     read_here = NEUTRAL | {"bias", "init_lora_weights"}
     for name, value in config.items():
         if value and name not in read_here:
             raise UserError(
-                f"{where}: {shown(name)} {shown(value)}: wanted a plain LoRA, without"
+                f"{where}: {shown(name)} {shown(value)}: expected a plain LoRA, without"
             )
     return Settings(
         where,
@@ -266,7 +266,7 @@ def _settings(where: str, config: Mapping[str, Any]) -> Settings:
 
 def _flag(where: str, name: str, value: Any) -> bool:
     if value not in (None, True, False):
-        raise UserError(f"{where}: {name} {shown(value)}: wanted true or false")
+        raise UserError(f"{where}: {name} {shown(value)}: expected true or false")
     return bool(value)
 
 
@@ -275,7 +275,7 @@ def _number(where: str, name: str, value: Any) -> float | None:
         return None
     if type(value) not in (int, float) or not abs(value) <= LARGEST:  # nor NaN
         raise UserError(
-            f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
+            f"{where}: {name} {shown(value)}: expected a number, {LARGEST:g} at most"
         )
     return float(value)
 
@@ -283,13 +283,13 @@ def _number(where: str, name: str, value: Any) -> float | None:
 def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
     value = {} if value is None else value
     if not isinstance(value, dict) or None in value.values():
-        raise UserError(f"{where}: {name} {shown(value)}: wanted numbers by pattern")
+        raise UserError(f"{where}: {name} {shown(value)}: expected numbers by pattern")
     for pattern in value:
         # A repeated group may make a regular expression run for ever.
         if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
             raise UserError(
-                f"{where}: {name} {shown(pattern)}: wanted a plainer pattern, without a"
-                " group that is repeated"
+                f"{where}: {name} {shown(pattern)}: expected a plainer pattern, without"
+                " a group that is repeated"
             )
     return {k: _number(where, f"{name} {shown(k)}", v) for k, v in value.items()}
 
@@ -303,7 +303,7 @@ def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, f
         if last == "alpha":
             value = tensors[names.pop(name)].read()
             if value.size != 1 or not math.isfinite(float(value.reshape(-1)[0])):
-                raise UserError(f"{path}: {name}: wanted one finite number")
+                raise UserError(f"{path}: {name}: expected one finite number")
             alphas[module] = float(value.reshape(-1)[0])
     return alphas
 
@@ -316,7 +316,7 @@ def _owner(path: epath.Path, tensors: Tensors) -> str:
     for name in tensors:
         if name.startswith(T5):
             raise UserError(
-                f"{path}: {name} is of T5; wanted a LoRA of {', '.join(PREFIXES)}"
+                f"{path}: {name} is of T5; expected a LoRA of {', '.join(PREFIXES)}"
             )
     clip = {name: x for name, x in tensors.items() if name.startswith(CLIP)}
     if not clip:
@@ -348,7 +348,7 @@ def _place(
     """
     for mark, kind in REFUSED.items():
         if mark in key:
-            raise UserError(f"{path}: {key}: {kind}; wanted lora_A and lora_B alone")
+            raise UserError(f"{path}: {key}: {kind}; expected lora_A and lora_B alone")
     prefix, _, name = key.partition(".")
     if owner is not None:
         start = next((KOHYA[x] for x in KOHYA if key.startswith(x)), None)
@@ -373,7 +373,7 @@ def _place(
     match = SIDE.fullmatch(name)
     if match is None:
         raise UserError(
-            f"{path}: {key} is not known; wanted MODULE.lora_A.weight and"
+            f"{path}: {key} is not known; expected MODULE.lora_A.weight and"
             " MODULE.lora_B.weight"
         )
     side = "A" if match[2].endswith(("A", "down")) else "B"

@@ -248,7 +248,7 @@ def read(kind: str, config: Any, where: str = "") -> dict:
     """
     where = where or kind
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: {_json(config)}: wanted a JSON object")
+        raise UserError(f"{where}: {_json(config)}: expected a JSON object")
     table, values = TABLES[kind], dict(config)
     for name, field in table.items():
         if field is None:  # free
@@ -260,10 +260,10 @@ def read(kind: str, config: Any, where: str = "") -> dict:
             # A default may be what is wrong: say that the file does not have it.
             lack = "" if name in config else " (the default of a file without it)"
             raise UserError(
-                f"{where}: {name} = {_json(value)}{lack}: wanted {field.allowed}"
+                f"{where}: {name} = {_json(value)}{lack}: expected {field.allowed}"
             )
     for name, value, wanted in RULES[kind](values):
-        raise UserError(f"{where}: {name} = {_json(value)}: wanted {wanted}")
+        raise UserError(f"{where}: {name} = {_json(value)}: expected {wanted}")
     return values
 
 
@@ -386,7 +386,7 @@ def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> 
             same = said[name] == value
         if not same:
             raise UserError(
-                f"{where}: {name} = {_json(said[name])}: wanted {_json(value)}, for"
+                f"{where}: {name} = {_json(said[name])}: expected {_json(value)}, for"
                 f" {reason}"
             )
 
@@ -419,7 +419,7 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
         if size > most:
             raise UserError(
                 f"{source}: text encoders of another model: both CLIPs' {name} ="
-                f" {size}: wanted at most the denoiser's {most}"
+                f" {size}: expected at most the denoiser's {most}"
             )
     for part, name, wanted in (
         ("t5", "d_model", context),
@@ -428,5 +428,5 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
         if part in configs and configs[part][name] != wanted:
             raise UserError(
                 f"{source}: {part} is of another model: {name} = {configs[part][name]}:"
-                f" wanted the denoiser's {wanted}"
+                f" expected the denoiser's {wanted}"
             )

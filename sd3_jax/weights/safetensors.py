@@ -94,10 +94,10 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     try:
         header = parse_json(text)
         if not isinstance(header, dict):
-            raise ValueError("wanted a JSON object")
+            raise ValueError("expected a JSON object")
         metadata = header.pop("__metadata__", {})
         if not _texts(metadata):
-            raise ValueError("__metadata__: wanted texts by name")
+            raise ValueError("__metadata__: expected texts by name")
         # Before dtypes: a quantized file is told as such, not as an unknown dtype.
         unsupported_formats.refuse_quantized(path, header, metadata)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
@@ -136,19 +136,21 @@ def _tensor(path, key, entry, base) -> Tensor:
     """The Tensor of a header's entry; ValueError for one that cannot be."""
     # Names go into messages and logs: only such as print, and not too long.
     if len(key) > NAME or not key.isprintable():
-        raise ValueError(f'"{shown(key)}": wanted a name of {NAME} that print')
+        raise ValueError(f'"{shown(key)}": expected a name of {NAME} that print')
     if not isinstance(entry, dict):
-        raise ValueError(f"{key}: wanted its dtype, shape and data_offsets")
+        raise ValueError(f"{key}: expected its dtype, shape and data_offsets")
     name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
     if name in unsupported_formats.DTYPES:
         wanted = ", ".join(DTYPES)
-        raise UserError(f"{path}: {key} is of {name}: wanted tensors of {wanted}")
+        raise UserError(f"{path}: {key} is of {name}: expected tensors of {wanted}")
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"{key}: dtype {shown(name)}, wanted {', '.join(DTYPES)}")
+        raise ValueError(f"{key}: dtype {shown(name)}, expected {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > AXES or not _addressable(shape):
-        raise ValueError(f"{key}: shape {shown(shape)}, wanted {AXES} sizes at most")
+        raise ValueError(f"{key}: shape {shown(shape)}, expected {AXES} sizes at most")
     if not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{key}: data_offsets {shown(offsets)}, wanted start and end")
+        raise ValueError(
+            f"{key}: data_offsets {shown(offsets)}, expected start and end"
+        )
     start, end = offsets
     tensor = Tensor(path, np.dtype(DTYPES[name]), tuple(shape), base + start)
     if end - start != tensor.size:
@@ -200,7 +202,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     if indexes:
         return _open_indexed(folder, indexes[0])
     if whole:
-        raise UserError(f"{folder}: holds {listed(whole)}: wanted one; name the file")
+        raise UserError(f"{folder}: holds {listed(whole)}: expected one; name the file")
     return open_shards(folder, [name for name in names if _is_weights(name)])
 
 
@@ -217,7 +219,7 @@ def only_file(folder: epath.Path, wanted: str, hint: str = "") -> epath.Path:
     elif not hint:
         unsupported_formats.refuse_pickles(folder)
     raise UserError(
-        f"{folder}: wanted {wanted} or one .safetensors file; it has {len(names)} of"
+        f"{folder}: expected {wanted} or one .safetensors file; it has {len(names)} of"
         f" those{hint}"
     )
 
@@ -256,7 +258,7 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
     """
     numbers = {name: tuple(map(int, SHARDED.search(name).groups())) for name in names}
     if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
-        raise UserError(f"{folder}: holds shards of {len(sets)} files: wanted one's")
+        raise UserError(f"{folder}: holds shards of {len(sets)} files: expected one's")
     ((stem, count),) = sets
     present = {number for number, _ in numbers.values()}
     first = 0 if 0 in present else 1  # some tools count from 0
@@ -281,7 +283,7 @@ def _weight_map(path: epath.Path) -> dict[str, str]:
     try:
         where = parse_json(files.read_bytes(path))["weight_map"]
         if not _texts(where):
-            raise ValueError("weight_map: wanted files by tensor")
+            raise ValueError("weight_map: expected files by tensor")
         # An index from elsewhere must not name files outside its folder.
         if any(not _neighbour(name) for name in where.values()):
             raise ValueError("names a file outside its folder")

@@ -137,13 +137,13 @@ def split(
     unknown = [key for key in unplaced if not _is_unread(key, parts, unread)]
     if not parts:
         raise UserError(
-            f"{path}: not a model of this family; it holds {listed(unknown)}; wanted"
+            f"{path}: not a model of this family; it holds {listed(unknown)}; expected"
             f" names that begin with {', '.join(_usual())}"
         )
     if unknown:
         raise UserError(
             f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
-            f" wanted names that begin with {', '.join(_usual())}"
+            f" expected names that begin with {', '.join(_usual())}"
         )
     # Not in silence: the log lists what was left out, and why.
     for reason, keys in unread.items():
@@ -186,7 +186,7 @@ def _clips_by_width(
         if WIDTHS.get(width, name) != name:
             raise UserError(
                 f"{path}: {name} is {width} wide, which is {WIDTHS[width]}'s width:"
-                f" wanted its tensors below text_encoders.{WIDTHS[width]}."
+                f" expected its tensors below text_encoders.{WIDTHS[width]}."
             )
     alone = groups.pop("clip", {})  # without a prefix
     # Nothing but what CLIP's files hold beside the text tower.
@@ -201,8 +201,8 @@ def _clips_by_width(
         )
     if width not in WIDTHS:
         raise UserError(
-            f"{path}: a CLIP of width {width}: wanted 768 (CLIP-L) or 1280 (CLIP-G), or"
-            " names that begin with text_encoders.clip_l. or text_encoders.clip_g."
+            f"{path}: a CLIP of width {width}: expected 768 (CLIP-L) or 1280 (CLIP-G),"
+            " or names that begin with text_encoders.clip_l. or text_encoders.clip_g."
         )
     name = WIDTHS[width]
     if twice := groups.get(name, {}).keys() & alone.keys():

@@ -93,11 +93,11 @@ def locate(
     """
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
-            f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
+            f'{label} "{shown(source)}": expected a file, a folder or a hub name'
         )
     source = os.fspath(source)
     if not source.isprintable() or len(source) > 4096:  # as long as Linux' paths
-        raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
+        raise UserError(f'{label} "{shown(source)}": expected a name that prints')
     _check_scheme(source, label)
     # What exists counts before what the hub may have by the same name.
     if existing := _existing(source):
@@ -128,7 +128,7 @@ def resolve(
     """The path of `locate`; UserError for a variant, where there are none."""
     path, variant = locate(source, wanted, unwanted=UNWANTED, label=label)
     if variant:
-        raise UserError(f'{label} "{source}": wanted no variant (":{variant}") of it')
+        raise UserError(f'{label} "{source}": expected no variant (":{variant}") of it')
     return path
 
 
@@ -144,7 +144,7 @@ def _check_scheme(source: str, label: str) -> None:
             ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
         )
     raise UserError(
-        f'{label} "{source}": wanted a path, or one that begins with'
+        f'{label} "{source}": expected a path, or one that begins with'
         f" {', '.join(source_names.BUCKETS)}"
     )
 
@@ -189,7 +189,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
 
 def _no_variant(path: epath.Path, variant: str) -> None:
     if variant:
-        raise UserError(f"{path}: has no variants: wanted it without :{variant}")
+        raise UserError(f"{path}: has no variants: expected it without :{variant}")
 
 
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
@@ -245,7 +245,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         variants |= safetensors.variants(folder)
         components[name] = _from_folder(component, folder, variant)
     if "unet" in entries:  # Stable Diffusion 1, 2 or XL
-        raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+        raise UserError(f"{file}: is of a U-Net: expected Stable Diffusion 3 or 3.5")
     # --- report what is listed and not loaded
     known = {"scheduler", *tokenizers.FOLDERS.values()}
     known |= {component.folder for component in COMPONENTS.values()}
@@ -275,7 +275,7 @@ def _entries(file: epath.Path) -> dict[str, list]:
             entries[key] = value
         elif key in parts and value not in (None, [None, None]):
             raise UserError(
-                f"{file}: {key} {shown(value)}: wanted [library, class], or [null,"
+                f"{file}: {key} {shown(value)}: expected [library, class], or [null,"
                 " null] for a part that is left out"
             )
     return entries
@@ -285,7 +285,9 @@ def _other(kind: str, name: str = "") -> str:
     """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
     meaning = unsupported_formats.CLASSES.get(kind)
-    return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
+    return (
+        f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: expected {wanted}"
+    )
 
 
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:

@@ -132,7 +132,7 @@ def test_a_constant_rate_has_no_end(caplog):
 
 
 @pytest.mark.parametrize(
-    "size, next_batch, wanted",
+    "size, next_batch, expected",
     [(8, None, 0), (16, None, 15 - 30), (4, None, 60 - 30), (7, None, 35 - 30),
      (8, 35, 5), (16, 35, 18 - 30)],
 )  # fmt: skip
@@ -251,7 +251,7 @@ def test_cpus_by_accident_are_refused(monkeypatch):
 def test_prompts_that_cannot_be_painted_are_told_at_the_start(tmp_path, capsys):
     flags = ["--config.train.prompts=a fox", "--config.train.sample_every=1"]
     assert main.main(["train", TINY, f"--workdir={tmp_path}", *flags]) == 2
-    assert "wanted config.encode.weights" in capsys.readouterr().err
+    assert "expected config.encode.weights" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
 
 

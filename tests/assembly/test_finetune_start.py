@@ -192,8 +192,8 @@ def test_plan_knows_no_fine_tuning(tmp_path, capsys):
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"model.depth": 3}, "config.model.depth = 3; wanted --config.model.depth=4"),
-        ({"tune.base": ""}, 'config.tune.method = "lora": wanted config.tune.base'),
+        ({"model.depth": 3}, "config.model.depth = 3; expected --config.model.depth=4"),
+        ({"tune.base": ""}, 'config.tune.method = "lora": expected config.tune.base'),
         ({"tune.base": "nowhere/at/all"}, "config.tune.base: "),
         ({"tune.targets": "atn"}, 'did you mean "attn"'),
         ({"tune.lora": "nowhere/at/all.safetensors"}, "config.tune.lora = nowhere"),
@@ -209,7 +209,7 @@ def test_a_base_that_does_not_fit_is_told_of(flags, words, released, tmp_path, c
     [
         (
             {"tune.rank": 8},
-            "rank 16, and config.tune.rank = 8: wanted --config.tune.rank=16",
+            "rank 16, and config.tune.rank = 8: expected --config.tune.rank=16",
         ),
         ({"tune.targets": "mlp"}, 'not among config.tune.targets = "mlp"'),
     ],

@@ -176,7 +176,7 @@ def test_mismatch_names_the_leaves(saved):
     assert "1 missing, 2 extra, 1 of another dtype or shape" in message
     assert "params/new is missing" in message
     assert "params/block/bias is not known" in message
-    assert "params/head/kernel is float32[16, 24], wanted bfloat16[16, 24]" in message
+    assert "params/head/kernel is float32[16, 24], expected bfloat16[16, 24]" in message
 
 
 def test_mismatch_is_one_line_of_at_most_ten_names(saved):
@@ -184,7 +184,7 @@ def test_mismatch_is_one_line_of_at_most_ten_names(saved):
         Checkpoints(saved, **POLICY).restore(abstract_state(width=32))
     message = str(error.value)
     assert "0 missing, 0 extra, 12 of another dtype or shape" in message
-    assert message.count("wanted") == 10 and "\n" not in message
+    assert message.count("expected") == 10 and "\n" not in message
 
 
 def test_weights_are_compared_too(saved):

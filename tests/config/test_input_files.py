@@ -53,8 +53,8 @@ def test_what_may_be_there(here, job, values):
     [
         ("sample", "weights", "WRONG", f"config.weights = WRONG: {NONE}"),
         ("sample", "weights", "/no/such", NONE),
-        ("train", "weights", "models", "train does not read it: wanted config.tune"),
-        ("precompute", "weights", "models", "wanted config.encode.weights"),
+        ("train", "weights", "models", "train does not read it: expected config.tune"),
+        ("precompute", "weights", "models", "expected config.encode.weights"),
         ("sample", "weights", "./no/such", NONE),
         ("sample", "weights", "~/no/such/folder", NONE),
         ("sample", "weights", "models/sd3.safetensors", NONE),
@@ -66,7 +66,7 @@ def test_what_may_be_there(here, job, values):
         ("sample", "weights", "models,WRONG", f'"WRONG": {NONE}'),
         ("sample", "weights", "models,", f'"": {NONE}'),
         ("sample", "weights", "https://example.org/a/b", "a link, which is not down"),
-        ("compare", "weights", "ftp://x/y", "wanted a path, or a hub name such as"),
+        ("compare", "weights", "ftp://x/y", "expected a path, or a hub name such as"),
         ("convert", "weights", "WRONG", NONE),
         ("evaluate", "weights", "WRONG", NONE),
         ("inspect", "weights", "WRONG", NONE),
@@ -107,7 +107,7 @@ def test_jax_is_not_imported_to_say_so(tmp_path, flag):
 
 
 @pytest.mark.parametrize(
-    "values, wanted",
+    "values, expected",
     [
         ({"workdir": "gs://b/run"}, "--workdir=gs://b/run: gs:// paths need gcsfs"),
         ({"config.data.records": ("a", "s3://b/x")}, "s3:// paths need s3fs"),

@@ -255,14 +255,14 @@ def test_names_of_a_bucketed_step(folder):
 
 def test_a_shard_of_no_bucket(folder):
     shapes = {name: x for name, x in SHAPES.items() if name != "24x24"}
-    with pytest.raises(UserError, match="is of no bucket: wanted 8x8, 16x16"):
+    with pytest.raises(UserError, match="is of no bucket: expected 8x8, 16x16"):
         bucketed(folder, named=False, shapes=shapes)
 
 
 def test_a_name_that_lies_is_found_out(folder):
     path = write(folder / "d" / "train-0-8x8.arecord", range(5), side=2)
     with pytest.raises(
-        BadRecord, match=r"latents: shape \(2, 2, 4\), wanted \(1, 1, 4"
+        BadRecord, match=r"latents: shape \(2, 2, 4\), expected \(1, 1, 4"
     ):
         Records([path], shapes=SHAPES, batch_size=5).batch(np.arange(5))
 
@@ -372,12 +372,12 @@ def test_the_same_shard_twice(folder, monkeypatch):
     [
         ((1,), "one for each of 2 paths"),
         ((1, 2, 3), "one for each of 2 paths"),
-        ((0, 0), "wanted finite numbers > 0"),
-        ((1, 0.0), "wanted finite numbers > 0"),
-        ((1, -0.5), "wanted finite numbers > 0"),
-        ((1, float("nan")), "wanted finite numbers > 0"),
-        ((1, float("inf")), "wanted finite numbers > 0"),
-        ((1, 1e-310), "wanted none over 1e+06 times another"),
+        ((0, 0), "expected finite numbers > 0"),
+        ((1, 0.0), "expected finite numbers > 0"),
+        ((1, -0.5), "expected finite numbers > 0"),
+        ((1, float("nan")), "expected finite numbers > 0"),
+        ((1, float("inf")), "expected finite numbers > 0"),
+        ((1, 1e-310), "expected none over 1e+06 times another"),
     ],
 )
 def test_weights_that_are_none(folder, weights, words):
@@ -495,7 +495,7 @@ def test_a_bad_record_is_replaced_within_its_set(tmp_path):
 def test_every_record_has_the_shape_of_the_first(tmp_path):
     paths = [write(tmp_path / "a.arecord", range(4))]
     paths.append(write(tmp_path / "b.arecord", range(4), side=3))
-    words = r"b.arecord:\d: latents: shape \(3, 3, 4\), wanted \(2, 2, 4\)"
+    words = r"b.arecord:\d: latents: shape \(3, 3, 4\), expected \(2, 2, 4\)"
     with pytest.raises(BadRecord, match=words):
         Records(paths).batch(np.arange(8))
     drawn = numbers(Records(paths, bad_records=0.5).batch(np.arange(8)))

@@ -151,16 +151,19 @@ REFUSED = {
     "tiff": (encoded(plain(), "tiff"), "of a kind other than"),
     "postscript": (encoded(plain(), "eps"), "of a kind other than"),
     "half a jpeg": (jpeg[: len(jpeg) // 2], "truncated"),
-    "a jpeg's header": (jpeg[:200], "wanted a whole JPEG"),
-    "half a png": (encoded(Image.fromarray(noise()))[:5000], "wanted a whole"),
-    "a png without pixels": (png(32, 32), "wanted a whole"),
-    "half a webp": (encoded(Image.fromarray(noise()), "webp")[:2000], "wanted a whole"),
-    "a bomb": (png(8193, 8192), "8193 x 8192 pixels; wanted"),
+    "a jpeg's header": (jpeg[:200], "expected a whole JPEG"),
+    "half a png": (encoded(Image.fromarray(noise()))[:5000], "expected a whole"),
+    "a png without pixels": (png(32, 32), "expected a whole"),
+    "half a webp": (
+        encoded(Image.fromarray(noise()), "webp")[:2000],
+        "expected a whole",
+    ),
+    "a bomb": (png(8193, 8192), "8193 x 8192 pixels; expected"),
     "a bomb that Pillow warns of": (png(10_000, 10_000), "pixels"),
     "a bomb that Pillow refuses": (png(100_000, 100_000), "pixels"),
     "no pixels": (png(0, 32), "wanted"),
-    "one pixel": (encoded(plain(size=(1, 1))), "1 x 1 pixels; wanted sides of 16"),
-    "a line": (encoded(plain(size=(16, 129))), "16 x 129 pixels; wanted sides"),
+    "one pixel": (encoded(plain(size=(1, 1))), "1 x 1 pixels; expected sides of 16"),
+    "a line": (encoded(plain(size=(16, 129))), "16 x 129 pixels; expected sides"),
     "an animated png": (animated("png"), "animated, 3 frames"),
     "an animated webp": (animated("webp"), "animated, 3 frames"),
     "a thousand scans": (scans(1000), "a JPEG of 10"),
@@ -202,7 +205,7 @@ def test_a_path_that_is_not_there(tmp_path):
 
 def test_a_file_of_too_many_bytes(monkeypatch):
     monkeypatch.setattr(images, "BYTES", 99)
-    with pytest.raises(BadImage, match="100 bytes; wanted at most 99"):
+    with pytest.raises(BadImage, match="100 bytes; expected at most 99"):
         images.read(bytes(100))
 
 

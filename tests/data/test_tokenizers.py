@@ -188,7 +188,7 @@ def test_those_that_are_given_come_first(tmp_path):
         )
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        UserError, match="empty: no tokenizers: wanted a diffusers fold"
+        UserError, match="empty: no tokenizers: expected a diffusers fold"
     ):
         bundle_tokenizers.tokenizers_of([tmp_path], str(tmp_path / "empty"), RELEASED)
 
@@ -327,7 +327,7 @@ def test_a_folder_without_its_main_file(whole, tmp_path):
     settings = tmp_path / T5 / "tokenizer_config.json"
     settings.write_bytes((whole / T5 / settings.name).read_bytes())
     with pytest.raises(
-        UserError, match=f"{tmp_path / T5}: no tokenizer: wanted tokeni"
+        UserError, match=f"{tmp_path / T5}: no tokenizer: expected tokeni"
     ):
         tokenizers.load(tmp_path)
     (tmp_path / CLIP).mkdir()

@@ -99,7 +99,7 @@ def test_a_port_in_use_is_one_line(monkeypatch):
             main.join_processes()
     main.refuse_port_in_use(main.described_peers())  # free again
     monkeypatch.setenv("SD3_COORDINATOR", "127.0.0.1:65536")
-    with pytest.raises(UserError, match="wanted host:port"):
+    with pytest.raises(UserError, match="expected host:port"):
         main.join_processes()
 
 

@@ -99,7 +99,7 @@ def test_all_measures_and_again_from_kept_statistics(tmp_path, given, capsys, ca
     assert code == 0 and others == {k: found[k] for k in list(found)[1:]}
     other = again | {"eval.features": "features_by_me:mean"}
     assert evaluate(tmp_path, other)[0] == 2
-    assert "extractor: clip, wanted features_by_me:mean" in capsys.readouterr().err
+    assert "extractor: clip, expected features_by_me:mean" in capsys.readouterr().err
 
 
 def test_features_of_the_users_own(tmp_path, given):
@@ -121,19 +121,25 @@ def test_features_of_the_users_own(tmp_path, given):
     [
         (
             {"eval.clip": ""},
-            'config.eval.clip = "": wanted CLIP\'s weights for clip_sc',
+            'config.eval.clip = "": expected CLIP\'s weights for clip_sc',
         ),
         ({"eval.clip": "no/such.safetensors"}, "config.eval.clip: weights"),
-        ({"eval.features": "clp"}, 'config.eval.features = "clp": wanted clip, pixels'),
+        (
+            {"eval.features": "clp"},
+            'config.eval.features = "clp": expected clip, pixels',
+        ),
         ({"eval.features": "features_by_me:men"}, 'did you mean "mean"?'),
         ({"eval.features": "no/inception.pt"}, "no/inception.pt: no such file"),
         ({"eval.features": "pixels"}, "12288 numbers a picture, and FID"),
         ({"eval.real": "no/such"}, "config.eval.real: no/such"),
         ({"eval.real": "no/such.npz"}, "no/such.npz: cannot be read"),
-        ({"eval.real": "a.npz,b"}, "wanted one .npz of statistics, or pictures"),
-        ({"eval.statistics": "real"}, "wanted a path that ends with .npz"),
+        ({"eval.real": "a.npz,b"}, "expected one .npz of statistics, or pictures"),
+        ({"eval.statistics": "real"}, "expected a path that ends with .npz"),
         ({"eval.prompts_file": "no/such"}, "config.eval.prompts_file = no/such: no s"),
-        ({"eval.prompts_file": ""}, "wanted config.eval.prompts_file, and config.eval"),
+        (
+            {"eval.prompts_file": ""},
+            "expected config.eval.prompts_file, and config.eval",
+        ),
         ({"eval.statistics": "a.npz", "eval.scores": "clip_score"}, "are made for fid"),
         ({"eval.scores": "digits"}, '"digits" is of a trained run'),
     ],
@@ -181,7 +187,7 @@ def test_held_out_records_give_their_pictures_or_what_decodes_to_them(tmp_path):
         if name == "image":
             np.testing.assert_array_equal(found, image[numbers])
     c.eval.pictures = 6
-    with pytest.raises(UserError, match="wanted at most 5"):
+    with pytest.raises(UserError, match="expected at most 5"):
         reference_images.captions(c)
 
 

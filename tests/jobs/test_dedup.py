@@ -93,5 +93,5 @@ def test_no_picture_that_can_be_read(tmp_path):
 
 
 def test_what_is_no_embedding(folder, tmp_path):
-    with pytest.raises(UserError, match='config.dedup.embed = "sscd": wanted "hash"'):
+    with pytest.raises(UserError, match='config.dedup.embed = "sscd": expected "hash"'):
         dedup.run(config(folder, embed="sscd"), tmp_path)

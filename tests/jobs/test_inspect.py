@@ -151,7 +151,9 @@ def test_shards_are_those_of_the_recipe(workdir, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "30 records in 2 shards" in out and "held out: 10 of them" in out
     assert str(workdir) in page(other)
-    with pytest.raises(UserError, match="matches no file; wanted config.data.records"):
+    with pytest.raises(
+        UserError, match="matches no file; expected config.data.records"
+    ):
         run(tmp_path / "nothing")
     assert run(tmp_path / "bad", f"--config.data.records={tmp_path}/absent") == 1
     assert "absent: cannot be read" in capsys.readouterr().out

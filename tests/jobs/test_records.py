@@ -114,7 +114,7 @@ def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "flags, size, wanted",
+    "flags, size, expected",
     [
         (["batch_size=2", "examples=5"], 2, 4),  # whole batches
         (["batch_size=16", "examples=5"], 16, 5),  # one, of which some repeat
@@ -133,7 +133,7 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
     [
         (
             dict(records=""),
-            "config.data.weights = (3, 1): wanted none, or one for each",
+            "config.data.weights = (3, 1): expected none, or one for each",
         ),
         (dict(records="", weights="()"), "config.data.records: no paths"),
         (dict(records="x*", weights="()"), "config.data.records: x*: matches no file"),
@@ -141,16 +141,16 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
             dict(records="{}/a-*d,{}/a-1.arecord"),
             "a-1.arecord: the same shard is liste",
         ),
-        (dict(records="('a', 7)"), "wanted paths of shards, or globs of them"),
+        (dict(records="('a', 7)"), "expected paths of shards, or globs of them"),
         (
             dict(weights="3,0"),
-            "config.data.weights = (3, 0): wanted numbers in (0, 1e+09]",
+            "config.data.weights = (3, 0): expected numbers in (0, 1e+09]",
         ),
         (dict(weights="3"), "which are 2"),
-        (dict(weights="-1,-2"), "wanted numbers in (0, 1e+09]"),
+        (dict(weights="-1,-2"), "expected numbers in (0, 1e+09]"),
         (
             dict(held_out="()"),
-            "config.data.held_out = (): wanted shards for validation",
+            "config.data.held_out = (): expected shards for validation",
         ),
         (
             dict(held_out="{}/b.arecord,{}/held-out.arecord"),
@@ -158,13 +158,13 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
         ),
         (
             dict(held_out="{}/*0.arecord"),
-            "7 records, wanted at least 16 for validation",
+            "7 records, expected at least 16 for validation",
         ),
         (
             dict(bad_records=1.0),
-            "config.data.bad_records = 1.0: wanted a number in [0,",
+            "config.data.bad_records = 1.0: expected a number in [0,",
         ),
-        (dict(bad_records="nan"), "wanted a number in [0, 1)"),
+        (dict(bad_records="nan"), "expected a number in [0, 1)"),
         (dict(name="recods"), 'config.data.name = "recods"; did you mean "records"?'),
     ],
     ids=str,

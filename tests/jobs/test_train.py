@@ -243,7 +243,7 @@ def test_a_mesh_that_does_not_fit_is_explained():
     with pytest.raises(UserError, match="3 does not divide 8"):
         sharding.make_mesh(data=3)
     mesh = sharding.make_mesh(data=2)
-    with pytest.raises(UserError, match="wanted a multiple of data x fsdp = 8"):
+    with pytest.raises(UserError, match="expected a multiple of data x fsdp = 8"):
         sharding.local_rows(mesh, 12)
 
 

@@ -256,7 +256,7 @@ def test_over_a_mesh_it_is_the_same_with_its_gradient(sizes):
     "targets, said",
     [
         ("attm", 'LoRA targets "attm" are in no linear map; did you mean "attn"?'),
-        ("zzz", "wanted a part of blocks/image/adaln/linear"),
+        ("zzz", "expected a part of blocks/image/adaln/linear"),
         ("to_(q", "no regex"),
     ],
 )

@@ -294,7 +294,7 @@ def test_a_wrong_field_is_named_in_one_line(kind, name, value):
     message = str(error.value)
     named = f"x/config.json: {name} = ", f"x/config.json: {PARTNERS.get(name)} = "
     assert message.startswith(named), message
-    assert "wanted" in message and message.isprintable() and len(message) < 300
+    assert "expected" in message and message.isprintable() and len(message) < 300
     assert exit_code(error.value) == MISTAKE
 
 
@@ -314,7 +314,9 @@ def test_a_configuration_that_is_none(config):
 
 
 def test_what_a_file_lacks_is_told():
-    words = r"use_quant_conv = true \(the default of a file without it\): wanted false"
+    words = (
+        r"use_quant_conv = true \(the default of a file without it\): expected false"
+    )
     with pytest.raises(UserError, match=words):
         published_configs.read(
             "vae", {k: v for k, v in VAE.items() if k != "use_quant_conv"}
@@ -336,7 +338,7 @@ def test_old_files_of_a_whole_clip(monkeypatch):
     for name in "hidden_size", "num_attention_heads", "num_hidden_layers":
         assert ours["text"][name] == getattr(theirs.text_config, name)
         assert ours["vision"][name] == getattr(theirs.vision_config, name)
-    with pytest.raises(UserError, match=r"vision_config: \[\]: wanted a JSON object"):
+    with pytest.raises(UserError, match=r"vision_config: \[\]: expected a JSON object"):
         clip_keys.towers({"vision_config": []})
 
 
@@ -435,7 +437,7 @@ def test_a_configuration_that_lies_of_its_tensors(kind, name, value, layout):
     with pytest.raises(UserError) as error:
         components.configured(PARTS[kind], config, tensors(kind, layout), layout, "a")
     message = str(error.value)
-    assert message.startswith("a: ") and name in message.split(": wanted")[0], message
+    assert message.startswith("a: ") and name in message.split(": expected")[0], message
     assert ", for " in message and message.isprintable()
 
 
@@ -489,8 +491,8 @@ def entries(x):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"num_layers": 10**9}, "num_layers = 1000000000: wanted a whole number"),
-        ({"num_layers": 900}, "num_layers = 900: wanted 3, for the file has trans"),
+        ({"num_layers": 10**9}, "num_layers = 1000000000: expected a whole number"),
+        ({"num_layers": 900}, "num_layers = 900: expected 3, for the file has trans"),
         ({"joint_attention_dim": 10**30}, "joint_attention_dim = 1000"),
         ({"_class_name": "PixArtTransformer2DModel"}, "_class_name"),
     ],

@@ -114,7 +114,7 @@ LIES = {
     ),
     "three offsets": (file(one(data_offsets=[0, 4, 8]), bytes(8)), "start and end"),
     "a dtype that is a list": (file(one(dtype=["F32"]), bytes(8)), "dtype ['F32']"),
-    "no entry": (file({"w": 3}), "w: wanted its dtype"),
+    "no entry": (file({"w": 3}), "w: expected its dtype"),
     "a name twice": (
         file(b'{"w":%s,"w":%s}' % (2 * (json.dumps(one()["w"]).encode(),)), bytes(8)),
         '"w" stands twice',
@@ -128,13 +128,13 @@ LIES = {
     "an endless number": (file(b'{"w": %s}' % (b"9" * 5000)), "its header"),
     "another encoding": (file("{}".encode("utf-16")), "its header"),
     "bytes that are no text": (file(b'{"\xff": 1}'), "its header"),
-    "a name with a line": (file({"a\nb": one()["w"]}, bytes(8)), '"a\\nb": wanted'),
-    "a name with a NUL": (file({"a\0b": one()["w"]}, bytes(8)), '"a\\x00b": wanted'),
-    "half a character": (file(b'{"\\ud800": 1}'), '"\\ud800": wanted'),
+    "a name with a line": (file({"a\nb": one()["w"]}, bytes(8)), '"a\\nb": expected'),
+    "a name with a NUL": (file({"a\0b": one()["w"]}, bytes(8)), '"a\\x00b": expected'),
+    "half a character": (file(b'{"\\ud800": 1}'), '"\\ud800": expected'),
     "a name turned round": (file({"a\u202e": one()["w"]}, bytes(8)), '"a\\u202e"'),
     "a name of a page": (file({600 * "a": one()["w"]}, bytes(8)), "a name of 512"),
-    "metadata in numbers": (file({"__metadata__": {"a": 1}}), "__metadata__: wanted"),
-    "metadata in a list": (file({"__metadata__": []}), "__metadata__: wanted"),
+    "metadata in numbers": (file({"__metadata__": {"a": 1}}), "__metadata__: expected"),
+    "metadata in a list": (file({"__metadata__": []}), "__metadata__: expected"),
     "a header of 17 MB": (file(b"{}".ljust(17 * 2**20)), "a header of 17"),
     "a zip": (b"PK\x03\x04" + bytes(100), "is a zip archive: unpack it"),
     "a pickle": (b"\x80\x02}q\x00." + bytes(100), "is a pickle"),
@@ -323,7 +323,7 @@ def test_a_second_save_leaves_nothing_of_the_first(tmp_path, stem, sizes):
 
 
 @pytest.mark.parametrize(
-    "stem, wanted", [("model", "whole"), ("diffusion_pytorch_model", "shards")]
+    "stem, expected", [("model", "whole"), ("diffusion_pytorch_model", "shards")]
 )
 def test_of_a_whole_file_and_shards_each_library_has_its_own(tmp_path, stem, wanted):
     """diffusers asks for the index first, transformers for the whole file."""

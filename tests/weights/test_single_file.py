@@ -327,7 +327,9 @@ def test_the_width_says_which_clip_it_is_not_the_files_name(name, tmp_path):
 
 def test_a_clip_of_another_width_is_asked_for_its_prefix():
     told = refused(tensors_of("clip_g"))
-    assert "a CLIP of width 64: wanted 768 (CLIP-L) or 1280 (CLIP-G), or names" in told
+    assert (
+        "a CLIP of width 64: expected 768 (CLIP-L) or 1280 (CLIP-G), or names" in told
+    )
     file = {f"clip_g.{key}": x for key, x in tensors_of("clip_g").items()}
     assert list(planned(file)) == ["clip_g"]
 
@@ -369,14 +371,14 @@ def test_integers_are_no_weights(published):
     for dtype in ("int8", "uint8", "int32", "bool"):
         file = published | {key: published[key]._replace(dtype=np.dtype(dtype))}
         told = refused(file)
-        assert f"x_block.attn.qkv.weight is of {dtype}, wanted floats" in told
+        assert f"x_block.attn.qkv.weight is of {dtype}, expected floats" in told
     assert planned(published | {L + "position_ids": tensor(7, dtype="int64")})
 
 
 OTHERS = {
     "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": "a LoRA: name it",
     "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA: name it",
-    "controlnet_blocks.0.weight": "a ControlNet: wanted sd3_jax.load_control",
+    "controlnet_blocks.0.weight": "a ControlNet: expected sd3_jax.load_control",
     "decoder.layers.3.conv.0.weight": "TAESD, an autoencoder for previews",
     "encoder.layers.0.weight": "TAESD, an autoencoder for previews",
     "3.conv.0.weight": "TAESD, an autoencoder for previews",

@@ -44,7 +44,7 @@ def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
         name = name.strip()
         if not name or not _positive(weight):
             raise UserError(
-                f"{shown(spec) or '(nothing)'}: no caption; wanted {WANTED}"
+                f"{shown(spec) or '(nothing)'}: no caption; expected {WANTED}"
             )
         if name in by_name:
             raise UserError(f"{shown(spec)}: the caption {shown(name)} is listed twice")

@@ -58,7 +58,7 @@ def refuse(
         if value is None:
             return Refusal(rule.spec, f"no {rule.name}")
         if not PASSES[rule.op](value, rule.bound):
-            bound = f"wanted {rule.op} {rule.bound:.15g}"
+            bound = f"expected {rule.op} {rule.bound:.15g}"
             return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {bound}")
     return None
 
@@ -67,7 +67,7 @@ def _parse(spec: str) -> Filter:
     match = SPEC.fullmatch(spec)
     bound = _finite(match[3]) if match else None
     if bound is None:
-        raise UserError(f"{shown(spec) or '(nothing)'}: no filter; wanted {WANTED}")
+        raise UserError(f"{shown(spec) or '(nothing)'}: no filter; expected {WANTED}")
     # A colon tells a function from a column: "package.module:function".
     name = match[1]
     function = hooks.load(name) if ":" in name else None

@@ -39,7 +39,7 @@ UNFIT = {
     OTHER: "cannot be read: not a file, or a link to none",
 }
 NOT_READ = {
-    "metadata.parquet": "a metadata.parquet, which is not read; wanted metadata.jsonl"
+    "metadata.parquet": "a metadata.parquet, which is not read; expected metadata.jsonl"
 }
 
 
@@ -85,7 +85,7 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
                 break
     if not pictures:
         raise UserError(
-            f"{path}: no picture in it, wanted {', '.join(PICTURES)} by their names;"
+            f"{path}: no picture in it, expected {', '.join(PICTURES)} by their names;"
             f" for tars or parquet files, a glob as {listing.join(path, '*.tar')}"
         )
     if open_part.spans:

@@ -29,10 +29,10 @@ def plan(inputs: Sequence[str], *, size: int = 4096) -> list[Part]:
     more; a tar is one part. UserError if an input is missing, unknown or listed twice.
     """
     if size < 1:
-        raise UserError(f"parts of {size} pictures; wanted 1 or more")
+        raise UserError(f"parts of {size} pictures; expected 1 or more")
     paths = [path for pattern in inputs for path in shards.expand(pattern)]
     if not paths:
-        raise UserError("no input; wanted folders, tars or parquet files, or globs")
+        raise UserError("no input; expected folders, tars or parquet files, or globs")
     with ThreadPoolExecutor(THREADS) as threads:
         kinds = list(threads.map(_kind, paths))
         _check_once(paths, kinds)
@@ -77,7 +77,7 @@ def _kind(path: str) -> str:
     if dot and extension == "tar":
         return extension
     raise UserError(
-        f"{path}: of an unknown kind; wanted a folder, a .tar, not compressed, or a"
+        f"{path}: of an unknown kind; expected a folder, a .tar, not compressed, or a"
         " .parquet"
     )
 

@@ -31,7 +31,7 @@ def plan_inputs(
     """
     if not config.ingest.inputs:
         raise UserError(
-            "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
+            "config.ingest.inputs = (): expected folders of pictures, tars or parquet"
             " files, or globs of them"
         )
     with prefixed("config.ingest.inputs"):
@@ -114,7 +114,7 @@ def require_captions(
     if missing and (counts := counted.kinds.get(missing[0])):
         raise UserError(
             f"config.ingest.captions: {shown(missing[0])} holds {_counted(counts)}, and"
-            f" no text, in any {counted.looked_at}; wanted a column of texts, or of"
+            f" no text, in any {counted.looked_at}; expected a column of texts, or of"
             " lists of texts; package.module:function makes a text of other values"
         )
     keep = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
@@ -122,7 +122,7 @@ def require_captions(
         raise UserError(
             f"config.ingest.captions: {shown(missing[0])} is in none"
             f" {counted.looked_at};"
-            ' wanted one of these; --config.ingest.prefix="…" for one text in all'
+            ' expected one of these; --config.ingest.prefix="…" for one text in all'
             f" captions; {keep}"
         )
     has_function = len(column_names) < len(specs)

@@ -110,7 +110,7 @@ def _parse_header(line: str) -> tuple[list[str], dict]:
     delimiter = next((d for d in DELIMITERS if "file_name" in names[d]), ",")
     header, spelt = names[delimiter], spellings[delimiter]
     if len(line) == SIDECAR or line.count('"') % 2:
-        raise csv.Error(f"line 1: wanted the columns' names: {QUOTE}")
+        raise csv.Error(f"line 1: expected the columns' names: {QUOTE}")
     if twice := [x for x in header if x and header.count(x) > 1]:
         raise csv.Error(
             f'line 1: the column "{shown(twice[0])}" comes {header.count(twice[0])}'

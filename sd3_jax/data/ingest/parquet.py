@@ -242,8 +242,8 @@ def _columns(schema) -> Columns:
     if not images_:
         columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise BadItem(
-            "no column of pictures: wanted one of bytes, or of a struct with bytes, by"
-            f" the name of {' or '.join(IMAGES[:3])}; rename it; its columns are"
+            "no column of pictures: expected one of bytes, or of a struct with bytes,"
+            f" by the name of {' or '.join(IMAGES[:3])}; rename it; its columns are"
             f" {shown(columns, 150)}"
         )
     # Several may be named as pictures: the best name, in lower case if both are there.

@@ -143,7 +143,7 @@ def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
             exclusions[row["source"]] = f"near-duplicate of {row['kept']}"
         except (ValueError, TypeError, KeyError):
             raise UserError(
-                f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
+                f'{where}, line {number}: expected {{"source": …, "kept": …}}, as'
                 " sd3-jax dedup writes it"
             ) from None
     return exclusions
@@ -156,7 +156,7 @@ def reason_kind(reason: str) -> str:
 
 def fault_kind(error: UserError) -> str:
     """A picture's fault without its place and numbers, for counting."""
-    fault, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    fault, _, _ = str(error).removeprefix("image: ").partition("; expected")
     return re.sub(r"\d+", "N", fault)
 
 

@@ -101,7 +101,7 @@ def _compressed(start: bytes, path: str) -> str:
         if start.startswith(magic):
             plain = re.sub(r"(\.tar)?\.[^./]+$", "", path) + ".plain.tar"
             command = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
-            wanted = f"wanted a plain tar: unpack it by {command}"
+            wanted = f"expected a plain tar: unpack it by {command}"
             return f"is compressed by {program}; {wanted}"
     return ""
 
@@ -120,7 +120,7 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             return
         kind, size = chr(block[156]), _octal(block[124:136])
         if size is None or _octal(block[148:156]) != _checksum(block):
-            hint = "" if at else "; wanted a plain tar"
+            hint = "" if at else "; expected a plain tar"
             raise _bad(path, name, f"no tar header after it{hint}")
         at += BLOCK
         # x and g (pax), L and K (GNU) are headers of the member that follows: of them

@@ -35,7 +35,7 @@ class SSCD:
             raise UserError(f"{path}: cannot be read: {reason}") from None
         except RuntimeError as error:  # torch.jit's, many lines of C++ frames
             raise UserError(
-                f"{path}: {shown(str(error).splitlines()[0], 120)}; wanted a file of"
+                f"{path}: {shown(str(error).splitlines()[0], 120)}; expected a file of"
                 " TorchScript, such as sscd_disc_mixup.torchscript.pt"
             ) from None
 
@@ -63,8 +63,8 @@ def embedded(
     n, shape, dtype = len(pictures), embeddings.shape, embeddings.dtype
     if len(shape) != 2 or shape[0] != n or dtype.kind != "f":
         raise UserError(
-            f"{name}: gave {dtype} of shape {shape} for {n} pictures; wanted float32 of"
-            f" shape ({n}, d)"
+            f"{name}: gave {dtype} of shape {shape} for {n} pictures; expected float32"
+            f" of shape ({n}, d)"
         )
     if not np.isfinite(embeddings).all():
         raise UserError(f"{name}: gave numbers that are not finite")

@@ -81,7 +81,7 @@ def devices(tpu_slice: Slice) -> list:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"no TPU compiler for {tpu_slice.topology} ({reason}); wanted pip install"
+            f"no TPU compiler for {tpu_slice.topology} ({reason}); expected pip install"
             " libtpu"
         ) from None
 
@@ -96,7 +96,7 @@ def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
         path = epath.Path(shipped(FLAGS)) / path.name
     if not path.exists():
         raise UserError(
-            f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
+            f'config.plan.flags = "{folder}": there is no {path}; expected "{FLAGS}",'
             ' which is ours, another folder, or "" for the compiler\'s defaults'
         )
     paths = [path, path.with_name(f"{tpu_slice.kind}.{job}.env")]

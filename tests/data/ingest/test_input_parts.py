@@ -650,9 +650,9 @@ def test_a_damaged_parquet_file_is_one_rejected(tmp_path):
         assert ingested(path)[1]["x.parquet"].startswith("cannot be read: ")
     stored(path, column="photo")
     assert ingested(path)[1]["x.parquet"] == (
-        "no column of pictures: wanted one of bytes, or of a struct with bytes, by the"
-        " name of image or img or jpg; rename it; its columns are photo (binary), text"
-        " (string)"
+        "no column of pictures: expected one of bytes, or of a struct with bytes, by"
+        " the name of image or img or jpg; rename it; its columns are photo (binary),"
+        " text (string)"
     )
     assert input_parts.plan([str(path)])[0].count is None
 
@@ -733,7 +733,9 @@ def test_inputs_that_are_refused(tmp_path):
     at = lambda name: str(tmp_path / name)
     assert refused(at("nothing")) == f"{at('nothing')}: no such file or folder"
     assert refused(at("*.zip")) == f"{at('*.zip')}: matches no file"
-    assert refused(at("x.tgz")).startswith(f"{at('x.tgz')}: of an unknown kind; wanted")
+    assert refused(at("x.tgz")).startswith(
+        f"{at('x.tgz')}: of an unknown kind; expected"
+    )
     assert refused(tar, at("y.tar")).endswith(f"listed twice, also as {tar}")
     assert refused(tar, at("z.tar")).endswith(f"listed twice, also as {tar}")
     assert refused(tar, tar) == f"{tar}: the same input is listed twice"
@@ -741,9 +743,11 @@ def test_inputs_that_are_refused(tmp_path):
     assert refused(at("f"), at("d/e")) == (
         f"{at('d/e')}: lies in {at('f')}, which is listed too"
     )
-    assert refused(at("none")).startswith(f"{at('none')}: no picture in it, wanted jpg")
-    assert refused() == "no input; wanted folders, tars or parquet files, or globs"
-    assert refused(tar, size=0) == "parts of 0 pictures; wanted 1 or more"
+    assert refused(at("none")).startswith(
+        f"{at('none')}: no picture in it, expected jpg"
+    )
+    assert refused() == "no input; expected folders, tars or parquet files, or globs"
+    assert refused(tar, size=0) == "parts of 0 pictures; expected 1 or more"
 
 
 def test_a_tar_that_cannot_be_opened_is_planned(tmp_path, monkeypatch):
