@@ -108,7 +108,7 @@ def generate(
     skip_layers = tuple(sorted({*argument_checks.skip_layers(skip_layers, depth)}))
     skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
-        raise UserError(f"preview {preview!r}: expected a function (step, t, rgb)")
+        raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
     guided = arguments.guided(
         guidance,
         guidance_interval,
@@ -154,7 +154,9 @@ def generate(
         noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
     if mask is not None:
         if image is None:
-            raise UserError("mask without image: expected both, the picture to repaint")
+            raise UserError(
+                "mask without image; give image too, the picture to repaint"
+            )
         mask = input_images.latent_mask(mask, shape, bundle.factor)
         mask = spread(mask, "mask")
     if image is not None:

@@ -16,7 +16,7 @@ def load(name: str) -> Callable:
     path, colon, attribute = name.partition(":")
     if not (colon and all(part.isidentifier() for part in path.split("."))):
         raise UserError(
-            f'{shown(name)}: no function; expected "package.module:function"'
+            f'{shown(name)}: not a function; expected "package.module:function"'
         )
     value = _module(path)
     for part in attribute.split("."):
@@ -27,7 +27,7 @@ def load(name: str) -> Callable:
         value = getattr(value, part)
     if not callable(value):
         kind = type(value).__name__
-        raise UserError(f"{shown(name)}: is of type {kind}, expected a function")
+        raise UserError(f"{shown(name)} is of type {kind}, expected a function")
     return value
 
 

@@ -90,7 +90,7 @@ def test_the_folders_scheduler_decides(bundle, plain):
     heun = scheduled(bundle, _class_name="FlowMatchHeunDiscreteScheduler")
     assert apart(paint(heun), paint(bundle, solver="heun")) == 0
     unknown = scheduled(bundle, _class_name="UniPCMultistepScheduler")
-    with pytest.raises(UserError, match="UniPCMultistepScheduler is not honoured"):
+    with pytest.raises(UserError, match="UniPCMultistepScheduler is not supported"):
         paint(unknown)
     assert apart(paint(unknown, solver="euler", grid="released"), plain) == 0
     broken = scheduled(bundle, shift="abc")
@@ -140,8 +140,9 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         given = paint(bundle, guidance=0.0, guidance_interval=(0.1, 1.0), **options)
         np.testing.assert_array_equal(given, none)
     (told,) = caplog.messages
-    assert "guidance 0 is none, and so not used: negative_prompts, skip_layers," in told
-    assert "guidance_interval, guidance_rescale; expected a guidance above 1" in told
+    assert "guidance 0 disables guidance, so these are not used: negative_" in told
+    assert "negative_prompts, skip_layers," in told
+    assert "guidance_interval, guidance_rescale; set guidance above 1" in told
 
 
 @pytest.mark.parametrize(
@@ -155,7 +156,7 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         (dict(steps=2.0), "steps 2.0: expected an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),
         (dict(grid="liner"), 'did you mean "linear"'),
-        (dict(grid="flow", mu=1.0), "grid and mu are both given"),
+        (dict(grid="flow", mu=1.0), "grid and mu are both set"),
         (dict(seed=1.5), "seed 1.5: expected an integer"),
         (dict(seed=[1.5]), "expected an integer, or one a prompt"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts"),

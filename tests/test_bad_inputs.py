@@ -110,9 +110,9 @@ MISTAKES = [
     row(4, ["train", "sample"], "unexpected argument sample"),
     row(5, "train seed=1 seed=2", "twice: --config.seed=1 and --config.seed=2"),
     row(5, "train workdir=a workdir=b", "twice: --workdir=a and --workdir=b"),
-    row(6, ["train", "--workdir=a"], "no recipe given: expected --config=RECIPE"),
-    row(6, ["train", f"--config={TINY}"], "no workdir given: expected --workdir=DIR"),
-    row(6, [f"--config={TINY}"], "no job given: expected one of train, sample"),
+    row(6, ["train", "--workdir=a"], "no recipe given; set --config=RECIPE"),
+    row(6, ["train", f"--config={TINY}"], "no workdir given; set --workdir=DIR"),
+    row(6, [f"--config={TINY}"], "no job given; expected one of train, sample"),
     row(
         7, "train optim.lr=nan", "config.optim.lr = nan: expected a number in (0, 100]"
     ),
@@ -151,11 +151,14 @@ MISTAKES = [
         'config.eval.scores: "ssim"; expected one of val_l',
     ),
     row(8, "convert convert.to=onnx", '"onnx": expected one of diffusers, original'),
-    row(9, "train mesh.fsdp=3", "fsdp=3", "makes 3 devices, there are 8"),
-    row(9, "train mesh.data=3 mesh.fsdp=2", "makes 6 devices, there are 8"),
-    row(9, "train mesh.data=3", "data=3, fsdp=-1", "3 does not divide 8 devices"),
+    row(9, "train mesh.fsdp=3", "fsdp=3", "needs 3 devices but there are 8"),
+    row(9, "train mesh.data=3 mesh.fsdp=2", "needs 6 devices but there are 8"),
+    row(9, "train mesh.data=3", "data=3, fsdp=-1", "3 does not divide the 8 devices"),
     row(
-        10, "train mesh.fsdp=16", "makes 16 devices, there are 8", "set one axis to -1"
+        10,
+        "train mesh.fsdp=16",
+        "needs 16 devices but there are 8",
+        "set one axis to -1",
     ),
     row(11, "train mesh.fdsp=2", 'config.mesh.fdsp; did you mean "config.mesh.fsdp"'),
     row(11, "train mesh.fsdp=2 mesh.fsdp=4", "twice: --config.mesh.fsdp=2 and"),
@@ -177,13 +180,15 @@ MISTAKES = [
         "train config=configs/sd3_2b.py:tiny data.name=records data.records={shard}"
         " data.held_out={other} eval.examples=99",
         "config.data.held_out: ",
-        "8 records, expected at least 96 for validation",
+        "8 records but config.eval.examples",
         "--config.eval.examples=8",
     ),
     row(17, RECORDS + " data.records=no/a-0.arecord", "no/a-0.arecord: cannot be read"),
     row(17, RECORDS + " data.records={empty}", "empty.arecord: has 0 bytes, expected"),
     row(
-        17, RECORDS + " data.records={cut}", "cut.arecord: not a shard, or a truncated"
+        17,
+        RECORDS + " data.records={cut}",
+        "cut.arecord: not a shard of records, or truncated",
     ),
     row(17, RECORDS + " data.records={bit}", "bit.arecord:0: Corrupted"),
     row(
@@ -209,7 +214,7 @@ MISTAKES = [
     row(
         32,
         f"train config={LATENTS} image.width=4096",
-        "4096: expected at most 256, conf",
+        "config.eval.pictures = 4096 but conf",
     ),
     row(
         33, "sample workdir=no/run", "no complete checkpoint in ", "no/run/checkpoints"
@@ -261,7 +266,10 @@ MISTAKES = [
         42, "sample workdir={newer}", "format 99, written by sd3_jax 9.0; this is sd3_"
     ),
     row(
-        43, "convert weights={pickles}/a.ckpt", "a.ckpt is a pickle", "expected a safet"
+        43,
+        "convert weights={pickles}/a.ckpt",
+        "a.ckpt is a pickle",
+        "convert it to safet",
     ),
     row(43, "convert weights={pickles}/b.pth", "b.pth is a pickle", "safetensors/conv"),
     row(43, "convert weights={pickles}/c.safetensors", "c.safetensors is a pickle"),
@@ -273,7 +281,11 @@ MISTAKES = [
     row(
         45, "convert weights={foreign}", "foreign.safetensors is not a model of this fa"
     ),
-    row(45, "convert weights={stray}", "stray.safetensors: 1 tensors of no known part"),
+    row(
+        45,
+        "convert weights={stray}",
+        "stray.safetensors: 1 tensors belong to no known part",
+    ),
     row(
         45,
         "convert weights={strange}/a.gguf",
@@ -295,7 +307,7 @@ MISTAKES = [
     row(
         45,
         "convert weights={strange}/shards",
-        "of the 3 shards of model.safetensors 1 are not there: 2",
+        "1 of the 3 shards of model.safetensors are missing: 2",
     ),
     row(
         33,
@@ -316,17 +328,17 @@ MISTAKES = [
     row(
         47,
         "convert workdir={trained} convert.out={file}",
-        "file: exists; expected a new",
+        "file already exists; set a new",
     ),
     row(
         48, f"train config={LATENTS} workdir={{trained}}", "trained with other settings"
     ),
-    row(49, "train workdir={held}", "another job is at work in ", "pid ", "since 20"),
+    row(49, "train workdir={held}", "another job is running in ", "pid ", "since 20"),
     row(
         50,
         "train optim.lr=100 optim.weight_decay=100 train.steps=8",
         ": loss ",
-        "no update was made; last good step",
+        "the update was skipped; last good step",
         "its batch: digits:",
         code=1,
     ),
@@ -335,7 +347,7 @@ MISTAKES = [
         "train optim.lr=100 optim.weight_decay=100 train.steps=8"
         " train.skip_nonfinite=1",
         "last good step",
-        "2 such steps, and config.train.skip_nonfinite = 1",
+        "2 steps were skipped, and config.train.skip_nonfinite = 1",
         code=1,
     ),
     row(
@@ -371,9 +383,9 @@ MISTAKES = [
     row(
         54,
         f"sample sample.prompt={9000 * 'a'}",
-        "9000 characters; expected at most 8192",
+        "9000 characters; the limit is 8192",
     ),
-    row(54, "sample train.prompts=", "no prompt: expected --config.sample.prompt=TEXT"),
+    row(54, "sample train.prompts=", "no prompt; set --config.sample.prompt=TEXT"),
     row(54, "sample sample.prompts_file={latin}", "latin.txt: not UTF-8 at byte 8"),
     row(54, "sample sample.prompts_file={blank}", "blank.txt: holds no prompt"),
     row(
@@ -482,10 +494,10 @@ def test_21_bad_records_are_counted_up_to_a_share(nan, caplog, capsys, tmp_path)
     command = RECORDS + " data.bad_records=0.2 data.batch_size=16 data.records={nan}"
     argv = expand(command, dict(nan=nan, tmp_path=tmp_path).get)
     assert main.main(argv) == 2  # which comes after the first record
-    assert "config.data.held_out = (): expected" in capsys.readouterr().err
-    assert "8 records for 16 of a batch: at least 8 repeat" in caplog.text
+    assert "config.data.held_out = (): validation needs" in capsys.readouterr().err
+    assert "8 records for 16 places in a batch, so at least 8 repeat" in caplog.text
     assert "nan.arecord:0: pooled: 1 of 32 values are nan or infinite" in caplog.text
-    assert "the next good one is read; 1 of bad_records = 0.2 of 8" in caplog.text
+    assert "using the next good record; 1 of bad_records = 0.2 of 8" in caplog.text
 
 
 @pytest.mark.parametrize("data", [b"", b"null", b"\0" * 64], ids=str)
@@ -518,16 +530,16 @@ MOVING = dict(save_all=True, append_images=[Image.new("RGB", (64, 48), "blue")])
 
 
 PICTURES = [
-    (23, b"", "of a kind other than JPEG, PNG, WEBP, or damaged"),
-    (23, b"a text", "of a kind other than JPEG, PNG, WEBP, or damaged"),
-    (23, encoded(PLAIN, "TIFF"), "of a kind other than JPEG, PNG, WEBP"),
+    (23, b"", "not one of JPEG, PNG, WEBP, or damaged"),
+    (23, b"a text", "not one of JPEG, PNG, WEBP, or damaged"),
+    (23, encoded(PLAIN, "TIFF"), "not one of JPEG, PNG, WEBP"),
     (23, encoded(PLAIN, "JPEG")[:400], "runcated"),
     (24, png(30_000, 30_000), "900000000 pixels"),
     (24, png(1, 1), "1 x 1 pixels; expected sides of 16 or more"),
     (24, png(4_000, 16), "4000 x 16 pixels; expected"),
     (26, encoded(PLAIN, "WEBP", **MOVING), "animated, 2 frames"),
     (26, encoded(PLAIN, "PNG", **MOVING), "animated, 2 frames"),
-    (26, encoded(PLAIN, "GIF", **MOVING), "of a kind other than"),
+    (26, encoded(PLAIN, "GIF", **MOVING), "not one of JPEG"),
 ]
 
 
@@ -633,7 +645,7 @@ def test_36_a_flipped_bit_sets_a_step_aside(copy, caplog):
     damaged.write_bytes(data)
     train(copy, "train.steps=1")
     assert f"{copy}/checkpoints/2 is damaged: " in caplog.text
-    assert "it is now damaged-2, and step 1 is the newest" in caplog.text
+    assert "renamed it to damaged-2; step 1 is the newest now" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["cut", "deleted"])
@@ -644,7 +656,7 @@ def test_37_a_damaged_step_is_passed_over(copy, tmp_path, caplog, how):
     else:
         damaged.unlink()
     run(f"convert workdir={copy}", tmp_path)
-    assert "an earlier step is taken" in caplog.text
+    assert "using an earlier step" in caplog.text
     assert f"step 1 of {copy}" in caplog.text
 
 
@@ -666,8 +678,8 @@ def test_39_damaged_metrics_do_not_end_a_run(copy, one_device):
 
 def test_41_another_number_of_devices_may_go_on(copy, caplog):
     train(copy, "train.steps=2 mesh.data=2")
-    assert "was saved under other circumstances than now (" in caplog.text
-    assert f"{copy} has all of its 2 steps" in caplog.text
+    assert "was saved in another environment (" in caplog.text
+    assert f"{copy} already has all of its 2 steps" in caplog.text
 
 
 def test_45_a_file_says_which_model_it_is(weights, tmp_path, caplog):

@@ -143,7 +143,7 @@ def test_a_file_of_the_user_s_wins_over_a_recipe_of_ours(here):
         parse(recipe="configs/quickstart")
     own = "from ml_collections import ConfigDict\nget_config = ConfigDict\n"
     (here / "quickstart.py").write_text(own)
-    with pytest.raises(ConfigError, match="configs/base.py hides our configs/base.py"):
+    with pytest.raises(ConfigError, match="configs/base.py hides configs/base.py"):
         parse(recipe="quickstart")
     assert main.parse(["train", "--config=digits", "--workdir=a"]).config.seed == 0
 
@@ -386,13 +386,13 @@ def run():
         (
             "raise KeyboardInterrupt",
             130,
-            "sd3-jax: interrupted: the same command goes on\n",
+            "sd3-jax: interrupted: run the same command to continue\n",
         ),
         (
             "from sd3_jax.distributed.watchdog import expect; expect('step 3', 9)\n"
             "    raise KeyboardInterrupt",
             130,
-            "sd3-jax: interrupted: during step 3; the same command goes on\n",
+            "sd3-jax: interrupted: during step 3; run the same command to continue\n",
         ),
         (
             "from sd3_jax.errors import UserError; raise UserError('no\\nweights')",

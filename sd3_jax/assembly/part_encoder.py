@@ -27,7 +27,7 @@ WAITING = 2  # batches that are encoded and not yet written, at most
 
 
 class Stopped(Exception):
-    """The job was told to stop; the part in progress is done again next time."""
+    """The job was asked to stop; the part in progress is done again next time."""
 
 
 class PartEncoder:

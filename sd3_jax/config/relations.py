@@ -1,6 +1,6 @@
 """Relations between keys: what one may be, given the values of others.
 
-A relation takes the values of its keys. It returns what is wanted of the first of them,
+A relation takes the values of its keys. It returns the rule for the first of them,
 to complete "expected …" in an error, or a false value if all is well.
 """
 
@@ -74,7 +74,7 @@ def only_mmdit(value):
 
 def odd(depth, name):
     if name == "uvit" and depth % 2 == 0:
-        return f"an odd number for a uvit, such as {depth + 1}: skips join two halves"
+        return f"an odd number for a uvit, such as {depth + 1} (skips join two halves)"
 
 
 def levels(multipliers, name):
@@ -88,7 +88,9 @@ def attended(places, name, multipliers):
     if name != "unet" and places:
         return f'(), or config.model.name = "unet", not "{name}"'
     if places and max(places) >= len(multipliers):
-        return f"levels below {len(multipliers)}, those of config.model.multipliers"
+        return (
+            f"levels below {len(multipliers)}, the length of config.model.multipliers"
+        )
 
 
 def quarters(width, name):
@@ -146,7 +148,7 @@ def lora_only(source, method):
 
 def trained_only(step, weights):
     if step and weights:
-        return "0, for config.weights are no run's checkpoint"
+        return "0, because config.weights is not a run's checkpoint"
 
 
 def wide(kind, dtype):
@@ -156,7 +158,7 @@ def wide(kind, dtype):
 
 def weighted(weights, paths):
     if weights and len(weights) != len(paths):
-        return f"none, or one for each of config.data.records, which are {len(paths)}"
+        return f"none, or one for each of the {len(paths)} config.data.records"
 
 
 READS = {  # what text.name and image.autoencoder must be to read data.name

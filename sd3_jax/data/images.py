@@ -76,7 +76,7 @@ def open_header(
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can raise most things
-        kind = f"of a kind other than {', '.join(formats)}, or damaged"
+        kind = f"not one of {', '.join(formats)}, or damaged"
         bomb = re.sub(r".*?(\d+ pixels).*", r"\1", str(error))  # as we say it below
         unidentified = isinstance(error, Image.UnidentifiedImageError)
         is_bomb = isinstance(error, Image.DecompressionBombError)
@@ -89,7 +89,7 @@ def open_header(
         raise _bad(where, f"animated, {picture.n_frames} frames")
     scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 0
     if scans > SCANS:
-        raise _bad(where, f"a JPEG of {scans} scans, each a pass over all pixels")
+        raise _bad(where, f"a JPEG of {scans} scans, too many to decode")
     return picture
 
 
@@ -105,7 +105,7 @@ def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"
         cut = "truncated" in str(error).lower()  # by Pillow's readers in many words
         raise _bad(where, "truncated" if cut else error) from None
     if picture.mode not in TO_RGB:
-        raise _bad(where, f"of mode {picture.mode}, which has no rule")
+        raise _bad(where, f"of mode {picture.mode}, which is not supported")
     upright = UPRIGHT.get(_orientation(picture))
     rgb = TO_RGB[picture.mode](picture)
     return np.array(rgb if upright is None else rgb.transpose(upright))

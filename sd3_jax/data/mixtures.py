@@ -56,7 +56,7 @@ def matching_bucket(
         if all(x.shape == expected.get(name) for name, x in tensors.items()):
             return number
     listed = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
-    raise UserError(f"{where}: {listed} is of no bucket: expected {', '.join(shapes)}")
+    raise UserError(f"{where}: {listed} fits no bucket; expected {', '.join(shapes)}")
 
 
 def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
@@ -69,7 +69,7 @@ def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
     # NaN fails every comparison, so it is refused as well.
     if not all(0 < weight < math.inf for weight in weights):
         raise UserError(
-            f"{setting}: expected finite numbers > 0; leave a path out for 0"
+            f"{setting}: expected finite numbers > 0; to use 0, remove the path"
         )
     if weights and max(weights) > SPREAD * min(weights):
-        raise UserError(f"{setting}: expected none over {SPREAD:g} times another")
+        raise UserError(f"{setting}: no weight may be over {SPREAD:g} times another")

@@ -115,7 +115,9 @@ def check_tensors(header):
         split = "clip" in header or "t5" in header
         check_names(header, ("clip" if split else "context", "pooled"), TENSORS)
         if split and "context" in header:
-            raise ValueError("context: given whole, and as clip and t5")
+            raise ValueError(
+                "context: stored whole and also as clip and t5; expected one of them"
+            )
 
 
 def check_entry(name, entry):
@@ -143,8 +145,8 @@ def check_pairs(header):
         rejected_shape = header.get(REJECTED + name, {}).get("shape", chosen_shape)
         if rejected_shape != chosen_shape:
             raise ValueError(
-                f"{REJECTED}{name}: shape {show(rejected_shape)}, that of {name} is"
-                f" {chosen_shape}"
+                f"{REJECTED}{name}: shape {show(rejected_shape)}, expected that of"
+                f" {name}, {chosen_shape}"
             )
 
 
@@ -155,7 +157,7 @@ def parse_geometry(metadata):
     if size and 0 in size:
         raise ValueError(f"size: {show(size)}, expected pixels, at least 1")
     if crop and size is None:
-        raise ValueError("size: missing, and a crop is of something")
+        raise ValueError("size: missing, but crop needs it")
     if crop:
         (top, left, height, width), (h, w) = crop, size
         if not (height and width and top + height <= h and left + width <= w):
@@ -166,7 +168,7 @@ def parse_geometry(metadata):
 def check_line(name, text):
     line = not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
     if not (line and text.strip() and len(text) <= SOURCE):
-        allowed = f"1 to {SOURCE} characters, none for control"
+        allowed = f"1 to {SOURCE} characters without control characters"
         raise ValueError(f"{name}: {show(text)}, expected {allowed}")
     return text
 

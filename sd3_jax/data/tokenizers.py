@@ -107,12 +107,11 @@ def read(name: str, folder: epath.PathLike) -> Any:
         present = (file for file in MAIN_FILES if (folder / file).exists())
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{folder / next(present, '')}: not a tokenizer, no {kind.__name__}:"
-            f" {shown(reason, 200)}"
+            f"{folder / next(present, '')}: not a {kind.__name__}: {shown(reason, 200)}"
         ) from error
     # Such ids would read outside the encoder's embedding, which JAX does not report.
     if not all(0 <= i < len(tokenizer) for i in ids):
-        raise UserError(f"{folder}: a tokenizer with ids beyond its vocabulary")
+        raise UserError(f"{folder}: the tokenizer has ids beyond its vocabulary")
     return tokenizer
 
 
@@ -122,7 +121,7 @@ def _try(tokenizer: Any) -> list[int]:
     ids = tokenizer(["", "a red fox, twice!"], **options)["input_ids"]
     tokenizer.decode(ids[1])
     if [len(row) for row in ids] != [8, 8]:
-        raise ValueError("it does not pad or cut to a length")
+        raise ValueError("it cannot pad or cut to a length")
     return [i for row in ids for i in row]
 
 
@@ -146,8 +145,8 @@ def _check_files(folder: epath.Path) -> None:
             )
         if not find_spec("sentencepiece"):
             raise UserError(
-                f"{folder / 'spiece.model'}: needs `pip install sentencepiece"
-                " protobuf`; or expected tokenizer.json, which holds the same"
+                f"{folder / 'spiece.model'}: run `pip install sentencepiece protobuf`,"
+                " or provide tokenizer.json, which holds the same"
             )
 
 
@@ -177,7 +176,7 @@ def _check_merges(folder: epath.Path) -> None:
     if unmerged:
         raise UserError(
             f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
-            f" {shown(unmerged[0])} first: expected the whole list"
+            f" {shown(unmerged[0])} first; expected the whole list"
         )
 
 

@@ -102,7 +102,7 @@ def detections(answer: Any, shape: tuple[int, int], name: str) -> list[Detection
     try:
         parsed = [Detection(*item) for item in answer]
     except TypeError:
-        raise UserError(f"{name} gave no list of detections; {wanted}") from None
+        raise UserError(f"{name} returned no list of detections; {wanted}") from None
     return [_checked(item, shape, name, wanted) for item in parsed]
 
 
@@ -176,7 +176,7 @@ def _miscoloured(image, mine, entry, colour) -> str:
     names = answers(colour, "colours", len(crops), crops, label, COLOURS)
     for name in names:
         if name not in COLOURS:
-            counts = f'{called(colour)} gave "{shown(name)}"'
+            counts = f'{called(colour)} returned "{shown(name)}"'
             raise UserError(f"{counts}; expected one of {', '.join(COLOURS)}")
     if names.count(wanted) >= count:
         return ""
@@ -186,7 +186,7 @@ def _miscoloured(image, mine, entry, colour) -> str:
 
 def _misplaced(mine, targets, label, relation) -> str:
     if targets is None:
-        return f"{label}: nothing to be {relation}"
+        return f"{label}: no object to be {relation}"
     # All pairs must be in the relation, as in the benchmark.
     for subject in mine:
         for other in targets:
@@ -253,20 +253,20 @@ def _check(entry: Any, keys: Sequence[str], place: int) -> None:
 def _checked(detection: Detection, shape, name: str, wanted: str) -> Detection:
     if not isinstance(detection.label, str):
         raise UserError(
-            f"{name} gave a label of {type(detection.label).__name__}; {wanted}"
+            f"{name} returned a label of {type(detection.label).__name__}; {wanted}"
         )
     try:
         numbers = [float(x) for x in (detection.score, *detection.box)]
     except (TypeError, ValueError):
         raise UserError(
-            f"{name} gave a {detection.label} in no box; {wanted}"
+            f"{name} returned a {detection.label} in no box; {wanted}"
         ) from None
     certain, *box = numbers
     if len(box) != 4 or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{name} gave a {detection.label} in no box; {wanted}")
+        raise UserError(f"{name} returned a {detection.label} in no box; {wanted}")
     if box[0] > box[2] or box[1] > box[3] or not 0 <= certain <= 1:
         description = f"{certain:g}, ({', '.join(f'{x:g}' for x in box)})"
-        complaint = f"{name} gave ({detection.label}, {description})"
+        complaint = f"{name} returned ({detection.label}, {description})"
         raise UserError(
             f"{complaint}; expected a score in [0, 1] and x0 <= x1, y0 <= y1"
         )
@@ -274,5 +274,7 @@ def _checked(detection: Detection, shape, name: str, wanted: str) -> Detection:
     mask = None if detection.mask is None else np.asarray(detection.mask)
     if mask is not None and (mask.shape != shape or mask.dtype != bool):
         description = f"{mask.dtype} {mask.shape}"
-        raise UserError(f"{name} gave a mask of {description}; expected bool {shape}")
+        raise UserError(
+            f"{name} returned a mask of {description}; expected bool {shape}"
+        )
     return Detection(detection.label, certain, tuple(box), mask)

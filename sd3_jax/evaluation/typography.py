@@ -52,13 +52,13 @@ def parse(line: str) -> Asked:
     text = quoted(prompt) if text is None else text
     if not isinstance(text, str) or not text.strip():
         raise UserError(
-            f'"{shown(prompt, 60)}" asks for no text; expected it in quotes'
+            f'"{shown(prompt, 60)}" asks for no text; put the text in quotes'
         )
     return Asked(prompt_text.checked(prompt), category, text)
 
 
 def quoted(prompt: str) -> str:
-    """The text in quotes of any usual kind; an apostrophe is no quote."""
+    """The text in quotes of any usual kind; an apostrophe is not a quote."""
     quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
     return " ".join(quotes)
 
@@ -82,7 +82,7 @@ def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer
             if not isinstance(text, str):
                 kind = type(text).__name__
                 raise UserError(
-                    f"{called(read)} gave {kind}; expected a text a picture"
+                    f"{called(read)} returned {kind}; expected a text a picture"
                 )
         return [judged(x.wanted, text, ignore) for x, text in zip(asked, texts)]
 

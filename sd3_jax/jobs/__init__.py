@@ -20,7 +20,7 @@ TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "prof
 
 JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     "train": Job(
-        "train a model, or go on from WORKDIR's last checkpoint",
+        "train a model, or resume from WORKDIR's newest checkpoint",
         groups=("seed", *MODEL, "encode", *TRAINING, "sample", "quantize", "eval"),
         about="The same command starts a run and resumes it after an interruption.",
         example="sd3-jax train --config=configs/quickstart.py"
@@ -112,7 +112,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         example="sd3-jax inspect --config=configs/sd3_2b.py:512 --workdir=runs/data",
     ),
     "plan": Job(
-        "compile the step for TPU slices that are not there, and say what bounds it",
+        "plan a TPU run without a TPU: memory, time and limits of the compiled step",
         groups=("seed", *MODEL, "optim", "ema", "tune", "mesh", "data", "train")
         + ("sample", "quantize", "plan"),
         about="It needs libtpu and no TPU. It prints a row for each slice: memory, the"

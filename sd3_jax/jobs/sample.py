@@ -60,7 +60,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         # if all of these are equal.
         done = recorded(workdir, lines)
         if any(done):
-            log.info("%d of %d pictures are there already", sum(done), len(tasks))
+            log.info(
+                "%d of %d pictures exist already; skipping them", sum(done), len(tasks)
+            )
         known = [x for x, there in zip(lines, done) if there]
         count = len(known)
         with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
@@ -87,7 +89,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 count += len(left)
                 log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
     if flagged := sum("filtered" in line for line in lines):
-        message = "%d of %d pictures are black: config.sample.filter flagged them"
+        message = (
+            "%d of %d pictures are black, because config.sample.filter flagged them"
+        )
         log.warning(message, flagged, len(lines))
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
@@ -291,7 +295,7 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     for line in lines[:8]:
         print(workdir / line["file"])
     if len(lines) > 8:
-        print(f"… {len(lines)} pictures, all on {workdir / 'samples.html'}")
+        print(f"… {len(lines)} pictures; see {workdir / 'samples.html'}")
     sys.stdout.flush()
 
 

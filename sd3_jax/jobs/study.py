@@ -61,11 +61,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     results = study.results()
     # A stop signal may come before the first measurement; there is nothing to tabulate.
     if not results:
-        log.info("stopped before any run was measured; the same call goes on")
+        log.info(
+            "stopped before any run was measured; run the same command to continue"
+        )
         return
     tables = study_tables.markdown(results)
     if left := len(study.left()):
-        tables = f"{tables}\n\n{left} or more runs are still to come.\n"
+        tables = f"{tables}\n\n{left} or more runs remain.\n"
     page = study_page.html(results, workdir)
     files.write_whole(workdir / "study.md", tables.encode())
     files.write_whole(workdir / "study.html", page.encode())
@@ -83,7 +85,7 @@ class Study:
         self.variants = dict(map(parse, config.study.variants))
         if not self.variants:
             raise UserError(
-                "config.study.variants = (): expected some, as in"
+                "config.study.variants = (): set at least one, as in"
                 " configs/formulations.py"
             )
         self.options = tuple(config.study.sweep) or ("",)

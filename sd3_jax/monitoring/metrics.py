@@ -154,7 +154,7 @@ def open_log(path: epath.PathLike) -> "TextIO | _ObjectLog":
 
 
 class _ObjectLog:
-    """An object store cannot append: the whole file is put anew, at most every 30 s."""
+    """Object stores cannot append: the file is written whole, at most every 30 s."""
 
     def __init__(self, path):
         self.path = path
@@ -255,7 +255,7 @@ def _rows(path):
     # A kill may have cut the last line: that is no reason to warn.
     strange = sum(row is None and bool(line.strip()) for line, row in rows[:-1])
     if strange:
-        log.warning("%s: %d lines are not metrics and are left out", path, strange)
+        log.warning("%s: ignored lines that are not metrics: %d", path, strange)
     return [(line, row) for line, row in rows if row is not None]
 
 

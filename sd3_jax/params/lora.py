@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 def layout(path: tuple[str, ...], ndim: int) -> Layout | None:
-    """Layout of the kernel at a module's path; None if it is no linear map.
+    """Layout of the kernel at a module's path; None if it is not a linear map.
 
     Kernels have no axis names once unboxed, so the module's name decides.
     """
@@ -143,7 +143,9 @@ def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
     try:
         pattern = re.compile(targets)
     except re.error as error:
-        raise UserError(f'LoRA targets "{targets}": no regex: {error}') from None
+        raise UserError(
+            f'LoRA targets "{targets}": not a regular expression: {error}'
+        ) from None
     every = {"/".join(path): (path, x) for path, x in kernels(params).items()}
     every = dict(sorted(every.items()))  # the same random draws for any order of keys
     matching = [name for name in every if pattern.search(name)]
@@ -155,7 +157,7 @@ def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
         hint = (
             f'; did you mean "{match}"?' if match else f"; expected a part of {shown}"
         )
-        raise UserError(f'LoRA targets "{targets}" are in no linear map{hint}')
+        raise UserError(f'LoRA targets "{targets}" match no linear layer{hint}')
     return dict(every[name] for name in matching)
 
 

@@ -179,7 +179,7 @@ def _frame(workdir, row, limit):
     step, path = row["step"], row.get("path", "")
     alt = f"Samples at step {step:,}: {'; '.join(_prompts(row))}"
     picture = _picture(workdir, path, alt, limit)
-    caption = f"step {step:,}" + ("" if picture else f": {path} is not there")
+    caption = f"step {step:,}" + ("" if picture else f": {path} does not exist")
     return f"step-{step}", picture, caption
 
 

@@ -33,7 +33,7 @@ def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
         if not isinstance(text, str | Prompt):
             raise UserError(
                 f"{name}: {shown(repr(text))}: expected a text or a Prompt, a list of"
-                " these, or the Conditioning that encode_prompts gives"
+                " these, or the Conditioning that encode_prompts returns"
             )
     return texts
 
@@ -68,7 +68,7 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
             )
         if image_sides is not None and side != image_sides[i]:
             raise UserError(
-                f"{name} {side}: the image's is {image_sides[i]}; expected the same"
+                f"{name} {side}: must equal that of the image, {image_sides[i]}"
             )
         sides.append(side // bundle.factor)
     return (*sides, denoiser.channels)
@@ -108,7 +108,7 @@ def encoded(
     else:
         prompts = listed(prompts)
         if not prompts:
-            raise UserError("no prompts: expected at least one")
+            raise UserError("no prompts; give at least one")
         cond = bundle.encode_prompts(prompts, length, clip_skip=clip_skip)
     n = cond.pooled.shape[0]
     uncond = cond  # not looked at without guidance
@@ -127,7 +127,7 @@ def encoded(
         length = cond.context.shape[1] - 77
         if length < 1:
             raise UserError(
-                f"embeddings of {length + 77} tokens, which no text gives: expected"
+                f"embeddings of {length + 77} tokens, which no text has: give"
                 " negative_prompts as embeddings too"
             )
         uncond = bundle.encode_prompts(texts, length)
@@ -200,8 +200,10 @@ def guided(
     # Ignored options are reported instead of refused: one recipe may serve models with
     # guidance and models that are distilled from it.
     if unused := [name for name, is_set in other.items() if is_set]:
-        message = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
-        warn_once(f"{message}; expected a guidance above 1 for them")
+        warn_once(
+            f"guidance {scale:g} disables guidance, so these are not used:"
+            f" {', '.join(unused)}; set guidance above 1 to use them"
+        )
     return False
 
 

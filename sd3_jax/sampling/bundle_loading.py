@@ -70,7 +70,7 @@ def load(
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
     if not names:
-        raise UserError("no weights: expected a file, a folder or a hub name")
+        raise UserError("no weights; give a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
     source = ",".join(map(os.fspath, names))
     parts, configs = _open_parts(places, only)
@@ -124,7 +124,7 @@ def _open_parts(
     for place in places:
         for name, part in sources.parts(*place).items():
             if name in parts:  # of several sources the last one wins
-                log.info("%s: in the place of %s", part.where, parts[name].where)
+                log.info("%s: used instead of %s", part.where, parts[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
                 parts[name] = part
@@ -178,7 +178,8 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     kinds = {name: kind for name, kind in quantize.items() if kind}
     if kinds and dtype == "stored":
         raise UserError(
-            'quantize: expected no dtype "stored", which leaves all as it is'
+            'quantize cannot be combined with dtype="stored", which keeps all weights'
+            " as stored"
         )
     return kinds
 
@@ -221,7 +222,7 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
         message = (
             "%s does not say what its hints are: they are encoded as blur and depth"
         )
-        log.warning(f'{message}; of canny write ControlInput(preprocess="canny")', path)
+        log.warning(f'{message}; for canny pass ControlInput(preprocess="canny")', path)
     return net
 
 

@@ -66,9 +66,9 @@ def require_fit(
     if wrong:
         kind = "joint" if net.joint else "single-stream (SD3.5-large's)"
         raise UserError(
-            f"{where}: a {kind} ControlNet that is not of this denoiser,"
-            f" {components.released_name(theirs)}: {', '.join(wrong)}; expected a"
-            " ControlNet for the same model"
+            f"{where}: a {kind} ControlNet that does not fit this denoiser,"
+            f" {components.released_name(theirs)}: {', '.join(wrong)}; use a ControlNet"
+            " for the same model"
         )
 
 
@@ -83,7 +83,7 @@ def controlled(
     counts = sorted({control.net.depth for control in controls})
     if len(counts) > 1:
         raise ValueError(
-            f"ControlNets of {counts} blocks: expected equally many in each"
+            f"ControlNets of {counts} blocks; all must have the same number"
         )
 
     def velocity(x, t, cond):

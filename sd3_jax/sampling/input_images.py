@@ -58,7 +58,8 @@ def pixel_mask(
     sides = shape[0] * factor, shape[1] * factor
     if x.shape[1:3] != sides:
         raise UserError(
-            f"mask of {x.shape[1:3]} pixels: the picture has {sides}; expected the same"
+            f"mask of {x.shape[1:3]} pixels: must equal the size of the picture,"
+            f" {sides}"
         )
     return x
 
@@ -142,13 +143,13 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     if isinstance(value, Image.Image):
         # MPO is what cameras write: a JPEG with a second frame that nobody means.
         if getattr(value, "is_animated", False) and value.format != "MPO":
-            raise UserError(f"{name}: animated; expected one frame of it, frame.copy()")
+            raise UserError(f"{name}: animated; pass one frame of it, frame.copy()")
         # Their values have no fixed range or are no RGB colours: the caller has to
         # choose.
         if value.mode in ("F", "I", "HSV", "I;16B"):
             raise UserError(
-                f'{name} of mode {value.mode}: expected x.convert("RGB"), or of depth'
-                " numpy.asarray(x) brought to floats from 0 to 1"
+                f'{name} of mode {value.mode}: pass x.convert("RGB"); for depth, pass'
+                " numpy.asarray(x) scaled to floats from 0 to 1"
             )
         return shaped(read(value, name), name)
     if not isinstance(value, list | tuple):
@@ -169,13 +170,13 @@ def _array(value: Any, name: str) -> Array | np.ndarray:
         return value
     if not hasattr(value, "__array__"):
         raise UserError(
-            f"{name}: {shown(repr(value))}: expected an array or a PIL image, for a"
-            " file PIL.Image.open(path)"
+            f"{name}: {shown(repr(value))}: expected an array or a PIL image; for a"
+            " file, pass PIL.Image.open(path)"
         )
     try:
         return np.asarray(value)  # PyTorch's, on the host
     except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name}: no array of numpy's: {shown(error, 160)}") from None
+        raise UserError(f"{name}: not a NumPy array: {shown(error, 160)}") from None
 
 
 def _module(*arrays):
@@ -221,8 +222,8 @@ def _transposed(x: Array | np.ndarray, channels: tuple[int, ...]) -> str:
 def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
     if picture.mode not in MASKS:
         raise UserError(
-            f'{name} of mode {picture.mode}: expected "1" or "L", mask.convert("L"), or'
-            ' mask.getchannel("A") for what is opaque'
+            f'{name} of mode {picture.mode}: expected "1" or "L"; pass'
+            ' mask.convert("L"), or mask.getchannel("A") for the opaque area'
         )
     return files.pixels(picture, name)[..., :1]
 
@@ -235,8 +236,8 @@ def _floats(x: Array | np.ndarray, name: str):
         # A mask of 0 and 1 in bytes would be black: 1 is 1/255.
         if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
             raise UserError(
-                f"{name}: bytes of 0 and 1, where 255 is 1; expected x.astype(bool), or"
-                " bytes of 0 and 255"
+                f"{name}: bytes of 0 and 1, but 255 stands for 1; pass x.astype(bool),"
+                " or bytes of 0 and 255"
             )
         return x.astype(np.float32) / 255
     if not jnp.issubdtype(x.dtype, jnp.floating):

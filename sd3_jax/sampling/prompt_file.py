@@ -85,12 +85,12 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
     lines = _lines(config, epath.Path(path), key)
     for prompt, line_config in lines:
         if line_config is not config and line_config.to_dict() != config.to_dict():
-            complaint = f'"{shown(prompt, 60)}" has settings of its own'
+            complaint = f'"{shown(prompt, 60)}" has its own settings'
             raise UserError(
-                f"config.{key} = {path}: {complaint}; expected prompts alone"
+                f"config.{key} = {path}: {complaint}; expected only prompts"
             )
         if not isinstance(prompt, str):
-            raise UserError(f"config.{key} = {path}: expected one text a prompt")
+            raise UserError(f"config.{key} = {path}: expected one text for each prompt")
     return [prompt for prompt, _ in lines]
 
 
@@ -117,8 +117,8 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
     # Neither has precedence over the other, so both together are an error.
     if sample.prompt and sample.prompts_file:
         raise UserError(
-            "config.sample.prompt and config.sample.prompts_file are both given;"
-            " expected one of them"
+            "config.sample.prompt and config.sample.prompts_file are both set; set only"
+            " one of them"
         )
     if sample.prompt:
         return [(prompt_text.checked(sample.prompt, "config.sample.prompt"), config)]
@@ -126,7 +126,7 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
         return _lines(config, epath.Path(sample.prompts_file))
     if not config.train.prompts:
         raise UserError(
-            "no prompt: expected --config.sample.prompt=TEXT or"
+            "no prompt; set --config.sample.prompt=TEXT or"
             " --config.sample.prompts_file=FILE, one prompt a line"
         )
     name = "config.train.prompts"
@@ -161,7 +161,7 @@ def _lines(
             bad.append(str(number))
             if len(bad) <= MOST_LOGGED:
                 reason = shown(error, 300)
-                log.warning("%s:%d: %s: not painted", path, number, reason)
+                log.warning("%s:%d: skipped: %s", path, number, reason)
     if not parsed:
         raise UserError(f"{name}: holds no prompt" + (" that can be read" * bool(bad)))
     if bad:
@@ -169,9 +169,7 @@ def _lines(
             ", …" if bad[MOST_LOGGED:] else ""
         )
         counts = len(bad), len(parsed) + len(bad)
-        log.warning(
-            "%s: %d of %d lines are not painted: %s", path, *counts, bad_numbers
-        )
+        log.warning("%s: skipped %d of %d lines: %s", path, *counts, bad_numbers)
     return parsed
 
 

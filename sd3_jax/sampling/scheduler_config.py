@@ -108,7 +108,7 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     if name not in CLASSES:
         known = ", ".join(CLASSES)
         reason = (
-            f"{where}: class {shown(name)} is not honoured: expected one of {known}"
+            f"{where}: class {shown(name)} is not supported; expected one of {known}"
         )
         shifts = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
         shift = shifts[0] if shifts else PUBLISHED.shift
@@ -121,7 +121,7 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     # The first complaint is enough: the caller mends one setting at a time.
     for key, wanted in complaints.items():
         value = _shown(values[key])
-        reason = f"{where}: {key} {value} of {name} is not honoured: expected {wanted}"
+        reason = f"{where}: {key} {value} of {name} is not supported; expected {wanted}"
         return dataclasses.replace(scheduler, refused=reason)
     return scheduler
 
@@ -156,7 +156,9 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
             message = f"{where}: base_image_seq_len and max_image_seq_len are the same"
-            raise UserError(f"{message}: expected two, for use_dynamic_shifting")
+            raise UserError(
+                f"{message}; use_dynamic_shifting needs two different values"
+            )
     return name, values
 
 

@@ -42,7 +42,7 @@ def compile_for_batches(
     with ThreadPoolExecutor(COMPILERS) as threads:
         programs = dict(zip(lowered, threads.map(compile_or_explain, lowered.values())))
     seconds = time.perf_counter() - begin
-    log.info("compiled the step in %.1f s, shapes: %d", seconds, len(programs))
+    log.info("compiled the step in %.1f s (shapes: %d)", seconds, len(programs))
     # Hosts do not compile equally fast, and on CPUs a collective gives up after half a
     # minute.
     processes.meet("compiled the step")
@@ -57,8 +57,8 @@ def compile_or_explain(lowered) -> Callable:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
-            " expected a smaller config.data.batch_size, config.optim.accumulate,"
-            " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
-            f" finds some): {' '.join(str(error).split())[:300]}"
+            f"the step does not fit the memory of {jax.devices()[0].device_kind}; set a"
+            " smaller config.data.batch_size, config.optim.accumulate,"
+            " --config.model.remat=full or a larger config.mesh.fsdp (sd3-jax plan"
+            f" compares them): {' '.join(str(error).split())[:300]}"
         ) from error

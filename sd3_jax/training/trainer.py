@@ -106,7 +106,12 @@ def train(
         log_description(description, examples.by_bucket(source))
         write_description(workdir, settings, description)
         if start >= steps:
-            log.info("%s has all of its %d steps", workdir, steps)
+            log.info(
+                "%s already has all of its %d steps; raise --config.train.steps to"
+                " train more",
+                workdir,
+                steps,
+            )
             save_adapter(config, program, state, start, workdir)  # if a kill came first
             return
         metrics = stack.enter_context(open_metrics(config, workdir, start, goodput))
@@ -284,7 +289,7 @@ def save(
     # Asked at every step, by all: jax answers "stop" for one step only.
     stop = checkpoints.reached_preemption(step)
     if stop and processes.leads_others():  # of one process: signals.py does
-        signals.say(f"SIGTERM: saves step {step}, then all processes stop")
+        signals.say(f"SIGTERM: saving step {step}, then all processes stop")
     saved = checkpoints.save(step, state, record, settings, force=last, finite=True)
     if saved:
         progress.nonfinite.last_saved = step

@@ -154,7 +154,7 @@ def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
         raise UserError(f"{where}: {reason}: expected {size.axes} axes")
     value = size.tell(shape)
     if value is None:
-        raise UserError(f"{where}: {reason}, which is no {size.field}")
+        raise UserError(f"{where}: {reason}, which is not a valid {size.field}")
     return value, reason
 
 
@@ -203,8 +203,7 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
         raise UserError(f"{where}: {prefix}0 is missing")
     if missing is not None:
         raise UserError(
-            f"{where}: {prefix}{missing} is missing, though there is"
-            f" {prefix}{layers[-1]}"
+            f"{where}: {prefix}{missing} is missing, but {prefix}{layers[-1]} exists"
         )
     return len(layers)
 
@@ -231,8 +230,8 @@ def _heads(width: int, where: str) -> int:
     # The number of heads is in no shape.
     if not width or width % HEAD:
         raise UserError(
-            f"{where}: {width} wide: a file without a configuration has heads of"
-            f" {HEAD}; expected a folder with its config.json"
+            f"{where}: {width} wide, but a file without a configuration has heads of"
+            f" {HEAD}; use a folder with its config.json"
         )
     return width // HEAD
 
@@ -272,8 +271,8 @@ def _controlnet(x: Shapes, sizes: dict, where: str) -> dict:
 def _vae(x: Shapes, sizes: dict, where: str) -> dict:
     if "block_out_channels" not in sizes:
         raise UserError(
-            f"{where}: encoder.down.0.block.0.conv1.weight or its like in"
-            " another level is missing"
+            f"{where}: encoder.down.0.block.0.conv1.weight, or its equivalent in"
+            " another level, is missing"
         )
     levels = len(sizes["block_out_channels"])
     return sizes | {
@@ -313,8 +312,8 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
     width = sizes["hidden_size"]
     if width not in OPENAI:
         raise UserError(
-            f"{where}: a vision tower of width {width}: a file alone is read as"
-            " OpenAI's ViT-B or ViT-L; expected a folder, with its config.json"
+            f"{where}: a vision tower of width {width}, but a single file must be"
+            " OpenAI's ViT-B or ViT-L; use a folder with its config.json"
         )
     if PLACES not in x:
         raise UserError(f"{where}: {PLACES} is missing")
@@ -330,7 +329,9 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
 def _t5(x: Shapes, sizes: dict, where: str) -> dict:
     inner, heads = sizes.pop(T5_INNER), sizes["num_heads"]
     if not heads or inner % heads:
-        raise UserError(f"{where}: {inner} wide inside, for {heads} heads")
+        raise UserError(
+            f"{where}: inner width {inner} for {heads} heads, which do not divide it"
+        )
     return sizes | {
         "architectures": ["T5EncoderModel"],
         "d_kv": inner // heads,  # both from shapes: the relative bias has the heads

@@ -68,7 +68,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
     """A field of which only `values` are implemented; the first is the default."""
     # Floats by isclose: files print them with more or fewer digits. Types must agree,
     # because True == 1 == 1.0 in Python.
-    words = " or ".join(map(_json, values)) + ": nothing else is implemented"
+    words = " or ".join(map(_json, values)) + ": nothing else is supported"
     alike = lambda x, value: (
         type(x) is type(value)
         and (math.isclose(x, value) if type(x) is float else x == value)
@@ -80,7 +80,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
 
 def all_of(value: str) -> Field:
     """A field that is a list of one value repeated."""
-    words = f"a list of {value}: nothing else is implemented"
+    words = f"a list of {value}: nothing else is supported"
     accepts = lambda x: (
         isinstance(x, list | tuple)
         and 0 < len(x) <= LEVELS
@@ -418,8 +418,8 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
             raise UserError(
-                f"{source}: text encoders of another model: both CLIPs' {name} ="
-                f" {size}: expected at most the denoiser's {most}"
+                f"{source}: the text encoders are of another model: {name} of both"
+                f" CLIPs is {size}; must be at most that of the denoiser, {most}"
             )
     for part, name, wanted in (
         ("t5", "d_model", context),
@@ -427,6 +427,6 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
     ):
         if part in configs and configs[part][name] != wanted:
             raise UserError(
-                f"{source}: {part} is of another model: {name} = {configs[part][name]}:"
-                f" expected the denoiser's {wanted}"
+                f"{source}: {part} is of another model: {name} = {configs[part][name]};"
+                f" must be {wanted} as in the denoiser"
             )

@@ -123,7 +123,7 @@ def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
     if brace and 2 <= size <= length - 8 and size <= HEADER:
         return
     if not length:
-        raise UserError(f"{path} is empty: copy it again")
+        raise UserError(f"{path} is empty; copy it again")
     if not brace or size > HEADER:
         unsupported_formats.refuse_format(path, head)
     if len(head) < 8 or size > min(HEADER, length - 8):
@@ -136,7 +136,7 @@ def _tensor(path, key, entry, base) -> Tensor:
     """The Tensor of a header's entry; ValueError for one that cannot be."""
     # Names go into messages and logs: only such as print, and not too long.
     if len(key) > NAME or not key.isprintable():
-        raise ValueError(f'"{shown(key)}": expected a name of {NAME} that print')
+        raise ValueError(f'"{shown(key)}": expected a printable name of {NAME}')
     if not isinstance(entry, dict):
         raise ValueError(f"{key}: expected its dtype, shape and data_offsets")
     name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
@@ -154,7 +154,7 @@ def _tensor(path, key, entry, base) -> Tensor:
     start, end = offsets
     tensor = Tensor(path, np.dtype(DTYPES[name]), tuple(shape), base + start)
     if end - start != tensor.size:
-        raise ValueError(f"{key}: {name} {shape} does not take bytes {start} to {end}")
+        raise ValueError(f"{key}: {name} {shape} does not fit bytes {start} to {end}")
     return tensor
 
 
@@ -172,7 +172,7 @@ def _texts(x: Any) -> bool:
 
 
 def _damaged(path, reason) -> UserError:
-    return UserError(f"{path}: not a safetensors file, or a damaged one: {reason}")
+    return UserError(f"{path}: not a safetensors file, or damaged: {reason}")
 
 
 def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
@@ -202,7 +202,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     if indexes:
         return _open_indexed(folder, indexes[0])
     if whole:
-        raise UserError(f"{folder}: holds {listed(whole)}: expected one; name the file")
+        raise UserError(f"{folder}: holds {listed(whole)}; name one of them")
     return open_shards(folder, [name for name in names if _is_weights(name)])
 
 
@@ -258,13 +258,15 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
     """
     numbers = {name: tuple(map(int, SHARDED.search(name).groups())) for name in names}
     if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
-        raise UserError(f"{folder}: holds shards of {len(sets)} files: expected one's")
+        raise UserError(
+            f"{folder}: holds shards of {len(sets)} models; expected those of one"
+        )
     ((stem, count),) = sets
     present = {number for number, _ in numbers.values()}
     first = 0 if 0 in present else 1  # some tools count from 0
     if missing := sorted(set(range(first, first + count)) - present):
         raise UserError(
-            f"{folder}: of the {count} shards of {stem} {len(missing)} are not there:"
+            f"{folder}: {len(missing)} of the {count} shards of {stem} are missing:"
             f" {listed(missing)}"
         )
     tensors: Tensors = {}
@@ -272,7 +274,7 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
         part = open_file(folder / name)[0]
         if twice := tensors.keys() & part.keys():
             raise UserError(
-                f"{folder / name}: {shown(min(twice))} is in another shard as well"
+                f"{folder / name}: {shown(min(twice))} is also in another shard"
             )
         tensors |= part
     return tensors
@@ -303,7 +305,7 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UserError(
             f"{folder / index} names {len(names)} files, of which {len(missing)} are"
-            f" not there: {listed(missing)}"
+            f" missing: {listed(missing)}"
         )
     tensors = {}
     for name in names:
@@ -362,7 +364,7 @@ def write_file(
         for key, entry in entries.items():
             x = entry.data()
             if x.shape != tuple(entry.shape):
-                raise ValueError(f"{key}: {x.shape} is to be written as {entry.shape}")
+                raise ValueError(f"{key}: shape {x.shape}, expected {entry.shape}")
             x = np.ascontiguousarray(x, dtype=entry.dtype).reshape(-1)
             file.write(memoryview(x.view(np.uint8)))
     partial.replace(path)

@@ -120,8 +120,8 @@ def split(
         group = groups.setdefault(name, {})
         if bare_key in group:
             raise UserError(
-                f"{path}: {key}: its part has {bare_key} twice, by two prefixes: remove"
-                " one of them"
+                f"{path}: {key}: its part has {bare_key} twice, under two prefixes;"
+                " remove one of them"
             )
         group[bare_key] = tensor
     # --- set aside what nothing reads; a component of nothing else is not there
@@ -142,12 +142,12 @@ def split(
         )
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
-            f" expected names that begin with {', '.join(_usual())}"
+            f"{path}: {len(unknown)} tensors belong to no known part:"
+            f" {listed(unknown)}; expected names that begin with {', '.join(_usual())}"
         )
     # Not in silence: the log lists what was left out, and why.
     for reason, keys in unread.items():
-        log.info("%s: not read: %s (%s)", path.name, listed(keys), reason)
+        log.info("%s: skipped %s (%s)", path.name, listed(keys), reason)
     return {name: _part(name, part) for name, part in parts.items()}
 
 
@@ -185,8 +185,8 @@ def _clips_by_width(
         width = _width(groups.get(name, {}))
         if WIDTHS.get(width, name) != name:
             raise UserError(
-                f"{path}: {name} is {width} wide, which is {WIDTHS[width]}'s width:"
-                f" expected its tensors below text_encoders.{WIDTHS[width]}."
+                f"{path}: {name} is {width} wide, the width of {WIDTHS[width]}; its"
+                f" names must begin with text_encoders.{WIDTHS[width]}."
             )
     alone = groups.pop("clip", {})  # without a prefix
     # Nothing but what CLIP's files hold beside the text tower.

@@ -74,7 +74,9 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
     if head[257:262] == b"ustar":  # a tar begins with its first member's name
         raise UserError(f"{path} is a tar archive: unpack it and name the file within")
     if len(head) == HEAD and not any(head):
-        raise UserError(f"{path} begins with zeros, as a download that broke off")
+        raise UserError(
+            f"{path} begins with zeros, like an interrupted download; download it again"
+        )
     if _is_text(head):
         begin = shown(" ".join(head.decode(errors="ignore").split()), 60)
         raise UserError(f'{path} is text, "{begin}": expected a .safetensors file')
@@ -91,8 +93,8 @@ def refuse_pickles(folder: epath.Path) -> None:
 
 def _pickle(path: epath.Path) -> str:
     return (
-        f"{path} is a pickle, whatever it is called, and loading one may run code;"
-        " expected a safetensors file: huggingface.co/spaces/safetensors/convert, or"
+        f"{path} is a pickle, and loading one may run code; convert it to"
+        " safetensors: huggingface.co/spaces/safetensors/convert, or"
         " safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
     )
 
@@ -151,18 +153,18 @@ def refuse_quantized(
 
 def _quantized(path: epath.Path, kind: str, sign: str) -> str:
     return (
-        f"{path} is quantized, {kind}, as {sign} says: expected the model in fp32,"
-        " fp16, bf16 or plain fp8; quantize={...} rounds to eight bits here"
+        f"{path} is quantized, {kind}, as {sign} shows; use the model in fp32, fp16,"
+        " bf16 or plain fp8, and set quantize={...} to quantize to eight bits here"
     )
 
 
 OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
     r"(^|[._])lora_|\.lora\.|\.dora_scale$|\.hada_w|\.lokr_": (
-        "a LoRA: name it beside the weights, lora=[PATH] or config.sample.lora"
+        "a LoRA; load it with lora=[PATH] or config.sample.lora"
     ),
-    r"^controlnet_blocks\.": "a ControlNet: expected sd3_jax.load_control(PATH, bundle)",
+    r"^controlnet_blocks\.": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
     r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": (
-        "TAESD, an autoencoder for previews: expected SD3's own (vae/ of a diffusers"
+        "TAESD, an autoencoder for previews; use SD3's (vae/ of a diffusers"
         " folder, or first_stage_model. of a single file)"
     ),
     r"(^|\.)(input_blocks|output_blocks)\.\d": (
@@ -181,16 +183,16 @@ OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
 
 
 def refuse_others(path: epath.Path, names: Collection[str]) -> None:
-    """UserError for a LoRA, a ControlNet or another model in the place of weights."""
+    """UserError for a LoRA, a ControlNet or another model instead of weights."""
     for pattern, kind in OTHERS.items():
         if any(re.search(pattern, name) for name in names):
             raise UserError(f"{path} is {kind}")
 
 
 CLASSES = {  # class in config.json: what to name instead
-    "AutoencoderTiny": "TAESD, an autoencoder for previews: expected SD3's AutoencoderKL",
-    "SD3ControlNetModel": "a ControlNet: expected sd3_jax.load_control(PATH, bundle)",
-    "CLIPModel": "a whole CLIP: expected its .safetensors, of which the text is read",
-    "CLIPTextModel": "a CLIP without a projection: expected its .safetensors, as CLIP-L",
-    "T5ForConditionalGeneration": "a whole T5: expected its .safetensors",
+    "AutoencoderTiny": "TAESD, an autoencoder for previews; use SD3's AutoencoderKL",
+    "SD3ControlNetModel": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
+    "CLIPModel": "a whole CLIP; use its .safetensors, whose text encoder is read",
+    "CLIPTextModel": "a CLIP without a projection; use the .safetensors of CLIP-L",
+    "T5ForConditionalGeneration": "a whole T5; use its .safetensors",
 }

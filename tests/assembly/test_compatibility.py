@@ -334,7 +334,7 @@ def test_an_earlier_step_is_a_base(eight, tmp_path, caplog, capsys):
         caplog.clear()
         argv = ["train", TINY, f"--workdir={tmp_path}/{step}", *flags]
         assert main.main([*argv, f"--config.tune.base={base}"]) == 0
-        assert f"starts from step {step} of {base}" in caplog.text
+        assert f"starting from step {step} of {base}" in caplog.text
     absent = f"--config.tune.base={run}/checkpoints/4"
     assert main.main(["train", TINY, f"--workdir={tmp_path}/4", *flags, absent]) == 2
     assert "not a complete checkpoint; complete steps: 3, 5" in capsys.readouterr().err
@@ -360,7 +360,7 @@ def test_a_run_goes_on_in_two_processes(eight, tmp_path):
     args = ["-m", "sd3_jax.main", "train", TINY, f"--workdir={workdir}", *QUIET]
     results = multiprocess.run([*args, f"--config.train.steps={AFTER}"], devices=2)
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
-    assert "saved under other circumstances" in results[0].stderr
+    assert "saved in another environment" in results[0].stderr
     np.testing.assert_allclose(losses(workdir), wanted, rtol=1e-5)
 
 
@@ -369,4 +369,4 @@ def test_two_runs_in_one_workdir_are_refused(tmp_path, capsys):
     with lock.held(tmp_path, "train"):
         assert main.main(args) == 2
     line = capsys.readouterr().err.splitlines()[-1]
-    assert line.startswith(f"sd3-jax: error: another job is at work in {tmp_path}")
+    assert line.startswith(f"sd3-jax: error: another job is running in {tmp_path}")

@@ -104,7 +104,7 @@ def test_a_leaf_is_named_where_no_sum_knows(copy, saved, caplog):
             state, data, _ = checkpoints.restore(saved.abstract)
         assert data == {"next_step": 2} and checkpoints.latest() == 2
         assert_bits(state, saved.abstract, seed=2)
-    assert "it is now damaged-3, and step 2 is the newest" in caplog.text
+    assert "renamed it to damaged-3; step 2 is the newest now" in caplog.text
 
 
 def test_the_run_goes_on_from_the_step_before(copy, saved):

@@ -348,7 +348,7 @@ def test_it_says_how_long_a_save_takes_and_warns_once(
     seconds = [r.args[1] for r in caplog.records if "it took" in r.msg]
     assert all(0 < x < 60 for x in seconds)
     texts = [record.getMessage() for record in caplog.records]
-    assert sum("is saved: it took" in text for text in texts) == 2
+    assert sum("saved step" in text for text in texts) == 2
     assert sum("lower --config.checkpoint.every" in text for text in texts) == warnings
 
 

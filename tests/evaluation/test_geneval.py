@@ -138,7 +138,7 @@ def test_position_is_of_the_target_named_by_number():
     )
     assert right(each, ("bench", 0.9, (60, 10, 80, 30)), ("cat", 0.9, (10, 9, 30, 30)))
     none = verdict(each, away).reason
-    assert none == "bench: expected 1, found 0; cat: nothing to be left of"
+    assert none == "bench: expected 1, found 0; cat: no object to be left of"
 
 
 def test_the_overall_is_the_mean_of_the_categories():
@@ -189,14 +189,20 @@ def wrong(value):
 @pytest.mark.parametrize(
     "value, words",
     [
-        (3, "detect gave int; expected 1 lists of detections"),
-        ([[], []], "detect gave 2 lists of detections; expected 1"),
-        ([[("cat", 0.5)]], "detect gave no list of detections; expected (label, score"),
-        ([[("cat", 0.5, (0, 1))]], "detect gave a cat in no box"),
-        ([[(3, 0.5, (0, 0, 1, 1))]], "detect gave a label of int"),
+        (3, "detect returned int; expected 1 lists of detections"),
+        ([[], []], "detect returned 2 lists of detections; expected 1"),
+        (
+            [[("cat", 0.5)]],
+            "detect returned no list of detections; expected (label, score",
+        ),
+        ([[("cat", 0.5, (0, 1))]], "detect returned a cat in no box"),
+        ([[(3, 0.5, (0, 0, 1, 1))]], "detect returned a label of int"),
         ([[("cat", 50, (0, 0, 1, 1))]], "expected a score in [0, 1]"),
         ([[("cat", 0.5, (9, 0, 1, 1))]], "expected a score in [0, 1] and x0 <= x1"),
-        ([[("cat", 0.5, (0, 0, 1, 1), IMAGE)]], "gave a mask of uint8 (100, 100, 3)"),
+        (
+            [[("cat", 0.5, (0, 0, 1, 1), IMAGE)]],
+            "returned a mask of uint8 (100, 100, 3)",
+        ),
     ],
 )
 def test_what_detectors_give_wrongly_is_told_with_their_name(value, words):
@@ -209,7 +215,9 @@ def test_colours_are_named_by_a_function_of_the_listed_ones():
     each = asked("colors", thing("cat", color="red"))
     with pytest.raises(UserError, match="red cat: expected a function that names"):
         verdict(each, CAT)
-    with pytest.raises(UserError, match='gave "crimson"; expected one of red, orange'):
+    with pytest.raises(
+        UserError, match='returned "crimson"; expected one of red, orange'
+    ):
         verdict(each, CAT, colour=lambda *_: ["crimson"])
-    with pytest.raises(UserError, match="gave 2 colours; expected 1"):
+    with pytest.raises(UserError, match="returned 2 colours; expected 1"):
         verdict(each, CAT, colour=lambda *_: ["red", "red"])

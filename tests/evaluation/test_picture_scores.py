@@ -92,7 +92,7 @@ def test_all_measures_and_again_from_kept_statistics(tmp_path, given, capsys, ca
     assert stored.about[0] == "clip" and stored.about[2:] == (64, 64)
     assert stored.features.shape == (7, 24)
     assert "FID, clip" in capsys.readouterr().out
-    assert "1 of 8 files are no pictures" in caplog.text
+    assert "1 of 8 files are not pictures" in caplog.text
 
     again = given | {"eval.real": kept, "eval.scores": "fid,kid,precision_recall"}
     code, others = evaluate(tmp_path, again)
@@ -112,7 +112,7 @@ def test_features_of_the_users_own(tmp_path, given):
     np.testing.assert_allclose(real_ones.mean, 127.5, atol=2)  # noise is grey
     assert fid.frechet(real_ones, feature_statistics.of(rows)) < 1e-9
     c.eval.features = "features_by_me:broken"
-    with pytest.raises(UserError, match=r"gave float32 of shape \(3,\)"):
+    with pytest.raises(UserError, match=r"returned float32 of shape \(3,\)"):
         picture_scores.references(c, picture_features.extractor(c, None), ["fid"])
 
 
@@ -141,7 +141,7 @@ def test_features_of_the_users_own(tmp_path, given):
             "expected config.eval.prompts_file, and config.eval",
         ),
         ({"eval.statistics": "a.npz", "eval.scores": "clip_score"}, "are made for fid"),
-        ({"eval.scores": "digits"}, '"digits" is of a trained run'),
+        ({"eval.scores": "digits"}, '"digits" needs a trained run'),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(tmp_path, given, capsys, changes, words):
@@ -187,7 +187,7 @@ def test_held_out_records_give_their_pictures_or_what_decodes_to_them(tmp_path):
         if name == "image":
             np.testing.assert_array_equal(found, image[numbers])
     c.eval.pictures = 6
-    with pytest.raises(UserError, match="expected at most 5"):
+    with pytest.raises(UserError, match="has 5 records; set"):
         reference_images.captions(c)
 
 

@@ -112,18 +112,22 @@ def test_all_three_are_scored_at_once(tmp_path, given, capsys):
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("geneval", "", '"geneval" wants config.eval.geneval: GenEval\'s evaluation_m'),
+        ("geneval", "", '"geneval" needs config.eval.geneval: GenEval\'s evaluation_m'),
         ("geneval", "no/such", "config.eval.geneval = no/such: no such file"),
-        ("detector", "", "config.eval.detector: no function; expected"),
+        ("detector", "", "config.eval.detector: not a function; expected"),
         ("detector", "detect", 'expected "package.module:function", or nothing'),
         ("detector", "scored_by_me:detct", 'did you mean "detect"?'),
-        ("colour", "", "config.eval.colour: no function; expected"),
+        ("colour", "", "config.eval.colour: not a function; expected"),
         ("compbench", "/no", "config.eval.compbench = /no/color_val.txt: no such file"),
         ("compbench_scorers", "colr=a:b", 'did you mean "color"?'),
         ("ocr_ignore", "spaces", "expected some of case, punctuation, space"),
         # Of functions that were called:
         ("detector", "scored_by_me:broken", "broken: IndexError: list index out of ra"),
-        ("ocr", "scored_by_me:short", "scored_by_me:short gave 0 texts; expected 4"),
+        (
+            "ocr",
+            "scored_by_me:short",
+            "scored_by_me:short returned 0 texts; expected 4",
+        ),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(

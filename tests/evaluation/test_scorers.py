@@ -33,7 +33,7 @@ def test_lines_name_their_text_or_quote_it():
     assert asked == ("a sign", "sign", "OPEN")
     assert typography.parse('the word "fox"') == ('the word "fox"', "text", "fox")
     with pytest.raises(
-        UserError, match='"a sign" asks for no text; expected it in quot'
+        UserError, match='"a sign" asks for no text; put the text in quot'
     ):
         typography.parse("a sign")
 
@@ -76,9 +76,9 @@ def test_typography_counts_categories_and_errors():
         "typography, two": 0,
         "typography, character error rate": 0.25,
     }
-    with pytest.raises(UserError, match="gave 1 texts; expected 2"):
+    with pytest.raises(UserError, match="returned 1 texts; expected 2"):
         typography.scorer(lambda images: ["a"])(asked, IMAGES)
-    with pytest.raises(UserError, match="gave NoneType; expected a text a picture"):
+    with pytest.raises(UserError, match="returned NoneType; expected a text a picture"):
         typography.scorer(lambda images: ["a", None])(asked, IMAGES)
 
 
@@ -111,7 +111,7 @@ def test_categories_are_named_once():
     for spec, words in [
         (["colour=a:b"], 'did you mean "color"?'),
         (["color"], "has no function"),
-        (["color=a:b", "color=a:c"], "stands twice"),
+        (["color=a:b", "color=a:c"], "appears twice"),
     ]:
         with pytest.raises(UserError) as error:
             compbench.names(spec)

@@ -114,7 +114,7 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path, capsys, job, name):
     flags = [f"--config.weights={tmp_path / name}", "--config.sample.prompt=a fox"]
     assert main.main([job, TINY, f"--workdir={tmp_path / 'run'}", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{file} is a pickle" in error and "expected a safetensors file" in error
+    assert f"{file} is a pickle" in error and "convert it to safetensors" in error
 
 
 def test_without_a_checkpoint(tmp_path, capsys):

@@ -258,7 +258,7 @@ def test_hosts_go_on_without_a_lost_or_doubled_record(
             victim.send_signal(signal.SIGTERM)
             codes = [process.wait(60) for process in cluster]
             assert codes == [0, 0], [multiprocess.result(p).stderr for p in cluster]
-            assert "told to stop" in multiprocess.result(cluster[0]).stderr
+            assert "stopping on request" in multiprocess.result(cluster[0]).stderr
     assert not (workdir / "manifest.json").exists()
     ended = multiprocess.run(args, devices=1, env=env)
     assert [x.returncode for x in ended] == [0, 0], ended[0].stderr[-3000:]

@@ -65,7 +65,7 @@ def test_a_killed_job_of_two_processes_ends_as_the_unbroken_one(tmp_path, forty)
     assert not (killed / "samples.html").exists()
     results = multiprocess.run(run(killed), processes=2, devices=4, timeout=300)
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
-    assert "are there already" in results[0].stderr
+    assert "exist already" in results[0].stderr
     assert {p: p.stat().st_mtime_ns for p in painted} == painted  # none was redone
     assert lines(killed) == lines(whole)
     assert len({line["file"] for line in lines(whole)}) == 40
@@ -127,7 +127,7 @@ def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty)
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("weights", "no/such/file.safetensors", "no such file or folder here"),
+        ("weights", "no/such/file.safetensors", "no such local file or folder"),
         ("image.height", "400", "at most 256"),
         ("sample.skip_layers", "9", "skip_layers 9: expected a whole number 0 to 3"),
         ("model.dtype", "float16", "float16 overflows in T5-XXL"),
@@ -262,9 +262,9 @@ def test_flagged_pictures_are_black_and_their_lines_say_so(tmp_path, looked_at):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ([0.3, None], "gave 0.3; expected None, False, True or a reason a picture"),
-        ([True], "gave 1 flags; expected 2"),
-        (True, "gave bool; expected 2 flags"),
+        ([0.3, None], "returned 0.3; expected None, False, True or a reason a picture"),
+        ([True], "returned 1 flags; expected 2"),
+        (True, "returned bool; expected 2 flags"),
     ],
 )
 def test_what_filters_give_wrongly_is_told(given, words):
@@ -295,7 +295,7 @@ def test_what_is_written_is_marked_black_pictures_too(tmp_path):
             "broken: RuntimeError: no weights (looked_at.py",
         ),
         ("filter", "looked_at:refused", 'did you mean "refuse"?'),
-        ("watermark", "sd3-jax", "64 x 64 pixels; expected sides of 256 or more"),
+        ("watermark", "sd3-jax", "64 x 64 pixels; the sides must be 256 or more"),
         (
             "watermark",
             "seventeen letters",

@@ -139,9 +139,9 @@ def test_an_inpainting_nets_hint(bundle, pipe, theirs, tmp_path):
     wanted = np.concatenate([nhwc(mean), keep], -1)
     for mask in (MASK, Image.fromarray(MASK), 255 * MASK.astype(np.uint8)):
         assert convert.error(hint(bundle, net, HINT, mask=mask), wanted) < 1e-5
-    refused("repaints: expected a mask", hint, bundle, net, HINT)
+    refused("repaints; give a mask", hint, bundle, net, HINT)
     more = dict(mask=MASK, preprocess="canny")
-    refused("an inpainting net has none", hint, bundle, net, HINT, **more)
+    refused("an inpainting ControlNet has none", hint, bundle, net, HINT, **more)
 
 
 def test_control_type_is_kept(bundle, files, tensors, tmp_path):
@@ -197,8 +197,11 @@ WIDE = dict(num_attention_heads=2, caption_projection_dim=128)
 @pytest.mark.parametrize(
     "sizes, said",
     [
-        (WIDE, "a joint ControlNet that is not of this denoiser, an SD3 transformer:"),
-        (WIDE, "width 128 against 64; expected a ControlNet for the same model"),
+        (
+            WIDE,
+            "a joint ControlNet that does not fit this denoiser, an SD3 transformer:",
+        ),
+        (WIDE, "width 128 against 64; use a ControlNet for the same model"),
         (
             WIDE | SINGLE,
             "a single-stream (SD3.5-large's) ControlNet that is not of this",
@@ -249,7 +252,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
     [
         (
             dict(image=HINT[:16]),
-            "an image of (16, 48) pixels: the picture has (32, 48)",
+            "an image of (16, 48) pixels: must equal the size of the picture, (32, 48)",
         ),
         (
             dict(image=HINT.astype(np.float32)),
@@ -258,7 +261,10 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
         (dict(image=HINT.transpose(2, 0, 1)), "x.transpose(1, 2, 0)"),
         (dict(image=ZEROS.repeat(3, 0)), "3 of control 0's images for 1 pictures: wan"),
         (dict(image=ZEROS.transpose(0, 3, 1, 2)), "x.transpose(0, 2, 3, 1)"),
-        (dict(image=ZEROS[:, :2]), "latents of (2, 6): the picture's have (4, 6)"),
+        (
+            dict(image=ZEROS[:, :2]),
+            "latents of (2, 6): must equal those of the picture, (4, 6)",
+        ),
         (dict(image=ZEROS + np.nan), "control 0's latents: holds values that are NaN"),
         (dict(image=ZEROS, preprocess="canny"), "preprocess acts on pictures"),
         (dict(preprocess="cany"), 'preprocess "cany"; did you mean "canny"?'),
@@ -280,11 +286,11 @@ def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
     small(num_layers=3).save_pretrained(tmp_path)
     other = sd3_jax.load_control(str(tmp_path), bundle)
     both = [sd3_jax.ControlInput(x, ZEROS) for x in (net, other)]
-    said = "ControlNets of 2, 3 layers together: expected equally many"
+    said = "ControlNets of 2, 3 layers together: all must have the same number"
     refused(said, control_arguments.controls_of, bundle, both, GRID, SHAPE, 1, 1)
     foreign = ControlBundle(other.module.clone(width=128), {}, other.config)
     alone = [sd3_jax.ControlInput(foreign, ZEROS)]
-    said = "control 0: a joint ControlNet that is not of this denoiser"
+    said = "control 0: a joint ControlNet that does not fit this denoiser"
     refused(said, control_arguments.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
     large = (4, 50, 16)  # beyond a table of 24 positions
     control = [sd3_jax.ControlInput(other, np.zeros((1, *large), np.float32))]
@@ -321,7 +327,10 @@ BAD = np.full((1, 32, 48, 3), 200.0)
             dict(negative_prompts=COND._replace(context=COND.context + np.inf)),
             "negative_prompts: context: holds values that are NaN",
         ),
-        (dict(image=HINT, mask=MASK[:16]), "mask of (16, 48) pixels: the picture has"),
+        (
+            dict(image=HINT, mask=MASK[:16]),
+            "mask of (16, 48) pixels: must equal the size",
+        ),
         (dict(image=HINT, mask=MASK.astype(np.uint8)), "bytes of 0 and 1"),
     ],
 )

@@ -162,8 +162,8 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
         (dict(lora_alpha="8"), "lora_alpha 8: expected a number"),
         (dict(lora_alpha=True), "lora_alpha True: expected a number"),
         (dict(r=[4]), "r [4]: expected a number"),
-        (dict(r=4), f"{ATTN} is of rank 4, its tensors of 8"),
-        (dict(rank_pattern={"to_q": 5}), f"{ATTN} is of rank 5, its tensors of 8"),
+        (dict(r=4), f"{ATTN} has rank 4, but its tensors have 8"),
+        (dict(rank_pattern={"to_q": 5}), f"{ATTN} has rank 5, but its tensors have 8"),
         (dict(rank_pattern={"to_q": None}), "expected numbers by pattern"),
         (dict(alpha_pattern=[1]), "alpha_pattern [1]: expected numbers by pattern"),
         (dict(alpha_pattern={"to_q": "x"}), "alpha_pattern to_q x: expected a number"),
@@ -192,9 +192,9 @@ WORDS = "base_model.model.text_model.embeddings.token_embedding"
         ({"base_model.model.x.lokr_w1": torch.ones(2, 2)}, "LoKr; expected lora_A"),
         (
             pair("base_model.model.encoder.block.0.layer.0.SelfAttention.q"),
-            "is of T5; expected a LoRA of transformer, text_encoder, text_encoder_2",
+            "is for T5; expected a LoRA of transformer, text_encoder, text_encoder_2",
         ),
-        (pair() | pair(ATTN), "holds names with base_model.model. and without"),
+        (pair() | pair(ATTN), "holds names with base_model.model. and names without"),
         (
             pair() | {k.replace("_A", "_A.b"): x for k, x in pair(rank=4).items()},
             "to_q has two of lora_",
@@ -313,14 +313,14 @@ def test_kohyas_names_are_those_of_the_original_file(bundle, tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"lora_unet_x.alpha": torch.ones(1)}, "lora_unet_x has alpha alone"),
+        ({"lora_unet_x.alpha": torch.ones(1)}, "lora_unet_x has only alpha"),
         ({"lora_unet_x.alpha": torch.ones(2)}, "alpha: expected one finite number"),
         ({"lora_unet_x.alpha": torch.tensor(torch.nan)}, "expected one finite number"),
-        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "is of T5"),
+        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "is for T5"),
         ({"lora_unet_x.dora_scale": torch.ones(2)}, "DoRA; expected"),
         (
             pair("lora_unet_down_blocks_0"),
-            "down_blocks_0 is no linear map of the model",
+            "down_blocks_0 is not a linear layer of the model",
         ),
     ],
 )

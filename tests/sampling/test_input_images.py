@@ -108,13 +108,16 @@ ANIMATED.is_animated = True
         (BYTES[..., :2], "shape (2, 24, 32, 2): expected"),
         (BYTES[:0], "shape (0, 24, 32, 3): expected"),
         (BYTES[0, 0, 0, 0], "shape (): expected"),
-        ("fox.png", "'fox.png': expected an array or a PIL image, for a file PIL.Ima"),
+        (
+            "fox.png",
+            "'fox.png': expected an array or a PIL image; for a file, pass PIL.Ima",
+        ),
         ([], "an empty list"),
         ([BYTES[0], BYTES[0, :8]], "expected all of one size and dtype"),
         ([BYTES[0], "fox.png"], "image 1: 'fox.png'"),
         (Image.new("F", (8, 8)), 'of mode F: expected x.convert("RGB")'),
-        (ANIMATED, "animated; expected one frame"),
-        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "no array of numpy's"),
+        (ANIMATED, "animated; pass one frame"),
+        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "not a NumPy array"),
     ],
 )
 def test_pictures_that_are_refused(given, said):
@@ -158,7 +161,7 @@ def test_masks_of_one_bit(given):
         (MASK * np.nan, "NaN or infinite"),
         (
             (MASK > 127).astype(np.uint8),
-            "bytes of 0 and 1, where 255 is 1; expected x.astype(bool)",
+            "bytes of 0 and 1, but 255 stands for 1; pass x.astype(bool)",
         ),
         ((MASK > 127).astype(np.int64), "dtype int64"),
         (MASK.transpose(0, 3, 1, 2), "x.transpose(0, 2, 3, 1)"),

@@ -49,7 +49,7 @@ LINES = {
     "a NUL": ("a\0b", "prompt: \\x00 at character 2; expected text without control"),
     "an escape": ("a \x1b[2J fox", "prompt: \\x1b at character 3"),
     "a C1 control": ("\x9b2J fox", "prompt: \\x9b at character 1"),
-    "too long": (8193 * "a", "prompt: 8193 characters; expected at most 8192"),
+    "too long": (8193 * "a", "prompt: 8193 characters; the limit is 8192"),
 }
 OBJECTS = {
     "a surrogate": ('{"prompt": "\\ud800"}', "prompt: \\ud800 at character 1"),
@@ -59,9 +59,9 @@ OBJECTS = {
         json.dumps({"prompt": "a", "negative": 8193 * "b"}),
         "negative: 8193 characters",
     ),
-    "a key twice": ('{"prompt": "a", "prompt": "b"}', '"prompt" stands twice'),
-    "nan": ('{"prompt": "a", "cfg": NaN}', "NaN is no JSON"),
-    "infinity": ('{"prompt": "a", "cfg": -Infinity}', "-Infinity is no JSON"),
+    "a key twice": ('{"prompt": "a", "prompt": "b"}', '"prompt" appears twice'),
+    "nan": ('{"prompt": "a", "cfg": NaN}', "NaN is not JSON"),
+    "infinity": ('{"prompt": "a", "cfg": -Infinity}', "-Infinity is not JSON"),
     "beyond a float": ('{"prompt": "a", "cfg": 1e999}', "1e999 is too large"),
     "beyond any float": ('{"prompt": "a", "cfg": 1%s}' % (400 * "0"), "expected float"),
     "beyond an int": ('{"prompt": "a", "seed": 1%s}' % (5000 * "0"), "not JSON"),
@@ -102,15 +102,15 @@ def test_a_bad_line_is_told_of_by_its_number(case, tmp_path, caplog):
     good = "a fox" if case in LINES else '{"prompt": "a fox"}'
     assert prompts(tmp_path / name, f"{good}\n{line}\n{good}\n") == ["a fox", "a fox"]
     told = caplog.messages[0]
-    assert told.startswith(f"{tmp_path / name}:2: ") and "not painted" in told
+    assert told.startswith(f"{tmp_path / name}:2: ") and "skipped" in told
     assert words in told and told.isprintable() and len(told) < 600
-    assert caplog.messages[1].endswith("1 of 3 lines are not painted: 2")
+    assert caplog.messages[1].endswith("skipped 1 of 3 lines: 2")
 
 
 def test_thousands_of_bad_lines_are_not_thousands_of_messages(tmp_path, caplog):
     assert prompts(tmp_path / "x.txt", "\0\n" * 5000 + "a fox") == ["a fox"]
     assert len(caplog.messages) == 21
-    assert "5000 of 5001 lines are not painted: 1, 2, 3" in caplog.messages[-1]
+    assert "skipped 5000 of 5001 lines: 1, 2, 3" in caplog.messages[-1]
 
 
 FILES = {

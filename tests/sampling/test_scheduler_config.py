@@ -63,7 +63,7 @@ def test_a_setting_of_the_wrong_type_or_out_of_range(config, words):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"invert_sigmas": True}, f"invert_sigmas true of {EULER} is not honoured"),
+        ({"invert_sigmas": True}, f"invert_sigmas true of {EULER} is not supported"),
         ({"num_train_timesteps": 500}, "num_train_timesteps 500 of"),
         (
             {"use_karras_sigmas": True, "use_beta_sigmas": True},
@@ -123,9 +123,9 @@ def test_a_caller_replaces_what_he_names():
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"grid": "flow", "mu": 0.5}, "grid and mu are both given"),
-        ({"grid": "flow", "sigmas": [0.5]}, "grid and sigmas are both given"),
-        ({"shift": 2.0, "mu": 0.5}, "shift and mu are both given"),
+        ({"grid": "flow", "mu": 0.5}, "grid and mu are both set"),
+        ({"grid": "flow", "sigmas": [0.5]}, "grid and sigmas are both set"),
+        ({"shift": 2.0, "mu": 0.5}, "shift and mu are both set"),
         ({"shift": 0.0}, "shift: got 0.0"),
         ({"shift": float("nan")}, "shift: got nan"),
         ({"shift": 1e30}, "keeps 4 float32 steps apart"),

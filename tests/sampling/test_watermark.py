@@ -96,7 +96,9 @@ def test_what_does_not_fit_is_refused(text):
 
 
 def test_small_pictures_are_refused(photo):
-    with pytest.raises(ValueError, match="640 x 255 pixels; expected sides of 256"):
+    with pytest.raises(
+        ValueError, match="640 x 255 pixels; a watermark needs sides of 256"
+    ):
         watermark.embed(photo[:255], TEXT)
     assert watermark.read(photo[:100, :90]) is None  # may be read, and have none
 

@@ -175,7 +175,7 @@ def test_no_torchscript(tmp_path):
     "made", [np.zeros((3, 4)), [1.0, 2.0], np.full((2, 3), np.nan)]
 )
 def test_embeddings_of_other_hands_are_looked_at(made):
-    with pytest.raises(UserError, match="my.module:embed: gave"):
+    with pytest.raises(UserError, match="my.module:embed: returned"):
         picture = np.zeros((16, 16, 3), np.uint8)
         embeddings.embedded(lambda _: made, [picture] * 2, "my.module:embed")
 

@@ -444,7 +444,7 @@ def test_a_configuration_that_lies_of_its_tensors(kind, name, value, layout):
 def test_layers_are_as_many_as_there_are():
     x = tensors("denoiser", "original")
     x["joint_blocks.999999999.x_block.attn.qkv.weight"] = np.zeros(3)
-    words = "a: joint_blocks.3 is missing, though there is joint_blocks.999999999"
+    words = "a: joint_blocks.3 is missing, but joint_blocks.999999999 exists"
     with pytest.raises(UserError, match=words):
         inferred_sizes.detect("denoiser", x, "a")
     x = tensors("denoiser", "original") | {"joint_blocks.x.a": np.zeros(3)}
@@ -458,7 +458,7 @@ def test_layers_are_as_many_as_there_are():
         ("controlnet", "controlnet_blocks.88.a"),
     ):
         x = tensors(kind, "diffusers" if kind == "controlnet" else "original")
-        with pytest.raises(UserError, match="is missing, though there is .*88"):
+        with pytest.raises(UserError, match="is missing, but .*88 exists"):
             inferred_sizes.detect(kind, x | {name: np.zeros(3)})
 
 

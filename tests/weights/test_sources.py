@@ -59,9 +59,13 @@ FILES = {
     "tar": (bytes([1]) * 257 + b"ustar\0" + bytes(300), "is a tar archive: unpack it"),
     "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file: expected the model as"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a PNG picture"),
-    "zeros": (bytes(4096), "begins with zeros, as a download that broke off"),
-    "empty": (b"", "is empty: copy it again"),
-    "pickle": (b"\x80\x02}q\0.", "is a pickle, whatever it is called", "torch.load"),
+    "zeros": (bytes(4096), "begins with zeros, like an interrupted download"),
+    "empty": (b"", "is empty; copy it again"),
+    "pickle": (
+        b"\x80\x02}q\0.",
+        "is a pickle, and loading one may run code",
+        "torch.load",
+    ),
 }
 
 
@@ -183,13 +187,13 @@ def test_shards_that_are_not_there_are_named(tmp_path):
     for i in (1, 4):
         write(tmp_path / f"model-0000{i}-of-00015.safetensors", str(i))
     told = said(safetensors.open_folder, tmp_path)
-    words = "of the 15 shards of model.safetensors 13 are not there: 2, 3, 5, 6"
+    words = "13 of the 15 shards of model.safetensors are missing: 2, 3, 5, 6"
     assert words in told and "12 and 3 more" in told
     assert words in said(opened, tmp_path)  # of a single file in shards
     other = tmp_path / "other"
     for i in (1, 2):
         write(other / f"model-0000{i}-of-00002.safetensors", "w")
-    assert "w is in another shard as well" in said(safetensors.open_folder, other)
+    assert "w is also in another shard" in said(safetensors.open_folder, other)
     write(other / "part-00001-of-00002.safetensors", "v")
     assert "holds shards of 2 files" in said(safetensors.open_folder, other)
 
@@ -211,10 +215,10 @@ def test_two_files_in_a_components_folder(tmp_path):
     "kind, words",
     [
         ("AutoencoderTiny", "AutoencoderTiny, TAESD, an autoencoder for previews"),
-        ("SD3ControlNetModel", "a ControlNet: expected sd3_jax.load_control"),
-        ("CLIPModel", "CLIPModel, a whole CLIP: expected its .safetensors"),
-        ("CLIPTextModel", "a CLIP without a projection: expected its .safetensors"),
-        ("T5ForConditionalGeneration", "a whole T5: expected its .safetensors"),
+        ("SD3ControlNetModel", "a ControlNet; use sd3_jax.load_control"),
+        ("CLIPModel", "CLIPModel, a whole CLIP; use its .safetensors"),
+        ("CLIPTextModel", "a CLIP without a projection; use the .safetensors"),
+        ("T5ForConditionalGeneration", "a whole T5; use its .safetensors"),
         ("UNet2DConditionModel", "UNet2DConditionModel: expected "),
         (
             "FluxTransformer2DModel",
@@ -240,7 +244,7 @@ def test_what_a_pipeline_has_beside_its_model_is_told(tmp_path, caplog):
     assert "model_index.json: not loaded: controlnet" in caplog.text
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert "is of a U-Net: expected Stable Diffusion 3" in said(opened, tmp_path)
+    assert "is of a U-Net; expected Stable Diffusion 3" in said(opened, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -477,7 +481,7 @@ def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     told = said(sources.locate, source, label="LoRA")
-    assert told.startswith('LoRA "o/n') and "no such file or folder here" in told
+    assert told.startswith('LoRA "o/n') and "no such local file or folder" in told
     assert told.endswith("give it: 404") if reachable else "be reached" in told
 
 
@@ -495,6 +499,8 @@ def test_a_gated_repository_says_how_to_get_in(monkeypatch):
 def test_a_variant_of_a_path(tmp_path):
     write(tmp_path / "model.fp16.safetensors")
     assert sources.locate(f"{tmp_path}:fp16") == (tmp_path, "fp16")
-    assert 'expected no variant (":fp16")' in said(sources.resolve, f"{tmp_path}:fp16")
+    assert 'has no variants; remove ":fp16"' in said(
+        sources.resolve, f"{tmp_path}:fp16"
+    )
     told = said(opened, f"{tmp_path}/model.fp16.safetensors:fp16")
-    assert "has no variants: expected it without :fp16" in told
+    assert "has no variants; remove :fp16" in told

@@ -88,7 +88,7 @@ EVAL = dict(
     ocr_ignore=Key(
         ("space",),
         some_of("case", "punctuation", "space"),
-        "Differences from the text asked for that are no error.",
+        "Differences from the text asked for that are not error.",
     ),
     compbench=Key("", FREE, "T2I-CompBench's folder of prompts."),
     compbench_scorers=Key(

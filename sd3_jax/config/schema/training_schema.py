@@ -105,7 +105,7 @@ TUNE = dict(
         "What trains: all weights, or a LoRA beside those of the base.",
     ),
     text=Key(True, SWITCH, "Train the byte tower too, if all weights train."),
-    lora=Key("", FREE, "LoRA file to go on from, of rank tune.rank; empty: a new one."),
+    lora=Key("", FREE, "LoRA file to start from, of rank tune.rank; empty: a new one."),
     rank=Key(16, WIDTH, "Rank of the LoRA."),
     alpha=Key(0.0, WEIGHT, "The LoRA's update is scaled by alpha / rank; 0: by 1."),
     targets=Key(

@@ -67,7 +67,9 @@ def _parse(spec: str) -> Filter:
     match = SPEC.fullmatch(spec)
     bound = _finite(match[3]) if match else None
     if bound is None:
-        raise UserError(f"{shown(spec) or '(nothing)'}: no filter; expected {WANTED}")
+        raise UserError(
+            f"{shown(spec) or '(nothing)'}: not a filter; expected {WANTED}"
+        )
     # A colon tells a function from a column: "package.module:function".
     name = match[1]
     function = hooks.load(name) if ":" in name else None
@@ -85,7 +87,7 @@ def _value(rule: Filter, columns, picture) -> float | None:
         return _finite(float(answer))  # an array of one number too
     except Exception:
         kind = shown(type(answer).__name__)
-        raise BadItem(f"{rule.name} gave no number: {kind}") from None
+        raise BadItem(f"{rule.name} returned no number: {kind}") from None
 
 
 def _finite(value: str | int | float) -> float | None:

@@ -87,7 +87,7 @@ def csv_rows(
             continue
         if len(values) != len(header):
             count = "fewer" if len(values) < len(header) else "more"
-            reason = f"a line that cannot be read: {count} values than its header has"
+            reason = f"a line that cannot be read: {count} values than its header"
             yield number, BadLine(reason, (name,))
             continue
         row = dict(zip(header, values)) | {"file_name": name}
@@ -103,7 +103,7 @@ def last_part(name: bytes) -> bytes:
 def _parse_header(line: str) -> tuple[list[str], dict]:
     """The columns' names, stripped, and the options that csv.reader needs for the rows.
 
-    csv.Error if a name comes twice or goes on in the next line.
+    csv.Error if a name appears twice or continues in the next line.
     """
     spellings = {d: next(csv.reader([line], delimiter=d), []) for d in DELIMITERS}
     names = {d: [x.strip() for x in spelt] for d, spelt in spellings.items()}

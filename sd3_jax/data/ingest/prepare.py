@@ -120,7 +120,7 @@ def rejected_picture_of(
         return None
     name = item.columns.get(settings.rejected)
     if not isinstance(name, str) or not name.strip():
-        raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+        raise BadItem(f'has no "{settings.rejected}", the rejected picture')
     # Written on Windows, as a file_name in metadata may be.
     name = name.replace("\\", "/")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:

@@ -87,7 +87,7 @@ def test_functions_that_fail_or_say_nothing(function):
         refused("mine:f>0", PICTURE)
     for value in (None, "high", np.zeros(3), [1]):
         function(lambda picture, columns, value=value: value)
-        with pytest.raises(BadItem, match="mine:f gave no number: "):
+        with pytest.raises(BadItem, match="mine:f returned no number: "):
             refused("mine:f>0", PICTURE)
     for value in (math.nan, np.float32(np.inf)):
         function(lambda picture, columns, value=value: value)
@@ -104,7 +104,7 @@ WRONG = ["", "x", "x=1", "x==1", ">=1", "x>=", "x>=y", "x>=nan", "x>=inf", "x>1>
 
 @pytest.mark.parametrize("spec", [*WRONG, "x=>1", "x!=1"])
 def test_a_spec_that_is_none(spec):
-    with pytest.raises(UserError, match="no filter; expected") as caught:
+    with pytest.raises(UserError, match="not a filter; expected") as caught:
         filters.parse([spec])
     assert str(caught.value).isprintable()
 

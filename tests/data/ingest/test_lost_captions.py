@@ -131,7 +131,7 @@ def test_no_record_is_a_failure(precompute):
     files = {"a.png": b"none", "a.txt": "a fox", "b.gif": b"GIF89a"}
     code, found, counts, said = precompute(files)
     assert code == 2 and not found and counts["records"] == 0
-    assert "of 2 files no record was made: rejected 1 " in said
+    assert "no record was made of 2 files: rejected 1 " in said
     code, _, _, again = precompute(files)
     assert code == 2 and again == said
 
@@ -159,7 +159,7 @@ def test_tars_and_parquet_files(precompute, tmp_path):
 NOT_TEXT = {
     "numbers": (
         [5, 6],
-        "mine holds numbers (2), and no text, in any of the 2 pictures",
+        "mine holds numbers (2) and no text in any of the 2 pictures",
     ),
     "lists": ([[5], [6]], "mine holds lists of numbers (2), and no text"),
     "booleans": ([True, False], "mine holds booleans (2), and no text"),
