@@ -126,7 +126,7 @@ refuse_tpu7x() {
 litepod() { # VARIABLE, which holds a TPU's type: v5e-N is v5litepod-N to Google's tools
   [[ ${!1:-} == v5e-* ]] || return 0
   printf -v "$1" %s "v5litepod-${!1#v5e-}"
-  echo "$1=v5e-${!1#v5litepod-}: Google's tools name it ${!1}" >&2
+  echo "$1=v5e-${!1#v5litepod-}: using ${!1}, the name in Google's tools" >&2
 }
 
 cloud_tpu() { # ACCELERATOR_TYPE and RUNTIME_VERSION, as the Cloud TPU API takes them
@@ -141,13 +141,13 @@ cloud_tpu() { # ACCELERATOR_TYPE and RUNTIME_VERSION, as the Cloud TPU API takes
   if [[ -z ${RUNTIME_VERSION:-} ]]; then
     RUNTIME_VERSION=$version
     require RUNTIME_VERSION
-    echo "RUNTIME_VERSION=$RUNTIME_VERSION, that of $ACCELERATOR_TYPE" >&2
+    echo "using RUNTIME_VERSION=$RUNTIME_VERSION for $ACCELERATOR_TYPE" >&2
   fi
   case $RUNTIME_VERSION in
     "$version") ;;
     v2-alpha-tpuv5-lite | v2-alpha-tpuv5 | v2-alpha-tpuv6e | tpu-ubuntu2204-base)
-      [[ -z $version ]] || fail "RUNTIME_VERSION=$RUNTIME_VERSION is of other TPUs than" \
-        "ACCELERATOR_TYPE=$ACCELERATOR_TYPE: expected $version, or none, which means it"
+      [[ -z $version ]] || fail "RUNTIME_VERSION=$RUNTIME_VERSION is for other TPUs than" \
+        "ACCELERATOR_TYPE=$ACCELERATOR_TYPE; set $version, or unset it"
       ;;
   esac
 }
@@ -180,7 +180,7 @@ program() { # JOB FLAGS…, into PROGRAM: Python's arguments; Spot training save
   [[ ${PROVISIONING:-} == spot && $1 == train ]] || return 0
   [[ " $*" != *" --config.checkpoint.every"* ]] || return 0
   PROGRAM+=("--config.checkpoint.every=${CHECKPOINT_EVERY:=200}")
-  echo "PROVISIONING=spot: a checkpoint every $CHECKPOINT_EVERY steps" >&2
+  echo "PROVISIONING=spot: saving a checkpoint every $CHECKPOINT_EVERY steps" >&2
 }
 
 host_variables() { # into HOST: what job.sh is to have in its environment
@@ -192,7 +192,7 @@ host_variables() { # into HOST: what job.sh is to have in its environment
 
 check_extras() { # EXTRAS, of setup.py
   [[ ${EXTRAS:-} =~ ^([a-z]+(,[a-z]+)*)?$ ]] ||
-    fail "EXTRAS=$EXTRAS: expected extras of setup.py with commas between, such as wandb,mlflow"
+    fail "EXTRAS=$EXTRAS: expected extras of setup.py separated by commas, such as wandb,mlflow"
 }
 
 image_extras() { # where an image is run, it has its extras already
@@ -209,10 +209,10 @@ passed() { # into PASSED: names of the variables that the job gets from your env
   PASSED=()
   for name in ${PASS_ENV-WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI}; do
     [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
-      fail "PASS_ENV=$PASS_ENV: expected names of variables with spaces between"
+      fail "PASS_ENV=$PASS_ENV: expected names of variables separated by spaces"
     [[ -n ${!name:-} || -z ${PASS_ENV:-} ]] || fail "PASS_ENV names $name, which is not set"
     [[ -n ${!name:-} ]] || continue
-    [[ ${!name} != *$'\n'* ]] || fail "$name has more than one line: it is not passed"
+    [[ ${!name} != *$'\n'* ]] || fail "$name has more than one line and cannot be passed"
     PASSED+=("$name")
   done
   ((${#PASSED[@]} == 0)) || echo "the job gets ${PASSED[*]} from your environment" >&2
@@ -243,7 +243,7 @@ scratch() { # a folder that goes when the script ends
 }
 
 pack() { # the last commit, as $SCRATCH/sd3_jax.tgz
-  git -C "$ROOT" diff --quiet HEAD || echo "uncommitted changes stay here" >&2
+  git -C "$ROOT" diff --quiet HEAD || echo "uncommitted changes are not copied" >&2
   scratch
   run git -C "$ROOT" archive --format=tar.gz --output="$SCRATCH/sd3_jax.tgz" HEAD
 }
