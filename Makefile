@@ -61,6 +61,7 @@ lint: $(VENV)/installed-test
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/basedpyright --pythonpath $(VENV)/bin/python
 	$(VENV)/bin/python tests/house.py
+	$(VENV)/bin/python tests/prose.py
 
 package: $(VENV)/installed-test
 	tests/package.sh $(VENV)/bin/python

@@ -1,4 +1,4 @@
-"""All of a released denoiser's weights, on one's own pictures (docs/finetuning.md).
+"""Train all weights of a released denoiser on your pictures (docs/finetuning.md).
 
     sd3-jax train --config=configs/finetune.py --workdir=gs://BUCKET/RUN \
         --config.tune.base=SD35 --config.data.name=records \

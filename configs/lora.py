@@ -1,4 +1,4 @@
-"""A LoRA beside released weights, on one's own pictures (docs/finetuning.md).
+"""Train a LoRA of released weights on your pictures (docs/finetuning.md).
 
     IN="--config=configs/lora.py --config.tune.base=SD35 --config.encode.weights=SD35"
     sd3-jax train  $IN --workdir=runs/lora --config.data.name=records \

@@ -22,6 +22,7 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     input_images,
+    progress_bar,
     seeds,
 )
 from sd3_jax.sampling.arguments import Texts
@@ -66,6 +67,7 @@ def generate(
     sigmas: Sequence[float] | np.ndarray | None = None,
     clip_skip: int = 0,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
+    progress: bool = False,
     output: str = "images",
 ) -> Float[Array, "b _ _ _"]:
     """Generate images (b, height, width, 3) in [0, 1], or their latents.
@@ -89,6 +91,9 @@ def generate(
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
     rough image after each step; each such function compiles a program.
 
+    `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
+    programs.
+
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
@@ -109,6 +114,8 @@ def generate(
     skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
+    if progress:
+        preview = progress_bar.counted(preview)
     guided = arguments.guided(
         guidance,
         guidance_interval,
@@ -190,7 +197,8 @@ def generate(
     )
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
-    with compiled.on(bundle.mesh):
+    bar = progress_bar.shown(len(times) - 1, progress)
+    with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
         )

@@ -51,6 +51,16 @@ def test_previews(bundle, plain):
     assert 0 <= seen[-1][2].min() < seen[-1][2].max() <= 1
 
 
+def test_a_bar_counts_the_steps_and_changes_no_picture(bundle, plain, capfd):
+    seen = []
+    look = lambda i, t, rgb: seen.append(int(i))
+    for preview in (None, look):
+        found = paint(bundle, progress=True, preview=preview)
+        assert apart(found, plain) < 1e-5
+        assert "100%" in (shown := capfd.readouterr().err) and "4/4" in shown
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
 def test_the_guidances_interval_and_rescale(bundle, plain):
     assert apart(paint(bundle, guidance_interval=(0.0, 1.0)), plain) == 0
     none = paint(bundle, guidance=1.0)

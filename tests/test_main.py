@@ -480,8 +480,8 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
     assert out.endswith("False\n") and "Traceback" not in err
     page = out if code == 0 else err
     if argv[:1] != ["train"]:
-        assert all(word in page for word in ("usage:", *JOBS, "A toy.", "--config.KEY"))
-        assert "exit codes:" in page and "3    start it again" in page
+        assert all(word in page for word in ("Usage:", *JOBS, "A toy.", "--config.KEY"))
+        assert "Exit codes:" in page and "3    start it again" in page
         assert "More about it" not in page and "base.py" not in page
 
 

@@ -26,7 +26,8 @@ from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json
-from sd3_jax.monitoring import metrics
+from sd3_jax.monitoring import compile_time, metrics
+from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
 from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
@@ -73,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 left = [i for i, task in enumerate(batch) if not done[task.index]]
                 if not left:
                     continue
-                began = time.monotonic()
+                began, compiled_before = time.monotonic(), compile_time.seconds()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
                 images = sample_batch(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
@@ -85,9 +86,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
                 add(fresh)
-                pace = (time.monotonic() - began) / len(left)
                 count += len(left)
-                log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
+                compiling = compile_time.seconds() - compiled_before
+                pace = (time.monotonic() - began - compiling) / len(left)
+                log_progress(count, len(tasks), pace, compiling)
     if flagged := sum("filtered" in line for line in lines):
         message = (
             "%d of %d pictures are black, because config.sample.filter flagged them"
@@ -96,6 +98,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
+
+
+def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
+    """A line for each batch; `pace` is seconds a picture without compilation."""
+    ends = f", {duration(pace * (total - count))} left" if count < total else ""
+    ends += f"; compiled in {compiling:.1f} s" if compiling >= 1 else ""
+    log.info("%d of %d pictures, %.2f s each%s", count, total, pace, ends)
 
 
 def trained(

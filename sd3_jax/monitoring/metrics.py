@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from etils import epath
 
 from sd3_jax import files
+from sd3_jax.monitoring.progress import Pace
 from sd3_jax.monitoring.tensorboard import EventFiles
 from sd3_jax.monitoring.writers import Sender
 
@@ -175,11 +176,14 @@ class _Lines:
     """A plain line a write, for a log that is read later."""
 
     def __init__(self, total_steps, start_step):
-        self.total = total_steps
+        self.total, self.pace = total_steps, Pace()
 
     def show(self, step, kind, values):
         width = len(str(self.total))
         words = [f"step {step:>{width}}/{self.total}", *_words(kind, values)]
+        if kind == "train":
+            self.pace.mark(step)
+            words += filter(None, [self.pace.time_left(self.total - step)])
         print("  ".join(words), file=sys.stderr, flush=True)
 
     def close(self):

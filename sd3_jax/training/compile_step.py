@@ -31,6 +31,7 @@ def compile_for_batches(
     step's time has a compilation in it.
     """
     begin, lowered = time.perf_counter(), {}
+    log.info("compiling the step ...")
     for batch in batches:
         # Shapes suffice from here on: the arrays of one bucket need not stay until the
         # next one's are there.
