@@ -87,9 +87,17 @@ class Sentence(NamedTuple):
 
 def blocks(markdown: str) -> Iterator[list[tuple[int, str]]]:
     """Paragraphs, headings and list items as numbered lines; no code and no tables."""
-    block, fence, comment = [], "", False
+    block, fence, comment, inside, blank, code = [], "", False, False, True, False
     for number, line in enumerate(markdown.splitlines(), 1):
         text = line.strip()
+        # Four spaces make code, but not inside a list, an admonition or a tab.
+        if text and not line.startswith((" ", "\t")):
+            inside = bool(re.match(r"[-*+] |\d+\. |!!!|\?\?\?|===", text))
+        indented = line.startswith(("    ", "\t")) and not inside
+        code = bool(text) and indented and (blank or code)
+        blank = not text
+        if code:
+            continue
         mark = re.match(r"(?:[-*] |\d+\. )?(`{3,}|~{3,})", text)
         if fence:
             fence = "" if text.startswith(fence) and not text.strip(fence[0]) else fence

@@ -17,12 +17,18 @@ Two sentences here. The second names `a.b(c. D)` and [a link](https://x.y/z.html
 ```python
 print("No. Code. Here")
 ```
+
+    Code. By its indent
+
+1. An item
+
+    whose second paragraph is indented.
 """
 
 
 def test_sentences_of_a_page():
     found = [(sentence.line, sentence.words()) for sentence in prose.sentences(PAGE)]
-    assert found == [(1, 2), (3, 3), (3, 7), (8, 8), (10, 1)]
+    assert found == [(1, 2), (3, 3), (3, 7), (8, 8), (10, 1), (18, 2), (20, 5)]
 
 
 def test_a_long_sentence_is_found_by_its_first_words():
