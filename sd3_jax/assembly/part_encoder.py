@@ -184,5 +184,5 @@ def write_batch(shards: PartWriter, batch: list[Ready], tensors: dict, rejected:
         except BadRecord as error:
             # `encode` names the record, as a Rejected does already.
             reason = str(error).removeprefix(f"record of {ready.source!a}: ")
-            reason = f"encoded to what no record holds: {reason}"
+            reason = f"the encoded values do not fit a record: {reason}"
             rejected.append(items.rejected(ready.source, reason, ready.bytes))

@@ -46,7 +46,7 @@ def bucket_side(
 
 def colours(channels, autoencoder):
     if autoencoder == "pixels" and channels != 3:
-        return '3, red, green and blue, for config.image.autoencoder = "pixels"'
+        return '3 (red, green, blue) with config.image.autoencoder = "pixels"'
 
 
 def divisible(by):
@@ -107,7 +107,7 @@ def dual_blocks(blocks, depth):
 def table_size(pos_size, width):
     if pos_size**2 * width > TABLE:
         most = math.isqrt(TABLE // width)
-        return f"at most {most}, for config.model.width = {width}"
+        return f"at most {most} with config.model.width = {width}"
 
 
 def reached(start, steps):
@@ -127,7 +127,7 @@ def released_only(loras, weights):
 
 def schedule_free_rate(schedule, name):
     if name == "schedule_free" and schedule != "constant":
-        return '"constant", which config.optim.name = "schedule_free" takes alone'
+        return '"constant" with config.optim.name = "schedule_free"'
 
 
 def schedule_free_b1(b1, name):
@@ -213,7 +213,7 @@ def split(at, sets, text, length, words):
     tokens = words if text == "bytes" else length
     if sets == 3 and at >= tokens:
         return (
-            f"less than the {tokens} tokens of text, for config.model.weight_sets = 3"
+            f"less than the {tokens} tokens of text with config.model.weight_sets = 3"
         )
 
 

@@ -107,10 +107,13 @@ def check_tensors(header):
     """Require a picture in one form at least, and all of the text or none of it."""
     check_names(header, (), TENSORS)
     if not any(name in header for name in PICTURES):
-        raise ValueError(f"{PICTURES[-1]}: missing, as are {listed(PICTURES[:-1])}")
+        raise ValueError(
+            f"{PICTURES[-1]}: missing; a record needs it or one of"
+            f" {listed(PICTURES[:-1])}"
+        )
     for name in PICTURES:
         if REJECTED + name in header and name not in header:
-            raise ValueError(f"{name}: missing, beside {REJECTED}{name}")
+            raise ValueError(f"{name}: missing, but {REJECTED}{name} is stored")
     if any(name in header for name in TEXTS):
         split = "clip" in header or "t5" in header
         check_names(header, ("clip" if split else "context", "pooled"), TENSORS)

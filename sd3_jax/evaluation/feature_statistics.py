@@ -132,7 +132,7 @@ def load(path: epath.PathLike) -> Stored:
 
 def _checked(arrays: dict[str, ndarray]) -> Stored:
     if missing := [name for name in FIELDS if name not in arrays]:
-        raise ValueError(f"no {', '.join(missing)} in it")
+        raise ValueError(f"{', '.join(missing)} is missing")
     about = parse_json(str(arrays["about"][()]))
     if about.pop("format", None) != FORMAT:
         raise ValueError(f"its format is not {FORMAT}")

@@ -219,9 +219,7 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
             variables["buffers"] = denoiser_variables["buffers"]
     net = ControlBundle(module, variables, part.config)
     if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
-        message = (
-            "%s does not say what its hints are: they are encoded as blur and depth"
-        )
+        message = "%s does not define its hints: they are encoded as for blur and depth"
         log.warning(f'{message}; for canny pass ControlInput(preprocess="canny")', path)
     return net
 

@@ -42,8 +42,8 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
 def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
     """T5's tokenizer from the hub; the UserError says how to give one instead."""
     remedy = (
-        "expected tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a"
-        " hub name, or None for embeddings alone"
+        "set tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
+        " name; or None to pass only embeddings"
     )
     rows = config["vocab_size"]
     # Another vocabulary means another tokenizer, which only the caller can know.

@@ -227,7 +227,7 @@ def _prompt(value: Any) -> str | tuple[str, ...]:
     if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
         raise UserError("prompt: expected a text, or one for each encoder")
     if len(texts) not in (1, 3) or not texts[0].strip():
-        raise UserError("prompt: expected a text, or three, for CLIP-L, CLIP-G and T5")
+        raise UserError("prompt: expected one text, or three for CLIP-L, CLIP-G and T5")
     texts = tuple(map(prompt_text.checked, texts))
     return texts[0] if len(texts) == 1 else texts
 

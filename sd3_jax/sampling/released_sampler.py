@@ -40,10 +40,8 @@ def load_for_sampling(
     # The weights do not say that they are distilled; their name usually does.
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
         message = (
-            "config.weights = %s and config.sample.cfg = %g: turbo models are made"
-        )
-        message += (
-            " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
+            "config.weights = %s and config.sample.cfg = %g: turbo models need 4 steps"
+            " without guidance; use --config=released:sd35_large_turbo"
         )
         log.warning(message, config.weights, config.sample.cfg)
     model = load(config, mesh, check=partial(check, settings=settings))

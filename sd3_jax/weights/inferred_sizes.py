@@ -184,9 +184,12 @@ def _levels(x: Shapes, layout: str, where: str) -> Measured:
     if all(name in x for name in names):
         first = [axis("block_out_channels", name, 4, 0) for name in names]
         widths = [_tell(size, x[size.tensor].shape, where)[0] for size in first]
-        fields["block_out_channels"] = widths, f"{names[0]} and the like are so"
+        fields["block_out_channels"] = (
+            widths,
+            f"{names[0]} and similar tensors have these widths",
+        )
     resnets = number_of_layers(x, f"{one}0.{block}.", where)
-    fields["layers_per_block"] = resnets, f"{one}0 has so many"
+    fields["layers_per_block"] = resnets, f"{one}0 has this many"
     attends = any(name.startswith(middle) for name in x)
     reason = f"{middle}… is {'there' if attends else 'missing'}"
     return fields | {"mid_block_add_attention": (attends, reason)}

@@ -224,7 +224,7 @@ def _settings_of(
     if wrapped and METADATA not in metadata:
         if not beside.exists():
             raise UserError(
-                f"{path}: expected {PEFT_CONFIG} beside it, where PEFT keeps alpha"
+                f"{path}: {PEFT_CONFIG} is missing beside it; PEFT stores alpha there"
             )
         config = files.read_object(beside)
         usual = {"r": 8, "lora_alpha": 8}  # LoraConfig's defaults

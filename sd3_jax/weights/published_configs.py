@@ -310,17 +310,23 @@ def _controlnet_rules(c: dict):
         yield "dual_attention_layers", c["dual_attention_layers"], words
     if c["joint_attention_dim"] is None:  # its image tokens are the denoiser's
         if c["use_pos_embed"]:
-            words = "false, for joint_attention_dim is null: a single stream has none"
+            words = (
+                "false, because joint_attention_dim is null: a single stream has none"
+            )
             yield "use_pos_embed", True, words
         return
     for name, wanted in ("use_pos_embed", True), ("pos_embed_type", "sincos"):
         if c[name] != wanted:
-            yield name, c[name], f"{_json(wanted)}, for joint_attention_dim is not null"
+            yield (
+                name,
+                c[name],
+                f"{_json(wanted)}, because joint_attention_dim is not null",
+            )
     if c["pos_embed_max_size"] is None:
         yield (
             "pos_embed_max_size",
             None,
-            "a number, for joint_attention_dim is not null",
+            "a number, because joint_attention_dim is not null",
         )
 
 
@@ -386,8 +392,8 @@ def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> 
             same = said[name] == value
         if not same:
             raise UserError(
-                f"{where}: {name} = {_json(said[name])}: expected {_json(value)}, for"
-                f" {reason}"
+                f"{where}: {name} = {_json(said[name])}: expected {_json(value)},"
+                f" because {reason}"
             )
 
 

@@ -61,8 +61,8 @@ CLIP_UNREAD = {
 }
 UNREAD = {
     "denoiser": {
-        r"model_ema\.(decay|num_updates|diffusion_model\w*)": "an average of the"
-        " weights, which stand beside it",
+        r"model_ema\.(decay|num_updates|diffusion_model\w*)": "an average of"
+        " the weights, which are in the file too",
         r"(model\.)?model_sampling\.sigmas|denoiser\.(log_)?sigmas": "noise levels,"
         " which the scheduler computes",
         r"(model\.)?(betas|logvar|lvlb_weights|alphas_cumprod(_prev)?|posterior_\w+"

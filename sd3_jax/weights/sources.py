@@ -179,7 +179,9 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
-    wanted = f"a diffusers folder ({hub.INDEX}), one of ours ({native_format.FILE})"
+    wanted = (
+        f"a diffusers folder ({hub.INDEX}), an sd3_jax folder ({native_format.FILE})"
+    )
     # The hub's cache of a repository has its files further down.
     cached = "snapshots" in names_there
     hint = f"; name one of {path / 'snapshots'}" if cached else ""

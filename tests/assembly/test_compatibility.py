@@ -167,7 +167,7 @@ def test_a_rate_far_too_small_for_prodigy_is_told(caplog):
         (
             dict(train__sample_every=5_000, train__prompts=("a fox",)),
             "sample_every = 5000 is more than config.train.steps = 1000:"
-            " config.train.prompts are never painted; set --config.train.sample_every=",
+            " config.train.prompts are never sampled; set --config.train.sample_every=",
         ),
         (dict(train__log_every=1_001), "metrics.jsonl gets no losses"),
         (

@@ -236,7 +236,10 @@ def test_no_record_holds_what_is_not_finite(name, value):
         (dict(caption="a\udcff"), "caption: not UTF-8"),
         (dict(size=None), "size: missing"),
         (dict(size=(96.5, 64)), "size: '[96.5, 64]'"),
-        (dict(tensors={}), "latents: missing, as are image, moments"),
+        (
+            dict(tensors={}),
+            "latents: missing; a record needs it or one of image, moments",
+        ),
         (dict(tensors={"pooled": np.zeros(2, np.float32)}), "latents: missing"),
         (dict(tensors={"latents": np.zeros((2, 2, 4))}), "dtype float64"),
         (dict(tensors={"latents": np.array("x", object)}), "dtype object"),
@@ -380,5 +383,5 @@ def test_a_preference_is_two_pictures_of_one_shape():
         BadRecord, match=r"rejected_image: shape \[3, 2, 3\], expected that of"
     ):
         encode(pair((3, 2, 3)))
-    with pytest.raises(BadRecord, match="latents: missing, beside rejected_latents"):
+    with pytest.raises(BadRecord, match="latents: missing, but rejected_latents"):
         encode(pair(rejected_latents=np.ones((2, 3, 4), np.float32)))

@@ -326,7 +326,7 @@ def test_what_a_file_lacks_is_told():
 def test_fields_that_nothing_reads_are_told_of(caplog):
     config = DENOISER | {"_note": 1, "use_magic": True}
     components.configured(components.COMPONENTS["denoiser"], config, where="a/b")
-    assert caplog.messages == ["a/b: fields that nothing here reads: use_magic"]
+    assert caplog.messages == ["a/b: ignored fields: use_magic"]
 
 
 def test_old_files_of_a_whole_clip(monkeypatch):
