@@ -93,9 +93,9 @@ PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
 ENCODED = ("train", "precompute", "study")
 INSTEAD = {  # what a user of config.weights means there
-    "train": "expected config.tune.base, the weights to start from, or"
+    "train": "set config.tune.base, the weights to start from, or"
     " config.encode.weights, which encode text and pictures",
-    "precompute": "expected config.encode.weights, which encode text and pictures",
+    "precompute": "set config.encode.weights, which encode text and pictures",
 }
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),

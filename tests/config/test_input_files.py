@@ -53,7 +53,7 @@ def test_what_may_be_there(here, job, values):
     [
         ("sample", "weights", "WRONG", f"config.weights = WRONG: {NONE}"),
         ("sample", "weights", "/no/such", NONE),
-        ("train", "weights", "models", "train does not use it;  config.tune"),
+        ("train", "weights", "models", "train does not use it; set config.tune"),
         ("precompute", "weights", "models", "expected config.encode.weights"),
         ("sample", "weights", "./no/such", NONE),
         ("sample", "weights", "~/no/such/folder", NONE),
