@@ -168,7 +168,7 @@ def test_the_page_holds_pictures_of_every_bucket(workdir):
     ]
     text = page(workdir)
     assert "90 × 70 px, crop 70 × 70 at 10, 0" in text and "<svg " in text
-    assert "no caption" in text and "original size not told" in text
+    assert "no caption" in text and "original size unknown" in text
     assert "src=" not in re.sub(r'src="data:[^"]+"', "", text)  # all is in it
     run(workdir, pictures=0)
     assert not images(workdir)

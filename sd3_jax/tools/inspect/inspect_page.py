@@ -86,7 +86,7 @@ def embedded(contact: Contact) -> html_page.Picture:
 
 def origin(record: Record) -> str:
     if record.size is None:
-        return "original size not told"
+        return "original size unknown"
     text = "{} × {} px".format(*record.size)
     if record.crop is None or record.crop == (0, 0, *record.size):
         return text
