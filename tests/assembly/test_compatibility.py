@@ -132,7 +132,7 @@ def test_a_constant_rate_has_no_end(caplog):
 
 
 @pytest.mark.parametrize(
-    "size, next_batch, expected",
+    "size, next_batch, wanted",
     [(8, None, 0), (16, None, 15 - 30), (4, None, 60 - 30), (7, None, 35 - 30),
      (8, 35, 5), (16, 35, 18 - 30)],
 )  # fmt: skip

@@ -54,7 +54,7 @@ def test_what_may_be_there(here, job, values):
         ("sample", "weights", "WRONG", f"config.weights = WRONG: {NONE}"),
         ("sample", "weights", "/no/such", NONE),
         ("train", "weights", "models", "train does not use it; set config.tune"),
-        ("precompute", "weights", "models", "expected config.encode.weights"),
+        ("precompute", "weights", "models", "set config.encode.weights"),
         ("sample", "weights", "./no/such", NONE),
         ("sample", "weights", "~/no/such/folder", NONE),
         ("sample", "weights", "models/sd3.safetensors", NONE),
@@ -107,7 +107,7 @@ def test_jax_is_not_imported_to_say_so(tmp_path, flag):
 
 
 @pytest.mark.parametrize(
-    "values, expected",
+    "values, wanted",
     [
         ({"workdir": "gs://b/run"}, "--workdir=gs://b/run: gs:// paths need gcsfs"),
         ({"config.data.records": ("a", "s3://b/x")}, "s3:// paths need s3fs"),

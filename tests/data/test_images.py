@@ -161,7 +161,7 @@ REFUSED = {
     "a bomb": (png(8193, 8192), "8193 x 8192 pixels; expected"),
     "a bomb that Pillow warns of": (png(10_000, 10_000), "pixels"),
     "a bomb that Pillow refuses": (png(100_000, 100_000), "pixels"),
-    "no pixels": (png(0, 32), "wanted"),
+    "no pixels": (png(0, 32), "expected"),
     "one pixel": (encoded(plain(size=(1, 1))), "1 x 1 pixels; expected sides of 16"),
     "a line": (encoded(plain(size=(16, 129))), "16 x 129 pixels; expected sides"),
     "an animated png": (animated("png"), "animated, 3 frames"),

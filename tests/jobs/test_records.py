@@ -117,7 +117,7 @@ def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
 
 
 @pytest.mark.parametrize(
-    "flags, size, expected",
+    "flags, size, wanted",
     [
         (["batch_size=2", "examples=5"], 2, 4),  # whole batches
         (["batch_size=16", "examples=5"], 16, 5),  # one, of which some repeat

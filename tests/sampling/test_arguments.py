@@ -54,7 +54,7 @@ def test_no_choice(value):
 
 
 @pytest.mark.parametrize(
-    "given, expected",
+    "given, wanted",
     [
         ("a=0.8", [("a", 0.8)]),
         (["a", "b=2"], [("a", 1.0), ("b", 2.0)]),

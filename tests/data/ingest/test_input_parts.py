@@ -743,7 +743,7 @@ def test_inputs_that_are_refused(tmp_path):
     assert refused(tar, tar) == f"{tar}: the same input is listed twice"
     assert refused(at("d"), at("f")).endswith(f"listed twice, also as {at('d')}")
     assert refused(at("f"), at("d/e")) == (
-        f"{at('d/e')}: is inside {at('f')}, which is listed too"
+        f"{at('d/e')}: is inside {at('f')}, which is listed too; remove one of them"
     )
     assert refused(at("none")).startswith(
         f"{at('none')}: contains no pictures; their names must end in jpg"

@@ -23,7 +23,7 @@ def ceiling(depth, generation, *, again=0.0, padded=4608):
 
 
 @pytest.mark.parametrize(
-    "depth, generation, expected",
+    "depth, generation, wanted",
     [(24, "v5p", 0.64), (24, "v6e", 0.41), (38, "v5p", 0.72), (38, "v6e", 0.50)],
 )
 def test_ceilings_without_recomputation(depth, generation, wanted):
