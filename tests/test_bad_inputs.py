@@ -313,7 +313,7 @@ MISTAKES = [
         33,
         "sample weights=https://huggingface.co/a/b/blob/main/c.safetensors"
         " sample.prompt=a",
-        'name it as "a/b/c.safetensors"',
+        'is a link; use "a/b/c.safetensors"',
     ),
     row(
         33,

@@ -186,7 +186,10 @@ def test_an_extractor_gives_features_or_says_what_it_gave():
     assert found.shape == (3, 12) and found.dtype == np.float32
     assert found.max() <= 1 and found[1, 4] == np.float32(images[1, 0, 1, 1]) / 255
     for gives, told in (
-        (lambda x: x.mean((1, 2, 3)), r"shape \(3,\).*wanted float32 of shape \(3, d"),
+        (
+            lambda x: x.mean((1, 2, 3)),
+            r"shape \(3,\).*expected float32 of shape \(3, d",
+        ),
         (lambda x: x.reshape(3, -1), "returned uint8"),
         (lambda x: x[:2].reshape(2, -1) / 2, r"shape \(2, 12\)"),
         (lambda x: x.reshape(3, -1) / np.zeros(()), "not finite"),

@@ -121,7 +121,7 @@ def test_features_of_the_users_own(tmp_path, given):
     [
         (
             {"eval.clip": ""},
-            'config.eval.clip = "": expected CLIP\'s weights for clip_sc',
+            'config.eval.clip = "": clip_score needs the weights of CLIP',
         ),
         ({"eval.clip": "no/such.safetensors"}, "config.eval.clip: weights"),
         (
@@ -130,7 +130,7 @@ def test_features_of_the_users_own(tmp_path, given):
         ),
         ({"eval.features": "features_by_me:men"}, 'did you mean "mean"?'),
         ({"eval.features": "no/inception.pt"}, "no/inception.pt: no such file"),
-        ({"eval.features": "pixels"}, "12288 numbers a picture, and FID"),
+        ({"eval.features": "pixels"}, "12288 numbers a picture, but FID"),
         ({"eval.real": "no/such"}, "config.eval.real: no/such"),
         ({"eval.real": "no/such.npz"}, "no/such.npz: cannot be read"),
         ({"eval.real": "a.npz,b"}, "expected one .npz of statistics, or pictures"),
@@ -138,9 +138,12 @@ def test_features_of_the_users_own(tmp_path, given):
         ({"eval.prompts_file": "no/such"}, "config.eval.prompts_file = no/such: no s"),
         (
             {"eval.prompts_file": ""},
-            "expected config.eval.prompts_file, and config.eval",
+            "set config.eval.prompts_file, and config.eval",
         ),
-        ({"eval.statistics": "a.npz", "eval.scores": "clip_score"}, "are made for fid"),
+        (
+            {"eval.statistics": "a.npz", "eval.scores": "clip_score"},
+            "are used only with fid",
+        ),
         ({"eval.scores": "digits"}, '"digits" needs a trained run'),
     ],
 )

@@ -102,7 +102,7 @@ def test_each_category_is_scored_by_its_own_function():
     ]
     for value in (1.5, float("nan"), "x", None):
         functions["complex"] = lambda images, prompts: [value]  # noqa: B023
-        with pytest.raises(UserError, match=r"expected a number in \[0, 1\] a picture"):
+        with pytest.raises(UserError, match=r"expected a number in \[0, 1\] for each"):
             compbench.scorer(functions)(asked, images)
 
 

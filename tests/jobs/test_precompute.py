@@ -179,7 +179,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     convert(done, folder, *PICTURES)
     assert run("precompute", done, inputs, "--config.seed=7", *PICTURES) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "other settings made" in error and "precompute.part was 40, is" in error
+    assert "made with other settings" in error and "precompute.part was 40, is" in error
     (tmp_path / "more").mkdir()
     real_pictures.make(tmp_path / "more" / "b", 1)
     given = [f"{inputs},{tmp_path}/more", "--config.precompute.part=40", *PICTURES]

@@ -157,7 +157,7 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
         ),
         (
             dict(held_out="{}/b.arecord,{}/held-out.arecord"),
-            "b.arecord is one of config.data.records too",
+            "b.arecord is in config.data.records too",
         ),
         (
             dict(held_out="{}/*0.arecord"),

@@ -204,7 +204,7 @@ WIDE = dict(num_attention_heads=2, caption_projection_dim=128)
         (WIDE, "width 128 against 64; use a ControlNet for the same model"),
         (
             WIDE | SINGLE,
-            "a single-stream (SD3.5-large's) ControlNet that is not of this",
+            "a single-stream (SD3.5-large's) ControlNet that does not fit this",
         ),
         (dict(joint_attention_dim=96), "joint_attention_dim 96 against 160"),
         (dict(pooled_projection_dim=64), "pooled_projection_dim 64 against 128"),
@@ -273,7 +273,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
         (dict(start=0.5, stop=0.2), "from start 0.5 to stop 0.2: expected shares"),
         (
             dict(net="canny.safetensors"),
-            "expected ControlInput(net, image), the net being",
+            "expected ControlInput(net, image), with the net",
         ),
     ],
 )

@@ -105,7 +105,11 @@ def test_what_is_saved_is_what_it_computes_with(eight, tmp_path):
     [
         ({"denoiser": "int4"}, {}, 'denoiser: "int4"; did you mean "int8"?'),
         ({"denoizer": "int8"}, {}, '"denoizer"; did you mean "denoiser"?'),
-        ({"t5": "int8"}, dict(dtype="stored"), 'expected no dtype "stored"'),
+        (
+            {"t5": "int8"},
+            dict(dtype="stored"),
+            'cannot be combined with dtype="stored"',
+        ),
         ({"vae": "int8"}, {}, "expected one of denoiser, t5"),
     ],
 )

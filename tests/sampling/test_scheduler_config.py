@@ -89,7 +89,7 @@ def test_what_is_not_honoured_is_refused_by_name_unless_replaced(config, words):
         with pytest.raises(UserError) as error:
             read.sampler(4, 1_024, **given)
         assert words in str(error.value)
-        assert str(error.value).endswith("or give both a solver and a grid")
+        assert str(error.value).endswith("or set both a solver and a grid")
     solver, times = read.sampler(4, 1_024, solver="heun", grid="shifted", shift=2.0)
     np.testing.assert_array_equal(times, grids.shifted(4, 2.0))
     assert solver == "heun"

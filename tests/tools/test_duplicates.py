@@ -165,7 +165,9 @@ def test_sscd_is_the_module_on_squeezed_normalised_squares(tmp_path):
 
 def test_no_torchscript(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"not it")
-    with pytest.raises(UserError, match="weights.pt: .* wanted a file of TorchScript"):
+    with pytest.raises(
+        UserError, match="weights.pt: .* expected a file of TorchScript"
+    ):
         embeddings.SSCD(tmp_path / "weights.pt")
     with pytest.raises(UserError, match="missing.pt: cannot be read: No such file"):
         embeddings.SSCD(tmp_path / "missing.pt")

@@ -309,7 +309,7 @@ def test_a_joint_control_net_has_positions(change):
 
 @pytest.mark.parametrize("config", [[], "a", None, 3])
 def test_a_configuration_that_is_none(config):
-    with pytest.raises(UserError, match="vae: .*wanted a JSON object"):
+    with pytest.raises(UserError, match="vae: .*expected a JSON object"):
         published_configs.read("vae", config)
 
 

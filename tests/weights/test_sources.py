@@ -452,7 +452,7 @@ def test_a_repository_of_one_component(repository, tmp_path):
 def test_a_repository_of_single_files_wants_one_named(repository):
     repository.files = ["a.safetensors", "README.md"]
     told = said(sources.locate, "owner/name")
-    assert 'name one of its files, as "owner/name/FILE.safetensors"' in told
+    assert 'name one of its files, such as "owner/name/FILE.safetensors"' in told
 
 
 @pytest.mark.parametrize("call", [sources.resolve, sources.locate])
