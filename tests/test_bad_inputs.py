@@ -320,7 +320,7 @@ MISTAKES = [
         "sample weights={trained},no/such.safetensors sample.prompt=a",
         '"no/such.safetensors": no such file',
     ),
-    row(46, "train workdir={full}", "full/checkpoints has 1e-06 GB free: expected"),
+    row(46, "train workdir={full}", "full/checkpoints has 1e-06 GB free but two"),
     row(47, "train workdir=/proc/no", "cannot write to /proc/no"),
     row(47, "train workdir={file}", "file is a file, expected a folder"),
     row(47, "sample workdir={file}/run", "file is a file, expected a folder"),

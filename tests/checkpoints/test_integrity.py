@@ -178,7 +178,7 @@ def test_no_room_is_told_before_the_start(tmp_path, monkeypatch):
     usage = lambda path: SimpleNamespace(free=2 * size - 1)
     monkeypatch.setattr(step_folders.shutil, "disk_usage", usage)
     with Checkpoints(tmp_path, **POLICY) as checkpoints:
-        with pytest.raises(UserError, match=f"{tmp_path} has .* GB free: expected"):
+        with pytest.raises(UserError, match=f"{tmp_path} has .* GB free but two"):
             checkpoints.require_space(abstract)
 
 

@@ -165,7 +165,7 @@ def test_files_that_are_no_statistics_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         feature_statistics.load(path)
     for write, told in (
-        (lambda: path.write_bytes(b"no zip"), "x.npz: .*wanted statistics"),
+        (lambda: path.write_bytes(b"no zip"), "x.npz: .*expected statistics"),
         (lambda: np.savez(path, mu=np.zeros(3)), "mean, scatter"),
         (lambda: np.savez(path, mean=np.array([None])), "Object arrays"),
         (lambda: feature_statistics.save(path, bad()), "not finite"),

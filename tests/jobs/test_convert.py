@@ -97,7 +97,7 @@ def test_what_we_trained_runs_in_pytorch(trained):
     [
         ("--config.convert.to=diffuser", 'did you mean "diffusers"'),
         ("--config.convert.dtype=int8", "expected one of float32, float16, bfloat16"),
-        ("--config.convert.out=configs", "exists; expected a new path"),
+        ("--config.convert.out=configs", "exists; set a new path"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, words):

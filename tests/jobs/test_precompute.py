@@ -169,7 +169,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     assert 'config.encode.weights = "": expected a released' in said(inputs)
     assert "config.ingest.inputs: /no" in said("--config.ingest.inputs=/no", *PICTURES)
     wrong = "--config.ingest.filters=aesthetic"
-    assert "config.ingest.filters: aesthetic: no filter" in said(inputs, wrong)
+    assert "config.ingest.filters: aesthetic: not a filter" in said(inputs, wrong)
     wrong = "--config.ingest.captions=a:b"
     assert 'config.ingest.captions: no module "a"' in said(inputs, wrong)
     wrong = "--config.ingest.exclude=/no.jsonl"

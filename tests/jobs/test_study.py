@@ -157,7 +157,7 @@ def test_a_variants_text():
         ),
         ("study.settings=('step=3',)", 'did you mean "steps"?'),
         ("study.settings=('stpes=3',)", "unknown key config.sample.stpes"),
-        ("study.variants=()", "config.study.variants = (): expected some"),
+        ("study.variants=()", "config.study.variants = (): set at least one"),
         ("study.weights=mean", "expected ema, params or both"),
         ("study.by=clip", "expected one of loss, score, fid"),
     ],

@@ -268,7 +268,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
         (dict(image=ZEROS + np.nan), "control 0's latents: holds values that are NaN"),
         (dict(image=ZEROS, preprocess="canny"), "preprocess acts on pictures"),
         (dict(preprocess="cany"), 'preprocess "cany"; did you mean "canny"?'),
-        (dict(mask=MASK), "a mask: expected none"),
+        (dict(mask=MASK), "takes no mask"),
         (dict(scale=np.nan), "scale nan: expected a finite number"),
         (dict(start=0.5, stop=0.2), "from start 0.5 to stop 0.2: expected shares"),
         (

@@ -482,7 +482,7 @@ def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     told = said(sources.locate, source, label="LoRA")
     assert told.startswith('LoRA "o/n') and "no such local file or folder" in told
-    assert told.endswith("give it: 404") if reachable else "be reached" in told
+    assert told.endswith("refuses it: 404") if reachable else "be reached" in told
 
 
 def test_a_gated_repository_says_how_to_get_in(monkeypatch):
