@@ -249,7 +249,7 @@ def test_cpus_by_accident_are_refused(monkeypatch):
 def test_prompts_that_cannot_be_painted_are_told_at_the_start(tmp_path, capsys):
     flags = ["--config.train.prompts=a fox", "--config.train.sample_every=1"]
     assert main.main(["train", TINY, f"--workdir={tmp_path}", *flags]) == 2
-    assert "expected config.encode.weights" in capsys.readouterr().err
+    assert "set config.encode.weights" in capsys.readouterr().err
     assert not (tmp_path / "checkpoints").exists()
 
 

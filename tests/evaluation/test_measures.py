@@ -60,7 +60,7 @@ def test_fid_of_gaussians_whose_distance_is_known():
 
 def test_fid_wants_pictures_and_one_extractor():
     x = features(0, 20, 4)
-    with pytest.raises(UserError, match="1 features; expected 2"):
+    with pytest.raises(UserError, match="1 features; at least 2"):
         fid.frechet(feature_statistics.of(x[:1]), feature_statistics.of(x))
     with pytest.raises(UserError, match="one extractor"):
         fid.frechet(feature_statistics.of(x), feature_statistics.of(x[:, :3]))

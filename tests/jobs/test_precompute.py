@@ -166,7 +166,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
 
     inputs = f"--config.ingest.inputs={folder}"
     assert "config.ingest.inputs = ()" in said(*PICTURES)
-    assert 'config.encode.weights = "": expected a released' in said(inputs)
+    assert "need a released model; set it" in said(inputs)
     assert "config.ingest.inputs: /no" in said("--config.ingest.inputs=/no", *PICTURES)
     wrong = "--config.ingest.filters=aesthetic"
     assert "config.ingest.filters: aesthetic: not a filter" in said(inputs, wrong)

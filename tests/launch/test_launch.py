@@ -268,7 +268,7 @@ def test_an_image_of_other_tpus_is_refused(gcloud, kind, cloud, version):
         image = dict(ACCELERATOR_TYPE=kind, RUNTIME_VERSION=other)
         done = shell("tpu_vm.sh", "create", **VM, **image)
         assert done.returncode == 2 and not gcloud.exists()
-        assert f"ACCELERATOR_TYPE={cloud}: expected {version}" in done.stderr
+        assert f"ACCELERATOR_TYPE={cloud}; set {version}" in done.stderr
 
 
 def test_an_unknown_tpu_wants_its_image(gcloud):

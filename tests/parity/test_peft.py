@@ -208,7 +208,7 @@ def test_tensors_that_are_refused(tensors, said, tmp_path):
 def test_folders_that_are_refused(tmp_path):
     alone = folder(tmp_path / "alone", pair())
     (alone / lora_formats.PEFT_CONFIG).unlink()
-    refused("expected adapter_config.json beside it", lora_formats.read, alone)
+    refused("adapter_config.json is missing beside it", lora_formats.read, alone)
     both = folder(tmp_path / "both", pair())
     safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / lora_formats.FILE)
     refused("name one of the two", lora_formats.read, both)

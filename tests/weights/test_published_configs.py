@@ -492,7 +492,7 @@ def entries(x):
     "change, words",
     [
         ({"num_layers": 10**9}, "num_layers = 1000000000: expected a whole number"),
-        ({"num_layers": 900}, "num_layers = 900: expected 3, for the file has trans"),
+        ({"num_layers": 900}, "num_layers = 900: expected 3, because the file has tr"),
         ({"joint_attention_dim": 10**30}, "joint_attention_dim = 1000"),
         ({"_class_name": "PixArtTransformer2DModel"}, "_class_name"),
     ],

@@ -136,7 +136,7 @@ def test_quantized_weights_are_called_by_their_kind(name, tmp_path):
     write(tmp_path / "a.safetensors", "joint_blocks.0.weight", name)
     told = said(opened, tmp_path / "a.safetensors")
     assert f"is quantized, {QUANTIZED[name]}" in told
-    assert "expected the model in fp32, fp16, bf16 or plain fp8" in told
+    assert "use the model in fp32, fp16, bf16 or plain fp8" in told
 
 
 def test_comfyuis_metadata_of_quantized_layers(tmp_path):
@@ -205,7 +205,7 @@ def test_two_files_in_a_components_folder(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     write(tmp_path / "raw.safetensors", value=2)
     told = said(safetensors.open_folder, tmp_path)
-    assert "holds ema.safetensors, raw.safetensors: expected one" in told
+    assert "holds ema.safetensors, raw.safetensors; name one" in told
     assert "2 of those (ema.safetensors, raw.safetensors: name" in said(
         opened, tmp_path
     )
