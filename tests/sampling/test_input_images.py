@@ -115,7 +115,7 @@ ANIMATED.is_animated = True
         ([], "an empty list"),
         ([BYTES[0], BYTES[0, :8]], "expected all of one size and dtype"),
         ([BYTES[0], "fox.png"], "image 1: 'fox.png'"),
-        (Image.new("F", (8, 8)), 'of mode F: expected x.convert("RGB")'),
+        (Image.new("F", (8, 8)), 'of mode F: pass x.convert("RGB")'),
         (ANIMATED, "animated; pass one frame"),
         (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "not a NumPy array"),
     ],

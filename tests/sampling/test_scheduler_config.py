@@ -151,7 +151,7 @@ def test_a_class_that_is_not_known_still_says_its_shift():
 
 def test_a_terminal_needs_two_steps():
     read = scheduler_config.read({"shift_terminal": 0.1})
-    with pytest.raises(UserError, match="steps: got 1, want 2 or more"):
+    with pytest.raises(UserError, match="steps: got 1, expected 2 or more"):
         read.sampler(1, 1_024)
     assert read.sampler(2, 1_024)[1][-2] == np.float32(0.1)
 

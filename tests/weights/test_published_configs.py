@@ -438,7 +438,7 @@ def test_a_configuration_that_lies_of_its_tensors(kind, name, value, layout):
         components.configured(PARTS[kind], config, tensors(kind, layout), layout, "a")
     message = str(error.value)
     assert message.startswith("a: ") and name in message.split(": expected")[0], message
-    assert ", for " in message and message.isprintable()
+    assert ", because " in message and message.isprintable()
 
 
 def test_layers_are_as_many_as_there_are():

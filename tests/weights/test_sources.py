@@ -108,7 +108,7 @@ def test_a_header_whose_length_looks_like_a_pickle(rest, tmp_path):
 
 
 QUANTIZED = {
-    "scaled_fp8": "scaled fp8 (ComfyUI), as scaled_fp8 says",
+    "scaled_fp8": "scaled fp8 (ComfyUI), as scaled_fp8 shows",
     "model.diffusion_model.scaled_fp8": "scaled fp8 (ComfyUI)",
     "x.attn.qkv.scale_weight": "scaled fp8 (ComfyUI)",
     "x.attn.qkv.scale_input": "scaled fp8 (ComfyUI)",
@@ -195,7 +195,7 @@ def test_shards_that_are_not_there_are_named(tmp_path):
         write(other / f"model-0000{i}-of-00002.safetensors", "w")
     assert "w is also in another shard" in said(safetensors.open_folder, other)
     write(other / "part-00001-of-00002.safetensors", "v")
-    assert "holds shards of 2 files" in said(safetensors.open_folder, other)
+    assert "holds shards of 2 models" in said(safetensors.open_folder, other)
 
 
 def test_two_files_in_a_components_folder(tmp_path):
