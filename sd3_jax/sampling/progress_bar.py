@@ -5,7 +5,6 @@ import functools
 from collections.abc import Callable, Iterator
 
 import jax
-import numpy as np
 
 # The bars that are shown now. A callback is part of a compiled program, which serves
 # many calls, so it has to look up the bar of the call that runs.
@@ -19,7 +18,7 @@ def counted(preview: Callable | None) -> Callable:
     Each function that is called after a step compiles a program, so there is one alone.
     """
 
-    def after_step(step: np.ndarray, t: np.ndarray, rgb: np.ndarray) -> None:
+    def after_step(step, t, rgb) -> None:  # arrays of jax or numpy
         if _bars:
             _move(_bars[-1], int(step) + 1)
         if preview is not None:
