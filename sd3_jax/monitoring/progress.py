@@ -34,7 +34,7 @@ class Pace:
     def time_left(self, amount: float) -> str:
         """ "12 min left", where `amount` remains; "" while the rate is unknown."""
         rate = self.rate()
-        return f"{duration(amount / rate)} left" if rate else ""
+        return f"{duration(amount / rate)} left" if rate and amount else ""
 
 
 class Progress:

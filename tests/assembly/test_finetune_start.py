@@ -212,7 +212,7 @@ def test_a_base_that_does_not_fit_is_told_of(flags, words, released, tmp_path, c
     [
         (
             {"tune.rank": 8},
-            "rank is 16 but config.tune.rank = 8: expected --config.tune.rank=16",
+            "rank is 16 but config.tune.rank = 8; expected --config.tune.rank=16",
         ),
         ({"tune.targets": "mlp"}, 'which config.tune.targets = "mlp" does not'),
     ],
