@@ -96,6 +96,7 @@ setup(
         "scikit-learn>=1.5",
         "scipy>=1.13",
         "tensorboardX>=2.6",
+        "tqdm>=4.66",
         "transformers>=5.0",
     ],
     extras_require={

@@ -321,7 +321,7 @@ def main() -> None:
     sub.add_argument("--threshold", type=float, default=0.85)
     args = parser.parse_args()
     if getattr(args, "split", "") == "fresh" and not args.folder:
-        parser.error("--split fresh: wanted --folder, of pictures")
+        parser.error("--split fresh: expected --folder, of pictures")
     args.run(args)
 
 

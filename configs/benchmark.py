@@ -1,4 +1,4 @@
-"""sd3_jax beside PyTorch and diffusers on the clock: the same shapes and weights.
+"""Time sd3_jax against PyTorch and diffusers on the same shapes and weights.
 
     make bench                                        # 2 CPU cores: half an hour
     sd3-jax benchmark --config=configs/benchmark.py:gpu --workdir=runs/benchmark

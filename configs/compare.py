@@ -1,4 +1,4 @@
-"""Our numbers beside PyTorch's, layer by layer; without weights on small random models.
+"""Compare with PyTorch, layer by layer; small random models without weights.
 
     sd3-jax compare                                   # 2 CPU cores: 2 minutes
     sd3-jax compare --config.weights=PATH --workdir=runs/sd35 --config.image.height=512

@@ -1,4 +1,4 @@
-"""Binding and typography in small: coloured digits, pairs and numbers on 16 x 16.
+"""Binding and typography at small scale: coloured digits, pairs, numbers, 16 x 16.
 
     sd3-jax train --config=configs/digits.py --workdir=runs/digits    # 2 cores: 12 min
     sd3-jax evaluate --config=configs/digits.py --workdir=runs/digits

@@ -1,4 +1,4 @@
-"""DreamBooth: a subject from a few pictures, its class kept (Ruiz et al. 2022).
+"""DreamBooth: learn a subject from a few pictures (Ruiz et al. 2022).
 
     IN="--config=configs/dreambooth.py --config.tune.base=SD35 \
         --config.encode.weights=SD35"

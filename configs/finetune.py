@@ -1,4 +1,4 @@
-"""Train all of a released denoiser on your own pictures (docs/how-to/finetune.md).
+"""Train all weights of a released denoiser on your pictures (docs/how-to/finetune.md).
 
     sd3-jax train --config=configs/finetune.py --workdir=gs://BUCKET/RUN \
         --config.tune.base=SD35 --config.data.name=records \

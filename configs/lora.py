@@ -1,4 +1,4 @@
-"""A LoRA beside released weights, on one's own pictures (docs/how-to/finetune.md).
+"""Train a LoRA of released weights on your pictures (docs/how-to/finetune.md).
 
     IN="--config=configs/lora.py --config.tune.base=SD35 --config.encode.weights=SD35"
     sd3-jax train  $IN --workdir=runs/lora --config.data.name=records \

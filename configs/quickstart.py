@@ -1,4 +1,4 @@
-"""One coloured digit on an 8 x 8 canvas: train, sample and score in minutes.
+"""Train, sample and score coloured digits on 8 x 8 pixels in minutes.
 
     make quickstart
     sd3-jax train --config=configs/quickstart.py --workdir=runs/quickstart

@@ -1,4 +1,4 @@
-"""The released weights, sampled as their authors do; the form is the model.
+"""Sample released weights with their published settings; the variant is the model.
 
     sd3-jax sample --config=configs/released.py:sd35_medium --workdir=runs/fox \\
         --config.weights=PATH_OR_HUB_NAME --config.sample.prompt="a red fox"

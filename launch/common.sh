@@ -51,7 +51,7 @@ at_least() { # MINIMUM NAMES… of variables, which hold integers if they are se
     [[ -n ${!name:-} ]] || continue
     # No leading zero, which bash takes for octal; no more digits than it can count with.
     if ! [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || ((${!name} < $1)); then
-      fail "$name=${!name}: wanted an integer, $1 or more, without leading zeros"
+      fail "$name=${!name}: expected an integer, $1 or more, without leading zeros"
     fi
   done
 }
@@ -76,11 +76,11 @@ generation() { # VARIABLE: TPU_GENERATION, from the type of machine that VARIABL
     tpu7x-*) kind=tpu7x ;;
   esac
   if [[ -z ${TPU_GENERATION:-} ]]; then
-    [[ -n $kind ]] || fail "$1=$type: wanted v5litepod-N, v5p-N, v6e-N, …, or set TPU_GENERATION"
+    [[ -n $kind ]] || fail "$1=$type: expected v5litepod-N, v5p-N, v6e-N, …, or set TPU_GENERATION"
     TPU_GENERATION=$kind
   fi
   [[ -e $ROOT/launch/flags/$TPU_GENERATION.env ]] ||
-    fail "TPU_GENERATION=$TPU_GENERATION: wanted v5e, v5p, v6e or tpu7x"
+    fail "TPU_GENERATION=$TPU_GENERATION: expected v5e, v5p, v6e or tpu7x"
   [[ ${kind:-$TPU_GENERATION} == "$TPU_GENERATION" ]] ||
     fail "$1=$type does not match TPU_GENERATION=$TPU_GENERATION; unset TPU_GENERATION," \
       "which follows from $1"
@@ -90,8 +90,8 @@ check_flags() { # FLAGS… of a job: an unset variable leaves an empty value
   local word
   for word in "$@"; do
     case $word in
-      --workdir=) fail "--workdir= is empty: wanted a folder that all hosts see (gs://…)" ;;
-      --config=) fail "--config= is empty: wanted configs/RECIPE.py" ;;
+      --workdir=) fail "--workdir= is empty: expected a folder that all hosts see (gs://…)" ;;
+      --config=) fail "--config= is empty: expected configs/RECIPE.py" ;;
     esac
   done
 }
@@ -100,14 +100,14 @@ check_job() { # JOB FLAGS…, before any machine is asked
   local jobs
   jobs=$(sed -n 's/^    "\([a-z]*\)": Job(.*/\1/p' "$ROOT/sd3_jax/jobs/__init__.py")
   jobs="${jobs//$'\n'/ } preflight"
-  [[ " $jobs " == *" $1 "* ]] || fail "unknown job $1: wanted one of ${jobs// /, }"
+  [[ " $jobs " == *" $1 "* ]] || fail "unknown job $1: expected one of ${jobs// /, }"
   check_flags "$@"
 }
 
 provisioning() { # PROVISIONING, checked
   case ${PROVISIONING:=on-demand} in
     on-demand | spot | reserved) ;;
-    *) fail "PROVISIONING=$PROVISIONING: wanted on-demand, spot or reserved" ;;
+    *) fail "PROVISIONING=$PROVISIONING: expected on-demand, spot or reserved" ;;
   esac
 }
 
@@ -126,7 +126,7 @@ refuse_tpu7x() {
 litepod() { # VARIABLE, which holds a TPU's type: v5e-N is v5litepod-N to Google's tools
   [[ ${!1:-} == v5e-* ]] || return 0
   printf -v "$1" %s "v5litepod-${!1#v5e-}"
-  echo "$1=v5e-${!1#v5litepod-}: Google's tools name it ${!1}" >&2
+  echo "$1=v5e-${!1#v5litepod-}: using ${!1}, the name in Google's tools" >&2
 }
 
 cloud_tpu() { # ACCELERATOR_TYPE and RUNTIME_VERSION, as the Cloud TPU API takes them
@@ -141,13 +141,13 @@ cloud_tpu() { # ACCELERATOR_TYPE and RUNTIME_VERSION, as the Cloud TPU API takes
   if [[ -z ${RUNTIME_VERSION:-} ]]; then
     RUNTIME_VERSION=$version
     require RUNTIME_VERSION
-    echo "RUNTIME_VERSION=$RUNTIME_VERSION, that of $ACCELERATOR_TYPE" >&2
+    echo "using RUNTIME_VERSION=$RUNTIME_VERSION for $ACCELERATOR_TYPE" >&2
   fi
   case $RUNTIME_VERSION in
     "$version") ;;
     v2-alpha-tpuv5-lite | v2-alpha-tpuv5 | v2-alpha-tpuv6e | tpu-ubuntu2204-base)
-      [[ -z $version ]] || fail "RUNTIME_VERSION=$RUNTIME_VERSION is of other TPUs than" \
-        "ACCELERATOR_TYPE=$ACCELERATOR_TYPE: wanted $version, or none, which means it"
+      [[ -z $version ]] || fail "RUNTIME_VERSION=$RUNTIME_VERSION is for other TPUs than" \
+        "ACCELERATOR_TYPE=$ACCELERATOR_TYPE; set $version, or unset it"
       ;;
   esac
 }
@@ -180,7 +180,7 @@ program() { # JOB FLAGS…, into PROGRAM: Python's arguments; Spot training save
   [[ ${PROVISIONING:-} == spot && $1 == train ]] || return 0
   [[ " $*" != *" --config.checkpoint.every"* ]] || return 0
   PROGRAM+=("--config.checkpoint.every=${CHECKPOINT_EVERY:=200}")
-  echo "PROVISIONING=spot: a checkpoint every $CHECKPOINT_EVERY steps" >&2
+  echo "PROVISIONING=spot: saving a checkpoint every $CHECKPOINT_EVERY steps" >&2
 }
 
 host_variables() { # into HOST: what job.sh is to have in its environment
@@ -192,7 +192,7 @@ host_variables() { # into HOST: what job.sh is to have in its environment
 
 check_extras() { # EXTRAS, of setup.py
   [[ ${EXTRAS:-} =~ ^([a-z]+(,[a-z]+)*)?$ ]] ||
-    fail "EXTRAS=$EXTRAS: wanted extras of setup.py with commas between, such as wandb,mlflow"
+    fail "EXTRAS=$EXTRAS: expected extras of setup.py separated by commas, such as wandb,mlflow"
 }
 
 image_extras() { # where an image is run, it has its extras already
@@ -209,10 +209,10 @@ passed() { # into PASSED: names of the variables that the job gets from your env
   PASSED=()
   for name in ${PASS_ENV-WANDB_API_KEY HF_TOKEN MLFLOW_TRACKING_URI}; do
     [[ $name =~ ^[A-Za-z_][A-Za-z0-9_]*$ ]] ||
-      fail "PASS_ENV=$PASS_ENV: wanted names of variables with spaces between"
+      fail "PASS_ENV=$PASS_ENV: expected names of variables separated by spaces"
     [[ -n ${!name:-} || -z ${PASS_ENV:-} ]] || fail "PASS_ENV names $name, which is not set"
     [[ -n ${!name:-} ]] || continue
-    [[ ${!name} != *$'\n'* ]] || fail "$name has more than one line: it is not passed"
+    [[ ${!name} != *$'\n'* ]] || fail "$name has more than one line and cannot be passed"
     PASSED+=("$name")
   done
   ((${#PASSED[@]} == 0)) || echo "the job gets ${PASSED[*]} from your environment" >&2
@@ -243,7 +243,7 @@ scratch() { # a folder that goes when the script ends
 }
 
 pack() { # the last commit, as $SCRATCH/sd3_jax.tgz
-  git -C "$ROOT" diff --quiet HEAD || echo "uncommitted changes stay here" >&2
+  git -C "$ROOT" diff --quiet HEAD || echo "uncommitted changes are not copied" >&2
   scratch
   run git -C "$ROOT" archive --format=tar.gz --output="$SCRATCH/sd3_jax.tgz" HEAD
 }

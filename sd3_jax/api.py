@@ -22,6 +22,7 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     input_images,
+    progress_bar,
     seeds,
 )
 from sd3_jax.sampling.arguments import Texts
@@ -66,6 +67,7 @@ def generate(
     sigmas: Sequence[float] | np.ndarray | None = None,
     clip_skip: int = 0,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
+    progress: bool = False,
     output: str = "images",
 ) -> Float[Array, "b _ _ _"]:
     """Generate images (b, height, width, 3) in [0, 1], or their latents.
@@ -96,6 +98,9 @@ def generate(
     up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow share a program;
     heun and lcm have their own.
 
+    `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
+    programs.
+
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
@@ -115,7 +120,9 @@ def generate(
     skip_layers = tuple(sorted({*argument_checks.skip_layers(skip_layers, depth)}))
     skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
-        raise UserError(f"preview {preview!r}: wanted a function (step, t, rgb)")
+        raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
+    if progress:
+        preview = progress_bar.counted(preview)
     guided = arguments.guided(
         guidance,
         guidance_interval,
@@ -161,7 +168,9 @@ def generate(
         noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
     if mask is not None:
         if image is None:
-            raise UserError("mask without image: wanted both, the picture to repaint")
+            raise UserError(
+                "mask without image; give image too, the picture to repaint"
+            )
         mask = input_images.latent_mask(mask, shape, bundle.factor)
         mask = spread(mask, "mask")
     if image is not None:
@@ -201,7 +210,8 @@ def generate(
     )
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
-    with compiled.on(bundle.mesh):
+    bar = progress_bar.shown(len(times) - 1, progress)
+    with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
         )

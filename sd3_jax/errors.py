@@ -68,7 +68,7 @@ class RetryableError(Exception):
 def explained(action: str, kind: type[UserError] = UserError) -> Iterator[None]:
     """Raise any failure of orbax inside as one line that begins with `action`.
 
-    Storage that does not answer is no damage and no mistake: RetryableError.
+    Storage that does not answer is not damage and no mistake: RetryableError.
     """
     try:
         yield
@@ -162,4 +162,4 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     match = near(name, choices)
     if match is not None:
         return f'; did you mean "{match}"?'
-    return f"; wanted one of {', '.join(choices)}" if choices else ""
+    return f"; expected one of {', '.join(choices)}" if choices else ""

@@ -36,7 +36,7 @@ def exists(path: epath.PathLike) -> bool:
 
 
 def size(path: epath.PathLike) -> int:
-    """The bytes of a file; OSError if it cannot be told."""
+    """The bytes of a file; OSError if that is unknown."""
     if remote(path):
         return epath.Path(path).stat().length or 0
     return os.stat(path).st_size
@@ -71,7 +71,7 @@ def require_regular(path: epath.PathLike) -> None:
     except OSError:
         return  # opening it says why
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is a pipe, a socket or a device: wanted a file")
+        raise UserError(f"{path} is a pipe, a socket or a device; expected a file")
 
 
 def read_bytes(path: epath.PathLike) -> bytes:
@@ -95,7 +95,7 @@ def parse_object(where: Any, text: str | bytes) -> dict:
     except ValueError as error:
         raise UserError(f"{where}: not JSON: {shown(error, 200)}") from None
     if not isinstance(value, dict):
-        raise UserError(f"{where}: wanted a JSON object")
+        raise UserError(f"{where}: expected a JSON object")
     return value
 
 
@@ -116,7 +116,7 @@ def read_range(path: str, start: int, end: int) -> bytes:
     def read(store: Any, name: str) -> bytes:
         data = store.cat_file(name, start=start, end=end)
         if len(data) != end - start:
-            raise ConnectionError(f"{len(data)} of {end - start} bytes came")
+            raise ConnectionError(f"only {len(data)} of {end - start} bytes arrived")
         return data
 
     return _asked(path, read, "cannot be read")
@@ -151,7 +151,7 @@ def upload(local: epath.PathLike, path: epath.PathLike) -> None:
     def put(store: Any, name: str) -> None:
         store.put_file(os.fspath(local), name)
         if (stored := store.info(name)["size"]) != length:
-            raise ConnectionError(f"{stored} of {length} bytes came")
+            raise ConnectionError(f"only {stored} of {length} bytes were stored")
 
     _asked(path, put, "cannot be written")
 
@@ -173,7 +173,7 @@ def retried(call: Callable[[], T], failure: str) -> T:
                 raise
             if pause is None:
                 raise RetryableError(reason) from error
-            log.warning("%s; trying again in %g s", reason, pause)
+            log.warning("%s; retrying in %g s", reason, pause)
             time.sleep(pause)
     raise AssertionError("unreachable")
 

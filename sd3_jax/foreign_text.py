@@ -21,7 +21,7 @@ def parse_json(text: str | bytes, *, null_nonfinite: bool = False) -> Any:
             return value
         if null_nonfinite:
             return None
-        fault = "is too large" if text[-1].isdigit() else "is no JSON"
+        fault = "is too large" if text[-1].isdigit() else "is not JSON"
         raise ValueError(f"{shown(text)} {fault}")
 
     # utf-8-sig: some Windows editors write a byte-order mark.
@@ -56,6 +56,6 @@ def _unique(pairs: list) -> dict:
     values = {}
     for name, value in pairs:
         if name in values:
-            raise ValueError(f'"{shown(name)}" stands twice')
+            raise ValueError(f'"{shown(name)}" appears twice')
         values[name] = value
     return values

@@ -15,7 +15,9 @@ def load(name: str) -> Callable:
     """The function of that name; UserError if it or its module cannot be found."""
     path, colon, attribute = name.partition(":")
     if not (colon and all(part.isidentifier() for part in path.split("."))):
-        raise UserError(f'{shown(name)}: no function; wanted "package.module:function"')
+        raise UserError(
+            f'{shown(name)}: not a function; expected "package.module:function"'
+        )
     value = _module(path)
     for part in attribute.split("."):
         if not hasattr(value, part):
@@ -25,7 +27,7 @@ def load(name: str) -> Callable:
         value = getattr(value, part)
     if not callable(value):
         kind = type(value).__name__
-        raise UserError(f"{shown(name)}: is of type {kind}, wanted a function")
+        raise UserError(f"{shown(name)} is of type {kind}, expected a function")
     return value
 
 

@@ -65,7 +65,9 @@ def answer(argv: Sequence[str]) -> int:
     except Exception as error:
         code = exit_code(error)
         if isinstance(error, BrokenPipeError) and output_is_closed():
-            reason = "whoever read its output is gone"  # and needs no more words
+            reason = (
+                "the reader of its output closed the pipe"  # and needs no more words
+            )
         elif code == MISTAKE or isinstance(error, RunFailed | RetryableError):
             reason = " ".join(str(error).split())
             for line in (reason, *getattr(error, "__notes__", ())):
@@ -101,7 +103,7 @@ def flush() -> None:
 
 
 def output_is_closed() -> bool:
-    """Whether stdout's reader is gone (`| head`); what is left to print is dropped.
+    """Whether stdout's reader has closed the pipe (`| head`); drops what is left.
 
     stdout becomes /dev/null then, or Python's flush at exit would fail once more.
     """
@@ -127,7 +129,7 @@ def run(call: Call) -> int:
             return job.run(call.config, call.workdir) or 0
         except KeyboardInterrupt as stop:  # train says more
             now = f"during {watchdog.doing()}; " if watchdog.doing() else ""
-            again = f"{now}the same command goes on"
+            again = f"{now}run the same command to continue"
             raise KeyboardInterrupt(str(stop) or again) from None
 
 
@@ -182,7 +184,7 @@ def list_buckets_anew() -> None:
     """Have fsspec, behind etils.epath, look at a bucket whenever it is asked.
 
     It keeps listings, but orbax writes there by another client, and so do other hosts:
-    by an old listing a saved step is not there.
+    by an old listing a saved step is missing.
     """
     for name in "FSSPEC_GCS", "FSSPEC_S3":
         os.environ.setdefault(name, '{"use_listings_cache": false}')
@@ -241,8 +243,9 @@ def bounded(seconds: int, who: str) -> Iterator[None]:
 
     def give_up():
         print(
-            f"sd3-jax: error: SD3_INIT_S = {seconds}: not all processes came within so"
-            f" many seconds; this is {who}: start them all, with one address",
+            f"sd3-jax: error: SD3_INIT_S = {seconds}: not all processes connected"
+            f" within {seconds} s; this is {who}: start all of them with the same"
+            " address",
             file=sys.stderr,
             flush=True,
         )
@@ -273,8 +276,8 @@ def refuse_port_in_use(peers: dict) -> None:
             if error.errno in (errno.EADDRINUSE, errno.EACCES):
                 raise UserError(
                     f"SD3_COORDINATOR = {address}: port {port}: {error.strerror}, on"
-                    " the host of process 0; wanted a free port over 1023, the same in"
-                    " every process, or the end of what holds it"
+                    " the host of process 0; use a free port over 1023, the same in"
+                    " every process, or stop the program that uses it"
                 ) from None
 
 
@@ -288,11 +291,13 @@ def described_peers() -> dict:
     if len(absent) == len(names):
         return {}
     if absent:
-        raise UserError(f"{absent[0]} is not set: {', '.join(names)} go together")
+        raise UserError(
+            f"{absent[0]} is not set; set all of {', '.join(names)}, or none"
+        )
     address = os.environ["SD3_COORDINATOR"]
     host, _, port = address.rpartition(":")
     if not host or not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise UserError(f"SD3_COORDINATOR = {address}: wanted host:port")
+        raise UserError(f"SD3_COORDINATOR = {address}: expected host:port")
     count = whole("SD3_NUM_PROCESSES", low=1)
     index = whole("SD3_PROCESS_ID", low=0, high=count - 1)
     return dict(coordinator_address=address, num_processes=count, process_id=index)
@@ -302,7 +307,7 @@ def whole(name, default=None, *, low, high=2**31 - 1):
     """An environment variable that holds an integer."""
     text = os.environ.get(name, str(default))
     if not text.isdecimal() or not low <= int(text) <= high:
-        raise UserError(f"{name} = {text}: wanted an integer in [{low}, {high}]")
+        raise UserError(f"{name} = {text}: expected an integer in [{low}, {high}]")
     return int(text)
 
 

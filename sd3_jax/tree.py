@@ -36,7 +36,7 @@ def mismatch(wanted: Mapping[str, Any], present: Mapping[str, Any], kind: str) -
     missing = [f"{name} is missing" for name in wanted if name not in present]
     extra = [f"{name} is not known" for name in present if name not in wanted]
     other = [
-        f"{name} is {present[name]}, wanted {x}"
+        f"{name} is {present[name]}, expected {x}"
         for name, x in wanted.items()
         if present.get(name, x) != x
     ]

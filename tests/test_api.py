@@ -51,6 +51,16 @@ def test_previews(bundle, plain):
     assert 0 <= seen[-1][2].min() < seen[-1][2].max() <= 1
 
 
+def test_a_bar_counts_the_steps_and_changes_no_picture(bundle, plain, capfd):
+    seen = []
+    look = lambda i, t, rgb: seen.append(int(i))
+    for preview in (None, look):
+        found = paint(bundle, progress=True, preview=preview)
+        assert apart(found, plain) < 1e-5
+        assert "100%" in (shown := capfd.readouterr().err) and "4/4" in shown
+    assert sorted(seen) == [0, 1, 2, 3]
+
+
 def test_the_guidances_interval_and_rescale(bundle, plain):
     assert apart(paint(bundle, guidance_interval=(0.0, 1.0)), plain) == 0
     none = paint(bundle, guidance=1.0)
@@ -90,11 +100,11 @@ def test_the_folders_scheduler_decides(bundle, plain):
     heun = scheduled(bundle, _class_name="FlowMatchHeunDiscreteScheduler")
     assert apart(paint(heun), paint(bundle, solver="heun")) == 0
     unknown = scheduled(bundle, _class_name="UniPCMultistepScheduler")
-    with pytest.raises(UserError, match="UniPCMultistepScheduler is not honoured"):
+    with pytest.raises(UserError, match="UniPCMultistepScheduler is not supported"):
         paint(unknown)
     assert apart(paint(unknown, solver="euler", grid="released"), plain) == 0
     broken = scheduled(bundle, shift="abc")
-    with pytest.raises(UserError, match='shift "abc": wanted a finite number'):
+    with pytest.raises(UserError, match='shift "abc": expected a finite number'):
         paint(broken)
 
 
@@ -140,27 +150,28 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         given = paint(bundle, guidance=0.0, guidance_interval=(0.1, 1.0), **options)
         np.testing.assert_array_equal(given, none)
     (told,) = caplog.messages
-    assert "guidance 0 is none, and so not used: negative_prompts, skip_layers," in told
-    assert "guidance_interval, guidance_rescale; wanted a guidance above 1" in told
+    assert "guidance 0 disables guidance, so these are not used: negative_" in told
+    assert "negative_prompts, skip_layers," in told
+    assert "guidance_interval, guidance_rescale; set guidance above 1" in told
 
 
 @pytest.mark.parametrize(
     "options, words",
     [
-        (dict(guidance=float("nan")), "guidance nan: wanted a finite"),
-        (dict(guidance=float("inf")), "guidance inf: wanted a finite"),
+        (dict(guidance=float("nan")), "guidance nan: expected a finite"),
+        (dict(guidance=float("inf")), "guidance inf: expected a finite"),
         (dict(guidance_interval=(0.6, 0.5)), "interval: got"),
-        (dict(guidance_rescale=1.5), "guidance_rescale 1.5: wanted a number 0 to 1"),
+        (dict(guidance_rescale=1.5), "guidance_rescale 1.5: expected a number 0 to 1"),
         (dict(skip_layers=(1,), skip_scale=float("nan")), "skip_scale nan"),
-        (dict(steps=2.0), "steps 2.0: wanted an integer"),
+        (dict(steps=2.0), "steps 2.0: expected an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),
         (dict(grid="liner"), 'did you mean "linear"'),
-        (dict(grid="flow", mu=1.0), "grid and mu are both given"),
-        (dict(seed=1.5), "seed 1.5: wanted an integer"),
-        (dict(seed=[1.5]), "wanted an integer, or one a prompt"),
+        (dict(grid="flow", mu=1.0), "grid and mu are both set"),
+        (dict(seed=1.5), "seed 1.5: expected an integer"),
+        (dict(seed=[1.5]), "expected an integer, or one a prompt"),
         (dict(seed=[1, 2]), "2 seeds for 1 prompts"),
-        (dict(seed=-1), "seed -1: wanted integers from 0"),
-        (dict(seed=2**32), "wanted integers from 0 to 4294967295"),
+        (dict(seed=-1), "seed -1: expected integers from 0"),
+        (dict(seed=2**32), "expected integers from 0 to 4294967295"),
         (dict(sigmas=[0.2, 0.4]), "sigmas: got"),
         (dict(shift=-1.0), "shift: got -1.0"),
     ],

@@ -102,7 +102,7 @@ def test_one_process_does_without_it(monkeypatch, caplog):
     assert jax_internals.detected_processes() == 1
     assert "set SD3_COORDINATOR" in caplog.text
     monkeypatch.setattr("jax.distributed.is_initialized", lambda: True)
-    with pytest.raises(UserError, match="wanted jax 0.10"):
+    with pytest.raises(UserError, match="install jax 0.10"):
         jax_internals.coordination_client()
 
 

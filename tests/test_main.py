@@ -143,7 +143,7 @@ def test_a_file_of_the_user_s_wins_over_a_recipe_of_ours(here):
         parse(recipe="configs/quickstart")
     own = "from ml_collections import ConfigDict\nget_config = ConfigDict\n"
     (here / "quickstart.py").write_text(own)
-    with pytest.raises(ConfigError, match="configs/base.py hides our configs/base.py"):
+    with pytest.raises(ConfigError, match="configs/base.py hides configs/base.py"):
         parse(recipe="quickstart")
     assert main.parse(["train", "--config=digits", "--workdir=a"]).config.seed == 0
 
@@ -223,8 +223,8 @@ MISTAKES = [
     ("trian", 'job "trian"', '"train"'),
     ("train", "--config="),
     ("train {toy}", "--workdir="),
-    ("train {toy} --workdir=file", "file wanted folder"),
-    ("train {toy} --workdir=file/deeper", "file wanted folder"),
+    ("train {toy} --workdir=file", "file expected folder"),
+    ("train {toy} --workdir=file/deeper", "file expected folder"),
     ("train {toy} --wokrdir=a", "--wokrdir", '"--workdir"'),
     ("train {toy} -config=a", "-config", '"--config"'),
     ("train {toy} --optim.lr=1", "--optim.lr", '"--config.optim.lr"'),
@@ -236,7 +236,7 @@ MISTAKES = [
     ("train {toy} --config.seed --workdir=a", "--config.seed no value"),
     ("train --config=configs/tooy.py", "configs/tooy.py not found", '"configs/toy.py"'),
     ("train --config=tooy", "tooy not found", '"configs/toy.py"'),
-    ("train --config=:tiny", "recipe  not found wanted one of configs/"),
+    ("train --config=:tiny", "recipe  not found expected one of configs/"),
     ("train --config=configs", "configs not found"),
     ("train {toy}:tinny", "configs/toy.py variant", '"tiny"'),
     ("train {toy}:big", "variant tiny, small"),
@@ -265,17 +265,17 @@ KEYS = [
     ("=1", "unknown key config."),
 ]
 VALUES = [
-    ("data.batch_size=2.5", "wanted int"),
-    ("data.batch_size=1e3", "wanted int", '"1000"'),
-    ("data.batch_size=", "wanted int"),
-    ("data.batch_size=None", "wanted int"),
+    ("data.batch_size=2.5", "expected int"),
+    ("data.batch_size=1e3", "expected int", '"1000"'),
+    ("data.batch_size=", "expected int"),
+    ("data.batch_size=None", "expected int"),
     (
         "data.batch_size=0",
-        "config.data.batch_size = 0: wanted an integer in [1, 1048576]",
+        "config.data.batch_size = 0: expected an integer in [1, 1048576]",
     ),
     ("data.batch_size=-8", "an integer in [1, 1048576]"),
     ("data.batch_size=10 --config.optim.accumulate=4", "a multiple of 4 nearest is 8"),
-    ("model.width=1.5", "wanted int"),
+    ("model.width=1.5", "expected int"),
     ("model.width=100", "num_heads = 24 nearest is 96"),
     ("model.depth=0", "an integer in [1, 1000]"),
     ("model.dual_blocks=24", "at most 23 config.model.depth = 24"),
@@ -283,8 +283,8 @@ VALUES = [
     ("model.remat=ful", '"full"'),
     ("model.qk_norm=yes", "true or false"),
     ("model.qk_norm=1", "true or false"),
-    ("extra.sizes=1,2.5", "wanted tuple"),
-    ("optim.lr=fast", "wanted float"),
+    ("extra.sizes=1,2.5", "expected tuple"),
+    ("optim.lr=fast", "expected float"),
     ("optim.lr=nan", "a number in (0, 100]"),
     ("optim.lr=inf", "a number in (0, 100]"),
     ("optim.lr=0", "a number in (0, 100]"),
@@ -338,9 +338,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(here, capsys, argv, wanted):
 
 def test_absent_keys_pass_and_wrong_types_in_a_recipe_do_not():
     validate(ConfigDict())
-    with pytest.raises(ConfigError, match="batch_size = True: wanted an integer"):
+    with pytest.raises(ConfigError, match="batch_size = True: expected an integer"):
         validate(ConfigDict(dict(data=dict(batch_size=True))))
-    with pytest.raises(ConfigError, match='lr = "1": wanted a number'):
+    with pytest.raises(ConfigError, match='lr = "1": expected a number'):
         validate(ConfigDict(dict(optim=dict(lr="1"))))
 
 
@@ -386,13 +386,13 @@ def run():
         (
             "raise KeyboardInterrupt",
             130,
-            "sd3-jax: interrupted: the same command goes on\n",
+            "sd3-jax: interrupted: run the same command to continue\n",
         ),
         (
             "from sd3_jax.distributed.watchdog import expect; expect('step 3', 9)\n"
             "    raise KeyboardInterrupt",
             130,
-            "sd3-jax: interrupted: during step 3; the same command goes on\n",
+            "sd3-jax: interrupted: during step 3; run the same command to continue\n",
         ),
         (
             "from sd3_jax.errors import UserError; raise UserError('no\\nweights')",
@@ -480,8 +480,8 @@ def test_help_and_mistakes_do_not_wait_for_jax(here, argv, code):
     assert out.endswith("False\n") and "Traceback" not in err
     page = out if code == 0 else err
     if argv[:1] != ["train"]:
-        assert all(word in page for word in ("usage:", *JOBS, "A toy.", "--config.KEY"))
-        assert "exit codes:" in page and "3    start it again" in page
+        assert all(word in page for word in ("Usage:", *JOBS, "A toy.", "--config.KEY"))
+        assert "Exit codes:" in page and "3    start it again" in page
         assert "More about it" not in page and "base.py" not in page
 
 
@@ -557,10 +557,13 @@ def test_python_m_runs_main(here):
     ("env", "wanted"),
     [
         ({"SD3_COORDINATOR": "a:1"}, "SD3_NUM_PROCESSES is not set"),
-        ({"SD3_COORDINATOR": "a"}, "SD3_COORDINATOR = a: wanted host:port"),
-        ({"SD3_NUM_PROCESSES": "0"}, "SD3_NUM_PROCESSES = 0: wanted an integer"),
-        ({"SD3_PROCESS_ID": "2"}, r"SD3_PROCESS_ID = 2: wanted an integer in \[0, 1\]"),
-        ({"SD3_HEARTBEAT_S": "1.5"}, "SD3_HEARTBEAT_S = 1.5: wanted an integer"),
+        ({"SD3_COORDINATOR": "a"}, "SD3_COORDINATOR = a: expected host:port"),
+        ({"SD3_NUM_PROCESSES": "0"}, "SD3_NUM_PROCESSES = 0: expected an integer"),
+        (
+            {"SD3_PROCESS_ID": "2"},
+            r"SD3_PROCESS_ID = 2: expected an integer in \[0, 1\]",
+        ),
+        ({"SD3_HEARTBEAT_S": "1.5"}, "SD3_HEARTBEAT_S = 1.5: expected an integer"),
     ],
 )
 def test_a_wrong_environment_is_the_user_s_mistake(monkeypatch, env, wanted):

@@ -98,16 +98,16 @@ def render(
 ) -> str:
     """The manifest; a ValueError says which flag is wrong."""
     if not re.fullmatch(r"[a-z]([a-z0-9-]{0,38}[a-z0-9])?", name):
-        raise ValueError(f"--name {name}: wanted a-z, 0-9 and -, 40 at most")
+        raise ValueError(f"--name {name}: expected a-z, 0-9 and -, 40 at most")
     if slices < 1:
-        raise ValueError(f"--slices {slices}: wanted 1 or more")
+        raise ValueError(f"--slices {slices}: expected 1 or more")
     if rest["max_restarts"] < 0:
-        raise ValueError(f"--max-restarts {rest['max_restarts']}: wanted 0 or more")
+        raise ValueError(f"--max-restarts {rest['max_restarts']}: expected 0 or more")
     spot, chips = rest["spot"], rest["chips_per_vm"]
     longest = SPOT_GRACE if spot else GRACE
     grace = longest if rest["grace"] is None else rest["grace"]
     if grace < 1 or (spot and grace > SPOT_GRACE):
-        raise ValueError(f"--grace {grace}: wanted 1 or more, at most 15 with --spot")
+        raise ValueError(f"--grace {grace}: expected 1 or more, at most 15 with --spot")
     command = job_command(job, command)
     command = spot_command(command) if spot else command
     # JSON strings are YAML strings, whatever is in them.
@@ -143,7 +143,7 @@ def render(
 
 def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
     if not re.fullmatch(r"[1-9]\d*(x[1-9]\d*){1,2}", topology):
-        raise ValueError(f"--topology {topology}: wanted 16x16 or 4x4x8")
+        raise ValueError(f"--topology {topology}: expected 16x16 or 4x4x8")
     sides = list(map(int, topology.split("x")))
     if len(sides) != kind.axes:
         raise ValueError(
@@ -152,7 +152,7 @@ def vms_per_slice(topology: str, chips_per_vm: int, kind: Accelerator) -> int:
     if not exists(sides):
         cubes = ", or multiples of 4 in ascending order" if kind.axes == 3 else ""
         names = ", ".join(TOPOLOGIES[kind.axes])
-        raise ValueError(f"--topology {topology}: wanted one of {names}{cubes}")
+        raise ValueError(f"--topology {topology}: expected one of {names}{cubes}")
     chips = math.prod(sides)
     if chips_per_vm not in kind.chips:
         types = ", ".join(f"{kind.machine}-{n}t" for n in kind.chips)
@@ -192,19 +192,19 @@ def node_lines(spot: bool, reservation: str) -> str:
 def job_command(job: list[str], command: str) -> str:
     """The shell command, once its job and its flags are known to be some."""
     if bool(job) == bool(command):
-        raise ValueError("wanted JOB and its flags, or --command; not both")
+        raise ValueError("expected JOB and its flags, or --command; not both")
     jobs = re.findall(r'^    "(\w+)": Job\(', JOBS.read_text(), re.MULTILINE)
     names = job[:1] or re.findall(rf"{MAIN}\s+([\w-]+)", command)
     for name in names:
         if name not in jobs and job[:1] != ["preflight"]:
-            raise ValueError(f"unknown job {name}: wanted one of {', '.join(jobs)}")
+            raise ValueError(f"unknown job {name}: expected one of {', '.join(jobs)}")
     if job:
         preflight = job[0] == "preflight"
         main = ["launch/preflight.py", *job[1:]] if preflight else [*RUN, *job]
         command = shlex.join(["python", *main])
     if match := re.search(r"""--(workdir|config)=(''|"")?(?=\s|$)""", command):
         wanted = dict(workdir="gs://…", config="configs/RECIPE.py")[match[1]]
-        raise ValueError(f"--{match[1]}= is empty: wanted {wanted}")
+        raise ValueError(f"--{match[1]}= is empty: expected {wanted}")
     return command
 
 
@@ -232,10 +232,10 @@ def exit_codes(text: str) -> list[int]:
     for part in text.split(","):
         low, _, high = part.partition("-")
         if not low.isdecimal() or not (high or low).isdecimal():
-            raise ValueError(f"--retry {text}: wanted codes and ranges, 3,128-255")
+            raise ValueError(f"--retry {text}: expected codes and ranges, 3,128-255")
         low, high = int(low), int(high or low)
         if not 1 <= low <= high <= 255:
-            raise ValueError(f"--retry {text}: {part}: wanted codes from 1 to 255")
+            raise ValueError(f"--retry {text}: {part}: expected codes from 1 to 255")
         codes |= set(range(low, high + 1))
     return sorted(codes)
 

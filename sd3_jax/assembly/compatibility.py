@@ -44,12 +44,12 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
     if undeclared := [row for row in differences if not within(row[0], allowed)]:
         keys = ",".join(key for key, _, _ in undeclared)
         raise UserError(
-            f"{where} was trained with other settings: {spelled(undeclared)}. To go on"
-            f" with the new ones say so, --config.train.changes={keys}; else give back"
-            " the old ones, or another workdir"
+            f"{where} was trained with other settings: {spelled(undeclared)}. To"
+            f" continue with the new ones, set --config.train.changes={keys}; otherwise"
+            " restore the old ones or use another workdir"
         )
     if differences:
-        log.info("goes on with other settings: %s", spelled(differences))
+        log.info("continuing with other settings: %s", spelled(differences))
 
 
 def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None:
@@ -70,8 +70,8 @@ def compare_rate(where: Any, saved: dict, config: ConfigDict, step: int) -> None
         raise UserError(
             f"{where}: config.train.steps was {old_steps}, is {config.train.steps},"
             f' where the decay of config.optim.schedule = "{config.optim.schedule}"'
-            f" ends: {rates}. To go on with the new one say so,"
-            " --config.train.changes=train.steps; else give back the old number, or"
+            f" ends: {rates}. To continue with the new value, set"
+            " --config.train.changes=train.steps; otherwise restore the old one or use"
             " another workdir"
         )
     if moved or not math.isclose(old, new, rel_tol=1e-5):
@@ -89,7 +89,7 @@ def learning_rate(optim: dict, steps: int, step: int) -> float:
 def batches_ahead(data: dict, saved: dict, config: ConfigDict) -> int:
     """By how many batches the data are ahead of the step, after a change of batch size.
 
-    `data` is a checkpoint's position, `saved` its config. The run goes on with the
+    `data` is a checkpoint's position, `saved` its config. The run continues with the
     first whole batch of examples that it has not seen.
     """
     step, size = data["next_step"], config.data.batch_size
@@ -127,7 +127,7 @@ def compare_data(where: Any, saved: Any, current: Any, config: ConfigDict) -> No
     if saved not in (None, current) and "data" not in config.train.changes:
         raise UserError(
             f"{where} was trained on other examples: {json.dumps(saved)}, now"
-            f" {json.dumps(current)}. Bring those back, or go on with these and say so:"
+            f" {json.dumps(current)}. Restore the old ones, or continue with these by"
             " --config.train.changes=data"
         )
 

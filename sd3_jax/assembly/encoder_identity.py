@@ -40,9 +40,9 @@ def of_records(records: Records) -> dict[str, str]:
             if first_print != fingerprint:
                 raise UserError(
                     f"{folder} was encoded by another {part} than {first}: fingerprints"
-                    f" {fingerprint} and {first_print}. Wanted records of one"
-                    " config.encode.weights and dtype: make one of them again with the"
-                    " other's"
+                    f" {fingerprint} and {first_print}. All records must have the same"
+                    " config.encode.weights and dtype: precompute one of the two"
+                    " folders again with the settings of the other"
                 )
     return {part: fingerprint for part, (_, fingerprint) in of_part.items()}
 
@@ -88,8 +88,8 @@ def compare(
     differences = differing(saved, current)
     if differences and not set(DECLARED) & set(config.train.changes):
         raise UserError(
-            f"{where} was trained with other encoders: {differences}. Bring those back,"
-            " or go on with these and say so: --config.train.changes=data"
+            f"{where} was trained with other encoders: {differences}. Restore the old"
+            " ones, or continue with these by --config.train.changes=data"
         )
 
 

@@ -37,8 +37,9 @@ def source(config: ConfigDict, *, held_out: bool = False):
     """
     if config.image.buckets > 1 and config.data.name in relations.READS:
         raise UserError(
-            f"config.image.buckets = {config.image.buckets}: wanted 1, for config.data."
-            f'name = "{config.data.name}" has pictures of one shape; or "records"'
+            f"config.image.buckets = {config.image.buckets}: must be 1, because"
+            f' config.data.name = "{config.data.name}" has pictures of one shape; or'
+            " set --config.data.name=records"
         )
     # Made-up data has no files to set apart: validation draws from another seed.
     seed = config.seed + (2**31 if held_out else 0)
@@ -105,9 +106,9 @@ def encoder(
         layout = bundle.part("vae").latent_channels, bundle.factor
         if layout != (model.channels, 8):
             raise UserError(
-                f"config.encode.weights = {encode.weights}: an autoencoder of"
-                f" {layout[0]} channels and {layout[1]} pixels a latent;"
-                f" config.model.channels = {model.channels}, wanted 8 pixels"
+                f"config.encode.weights = {encode.weights}: its autoencoder has"
+                f" {layout[0]} channels and {layout[1]} pixels a latent; expected"
+                f" config.model.channels = {model.channels} and 8 pixels"
             )
     result = Encoder(
         bundle,
@@ -124,13 +125,16 @@ def encoder(
             result.check()  # shapes alone: traced, not compiled
         except (ValueError, TypeError) as error:
             raise UserError(
-                f"config.encode.weights = {encode.weights}: text encoders that do not"
+                f"config.encode.weights = {encode.weights}: its text encoders do not"
                 f" fit config.model.context_dim = {model.context_dim} and pooled_dim ="
                 f" {model.pooled_dim}: {error}"
             ) from error
     # Captions are to be encoded: without any text encoder all of them would be zeros.
     elif only != ["vae"]:
-        raise UserError(f"config.encode.weights = {encode.weights}: no text encoder")
+        raise UserError(
+            f"config.encode.weights = {encode.weights}: has no text encoder; name a"
+            " released model that has one"
+        )
     return result
 
 

@@ -98,8 +98,9 @@ def require_base(config: ConfigDict) -> None:
     ):
         if value != plain:
             raise UserError(
-                f'config.tune.{key} = "{value}": wanted config.tune.base, released'
-                f' weights or another run\'s workdir, to start from; or "{plain}"'
+                f'config.tune.{key} = "{value}" needs weights to start from: set'
+                " config.tune.base to released weights or to the workdir of another"
+                f" run, or --config.tune.{key}={plain}"
             )
 
 
@@ -122,13 +123,13 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
     # Another run's weights fit by shape in many models that compute something else.
     if rows := compatibility.differing(saved, config):
         raise UserError(
-            f"config.tune.base = {base}: was trained with other settings:"
+            f"config.tune.base = {base} was trained with other settings:"
             f" {compatibility.spelled(rows)}"
         )
     params, step = restored(
         config, objective, denoiser, folder, mesh, which="ema", step=step
     )
-    log.info("starts from step %d of %s", step, base)
+    log.info("starting from step %d of %s", step, base)
     return jax.tree.map(lambda x: x.astype(dtype), params)
 
 
@@ -144,7 +145,9 @@ def released(config: ConfigDict, denoiser: nn.Module, mesh: Mesh, dtype: str) ->
     if differing := [name for name, (a, b) in pairs.items() if a != b]:
         settings = ", ".join(f"config.model.{k} = {pairs[k][1]}" for k in differing)
         keys = " ".join(f"--config.model.{k}={pairs[k][0]}" for k in differing)
-        raise UserError(f"config.tune.base = {base}: {settings}; wanted {keys}")
+        raise UserError(
+            f"config.tune.base = {base} has other sizes than {settings}; set {keys}"
+        )
     variables = bundle.variables["denoiser"]
     params = {"denoiser": variables["params"], "text": {}}
     if "buffers" in variables:
@@ -191,16 +194,19 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         path = sources.resolve(path, lora_formats.WANTED, label="LoRA")
         pairs = lora_formats.read(path)
     if foreign := sorted(set(pairs) - {"denoiser"}):
-        raise UserError(f"{where}: adapts {foreign[0]}; wanted the denoiser alone")
+        raise UserError(
+            f"{where}: adapts {foreign[0]}; only a LoRA of the denoiser can be trained"
+        )
     if not isinstance(parts.denoiser, MMDiT):
         name = config.model.name
-        raise UserError(f'{where}: wanted config.model.name = "mmdit", not "{name}"')
+        raise UserError(f'{where}: config.model.name must be "mmdit", got "{name}"')
     ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
     if ranks != [rank]:
         advice = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
         listed = ", ".join(map(str, ranks))
         raise UserError(
-            f"{where}: rank {listed}, and config.tune.rank = {rank}: wanted {advice}"
+            f"{where}: its rank is {listed} but config.tune.rank = {rank}; expected"
+            f" {advice}"
         )
     init = parts.objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]
@@ -211,11 +217,12 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     of_file = [module for module, _ in lora.modules(loaded, "a")]
     if foreign := ["/".join(module) for module in of_file if module not in trained]:
         raise UserError(
-            f"{where}: adapts {foreign[0]}, which is not among config.tune.targets ="
-            f' "{config.tune.targets}"; "" are all'
+            f"{where}: adapts {foreign[0]}, which config.tune.targets ="
+            f' "{config.tune.targets}" does not include; set --config.tune.targets= to'
+            " train all linear layers"
         )
     log.info(
-        "%s: %d of %d linear maps start from it", where, len(of_file), len(trained)
+        "%s: %d of %d linear layers start from it", where, len(of_file), len(trained)
     )
     # The file's pairs are whole updates. `attach` multiplies b by alpha / rank, so that
     # is divided out here.
@@ -245,7 +252,10 @@ def save_adapter(
     if not config.tune.base or config.tune.method != "lora":
         return
     if not isinstance(denoiser, MMDiT):
-        log.info("diffusers has no layout for %s", type(denoiser).__name__)
+        log.info(
+            "diffusers has no layout for %s: no LoRA file is written",
+            type(denoiser).__name__,
+        )
         return
     watchdog.expect("writing the LoRA", watchdog.LONG)
     path = lora_files.save(
@@ -255,7 +265,7 @@ def save_adapter(
         alpha=config.tune.alpha,
         facts={"base": str(config.tune.base), "step": str(step)},
     )
-    log.info("%s: the LoRA of step %d in diffusers' layout", path, step)
+    log.info("wrote %s: the LoRA of step %d in diffusers' layout", path, step)
 
 
 def abstract(init: Callable[[Array], dict], mesh: Mesh) -> Any:
@@ -277,7 +287,7 @@ def compare(where: Any, saved: str, current: str) -> None:
     """UserError if a resumed run has another base than it began with."""
     if saved != current:
         raise UserError(
-            f"{where} began with other weights: config.tune.base had the fingerprint"
-            f" {saved or 'of none'}, now {current or 'of none'}. Bring those back, or"
+            f"{where} began with other weights: the fingerprint of config.tune.base was"
+            f" {saved or 'none'}, is {current or 'none'}. Restore the old weights or"
             " use another workdir"
         )

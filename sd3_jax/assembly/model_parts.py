@@ -88,7 +88,7 @@ def denoiser(model: ConfigDict) -> Denoiser:
 def mmdit(model: ConfigDict, why: str) -> MMDiT:
     """The denoiser, which must be the MMDiT; UserError with the reason `why` if not."""
     if model.name != "mmdit":
-        raise UserError(f'config.model.name = "{model.name}": {why}; wanted "mmdit"')
+        raise UserError(f'config.model.name = "{model.name}": {why}; expected "mmdit"')
     return denoiser(model)
 
 

@@ -27,7 +27,7 @@ WAITING = 2  # batches that are encoded and not yet written, at most
 
 
 class Stopped(Exception):
-    """The job was told to stop; the part in progress is done again next time."""
+    """The job was asked to stop; the part in progress is done again next time."""
 
 
 class PartEncoder:
@@ -184,5 +184,5 @@ def write_batch(shards: PartWriter, batch: list[Ready], tensors: dict, rejected:
         except BadRecord as error:
             # `encode` names the record, as a Rejected does already.
             reason = str(error).removeprefix(f"record of {ready.source!a}: ")
-            reason = f"encoded to what no record holds: {reason}"
+            reason = f"the encoded values do not fit a record: {reason}"
             rejected.append(items.rejected(ready.source, reason, ready.bytes))

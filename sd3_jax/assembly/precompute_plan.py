@@ -115,8 +115,9 @@ def remaining_parts(
         ]
         if differing:
             raise UserError(
-                f"{workdir} holds records that other settings made:"
-                f" {'; '.join(differing)}. Give back the old ones, or another workdir"
+                f"{workdir} holds records made with other settings:"
+                f" {'; '.join(differing)}. Restore the old settings or use another"
+                " workdir"
             )
         # --- the same inputs, wherever the links to them lie
         planned_parts = read_plan(workdir)
@@ -124,11 +125,12 @@ def remaining_parts(
         paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
         current_paths = set(map(listing.resolved, paths))
         if different_paths := sorted(known_paths ^ current_paths):
+            first = different_paths[0]
+            change = "is new" if first in current_paths else "was removed"
             raise UserError(
-                f"config.ingest.inputs: {shown(different_paths[0], 200)}"
-                f" {'is new' if different_paths[0] in current_paths else 'is gone'}, of"
-                f" {len(different_paths)} that differ from what {workdir} was planned"
-                " for: wanted the same, or another workdir for what is new"
+                f"config.ingest.inputs: {shown(first, 200)} {change};"
+                f" {len(different_paths)} inputs differ from those that {workdir} was"
+                " planned for. Restore them, or use another workdir for the new ones"
             )
         # --- the same files; only times may differ, which the new plan then has
         done = Manifest(workdir, len(planned_parts)).done()

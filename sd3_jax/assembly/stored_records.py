@@ -45,10 +45,10 @@ def open_records(config: ConfigDict, *, held_out: bool) -> Records:
         records.encoders = encoder_identity.of_records(records)
     if held_out and len(records) < (required := validated(config)):
         raise UserError(
-            f"config.{key}: {', '.join(paths)}: {len(records)} records, wanted at least"
-            f" {required} for validation by config.eval.examples ="
-            f" {config.eval.examples}; hold out more, or set"
-            f" --config.eval.examples={len(records)}"
+            f"config.{key}: {', '.join(paths)}: the held-out set has {len(records)}"
+            f" records but config.eval.examples = {config.eval.examples} needs"
+            f" {required}; precompute with a larger --config.precompute.held_out, or"
+            f" set --config.eval.examples={len(records)}"
         )
     warn_of_repeats(key, records, size)
     where = f"config.{key}: {records.shards[0].path}"
@@ -90,7 +90,9 @@ def warn_of_repeats(key: str, source: Records, size: int) -> None:
             count = len(mixed_set.numbers)
             if count < part:
                 log.warning(
-                    "config.%s: %s%s: %d records for %d of a batch: at least %d repeat",
+                    "config.%s: %s%s has %d records for %d places in a batch, so at"
+                    " least %d repeat in it; use a smaller config.data.batch_size or"
+                    " more records",
                     *(key, mixed_set.name, of_bucket),
                     *(count, part, part - count),
                 )
@@ -103,7 +105,7 @@ def batch_fields(config: ConfigDict, first: Record) -> list[str]:
     picture = next((x for x in PICTURES[kind] if x in first.tensors), None)
     if picture is None:
         raise UserError(
-            f'its records hold {listed}: config.image.autoencoder = "{kind}" wants'
+            f'its records hold {listed}: config.image.autoencoder = "{kind}" needs'
             f" {' or '.join(PICTURES[kind])}"
         )
     extra = ["set"] if config.tune.prior else []
@@ -111,7 +113,7 @@ def batch_fields(config: ConfigDict, first: Record) -> list[str]:
         extra += [REJECTED + picture]
         if extra[-1] not in first.tensors:
             raise UserError(
-                f'its records hold {listed}: config.tune.objective = "dpo" wants'
+                f'its records hold {listed}: config.tune.objective = "dpo" needs'
                 f" preferences, {picture} and {extra[-1]}"
             )
     # Captions count as encoded if any text encoder has been: what it lacks is zeros.
@@ -123,8 +125,8 @@ def batch_fields(config: ConfigDict, first: Record) -> list[str]:
     if not config.encode.weights and (raw or to_encode(config, text)):
         unencoded = "pictures" if raw else "captions"
         raise UserError(
-            f"its records hold {listed}: their {unencoded} are not encoded; wanted"
-            " config.encode.weights, a released model that has the encoders"
+            f"its records hold {listed}: their {unencoded} are not encoded; set"
+            " config.encode.weights to a released model that has the encoders"
         )
     return [picture, *text, *extra]
 
@@ -167,8 +169,9 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
         if config.train.eval_every > config.train.steps:
             return
         raise UserError(
-            "config.data.held_out = (): wanted shards for validation, or config.train."
-            f"eval_every over config.train.steps = {config.train.steps}"
+            "config.data.held_out = (): validation needs held-out shards; set"
+            " config.data.held_out, or set config.train.eval_every above"
+            f" config.train.steps = {config.train.steps} for none"
         )
     # By identity of the file: two spellings of a path are one shard.
     files = {shard.file for shard in trained_on.shards}
@@ -178,11 +181,12 @@ def check_held_out(config: ConfigDict, trained_on: Records) -> None:
         trained_on.encoders, held_out.encoders
     ):
         raise UserError(
-            "config.data.held_out: encoded by others than config.data.records:"
-            f" {differences}; wanted records of one config.encode.weights and dtype"
+            "config.data.held_out and config.data.records have different encoders:"
+            f" {differences}; precompute both with one config.encode.weights and dtype"
         )
     for shard in held_out.shards:
         if shard.file in files:
             raise UserError(
-                f"config.data.held_out: {shard.path} is one of config.data.records too"
+                f"config.data.held_out: {shard.path} is in config.data.records too; a"
+                " shard must be in one of them"
             )

@@ -59,7 +59,8 @@ def refuse_newer(path: epath.Path, about: dict) -> None:
         by = about.get("made", {}).get("sd3_jax", "a later version")
         raise UserError(
             f"{path} has format {about['format']}, written by sd3_jax {by}; this is"
-            f" sd3_jax {sd3_jax.__version__}, which reads formats up to {FORMAT}"
+            f" sd3_jax {sd3_jax.__version__}, which reads formats up to {FORMAT}:"
+            " install the newer version"
         )
 
 
@@ -69,7 +70,7 @@ def refuse_renamed(path: epath.Path, about: dict) -> None:
     if step != int(path.name):
         raise UserError(
             f"{path} was saved as step {step}: rename it to {path.parent / str(step)},"
-            " for its number decides the data and the learning rate that follow"
+            " because the number decides which data and learning rate follow"
         )
 
 
@@ -87,7 +88,8 @@ def check_leaves(path: epath.Path, about: dict, part: Any) -> None:
     wrong = [k for k, x in prints.items() if saved_prints.get(k) != f"{x.word:08x}"]
     if wrong:
         raise UnreadableCheckpoint(
-            f"{path} is damaged: {listed(wrong)} not as saved (fingerprint)"
+            f"{path} is damaged: {listed(wrong)} differ from what was saved"
+            " (fingerprint)"
         )
 
 
@@ -165,7 +167,7 @@ def _wrong(path: epath.Path, name: str, size: int, crc: int) -> str | None:
     except OSError as error:
         raise reading_failed(path / name, error) from None
     if actual_size != size:
-        return f"{name} has {actual_size} bytes of {size}"
+        return f"{name} has {actual_size} bytes, expected {size}"
     return f"{name} is not as written" if actual_crc != crc else None
 
 

@@ -89,8 +89,8 @@ class Checkpoints:
         due = self.due(step, force=force)
         if 0 < step < self._last:
             raise UserError(
-                f"{self.directory} holds step {self._last} and this run is at {step}: "
-                "continue from the newest step, or write to another directory"
+                f"{self.directory} holds step {self._last} and this run is at {step}:"
+                " resume from the newest step or write to another workdir"
             )
         # A save that failed is reported at the next step, not at the next save.
         if self._saving is not None and self._saving.done():
@@ -110,9 +110,8 @@ class Checkpoints:
         prints = tree.fingerprints(state)
         if finite and (names := [k for k, x in prints.items() if x.strange]):
             raise RunFailed(
-                f"step {step} is not saved, {len(names)} of its leaves hold NaN or"
-                f" infinities: {listed(names)}; the newest saved step is"
-                f" {self._last}"
+                f"step {step} is not saved: {len(names)} of its arrays hold NaN or"
+                f" infinities: {listed(names)}; the newest saved step is {self._last}"
             )
         about = integrity.about(step, prints, data, config)
         items = {"state": state, "data": data, "config": config, "about": about}
@@ -188,8 +187,8 @@ class Checkpoints:
     def _refuse_vanished(self) -> None:
         """FileNotFoundError unless the folder is the one that the run began with.
 
-        A save in flight makes a new folder in the place of one that was removed, and
-        the run would go on without the steps that it held.
+        A save in flight makes a new folder instead of one that was removed, and
+        the run would continue without the steps that it held.
         """
         if jax.process_index() != 0:
             return
@@ -204,7 +203,7 @@ class Checkpoints:
         name = step_folders.set_aside(path, fault)
         self._last = self.latest() or 0
         log.warning(
-            "%s: it is now %s, and step %d is the newest", fault, name, self._last
+            "%s: renamed it to %s; step %d is the newest now", fault, name, self._last
         )
 
     def _finish(self, path: epath.Path, response, began: float) -> None:
@@ -232,15 +231,15 @@ class Checkpoints:
         """
         if jax.process_index() != 0:
             return
-        log.info("step %s is saved: it took %.1f s", path.name, seconds)
+        log.info("saved step %s in %.1f s", path.name, seconds)
         needed = 2 * seconds + self.step_seconds
         if self._grace is not None and needed > self._grace and not self._warned:
             self._warned = True
             log.warning(
                 "two saves of %.1f s and a step of %.1f s take %.1f s, but SIGKILL"
-                " follows SIGTERM after %g s (SD3_GRACE_S): a preempted run may lose up"
-                " to %d steps; lower --config.checkpoint.every to lose less, or raise"
-                " GRACE_S if the machine is not Spot",
+                " follows SIGTERM after %g s (SD3_GRACE_S): a preempted run may lose"
+                " up to %d steps; lower --config.checkpoint.every, or raise GRACE_S if"
+                " the machine is not Spot",
                 seconds,
                 self.step_seconds,
                 needed,

@@ -62,6 +62,6 @@ def readable(path: epath.Path) -> Iterator[None]:
         if integrity.check_files(path, shared=False):
             reason = str(fault).removeprefix(f"{action}: ")
             raise RetryableError(
-                f"{action}, though its files are as they were written: {reason}"
+                f"{action}, though its files have the right checksums: {reason}"
             ) from fault.__cause__
         raise

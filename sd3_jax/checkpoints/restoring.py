@@ -1,8 +1,8 @@
-"""The way back from a step: its state or a part of it, its data position, its config.
+"""Restore from a step: its state or a part of it, its data position, its config.
 
-What is compared, in this order: the files with their checksums, the names, dtypes and
-shapes of the leaves with those wanted, the JSON with its digest, and the loaded values
-with the fingerprints from before the save. All processes do it together.
+Checked in this order: the checksums of the files; the names, dtypes and shapes of the
+leaves; the digest of the JSON; and the fingerprints of the loaded values, taken before
+the save. All processes do it together.
 """
 
 import logging
@@ -46,8 +46,10 @@ def restore_params(
             # Only training sets steps aside; who reads weights leaves the folder alone.
             if step is not None or number == steps[0]:
                 raise
-            log.warning("%s: an earlier step is taken", fault)
-    raise UserError(f"there is no complete checkpoint in {directory}")
+            log.warning("%s: using an earlier step", fault)
+    raise UserError(
+        f"no complete checkpoint in {directory}; train first, or check --workdir"
+    )
 
 
 def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
@@ -128,10 +130,14 @@ def read_together(path: epath.Path, read: Callable[[], Any]) -> Any:
         damaged = isinstance(fault, UnreadableCheckpoint)
         if not processes.all_well(not damaged):
             if doubted:
-                peers = UnreadableCheckpoint(f"{path} is damaged: a peer says so")
+                peers = UnreadableCheckpoint(
+                    f"{path} is damaged: another process reports it"
+                )
                 raise fault if damaged else peers
             doubted = True
-        wait_or_raise(fault or RetryableError(f"a peer cannot read {path}"), pause)
+        wait_or_raise(
+            fault or RetryableError(f"another process cannot read {path}"), pause
+        )
 
 
 def read_about(path: epath.Path) -> dict:
@@ -147,7 +153,7 @@ def read_about(path: epath.Path) -> dict:
 
 
 def compare_leaves(path: epath.Path, abstract: Any, *, only: str | None = None) -> None:
-    """UserError unless the stored leaves are those wanted; reads metadata alone.
+    """UserError unless the stored leaves are those expected; reads metadata alone.
 
     Orbax would cast another dtype silently.
     """
@@ -155,7 +161,7 @@ def compare_leaves(path: epath.Path, abstract: Any, *, only: str | None = None) 
         with orbax_context():
             stored = ocp.metadata(path, "state").metadata
         if not jax.tree.leaves(stored):  # what orbax makes of damaged metadata
-            raise ValueError("it holds no leaves")
+            raise ValueError("it holds no arrays")
     present = describe_leaves(stored if only is None else {only: stored.get(only, {})})
     wanted = describe_leaves(abstract)
     if faults := tree.mismatch(wanted, present, "dtype or shape"):
@@ -171,8 +177,8 @@ def describe_leaves(state: Any) -> dict[str, str]:
 def _log_differences(path: epath.Path, about: dict) -> None:
     if lines := list(processes.differing(about["made"], integrity.circumstances())):
         log.info(
-            "%s was saved under other circumstances than now (%s): what follows agrees"
-            " with the unbroken run to rounding, not to the bit",
+            "%s was saved in another environment (%s): the resumed run agrees with the"
+            " unbroken one up to rounding, not bit for bit",
             path,
             "; ".join(lines),
         )

@@ -57,8 +57,8 @@ def require_space(directory: epath.Path, size: int) -> None:
     free = shutil.disk_usage(directory).free
     if free < size:
         raise UserError(
-            f"{directory} has {free / 1e9:.3g} GB free: wanted {size / 1e9:.3g} GB,"
-            " room for two checkpoints; free some, or write to another workdir"
+            f"{directory} has {free / 1e9:.3g} GB free but two checkpoints need"
+            f" {size / 1e9:.3g} GB; free some space or use another workdir"
         )
 
 
@@ -98,7 +98,9 @@ def step_path(directory: epath.Path, step: int | None) -> epath.Path:
     """The folder of a step, the newest by default; UserError if it is not complete."""
     steps = shared_steps(directory)
     if step is None and not steps:
-        raise UserError(f"there is no complete checkpoint in {directory}")
+        raise UserError(
+            f"no complete checkpoint in {directory}; train first, or check --workdir"
+        )
     path = directory / str(max(steps) if step is None else step)
     if step is not None and step not in steps:
         newest = ", ".join(map(str, steps[-LISTED:])) or "none"
@@ -112,12 +114,12 @@ def wait_or_raise(fault: RetryableError, seconds: float | None) -> None:
     """Wait before the next try; raise the fault after the last."""
     if seconds is None:
         raise fault
-    log.warning("%s; trying again in %g s", fault, seconds)
+    log.warning("%s; retrying in %g s", fault, seconds)
     time.sleep(seconds)
 
 
 def set_aside(path: epath.Path, fault: UserError) -> str:
-    """Rename a damaged step so that it is no step, but nothing is lost; its new name.
+    """Rename a damaged step so that it no longer counts; returns its new name.
 
     Process 0 renames, for all. The reason goes into damaged.txt.
     """

@@ -46,16 +46,17 @@ def parse(argv: Sequence[str]) -> Call:
         raise UserError(f'unknown job "{job}"{nearest(job, JOBS)}')
     if words[1:]:
         extra = f"unexpected argument {shlex.quote(words[1])}"
-        raise UserError(f"{extra}: did you forget --? (or quotes around a value)")
+        raise UserError(f"{extra}; did you forget --? (or quotes around a value)")
     if asked is not None and not recipe:
         print_and_exit(help_pages.job_page(job) if job else usage())
     if job is None and asked is None:
-        raise UserError(f"no job given: wanted one of {', '.join(JOBS)}")
+        raise UserError(f"no job given; expected one of {', '.join(JOBS)}")
     if job is not None:
         recipe, workdir = recipe or JOBS[job].recipe, workdir or JOBS[job].workdir
     if not recipe:
         raise UserError(
-            "no recipe given: wanted --config=RECIPE[:VARIANT], such as quickstart:tiny"
+            "no recipe given; set --config=RECIPE[:VARIANT], for example"
+            " --config=quickstart:tiny"
         )
     config = load(recipe)
     for name, text in flags.items():
@@ -91,12 +92,12 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
         elif name not in FLAGS and not name.startswith("--config."):
             raise UserError(f"unknown flag {name}{nearest_flag(name)}")
         elif not equals and (not rest or rest[0].startswith("--")):
-            raise UserError(f"{name} has no value: wanted {name}=VALUE")
+            raise UserError(f"{name} has no value; expected {name}=VALUE")
         else:
             value = value if equals else rest.pop(0)
             if name in flags:
                 values = f"{name}={flags[name]} and {name}={value}"
-                raise UserError(f"the same flag twice: {values}")
+                raise UserError(f"a flag is set twice: {values}")
             flags[name] = value
     return words, flags
 
@@ -111,7 +112,7 @@ def nearest_flag(name):
 
 def check_workdir(workdir):
     if not workdir:
-        raise UserError("no workdir given: wanted --workdir=DIR")
+        raise UserError("no workdir given; set --workdir=DIR")
     if workdir.startswith(REMOTE):
         return workdir
     if match := re.match(
@@ -119,12 +120,12 @@ def check_workdir(workdir):
     ):  # a path library made of gs://…
         scheme, rest = f"{match[1]}://", match[2]
         guess = f'; did you mean "{scheme}{rest}"?' if scheme in REMOTE else ""
-        wanted = f"wanted a folder, or a bucket of {', '.join(REMOTE)}"
+        wanted = f"expected a folder, or a bucket of {', '.join(REMOTE)}"
         raise UserError(f"--workdir={workdir}: {wanted}{guess}")
     path = Path(os.path.abspath(os.path.expanduser(workdir)))
     for part in (path, *path.parents):
         if os.path.isfile(part):
-            raise UserError(f"--workdir={workdir}: {part} is a file, wanted a folder")
+            raise UserError(f"--workdir={workdir}: {part} is a file, expected a folder")
     return str(path)
 
 
@@ -141,7 +142,9 @@ def load(recipe: str) -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     call_recipe(name, path, spec.loader.exec_module, module)
     if not hasattr(module, "get_config"):
-        raise ConfigError(f"{name} has no get_config(variant)")
+        raise ConfigError(
+            f"{name} has no function get_config(variant), which every recipe defines"
+        )
     variants = getattr(module, "VARIANTS", ())
     if variant and variant not in variants:
         wanted = nearest(variant, variants) or "; the recipe has none"
@@ -149,7 +152,7 @@ def load(recipe: str) -> ConfigDict:
     config = call_recipe(name, path, module.get_config, *filter(None, [variant]))
     if not isinstance(config, ConfigDict):
         kind = type(config).__name__
-        raise ConfigError(f"{name}: get_config gave {kind}, wanted a ConfigDict")
+        raise ConfigError(f"{name}: get_config returned {kind}, expected a ConfigDict")
     require_same_keys(name, path, config)
     return config.lock()
 
@@ -162,7 +165,9 @@ def require_same_keys(name: str, path: Path, config: ConfigDict) -> None:
     # configs.base may be one in the recipe's own folder.
     base = call_recipe(name, path, importlib.import_module, "configs.base")
     if not hasattr(base, "get_config"):
-        raise ConfigError(f"{base.__file__} hides our configs/base.py: rename it")
+        raise ConfigError(
+            f"{base.__file__} hides configs/base.py of sd3_jax: rename it"
+        )
     ours, theirs = base.get_config(), dict(leaves(config))
     known = dict(leaves(ours))
     for key in sorted(set(theirs) - set(known)):
@@ -170,7 +175,9 @@ def require_same_keys(name: str, path: Path, config: ConfigDict) -> None:
         if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
             raise ConfigError(f"{name}: {unknown_key_message(ours, key, known)}")
     for key in sorted(set(known) - set(theirs)):
-        raise ConfigError(f"{name}: no key config.{key}: wanted all of configs/base.py")
+        raise ConfigError(
+            f"{name}: config.{key} is missing; a recipe has all keys of configs/base.py"
+        )
 
 
 def call_recipe(name, path, function, *args):
@@ -202,7 +209,7 @@ def override(config: ConfigDict, key: str, text: str) -> None:
         holder[name] = read(text, kind, holder[name])
     except (KeyError, ValueError):
         wanted = "true or false" if kind is bool else kind.__name__
-        complaint = f"config.{key} = {text}: wanted {wanted}{hint(text, kind)}"
+        complaint = f"config.{key} = {text}: expected {wanted}{hint(text, kind)}"
         raise ConfigError(complaint) from None
 
 
@@ -221,7 +228,7 @@ def unknown_key_message(config, key, known):
             break
         group, name = group[part], f"{name}.{part}"
     if name == f"config.{key}":
-        return f"{name} is a group: wanted one of its keys, {', '.join(group)}"
+        return f"{name} is a group; expected one of its keys, {', '.join(group)}"
     best = max(known, key=lambda other: likeness(key, other), default=None)
     if best is not None and likeness(key, best) > ALIKE:
         return f'unknown key config.{key}; did you mean "config.{best}"?'

@@ -14,51 +14,77 @@ from sd3_jax.jobs import JOBS
 
 WIDTH = 100  # columns
 RECIPE, WORKDIR = "--config=RECIPE[:VARIANT]", "--workdir=DIR"
-FLAGS = {
-    RECIPE: "a recipe's name or file, and a form of it",
-    WORKDIR: "where the job reads and writes; gs://... too",
-    "--config.KEY=VALUE": "another value for one of the recipe's keys",
-    "": '--config.optim.lr=3e-4 or --config.sample.prompt="a red fox"',
-    "--help": "this page; with --config, the recipe's keys and values",
+OPTIONS = {
+    RECIPE: "recipe (name or file), and its variant",
+    WORKDIR: "folder or bucket of the job (gs://...)",
+    "--config.KEY=VALUE": "override a key of the recipe: --config.optim.lr=3e-4",
+    "-h, --help": "show this page; with --config, the recipe's keys and values",
 }
+SECTIONS = {  # jobs in the order in which a user meets them
+    "Train and sample": "train sample evaluate report",
+    "Prepare data": "precompute dedup inspect",
+    "Work with weights": "convert compare",
+    "Plan and measure": "plan study benchmark",
+}
+EXAMPLES = """\
+  Train a small model in minutes, then sample from it:
+    sd3-jax train  --config=quickstart --workdir=runs/quickstart
+    sd3-jax sample --config=quickstart --workdir=runs/quickstart
+
+  Sample released weights:
+    sd3-jax sample --config=released --workdir=runs/fox --config.weights=PATH \\
+        --config.sample.prompt="a red fox"
+
+  Try a recipe at a tiny size first:
+    sd3-jax train --config=sd3_2b:tiny --workdir=runs/tiny"""
 
 
 def usage() -> str:
-    """The page of `sd3-jax --help`: jobs, recipes, flags."""
-    intro = """usage: sd3-jax JOB --config=RECIPE[:VARIANT] --workdir=DIR [flags]
-   or: python -m sd3_jax.main JOB ...
-   or: sd3-jax JOB --help"""
-    tables = {
-        "jobs": {name: job.help for name, job in JOBS.items()},
-        "recipes": {name: summary(path) for name, path in recipes().items()},
-        "flags": FLAGS,
-        "exit codes": {str(code): text for code, text in EXIT_CODES.items()},
-    }
-    return "\n\n".join([intro, *(table(*item) for item in tables.items())])
+    """The page of `sd3-jax --help`: jobs, recipes, options, examples."""
+    names = [section.split() for section in SECTIONS.values()]
+    wide = max(map(len, JOBS))
+    jobs = "\n\n".join(
+        table(f"  {title}", {f"  {name:{wide}}": JOBS[name].help for name in section})
+        for title, section in zip(SECTIONS, names)
+    )
+    return "\n\n".join(
+        [
+            "Train, sample and evaluate Stable Diffusion 3 in JAX.",
+            f"Usage: sd3-jax JOB {RECIPE} {WORKDIR} [--config.KEY=VALUE ...]\n"
+            "       sd3-jax JOB --help [--config=RECIPE]",
+            f"Jobs:\n{jobs}",
+            table("Recipes", {path.stem: summary(path) for path in recipes().values()}),
+            table("Options", OPTIONS),
+            f"Examples:\n{EXAMPLES}",
+            table("Exit codes", {str(code): text for code, text in EXIT_CODES.items()}),
+            "Run `sd3-jax JOB --help` for one job, and"
+            " `sd3-jax JOB --help --config=RECIPE` for its keys.",
+        ]
+    )
 
 
 def job_page(name: str) -> str:
-    """The page of `sd3-jax JOB --help`: what it does, its flags, the keys it reads."""
+    """The page of `sd3-jax JOB --help`: what it does, its options and its keys."""
     job = JOBS[name]
     defaults = {RECIPE: job.recipe, WORKDIR: job.workdir}
     needed = [f"[{flag}]" if value else flag for flag, value in defaults.items()]
-    flags = {
-        flag: f"{text}; else {defaults[flag]}" if defaults.get(flag) else text
-        for flag, text in FLAGS.items()
+    options = {
+        flag: f"{text} [default: {defaults[flag]}]" if defaults.get(flag) else text
+        for flag, text in OPTIONS.items()
     }
     does = f"{job.help[:1].upper()}{job.help[1:]}. {job.about}"
     keys = {x: schema.about(x) for x in schema.TOP_LEVEL if x in job.groups}
-    reads = "It reads none of the recipe's keys."
+    reads = "This job reads none of the recipe's keys."
     if keys:
-        listing = f"sd3-jax {name} --help --config=RECIPE lists them, with their values"
-        reads = f"{table('the keys and groups that it reads', keys)}\n  ({listing})"
+        listing = f"sd3-jax {name} --help --config=RECIPE"
+        reads = f"{table('Keys and groups of keys', keys)}\n\n  Show all: {listing}"
     return "\n\n".join(
         [
-            f"usage: sd3-jax {name} {' '.join(needed)} [flags]",
             textwrap.fill(does, WIDTH),
-            table("flags", flags),
+            f"Usage: sd3-jax {name} {' '.join(needed)} [--config.KEY=VALUE ...]",
+            table("Options", options),
             reads,
-            f"example:\n{textwrap.indent(job.example, '  ')}",
+            f"Example:\n{textwrap.indent(job.example, '  ')}",
         ]
     )
 
@@ -73,11 +99,11 @@ def table(title: str, rows: dict[str, str]) -> str:
 def recipe_page(recipe: str, config: ConfigDict, job: str | None = None) -> str:
     """A recipe's keys and values, each as the flag that sets it, with its sentence.
 
-    Of a job, those that it reads; and any that only the recipe has, which it may.
+    With a job, only those that it reads, and any that only the recipe has.
     """
     values = dict(leaves(config))
-    reads = f", of those that {job} reads" if job else ""
-    lines = [f"{recipe} sets{reads} (* where it is not the default):"]
+    reads = f" that {job} reads" if job else ""
+    lines = [f"Keys of {recipe}{reads} (* differs from the default):"]
     group = None
     for key in in_order(values):
         top = key.partition(".")[0]

@@ -15,10 +15,10 @@ from sd3_jax.weights import source_names
 
 
 def check(job: str, values: Mapping[str, Any]) -> None:
-    """UserError for the first of a job's keys that names what cannot be there; `values`
+    """UserError for the first of a job's keys that names a missing file; `values`
     are the config's leaves by their dotted keys."""
     if values.get("weights") and job in INSTEAD:
-        raise UserError(f"config.weights: {job} does not read it: {INSTEAD[job]}")
+        raise UserError(f"config.weights: {job} does not use it; {INSTEAD[job]}")
     for key, jobs, kind in KEYS:
         if job not in jobs or not values.get(key):
             continue
@@ -43,7 +43,7 @@ def require_drivers(values: Mapping[str, Any]) -> None:
                 if importlib.util.find_spec(package) is None:
                     raise UserError(
                         f"--{name}={text}: {scheme} paths need {package}, which is not"
-                        f" installed: wanted {extra}"
+                        f" installed; run {extra}"
                     )
 
 
@@ -58,10 +58,10 @@ def model(text: str) -> str:
     if exists(text) or exists(source_names.split_variant(text)[0]):
         return ""
     if name := source_names.link(text):
-        return f'a link: name it as "{name}"'
+        return f'is a link; use "{name}"'
     if re.match(r"[A-Za-z][\w+.-]*://", text):
         return (
-            "a link, which is not downloaded: wanted a path, or a hub name such as"
+            "a link, which is not downloaded: expected a path, or a hub name such as"
             " owner/name or owner/name/file.safetensors"
         )
     known = source_names.parse_absent(text) is not None
@@ -93,9 +93,9 @@ PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
 ENCODED = ("train", "precompute", "study")
 INSTEAD = {  # what a user of config.weights means there
-    "train": "wanted config.tune.base, the weights to start from, or"
+    "train": "set config.tune.base, the weights to start from, or"
     " config.encode.weights, which encode text and pictures",
-    "precompute": "wanted config.encode.weights, which encode text and pictures",
+    "precompute": "set config.encode.weights, which encode text and pictures",
 }
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),

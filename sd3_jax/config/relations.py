@@ -1,7 +1,7 @@
 """Relations between keys: what one may be, given the values of others.
 
-A relation takes the values of its keys. It returns what is wanted of the first of them,
-to complete "wanted …" in an error, or a false value if all is well.
+A relation takes the values of its keys. It returns the rule for the first of them,
+to complete "expected …" in an error, or a false value if all is well.
 """
 
 import math
@@ -46,7 +46,7 @@ def bucket_side(
 
 def colours(channels, autoencoder):
     if autoencoder == "pixels" and channels != 3:
-        return '3, red, green and blue, for config.image.autoencoder = "pixels"'
+        return '3 (red, green, blue) with config.image.autoencoder = "pixels"'
 
 
 def divisible(by):
@@ -74,7 +74,7 @@ def only_mmdit(value):
 
 def odd(depth, name):
     if name == "uvit" and depth % 2 == 0:
-        return f"an odd number for a uvit, such as {depth + 1}: skips join two halves"
+        return f"an odd number for a uvit, such as {depth + 1} (skips join two halves)"
 
 
 def levels(multipliers, name):
@@ -88,7 +88,9 @@ def attended(places, name, multipliers):
     if name != "unet" and places:
         return f'(), or config.model.name = "unet", not "{name}"'
     if places and max(places) >= len(multipliers):
-        return f"levels below {len(multipliers)}, those of config.model.multipliers"
+        return (
+            f"levels below {len(multipliers)}, the length of config.model.multipliers"
+        )
 
 
 def quarters(width, name):
@@ -105,7 +107,7 @@ def dual_blocks(blocks, depth):
 def table_size(pos_size, width):
     if pos_size**2 * width > TABLE:
         most = math.isqrt(TABLE // width)
-        return f"at most {most}, for config.model.width = {width}"
+        return f"at most {most} with config.model.width = {width}"
 
 
 def reached(start, steps):
@@ -125,7 +127,7 @@ def released_only(loras, weights):
 
 def schedule_free_rate(schedule, name):
     if name == "schedule_free" and schedule != "constant":
-        return '"constant", which config.optim.name = "schedule_free" takes alone'
+        return '"constant" with config.optim.name = "schedule_free"'
 
 
 def schedule_free_b1(b1, name):
@@ -146,7 +148,7 @@ def lora_only(source, method):
 
 def trained_only(step, weights):
     if step and weights:
-        return "0, for config.weights are no run's checkpoint"
+        return "0, because config.weights is not a run's checkpoint"
 
 
 def wide(kind, dtype):
@@ -156,7 +158,7 @@ def wide(kind, dtype):
 
 def weighted(weights, paths):
     if weights and len(weights) != len(paths):
-        return f"none, or one for each of config.data.records, which are {len(paths)}"
+        return f"none, or one for each of the {len(paths)} config.data.records"
 
 
 READS = {  # what text.name and image.autoencoder must be to read data.name
@@ -211,7 +213,7 @@ def split(at, sets, text, length, words):
     tokens = words if text == "bytes" else length
     if sets == 3 and at >= tokens:
         return (
-            f"less than the {tokens} tokens of text, for config.model.weight_sets = 3"
+            f"less than the {tokens} tokens of text with config.model.weight_sets = 3"
         )
 
 

@@ -54,4 +54,4 @@ def complaint(key, value, wanted, choices=()):
     guess = near(str(value), choices)
     hint = f'; did you mean "{guess}"?' if guess else ""
     value = f'"{shown(value, 1_000)}"' if isinstance(value, str) else value
-    return ConfigError(f"config.{key} = {value}: wanted {wanted}{hint}")
+    return ConfigError(f"config.{key} = {value}: expected {wanted}{hint}")

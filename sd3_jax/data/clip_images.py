@@ -77,8 +77,8 @@ def preparation(folder: epath.Path, size: int) -> Preparation:
     if parsed.crop != size or parsed.size < size or disabled:
         raise UserError(
             f"{folder}: preprocessor_config.json: size {parsed.size}, crop"
-            f" {parsed.crop} {' '.join(disabled)}: wanted pictures resized and cropped"
-            f" to {size} pixels"
+            f" {parsed.crop} {' '.join(disabled)}: expected pictures resized and"
+            f" cropped to {size} pixels"
         )
     return parsed
 

@@ -74,7 +74,7 @@ class Records:
         # --- open every shard; number its records by set, then bucket
         matches = [shards.expand(path) for path in paths]
         if not matches:
-            raise UserError("no paths: wanted shards of records, or globs of them")
+            raise UserError("no paths: expected shards of records, or globs of them")
         self.shards = shards.open_all([path for group in matches for path in group])
         groups = [place for place, group in enumerate(matches) for _ in group]
         groups = groups if weights else [0] * len(groups)
@@ -187,7 +187,10 @@ class Records:
                 tensors = self._read(place, index).tensors
                 break
         else:
-            raise BadRecord(f"{path}: none of its records is good")
+            raise BadRecord(
+                f"{path}: all of its records are bad; sd3-jax inspect names the fault"
+                " of each"
+            )
         return matching_bucket(tensors, shapes, path)
 
     def _sets(self, paths, keys) -> list[Set]:
@@ -249,7 +252,7 @@ class Records:
                 return read(candidate)
             except BadRecord as error:
                 self._count_bad(candidate, error)
-        raise BadRecord(f"{self._where(number)}: no record of its set is good")
+        raise BadRecord(f"{self._where(number)}: all records of its set are bad")
 
     def _count_bad(self, number: int, error: BadRecord) -> None:
         """Count a bad record; raise its error if more are bad than are allowed."""
@@ -261,9 +264,9 @@ class Records:
         if count > self.bad_records * len(self):
             if not self.bad_records:
                 raise error
-            raise BadRecord(f"{error}; {count} bad records are more than {share}")
+            raise BadRecord(f"{error}; {count} bad records exceed config.data.{share}")
         if new:
-            log.warning("%s; the next good one is read; %d of %s", error, count, share)
+            log.warning("%s; using the next good record; %d of %s", error, count, share)
 
     def _read_fitting(self, layout: dict, number: int) -> Record:
         """The record, if a batch of these shapes and dtypes can hold it."""
@@ -295,6 +298,11 @@ class Records:
         reader = shards.open_shard(shard.path)
         # Readers are opened anew during a run, when the cache has dropped them.
         if reader.num_records() != shard.count:
-            count = f"{reader.num_records()} records, {shard.count} when the run began"
-            raise UserError(f"{shard.path}: was changed: it has {count}")
+            count = (
+                f"{reader.num_records()} records, but {shard.count} when the run began"
+            )
+            raise UserError(
+                f"{shard.path} changed during the run: it has {count}; restore it or"
+                " start the run again"
+            )
         return reader

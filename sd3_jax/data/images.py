@@ -52,7 +52,7 @@ def read(
     width, height = picture.size
     if min(width, height) < SIDE or max(width, height) > ASPECT * min(width, height):
         raise BadImage(
-            f"{_at(where)}: {width} x {height} pixels; wanted sides of {SIDE} or more"
+            f"{_at(where)}: {width} x {height} pixels; expected sides of {SIDE} or more"
             f" and at most {ASPECT}:1"
         )
     return pixels(picture, where)
@@ -69,14 +69,14 @@ def open_header(
 ) -> Image.Image:
     """Open a picture and check its size and format, without decoding it."""
     if len(data) > BYTES:
-        raise BadImage(f"{_at(where)}: {len(data)} bytes; wanted at most {BYTES}")
+        raise BadImage(f"{_at(where)}: {len(data)} bytes; expected at most {BYTES}")
     try:
         picture = Image.open(io.BytesIO(data), formats=tuple(formats))
     # MemoryError says nothing about the picture: it must not be rejected for good.
     except MemoryError:
         raise
     except Exception as error:  # a damaged header can raise most things
-        kind = f"of a kind other than {', '.join(formats)}, or damaged"
+        kind = f"not one of {', '.join(formats)}, or damaged"
         bomb = re.sub(r".*?(\d+ pixels).*", r"\1", str(error))  # as we say it below
         unidentified = isinstance(error, Image.UnidentifiedImageError)
         is_bomb = isinstance(error, Image.DecompressionBombError)
@@ -89,7 +89,7 @@ def open_header(
         raise _bad(where, f"animated, {picture.n_frames} frames")
     scans = data.count(b"\xff\xda") if picture.format in ("JPEG", "MPO") else 0
     if scans > SCANS:
-        raise _bad(where, f"a JPEG of {scans} scans, each a pass over all pixels")
+        raise _bad(where, f"a JPEG of {scans} scans, too many to decode")
     return picture
 
 
@@ -105,7 +105,7 @@ def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"
         cut = "truncated" in str(error).lower()  # by Pillow's readers in many words
         raise _bad(where, "truncated" if cut else error) from None
     if picture.mode not in TO_RGB:
-        raise _bad(where, f"of mode {picture.mode}, which has no rule")
+        raise _bad(where, f"of mode {picture.mode}, which is not supported")
     upright = UPRIGHT.get(_orientation(picture))
     rgb = TO_RGB[picture.mode](picture)
     return np.array(rgb if upright is None else rgb.transpose(upright))
@@ -128,7 +128,7 @@ def _at(where) -> str:
 def _bad(where, reason) -> BadImage:
     reason = str(reason) or type(reason).__name__
     return BadImage(
-        f"{_at(where)}: {shown(reason, 120)}; wanted a whole JPEG, PNG or WebP, not"
+        f"{_at(where)}: {shown(reason, 120)}; expected a whole JPEG, PNG or WebP, not"
         f" animated, of at most {PIXELS >> 20} megapixels"
     )
 

@@ -56,7 +56,7 @@ def matching_bucket(
         if all(x.shape == expected.get(name) for name, x in tensors.items()):
             return number
     listed = ", ".join(f"{name} {x.shape}" for name, x in tensors.items())
-    raise UserError(f"{where}: {listed} is of no bucket: wanted {', '.join(shapes)}")
+    raise UserError(f"{where}: {listed} fits no bucket; expected {', '.join(shapes)}")
 
 
 def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
@@ -64,10 +64,12 @@ def check_weights(weights: Sequence[float | int], paths: Sequence[str]) -> None:
     setting = f"weights = {tuple(weights)}"
     if weights and len(weights) != len(paths):
         raise UserError(
-            f"{setting}: wanted none, or one for each of {len(paths)} paths"
+            f"{setting}: expected none, or one for each of {len(paths)} paths"
         )
     # NaN fails every comparison, so it is refused as well.
     if not all(0 < weight < math.inf for weight in weights):
-        raise UserError(f"{setting}: wanted finite numbers > 0; leave a path out for 0")
+        raise UserError(
+            f"{setting}: expected finite numbers > 0; to use 0, remove the path"
+        )
     if weights and max(weights) > SPREAD * min(weights):
-        raise UserError(f"{setting}: wanted none over {SPREAD:g} times another")
+        raise UserError(f"{setting}: no weight may be over {SPREAD:g} times another")

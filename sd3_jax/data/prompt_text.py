@@ -19,11 +19,11 @@ def checked(text: str, name: str = "prompt") -> str:
     # Halves of surrogate pairs, which UTF-8 cannot spell, and control characters come
     # from broken files. Marks of direction stay: right-to-left text needs them.
     if len(text) > LENGTH:
-        raise UserError(f"{name}: {len(text)} characters; wanted at most {LENGTH}")
+        raise UserError(f"{name}: {len(text)} characters; the limit is {LENGTH}")
     text = on_one_line(text)
     if bad := REFUSED.search(text):
         raise UserError(
-            f"{name}: {shown(bad[0])} at character {bad.start() + 1}; wanted text"
+            f"{name}: {shown(bad[0])} at character {bad.start() + 1}; expected text"
             " without control characters"
         )
     return text

@@ -65,7 +65,7 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
     """The writer's options, and the offsets of records, with the end of the last."""
     last = size - BLOCK  # the block of the postscript
     if last < BLOCK or size % BLOCK:
-        raise RuntimeError(f"{size} bytes are no whole number of blocks")
+        raise RuntimeError(f"{size} bytes are not a whole number of blocks")
     # --- the postscript, in a block of its own, says where the index begins
     start = max(0, size - TAIL) // BLOCK * BLOCK
     tail = files.read_range(path, start, size)
@@ -86,8 +86,8 @@ def _index(path: str, size: int) -> tuple[str, np.ndarray]:
     entries = [dict(_fields(entry)) for entry in entries]
     if any(entry.get(3) != 1 for entry in entries):
         raise RuntimeError(
-            f"written with {options}, several records a chunk: wanted group_size:1 in"
-            " a bucket; copy it to a file system"
+            f"written with {options}, several records a chunk; in a bucket only"
+            " group_size:1 can be read: copy it to a file system"
         )
     # An entry has its chunk's offset; the index itself follows the last chunk.
     ends = [entry.get(1, 0) for entry in entries] + [footer]
@@ -118,7 +118,8 @@ def _chunk(data: bytes) -> list[bytes]:
         raise RuntimeError("Corrupted: no chunk of records where its index has one")
     if body[0]:
         raise RuntimeError(
-            "a compressed chunk, wanted none in a bucket: copy it to a file system"
+            "a compressed chunk, which cannot be read in a bucket: copy it to a file"
+            " system"
         )
     # A simple chunk: compression type, length of the sizes, sizes, records.
     sizes_size, at = _varint(body, 1)
@@ -127,7 +128,7 @@ def _chunk(data: bytes) -> list[bytes]:
         length, at = _varint(body, at)
         sizes.append(length)
     if not sizes or len(sizes) != count or first + sum(sizes) != size or at != first:
-        raise RuntimeError("Corrupted: sizes of records that are not those of a chunk")
+        raise RuntimeError("Corrupted: the sizes of records do not match their chunk")
     ends = np.cumsum([first, *sizes]).tolist()
     return [body[a:b] for a, b in zip(ends, ends[1:])]
 

@@ -62,11 +62,11 @@ def parse_header(data) -> tuple[dict, dict[str, str]]:
     """The unchecked entries of the tensors, and the metadata, a dict of texts."""
     # safetensors: 8 bytes of length, then so many of JSON, then the tensors.
     if not 8 <= len(data) <= RECORD:
-        raise ValueError(f"not a record: {len(data)} bytes, wanted 8 to {RECORD}")
+        raise ValueError(f"not a record: {len(data)} bytes, expected 8 to {RECORD}")
     size, limit = int.from_bytes(data[:8], "little"), min(HEADER, len(data) - 8)
     if size > limit:
         raise ValueError(
-            f"not a record: a header of {size} bytes, wanted at most {limit}"
+            f"not a record: a header of {size} bytes, expected at most {limit}"
         )
     try:
         header = parse_json(bytes(data[8 : 8 + size]))
@@ -77,7 +77,7 @@ def parse_header(data) -> tuple[dict, dict[str, str]]:
         raise ValueError("not a record: its header has no metadata")
     for name, value in metadata.items():
         if not isinstance(value, str):
-            raise ValueError(f"{show(name)}: {show(value)}, wanted text")
+            raise ValueError(f"{show(name)}: {show(value)}, expected text")
     return header, metadata
 
 
@@ -85,9 +85,9 @@ def check_version(metadata):
     name, version = metadata.get("format"), metadata.get("version", "")
     if name != FORMAT:
         shown_format = "none" if name is None else show(name)
-        raise ValueError(f'not a record: format {shown_format}, wanted "{FORMAT}"')
+        raise ValueError(f'not a record: format {shown_format}, expected "{FORMAT}"')
     if not re.fullmatch("[1-9][0-9]{0,8}", version):
-        raise ValueError(f'version: {show(version)}, wanted "{VERSION}"')
+        raise ValueError(f'version: {show(version)}, expected "{VERSION}"')
     if int(version) > VERSION:
         raise ValueError(f"version {version} is newer than this code's, {VERSION}")
 
@@ -98,39 +98,48 @@ def check_names(names, required, allowed):
             raise ValueError(f"{name}: missing")
     for name in names:
         if name not in allowed:
-            raise ValueError(f"{show(name)}: unknown, wanted one of {listed(allowed)}")
+            raise ValueError(
+                f"{show(name)}: unknown, expected one of {listed(allowed)}"
+            )
 
 
 def check_tensors(header):
     """Require a picture in one form at least, and all of the text or none of it."""
     check_names(header, (), TENSORS)
     if not any(name in header for name in PICTURES):
-        raise ValueError(f"{PICTURES[-1]}: missing, as are {listed(PICTURES[:-1])}")
+        raise ValueError(
+            f"{PICTURES[-1]}: missing; a record needs it or one of"
+            f" {listed(PICTURES[:-1])}"
+        )
     for name in PICTURES:
         if REJECTED + name in header and name not in header:
-            raise ValueError(f"{name}: missing, beside {REJECTED}{name}")
+            raise ValueError(f"{name}: missing, but {REJECTED}{name} is stored")
     if any(name in header for name in TEXTS):
         split = "clip" in header or "t5" in header
         check_names(header, ("clip" if split else "context", "pooled"), TENSORS)
         if split and "context" in header:
-            raise ValueError("context: given whole, and as clip and t5")
+            raise ValueError(
+                "context: stored whole and also as clip and t5; expected one of them"
+            )
 
 
 def check_entry(name, entry):
     if not isinstance(entry, dict):
-        raise ValueError(f"{name}: {show(entry)}, wanted a tensor's entry")
+        raise ValueError(f"{name}: {show(entry)}, expected a tensor's entry")
     dtype, shape, axes = entry.get("dtype"), entry.get("shape"), TENSORS[name]
     form = name.removeprefix(REJECTED)
     kinds = ("U8",) if form == "image" else tuple(FLOATS)
     if not isinstance(dtype, str) or dtype not in kinds:
-        raise ValueError(f"{name}: dtype {show(dtype)}, wanted one of {listed(kinds)}")
+        raise ValueError(
+            f"{name}: dtype {show(dtype)}, expected one of {listed(kinds)}"
+        )
     allowed = f"({axes}), each in [1, {SIDE}]"
     if not (
         _are_integers(shape, len(axes.split()), low=1)
         and (form != "image" or shape[-1] == 3)
         and (form != "moments" or shape[-1] % 2 == 0)
     ):
-        raise ValueError(f"{name}: shape {show(shape)}, wanted {allowed}")
+        raise ValueError(f"{name}: shape {show(shape)}, expected {allowed}")
 
 
 def check_pairs(header):
@@ -139,8 +148,8 @@ def check_pairs(header):
         rejected_shape = header.get(REJECTED + name, {}).get("shape", chosen_shape)
         if rejected_shape != chosen_shape:
             raise ValueError(
-                f"{REJECTED}{name}: shape {show(rejected_shape)}, that of {name} is"
-                f" {chosen_shape}"
+                f"{REJECTED}{name}: shape {show(rejected_shape)}, expected that of"
+                f" {name}, {chosen_shape}"
             )
 
 
@@ -149,21 +158,21 @@ def parse_geometry(metadata):
     size = _parse_integers(metadata, "size", 2)
     crop = _parse_integers(metadata, "crop", 4)
     if size and 0 in size:
-        raise ValueError(f"size: {show(size)}, wanted pixels, at least 1")
+        raise ValueError(f"size: {show(size)}, expected pixels, at least 1")
     if crop and size is None:
-        raise ValueError("size: missing, and a crop is of something")
+        raise ValueError("size: missing, but crop needs it")
     if crop:
         (top, left, height, width), (h, w) = crop, size
         if not (height and width and top + height <= h and left + width <= w):
-            raise ValueError(f"crop: {show(crop)}, wanted a part of {show(size)}")
+            raise ValueError(f"crop: {show(crop)}, expected a part of {show(size)}")
     return size, crop
 
 
 def check_line(name, text):
     line = not re.search(r"[\x00-\x1f\x7f-\x9f]", text)
     if not (line and text.strip() and len(text) <= SOURCE):
-        allowed = f"1 to {SOURCE} characters, none for control"
-        raise ValueError(f"{name}: {show(text)}, wanted {allowed}")
+        allowed = f"1 to {SOURCE} characters without control characters"
+        raise ValueError(f"{name}: {show(text)}, expected {allowed}")
     return text
 
 
@@ -181,7 +190,7 @@ def _parse_integers(metadata, name, count):
         value = None
     if not _are_integers(value, count, low=0):
         text = show(metadata[name])
-        raise ValueError(f"{name}: {text}, wanted {count} integers in [0, {SIDE}]")
+        raise ValueError(f"{name}: {text}, expected {count} integers in [0, {SIDE}]")
     return tuple(value)
 
 

@@ -68,7 +68,7 @@ def encode(record: Record) -> bytes:
         for name, x in record.tensors.items():
             if x.dtype not in NAMES:
                 allowed = record_header.listed(NAMES)
-                raise ValueError(f"{name}: dtype {x.dtype}, wanted one of {allowed}")
+                raise ValueError(f"{name}: dtype {x.dtype}, expected one of {allowed}")
         tensors = {k: np.asarray(x, order="C") for k, x in record.tensors.items()}
         metadata["checksum"] = _checksum(tensors, metadata)
         data = save(tensors, metadata)
@@ -92,13 +92,14 @@ def check_layout(
     """BadRecord if a batch of these shapes and dtypes cannot hold the record."""
     for name, (shape, dtype) in layout.items():
         if name not in record.tensors:
-            raise BadRecord(f"{where}: {name}: missing, which the first record has")
+            raise BadRecord(f"{where}: {name}: missing, but the first record has it")
         x = record.tensors[name]
         if x.shape != shape:
-            raise BadRecord(f"{where}: {name}: shape {x.shape}, wanted {shape}")
+            raise BadRecord(f"{where}: {name}: shape {x.shape}, expected {shape}")
         if not np.can_cast(x.dtype, dtype):
             raise BadRecord(
-                f"{where}: {name}: dtype {x.dtype}, the first record's is {dtype}"
+                f"{where}: {name}: dtype {x.dtype}, expected {dtype} as in the first"
+                " record"
             )
 
 
@@ -134,7 +135,9 @@ def _decode(data):
     actual = _checksum(tensors, metadata, metadata["checksum"].partition(":")[0])
     if actual != metadata["checksum"]:
         stated = show(metadata["checksum"])
-        raise ValueError(f"checksum: its bytes have {show(actual)}, it says {stated}")
+        raise ValueError(
+            f"checksum: {show(actual)}, expected {stated}: the record is damaged"
+        )
     # Not covered by the checksum: `encode` finds here what overflowed float16.
     for name, x in tensors.items():
         if not finite(x):

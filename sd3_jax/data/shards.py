@@ -102,7 +102,7 @@ class Writer:
 
     def _require_all(self, path: str):
         if (stored := inspect(path).count) != self.count:
-            raise self._failed(f"{stored} of {self.count} records are in it")
+            raise self._failed(f"only {stored} of {self.count} records were stored")
 
     def _failed(self, why) -> UserError:
         return UserError(f"{self.path}: cannot be written: {why}")
@@ -128,7 +128,7 @@ def expand(pattern: str) -> list[str]:
         return [os.fspath(path)]
     if any("**" in part for part in parts):
         raise UserError(
-            f"{pattern}: wanted a glob without **, one of files in a folder"
+            f"{pattern}: ** is not supported; expected a glob of files in one folder"
         )
     # Globbing starts at the last folder without a wildcard.
     root = epath.Path(*parts[: magic[0]])
@@ -181,20 +181,22 @@ def inspect(path: str) -> Shard:
     """Read a shard's size and count of records; UserError if it is none or empty."""
     try:
         if epath.Path(path).is_dir():
-            raise UserError(f"{path}: is a folder, wanted a shard, or a glob of them")
+            raise UserError(f"{path}: is a folder, expected a shard, or a glob of them")
         size = files.size(path)
     except OSError as error:
         reason = error.strerror or "no such file"
         raise UserError(f"{path}: cannot be read: {reason}") from None
     if not size:
-        raise UserError(f"{path}: has 0 bytes, wanted a shard of records")
+        raise UserError(f"{path}: has 0 bytes, expected a shard of records")
     reader = open_shard(path)
     count, options = reader.num_records(), reader.writer_options_string() or ""
     reader.close()
     if not count:
         raise UserError(f"{path}: holds 0 records")
     if "group_size:1," not in options:
-        log.warning("%s: slow to read, for it was not written with group_size:1", path)
+        log.warning(
+            "%s: slow to read, because it was not written with group_size:1", path
+        )
     return Shard(path, file_of(path), size, count)
 
 
@@ -221,7 +223,9 @@ def open_shard(path: str) -> ArrayRecordReader | RangeReader:
 
 
 def _no_shard(path: str, reason: object) -> UserError:
-    return UserError(f"{path}: not a shard, or a truncated or damaged one: {reason}")
+    return UserError(
+        f"{path}: not a shard of records, or truncated or damaged: {reason}"
+    )
 
 
 def _temporary_file():

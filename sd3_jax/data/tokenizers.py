@@ -111,12 +111,11 @@ def read(name: str, folder: epath.PathLike) -> Any:
         present = (file for file in MAIN_FILES if (folder / file).exists())
         reason = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
         raise UserError(
-            f"{folder / next(present, '')}: not a tokenizer, no {kind.__name__}:"
-            f" {shown(reason, 200)}"
+            f"{folder / next(present, '')}: not a {kind.__name__}: {shown(reason, 200)}"
         ) from error
     # Such ids would read outside the encoder's embedding, which JAX does not report.
     if not all(0 <= i < len(tokenizer) for i in ids):
-        raise UserError(f"{folder}: a tokenizer with ids beyond its vocabulary")
+        raise UserError(f"{folder}: the tokenizer has ids beyond its vocabulary")
     return tokenizer
 
 
@@ -126,7 +125,7 @@ def _try(tokenizer: Any) -> list[int]:
     ids = tokenizer(["", "a red fox, twice!"], **options)["input_ids"]
     tokenizer.decode(ids[1])
     if [len(row) for row in ids] != [8, 8]:
-        raise ValueError("it does not pad or cut to a length")
+        raise ValueError("it cannot pad or cut to a length")
     return [i for row in ids for i in row]
 
 
@@ -146,12 +145,12 @@ def _check_files(folder: epath.Path) -> None:
     if names & set(MAIN_FILES) <= {"spiece.model", "tokenizer_config.json"}:
         if "spiece.model" not in names:
             raise UserError(
-                f"{folder}: no tokenizer: wanted {', '.join(MAIN_FILES[:3])}"
+                f"{folder}: no tokenizer: expected {', '.join(MAIN_FILES[:3])}"
             )
         if not find_spec("sentencepiece"):
             raise UserError(
-                f"{folder / 'spiece.model'}: needs `pip install sentencepiece"
-                " protobuf`; or wanted tokenizer.json, which holds the same"
+                f"{folder / 'spiece.model'}: run `pip install sentencepiece protobuf`,"
+                " or provide tokenizer.json, which holds the same"
             )
 
 
@@ -172,7 +171,7 @@ def _check_merges(folder: epath.Path) -> None:
     pairs = [x.split(" ") if isinstance(x, str) else x for x in merges]
     texts = lambda x: isinstance(x, list) and all(isinstance(y, str) for y in x)
     if not all(map(texts, pairs)):
-        raise UserError(f"{path}: wanted merges of two pieces")
+        raise UserError(f"{path}: expected merges of two pieces")
     results = set(map("".join, pairs))
     is_base_piece = lambda x: len(x.removesuffix("</w>")) < 2 or x.startswith("<|")
     # Every piece is a byte, a special token, or the result of a merge.
@@ -181,7 +180,7 @@ def _check_merges(folder: epath.Path) -> None:
     if unmerged:
         raise UserError(
             f"{path}: no merges for {len(unmerged)} pieces of the vocabulary,"
-            f" {shown(unmerged[0])} first: wanted the whole list"
+            f" {shown(unmerged[0])} first; expected the whole list"
         )
 
 
@@ -191,18 +190,20 @@ def _check_settings(path: epath.Path, settings: dict) -> None:
         token = token.get("content") if isinstance(token, dict) else token
         needed = name in ("pad_token", "eos_token")
         if not isinstance(token, str) and (needed or token is not None):
-            raise UserError(f"{path}: {name} = {shown(token)}: wanted a token")
+            raise UserError(f"{path}: {name} = {shown(token)}: expected a token")
     longest = settings.get("model_max_length")
     if path.name in SETTINGS and type(longest) not in (int, float, type(None)):
-        raise UserError(f"{path}: model_max_length = {shown(longest)}: wanted a number")
+        raise UserError(
+            f"{path}: model_max_length = {shown(longest)}: expected a number"
+        )
     if path.name == "tokenizer.json":
         model = settings.get("model")
         if not isinstance(model, dict) or not model.get("vocab"):
-            raise UserError(f"{path}: wanted a model with a vocab")
+            raise UserError(f"{path}: expected a model with a vocab")
     if path.name == "vocab.json":
         ids = settings.values()
         if not ids or not all(type(x) is int and x >= 0 for x in ids):
-            raise UserError(f"{path}: wanted ids by token")
+            raise UserError(f"{path}: expected ids by token")
 
 
 def _text(path: epath.Path) -> str:

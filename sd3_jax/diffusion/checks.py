@@ -14,11 +14,12 @@ def choose(field: str, name: str, table: Mapping[str, Any]) -> Any:
     # cutoff 0: always one name, however far, since the message has a place for it.
     nearest = difflib.get_close_matches(name, table, n=1, cutoff=0.0)[0]
     raise ConfigError(
-        f"{field}: got {name!r}, want one of {', '.join(table)} (nearest: {nearest})"
+        f"{field}: got {name!r}, expected one of {', '.join(table)} (nearest:"
+        f" {nearest})"
     )
 
 
 def require(ok: bool, field: str, value: Any, want: str) -> None:
-    """ConfigError "field: got value, want ..." unless `ok`."""
+    """ConfigError "field: got value, expected ..." unless `ok`."""
     if not ok:
-        raise ConfigError(f"{field}: got {value!r}, want {want}")
+        raise ConfigError(f"{field}: got {value!r}, expected {want}")

@@ -70,7 +70,7 @@ def custom(sigmas: Sequence[float] | np.ndarray) -> Float64[np.ndarray, " n"]:
 
 def stretched(t: Float64[np.ndarray, " n"], end: float) -> Float64[np.ndarray, " n"]:
     """1 - t scaled so that the last t is `end`, as diffusers' shift_terminal does."""
-    require(bool(t[-1] < 1), "steps", len(t), "2 or more, for a shift_terminal")
+    require(bool(t[-1] < 1), "steps", len(t), "2 or more with a shift_terminal")
     return 1 - (1 - t) * (1 - end) / (1 - t[-1])
 
 

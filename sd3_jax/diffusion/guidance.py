@@ -39,7 +39,7 @@ def cfg(
     """A guided velocity: v_u + scale (v_c - v_u) while t is in `interval`, else v_c.
 
     velocity(x, t, cond) is called once, on a doubled batch. A `scale` of 1 or less that
-    is no array means no guidance: one plain call without `uncond` and `skip`. The
+    is not an array means no guidance: one plain call without `uncond` and `skip`. The
     interval is that of Kynkäänniemi et al. 2024; `rescale` is that of match_std. `skip`
     adds its scale times (v_c - v_skip) in its window. Raises ConfigError for options
     out of range, unless they are arrays.

@@ -24,8 +24,8 @@ def coordination_client() -> Any:
         return distributed.global_state.client
     except (ImportError, AttributeError) as error:
         raise UserError(
-            f"jax {jax.__version__}: {error}: a run of several processes needs its"
-            " coordination service's client; wanted jax 0.10"
+            f"jax {jax.__version__}: {error}: a run of several processes needs the"
+            " client of its coordination service; install jax 0.10"
         ) from None
 
 
@@ -42,7 +42,8 @@ def detected_processes() -> int:
         present = (cluster for cluster in clusters if cluster.is_env_present())
     except (ImportError, AttributeError) as error:
         log.warning(
-            "jax %s: %s: other processes are not detected; for a run of several set %s",
+            "jax %s: %s: other processes are not detected; for a run of several, set"
+            " %s",
             *(jax.__version__, error, BY_HAND),
         )
         return 1

@@ -2,7 +2,7 @@
 
 The operating system's own lock goes with its process, however that ends. Where it
 does not reach, on an object store or another host's disk, the holder writes a beat to
-the file; one without beats is gone. No two clocks are compared.
+the file; one without beats has ended. No two clocks are compared.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ class Lock:
             self._take()
         except (OSError, ImportError) as error:  # gs:// needs its own package
             if getattr(error, "errno", None) == errno.ELOOP:
-                raise UserError(f"{self.path} is a link: remove it") from None
+                raise UserError(f"{self.path} is a link; remove it") from None
             reason = getattr(error, "strerror", None) or error
             raise UserError(f"cannot write to {self.path.parent}: {reason}") from None
 
@@ -120,7 +120,7 @@ class Lock:
             f"{k} {holder[k]}" for k in ("host", "pid", "since") if k in holder
         )
         return UserError(
-            f"another job is at work in {self.path.parent} ({who or self.path.name}):"
+            f"another job is running in {self.path.parent} ({who or self.path.name}):"
             " wait for it, stop it, or use another workdir"
         )
 
@@ -130,7 +130,7 @@ def _open(path: epath.Path) -> BinaryIO:
     flags = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK
     file = os.fdopen(os.open(path, flags, 0o644), "r+b", buffering=0)
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        raise UserError(f"{path} is no regular file: remove it, nothing needs it")
+        raise UserError(f"{path} is not a regular file; remove it, nothing needs it")
     return file
 
 

@@ -248,4 +248,6 @@ def _get(key: str, seconds: float, who: str) -> str:
     try:
         return client.blocking_key_value_get(key, int(1000 * seconds))
     except jax.errors.JaxRuntimeError as error:
-        raise RetryableError(f"waited {seconds:g} s for {who} ({key})") from error
+        raise RetryableError(
+            f"{who} did not answer within {seconds:g} s ({key})"
+        ) from error

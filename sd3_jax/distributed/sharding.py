@@ -44,14 +44,15 @@ def make_mesh(
         known = math.prod(size for size in sizes if size != -1)
         if len(devices) % known:
             raise UserError(
-                f"config.mesh = {_spell(sizes)}: {known} does not divide"
-                f" {len(devices)} devices"
+                f"config.mesh = {_spell(sizes)}: {known} does not divide the"
+                f" {len(devices)} devices; set axes whose product divides"
+                f" {len(devices)}"
             )
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):
         raise UserError(
-            f"config.mesh = {_spell(sizes)} makes {math.prod(sizes)} devices, there are"
-            f" {len(devices)}; set one axis to -1 to take what the others leave"
+            f"config.mesh = {_spell(sizes)} needs {math.prod(sizes)} devices but there"
+            f" are {len(devices)}; set one axis to -1 to use all that the others leave"
         )
     # jax makes Explicit axes by default, which refuse whatever the partitioner is to
     # solve: an ordinary FSDP matmul is an error there.
@@ -66,8 +67,8 @@ def refuse_uneven(devices) -> None:
     counts = Counter(device.process_index for device in devices)
     for index in (i for i in sorted(counts) if counts[i] != counts[0]):
         raise UserError(
-            f"processes 0 and {index} have {counts[0]} and {counts[index]} devices:"
-            " wanted as many in every process (see CUDA_VISIBLE_DEVICES,"
+            f"processes 0 and {index} have {counts[0]} and {counts[index]} devices;"
+            " every process must have the same number (see CUDA_VISIBLE_DEVICES,"
             " TPU_VISIBLE_CHIPS, --xla_force_host_platform_device_count)"
         )
 
@@ -87,8 +88,8 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
     data, *rest = sizes
     if data % slices:
         raise UserError(
-            f"config.mesh.data = {data}: it alone crosses from slice to slice, and"
-            f" there are {slices}; wanted a multiple of {slices}"
+            f"config.mesh.data = {data}: only this axis crosses slices, and there are"
+            f" {slices}; must be a multiple of {slices}"
         )
     return mesh_utils.create_hybrid_device_mesh(
         (data // slices, *rest),
@@ -139,8 +140,8 @@ def _refuse_or_note(name, shape, spec, mesh):
     )
     if math.prod(shape) >= LARGE:
         raise UserError(
-            f"config.mesh: weight {name} of shape {shape} does not divide: {wanted};"
-            f" choose a divisor, and give the rest of the devices to config.mesh.data"
+            f"config.mesh: weight {name} of shape {shape} cannot be split: {wanted};"
+            " choose a divisor, and give the other devices to config.mesh.data"
         )
     log.info("%s of shape %s is replicated: %s does not divide", name, shape, wanted)
 
@@ -204,7 +205,7 @@ def local_rows(
     if batch_size % shards:
         near = max(shards, round(batch_size / shards) * shards)
         raise UserError(
-            f"config.{key} = {batch_size}: wanted a multiple of data x fsdp ="
+            f"config.{key} = {batch_size}: must be a multiple of data x fsdp ="
             f" {shards}, such as {near}"
         )
     # Asked of jax, not computed: a mesh does not have its devices in the order of ids.

@@ -40,7 +40,7 @@ def answered() -> Iterator[None]:
 
 
 def say(text: str) -> None:
-    """One line on stderr, past Python's buffers; a closed stderr is no error."""
+    """One line on stderr, past Python's buffers; a closed stderr is not an error."""
     with contextlib.suppress(OSError):
         os.write(2, f"sd3-jax: {text}\n".encode())
 
@@ -49,7 +49,7 @@ def _answer(reading: int) -> None:
     interrupted = False
     while number := os.read(reading, 1):
         if number[0] == signal.SIGTERM:
-            say(f"SIGTERM: stops as soon as it can{_doing()}")
+            say(f"SIGTERM: stopping as soon as possible{_doing()}")
         if number[0] != signal.SIGINT:
             continue
         if interrupted:  # the second Ctrl-C
@@ -57,7 +57,10 @@ def _answer(reading: int) -> None:
         interrupted = True
         # Most runs end by themselves in this time, and then need no advice.
         if not select.select([reading], [], [], PATIENCE)[0]:
-            say(f"Ctrl-C: stops as soon as it can; again: at once{_doing()}")
+            say(
+                "Ctrl-C: stopping as soon as possible; press again to stop at"
+                f" once{_doing()}"
+            )
 
 
 def _doing() -> str:

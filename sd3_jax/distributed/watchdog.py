@@ -1,6 +1,6 @@
 """The watchdog: it ends a process that hangs or whose peer has ended, with its stacks.
 
-A collective whose peer is gone or stuck waits for ever, and so may a disk. A thread
+A collective whose peer has exited or stuck waits for ever, and so may a disk. A thread
 checks the clock and whether a peer has reported its end.
 """
 
@@ -92,7 +92,10 @@ class Watch:
 
     def _stuck(self) -> None:
         reason = f"{STUCK}{self._activity} has taken more than {self._seconds:g} s"
-        print(f"sd3-jax: error: {reason}; all stacks follow", file=sys.stderr)
+        print(
+            f"sd3-jax: error: {reason}; the stacks of all threads follow",
+            file=sys.stderr,
+        )
         _print_stacks()
         leave(reason, RETRY)
 
@@ -106,7 +109,7 @@ def follow(seconds: float = 0) -> None:
         return
     process, reason, code = note
     print(
-        f"sd3-jax: error: process {process} has ended, so this one does: {reason}",
+        f"sd3-jax: error: process {process} ended, so this one ends too: {reason}",
         file=sys.stderr,
     )
     # A stuck peer waits for somebody, perhaps for this process: show where it is.

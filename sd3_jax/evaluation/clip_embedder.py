@@ -52,8 +52,8 @@ class Clip:
         """Projected embeddings, not normalised; a long text is cut at 77 tokens."""
         if self.tokenizer is None:
             raise UserError(
-                f"{self.source}: no tokenizer of CLIP: wanted its vocab.json and"
-                " merges.txt beside the weights, or config.tokenizers"
+                f"{self.source}: no CLIP tokenizer; put its vocab.json and merges.txt"
+                " beside the weights, or set config.tokenizers"
             )
         length = self.modules["text"].length
         ids = lambda batch: tokenizers.token_ids(
@@ -124,7 +124,7 @@ def load(source: str, *, tokenizers_from: str = "", rows: int = 8) -> Clip:
         # One tensor that every such tower has.
         if component.mark not in tower_tensors:
             raise UserError(
-                f"{label} is missing: wanted transformers' CLIPModel, whole"
+                f"{label} is missing; expected a whole CLIPModel of transformers"
             )
         config = components.configured(
             component, configs[name] if configs else None, tower_tensors, where=label
@@ -152,14 +152,14 @@ def _open_checkpoint(path: epath.Path) -> tuple[safetensors.Tensors, dict | None
         return safetensors.open_file(path)[0], None
     if not (path / "config.json").exists():
         raise UserError(
-            f"{path}: no config.json: wanted a folder of transformers' CLIPModel, such"
-            " as openai/clip-vit-large-patch14, or its .safetensors"
+            f"{path}: no config.json; expected a folder with a CLIPModel of"
+            " transformers, such as openai/clip-vit-large-patch14, or its .safetensors"
         )
     config = files.read_object(path / "config.json")
     # A text encoder's folder has a config.json as well, but no vision tower.
     if "vision_config" not in config:
         kind = shown(config.get("model_type", "another model"))
-        raise UserError(f"{path}: config.json is of {kind}, wanted a CLIPModel's")
+        raise UserError(f"{path}: config.json is of {kind}, expected a CLIPModel")
     return safetensors.open_folder(path), towers(config, f"{path / 'config.json'}")
 
 

@@ -35,9 +35,9 @@ def names(specs: Sequence[str]) -> dict[str, str]:
             raise UserError(f'"{shown(category)}"{nearest(category, CATEGORIES)}')
         if category in function_names or not name:
             problem = (
-                "stands twice" if category in function_names else "has no function"
+                "appears twice" if category in function_names else "has no function"
             )
-            wanted = f'wanted "{category}=package.module:function"'
+            wanted = f'expected "{category}=package.module:function"'
             raise UserError(f'"{category}" {problem}; {wanted}, once')
         function_names[category] = name
     return function_names
@@ -84,6 +84,6 @@ def _number(value, function: Callable) -> float:
         number = math.nan
     # NaN fails the comparison as well, so that text and NaN give one message.
     if not 0 <= number <= 1:
-        complaint = f"{called(function)} gave {shown(value)}"
-        raise UserError(f"{complaint}; wanted a number in [0, 1] a picture")
+        complaint = f"{called(function)} returned {shown(value)}"
+        raise UserError(f"{complaint}; expected a number in [0, 1] for each picture")
     return number

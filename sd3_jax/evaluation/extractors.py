@@ -34,13 +34,13 @@ class Extractor:
         wide = features.shape[1:] == (self.dim,) if self.dim else features.ndim == 2
         if not wide or len(features) != len(images) or features.dtype.kind != "f":
             raise UserError(
-                f"{self.name}: gave {features.dtype} of shape {features.shape} for"
-                f" {len(images)} pictures; wanted float32 of shape ({len(images)},"
+                f"{self.name}: returned {features.dtype} of shape {features.shape} for"
+                f" {len(images)} pictures; expected float32 of shape ({len(images)},"
                 f" {self.dim or 'd'})"
             )
         # NaN in a feature makes FID NaN; here the extractor can still be named.
         if not np.isfinite(features).all():
-            raise UserError(f"{self.name}: gave numbers that are not finite")
+            raise UserError(f"{self.name}: returned numbers that are not finite")
         return features.astype(np.float32)
 
 
@@ -63,8 +63,8 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
         import torch
     except ImportError:
         raise UserError(
-            f"{path}: TorchScript needs PyTorch, which is not installed: pip install"
-            ' "sd3-jax[torch]"'
+            f"{path}: TorchScript needs PyTorch, which is not installed; run pip"
+            ' install "sd3-jax[torch]"'
         ) from None
     try:
         with path.open("rb") as file:
@@ -77,7 +77,7 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
         raise UserError(f"{path}: cannot be read: {error.strerror or error}") from None
     except RuntimeError as error:
         reason = shown(str(error).splitlines()[0], 120)
-        raise UserError(f"{path}: {reason}; wanted a file of TorchScript") from None
+        raise UserError(f"{path}: {reason}; expected a file of TorchScript") from None
 
     def extract(images):
         # (n, h, w, 3) → (n, 3, h, w). The module resizes by itself, as its features
@@ -88,7 +88,7 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
                 return model(x, return_features=True).float().numpy()
         except RuntimeError as error:
             reason = shown(str(error).strip().splitlines()[-1], 120)
-            wanted = "wanted Inception's, which takes (images, return_features=True)"
+            wanted = "expected Inception's, which takes (images, return_features=True)"
             raise UserError(f"{path}: failed: {reason}; {wanted}") from error
 
     return Extractor(path.name, digest, extract)

@@ -32,7 +32,9 @@ class Statistics(NamedTuple):
     def covariance(self) -> Float64[ndarray, "d d"]:
         """Unbiased, over count - 1 as numpy.cov; a UserError of fewer than two."""
         if self.count < 2:
-            raise UserError(f"statistics of {self.count} features; wanted 2 or more")
+            raise UserError(
+                f"statistics of {self.count} features; at least 2 are needed"
+            )
         return self.scatter / (self.count - 1)
 
     def __str__(self) -> str:
@@ -62,7 +64,7 @@ def of(features: Float[ndarray, "n d"]) -> Statistics:
     """Statistics of features, summed in float64 about their mean."""
     x = np.asarray(features, np.float64)
     if x.ndim != 2 or x.shape[1] > DIM:
-        raise UserError(f"features of shape {x.shape}; wanted (n, d), d <= {DIM}")
+        raise UserError(f"features of shape {x.shape}; expected (n, d), d <= {DIM}")
     if len(x) == 0:
         return none(x.shape[1])
     # Two passes: E[x^2] - E[x]^2 loses the digits in which large means agree.
@@ -73,7 +75,7 @@ def of(features: Float[ndarray, "n d"]) -> Statistics:
 def merged(a: Statistics, b: Statistics) -> Statistics:
     """Statistics of the union of both sets (Chan, Golub and LeVeque 1979)."""
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"{a} and {b}: wanted features of one extractor")
+        raise UserError(f"{a} and {b}: both must be features of one extractor")
     count = a.count + b.count
     if count == 0:
         return a
@@ -124,21 +126,21 @@ def load(path: epath.PathLike) -> Stored:
         raise
     except Exception as error:  # what a damaged zip raises is of many kinds
         reason = shown(f"{error}", 200)
-        wanted = "wanted statistics that config.eval.statistics wrote"
+        wanted = "expected statistics that config.eval.statistics wrote"
         raise UserError(f"{path}: {reason}; {wanted}") from None
 
 
 def _checked(arrays: dict[str, ndarray]) -> Stored:
     if missing := [name for name in FIELDS if name not in arrays]:
-        raise ValueError(f"no {', '.join(missing)} in it")
+        raise ValueError(f"{', '.join(missing)} is missing")
     about = parse_json(str(arrays["about"][()]))
     if about.pop("format", None) != FORMAT:
-        raise ValueError(f"of another format than {FORMAT}")
+        raise ValueError(f"its format is not {FORMAT}")
     count, mean, scatter = about.pop("count"), arrays["mean"], arrays["scatter"]
     features, d = arrays["features"], mean.shape[-1]
     shapes = mean.shape, scatter.shape, features.shape[1:]
     if shapes != ((d,), (d, d), (d,)) or not isinstance(count, int) or count < 0:
-        raise ValueError(f"shapes {shapes} and count {count} do not belong together")
+        raise ValueError(f"shapes {shapes} and count {count} do not match")
     # A NaN in a file would only show as a FID of NaN, hours later.
     for x in (mean, scatter, features):
         if x.dtype.kind != "f" or not np.isfinite(x).all():
@@ -159,9 +161,10 @@ def check(stored: Stored, about: About, dim: int, *, least: int, where: str) -> 
     }
     for quantity, (stored_value, wanted) in pairs.items():
         if stored_value != wanted:
-            difference = f"{shown(str(stored_value), 100)}, wanted {wanted}"
+            difference = f"{shown(str(stored_value), 100)}, expected {wanted}"
             raise UserError(
-                f"{where}: {quantity}: {difference}, which this run compares by"
+                f"{where}: {quantity}: {difference} as in this run; compute the"
+                " statistics again"
             )
     if stats.count < least:
-        raise UserError(f"{where}: {stats.count} pictures, wanted {least} or more")
+        raise UserError(f"{where}: {stats.count} pictures, expected {least} or more")

@@ -17,7 +17,7 @@ def frechet(a: Statistics, b: Statistics) -> float:
     lengths.
     """
     if a.mean.shape != b.mean.shape:
-        raise UserError(f"{a} and {b}: wanted features of one extractor")
+        raise UserError(f"{a} and {b}: both must be features of one extractor")
     # tr (S1^1/2 S2 S1^1/2)^1/2 is the sum of singular values of F1^T F2 for any factors
     # F F^T = S. The matrix root of S1 S2, which other implementations take, may be
     # complex where covariances are singular.

@@ -54,13 +54,13 @@ def parse(line: str) -> Asked:
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(record, dict) or not isinstance(record.get("prompt"), str):
-        raise UserError('wanted {"tag": …, "include": […], "prompt": TEXT}')
+        raise UserError('expected {"tag": …, "include": […], "prompt": TEXT}')
     tag = record.get("tag")
     if tag not in NAMES:
         raise UserError(f'tag "{shown(tag)}"{nearest(str(tag), NAMES)}')
     include, exclude = record.get("include"), record.get("exclude", [])
     if not (isinstance(include, list) and include and isinstance(exclude, list)):
-        raise UserError('wanted "include": [{"class": …, "count": …}, …]')
+        raise UserError('expected "include": [{"class": …, "count": …}, …]')
     for place, entry in enumerate(include):
         _check(entry, ("class", "count", "color", "position"), place)
     for entry in exclude:
@@ -98,11 +98,11 @@ def rows(asked: Sequence[Asked], verdicts: Sequence[Verdict]) -> list[Score]:
 
 def detections(answer: Any, shape: tuple[int, int], name: str) -> list[Detection]:
     """Checks the detections that the user's function returned for one picture."""
-    wanted = "wanted (label, score, (x0, y0, x1, y1)) or these and a mask"
+    wanted = "expected (label, score, (x0, y0, x1, y1)) or these and a mask"
     try:
         parsed = [Detection(*item) for item in answer]
     except TypeError:
-        raise UserError(f"{name} gave no list of detections; {wanted}") from None
+        raise UserError(f"{name} returned no list of detections; {wanted}") from None
     return [_checked(item, shape, name, wanted) for item in parsed]
 
 
@@ -134,7 +134,7 @@ def judged(
         mine = by_label.get(label, [])[:count]
         reason = ""
         if len(mine) < count:
-            reason = f"{label}: wanted {count}, found {len(mine)}"
+            reason = f"{label}: expected {count}, found {len(mine)}"
         elif "color" in entry:
             reason = _miscoloured(image, mine, entry, colour)
         if "position" in entry and not reason:
@@ -147,7 +147,7 @@ def judged(
     for entry in wanted["exclude"]:
         number = len(by_label.get(entry["class"], []))
         if number >= entry["count"]:
-            less = f"{entry['class']}: wanted fewer than {entry['count']}"
+            less = f"{entry['class']}: expected fewer than {entry['count']}"
             reasons.append(f"{less}, found {number}")
     return Verdict(float(not reasons), "; ".join(reasons))
 
@@ -170,30 +170,30 @@ def crop(
 def _miscoloured(image, mine, entry, colour) -> str:
     label, wanted, count = entry["class"], entry["color"], entry["count"]
     if colour is None:
-        raise UserError(f"{wanted} {label}: wanted a function that names colours")
+        raise UserError(f"{wanted} {label}: expected a function that names colours")
     crops = [crop(image, detection) for detection in mine]
     # One call for all crops of a label, since the namer is a network too.
     names = answers(colour, "colours", len(crops), crops, label, COLOURS)
     for name in names:
         if name not in COLOURS:
-            counts = f'{called(colour)} gave "{shown(name)}"'
-            raise UserError(f"{counts}; wanted one of {', '.join(COLOURS)}")
+            counts = f'{called(colour)} returned "{shown(name)}"'
+            raise UserError(f"{counts}; expected one of {', '.join(COLOURS)}")
     if names.count(wanted) >= count:
         return ""
     counts = ", ".join(f"{names.count(x)} {x}" for x in COLOURS if x in names)
-    return f"{label}: wanted {count} {wanted}, found {counts}"
+    return f"{label}: expected {count} {wanted}, found {counts}"
 
 
 def _misplaced(mine, targets, label, relation) -> str:
     if targets is None:
-        return f"{label}: nothing to be {relation}"
+        return f"{label}: no object to be {relation}"
     # All pairs must be in the relation, as in the benchmark.
     for subject in mine:
         for other in targets:
             there = relations(subject.box, other.box)
             if relation not in there:
                 actual = " and ".join(sorted(there)) or "neither side"
-                return f"{label}: wanted {relation} {other.label}, found {actual}"
+                return f"{label}: expected {relation} {other.label}, found {actual}"
     return ""
 
 
@@ -221,7 +221,7 @@ def relations(a: Sequence, b: Sequence) -> set[str]:
 
 def _check(entry: Any, keys: Sequence[str], place: int) -> None:
     if not isinstance(entry, dict):
-        raise UserError('wanted {"class": …, "count": …}')
+        raise UserError('expected {"class": …, "count": …}')
     for key in entry:
         if key not in keys:
             raise UserError(f'"{shown(key)}"{nearest(key, keys)}')
@@ -231,10 +231,10 @@ def _check(entry: Any, keys: Sequence[str], place: int) -> None:
         entry.get("color", "red"),
     )
     if not isinstance(label, str) or not label.strip():
-        raise UserError('wanted "class": TEXT')
+        raise UserError('expected "class": TEXT')
     # type and not isinstance: true is an int in Python, and 1 would be meant.
     if type(count) is not int or count < 1:
-        raise UserError(f'"count" of {shown(label)}: wanted an integer >= 1')
+        raise UserError(f'"count" of {shown(label)}: expected an integer >= 1')
     if color not in COLOURS:
         raise UserError(f'color "{shown(color)}"{nearest(str(color), COLOURS)}')
     position = entry.get("position")
@@ -246,31 +246,35 @@ def _check(entry: Any, keys: Sequence[str], place: int) -> None:
         and 0 <= position[1] < place
     ):
         names = ", ".join(RELATIONS)
-        message = f'"position" of {shown(label)}: wanted [RELATION, NUMBER]'
+        message = f'"position" of {shown(label)}: expected [RELATION, NUMBER]'
         raise UserError(f"{message}, one of {names}, of an object before it")
 
 
 def _checked(detection: Detection, shape, name: str, wanted: str) -> Detection:
     if not isinstance(detection.label, str):
         raise UserError(
-            f"{name} gave a label of {type(detection.label).__name__}; {wanted}"
+            f"{name} returned a label of {type(detection.label).__name__}; {wanted}"
         )
     try:
         numbers = [float(x) for x in (detection.score, *detection.box)]
     except (TypeError, ValueError):
         raise UserError(
-            f"{name} gave a {detection.label} in no box; {wanted}"
+            f"{name} returned a {detection.label} in no box; {wanted}"
         ) from None
     certain, *box = numbers
     if len(box) != 4 or not all(map(math.isfinite, numbers)):
-        raise UserError(f"{name} gave a {detection.label} in no box; {wanted}")
+        raise UserError(f"{name} returned a {detection.label} in no box; {wanted}")
     if box[0] > box[2] or box[1] > box[3] or not 0 <= certain <= 1:
         description = f"{certain:g}, ({', '.join(f'{x:g}' for x in box)})"
-        complaint = f"{name} gave ({detection.label}, {description})"
-        raise UserError(f"{complaint}; wanted a score in [0, 1] and x0 <= x1, y0 <= y1")
+        complaint = f"{name} returned ({detection.label}, {description})"
+        raise UserError(
+            f"{complaint}; expected a score in [0, 1] and x0 <= x1, y0 <= y1"
+        )
     # Detectors of PyTorch return tensors.
     mask = None if detection.mask is None else np.asarray(detection.mask)
     if mask is not None and (mask.shape != shape or mask.dtype != bool):
         description = f"{mask.dtype} {mask.shape}"
-        raise UserError(f"{name} gave a mask of {description}; wanted bool {shape}")
+        raise UserError(
+            f"{name} returned a mask of {description}; expected bool {shape}"
+        )
     return Detection(detection.label, certain, tuple(box), mask)

@@ -26,7 +26,7 @@ def kid(
     """KID over random subsets of `size` features, or over all if there are fewer."""
     size = min(size, len(a), len(b))
     if size < 2:
-        raise UserError(f"KID of {len(a)} and {len(b)} features; wanted 2 or more each")
+        raise UserError(f"KID of {len(a)} and {len(b)} features; each needs at least 2")
     if size == len(a) == len(b):
         return Kid(mmd(a, b), 0.0, size)
     # Subsets bound the memory of the kernel matrix, and give a spread.

@@ -30,15 +30,15 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
     name = config.eval.features
     if name not in ("clip", "pixels") and not name.endswith(".pt") and ":" not in name:
         raise UserError(
-            f'config.eval.features = "{name}": wanted clip, pixels,'
+            f'config.eval.features = "{name}": expected clip, pixels,'
             ' "package.module:function" or a TorchScript file of Inception, *.pt'
         )
     if (scored or (compared and name == "clip")) and not config.eval.clip:
         raise UserError(
-            f'config.eval.clip = "": wanted CLIP\'s weights for'
-            f" {'clip_score' if scored else 'config.eval.features = clip'}: a folder of"
-            " transformers' CLIPModel, its .safetensors or a hub name, such as"
-            " openai/clip-vit-large-patch14"
+            'config.eval.clip = "":'
+            f" {'clip_score' if scored else 'config.eval.features = clip'} needs the"
+            " weights of CLIP; set a folder with a CLIPModel of transformers, its"
+            " .safetensors or a hub name, such as openai/clip-vit-large-patch14"
         )
     if config.eval.clip and (scored or name == "clip"):
         with prefixed("config.eval.clip"):
@@ -51,8 +51,9 @@ def check(config: ConfigDict, *, scored: bool, compared: bool) -> None:
         and numbers > feature_statistics.DIM
     ):
         raise UserError(
-            f'config.eval.features = "pixels": {numbers} numbers a picture, and FID'
-            f" takes {feature_statistics.DIM} at most; wanted smaller pictures, or clip"
+            f'config.eval.features = "pixels": {numbers} numbers a picture, but FID'
+            f" takes at most {feature_statistics.DIM}; use smaller pictures or"
+            " --config.eval.features=clip"
         )
     if compared and name.endswith(".pt") and not epath.Path(name).exists():
         raise UserError(f"config.eval.features = {name}: no such file")

@@ -47,14 +47,14 @@ def check(config: ConfigDict) -> None:
     reference_images.check(config, compared=compared and not path)
     if config.eval.statistics and not compared:
         raise UserError(
-            f"config.eval.statistics = {config.eval.statistics}: those of real pictures"
-            f" are made for {', '.join(COMPARED)} in config.eval.scores alone"
+            f"config.eval.statistics = {config.eval.statistics}: statistics of real"
+            f" pictures are used only with {', '.join(COMPARED)} in config.eval.scores"
         )
     if compared and path:
         if config.eval.statistics:
             raise UserError(
-                f"config.eval.statistics = {config.eval.statistics}: wanted none, for"
-                f" config.eval.real = {path} has been made before"
+                f"config.eval.statistics = {config.eval.statistics}: must be empty,"
+                f" because config.eval.real = {path} is already a file of statistics"
             )
         feature_statistics.load(path)
 
@@ -109,12 +109,12 @@ def references(
     gathered = picture_features.gather(features, summed=bool(keep) or "fid" in names)
     if len(gathered.rows) < 2:
         raise UserError(
-            f"config.eval.real: {len(gathered.rows)} pictures that can be read; wanted"
-            " 2 or more"
+            f"config.eval.real: {len(gathered.rows)} readable pictures; at least 2 are"
+            " needed"
         )
     if keep and jax.process_index() == 0:
         feature_statistics.save(keep, Stored(about, gathered.statistics, gathered.rows))
-        log.info("%s: statistics of %d pictures", keep, gathered.statistics.count)
+        log.info("wrote %s: statistics of %d pictures", keep, gathered.statistics.count)
     return gathered
 
 
@@ -124,8 +124,8 @@ def stored_at(config: ConfigDict) -> str:
     files = [path for path in paths if path.endswith(".npz")]
     if files and len(paths) > 1:
         raise UserError(
-            f"config.eval.real = {', '.join(paths)}: wanted one .npz of statistics, or"
-            " pictures"
+            f"config.eval.real = {', '.join(paths)}: expected one .npz of statistics,"
+            " or pictures"
         )
     return files[0] if files else ""
 

@@ -29,8 +29,8 @@ def precision_recall(
     """
     if min(len(real), len(generated)) <= NEIGHBOURS:
         raise UserError(
-            f"precision and recall of {len(real)} and {len(generated)} features; wanted"
-            f" more than {NEIGHBOURS}, the neighbours, each"
+            f"precision and recall of {len(real)} and {len(generated)} features; each"
+            f" needs more than {NEIGHBOURS}, the number of neighbours"
         )
     # Distances are differences of large squares: float32 would lose near neighbours.
     real, generated = np.asarray(real, np.float64), np.asarray(generated, np.float64)

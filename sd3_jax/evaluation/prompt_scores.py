@@ -105,7 +105,9 @@ def _compbench(config: ConfigDict) -> Benchmark:
     with prefixed(f"config.{key}"):
         names = compbench.names(specs)
     if not names:
-        raise UserError(f"config.{key}: none; wanted color=package.module:function, …")
+        raise UserError(
+            f"config.{key}: no entry; expected color=package.module:function, …"
+        )
     functions, asked = {}, []
     for category, name in names.items():
         # guarded: an exception in the user's code becomes a one-line UserError.
@@ -128,7 +130,7 @@ def _read(
     # Only the benchmarks in config.eval.scores need their files.
     if not setting:
         raise UserError(
-            f'config.eval.scores: "{key}" wants config.eval.{key}: {wanted}'
+            f'config.eval.scores: "{key}" needs config.eval.{key}: {wanted}'
         )
     path = epath.Path(setting) / file if file else epath.Path(setting)
     asked, name = [], f"config.eval.{key} = {path}"
@@ -145,9 +147,9 @@ def _read(
 def _hook(config: ConfigDict, key: str) -> Callable:
     name = config.eval[key]
     if not name:
-        message = f"config.eval.{key}: no function"
+        message = f"config.eval.{key}: not a function"
         raise UserError(
-            f'{message}; wanted "package.module:function" (docs/how-to/evaluate.md)'
+            f'{message}; expected "package.module:function" (docs/how-to/evaluate.md)'
         )
     return hooks.guarded(f"eval.{key}", name)
 

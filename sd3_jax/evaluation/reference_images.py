@@ -71,8 +71,8 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     data = config.data
     if data.name not in SOURCES:
         raise UserError(
-            f'config.data.name = "{data.name}": its examples have no captions or'
-            " pictures: wanted config.eval.prompts_file, and config.eval.real for FID"
+            f'config.data.name = "{data.name}": its examples have no captions or no'
+            " pictures; set config.eval.prompts_file, and config.eval.real for FID"
         )
     if data.name == "digits":
         source = examples.source(config, held_out=True)
@@ -81,8 +81,9 @@ def held_out(config: ConfigDict) -> Callable[[np.ndarray, bool], Iterator]:
     least = config.eval.pictures
     if len(held_records) < least:
         raise UserError(
-            f"config.eval.pictures = {least}: wanted at most {len(held_records)}, the"
-            " records of config.data.held_out"
+            f"config.eval.pictures = {least} but config.data.held_out has"
+            f" {len(held_records)} records; set"
+            f" --config.eval.pictures={len(held_records)} or less, or hold out more"
         )
     return lambda indices, pictures: _records(config, held_records, indices, pictures)
 
@@ -91,8 +92,8 @@ def records(config: ConfigDict) -> Records:
     """The held-out records, one a step, so that all buckets follow each other."""
     if not config.data.held_out:
         raise UserError(
-            "config.data.held_out = (): wanted shards of records to take captions and"
-            " pictures of, or config.eval.prompts_file and config.eval.real"
+            "config.data.held_out = (): captions and pictures come from it; set shards"
+            " of records, or set config.eval.prompts_file and config.eval.real"
         )
     table = record_shapes.bucket_table(config)
     shapes = {
@@ -122,7 +123,7 @@ def _records(config, held_records: Records, indices, pictures: bool) -> Iterator
     has = next((x for x in reversed(kinds) if x in held_records.first.tensors), "")
     if pictures and not has:
         raise UserError(
-            "config.data.held_out: its records hold no pictures; wanted some that do,"
+            "config.data.held_out: its records hold no pictures; set records that do,"
             " or config.eval.real"
         )
     # Other tensors of a record, such as encoded text, are not even decoded.
@@ -144,9 +145,9 @@ def decoder(config: ConfigDict) -> Callable[[list[np.ndarray]], Iterator[np.ndar
     weights, rows = config.encode.weights, config.encode.rows
     if not weights:
         raise UserError(
-            "config.data.held_out: its records hold latents and no pictures: wanted"
-            " config.encode.weights, a released model whose autoencoder decodes them,"
-            " or config.eval.real"
+            "config.data.held_out: its records hold latents and no pictures; set"
+            " config.encode.weights to a released model whose autoencoder decodes them,"
+            " or set config.eval.real"
         )
     # Local devices, because each process decodes other pictures at its own pace.
     devices = jax.local_devices()
@@ -196,7 +197,7 @@ def of_paths(config: ConfigDict, sides: Bucket) -> Iterator[np.ndarray]:
             if picture is not None:
                 yield picture
     if unread:
-        message = "config.eval.real: %d of %d files are no pictures and are passed over"
+        message = "config.eval.real: %d of %d files are not pictures"
         log.warning(message, unread, unread + taken)
 
 

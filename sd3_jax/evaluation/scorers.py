@@ -124,9 +124,9 @@ def answers(function: Callable, wanted: str, count: int, *arguments: Any) -> lis
         replies = list(replies)
     except TypeError:
         kind = shown(type(replies).__name__)
-        raise UserError(f"{name} gave {kind}; wanted {count} {wanted}") from None
+        raise UserError(f"{name} returned {kind}; expected {count} {wanted}") from None
     if len(replies) != count:
-        raise UserError(f"{name} gave {len(replies)} {wanted}; wanted {count}")
+        raise UserError(f"{name} returned {len(replies)} {wanted}; expected {count}")
     return replies
 
 

@@ -47,16 +47,18 @@ def parse(line: str) -> Asked:
     prompt = record.get("prompt")
     text, category = record.get("text"), record.get("category", "text")
     if not isinstance(prompt, str) or not isinstance(category, str):
-        raise UserError('wanted {"prompt": TEXT, "text": TEXT, "category": TEXT}')
+        raise UserError('expected {"prompt": TEXT, "text": TEXT, "category": TEXT}')
     # An explicit "text" wins: prompts may quote what is not to be spelled.
     text = quoted(prompt) if text is None else text
     if not isinstance(text, str) or not text.strip():
-        raise UserError(f'"{shown(prompt, 60)}" asks for no text; wanted it in quotes')
+        raise UserError(
+            f'"{shown(prompt, 60)}" asks for no text; put the text in quotes'
+        )
     return Asked(prompt_text.checked(prompt), category, text)
 
 
 def quoted(prompt: str) -> str:
-    """The text in quotes of any usual kind; an apostrophe is no quote."""
+    """The text in quotes of any usual kind; an apostrophe is not a quote."""
     quotes = ["".join(groups) for groups in QUOTED.findall(prompt)]
     return " ".join(quotes)
 
@@ -79,7 +81,9 @@ def scorer(read: Callable, ignore: Sequence[str] = ("space",)) -> scorers.Scorer
         for text in texts:
             if not isinstance(text, str):
                 kind = type(text).__name__
-                raise UserError(f"{called(read)} gave {kind}; wanted a text a picture")
+                raise UserError(
+                    f"{called(read)} returned {kind}; expected a text a picture"
+                )
         return [judged(x.wanted, text, ignore) for x, text in zip(asked, texts)]
 
     return judge
@@ -89,7 +93,7 @@ def judged(wanted: str, read: str, ignore: Sequence[str] = ("space",)) -> Verdic
     # Edits take time in the product of lengths; an OCR that repeats itself is cut.
     wanted, read = normal(wanted, ignore), normal(read, ignore)[:READ]
     rate = Levenshtein.distance(wanted, read) / max(len(wanted), 1)
-    reason = "" if wanted == read else f'wanted "{wanted}", read "{shown(read)}"'
+    reason = "" if wanted == read else f'expected "{wanted}", read "{shown(read)}"'
     return Verdict(float(wanted == read), reason, {ERRORS: rate})
 
 

@@ -38,14 +38,12 @@ log = logging.getLogger(__name__)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> int:
-    """Writes workdir/benchmark.json, .md and .svg, anew after each case."""
+    """Writes workdir/benchmark.json, .md and .svg, again after each case."""
     before = guarded(config.benchmark.guard)
     if jax.distributed.is_initialized():
-        raise UserError("benchmark runs in one process")
+        raise UserError("benchmark runs in one process; unset SD3_NUM_PROCESSES")
     if files.remote(workdir):
-        raise UserError(
-            f"--workdir={workdir}: benchmark wants a folder of this machine"
-        )
+        raise UserError(f"--workdir={workdir}: benchmark needs a local folder")
     todo = case_selection.selected_cases(config)
     # Two benchmarks in one workdir would time each other.
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
@@ -86,7 +84,7 @@ def guarded(path: str) -> dict | None:
     except OSError as error:
         raise UserError(f"config.benchmark.guard = {path}: {error.strerror}") from None
     except (ValueError, LookupError, TypeError, AttributeError):
-        wanted = "wanted a benchmark.json that this job wrote"
+        wanted = "expected a benchmark.json that this job wrote"
         raise UserError(f"config.benchmark.guard = {path}: {wanted}") from None
     return baseline
 

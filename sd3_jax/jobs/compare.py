@@ -29,11 +29,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     absent = [x for x in ("torch", "diffusers") if importlib.util.find_spec(x) is None]
     if absent:
         raise UserError(
-            f"compare runs PyTorch beside us, and {absent[0]} is not installed; wanted"
-            ' pip install -e ".[torch]"'
+            f"compare needs PyTorch, and {absent[0]} is not installed; run pip install"
+            ' "sd3-jax[torch]"'
         )
     if jax.process_count() > 1:
-        raise UserError("compare runs in one process")
+        raise UserError("compare runs in one process; unset SD3_NUM_PROCESSES")
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     # GPUs and TPUs compute float32 products in TF32 or bfloat16 passes by default,

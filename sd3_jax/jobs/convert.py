@@ -28,14 +28,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
     # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise UserError(f"config.convert.out = {out}: exists; wanted a new path")
+        raise UserError(f"config.convert.out = {out} already exists; set a new path")
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         # Known by what the file holds, before anything is taken for a model.
         path = epath.Path(config.weights).expanduser()
         if config.weights and path.exists() and sources.is_control(path):
             if config.sample.lora:
-                raise UserError(f"config.sample.lora: {path} is a ControlNet, no model")
+                raise UserError(
+                    f"config.sample.lora: {path} is a ControlNet, expected a LoRA"
+                )
             bundle = bundle_loading.load_stored_control(path, mesh)
         elif config.weights:
             words = config.tokenizers or None  # no prompt will be encoded
@@ -60,16 +62,17 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     # tokens.
     if model.weight_sets != 2:
         raise UserError(
-            f"config.model.weight_sets = {model.weight_sets}: the released layouts hold"
-            " 2"
+            f"config.model.weight_sets = {model.weight_sets}: the released layouts"
+            " support only 2"
         )
     if model.mlp_ratio != 4:
         raise UserError(
-            f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts hold 4"
+            f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts support"
+            " only 4"
         )
     # exact: float32 masters and not the quantized form that sampling may use.
     params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
-    log.info("step %d of %s", step, workdir)
+    log.info("converting step %d of %s", step, workdir)
     variables = {
         "params": jax.jit(parametrization.arrays)(params["denoiser"])
     }  # with its LoRA

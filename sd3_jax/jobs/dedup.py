@@ -125,7 +125,8 @@ def embedding(name: str) -> tuple[Callable | None, float]:
     if ":" in name:
         return partial(embeddings.embedded, hooks.load(name), name=name), PAPER
     raise UserError(
-        f'config.dedup.embed = "{name}": wanted "hash", "package.module:function" or a'
+        f'config.dedup.embed = "{name}": expected "hash", "package.module:function" or'
+        " a"
         " TorchScript file of SSCD's, *.pt"
     )
 

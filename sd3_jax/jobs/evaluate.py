@@ -64,8 +64,9 @@ def weights(config: ConfigDict, workdir: epath.Path, mesh):
     # These need a run's objective and its parameters, which released weights lack.
     if of_runs := sorted({"val_loss", "digits"} & set(config.eval.scores)):
         raise UserError(
-            f'config.eval.scores: "{of_runs[0]}" is of a trained run, and config.'
-            f"weights = {config.weights}; wanted scores of pictures, or no weights"
+            f'config.eval.scores: "{of_runs[0]}" needs a trained run, but'
+            f" config.weights = {config.weights}; use scores of pictures, or remove"
+            " config.weights"
         )
     settings = prompt_file.task(config, "", 0).settings
     bundle = released_sampler.load_for_sampling(config, mesh, [settings])
@@ -136,8 +137,9 @@ def digit_samplers(
     """Samplers of config.sample.steps and config.eval.few_steps, not compiled."""
     if config.data.name != "digits":
         raise UserError(
-            f'config.eval.scores: "digits" scores pictures of digits, and config.data.'
-            f'name = "{config.data.name}"; wanted "digits" there, or other scores'
+            'config.eval.scores: "digits" scores pictures of digits, but'
+            f' config.data.name = "{config.data.name}"; use other scores, or'
+            " --config.data.name=digits"
         )
     few = config.copy_and_resolve_references()
     few.sample.steps = config.eval.few_steps

@@ -80,7 +80,7 @@ def listed(config: ConfigDict, workdir: epath.Path) -> tuple[list[str], set[str]
         return shards.expand(os.fspath(pattern)), set()
     except UserError as error:
         advice = "config.data.records, or the workdir of a precompute job"
-        raise UserError(f"{error}; wanted {advice}") from None
+        raise UserError(f"{error}; expected {advice}") from None
 
 
 # --- what is printed
@@ -179,7 +179,10 @@ def verdict(total: Tally, limit: int) -> list[str]:
         # Only what was read is known to be sound: each has had its checksum verified.
         if not limit:
             return [f"all {total.records:,} records are sound"]
-        return [f"{total.good:,} of {total.records:,} records were read, and are sound"]
+        return [
+            f"{total.good:,} of {total.records:,} records were read; all of these are"
+            " sound"
+        ]
     # Shards that cannot be opened are among the bad, but are not records.
     unread = total.reasons["not readable"]
     bad = total.bad_count - unread

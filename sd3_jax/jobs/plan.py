@@ -42,8 +42,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     if tune.base or (tune.method, tune.objective) != ("full", "flow"):
         raise UserError(
             f'config.tune: base = "{tune.base}", method = "{tune.method}", objective ='
-            f' "{tune.objective}": plan knows training from the start alone; wanted "",'
-            ' "full", "flow"'
+            f' "{tune.objective}": plan supports only training from scratch; expected'
+            ' "", "full" and "flow"'
         )
     # Environment first: libtpu reads it when it is loaded.
     aot.prepare()
@@ -76,8 +76,8 @@ def training(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[
     batch = config.data.batch_size
     if batch % tpu_slice.chips:
         raise UserError(
-            f"config.data.batch_size = {batch}: wanted a multiple of the"
-            f" {tpu_slice.chips} chips of {tpu_slice.name}, or config.plan.per_chip"
+            f"config.data.batch_size = {batch}: must be a multiple of the"
+            f" {tpu_slice.chips} chips of {tpu_slice.name}; or set config.plan.per_chip"
         )
     sizes = sized(config, tpu_slice)
     rows: list[dict] = []
@@ -137,8 +137,8 @@ def train_row(
         if config.data.batch_size % shards:
             raise UserError(
                 f"config.plan.per_chip = {config.plan.per_chip}: {tpu_slice.chips}"
-                f" chips take {config.data.batch_size} images; wanted a multiple of"
-                f" data x fsdp x accumulate = {shards}"
+                f" chips take {config.data.batch_size} images, which must be a multiple"
+                f" of data x fsdp x accumulate = {shards}"
             )
     accumulate = config.optim.accumulate
     images = config.data.batch_size / tpu_slice.devices

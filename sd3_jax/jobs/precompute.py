@@ -81,7 +81,12 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         processes.first(lambda: None if stop() else conclude(), seconds=watchdog.LONG)
         if stop():
             done = len(manifest.done())
-            log.info("told to stop: %d of %d parts are done", done, len(parts))
+            log.info(
+                "stopping on request: %d of %d parts are done; run the same command to"
+                " continue",
+                done,
+                len(parts),
+            )
         processes.meet("precompute/end")
 
 
@@ -138,8 +143,8 @@ def encoder_of(config: ConfigDict, mesh: Mesh) -> Encoder | None:
         return None
     if not config.encode.weights:
         raise UserError(
-            'config.encode.weights = "": wanted a released model for'
-            f" {', '.join(only)}; or --config.precompute.only= for records of pictures"
+            f'config.encode.weights = "": {", ".join(only)} need a released model; set'
+            " it, or --config.precompute.only= to store pictures as they are"
         )
     return examples.encoder(config, mesh, only, config.encode.form)
 
@@ -161,9 +166,9 @@ def finish(
     if not total["records"]:
         reasons = [f"{count:,} {why}" for why, count in total["rejected"].items()]
         raise UserError(
-            f"config.ingest: of {total['files']:,} files no record was made: rejected"
-            f" {'; '.join(reasons[:3]) or 'none'}. {workdir}/rejected.jsonl names each;"
-            f" put that right and give another workdir"
+            f"config.ingest: no record was made of {total['files']:,} files: rejected"
+            f" {'; '.join(reasons[:3]) or 'none'}. {workdir}/rejected.jsonl lists each;"
+            " fix the cause and use another workdir"
         )
 
 
@@ -186,7 +191,7 @@ def lines(total: dict) -> Iterator[str]:
     drawn += [f"none {total['uncaptioned']:,}"] * bool(total["uncaptioned"])
     yield f"  captions: {', '.join(drawn) or 'none'}"
     for encoder, count in total["cut"].items():
-        yield f"  {encoder} does not read {count:,} captions to their end"
+        yield f"  {encoder} truncates {count:,} captions"
 
 
 def storage_lines(

@@ -26,8 +26,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     rows = metrics.read(workdir)
     if not rows:
         raise UserError(
-            f"{workdir}: no {metrics.FILE} to report on; train first, or give the "
-            "--workdir of a run"
+            f"{workdir}: no {metrics.FILE} to report on; train first, or set --workdir"
+            " to that of a run"
         )
     # All three are optional: the page says which are missing.
     settings, facts, scores = (

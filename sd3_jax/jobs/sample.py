@@ -26,7 +26,8 @@ from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json
-from sd3_jax.monitoring import metrics
+from sd3_jax.monitoring import compile_time, metrics
+from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
 from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
@@ -60,7 +61,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         # if all of these are equal.
         done = recorded(workdir, lines)
         if any(done):
-            log.info("%d of %d pictures are there already", sum(done), len(tasks))
+            log.info(
+                "%d of %d pictures exist already; skipping them", sum(done), len(tasks)
+            )
         known = [x for x, there in zip(lines, done) if there]
         count = len(known)
         with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
@@ -71,7 +74,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 left = [i for i, task in enumerate(batch) if not done[task.index]]
                 if not left:
                     continue
-                began = time.monotonic()
+                began, compiled_before = time.monotonic(), compile_time.seconds()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
                 images = sample_batch(filled(batch, size))[left]
                 fresh = [lines[batch[i].index] for i in left]
@@ -83,15 +86,25 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 save(workdir, fresh, images, guard, enlarged=pixels)
                 processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
                 add(fresh)
-                pace = (time.monotonic() - began) / len(left)
                 count += len(left)
-                log.info("%d of %d pictures, %.2f s each", count, len(tasks), pace)
+                compiling = compile_time.seconds() - compiled_before
+                pace = (time.monotonic() - began - compiling) / len(left)
+                log_progress(count, len(tasks), pace, compiling)
     if flagged := sum("filtered" in line for line in lines):
-        message = "%d of %d pictures are black: config.sample.filter flagged them"
+        message = (
+            "%d of %d pictures are black, because config.sample.filter flagged them"
+        )
         log.warning(message, flagged, len(lines))
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
+
+
+def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
+    """A line for each batch; `pace` is seconds a picture without compilation."""
+    ends = f", {duration(pace * (total - count))} left" if count < total else ""
+    ends += f"; compiled in {compiling:.1f} s" if compiling >= 1 else ""
+    log.info("%d of %d pictures, %.2f s each%s", count, total, pace, ends)
 
 
 def trained(
@@ -291,7 +304,7 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     for line in lines[:8]:
         print(workdir / line["file"])
     if len(lines) > 8:
-        print(f"… {len(lines)} pictures, all on {workdir / 'samples.html'}")
+        print(f"… {len(lines)} pictures; see {workdir / 'samples.html'}")
     sys.stdout.flush()
 
 

@@ -61,11 +61,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     results = study.results()
     # A stop signal may come before the first measurement; there is nothing to tabulate.
     if not results:
-        log.info("stopped before any run was measured; the same call goes on")
+        log.info(
+            "stopped before any run was measured; run the same command to continue"
+        )
         return
     tables = study_tables.markdown(results)
     if left := len(study.left()):
-        tables = f"{tables}\n\n{left} or more runs are still to come.\n"
+        tables = f"{tables}\n\n{left} or more runs remain.\n"
     page = study_page.html(results, workdir)
     files.write_whole(workdir / "study.md", tables.encode())
     files.write_whole(workdir / "study.html", page.encode())
@@ -83,7 +85,8 @@ class Study:
         self.variants = dict(map(parse, config.study.variants))
         if not self.variants:
             raise UserError(
-                "config.study.variants = (): wanted some, as in configs/formulations.py"
+                "config.study.variants = (): set at least one, as in"
+                " configs/formulations.py"
             )
         self.options = tuple(config.study.sweep) or ("",)
         # A mistake in any run's settings is reported before anything is trained.
@@ -186,6 +189,6 @@ def parse(text: str) -> tuple[str, list[str]]:
     name, colon, settings = text.partition(":")
     if not colon or not name.strip():
         raise ConfigError(
-            f"config.study.variants: {text!r}: wanted NAME: KEY=VALUE KEY=VALUE"
+            f"config.study.variants: {text!r}: expected NAME: KEY=VALUE KEY=VALUE"
         )
     return name.strip(), settings.split()

@@ -61,7 +61,7 @@ class ClipText(nn.Module):
         )
         last = self.depth - 2 - clip_skip  # 0-based layer whose output is returned
         if not 0 <= last < self.depth:
-            raise ValueError(f"clip_skip {clip_skip}: wanted 0 to {self.depth - 2}")
+            raise ValueError(f"clip_skip {clip_skip}: expected 0 to {self.depth - 2}")
 
         # One layer's states ride in the carry: to stack those of every layer as the
         # scan's output would take `depth` times the memory.

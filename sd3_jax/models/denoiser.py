@@ -62,7 +62,7 @@ class Denoiser(nn.Module):
         _, h, w, _ = xt.shape
         if h % self.unit or w % self.unit:
             raise ValueError(
-                f"{type(self).__name__}: latents of {h}x{w}: wanted sides that"
+                f"{type(self).__name__}: latents of {h}x{w}: expected sides that"
                 f" {self.unit} divides"
             )
         # float32, whatever `dtype` is: losses and solvers compute in float32.

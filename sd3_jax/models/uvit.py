@@ -40,7 +40,7 @@ class UViT(TokenDenoiser):
     def velocity(self, xt: Array, t: Array, context: Array, pooled: Array) -> Array:
         """The velocity. Raises ValueError for an even depth."""
         if self.depth % 2 == 0:
-            raise ValueError(f"UViT: depth {self.depth}: wanted an odd number")
+            raise ValueError(f"UViT: depth {self.depth}: expected an odd number")
         embed = lambda x, name: Embedder(self.width, self.dtype, name=name)(x)[:, None]
         image = self.image_tokens(xt)
         tokens = (

@@ -27,7 +27,7 @@ class Goodput:
     - evaluation: validation, samples, and the writing of a trace
     - start_up: from the program's start to the loop: imports, processes that wait for
       each other, parameters made or restored
-    - lost: from the save that a later life goes on from until that life's start. It is
+    - lost: from the save that a later life resumes from until that life's start. It is
       the steps that are done again, what was spent on them, and the time in which
       nothing ran; but not the time after the last step of all, if more are asked for.
       A life that ended before its first line is lost whole, the first of all unseen.
@@ -44,7 +44,7 @@ class Goodput:
         self._began = self._since = clock() if began is None else began
 
     def go_on(self, rows: Iterable[Row], step: int) -> None:
-        """Add earlier lives, of which `rows` tell, to one that goes on from `step`."""
+        """Add earlier lives, of which `rows` tell, to one that resumes from `step`."""
         lines = [r for r in rows if r["kind"] == "goodput" and r["step"] <= step]
         if not lines:
             return

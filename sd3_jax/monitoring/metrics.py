@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from etils import epath
 
 from sd3_jax import files
+from sd3_jax.monitoring.progress import Pace
 from sd3_jax.monitoring.tensorboard import EventFiles
 from sd3_jax.monitoring.writers import Sender
 
@@ -154,7 +155,7 @@ def open_log(path: epath.PathLike) -> "TextIO | _ObjectLog":
 
 
 class _ObjectLog:
-    """An object store cannot append: the whole file is put anew, at most every 30 s."""
+    """Object stores cannot append: the file is written whole, at most every 30 s."""
 
     def __init__(self, path):
         self.path = path
@@ -175,11 +176,14 @@ class _Lines:
     """A plain line a write, for a log that is read later."""
 
     def __init__(self, total_steps, start_step):
-        self.total = total_steps
+        self.total, self.pace = total_steps, Pace()
 
     def show(self, step, kind, values):
         width = len(str(self.total))
         words = [f"step {step:>{width}}/{self.total}", *_words(kind, values)]
+        if kind == "train":
+            self.pace.mark(step)
+            words += filter(None, [self.pace.time_left(self.total - step)])
         print("  ".join(words), file=sys.stderr, flush=True)
 
     def close(self):
@@ -255,7 +259,7 @@ def _rows(path):
     # A kill may have cut the last line: that is no reason to warn.
     strange = sum(row is None and bool(line.strip()) for line, row in rows[:-1])
     if strange:
-        log.warning("%s: %d lines are not metrics and are left out", path, strange)
+        log.warning("%s: ignored lines that are not metrics: %d", path, strange)
     return [(line, row) for line, row in rows if row is not None]
 
 

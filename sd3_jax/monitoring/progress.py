@@ -2,8 +2,39 @@
 
 import sys
 import time
+from collections import deque
 
 EVERY = 30.0  # seconds between two lines
+WINDOW, SPACING = 32, 0.5  # marks that a rate is taken over, and seconds between two
+
+
+class Pace:
+    """An amount a second, over the last WINDOW marks.
+
+    The first mark only starts the clock, because compilation is part of the first item.
+    """
+
+    def __init__(self):
+        self.marks: deque[tuple[float, float]] = deque(maxlen=WINDOW)
+
+    def mark(self, amount: float) -> None:
+        """`amount` in all is done now."""
+        # Items that take milliseconds share a mark, or the window would be too short.
+        if len(self.marks) > 1 and self.marks[-1][0] - self.marks[-2][0] < SPACING:
+            self.marks.pop()
+        self.marks.append((time.monotonic(), amount))
+
+    def rate(self) -> float | None:
+        """The amount a second; None before the second mark, or if nothing was done."""
+        if len(self.marks) < 2:
+            return None
+        (begin, before), (end, after) = self.marks[0], self.marks[-1]
+        return (after - before) / (end - begin) if end > begin else None
+
+    def time_left(self, amount: float) -> str:
+        """ "12 min left", where `amount` remains; "" while the rate is unknown."""
+        rate = self.rate()
+        return f"{duration(amount / rate)} left" if rate and amount else ""
 
 
 class Progress:
@@ -16,8 +47,9 @@ class Progress:
     def __init__(self, things: str, *, total: int, done: int = 0, shown: bool = True):
         # At least 1: nothing to do is 100 % at once, not a division by zero.
         self.things, self.total, self.done = things, max(1, total), done
-        # The pace is of this process: what was done before it began does not count.
-        self.started, self.start_bytes = time.monotonic(), done
+        self.started = time.monotonic()
+        # The paces are of this process: what was done before it began does not count.
+        self.count_pace, self.byte_pace = Pace(), Pace()
         self.count, self.last_shown = 0, 0.0
         self.bar = _bar() if shown and sys.stderr.isatty() else None
         self.shown = shown
@@ -29,35 +61,45 @@ class Progress:
         return self
 
     def __exit__(self, *_):
-        self.show(now=True)
+        self.show(last=True)
         if self.bar:
             self.bar.stop()
 
     def add(self, *, things: int, bytes: int) -> None:
         self.count += things
+        self.count_pace.mark(self.count)
         self.at(self.done + bytes)
 
     def at(self, done: int) -> None:
         """Set the bytes that are done, by this process or any other."""
         self.done = min(done, self.total)
+        self.byte_pace.mark(self.done)
         self.show()
 
-    def show(self, now: bool = False) -> None:
+    def show(self, last: bool = False) -> None:
+        words = self.summary() if last else self.words()
         if self.bar:
-            self.bar.update(self.task, completed=self.done, description=self.words())
-        elif self.shown and (now or time.monotonic() - self.last_shown > EVERY):
+            self.bar.update(self.task, completed=self.done, description=words)
+        elif self.shown and (last or time.monotonic() - self.last_shown > EVERY):
             self.last_shown = time.monotonic()
-            print(f"{self.done / self.total:4.0%}  {self.words()}", file=sys.stderr)
+            print(f"{self.done / self.total:4.0%}  {words}", file=sys.stderr)
 
     def words(self) -> str:
         """ "1,234 pictures, 56.7 a second, 12 min left"."""
-        seconds = max(1e-6, time.monotonic() - self.started)
-        pace = (self.done - self.start_bytes) / seconds
-        left = (self.total - self.done) / pace if pace else None
-        ends = "" if left is None else f", {duration(left)} left"
-        return (
-            f"{self.count:,} {self.things}, {self.count / seconds:.3g} a second{ends}"
-        )
+        rate = self.count_pace.rate()
+        parts = [self.counted()]
+        parts += [f"{rate:.3g} a second"] if rate else []
+        left = self.byte_pace.time_left(self.total - self.done)
+        return ", ".join([*parts, left] if left else parts)
+
+    def summary(self) -> str:
+        """ "1,234 pictures in 22 s"."""
+        seconds = time.monotonic() - self.started
+        return f"{self.counted()} in {duration(seconds)}"
+
+    def counted(self) -> str:
+        things = self.things.removesuffix("s") if self.count == 1 else self.things
+        return f"{self.count:,} {things}"
 
 
 def duration(seconds: float) -> str:

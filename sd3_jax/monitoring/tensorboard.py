@@ -76,6 +76,6 @@ class EventFiles:
     def _fail(self, error: Exception) -> None:
         self._failed = True
         log.warning(
-            "no more TensorBoard files in %s, metrics.jsonl has it all: %s",
+            "writing no more TensorBoard files in %s, metrics.jsonl has everything: %s",
             *(self.folder, error),
         )

@@ -109,8 +109,7 @@ def clients(names: Sequence[str]) -> dict[str, ModuleType]:
 
 def _not_installed(name: str, reason: str) -> UserError:
     return UserError(
-        f'config.train.writers: "{name}": {reason}; install it with pip install {name}'
-        f' (the extra "{name}" has it)'
+        f'config.train.writers: "{name}": {reason}; run pip install "sd3-jax[{name}]"'
     )
 
 
@@ -149,10 +148,10 @@ class Sender:
         except queue.Full:
             pass
         if self._thread.is_alive():
-            log.warning("%s: not all was sent in %g s", self.name, seconds)
+            log.warning("%s: not everything was sent within %g s", self.name, seconds)
         if self.failed:
             log.warning(
-                "%s lacks %d of %d lines; metrics.jsonl has all",
+                "%s lacks %d of %d lines; metrics.jsonl has all of them",
                 *(self.name, self.failed, self.total),
             )
 
@@ -185,7 +184,7 @@ class Sender:
     def _fail(self, reason: str, lines: int = 1) -> None:
         if not self.failed:
             reason = " ".join(reason.split())[:300]
-            log.warning("%s: %s; the run goes on without", self.name, reason)
+            log.warning("%s: %s; the run continues without it", self.name, reason)
         self.failed += lines
 
 

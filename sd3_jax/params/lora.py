@@ -43,7 +43,7 @@ class Layout(NamedTuple):
 
 
 def layout(path: tuple[str, ...], ndim: int) -> Layout | None:
-    """Layout of the kernel at a module's path; None if it is no linear map.
+    """Layout of the kernel at a module's path; None if it is not a linear map.
 
     Kernels have no axis names once unboxed, so the module's name decides.
     """
@@ -143,7 +143,9 @@ def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
     try:
         pattern = re.compile(targets)
     except re.error as error:
-        raise UserError(f'LoRA targets "{targets}": no regex: {error}') from None
+        raise UserError(
+            f'LoRA targets "{targets}": not a regular expression: {error}'
+        ) from None
     every = {"/".join(path): (path, x) for path, x in kernels(params).items()}
     every = dict(sorted(every.items()))  # the same random draws for any order of keys
     matching = [name for name in every if pattern.search(name)]
@@ -152,8 +154,10 @@ def target_kernels(params: Any, targets: str) -> dict[tuple[str, ...], Any]:
             targets, [*every, *(part for p, _ in every.values() for part in p)]
         )
         shown = ", ".join(list(every)[:SHOWN]) + (", …" if len(every) > SHOWN else "")
-        hint = f'; did you mean "{match}"?' if match else f"; wanted a part of {shown}"
-        raise UserError(f'LoRA targets "{targets}" are in no linear map{hint}')
+        hint = (
+            f'; did you mean "{match}"?' if match else f"; expected a part of {shown}"
+        )
+        raise UserError(f'LoRA targets "{targets}" match no linear layer{hint}')
     return dict(every[name] for name in matching)
 
 
@@ -204,7 +208,7 @@ def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
     if axes is None or axes.shapes(shape, rank) != (a.shape, b.shape):
         wanted = "a linear map" if axes is None else axes.shapes(shape, rank)
         raise ValueError(
-            f"LoRA {name}: a {a.shape}, b {b.shape} for a kernel {shape}: wanted"
+            f"LoRA {name}: a {a.shape}, b {b.shape} for a kernel {shape}: expected"
             f" {wanted}"
         )
     scale = weight * (alpha / rank if alpha else 1.0)

@@ -16,7 +16,7 @@ from sd3_jax.models.sharded_linear import Axes, linear
 
 
 class Leaf:
-    """A pytree node in the place of a weight; `array()` computes the weight."""
+    """A pytree node instead of a weight; `array()` computes the weight."""
 
     shape: tuple[int, ...]
     dtype: Any

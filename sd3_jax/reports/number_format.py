@@ -15,7 +15,7 @@ def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
 
 
 def entries(scores: dict, name: str) -> list[dict]:
-    """scores["scores"] or scores["prompts"], without what is no entry."""
+    """scores["scores"] or scores["prompts"], without other entries."""
     # Older or foreign files may have something else under this name.
     values = scores.get(name)
     return (

@@ -222,7 +222,7 @@ def flat(tree: dict, prefix: str = "") -> dict[str, str]:
 def _frame(workdir, row, limit):
     step, path = row["step"], row.get("path", "")
     picture = _picture(workdir, path, _alt(row), limit)
-    caption = f"step {step:,}" + ("" if picture else f": {path} is not there")
+    caption = f"step {step:,}" + ("" if picture else f": {path} does not exist")
     return f"step-{step}", picture, caption
 
 

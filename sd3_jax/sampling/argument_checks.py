@@ -22,7 +22,7 @@ def number(
     if not real or not low <= x <= high:  # NaN is in no range
         whole_range = (low, high) == (-LARGEST, LARGEST)
         wanted = "a finite number" if whole_range else f"a number {low:g} to {high:g}"
-        raise UserError(f"{name} {shown(repr(value))}: wanted {wanted}")
+        raise UserError(f"{name} {shown(repr(value))}: expected {wanted}")
     return float(x)
 
 
@@ -32,14 +32,14 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     integral = isinstance(x, numbers.Integral) and not isinstance(x, bool)
     if not integral or not low <= x <= high:
         raise UserError(
-            f"{name} {shown(repr(value))}: wanted a whole number {low} to {high}"
+            f"{name} {shown(repr(value))}: expected a whole number {low} to {high}"
         )
     return int(x)
 
 
 def pair(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
-        raise UserError(f"{name} {shown(repr(value))}: wanted two numbers")
+        raise UserError(f"{name} {shown(repr(value))}: expected two numbers")
     return number(name, value[0]), number(name, value[1])
 
 
@@ -52,7 +52,7 @@ def skip_layers(value: Any, depth: int) -> list[int]:
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
         raise UserError(
-            f"skip_layers {shown(repr(value))}: wanted a list of whole numbers"
+            f"skip_layers {shown(repr(value))}: expected a list of whole numbers"
         )
     return [whole("skip_layers", x, 0, depth - 1) for x in value]
 
@@ -60,7 +60,7 @@ def skip_layers(value: Any, depth: int) -> list[int]:
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str):
         raise UserError(
-            f"{name} {shown(repr(value))}: wanted one of {', '.join(choices)}"
+            f"{name} {shown(repr(value))}: expected one of {', '.join(choices)}"
         )
     if value not in choices:
         raise UserError(f'{name} "{shown(value)}"{nearest(value, choices)}')

@@ -32,8 +32,8 @@ def listed(texts: Text | Sequence[Text], name: str = "prompts") -> list[Text]:
     for text in texts:
         if not isinstance(text, str | Prompt):
             raise UserError(
-                f"{name}: {shown(repr(text))}: wanted a text or a Prompt, a list of"
-                " these, or the Conditioning that encode_prompts gives"
+                f"{name}: {shown(repr(text))}: expected a text or a Prompt, a list of"
+                " these, or the Conditioning that encode_prompts returns"
             )
     return texts
 
@@ -63,12 +63,12 @@ def size(bundle: Bundle, height: int | None, width: int | None, image) -> tuple:
         side = argument_checks.whole(name, side, 1, 2**16)
         if side != (near := _nearest(side, unit, most)):
             raise UserError(
-                f"{name} {side}: wanted a multiple of {unit}, at most {most}; the"
+                f"{name} {side}: expected a multiple of {unit}, at most {most}; the"
                 f" nearest is {near}"
             )
         if image_sides is not None and side != image_sides[i]:
             raise UserError(
-                f"{name} {side}: the image's is {image_sides[i]}; wanted the same"
+                f"{name} {side}: must equal that of the image, {image_sides[i]}"
             )
         sides.append(side // bundle.factor)
     return (*sides, denoiser.channels)
@@ -84,7 +84,7 @@ def _require_sides(image_sides: list[int], unit: int, most: int) -> None:
     if near != image_sides:
         height, width = image_sides
         raise UserError(
-            f"image of {height} x {width} pixels: wanted sides that are multiples"
+            f"image of {height} x {width} pixels: expected sides that are multiples"
             f" of {unit}, at most {most}: image.resize(({near[1]}, {near[0]})) of PIL"
         )
 
@@ -108,7 +108,7 @@ def encoded(
     else:
         prompts = listed(prompts)
         if not prompts:
-            raise UserError("no prompts: wanted at least one")
+            raise UserError("no prompts; give at least one")
         cond = bundle.encode_prompts(prompts, length, clip_skip=clip_skip)
     n = cond.pooled.shape[0]
     uncond = cond  # not looked at without guidance
@@ -119,14 +119,15 @@ def encoded(
         texts = texts * n if len(texts) == 1 else texts
         if len(texts) != n:
             raise UserError(
-                f"{len(texts)} negative prompts for {n} prompts: wanted one, or as many"
+                f"{len(texts)} negative prompts for {n} prompts: expected one, or as"
+                " many"
             )
         # Both branches run as one doubled batch, so that the negative prompt needs as
         # many tokens of T5 as the positive one: all tokens but CLIP's 77.
         length = cond.context.shape[1] - 77
         if length < 1:
             raise UserError(
-                f"embeddings of {length + 77} tokens, which no text gives: wanted"
+                f"embeddings of {length + 77} tokens, which no text has: give"
                 " negative_prompts as embeddings too"
             )
         uncond = bundle.encode_prompts(texts, length)
@@ -134,7 +135,7 @@ def encoded(
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(
             f"embeddings of {[x.shape for x in cond]} and negative ones of"
-            f" {[x.shape for x in uncond]}: wanted the same shapes"
+            f" {[x.shape for x in uncond]}: expected the same shapes"
         )
     repeat = lambda x: jnp.repeat(x, per_prompt, axis=0)
     return jax.tree.map(repeat, (cond, uncond)) if per_prompt > 1 else (cond, uncond)
@@ -157,7 +158,7 @@ def settings(
     """The solver and its times t; what the caller leaves out is the model's default."""
     # The number of steps is a shape of the program, so it must be known on the host.
     if not isinstance(steps, int | np.integer) or steps < 1:
-        raise UserError(f"steps {shown(steps)}: wanted an integer >= 1")
+        raise UserError(f"steps {shown(steps)}: expected an integer >= 1")
     if solver is not None:
         argument_checks.choice("solver", solver, list(SOLVERS))
     if grid is not None:
@@ -199,8 +200,10 @@ def guided(
     # Ignored options are reported instead of refused: one recipe may serve models with
     # guidance and models that are distilled from it.
     if unused := [name for name, is_set in other.items() if is_set]:
-        message = f"guidance {scale:g} is none, and so not used: {', '.join(unused)}"
-        warn_once(f"{message}; wanted a guidance above 1 for them")
+        warn_once(
+            f"guidance {scale:g} disables guidance, so these are not used:"
+            f" {', '.join(unused)}; set guidance above 1 to use them"
+        )
     return False
 
 
@@ -239,17 +242,17 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         if x.ndim != axes or width not in (None, x.shape[-1]) or not all(x.shape):
             layout = "(b, tokens" if axes == 3 else "(b"
             raise UserError(
-                f"{name}: {part} of shape {tuple(x.shape)}: wanted {layout}, {width})"
+                f"{name}: {part} of shape {tuple(x.shape)}: expected {layout}, {width})"
             )
         # Integers here are usually token ids, passed in place of embeddings.
         if not jnp.issubdtype(x.dtype, jnp.floating):
-            raise UserError(f"{name}: {part} of dtype {x.dtype}: wanted floats")
+            raise UserError(f"{name}: {part} of dtype {x.dtype}: expected floats")
         input_images.finite(x, f"{name}: {part}")
     # Both describe the same prompts, row by row.
     if len(texts.context) != len(texts.pooled):
         raise UserError(
             f"{name}: context of {len(texts.context)} rows and pooled of"
-            f" {len(texts.pooled)}: wanted as many"
+            f" {len(texts.pooled)}: expected as many"
         )
 
 
@@ -265,7 +268,7 @@ def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Ar
     if n in (1, rows // per_prompt):
         return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
     counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
-    raise UserError(f"{n} of {label} for {rows} pictures: wanted one of {counts}")
+    raise UserError(f"{n} of {label} for {rows} pictures: expected one of {counts}")
 
 
 def latents_of(
@@ -279,5 +282,5 @@ def latents_of(
         return bundle.encode_image(image, keys)
     # Latents are not resized: interpolating them gives no latents of a resized picture.
     if image.shape[1:] != shape:
-        raise UserError(f"latents of {image.shape[1:]}: wanted {shape} each")
+        raise UserError(f"latents of {image.shape[1:]}: expected {shape} each")
     return jnp.asarray(image, jnp.float32)

@@ -80,7 +80,9 @@ class Bundle:
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         argument_checks.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
         if not any(self.text_models):
-            raise UserError(f"{self.source} has no text encoder: wanted embeddings")
+            raise UserError(
+                f"{self.source} has no text encoder; pass embeddings instead of texts"
+            )
         ids = self.token_ids(prompts, max_sequence_length)
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
@@ -113,7 +115,7 @@ class Bundle:
         if len(rows) > 1:
             raise UserError(
                 f"{len(latents)} latents, {len(context)} rows of context and"
-                f" {len(pooled)} of pooled: wanted as many of each"
+                f" {len(pooled)} of pooled: the numbers must be equal"
             )
         skipped = argument_checks.skip_layers(skip_layers, module.depth)
         args = compiled.place((latents, t, context, pooled), self.mesh)
@@ -190,7 +192,7 @@ class Bundle:
                 continue
             if name not in self.tokenizers:
                 raise UserError(
-                    f"{self.source} has no tokenizer for {name}: wanted"
+                    f"{self.source} has no tokenizer for {name}; set"
                     " tokenizers_from=FOLDER, a diffusers folder or a hub name"
                 )
             texts = [
@@ -237,7 +239,7 @@ class Bundle:
         if name not in self.modules:
             raise UserError(
                 f"{self.source or 'the bundle'} has no {name}, only"
-                f" {', '.join(self.modules)}; name a file that has one after a comma"
+                f" {', '.join(self.modules)}; add a file that has one, after a comma"
             )
         return self.modules[name]
 

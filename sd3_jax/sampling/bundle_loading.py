@@ -70,7 +70,7 @@ def load(
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
     if not names:
-        raise UserError("no weights: wanted a file, a folder or a hub name")
+        raise UserError("no weights; give a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
     source = ",".join(map(os.fspath, names))
     parts, configs = _open_parts(places, only)
@@ -124,7 +124,7 @@ def _open_parts(
     for place in places:
         for name, part in sources.parts(*place).items():
             if name in parts:  # of several sources the last one wins
-                log.info("%s: in the place of %s", part.where, parts[name].where)
+                log.info("%s: used instead of %s", part.where, parts[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
                 parts[name] = part
@@ -165,7 +165,7 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     """Kinds by component, without those that are ""."""
     if not isinstance(quantize, Mapping):
         raise UserError(
-            f'quantize {shown(repr(quantize))}: wanted {{"denoiser": "int8"}}'
+            f'quantize {shown(repr(quantize))}: expected {{"denoiser": "int8"}}'
         )
     for name, kind in quantize.items():
         if name not in QUANTIZED:
@@ -177,7 +177,10 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     # "" means "not quantized": recipes list every component.
     kinds = {name: kind for name, kind in quantize.items() if kind}
     if kinds and dtype == "stored":
-        raise UserError('quantize: wanted no dtype "stored", which leaves all as it is')
+        raise UserError(
+            'quantize cannot be combined with dtype="stored", which keeps all weights'
+            " as stored"
+        )
     return kinds
 
 
@@ -216,10 +219,8 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
             variables["buffers"] = denoiser_variables["buffers"]
     net = ControlBundle(module, variables, part.config)
     if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
-        message = (
-            "%s does not say what its hints are: they are encoded as blur and depth"
-        )
-        log.warning(f'{message}; of canny write ControlInput(preprocess="canny")', path)
+        message = "%s does not define its hints: they are encoded as for blur and depth"
+        log.warning(f'{message}; for canny pass ControlInput(preprocess="canny")', path)
     return net
 
 

@@ -21,8 +21,8 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
         folder_tokenizers = tokenizers.load(path)
         if other and not folder_tokenizers:
             raise UserError(
-                f"{path}: no tokenizers: wanted a diffusers folder, which has them in"
-                f" {', '.join(tokenizers.FOLDERS.values())}, or T5's own"
+                f"{path}: no tokenizers; expected a diffusers folder, which has them in"
+                f" {', '.join(tokenizers.FOLDERS.values())}, or that of T5"
             )
         # The first folder that has a tokenizer wins.
         for name in [name for name in folder_tokenizers if name not in words]:
@@ -42,14 +42,14 @@ def tokenizers_of(paths: Sequence, other: str, configs: dict) -> dict[str, Any]:
 def fetched_tokenizer(name: str, config: dict, source: str) -> Any:
     """T5's tokenizer from the hub; the UserError says how to give one instead."""
     remedy = (
-        "wanted tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
-        " name, or None for embeddings alone"
+        "set tokenizers_from=FOLDER (config.tokenizers), a diffusers folder or a hub"
+        " name; or None to pass only embeddings"
     )
     rows = config["vocab_size"]
     # Another vocabulary means another tokenizer, which only the caller can know.
     if name != "t5" or rows != tokenizers.T5_WORDS:
         raise UserError(
-            f"{source}: no tokenizer for {name}, whose {rows} rows are not those of the"
+            f"{source}: no tokenizer for {name}, whose {rows} rows differ from the"
             f" published encoder: {remedy}"
         )
     try:
@@ -70,6 +70,6 @@ def check_vocabulary(name: str, tokens: int, config: dict, where: Any) -> None:
     spare = 128 if name == "t5" else 0  # rows that its embedding has without a word
     if isinstance(rows, int) and not rows - spare <= tokens <= rows:
         raise UserError(
-            f"{where}: its tokenizer for {name} has {tokens} tokens, the encoder {rows}"
-            " rows: wanted the tokenizer of the same model (config.tokenizers)"
+            f"{where}: its tokenizer for {name} has {tokens} tokens but the encoder has"
+            f" {rows} rows; set the tokenizer of the same model (config.tokenizers)"
         )

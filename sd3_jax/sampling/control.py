@@ -66,9 +66,9 @@ def require_fit(
     if wrong:
         kind = "joint" if net.joint else "single-stream (SD3.5-large's)"
         raise UserError(
-            f"{where}: a {kind} ControlNet that is not of this denoiser,"
-            f" {components.released_name(theirs)}: {', '.join(wrong)}; wanted a"
-            " ControlNet for the same model"
+            f"{where}: a {kind} ControlNet that does not fit this denoiser,"
+            f" {components.released_name(theirs)}: {', '.join(wrong)}; use a ControlNet"
+            " for the same model"
         )
 
 
@@ -82,7 +82,9 @@ def controlled(
     """
     counts = sorted({control.net.depth for control in controls})
     if len(counts) > 1:
-        raise ValueError(f"ControlNets of {counts} blocks: wanted equally many in each")
+        raise ValueError(
+            f"ControlNets of {counts} blocks; all must have the same number"
+        )
 
     def velocity(x, t, cond):
         if not controls:

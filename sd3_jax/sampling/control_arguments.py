@@ -62,8 +62,8 @@ def controls_of(
     depths = [control.net.module.depth for control in controls]
     if len(set(depths)) > 1:
         raise UserError(
-            f"ControlNets of {', '.join(map(str, depths))} layers together: wanted"
-            " equally many, as their residuals are added up layer by layer"
+            f"ControlNets of {', '.join(map(str, depths))} layers together: all must"
+            " have the same number, because their residuals are added layer by layer"
         )
     return tuple(control.net.module for control in controls), tuple(arrays)
 
@@ -75,15 +75,15 @@ def _require_control(
         control.net, ControlBundle
     ):
         raise UserError(
-            f"{name}: {type(control).__name__}: wanted ControlInput(net, image), the"
-            " net being load_control's"
+            f"{name}: {type(control).__name__}: expected ControlInput(net, image), with"
+            " the net from load_control"
         )
     for field in ("scale", "start", "stop"):
         argument_checks.number(f"{name}: {field}", getattr(control, field))
     if not 0 <= control.start < control.stop <= 1:
         raise UserError(
-            f"{name}: from start {control.start} to stop {control.stop}: wanted shares"
-            " of the steps, 0 <= start < stop <= 1"
+            f"{name}: from start {control.start} to stop {control.stop}: expected"
+            " shares of the steps, 0 <= start < stop <= 1"
         )
     net, config = control.net.module, control.net.config
     denoiser = bundle.part("denoiser")
@@ -106,25 +106,25 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     if mask is not None and (
         not paints or input_images.are_latents(image, shape[2] + 1)
     ):
-        raise UserError(f"{name}: a mask: wanted none, its hint is whole without")
+        raise UserError(f"{name}: this ControlNet takes no mask; remove it")
     if input_images.are_latents(image, net.hint_channels):
         if control.preprocess is not None:
             raise UserError(
-                f"{name}: preprocess acts on pictures, and latents are given"
+                f"{name}: preprocess acts on pictures, but latents are given; remove it"
             )
         hint = input_images.latents(image, net.hint_channels, f"{name}'s latents")
         if hint.shape[1:3] != shape[:2]:
             raise UserError(
-                f"{name}: latents of {hint.shape[1:3]}: the picture's have {shape[:2]};"
-                " wanted the same"
+                f"{name}: latents of {hint.shape[1:3]}: must equal those of the"
+                f" picture, {shape[:2]}"
             )
         return hint
     pixels = input_images.pixels(image, f"{name}'s image")
     sides = shape[0] * bundle.factor, shape[1] * bundle.factor
     if pixels.shape[1:3] != sides:
         raise UserError(
-            f"{name}: an image of {pixels.shape[1:3]} pixels: the picture has {sides};"
-            " wanted the same"
+            f"{name}: an image of {pixels.shape[1:3]} pixels: must equal the size of"
+            f" the picture, {sides}"
         )
     if paints:  # the picture left, and where it is
         return _picture_left(bundle, control, pixels, shape, name)
@@ -132,8 +132,8 @@ def _hint(bundle: Bundle, control: ControlInput, shape: tuple, name: str):
     # make.
     if net.hint_channels != shape[2]:
         raise UserError(
-            f"{name}: this ControlNet reads {net.hint_channels} channels: wanted"
-            " latents"
+            f"{name}: this ControlNet reads {net.hint_channels} channels; give latents"
+            " instead of a picture"
         )
     shift = 0.0 if net.zero_pooled else None  # as they were trained
     return bundle.encode_image(pixels, shift=shift, preprocess=preprocess)
@@ -145,20 +145,19 @@ def _picture_left(
     """An inpainting net's hint: latents of the picture, black where the mask is 1, and
     1 where it stays."""
     if control.mask is None:
-        raise UserError(
-            f"{name}: this ControlNet repaints: wanted a mask with its image"
-        )
+        raise UserError(f"{name}: this ControlNet repaints; give a mask with its image")
     if control.preprocess not in (None, "plain"):
         raise UserError(
-            f'{name}: preprocess "{control.preprocess}": an inpainting net has none'
+            f'{name}: preprocess "{control.preprocess}": an inpainting ControlNet has'
+            " none; remove it"
         )
     # Hidden in pixels, before the autoencoder: black pixels have latents that are not
     # 0.
     hidden = pixel_mask(control.mask, shape, bundle.factor) > 0.5
     if len({len(hidden), len(pixels), 1}) > 2:
         raise UserError(
-            f"{name}: {len(hidden)} masks for {len(pixels)} images: wanted as many, or"
-            " one"
+            f"{name}: {len(hidden)} masks for {len(pixels)} images; expected the same"
+            " number, or one"
         )
     left = bundle.encode_image(jnp.where(hidden, 0.0, pixels))
     # The released net's extra channel is 1 where the picture stays, the opposite of the

@@ -52,8 +52,8 @@ class Encoder:
         self._t5_length = length - prompts.CLIP_LENGTH
         if self._t5_length < 1 and any(bundle.text_models):
             raise UserError(
-                f"config.text.length = {length}: wanted more than CLIP's"
-                f" {prompts.CLIP_LENGTH}, T5's tokens following them"
+                f"config.text.length = {length}: must be more than the"
+                f" {prompts.CLIP_LENGTH} tokens of CLIP, which precede those of T5"
             )
         placed = sharding.batch_sharding(bundle.mesh)
         scale = bundle.latent_scale if "vae" in bundle.modules else {}

@@ -95,7 +95,7 @@ def save_control(
     if layout not in layouts:
         reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
         raise UserError(
-            f'layout "{layout}"{reason}; wanted one of {", ".join(layouts)}'
+            f'layout "{layout}"{reason}; expected one of {", ".join(layouts)}'
         )
     variables = controlnet_keys.without_borrowed(module, control.variables)
     # The tables that loading reads, in the other direction.

@@ -58,7 +58,8 @@ def pixel_mask(
     sides = shape[0] * factor, shape[1] * factor
     if x.shape[1:3] != sides:
         raise UserError(
-            f"mask of {x.shape[1:3]} pixels: the picture has {sides}; wanted the same"
+            f"mask of {x.shape[1:3]} pixels: must equal the size of the picture,"
+            f" {sides}"
         )
     return x
 
@@ -91,11 +92,11 @@ def laid_out(
         x = x[None]
     if x.ndim != 4 or x.shape[-1] != channels or not all(x.shape):
         raise UserError(
-            f"{name} of shape {tuple(x.shape)}: wanted (b, h, w, {channels})"
+            f"{name} of shape {tuple(x.shape)}: expected (b, h, w, {channels})"
             f"{_transposed(x, (channels,))}"
         )
     if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise UserError(f"{name} of dtype {x.dtype}: wanted floats")
+        raise UserError(f"{name} of dtype {x.dtype}: expected floats")
     return x
 
 
@@ -104,10 +105,12 @@ def times(t: Any, rows: int) -> Float[Array | np.ndarray, " b"]:
     # Times stay float32: bfloat16 has 8 bits, too few for 1000 t.
     t = jnp.asarray(t, jnp.float32)
     if t.ndim > 1 or t.size not in (1, rows):
-        raise UserError(f"t of shape {t.shape}: wanted one for each of {rows} latents")
+        raise UserError(
+            f"t of shape {t.shape}: expected one for each of {rows} latents"
+        )
     if not isinstance(t, jax.core.Tracer) and not bool(((0 <= t) & (t <= 1)).all()):
         raise UserError(
-            f"t from {float(t.min()):g} to {float(t.max()):g}: wanted 0 (data) to 1"
+            f"t from {float(t.min()):g} to {float(t.max()):g}: expected 0 (data) to 1"
             " (noise), diffusers' timesteps / 1000"
         )
     return jnp.broadcast_to(t, (rows,))
@@ -140,24 +143,24 @@ def _together(value: Pictures, name: str, read: Callable, shaped: Callable):
     if isinstance(value, Image.Image):
         # MPO is what cameras write: a JPEG with a second frame that nobody means.
         if getattr(value, "is_animated", False) and value.format != "MPO":
-            raise UserError(f"{name}: animated; wanted one frame of it, frame.copy()")
+            raise UserError(f"{name}: animated; pass one frame of it, frame.copy()")
         # Their values have no fixed range or are no RGB colours: the caller has to
         # choose.
         if value.mode in ("F", "I", "HSV", "I;16B"):
             raise UserError(
-                f'{name} of mode {value.mode}: wanted x.convert("RGB"), or of depth'
-                " numpy.asarray(x) brought to floats from 0 to 1"
+                f'{name} of mode {value.mode}: pass x.convert("RGB"); for depth, pass'
+                " numpy.asarray(x) scaled to floats from 0 to 1"
             )
         return shaped(read(value, name), name)
     if not isinstance(value, list | tuple):
         return shaped(_array(value, name), name)
     parts = [_together(x, f"{name} {i}", read, shaped) for i, x in enumerate(value)]
     if not parts:
-        raise UserError(f"{name}: an empty list; wanted at least one")
+        raise UserError(f"{name}: an empty list; expected at least one")
     # No resizing and no casting in silence: a list must agree in size and dtype.
     if len({(x.dtype, x.shape[1:]) for x in parts}) > 1:
         kinds = ", ".join(f"{x.dtype} {x.shape[1:]}" for x in parts[:8])
-        raise UserError(f"{name}: {kinds}; wanted all of one size and dtype")
+        raise UserError(f"{name}: {kinds}; expected all of one size and dtype")
     return parts[0] if len(parts) == 1 else _module(*parts).concatenate(parts)
 
 
@@ -167,13 +170,13 @@ def _array(value: Any, name: str) -> Array | np.ndarray:
         return value
     if not hasattr(value, "__array__"):
         raise UserError(
-            f"{name}: {shown(repr(value))}: wanted an array or a PIL image, for a file"
-            " PIL.Image.open(path)"
+            f"{name}: {shown(repr(value))}: expected an array or a PIL image; for a"
+            " file, pass PIL.Image.open(path)"
         )
     try:
         return np.asarray(value)  # PyTorch's, on the host
     except (TypeError, RuntimeError, ValueError) as error:
-        raise UserError(f"{name}: no array of numpy's: {shown(error, 160)}") from None
+        raise UserError(f"{name}: not a NumPy array: {shown(error, 160)}") from None
 
 
 def _module(*arrays):
@@ -186,7 +189,7 @@ def _pictures(x: Array | np.ndarray, name: str):
     batch = batch[None] if batch.ndim == 3 and batch.shape[-1] in CHANNELS else batch
     if batch.ndim != 4 or batch.shape[-1] not in CHANNELS or not all(batch.shape):
         raise UserError(
-            f"{name} of shape {tuple(x.shape)}: wanted (b, H, W, 3), (H, W, 3) or (H,"
+            f"{name} of shape {tuple(x.shape)}: expected (b, H, W, 3), (H, W, 3) or (H,"
             f" W){_transposed(x, CHANNELS)}"
         )
     return batch
@@ -197,13 +200,13 @@ def _masks(x: Array | np.ndarray, name: str):
     batch = x[None] if x.ndim == 2 else x
     if batch.ndim == 3 and batch.shape[-1] in CHANNELS[1:]:
         raise UserError(
-            f"{name} of shape {tuple(x.shape)}: wanted one channel, x[..., 0]"
+            f"{name} of shape {tuple(x.shape)}: expected one channel, x[..., 0]"
         )
     if batch.ndim == 3:
         batch = batch[None] if batch.shape[-1] == 1 else batch[..., None]
     if batch.ndim != 4 or batch.shape[-1] != 1 or not all(batch.shape):
         raise UserError(
-            f"{name} of shape {tuple(x.shape)}: wanted (b, H, W, 1), (b, H, W) or (H,"
+            f"{name} of shape {tuple(x.shape)}: expected (b, H, W, 1), (b, H, W) or (H,"
             f" W){_transposed(x, (1,))}"
         )
     return batch
@@ -219,8 +222,8 @@ def _transposed(x: Array | np.ndarray, channels: tuple[int, ...]) -> str:
 def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
     if picture.mode not in MASKS:
         raise UserError(
-            f'{name} of mode {picture.mode}: wanted "1" or "L", mask.convert("L"), or'
-            ' mask.getchannel("A") for what is opaque'
+            f'{name} of mode {picture.mode}: expected "1" or "L"; pass'
+            ' mask.convert("L"), or mask.getchannel("A") for the opaque area'
         )
     return files.pixels(picture, name)[..., :1]
 
@@ -233,13 +236,13 @@ def _floats(x: Array | np.ndarray, name: str):
         # A mask of 0 and 1 in bytes would be black: 1 is 1/255.
         if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
             raise UserError(
-                f"{name}: bytes of 0 and 1, where 255 is 1; wanted x.astype(bool), or"
-                " bytes of 0 and 255"
+                f"{name}: bytes of 0 and 1, but 255 stands for 1; pass x.astype(bool),"
+                " or bytes of 0 and 255"
             )
         return x.astype(np.float32) / 255
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise UserError(
-            f"{name} of dtype {x.dtype}: wanted uint8, or floats from 0 to 1"
+            f"{name} of dtype {x.dtype}: expected uint8, or floats from 0 to 1"
         )
     x = x.astype(np.float32)
     finite(x, name)
@@ -248,7 +251,7 @@ def _floats(x: Array | np.ndarray, name: str):
         # Values in [-1, 1] or [0, 255] would pass the program and give wrong pictures.
         if not -SLACK <= low <= high <= 1 + SLACK:
             raise UserError(
-                f"{name}: floats from {low:g} to {high:g}; wanted 0 to 1: x / 255 of"
+                f"{name}: floats from {low:g} to {high:g}; expected 0 to 1: x / 255 of"
                 " 0 to 255, (x + 1) / 2 of -1 to 1, else x.clip(0, 1)"
             )
     return x.clip(0, 1)

@@ -14,7 +14,7 @@ from sd3_jax.models import vae
 class Autoencoder(NamedTuple):
     """`encode(batch, key)` gives scaled latents x0; `decode(x0)` pixels in [-1, 1].
 
-    `factor` pixels lie along a latent's side. From stored moments, x0 is drawn anew at
+    `factor` pixels lie along a latent's side. From stored moments, x0 is drawn again at
     each step with the key; stored latents are x0 itself.
     """
 
@@ -74,8 +74,8 @@ def _stored(batch, key):
 
 def _undecodable(x0):
     raise UserError(
-        'config.image.autoencoder = "latents" only reads stored latents: there is no'
-        " decoder to make pictures with"
+        'config.image.autoencoder = "latents" only reads stored latents: it has no'
+        " decoder to make pictures"
     )
 
 

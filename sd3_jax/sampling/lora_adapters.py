@@ -48,7 +48,7 @@ def listed(requested: Any) -> list[tuple[str, float]]:
         known = isinstance(path, str | os.PathLike)
         if not known or isinstance(weight, bool | str):
             raise UserError(
-                f"lora {shown(repr(entry))}: wanted a path, (path, weight) or {{path:"
+                f"lora {shown(repr(entry))}: expected a path, (path, weight) or {{path:"
                 " weight}"
             )
         text = os.fspath(path)
@@ -56,7 +56,7 @@ def listed(requested: Any) -> list[tuple[str, float]]:
     # NaN or infinity would spread to every activation.
     for path, weight in specs:
         if not math.isfinite(weight):
-            raise UserError(f"lora {path}: weight {weight}: wanted a finite number")
+            raise UserError(f"lora {path}: weight {weight}: expected a finite number")
     return specs
 
 
@@ -74,8 +74,8 @@ def opened(
         pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
         if lacking := [name for name in pairs if name not in available]:
             raise UserError(
-                f"{path} adapts {lacking[0]}, and the weights have only"
-                f" {', '.join(available)}; name a file that has it after a comma"
+                f"{path} adapts {lacking[0]}, but the weights have only"
+                f" {', '.join(available)}; add a file that has it, after a comma"
             )
         loras.append(Opened(path, weight, pairs))
     return loras
@@ -94,7 +94,11 @@ def attached(
             params = lora.attach(params, _placed(lora_params, params))
             adapted[name] = adapted[name] | {"params": params}
             log.info(
-                "%s: %d linear maps of %s, times %g", path, len(pairs), name, weight
+                "%s: adapts %d linear layers of %s, times %g",
+                path,
+                len(pairs),
+                name,
+                weight,
             )
     return adapted
 

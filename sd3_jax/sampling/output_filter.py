@@ -55,7 +55,7 @@ def load(filter: str, mark: str, sides: Sequence[tuple[int, int]]) -> Safety:
     height, width = min(sides, key=min)
     if mark and min(height, width) < watermark.SIDE:
         setting = f'config.sample.watermark = "{mark}": {width} x {height} pixels'
-        raise UserError(f"{setting}; wanted sides of {watermark.SIDE} or more")
+        raise UserError(f"{setting}; the sides must be {watermark.SIDE} or more")
     # Imported before any weight is loaded.
     function = hooks.guarded("sample.filter", filter) if filter else None
     return Safety(filter, function, mark)
@@ -73,6 +73,6 @@ def _flag(value, name: str) -> str:
     # A function may return True or a reason; any other type is likely a mistake, and a
     # picture must not pass by it.
     if not isinstance(value, str):
-        wanted = "wanted None, False, True or a reason a picture"
-        raise UserError(f"{name} gave {shown(repr(value))}; {wanted}")
+        wanted = "expected None, False, True or a reason a picture"
+        raise UserError(f"{name} returned {shown(repr(value))}; {wanted}")
     return shown(value, 300)

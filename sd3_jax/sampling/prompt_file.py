@@ -60,7 +60,7 @@ def tasks(config: ConfigDict) -> list[Task]:
     # Counted before the tasks are made: a typo in per_prompt would fill the memory.
     count = sum(line_config.sample.per_prompt for _, line_config in lines)
     if count > PICTURES:
-        raise UserError(f"{count} pictures: wanted at most {PICTURES}")
+        raise UserError(f"{count} pictures: expected at most {PICTURES}")
     picture_tasks = []
     for prompt, line_config in lines:
         settings = _settings(line_config)
@@ -85,10 +85,12 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
     lines = _lines(config, epath.Path(path), key)
     for prompt, line_config in lines:
         if line_config is not config and line_config.to_dict() != config.to_dict():
-            complaint = f'"{shown(prompt, 60)}" has settings of its own'
-            raise UserError(f"config.{key} = {path}: {complaint}; wanted prompts alone")
+            complaint = f'"{shown(prompt, 60)}" has its own settings'
+            raise UserError(
+                f"config.{key} = {path}: {complaint}; expected only prompts"
+            )
         if not isinstance(prompt, str):
-            raise UserError(f"config.{key} = {path}: wanted one text a prompt")
+            raise UserError(f"config.{key} = {path}: expected one text for each prompt")
     return [prompt for prompt, _ in lines]
 
 
@@ -101,7 +103,7 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
             # Reading one byte more than allowed tells a file that is too large.
             data = file.read(FILE + 1)
         if len(data) > FILE:
-            raise UserError(f"{name}: wanted at most {FILE} bytes")
+            raise UserError(f"{name}: expected at most {FILE} bytes")
         # str.splitlines would also split at U+2028, which JSON allows inside strings.
         return re.split("\r\n|\n|\r", data.decode("utf-8-sig"))
     except OSError as error:
@@ -115,7 +117,7 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
     # Neither has precedence over the other, so both together are an error.
     if sample.prompt and sample.prompts_file:
         raise UserError(
-            "config.sample.prompt and config.sample.prompts_file are both given; wanted"
+            "config.sample.prompt and config.sample.prompts_file are both set; set only"
             " one of them"
         )
     if sample.prompt:
@@ -124,7 +126,7 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
         return _lines(config, epath.Path(sample.prompts_file))
     if not config.train.prompts:
         raise UserError(
-            "no prompt: wanted --config.sample.prompt=TEXT or"
+            "no prompt; set --config.sample.prompt=TEXT or"
             " --config.sample.prompts_file=FILE, one prompt a line"
         )
     name = "config.train.prompts"
@@ -159,7 +161,7 @@ def _lines(
             bad.append(str(number))
             if len(bad) <= MOST_LOGGED:
                 reason = shown(error, 300)
-                log.warning("%s:%d: %s: not painted", path, number, reason)
+                log.warning("%s:%d: skipped: %s", path, number, reason)
     if not parsed:
         raise UserError(f"{name}: holds no prompt" + (" that can be read" * bool(bad)))
     if bad:
@@ -167,9 +169,7 @@ def _lines(
             ", …" if bad[MOST_LOGGED:] else ""
         )
         counts = len(bad), len(parsed) + len(bad)
-        log.warning(
-            "%s: %d of %d lines are not painted: %s", path, *counts, bad_numbers
-        )
+        log.warning("%s: skipped %d of %d lines: %s", path, *counts, bad_numbers)
     return parsed
 
 
@@ -184,7 +184,7 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
     except ValueError as error:
         raise UserError(f"not JSON: {error}") from None
     if not isinstance(fields, dict) or "prompt" not in fields:
-        raise UserError('wanted {"prompt": TEXT, …}')
+        raise UserError('expected {"prompt": TEXT, …}')
     prompt = _prompt(fields.pop("prompt"))
     # A copy with references resolved: a line that sets image.height must not move other
     # fields of the recipe that refer to it.
@@ -200,7 +200,7 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
             line_config[group][key] = _plain(value)
         except (TypeError, ValueError, OverflowError):
             wanted = line_config[group].get_type(key).__name__
-            complaint = f"{name} {shown(json.dumps(value))}: wanted {wanted}"
+            complaint = f"{name} {shown(json.dumps(value))}: expected {wanted}"
             raise UserError(complaint) from None
     try:
         validate(line_config)
@@ -209,11 +209,13 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
     # A line may come from a user of a service: it must not cost a day of compute.
     for name, most in MOST.items():
         if line_config.sample[name] > most:
-            raise UserError(f"{name} {line_config.sample[name]}: wanted at most {most}")
+            raise UserError(
+                f"{name} {line_config.sample[name]}: expected at most {most}"
+            )
     # Released weights are seeded with seed + number, which must fit in 32 bits.
     last = line_config.sample.seed + line_config.sample.per_prompt - 1
     if last >= 2**32:
-        raise UserError(f"seed {last}, of the last picture: wanted below {2**32}")
+        raise UserError(f"seed {last}, of the last picture: expected below {2**32}")
     line_config.sample.negative = prompt_text.checked(
         line_config.sample.negative, "negative"
     )
@@ -223,9 +225,9 @@ def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
 def _prompt(value: Any) -> str | tuple[str, ...]:
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-        raise UserError("prompt: wanted a text, or one for each encoder")
+        raise UserError("prompt: expected a text, or one for each encoder")
     if len(texts) not in (1, 3) or not texts[0].strip():
-        raise UserError("prompt: wanted a text, or three, for CLIP-L, CLIP-G and T5")
+        raise UserError("prompt: expected one text, or three for CLIP-L, CLIP-G and T5")
     texts = tuple(map(prompt_text.checked, texts))
     return texts[0] if len(texts) == 1 else texts
 

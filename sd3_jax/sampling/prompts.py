@@ -177,7 +177,7 @@ def filled(x: Array, size: int, key: str) -> Array:
     """x zero-padded along its last axis to `size`; ConfigError if it is longer."""
     missing = size - x.shape[-1]
     if missing < 0:
-        raise ConfigError(f"{key} {size}: the text encoders give {x.shape[-1]}")
+        raise ConfigError(f"{key} {size}: the text encoders return {x.shape[-1]}")
     return jnp.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, missing)])
 
 

@@ -40,10 +40,8 @@ def load_for_sampling(
     # The weights do not say that they are distilled; their name usually does.
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
         message = (
-            "config.weights = %s and config.sample.cfg = %g: turbo models are made"
-        )
-        message += (
-            " for 4 steps without guidance, as configs/released.py:sd35_large_turbo"
+            "config.weights = %s and config.sample.cfg = %g: turbo models need 4 steps"
+            " without guidance; use --config=released:sd35_large_turbo"
         )
         log.warning(message, config.weights, config.sample.cfg)
     model = load(config, mesh, check=partial(check, settings=settings))
@@ -90,7 +88,7 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     for name in ("height", "width"):
         if asked[name] > most:
             raise UserError(
-                f"config.image.{name} = {asked[name]}: wanted at most {most} of this"
+                f"config.image.{name} = {asked[name]}: expected at most {most} of this"
                 " model"
             )
     argument_checks.skip_layers(asked["skip_layers"], denoiser.get("num_layers", 1))

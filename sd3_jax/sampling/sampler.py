@@ -252,7 +252,7 @@ def require_text_encoders(config: ConfigDict) -> None:
     """UserError if captions cannot be encoded: no bytes model, no encode.weights."""
     if config.text.name != "bytes" and not config.encode.weights:
         raise UserError(
-            f'config.text.name = "{config.text.name}": this recipe reads text that was'
-            " encoded before, and prompts need encoders: wanted config.encode.weights,"
-            ' a released model that has them, or "bytes"'
+            f'config.text.name = "{config.text.name}": this recipe reads encoded text,'
+            " and prompts need encoders; set config.encode.weights to a released model"
+            " that has them, or --config.text.name=bytes"
         )

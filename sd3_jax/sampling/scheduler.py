@@ -59,11 +59,11 @@ class Scheduler:
         # of a pair contradict.
         for pair in ("grid", "mu"), ("grid", "sigmas"), ("shift", "mu"):
             if set(pair) <= set(set_options):
-                raise UserError(f"{pair[0]} and {pair[1]} are both given: wanted one")
+                raise UserError(f"{pair[0]} and {pair[1]} are both set; set only one")
         if self.refused and (
             solver is None or not {"grid", "sigmas"} & set(set_options)
         ):
-            raise UserError(f"{self.refused}; or give both a solver and a grid")
+            raise UserError(f"{self.refused}; or set both a solver and a grid")
         line = self.line
         if solver not in (None, self.solver):
             # A solver that is not the file's brings its own line of times.
@@ -79,7 +79,7 @@ class Scheduler:
         return solver, self._times(steps, line, shift, mu, sigmas)
 
     def _times(self, steps, line, shift, mu, sigmas) -> Float32[np.ndarray, " n"]:
-        """In diffusers' order: the line, shifted, stretched to its end, spaced anew."""
+        """In diffusers' order: the line, shifted, stretched to its end, respaced."""
         end = 1 / CLOCK
         if mu is not None:
             # e^80 is far beyond what leaves float32 steps apart.

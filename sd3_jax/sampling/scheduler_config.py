@@ -107,7 +107,9 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     name, values = _checked(config, where)
     if name not in CLASSES:
         known = ", ".join(CLASSES)
-        reason = f"{where}: class {shown(name)} is not honoured: wanted one of {known}"
+        reason = (
+            f"{where}: class {shown(name)} is not supported; expected one of {known}"
+        )
         shifts = [float(config[k]) for k in ("flow_shift", "shift") if k in config]
         shift = shifts[0] if shifts else PUBLISHED.shift
         return dataclasses.replace(PUBLISHED, shift=shift, refused=reason)
@@ -119,7 +121,7 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     # The first complaint is enough: the caller mends one setting at a time.
     for key, wanted in complaints.items():
         value = _shown(values[key])
-        reason = f"{where}: {key} {value} of {name} is not honoured: wanted {wanted}"
+        reason = f"{where}: {key} {value} of {name} is not supported; expected {wanted}"
         return dataclasses.replace(scheduler, refused=reason)
     return scheduler
 
@@ -136,10 +138,10 @@ def unread(config: Mapping[str, Any]) -> list[str]:
 def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     """The class's name, and all its keys with their values or defaults."""
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: {_shown(config)}: wanted a JSON object")
+        raise UserError(f"{where}: {_shown(config)}: expected a JSON object")
     name = config.get("_class_name", EULER)
     if not isinstance(name, str):
-        raise UserError(f"{where}: _class_name {_shown(name)}: wanted a text")
+        raise UserError(f"{where}: _class_name {_shown(name)}: expected a text")
     values = {}
     for key, field in _keys(name).items():
         value = config.get(key, field.default)
@@ -148,13 +150,15 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
         if value is None and key not in ("shift", "flow_shift", "num_train_timesteps"):
             value = field.default
         if value is not field.default and not field.accepts(value):
-            raise UserError(f"{where}: {key} {_shown(value)}: wanted {field.allowed}")
+            raise UserError(f"{where}: {key} {_shown(value)}: expected {field.allowed}")
         values[key] = value
     # mu lies on a line through two points; equal lengths would divide by zero.
     if values.get("use_dynamic_shifting"):
         if values["base_image_seq_len"] == values["max_image_seq_len"]:
             message = f"{where}: base_image_seq_len and max_image_seq_len are the same"
-            raise UserError(f"{message}: wanted two, for use_dynamic_shifting")
+            raise UserError(
+                f"{message}; use_dynamic_shifting needs two different values"
+            )
     return name, values
 
 

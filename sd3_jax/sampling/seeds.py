@@ -21,11 +21,11 @@ def image_keys(prompts: int, seed: Any, per_prompt: int) -> Key[Array, " b"]:
     seeds = [seed] if shared else listed_seeds(seed)
     if not shared and len(seeds) != prompts:
         raise UserError(
-            f"{len(seeds)} seeds for {prompts} prompts: wanted one, or as many"
+            f"{len(seeds)} seeds for {prompts} prompts: expected one, or as many"
         )
     # The keys are made from uint32 arrays below, where a larger seed does not fit.
     if not all(0 <= s < 2**32 for s in seeds):
-        raise UserError(f"seed {shown(seed)}: wanted integers from 0 to {2**32 - 1}")
+        raise UserError(f"seed {shown(seed)}: expected integers from 0 to {2**32 - 1}")
     numbers = prompts * per_prompt if shared else per_prompt
     # Prompt by prompt, in the order of the pictures.
     rows = [(s, number) for s in seeds for number in range(numbers)]
@@ -39,5 +39,5 @@ def listed_seeds(seeds: Any) -> list[int]:
     seed_array = np.asarray(seeds)
     # A float such as 1e3 is refused: rounding it would pick some seed in silence.
     if seed_array.ndim != 1 or seed_array.dtype.kind not in "iu":
-        raise UserError(f"seed {shown(seeds)}: wanted an integer, or one a prompt")
+        raise UserError(f"seed {shown(seeds)}: expected an integer, or one a prompt")
     return seed_array.tolist()

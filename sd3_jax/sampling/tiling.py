@@ -56,7 +56,7 @@ def _in_latents(tile, factor):
     """The side of a tile and the stride between tiles, in latents."""
     # A tile must cover whole latents, or its neighbours would not meet.
     if tile < factor or tile % factor:
-        raise ConfigError(f"tile {tile}: wanted a multiple of {factor}")
+        raise ConfigError(f"tile {tile}: expected a multiple of {factor}")
     size = tile // factor
     # Where this rounds, diffusers gives pictures of a wrong size: nothing to equal.
     return size, size - int(size * OVERLAP)

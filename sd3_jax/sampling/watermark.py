@@ -4,7 +4,7 @@
 
 Informed spread spectrum (Malvar and Florencio 2003) in 8 x 8 cosines (Cox et al. 1997)
 of the picture scaled to a square grid, so that a mark survives compression, scaling and
-a change of aspect, but neither crops, turns nor whoever reads this file and wants it
+a change of aspect, but neither crops, turns nor anyone who reads this file and wants it
 gone. The library invisible-watermark would need PyTorch and OpenCV; this needs numpy.
 """
 
@@ -41,13 +41,15 @@ def embed(image: UInt8[ndarray, "h w 3"], message: str) -> UInt8[ndarray, "h w 3
     """The picture with the message in it; ValueError if it is smaller than 256 pixels.
 
     All channels change alike, so that colours stay. The change grows until every bit
-    reads with the strength wanted, what rounding and clipping took of it included.
+    reads with the requested strength, what rounding and clipping took of it included.
     """
     h, w = image.shape[:2]
     if not fits(message):
-        raise ValueError(f"{message!r}: wanted 1 to {LENGTH} bytes of text that prints")
+        raise ValueError(
+            f"{message!r}: expected 1 to {LENGTH} bytes of text that prints"
+        )
     if min(h, w) < SIDE:
-        raise ValueError(f"{w} x {h} pixels; wanted sides of {SIDE} or more for a mark")
+        raise ValueError(f"{w} x {h} pixels; a watermark needs sides of {SIDE} or more")
     name = "fine" if min(h, w) >= FINE else "coarse"
     grid, wanted = GRIDS[name], STRENGTH[name]
     signs = 2.0 * _frame(message) - 1  # (FRAME,)

@@ -31,6 +31,7 @@ def compile_for_batches(
     step's time has a compilation in it.
     """
     begin, lowered = time.perf_counter(), {}
+    log.info("compiling the step ...")
     for batch in batches:
         # Shapes suffice from here on: the arrays of one bucket need not stay until the
         # next one's are there.
@@ -42,7 +43,7 @@ def compile_for_batches(
     with ThreadPoolExecutor(COMPILERS) as threads:
         programs = dict(zip(lowered, threads.map(compile_or_explain, lowered.values())))
     seconds = time.perf_counter() - begin
-    log.info("compiled the step in %.1f s, shapes: %d", seconds, len(programs))
+    log.info("compiled the step in %.1f s (shapes: %d)", seconds, len(programs))
     # Hosts do not compile equally fast, and on CPUs a collective gives up after half a
     # minute.
     processes.meet("compiled the step")
@@ -57,8 +58,8 @@ def compile_or_explain(lowered) -> Callable:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise UserError(
-            f"the step does not fit the memory of {jax.devices()[0].device_kind}:"
-            " wanted a smaller config.data.batch_size, config.optim.accumulate,"
-            " config.model.remat = full or a larger config.mesh.fsdp (sd3-jax plan"
-            f" finds some): {' '.join(str(error).split())[:300]}"
+            f"the step does not fit the memory of {jax.devices()[0].device_kind}; set a"
+            " smaller config.data.batch_size, config.optim.accumulate,"
+            " --config.model.remat=full or a larger config.mesh.fsdp (sd3-jax plan"
+            f" compares them): {' '.join(str(error).split())[:300]}"
         ) from error

@@ -27,8 +27,8 @@ class NonFinite:
     def words(self, step: int, loss: float, grad_norm: float, names: list[str]) -> str:
         shown = ", ".join(names[:4]) + (", …" if names[4:] else "")
         return (
-            f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: no update was"
-            f" made; last good step {self.last_good}, last saved step"
+            f"step {step}: loss {loss:g}, gradient norm {grad_norm:g}: the update was"
+            f" skipped; last good step {self.last_good}, last saved step"
             f" {self.last_saved}; its batch: {shown}"
         )
 
@@ -36,6 +36,6 @@ class NonFinite:
         """RunFailed once more steps were skipped than allowed."""
         if self.skipped > self.allowed:
             raise RunFailed(
-                f"{words}; {self.skipped} such steps, and config.train.skip_nonfinite ="
-                f" {self.allowed}"
+                f"{words}; {self.skipped} steps were skipped, and"
+                f" config.train.skip_nonfinite = {self.allowed} allows no more"
             )

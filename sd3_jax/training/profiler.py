@@ -26,9 +26,8 @@ def require_sound_profiler() -> None:
     platform = jax.devices()[0].platform
     if platform != "tpu" and "tpu" in allowed and importlib.util.find_spec("libtpu"):
         raise UserError(
-            "config.profile.start: libtpu is installed and jax found no TPU; its"
-            f" profiler would crash here: set JAX_PLATFORMS={platform}, or uninstall"
-            " libtpu"
+            "config.profile.start: libtpu is installed but jax found no TPU, so its"
+            f" profiler would crash; set JAX_PLATFORMS={platform}, or uninstall libtpu"
         )
 
 
@@ -50,7 +49,7 @@ class Trace:
         if self.steps:
             require_sound_profiler()
         if start and not span:
-            log.info("no trace: this run goes on after step %d", done)
+            log.info("no trace: this run resumes after step %d", done)
         self.folder, self._local = folder, None
 
     def __enter__(self) -> "Trace":
@@ -73,7 +72,7 @@ class Trace:
         return step + 1 == self.steps.stop  # range.stop is one past the last step
 
     def stop(self) -> None:
-        """Write the trace if one runs; a failed write is logged, the run goes on."""
+        """Write the trace if one runs; a failed write is logged, the run continues."""
         if self._local is None:
             return
         to = self.folder / "plugins" / "profile" / self._run  # where xprof looks

@@ -20,7 +20,7 @@ from sd3_jax.training.step import make_train_step
 class Program(NamedTuple):
     """The jitted step of a config on a mesh, and the state that it takes.
 
-    It holds no arrays, so `plan` builds it for devices that are not there.
+    It holds no arrays, so `plan` builds it for devices that do not exist.
     """
 
     parts: model_parts.Parts

@@ -106,5 +106,5 @@ def restore(
     if step < config.train.steps:  # else nothing follows that these could change
         compatibility.compare_rate(workdir, restored_config, config, step)
         batches_ahead = compatibility.batches_ahead(record, restored_config, config)
-    log.info("goes on from step %d of %s", step, workdir)
+    log.info("resuming from step %d of %s", step, workdir)
     return Start(state, step, record.get("skipped", 0), batches_ahead)

@@ -20,7 +20,7 @@ def grace_seconds() -> float | None:
     if not text:
         return None
     if not text.isdecimal():
-        raise UserError(f"SD3_GRACE_S = {text}: wanted an integer, seconds")
+        raise UserError(f"SD3_GRACE_S = {text}: expected a whole number of seconds")
     return float(text)
 
 
@@ -31,10 +31,11 @@ def refuse_sample_step(config: ConfigDict, workdir: epath.Path) -> None:
     """
     if step := config.sample.step:
         raise UserError(
-            f"config.sample.step = {step}: train goes on from the newest checkpoint. To"
-            f" go on from an earlier one, copy {workdir}/checkpoints/{step} to"
-            f" NEW/checkpoints/{step} and train with --workdir=NEW; to start a new run"
-            f" from its weights, set --config.tune.base={workdir}/checkpoints/{step}"
+            f"config.sample.step = {step}: train always resumes from the newest"
+            " checkpoint. To resume from an earlier one, copy"
+            f" {workdir}/checkpoints/{step} to NEW/checkpoints/{step} and train with"
+            " --workdir=NEW. To start a new run from its weights, set"
+            f" --config.tune.base={workdir}/checkpoints/{step}"
         )
 
 
@@ -46,8 +47,8 @@ def require_trainable_dtype(config: ConfigDict) -> None:
     """
     if config.model.dtype == "float16":
         raise UserError(
-            'config.model.dtype = "float16": gradients would be rounded to zero; wanted'
-            ' "bfloat16" or "float32" to train (float16 is for sampling alone)'
+            'config.model.dtype = "float16": gradients would round to zero; set'
+            ' "bfloat16" or "float32" to train (float16 is for sampling only)'
         )
 
 
@@ -59,9 +60,9 @@ def refuse_cpu_by_accident(params: dict) -> None:
     size, platform = tree.count(params), jax.devices()[0].platform
     if platform == "cpu" and size > LARGE and not os.environ.get("JAX_PLATFORMS"):
         raise UserError(
-            f"{size / 1e9:.1f} billion parameters, and jax found nothing but CPUs:"
-            " wanted jax[tpu] or jax[cuda12] and their devices, or"
-            " JAX_PLATFORMS=cpu, to mean it"
+            f"{size / 1e9:.1f} billion parameters, but jax found only CPUs; install"
+            " jax[tpu] or jax[cuda12] for their devices, or set JAX_PLATFORMS=cpu to"
+            " train on CPUs"
         )
 
 
@@ -82,9 +83,9 @@ def log_average(config: ConfigDict) -> None:
         )
     elif steps < every:
         log.warning(
-            "config.train.steps = %d, config.ema.every = %d: until its first turn the"
-            " average follows every step closely, and is little else than the last"
-            " weights; for an average set --config.ema.every=1",
+            "config.train.steps = %d, config.ema.every = %d: until its first update"
+            " the average follows the weights closely; set --config.ema.every=1 for an"
+            " average",
             *(steps, every),
         )
 
@@ -93,8 +94,8 @@ def warn_of_rate(config: ConfigDict) -> None:
     """Warn of a rate that is too small for an optimizer which estimates its own."""
     if config.optim.name == "prodigy" and config.optim.lr < 0.1:
         log.warning(
-            'config.optim.lr = %g: config.optim.name = "prodigy" multiplies the rate'
-            " that it estimates by it; 1.0 is usual",
+            'config.optim.lr = %g: config.optim.name = "prodigy" multiplies its'
+            " estimated rate by this; 1.0 is usual",
             config.optim.lr,
         )
 
@@ -105,7 +106,7 @@ def warn_of_short_run(config: ConfigDict) -> None:
     for name, asked, consequence in (
         ("log_every", True, "metrics.jsonl gets no losses"),
         ("eval_every", config.data.held_out, "the held-out records are never used"),
-        ("sample_every", train.prompts, "config.train.prompts are never painted"),
+        ("sample_every", train.prompts, "config.train.prompts are never sampled"),
     ):
         if asked and train[name] > train.steps:
             log.warning(

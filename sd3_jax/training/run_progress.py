@@ -43,8 +43,12 @@ class RunProgress:
         """
         saved = self.nonfinite.last_saved
         where = f"at step {self.step} of {self.total_steps}"
-        then = f"goes on from step {saved}" if saved else "starts again, from nothing"
-        return f"{where if self.step else 'at the start'}; the same command {then}"
+        then = (
+            f"resume from step {saved}" if saved else "start again from the beginning"
+        )
+        return (
+            f"{where if self.step else 'at the start'}; run the same command to {then}"
+        )
 
     @contextlib.contextmanager
     def explaining_interrupts(self) -> Iterator[None]:

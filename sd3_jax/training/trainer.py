@@ -112,7 +112,12 @@ def train(
         log_description(description, examples.by_bucket(source))
         write_description(workdir, settings, description)
         if start >= steps:
-            log.info("%s has all of its %d steps", workdir, steps)
+            log.info(
+                "%s already has all of its %d steps; raise --config.train.steps to"
+                " train more",
+                workdir,
+                steps,
+            )
             save_adapter(config, program, state, start, workdir)  # if a kill came first
             return
         metrics = stack.enter_context(open_metrics(config, workdir, start, goodput))
@@ -294,7 +299,7 @@ def save(
     stop = checkpoints.reached_preemption(step)
     if stop and processes.leads_others():  # of one process: signals.py does
         reason = progress.stop_reason
-        signals.say(f"{reason}: saves step {step}, then all processes stop")
+        signals.say(f"{reason}: saving step {step}, then all processes stop")
     saved = checkpoints.save(step, state, record, settings, force=last, finite=True)
     if saved:
         progress.nonfinite.last_saved = step

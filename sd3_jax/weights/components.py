@@ -77,7 +77,7 @@ def configured(
         config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
     config = published_configs.read(component.kind, config, where)
     if names := published_configs.unknown(component.kind, config):
-        message = "%s: fields that nothing here reads: %s"
+        message = "%s: ignored fields: %s"
         log.warning(message, where, shown(", ".join(names), 200))
     if tensors is not None:
         published_configs.agree(component.kind, config, tensors, layout, where)

@@ -94,12 +94,12 @@ def example(module: ControlNet, config: dict) -> tuple:
 
 
 def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> None:
-    """UserError if a file is no ControlNet of SD3, by its configuration or names."""
+    """UserError if a file is not a ControlNet of SD3, by its configuration or names."""
     kind = config.get("_class_name", "SD3ControlNetModel")
     if kind != "SD3ControlNetModel":
         raise UserError(
-            f"{path}: config.json is of {shown(kind)}; wanted SD3ControlNetModel, a"
-            " ControlNet of SD3 or SD3.5"
+            f"{path}: config.json is of {shown(kind)}; expected SD3ControlNetModel, a"
+            " ControlNet for SD3 or SD3.5"
         )
     wanted = ("controlnet_blocks.0.weight", HINT)
     if all(key in tensors for key in wanted):
@@ -107,7 +107,7 @@ def require_family(path: Any, tensors: Mapping[str, Any], config: Mapping) -> No
     families = (FAMILIES[part] for part in FAMILIES if any(part in k for k in tensors))
     few = ", ".join(list(tensors)[:3])
     raise UserError(
-        f"{path}: {next(families, f'holds {few}, …')}; wanted a ControlNet of SD3 or"
+        f"{path}: {next(families, f'holds {few}, …')}; expected a ControlNet of SD3 or"
         f" SD3.5, which has {wanted[0]} and {wanted[1]}"
     )
 
@@ -124,7 +124,7 @@ def hint_channels(tensors: Mapping[str, Any], config: Mapping) -> dict:
 def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict:
     """{"control_type": "canny"} from the tensors, else from the configuration.
 
-    {} if neither has it. Raises UserError for a value that is no CONTROL_TYPES.
+    {} if neither has it. Raises UserError for a value that is not a CONTROL_TYPES.
     """
     kind = config.get(CONTROL_TYPE)
     if (tensor := tensors.get(CONTROL_TYPE)) is not None:
@@ -137,7 +137,7 @@ def control_type(path: Any, tensors: Mapping[str, Any], config: Mapping) -> dict
         kind = CONTROL_TYPES[int(kind)]
     if kind not in CONTROL_TYPES:
         raise UserError(
-            f"{path}: control_type {shown(kind)}: wanted 0 (blur), 1 (canny) or 2"
+            f"{path}: control_type {shown(kind)}: expected 0 (blur), 1 (canny) or 2"
             " (depth)"
         )
     return {CONTROL_TYPE: kind}

@@ -64,7 +64,8 @@ def fetch(
     if not any((folder / x).exists() for x in (INDEX, "config.json")):
         raise UserError(
             f'{label} "{name.repo}": the repository has neither {INDEX} nor'
-            f' config.json: name one of its files, as "{name.repo}/FILE.safetensors"'
+            " config.json; name one of its files, such as"
+            f' "{name.repo}/FILE.safetensors"'
         )
     return folder
 
@@ -103,12 +104,12 @@ def _downloaded(function: str, name: Name, label: str, **options) -> epath.Path:
         lines = str(error).strip().splitlines() or [type(error).__name__]
         file = f"/{name.file}" if name.file else ""
         place = f'{label} "{name.repo}{file}"'
-        message = f"{place}: no such file or folder here, and the hub"
+        message = f"{place}: no such local file or folder, and the hub"
         if offline:
             raise UserError(
-                f"{message} cannot be reached, nor was it fetched from there before"
+                f"{message} cannot be reached, and it was not downloaded before"
             ) from None
-        message += f" does not give it: {shown(lines[0], 200)}"
+        message += f" refuses it: {shown(lines[0], 200)}"
         # The hub answers for a private repository as for an absent one; the error for
         # a gated one is a subclass.
         if isinstance(error, RepositoryNotFoundError):

@@ -151,10 +151,10 @@ def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
 def _tell(size: Size, shape: Sequence[int], where: str) -> tuple[int, str]:
     reason = f"{size.tensor} is {list(shape)}"
     if len(shape) != size.axes:
-        raise UserError(f"{where}: {reason}: wanted {size.axes} axes")
+        raise UserError(f"{where}: {reason}: expected {size.axes} axes")
     value = size.tell(shape)
     if value is None:
-        raise UserError(f"{where}: {reason}, which is no {size.field}")
+        raise UserError(f"{where}: {reason}, which is not a valid {size.field}")
     return value, reason
 
 
@@ -184,9 +184,12 @@ def _levels(x: Shapes, layout: str, where: str) -> Measured:
     if all(name in x for name in names):
         first = [axis("block_out_channels", name, 4, 0) for name in names]
         widths = [_tell(size, x[size.tensor].shape, where)[0] for size in first]
-        fields["block_out_channels"] = widths, f"{names[0]} and the like are so"
+        fields["block_out_channels"] = (
+            widths,
+            f"{names[0]} and similar tensors have these widths",
+        )
     resnets = number_of_layers(x, f"{one}0.{block}.", where)
-    fields["layers_per_block"] = resnets, f"{one}0 has so many"
+    fields["layers_per_block"] = resnets, f"{one}0 has this many"
     attends = any(name.startswith(middle) for name in x)
     reason = f"{middle}… is {'there' if attends else 'missing'}"
     return fields | {"mid_block_add_attention": (attends, reason)}
@@ -203,8 +206,7 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
         raise UserError(f"{where}: {prefix}0 is missing")
     if missing is not None:
         raise UserError(
-            f"{where}: {prefix}{missing} is missing, though there is"
-            f" {prefix}{layers[-1]}"
+            f"{where}: {prefix}{missing} is missing, but {prefix}{layers[-1]} exists"
         )
     return len(layers)
 
@@ -231,8 +233,8 @@ def _heads(width: int, where: str) -> int:
     # The number of heads is in no shape.
     if not width or width % HEAD:
         raise UserError(
-            f"{where}: {width} wide: a file without a configuration has heads of"
-            f" {HEAD}; wanted a folder with its config.json"
+            f"{where}: {width} wide, but a file without a configuration has heads of"
+            f" {HEAD}; use a folder with its config.json"
         )
     return width // HEAD
 
@@ -272,8 +274,8 @@ def _controlnet(x: Shapes, sizes: dict, where: str) -> dict:
 def _vae(x: Shapes, sizes: dict, where: str) -> dict:
     if "block_out_channels" not in sizes:
         raise UserError(
-            f"{where}: encoder.down.0.block.0.conv1.weight or its like in"
-            " another level is missing"
+            f"{where}: encoder.down.0.block.0.conv1.weight, or its equivalent in"
+            " another level, is missing"
         )
     levels = len(sizes["block_out_channels"])
     return sizes | {
@@ -313,8 +315,8 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
     width = sizes["hidden_size"]
     if width not in OPENAI:
         raise UserError(
-            f"{where}: a vision tower of width {width}: a file alone is read as"
-            " OpenAI's ViT-B or ViT-L; wanted a folder, with its config.json"
+            f"{where}: a vision tower of width {width}, but a single file must be"
+            " OpenAI's ViT-B or ViT-L; use a folder with its config.json"
         )
     if PLACES not in x:
         raise UserError(f"{where}: {PLACES} is missing")
@@ -330,7 +332,9 @@ def _vision(x: Shapes, sizes: dict, where: str) -> dict:
 def _t5(x: Shapes, sizes: dict, where: str) -> dict:
     inner, heads = sizes.pop(T5_INNER), sizes["num_heads"]
     if not heads or inner % heads:
-        raise UserError(f"{where}: {inner} wide inside, for {heads} heads")
+        raise UserError(
+            f"{where}: inner width {inner} for {heads} heads, which do not divide it"
+        )
     return sizes | {
         "architectures": ["T5EncoderModel"],
         "d_kv": inner // heads,  # both from shapes: the relative bias has the heads

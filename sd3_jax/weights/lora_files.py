@@ -45,7 +45,7 @@ def load(
     # kohya's and diffusers' name of one map in a single file would collide here.
     known = {_known(key, places, pair): pair for key, pair in pairs.items()}
     if len(known) < len(pairs):
-        raise UserError(f"LoRA of {name}: names a linear map twice")
+        raise UserError(f"LoRA of {name}: names a linear layer twice")
     # --- one rank for each kernel, the largest of its layers' and of q, k and v
     ranks: dict[tuple, int] = {}
     for place, pair in known.items():
@@ -63,8 +63,9 @@ def load(
                     # Finite factors may overflow: kohya's alpha has no bound.
                     if not np.isfinite(scaled).all():
                         raise UserError(
-                            f"{pair.up.path}: {_module(piece)}: too large for float32"
-                            f" times {share:g}, its alpha over its rank and the weight"
+                            f"{pair.up.path}: {_module(piece)}: overflows float32 when"
+                            f" multiplied by {share:g} (alpha / rank times the weight);"
+                            " use a smaller weight"
                         )
                     matrices[side][piece.path[1:-1]][piece.index] = scaled
     a, turned_b = matrices
@@ -119,7 +120,7 @@ def _diffusers(key: str, places: Mapping[tuple, Any]) -> tuple[str, str] | None:
 
 
 def _known(key: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]:
-    """(layout, name) of a name in any layout; UserError if it is no linear map."""
+    """(layout, name) of a name in any layout; UserError if it is not a linear map."""
     if place := _diffusers(key, places):
         return place
     # kohya's names have underscores for dots, so dots are lost: compare without.
@@ -128,7 +129,7 @@ def _known(key: str, places: Mapping[tuple, Any], pair: Pair) -> tuple[str, str]
         return place
     guess = near(key, [name for _, name in places])
     hint = f'; did you mean "{guess}"?' if guess else ""
-    raise UserError(f"{pair.down.path}: {key} is no linear map of the model{hint}")
+    raise UserError(f"{pair.down.path}: {key} is not a linear layer of the model{hint}")
 
 
 # --- a and b as kernels, which the key tables map: the rank is a's output axis and b's
@@ -210,12 +211,12 @@ def _matrix(pair: Pair, side: int, piece: Piece, rank: int) -> np.ndarray:
     if list(tensor.shape) != shape:
         raise UserError(
             f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is"
-            f" {list(tensor.shape)}, wanted {shape}"
+            f" {list(tensor.shape)}, expected {shape}"
         )
     if tensor.dtype.kind in "biu":
         raise UserError(
-            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is of {tensor.dtype}:"
-            " wanted floats, which a quantized LoRA has not"
+            f"{tensor.path}: {_module(piece)}.lora_{'AB'[side]} is of {tensor.dtype};"
+            " expected floats, a quantized LoRA is not supported"
         )
     x = tensor.read()
     if not finite(x):

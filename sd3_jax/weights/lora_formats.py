@@ -110,7 +110,7 @@ class Settings(NamedTuple):
         configured = self._of(self.ranks, module, self.rank)
         if configured not in (None, rank):
             raise UserError(
-                f"{self.where}: {module} is of rank {configured:g}, its tensors of"
+                f"{self.where}: {module} has rank {configured:g}, but its tensors have"
                 f" {rank}"
             )
         alpha = self._of(self.alphas, module, self.alpha)
@@ -132,16 +132,18 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
     """Pairs of a file, or of a folder with one, by component and module.
 
     Components are "denoiser", "clip_l" and "clip_g". Raises UserError for a tensor that
-    is no part of a pair, and for kinds of adapters that are no plain LoRA.
+    is not part of a pair, and for kinds of adapters that are not plain LoRA.
     """
     # --- open, and strip PEFT's prefix
     path = _file(epath.Path(path))
     tensors, metadata = safetensors.open_file(path)
     if not tensors:
-        raise UserError(f"{path}: holds no tensors, wanted lora_A and lora_B")
+        raise UserError(f"{path}: holds no tensors; expected lora_A and lora_B")
     names = {key.removeprefix(WRAPPED): key for key in tensors}
     if len(names) < len(tensors):
-        raise UserError(f"{path}: holds names with {WRAPPED} and without")
+        raise UserError(
+            f"{path}: holds names with {WRAPPED} and names without; expected one kind"
+        )
     wrapped = path.name == PEFT_FILE or any(name != key for name, key in names.items())
     # --- kohya's alphas leave `names`: what remains are matrices
     alphas = _take_alphas(path, tensors, names)
@@ -159,10 +161,10 @@ def read(path: epath.PathLike) -> dict[str, Pairs]:
             scale = settings[prefix].scale(module, rank)
         component = pairs.setdefault(PREFIXES[prefix], {})
         if (name := _without_kohya(module)) in component:
-            raise UserError(f"{path}: {module}: {name} stands there twice")
+            raise UserError(f"{path}: {module}: {name} appears twice")
         component[name] = Pair(pair["A"], pair["B"], scale)
     if alphas:
-        raise UserError(f"{path}: {next(iter(alphas))} has alpha alone")
+        raise UserError(f"{path}: {next(iter(alphas))} has only alpha")
     return pairs
 
 
@@ -182,17 +184,19 @@ def _sides(
         adapters.add(adapter)
     if len(adapters) > 1:
         names = listed(sorted(map(str, adapters)))
-        raise UserError(f"{path}: holds several adapters, {names}; wanted one")
+        raise UserError(f"{path}: holds several adapters, {names}; expected one")
     return sides
 
 
 def _require_pair(path: epath.Path, module: str, pair: Mapping[str, Tensor]) -> None:
     if len(pair) < 2:
-        raise UserError(f"{path}: {module} has lora_{min(pair)} alone, wanted both")
+        raise UserError(
+            f"{path}: {module} has only lora_{min(pair)}; expected lora_A and lora_B"
+        )
     down, up = pair["A"].shape, pair["B"].shape
     if not len(down) == len(up) >= 2 or down[0] != up[1] or not down[0]:
         raise UserError(
-            f"{path}: {module}: lora_A {list(down)}, lora_B {list(up)}: wanted (rank,"
+            f"{path}: {module}: lora_A {list(down)}, lora_B {list(up)}: expected (rank,"
             " in) and (out, rank)"
         )
 
@@ -220,7 +224,7 @@ def _settings_of(
     if wrapped and METADATA not in metadata:
         if not beside.exists():
             raise UserError(
-                f"{path}: wanted {PEFT_CONFIG} beside it, where PEFT keeps alpha"
+                f"{path}: {PEFT_CONFIG} is missing beside it; PEFT stores alpha there"
             )
         config = files.read_object(beside)
         usual = {"r": 8, "lora_alpha": 8}  # LoraConfig's defaults
@@ -237,7 +241,7 @@ def _settings_of(
 
 
 def _settings(where: str, config: Mapping[str, Any]) -> Settings:
-    """Settings of a PEFT configuration; UserError if it is no plain LoRA."""
+    """Settings of a PEFT configuration; UserError if it is not a plain LoRA."""
     # A field that is set and that nothing here reads might change the computation.
     kind, bias = config.get("peft_type", "LORA"), config.get("bias")
     initial = config.get("init_lora_weights")
@@ -247,12 +251,12 @@ def _settings(where: str, config: Mapping[str, Any]) -> Settings:
         ("init_lora_weights", initial, initial in INITIAL),
     ):
         if not good:
-            raise UserError(f"{where}: {name} {shown(value)}: wanted a plain LoRA")
+            raise UserError(f"{where}: {name} {shown(value)}: expected a plain LoRA")
     read_here = NEUTRAL | {"bias", "init_lora_weights"}
     for name, value in config.items():
         if value and name not in read_here:
             raise UserError(
-                f"{where}: {shown(name)} {shown(value)}: wanted a plain LoRA, without"
+                f"{where}: {shown(name)} {shown(value)}: expected a plain LoRA, without"
             )
     return Settings(
         where,
@@ -266,7 +270,7 @@ def _settings(where: str, config: Mapping[str, Any]) -> Settings:
 
 def _flag(where: str, name: str, value: Any) -> bool:
     if value not in (None, True, False):
-        raise UserError(f"{where}: {name} {shown(value)}: wanted true or false")
+        raise UserError(f"{where}: {name} {shown(value)}: expected true or false")
     return bool(value)
 
 
@@ -275,7 +279,7 @@ def _number(where: str, name: str, value: Any) -> float | None:
         return None
     if type(value) not in (int, float) or not abs(value) <= LARGEST:  # nor NaN
         raise UserError(
-            f"{where}: {name} {shown(value)}: wanted a number, {LARGEST:g} at most"
+            f"{where}: {name} {shown(value)}: expected a number, {LARGEST:g} at most"
         )
     return float(value)
 
@@ -283,13 +287,13 @@ def _number(where: str, name: str, value: Any) -> float | None:
 def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
     value = {} if value is None else value
     if not isinstance(value, dict) or None in value.values():
-        raise UserError(f"{where}: {name} {shown(value)}: wanted numbers by pattern")
+        raise UserError(f"{where}: {name} {shown(value)}: expected numbers by pattern")
     for pattern in value:
         # A repeated group may make a regular expression run for ever.
         if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
             raise UserError(
-                f"{where}: {name} {shown(pattern)}: wanted a plainer pattern, without a"
-                " group that is repeated"
+                f"{where}: {name} {shown(pattern)}: a pattern with a repeated group is"
+                " not supported; simplify it"
             )
     return {k: _number(where, f"{name} {shown(k)}", v) for k, v in value.items()}
 
@@ -303,7 +307,7 @@ def _take_alphas(path: epath.Path, tensors: Tensors, names: dict) -> dict[str, f
         if last == "alpha":
             value = tensors[names.pop(name)].read()
             if value.size != 1 or not math.isfinite(float(value.reshape(-1)[0])):
-                raise UserError(f"{path}: {name}: wanted one finite number")
+                raise UserError(f"{path}: {name}: expected one finite number")
             alphas[module] = float(value.reshape(-1)[0])
     return alphas
 
@@ -316,7 +320,7 @@ def _owner(path: epath.Path, tensors: Tensors) -> str:
     for name in tensors:
         if name.startswith(T5):
             raise UserError(
-                f"{path}: {name} is of T5; wanted a LoRA of {', '.join(PREFIXES)}"
+                f"{path}: {name} is for T5; expected a LoRA of {', '.join(PREFIXES)}"
             )
     clip = {name: x for name, x in tensors.items() if name.startswith(CLIP)}
     if not clip:
@@ -348,7 +352,7 @@ def _place(
     """
     for mark, kind in REFUSED.items():
         if mark in key:
-            raise UserError(f"{path}: {key}: {kind}; wanted lora_A and lora_B alone")
+            raise UserError(f"{path}: {key}: {kind}; expected only lora_A and lora_B")
     prefix, _, name = key.partition(".")
     if owner is not None:
         start = next((KOHYA[x] for x in KOHYA if key.startswith(x)), None)
@@ -357,8 +361,8 @@ def _place(
         guess = near(prefix, PREFIXES)
         hint = f'; did you mean "{guess}"?' if guess else ""
         raise UserError(
-            f"{path}: {key} is of none of {', '.join(PREFIXES)}, which may have a"
-            f" LoRA{hint}"
+            f"{path}: {key} begins with none of {', '.join(PREFIXES)}, the parts that"
+            f" can have a LoRA{hint}"
         )
     # Before version 0.20 diffusers kept LoRAs in attention processors.
     name = name.replace(".processor.", ".")
@@ -373,7 +377,7 @@ def _place(
     match = SIDE.fullmatch(name)
     if match is None:
         raise UserError(
-            f"{path}: {key} is not known; wanted MODULE.lora_A.weight and"
+            f"{path}: {key} is not known; expected MODULE.lora_A.weight and"
             " MODULE.lora_B.weight"
         )
     side = "A" if match[2].endswith(("A", "down")) else "B"

@@ -57,7 +57,10 @@ def _head(path: epath.Path) -> dict:
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: damaged: {error!r}") from None
     if newer:
-        raise UserError(f"{path}: version {version}, this code reads up to {VERSION}")
+        raise UserError(
+            f"{path}: version {version}, but this version of sd3_jax reads up to"
+            f" {VERSION}: install a newer one"
+        )
     return head
 
 

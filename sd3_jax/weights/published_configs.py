@@ -68,7 +68,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
     """A field of which only `values` are implemented; the first is the default."""
     # Floats by isclose: files print them with more or fewer digits. Types must agree,
     # because True == 1 == 1.0 in Python.
-    words = " or ".join(map(_json, values)) + ": nothing else is implemented"
+    words = " or ".join(map(_json, values)) + ": nothing else is supported"
     alike = lambda x, value: (
         type(x) is type(value)
         and (math.isclose(x, value) if type(x) is float else x == value)
@@ -80,7 +80,7 @@ def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
 
 def all_of(value: str) -> Field:
     """A field that is a list of one value repeated."""
-    words = f"a list of {value}: nothing else is implemented"
+    words = f"a list of {value}: nothing else is supported"
     accepts = lambda x: (
         isinstance(x, list | tuple)
         and 0 < len(x) <= LEVELS
@@ -248,7 +248,7 @@ def read(kind: str, config: Any, where: str = "") -> dict:
     """
     where = where or kind
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: {_json(config)}: wanted a JSON object")
+        raise UserError(f"{where}: {_json(config)}: expected a JSON object")
     table, values = TABLES[kind], dict(config)
     for name, field in table.items():
         if field is None:  # free
@@ -260,10 +260,10 @@ def read(kind: str, config: Any, where: str = "") -> dict:
             # A default may be what is wrong: say that the file does not have it.
             lack = "" if name in config else " (the default of a file without it)"
             raise UserError(
-                f"{where}: {name} = {_json(value)}{lack}: wanted {field.allowed}"
+                f"{where}: {name} = {_json(value)}{lack}: expected {field.allowed}"
             )
     for name, value, wanted in RULES[kind](values):
-        raise UserError(f"{where}: {name} = {_json(value)}: wanted {wanted}")
+        raise UserError(f"{where}: {name} = {_json(value)}: expected {wanted}")
     return values
 
 
@@ -310,17 +310,23 @@ def _controlnet_rules(c: dict):
         yield "dual_attention_layers", c["dual_attention_layers"], words
     if c["joint_attention_dim"] is None:  # its image tokens are the denoiser's
         if c["use_pos_embed"]:
-            words = "false, for joint_attention_dim is null: a single stream has none"
+            words = (
+                "false, because joint_attention_dim is null: a single stream has none"
+            )
             yield "use_pos_embed", True, words
         return
     for name, wanted in ("use_pos_embed", True), ("pos_embed_type", "sincos"):
         if c[name] != wanted:
-            yield name, c[name], f"{_json(wanted)}, for joint_attention_dim is not null"
+            yield (
+                name,
+                c[name],
+                f"{_json(wanted)}, because joint_attention_dim is not null",
+            )
     if c["pos_embed_max_size"] is None:
         yield (
             "pos_embed_max_size",
             None,
-            "a number, for joint_attention_dim is not null",
+            "a number, because joint_attention_dim is not null",
         )
 
 
@@ -386,8 +392,8 @@ def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> 
             same = said[name] == value
         if not same:
             raise UserError(
-                f"{where}: {name} = {_json(said[name])}: wanted {_json(value)}, for"
-                f" {reason}"
+                f"{where}: {name} = {_json(said[name])}: expected {_json(value)},"
+                f" because {reason}"
             )
 
 
@@ -418,8 +424,8 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
             raise UserError(
-                f"{source}: text encoders of another model: both CLIPs' {name} ="
-                f" {size}: wanted at most the denoiser's {most}"
+                f"{source}: the text encoders are of another model: {name} of both"
+                f" CLIPs is {size}; must be at most that of the denoiser, {most}"
             )
     for part, name, wanted in (
         ("t5", "d_model", context),
@@ -427,6 +433,6 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
     ):
         if part in configs and configs[part][name] != wanted:
             raise UserError(
-                f"{source}: {part} is of another model: {name} = {configs[part][name]}:"
-                f" wanted the denoiser's {wanted}"
+                f"{source}: {part} is of another model: {name} = {configs[part][name]};"
+                f" must be {wanted} as in the denoiser"
             )

@@ -94,10 +94,10 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     try:
         header = parse_json(text)
         if not isinstance(header, dict):
-            raise ValueError("wanted a JSON object")
+            raise ValueError("expected a JSON object")
         metadata = header.pop("__metadata__", {})
         if not _texts(metadata):
-            raise ValueError("__metadata__: wanted texts by name")
+            raise ValueError("__metadata__: expected texts by name")
         # Before dtypes: a quantized file is told as such, not as an unknown dtype.
         unsupported_formats.refuse_quantized(path, header, metadata)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
@@ -123,7 +123,7 @@ def _check_head(path: epath.Path, head: bytes, size: int, length: int) -> None:
     if brace and 2 <= size <= length - 8 and size <= HEADER:
         return
     if not length:
-        raise UserError(f"{path} is empty: copy it again")
+        raise UserError(f"{path} is empty; copy it again")
     if not brace or size > HEADER:
         unsupported_formats.refuse_format(path, head)
     if len(head) < 8 or size > min(HEADER, length - 8):
@@ -136,23 +136,25 @@ def _tensor(path, key, entry, base) -> Tensor:
     """The Tensor of a header's entry; ValueError for one that cannot be."""
     # Names go into messages and logs: only such as print, and not too long.
     if len(key) > NAME or not key.isprintable():
-        raise ValueError(f'"{shown(key)}": wanted a name of {NAME} that print')
+        raise ValueError(f'"{shown(key)}": expected a printable name of {NAME}')
     if not isinstance(entry, dict):
-        raise ValueError(f"{key}: wanted its dtype, shape and data_offsets")
+        raise ValueError(f"{key}: expected its dtype, shape and data_offsets")
     name, shape, offsets = (entry.get(k) for k in ("dtype", "shape", "data_offsets"))
     if name in unsupported_formats.DTYPES:
         wanted = ", ".join(DTYPES)
-        raise UserError(f"{path}: {key} is of {name}: wanted tensors of {wanted}")
+        raise UserError(f"{path}: {key} is of {name}: expected tensors of {wanted}")
     if not isinstance(name, str) or name not in DTYPES:
-        raise ValueError(f"{key}: dtype {shown(name)}, wanted {', '.join(DTYPES)}")
+        raise ValueError(f"{key}: dtype {shown(name)}, expected {', '.join(DTYPES)}")
     if not _counts(shape) or len(shape) > AXES or not _addressable(shape):
-        raise ValueError(f"{key}: shape {shown(shape)}, wanted {AXES} sizes at most")
+        raise ValueError(f"{key}: shape {shown(shape)}, expected {AXES} sizes at most")
     if not _counts(offsets) or len(offsets) != 2:
-        raise ValueError(f"{key}: data_offsets {shown(offsets)}, wanted start and end")
+        raise ValueError(
+            f"{key}: data_offsets {shown(offsets)}, expected start and end"
+        )
     start, end = offsets
     tensor = Tensor(path, np.dtype(DTYPES[name]), tuple(shape), base + start)
     if end - start != tensor.size:
-        raise ValueError(f"{key}: {name} {shape} does not take bytes {start} to {end}")
+        raise ValueError(f"{key}: {name} {shape} does not fit bytes {start} to {end}")
     return tensor
 
 
@@ -170,7 +172,7 @@ def _texts(x: Any) -> bool:
 
 
 def _damaged(path, reason) -> UserError:
-    return UserError(f"{path}: not a safetensors file, or a damaged one: {reason}")
+    return UserError(f"{path}: not a safetensors file, or damaged: {reason}")
 
 
 def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
@@ -200,7 +202,7 @@ def open_folder(folder: epath.PathLike, variant: str = "") -> Tensors:
     if indexes:
         return _open_indexed(folder, indexes[0])
     if whole:
-        raise UserError(f"{folder}: holds {listed(whole)}: wanted one; name the file")
+        raise UserError(f"{folder}: holds {listed(whole)}; name one of them")
     return open_shards(folder, [name for name in names if _is_weights(name)])
 
 
@@ -217,7 +219,7 @@ def only_file(folder: epath.Path, wanted: str, hint: str = "") -> epath.Path:
     elif not hint:
         unsupported_formats.refuse_pickles(folder)
     raise UserError(
-        f"{folder}: wanted {wanted} or one .safetensors file; it has {len(names)} of"
+        f"{folder}: expected {wanted} or one .safetensors file; it has {len(names)} of"
         f" those{hint}"
     )
 
@@ -256,13 +258,15 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
     """
     numbers = {name: tuple(map(int, SHARDED.search(name).groups())) for name in names}
     if len(sets := {(SHARDED.sub("", x), n) for x, (_, n) in numbers.items()}) > 1:
-        raise UserError(f"{folder}: holds shards of {len(sets)} files: wanted one's")
+        raise UserError(
+            f"{folder}: holds shards of {len(sets)} models; expected those of one"
+        )
     ((stem, count),) = sets
     present = {number for number, _ in numbers.values()}
     first = 0 if 0 in present else 1  # some tools count from 0
     if missing := sorted(set(range(first, first + count)) - present):
         raise UserError(
-            f"{folder}: of the {count} shards of {stem} {len(missing)} are not there:"
+            f"{folder}: {len(missing)} of the {count} shards of {stem} are missing:"
             f" {listed(missing)}"
         )
     tensors: Tensors = {}
@@ -270,7 +274,7 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
         part = open_file(folder / name)[0]
         if twice := tensors.keys() & part.keys():
             raise UserError(
-                f"{folder / name}: {shown(min(twice))} is in another shard as well"
+                f"{folder / name}: {shown(min(twice))} is also in another shard"
             )
         tensors |= part
     return tensors
@@ -281,7 +285,7 @@ def _weight_map(path: epath.Path) -> dict[str, str]:
     try:
         where = parse_json(files.read_bytes(path))["weight_map"]
         if not _texts(where):
-            raise ValueError("weight_map: wanted files by tensor")
+            raise ValueError("weight_map: expected files by tensor")
         # An index from elsewhere must not name files outside its folder.
         if any(not _neighbour(name) for name in where.values()):
             raise ValueError("names a file outside its folder")
@@ -301,7 +305,7 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
     if missing := [name for name in names if not (folder / name).exists()]:
         raise UserError(
             f"{folder / index} names {len(names)} files, of which {len(missing)} are"
-            f" not there: {listed(missing)}"
+            f" missing: {listed(missing)}"
         )
     tensors = {}
     for name in names:
@@ -360,7 +364,7 @@ def write_file(
         for key, entry in entries.items():
             x = entry.data()
             if x.shape != tuple(entry.shape):
-                raise ValueError(f"{key}: {x.shape} is to be written as {entry.shape}")
+                raise ValueError(f"{key}: shape {x.shape}, expected {entry.shape}")
             x = np.ascontiguousarray(x, dtype=entry.dtype).reshape(-1)
             file.write(memoryview(x.view(np.uint8)))
     partial.replace(path)

@@ -55,8 +55,8 @@ def check(
     if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
         name = integers[0]
         raise UserError(
-            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, wanted floats: the"
-            f" file is quantized ({len(integers)} tensors of integers)"
+            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, expected floats;"
+            f" the file is quantized ({len(integers)} tensors of integers)"
         )
 
 

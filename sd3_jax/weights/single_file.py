@@ -61,8 +61,8 @@ CLIP_UNREAD = {
 }
 UNREAD = {
     "denoiser": {
-        r"model_ema\.(decay|num_updates|diffusion_model\w*)": "an average of the"
-        " weights, which stand beside it",
+        r"model_ema\.(decay|num_updates|diffusion_model\w*)": "an average of"
+        " the weights, which are in the file too",
         r"(model\.)?model_sampling\.sigmas|denoiser\.(log_)?sigmas": "noise levels,"
         " which the scheduler computes",
         r"(model\.)?(betas|logvar|lvlb_weights|alphas_cumprod(_prev)?|posterior_\w+"
@@ -120,8 +120,8 @@ def split(
         group = groups.setdefault(name, {})
         if bare_key in group:
             raise UserError(
-                f"{path}: {key}: its part has {bare_key} twice, by two prefixes: remove"
-                " one of them"
+                f"{path}: {key}: its part has {bare_key} twice, under two prefixes;"
+                " remove one of them"
             )
         group[bare_key] = tensor
     # --- set aside what nothing reads; a component of nothing else is not there
@@ -137,17 +137,17 @@ def split(
     unknown = [key for key in unplaced if not _is_unread(key, parts, unread)]
     if not parts:
         raise UserError(
-            f"{path}: not a model of this family; it holds {listed(unknown)}; wanted"
+            f"{path}: not a model of this family; it holds {listed(unknown)}; expected"
             f" names that begin with {', '.join(_usual())}"
         )
     if unknown:
         raise UserError(
-            f"{path}: {len(unknown)} tensors of no known part: {listed(unknown)};"
-            f" wanted names that begin with {', '.join(_usual())}"
+            f"{path}: {len(unknown)} tensors belong to no known part:"
+            f" {listed(unknown)}; expected names that begin with {', '.join(_usual())}"
         )
     # Not in silence: the log lists what was left out, and why.
     for reason, keys in unread.items():
-        log.info("%s: not read: %s (%s)", path.name, listed(keys), reason)
+        log.info("%s: skipped %s (%s)", path.name, listed(keys), reason)
     return {name: _part(name, part) for name, part in parts.items()}
 
 
@@ -185,8 +185,8 @@ def _clips_by_width(
         width = _width(groups.get(name, {}))
         if WIDTHS.get(width, name) != name:
             raise UserError(
-                f"{path}: {name} is {width} wide, which is {WIDTHS[width]}'s width:"
-                f" wanted its tensors below text_encoders.{WIDTHS[width]}."
+                f"{path}: {name} is {width} wide, the width of {WIDTHS[width]}; its"
+                f" names must begin with text_encoders.{WIDTHS[width]}."
             )
     alone = groups.pop("clip", {})  # without a prefix
     # Nothing but what CLIP's files hold beside the text tower.
@@ -201,8 +201,8 @@ def _clips_by_width(
         )
     if width not in WIDTHS:
         raise UserError(
-            f"{path}: a CLIP of width {width}: wanted 768 (CLIP-L) or 1280 (CLIP-G), or"
-            " names that begin with text_encoders.clip_l. or text_encoders.clip_g."
+            f"{path}: a CLIP of width {width}: expected 768 (CLIP-L) or 1280 (CLIP-G),"
+            " or names that begin with text_encoders.clip_l. or text_encoders.clip_g."
         )
     name = WIDTHS[width]
     if twice := groups.get(name, {}).keys() & alone.keys():

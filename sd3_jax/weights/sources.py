@@ -93,17 +93,17 @@ def locate(
     """
     if not isinstance(source, str | os.PathLike) or not os.fspath(source):
         raise UserError(
-            f'{label} "{shown(source)}": wanted a file, a folder or a hub name'
+            f'{label} "{shown(source)}": expected a file, a folder or a hub name'
         )
     source = os.fspath(source)
     if not source.isprintable() or len(source) > 4096:  # as long as Linux' paths
-        raise UserError(f'{label} "{shown(source)}": wanted a name that prints')
+        raise UserError(f'{label} "{shown(source)}": expected a printable name')
     _check_scheme(source, label)
     # What exists counts before what the hub may have by the same name.
     if existing := _existing(source):
         return existing
     if link := source_names.link(source):
-        raise UserError(f'{label} "{source}" is a link: name it as "{link}"')
+        raise UserError(f'{label} "{source}" is a link; use "{link}"')
     if (name := source_names.parse_absent(source)) is None:
         raise UserError(
             f'{label} "{source}": no such file, folder or hub name{_near(source)}'
@@ -128,7 +128,7 @@ def resolve(
     """The path of `locate`; UserError for a variant, where there are none."""
     path, variant = locate(source, wanted, unwanted=UNWANTED, label=label)
     if variant:
-        raise UserError(f'{label} "{source}": wanted no variant (":{variant}") of it')
+        raise UserError(f'{label} "{source}" has no variants; remove ":{variant}"')
     return path
 
 
@@ -140,11 +140,11 @@ def _check_scheme(source: str, label: str) -> None:
         return
     if scheme[1].lower() in ("http", "https"):
         raise UserError(
-            f'{label} "{source}" is a link: download it and name the file, or name a'
+            f'{label} "{source}" is a link; download it and name the file, or name a'
             ' model of the hub as "owner/name" or "owner/name/file.safetensors"'
         )
     raise UserError(
-        f'{label} "{source}": wanted a path, or one that begins with'
+        f'{label} "{source}": expected a path, or one that begins with'
         f" {', '.join(source_names.BUCKETS)}"
     )
 
@@ -155,7 +155,7 @@ def _near(source: str) -> str:
     if "://" in source or not path.parent.is_dir():
         return ""
     if os.path.islink(path):  # `exists` follows links: this one is broken
-        return f": it is a link to {os.readlink(path)}, which is not there"
+        return f": it is a link to {os.readlink(path)}, which does not exist"
     guess = near(path.name, files.names(path.parent))
     return f'; did you mean "{path.parent / guess}"?' if guess else ""
 
@@ -163,7 +163,7 @@ def _near(source: str) -> str:
 def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     """The components at a path: a file, or a folder of one of the known forms.
 
-    Raises UserError for a folder of another form, and for what cannot be loaded.
+    Raises UserError for a folder of another form, and for unsupported formats.
     """
     # The order matters: a diffusers folder may hold single files beside it.
     if not path.is_dir():
@@ -179,7 +179,9 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
         return _single(path, safetensors.open_folder(path, variant), {})
-    wanted = f"a diffusers folder ({hub.INDEX}), one of ours ({native_format.FILE})"
+    wanted = (
+        f"a diffusers folder ({hub.INDEX}), an sd3_jax folder ({native_format.FILE})"
+    )
     # The hub's cache of a repository has its files further down.
     cached = "snapshots" in names_there
     hint = f"; name one of {path / 'snapshots'}" if cached else ""
@@ -189,7 +191,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
 
 def _no_variant(path: epath.Path, variant: str) -> None:
     if variant:
-        raise UserError(f"{path}: has no variants: wanted it without :{variant}")
+        raise UserError(f"{path} has no variants; remove :{variant}")
 
 
 def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
@@ -213,7 +215,7 @@ def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, 
     log.info("%s holds %s%s", path.name, named, none)
     # A tool dropped a component of a file that we wrote.
     if gone := [name for name in absent if name in known]:
-        log.warning("%s: %s, of which it tells, is gone", path, ", ".join(gone))
+        log.warning("%s: %s, which it lists, no longer exists", path, ", ".join(gone))
     return components
 
 
@@ -234,7 +236,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
     for name, component in COMPONENTS.items():
         if component.folder not in entries:
             if (path / component.folder).is_dir():
-                log.warning("%s leaves out %s, which is there", file, component.folder)
+                log.warning("%s does not list %s, which exists", file, component.folder)
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
         # Another class with the same fields would be another computation.
@@ -245,7 +247,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         variants |= safetensors.variants(folder)
         components[name] = _from_folder(component, folder, variant)
     if "unet" in entries:  # Stable Diffusion 1, 2 or XL
-        raise UserError(f"{file}: is of a U-Net: wanted Stable Diffusion 3 or 3.5")
+        raise UserError(f"{file} is of a U-Net; expected Stable Diffusion 3 or 3.5")
     # --- report what is listed and not loaded
     known = {"scheduler", *tokenizers.FOLDERS.values()}
     known |= {component.folder for component in COMPONENTS.values()}
@@ -275,7 +277,7 @@ def _entries(file: epath.Path) -> dict[str, list]:
             entries[key] = value
         elif key in parts and value not in (None, [None, None]):
             raise UserError(
-                f"{file}: {key} {shown(value)}: wanted [library, class], or [null,"
+                f"{file}: {key} {shown(value)}: expected [library, class], or [null,"
                 " null] for a part that is left out"
             )
     return entries
@@ -285,7 +287,9 @@ def _other(kind: str, name: str = "") -> str:
     """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
     meaning = unsupported_formats.CLASSES.get(kind)
-    return f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: wanted {wanted}"
+    return (
+        f"{shown(kind)}, {meaning}" if meaning else f"{shown(kind)}: expected {wanted}"
+    )
 
 
 def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:

@@ -19,10 +19,10 @@ PICKLED = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle")
 AGAIN = "download it again"
 UNPACK = "unpack it and name the .safetensors within"
 FORMATS = {  # first bytes, in lower case where they are letters: what it is, what to do
-    b"gguf": ("a GGUF file", "wanted the .safetensors that it was made from"),
+    b"gguf": ("a GGUF file", "expected the .safetensors that it was made from"),
     # llama.cpp's older formats, whose magic numbers are little-endian.
-    b"lmgg": ("a GGML file", "wanted the .safetensors that it was made from"),
-    b"tjgg": ("a GGML file", "wanted the .safetensors that it was made from"),
+    b"lmgg": ("a GGML file", "expected the .safetensors that it was made from"),
+    b"tjgg": ("a GGML file", "expected the .safetensors that it was made from"),
     # What git checks out without git-lfs: three lines of text.
     b"version https://git-lfs": (
         "a git-lfs pointer, not the file that it stands for",
@@ -38,10 +38,10 @@ FORMATS = {  # first bytes, in lower case where they are letters: what it is, wh
     b"\x28\xb5\x2f\xfd": ("a zstd archive", UNPACK),
     b"7z\xbc\xaf": ("a 7z archive", UNPACK),
     b"rar!": ("a RAR archive", UNPACK),
-    b"\x89hdf": ("an HDF5 file", "wanted the model as .safetensors"),
-    b"\x93numpy": ("a numpy file", "wanted the model as .safetensors"),
-    b"\x89png": ("a PNG picture", "wanted the model as .safetensors"),
-    b"\xff\xd8\xff": ("a JPEG picture", "wanted the model as .safetensors"),
+    b"\x89hdf": ("an HDF5 file", "expected the model as .safetensors"),
+    b"\x93numpy": ("a numpy file", "expected the model as .safetensors"),
+    b"\x89png": ("a PNG picture", "expected the model as .safetensors"),
+    b"\xff\xd8\xff": ("a JPEG picture", "expected the model as .safetensors"),
 }
 SUFFIXES = {  # formats without first bytes of their own
     ".onnx": "an ONNX program",
@@ -70,14 +70,16 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
         raise UserError(_pickle(path))
     if suffix in SUFFIXES:
         kind = SUFFIXES[suffix]
-        raise UserError(f"{path} is {kind}: wanted the model as .safetensors")
+        raise UserError(f"{path} is {kind}: expected the model as .safetensors")
     if head[257:262] == b"ustar":  # a tar begins with its first member's name
         raise UserError(f"{path} is a tar archive: unpack it and name the file within")
     if len(head) == HEAD and not any(head):
-        raise UserError(f"{path} begins with zeros, as a download that broke off")
+        raise UserError(
+            f"{path} begins with zeros, like an interrupted download; download it again"
+        )
     if _is_text(head):
         begin = shown(" ".join(head.decode(errors="ignore").split()), 60)
-        raise UserError(f'{path} is text, "{begin}": wanted a .safetensors file')
+        raise UserError(f'{path} is text, "{begin}": expected a .safetensors file')
 
 
 def refuse_pickles(folder: epath.Path) -> None:
@@ -91,8 +93,8 @@ def refuse_pickles(folder: epath.Path) -> None:
 
 def _pickle(path: epath.Path) -> str:
     return (
-        f"{path} is a pickle, whatever it is called, and loading one may run code;"
-        " wanted a safetensors file: huggingface.co/spaces/safetensors/convert, or"
+        f"{path} is a pickle, and loading one may run code; convert it to"
+        " safetensors: huggingface.co/spaces/safetensors/convert, or"
         " safetensors.torch.save_file(torch.load(FILE, weights_only=True), OUT)"
     )
 
@@ -151,46 +153,46 @@ def refuse_quantized(
 
 def _quantized(path: epath.Path, kind: str, sign: str) -> str:
     return (
-        f"{path} is quantized, {kind}, as {sign} says: wanted the model in fp32, fp16,"
-        " bf16 or plain fp8; quantize={...} rounds to eight bits here"
+        f"{path} is quantized, {kind}, as {sign} shows; use the model in fp32, fp16,"
+        " bf16 or plain fp8, and set quantize={...} to quantize to eight bits here"
     )
 
 
 OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
     r"(^|[._])lora_|\.lora\.|\.dora_scale$|\.hada_w|\.lokr_": (
-        "a LoRA: name it beside the weights, lora=[PATH] or config.sample.lora"
+        "a LoRA; load it with lora=[PATH] or config.sample.lora"
     ),
-    r"^controlnet_blocks\.": "a ControlNet: wanted sd3_jax.load_control(PATH, bundle)",
+    r"^controlnet_blocks\.": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
     r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": (
-        "TAESD, an autoencoder for previews: wanted SD3's own (vae/ of a diffusers"
+        "TAESD, an autoencoder for previews; use SD3's (vae/ of a diffusers"
         " folder, or first_stage_model. of a single file)"
     ),
     r"(^|\.)(input_blocks|output_blocks)\.\d": (
-        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): wanted"
+        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): expected"
         " Stable Diffusion 3 or 3.5"
     ),
     r"^(up|down)_blocks\.\d+\.attentions\.": (
-        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): wanted"
+        "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): expected"
         " Stable Diffusion 3 or 3.5"
     ),
     r"(^|\.)(double_blocks|single_blocks|single_transformer_blocks)\.\d": (
-        "not a model of this family but Flux, or one like it: wanted Stable Diffusion 3"
-        " or 3.5"
+        "not a model of this family but Flux, or one like it: expected Stable Diffusion"
+        " 3 or 3.5"
     ),
 }
 
 
 def refuse_others(path: epath.Path, names: Collection[str]) -> None:
-    """UserError for a LoRA, a ControlNet or another model in the place of weights."""
+    """UserError for a LoRA, a ControlNet or another model instead of weights."""
     for pattern, kind in OTHERS.items():
         if any(re.search(pattern, name) for name in names):
             raise UserError(f"{path} is {kind}")
 
 
 CLASSES = {  # class in config.json: what to name instead
-    "AutoencoderTiny": "TAESD, an autoencoder for previews: wanted SD3's AutoencoderKL",
-    "SD3ControlNetModel": "a ControlNet: wanted sd3_jax.load_control(PATH, bundle)",
-    "CLIPModel": "a whole CLIP: wanted its .safetensors, of which the text is read",
-    "CLIPTextModel": "a CLIP without a projection: wanted its .safetensors, as CLIP-L",
-    "T5ForConditionalGeneration": "a whole T5: wanted its .safetensors",
+    "AutoencoderTiny": "TAESD, an autoencoder for previews; use SD3's AutoencoderKL",
+    "SD3ControlNetModel": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
+    "CLIPModel": "a whole CLIP; use its .safetensors, whose text encoder is read",
+    "CLIPTextModel": "a CLIP without a projection; use the .safetensors of CLIP-L",
+    "T5ForConditionalGeneration": "a whole T5; use its .safetensors",
 }

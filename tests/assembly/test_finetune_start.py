@@ -186,14 +186,17 @@ def test_plan_knows_no_fine_tuning(tmp_path, capsys):
     for more in ["--config.tune.base=x"], []:
         argv = ["plan", "--config=configs/lora.py:tiny", f"--workdir={tmp_path}", *more]
         assert main.main(argv) == 2
-        assert "plan knows training from the start alone" in capsys.readouterr().err
+        assert "plan supports only training from scratch" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
     "flags, words",
     [
-        ({"model.depth": 3}, "config.model.depth = 3; wanted --config.model.depth=4"),
-        ({"tune.base": ""}, 'config.tune.method = "lora": wanted config.tune.base'),
+        ({"model.depth": 3}, "config.model.depth = 3; set --config.model.depth=4"),
+        (
+            {"tune.base": ""},
+            'config.tune.method = "lora" needs weights to start from: set config',
+        ),
         ({"tune.base": "nowhere/at/all"}, "config.tune.base: "),
         ({"tune.targets": "atn"}, 'did you mean "attn"'),
         ({"tune.lora": "nowhere/at/all.safetensors"}, "config.tune.lora = nowhere"),
@@ -209,9 +212,9 @@ def test_a_base_that_does_not_fit_is_told_of(flags, words, released, tmp_path, c
     [
         (
             {"tune.rank": 8},
-            "rank 16, and config.tune.rank = 8: wanted --config.tune.rank=16",
+            "rank is 16 but config.tune.rank = 8; expected --config.tune.rank=16",
         ),
-        ({"tune.targets": "mlp"}, 'not among config.tune.targets = "mlp"'),
+        ({"tune.targets": "mlp"}, 'which config.tune.targets = "mlp" does not'),
     ],
 )
 def test_a_lora_file_that_does_not_fit_is_told_of(

@@ -104,7 +104,7 @@ def test_a_leaf_is_named_where_no_sum_knows(copy, saved, caplog):
             state, data, _ = checkpoints.restore(saved.abstract)
         assert data == {"next_step": 2} and checkpoints.latest() == 2
         assert_bits(state, saved.abstract, seed=2)
-    assert "it is now damaged-3, and step 2 is the newest" in caplog.text
+    assert "renamed it to damaged-3; step 2 is the newest now" in caplog.text
 
 
 def test_the_run_goes_on_from_the_step_before(copy, saved):
@@ -178,7 +178,7 @@ def test_no_room_is_told_before_the_start(tmp_path, monkeypatch):
     usage = lambda path: SimpleNamespace(free=2 * size - 1)
     monkeypatch.setattr(step_folders.shutil, "disk_usage", usage)
     with Checkpoints(tmp_path, **POLICY) as checkpoints:
-        with pytest.raises(UserError, match=f"{tmp_path} has .* GB free: wanted"):
+        with pytest.raises(UserError, match=f"{tmp_path} has .* GB free but two"):
             checkpoints.require_space(abstract)
 
 

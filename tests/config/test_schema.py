@@ -46,9 +46,9 @@ def test_a_job_s_own_page_of_help(name, capsys):
         main.parse([name, "--help"])
     page, job = capsys.readouterr().out, JOBS[name]
     assert stop.value.code == 0 and max(map(len, page.splitlines())) <= 100
-    assert page.startswith(f"usage: sd3-jax {name} ")
+    assert f"\nUsage: sd3-jax {name} " in page
     assert all(f"  {group} " in page for group in job.groups)
-    assert page.endswith(f"example:\n{textwrap.indent(job.example, '  ')}\n")
+    assert page.endswith(f"Example:\n{textwrap.indent(job.example, '  ')}\n")
     program, *words = shlex.split(job.example.replace("\\\n", ""))
     assert program == "sd3-jax" and words[0] == name
     with pytest.raises(SystemExit):  # its recipe and keys are there

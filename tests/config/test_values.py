@@ -62,7 +62,7 @@ def accepted(config, key):
                 seen.append(holder[name])
                 yield holder[name]
         except ConfigError as error:
-            assert f"config.{key}" in str(error) or "wanted" in str(error)
+            assert f"config.{key}" in str(error) or "expected" in str(error)
             assert "\n" not in str(error)
         finally:
             holder[name] = before

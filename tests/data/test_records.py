@@ -127,10 +127,10 @@ def resigned(name, to):
 FAULTS = {
     "empty": (b"", "not a record: 0 bytes"),
     "pickle": (b"\x80\x04\x95" + bytes(100), "not a record: a header of"),
-    "huge header": ((2**40).to_bytes(8, "little") + bytes(99), "wanted at most 99"),
+    "huge header": ((2**40).to_bytes(8, "little") + bytes(99), "expected at most 99"),
     "header beyond": (
         pack(json.dumps(header()).encode() + b" " * record_header.HEADER),
-        f"wanted at most {record_header.HEADER}",
+        f"expected at most {record_header.HEADER}",
     ),
     "no json": (pack(b"{"), "its header"),
     "no utf-8": (pack(b'{"\xff": 1}'), "its header"),
@@ -139,44 +139,44 @@ FAULTS = {
     "a list": (pack([]), "no metadata"),
     "a name twice": (pack(b'{"__metadata__": {}, "__metadata__": {}}'), "twice"),
     "no metadata": (edit("__metadata__", to=None), "no metadata"),
-    "a number": (meta("caption", 7), "'caption': 7, wanted text"),
-    "other format": (meta("format", "pt"), "format 'pt', wanted \"sd3_jax.record\""),
+    "a number": (meta("caption", 7), "'caption': 7, expected text"),
+    "other format": (meta("format", "pt"), "format 'pt', expected \"sd3_jax.record\""),
     "no format": (meta("format", None), "format none"),
     "newer": (meta("version", "3"), "version 3 is newer than this code's, 2"),
-    "odd version": (meta("version", "1.0"), "version: '1.0', wanted \"2\""),
+    "odd version": (meta("version", "1.0"), "version: '1.0', expected \"2\""),
     "version 0": (meta("version", "0"), "version: '0'"),
     "no version": (meta("version", None), "version: ''"),
     "no caption": (meta("caption", None), "caption: missing"),
     "no source": (meta("source", None), "source: missing"),
     "no checksum": (meta("checksum", None), "checksum: missing"),
-    "typo": (meta("captoin", "a"), "'captoin': unknown, wanted one of format"),
-    "another caption": (meta("caption", "a blue fox"), "checksum: its bytes have"),
+    "typo": (meta("captoin", "a"), "'captoin': unknown, expected one of format"),
+    "another caption": (meta("caption", "a blue fox"), "checksum: "),
     "a name as a path": (edit("../../x", to={}), "'../../x': unknown"),
     "no text": (edit("context", to=None), "context: missing"),
     "clip beside context": (
         edit("clip", to={"dtype": "F32", "shape": [1, 1], "data_offsets": [0, 4]}),
-        "context: given whole, and as clip and t5",
+        "context: stored whole and also as clip and t5",
     ),
-    "odd moments": (edit("moments", "shape", to=[1, 4, 3]), "wanted (h w 2c)"),
+    "odd moments": (edit("moments", "shape", to=[1, 4, 3]), "expected (h w 2c)"),
     "an image of floats": (
         edit("image", to={"dtype": "F32", "shape": [2, 2, 3], "data_offsets": [0, 48]}),
-        "image: dtype 'F32', wanted one of U8",
+        "image: dtype 'F32', expected one of U8",
     ),
     "an image with alpha": (
         edit("image", to={"dtype": "U8", "shape": [2, 2, 4], "data_offsets": [0, 16]}),
-        "image: shape [2, 2, 4], wanted (h w 3)",
+        "image: shape [2, 2, 4], expected (h w 3)",
     ),
     "latents of bytes": (edit("latents", "dtype", to="U8"), "latents: dtype 'U8'"),
     "caption from two lines": (resigned("caption_from", "a\nb"), "caption_from: 'a"),
-    "no entry": (edit("latents", to=[]), "latents: [], wanted a tensor's entry"),
+    "no entry": (edit("latents", to=[]), "latents: [], expected a tensor's entry"),
     "float64": (
         edit("context", "dtype", to="F64"),
-        "context: dtype 'F64', wanted one of F32, BF16, F16",
+        "context: dtype 'F64', expected one of F32, BF16, F16",
     ),
     "other dtype": (edit("pooled", "dtype", to="BF16"), "checksum"),
     "one axis": (
         edit("pooled", "shape", to=[5, 1]),
-        "pooled: shape [5, 1], wanted (e), each in [1, ",
+        "pooled: shape [5, 1], expected (e), each in [1, ",
     ),
     "shape 0": (edit("latents", "shape", to=[0, 3, 4]), "latents: shape [0, 3, 4]"),
     "shape true": (edit("latents", "shape", to=[True, 3, 4]), "latents: shape [True"),
@@ -190,14 +190,14 @@ FAULTS = {
     "overlap": (edit("pooled", "data_offsets", to=[0, 10]), "not a record"),
     "trailing": (WHOLE + b"\0", "not a record"),
     "flipped": (WHOLE[:-3] + bytes([WHOLE[-3] ^ 1]) + WHOLE[-2:], "checksum"),
-    "no source name": (resigned("source", " "), "source: ' ', wanted 1 to 1024"),
+    "no source name": (resigned("source", " "), "source: ' ', expected 1 to 1024"),
     "newline in source": (resigned("source", "a\nb"), "source: 'a\\nb'"),
-    "size of one": (resigned("size", "[96]"), "size: '[96]', wanted 2 integers"),
-    "size 0": (resigned("size", "[0, 64]"), "size: (0, 64), wanted pixels"),
-    "size no json": (resigned("size", "x"), "size: 'x', wanted 2 integers"),
+    "size of one": (resigned("size", "[96]"), "size: '[96]', expected 2 integers"),
+    "size 0": (resigned("size", "[0, 64]"), "size: (0, 64), expected pixels"),
+    "size no json": (resigned("size", "x"), "size: 'x', expected 2 integers"),
     "crop outside": (
         resigned("crop", "[65, 8, 32, 48]"),
-        "crop: (65, 8, 32, 48), wanted a part of (96, 64)",
+        "crop: (65, 8, 32, 48), expected a part of (96, 64)",
     ),
 }
 
@@ -236,7 +236,10 @@ def test_no_record_holds_what_is_not_finite(name, value):
         (dict(caption="a\udcff"), "caption: not UTF-8"),
         (dict(size=None), "size: missing"),
         (dict(size=(96.5, 64)), "size: '[96.5, 64]'"),
-        (dict(tensors={}), "latents: missing, as are image, moments"),
+        (
+            dict(tensors={}),
+            "latents: missing; a record needs it or one of image, moments",
+        ),
         (dict(tensors={"pooled": np.zeros(2, np.float32)}), "latents: missing"),
         (dict(tensors={"latents": np.zeros((2, 2, 4))}), "dtype float64"),
         (dict(tensors={"latents": np.array("x", object)}), "dtype object"),
@@ -376,7 +379,9 @@ def pair(shape=(2, 3, 3), **more) -> Record:
 
 def test_a_preference_is_two_pictures_of_one_shape():
     assert same(decode(encode(pair()), "x:0"), pair())
-    with pytest.raises(BadRecord, match=r"rejected_image: shape \[3, 2, 3\], that of"):
+    with pytest.raises(
+        BadRecord, match=r"rejected_image: shape \[3, 2, 3\], expected that of"
+    ):
         encode(pair((3, 2, 3)))
-    with pytest.raises(BadRecord, match="latents: missing, beside rejected_latents"):
+    with pytest.raises(BadRecord, match="latents: missing, but rejected_latents"):
         encode(pair(rejected_latents=np.ones((2, 3, 4), np.float32)))

@@ -43,11 +43,11 @@ def test_shifted_has_the_digits_of_the_formula():
 @pytest.mark.parametrize(
     "name, steps, shift, message",
     [
-        ("karras", 28, 3.0, "grid: got 'karras', want one of linear, shifted, .*"),
-        ("linear", 0, 1.0, "steps: got 0, want a whole number >= 1"),
-        ("released", 28, 0.0, "shift: got 0.0, want a finite number > 0"),
-        ("shifted", 28, np.inf, "shift: got inf, want a finite number > 0"),
-        ("shifted", 28, 1e9, "shift: got .*, want one that keeps 28 .*"),
+        ("karras", 28, 3.0, "grid: got 'karras', expected one of linear, shifted, .*"),
+        ("linear", 0, 1.0, "steps: got 0, expected a whole number >= 1"),
+        ("released", 28, 0.0, "shift: got 0.0, expected a finite number > 0"),
+        ("shifted", 28, np.inf, "shift: got inf, expected a finite number > 0"),
+        ("shifted", 28, 1e9, "shift: got .*, expected one that keeps 28 .*"),
     ],
 )
 def test_make_explains_a_bad_value(name, steps, shift, message):

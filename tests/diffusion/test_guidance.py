@@ -94,13 +94,22 @@ def test_guidance_and_solver_trace_the_network_once(x):
 @pytest.mark.parametrize(
     "option, message",
     [
-        (dict(scale=float("nan")), "scale: got nan, want a finite number"),
-        (dict(scale=float("inf")), "scale: got inf, want a finite number"),
-        (dict(scale=-float("inf")), "scale: got -inf, want a finite number"),
-        (dict(scale=0.0, rescale=2.0), "rescale: got 2.0, want a number in \\[0, 1\\]"),
-        (dict(interval=(0.5, 0.2)), "interval: got \\(0.5, 0.2\\), want 0 <= start .*"),
-        (dict(interval=(0.0, 1.5)), "interval: got \\(0.0, 1.5\\), want 0 <= start .*"),
-        (dict(rescale=1.5), "rescale: got 1.5, want a number in \\[0, 1\\]"),
+        (dict(scale=float("nan")), "scale: got nan, expected a finite number"),
+        (dict(scale=float("inf")), "scale: got inf, expected a finite number"),
+        (dict(scale=-float("inf")), "scale: got -inf, expected a finite number"),
+        (
+            dict(scale=0.0, rescale=2.0),
+            "rescale: got 2.0, expected a number in \\[0, 1\\]",
+        ),
+        (
+            dict(interval=(0.5, 0.2)),
+            "interval: got \\(0.5, 0.2\\), expected 0 <= start .*",
+        ),
+        (
+            dict(interval=(0.0, 1.5)),
+            "interval: got \\(0.0, 1.5\\), expected 0 <= start .*",
+        ),
+        (dict(rescale=1.5), "rescale: got 1.5, expected a number in \\[0, 1\\]"),
     ],
 )
 def test_bad_options_are_explained(option, message):

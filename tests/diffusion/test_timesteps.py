@@ -172,11 +172,13 @@ def test_make_reaches_every_density(name, key):
     ],
 )
 def test_make_explains_a_bad_number(name, field, given, want):
-    with pytest.raises(ValueError, match=f"^{field}: got {given}, want {want}$"):
+    with pytest.raises(ValueError, match=f"^{field}: got {given}, expected {want}$"):
         make(name, **DEFAULTS | {field: given})
 
 
 def test_make_explains_a_bad_name():
-    message = "^density: got 'lognorm', want one of uniform, .*nearest: logit_normal"
+    message = (
+        "^density: got 'lognorm', expected one of uniform, .*nearest: logit_normal"
+    )
     with pytest.raises(ValueError, match=message):
         make("lognorm", **DEFAULTS)

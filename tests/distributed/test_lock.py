@@ -101,7 +101,7 @@ def test_on_an_object_store_the_beat_alone_tells(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "remote", lambda path: True)
     mine, other = lock.Lock(path, beat=0.1), lock.Lock(path, beat=0.1)
     mine.take()
-    with pytest.raises(UserError, match="another job is at work"):
+    with pytest.raises(UserError, match="another job is running"):
         other.take()
     other.release()  # which never had it
     assert path.exists()

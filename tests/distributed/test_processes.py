@@ -44,7 +44,7 @@ def test_a_process_that_waits_for_one_that_is_gone_ends(verb):
     code = {"fail": 1, "stuck": 3}[verb]  # a restart repeats a bug
     assert [waiting.returncode, other.returncode] == [code, code], waiting.stderr
     assert reason in other.stderr
-    assert f"process 1 has ended, so this one does: {reason}" in waiting.stderr
+    assert f"process 1 ended, so this one ends too: {reason}" in waiting.stderr
     if verb == "stuck":  # the stacks say where
         assert "hosts_worker.py" in other.stderr and "in stuck" in other.stderr
 
@@ -53,7 +53,7 @@ def test_the_one_that_was_waited_for_prints_its_stacks_too():
     """Which of two watches looks first is chance."""
     waiting, still = ends("waits")
     assert [waiting.returncode, still.returncode] == [3, 3], waiting.stderr
-    assert "process 0 has ended, so this one does: stuck: step 8" in still.stderr
+    assert "process 0 ended, so this one ends too: stuck: step 8" in still.stderr
     assert all("hosts_worker.py" in r.stderr for r in (waiting, still))
     assert all("in waits" in r.stderr for r in (waiting, still))
 
@@ -87,5 +87,7 @@ def test_a_process_whose_peers_do_not_come_says_so(index, tmp_path):
     )
     assert done.returncode == 3
     line = done.stderr.splitlines()[-1]
-    assert line.startswith("sd3-jax: error: SD3_INIT_S = 3: not all processes came")
+    assert line.startswith(
+        "sd3-jax: error: SD3_INIT_S = 3: not all processes connected"
+    )
     assert f"process {index} of 2, at 127.0.0.1" in line

@@ -59,10 +59,14 @@ def test_a_second_ctrl_c_ends_what_does_not_end_of_the_first():
     try:
         process.send_signal(signal.SIGTERM)
         line = process.stderr.readline()
-        assert line.startswith("sd3-jax: SIGTERM: stops as soon as it can (now: comp")
+        assert line.startswith(
+            "sd3-jax: SIGTERM: stopping as soon as possible (now: comp"
+        )
         process.send_signal(signal.SIGINT)
         line = process.stderr.readline()
-        assert line.startswith("sd3-jax: Ctrl-C: stops as soon as it can; again: at")
+        assert line.startswith(
+            "sd3-jax: Ctrl-C: stopping as soon as possible; press again"
+        )
         assert process.poll() is None
         process.send_signal(signal.SIGINT)
         began = time.monotonic()
@@ -75,9 +79,13 @@ def test_a_second_ctrl_c_ends_what_does_not_end_of_the_first():
 @pytest.mark.parametrize(
     ("step", "saved", "words"),
     [
-        (0, 0, "at the start; the same command starts again, from nothing"),
-        (7, 0, "at step 7 of 9; the same command starts again, from nothing"),
-        (7, 5, "at step 7 of 9; the same command goes on from step 5"),
+        (0, 0, "at the start; run the same command to start again from the beginning"),
+        (
+            7,
+            0,
+            "at step 7 of 9; run the same command to start again from the beginning",
+        ),
+        (7, 5, "at step 7 of 9; run the same command to resume from step 5"),
     ],
 )
 def test_training_says_where_it_stopped_and_how_to_go_on(step, saved, words):
@@ -99,7 +107,7 @@ def test_a_port_in_use_is_one_line(monkeypatch):
             main.join_processes()
     main.refuse_port_in_use(main.described_peers())  # free again
     monkeypatch.setenv("SD3_COORDINATOR", "127.0.0.1:65536")
-    with pytest.raises(UserError, match="wanted host:port"):
+    with pytest.raises(UserError, match="expected host:port"):
         main.join_processes()
 
 

@@ -71,7 +71,7 @@ def test_a_user_without_a_name_trains_samples_and_resumes(installed):
         return done.stderr
 
     run(*TRAIN, "--config.train.steps=2")
-    assert "goes on from step 2" in run(*TRAIN, "--config.train.steps=3")
+    assert "resuming from step 2" in run(*TRAIN, "--config.train.steps=3")
     run("sample", *TINY, "--config.sample.prompt=a red one")
     assert (installed / "work" / "run" / "samples.png").is_file()
     assert not list((installed / "install").rglob("*.pyc"))

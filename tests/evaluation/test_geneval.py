@@ -37,7 +37,7 @@ def test_single_and_two_objects():
     two = asked("two_object", thing("bench"), thing("cat"))
     assert right(two, CAT, BENCH)
     alone = verdict(two, BENCH)
-    assert alone == (0.0, "cat: wanted 1, found 0", {})
+    assert alone == (0.0, "cat: expected 1, found 0", {})
     assert not right(two)
 
 
@@ -54,7 +54,7 @@ def test_counting_is_exact_by_what_is_excluded():
     benches = [("bench", 0.99, (10 * i, 0, 10 * i + 8, 8)) for i in range(4)]
     each = asked("counting", thing("bench", 3), exclude=[thing("bench", 4)])
     assert [right(each, *benches[:n]) for n in range(5)] == [False] * 3 + [True, False]
-    assert "wanted fewer than 4, found 4" in verdict(each, *benches).reason
+    assert "expected fewer than 4, found 4" in verdict(each, *benches).reason
     unsure = [*benches[:3], ("bench", 0.8, (50, 50, 60, 60))]
     assert right(each, *unsure)
 
@@ -84,10 +84,10 @@ def test_only_the_most_certain_are_looked_at_for_colour():
         [each], image[None]
     )[0]
     assert judge(light).value == 1
-    assert judge(light, dark).reason == "cat: wanted 1 red, found 1 black"
+    assert judge(light, dark).reason == "cat: expected 1 red, found 1 black"
     two = asked("colors", thing("cat", 2, color="red"))
     made = geneval.scorer(lambda images: [[light, dark]], colour)([two], image[None])
-    assert made[0].reason == "cat: wanted 2 red, found 1 red, 1 black"
+    assert made[0].reason == "cat: expected 2 red, found 1 red, 1 black"
 
 
 def test_crops_are_of_the_box_and_grey_beside_the_mask():
@@ -107,7 +107,7 @@ def test_colour_attribution_asks_for_each():
     each = asked("color_attr", thing("bench", color="red"), thing("cat", color="blue"))
     assert right(each, BENCH, CAT, colour=colour)
     each = asked("color_attr", thing("bench", color="blue"), thing("cat", color="red"))
-    assert verdict(each, BENCH, CAT, colour=colour).reason.count("wanted 1") == 2
+    assert verdict(each, BENCH, CAT, colour=colour).reason.count("expected 1") == 2
 
 
 @pytest.mark.parametrize(
@@ -134,11 +134,11 @@ def test_position_is_of_the_target_named_by_number():
     away = ("cat", 0.9, (60, 10, 80, 30))
     assert not right(each, BENCH, away)
     assert verdict(each, BENCH, away).reason == (
-        "cat: wanted left of bench, found right of"
+        "cat: expected left of bench, found right of"
     )
     assert right(each, ("bench", 0.9, (60, 10, 80, 30)), ("cat", 0.9, (10, 9, 30, 30)))
     none = verdict(each, away).reason
-    assert none == "bench: wanted 1, found 0; cat: nothing to be left of"
+    assert none == "bench: expected 1, found 0; cat: no object to be left of"
 
 
 def test_the_overall_is_the_mean_of_the_categories():
@@ -160,10 +160,10 @@ def test_the_overall_is_the_mean_of_the_categories():
     "line, words",
     [
         ("{", "not JSON"),
-        ('{"tag": "counting"}', 'wanted {"tag"'),
+        ('{"tag": "counting"}', 'expected {"tag"'),
         ('{"tag": "count", "prompt": "x"}', 'did you mean "counting"?'),
-        ('{"tag": "counting", "prompt": "x"}', 'wanted "include"'),
-        (thing("cat", 0), "wanted an integer >= 1"),
+        ('{"tag": "counting", "prompt": "x"}', 'expected "include"'),
+        (thing("cat", 0), "expected an integer >= 1"),
         (thing("cat", colour="red"), 'did you mean "color"?'),
         (thing("cat", color="rad"), 'did you mean "red"?'),
         (thing("cat", position=["left of", 0]), "of an object before it"),
@@ -189,14 +189,20 @@ def wrong(value):
 @pytest.mark.parametrize(
     "value, words",
     [
-        (3, "detect gave int; wanted 1 lists of detections"),
-        ([[], []], "detect gave 2 lists of detections; wanted 1"),
-        ([[("cat", 0.5)]], "detect gave no list of detections; wanted (label, score"),
-        ([[("cat", 0.5, (0, 1))]], "detect gave a cat in no box"),
-        ([[(3, 0.5, (0, 0, 1, 1))]], "detect gave a label of int"),
-        ([[("cat", 50, (0, 0, 1, 1))]], "wanted a score in [0, 1]"),
-        ([[("cat", 0.5, (9, 0, 1, 1))]], "wanted a score in [0, 1] and x0 <= x1"),
-        ([[("cat", 0.5, (0, 0, 1, 1), IMAGE)]], "gave a mask of uint8 (100, 100, 3)"),
+        (3, "detect returned int; expected 1 lists of detections"),
+        ([[], []], "detect returned 2 lists of detections; expected 1"),
+        (
+            [[("cat", 0.5)]],
+            "detect returned no list of detections; expected (label, score",
+        ),
+        ([[("cat", 0.5, (0, 1))]], "detect returned a cat in no box"),
+        ([[(3, 0.5, (0, 0, 1, 1))]], "detect returned a label of int"),
+        ([[("cat", 50, (0, 0, 1, 1))]], "expected a score in [0, 1]"),
+        ([[("cat", 0.5, (9, 0, 1, 1))]], "expected a score in [0, 1] and x0 <= x1"),
+        (
+            [[("cat", 0.5, (0, 0, 1, 1), IMAGE)]],
+            "returned a mask of uint8 (100, 100, 3)",
+        ),
     ],
 )
 def test_what_detectors_give_wrongly_is_told_with_their_name(value, words):
@@ -207,9 +213,11 @@ def test_what_detectors_give_wrongly_is_told_with_their_name(value, words):
 
 def test_colours_are_named_by_a_function_of_the_listed_ones():
     each = asked("colors", thing("cat", color="red"))
-    with pytest.raises(UserError, match="red cat: wanted a function that names"):
+    with pytest.raises(UserError, match="red cat: expected a function that names"):
         verdict(each, CAT)
-    with pytest.raises(UserError, match='gave "crimson"; wanted one of red, orange'):
+    with pytest.raises(
+        UserError, match='returned "crimson"; expected one of red, orange'
+    ):
         verdict(each, CAT, colour=lambda *_: ["crimson"])
-    with pytest.raises(UserError, match="gave 2 colours; wanted 1"):
+    with pytest.raises(UserError, match="returned 2 colours; expected 1"):
         verdict(each, CAT, colour=lambda *_: ["red", "red"])

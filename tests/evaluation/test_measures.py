@@ -60,7 +60,7 @@ def test_fid_of_gaussians_whose_distance_is_known():
 
 def test_fid_wants_pictures_and_one_extractor():
     x = features(0, 20, 4)
-    with pytest.raises(UserError, match="1 features; wanted 2"):
+    with pytest.raises(UserError, match="1 features; at least 2"):
         fid.frechet(feature_statistics.of(x[:1]), feature_statistics.of(x))
     with pytest.raises(UserError, match="one extractor"):
         fid.frechet(feature_statistics.of(x), feature_statistics.of(x[:, :3]))
@@ -143,11 +143,16 @@ def test_statistics_are_kept_to_the_last_bit(tmp_path):
 @pytest.mark.parametrize(
     "about, dim, least, told",
     [
-        (ABOUT._replace(extractor="pixels"), 4, 1, "extractor: clip, wanted pixels"),
-        (ABOUT._replace(fingerprint="f"), 4, 1, "fingerprint: 0123456789ab, wanted f"),
-        (ABOUT._replace(width=16), 4, 1, "pictures: 16 x 32, wanted 16 x 16"),
-        (ABOUT, 5, 1, "numbers a feature: 4, wanted 5"),
-        (ABOUT, 4, 10, "9 pictures, wanted 10 or more"),
+        (ABOUT._replace(extractor="pixels"), 4, 1, "extractor: clip, expected pixels"),
+        (
+            ABOUT._replace(fingerprint="f"),
+            4,
+            1,
+            "fingerprint: 0123456789ab, expected f",
+        ),
+        (ABOUT._replace(width=16), 4, 1, "pictures: 16 x 32, expected 16 x 16"),
+        (ABOUT, 5, 1, "numbers a feature: 4, expected 5"),
+        (ABOUT, 4, 10, "9 pictures, expected 10 or more"),
     ],
 )
 def test_statistics_of_something_else_are_refused(about, dim, least, told):
@@ -160,8 +165,8 @@ def test_files_that_are_no_statistics_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         feature_statistics.load(path)
     for write, told in (
-        (lambda: path.write_bytes(b"no zip"), "x.npz: .*wanted statistics"),
-        (lambda: np.savez(path, mu=np.zeros(3)), "no mean, scatter"),
+        (lambda: path.write_bytes(b"no zip"), "x.npz: .*expected statistics"),
+        (lambda: np.savez(path, mu=np.zeros(3)), "mean, scatter"),
         (lambda: np.savez(path, mean=np.array([None])), "Object arrays"),
         (lambda: feature_statistics.save(path, bad()), "not finite"),
     ):
@@ -181,8 +186,11 @@ def test_an_extractor_gives_features_or_says_what_it_gave():
     assert found.shape == (3, 12) and found.dtype == np.float32
     assert found.max() <= 1 and found[1, 4] == np.float32(images[1, 0, 1, 1]) / 255
     for gives, told in (
-        (lambda x: x.mean((1, 2, 3)), r"shape \(3,\).*wanted float32 of shape \(3, d"),
-        (lambda x: x.reshape(3, -1), "gave uint8"),
+        (
+            lambda x: x.mean((1, 2, 3)),
+            r"shape \(3,\).*expected float32 of shape \(3, d",
+        ),
+        (lambda x: x.reshape(3, -1), "returned uint8"),
         (lambda x: x[:2].reshape(2, -1) / 2, r"shape \(2, 12\)"),
         (lambda x: x.reshape(3, -1) / np.zeros(()), "not finite"),
     ):
@@ -208,5 +216,5 @@ def test_inceptions_torchscript_is_called_as_it_is_elsewhere(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         extractors.of_torchscript(tmp_path / "none.pt")
     torch.jit.script(torch.nn.Linear(2, 2)).save(str(path))
-    with pytest.raises(UserError, match="wanted Inception's"):
+    with pytest.raises(UserError, match="expected Inception's"):
         extractors.of_torchscript(path)(images)

@@ -92,14 +92,14 @@ def test_all_measures_and_again_from_kept_statistics(tmp_path, given, capsys, ca
     assert stored.about[0] == "clip" and stored.about[2:] == (64, 64)
     assert stored.features.shape == (7, 24)
     assert "FID, clip" in capsys.readouterr().out
-    assert "1 of 8 files are no pictures" in caplog.text
+    assert "1 of 8 files are not pictures" in caplog.text
 
     again = given | {"eval.real": kept, "eval.scores": "fid,kid,precision_recall"}
     code, others = evaluate(tmp_path, again)
     assert code == 0 and others == {k: found[k] for k in list(found)[1:]}
     other = again | {"eval.features": "features_by_me:mean"}
     assert evaluate(tmp_path, other)[0] == 2
-    assert "extractor: clip, wanted features_by_me:mean" in capsys.readouterr().err
+    assert "extractor: clip, expected features_by_me:mean" in capsys.readouterr().err
 
 
 def test_features_of_the_users_own(tmp_path, given):
@@ -112,7 +112,7 @@ def test_features_of_the_users_own(tmp_path, given):
     np.testing.assert_allclose(real_ones.mean, 127.5, atol=2)  # noise is grey
     assert fid.frechet(real_ones, feature_statistics.of(rows)) < 1e-9
     c.eval.features = "features_by_me:broken"
-    with pytest.raises(UserError, match=r"gave float32 of shape \(3,\)"):
+    with pytest.raises(UserError, match=r"returned float32 of shape \(3,\)"):
         picture_scores.references(c, picture_features.extractor(c, None), ["fid"])
 
 
@@ -121,21 +121,30 @@ def test_features_of_the_users_own(tmp_path, given):
     [
         (
             {"eval.clip": ""},
-            'config.eval.clip = "": wanted CLIP\'s weights for clip_sc',
+            'config.eval.clip = "": clip_score needs the weights of CLIP',
         ),
         ({"eval.clip": "no/such.safetensors"}, "config.eval.clip: weights"),
-        ({"eval.features": "clp"}, 'config.eval.features = "clp": wanted clip, pixels'),
+        (
+            {"eval.features": "clp"},
+            'config.eval.features = "clp": expected clip, pixels',
+        ),
         ({"eval.features": "features_by_me:men"}, 'did you mean "mean"?'),
         ({"eval.features": "no/inception.pt"}, "no/inception.pt: no such file"),
-        ({"eval.features": "pixels"}, "12288 numbers a picture, and FID"),
+        ({"eval.features": "pixels"}, "12288 numbers a picture, but FID"),
         ({"eval.real": "no/such"}, "config.eval.real: no/such"),
         ({"eval.real": "no/such.npz"}, "no/such.npz: cannot be read"),
-        ({"eval.real": "a.npz,b"}, "wanted one .npz of statistics, or pictures"),
-        ({"eval.statistics": "real"}, "wanted a path that ends with .npz"),
+        ({"eval.real": "a.npz,b"}, "expected one .npz of statistics, or pictures"),
+        ({"eval.statistics": "real"}, "expected a path that ends with .npz"),
         ({"eval.prompts_file": "no/such"}, "config.eval.prompts_file = no/such: no s"),
-        ({"eval.prompts_file": ""}, "wanted config.eval.prompts_file, and config.eval"),
-        ({"eval.statistics": "a.npz", "eval.scores": "clip_score"}, "are made for fid"),
-        ({"eval.scores": "digits"}, '"digits" is of a trained run'),
+        (
+            {"eval.prompts_file": ""},
+            "set config.eval.prompts_file, and config.eval",
+        ),
+        (
+            {"eval.statistics": "a.npz", "eval.scores": "clip_score"},
+            "are used only with fid",
+        ),
+        ({"eval.scores": "digits"}, '"digits" needs a trained run'),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(tmp_path, given, capsys, changes, words):
@@ -181,7 +190,7 @@ def test_held_out_records_give_their_pictures_or_what_decodes_to_them(tmp_path):
         if name == "image":
             np.testing.assert_array_equal(found, image[numbers])
     c.eval.pictures = 6
-    with pytest.raises(UserError, match="wanted at most 5"):
+    with pytest.raises(UserError, match="has 5 records; set"):
         reference_images.captions(c)
 
 

@@ -103,8 +103,8 @@ def test_all_three_are_scored_at_once(tmp_path, given, capsys):
         "T2I-CompBench complex": (0.5, 2),
     }
     reasons = {row["prompt"]: row["reasons"] for row in found["prompts"]}
-    assert reasons["a photo of counting"] == ["cat: wanted 2, found 1"] * 2
-    assert reasons["a photo of colors"] == ["cat: wanted 1 blue, found 1 red"] * 2
+    assert reasons["a photo of counting"] == ["cat: expected 2, found 1"] * 2
+    assert reasons["a photo of colors"] == ["cat: expected 1 blue, found 1 red"] * 2
     assert reasons["a photo of position"] == []
     assert "GenEval overall, 4 of 6 categories" in capsys.readouterr().out
 
@@ -112,18 +112,22 @@ def test_all_three_are_scored_at_once(tmp_path, given, capsys):
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("geneval", "", '"geneval" wants config.eval.geneval: GenEval\'s evaluation_m'),
+        ("geneval", "", '"geneval" needs config.eval.geneval: GenEval\'s evaluation_m'),
         ("geneval", "no/such", "config.eval.geneval = no/such: no such file"),
-        ("detector", "", "config.eval.detector: no function; wanted"),
-        ("detector", "detect", 'wanted "package.module:function", or nothing'),
+        ("detector", "", "config.eval.detector: not a function; expected"),
+        ("detector", "detect", 'expected "package.module:function", or nothing'),
         ("detector", "scored_by_me:detct", 'did you mean "detect"?'),
-        ("colour", "", "config.eval.colour: no function; wanted"),
+        ("colour", "", "config.eval.colour: not a function; expected"),
         ("compbench", "/no", "config.eval.compbench = /no/color_val.txt: no such file"),
         ("compbench_scorers", "colr=a:b", 'did you mean "color"?'),
-        ("ocr_ignore", "spaces", "wanted some of case, punctuation, space"),
+        ("ocr_ignore", "spaces", "expected some of case, punctuation, space"),
         # Of functions that were called:
         ("detector", "scored_by_me:broken", "broken: IndexError: list index out of ra"),
-        ("ocr", "scored_by_me:short", "scored_by_me:short gave 0 texts; wanted 4"),
+        (
+            "ocr",
+            "scored_by_me:short",
+            "scored_by_me:short returned 0 texts; expected 4",
+        ),
     ],
 )
 def test_what_is_missing_or_wrong_is_one_line(
@@ -141,7 +145,7 @@ def test_what_is_missing_or_wrong_is_one_line(
 def test_a_line_that_makes_no_sense_is_told_by_number(tmp_path, given, capsys):
     given["eval.geneval"].write_text('{"tag": "colour"}\n')
     assert evaluate(tmp_path, given) == 2
-    assert "metadata.jsonl, line 1: wanted" in capsys.readouterr().err
+    assert "metadata.jsonl, line 1: expected" in capsys.readouterr().err
 
 
 def test_every_picture_has_noise_of_its_own_and_meets_its_prompt():

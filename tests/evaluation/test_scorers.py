@@ -32,7 +32,9 @@ def test_lines_name_their_text_or_quote_it():
     asked = typography.parse('{"prompt": "a sign", "text": "OPEN", "category": "sign"}')
     assert asked == ("a sign", "sign", "OPEN")
     assert typography.parse('the word "fox"') == ('the word "fox"', "text", "fox")
-    with pytest.raises(UserError, match='"a sign" asks for no text; wanted it in quot'):
+    with pytest.raises(
+        UserError, match='"a sign" asks for no text; put the text in quot'
+    ):
         typography.parse("a sign")
 
 
@@ -44,7 +46,7 @@ def test_the_match_is_exact_but_for_what_is_ignored():
     assert value("Stop!", "Stop") == 0 and value("Stop!", "Stop", "punctuation") == 1
     assert value("é", "é") == 1  # one letter, or two that make it
     found = typography.judged("fox", "fix")
-    assert found.reason == 'wanted "fox", read "fix"'
+    assert found.reason == 'expected "fox", read "fix"'
     assert found.others == {typography.ERRORS: pytest.approx(1 / 3)}
 
 
@@ -74,9 +76,9 @@ def test_typography_counts_categories_and_errors():
         "typography, two": 0,
         "typography, character error rate": 0.25,
     }
-    with pytest.raises(UserError, match="gave 1 texts; wanted 2"):
+    with pytest.raises(UserError, match="returned 1 texts; expected 2"):
         typography.scorer(lambda images: ["a"])(asked, IMAGES)
-    with pytest.raises(UserError, match="gave NoneType; wanted a text a picture"):
+    with pytest.raises(UserError, match="returned NoneType; expected a text a picture"):
         typography.scorer(lambda images: ["a", None])(asked, IMAGES)
 
 
@@ -100,7 +102,7 @@ def test_each_category_is_scored_by_its_own_function():
     ]
     for value in (1.5, float("nan"), "x", None):
         functions["complex"] = lambda images, prompts: [value]  # noqa: B023
-        with pytest.raises(UserError, match=r"wanted a number in \[0, 1\] a picture"):
+        with pytest.raises(UserError, match=r"expected a number in \[0, 1\] for each"):
             compbench.scorer(functions)(asked, images)
 
 
@@ -109,7 +111,7 @@ def test_categories_are_named_once():
     for spec, words in [
         (["colour=a:b"], 'did you mean "color"?'),
         (["color"], "has no function"),
-        (["color=a:b", "color=a:c"], "stands twice"),
+        (["color=a:b", "color=a:c"], "appears twice"),
     ]:
         with pytest.raises(UserError) as error:
             compbench.names(spec)

@@ -140,11 +140,11 @@ def test_ratios_are_of_pairs():
     [
         ("cases=forwad", 'did you mean "forward"'),
         ("cases=train sid=64", 'did you mean "side"'),
-        ("cases=train side=20", "wanted a multiple of 16"),
-        ("cases=train batch=0", "wanted batch=NUMBER, 1 or more"),
+        ("cases=train side=20", "expected a multiple of 16"),
+        ("cases=train batch=0", "expected batch=NUMBER, 1 or more"),
         ("cases=t5,t5", '"t5" twice'),
         ("guard=no/such.json", "No such file"),
-        ("against=eagre", "wanted some of eager, compile"),
+        ("against=eagre", "expected some of eager, compile"),
     ],
 )
 def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, flag, words):
@@ -158,7 +158,7 @@ def test_mistakes_are_told_before_anything_runs(tmp_path, capsys, flag, words):
 def test_a_file_that_is_no_result_is_no_guard(tmp_path):
     path = tmp_path / "x.json"
     path.write_text("[1]")
-    with pytest.raises(UserError, match="wanted a benchmark.json"):
+    with pytest.raises(UserError, match="expected a benchmark.json"):
         benchmark.guarded(str(path))
 
 

@@ -121,7 +121,7 @@ def test_a_run_on_a_bucket_survives_faults_and_a_kill(bucket):
     total = newest + 2
     changed = [f"--config.train.steps={total}", "--config.train.changes=train.steps"]
     out = run(bucket, *TRAIN, *changed)
-    assert f"goes on from step {newest}" in out
+    assert f"resuming from step {newest}" in out
     assert {newest + 1, total} <= set(losses(bucket))  # lines go there every 30 s
     kept = {int(x.split("/")[2]) for x in saved()}
     assert max(kept) == total and len(kept) <= 3 + 1  # one more may be on its way out

@@ -96,8 +96,8 @@ def test_what_we_trained_runs_in_pytorch(trained):
     "flag, words",
     [
         ("--config.convert.to=diffuser", 'did you mean "diffusers"'),
-        ("--config.convert.dtype=int8", "wanted one of float32, float16, bfloat16"),
-        ("--config.convert.out=configs", "exists; wanted a new path"),
+        ("--config.convert.dtype=int8", "expected one of float32, float16, bfloat16"),
+        ("--config.convert.out=configs", "exists; set a new path"),
     ],
 )
 def test_mistakes_are_one_line(tmp_path, capsys, flag, words):
@@ -114,7 +114,7 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path, capsys, job, name):
     flags = [f"--config.weights={tmp_path / name}", "--config.sample.prompt=a fox"]
     assert main.main([job, TINY, f"--workdir={tmp_path / 'run'}", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"{file} is a pickle" in error and "wanted a safetensors file" in error
+    assert f"{file} is a pickle" in error and "convert it to safetensors" in error
 
 
 def test_without_a_checkpoint(tmp_path, capsys):

@@ -106,5 +106,5 @@ def test_bins_have_the_threshold_as_an_edge_and_all_counts():
 
 
 def test_what_is_no_embedding(folder, tmp_path):
-    with pytest.raises(UserError, match='config.dedup.embed = "sscd": wanted "hash"'):
+    with pytest.raises(UserError, match='config.dedup.embed = "sscd": expected "hash"'):
         dedup.run(config(folder, embed="sscd"), tmp_path)

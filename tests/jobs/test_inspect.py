@@ -93,7 +93,7 @@ def test_a_row_a_shard_and_the_sums(workdir, capsys):
     assert "held out: 2 of them, 1 shard\n" in text
     assert "; by where it is from: synthetic 100%" in text
     assert "kept 32, rejected 12 (mode 7, too small 5)" in text
-    assert "28 of 32 records were read, and are sound" in text
+    assert "28 of 32 records were read; all of these are sound" in text
     assert re.search(r"48x80 +10 +31\.2%", text) and re.search(r"64x64 +22 +68", text)
 
 
@@ -110,7 +110,9 @@ def test_bad_records_and_shards_are_rows(workdir, capsys):
     out = capsys.readouterr().out
     assert "  bad: checksum 2\n" in out and out.count("  bad: not readable 1\n") == 2
     assert "2 of the 38 records that were read are bad; 2 of 6 shards cannot" in out
-    assert re.search(r"\n  \S*train-00001-0064x0064.arecord:5: checksum: its byte", out)
+    assert re.search(
+        r"\n  \S*train-00001-0064x0064.arecord:5: checksum: .*expected", out
+    )
     assert "train-00003-0064x0064.arecord: has 0 bytes" in out
     assert "train-00003-0064x0064.arecord: has 0 bytes" in page(workdir)
     assert len(images(workdir)) == 36  # the good ones
@@ -151,7 +153,9 @@ def test_shards_are_those_of_the_recipe(workdir, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "30 records in 2 shards" in out and "held out: 10 of them" in out
     assert str(workdir) in page(other)
-    with pytest.raises(UserError, match="matches no file; wanted config.data.records"):
+    with pytest.raises(
+        UserError, match="matches no file; expected config.data.records"
+    ):
         run(tmp_path / "nothing")
     assert run(tmp_path / "bad", f"--config.data.records={tmp_path}/absent") == 1
     assert "absent: cannot be read" in capsys.readouterr().out

@@ -148,5 +148,5 @@ def test_only_a_plot_is_taken_as_it_is():
 
 def test_a_picture_that_is_none_is_refused():
     bomb = b"\x89PNG\r\n\x1a\n" + bytes(30)
-    with pytest.raises(BadImage, match="wanted a whole JPEG"):
+    with pytest.raises(BadImage, match="expected a whole JPEG"):
         html_page.picture(bomb, "a\nb", limit=1000)

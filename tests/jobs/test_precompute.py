@@ -171,10 +171,10 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
 
     inputs = f"--config.ingest.inputs={folder}"
     assert "config.ingest.inputs = ()" in said(*PICTURES)
-    assert 'config.encode.weights = "": wanted a released' in said(inputs)
+    assert "need a released model; set it" in said(inputs)
     assert "config.ingest.inputs: /no" in said("--config.ingest.inputs=/no", *PICTURES)
     wrong = "--config.ingest.filters=aesthetic"
-    assert "config.ingest.filters: aesthetic: no filter" in said(inputs, wrong)
+    assert "config.ingest.filters: aesthetic: not a filter" in said(inputs, wrong)
     wrong = "--config.ingest.captions=a:b"
     assert 'config.ingest.captions: no module "a"' in said(inputs, wrong)
     wrong = "--config.ingest.exclude=/no.jsonl"
@@ -184,7 +184,7 @@ def test_mistakes_are_one_line(folder, tmp_path, capsys):
     convert(done, folder, *PICTURES)
     assert run("precompute", done, inputs, "--config.seed=7", *PICTURES) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert "other settings made" in error and "precompute.part was 40, is" in error
+    assert "made with other settings" in error and "precompute.part was 40, is" in error
     (tmp_path / "more").mkdir()
     real_pictures.make(tmp_path / "more" / "b", 1)
     given = [f"{inputs},{tmp_path}/more", "--config.precompute.part=40", *PICTURES]
@@ -263,7 +263,7 @@ def test_hosts_go_on_without_a_lost_or_doubled_record(
             victim.send_signal(signal.SIGTERM)
             codes = [process.wait(60) for process in cluster]
             assert codes == [0, 0], [multiprocess.result(p).stderr for p in cluster]
-            assert "told to stop" in multiprocess.result(cluster[0]).stderr
+            assert "stopping on request" in multiprocess.result(cluster[0]).stderr
     assert not (workdir / "manifest.json").exists()
     ended = multiprocess.run(args, devices=1, env=env)
     assert [x.returncode for x in ended] == [0, 0], ended[0].stderr[-3000:]

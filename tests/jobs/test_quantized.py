@@ -91,4 +91,4 @@ def test_whole_numbers_are_too_large_for_float16(tmp_path, capsys):
     flags = ["--config.quantize.denoiser=int8", "--config.model.dtype=float16"]
     assert main.main(["sample", RECIPE, f"--workdir={tmp_path}", *flags]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert 'quantize.denoiser = "int8": wanted "", or config.model.dtype' in error
+    assert 'quantize.denoiser = "int8": expected "", or config.model.dtype' in error

@@ -107,7 +107,10 @@ def said(folder, capsys, *more, **changes):
 def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
     given = config(folder, batch_size=24)
     source = stored_records.open_records(given, held_out=False)
-    assert "a-*.arecord: 14 records for 18 of a batch: at least 4 repeat" in caplog.text
+    assert (
+        "a-*.arecord: 14 records for 18 places in a batch, so at least 4 repeat"
+        in caplog.text
+    )
     assert "b.arecord" not in caplog.text.partition("a-*.arecord: 14")[0]
     names = examples.loader(given, np.arange(24), examples=source).names(0)
     assert len(names) == 24 and len(set(names)) == 14 + 6
@@ -133,7 +136,7 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
     [
         (
             dict(records=""),
-            "config.data.weights = (3, 1): wanted none, or one for each",
+            "config.data.weights = (3, 1): expected none, or one for each",
         ),
         (dict(records="", weights="()"), "config.data.records: no paths"),
         (dict(records="x*", weights="()"), "config.data.records: x*: matches no file"),
@@ -141,30 +144,30 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
             dict(records="{}/a-*d,{}/a-1.arecord"),
             "a-1.arecord: the same shard is liste",
         ),
-        (dict(records="('a', 7)"), "wanted paths of shards, or globs of them"),
+        (dict(records="('a', 7)"), "expected paths of shards, or globs of them"),
         (
             dict(weights="3,0"),
-            "config.data.weights = (3, 0): wanted numbers in (0, 1e+09]",
+            "config.data.weights = (3, 0): expected numbers in (0, 1e+09]",
         ),
-        (dict(weights="3"), "which are 2"),
-        (dict(weights="-1,-2"), "wanted numbers in (0, 1e+09]"),
+        (dict(weights="3"), "one for each of the 2"),
+        (dict(weights="-1,-2"), "expected numbers in (0, 1e+09]"),
         (
             dict(held_out="()"),
-            "config.data.held_out = (): wanted shards for validation",
+            "config.data.held_out = (): validation needs held-out shards",
         ),
         (
             dict(held_out="{}/b.arecord,{}/held-out.arecord"),
-            "b.arecord is one of config.data.records too",
+            "b.arecord is in config.data.records too",
         ),
         (
             dict(held_out="{}/*0.arecord"),
-            "7 records, wanted at least 16 for validation",
+            "7 records but config.eval.examples = 16 needs 16",
         ),
         (
             dict(bad_records=1.0),
-            "config.data.bad_records = 1.0: wanted a number in [0,",
+            "config.data.bad_records = 1.0: expected a number in [0,",
         ),
-        (dict(bad_records="nan"), "wanted a number in [0, 1)"),
+        (dict(bad_records="nan"), "expected a number in [0, 1)"),
         (dict(name="recods"), 'config.data.name = "recods"; did you mean "records"?'),
     ],
     ids=str,
@@ -225,6 +228,6 @@ def test_a_bad_record_ends_training_by_name(folder, tmp_path, capsys):
     argv += flags(folder, records=path, weights="()")
     assert main.main(argv) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    assert f"error: {path}:5: checksum: its bytes have" in error
+    assert f"error: {path}:5: checksum: " in error
     argv += ["--config.data.bad_records=0.2", "--config.train.steps=3"]
     assert main.main(argv) == 0

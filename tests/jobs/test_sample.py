@@ -65,7 +65,7 @@ def test_a_killed_job_of_two_processes_ends_as_the_unbroken_one(tmp_path, forty)
     assert not (killed / "samples.html").exists()
     results = multiprocess.run(run(killed), processes=2, devices=4, timeout=300)
     assert [r.returncode for r in results] == [0, 0], results[0].stderr[-2000:]
-    assert "are there already" in results[0].stderr
+    assert "exist already" in results[0].stderr
     assert {p: p.stat().st_mtime_ns for p in painted} == painted  # none was redone
     assert lines(killed) == lines(whole)
     assert len({line["file"] for line in lines(whole)}) == 40
@@ -103,8 +103,8 @@ def test_lines_with_settings_of_their_own(tmp_path, caplog):
     told = "\n".join(caplog.messages)
     for words in (
         'prompts.jsonl:5: unknown "hight"; did you mean "height"?',
-        "prompts.jsonl:6: config.image.height = 50: wanted a multiple of 16",
-        'prompts.jsonl:7: steps "many": wanted int',
+        "prompts.jsonl:6: config.image.height = 50: expected a multiple of 16",
+        'prompts.jsonl:7: steps "many": expected int',
         "prompts.jsonl:8: not JSON",
         'prompts.jsonl:9: config.sample.solver = "eular"',
     ):
@@ -127,9 +127,9 @@ def test_the_same_job_again_paints_nothing_and_another_seed_all(tmp_path, forty)
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("weights", "no/such/file.safetensors", "no such file or folder here"),
+        ("weights", "no/such/file.safetensors", "no such local file or folder"),
         ("image.height", "400", "at most 256"),
-        ("sample.skip_layers", "9", "skip_layers 9: wanted a whole number 0 to 3"),
+        ("sample.skip_layers", "9", "skip_layers 9: expected a whole number 0 to 3"),
         ("model.dtype", "float16", "float16 overflows in T5-XXL"),
         ("sample.shift", "1e30", "a number in [0.001, 1000]"),
     ],
@@ -180,7 +180,7 @@ def test_the_job_and_generate_paint_the_same_by_the_folders_scheduler(tmp_path):
 @pytest.mark.parametrize(
     "settings, words",
     [
-        ({"shift": "abc"}, 'shift "abc": wanted a finite number > 0'),
+        ({"shift": "abc"}, 'shift "abc": expected a finite number > 0'),
         ({"invert_sigmas": True}, "invert_sigmas true of FlowMatchEulerDiscrete"),
     ],
 )
@@ -262,9 +262,9 @@ def test_flagged_pictures_are_black_and_their_lines_say_so(tmp_path, looked_at):
 @pytest.mark.parametrize(
     "given, words",
     [
-        ([0.3, None], "gave 0.3; wanted None, False, True or a reason a picture"),
-        ([True], "gave 1 flags; wanted 2"),
-        (True, "gave bool; wanted 2 flags"),
+        ([0.3, None], "returned 0.3; expected None, False, True or a reason a picture"),
+        ([True], "returned 1 flags; expected 2"),
+        (True, "returned bool; expected 2 flags"),
     ],
 )
 def test_what_filters_give_wrongly_is_told(given, words):
@@ -295,11 +295,11 @@ def test_what_is_written_is_marked_black_pictures_too(tmp_path):
             "broken: RuntimeError: no weights (looked_at.py",
         ),
         ("filter", "looked_at:refused", 'did you mean "refuse"?'),
-        ("watermark", "sd3-jax", "64 x 64 pixels; wanted sides of 256 or more"),
+        ("watermark", "sd3-jax", "64 x 64 pixels; the sides must be 256 or more"),
         (
             "watermark",
             "seventeen letters",
-            "wanted at most 16 bytes of text that prints",
+            "expected at most 16 bytes of text that prints",
         ),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_variants_text():
     assert Run("rf/lognorm(0.00,1.00)", "optim.lr=1", 2).folder == (
         "rf_lognorm(0.00,1.00)/optim.lr=1/seed2"
     )
-    with pytest.raises(ConfigError, match="wanted NAME: KEY=VALUE"):
+    with pytest.raises(ConfigError, match="expected NAME: KEY=VALUE"):
         parse("rf")
 
 
@@ -151,12 +151,15 @@ def test_a_variants_text():
             "study.variants=('a: flow.pth=rf',)",
             "study of a: unknown key config.flow.pth",
         ),
-        ("study.variants=('a: flow.path=vp',)", 'config.flow.path = "vp": wanted one'),
+        (
+            "study.variants=('a: flow.path=vp',)",
+            'config.flow.path = "vp": expected one',
+        ),
         ("study.settings=('step=3',)", 'did you mean "steps"?'),
         ("study.settings=('stpes=3',)", "unknown key config.sample.stpes"),
-        ("study.variants=()", "config.study.variants = (): wanted some"),
-        ("study.weights=mean", "wanted ema, params or both"),
-        ("study.by=clip", "wanted one of loss, score, fid"),
+        ("study.variants=()", "config.study.variants = (): set at least one"),
+        ("study.weights=mean", "expected ema, params or both"),
+        ("study.by=clip", "expected one of loss, score, fid"),
     ],
 )
 def test_mistakes_are_told_of_before_training(flag, words, tmp_path, capsys):

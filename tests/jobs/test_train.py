@@ -109,8 +109,8 @@ def test_process_0_says_where_sigterm_stopped_all(tmp_path):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     step = folder.name
     assert codes == [0, 0], said[-2000:]
-    assert f"sd3-jax: SIGTERM: saves step {step}, then all processes stop" in said
-    where = f"at step {step} of 2000; the same command goes on from step {step}"
+    assert f"sd3-jax: SIGTERM: saving step {step}, then all processes stop" in said
+    where = f"at step {step} of 2000; run the same command to resume from step {step}"
     assert f"sd3-jax: SIGTERM: stopped {where}" in said
     assert "sd3-jax: SIGTERM" not in silent
 
@@ -153,7 +153,7 @@ def test_a_killed_run_ends_as_the_unbroken_one(tmp_path):
     assert train(killed, KILL_AT="13").returncode == -9
     assert not (killed / "checkpoints" / "20").exists()
     resumed = train(killed)
-    assert resumed.returncode == 0 and "goes on from step" in resumed.stderr
+    assert resumed.returncode == 0 and "resuming from step" in resumed.stderr
     assert losses(killed) == losses(whole)
     unbroken, broken = goodput(whole), goodput(killed)
     assert unbroken["lost"] == 0 < broken["lost"] and broken["restarts"] == 1
@@ -263,12 +263,12 @@ def test_evaluate_scores_every_kind(trained, capsys):
 
 
 def test_a_mesh_that_does_not_fit_is_explained():
-    with pytest.raises(UserError, match="makes 6 devices, there are 8"):
+    with pytest.raises(UserError, match="needs 6 devices but there are 8"):
         sharding.make_mesh(data=3, fsdp=2)
-    with pytest.raises(UserError, match="3 does not divide 8"):
+    with pytest.raises(UserError, match="3 does not divide the 8"):
         sharding.make_mesh(data=3)
     mesh = sharding.make_mesh(data=2)
-    with pytest.raises(UserError, match="wanted a multiple of data x fsdp = 8"):
+    with pytest.raises(UserError, match="must be a multiple of data x fsdp = 8"):
         sharding.local_rows(mesh, 12)
 
 

@@ -268,7 +268,7 @@ def test_an_image_of_other_tpus_is_refused(gcloud, kind, cloud, version):
         image = dict(ACCELERATOR_TYPE=kind, RUNTIME_VERSION=other)
         done = shell("tpu_vm.sh", "create", **VM, **image)
         assert done.returncode == 2 and not gcloud.exists()
-        assert f"ACCELERATOR_TYPE={cloud}: wanted {version}" in done.stderr
+        assert f"ACCELERATOR_TYPE={cloud}; set {version}" in done.stderr
 
 
 def test_an_unknown_tpu_wants_its_image(gcloud):
@@ -326,7 +326,7 @@ def test_a_job_that_cannot_be_is_refused_here(script, arguments, variables):
         return done.stderr
 
     names = ", ".join([*JOBS, "preflight"])
-    assert f"unknown job trian: wanted one of {names}\n" in message("trian", *JOB[1:])
+    assert f"unknown job trian: expected one of {names}\n" in message("trian", *JOB[1:])
     assert "--workdir= is empty" in message(*JOB, "--workdir=")
     assert "--config= is empty" in message("train", "--config=", "--workdir=x")
 
@@ -367,7 +367,7 @@ def test_the_generation_follows_from_the_type(
         assert done.returncode == 2 and done.stdout == ""
         assert f"{name}={kind} does not match TPU_GENERATION={wrong};" in done.stderr
     done = shell(*dry_run, **variables | {name: "v9-8"})
-    assert f"{name}=v9-8: wanted v5litepod-N" in done.stderr
+    assert f"{name}=v9-8: expected v5litepod-N" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -415,13 +415,13 @@ def test_tpu7x_is_on_gke_only(script, base, verb, variables):
 
 def test_other_mistakes():
     assert (
-        "wanted v5e, v5p"
+        "expected v5e, v5p"
         in shell("xpk.sh", *JOB, **XPK | {"TPU_GENERATION": "v4"}).stderr
     )
     wrong = VM | KIND | {"PROVISIONING": "cheap"}
-    assert "wanted on-demand, spot" in shell("tpu_vm.sh", "create", **wrong).stderr
+    assert "expected on-demand, spot" in shell("tpu_vm.sh", "create", **wrong).stderr
     done = shell("job.sh", "true", GRACE_S="5m")
-    assert done.returncode == 2 and "GRACE_S=5m: wanted an integer" in done.stderr
+    assert done.returncode == 2 and "GRACE_S=5m: expected an integer" in done.stderr
     done = shell("tpu_vm.sh", "dance", **VM)
     assert done.returncode == 2 and "create|setup|stop" in done.stderr
     done = shell("slurm.sbatch", *JOB)
@@ -447,7 +447,7 @@ def test_seconds_to_save_are_an_integer(script, arguments, variables):
             script, "--dry-run", *arguments, **variables | {"GRACE_S": seconds}
         )
         assert done.returncode == 2 and done.stdout == "", seconds
-        assert f"GRACE_S={seconds}: wanted an integer, 0 or more" in done.stderr
+        assert f"GRACE_S={seconds}: expected an integer, 0 or more" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -470,7 +470,7 @@ def test_counts_are_integers(script, arguments, variables):
         told = variables | {name: value}
         done = shell(script, "--dry-run", *arguments, **told)
         assert done.returncode == 2 and done.stdout == ""
-        assert f"{name}={value}: wanted an integer, {least} or more" in done.stderr
+        assert f"{name}={value}: expected an integer, {least} or more" in done.stderr
 
 
 @pytest.mark.parametrize(
@@ -523,7 +523,7 @@ def test_pass_env_names_variables_that_are_set(script, args, variables):
     assert "the job gets MINE from" in run("MINE", MINE="1").stderr
     for names, message, more in [
         ("MINE", "PASS_ENV names MINE, which is not set", {}),
-        ("A=b", "PASS_ENV=A=b: wanted names of variables", {}),
+        ("A=b", "PASS_ENV=A=b: expected names of variables", {}),
         ("MINE", "MINE has more than one line", dict(MINE="1\n2")),
     ]:
         done = run(names, **more)
@@ -561,7 +561,7 @@ def test_extras_are_installed(script, variables):
     assert "-e '.[tpu,wandb,dedup]'" in unquoted(setup(EXTRAS="wandb,dedup"))
     for wrong in "wandb mlflow", "wandb,", "[wandb]":
         done = setup(EXTRAS=wrong)
-        assert done.returncode == 2 and "wanted extras of setup.py" in done.stderr
+        assert done.returncode == 2 and "expected extras of setup.py" in done.stderr
 
 
 def test_an_image_has_its_extras():
@@ -1083,11 +1083,11 @@ def test_the_jobset_of_a_job():
 @pytest.mark.parametrize(
     "command, message",
     [
-        (["trian", *JOB[1:]], "unknown job trian: wanted one of train, sample"),
+        (["trian", *JOB[1:]], "unknown job trian: expected one of train, sample"),
         ("python -m sd3_jax.main trian", "unknown job trian"),
-        ([*JOB, "--workdir="], "--workdir= is empty: wanted gs://"),
+        ([*JOB, "--workdir="], "--workdir= is empty: expected gs://"),
         ("sd3-jax train --workdir='' --config=x", "--workdir= is empty"),
-        ([], "wanted JOB and its flags, or --command"),
+        ([], "expected JOB and its flags, or --command"),
         (["--command=true", *JOB], "not both"),
     ],
 )
@@ -1114,16 +1114,16 @@ def test_the_jobset_on_a_reservation():
         ([*V5P, "--topology=16x16"], "a slice of v5p has 3 axes"),
         ([*TPU7X, "--chips-per-vm=8"], "tpu7x-standard-1t, tpu7x-standard-4t"),
         ([*V5E, "--chips-per-vm=8"], "in a multi-host slice, each VM has four"),
-        ([*V6E_SPOT, "--grace=60"], "--grace 60: wanted 1 or more, at most 15"),
+        ([*V6E_SPOT, "--grace=60"], "--grace 60: expected 1 or more, at most 15"),
         ([*V6E_SPOT, "--reservation=held"], "not allowed with argument --spot"),
-        ([*V5E, "--topology=15x15"], "--topology 15x15: wanted one of 1x1, 2x2"),
-        ([*V5E, "--topology=6x6"], "--topology 6x6: wanted one of 1x1, 2x2, 2x4"),
+        ([*V5E, "--topology=15x15"], "--topology 15x15: expected one of 1x1, 2x2"),
+        ([*V5E, "--topology=6x6"], "--topology 6x6: expected one of 1x1, 2x2, 2x4"),
         ([*V5P, "--topology=4x8x4"], "4x4x4, or multiples of 4 in ascending order"),
         ([*V5E, "--topology=1x1"], "--chips-per-vm 4 does not divide 1x1's 1"),
-        ([*V5E, "--max-restarts=-1"], "--max-restarts -1: wanted 0 or more"),
-        ([*V5E, "--retry=5-3"], "--retry 5-3: 5-3: wanted codes from 1 to 255"),
-        ([*V5E, "--retry=3,300"], "--retry 3,300: 300: wanted codes from 1 to 255"),
-        ([*V5E, "--retry=0"], "--retry 0: 0: wanted codes from 1 to 255"),
+        ([*V5E, "--max-restarts=-1"], "--max-restarts -1: expected 0 or more"),
+        ([*V5E, "--retry=5-3"], "--retry 5-3: 5-3: expected codes from 1 to 255"),
+        ([*V5E, "--retry=3,300"], "--retry 3,300: 300: expected codes from 1 to 255"),
+        ([*V5E, "--retry=0"], "--retry 0: 0: expected codes from 1 to 255"),
         ([*V5E, "--chips-per-vm=3"], "ct5lp-hightpu-1t, ct5lp-hightpu-4t"),
         ([*V5E, "--topology=16by16"], "--topology 16by16"),
         ([*V5E, "--name=SD3"], "--name SD3"),

@@ -225,15 +225,15 @@ def test_long_skips_join_a_block_with_its_mirror_image():
 @each
 def test_sides_that_patches_do_not_divide_are_refused(name):
     xt, *rest = inputs()
-    with pytest.raises(ValueError, match="latents of 5x8: wanted sides that"):
+    with pytest.raises(ValueError, match="latents of 5x8: expected sides that"):
         jax.eval_shape(model_of(name).init, jax.random.key(0), xt[:, :5], *rest)
 
 
 def test_what_a_uvit_and_a_unet_refuse():
-    with pytest.raises(ValueError, match="depth 4: wanted an odd number"):
+    with pytest.raises(ValueError, match="depth 4: expected an odd number"):
         jax.eval_shape(model_of("uvit", depth=4).init, jax.random.key(0), *inputs())
     xt, *rest = inputs()
-    with pytest.raises(ValueError, match="6x8: wanted sides that 4 divides"):
+    with pytest.raises(ValueError, match="6x8: expected sides that 4 divides"):
         jax.eval_shape(model_of("unet").init, jax.random.key(0), xt[:, :6], *rest)
     wide = jnp.zeros((B, 12, 20, CHANNELS))
     apply = lambda x: model_of("unet").apply({"params": weights("unet")}, x, *rest)
@@ -354,20 +354,26 @@ def test_muon_takes_the_matrices_inside_blocks(name):
     [
         (
             dict(name="dit", dual_blocks=1),
-            "dual_blocks = 1: wanted 0, or config.model.",
+            "dual_blocks = 1: expected 0, or config.model.",
         ),
-        (dict(name="dit", weight_sets=3), "weight_sets = 3: wanted 2, or config.mod"),
-        (dict(name="uvit", pos_crop="random"), '"random": wanted "center", or config.'),
-        (dict(name="uvit", depth=24), "depth = 24: wanted an odd number for a uvit"),
-        (dict(name="unet"), r"multipliers = \(\): wanted some for a unet"),
+        (dict(name="dit", weight_sets=3), "weight_sets = 3: expected 2, or config.mod"),
+        (
+            dict(name="uvit", pos_crop="random"),
+            '"random": expected "center", or config.',
+        ),
+        (dict(name="uvit", depth=24), "depth = 24: expected an odd number for a uvit"),
+        (dict(name="unet"), r"multipliers = \(\): expected some for a unet"),
         (
             dict(multipliers=(1, 2)),
-            r"multipliers = \(1, 2\): wanted \(\), or config.mo",
+            r"multipliers = \(1, 2\): expected \(\), or config.mo",
         ),
-        (dict(attended=(1,)), r"attended = \(1,\): wanted \(\), or config.model.name"),
+        (
+            dict(attended=(1,)),
+            r"attended = \(1,\): expected \(\), or config.model.name",
+        ),
         (dict(name="unet", multipliers=(1, 2), attended=(2,)), "levels below 2"),
         (dict(name="unet", multipliers=(1, 0)), "one for each level"),
-        (dict(name="crossdit", num_heads=7), "width = 1536: wanted a multiple of"),
+        (dict(name="crossdit", num_heads=7), "width = 1536: expected a multiple of"),
     ],
 )
 def test_refused_options(given, wanted):
@@ -386,9 +392,9 @@ def test_a_picture_that_a_unet_cannot_halve_is_refused():
 
 
 def test_jobs_that_know_the_mmdit_alone_say_so():
-    with pytest.raises(UserError, match='"dit": no other; wanted "mmdit"'):
+    with pytest.raises(UserError, match='"dit": no other; expected "mmdit"'):
         model_parts.mmdit(ConfigDict(dict(name="dit")), "no other")
-    with pytest.raises(ValueError, match='"vit": wanted one of mmdit'):
+    with pytest.raises(ValueError, match='"vit": expected one of mmdit'):
         backbones.matched(backbones.get_config(), "vit")
 
 

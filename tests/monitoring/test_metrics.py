@@ -99,7 +99,7 @@ def test_a_line_of_other_types_is_counted_and_left_out(tmp_path, caplog, name, v
     path = tmp_path / metrics.FILE
     path.write_text(f"{json.dumps(row)}\n{path.read_text()}")
     assert steps(tmp_path) == [1, 2]
-    assert "1 lines are not metrics" in caplog.text
+    assert "ignored lines that are not metrics: 1" in caplog.text
     train(tmp_path, 3, 3)  # a resumed run reads them too
     assert steps(tmp_path) == [1, 2, 3]
 
@@ -196,4 +196,4 @@ def test_tensorboard_in_a_bucket(monkeypatch, caplog):
     for step in range(30):
         events.add("train", {"loss": 1.0}, step)
     events.close()
-    assert caplog.text.count("no more TensorBoard files") == 1
+    assert caplog.text.count("writing no more TensorBoard files") == 1

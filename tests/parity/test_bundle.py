@@ -402,7 +402,7 @@ def test_what_does_not_fit_is_listed(tmp_path):
     assert "1 missing, 1 extra, 1 of another shape" in message
     for name in ("proj_out.bias is missing", "proj_in.bias is not known"):
         assert name in message
-    assert "proj_out.weight is [63, 64], wanted [64, 64]" in message
+    assert "proj_out.weight is [63, 64], expected [64, 64]" in message
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
@@ -419,7 +419,7 @@ def test_weights_that_are_no_numbers_are_named(tmp_path, value):
 @pytest.mark.parametrize(
     "key, value, words",
     [
-        ("num_layers", None, "config.json: num_layers = null: wanted a whole number"),
+        ("num_layers", None, "config.json: num_layers = null: expected a whole number"),
         ("patch_size", "two", 'config.json: patch_size = "two"'),
         ("dual_attention_layers", 3, "config.json: dual_attention_layers = 3"),
         ("_class_name", ["a", {}], "config.json is of"),
@@ -486,25 +486,25 @@ def test_a_file_of_something_else(tmp_path):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (dict(height=60), "height 60: wanted a multiple of 16.*nearest is 64"),
-        (dict(width=16_000), "width 16000: wanted a multiple of 16, at most 384"),
+        (dict(height=60), "height 60: expected a multiple of 16.*nearest is 64"),
+        (dict(width=16_000), "width 16000: expected a multiple of 16, at most 384"),
         (dict(solver="eular"), 'solver "eular"; did you mean "euler"'),
         (dict(output="image"), 'did you mean "images"'),
         (
             dict(max_sequence_length=513),
-            "max_sequence_length 513: wanted a whole number 1 to 512",
+            "max_sequence_length 513: expected a whole number 1 to 512",
         ),
         (dict(seed=-1), "seed -1"),
         (dict(negative_prompts=["a", "b", "c"]), "3 negative prompts for 2"),
         (dict(negative_prompts="\ud800"), "prompt: .ud800 at character 1"),
         (dict(negative_prompts=8193 * "a"), "prompt: 8193 characters"),
-        (dict(skip_layers=[4]), "skip_layers 4: wanted a whole number 0 to 3"),
+        (dict(skip_layers=[4]), "skip_layers 4: expected a whole number 0 to 3"),
         (dict(mask=np.zeros((1, 64, 64, 1))), "mask without image"),
         (dict(images_per_prompt=0), "images_per_prompt 0"),
         (dict(clip_skip=7), "clip_skip 7"),
         (
             dict(latents=np.zeros((1, 8, 8, 4))),
-            "latents of shape .1, 8, 8, 4.: wanted .b, h, w, 16.",
+            "latents of shape .1, 8, 8, 4.: expected .b, h, w, 16.",
         ),
     ],
 )

@@ -85,7 +85,7 @@ def test_a_tower_that_is_missing_is_named(folder, tmp_path):
     config["vision_config"]["num_hidden_layers"] = 3
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(
-        UserError, match="vision tower: num_hidden_layers = 3: wanted 2"
+        UserError, match="vision tower: num_hidden_layers = 3: expected 2"
     ):
         clip_embedder.load(str(tmp_path))
     config["vision_config"].update(num_hidden_layers=2, image_size=35)

@@ -139,9 +139,9 @@ def test_an_inpainting_nets_hint(bundle, pipe, theirs, tmp_path):
     wanted = np.concatenate([nhwc(mean), keep], -1)
     for mask in (MASK, Image.fromarray(MASK), 255 * MASK.astype(np.uint8)):
         assert convert.error(hint(bundle, net, HINT, mask=mask), wanted) < 1e-5
-    refused("repaints: wanted a mask", hint, bundle, net, HINT)
+    refused("repaints; give a mask", hint, bundle, net, HINT)
     more = dict(mask=MASK, preprocess="canny")
-    refused("an inpainting net has none", hint, bundle, net, HINT, **more)
+    refused("an inpainting ControlNet has none", hint, bundle, net, HINT, **more)
 
 
 def test_control_type_is_kept(bundle, files, tensors, tmp_path):
@@ -197,11 +197,14 @@ WIDE = dict(num_attention_heads=2, caption_projection_dim=128)
 @pytest.mark.parametrize(
     "sizes, said",
     [
-        (WIDE, "a joint ControlNet that is not of this denoiser, an SD3 transformer:"),
-        (WIDE, "width 128 against 64; wanted a ControlNet for the same model"),
+        (
+            WIDE,
+            "a joint ControlNet that does not fit this denoiser, an SD3 transformer:",
+        ),
+        (WIDE, "width 128 against 64; use a ControlNet for the same model"),
         (
             WIDE | SINGLE,
-            "a single-stream (SD3.5-large's) ControlNet that is not of this",
+            "a single-stream (SD3.5-large's) ControlNet that does not fit this",
         ),
         (dict(joint_attention_dim=96), "joint_attention_dim 96 against 160"),
         (dict(pooled_projection_dim=64), "pooled_projection_dim 64 against 128"),
@@ -219,8 +222,8 @@ def test_another_family(bundle, tmp_path):
         "controlnet_x_embedder.weight": "a ControlNet of FLUX or Qwen-Image; wan",
         "controlnet_cond_embedding.conv_in.weight": "a ControlNet of SD1.5, SD2 or S",
         "control_model.zero_convs.0.0.weight": "a ControlNet of SD1.5, SD2 or S",
-        "joint_blocks.0.x": "a denoiser; wanted a ControlNet of SD3 or SD3.5",
-        "fox": "holds fox, …; wanted a ControlNet of SD3 or SD3.5",
+        "joint_blocks.0.x": "a denoiser; expected a ControlNet of SD3 or SD3.5",
+        "fox": "holds fox, …; expected a ControlNet of SD3 or SD3.5",
     }
     file = tmp_path / "x.safetensors"
     for name, said in named.items():
@@ -231,7 +234,7 @@ def test_another_family(bundle, tmp_path):
     config = folder / "config.json"
     text = config.read_text().replace("SD3ControlNetModel", "FluxControlNetModel")
     config.write_text(text)
-    said = "config.json is of FluxControlNetModel; wanted SD3ControlNetModel"
+    said = "config.json is of FluxControlNetModel; expected SD3ControlNetModel"
     refused(said, sd3_jax.load_control, str(folder), bundle)
 
 
@@ -240,7 +243,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
     file = tmp_path / "x.safetensors"
     told = {"control_type": torch.tensor(value)}
     safetensors.torch.save_file(tensors | told, file)
-    said = "wanted 0 (blur), 1 (canny) or 2 (depth)"
+    said = "expected 0 (blur), 1 (canny) or 2 (depth)"
     refused(said, sd3_jax.load_control, str(file), bundle)
 
 
@@ -249,7 +252,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
     [
         (
             dict(image=HINT[:16]),
-            "an image of (16, 48) pixels: the picture has (32, 48)",
+            "an image of (16, 48) pixels: must equal the size of the picture, (32, 48)",
         ),
         (
             dict(image=HINT.astype(np.float32)),
@@ -258,16 +261,19 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
         (dict(image=HINT.transpose(2, 0, 1)), "x.transpose(1, 2, 0)"),
         (dict(image=ZEROS.repeat(3, 0)), "3 of control 0's images for 1 pictures: wan"),
         (dict(image=ZEROS.transpose(0, 3, 1, 2)), "x.transpose(0, 2, 3, 1)"),
-        (dict(image=ZEROS[:, :2]), "latents of (2, 6): the picture's have (4, 6)"),
+        (
+            dict(image=ZEROS[:, :2]),
+            "latents of (2, 6): must equal those of the picture, (4, 6)",
+        ),
         (dict(image=ZEROS + np.nan), "control 0's latents: holds values that are NaN"),
         (dict(image=ZEROS, preprocess="canny"), "preprocess acts on pictures"),
         (dict(preprocess="cany"), 'preprocess "cany"; did you mean "canny"?'),
-        (dict(mask=MASK), "a mask: wanted none"),
-        (dict(scale=np.nan), "scale nan: wanted a finite number"),
-        (dict(start=0.5, stop=0.2), "from start 0.5 to stop 0.2: wanted shares"),
+        (dict(mask=MASK), "takes no mask"),
+        (dict(scale=np.nan), "scale nan: expected a finite number"),
+        (dict(start=0.5, stop=0.2), "from start 0.5 to stop 0.2: expected shares"),
         (
             dict(net="canny.safetensors"),
-            "wanted ControlInput(net, image), the net being",
+            "expected ControlInput(net, image), with the net",
         ),
     ],
 )
@@ -280,11 +286,11 @@ def test_nets_that_do_not_go_together(bundle, net, pipe, tmp_path):
     small(num_layers=3).save_pretrained(tmp_path)
     other = sd3_jax.load_control(str(tmp_path), bundle)
     both = [sd3_jax.ControlInput(x, ZEROS) for x in (net, other)]
-    said = "ControlNets of 2, 3 layers together: wanted equally many"
+    said = "ControlNets of 2, 3 layers together: all must have the same number"
     refused(said, control_arguments.controls_of, bundle, both, GRID, SHAPE, 1, 1)
     foreign = ControlBundle(other.module.clone(width=128), {}, other.config)
     alone = [sd3_jax.ControlInput(foreign, ZEROS)]
-    said = "control 0: a joint ControlNet that is not of this denoiser"
+    said = "control 0: a joint ControlNet that does not fit this denoiser"
     refused(said, control_arguments.controls_of, bundle, alone, GRID, SHAPE, 1, 1)
     large = (4, 50, 16)  # beyond a table of 24 positions
     control = [sd3_jax.ControlInput(other, np.zeros((1, *large), np.float32))]
@@ -299,19 +305,19 @@ BAD = np.full((1, 32, 48, 3), 200.0)
 @pytest.mark.parametrize(
     "options, said",
     [
-        (dict(image=BAD), "image: floats from 200 to 200; wanted 0 to 1"),
+        (dict(image=BAD), "image: floats from 200 to 200; expected 0 to 1"),
         (
             dict(image=ZEROS.transpose(0, 3, 1, 2)),
-            "image of shape (1, 16, 4, 6): wanted",
+            "image of shape (1, 16, 4, 6): expected",
         ),
         (dict(latents=ZEROS.transpose(0, 3, 1, 2)), "x.transpose(0, 2, 3, 1)"),
         (dict(latents=ZEROS * np.nan), "latents: holds values that are NaN or inf"),
-        (dict(image=HINT[:17]), "image of 17 x 48 pixels: wanted sides that are"),
+        (dict(image=HINT[:17]), "image of 17 x 48 pixels: expected sides that are"),
         (
             dict(prompts=COND._replace(pooled=COND.pooled + np.nan)),
             "prompts: pooled: h",
         ),
-        (dict(prompts=COND._replace(pooled=COND.pooled[:, 1:])), "wanted (b, 128)"),
+        (dict(prompts=COND._replace(pooled=COND.pooled[:, 1:])), "expected (b, 128)"),
         (dict(prompts=COND._replace(context=COND.context[0])), "(b, tokens, 160)"),
         (
             dict(prompts=COND._replace(context=COND.context[[0, 0]])),
@@ -321,7 +327,10 @@ BAD = np.full((1, 32, 48, 3), 200.0)
             dict(negative_prompts=COND._replace(context=COND.context + np.inf)),
             "negative_prompts: context: holds values that are NaN",
         ),
-        (dict(image=HINT, mask=MASK[:16]), "mask of (16, 48) pixels: the picture has"),
+        (
+            dict(image=HINT, mask=MASK[:16]),
+            "mask of (16, 48) pixels: must equal the size",
+        ),
         (dict(image=HINT, mask=MASK.astype(np.uint8)), "bytes of 0 and 1"),
     ],
 )

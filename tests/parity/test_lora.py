@@ -269,11 +269,11 @@ FIRST = "transformer.transformer_blocks.0.attn."
         (
             some(FIRST + "to_quu"),
             {},
-            "to_quu is no linear map of the model; did you mea",
+            "to_quu is not a linear layer of the model; did you mea",
         ),
-        (some(FIRST + "to_q", d=32), {}, "to_q.lora_A is [2, 32], wanted [2, 64]"),
+        (some(FIRST + "to_q", d=32), {}, "to_q.lora_A is [2, 32], expected [2, 64]"),
         (some() | some("transfomer.to_q"), {}, 'did you mean "transformer"?'),
-        (dict([*some().items()][:1]), {}, "has lora_A alone, wanted both"),
+        (dict([*some().items()][:1]), {}, "has only lora_A; expected"),
         (some() | {FIRST + "to_q.alpha": np.ones(1)}, {}, "to_q.alpha is not known"),
         (some() | {FIRST + "to_q.lora_B.bias": np.ones(64)}, {}, "a LoRA with biases"),
         (
@@ -281,9 +281,17 @@ FIRST = "transformer.transformer_blocks.0.attn."
             {},
             "lora_unet_a_b has lora_A alone",
         ),
-        (some() | {FIRST + "to_q.dora_scale": np.ones(64)}, {}, "DoRA; wanted lora_A"),
-        (some(), {"transformer.use_dora": True}, "use_dora True: wanted a plain LoRA"),
-        (some(), {"transformer.lora_alpha": "x"}, "lora_alpha x: wanted a number"),
+        (
+            some() | {FIRST + "to_q.dora_scale": np.ones(64)},
+            {},
+            "DoRA; expected lora_A",
+        ),
+        (
+            some(),
+            {"transformer.use_dora": True},
+            "use_dora True: expected a plain LoRA",
+        ),
+        (some(), {"transformer.lora_alpha": "x"}, "lora_alpha x: expected a number"),
         ({k: x * np.nan for k, x in some().items()}, {}, "values that are not finite"),
         ({}, {}, "holds no tensors"),
     ],
@@ -303,7 +311,7 @@ def test_a_component_that_is_not_there(mesh, tmp_path):
     path = saved(tmp_path / "x.safetensors", some(clip))
     file = str(miniature.folder(KIND) / "transformer")
     load = bundle_loading.load
-    with pytest.raises(UserError, match="adapts clip_l, and the weights have only den"):
+    with pytest.raises(UserError, match="adapts clip_l, but the weights have only den"):
         load(file, mesh=mesh, lora=[str(path)])
     load(file, mesh=mesh, lora=[str(path)], only=("denoiser",))  # not wanted
     with pytest.raises(UserError, match='LoRA "no/such/file": no such file'):

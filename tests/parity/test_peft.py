@@ -148,9 +148,9 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
 @pytest.mark.parametrize(
     "config, said",
     [
-        (dict(peft_type="LOHA"), "peft_type LOHA: wanted a plain LoRA"),
-        (dict(use_dora=True), "use_dora True: wanted a plain LoRA, without"),
-        (dict(bias="all"), "bias all: wanted a plain LoRA"),
+        (dict(peft_type="LOHA"), "peft_type LOHA: expected a plain LoRA"),
+        (dict(use_dora=True), "use_dora True: expected a plain LoRA, without"),
+        (dict(bias="all"), "bias all: expected a plain LoRA"),
         (dict(bias="lora_only"), "bias lora_only"),
         (dict(lora_bias=True), "lora_bias True"),
         (dict(modules_to_save=["proj_out"]), "modules_to_save ['proj_out']"),
@@ -159,16 +159,16 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
         (dict(layer_replication=[[0, 4]]), "layer_replication [[0, 4]]"),
         (dict(use_qalora=True), "use_qalora True"),
         (dict(of_the_future="x"), "of_the_future x"),
-        (dict(lora_alpha="8"), "lora_alpha 8: wanted a number"),
-        (dict(lora_alpha=True), "lora_alpha True: wanted a number"),
-        (dict(r=[4]), "r [4]: wanted a number"),
-        (dict(r=4), f"{ATTN} is of rank 4, its tensors of 8"),
-        (dict(rank_pattern={"to_q": 5}), f"{ATTN} is of rank 5, its tensors of 8"),
-        (dict(rank_pattern={"to_q": None}), "wanted numbers by pattern"),
-        (dict(alpha_pattern=[1]), "alpha_pattern [1]: wanted numbers by pattern"),
-        (dict(alpha_pattern={"to_q": "x"}), "alpha_pattern to_q x: wanted a number"),
+        (dict(lora_alpha="8"), "lora_alpha 8: expected a number"),
+        (dict(lora_alpha=True), "lora_alpha True: expected a number"),
+        (dict(r=[4]), "r [4]: expected a number"),
+        (dict(r=4), f"{ATTN} has rank 4, but its tensors have 8"),
+        (dict(rank_pattern={"to_q": 5}), f"{ATTN} has rank 5, but its tensors have 8"),
+        (dict(rank_pattern={"to_q": None}), "expected numbers by pattern"),
+        (dict(alpha_pattern=[1]), "alpha_pattern [1]: expected numbers by pattern"),
+        (dict(alpha_pattern={"to_q": "x"}), "alpha_pattern to_q x: expected a number"),
         (dict(alpha_pattern={"to_(q": 1}), "pattern to_(q: missing )"),
-        (dict(use_rslora="yes"), "use_rslora yes: wanted true or false"),
+        (dict(use_rslora="yes"), "use_rslora yes: expected true or false"),
     ],
 )
 def test_options_that_are_refused(config, said, tmp_path):
@@ -188,13 +188,13 @@ WORDS = "base_model.model.text_model.embeddings.token_embedding"
     "tensors, said",
     [
         ({f"{WORDS}.lora_embedding_A": torch.ones(2, 2)}, "a LoRA of embeddings"),
-        ({"base_model.model.x.hada_w1_a": torch.ones(2, 2)}, "LoHa; wanted lora_A"),
-        ({"base_model.model.x.lokr_w1": torch.ones(2, 2)}, "LoKr; wanted lora_A"),
+        ({"base_model.model.x.hada_w1_a": torch.ones(2, 2)}, "LoHa; expected lora_A"),
+        ({"base_model.model.x.lokr_w1": torch.ones(2, 2)}, "LoKr; expected lora_A"),
         (
             pair("base_model.model.encoder.block.0.layer.0.SelfAttention.q"),
-            "is of T5; wanted a LoRA of transformer, text_encoder, text_encoder_2",
+            "is for T5; expected a LoRA of transformer, text_encoder, text_encoder_2",
         ),
-        (pair() | pair(ATTN), "holds names with base_model.model. and without"),
+        (pair() | pair(ATTN), "holds names with base_model.model. and names without"),
         (
             pair() | {k.replace("_A", "_A.b"): x for k, x in pair(rank=4).items()},
             "to_q has two of lora_",
@@ -208,7 +208,7 @@ def test_tensors_that_are_refused(tensors, said, tmp_path):
 def test_folders_that_are_refused(tmp_path):
     alone = folder(tmp_path / "alone", pair())
     (alone / lora_formats.PEFT_CONFIG).unlink()
-    refused("wanted adapter_config.json beside it", lora_formats.read, alone)
+    refused("adapter_config.json is missing beside it", lora_formats.read, alone)
     both = folder(tmp_path / "both", pair())
     safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / lora_formats.FILE)
     refused("name one of the two", lora_formats.read, both)
@@ -247,7 +247,7 @@ def test_a_name_that_ends_in_a_number(tmp_path, monkeypatch):
     assert given.named("a=0") == ("a", 0.0)
     assert given.named("a=-1e-1") == ("a", -0.1)
     for number in ("nan", "inf", "-inf"):
-        refused("wanted a finite number", given.listed, f"a={number}")
+        refused("expected a finite number", given.listed, f"a={number}")
 
 
 def kohya(bundle, modules, rank=4, alpha=2.0):
@@ -313,14 +313,14 @@ def test_kohyas_names_are_those_of_the_original_file(bundle, tmp_path):
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"lora_unet_x.alpha": torch.ones(1)}, "lora_unet_x has alpha alone"),
-        ({"lora_unet_x.alpha": torch.ones(2)}, "alpha: wanted one finite number"),
-        ({"lora_unet_x.alpha": torch.tensor(torch.nan)}, "wanted one finite number"),
-        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "is of T5"),
-        ({"lora_unet_x.dora_scale": torch.ones(2)}, "DoRA; wanted"),
+        ({"lora_unet_x.alpha": torch.ones(1)}, "lora_unet_x has only alpha"),
+        ({"lora_unet_x.alpha": torch.ones(2)}, "alpha: expected one finite number"),
+        ({"lora_unet_x.alpha": torch.tensor(torch.nan)}, "expected one finite number"),
+        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "is for T5"),
+        ({"lora_unet_x.dora_scale": torch.ones(2)}, "DoRA; expected"),
         (
             pair("lora_unet_down_blocks_0"),
-            "down_blocks_0 is no linear map of the model",
+            "down_blocks_0 is not a linear layer of the model",
         ),
     ],
 )

@@ -262,7 +262,7 @@ def test_a_control_net_that_repaints(pair, tmp_path):
     run = dict(OURS, latents=NOISE, output="latents")
     found = sd3_jax.generate(bundle, PROMPTS, **run, control=control)
     assert convert.error(found, nhwc(wanted.images)) < 1e-4
-    with pytest.raises(errors.UserError, match="wanted a mask"):
+    with pytest.raises(errors.UserError, match="give a mask"):
         control = control._replace(mask=None)
         sd3_jax.generate(bundle, PROMPTS, **run, control=control)
 

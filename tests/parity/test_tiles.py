@@ -108,5 +108,5 @@ def test_what_is_local_does_not_change(overlap, monkeypatch):
 @pytest.mark.parametrize("tiled", [tiling.encode, tiling.decode])
 def test_tiles_that_cannot_be(tiled):
     run = functools.partial(tiled, lambda x: x, draw((16, 16), 3), factor=8)
-    with pytest.raises(ValueError, match="^tile 100: wanted a multiple of 8$"):
+    with pytest.raises(ValueError, match="^tile 100: expected a multiple of 8$"):
         run(tile=100)

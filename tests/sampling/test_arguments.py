@@ -20,19 +20,19 @@ def test_a_number(value):
     "value", [None, "2", True, [2.0], np.array([2.0]), np.nan, np.inf, 1e39, 10**400]
 )
 def test_no_number(value):
-    with pytest.raises(UserError, match="^guidance .*: wanted a finite number$"):
+    with pytest.raises(UserError, match="^guidance .*: expected a finite number$"):
         argument_checks.number("guidance", value)
 
 
 @pytest.mark.parametrize("value", [2.0, "2", True, None, -1, 9])
 def test_no_whole_number(value):
-    with pytest.raises(UserError, match="^steps .*: wanted a whole number 0 to 8$"):
+    with pytest.raises(UserError, match="^steps .*: expected a whole number 0 to 8$"):
         argument_checks.whole("steps", value, 0, 8)
 
 
 @pytest.mark.parametrize("value", [None, 0.5, "ab", (0,), (0, 1, 2), (0, "a")])
 def test_no_pair(value):
-    with pytest.raises(UserError, match="guidance_interval .*: wanted"):
+    with pytest.raises(UserError, match="guidance_interval .*: expected"):
         argument_checks.pair("guidance_interval", value)
 
 
@@ -78,5 +78,5 @@ def test_what_is_no_lora(given):
 def test_times_of_other_ranges_are_refused():
     assert input_images.times(0.5, 2).tolist() == [0.5, 0.5]
     for t in (500.0, -0.1, np.nan, [0.1, 0.2, 0.3]):
-        with pytest.raises(UserError, match="wanted"):
+        with pytest.raises(UserError, match="expected"):
             input_images.times(t, 2)

@@ -90,25 +90,34 @@ ANIMATED.is_animated = True
 @pytest.mark.parametrize(
     "given, said",
     [
-        (BYTES.astype(np.float32), "floats from 0 to 255; wanted 0 to 1: x / 255"),
-        (2 * FLOATS - 1, "floats from -1 to 1; wanted 0 to 1: x / 255 of 0 to 255, (x"),
-        (1.02 * FLOATS, "floats from 0 to 1.02; wanted 0 to 1"),
+        (BYTES.astype(np.float32), "floats from 0 to 255; expected 0 to 1: x / 255"),
+        (
+            2 * FLOATS - 1,
+            "floats from -1 to 1; expected 0 to 1: x / 255 of 0 to 255, (x",
+        ),
+        (1.02 * FLOATS, "floats from 0 to 1.02; expected 0 to 1"),
         (np.where(FLOATS > 0.5, np.nan, FLOATS), "NaN or infinite"),
-        (BYTES.astype(np.int64), "dtype int64: wanted uint8"),
-        (BYTES.astype(np.uint16), "dtype uint16: wanted uint8"),
+        (BYTES.astype(np.int64), "dtype int64: expected uint8"),
+        (BYTES.astype(np.uint16), "dtype uint16: expected uint8"),
         (BYTES.transpose(0, 3, 1, 2), "channels come last here, x.transpose(0, 2, 3,"),
         (torch.tensor(BYTES[0]).permute(2, 0, 1), "last here, x.transpose(1, 2, 0)"),
-        (BYTES[..., 0], "shape (2, 24, 32): wanted (b, H, W, 3), (H, W, 3) or (H, W)"),
-        (BYTES[..., :2], "shape (2, 24, 32, 2): wanted"),
-        (BYTES[:0], "shape (0, 24, 32, 3): wanted"),
-        (BYTES[0, 0, 0, 0], "shape (): wanted"),
-        ("fox.png", "'fox.png': wanted an array or a PIL image, for a file PIL.Ima"),
+        (
+            BYTES[..., 0],
+            "shape (2, 24, 32): expected (b, H, W, 3), (H, W, 3) or (H, W)",
+        ),
+        (BYTES[..., :2], "shape (2, 24, 32, 2): expected"),
+        (BYTES[:0], "shape (0, 24, 32, 3): expected"),
+        (BYTES[0, 0, 0, 0], "shape (): expected"),
+        (
+            "fox.png",
+            "'fox.png': expected an array or a PIL image; for a file, pass PIL.Ima",
+        ),
         ([], "an empty list"),
-        ([BYTES[0], BYTES[0, :8]], "wanted all of one size and dtype"),
+        ([BYTES[0], BYTES[0, :8]], "expected all of one size and dtype"),
         ([BYTES[0], "fox.png"], "image 1: 'fox.png'"),
-        (Image.new("F", (8, 8)), 'of mode F: wanted x.convert("RGB")'),
-        (ANIMATED, "animated; wanted one frame"),
-        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "no array of numpy's"),
+        (Image.new("F", (8, 8)), 'of mode F: pass x.convert("RGB")'),
+        (ANIMATED, "animated; pass one frame"),
+        (torch.zeros(8, 8, 3, dtype=torch.bfloat16), "not a NumPy array"),
     ],
 )
 def test_pictures_that_are_refused(given, said):
@@ -147,17 +156,17 @@ def test_masks_of_one_bit(given):
 @pytest.mark.parametrize(
     "given, said",
     [
-        (MASK.astype(np.float32), "floats from 0 to 255; wanted 0 to 1"),
+        (MASK.astype(np.float32), "floats from 0 to 255; expected 0 to 1"),
         (2.0 * MASK / 255 - 1, "floats from -1 to 1"),
         (MASK * np.nan, "NaN or infinite"),
         (
             (MASK > 127).astype(np.uint8),
-            "bytes of 0 and 1, where 255 is 1; wanted x.astype(bool)",
+            "bytes of 0 and 1, but 255 stands for 1; pass x.astype(bool)",
         ),
         ((MASK > 127).astype(np.int64), "dtype int64"),
         (MASK.transpose(0, 3, 1, 2), "x.transpose(0, 2, 3, 1)"),
-        (BYTES, "shape (2, 24, 32, 3): wanted (b, H, W, 1), (b, H, W) or (H, W)"),
-        (pil(BYTES[0]), 'of mode RGB: wanted "1" or "L"'),
+        (BYTES, "shape (2, 24, 32, 3): expected (b, H, W, 1), (b, H, W) or (H, W)"),
+        (pil(BYTES[0]), 'of mode RGB: expected "1" or "L"'),
         (pil(RGBA), 'mask.getchannel("A")'),
     ],
 )
@@ -176,10 +185,10 @@ def test_latents():
     [
         (LATENTS.transpose(0, 3, 1, 2), "last here, x.transpose(0, 2, 3, 1)"),
         (LATENTS[0].transpose(2, 0, 1), "last here, x.transpose(1, 2, 0)"),
-        (LATENTS[..., :4], "shape (2, 3, 4, 4): wanted (b, h, w, 16)"),
+        (LATENTS[..., :4], "shape (2, 3, 4, 4): expected (b, h, w, 16)"),
         (LATENTS * np.inf, "NaN or infinite"),
-        (LATENTS.astype(np.int32), "dtype int32: wanted floats"),
-        (7, "7: wanted an array"),
+        (LATENTS.astype(np.int32), "dtype int32: expected floats"),
+        (7, "7: expected an array"),
     ],
 )
 def test_latents_that_are_refused(given, said):

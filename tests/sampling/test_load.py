@@ -112,6 +112,6 @@ DENOISER = dict(in_channels=16, joint_attention_dim=160, pooled_projection_dim=1
 def test_parts_of_different_models_are_told(part, config, words):
     whole = dict(denoiser=DENOISER, clip_g=CLIP)
     published_configs.fit(whole | {"clip_l": CLIP}, "a")
-    with pytest.raises(UserError, match=f"a: .*{words}: wanted .*the denoiser's 1"):
+    with pytest.raises(UserError, match=f"a: .*{words}: expected .*the denoiser's 1"):
         published_configs.fit(whole | {part: config}, "a")
     published_configs.fit({part: config}, "a")  # alone it is of any

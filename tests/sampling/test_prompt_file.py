@@ -46,10 +46,10 @@ def test_json_may_hold_any_end_of_a_line_but_newline(tmp_path):
 
 
 LINES = {
-    "a NUL": ("a\0b", "prompt: \\x00 at character 2; wanted text without control"),
+    "a NUL": ("a\0b", "prompt: \\x00 at character 2; expected text without control"),
     "an escape": ("a \x1b[2J fox", "prompt: \\x1b at character 3"),
     "a C1 control": ("\x9b2J fox", "prompt: \\x9b at character 1"),
-    "too long": (8193 * "a", "prompt: 8193 characters; wanted at most 8192"),
+    "too long": (8193 * "a", "prompt: 8193 characters; the limit is 8192"),
 }
 OBJECTS = {
     "a surrogate": ('{"prompt": "\\ud800"}', "prompt: \\ud800 at character 1"),
@@ -59,11 +59,11 @@ OBJECTS = {
         json.dumps({"prompt": "a", "negative": 8193 * "b"}),
         "negative: 8193 characters",
     ),
-    "a key twice": ('{"prompt": "a", "prompt": "b"}', '"prompt" stands twice'),
-    "nan": ('{"prompt": "a", "cfg": NaN}', "NaN is no JSON"),
-    "infinity": ('{"prompt": "a", "cfg": -Infinity}', "-Infinity is no JSON"),
+    "a key twice": ('{"prompt": "a", "prompt": "b"}', '"prompt" appears twice'),
+    "nan": ('{"prompt": "a", "cfg": NaN}', "NaN is not JSON"),
+    "infinity": ('{"prompt": "a", "cfg": -Infinity}', "-Infinity is not JSON"),
     "beyond a float": ('{"prompt": "a", "cfg": 1e999}', "1e999 is too large"),
-    "beyond any float": ('{"prompt": "a", "cfg": 1%s}' % (400 * "0"), "wanted float"),
+    "beyond any float": ('{"prompt": "a", "cfg": 1%s}' % (400 * "0"), "expected float"),
     "beyond an int": ('{"prompt": "a", "seed": 1%s}' % (5000 * "0"), "not JSON"),
     "a great seed": ('{"prompt": "a", "seed": 4294967296}', "in [0, 4294967295]"),
     "seeds beyond the last": (
@@ -75,15 +75,15 @@ OBJECTS = {
         '{"prompt": "a", "seed": ' + 500 * "[" + 500 * "]" + "}",
         "seed",
     ),
-    "a dict": ('{"prompt": "a", "seed": {"b": 1}}', 'seed {"b": 1}: wanted int'),
-    "null": ('{"prompt": "a", "steps": null}', "steps null: wanted int"),
-    "true": ('{"prompt": "a", "steps": true}', "steps true: wanted int"),
-    "layers": ('{"prompt": "a", "skip_layers": [[1]]}', "skip_layers [[1]]: wanted"),
-    "a text": ('"a fox"', 'wanted {"prompt": TEXT, …}'),
-    "nothing": ("{}", 'wanted {"prompt": TEXT, …}'),
-    "an empty prompt": ('{"prompt": " "}', "wanted a text, or three"),
-    "two prompts": ('{"prompt": ["a", "b"]}', "wanted a text, or three"),
-    "no text": ('{"prompt": 3}', "wanted a text, or one for each"),
+    "a dict": ('{"prompt": "a", "seed": {"b": 1}}', 'seed {"b": 1}: expected int'),
+    "null": ('{"prompt": "a", "steps": null}', "steps null: expected int"),
+    "true": ('{"prompt": "a", "steps": true}', "steps true: expected int"),
+    "layers": ('{"prompt": "a", "skip_layers": [[1]]}', "skip_layers [[1]]: expected"),
+    "a text": ('"a fox"', 'expected {"prompt": TEXT, …}'),
+    "nothing": ("{}", 'expected {"prompt": TEXT, …}'),
+    "an empty prompt": ('{"prompt": " "}', "expected one text, or three"),
+    "two prompts": ('{"prompt": ["a", "b"]}', "expected one text, or three"),
+    "no text": ('{"prompt": 3}', "expected a text, or one for each"),
     "a key that is a page": ('{"prompt": "a", "%s": 1}' % (9999 * "k"), "kkk…"),
     "a key with an escape": ('{"prompt": "a", "\\u001bc": 1}', 'unknown "\\x1bc"'),
     "a choice with an escape": ('{"prompt": "a", "grid": "\\u001b"}', "\\x1b"),
@@ -102,22 +102,22 @@ def test_a_bad_line_is_told_of_by_its_number(case, tmp_path, caplog):
     good = "a fox" if case in LINES else '{"prompt": "a fox"}'
     assert prompts(tmp_path / name, f"{good}\n{line}\n{good}\n") == ["a fox", "a fox"]
     told = caplog.messages[0]
-    assert told.startswith(f"{tmp_path / name}:2: ") and "not painted" in told
+    assert told.startswith(f"{tmp_path / name}:2: ") and "skipped" in told
     assert words in told and told.isprintable() and len(told) < 600
-    assert caplog.messages[1].endswith("1 of 3 lines are not painted: 2")
+    assert caplog.messages[1].endswith("skipped 1 of 3 lines: 2")
 
 
 def test_thousands_of_bad_lines_are_not_thousands_of_messages(tmp_path, caplog):
     assert prompts(tmp_path / "x.txt", "\0\n" * 5000 + "a fox") == ["a fox"]
     assert len(caplog.messages) == 21
-    assert "5000 of 5001 lines are not painted: 1, 2, 3" in caplog.messages[-1]
+    assert "skipped 5000 of 5001 lines: 1, 2, 3" in caplog.messages[-1]
 
 
 FILES = {
     "no utf-8": (b"a fox\n\xff\xfe", "not UTF-8 at byte 6"),
     "empty": (b"", "holds no prompt"),
     "only bad ones": (b"\0", "holds no prompt that can be read"),
-    "large": (b"a" * (2**24 + 1), "wanted at most 16777216 bytes"),
+    "large": (b"a" * (2**24 + 1), "expected at most 16777216 bytes"),
 }
 
 
@@ -147,7 +147,9 @@ def test_the_configs_own_prompts_have_the_same_rule():
 
 
 def test_pictures_have_a_bound():
-    with pytest.raises(UserError, match="1000000000 pictures: wanted at most 1000000"):
+    with pytest.raises(
+        UserError, match="1000000000 pictures: expected at most 1000000"
+    ):
         prompt_file.tasks(config(prompt="a", per_prompt=10**9))
 
 

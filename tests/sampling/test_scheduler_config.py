@@ -21,33 +21,36 @@ FLOW = {
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"shift": "abc"}, 'shift "abc": wanted a finite number > 0'),
-        ({"shift": None}, "shift null: wanted a finite number > 0"),
-        ({"shift": 0}, "shift 0: wanted"),
-        ({"shift": -3.0}, "shift -3.0: wanted"),
-        ({"shift": float("nan")}, "shift NaN: wanted"),
-        ({"shift": float("inf")}, "shift Infinity: wanted"),
-        ({"shift": True}, "shift true: wanted"),
-        ({"shift": [3.0]}, "shift [3.0]: wanted"),
-        ({"use_karras_sigmas": 1}, "use_karras_sigmas 1: wanted true or false"),
-        ({"use_dynamic_shifting": "no"}, 'use_dynamic_shifting "no": wanted true'),
-        ({"shift_terminal": 1.0}, "shift_terminal 1.0: wanted null or a number in [0"),
-        ({"shift_terminal": -0.1}, "shift_terminal -0.1: wanted"),
-        ({"time_shift_type": "log"}, "wanted one of exponential, linear"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps 0: wanted a whole number"),
-        ({"num_train_timesteps": 1e3}, "num_train_timesteps 1000.0: wanted"),
-        ({"base_shift": "x"}, 'base_shift "x": wanted a finite number'),
-        ({"base_image_seq_len": 1.5}, "base_image_seq_len 1.5: wanted"),
+        ({"shift": "abc"}, 'shift "abc": expected a finite number > 0'),
+        ({"shift": None}, "shift null: expected a finite number > 0"),
+        ({"shift": 0}, "shift 0: expected"),
+        ({"shift": -3.0}, "shift -3.0: expected"),
+        ({"shift": float("nan")}, "shift NaN: expected"),
+        ({"shift": float("inf")}, "shift Infinity: expected"),
+        ({"shift": True}, "shift true: expected"),
+        ({"shift": [3.0]}, "shift [3.0]: expected"),
+        ({"use_karras_sigmas": 1}, "use_karras_sigmas 1: expected true or false"),
+        ({"use_dynamic_shifting": "no"}, 'use_dynamic_shifting "no": expected true'),
+        (
+            {"shift_terminal": 1.0},
+            "shift_terminal 1.0: expected null or a number in [0",
+        ),
+        ({"shift_terminal": -0.1}, "shift_terminal -0.1: expected"),
+        ({"time_shift_type": "log"}, "expected one of exponential, linear"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps 0: expected a whole number"),
+        ({"num_train_timesteps": 1e3}, "num_train_timesteps 1000.0: expected"),
+        ({"base_shift": "x"}, 'base_shift "x": expected a finite number'),
+        ({"base_image_seq_len": 1.5}, "base_image_seq_len 1.5: expected"),
         (
             {"use_dynamic_shifting": True, "max_image_seq_len": 256},
             "base_image_seq_len and max_image_seq_len are the same",
         ),
-        ({"_class_name": 3}, "_class_name 3: wanted a text"),
-        ({"_class_name": "Own", "shift": {}}, "shift {}: wanted"),
-        ({**FLOW, "flow_shift": "3"}, 'flow_shift "3": wanted'),
-        ({**FLOW, "solver_order": 2.0}, "solver_order 2.0: wanted"),
-        ({**FLOW, "algorithm_type": "x"}, "wanted one of dpmsolver++"),
-        ([], "[]: wanted a JSON object"),
+        ({"_class_name": 3}, "_class_name 3: expected a text"),
+        ({"_class_name": "Own", "shift": {}}, "shift {}: expected"),
+        ({**FLOW, "flow_shift": "3"}, 'flow_shift "3": expected'),
+        ({**FLOW, "solver_order": 2.0}, "solver_order 2.0: expected"),
+        ({**FLOW, "algorithm_type": "x"}, "expected one of dpmsolver++"),
+        ([], "[]: expected a JSON object"),
     ],
 )
 def test_a_setting_of_the_wrong_type_or_out_of_range(config, words):
@@ -60,15 +63,15 @@ def test_a_setting_of_the_wrong_type_or_out_of_range(config, words):
 @pytest.mark.parametrize(
     "config, words",
     [
-        ({"invert_sigmas": True}, f"invert_sigmas true of {EULER} is not honoured"),
+        ({"invert_sigmas": True}, f"invert_sigmas true of {EULER} is not supported"),
         ({"num_train_timesteps": 500}, "num_train_timesteps 500 of"),
         (
             {"use_karras_sigmas": True, "use_beta_sigmas": True},
-            "wanted false, or use_karras_sigmas false",
+            "expected false, or use_karras_sigmas false",
         ),
         ({"_class_name": LCM, "scale_factors": [0.5]}, "scale_factors [0.5] of"),
         ({**FLOW, "use_flow_sigmas": False}, "use_flow_sigmas false of"),
-        ({**FLOW, "prediction_type": "epsilon"}, 'wanted "flow_prediction"'),
+        ({**FLOW, "prediction_type": "epsilon"}, 'expected "flow_prediction"'),
         ({**FLOW, "solver_order": 3}, "solver_order 3 of"),
         ({**FLOW, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
         ({**FLOW, "solver_type": "heun"}, 'solver_type "heun" of'),
@@ -86,7 +89,7 @@ def test_what_is_not_honoured_is_refused_by_name_unless_replaced(config, words):
         with pytest.raises(UserError) as error:
             read.sampler(4, 1_024, **given)
         assert words in str(error.value)
-        assert str(error.value).endswith("or give both a solver and a grid")
+        assert str(error.value).endswith("or set both a solver and a grid")
     solver, times = read.sampler(4, 1_024, solver="heun", grid="shifted", shift=2.0)
     np.testing.assert_array_equal(times, grids.shifted(4, 2.0))
     assert solver == "heun"
@@ -120,9 +123,9 @@ def test_a_caller_replaces_what_he_names():
 @pytest.mark.parametrize(
     "given, words",
     [
-        ({"grid": "flow", "mu": 0.5}, "grid and mu are both given"),
-        ({"grid": "flow", "sigmas": [0.5]}, "grid and sigmas are both given"),
-        ({"shift": 2.0, "mu": 0.5}, "shift and mu are both given"),
+        ({"grid": "flow", "mu": 0.5}, "grid and mu are both set"),
+        ({"grid": "flow", "sigmas": [0.5]}, "grid and sigmas are both set"),
+        ({"shift": 2.0, "mu": 0.5}, "shift and mu are both set"),
         ({"shift": 0.0}, "shift: got 0.0"),
         ({"shift": float("nan")}, "shift: got nan"),
         ({"shift": 1e30}, "keeps 4 float32 steps apart"),
@@ -148,7 +151,7 @@ def test_a_class_that_is_not_known_still_says_its_shift():
 
 def test_a_terminal_needs_two_steps():
     read = scheduler_config.read({"shift_terminal": 0.1})
-    with pytest.raises(UserError, match="steps: got 1, want 2 or more"):
+    with pytest.raises(UserError, match="steps: got 1, expected 2 or more"):
         read.sampler(1, 1_024)
     assert read.sampler(2, 1_024)[1][-2] == np.float32(0.1)
 

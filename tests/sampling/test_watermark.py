@@ -91,12 +91,14 @@ def test_a_mark_is_a_function_of_the_text_for_good(photo):
 @pytest.mark.parametrize("text", ["", "seventeen letters", "sixteen ümläüte", "a\nb"])
 def test_what_does_not_fit_is_refused(text):
     assert not watermark.fits(text)
-    with pytest.raises(ValueError, match="wanted 1 to 16 bytes of text that prints"):
+    with pytest.raises(ValueError, match="expected 1 to 16 bytes of text that prints"):
         watermark.embed(np.zeros((256, 256, 3), np.uint8), text)
 
 
 def test_small_pictures_are_refused(photo):
-    with pytest.raises(ValueError, match="640 x 255 pixels; wanted sides of 256"):
+    with pytest.raises(
+        ValueError, match="640 x 255 pixels; a watermark needs sides of 256"
+    ):
         watermark.embed(photo[:255], TEXT)
     assert watermark.read(photo[:100, :90]) is None  # may be read, and have none
 

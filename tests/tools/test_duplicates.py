@@ -165,7 +165,9 @@ def test_sscd_is_the_module_on_squeezed_normalised_squares(tmp_path):
 
 def test_no_torchscript(tmp_path):
     (tmp_path / "weights.pt").write_bytes(b"not it")
-    with pytest.raises(UserError, match="weights.pt: .* wanted a file of TorchScript"):
+    with pytest.raises(
+        UserError, match="weights.pt: .* expected a file of TorchScript"
+    ):
         embeddings.SSCD(tmp_path / "weights.pt")
     with pytest.raises(UserError, match="missing.pt: cannot be read: No such file"):
         embeddings.SSCD(tmp_path / "missing.pt")
@@ -175,7 +177,7 @@ def test_no_torchscript(tmp_path):
     "made", [np.zeros((3, 4)), [1.0, 2.0], np.full((2, 3), np.nan)]
 )
 def test_embeddings_of_other_hands_are_looked_at(made):
-    with pytest.raises(UserError, match="my.module:embed: gave"):
+    with pytest.raises(UserError, match="my.module:embed: returned"):
         picture = np.zeros((16, 16, 3), np.uint8)
         embeddings.embedded(lambda _: made, [picture] * 2, "my.module:embed")
 

@@ -40,7 +40,7 @@ def test_power_law_finds_the_one_that_made_the_points():
     assert law.floor == pytest.approx(0.5, abs=0.01) and law.error < 2e-3
     plain = power_law(x[:3], 3 * x[:3] ** -0.2)  # too few points for a floor
     assert plain.floor == 0 and plain.exponent == pytest.approx(0.2)
-    with pytest.raises(ValueError, match="power_law: got 1 points, want two"):
+    with pytest.raises(ValueError, match="power_law: got 1 points, expected two"):
         power_law(x[:1], x[:1])
 
 

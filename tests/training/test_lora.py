@@ -255,9 +255,9 @@ def test_over_a_mesh_it_is_the_same_with_its_gradient(sizes):
 @pytest.mark.parametrize(
     "targets, said",
     [
-        ("attm", 'LoRA targets "attm" are in no linear map; did you mean "attn"?'),
-        ("zzz", "wanted a part of blocks/image/adaln/linear"),
-        ("to_(q", "no regex"),
+        ("attm", 'LoRA targets "attm" match no linear layer; did you mean "attn"?'),
+        ("zzz", "expected a part of blocks/image/adaln/linear"),
+        ("to_(q", "not a regular expression"),
     ],
 )
 def test_targets_in_nothing(boxed, targets, said):

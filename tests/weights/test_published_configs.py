@@ -294,7 +294,7 @@ def test_a_wrong_field_is_named_in_one_line(kind, name, value):
     message = str(error.value)
     named = f"x/config.json: {name} = ", f"x/config.json: {PARTNERS.get(name)} = "
     assert message.startswith(named), message
-    assert "wanted" in message and message.isprintable() and len(message) < 300
+    assert "expected" in message and message.isprintable() and len(message) < 300
     assert exit_code(error.value) == MISTAKE
 
 
@@ -309,12 +309,14 @@ def test_a_joint_control_net_has_positions(change):
 
 @pytest.mark.parametrize("config", [[], "a", None, 3])
 def test_a_configuration_that_is_none(config):
-    with pytest.raises(UserError, match="vae: .*wanted a JSON object"):
+    with pytest.raises(UserError, match="vae: .*expected a JSON object"):
         published_configs.read("vae", config)
 
 
 def test_what_a_file_lacks_is_told():
-    words = r"use_quant_conv = true \(the default of a file without it\): wanted false"
+    words = (
+        r"use_quant_conv = true \(the default of a file without it\): expected false"
+    )
     with pytest.raises(UserError, match=words):
         published_configs.read(
             "vae", {k: v for k, v in VAE.items() if k != "use_quant_conv"}
@@ -324,7 +326,7 @@ def test_what_a_file_lacks_is_told():
 def test_fields_that_nothing_reads_are_told_of(caplog):
     config = DENOISER | {"_note": 1, "use_magic": True}
     components.configured(components.COMPONENTS["denoiser"], config, where="a/b")
-    assert caplog.messages == ["a/b: fields that nothing here reads: use_magic"]
+    assert caplog.messages == ["a/b: ignored fields: use_magic"]
 
 
 def test_old_files_of_a_whole_clip(monkeypatch):
@@ -336,7 +338,7 @@ def test_old_files_of_a_whole_clip(monkeypatch):
     for name in "hidden_size", "num_attention_heads", "num_hidden_layers":
         assert ours["text"][name] == getattr(theirs.text_config, name)
         assert ours["vision"][name] == getattr(theirs.vision_config, name)
-    with pytest.raises(UserError, match=r"vision_config: \[\]: wanted a JSON object"):
+    with pytest.raises(UserError, match=r"vision_config: \[\]: expected a JSON object"):
         clip_keys.towers({"vision_config": []})
 
 
@@ -435,14 +437,14 @@ def test_a_configuration_that_lies_of_its_tensors(kind, name, value, layout):
     with pytest.raises(UserError) as error:
         components.configured(PARTS[kind], config, tensors(kind, layout), layout, "a")
     message = str(error.value)
-    assert message.startswith("a: ") and name in message.split(": wanted")[0], message
-    assert ", for " in message and message.isprintable()
+    assert message.startswith("a: ") and name in message.split(": expected")[0], message
+    assert ", because " in message and message.isprintable()
 
 
 def test_layers_are_as_many_as_there_are():
     x = tensors("denoiser", "original")
     x["joint_blocks.999999999.x_block.attn.qkv.weight"] = np.zeros(3)
-    words = "a: joint_blocks.3 is missing, though there is joint_blocks.999999999"
+    words = "a: joint_blocks.3 is missing, but joint_blocks.999999999 exists"
     with pytest.raises(UserError, match=words):
         inferred_sizes.detect("denoiser", x, "a")
     x = tensors("denoiser", "original") | {"joint_blocks.x.a": np.zeros(3)}
@@ -456,7 +458,7 @@ def test_layers_are_as_many_as_there_are():
         ("controlnet", "controlnet_blocks.88.a"),
     ):
         x = tensors(kind, "diffusers" if kind == "controlnet" else "original")
-        with pytest.raises(UserError, match="is missing, though there is .*88"):
+        with pytest.raises(UserError, match="is missing, but .*88 exists"):
             inferred_sizes.detect(kind, x | {name: np.zeros(3)})
 
 
@@ -489,8 +491,8 @@ def entries(x):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"num_layers": 10**9}, "num_layers = 1000000000: wanted a whole number"),
-        ({"num_layers": 900}, "num_layers = 900: wanted 3, for the file has trans"),
+        ({"num_layers": 10**9}, "num_layers = 1000000000: expected a whole number"),
+        ({"num_layers": 900}, "num_layers = 900: expected 3, because the file has tr"),
         ({"joint_attention_dim": 10**30}, "joint_attention_dim = 1000"),
         ({"_class_name": "PixArtTransformer2DModel"}, "_class_name"),
     ],

@@ -81,7 +81,7 @@ def one(**changes):
 
 
 LIES = {
-    "empty": (b"", "is empty: copy it again"),
+    "empty": (b"", "is empty; copy it again"),
     "cut in the header": (file(one())[:30], "a header of 61 bytes in a file of 30: it"),
     "short": (b"\1\0\0", "header of 1 bytes"),
     "huge header": (file(b"{}", size=2**60), "in a file of 10"),
@@ -92,8 +92,8 @@ LIES = {
     "negative size": (file(one(shape=[-2]), bytes(8)), "w: shape [-2]"),
     "float size": (file(one(shape=[2.0]), bytes(8)), "its header"),
     "true as a size": (file(one(shape=[True, 2]), bytes(8)), "shape [True, 2]"),
-    "too few bytes": (file(one(shape=[3]), bytes(8)), "does not take"),
-    "offsets turned": (file(one(data_offsets=[8, 0]), bytes(8)), "does not take"),
+    "too few bytes": (file(one(shape=[3]), bytes(8)), "does not fit bytes"),
+    "offsets turned": (file(one(data_offsets=[8, 0]), bytes(8)), "does not fit bytes"),
     "beyond the end": (file(one(), bytes(4)), "says 77: it was not copied whole"),
     "bytes left over": (file(one(), bytes(9)), "its header says"),
     "a gap": (file(one(data_offsets=[8, 16]), bytes(16)), "gap"),
@@ -114,27 +114,30 @@ LIES = {
     ),
     "three offsets": (file(one(data_offsets=[0, 4, 8]), bytes(8)), "start and end"),
     "a dtype that is a list": (file(one(dtype=["F32"]), bytes(8)), "dtype ['F32']"),
-    "no entry": (file({"w": 3}), "w: wanted its dtype"),
+    "no entry": (file({"w": 3}), "w: expected its dtype"),
     "a name twice": (
         file(b'{"w":%s,"w":%s}' % (2 * (json.dumps(one()["w"]).encode(),)), bytes(8)),
-        '"w" stands twice',
+        '"w" appears twice',
     ),
     "a field twice": (
         file(b'{"w":{"dtype":"F32","dtype":"I32","shape":[2],"data_offsets":[0,8]}}'),
-        '"dtype" stands twice',
+        '"dtype" appears twice',
     ),
-    "nan as a size": (file(one(shape=[float("nan")]), bytes(8)), "NaN is no JSON"),
+    "nan as a size": (file(one(shape=[float("nan")]), bytes(8)), "NaN is not JSON"),
     "infinity": (file(b'{"w": 1e999}'), "1e999 is too large"),
     "an endless number": (file(b'{"w": %s}' % (b"9" * 5000)), "its header"),
     "another encoding": (file("{}".encode("utf-16")), "its header"),
     "bytes that are no text": (file(b'{"\xff": 1}'), "its header"),
-    "a name with a line": (file({"a\nb": one()["w"]}, bytes(8)), '"a\\nb": wanted'),
-    "a name with a NUL": (file({"a\0b": one()["w"]}, bytes(8)), '"a\\x00b": wanted'),
-    "half a character": (file(b'{"\\ud800": 1}'), '"\\ud800": wanted'),
+    "a name with a line": (file({"a\nb": one()["w"]}, bytes(8)), '"a\\nb": expected'),
+    "a name with a NUL": (file({"a\0b": one()["w"]}, bytes(8)), '"a\\x00b": expected'),
+    "half a character": (file(b'{"\\ud800": 1}'), '"\\ud800": expected'),
     "a name turned round": (file({"a\u202e": one()["w"]}, bytes(8)), '"a\\u202e"'),
-    "a name of a page": (file({600 * "a": one()["w"]}, bytes(8)), "a name of 512"),
-    "metadata in numbers": (file({"__metadata__": {"a": 1}}), "__metadata__: wanted"),
-    "metadata in a list": (file({"__metadata__": []}), "__metadata__: wanted"),
+    "a name of a page": (
+        file({600 * "a": one()["w"]}, bytes(8)),
+        "a printable name of",
+    ),
+    "metadata in numbers": (file({"__metadata__": {"a": 1}}), "__metadata__: expected"),
+    "metadata in a list": (file({"__metadata__": []}), "__metadata__: expected"),
     "a header of 17 MB": (file(b"{}".ljust(17 * 2**20)), "a header of 17"),
     "a zip": (b"PK\x03\x04" + bytes(100), "is a zip archive: unpack it"),
     "a pickle": (b"\x80\x02}q\x00." + bytes(100), "is a pickle"),
@@ -165,7 +168,7 @@ def test_an_index_names_only_its_neighbours(name, tmp_path):
 def test_an_index_of_missing_files(tmp_path):
     index = {"weight_map": {"w": "model-00001-of-00002.safetensors"}}
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(UserError, match="1 files, of which 1 are not there: model-0"):
+    with pytest.raises(UserError, match="1 files, of which 1 are missing: model-0"):
         open_folder(tmp_path)
 
 
@@ -174,9 +177,7 @@ def test_every_missing_shard_is_told_before_one_is_opened(tmp_path):
     index = tmp_path / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": where}))
     (tmp_path / where["1"]).write_bytes(b"no tensors, but it is not looked at")
-    with pytest.raises(
-        UserError, match="20 files, of which 19 are not there"
-    ) as caught:
+    with pytest.raises(UserError, match="20 files, of which 19 are missing") as caught:
         open_folder(tmp_path)
     told = str(caught.value)
     assert where["2"] in told and where["11"] in told and where["12"] not in told
@@ -208,7 +209,9 @@ def test_a_pickle_is_refused_whatever_it_is_called(name, tmp_path):
     for data in (b"\x80\x02}q\x00.", b"PK\x03\x04" + b"archive/data.pkl"):
         for path in (tmp_path / name, tmp_path / "model.safetensors"):
             path.write_bytes(data + bytes(50))
-            with pytest.raises(UserError, match="is a pickle, whatever it is called"):
+            with pytest.raises(
+                UserError, match="is a pickle, and loading one may run code"
+            ):
                 sources.parts(sources.resolve(str(path)))
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(UserError, match=f"{name} is a pickle"):

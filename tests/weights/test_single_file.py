@@ -211,7 +211,7 @@ def test_a_component_can_be_absent_and_that_is_told(name, published, caplog):
     assert set(planned(rest)) == set(COMPONENTS) - {name}
     assert f"; no {name}" in caplog.text
     planned(rest, {"sd3_jax": json.dumps({"t5": SMALL["t5"], name: SMALL[name]})})
-    assert f"{name}, of which it tells, is gone" in caplog.text
+    assert f"{name}, which it lists, no longer exists" in caplog.text
 
 
 def test_what_only_our_files_hold_is_missed(published):
@@ -322,12 +322,14 @@ def test_the_width_says_which_clip_it_is_not_the_files_name(name, tmp_path):
     assert list(single_file.split(path, file)) == [name]
     other = {"clip_l": G, "clip_g": L}[name]
     file = {other + key: x for key, x in file.items()}
-    assert f"which is {name}'s width" in refused(file)
+    assert f"the width of {name}" in refused(file)
 
 
 def test_a_clip_of_another_width_is_asked_for_its_prefix():
     told = refused(tensors_of("clip_g"))
-    assert "a CLIP of width 64: wanted 768 (CLIP-L) or 1280 (CLIP-G), or names" in told
+    assert (
+        "a CLIP of width 64: expected 768 (CLIP-L) or 1280 (CLIP-G), or names" in told
+    )
     file = {f"clip_g.{key}": x for key, x in tensors_of("clip_g").items()}
     assert list(planned(file)) == ["clip_g"]
 
@@ -353,7 +355,7 @@ def test_clip_in_open_clips_layout(prefix):
 
 def test_unknown_tensors_are_named_ten_at_most_and_counted(published):
     told = refused(published | {f"odd.{i}": tensor(2) for i in range(25)})
-    assert "25 tensors of no known part: odd.0, odd.1" in told
+    assert "25 tensors belong to no known part: odd.0, odd.1" in told
     assert "odd.9 and 15 more" in told and "odd.10" not in told
     assert "model.diffusion_model., first_stage_model., text_enc" in told
 
@@ -361,7 +363,7 @@ def test_unknown_tensors_are_named_ten_at_most_and_counted(published):
 def test_a_tensor_by_two_prefixes(published):
     key = "joint_blocks.0.x_block.attn.qkv.weight"
     told = refused(published | {key: tensor(192, 64)})
-    assert f"its part has {key} twice, by two prefixes" in told
+    assert f"its part has {key} twice, under two prefixes" in told
 
 
 def test_integers_are_no_weights(published):
@@ -369,14 +371,14 @@ def test_integers_are_no_weights(published):
     for dtype in ("int8", "uint8", "int32", "bool"):
         file = published | {key: published[key]._replace(dtype=np.dtype(dtype))}
         told = refused(file)
-        assert f"x_block.attn.qkv.weight is of {dtype}, wanted floats" in told
+        assert f"x_block.attn.qkv.weight is of {dtype}, expected floats" in told
     assert planned(published | {L + "position_ids": tensor(7, dtype="int64")})
 
 
 OTHERS = {
-    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": "a LoRA: name it",
-    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA: name it",
-    "controlnet_blocks.0.weight": "a ControlNet: wanted sd3_jax.load_control",
+    "lora_unet_joint_blocks_0_x_block_attn_qkv.lora_up.weight": "a LoRA; load it",
+    "transformer.transformer_blocks.0.attn.to_q.lora_A.weight": "a LoRA; load it",
+    "controlnet_blocks.0.weight": "a ControlNet; use sd3_jax.load_control",
     "decoder.layers.3.conv.0.weight": "TAESD, an autoencoder for previews",
     "encoder.layers.0.weight": "TAESD, an autoencoder for previews",
     "3.conv.0.weight": "TAESD, an autoencoder for previews",

@@ -42,23 +42,30 @@ def opened(path):
 HTML = b"<!DOCTYPE html>\n<html><head><title>Just a moment...</title>"
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 5107104\n"
 FILES = {
-    "gguf": (b"GGUF\x03\0\0\0\x24\x01\0\0", "is a GGUF file: wanted the .safetensors"),
+    "gguf": (
+        b"GGUF\x03\0\0\0\x24\x01\0\0",
+        "is a GGUF file: expected the .safetensors",
+    ),
     "git-lfs": (LFS, "is a git-lfs pointer, not the file", "`git lfs pull`"),
     "html": (HTML, "is a web page: download it again"),
     "html after a line": (b"\n" + HTML.lower(), "is a web page: download it again"),
     "xml": (b"<?xml version='1.0'?><Error>", "is an XML page: download it again"),
     "json": (b'{"error":"Repository not found"}', "is text", "Repository not found"),
-    "text": (b"Entry not found", 'is text, "Entry not found": wanted a .safetensors'),
+    "text": (b"Entry not found", 'is text, "Entry not found": expected a .safetensors'),
     "gzip": (gzip.compress(b"x"), "is a gzip archive: unpack it"),
     "xz": (b"\xfd7zXZ\0\0", "is an xz archive: unpack it"),
     "zstd": (b"\x28\xb5\x2f\xfd", "is a zstd archive: unpack it"),
     "7z": (b"7z\xbc\xaf\x27\x1c", "is a 7z archive: unpack it"),
     "tar": (bytes([1]) * 257 + b"ustar\0" + bytes(300), "is a tar archive: unpack it"),
-    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file: wanted the model as"),
+    "hdf5": (b"\x89HDF\r\n\x1a\n" + bytes(9), "is an HDF5 file: expected the model as"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(9), "is a PNG picture"),
-    "zeros": (bytes(4096), "begins with zeros, as a download that broke off"),
-    "empty": (b"", "is empty: copy it again"),
-    "pickle": (b"\x80\x02}q\0.", "is a pickle, whatever it is called", "torch.load"),
+    "zeros": (bytes(4096), "begins with zeros, like an interrupted download"),
+    "empty": (b"", "is empty; copy it again"),
+    "pickle": (
+        b"\x80\x02}q\0.",
+        "is a pickle, and loading one may run code",
+        "torch.load",
+    ),
 }
 
 
@@ -101,7 +108,7 @@ def test_a_header_whose_length_looks_like_a_pickle(rest, tmp_path):
 
 
 QUANTIZED = {
-    "scaled_fp8": "scaled fp8 (ComfyUI), as scaled_fp8 says",
+    "scaled_fp8": "scaled fp8 (ComfyUI), as scaled_fp8 shows",
     "model.diffusion_model.scaled_fp8": "scaled fp8 (ComfyUI)",
     "x.attn.qkv.scale_weight": "scaled fp8 (ComfyUI)",
     "x.attn.qkv.scale_input": "scaled fp8 (ComfyUI)",
@@ -129,7 +136,7 @@ def test_quantized_weights_are_called_by_their_kind(name, tmp_path):
     write(tmp_path / "a.safetensors", "joint_blocks.0.weight", name)
     told = said(opened, tmp_path / "a.safetensors")
     assert f"is quantized, {QUANTIZED[name]}" in told
-    assert "wanted the model in fp32, fp16, bf16 or plain fp8" in told
+    assert "use the model in fp32, fp16, bf16 or plain fp8" in told
 
 
 def test_comfyuis_metadata_of_quantized_layers(tmp_path):
@@ -142,7 +149,7 @@ def test_a_dtype_of_microscaling_formats(tmp_path):
     data = len(header).to_bytes(8, "little") + header + bytes(2)
     (tmp_path / "a.safetensors").write_bytes(data)
     told = said(opened, tmp_path / "a.safetensors")
-    assert "a.safetensors: w is of F8_E8M0: wanted tensors of F64, F32" in told
+    assert "a.safetensors: w is of F8_E8M0: expected tensors of F64, F32" in told
 
 
 # Folders
@@ -180,15 +187,15 @@ def test_shards_that_are_not_there_are_named(tmp_path):
     for i in (1, 4):
         write(tmp_path / f"model-0000{i}-of-00015.safetensors", str(i))
     told = said(safetensors.open_folder, tmp_path)
-    words = "of the 15 shards of model.safetensors 13 are not there: 2, 3, 5, 6"
+    words = "13 of the 15 shards of model.safetensors are missing: 2, 3, 5, 6"
     assert words in told and "12 and 3 more" in told
     assert words in said(opened, tmp_path)  # of a single file in shards
     other = tmp_path / "other"
     for i in (1, 2):
         write(other / f"model-0000{i}-of-00002.safetensors", "w")
-    assert "w is in another shard as well" in said(safetensors.open_folder, other)
+    assert "w is also in another shard" in said(safetensors.open_folder, other)
     write(other / "part-00001-of-00002.safetensors", "v")
-    assert "holds shards of 2 files" in said(safetensors.open_folder, other)
+    assert "holds shards of 2 models" in said(safetensors.open_folder, other)
 
 
 def test_two_files_in_a_components_folder(tmp_path):
@@ -198,7 +205,7 @@ def test_two_files_in_a_components_folder(tmp_path):
     (tmp_path / "diffusion_pytorch_model.safetensors").unlink()
     write(tmp_path / "raw.safetensors", value=2)
     told = said(safetensors.open_folder, tmp_path)
-    assert "holds ema.safetensors, raw.safetensors: wanted one" in told
+    assert "holds ema.safetensors, raw.safetensors; name one" in told
     assert "2 of those (ema.safetensors, raw.safetensors: name" in said(
         opened, tmp_path
     )
@@ -208,12 +215,15 @@ def test_two_files_in_a_components_folder(tmp_path):
     "kind, words",
     [
         ("AutoencoderTiny", "AutoencoderTiny, TAESD, an autoencoder for previews"),
-        ("SD3ControlNetModel", "a ControlNet: wanted sd3_jax.load_control"),
-        ("CLIPModel", "CLIPModel, a whole CLIP: wanted its .safetensors"),
-        ("CLIPTextModel", "a CLIP without a projection: wanted its .safetensors"),
-        ("T5ForConditionalGeneration", "a whole T5: wanted its .safetensors"),
-        ("UNet2DConditionModel", "UNet2DConditionModel: wanted "),
-        ("FluxTransformer2DModel", "FluxTransformer2DModel: wanted SD3Transformer2DM"),
+        ("SD3ControlNetModel", "a ControlNet; use sd3_jax.load_control"),
+        ("CLIPModel", "CLIPModel, a whole CLIP; use its .safetensors"),
+        ("CLIPTextModel", "a CLIP without a projection; use the .safetensors"),
+        ("T5ForConditionalGeneration", "a whole T5; use its .safetensors"),
+        ("UNet2DConditionModel", "UNet2DConditionModel: expected "),
+        (
+            "FluxTransformer2DModel",
+            "FluxTransformer2DModel: expected SD3Transformer2DM",
+        ),
     ],
 )
 def test_folders_of_other_classes(kind, words, tmp_path):
@@ -234,7 +244,7 @@ def test_what_a_pipeline_has_beside_its_model_is_told(tmp_path, caplog):
     assert "model_index.json: not loaded: controlnet" in caplog.text
     index["unet"] = ["diffusers", "UNet2DConditionModel"]
     (tmp_path / "model_index.json").write_text(json.dumps(index))
-    assert "is of a U-Net: wanted Stable Diffusion 3" in said(opened, tmp_path)
+    assert "is of a U-Net; expected Stable Diffusion 3" in said(opened, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -306,8 +316,8 @@ LINKS = {
     "https://civitai.com/api/download/models/1": "download it and name the file",
     "HTTPS://example.org/a.safetensors": "download it and name the file",
     f"{SITE}/spaces/a/b": "download it and name the file",
-    "ftp://example.org/a.safetensors": "wanted a path, or one that begins with gs://",
-    "file:///tmp/a.safetensors": "wanted a path, or one that begins with gs://",
+    "ftp://example.org/a.safetensors": "expected a path, or one that begins with gs://",
+    "file:///tmp/a.safetensors": "expected a path, or one that begins with gs://",
 }
 
 
@@ -333,7 +343,7 @@ def test_a_name_that_is_nearly_right(tmp_path):
     write(tmp_path / "sd3_medium.safetensors")
     told = said(sources.resolve, f"{tmp_path}/sd3-medium.safetensors")
     assert told.endswith(f'did you mean "{tmp_path}/sd3_medium.safetensors"?')
-    assert 'weights "": wanted a file, a folder' in said(sources.resolve, "")
+    assert 'weights "": expected a file, a folder' in said(sources.resolve, "")
 
 
 def test_a_comma_in_a_path(tmp_path):
@@ -442,7 +452,7 @@ def test_a_repository_of_one_component(repository, tmp_path):
 def test_a_repository_of_single_files_wants_one_named(repository):
     repository.files = ["a.safetensors", "README.md"]
     told = said(sources.locate, "owner/name")
-    assert 'name one of its files, as "owner/name/FILE.safetensors"' in told
+    assert 'name one of its files, such as "owner/name/FILE.safetensors"' in told
 
 
 @pytest.mark.parametrize("call", [sources.resolve, sources.locate])
@@ -471,8 +481,8 @@ def test_what_the_hub_refuses_is_one_line(source, reachable, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fails)
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", fails)
     told = said(sources.locate, source, label="LoRA")
-    assert told.startswith('LoRA "o/n') and "no such file or folder here" in told
-    assert told.endswith("give it: 404") if reachable else "be reached" in told
+    assert told.startswith('LoRA "o/n') and "no such local file or folder" in told
+    assert told.endswith("refuses it: 404") if reachable else "be reached" in told
 
 
 def test_a_gated_repository_says_how_to_get_in(monkeypatch):
@@ -489,6 +499,8 @@ def test_a_gated_repository_says_how_to_get_in(monkeypatch):
 def test_a_variant_of_a_path(tmp_path):
     write(tmp_path / "model.fp16.safetensors")
     assert sources.locate(f"{tmp_path}:fp16") == (tmp_path, "fp16")
-    assert 'wanted no variant (":fp16")' in said(sources.resolve, f"{tmp_path}:fp16")
+    assert 'has no variants; remove ":fp16"' in said(
+        sources.resolve, f"{tmp_path}:fp16"
+    )
     told = said(opened, f"{tmp_path}/model.fp16.safetensors:fp16")
-    assert "has no variants: wanted it without :fp16" in told
+    assert "has no variants; remove :fp16" in told

@@ -28,10 +28,10 @@ class Group(NamedTuple):
 GROUPS = {  # in the order of a config
     "": Group("Keys outside the groups", model_schema.TOP),
     "model": Group("The denoiser", model_schema.MODEL),
-    "text": Group("The text that the denoiser gets", model_schema.TEXT_MODEL),
+    "text": Group("Text and its encoders", model_schema.TEXT_MODEL),
     "image": Group("Pictures, their size and shapes", model_schema.IMAGE),
     "encode": Group("Encoders of pictures and captions", model_schema.ENCODE),
-    "flow": Group("What the network learns, and at which times", training_schema.FLOW),
+    "flow": Group("Formulation: path, loss and timesteps", training_schema.FLOW),
     "optim": Group("The optimizer", training_schema.OPTIM),
     "ema": Group("The average of the weights", training_schema.EMA),
     "tune": Group("Fine-tuning (docs/how-to/finetune.md)", training_schema.TUNE),
@@ -40,19 +40,19 @@ GROUPS = {  # in the order of a config
         "Examples to train on (docs/how-to/prepare_data.md)", data_schema.DATA
     ),
     "ingest": Group("Pictures and captions to read", data_schema.INGEST),
-    "precompute": Group("Making records", data_schema.PRECOMPUTE),
+    "precompute": Group("Writing records", data_schema.PRECOMPUTE),
     "dedup": Group("Finding near-duplicates", data_schema.DEDUP),
     "inspect": Group("Looking at records", data_schema.INSPECT),
     "train": Group("The training loop (docs/how-to/train.md)", training_schema.TRAIN),
     "checkpoint": Group("Which checkpoints are saved", training_schema.CHECKPOINT),
     "profile": Group("An xprof trace", training_schema.PROFILE),
-    "sample": Group("Painting (docs/how-to/sample.md)", sampling_schema.SAMPLE),
-    "quantize": Group("8-bit weights, in inference", model_schema.QUANTIZE),
+    "sample": Group("Sampling (docs/how-to/sample.md)", sampling_schema.SAMPLE),
+    "quantize": Group("8-bit weights, for inference", model_schema.QUANTIZE),
     "convert": Group("Exporting weights", sampling_schema.CONVERT),
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),
     "compare": Group("Comparing with PyTorch", tool_schema.COMPARE),
     "benchmark": Group(
-        "Timing beside PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
+        "Timing against PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
     ),
     "study": Group(
         "Variants to compare (docs/explanation/research.md)", evaluation_schema.STUDY

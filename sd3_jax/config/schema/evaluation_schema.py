@@ -90,7 +90,7 @@ EVAL = dict(
     ocr_ignore=Key(
         ("space",),
         some_of("case", "punctuation", "space"),
-        "Differences from the text asked for that are no error.",
+        "Differences from the text asked for that do not count.",
     ),
     compbench=Key("", FREE, "T2I-CompBench's folder of prompts."),
     compbench_scorers=Key(
@@ -106,7 +106,7 @@ STUDY = dict(
         "What the sweep chooses by: validation loss, score or FID.",
     ),
     seeds=Key(3, DEPTH, "Number of seeds of each variant."),
-    settings=Key(SETTINGS, TEXTS, "Settings of config.sample to paint with."),
+    settings=Key(SETTINGS, TEXTS, "Settings of config.sample to sample with."),
     weights=Key(("ema", "params"), KINDS, "Weights of each run that are scored."),
     pictures=Key(1_000, POSITIVE, "Number of pictures for each setting."),
 )

@@ -8,7 +8,7 @@ from sd3_jax.sampling import watermark
 
 
 class Rule(NamedTuple):
-    """What a value must be; `wanted` completes "wanted …" in errors and in help."""
+    """What a value must be; `wanted` completes "expected …" in errors and in help."""
 
     holds: Callable[[Any], bool]  # nan is in no range
     wanted: str

@@ -64,7 +64,7 @@ SAMPLE = dict(
     ),
     per_prompt=Key(1, integer(1, 100_000), "Number of pictures for each prompt."),
     batch_size=Key(
-        64, BATCH, "Number of pictures that are painted at a time, over all devices."
+        64, BATCH, "Number of pictures that are generated at a time, over all devices."
     ),
     weights=Key(
         "ema", one_of("ema", "params"), "Weights of a run: the average, or the last."

@@ -102,16 +102,16 @@ TUNE = dict(
     method=Key(
         "full",
         one_of("full", "lora"),
-        "What trains: all weights, or a LoRA beside those of the base.",
+        "What trains: all weights, or a LoRA on those of the base.",
     ),
     text=Key(True, SWITCH, "Train the byte tower too, if all weights train."),
-    lora=Key("", FREE, "LoRA file to go on from, of rank tune.rank; empty: a new one."),
+    lora=Key("", FREE, "LoRA file to start from, of rank tune.rank; empty: a new one."),
     rank=Key(16, WIDTH, "Rank of the LoRA."),
     alpha=Key(0.0, WEIGHT, "The LoRA's update is scaled by alpha / rank; 0: by 1."),
     targets=Key(
         "attn",
         REGEX,
-        "Regex that is searched in the paths of linear maps; those that match are"
+        "Regex that is searched in the paths of linear layers; those that match are"
         " adapted, all if it is empty.",
     ),
     objective=Key(
@@ -146,10 +146,12 @@ TRAIN = dict(
     log_every=Key(50, POSITIVE, "Number of steps between lines of metrics."),
     eval_every=Key(5_000, POSITIVE, "Number of steps between validations."),
     sample_every=Key(
-        5_000, POSITIVE, "Number of steps between paintings of train.prompts."
+        5_000, POSITIVE, "Number of steps between samples of train.prompts."
     ),
     prompts=Key(
-        (), TEXTS, "Prompts painted in training, and by sample if it gets no prompt."
+        (),
+        TEXTS,
+        "Prompts sampled during training, and by sample if it gets no prompt.",
     ),
     skip_nonfinite=Key(
         0,
@@ -160,7 +162,7 @@ TRAIN = dict(
     stuck_after=Key(
         900.0,
         above_zero(1e7),
-        "Seconds that a step or a save may take; after them the run is ended.",
+        "Seconds that a step or a save may take; after that the run stops.",
     ),
     max_hours=Key(
         0.0,

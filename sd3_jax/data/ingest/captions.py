@@ -44,7 +44,7 @@ def parse(specs: Sequence[str]) -> tuple[Caption, ...]:
         name = name.strip()
         if not name or not _positive(weight):
             raise UserError(
-                f"{shown(spec) or '(nothing)'}: no caption; wanted {WANTED}"
+                f"{shown(spec) or '(nothing)'}: not a caption; expected {WANTED}"
             )
         if name in by_name:
             raise UserError(f"{shown(spec)}: the caption {shown(name)} is listed twice")
@@ -82,11 +82,13 @@ def draw(
         return Drawn(texts[int(text_draw * len(texts))], caption.name + several)
     answer = call_function(caption.function, caption.name, picture, item_columns)
     if not isinstance(answer, str):
-        raise BadItem(f"{caption.name} gave no text: {shown(type(answer).__name__)}")
+        raise BadItem(
+            f"{caption.name} returned no text: {shown(type(answer).__name__)}"
+        )
     try:
         text = records.clean(answer)
     except ValueError as error:
-        raise BadItem(f"{caption.name} gave no text: {error}") from None
+        raise BadItem(f"{caption.name} returned no text: {error}") from None
     return Drawn(text, caption.name if text else "")
 
 

@@ -58,7 +58,7 @@ def refuse(
         if value is None:
             return Refusal(rule.spec, f"no {rule.name}")
         if not PASSES[rule.op](value, rule.bound):
-            bound = f"wanted {rule.op} {rule.bound:.15g}"
+            bound = f"expected {rule.op} {rule.bound:.15g}"
             return Refusal(rule.spec, f"{rule.name} {_shown(rule, value)}, {bound}")
     return None
 
@@ -67,7 +67,9 @@ def _parse(spec: str) -> Filter:
     match = SPEC.fullmatch(spec)
     bound = _finite(match[3]) if match else None
     if bound is None:
-        raise UserError(f"{shown(spec) or '(nothing)'}: no filter; wanted {WANTED}")
+        raise UserError(
+            f"{shown(spec) or '(nothing)'}: not a filter; expected {WANTED}"
+        )
     # A colon tells a function from a column: "package.module:function".
     name = match[1]
     function = hooks.load(name) if ":" in name else None
@@ -85,7 +87,7 @@ def _value(rule: Filter, columns, picture) -> float | None:
         return _finite(float(answer))  # an array of one number too
     except Exception:
         kind = shown(type(answer).__name__)
-        raise BadItem(f"{rule.name} gave no number: {kind}") from None
+        raise BadItem(f"{rule.name} returned no number: {kind}") from None
 
 
 def _finite(value: str | int | float) -> float | None:

@@ -39,7 +39,7 @@ UNFIT = {
     OTHER: "cannot be read: not a file, or a link to none",
 }
 NOT_READ = {
-    "metadata.parquet": "a metadata.parquet, which is not read; wanted metadata.jsonl"
+    "metadata.parquet": "a metadata.parquet, which is not read; expected metadata.jsonl"
 }
 
 
@@ -85,8 +85,9 @@ def plan(path: str, label: str, size: int) -> Iterator[Part]:
                 break
     if not pictures:
         raise UserError(
-            f"{path}: no picture in it, wanted {', '.join(PICTURES)} by their names;"
-            f" for tars or parquet files, a glob as {listing.join(path, '*.tar')}"
+            f"{path}: contains no pictures; their names must end in"
+            f" {', '.join(PICTURES)}. For tars or parquet files, give a glob such as"
+            f" {listing.join(path, '*.tar')}"
         )
     if open_part.spans:
         yield open_part.part()
@@ -107,8 +108,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
         if unread := [s.reason for s in subjects if not s.name]:
             raise UserError(f"{where}, or a folder after it: {unread[0]}")
         raise UserError(
-            f"{where}: not what was planned: here, or in a folder after it, files were"
-            " added, removed or changed since; begin anew, in another folder"
+            f"{where}: here or in a later folder, files were added, removed or changed"
+            " since the job began; restore them, or start over in another workdir"
         )
     names = {
         listing.join(d, s.name) for d, subjects in by_directory for s, _ in subjects

@@ -48,7 +48,10 @@ def require_same(
     """
     # Plans of earlier versions have no stamps to compare.
     if not any(part.stamp for part in planned):
-        log.warning("%s: planned by an earlier version; changes are not seen", workdir)
+        log.warning(
+            "%s: planned by an earlier version, so changed inputs are not detected",
+            workdir,
+        )
         return False
     if {*map(json.dumps, planned)} == {*map(json.dumps, parts)}:
         return False
@@ -61,11 +64,11 @@ def require_same(
     extent = lambda part: [part.path, part.label, part.spans]
     if not changes and [*map(extent, planned)] != [*map(extent, parts)]:
         counts = f"{todo_now:,} where {todo_planned:,} were"
-        changes = [f"of files that are not done yet there are {counts} planned,"]
+        changes = [f"of the files that are not done yet, {counts} planned"]
     if changes:
         raise UserError(
-            f"config.ingest.inputs: {', '.join(changes)} since {workdir} was made of"
-            " it: give back the old files, or another workdir"
+            f"config.ingest.inputs: {', '.join(changes)} since {workdir} was planned:"
+            " restore the old files or use another workdir"
         )
     return True
 

@@ -29,10 +29,12 @@ def plan(inputs: Sequence[str], *, size: int = 4096) -> list[Part]:
     more; a tar is one part. UserError if an input is missing, unknown or listed twice.
     """
     if size < 1:
-        raise UserError(f"parts of {size} pictures; wanted 1 or more")
+        raise UserError(f"parts of {size} pictures; expected 1 or more")
     paths = [path for pattern in inputs for path in shards.expand(pattern)]
     if not paths:
-        raise UserError("no input; wanted folders, tars or parquet files, or globs")
+        raise UserError(
+            "no input; set folders, tars or parquet files, or globs of them"
+        )
     with ThreadPoolExecutor(THREADS) as threads:
         kinds = list(threads.map(_kind, paths))
         _check_once(paths, kinds)
@@ -55,8 +57,8 @@ def items(part: Part) -> Iterator[Item | Rejected]:
     now = whole_file(part.kind, part.path, part.label)
     if listing.look(part.path)[0] != listing.FILE or now.listing != part.listing:
         raise UserError(
-            f"{part.path}: not what was planned: removed or changed since; begin anew,"
-            " in another folder"
+            f"{part.path}: was removed or changed since the job began; restore it, or"
+            " start over in another workdir"
         )
     yield from (parquet if part.kind == "parquet" else webdataset).items(part)
 
@@ -77,7 +79,7 @@ def _kind(path: str) -> str:
     if dot and extension == "tar":
         return extension
     raise UserError(
-        f"{path}: of an unknown kind; wanted a folder, a .tar, not compressed, or a"
+        f"{path}: unknown kind of input; expected a folder, an uncompressed .tar or a"
         " .parquet"
     )
 
@@ -91,7 +93,10 @@ def _check_once(paths: Sequence[str], kinds: Sequence[str]):
     for root, path in roots.items():
         for other in map(str, epath.Path(root).parents):
             if other in roots:
-                raise UserError(f"{path}: lies in {roots[other]}, which is listed too")
+                raise UserError(
+                    f"{path}: is inside {roots[other]}, which is listed too; remove one"
+                    " of them"
+                )
 
 
 def _labels(paths: Sequence[str], kinds: Sequence[str]) -> list[str]:

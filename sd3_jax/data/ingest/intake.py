@@ -31,7 +31,7 @@ def plan_inputs(
     """
     if not config.ingest.inputs:
         raise UserError(
-            "config.ingest.inputs = (): wanted folders of pictures, tars or parquet"
+            "config.ingest.inputs = (): set it to folders of pictures, tars or parquet"
             " files, or globs of them"
         )
     with prefixed("config.ingest.inputs"):
@@ -56,10 +56,7 @@ class Survey(NamedTuple):
     def looked_at(self) -> str:
         names = self.columns.most_common(12)
         listed = ", ".join(f"{shown(name)} ({n:,})" for name, n in names) or "none"
-        return (
-            f"of the {self.pictures:,} pictures that were looked at, whose columns are"
-            f" {listed}"
-        )
+        return f"of the {self.pictures:,} pictures examined, whose columns are {listed}"
 
 
 def survey(parts: Sequence[Part], specs: Sequence[Caption]) -> Survey:
@@ -102,8 +99,8 @@ def require_captions(
     if not counted.pictures:
         if about_captions:
             raise UserError(
-                "config.ingest.inputs: no picture can be taken of the first files:"
-                f" rejected {'; '.join(rejections[:3])}. The first is"
+                "config.ingest.inputs: no usable picture in the first files: rejected"
+                f" {'; '.join(rejections[:3])}. The first is"
                 f" {counted.reasons[about_captions[0]]}"
             )
         return
@@ -113,17 +110,16 @@ def require_captions(
     missing = [name for name in required if not counted.captions[name]]
     if missing and (counts := counted.kinds.get(missing[0])):
         raise UserError(
-            f"config.ingest.captions: {shown(missing[0])} holds {_counted(counts)}, and"
-            f" no text, in any {counted.looked_at}; wanted a column of texts, or of"
-            " lists of texts; package.module:function makes a text of other values"
+            f"config.ingest.captions: {shown(missing[0])} holds {_counted(counts)} and"
+            f" no text in any {counted.looked_at}; expected a column of texts or of"
+            " lists of texts, or package.module:function to make a text of other values"
         )
-    keep = "or, to take what has no caption as it is, --config.ingest.uncaptioned=keep"
+    keep = "to keep pictures without a caption, set --config.ingest.uncaptioned=keep"
     if missing:
         raise UserError(
             f"config.ingest.captions: {shown(missing[0])} is in none"
-            f" {counted.looked_at};"
-            ' wanted one of these; --config.ingest.prefix="…" for one text in all'
-            f" captions; {keep}"
+            f" {counted.looked_at}; expected one of these, or"
+            f' --config.ingest.prefix="…" for one text in all captions; {keep}'
         )
     has_function = len(column_names) < len(specs)
     if has_function or counted.captioned or (prefix and not rejections):
@@ -135,9 +131,9 @@ def require_captions(
     )
     raise UserError(
         f"config.ingest.captions: no caption in any {counted.looked_at}{details}."
-        " Wanted a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a metadata.jsonl"
-        ' or .csv, or the name of a column; --config.ingest.prefix="…" for one text for'
-        f" all; {keep}"
+        " Expected a.txt, a.caption, a.json or a.jpg.txt beside a.jpg, a"
+        " metadata.jsonl or .csv, or the name of a column; or"
+        f' --config.ingest.prefix="…" for one text for all; {keep}'
     )
 
 

@@ -116,7 +116,9 @@ def read_at(path: str, start: int = 0, size: int | None = None) -> bytes:
     if len(data) > images.BYTES:
         raise BadItem(f"more than {images.BYTES} bytes")
     if size is not None and len(data) < size:
-        raise BadItem(f"cannot be read: {size} bytes, of which {len(data)} came")
+        raise BadItem(
+            f"cannot be read: {size} bytes, of which {len(data)} could be read"
+        )
     return data
 
 

@@ -91,9 +91,9 @@ def faults(root: str, directory: str, name: str) -> Iterator[tuple[int, str]]:
                 continue
             picture = next(filter(tree.holds, line[0]), None)
             if (picture or line[0][0]) in first_lines:
-                bad_lines.append((number, "a file_name that came before"))
+                bad_lines.append((number, "a duplicate file_name"))
             elif picture is None:
-                bad_lines.append((number, f"{name} names it, and it is not there"))
+                bad_lines.append((number, f"{name} names it, but it does not exist"))
             first_lines.setdefault(picture or line[0][0], number)
     except FAULTS as error:
         files.require_answered(root, error)

@@ -87,7 +87,7 @@ def csv_rows(
             continue
         if len(values) != len(header):
             count = "fewer" if len(values) < len(header) else "more"
-            reason = f"a line that cannot be read: {count} values than its header has"
+            reason = f"a line that cannot be read: {count} values than its header"
             yield number, BadLine(reason, (name,))
             continue
         row = dict(zip(header, values)) | {"file_name": name}
@@ -103,14 +103,14 @@ def last_part(name: bytes) -> bytes:
 def _parse_header(line: str) -> tuple[list[str], dict]:
     """The columns' names, stripped, and the options that csv.reader needs for the rows.
 
-    csv.Error if a name comes twice or goes on in the next line.
+    csv.Error if a name appears twice or continues in the next line.
     """
     spellings = {d: next(csv.reader([line], delimiter=d), []) for d in DELIMITERS}
     names = {d: [x.strip() for x in spelt] for d, spelt in spellings.items()}
     delimiter = next((d for d in DELIMITERS if "file_name" in names[d]), ",")
     header, spelt = names[delimiter], spellings[delimiter]
     if len(line) == SIDECAR or line.count('"') % 2:
-        raise csv.Error(f"line 1: wanted the columns' names: {QUOTE}")
+        raise csv.Error(f"line 1: expected the columns' names: {QUOTE}")
     if twice := [x for x in header if x and header.count(x) > 1]:
         raise csv.Error(
             f'line 1: the column "{shown(twice[0])}" comes {header.count(twice[0])}'

@@ -185,8 +185,8 @@ def _bounded(file, group: int, columns: Columns) -> tuple[int, list[str]]:
         if size > LARGE and size > size_limit:
             size_text = f"{shown(leaf.path)} has {size} bytes in {rows} rows"
             if picture or text:
-                raise BadItem(f"too large to be decoded: {size_text}")
-            log.warning("a row group's %s; this column is not read", size_text)
+                raise BadItem(f"too large to decode: {size_text}")
+            log.warning("skipped a column: a row group's %s", size_text)
             dropped.add(name)
         else:
             decoded += size
@@ -228,7 +228,9 @@ def _columns(schema) -> Columns:
     import pyarrow as pa
 
     if twice := [name for name in schema.names if schema.names.count(name) > 1]:
-        raise BadItem(f"the column {shown(twice[0])} comes twice: rename or remove one")
+        raise BadItem(
+            f"the column {shown(twice[0])} appears twice: rename or remove one"
+        )
     plain_kind = lambda kind: kind.value_type if pa.types.is_dictionary(kind) else kind
     kinds = {name: plain_kind(schema.field(name).type) for name in schema.names}
 
@@ -242,8 +244,8 @@ def _columns(schema) -> Columns:
     if not images_:
         columns = ", ".join(f"{name} ({kind})" for name, kind in kinds.items())
         raise BadItem(
-            "no column of pictures: wanted one of bytes, or of a struct with bytes, by"
-            f" the name of {' or '.join(IMAGES[:3])}; rename it; its columns are"
+            "no column of pictures; expected one of bytes, or of a struct with bytes,"
+            f" named {' or '.join(IMAGES[:3])}: rename it; its columns are"
             f" {shown(columns, 150)}"
         )
     # Several may be named as pictures: the best name, in lower case if both are there.

@@ -120,7 +120,7 @@ def rejected_picture_of(
         return None
     name = item.columns.get(settings.rejected)
     if not isinstance(name, str) or not name.strip():
-        raise BadItem(f'no "{settings.rejected}", the picture that is worse')
+        raise BadItem(f'has no "{settings.rejected}", the rejected picture')
     # Written on Windows, as a file_name in metadata may be.
     name = name.replace("\\", "/")
     if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
@@ -143,7 +143,7 @@ def parse_exclusions(lines: Sequence[str], where: str) -> dict[str, str]:
             exclusions[row["source"]] = f"near-duplicate of {row['kept']}"
         except (ValueError, TypeError, KeyError):
             raise UserError(
-                f'{where}, line {number}: wanted {{"source": …, "kept": …}}, as'
+                f'{where}, line {number}: expected {{"source": …, "kept": …}}, as'
                 " sd3-jax dedup writes it"
             ) from None
     return exclusions
@@ -156,7 +156,7 @@ def reason_kind(reason: str) -> str:
 
 def fault_kind(error: UserError) -> str:
     """A picture's fault without its place and numbers, for counting."""
-    fault, _, _ = str(error).removeprefix("image: ").partition("; wanted")
+    fault, _, _ = str(error).removeprefix("image: ").partition("; expected")
     return re.sub(r"\d+", "N", fault)
 
 

@@ -1,6 +1,6 @@
 """Locate the members of WebDataset tars; nothing is ever extracted.
 
-Python's tarfile is not used: before 3.11.14 a negative size makes it loop forever, and
+Python's tarfile is unused: before 3.11.14 a negative size makes it loop forever, and
 it still ends silently at a damaged header, keeps every member in memory and reads names
 of any length.
 """
@@ -76,7 +76,7 @@ def compression(path: epath.PathLike) -> str:
 
 def by_last_dot(member: Member) -> Member | None:
     """A member whose extension is unknown, with its key ending at the last dot instead;
-    None if what follows the last dot is no known extension either."""
+    None if what follows the last dot is not a known extension either."""
     key, _, extension = member.name.rpartition(".")
     parts = [part for part in key.split("/") if part not in ("", ".")]
     if member.reason != OTHER or extension.lower() not in EXTENSIONS or not parts:
@@ -101,7 +101,7 @@ def _compressed(start: bytes, path: str) -> str:
         if start.startswith(magic):
             plain = re.sub(r"(\.tar)?\.[^./]+$", "", path) + ".plain.tar"
             command = f"{unpack} {shown(path, 200)} > {shown(plain, 200)}"
-            wanted = f"wanted a plain tar: unpack it by {command}"
+            wanted = f"expected a plain tar: unpack it with {command}"
             return f"is compressed by {program}; {wanted}"
     return ""
 
@@ -120,7 +120,7 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             return
         kind, size = chr(block[156]), _octal(block[124:136])
         if size is None or _octal(block[148:156]) != _checksum(block):
-            hint = "" if at else "; wanted a plain tar"
+            hint = "" if at else "; expected a plain tar"
             raise _bad(path, name, f"no tar header after it{hint}")
         at += BLOCK
         # x and g (pax), L and K (GNU) are headers of the member that follows: of them
@@ -130,10 +130,18 @@ def _entries(file: BinaryIO, path) -> Iterator[tuple[str, str, int, int]]:
             size = extended.get("size", size)
             # GNU's flag that a table of more pieces follows the header.
             if kind == "S" and block[482]:
-                raise _bad(path, name, "a sparse file in many pieces")
+                raise _bad(
+                    path,
+                    name,
+                    "a sparse file in many pieces, which is not supported",
+                )
             size = 0 if kind in BARE else size
         if at + size > length:
-            raise _bad(path, name, f"{size} bytes, of which {max(0, length - at)} came")
+            raise _bad(
+                path,
+                name,
+                f"{size} bytes, of which {max(0, length - at)} could be read",
+            )
         if kind in "xL":
             if size > LONG:
                 raise _bad(path, name, f"a name of {size} bytes after it")
@@ -205,7 +213,7 @@ def _unfit(name: str, key: str) -> str:
 def _read(file, size, path, name) -> bytes:
     data = file.read(size)
     if len(data) < size:
-        raise _bad(path, name, f"{size} bytes, of which {len(data)} came")
+        raise _bad(path, name, f"{size} bytes, of which {len(data)} could be read")
     return data
 
 

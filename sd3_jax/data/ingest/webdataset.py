@@ -27,7 +27,7 @@ from sd3_jax.data.ingest.items import (
 )
 from sd3_jax.data.ingest.tars import Member
 
-TWICE = "a name that came before"
+TWICE = "a duplicate name"
 
 
 def items(part: Part) -> Iterator[Item | Rejected]:

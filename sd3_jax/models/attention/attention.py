@@ -37,7 +37,7 @@ def attention(
     if kernel not in KERNELS:
         near = difflib.get_close_matches(kernel, KERNELS, n=1, cutoff=0)[0]
         raise ValueError(
-            f'attention kernel "{kernel}": wanted one of {", ".join(KERNELS)};'
+            f'attention kernel "{kernel}": expected one of {", ".join(KERNELS)};'
             f' did you mean "{near}"?'
         )
     scale = q.shape[-1] ** -0.5 if scale is None else scale

@@ -13,7 +13,7 @@ def selected_cases(config: ConfigDict) -> list[Spec]:
     specs = [case(config, text) for text in config.benchmark.cases]
     for kind in config.benchmark.apart:
         if kind not in cases.KINDS:
-            wanted = f"wanted some of {', '.join(cases.KINDS)}"
+            wanted = f"expected some of {', '.join(cases.KINDS)}"
             raise UserError(f"config.benchmark.apart: {kind}: {wanted}")
     names = [spec["name"] for spec in specs]
     # Names are keys of the comparison with an earlier result.
@@ -25,7 +25,7 @@ def selected_cases(config: ConfigDict) -> list[Spec]:
 def case(config: ConfigDict, text: str) -> Spec:
     model, bench = config.model, config.benchmark
     if model.name != "mmdit" or model.weight_sets != 2:
-        raise UserError("benchmark times what diffusers has: wanted a plain mmdit")
+        raise UserError("benchmark times only what diffusers has; set a plain mmdit")
     optim = config.optim.to_dict()
     # The case is one step of the given batch, without accumulation.
     del optim["accumulate"]
@@ -80,5 +80,5 @@ def case(config: ConfigDict, text: str) -> Spec:
         )
     spec["config"] = configs[spec["component"]]()
     if kind == "clip" and spec["length"] > spec["config"]["max_position_embeddings"]:
-        raise UserError("config.benchmark.clip.length: at most 77")
+        raise UserError("config.benchmark.clip.length: must be at most 77")
     return spec

@@ -49,14 +49,15 @@ def parse(text: str, defaults: Mapping[str, Any]) -> Spec:
         spec[key] = value if key == "remat" else int(value) if value.isdecimal() else 0
         if not spec[key]:
             raise UserError(
-                f'config.benchmark.cases: "{text}": wanted {key}=NUMBER, 1 or more'
+                f'config.benchmark.cases: "{text}": expected {key}=NUMBER, 1 or more'
             )
     # `side` is in pixels, height and width in latents.
     if side := spec.pop("side", 0):
         unit = FACTOR * spec["patch"]
         if side % unit:
             raise UserError(
-                f'config.benchmark.cases: "{text}": side = {side}: wanted a multiple of'
+                f'config.benchmark.cases: "{text}": side = {side}: expected a multiple'
+                " of"
                 f" {unit}"
             )
         spec["height"] = spec["width"] = side // FACTOR

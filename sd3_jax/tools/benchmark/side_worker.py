@@ -1,6 +1,6 @@
 """One side's process: it reads commands as lines of JSON and answers in the same way.
 
-It runs one command at a time and exits with the process that started it, whatever it is
+It runs one command at a time and exits with the process that started it
 doing: a thread waits for the end of the pipe.
 """
 

@@ -88,5 +88,5 @@ def seconds(
         name = " ".join([os.path.basename(command[0]), *command[1:]])
         raise Failed(f"{name}: exit code {process.returncode}; see {log}")
     if at is None and done is not None and not done():
-        raise Failed(f"{' '.join(command)}: ended without what was waited for")
+        raise Failed(f"{' '.join(command)}: ended before the expected line")
     return time.perf_counter() - start if at is None else at

@@ -223,7 +223,7 @@ def _faiss():
         import faiss
     except ImportError:
         raise UserError(
-            f"more than {FEW} pictures, or clusters, need faiss, which is not there:"
-            ' pip install "sd3-jax[dedup]"'
+            f"more than {FEW} pictures or clusters need faiss, which is not installed;"
+            ' run pip install "sd3-jax[dedup]"'
         ) from None
     return faiss

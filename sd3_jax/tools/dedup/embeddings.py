@@ -35,7 +35,7 @@ class SSCD:
             raise UserError(f"{path}: cannot be read: {reason}") from None
         except RuntimeError as error:  # torch.jit's, many lines of C++ frames
             raise UserError(
-                f"{path}: {shown(str(error).splitlines()[0], 120)}; wanted a file of"
+                f"{path}: {shown(str(error).splitlines()[0], 120)}; expected a file of"
                 " TorchScript, such as sscd_disc_mixup.torchscript.pt"
             ) from None
 
@@ -63,11 +63,11 @@ def embedded(
     n, shape, dtype = len(pictures), embeddings.shape, embeddings.dtype
     if len(shape) != 2 or shape[0] != n or dtype.kind != "f":
         raise UserError(
-            f"{name}: gave {dtype} of shape {shape} for {n} pictures; wanted float32 of"
-            f" shape ({n}, d)"
+            f"{name}: returned {dtype} of shape {shape} for {n} pictures; expected"
+            f" float32 of shape ({n}, d)"
         )
     if not np.isfinite(embeddings).all():
-        raise UserError(f"{name}: gave numbers that are not finite")
+        raise UserError(f"{name}: returned numbers that are not finite")
     return embeddings.astype(np.float32)
 
 
@@ -85,6 +85,7 @@ def _torch():
         import torch
     except ImportError:
         raise UserError(
-            'SSCD needs PyTorch, which is not installed: pip install "sd3-jax[torch]"'
+            "SSCD needs PyTorch, which is not installed; run pip install"
+            ' "sd3-jax[torch]"'
         ) from None
     return torch

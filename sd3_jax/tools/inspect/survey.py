@@ -49,7 +49,7 @@ class Tally:
         self.captions += bool(record.caption)
         _count(self.holds, held(record))
         if record.caption:
-            _count(self.made_by, record.caption_from or "not told")
+            _count(self.made_by, record.caption_from or "unknown")
 
     def fault(self, error: UserError, reason: str) -> None:
         self.bad_count += 1

@@ -70,7 +70,7 @@ class Subject:
         if (scheduler.solver, scheduler.line) == ("euler", "released"):
             if not scheduler.refused:
                 return config
-        log.warning("%s: its scheduler is not compared, but Euler's", self.source)
+        log.warning("%s: its scheduler is not compared; Euler's is", self.source)
         return {"shift": scheduler.shift}
 
     @property

@@ -104,7 +104,7 @@ def t5():
 
 
 def randomise(module, seed=0):
-    """Every parameter of a torch module anew: none is zero, none is one."""
+    """Every parameter of a torch module again: none is zero, none is one."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda p: torch.randn(p.shape, generator=generator)
     with torch.no_grad():

@@ -66,7 +66,7 @@ def compiler() -> str:
         version = metadata.version("libtpu")
     except metadata.PackageNotFoundError:
         raise UserError(
-            "plan needs libtpu, the TPU's compiler: pip install libtpu"
+            "plan needs libtpu, the TPU compiler; run pip install libtpu"
         ) from None
     return f"libtpu {version}, jax {jax.__version__}"
 
@@ -82,8 +82,8 @@ def devices(tpu_slice: Slice) -> list:
     except Exception as error:
         reason = str(error).splitlines()[0][:200]
         raise UserError(
-            f"no TPU compiler for {tpu_slice.topology} ({reason}); wanted pip install"
-            " libtpu"
+            f"no TPU compiler for {tpu_slice.topology} ({reason}); run pip install"
+            " --upgrade libtpu"
         ) from None
 
 
@@ -97,8 +97,9 @@ def flags(folder: str, tpu_slice: Slice, job: str) -> dict[str, str]:
         path = epath.Path(shipped(FLAGS)) / path.name
     if not path.exists():
         raise UserError(
-            f'config.plan.flags = "{folder}": there is no {path}; wanted "{FLAGS}",'
-            ' which is ours, another folder, or "" for the compiler\'s defaults'
+            f'config.plan.flags = "{folder}": {path} does not exist; expected'
+            f' "{FLAGS}", the flags of sd3_jax, another folder, or "" for the defaults'
+            " of the compiler"
         )
     paths = [path, path.with_name(f"{tpu_slice.kind}.{job}.env")]
     text = "\n".join(path.read_text() for path in paths if path.exists())

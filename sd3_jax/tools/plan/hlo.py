@@ -2,7 +2,7 @@
 
 The text is read rather than the serialized proto: libtpu's messages have fields, such
 as replica groups over named axes, of which no published Python schema knows, and of
-programs that use the SparseCores only the dump can be had.
+programs that use the SparseCores only the dump is available.
 """
 
 import functools
@@ -185,7 +185,7 @@ def parse(text: str) -> Module:
         elif lines:  # a kernel's description may go on for several lines
             lines.append(line)
     if not entry:
-        raise ValueError("the text is no HLO module: it has no ENTRY computation")
+        raise ValueError("the text is not an HLO module: it has no ENTRY computation")
     return Module(computations, entry)
 
 

@@ -129,7 +129,8 @@ def find(name: str) -> Slice:
     match = re.fullmatch(r"(?:(\d+)x)?([a-z0-9]+)-(\d+)", name.replace(*LITEPOD))
     if match is None or match[2] not in GENERATIONS or match[1] == "0":
         raise UserError(
-            f'config.plan.slices: unknown slice "{name}"; wanted GENERATION-SIZE, such'
+            f'config.plan.slices: unknown slice "{name}"; expected GENERATION-SIZE,'
+            " such"
             f" as v5e-16 or 2xv5e-16, with {', '.join(GENERATIONS)}{_near(name)}"
         )
     generation = GENERATIONS[match[2]]
@@ -139,7 +140,7 @@ def find(name: str) -> Slice:
     if rest or chips not in shapes:
         sizes = [f"{match[2]}-{n * generation.named}" for n in shapes]
         raise UserError(
-            f'config.plan.slices: "{name}": wanted one of {", ".join(sizes)}'
+            f'config.plan.slices: "{name}": expected one of {", ".join(sizes)}'
         )
     # "v5e-16" is one slice, "2xv5e-16" two of them.
     count = int(match[1] or 1)

@@ -102,9 +102,9 @@ def sampling(config: ConfigDict, setting: str) -> ConfigDict:
     # "step=50" is one letter from "steps=50" and would pick a checkpoint.
     if config.sample.step:
         raise ConfigError(
-            f"config.study.settings: config.sample.step = {config.sample.step}: wanted"
-            " 0, for a study takes the step of the least validation loss; did you mean"
-            ' "steps"?'
+            f"config.study.settings: config.sample.step = {config.sample.step}: must be"
+            " 0, because a study takes the step with the least validation loss; did you"
+            ' mean "steps"?'
         )
     validate(config)
     return config
@@ -114,7 +114,7 @@ def override(config: ConfigDict, text: str, where: str) -> None:
     """KEY=VALUE, as a flag would set it."""
     key, equals, value = text.partition("=")
     if not equals:
-        raise ConfigError(f"{where}: {text!r}: wanted KEY=VALUE")
+        raise ConfigError(f"{where}: {text!r}: expected KEY=VALUE")
     try:
         command_line.override(config, key, value)
     except ConfigError as error:

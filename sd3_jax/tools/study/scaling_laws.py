@@ -33,7 +33,9 @@ def power_law(x: Float[ndarray, " n"], loss: Float[ndarray, " n"]) -> PowerLaw:
     """
     x, loss = np.asarray(x, float), np.asarray(loss, float)
     if len(x) < 2 or (x <= 0).any() or (loss <= 0).any():
-        raise ValueError(f"power_law: got {len(x)} points, want two or more, all > 0")
+        raise ValueError(
+            f"power_law: got {len(x)} points, expected two or more, all > 0"
+        )
     # Around the mean of log x, so that slope and height are uncorrelated.
     x0 = float(np.exp(np.log(x).mean()))
     # Three free numbers need more than three points.

@@ -115,9 +115,9 @@ def test_what_a_function_does_wrong_is_the_items_fault(module):
 
     wrong = {
         "raises": (lambda p, c: c["none"], "mine:f failed: KeyError: 'none'"),
-        "a number": (lambda p, c: 3, "mine:f gave no text: int"),
-        "nothing": (lambda p, c: None, "mine:f gave no text: NoneType"),
-        "half a pair": (lambda p, c: "\ud800", "mine:f gave no text"),
+        "a number": (lambda p, c: 3, "mine:f returned no text: int"),
+        "nothing": (lambda p, c: None, "mine:f returned no text: NoneType"),
+        "half a pair": (lambda p, c: "\ud800", "mine:f returned no text"),
         "writes": (write, "mine:f failed: ValueError: assignment destination is read"),
     }
     for function, words in wrong.values():
@@ -136,7 +136,7 @@ WRONG = ["", "=1", "caption=", "caption=x", "caption=0", "caption=-1", "caption=
 
 @pytest.mark.parametrize("spec", [*WRONG, "caption=inf"])
 def test_a_spec_that_is_none(spec):
-    with pytest.raises(UserError, match='no caption; wanted "caption=0.5"'):
+    with pytest.raises(UserError, match='not a caption; expected "caption=0.5"'):
         captions.parse([spec])
 
 
@@ -148,11 +148,11 @@ def test_specs():
 
 
 HOOKS = {
-    "math": 'wanted "package.module:function"',
-    ":sqrt": 'wanted "package.module:function"',
-    "a b:sqrt": 'wanted "package.module:function"',
+    "math": 'expected "package.module:function"',
+    ":sqrt": 'expected "package.module:function"',
+    "a b:sqrt": 'expected "package.module:function"',
     "math:sqr": 'math:sqr: math has no "sqr"; did you mean "sqrt"',
-    "math:pi": "math:pi: is of type float, wanted a function",
+    "math:pi": "math:pi is of type float, expected a function",
     "math:": 'math has no ""',
     "sd3_jax.data.image:read": 'no module "sd3_jax.data.image"; did you mean "images"',
     "no_such_thing_here:read": 'no module "no_such_thing_here"; is its folder in',

@@ -45,11 +45,11 @@ def test_a_filter_does_what_it_says(op, value, bound):
 
 def test_reasons():
     found = refused("aesthetic >= 4.5", aesthetic=3.1)
-    assert found == Refusal("aesthetic>=4.5", "aesthetic 3.1, wanted >= 4.5")
+    assert found == Refusal("aesthetic>=4.5", "aesthetic 3.1, expected >= 4.5")
     assert refused("nsfw<=0.3", nsfw=np.float32(0.7).item()).reason == (
-        "nsfw 0.7, wanted <= 0.3"
+        "nsfw 0.7, expected <= 0.3"
     )
-    assert refused("x>=4.5", x=4.49999999).reason == "x 4.49999999, wanted >= 4.5"
+    assert refused("x>=4.5", x=4.49999999).reason == "x 4.49999999, expected >= 4.5"
     assert refused("height>=512", height=512) is None
 
 
@@ -77,7 +77,7 @@ def test_columns_come_before_functions(function):
     assert filters.refuse(on_columns, {"x": 0.5}).spec == "x>1" and not asked
     assert filters.refuse(on_pictures, {"x": 0.5}, PICTURE) is None
     assert filters.refuse(on_pictures, {"x": 2}, PICTURE) == Refusal(
-        "mine:f>=60", "mine:f 25.5, wanted >= 60"
+        "mine:f>=60", "mine:f 25.5, expected >= 60"
     )
 
 
@@ -87,7 +87,7 @@ def test_functions_that_fail_or_say_nothing(function):
         refused("mine:f>0", PICTURE)
     for value in (None, "high", np.zeros(3), [1]):
         function(lambda picture, columns, value=value: value)
-        with pytest.raises(BadItem, match="mine:f gave no number: "):
+        with pytest.raises(BadItem, match="mine:f returned no number: "):
             refused("mine:f>0", PICTURE)
     for value in (math.nan, np.float32(np.inf)):
         function(lambda picture, columns, value=value: value)
@@ -104,7 +104,7 @@ WRONG = ["", "x", "x=1", "x==1", ">=1", "x>=", "x>=y", "x>=nan", "x>=inf", "x>1>
 
 @pytest.mark.parametrize("spec", [*WRONG, "x=>1", "x!=1"])
 def test_a_spec_that_is_none(spec):
-    with pytest.raises(UserError, match="no filter; wanted") as caught:
+    with pytest.raises(UserError, match="not a filter; expected") as caught:
         filters.parse([spec])
     assert str(caught.value).isprintable()
 

@@ -181,8 +181,8 @@ AFTER_A_KILL = {
     "removed of it": (["remove 11"], "inputs: 1 removed (11.png) since"),
     "both": (["add 105", "remove 17"], "inputs: 1 added (105.png) since"),
     "added before all": (["add 09"], "inputs: 1 added (09.png) since"),
-    "added to the rest": (["add 165"], "there are 6 where 5 were planned"),
-    "removed of the rest": (["remove 17"], "there are 4 where 5 were planned"),
+    "added to the rest": (["add 165"], "6 where 5 were planned"),
+    "removed of the rest": (["remove 17"], "4 where 5 were planned"),
 }
 
 

@@ -50,7 +50,7 @@ def through(part):
 
 
 def ingested(*inputs, size=4096):
-    """Items and rejected ones by source, none of which comes twice."""
+    """Items and rejected ones by source, none of which appears twice."""
     parts = input_parts.plan([str(each) for each in inputs], size=size)
     found = [each for part in parts for each in input_parts.items(through(part))]
     assert max(Counter(each.source for each in found).values(), default=1) == 1
@@ -130,7 +130,7 @@ MESSY = {
         ]
     ),
 }
-GONE = "metadata.jsonl names it, and it is not there"
+GONE = "metadata.jsonl names it, but it does not exist"
 OUT = "a file_name that leads out of its folder"
 REASONS = {
     "alone.json": "a caption without a picture",
@@ -150,7 +150,7 @@ REASONS = {
     **dict.fromkeys(
         [f"metadata.jsonl:{n}" for n in (13, 14, 15)], "a line without a file_name"
     ),
-    "metadata.jsonl:4": "a file_name that came before",
+    "metadata.jsonl:4": "a duplicate file_name",
     "metadata.jsonl:17": "a line that cannot be read",
     "metadata.jsonl:18": "a line of more than 1048576 bytes",
 }
@@ -322,7 +322,7 @@ def test_a_changed_folder_is_refused(tmp_path, change):
     for part in planned:
         list(input_parts.items(part))
     CHANGES[change](tmp_path)
-    with pytest.raises(UserError, match="not what was planned|No such file") as told:
+    with pytest.raises(UserError, match="since the job began|No such file") as told:
         for part in planned:
             list(input_parts.items(part))
     assert str(tmp_path) in str(told.value) and str(told.value).isprintable()
@@ -457,7 +457,7 @@ def test_a_tar_accounts_for_each_member(tmp_path):
     assert columns(kept) == {"x.tar:a": {"caption": "late"}, "x.tar:z": {}}
     assert {k: v.split(": ")[0] for k, v in rejected.items()} == {
         "x.tar:a.png": "another picture of its sample",
-        "x.tar:a.JPG": "a name that came before",
+        "x.tar:a.JPG": "a duplicate name",
         "x.tar:a.cls": "another extension",
         "x.tar:lone.txt": "a caption without a picture",
         "x.tar:lone.json": "a caption without a picture",
@@ -485,12 +485,14 @@ def test_a_changed_tar_is_refused_or_a_bad_item(tmp_path):
     part = input_parts.plan([path])[0]
     item = next(input_parts.items(part))
     os.truncate(path, 100)
-    with pytest.raises(BadItem, match="^cannot be read: .* bytes, of which 0 came$"):
+    with pytest.raises(
+        BadItem, match="^cannot be read: .* bytes, of which 0 could be read$"
+    ):
         item.read()
-    with pytest.raises(UserError, match="x.tar: not what was planned"):
+    with pytest.raises(UserError, match="x.tar: was removed or changed since"):
         list(input_parts.items(part))
     os.remove(path)
-    with pytest.raises(UserError, match="x.tar: not what was planned"):
+    with pytest.raises(UserError, match="x.tar: was removed or changed since"):
         list(input_parts.items(part))
     with pytest.raises(BadItem, match="^cannot be read: No such file"):
         item.read()
@@ -628,7 +630,7 @@ def test_a_column_twice_is_refused(tmp_path):
     table = pa.Table.from_arrays(columns, ["image", "text", "text"])
     pq.write_table(table, tmp_path / "x.parquet")
     kept, rejected = ingested(tmp_path / "x.parquet")
-    why = "the column text comes twice: rename or remove one"
+    why = "the column text appears twice: rename or remove one"
     assert not kept and rejected == {"x.parquet": why}
 
 
@@ -650,9 +652,9 @@ def test_a_damaged_parquet_file_is_one_rejected(tmp_path):
         assert ingested(path)[1]["x.parquet"].startswith("cannot be read: ")
     stored(path, column="photo")
     assert ingested(path)[1]["x.parquet"] == (
-        "no column of pictures: wanted one of bytes, or of a struct with bytes, by the"
-        " name of image or img or jpg; rename it; its columns are photo (binary), text"
-        " (string)"
+        "no column of pictures; expected one of bytes, or of a struct with bytes,"
+        " named image or img or jpg: rename it; its columns are photo (binary),"
+        " text (string)"
     )
     assert input_parts.plan([str(path)])[0].count is None
 
@@ -733,17 +735,21 @@ def test_inputs_that_are_refused(tmp_path):
     at = lambda name: str(tmp_path / name)
     assert refused(at("nothing")) == f"{at('nothing')}: no such file or folder"
     assert refused(at("*.zip")) == f"{at('*.zip')}: matches no file"
-    assert refused(at("x.tgz")).startswith(f"{at('x.tgz')}: of an unknown kind; wanted")
+    assert refused(at("x.tgz")).startswith(
+        f"{at('x.tgz')}: unknown kind of input; expected"
+    )
     assert refused(tar, at("y.tar")).endswith(f"listed twice, also as {tar}")
     assert refused(tar, at("z.tar")).endswith(f"listed twice, also as {tar}")
     assert refused(tar, tar) == f"{tar}: the same input is listed twice"
     assert refused(at("d"), at("f")).endswith(f"listed twice, also as {at('d')}")
     assert refused(at("f"), at("d/e")) == (
-        f"{at('d/e')}: lies in {at('f')}, which is listed too"
+        f"{at('d/e')}: is inside {at('f')}, which is listed too; remove one of them"
     )
-    assert refused(at("none")).startswith(f"{at('none')}: no picture in it, wanted jpg")
-    assert refused() == "no input; wanted folders, tars or parquet files, or globs"
-    assert refused(tar, size=0) == "parts of 0 pictures; wanted 1 or more"
+    assert refused(at("none")).startswith(
+        f"{at('none')}: contains no pictures; their names must end in jpg"
+    )
+    assert refused() == "no input; set folders, tars or parquet files, or globs"
+    assert refused(tar, size=0) == "parts of 0 pictures; expected 1 or more"
 
 
 def test_a_tar_that_cannot_be_opened_is_planned(tmp_path, monkeypatch):

@@ -173,7 +173,7 @@ def test_captions_of_two_samples_of_one_name_are_not_mixed(tmp_path):
     rows = [("1.png", A), ("2.png", B), ("2.txt", HEN), ("1.png", B), ("1.txt", "?")]
     kept, rejected = captioned(pack(tmp_path / "x.tar", rows))
     assert kept == {"x.tar:1": "", "x.tar:2": HEN}
-    assert set(rejected.values()) == {"a name that came before"}
+    assert set(rejected.values()) == {"a duplicate name"}
 
 
 def test_a_second_file_of_a_sample_is_no_picture_of_its_own(tmp_path):
@@ -229,7 +229,7 @@ def test_backslashes_separate_folders(tmp_path):
     kept, rejected = captioned(put(tmp_path, PICTURES | {"metadata.jsonl": row}))
     assert kept["train/a.png"] == FOX
     assert rejected == {
-        "metadata.jsonl:2": "metadata.jsonl names it, and it is not there"
+        "metadata.jsonl:2": "metadata.jsonl names it, but it does not exist"
     }
     (tmp_path / "metadata.jsonl").unlink()
     put(tmp_path, {"metadata.csv": "file_name,text\ntrain\\a.png,a fox\n"})

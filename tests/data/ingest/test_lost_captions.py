@@ -131,7 +131,7 @@ def test_no_record_is_a_failure(precompute):
     files = {"a.png": b"none", "a.txt": "a fox", "b.gif": b"GIF89a"}
     code, found, counts, said = precompute(files)
     assert code == 2 and not found and counts["records"] == 0
-    assert "of 2 files no record was made: rejected 1 " in said
+    assert "no record was made of 2 files: rejected 1 " in said
     code, _, _, again = precompute(files)
     assert code == 2 and again == said
 
@@ -159,10 +159,10 @@ def test_tars_and_parquet_files(precompute, tmp_path):
 NOT_TEXT = {
     "numbers": (
         [5, 6],
-        "mine holds numbers (2), and no text, in any of the 2 pictures",
+        "mine holds numbers (2) and no text in any of the 2 pictures",
     ),
-    "lists": ([[5], [6]], "mine holds lists of numbers (2), and no text"),
-    "booleans": ([True, False], "mine holds booleans (2), and no text"),
+    "lists": ([[5], [6]], "mine holds lists of numbers (2) and no text"),
+    "booleans": ([True, False], "mine holds booleans (2) and no text"),
 }
 
 
@@ -173,7 +173,7 @@ def test_a_column_that_is_no_text_is_told_from_one_that_is_not_there(precompute,
     text = "".join(json.dumps(row) + "\n" for row in rows)
     files = {"a.png": A, "b.png": B, "metadata.jsonl": text}
     code, _, _, said = precompute(files, "captions=mine")
-    assert code == 2 and words in said and "makes a text of other values" in said
+    assert code == 2 and words in said and "to make a text of other values" in said
     text = text.replace("mine", "caption")
     code, _, _, said = precompute({"metadata.jsonl": text})
     assert code == 2 and "; caption holds " in said

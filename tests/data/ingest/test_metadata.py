@@ -94,5 +94,5 @@ def test_a_column_twice_is_refused(tmp_path):
 )
 def test_a_header_that_does_not_end_is_refused(tmp_path, text):
     kept, rejected = ingested(tmp_path, text)
-    words = "cannot be read: line 1: wanted the columns' names"
+    words = "cannot be read: line 1: expected the columns' names"
     assert not kept and rejected["metadata.csv"].startswith(words)

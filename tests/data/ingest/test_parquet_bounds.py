@@ -98,7 +98,7 @@ def test_long_rows_are_rejected_by_name(found):
     assert list(found["text"][1].values()).count("taken") == ROWS // 2
     assert reasons["list"] == {of("tags")} and reasons["struct"] == {of("of")}
     assert reasons["picture"] == {f"more than {2**27} bytes"}
-    assert found["plain"][1]["0-63"].startswith("too large to be decoded: text has 192")
+    assert found["plain"][1]["0-63"].startswith("too large to decode: text has 192")
 
 
 def test_what_is_not_large_is_as_it_was(tmp_path):

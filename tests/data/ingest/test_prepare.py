@@ -59,6 +59,6 @@ def test_backslashes_separate_folders_as_in_file_name(ready):
 def test_a_picture_without_another_is_rejected_with_its_reason(ready):
     reasons = {k: x.reason for k, x in ready.items() if isinstance(x, Rejected)}
     assert reasons["c.png"].startswith('bad "worse": cannot be read')
-    assert reasons["d.png"] == 'no "worse", the picture that is worse'
+    assert reasons["d.png"] == 'has no "worse", the rejected picture'
     assert reasons["e.png"].startswith('bad "worse": ')
     assert reasons["f.png"] == 'bad "worse": outside the folder'

@@ -124,14 +124,14 @@ whole = packed(*PAIR)
 huge = header(size=b"\x80" + (2**62).to_bytes(11))
 DAMAGED = {
     "nothing": (b"", "at its start: cut off after it"),
-    "text": (600 * b"x", "no tar header after it; wanted a plain tar"),
-    "compressed": (gzip.compress(bytes(10**6)), "is compressed by gzip; wanted"),
+    "text": (600 * b"x", "no tar header after it; expected a plain tar"),
+    "compressed": (gzip.compress(bytes(10**6)), "is compressed by gzip; expected"),
     "half a header": (whole[:700], "at a/1.jpg: cut off after it"),
-    "half a member": (whole[:516], "at a/1.jpg: 10 bytes, of which 4 came"),
+    "half a member": (whole[:516], "at a/1.jpg: 10 bytes, of which 4 could be read"),
     "no end": (whole[:2048], "at a/1.txt: cut off after it"),
     "garbage between": (whole[:1024] + 600 * b"x" + whole[1024:], "at a/1.jpg: no tar"),
     "a flipped bit": (whole[:1030] + b"\x80" + whole[1031:], "at a/1.jpg: no tar"),
-    "huge": (huge + END, f"at x.jpg: {2**62} bytes, of which 1024 came"),
+    "huge": (huge + END, f"at x.jpg: {2**62} bytes, of which 1024 could be read"),
     "negative": (header(size=b"\xff" * 11 + b"\0") + END, "no tar header"),
     "a long name that is huge": (header(b"n", huge[124:136], b"L"), "at its start:"),
     "a name of a megabyte": (
@@ -171,7 +171,7 @@ def test_a_compressed_tar_is_refused_with_the_way_to_unpack_it(tmp_path, program
     with pytest.raises(UserError) as caught:
         input_parts.plan([str(path)])
     assert str(caught.value) == (
-        f"{path}: is compressed by {program}; wanted a plain tar: unpack it by"
+        f"{path}: is compressed by {program}; expected a plain tar: unpack it with"
         f" {program} -dc {path} > {tmp_path}/x.plain.tar"
     )
 

@@ -81,8 +81,8 @@ def test_a_v5e_has_google_s_name_too():
     "name, words",
     [
         ("v5q-16", 'such as v5e-16 or 2xv5e-16, .*did you mean "v5'),
-        ("v5e-20", "wanted one of v5e-1, v5e-4"),
-        ("v5p-9", "wanted one of v5p-8, v5p-16"),
+        ("v5e-20", "expected one of v5e-1, v5e-4"),
+        ("v5p-9", "expected one of v5p-8, v5p-16"),
     ],
 )
 def test_no_such_slice(name, words):
