@@ -94,10 +94,10 @@ def missing(
 ) -> list[str]:
     """Lines on what the page lacks, and which job or key adds it."""
     lines = [
-        (sheet, "There is no samples.png yet; the sample job writes it."),
-        (scores, "There is no scores.json yet; the evaluate job writes it."),
+        (sheet, "No samples.png yet; the sample job writes it."),
+        (scores, "No scores.json yet; the evaluate job writes it."),
         (film, "No samples were drawn during training; train.prompts names prompts."),
-        (settings, "There is no config.json, so the settings are not known."),
+        (settings, "No config.json, so the settings are not known."),
         (not unmeasured, f"Not recorded: {', '.join(unmeasured)}."),
     ]
     return [line for there, line in lines if not there]

@@ -124,7 +124,7 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "samples.png").write_bytes(b"no picture")
     _, checker = written(tmp_path)
     for words in (
-        *("no samples.png", "no scores.json", "no config.json", "is not there"),
+        *("No samples.png", "No scores.json", "No config.json", "does not exist"),
         "model FLOPs utilization, goodput.",
     ):
         assert words in checker.text
