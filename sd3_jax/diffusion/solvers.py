@@ -256,7 +256,7 @@ def _loop(step, x, memory, grid, columns, trajectory, after, steps):
     `memory` is what a multistep solver carries, None for the others.
     """
     if trajectory and steps is not None:
-        raise ValueError("a trajectory has all steps: give trajectory or steps, not both")
+        raise ValueError("give trajectory or steps: a trajectory has all steps")
 
     def body(carry, s):
         i, t_next, *s = s
