@@ -122,7 +122,7 @@ def test_max_hours_stops_a_run_with_a_checkpoint(tmp_path, capfd):
     (folder,) = (tmp_path / "checkpoints").iterdir()
     assert folder.name == "1"
     said = "sd3-jax: config.train.max_hours = 1e-09 reached: stopped at step 1 of 5; "
-    assert said + "the same command goes on from step 1" in capfd.readouterr().err
+    assert said + "run the same command to resume from step 1" in capfd.readouterr().err
 
 
 def test_process_0_asks_once_to_stop_in_time(monkeypatch):
