@@ -4,6 +4,7 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib
 import numpy as np
@@ -19,6 +20,7 @@ CSS = {SOFT: "var(--soft)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
+    "text.parse_math": False,  # "$" in a user's name is no formula
     "text.color": SOFT,
     "axes.edgecolor": RULE,
     "axes.labelcolor": SOFT,
@@ -42,6 +44,7 @@ STYLE = {
     "legend.labelcolor": SOFT,
 }
 METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
+LARGEST = 1e100  # beyond it the arithmetic of axes overflows
 FEW_TICKS = 6  # on a logarithmic axis, each with its number
 
 
@@ -55,7 +58,7 @@ def over_steps(
     """A curve over training steps, and if `window` > 1 a smooth one over it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
-        _curve(axes, np.asarray(steps), np.asarray(values, float), window)
+        _curve(axes, np.asarray(steps), drawable(values), window)
         axes.set_ylim(*frame)
         axes.set_xlabel("step")
         # Around a single step the locator would mark fractions of it.
@@ -75,9 +78,10 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         for i, step in enumerate(early):
             shade = 0.25 + 0.5 * (i + 1) / len(early)
             label = f"step {step:,}"
-            axes.plot(*curves[step], color=SOFT, alpha=shade, lw=1.2, label=label)
-        label = f"step {last:,}"
-        axes.plot(*curves[last], color=ACCENT, lw=1.8, marker="o", ms=3, label=label)
+            look = dict(color=SOFT, alpha=shade, lw=1.2, label=label)
+            axes.plot(*map(drawable, curves[step]), **look)
+        look = dict(color=ACCENT, lw=1.8, marker="o", ms=3, label=f"step {last:,}")
+        axes.plot(*map(drawable, curves[last]), **look)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
         axes.legend(fontsize=9, handlelength=1.2)
@@ -144,8 +148,12 @@ def curves(
             line = ("-", "--", ":", "-.")[i % 4] if joined else "none"
             mark = "" if name == unmarked else "ov^sD*Pp"[i % 8]
             look |= dict(linestyle=line, marker=mark, ms=4.5)
-            axes.plot(xs, ys, label=name, **look)
+            axes.plot(drawable(xs), drawable(ys), label=name, **look)
         for axis in log:
+            drawn = [drawable(line["xy".index(axis)]) for line in lines.values()]
+            # matplotlib refuses a logarithmic axis without a positive value.
+            if not any((values > 0).any() for values in drawn):
+                continue
             getattr(axes, f"set_{axis}scale")("log")
             ticked = getattr(axes, f"{axis}axis")
             ticked.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -222,6 +230,12 @@ def standalone(svg: str) -> str:
     return f"{svg[:end]}{style}{svg[end:]}"
 
 
+def drawable(values: Any) -> np.ndarray:
+    """The values as floats; NaN, a gap, for None and what is too large to draw."""
+    values = np.asarray(values, float)
+    return np.where(np.abs(values) <= LARGEST, values, np.nan)
+
+
 def _legend_below(figure, names):
     """A legend under the axes, for which the figure grows."""
     # Beside the axes, long names would take a third of the width.
@@ -238,7 +252,7 @@ def _logarithmic(axes):
 
 def _positive(values):
     """What a logarithmic axis can show; equal to the last bit is a gap."""
-    values = np.asarray(values, float)
+    values = drawable(values)
     return np.where(values > 0, values, np.nan)
 
 
