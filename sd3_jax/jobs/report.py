@@ -89,6 +89,6 @@ def _object(path, unread):
     except (OSError, ValueError, RecursionError):
         value = None
     if not isinstance(value, dict):
-        unread.append(f"{path.name} is not understood: wanted a JSON object.")
+        unread.append(f"{path.name} is not understood: expected a JSON object.")
         return {}
     return value

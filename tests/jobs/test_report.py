@@ -183,7 +183,7 @@ def log_line(workdir, **values):
             '{"model":null,"train":[1]}',
             "config.json is not understood in",
         ),
-        ("config.json", "[1]", "config.json is not understood: wanted a JSON object"),
+        ("config.json", "[1]", "config.json is not understood: expected a JSON object"),
         ("config.json", '{"a":' * 800 + "1" + "}" * 800, ""),
         ("run.json", '{"recipe":3,"device_kind":[1]}', "run.json is not understood in"),
         ("run.json", '{"parameters":1' + "0" * 400 + "}", ""),
