@@ -2,7 +2,8 @@
 
 import math
 import sys
-from datetime import datetime
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
 
 from sd3_jax.foreign_text import shown
@@ -24,6 +25,18 @@ def entries(scores: dict, name: str) -> list[dict]:
     return (
         [e for e in values if isinstance(e, dict)] if isinstance(values, list) else []
     )
+
+
+def group(tree: dict, name: str) -> dict:
+    """tree[name] if it is an object, else {}."""
+    value = tree.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def has_date(row: Mapping[str, Any]) -> bool:
+    """Whether a row's time, in seconds, is a date."""
+    # datetime ends with the year 9999, and JSON may have any number.
+    return 0 <= row["time"] < datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
 
 def scored_at(scores: dict) -> str:

@@ -4,7 +4,6 @@ import hashlib
 import io
 import re
 from collections.abc import Sequence
-from typing import Any
 
 import matplotlib
 import numpy as np
@@ -44,7 +43,6 @@ STYLE = {
     "legend.labelcolor": SOFT,
 }
 METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
-LARGEST = 1e100  # beyond it the arithmetic of axes overflows
 FEW_TICKS = 6  # on a logarithmic axis, each with its number
 
 
@@ -58,7 +56,7 @@ def over_steps(
     """A curve over training steps, and if `window` > 1 a smooth one over it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
-        _curve(axes, np.asarray(steps), drawable(values), window)
+        _curve(axes, np.asarray(steps), smoothing.drawable(values), window)
         axes.set_ylim(*frame)
         axes.set_xlabel("step")
         # Around a single step the locator would mark fractions of it.
@@ -79,9 +77,9 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
             shade = 0.25 + 0.5 * (i + 1) / len(early)
             label = f"step {step:,}"
             look = dict(color=SOFT, alpha=shade, lw=1.2, label=label)
-            axes.plot(*map(drawable, curves[step]), **look)
+            axes.plot(*map(smoothing.drawable, curves[step]), **look)
         look = dict(color=ACCENT, lw=1.8, marker="o", ms=3, label=f"step {last:,}")
-        axes.plot(*map(drawable, curves[last]), **look)
+        axes.plot(*map(smoothing.drawable, curves[last]), **look)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
         axes.legend(fontsize=9, handlelength=1.2)
@@ -99,7 +97,9 @@ def by_layer(curves: dict[str, list[float]]) -> str:
                 dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, alpha=shade)
             )
             mark = "oovs^D*"[i % 7]
-            axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
+            axes.plot(
+                place, smoothing.positive(values), marker=mark, ms=3, label=name, **look
+            )
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
         _legend_below(figure, curves)
@@ -115,7 +115,13 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
             look = dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, lw=1.2)
             line = "-" if i < 2 else "--"
             axes.plot(
-                steps, _positive(values), line, marker="o", ms=3, label=name, **look
+                steps,
+                smoothing.positive(values),
+                line,
+                marker="o",
+                ms=3,
+                label=name,
+                **look,
             )
         _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -148,9 +154,13 @@ def curves(
             line = ("-", "--", ":", "-.")[i % 4] if joined else "none"
             mark = "" if name == unmarked else "ov^sD*Pp"[i % 8]
             look |= dict(linestyle=line, marker=mark, ms=4.5)
-            axes.plot(drawable(xs), drawable(ys), label=name, **look)
+            axes.plot(
+                smoothing.drawable(xs), smoothing.drawable(ys), label=name, **look
+            )
         for axis in log:
-            drawn = [drawable(line["xy".index(axis)]) for line in lines.values()]
+            drawn = [
+                smoothing.drawable(line["xy".index(axis)]) for line in lines.values()
+            ]
             # matplotlib refuses a logarithmic axis without a positive value.
             if not any((values > 0).any() for values in drawn):
                 continue
@@ -230,12 +240,6 @@ def standalone(svg: str) -> str:
     return f"{svg[:end]}{style}{svg[end:]}"
 
 
-def drawable(values: Any) -> np.ndarray:
-    """The values as floats; NaN, a gap, for None and what is too large to draw."""
-    values = np.asarray(values, float)
-    return np.where(np.abs(values) <= LARGEST, values, np.nan)
-
-
 def _legend_below(figure, names):
     """A legend under the axes, for which the figure grows."""
     # Beside the axes, long names would take a third of the width.
@@ -248,12 +252,6 @@ def _legend_below(figure, names):
 def _logarithmic(axes):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
-
-
-def _positive(values):
-    """What a logarithmic axis can show; equal to the last bit is a gap."""
-    values = drawable(values)
-    return np.where(values > 0, values, np.nan)
 
 
 # --- figures

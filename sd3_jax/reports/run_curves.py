@@ -13,8 +13,8 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     # NaN and infinity would decide the frame of the plot.
     finite = [value for value in values if math.isfinite(value)]
     lost = len(values) - len(finite)
-    huge = sum(abs(value) > plots.LARGEST for value in finite)
-    finite = [value for value in finite if abs(value) <= plots.LARGEST]
+    huge = sum(abs(value) > smoothing.LARGEST for value in finite)
+    finite = [value for value in finite if abs(value) <= smoothing.LARGEST]
     if not finite:
         subject = "No finite value" if values else "Nothing"
         caption = f"{title}: {subject.lower()} of “{name}” was logged."

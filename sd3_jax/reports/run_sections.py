@@ -25,7 +25,7 @@ def head(
 ) -> tuple[dict[str, Any], list[str]]:
     """Name, what ran where and when, and the figures of the run; and the names of the
     figures that nothing recorded."""
-    model, train = (_group(settings, name) for name in ("model", "train"))
+    model, train = (number_format.group(settings, name) for name in ("model", "train"))
     last = max(rows, key=lambda row: row["step"])
     # Every field may be missing or of another type: config.json is read as it is.
     total = f"{train['steps']:,}" if isinstance(train.get("steps"), int) else ""
@@ -35,7 +35,7 @@ def head(
         model.get("name") and f"{model['name']}, depth {model.get('depth', '?')}",
         f"{last['step']:,} of {total} steps" if total else steps,
         facts.get("device_kind") and f"{devices}{facts['device_kind']}",
-        _has_date(last)
+        number_format.has_date(last)
         and number_format.date(datetime.fromtimestamp(last["time"], UTC)),
     ]
     figures, unmeasured = _figures(rows, facts)
@@ -52,7 +52,11 @@ def _figures(rows, facts):
         v for v in run_curves.series(rows, "val", "loss")[1] if math.isfinite(v)
     ]
     # Scores may be written days after the training.
-    times = [row["time"] for row in rows if row["kind"] != "score" and _has_date(row)]
+    times = [
+        row["time"]
+        for row in rows
+        if row["kind"] != "score" and number_format.has_date(row)
+    ]
     wall = max(times) - min(times) if len(times) > 1 else None
     figures = [
         (
@@ -136,7 +140,7 @@ def misread(rows: list[Row], settings: dict, facts: dict, scores: dict) -> list[
         ]
         if wrong:
             lines.append(f"{file} is not understood in: {', '.join(wrong)}.")
-    if undated := sum(not _has_date(row) for row in rows):
+    if undated := sum(not number_format.has_date(row) for row in rows):
         lines.append(f"{metrics.FILE} has {undated} lines with a time that is no date.")
     return lines
 
@@ -164,7 +168,7 @@ def scores(scores: dict) -> dict[str, Any]:
         )
         for entry in entries
     ]
-    settings = grouped(flat(_group(scores, "settings")))
+    settings = grouped(flat(number_format.group(scores, "settings")))
     at = number_format.scored_at(scores)
     return {"rows": rows, "prompts": prompts, "settings": settings, "at": at}
 
@@ -255,16 +259,6 @@ def flat(tree: dict, prefix: str = "") -> dict[str, str]:
 
 
 # --- helpers
-
-
-def _group(tree, name):
-    value = tree.get(name)
-    return value if isinstance(value, dict) else {}
-
-
-def _has_date(row):
-    # datetime ends with the year 9999, and JSON may have any number.
-    return 0 <= row["time"] < datetime.max.replace(tzinfo=UTC).timestamp() - 1
 
 
 def _frame(workdir, row, limit):

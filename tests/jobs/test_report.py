@@ -130,7 +130,7 @@ def test_what_is_missing_is_said(tmp_path):
     ):
         assert words in checker.text
     assert "Training loss: no finite value of “loss”" in checker.text
-    assert checker.text.index("Training loss") < checker.text.index("no samples.png")
+    assert checker.text.index("Training loss") < checker.text.index("No samples.png")
     assert "Not recorded: parameters" in checker.text
 
 
