@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sd3_jax.reports import smoothing
+from sd3_jax.reports.smoothing import drawable, positive
 
 # Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
 SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
@@ -56,7 +57,7 @@ def over_steps(
     """A curve over training steps, and if `window` > 1 a smooth one over it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
-        _curve(axes, np.asarray(steps), smoothing.drawable(values), window)
+        _curve(axes, np.asarray(steps), drawable(values), window)
         axes.set_ylim(*frame)
         axes.set_xlabel("step")
         # Around a single step the locator would mark fractions of it.
@@ -77,9 +78,9 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
             shade = 0.25 + 0.5 * (i + 1) / len(early)
             label = f"step {step:,}"
             look = dict(color=SOFT, alpha=shade, lw=1.2, label=label)
-            axes.plot(*map(smoothing.drawable, curves[step]), **look)
+            axes.plot(*map(drawable, curves[step]), **look)
         look = dict(color=ACCENT, lw=1.8, marker="o", ms=3, label=f"step {last:,}")
-        axes.plot(*map(smoothing.drawable, curves[last]), **look)
+        axes.plot(*map(drawable, curves[last]), **look)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
         axes.legend(fontsize=9, handlelength=1.2)
@@ -97,9 +98,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
                 dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, alpha=shade)
             )
             mark = "oovs^D*"[i % 7]
-            axes.plot(
-                place, smoothing.positive(values), marker=mark, ms=3, label=name, **look
-            )
+            axes.plot(place, positive(values), marker=mark, ms=3, label=name, **look)
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
         _legend_below(figure, curves)
@@ -116,7 +115,7 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
             line = "-" if i < 2 else "--"
             axes.plot(
                 steps,
-                smoothing.positive(values),
+                positive(values),
                 line,
                 marker="o",
                 ms=3,
@@ -154,13 +153,9 @@ def curves(
             line = ("-", "--", ":", "-.")[i % 4] if joined else "none"
             mark = "" if name == unmarked else "ov^sD*Pp"[i % 8]
             look |= dict(linestyle=line, marker=mark, ms=4.5)
-            axes.plot(
-                smoothing.drawable(xs), smoothing.drawable(ys), label=name, **look
-            )
+            axes.plot(drawable(xs), drawable(ys), label=name, **look)
         for axis in log:
-            drawn = [
-                smoothing.drawable(line["xy".index(axis)]) for line in lines.values()
-            ]
+            drawn = [drawable(line["xy".index(axis)]) for line in lines.values()]
             # matplotlib refuses a logarithmic axis without a positive value.
             if not any((values > 0).any() for values in drawn):
                 continue
