@@ -204,7 +204,10 @@ def shipped(folder: str) -> Path:
 
 
 def write_whole(path: epath.PathLike, data: bytes) -> None:
-    """Write a file completely or not at all: beside `path`, then renamed onto it."""
+    """Write a file completely or not at all: beside `path`, then renamed onto it.
+
+    Raises UserError if `path` is a folder.
+    """
     # A bucket's objects are complete or absent. A rename there could fail when retried:
     # if the first answer was lost, the old name is gone.
     path = epath.Path(path)
@@ -212,6 +215,12 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
         return write_object(path, data)
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
+    for name in path, part:
+        if name.is_dir():
+            raise UserError(
+                f"{name} is a folder, but a file of this name is to be written: move"
+                " the folder or delete it"
+            )
     with part.open("wb") as file:
         file.write(data)
         file.flush()

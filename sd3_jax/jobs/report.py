@@ -29,10 +29,13 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             f"{workdir}: no {metrics.FILE} to report on; train first, or set --workdir"
             " to that of a run"
         )
-    # All three are optional: the page says which are missing.
+    # All three are optional: the page says which are missing or not understood.
+    unread: list[str] = []
     settings, facts, scores = (
-        _object(workdir / name) for name in ("config.json", "run.json", "scores.json")
+        _object(workdir / name, unread)
+        for name in ("config.json", "run.json", "scores.json")
     )
+    unread += run_sections.misread(rows, settings, facts, scores)
     # The page shows where the run's settings differ from these.
     default = base.get_config().to_dict()
     # configs/sd3_2b.py:tiny → sd3_2b:tiny
@@ -46,6 +49,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         unmeasured.append("goodput")
     missing = run_sections.missing(
         unmeasured,
+        unread,
         sheet=sheet is not None,
         scores=bool(score_tables["rows"]),
         film=bool(film["frames"]),
@@ -73,10 +77,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     print(path, *number_format.score_lines(scores), sep="\n")
 
 
-def _object(path):
-    """The object in a JSON file, or {} if there is none."""
+def _object(path, unread):
+    """The object in a JSON file, or {} if there is none; adds a line to `unread` if the
+    file is something else."""
+    if not path.exists():
+        return {}
     try:
         value = json.loads(path.read_bytes())
+        if isinstance(value, dict):
+            run_sections.flat(value)  # what is nested too deeply fails here
     except (OSError, ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        unread.append(f"{path.name} is not understood: expected a JSON object.")
         return {}
-    return value if isinstance(value, dict) else {}
+    return value

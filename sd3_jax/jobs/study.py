@@ -13,24 +13,27 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
 from sd3_jax import files
-from sd3_jax.config.validation import validate
+from sd3_jax.assembly import compatibility
+from sd3_jax.config import validation
 from sd3_jax.distributed import lock, processes, watchdog
 from sd3_jax.errors import ConfigError, UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.jobs import train
 from sd3_jax.monitoring import metrics
-from sd3_jax.tools.study import run_scores, study_page, study_tables
+from sd3_jax.tools.study import run_result, run_scores, study_page, study_tables
 from sd3_jax.training import run_checks
 
 log = logging.getLogger(__name__)
 WAIT = 5.0  # seconds between looks at what other processes have done
 RESULT = "study.json"
+SCORED = ("train.steps", "study.pictures")  # may change on resume, but scores may not
 
 
 class Run(NamedTuple):
@@ -43,7 +46,7 @@ class Run(NamedTuple):
     @property
     def folder(self) -> str:
         parts = self.variant, self.option, f"seed{self.seed}"
-        return "/".join(re.sub(r"[^\w(),.=+-]", "_", part) for part in parts if part)
+        return "/".join(folder_name(part) for part in parts if part)
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -82,7 +85,10 @@ class Study:
 
     def __init__(self, config: ConfigDict, workdir: epath.Path):
         self.config, self.workdir = config, workdir
-        self.variants = dict(map(parse, config.study.variants))
+        variants = [parse(text) for text in config.study.variants]
+        require_folders("variants", [name for name, _ in variants])
+        require_folders("sweep", config.study.sweep)
+        self.variants = dict(variants)
         if not self.variants:
             raise UserError(
                 "config.study.variants = (): set at least one, as in"
@@ -91,8 +97,10 @@ class Study:
         self.options = tuple(config.study.sweep) or ("",)
         # A mistake in any run's settings is reported before anything is trained.
         for study_run in self.wanted():
+            run_config = self.settings(study_run)
             for setting in config.study.settings:
-                run_scores.sampling(self.settings(study_run), setting)
+                run_scores.sampling(run_config, setting)
+            self.require_same_recipe(study_run, run_config)
         run_scores.check(config)
 
     def wanted(self) -> Iterator[Run]:
@@ -130,9 +138,51 @@ class Study:
         return rows
 
     def result(self, study_run: Run) -> dict | None:
+        """A run's result with the scores that are asked for, None while some lack."""
+        saved = self.saved(study_run)
+        if saved is None or not saved.get("complete"):
+            return None
+        # An earlier call may have measured other sampler settings, or fewer.
+        study = self.config.study
+        scores = [
+            x
+            for x in saved["scores"]
+            if x["weights"] in study.weights and x["setting"] in study.settings
+        ]
+        wanted = {(w, x) for w in study.weights for x in study.settings}
+        measured = {(x["weights"], x["setting"]) for x in scores}
+        return saved | {"scores": scores} if measured == wanted else None
+
+    def saved(self, study_run: Run) -> dict | None:
+        """The file of a run's result, as far as it is; UserError if of another run."""
         path = self.folder(study_run) / RESULT
-        saved = json.loads(path.read_text()) if path.exists() else {}
-        return saved if saved.get("complete") else None
+        saved = run_result.read(path)
+        if saved is not None:
+            run_result.require_same(path, saved, self.head(study_run))
+        return saved
+
+    def head(self, study_run: Run) -> dict:
+        return study_run._asdict() | {"settings": self.variants[study_run.variant]}
+
+    def require_same_recipe(self, study_run: Run, config: ConfigDict) -> None:
+        """UserError if a run's scores are of another recipe."""
+        folder = self.folder(study_run)
+        path, result = folder / "config.json", self.saved(study_run)
+        # A run that has no scores yet goes on in `train`, which asks the same.
+        if result is None or "scores" not in result or not path.exists():
+            return
+        saved, asked = files.read_object(path), config.to_dict()
+        old, new = (dict(validation.leaves(x)) for x in (saved, asked))
+        rows = [(key, old[key], new[key]) for key in SCORED if key in old]
+        if rows := [row for row in rows if row[1] != row[2]]:
+            changes = compatibility.spelled(rows)
+            raise UserError(
+                f"{folder} was measured with other settings: {changes}; give the old"
+                " ones, or another --workdir"
+            )
+        # The other variants are no settings of this run.
+        saved = {name: x for name, x in saved.items() if name != "study"}
+        compatibility.compare(folder, saved, config)
 
     def folder(self, study_run: Run) -> epath.Path:
         return self.workdir / "runs" / study_run.folder
@@ -146,7 +196,7 @@ class Study:
         # Samples during training would cost time in every run and are not scored.
         config.train.prompts = ()
         # The variant's settings are checked together, as if they were the recipe's.
-        validate(config)
+        validation.validate(config)
         run_checks.require_trainable_dtype(config)
         return config
 
@@ -171,16 +221,17 @@ class Study:
         return True
 
     def do(self, study_run: Run, config: ConfigDict, folder: epath.Path) -> None:
+        path = folder / RESULT
+        keep: Callable[[dict], None] = lambda result: files.write_whole(
+            path, json.dumps(result, indent=1).encode()
+        )
+        # Before the training: a run that was killed says whose the folder is.
+        if (result := self.saved(study_run)) is None:
+            keep(result := self.head(study_run))
         train.run(config, folder)
         validations = [x for x in metrics.read(folder) if x["kind"] == "val"]
         if not validations or validations[-1]["step"] < config.train.steps:
             return  # told to stop
-        path = folder / RESULT
-        about = study_run._asdict() | {"settings": self.variants[study_run.variant]}
-        result = json.loads(path.read_text()) if path.exists() else about
-        keep: Callable[[dict], None] = lambda result: files.write_whole(
-            path, json.dumps(result, indent=1).encode()
-        )
         run_scores.measure(config, folder, validations, result, keep)
 
 
@@ -192,3 +243,27 @@ def parse(text: str) -> tuple[str, list[str]]:
             f"config.study.variants: {text!r}: expected NAME: KEY=VALUE KEY=VALUE"
         )
     return name.strip(), settings.split()
+
+
+def folder_name(text: str) -> str:
+    return re.sub(r"[^\w(),.=+-]", "_", text)
+
+
+def require_folders(key: str, names: Sequence[str]) -> None:
+    """ConfigError if two names are equal or would share a folder, or one names none."""
+    owners: dict[str, str] = {}
+    for name in names:
+        folder, fault = folder_name(name), ""
+        if folder in (".", "..") or len(folder.encode()) > 255:
+            fault = "cannot name a folder"
+        elif folder in owners:
+            other = owners[folder]
+            fault = f'and "{shown(other)}" would share the folder {folder}'
+            fault = "stands twice" if name == other else fault
+        if fault:
+            raise ConfigError(
+                f'config.study.{key}: "{shown(name)}" {fault}: expected different names'
+                " of letters, digits and _(),.=+- (all else becomes _), at most 255,"
+                ' not ".."'
+            )
+        owners[folder] = name

@@ -102,7 +102,10 @@ def table(rows: Iterable[Row]) -> list[tuple[str, float, float]]:
     """(name, share, seconds) of each kind, as the newest line of `rows` has it."""
     lines = [row for row in rows if row["kind"] == "goodput"]
     line = lines[-1] if lines else {}
-    return [(KINDS[k], line[k], line[f"{k}_s"]) for k in KINDS if k in line]
+    cells = [(KINDS[k], line.get(k), line.get(f"{k}_s")) for k in KINDS]
+    # The file may be damaged or of another program.
+    usual = lambda x: isinstance(x, int | float) and 0 <= x < 1e12
+    return [row for row in cells if usual(row[1]) and usual(row[2])]
 
 
 def duration(seconds: float) -> str:

@@ -16,6 +16,7 @@ from typing import Any, TextIO
 from etils import epath
 
 from sd3_jax import files
+from sd3_jax.errors import UserError
 from sd3_jax.monitoring.progress import Pace
 from sd3_jax.monitoring.tensorboard import EventFiles
 from sd3_jax.monitoring.writers import Sender
@@ -96,6 +97,8 @@ class Metrics:
 def read(workdir: epath.PathLike) -> list[dict[str, Any]]:
     """The lines written so far; one that a kill cut off is left out."""
     path = epath.Path(workdir) / FILE
+    if not files.remote(path) and path.is_dir():
+        raise UserError(f"{path} is a folder: expected a file of metrics; move it away")
     rows = [row for _, row in _rows(path)] if path.exists() else []
     number = lambda x: float(x) if x in ("nan", "inf", "-inf") else x
     return [{name: number(value) for name, value in row.items()} for row in rows]

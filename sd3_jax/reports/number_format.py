@@ -1,8 +1,12 @@
 """Formats numbers, dates and scores for people; a missing value is a dash."""
 
 import math
-from datetime import datetime
+import sys
+from collections.abc import Mapping
+from datetime import UTC, datetime
 from typing import Any
+
+from sd3_jax.foreign_text import shown
 
 DASH = "–"
 
@@ -10,7 +14,7 @@ DASH = "–"
 def finite(value: Any, otherwise: float | None = math.nan) -> float | None:
     """The value if it is a finite number: what JSON holds may be anything."""
     # Scores are read from files that other versions or people may have written.
-    number = isinstance(value, int | float) and math.isfinite(value)
+    number = isinstance(value, int | float) and abs(value) <= sys.float_info.max
     return float(value) if number else otherwise
 
 
@@ -23,8 +27,20 @@ def entries(scores: dict, name: str) -> list[dict]:
     )
 
 
+def group(tree: dict, name: str) -> dict:
+    """tree[name] if it is an object, else {}."""
+    value = tree.get(name)
+    return value if isinstance(value, dict) else {}
+
+
+def has_date(row: Mapping[str, Any]) -> bool:
+    """Whether a row's time, in seconds, is a date."""
+    # datetime ends with the year 9999, and JSON may have any number.
+    return 0 <= row["time"] < datetime.max.replace(tzinfo=UTC).timestamp() - 1
+
+
 def scored_at(scores: dict) -> str:
-    step, weights = scores.get("step"), scores.get("weights")
+    step, weights = scores.get("step"), shown(scores.get("weights") or "")
     at = f"step {step:,}" if isinstance(step, int) else "a step that is not recorded"
     return f"Scores at {at}" + (f", {weights} weights" if weights else "")
 
@@ -34,10 +50,10 @@ def score_lines(scores: dict) -> list[str]:
     rows = entries(scores, "scores")
     if not rows:
         return ["No scores yet: the evaluate job writes them."]
-    width = max(len(str(row.get("name", DASH))) for row in rows)
+    width = max(len(shown(row.get("name", DASH))) for row in rows)
     lines = [scored_at(scores)]
     for row in rows:
-        name, number = str(row.get("name", DASH)), score(row.get("score"))
+        name, number = shown(row.get("name", DASH)), score(row.get("score"))
         tail = f"{interval(row):>13}  n = {count(row.get('n'))}"
         lines.append(f"  {name:<{width}}  {number:>7}  {tail}")
     return lines

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sd3_jax.reports import smoothing
+from sd3_jax.reports.smoothing import drawable, positive
 
 # Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
 SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
@@ -19,6 +20,7 @@ CSS = {SOFT: "var(--soft)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
+    "text.parse_math": False,  # "$" in a user's name is no formula
     "text.color": SOFT,
     "axes.edgecolor": RULE,
     "axes.labelcolor": SOFT,
@@ -55,7 +57,7 @@ def over_steps(
     """A curve over training steps, and if `window` > 1 a smooth one over it."""
     with matplotlib.rc_context(STYLE):
         figure, axes = _panel()
-        _curve(axes, np.asarray(steps), np.asarray(values, float), window)
+        _curve(axes, np.asarray(steps), drawable(values), window)
         axes.set_ylim(*frame)
         axes.set_xlabel("step")
         # Around a single step the locator would mark fractions of it.
@@ -75,9 +77,10 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         for i, step in enumerate(early):
             shade = 0.25 + 0.5 * (i + 1) / len(early)
             label = f"step {step:,}"
-            axes.plot(*curves[step], color=SOFT, alpha=shade, lw=1.2, label=label)
-        label = f"step {last:,}"
-        axes.plot(*curves[last], color=ACCENT, lw=1.8, marker="o", ms=3, label=label)
+            look = dict(color=SOFT, alpha=shade, lw=1.2, label=label)
+            axes.plot(*map(drawable, curves[step]), **look)
+        look = dict(color=ACCENT, lw=1.8, marker="o", ms=3, label=f"step {last:,}")
+        axes.plot(*map(drawable, curves[last]), **look)
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
         axes.legend(fontsize=9, handlelength=1.2)
@@ -95,7 +98,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
                 dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, alpha=shade)
             )
             mark = "oovs^D*"[i % 7]
-            axes.plot(place, _positive(values), marker=mark, ms=3, label=name, **look)
+            axes.plot(place, positive(values), marker=mark, ms=3, label=name, **look)
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
         _legend_below(figure, curves)
@@ -111,7 +114,13 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
             look = dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, lw=1.2)
             line = "-" if i < 2 else "--"
             axes.plot(
-                steps, _positive(values), line, marker="o", ms=3, label=name, **look
+                steps,
+                positive(values),
+                line,
+                marker="o",
+                ms=3,
+                label=name,
+                **look,
             )
         _logarithmic(axes)
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
@@ -144,8 +153,12 @@ def curves(
             line = ("-", "--", ":", "-.")[i % 4] if joined else "none"
             mark = "" if name == unmarked else "ov^sD*Pp"[i % 8]
             look |= dict(linestyle=line, marker=mark, ms=4.5)
-            axes.plot(xs, ys, label=name, **look)
+            axes.plot(drawable(xs), drawable(ys), label=name, **look)
         for axis in log:
+            drawn = [drawable(line["xy".index(axis)]) for line in lines.values()]
+            # matplotlib refuses a logarithmic axis without a positive value.
+            if not any((values > 0).any() for values in drawn):
+                continue
             getattr(axes, f"set_{axis}scale")("log")
             ticked = getattr(axes, f"{axis}axis")
             ticked.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -234,12 +247,6 @@ def _legend_below(figure, names):
 def _logarithmic(axes):
     axes.set_yscale("log")
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0e}"))
-
-
-def _positive(values):
-    """What a logarithmic axis can show; equal to the last bit is a gap."""
-    values = np.asarray(values, float)
-    return np.where(values > 0, values, np.nan)
 
 
 # --- figures

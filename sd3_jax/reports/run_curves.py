@@ -12,6 +12,9 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     steps, values = series(rows, kind, name)
     # NaN and infinity would decide the frame of the plot.
     finite = [value for value in values if math.isfinite(value)]
+    lost = len(values) - len(finite)
+    huge = sum(abs(value) > smoothing.LARGEST for value in finite)
+    finite = [value for value in finite if abs(value) <= smoothing.LARGEST]
     if not finite:
         subject = "No finite value" if values else "Nothing"
         caption = f"{title}: {subject.lower()} of “{name}” was logged."
@@ -24,8 +27,9 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     if window > 1:
         caption = f"Faint: logged values. Solid: smoothed over {window} points."
     # What the frame or the axis cannot show is counted in the caption.
-    above, lost = sum(v > frame[1] for v in finite), len(values) - len(finite)
-    for subject, number in (("Above the frame", above), ("Not finite", lost)):
+    above = sum(v > frame[1] for v in finite)
+    counts = {"Above the frame": above, "Not finite": lost, "Too large": huge}
+    for subject, number in counts.items():
         caption += f" {subject}: {number} of {len(values)}." if number else ""
     return html_page.Panel(title, svg, caption.strip())
 
@@ -51,7 +55,7 @@ def series(rows, kind, name):
     # A run that was resumed logs some steps twice; the later row is of the weights that
     # went on.
     points = {
-        row["step"]: float(row[name])
+        row["step"]: _float(row[name])
         for row in rows
         if row["kind"] == kind and isinstance(row.get(name), int | float)
     }
@@ -63,3 +67,11 @@ def evenly_spaced(items, most):
     if len(items) <= most:
         return items
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def _float(number):
+    # JSON's whole numbers may have thousands of digits.
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf if number > 0 else -math.inf

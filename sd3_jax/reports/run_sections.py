@@ -25,7 +25,7 @@ def head(
 ) -> tuple[dict[str, Any], list[str]]:
     """Name, what ran where and when, and the figures of the run; and the names of the
     figures that nothing recorded."""
-    model, train = settings.get("model", {}), settings.get("train", {})
+    model, train = (number_format.group(settings, name) for name in ("model", "train"))
     last = max(rows, key=lambda row: row["step"])
     # Every field may be missing or of another type: config.json is read as it is.
     total = f"{train['steps']:,}" if isinstance(train.get("steps"), int) else ""
@@ -35,9 +35,12 @@ def head(
         model.get("name") and f"{model['name']}, depth {model.get('depth', '?')}",
         f"{last['step']:,} of {total} steps" if total else steps,
         facts.get("device_kind") and f"{devices}{facts['device_kind']}",
-        number_format.date(datetime.fromtimestamp(last["time"], UTC)),
+        number_format.has_date(last)
+        and number_format.date(datetime.fromtimestamp(last["time"], UTC)),
     ]
     figures, unmeasured = _figures(rows, facts)
+    # What the page shows must be text: JSON may have anything here.
+    lede = [str(words) for words in lede if words]
     return {"name": name, "lede": lede, "figures": figures}, unmeasured
 
 
@@ -49,7 +52,11 @@ def _figures(rows, facts):
         v for v in run_curves.series(rows, "val", "loss")[1] if math.isfinite(v)
     ]
     # Scores may be written days after the training.
-    times = [row["time"] for row in rows if row["kind"] != "score"]
+    times = [
+        row["time"]
+        for row in rows
+        if row["kind"] != "score" and number_format.has_date(row)
+    ]
     wall = max(times) - min(times) if len(times) > 1 else None
     figures = [
         (
@@ -90,9 +97,18 @@ def sheet(workdir: epath.Path, rows: list[Row]) -> tuple[html_page.Picture | Non
 
 
 def missing(
-    unmeasured: list[str], *, sheet: bool, scores: bool, film: bool, settings: bool
+    unmeasured: list[str],
+    unread: list[str],
+    *,
+    sheet: bool,
+    scores: bool,
+    film: bool,
+    settings: bool,
 ) -> list[str]:
     """Lines on what the page lacks, and which job or key adds it."""
+    # A damaged file is there; its own line is in `unread`.
+    scores |= any(line.startswith("scores.json") for line in unread)
+    settings |= any(line.startswith("config.json") for line in unread)
     lines = [
         (sheet, "No samples.png yet; the sample job writes it."),
         (scores, "No scores.json yet; the evaluate job writes it."),
@@ -100,7 +116,33 @@ def missing(
         (settings, "No config.json, so the settings are not known."),
         (not unmeasured, f"Not recorded: {', '.join(unmeasured)}."),
     ]
-    return [line for there, line in lines if not there]
+    return [*unread, *(line for there, line in lines if not there)]
+
+
+def misread(rows: list[Row], settings: dict, facts: dict, scores: dict) -> list[str]:
+    """Lines on the parts of a run's files that are of another type than a run writes,
+    and so not shown."""
+    wanted = {
+        "config.json": (settings, {"model": dict, "train": dict}),
+        "run.json": (facts, {"parameters": int, "recipe": str, "device_kind": str}),
+        "scores.json": (scores, {"scores": list, "prompts": list, "settings": dict}),
+    }
+    lines = []
+    for file, (value, kinds) in wanted.items():
+        # What is absent is no fault; of a list, every entry must be an object.
+        present = {name: value[name] for name in kinds if name in value}
+        wrong = [
+            name
+            for name, part in present.items()
+            if not isinstance(part, kinds[name])
+            or isinstance(part, list)
+            and len(number_format.entries(value, name)) < len(part)
+        ]
+        if wrong:
+            lines.append(f"{file} is not understood in: {', '.join(wrong)}.")
+    if undated := sum(not number_format.has_date(row) for row in rows):
+        lines.append(f"{metrics.FILE} has {undated} lines with a time that is no date.")
+    return lines
 
 
 def scores(scores: dict) -> dict[str, Any]:
@@ -126,7 +168,7 @@ def scores(scores: dict) -> dict[str, Any]:
         )
         for entry in entries
     ]
-    settings = grouped(flat(scores.get("settings") or {}))
+    settings = grouped(flat(number_format.group(scores, "settings")))
     at = number_format.scored_at(scores)
     return {"rows": rows, "prompts": prompts, "settings": settings, "at": at}
 

@@ -1,8 +1,11 @@
 """What a plot shows of a noisy curve: a smooth line, and the frame around it."""
 
+from typing import Any
+
 import numpy as np
 
 FEW = 40  # points: up to here each is marked, beyond it they may be smoothed
+LARGEST = 1e100  # beyond it the arithmetic of axes overflows
 
 
 def window_for(n: int) -> int:
@@ -47,3 +50,15 @@ def thin(steps, values, most=600):
         else:
             chosen.append(part[0])  # a gap stays a gap
     return steps[chosen], values[chosen]
+
+
+def drawable(values: Any) -> np.ndarray:
+    """The values as floats; NaN, a gap, for None and what is too large to draw."""
+    values = np.asarray(values, float)
+    return np.where(np.abs(values) <= LARGEST, values, np.nan)
+
+
+def positive(values):
+    """What a logarithmic axis can show; equal to the last bit is a gap."""
+    values = drawable(values)
+    return np.where(values > 0, values, np.nan)

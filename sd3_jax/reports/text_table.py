@@ -20,6 +20,7 @@ class Table(NamedTuple):
     def markdown(self, *, right: bool = True) -> str:
         """The table without its caption; `right` aligns numbers to the right."""
         rules = ["---" if i < self.names else "---:" for i in range(len(self.head))]
-        line = lambda cells: f"| {' | '.join(cells)} |"
+        escape = r"\|"  # of a name; it would end the cell
+        line = lambda cells: f"| {' | '.join(x.replace('|', escape) for x in cells)} |"
         below = line(rules) if right else "|" + "---|" * len(self.head)
         return "\n".join([line(self.head), below, *map(line, self.rows)])

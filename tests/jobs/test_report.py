@@ -124,12 +124,13 @@ def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "samples.png").write_bytes(b"no picture")
     _, checker = written(tmp_path)
     for words in (
-        *("No samples.png", "No scores.json", "No config.json", "does not exist"),
+        *("No samples.png", "scores.json is not understood", "No config.json"),
+        "does not exist",
         "model FLOPs utilization, goodput.",
     ):
         assert words in checker.text
     assert "Training loss: no finite value of “loss”" in checker.text
-    assert checker.text.index("Training loss") < checker.text.index("no samples.png")
+    assert checker.text.index("Training loss") < checker.text.index("No samples.png")
     assert "Not recorded: parameters" in checker.text
 
 
@@ -166,4 +167,65 @@ def test_a_long_run_keeps_its_spike_and_its_size(tmp_path):
 
 def test_no_metrics_is_the_users_mistake(tmp_path):
     with pytest.raises(UserError, match="no metrics.jsonl"):
+        report.run(base.get_config(), str(tmp_path))
+
+
+def log_line(workdir, **values):
+    line = dict(step=1, kind="train", time=1.7e9, loss=1.0) | values
+    (workdir / metrics.FILE).write_text(json.dumps(line))
+
+
+@pytest.mark.parametrize(
+    "file, text, words",
+    [
+        (
+            "config.json",
+            '{"model":null,"train":[1]}',
+            "config.json is not understood in",
+        ),
+        ("config.json", "[1]", "config.json is not understood: expected a JSON object"),
+        ("config.json", '{"a":' * 800 + "1" + "}" * 800, ""),
+        ("run.json", '{"recipe":3,"device_kind":[1]}', "run.json is not understood in"),
+        ("run.json", '{"parameters":1' + "0" * 400 + "}", ""),
+        (
+            "scores.json",
+            '{"scores":null,"prompts":5,"settings":3}',
+            "scores.json is not understood in: scores, prompts, settings",
+        ),
+        ("scores.json", '{"scores":[{"name":"\\ud800","score":1}, 2]}', "in: scores"),
+    ],
+)
+def test_a_file_of_other_types_is_named_and_left_out(file, text, words, tmp_path):
+    log_line(tmp_path)
+    (tmp_path / file).write_text(text)
+    _, checker = written(tmp_path)
+    assert words in checker.text and "Training loss" in checker.text
+
+
+def test_values_that_no_axis_or_date_can_hold_are_left_out(tmp_path, capfdbinary):
+    rows = [
+        dict(step=1, kind="train", time=1e300, loss=1e308, lr=10**400),
+        dict(step=2, kind="train", time=1e300, loss=-1e308),
+        dict(step=3, kind="val", time=10**400, **{"loss_t0.1": 1e308, "loss_t0.9": 1}),
+        dict(step=3, kind="goodput", time=-1, productive="all", compile=1),
+    ]
+    rows.append(dict(step=4, kind="train", time=1.7e9, loss=2.0))
+    (tmp_path / metrics.FILE).write_text("\n".join(map(json.dumps, rows)))
+    _, checker = written(tmp_path)
+    assert "Too large: 2 of 3" in checker.text
+    assert "4 lines with a time that is no date" in checker.text
+
+
+def test_a_folder_in_place_of_a_file_is_one_line(tmp_path):
+    log_line(tmp_path)
+    (tmp_path / "scores.json").mkdir()
+    _, checker = written(tmp_path)
+    assert "scores.json is not understood" in checker.text
+    (tmp_path / "report.html").unlink()
+    (tmp_path / "report.html").mkdir()
+    with pytest.raises(UserError, match="report.html is a folder"):
+        report.run(base.get_config(), str(tmp_path))
+    (tmp_path / metrics.FILE).unlink()
+    (tmp_path / metrics.FILE).mkdir()
+    with pytest.raises(UserError, match="jsonl is a folder"):
         report.run(base.get_config(), str(tmp_path))

@@ -3,11 +3,13 @@
 import json
 
 import pytest
+from etils import epath
 
 from sd3_jax import main
+from sd3_jax.config.command_line import load
 from sd3_jax.distributed import lock
-from sd3_jax.errors import ConfigError
-from sd3_jax.jobs.study import Run, parse
+from sd3_jax.errors import ConfigError, UserError
+from sd3_jax.jobs.study import Run, Study, parse
 from sd3_jax.tools.study import study_page, study_tables
 
 FLAGS = [
@@ -64,9 +66,6 @@ def test_what_is_measured_is_not_done_again(workdir, monkeypatch, capsys):
 
 
 def test_a_run_of_another_process_is_left_to_it(workdir):
-    from sd3_jax.config.command_line import load
-    from sd3_jax.jobs.study import Study
-
     config = load("configs/formulations.py:tiny")
     with config.unlocked():
         config.study.variants = ("rf: flow.density=uniform",)
@@ -157,6 +156,11 @@ def test_a_variants_text():
         ),
         ("study.settings=('step=3',)", 'did you mean "steps"?'),
         ("study.settings=('stpes=3',)", "unknown key config.sample.stpes"),
+        ("study.variants=('a: seed=1', 'a: seed=2')", '"a" stands twice: expected'),
+        ("study.variants=('a/b: seed=1', 'a b: seed=2')", "share the folder a_b"),
+        ("study.variants=('..: seed=1',)", "letters, digits and _(),.=+-"),
+        (f"study.variants=('{'a' * 256}: seed=1',)", "at most 255,"),
+        ("study.sweep=('seed=1', 'seed=1')", 'config.study.sweep: "seed=1" stands'),
         ("study.variants=()", "config.study.variants = (): set at least one"),
         ("study.weights=mean", "expected ema, params or both"),
         ("study.by=clip", "expected one of loss, score, fid"),
@@ -166,3 +170,63 @@ def test_mistakes_are_told_of_before_training(flag, words, tmp_path, capsys):
     flags = ["--config=configs/formulations.py:tiny", f"--workdir={tmp_path}"]
     assert main.main(["study", *flags, f"--config.{flag}"]) == 2
     assert words in capsys.readouterr().err
+
+
+def made_study(workdir, **saved):
+    """A study of one variant, whose run is measured as `saved` says."""
+    config = load("configs/formulations.py:tiny")
+    with config.unlocked():
+        config.study.update(variants=("a: optim.lr=9e-1",), weights=("ema",))
+        config.study.settings = ("steps=5 cfg=5",)
+    path = workdir / "runs" / "a" / "seed0" / "study.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    row = result("a", 0, 0.5, 9.0) | {"settings": ["optim.lr=9e-1"], "complete": True}
+    path.write_text(json.dumps(row | saved))
+    return lambda: Study(config, epath.Path(workdir)), path
+
+
+def test_a_result_counts_for_its_own_settings_alone(tmp_path):
+    study, path = made_study(tmp_path)
+    assert study().left() == []
+    (row,) = study().results()
+    assert [x["setting"] for x in row["scores"]] == ["steps=5 cfg=5"]
+    for saved in {"settings": ["optim.lr=1e-3"]}, {"variant": "a b"}:
+        for complete in True, False:
+            study, _ = made_study(tmp_path, complete=complete, **saved)
+            with pytest.raises(UserError, match="another name or another --workdir"):
+                study()
+    study, _ = made_study(tmp_path, scores=result("a", 0, 1, 1)["scores"][1:])
+    assert len(study().left()) == 1  # its setting is not measured yet
+
+
+@pytest.mark.parametrize("change", [{"optim": {"b1": 0.5}}, {"train": {"steps": 3}}])
+def test_a_result_counts_for_its_own_recipe_alone(change, tmp_path):
+    study, path = made_study(tmp_path)
+    (path.parent / "config.json").write_text(json.dumps(change))
+    with pytest.raises(UserError, match="with other settings: config"):
+        study()
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"complete": true}', "[" * 100_000])
+def test_a_damaged_result_is_one_line(text, tmp_path):
+    study, path = made_study(tmp_path)
+    path.write_text(text)
+    with pytest.raises(UserError, match="study.json: .*delete this file") as error:
+        study()
+    assert "\n" not in str(error.value)
+    study, _ = made_study(tmp_path, scores=[3])
+    with pytest.raises(UserError, match="a row of scores"):
+        study()
+
+
+def test_nan_and_names_with_marks_of_formulas_have_tables_and_pages(tmp_path):
+    nan = float("nan")
+    for name in r"$\frac{x$", "a|b$_$":
+        lost = [result(name, seed, nan, nan, nan) for seed in range(2)]
+        for rows in lost, MADE + lost, MADE + [result(name, 0, 1e308, 1e308, 1e308)]:
+            assert study_tables.markdown(rows)
+            assert name.partition("|")[0] in study_page.html(rows, tmp_path)
+            assert study_page.figures(rows)
+    assert study_tables.ranks(MADE + lost)[-1]["variant"] == name
+    assert study_tables.merit(lost[0], "score") == float("inf")
+    assert study_tables.law(MADE + lost) == study_tables.law(MADE)

@@ -61,3 +61,9 @@ def test_correlation_is_of_ranks():
     assert np.isnan(correlation(a, np.ones(30)))
     diverged = np.array([1, 2, 3, np.nan])
     assert correlation(diverged, np.arange(4)) == pytest.approx(1)
+
+
+def test_a_row_with_nan_is_in_the_last_front():
+    points = [(np.nan, 0.0), (3, 3), (1, 1), (0.0, np.nan)]
+    assert fronts(np.array(points)).tolist() == [3, 2, 1, 3]
+    assert fronts(np.full((2, 2), np.nan)).tolist() == [1, 1]

@@ -8,11 +8,15 @@ from numpy import ndarray
 
 
 def fronts(scores: Float[ndarray, "n k"]) -> Int[ndarray, " n"]:
-    """The Pareto front of each of n rows, 1 is the best; lower scores are better.
+    """The Pareto front of each of n rows, 1 is the best; lower scores are better, and
+    a row with NaN is in the last front.
 
     Non-dominated sorting: the first front are those that no other is at least as good
     as in all scores and better than in one; the next are those of what is left.
     """
+    # NaN compares false, so nothing would dominate it.
+    lost = np.isnan(scores).any(-1, keepdims=True)
+    scores = np.where(lost, np.inf, scores)
     at_least = (scores[:, None] <= scores[None]).all(-1)  # [i, j]: i as good as j
     # (n, n): i is better than j in at least one score
     better = (scores[:, None] < scores[None]).any(-1)

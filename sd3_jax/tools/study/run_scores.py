@@ -1,6 +1,6 @@
 """A study's measurements of a run: its validation loss, and scores of pictures."""
 
-import json
+import math
 from collections.abc import Callable
 from functools import partial
 
@@ -11,6 +11,7 @@ from etils import epath
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from sd3_jax import files
 from sd3_jax.assembly import model_parts
 from sd3_jax.checkpoints import step_folders
 from sd3_jax.config import command_line
@@ -48,9 +49,10 @@ def measure(
         saved = step_folders.shared_steps(model_parts.checkpoints(folder))
         best = min(
             (row for row in validations if row["step"] in saved),
-            key=lambda row: row["loss"],
+            # NaN is neither more nor less, and min would keep it if it came first.
+            key=lambda row: math.inf if math.isnan(row["loss"]) else row["loss"],
         )
-        about = json.loads((folder / "run.json").read_text())
+        about = files.read_object(folder / "run.json")
         result |= {
             "step": best["step"],
             "loss": best["loss"],

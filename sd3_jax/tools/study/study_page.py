@@ -109,7 +109,10 @@ def by_t(results, first) -> tuple[str, str]:
         last = [x["validation"][-1] for x in mine]
         # k[6:] is what follows "loss_t".
         times = sorted(float(k[6:]) for k in last[0] if k.startswith("loss_t"))
-        lines[name] = times, [np.mean([x[f"loss_t{t:g}"] for x in last]) for t in times]
+        lines[name] = (
+            times,
+            [np.mean([x.get(f"loss_t{t:g}", np.nan) for x in last]) for t in times],
+        )
     drawn = plots.curves(
         lines, "t (0 is data, 1 is noise)", "validation loss", first=first
     )

@@ -13,11 +13,12 @@ LOWER = ("loss", "fid")  # better when lower; "score" is better when higher
 
 
 def merit(result: Result, by: str) -> float:
-    """A run's validation loss, or a score with its sign such that lower is better."""
-    if by == "loss":
-        return result["loss"]
-    value = float(np.mean([row[by] for row in result["scores"]]))
-    return value if by in LOWER else -value
+    """A run's validation loss, or a score with its sign such that lower is better;
+    infinite for NaN."""
+    rows = [result] if by == "loss" else result["scores"]
+    value = float(np.mean([row[by] for row in rows]))
+    value = value if by in LOWER else -value
+    return math.inf if math.isnan(value) else value
 
 
 def best(results: Iterable[Result]) -> list[Result]:
@@ -184,6 +185,9 @@ def law(results: Sequence[Result]) -> scaling_laws.PowerLaw | None:
         return None
     # All variants' points together: the law is of the best loss at each compute.
     x, loss = (np.concatenate(z) for z in zip(*points(results).values()))
+    # A power law is a line in logarithms: NaN and 0 have none.
+    usable = np.isfinite(loss) & (loss > 0) & (x > 0)
+    x, loss = x[usable], loss[usable]
     at = scaling_laws.frontier(x, loss)
     return scaling_laws.power_law(x[at], loss[at]) if len(at) > 1 else None
 
