@@ -53,6 +53,32 @@ def children(folder: epath.Path) -> list[epath.Path]:
         return []
 
 
+def sizes(folder: epath.PathLike) -> dict[str, int]:
+    """Bytes of the files in a folder, by name; {} if there is no folder.
+
+    One listing of a bucket, not a request a file.
+    """
+    if not remote(folder):
+        try:
+            with os.scandir(folder) as entries:
+                return {x.name: x.stat().st_size for x in entries if x.is_file()}
+        except FileNotFoundError:
+            return {}
+        except OSError as error:
+            reason = error.strerror or error
+            raise UserError(f"{folder}: cannot be listed: {reason}") from None
+
+    def list_sizes(store: Any, name: str) -> dict[str, int]:
+        try:
+            rows = store.ls(name, detail=True)
+        except FileNotFoundError:
+            return {}
+        files_only = (row for row in rows if row["type"] == "file")
+        return {row["name"].rpartition("/")[2]: row["size"] for row in files_only}
+
+    return _asked(folder, list_sizes, "cannot be listed")
+
+
 def names(folder: epath.PathLike) -> list[str]:
     """A folder's names, sorted, without hidden ones; UserError on failure."""
     # macOS keeps a hidden ._x beside x on foreign file systems.

@@ -648,13 +648,15 @@ def test_36_a_flipped_bit_sets_a_step_aside(copy, caplog):
     assert "renamed it to damaged-2; step 1 is the newest now" in caplog.text
 
 
-@pytest.mark.parametrize("how", ["cut", "deleted"])
+@pytest.mark.parametrize("how", ["cut", "deleted", "about", "config", "data"])
 def test_37_a_damaged_step_is_passed_over(copy, tmp_path, caplog, how):
     damaged = largest(copy / "checkpoints" / "2")
     if how == "cut":
         damaged.write_bytes(damaged.read_bytes()[:100])
-    else:
+    elif how == "deleted":
         damaged.unlink()
+    else:
+        (copy / "checkpoints" / "2" / how / "data.json").write_text("")
     run(f"convert workdir={copy}", tmp_path)
     assert "using an earlier step" in caplog.text
     assert f"step 1 of {copy}" in caplog.text

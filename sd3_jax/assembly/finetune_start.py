@@ -14,7 +14,12 @@ from ml_collections import ConfigDict
 
 from sd3_jax import tree
 from sd3_jax.assembly import compatibility
-from sd3_jax.checkpoints.restoring import restore_params, saved_config, saved_data
+from sd3_jax.checkpoints.restoring import (
+    read_newest,
+    restore_params,
+    saved_config,
+    saved_data,
+)
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.models.mmdit import MMDiT
@@ -87,7 +92,10 @@ def base_encoders(config: ConfigDict) -> dict[str, str]:
     if not config.tune.base:
         return {}
     folder, step = checkpoint_of(config.tune.base)
-    return saved_data(folder, step).get("encoders", {}) if folder.is_dir() else {}
+    if not folder.is_dir():
+        return {}
+    record = read_newest(folder, lambda number: saved_data(folder, number), step)
+    return record.get("encoders", {})
 
 
 def require_base(config: ConfigDict) -> None:
@@ -119,15 +127,19 @@ def start(config: ConfigDict, denoiser: nn.Module, objective: Objective, mesh: M
     folder, step = checkpoint_of(base)
     if not folder.is_dir():
         return released(config, denoiser, mesh, dtype)
-    saved = saved_config(folder, step)
-    # Another run's weights fit by shape in many models that compute something else.
-    if rows := compatibility.differing(saved, config):
-        raise UserError(
-            f"config.tune.base = {base} was trained with other settings:"
-            f" {compatibility.spelled(rows)}"
-        )
+
+    def require_same_model(saved: dict) -> None:
+        # Another run's weights fit by shape in many models that compute something else.
+        if rows := compatibility.differing(saved, config):
+            raise UserError(
+                f"config.tune.base = {base} was trained with other settings:"
+                f" {compatibility.spelled(rows)}"
+            )
+
     params, step = restored(
-        config, objective, denoiser, folder, mesh, which="ema", step=step
+        *(config, objective, denoiser, folder, mesh, require_same_model),
+        which="ema",
+        step=step,
     )
     log.info("starting from step %d of %s", step, base)
     return jax.tree.map(lambda x: x.astype(dtype), params)
@@ -161,22 +173,34 @@ def restored(
     denoiser: nn.Module,
     folder: epath.Path,
     mesh: Mesh,
+    compare: Callable[[dict], None],
     *,
     which: str,
     step: int | None,
 ) -> tuple[dict, int]:
-    """Restore a checkpoint's weights together with the frozen ones, and its step."""
-    # What was trained, and from which base, is the checkpoint's config.tune: `config`
-    # may be that of another recipe, as in `sample`.
-    # A copy: the caller's config stays as the command line gave it.
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.tune.update(PLAIN | saved_config(folder, step).get("tune", {}))
-    tuning = build_tuning(config, objective)
-    params, step = restore_params(
-        folder, abstract(tuning.init, mesh), which=which, step=step
-    )
-    frozen = tuning.frozen_part(start(config, denoiser, objective, mesh))
+    """Restore a checkpoint's weights together with the frozen ones, and its step.
+
+    Without `step`, the newest whose settings and weights are both sound. `compare` is
+    called with its saved config before the weights are read.
+    """
+
+    def read(number: int) -> tuple[ConfigDict, Tuning, dict, int]:
+        saved = saved_config(folder, number)
+        compare(saved)
+        # What was trained, and from which base, is the checkpoint's config.tune:
+        # `config` may be that of another recipe, as in `sample`.
+        # A copy: the caller's config stays as the command line gave it.
+        tuned = config.copy_and_resolve_references()
+        with tuned.unlocked():
+            tuned.tune.update(PLAIN | saved.get("tune", {}))
+        tuning = build_tuning(tuned, objective)
+        shapes = abstract(tuning.init, mesh)
+        params, _ = restore_params(folder, shapes, which=which, step=number)
+        return tuned, tuning, params, number
+
+    tuned, tuning, params, step = read_newest(folder, read, step)
+    # Not in `read`: damage of the base's checkpoint is none of this one's.
+    frozen = tuning.frozen_part(start(tuned, denoiser, objective, mesh))
     return tuning.full_params(params, frozen), step
 
 

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import compatibility, examples, finetune_start
-from sd3_jax.checkpoints.restoring import saved_config, saved_data
+from sd3_jax.checkpoints.restoring import saved_data
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.errors import UserError
@@ -131,16 +131,18 @@ def trained_params(
 ):
     """Restore a checkpoint's weights into their shardings, and its step.
 
-    The step is `step`, else config.sample.step, else the newest. After fine-tuning the
-    frozen weights are included. The denoiser is quantized if config.quantize says so,
-    unless `exact`.
+    The step is `step`, else config.sample.step, else the newest sound one. After
+    fine-tuning the frozen weights are included. The denoiser is quantized if
+    config.quantize says so, unless `exact`.
     """
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
+    warn = lambda saved: compatibility.warn(workdir, saved, config)
     params, step = finetune_start.restored(
-        config, parts.objective, parts.denoiser, folder, mesh, which=which, step=step
+        *(config, parts.objective, parts.denoiser, folder, mesh, warn),
+        which=which,
+        step=step,
     )
-    compatibility.warn(workdir, saved_config(folder, step), config)
     if config.quantize.denoiser and not exact:
         kind = quantization.KINDS[config.quantize.denoiser]
         make = lambda x, axes: quantization.quantize_placed(x, kind, axes)

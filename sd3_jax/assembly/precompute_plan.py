@@ -20,7 +20,7 @@ from sd3_jax.data.ingest.input_parts import Part
 from sd3_jax.data.ingest.manifest import Manifest
 from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError, prefixed
-from sd3_jax.files import absolute, write_whole
+from sd3_jax.files import absolute, parse_object, read_bytes, write_whole
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling.encoder import Encoder
 
@@ -100,13 +100,17 @@ def remaining_parts(
 ) -> list[int]:
     """Write plan.json, or compare with it on resume; the numbers of parts left to do.
 
-    Removes the shards of unfinished parts, which are done again.
+    Removes the shards of unfinished parts, which are done again. Parts whose files are
+    not as they were written count as unfinished.
     """
     path = workdir / "plan.json"
     plan = {"made_by": settings, "parts": [part._asdict() for part in parts]}
+    # plan.json comes after its folders: once it is there, a job may resume.
+    for name in ("parts", "records"):
+        (workdir / name).mkdir(parents=True, exist_ok=True)
     if path.exists():
         # --- the same settings
-        old_settings = json.loads(path.read_text())["made_by"]
+        old_settings, planned_parts = load_plan(workdir)
         # A key that only one has is of another version of this code.
         differing = [
             f"{key} was {old_settings[key]}, is {settings[key]}"
@@ -120,7 +124,6 @@ def remaining_parts(
                 " workdir"
             )
         # --- the same inputs, wherever the links to them lie
-        planned_parts = read_plan(workdir)
         known_paths = {listing.resolved(part.path) for part in planned_parts}
         paths = [path for pattern in config.ingest.inputs for path in expand(pattern)]
         current_paths = set(map(listing.resolved, paths))
@@ -133,22 +136,37 @@ def remaining_parts(
                 " planned for. Restore them, or use another workdir for the new ones"
             )
         # --- the same files; only times may differ, which the new plan then has
-        done = Manifest(workdir, len(planned_parts)).done()
+        manifest = Manifest(workdir, len(planned_parts))
+        damaged = manifest.damaged()
+        done = manifest.done() - damaged.keys()
         if input_changes.require_same(workdir, planned_parts, parts, done):
             write_whole(path, json.dumps(plan).encode())
+        manifest.forget(damaged)
     else:
-        # plan.json comes after its folders: once it is there, a job may resume.
-        for name in ("parts", "records"):
-            (workdir / name).mkdir(parents=True, exist_ok=True)
         write_whole(path, json.dumps(plan).encode())
     write_whole(workdir / encoder_identity.NAME, json.dumps(fingerprints).encode())
     return Manifest(workdir, len(read_plan(workdir))).clear_unfinished()
 
 
 def read_plan(workdir: epath.Path) -> list[Part]:
-    """The parts of plan.json."""
-    plan = json.loads((workdir / "plan.json").read_text())
-    return [with_absolute_path(Part(**part)) for part in plan["parts"]]
+    """The parts of plan.json; UserError if it is damaged."""
+    return load_plan(workdir)[1]
+
+
+def load_plan(workdir: epath.Path) -> tuple[dict[str, Any], list[Part]]:
+    """The settings and the parts of plan.json; UserError if it is damaged."""
+    path = workdir / "plan.json"
+    data = read_bytes(path)
+    # With the parts: without the plan no one knows by which settings they were made.
+    advice = f"delete it and {workdir}/parts, and start again: all parts are made again"
+    try:
+        plan = parse_object(path, data)
+        parts = [with_absolute_path(Part(**part)) for part in plan["parts"]]
+        return dict(plan["made_by"]), parts
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{path}: not a plan of precompute; {advice}") from None
+    except UserError as error:
+        raise UserError(f"{error}; {advice}") from None
 
 
 def with_absolute_path(part: Part) -> Part:

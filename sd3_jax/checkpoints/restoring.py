@@ -7,7 +7,7 @@ the save. All processes do it together.
 
 import logging
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import jax
 from etils import epath
@@ -22,6 +22,33 @@ from sd3_jax.distributed import processes
 from sd3_jax.errors import RetryableError, UserError
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+def read_newest(
+    directory: epath.PathLike, read: Callable[[int], T], step: int | None = None
+) -> T:
+    """read(step); without `step`, of the newest step that `read` can read.
+
+    Steps where it raises UnreadableCheckpoint are logged and skipped. What must be of
+    one step, such as weights and their config, is to be read in one call of `read`.
+    """
+    directory = epath.Path(files.absolute(directory))
+    first = int(step_path(directory, step).name)
+    if step is not None:
+        return read(first)
+    steps = [s for s in shared_steps(directory) if s <= first]
+    for number in reversed(steps):
+        try:
+            return read(number)
+        except UnreadableCheckpoint as fault:
+            # Only training sets steps aside; who reads weights leaves the folder alone.
+            if number == steps[0]:
+                raise
+            log.warning("%s: using an earlier step", fault)
+    raise UserError(
+        f"no complete checkpoint in {directory}; train first, or check --workdir"
+    )
 
 
 def restore_params(
@@ -35,21 +62,9 @@ def restore_params(
 
     Without `step`, the newest sound one: damaged steps are logged and skipped.
     """
-    directory = epath.Path(files.absolute(directory))
-    first = int(step_path(directory, step).name)
-    steps = [s for s in shared_steps(directory) if s <= first]
-    for number in reversed(steps):
-        path = directory / str(number)
-        try:
-            return restore_part(path, abstract, which), number
-        except UnreadableCheckpoint as fault:
-            # Only training sets steps aside; who reads weights leaves the folder alone.
-            if step is not None or number == steps[0]:
-                raise
-            log.warning("%s: using an earlier step", fault)
-    raise UserError(
-        f"no complete checkpoint in {directory}; train first, or check --workdir"
-    )
+    path = epath.Path(files.absolute(directory))
+    read = lambda number: (restore_part(path / str(number), abstract, which), number)
+    return read_newest(directory, read, step)
 
 
 def saved_config(directory: epath.PathLike, step: int | None = None) -> dict:
@@ -65,8 +80,15 @@ def saved_data(directory: epath.PathLike, step: int | None = None) -> dict:
 def _saved_json(directory: epath.PathLike, step: int | None, item: str) -> dict:
     path = step_path(epath.Path(files.absolute(directory)), step)
     # `about` first: it refuses a step of a newer format before its JSON is believed.
-    read_together(path, lambda: read_about(path))
-    return read_together(path, lambda: load(path, {item: None}))[item]
+    about = read_together(path, lambda: read_about(path))
+
+    def read():
+        items = load(path, {"data": None, "config": None})
+        if about:
+            integrity.check_about(path, about, items["data"], items["config"])
+        return items[item]
+
+    return read_together(path, read)
 
 
 def restore_step(path: epath.Path, abstract: Any) -> tuple[Any, dict, dict]:

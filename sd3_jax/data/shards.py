@@ -39,6 +39,7 @@ class Writer:
 
     def __init__(self, path: epath.PathLike):
         self.path, self.count = epath.Path(path), 0
+        self.bytes = 0  # of the whole file, known once it has its name
         self._temporary = None
         if files.remote(self.path):
             # ArrayRecord writes to local paths only; the whole file is uploaded at the
@@ -90,6 +91,7 @@ class Writer:
         # Counted in the file before it gets its name, and again after an upload: what
         # was cut off must not show only in training.
         self._require_all(os.fspath(self._partial))
+        self.bytes = files.size(self._partial)
         if self._temporary is None:
             # Data before the name: after a crash of the machine a renamed file may
             # otherwise be empty.

@@ -4,8 +4,9 @@
         --config.encode.weights=RELEASED
 
 One host does a part of the input from first to last. A part counts once its file in
-DIR/parts exists, so a killed job that is started again does the others. The records of
-a part depend only on the input and the settings.
+DIR/parts exists, so a killed job that is started again does the others, and those whose
+files are no longer as written. The records of a part depend only on the input and the
+settings.
 """
 
 import json

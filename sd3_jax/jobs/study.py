@@ -259,7 +259,7 @@ def require_folders(key: str, names: Sequence[str]) -> None:
         elif folder in owners:
             other = owners[folder]
             fault = f'and "{shown(other)}" would share the folder {folder}'
-            fault = "stands twice" if name == other else fault
+            fault = "appears twice" if name == other else fault
         if fault:
             raise ConfigError(
                 f'config.study.{key}: "{shown(name)}" {fault}: expected different names'

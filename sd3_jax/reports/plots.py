@@ -76,8 +76,7 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         *early, last = sorted(curves)
         for i, step in enumerate(early):
             shade = 0.25 + 0.5 * (i + 1) / len(early)
-            label = f"step {step:,}"
-            look = dict(color=SOFT, alpha=shade, lw=1.2, label=label)
+            look = dict(color=SOFT, alpha=shade, lw=1.2, label=f"step {step:,}")
             axes.plot(*map(drawable, curves[step]), **look)
         look = dict(color=ACCENT, lw=1.8, marker="o", ms=3, label=f"step {last:,}")
         axes.plot(*map(drawable, curves[last]), **look)
@@ -94,9 +93,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
         for i, (name, values) in enumerate(curves.items()):
             place = np.linspace(0, 1, len(values)) if len(values) > 1 else [0.5]
             shade = 0.35 + 0.5 * i / max(1, len(curves) - 1)
-            look = (
-                dict(color=ACCENT, lw=1.8) if i == 0 else dict(color=SOFT, alpha=shade)
-            )
+            look = dict(color=SOFT, alpha=shade) if i else dict(color=ACCENT, lw=1.8)
             mark = "oovs^D*"[i % 7]
             axes.plot(place, positive(values), marker=mark, ms=3, label=name, **look)
         _logarithmic(axes)

@@ -141,7 +141,7 @@ def misread(rows: list[Row], settings: dict, facts: dict, scores: dict) -> list[
         if wrong:
             lines.append(f"{file} is not understood in: {', '.join(wrong)}.")
     if undated := sum(not number_format.has_date(row) for row in rows):
-        lines.append(f"{metrics.FILE} has {undated} lines with a time that is no date.")
+        lines.append(f"{metrics.FILE} has {undated} lines whose time is not a date.")
     return lines
 
 

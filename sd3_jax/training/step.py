@@ -55,7 +55,7 @@ def make_train_step(
 
         # Before clipping, which is the optimizer's: clipped, every large norm is alike.
         with jax.named_scope("grad_norm"):
-            norm = optax.global_norm(grads)
+            norm = optax.tree.norm(grads)
         # On the device and before the update: one NaN would stay in Adam's moments for
         # good, and clipping by norm turns one infinity into NaN.
         finite = jnp.isfinite(value) & jnp.isfinite(norm)

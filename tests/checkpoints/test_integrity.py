@@ -142,6 +142,19 @@ def test_readers_pass_over_a_damaged_step_and_leave_it(copy, saved, caplog):
     assert (copy / "2" / step_folders.COMMIT).exists()
 
 
+@pytest.mark.parametrize("how", ["cut", "deleted", "emptied"])
+@pytest.mark.parametrize("item", ["about", "config", "data"])
+def test_config_and_data_are_of_the_newest_sound_step(copy, item, how, caplog):
+    """Where no sum says which file it is, too."""
+    shutil.rmtree(copy / "2" / integrity.FOLDER)
+    damage(copy / "2" / item / "data.json", how)
+    read = lambda step: (step, restoring.saved_config(copy, step))
+    assert restoring.read_newest(copy, read) == (1, CONFIG)
+    assert "using an earlier step" in caplog.text
+    with pytest.raises(UnreadableCheckpoint):
+        restoring.read_newest(copy, read, step=2)
+
+
 def test_a_step_killed_before_its_sums_is_checked_by_its_leaves(copy, saved):
     shutil.rmtree(copy / "2" / integrity.FOLDER)
     assert restored_step(copy, saved.abstract) == 2

@@ -86,6 +86,7 @@ def another(method, path):
     urllib.request.urlopen(urllib.request.Request(request, b"", method=method)).read()
 for _ in range(2):
     assert [x.name for x in files.children(run)] == ["a"]
+    assert files.sizes(run) == {"a": 1} and files.sizes(run / "nowhere") == {}
     upload = "/upload/storage/v1/b/emulated/o?uploadType=media&name="
     another("POST", upload + "looks/2/commit_success.txt")
     assert step_folders.complete_steps(run) == [2] and (run / "2").is_dir()

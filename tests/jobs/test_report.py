@@ -213,7 +213,7 @@ def test_values_that_no_axis_or_date_can_hold_are_left_out(tmp_path, capfdbinary
     (tmp_path / metrics.FILE).write_text("\n".join(map(json.dumps, rows)))
     _, checker = written(tmp_path)
     assert "Too large: 2 of 3" in checker.text
-    assert "4 lines with a time that is no date" in checker.text
+    assert "4 lines whose time is not a date" in checker.text
 
 
 def test_a_folder_in_place_of_a_file_is_one_line(tmp_path):

@@ -156,7 +156,7 @@ def test_a_variants_text():
         ),
         ("study.settings=('step=3',)", 'did you mean "steps"?'),
         ("study.settings=('stpes=3',)", "unknown key config.sample.stpes"),
-        ("study.variants=('a: seed=1', 'a: seed=2')", '"a" stands twice: expected'),
+        ("study.variants=('a: seed=1', 'a: seed=2')", '"a" appears twice: expected'),
         ("study.variants=('a/b: seed=1', 'a b: seed=2')", "share the folder a_b"),
         ("study.variants=('..: seed=1',)", "letters, digits and _(),.=+-"),
         (f"study.variants=('{'a' * 256}: seed=1',)", "at most 255,"),

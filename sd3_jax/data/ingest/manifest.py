@@ -1,8 +1,10 @@
 """The progress of precompute: a file for each finished part, and the sum of all."""
 
 import json
+import logging
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
 
@@ -15,9 +17,14 @@ from sd3_jax.data.ingest.items import Rejected
 from sd3_jax.data.ingest.prepare import Ready
 from sd3_jax.data.records import Record
 from sd3_jax.data.shards import Writer
+from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 
+log = logging.getLogger(__name__)
 SPLITS = ("train", "val")
+COUNTS = ("rejected", "captions", "cut")  # fields of a part's report, counts by name
+REPORT = {"kept", "uncaptioned", "seconds", "shards", *COUNTS}
+THREADS = 32  # that read the reports of parts; a bucket takes a request for each
 
 
 class PartWriter(ExitStack):
@@ -55,12 +62,13 @@ class PartWriter(ExitStack):
         self.uncaptioned += not ready.caption
 
     def about(self) -> dict[str, Any]:
-        """Counts by bucket, split and caption, and the names of the shards."""
+        """Counts by bucket, split and caption, and the shards, which must be whole."""
         by_bucket, shards = {}, []
         by_name = lambda entry: entry[1].path.name
         for (bucket, split), writer in sorted(self._writers.items(), key=by_name):
             by_bucket.setdefault(bucket, dict.fromkeys(SPLITS, 0))[split] = writer.count
-            shards.append({"name": writer.path.name, "records": writer.count})
+            shard = {"name": writer.path.name, "records": writer.count}
+            shards.append(shard | {"bytes": writer.bytes})
         return {
             "kept": by_bucket,
             "captions": dict(sorted((+self._sources).items())),
@@ -91,16 +99,66 @@ class Manifest:
         """
         # 00012.json comes last: it makes the part count, so all else must be there. A
         # kill before it leaves files that the next run writes over.
-        lines = "".join(f"{json.dumps(row)}\n" for row in sources)
-        write_whole(input_changes.path(self.workdir, number), lines.encode())
+        lines = "".join(f"{json.dumps(row)}\n" for row in sources).encode()
+        write_whole(input_changes.path(self.workdir, number), lines)
         rows = [json.dumps(row._asdict(), ensure_ascii=False) for row in rejected]
         # Names that are not valid text cannot be written as UTF-8.
         text = "".join(f"{row}\n" for row in rows).encode("utf-8", "replace")
         write_whole(self.folder / f"{number:05d}.rejected.jsonl", text)
+        sizes = {"sources": len(lines), "rejected": len(text)}
         # Reasons are counted by what they have in common; each in full is in the file.
         reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
-        report = report | {"rejected": dict(sorted(reasons.items()))}
+        report = report | {"rejected": dict(sorted(reasons.items())), "sizes": sizes}
         write_whole(self.folder / f"{number:05d}.json", json.dumps(report).encode())
+
+    def damaged(self) -> dict[int, str]:
+        """What is wrong with finished parts whose files are gone or not as written.
+
+        By number. Reads each part's report, and lists the folders once.
+        """
+        shard_sizes = files.sizes(self.workdir / "records")
+        part_sizes = files.sizes(self.folder)
+        numbers = sorted(self.done())
+
+        def fault(number: int) -> str:
+            path = self.folder / f"{number:05d}.json"
+            data = files.read_bytes(path)
+            try:
+                report = files.parse_object(path, data)
+            except UserError as error:
+                return str(error)
+            if absent := sorted(REPORT - report.keys()):
+                return f"{path}: it lacks {absent[0]}"
+            return self._fault(number, report, shard_sizes, part_sizes)
+
+        with ThreadPoolExecutor(THREADS) as threads:
+            faults = dict(zip(numbers, threads.map(fault, numbers)))
+        return {number: text for number, text in faults.items() if text}
+
+    def _fault(self, number: int, report: dict, shards: dict, parts: dict) -> str:
+        """Which file of a part is gone or of another size; "" if none.
+
+        `shards` and `parts` have the bytes of what is in records/ and parts/, by name.
+        """
+        # Parts of earlier versions do not say sizes: their files need only be there.
+        for shard in report["shards"]:
+            path = self.workdir / "records" / shard["name"]
+            if text := _difference(path, shards, shard.get("bytes")):
+                return text
+        sizes = report.get("sizes", {"rejected": None})
+        for kind, size in sizes.items():
+            path = self.folder / f"{number:05d}.{kind}.jsonl"
+            if text := _difference(path, parts, size):
+                return text
+        return ""
+
+    def forget(self, faults: dict[int, str]) -> None:
+        """Make these parts count as unfinished; logs why, a line for each."""
+        if faults:  # first what says that all is done
+            (self.workdir / "manifest.json").unlink(missing_ok=True)
+        for number, text in faults.items():
+            log.warning("%s: part %d is made again", text, number)
+            (self.folder / f"{number:05d}.json").unlink(missing_ok=True)
 
     def clear_unfinished(self) -> list[int]:
         """Remove what a killed job left of unfinished parts; returns their numbers."""
@@ -118,7 +176,7 @@ class Manifest:
     def total(self) -> dict[str, Any]:
         """The sum of all parts, in which every file of the input is counted once."""
         by_bucket, shards, counts = {}, [], Counter()
-        counters = {name: Counter() for name in ("rejected", "captions", "cut")}
+        counters = {name: Counter() for name in COUNTS}
         for number in range(self.parts):
             report = json.loads((self.folder / f"{number:05d}.json").read_text())
             for bucket, by_split in report["kept"].items():
@@ -147,3 +205,15 @@ class Manifest:
         for number in range(self.parts):
             path = self.folder / f"{number:05d}.rejected.jsonl"
             yield from path.read_text().splitlines()
+
+
+def _difference(path: epath.Path, sizes: dict[str, int], wanted: int | None) -> str:
+    """How a file differs from what was written; "" if it does not.
+
+    `sizes` has the bytes of its folder's files. Without `wanted` any will do.
+    """
+    if (size := sizes.get(path.name)) is None:
+        return f"{path} is missing"
+    if wanted is not None and size != wanted:
+        return f"{path} has {size:,} bytes of {wanted:,}"
+    return ""

@@ -1,4 +1,4 @@
-"""precompute started again sees that its input is not what its records were made of."""
+"""precompute started again sees what has changed: its input, or what it wrote."""
 
 import io
 import json
@@ -224,3 +224,79 @@ def test_another_spelling_of_a_tar_is_the_same(tmp_path, capsys):
     touch(tmp_path / "x.tar")
     code, said = start(tmp_path, tmp_path / "y.tar", capsys)
     assert code == 0, said
+
+
+def shard_of(folder, part):
+    (path,) = folder.glob(f"out/records/train-{part:05d}-*.arecord")
+    return path
+
+
+def without_sizes(folder):
+    """Parts as an earlier version wrote them."""
+    for path in folder.glob("out/parts/?????.json"):
+        report = json.loads(path.read_text())
+        del report["sizes"]
+        for shard in report["shards"]:
+            del shard["bytes"]
+        path.write_text(json.dumps(report))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+LOSSES = {
+    "a shard gone": lambda d: shard_of(d, 1).unlink(),
+    "a shard cut": lambda d: truncate(shard_of(d, 1)),
+    "of an earlier version": lambda d: (without_sizes(d), shard_of(d, 1).unlink()),
+    "a report emptied": lambda d: (d / "out/parts/00001.json").write_text(""),
+    "a report of nothing": lambda d: (d / "out/parts/00001.json").write_text("{}"),
+    "rejected emptied": lambda d: (d / "out/parts/00002.rejected.jsonl").write_text(""),
+    "rejected gone": lambda d: (d / "out/parts/00002.rejected.jsonl").unlink(),
+    "sources gone": lambda d: (d / "out/parts/00001.sources.jsonl").unlink(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_part_whose_files_are_lost_is_made_again(done, capsys, caplog, loss):
+    folder, first = done
+    sizes = lambda: {  # bytes may differ: the entries of a header have no order
+        path.name: path.stat().st_size
+        for path in (*folder.glob("out/records/*"), folder / "out/rejected.jsonl")
+    }
+    before = sizes()
+    LOSSES[loss](folder)
+    assert start(folder, folder / "in", capsys) == (0, first)
+    assert sizes() == before
+    (line,) = [x for x in caplog.messages if x.endswith("is made again")]
+    assert str(folder / "out") in line
+
+
+def test_all_records_are_made_again(done, capsys, caplog):
+    folder, first = done
+    shutil.rmtree(folder / "out/records")
+    assert start(folder, folder / "in", capsys) == (0, first)
+    assert all(shard_of(folder, part).exists() for part in (0, 1))
+    named = [x for x in caplog.messages if "arecord is missing: part " in x]
+    assert len(named) == len([*folder.glob("out/records/*")])
+
+
+def test_sound_parts_of_an_earlier_version_are_done(done, capsys, caplog):
+    folder, first = done
+    without_sizes(folder)
+    before = shard_of(folder, 1).stat().st_mtime_ns
+    assert start(folder, folder / "in", capsys) == (0, first)
+    assert shard_of(folder, 1).stat().st_mtime_ns == before
+    assert "again" not in caplog.text
+
+
+@pytest.mark.parametrize("text", ["", "{}", '{"made_by": {}, "parts": [{}]}'])
+def test_a_damaged_plan_is_one_line(done, capsys, text):
+    folder, first = done
+    (folder / "out/plan.json").write_text(text)
+    code, said = start(folder, folder / "in", capsys)
+    assert code == 2 and f"{folder}/out/plan.json: not " in said
+    assert f"delete it and {folder}/out/parts, and start again" in said
+    (folder / "out/plan.json").unlink()
+    shutil.rmtree(folder / "out/parts")
+    assert start(folder, folder / "in", capsys) == (0, first)
