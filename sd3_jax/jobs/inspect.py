@@ -24,7 +24,7 @@ from sd3_jax.distributed import processes, sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json, shown
-from sd3_jax.reports.number_format import plural
+from sd3_jax.reports.number_format import gigabytes, plural
 from sd3_jax.sampling import bundle_loading
 from sd3_jax.tools.inspect import inspect_page, survey
 from sd3_jax.tools.inspect.inspect_page import Contact
@@ -291,10 +291,6 @@ def page(config, workdir, total: Tally, notes, sheet, rendering) -> str:
     return inspect_page.html(
         where, figures, buckets(total), notes[1:], bad, sheet, rendering=rendering
     )
-
-
-def gigabytes(size: int) -> tuple[str, str]:
-    return (f"{size / 1e9:,.2f}", "GB") if size >= 1e8 else (f"{size / 1e6:,.2f}", "MB")
 
 
 def _sum(value: Any) -> int:

@@ -124,3 +124,8 @@ def duration(seconds: float) -> tuple[str, str]:
 
 def date(moment: datetime) -> str:
     return f"{moment.day} {moment:%B %Y}"
+
+
+def gigabytes(size: int) -> tuple[str, str]:
+    """A number of bytes as a number and its unit, GB or MB."""
+    return (f"{size / 1e9:,.2f}", "GB") if size >= 1e8 else (f"{size / 1e6:,.2f}", "MB")

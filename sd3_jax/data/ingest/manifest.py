@@ -112,7 +112,7 @@ class Manifest:
         write_whole(self.folder / f"{number:05d}.json", json.dumps(report).encode())
 
     def damaged(self) -> dict[int, str]:
-        """What is wrong with finished parts whose files are gone or not as written.
+        """What is wrong with finished parts whose files are missing or changed.
 
         By number. Reads each part's report, and lists the folders once.
         """
@@ -136,7 +136,7 @@ class Manifest:
         return {number: text for number, text in faults.items() if text}
 
     def _fault(self, number: int, report: dict, shards: dict, parts: dict) -> str:
-        """Which file of a part is gone or of another size; "" if none.
+        """Which file of a part is missing or has another size; "" if none.
 
         `shards` and `parts` have the bytes of what is in records/ and parts/, by name.
         """
