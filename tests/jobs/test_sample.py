@@ -102,7 +102,7 @@ def test_lines_with_settings_of_their_own(tmp_path, caplog):
     assert np.abs(images[0].astype(int) - images[1]).max() > 8
     told = "\n".join(caplog.messages)
     for words in (
-        'prompts.jsonl:5: unknown "hight"; did you mean "height"?',
+        'prompts.jsonl:5: skipped: unknown "hight"; did you mean "height"?',
         "prompts.jsonl:6: config.image.height = 50: expected a multiple of 16",
         'prompts.jsonl:7: steps "many": expected int',
         "prompts.jsonl:8: not JSON",
