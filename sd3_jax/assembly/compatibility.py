@@ -46,7 +46,7 @@ def compare(where: Any, saved: dict, config: ConfigDict) -> None:
         raise UserError(
             f"{where} was trained with other settings: {spelled(undeclared)}. To"
             f" continue with the new ones, set --config.train.changes={keys}; otherwise"
-            " restore the old ones or use another workdir"
+            " use the recipe and variant of that run, or another workdir"
         )
     if differences:
         log.info("continuing with other settings: %s", spelled(differences))

@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax.assembly import compatibility, examples, finetune_start
+from sd3_jax.checkpoints.integrity import UnreadableCheckpoint
 from sd3_jax.checkpoints.restoring import saved_data
 from sd3_jax.diffusion import formulations, timesteps
 from sd3_jax.diffusion.formulations import Formulation
@@ -137,12 +138,27 @@ def trained_params(
     """
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
-    warn = lambda saved: compatibility.warn(workdir, saved, config)
-    params, step = finetune_start.restored(
-        *(config, parts.objective, parts.denoiser, folder, mesh, warn),
-        which=which,
-        step=step,
-    )
+    differing = []
+
+    def warn(saved: dict) -> None:
+        differing[:] = compatibility.differing(saved, config)
+        compatibility.warn(workdir, saved, config)
+
+    try:
+        params, step = finetune_start.restored(
+            *(config, parts.objective, parts.denoiser, folder, mesh, warn),
+            which=which,
+            step=step,
+        )
+    except UserError as error:
+        if isinstance(error, UnreadableCheckpoint) or not differing:
+            raise
+        # The cause before the shapes: most often the run was of another variant.
+        raise UserError(
+            f"{workdir} was trained with other settings:"
+            f" {compatibility.spelled(differing)}; use the recipe and variant of that"
+            f" run. {error}"
+        ) from None
     if config.quantize.denoiser and not exact:
         kind = quantization.KINDS[config.quantize.denoiser]
         make = lambda x, axes: quantization.quantize_placed(x, kind, axes)

@@ -64,7 +64,7 @@ def of_torchscript(path: epath.PathLike) -> Extractor:
     except ImportError:
         raise UserError(
             f"{path}: TorchScript needs PyTorch, which is not installed; run pip"
-            ' install "sd3-jax[torch]"'
+            ' install -e ".[torch]" in the checkout'
         ) from None
     try:
         with path.open("rb") as file:

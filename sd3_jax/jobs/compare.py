@@ -30,7 +30,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     if absent:
         raise UserError(
             f"compare needs PyTorch, and {absent[0]} is not installed; run pip install"
-            ' "sd3-jax[torch]"'
+            ' -e ".[torch]" in the checkout'
         )
     if jax.process_count() > 1:
         raise UserError("compare runs in one process; unset SD3_NUM_PROCESSES")

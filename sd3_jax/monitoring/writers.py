@@ -109,7 +109,7 @@ def clients(names: Sequence[str]) -> dict[str, ModuleType]:
 
 def _not_installed(name: str, reason: str) -> UserError:
     return UserError(
-        f'config.train.writers: "{name}": {reason}; run pip install "sd3-jax[{name}]"'
+        f'config.train.writers: "{name}": {reason}; run pip install {name}'
     )
 
 

@@ -124,7 +124,7 @@ def test_a_package_that_is_missing_is_one_line(monkeypatch, tmp_path):
     for name in writers.WRITERS:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
         with pytest.raises(
-            UserError, match=rf"pip install .sd3-jax\[{name}\]"
+            UserError, match=rf"pip install {name}"
         ) as error:
             writers.open_all([name], tmp_path, CONFIG)
         assert f'config.train.writers: "{name}"' in str(error.value)

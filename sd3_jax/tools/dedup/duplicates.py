@@ -224,6 +224,6 @@ def _faiss():
     except ImportError:
         raise UserError(
             f"more than {FEW} pictures or clusters need faiss, which is not installed;"
-            ' run pip install "sd3-jax[dedup]"'
+            " run pip install faiss-cpu"
         ) from None
     return faiss

@@ -86,6 +86,6 @@ def _torch():
     except ImportError:
         raise UserError(
             "SSCD needs PyTorch, which is not installed; run pip install"
-            ' "sd3-jax[torch]"'
+            ' -e ".[torch]" in the checkout'
         ) from None
     return torch
