@@ -1,6 +1,7 @@
 """A toy SD3 for the notebooks: the real classes, small, trained for seconds.
 
-It draws a circle or square in one of three colours. Its text encoder is random.
+It is trained on a circle or square in one of three colours; in so few steps it learns
+the colours and not the shapes. Its text encoder is random.
 """
 
 import itertools
