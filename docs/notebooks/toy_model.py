@@ -1,4 +1,4 @@
-"""A toy SD3 for the notebooks: the real classes, small, trained for seconds.
+"""A toy SD3 for the notebooks: the real classes, small, trained for 300 steps.
 
 It is trained on a circle or square in one of three colours; in so few steps it learns
 the colours and not the shapes. Its text encoder is random.
@@ -34,7 +34,7 @@ PROMPTS = [
 PAPER = 235
 
 
-def train(steps: int = 400, batch: int = 32) -> sd3_jax.Bundle:
+def train(steps: int = 300, batch: int = 32) -> sd3_jax.Bundle:
     """Train the denoiser and the decoder, and return a bundle as `load` does."""
     bundle = untrained()
     context, pooled = bundle.encode_prompts([*PROMPTS, ""], TEXT)
