@@ -19,8 +19,14 @@ PLAN = ["libtpu>=0.0.52"]
 GCS = ["gcsfs>=2026.4.0"]
 # Near-duplicates among training pictures, which `dedup` finds.
 DEDUP = ["faiss-cpu>=1.8"]
-# `make docs`, which reads docstrings without importing the package.
-DOCS = ["mkdocs>=1.6,<2", "mkdocs-material>=9.6", "mkdocstrings[python]>=0.29"]
+# `make docs`, which reads docstrings without importing the package, and runs notebooks.
+DOCS = [
+    "ipykernel>=6.29",
+    "mkdocs>=1.6,<2",
+    "mkdocs-material>=9.6",
+    "mkdocstrings[python]>=0.29",
+    "nbconvert>=7.16",
+]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.

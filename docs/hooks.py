@@ -50,6 +50,8 @@ def targets(page: Path):
 
 def on_page_markdown(markdown: str, page, config, files: Files) -> str:
     """Rewrite links that cross the border of docs/, or lie outside of it."""
+    if page.file.abs_src_path is None:  # a notebook's page (docs/notebook_hooks.py)
+        return markdown
     source = Path(page.file.abs_src_path)
     here = Path(page.file.src_uri).parent
     moved = {}
@@ -57,6 +59,8 @@ def on_page_markdown(markdown: str, page, config, files: Files) -> str:
         if path.is_relative_to(ROOT) and path.exists():
             inside = path.is_relative_to(DOCS)
             uri = path.relative_to(DOCS) if inside else COPIES / path.relative_to(ROOT)
+            if inside and uri.suffix == ".ipynb":
+                uri = uri.with_suffix(".md")  # the page, not the file
             anchor = link.partition("#")[1:]
             moved[link] = Path(os.path.relpath(uri, here)).as_posix() + "".join(anchor)
     target = lambda m: m[0].replace(m[1] or m[2], moved.get(m[1] or m[2], m[1] or m[2]))
