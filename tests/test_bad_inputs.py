@@ -97,7 +97,7 @@ MISTAKES = [
         'did you mean "config.optim.lr"',
     ),
     row(2, "train config={recipes}/top.py", 'config.sed; did you mean "config.seed"'),
-    row(2, "train config={recipes}/lacks.py", "lacks.py: no key config.optim.accum"),
+    row(2, "train config={recipes}/lacks.py", "config.optim.accumulate is missing"),
     row(3, "train data.batch_size=2.5", "config.data.batch_size = 2.5: expected int"),
     row(3, "train data.batch_size=1e3", "= 1e3: expected int", 'did you mean "1000"'),
     row(
@@ -106,7 +106,7 @@ MISTAKES = [
     row(3, "train optim.lr=fast", "config.optim.lr = fast: expected float"),
     row(3, "train train.changes=3", "config.train.changes = (3,): expected texts"),
     row(3, "train config={recipes}/typed.py", "typed.py:5", "'lr'", "1e-3"),
-    row(4, ["train", "optim.lr=1"], "argument optim.lr=1: did you forget --?"),
+    row(4, ["train", "optim.lr=1"], "argument optim.lr=1; did you forget --?"),
     row(4, ["train", "sample"], "unexpected argument sample"),
     row(5, "train seed=1 seed=2", "twice: --config.seed=1 and --config.seed=2"),
     row(5, "train workdir=a workdir=b", "twice: --workdir=a and --workdir=b"),
@@ -163,9 +163,7 @@ MISTAKES = [
     row(11, "train mesh.fdsp=2", 'config.mesh.fdsp; did you mean "config.mesh.fsdp"'),
     row(11, "train mesh.fsdp=2 mesh.fsdp=4", "twice: --config.mesh.fsdp=2 and"),
     row(11, "train mesh.data=-1", "config.mesh = ", "-1", "for one axis at most"),
-    row(
-        12, "train data.batch_size=12", "batch_size = 12: expected a multiple", "as 16"
-    ),
+    row(12, "train data.batch_size=12", "batch_size = 12: must be a multiple", "as 16"),
     row(12, "train data.batch_size=4", "multiple of data x fsdp = 8, such as 8"),
     row(12, "train optim.accumulate=3", "accumulate = 3; the nearest is 9"),
     row(

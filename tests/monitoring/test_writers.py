@@ -123,9 +123,7 @@ def test_a_writer_that_hangs_holds_nothing_up(name, service, tmp_path, monkeypat
 def test_a_package_that_is_missing_is_one_line(monkeypatch, tmp_path):
     for name in writers.WRITERS:
         monkeypatch.setitem(sys.modules, name, None)  # as if it were not installed
-        with pytest.raises(
-            UserError, match=rf"pip install {name}"
-        ) as error:
+        with pytest.raises(UserError, match=rf"pip install {name}") as error:
             writers.open_all([name], tmp_path, CONFIG)
         assert f'config.train.writers: "{name}"' in str(error.value)
 
