@@ -212,7 +212,7 @@ MISTAKES = [
     row(
         32,
         f"train config={LATENTS} image.width=4096",
-        "config.eval.pictures = 4096 but conf",
+        "config.image.width = 4096: expected at m",
     ),
     row(
         33, "sample workdir=no/run", "no complete checkpoint in ", "no/run/checkpoints"
@@ -273,7 +273,7 @@ MISTAKES = [
     row(43, "convert weights={pickles}/c.safetensors", "c.safetensors is a pickle"),
     row(43, "convert weights={pickles}/folder", "pytorch_model.bin is a pickle"),
     row(
-        44, "convert weights={sharded}", "index.json names 5 files, of which 2 are not"
+        44, "convert weights={sharded}", "index.json names 5 files, of which 2 are mis"
     ),
     row(45, "convert weights={other}", "other.arecord: not a safetensors file"),
     row(
@@ -395,7 +395,7 @@ MISTAKES = [
         61, RECORDS + " data.records={shard} data.weights=0", "weights = (0,): expected"
     ),
     row(61, RECORDS + " data.records={shard} data.weights=-1", "numbers in (0, "),
-    row(61, RECORDS + " data.records={shard} data.weights=1,2", "one for each of conf"),
+    row(61, RECORDS + " data.records={shard} data.weights=1,2", "one for each of the"),
     row(64, "train train.steps=2147483648", "expected an integer in [1, 2147483647]"),
     row(64, "train train.steps=-1", "train.steps = -1: expected an integer in [1, "),
 ]
@@ -465,7 +465,10 @@ def test_14_processes_with_other_settings_are_refused_by_all(tmp_path):
 @pytest.mark.parametrize(
     "env, words",
     [
-        (dict(SD3_COORDINATOR="host:1"), "SD3_NUM_PROCESSES is not set: SD3_COORDINAT"),
+        (
+            dict(SD3_COORDINATOR="host:1"),
+            "SD3_NUM_PROCESSES is not set; set all of SD3",
+        ),
         (dict(SD3_COORDINATOR="host"), "SD3_COORDINATOR = host: expected host:port"),
         (dict(SD3_PROCESS_ID="2"), "SD3_PROCESS_ID = 2: expected an integer in [0, 1]"),
         (dict(SD3_INIT_S="never"), "SD3_INIT_S = never: expected an integer in [1, "),

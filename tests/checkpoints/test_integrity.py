@@ -178,7 +178,7 @@ def test_a_state_with_a_nan_is_not_saved(tmp_path):
     state = {"good": jnp.ones(3), "bad": jnp.array([1.0, jnp.nan])}
     with Checkpoints(tmp_path, **POLICY) as checkpoints:
         with pytest.raises(
-            RunFailed, match="step 1 is not saved, 1 .* infinities: bad"
+            RunFailed, match="step 1 is not saved: 1 .* infinities: bad"
         ):
             checkpoints.save(1, state, {}, {}, finite=True)
         assert checkpoints.latest() is None

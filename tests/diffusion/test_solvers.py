@@ -154,7 +154,7 @@ def test_one_program_serves_any_number_of_steps(name, make, key):
 
 
 def test_a_trajectory_has_all_steps():
-    with pytest.raises(ValueError, match="trajectory and steps"):
+    with pytest.raises(ValueError, match="trajectory or steps"):
         euler(
             lambda x, t: x, jnp.ones((1, 1)), grids.linear(2), trajectory=True, steps=1
         )

@@ -748,7 +748,7 @@ def test_inputs_that_are_refused(tmp_path):
     assert refused(at("none")).startswith(
         f"{at('none')}: contains no pictures; their names must end in jpg"
     )
-    assert refused() == "no input; set folders, tars or parquet files, or globs"
+    assert refused() == "no input; set folders, tars or parquet files, or globs of them"
     assert refused(tar, size=0) == "parts of 0 pictures; expected 1 or more"
 
 
