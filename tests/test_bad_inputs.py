@@ -467,7 +467,7 @@ def test_14_processes_with_other_settings_are_refused_by_all(tmp_path):
     [
         (
             dict(SD3_COORDINATOR="host:1"),
-            "SD3_NUM_PROCESSES is not set; set all of SD3",
+            "SD3_NUM_PROCESSES is not set; set all of",
         ),
         (dict(SD3_COORDINATOR="host"), "SD3_COORDINATOR = host: expected host:port"),
         (dict(SD3_PROCESS_ID="2"), "SD3_PROCESS_ID = 2: expected an integer in [0, 1]"),
