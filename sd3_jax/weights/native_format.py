@@ -24,7 +24,7 @@ def save(path: epath.PathLike, variables: dict[str, Any], configs: dict) -> None
     path = epath.Path(path)
     with explained(f"cannot write {path}"):
         for name, arrays in variables.items():
-            ocp.save_pytree(path / name, arrays, overwrite=True)
+            ocp.save(path / name, arrays, overwrite=True)
         # Last: a folder counts as a model once it has bundle.json.
         if jax.process_index() == 0:
             head = {"version": VERSION, "components": configs}
@@ -70,4 +70,4 @@ def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
     Leaves that are LEFT there are not read. Raises UserError if orbax cannot read.
     """
     with explained(f"cannot read {path}/{name}"):
-        return ocp.load_pytree(epath.Path(path) / name, abstract)
+        return ocp.load(epath.Path(path) / name, abstract)

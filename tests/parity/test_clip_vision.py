@@ -90,7 +90,7 @@ def test_a_tower_that_is_missing_is_named(folder, tmp_path):
         clip_embedder.load(str(tmp_path))
     config["vision_config"].update(num_hidden_layers=2, image_size=35)
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(UserError, match="position_embedding.*wanted"):
+    with pytest.raises(UserError, match="position_embedding.*expected"):
         clip_embedder.load(str(tmp_path))
     (tmp_path / "preprocessor_config.json").write_text('{"do_center_crop": false}')
     with pytest.raises(UserError, match="do_center_crop"):

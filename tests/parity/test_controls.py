@@ -219,7 +219,7 @@ def test_a_net_of_another_model(sizes, said, bundle, tmp_path):
 
 def test_another_family(bundle, tmp_path):
     named = {
-        "controlnet_x_embedder.weight": "a ControlNet of FLUX or Qwen-Image; wan",
+        "controlnet_x_embedder.weight": "a ControlNet of FLUX or Qwen-Image; exp",
         "controlnet_cond_embedding.conv_in.weight": "a ControlNet of SD1.5, SD2 or S",
         "control_model.zero_convs.0.0.weight": "a ControlNet of SD1.5, SD2 or S",
         "joint_blocks.0.x": "a denoiser; expected a ControlNet of SD3 or SD3.5",
@@ -259,7 +259,7 @@ def test_control_types_that_are_none(value, bundle, tensors, tmp_path):
             "control 0's image: floats from 0 to 255",
         ),
         (dict(image=HINT.transpose(2, 0, 1)), "x.transpose(1, 2, 0)"),
-        (dict(image=ZEROS.repeat(3, 0)), "3 of control 0's images for 1 pictures: wan"),
+        (dict(image=ZEROS.repeat(3, 0)), "3 of control 0's images for 1 pictures: exp"),
         (dict(image=ZEROS.transpose(0, 3, 1, 2)), "x.transpose(0, 2, 3, 1)"),
         (
             dict(image=ZEROS[:, :2]),
