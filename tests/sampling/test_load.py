@@ -99,8 +99,16 @@ DENOISER = dict(in_channels=16, joint_attention_dim=160, pooled_projection_dim=1
 @pytest.mark.parametrize(
     "part, config, words",
     [
-        ("clip_l", dict(hidden_size=768, projection_dim=64), "hidden_size = 832"),
-        ("clip_l", dict(hidden_size=64, projection_dim=96), "projection_dim = 160"),
+        (
+            "clip_l",
+            dict(hidden_size=768, projection_dim=64),
+            "hidden_size of both CLIPs is 832",
+        ),
+        (
+            "clip_l",
+            dict(hidden_size=64, projection_dim=96),
+            "projection_dim of both CLIPs is 160",
+        ),
         ("t5", dict(d_model=4096), "t5 is of another model: d_model = 4096"),
         (
             "vae",
@@ -112,6 +120,6 @@ DENOISER = dict(in_channels=16, joint_attention_dim=160, pooled_projection_dim=1
 def test_parts_of_different_models_are_told(part, config, words):
     whole = dict(denoiser=DENOISER, clip_g=CLIP)
     published_configs.fit(whole | {"clip_l": CLIP}, "a")
-    with pytest.raises(UserError, match=f"a: .*{words}: expected .*the denoiser's 1"):
+    with pytest.raises(UserError, match=f"a: .*{words}.* must be .*the denoiser"):
         published_configs.fit(whole | {part: config}, "a")
     published_configs.fit({part: config}, "a")  # alone it is of any
