@@ -190,11 +190,11 @@ WORDS = "base_model.model.text_model.embeddings.token_embedding"
         ({f"{WORDS}.lora_embedding_A": torch.ones(2, 2)}, "a LoRA of embeddings"),
         (
             {"base_model.model.x.hada_w1_a": torch.ones(2, 2)},
-            "LoHa; expected only lora_A",
+            "LoHa; expected only",
         ),
         (
             {"base_model.model.x.lokr_w1": torch.ones(2, 2)},
-            "LoKr; expected only lora_A",
+            "LoKr; expected only",
         ),
         (
             pair("base_model.model.encoder.block.0.layer.0.SelfAttention.q"),

@@ -102,12 +102,12 @@ DENOISER = dict(in_channels=16, joint_attention_dim=160, pooled_projection_dim=1
         (
             "clip_l",
             dict(hidden_size=768, projection_dim=64),
-            "hidden_size of both CLIPs is 832",
+            "of both CLIPs is 832",
         ),
         (
             "clip_l",
             dict(hidden_size=64, projection_dim=96),
-            "projection_dim of both CLIPs is 160",
+            "of both CLIPs is 160",
         ),
         ("t5", dict(d_model=4096), "t5 is of another model: d_model = 4096"),
         (
