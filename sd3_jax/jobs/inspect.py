@@ -163,7 +163,7 @@ def summary(total: Tally, held_out: Tally) -> list[str]:
     ]
     if held_out.shards:
         shards_ = plural(held_out.shards, "shard")
-        notes.append(f"held out: {held_out.records:,} of them, {shards_}")
+        notes.append(f"held out: {held_out.records:,} of these, in {shards_}")
     if total.good:
         text = f"with a caption: {total.captions / total.good:.0%}"
         if total.made_by:

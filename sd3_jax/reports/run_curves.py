@@ -16,8 +16,8 @@ def over_steps(rows, kind, title, name, *, zero=False, smooth=True):
     huge = sum(abs(value) > smoothing.LARGEST for value in finite)
     finite = [value for value in finite if abs(value) <= smoothing.LARGEST]
     if not finite:
-        subject = "No finite value" if values else "Nothing"
-        caption = f"{title}: {subject.lower()} of “{name}” was logged."
+        kind_of_value = "finite value" if values else "value"
+        caption = f"{title}: no {kind_of_value} of “{name}” was logged."
         return html_page.Panel(title, "", caption)
     window = smoothing.window_for(len(values)) if smooth else 1
     frame = smoothing.frame_for(finite, zero=zero, clip=window > 1)

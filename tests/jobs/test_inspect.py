@@ -90,7 +90,7 @@ def test_a_row_a_shard_and_the_sums(workdir, capsys):
     assert wide.split()[3:6] == ["48x80", "0%", "0"] and val.startswith("val-00000")
     text = "\n".join(lines)
     assert "32 records in 3 shards, 0.00 GB" in text
-    assert "held out: 2 of them, 1 shard\n" in text
+    assert "held out: 2 of these, in 1 shard\n" in text
     assert "; by where it is from: synthetic 100%" in text
     assert "kept 32, rejected 12 (mode 7, too small 5)" in text
     assert "28 of 32 records were read; all of these are sound" in text
