@@ -83,7 +83,7 @@ def write_inspection(folder: Path) -> Path:
         *(("per record", "0.412", "MB"), ("shards", "24", "")),
         *(("read for this page", "288", ""), ("bad", "1", "")),
     ]
-    notes = ["held out: 240 of them, 1 shard", "with a caption: 98%; synthetic 52%"]
+    notes = ["held out: 240 of these, in 1 shard", "with a caption: 98%; synthetic 52%"]
     bad = ["/data/shards/train-00001-0512x0512.arecord:5: checksum: its bytes changed"]
     page = inspect_page.html(
         *("/data/shards/train-*-of-00024.arecord", figures, buckets, notes, bad),

@@ -151,7 +151,7 @@ def test_shards_are_those_of_the_recipe(workdir, tmp_path, capsys):
     two = f"--config.data.held_out={workdir}/records/train*80.arecord"
     assert run(other, one, two) == 0
     out = capsys.readouterr().out
-    assert "30 records in 2 shards" in out and "held out: 10 of them" in out
+    assert "30 records in 2 shards" in out and "held out: 10 of these" in out
     assert str(workdir) in page(other)
     with pytest.raises(
         UserError, match="matches no file; expected config.data.records"
