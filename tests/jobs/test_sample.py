@@ -103,10 +103,10 @@ def test_lines_with_settings_of_their_own(tmp_path, caplog):
     told = "\n".join(caplog.messages)
     for words in (
         'prompts.jsonl:5: skipped: unknown "hight"; did you mean "height"?',
-        "prompts.jsonl:6: config.image.height = 50: expected a multiple of 16",
-        'prompts.jsonl:7: steps "many": expected int',
-        "prompts.jsonl:8: not JSON",
-        'prompts.jsonl:9: config.sample.solver = "eular"',
+        "prompts.jsonl:6: skipped: config.image.height = 50: expected a multiple of 16",
+        'prompts.jsonl:7: skipped: steps "many": expected int',
+        "prompts.jsonl:8: skipped: not JSON",
+        'prompts.jsonl:9: skipped: config.sample.solver = "eular"',
     ):
         assert words in told, told
 

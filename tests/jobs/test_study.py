@@ -160,7 +160,7 @@ def test_a_variants_text():
         ("study.variants=('a/b: seed=1', 'a b: seed=2')", "share the folder a_b"),
         ("study.variants=('..: seed=1',)", "letters, digits and _(),.=+-"),
         (f"study.variants=('{'a' * 256}: seed=1',)", "at most 255,"),
-        ("study.sweep=('seed=1', 'seed=1')", 'config.study.sweep: "seed=1" stands'),
+        ("study.sweep=('seed=1', 'seed=1')", 'config.study.sweep: "seed=1" appears'),
         ("study.variants=()", "config.study.variants = (): set at least one"),
         ("study.weights=mean", "expected ema, params or both"),
         ("study.by=clip", "expected one of loss, score, fid"),
