@@ -87,7 +87,7 @@ def small(name: str) -> str:
 def matched(c, name: str, sizes: dict[str, dict] = DIGITS):
     """A recipe of the digits whose denoiser is the backbone `name` of the same size."""
     if name not in NAMES:
-        raise ValueError(f'backbone "{name}": wanted one of {", ".join(NAMES)}')
+        raise ValueError(f'backbone "{name}": expected one of {", ".join(NAMES)}')
     c.model.name = "mmdit" if name == "mmdit3" else name
     c.model.update(sizes[name])
     if c.model.unroll > 1:

@@ -279,12 +279,12 @@ FIRST = "transformer.transformer_blocks.0.attn."
         (
             {"lora_unet_a_b.lora_down.weight": np.ones((2, 2))},
             {},
-            "lora_unet_a_b has lora_A alone",
+            "lora_unet_a_b has only lora_A",
         ),
         (
             some() | {FIRST + "to_q.dora_scale": np.ones(64)},
             {},
-            "DoRA; expected lora_A",
+            "DoRA; expected only lora_A",
         ),
         (
             some(),
