@@ -108,10 +108,10 @@ def test_a_set_smaller_than_its_part_of_a_batch_repeats(folder, caplog):
     given = config(folder, batch_size=24)
     source = stored_records.open_records(given, held_out=False)
     assert (
-        "a-*.arecord: 14 records for 18 places in a batch, so at least 4 repeat"
+        "a-*.arecord has 14 records for 18 places in a batch, so at least 4 repeat"
         in caplog.text
     )
-    assert "b.arecord" not in caplog.text.partition("a-*.arecord: 14")[0]
+    assert "b.arecord" not in caplog.text.partition("a-*.arecord has 14")[0]
     names = examples.loader(given, np.arange(24), examples=source).names(0)
     assert len(names) == 24 and len(set(names)) == 14 + 6
 
@@ -196,7 +196,7 @@ def test_mistakes_are_one_line(folder, capsys, changes, words):
             "image.autoencoder=pixels --config.model.channels=3"
             " --config.model.pos_size=32",
             "its records hold latents, context, pooled: config.image.autoencoder ="
-            ' "pixels" wants image',
+            ' "pixels" needs image',
         ),
     ],
 )
