@@ -12,13 +12,13 @@ import subprocess
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import jax
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from doc_blocks import FENCE, Block, blocks
 from parity import miniature
 from parity.test_pipelines import control_net, original_names
 from PIL import Image
@@ -36,35 +36,8 @@ LINKED = sorted(
     for pattern in ("*.md", "docs/**/*.md", "launch/*.md", "benchmarks/*.md")
     for path in ROOT.glob(pattern)
 )
-FENCE = re.compile(
-    r"(?:^<!-- not run: (?P<reason>.+?) -->\n)?"
-    r"^(?P<indent> *)```(?P<language>\S*)\n(?P<code>.*?)^(?P=indent)```$",
-    re.M | re.S,
-)
 INLINE_CODE = re.compile(r"`[^`\n]+`")
 LINK = re.compile(r"\]\(([^)\s]+)\)|^\[[^\]]+\]: (\S+)$", re.M)
-
-
-class Block(NamedTuple):
-    page: Path
-    line: int
-    language: str
-    code: str
-    reason: str | None  # why it does not run
-
-
-def blocks(page: Path) -> list[Block]:
-    text = page.read_text()
-    return [
-        Block(
-            page,
-            text.count("\n", 0, match.start("code")) + 1,
-            match["language"],
-            match["code"],
-            match["reason"],
-        )
-        for match in FENCE.finditer(text)
-    ]
 
 
 def name(page: Path) -> str:

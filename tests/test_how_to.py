@@ -8,6 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from doc_blocks import blocks
 
 from sd3_jax.config import command_line
 from sd3_jax.config.validation import validate
@@ -16,10 +17,6 @@ from sd3_jax.jobs import JOBS
 ROOT = Path(__file__).parents[1]
 FOLDERS = "how-to", "reference", "explanation"
 PAGES = sorted(path for name in FOLDERS for path in (ROOT / "docs" / name).glob("*.md"))
-
-
-def blocks(page: Path, language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.M | re.S)
 
 
 def commands(block: str) -> list[list[str]]:
@@ -39,8 +36,9 @@ CALLS = [
     for page in PAGES
     for i, words in enumerate(
         words
-        for block in blocks(page, "bash")
-        for words in commands(block)
+        for block in blocks(page)
+        if block.language == "bash"
+        for words in commands(block.code)
         if "--help" not in words
     )
 ]

@@ -96,10 +96,10 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
         "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
     )
     tokens = asked["height"] * asked["width"] // unit**2
-    scheduler.sampler(asked["steps"], tokens, **times(asked))
+    scheduler.sampler(asked["steps"], tokens, **solver_options(asked))
 
 
-def times(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A task's solver, grid and shift; None stands for the model's default."""
     # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
@@ -127,7 +127,7 @@ def sample_tasks(
         guidance=s["cfg"],
         guidance_interval=(s["cfg_start"], s["cfg_stop"]),
         guidance_rescale=s["rescale"],
-        **times(s),
+        **solver_options(s),
         max_sequence_length=s["max_length"],
         clip_skip=s["clip_skip"],
         skip_layers=s["skip_layers"],

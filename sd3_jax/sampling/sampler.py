@@ -26,7 +26,7 @@ from sd3_jax.sampling import arguments, compiled, prompt_file, prompts
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.released_sampler import sample_tasks, times
+from sd3_jax.sampling.released_sampler import sample_tasks, solver_options
 from sd3_jax.sampling.scheduler import PUBLISHED
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -175,7 +175,7 @@ class TrainedSampler:
         """The solver and its times t, by default those of the released models."""
         # PUBLISHED shifts by a constant: only a dynamic shift reads the token count.
         settings, tokens = self.config.sample, 0
-        return PUBLISHED.sampler(settings.steps, tokens, **times(settings))
+        return PUBLISHED.sampler(settings.steps, tokens, **solver_options(settings))
 
     @functools.cached_property
     def times(self) -> dict[str, Any]:

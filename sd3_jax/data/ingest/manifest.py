@@ -3,7 +3,7 @@
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from typing import Any
@@ -86,7 +86,10 @@ class Manifest:
 
     def done(self) -> set[int]:
         """Numbers of the finished parts."""
-        names = [path.name for path in files.children(self.folder)]
+        return self._finished(path.name for path in files.children(self.folder))
+
+    def _finished(self, names: Iterable[str]) -> set[int]:
+        """Numbers of the parts whose reports are among the names of a listing."""
         numbers = [n[:-5] for n in names if n.endswith(".json") and n[:-5].isdigit()]
         return {int(number) for number in numbers if int(number) < self.parts}
 
@@ -109,7 +112,11 @@ class Manifest:
         # Reasons are counted by what they have in common; each in full is in the file.
         reasons = Counter(prepare.reason_kind(row.reason) for row in rejected)
         report = report | {"rejected": dict(sorted(reasons.items())), "sizes": sizes}
-        write_whole(self.folder / f"{number:05d}.json", json.dumps(report).encode())
+        write_whole(self.report_path(number), json.dumps(report).encode())
+
+    def report_path(self, number: int) -> epath.Path:
+        """Where a part's report is, which counts the part as finished."""
+        return self.folder / f"{number:05d}.json"
 
     def damaged(self) -> dict[int, str]:
         """What is wrong with finished parts whose files are missing or changed.
@@ -118,10 +125,10 @@ class Manifest:
         """
         shard_sizes = files.sizes(self.workdir / "records")
         part_sizes = files.sizes(self.folder)
-        numbers = sorted(self.done())
+        numbers = sorted(self._finished(part_sizes))
 
         def fault(number: int) -> str:
-            path = self.folder / f"{number:05d}.json"
+            path = self.report_path(number)
             data = files.read_bytes(path)
             try:
                 report = files.parse_object(path, data)
@@ -158,7 +165,7 @@ class Manifest:
             (self.workdir / "manifest.json").unlink(missing_ok=True)
         for number, text in faults.items():
             log.warning("%s: part %d is made again", text, number)
-            (self.folder / f"{number:05d}.json").unlink(missing_ok=True)
+            self.report_path(number).unlink(missing_ok=True)
 
     def clear_unfinished(self) -> list[int]:
         """Remove what a killed job left of unfinished parts; returns their numbers."""
@@ -178,7 +185,7 @@ class Manifest:
         by_bucket, shards, counts = {}, [], Counter()
         counters = {name: Counter() for name in COUNTS}
         for number in range(self.parts):
-            report = json.loads((self.folder / f"{number:05d}.json").read_text())
+            report = json.loads(self.report_path(number).read_text())
             for bucket, by_split in report["kept"].items():
                 by_bucket.setdefault(bucket, Counter()).update(by_split)
             for name, total in counters.items():
@@ -207,13 +214,14 @@ class Manifest:
             yield from path.read_text().splitlines()
 
 
-def _difference(path: epath.Path, sizes: dict[str, int], wanted: int | None) -> str:
+def _difference(path: epath.Path, sizes: dict[str, int], written: int | None) -> str:
     """How a file differs from what was written; "" if it does not.
 
-    `sizes` has the bytes of its folder's files. Without `wanted` any will do.
+    `sizes` has the bytes of its folder's files. `written` is the size that the part's
+    report states; None takes any.
     """
     if (size := sizes.get(path.name)) is None:
         return f"{path} is missing"
-    if wanted is not None and size != wanted:
-        return f"{path} has {size:,} bytes of {wanted:,}"
+    if written is not None and size != written:
+        return f"{path} has {size:,} bytes of {written:,}"
     return ""
