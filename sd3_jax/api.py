@@ -66,6 +66,7 @@ def generate(
     mu: float | None = None,
     sigmas: Sequence[float] | np.ndarray | None = None,
     clip_skip: int = 0,
+    prompt_weighting: str | None = None,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     progress: bool = False,
     output: str = "images",
@@ -73,7 +74,8 @@ def generate(
     """Generate images (b, height, width, 3) in [0, 1], or their latents.
 
     Rows are in the order p0, p0, p1, p1, ... for `images_per_prompt` of 2. Prompts are
-    texts, or what encode_prompts returns.
+    texts, or what encode_prompts returns. `prompt_weighting` reads weights in them and
+    in negative prompts: "parentheses" for (word:1.3), "compel" for word++.
 
     The noise depends on the seed alone, not on the prompt. With one `seed`, image i of
     the call has the noise of (seed, i). With a seed for each prompt, images count from
@@ -156,6 +158,7 @@ def generate(
         per_prompt=images_per_prompt,
         clip_skip=clip_skip,
         guided=guided,
+        weighting=prompt_weighting,
     )
     rows = cond.pooled.shape[0]
     spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)

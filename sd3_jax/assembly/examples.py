@@ -99,6 +99,7 @@ def encoder(
         dtype=encode.dtype,
         tokenizers_from=encode.tokenizers,
         only=only,
+        embeddings=config.sample.embeddings if set(only) & set(TEXT) else (),
         quantize={"t5": config.quantize.t5},
     )
     # A recipe's shapes assume 8 pixels a latent; another autoencoder is another model.

@@ -81,6 +81,11 @@ def weighed(text: str) -> str:
     return model(source_names.split_weight(text, exists)[0])
 
 
+def placed(text: str) -> str:
+    """The same of an embedding, which may end in its placeholder: "path=<token>"."""
+    return model(source_names.split_token(text, exists)[0])
+
+
 def file(text: str) -> str:
     return "" if exists(text) else "no such file"
 
@@ -101,6 +106,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),
     ("tokenizers", LOADED, model),
     ("sample.lora", (*PAINTED, "convert"), weighed),
+    ("sample.embeddings", (*PAINTED, *ENCODED), placed),
     ("sample.prompts_file", ("sample",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),

@@ -125,6 +125,18 @@ def released_only(loras, weights):
         return "(), or released weights for them in config.weights"
 
 
+def weights_only(syntax, weights):
+    if syntax and not weights:
+        return '"", or released weights for it in config.weights'
+
+
+def encoded_only(embeddings, weights, encoders):
+    if embeddings and not weights and not encoders:
+        return (
+            "(), or text encoders for them in config.weights or config.encode.weights"
+        )
+
+
 def schedule_free_rate(schedule, name):
     if name == "schedule_free" and schedule != "constant":
         return '"constant" with config.optim.name = "schedule_free"'
@@ -247,6 +259,8 @@ RELATIONS = (
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (released_only, "sample.lora", "weights"),
+    (weights_only, "sample.prompt_weighting", "weights"),
+    (encoded_only, "sample.embeddings", "weights", "encode.weights"),
     (trained_only, "sample.step", "weights"),
     (lora_only, "tune.lora", "tune.method"),
     (wide, "quantize.denoiser", "model.dtype"),

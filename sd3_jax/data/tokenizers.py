@@ -2,10 +2,7 @@
 
 import functools
 import gzip
-import logging
 import os
-import threading
-from collections import Counter
 from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import Any
@@ -15,16 +12,13 @@ from etils import epath
 from jaxtyping import Int
 
 from sd3_jax import files
-from sd3_jax.data import prompt_text
+from sd3_jax.data import prompt_text, truncation
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
 # Before its first import: transformers would warn that PyTorch is missing.
 os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
 
-log = logging.getLogger(__name__)
-# Padding and truncation are a tokenizer's state, and grain calls from many threads.
-_LOCK = threading.Lock()
 FOLDERS = {"clip_l": "tokenizer", "clip_g": "tokenizer_2", "t5": "tokenizer_3"}
 MAIN_FILES = ("tokenizer.json", "spiece.model", "vocab.json", "tokenizer_config.json")
 FILES = (*MAIN_FILES, "special_tokens_map.json", "added_tokens.json", "merges.txt")
@@ -46,7 +40,7 @@ WANTED = ("tokenizer*/*", *FILES)
 def _byt5() -> Any:
     # Half a second to import, so only for runs that use it; and one thread at a time,
     # because transformers' lazy modules fail where two import from them at once.
-    with _LOCK:
+    with truncation.LOCK:
         from transformers import ByT5Tokenizer
 
     return ByT5Tokenizer()
@@ -256,32 +250,12 @@ def save(by_encoder: dict[str, Any], folder: epath.PathLike) -> dict[str, list]:
 
 
 def token_ids(
-    tokenizer: Any,
-    texts: Sequence[str],
-    length: int,
-    *,
-    encoder: str,
-    cut: Counter[str] | None = None,
+    tokenizer: Any, texts: Sequence[str], length: int, *, encoder: str
 ) -> Int[np.ndarray, "b l"]:
     """Token ids, truncated or padded to `length` by the tokenizer's own rule.
 
-    The number of truncated texts is logged for this `encoder`, "CLIP" or "T5", or added
-    to cut[encoder] if `cut` is passed.
+    Truncated texts are logged for this `encoder`, "CLIP" or "T5".
     """
-    options = dict(padding="max_length", max_length=length, truncation=True)
-    with _LOCK:
-        ids = np.array(tokenizer(list(texts), **options)["input_ids"], np.int32)
-        # Without truncation, only to count and show what is lost; each text once where
-        # the count is for people.
-        counted = list(texts if cut is not None else dict.fromkeys(texts))
-        untruncated = tokenizer(counted)["input_ids"]
-        overlong = [row for row in untruncated if len(row) > length]
-        if cut is not None:
-            cut[encoder] += len(overlong)
-        elif overlong:
-            unread = shown(tokenizer.decode(overlong[0][length - 1 : -1]), 200)
-            counts = length, len(overlong), len(untruncated), max(map(len, overlong))
-            message = "%s reads %d tokens: cuts %d of %d prompts, of %d at most;"
-            message += " not read: %s"
-            log.warning(message, encoder, *counts, unread)
+    ids, cuts = truncation.cut_ids(tokenizer, texts, length)
+    truncation.log_cuts(encoder, length, dict(zip(texts, cuts)))
     return ids

@@ -87,9 +87,10 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     "precompute": Job(
         "encode pictures and captions into records to train from",
         groups=("seed", "model", "text", "image", "encode", "mesh", "data")
-        + ("ingest", "precompute", "quantize"),
+        + ("ingest", "precompute", "sample", "quantize"),
         about="It writes latents and embeddings, in buckets of shapes, to"
-        " WORKDIR/records. If it was interrupted, run the same command to continue.",
+        " WORKDIR/records. If it was interrupted, run the same command to continue. Of"
+        " the group sample it reads only embeddings.",
         example="sd3-jax precompute --config=configs/sd3_2b.py:512 --workdir=runs/data"
         " \\\n    --config.ingest.inputs=PICTURES --config.encode.weights=RELEASED",
     ),

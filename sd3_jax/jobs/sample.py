@@ -31,7 +31,11 @@ from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
 from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import load_for_sampling, sample_tasks
+from sd3_jax.sampling.released_sampler import (
+    cut_words,
+    load_for_sampling,
+    sample_tasks,
+)
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
@@ -39,6 +43,7 @@ LINES = "samples.jsonl"
 SHOWN = 64  # pictures on samples.png; samples.html has all
 # Settings that only released weights heed.
 UNUSED = "max_length clip_skip skip_layers skip_scale skip_start skip_stop".split()
+UNUSED += ["prompt_weighting"]
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -51,12 +56,16 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         if config.weights:
-            sample_batch, facts = released(config, mesh, tasks)
+            sample_batch, facts, cuts = released(config, mesh, tasks)
         else:
             if config.text.name == "bytes":
                 warn_of_cut_prompts(tasks, config.text.length)
             sample_batch, facts = trained(config, workdir, mesh)
-        lines = [describe(task, facts | guard.facts()) for task in tasks]
+            cuts = [{} for _ in tasks]
+        lines = [
+            describe(task, facts | guard.facts() | ({"cut": cut} if cut else {}))
+            for task, cut in zip(tasks, cuts)
+        ]
         # A line holds settings and fingerprints of weights: a picture is skipped only
         # if all of these are equal.
         done = recorded(workdir, lines)
@@ -146,7 +155,9 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
 
 def released(
     config: ConfigDict, mesh: Mesh, tasks: Sequence[Task]
-) -> tuple[Callable, dict]:
+) -> tuple[Callable, dict, list[dict]]:
+    """A sampler of tasks by released weights, the facts for each line, and the words of
+    each task's prompt that an encoder does not read."""
     settings = {task.group: task.settings for task in tasks}
     bundle = load_for_sampling(config, mesh, list(settings.values()))
     facts = {"weights": bundle.fingerprint()}
@@ -156,7 +167,9 @@ def released(
         facts["quantize"] = bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return functools.partial(sample_tasks, bundle), facts
+    if config.sample.embeddings:
+        facts["embeddings"] = list(config.sample.embeddings)
+    return functools.partial(sample_tasks, bundle), facts, cut_words(bundle, tasks)
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

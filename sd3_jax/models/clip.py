@@ -5,10 +5,11 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, normal, zeros
+from sd3_jax.models.token_table import token_states
 
 # Published configs say eos_token_id 2, which was never CLIP's end token: with it, as
 # in transformers, a text ends at its largest id (49407 in CLIP's vocabulary).
@@ -22,8 +23,9 @@ ACTIVATIONS = {
 class ClipText(nn.Module):
     """Token ids to hidden states and a pooled vector (Radford et al. 2021).
 
-    The only mask is causal: padding is attended to. `eos` is the config's eos_token_id:
-    LEGACY_EOS, or the id whose first occurrence ends a text.
+    The mask is causal: padding is attended to. `eos` is the config's eos_token_id:
+    LEGACY_EOS, or the id whose first occurrence ends a text. `added` is the number of
+    rows of textual inversion, whose ids begin at `vocab`.
     """
 
     vocab: int
@@ -35,13 +37,18 @@ class ClipText(nn.Module):
     activation: str
     eos: int = LEGACY_EOS
     length: int = 77
+    added: int = 0
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
     def __call__(
-        self, ids: Int[Array, "b l"], *, clip_skip: int = 0
+        self,
+        ids: Int[Array, "b l"],
+        mask: Bool[Array, "b l"] | None = None,
+        *,
+        clip_skip: int = 0,
     ) -> tuple[Float[Array, "b l d"], Float[Array, "b e"]]:
-        """(hidden states, pooled vector).
+        """(hidden states, pooled vector); `mask` is true for keys that are attended to.
 
         The states are those of the last layer but one, or of `clip_skip` layers before
         it, without the final norm (SD3 paper, sec. 4). The pooled vector is the last
@@ -54,7 +61,7 @@ class ClipText(nn.Module):
         init = named(normal(0.01), (None, "embed"))
         places = self.param("positions", init, (self.length, self.width))
         # The sum is in the parameters' dtype, the blocks compute in `dtype`.
-        x = jnp.take(tokens, ids, axis=0) + places[: ids.shape[1]]
+        x = token_states(self, tokens, ids, self.added) + places[: ids.shape[1]]
         x = x.astype(self.dtype)  # (b, l, d)
         block = ClipBlock(
             self.num_heads, self.mlp, self.activation, self.dtype, name="blocks"
@@ -67,7 +74,7 @@ class ClipText(nn.Module):
         # scan's output would take `depth` times the memory.
         def body(block, carry, layer):
             x, hidden = carry
-            x = block(x)
+            x = block(x, mask)
             return (x, jnp.where(layer == last, x, hidden)), None
 
         scan = nn.scan(
@@ -100,7 +107,9 @@ class ClipBlock(nn.Module):
     causal: bool = True
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b l d"]) -> Float[Array, "b l d"]:
+    def __call__(
+        self, x: Float[Array, "b l d"], keys: Bool[Array, "b l"] | None = None
+    ) -> Float[Array, "b l d"]:
         d, n = x.shape[-1], x.shape[1]
         dense = lambda features, axes, name: Dense(
             features, axes, dtype=self.dtype, name=name
@@ -110,6 +119,8 @@ class ClipBlock(nn.Module):
         axes = ("embed", None, "heads", None)
         qkv = dense(heads, axes, "to_qkv")(h)  # (b, l, 3, a, k)
         mask = jnp.where(jnp.tri(n, dtype=bool), 0.0, -jnp.inf)[None, None]
+        if keys is not None:
+            mask = jnp.where(keys[:, None, None, :], mask, -jnp.inf)  # (b, 1, l, l)
         bias = mask if self.causal else None  # (1, 1, l, l)
         h = attention(*jnp.unstack(qkv, axis=-3), bias=bias)  # (b, l, a, k)
         x = x + dense(d, ("heads", None, "embed"), "to_out")(h)

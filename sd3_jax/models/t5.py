@@ -9,6 +9,7 @@ from jaxtyping import Bool, Float, Int
 
 from sd3_jax.models.attention.attention import attention
 from sd3_jax.models.layers import Dense, RmsNorm, normal
+from sd3_jax.models.token_table import token_states
 
 PAD = 0  # of ByT5's ids; 1 ends, and byte b is b + 3
 
@@ -17,7 +18,8 @@ class T5Encoder(nn.Module):
     """Token ids (b, l) to states (b, l, d).
 
     `mask` is true for keys that are attended to. The released models take none: there
-    padding is attended to as well.
+    padding is attended to as well. `added` is the number of rows of textual inversion,
+    whose ids begin at `vocab`.
     """
 
     vocab: int
@@ -27,6 +29,7 @@ class T5Encoder(nn.Module):
     head_size: int
     mlp: int
     unroll: int = 1
+    added: int = 0
     dtype: DTypeLike = jnp.bfloat16
 
     @nn.compact
@@ -36,7 +39,7 @@ class T5Encoder(nn.Module):
         init = nn.with_logical_partitioning(normal(1.0), ("vocab", "embed"))
         table = self.param("embedding", init, (self.vocab, self.width))
         # No factor sqrt(width), and no position table: positions enter by the bias.
-        x = jnp.take(table, ids, axis=0).astype(self.dtype)  # (b, l, d)
+        x = token_states(self, table, ids, self.added).astype(self.dtype)  # (b, l, d)
         return T5Stack(
             self.depth,
             self.num_heads,

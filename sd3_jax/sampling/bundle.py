@@ -1,7 +1,9 @@
 """A released model as one object: modules, variables, tokenizers, configurations."""
 
+import dataclasses
+import os
 from collections import Counter
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,28 +14,30 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Int, Key
 
 from sd3_jax import tree
-from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.sampling import argument_checks, compiled
+from sd3_jax.sampling import (
+    argument_checks,
+    compiled,
+    textual_inversion,
+    weighted_prompts,
+)
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.prompt_tokens import (
+    TEXT,
+    Prompt,
+    PromptTokens,
+    lengths,
+    tokenized,
+)
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components, controlnet_keys
+from sd3_jax.weights import components, controlnet_keys, embedding_files
 
-TEXT = ("clip_l", "clip_g", "t5")
 CLIPS = TEXT[:2]
-
-
-class Prompt(NamedTuple):
-    """A text for each encoder; None stands for the text of clip_l."""
-
-    clip_l: str
-    clip_g: str | None = None
-    t5: str | None = None
 
 
 @dataclass(frozen=True, repr=False)
@@ -71,10 +75,13 @@ class Bundle:
         max_sequence_length: int = 256,
         *,
         clip_skip: int = 0,
+        weighting: str | None = None,
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
 
-        One text alone is a batch of one.
+        One text alone is a batch of one. With `weighting`, "parentheses" or "compel",
+        prompts may weigh their words (data/prompt_weights.py); another program then
+        encodes those that do.
         """
         # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
@@ -83,18 +90,27 @@ class Bundle:
             raise UserError(
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
-        ids = self.token_ids(prompts, max_sequence_length)
+        tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
+        tokens.log_cuts(self._memo.setdefault("logged", set()))
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
+        options = dict(
+            clip_skip=clip_skip,
+            context_dim=sizes.get("joint_attention_dim", 4096),
+            pooled_dim=sizes.get("pooled_projection_dim", 2048),
+            length=max_sequence_length,
+        )
+        place = lambda x: compiled.place(x, self.mesh)
+        models, variables = self.text_models, self.text_variables
         with compiled.on(self.mesh):
-            return compiled.encode_prompts(
-                self.text_models,
-                self.text_variables,
-                compiled.place(ids, self.mesh),
-                clip_skip=clip_skip,
-                context_dim=sizes.get("joint_attention_dim", 4096),
-                pooled_dim=sizes.get("pooled_projection_dim", 2048),
-                length=max_sequence_length,
+            if weighting is None or not tokens.is_weighted:
+                return compiled.encode_prompts(
+                    models, variables, place(tokens.ids), **options
+                )
+            empty = self._tokens([""] * len(prompts), max_sequence_length)
+            words = tokens.words, empty.words
+            return weighted_prompts.encode(
+                models, variables, *words, weighting, place=place, **options
             )
 
     def velocity(
@@ -175,7 +191,7 @@ class Bundle:
         prompts: Sequence[str | Prompt],
         length: int,
         *,
-        encoders: Container[str] | None = None,
+        encoders: Collection[str] | None = None,
         cut: Counter[str] | None = None,
     ) -> dict[str, Int[np.ndarray, "b _"]]:
         """The token ids that encode_prompts reads: "ids_clip_l" and so on.
@@ -183,30 +199,77 @@ class Bundle:
         `encoders` defaults to the bundle's; those named need not have their weights.
         Prompts that an encoder truncates are logged, or counted in `cut` by encoder.
         """
-        encoders = self.modules if encoders is None else encoders
-        argument_checks.whole("max_sequence_length", length, 1, 512)
-        full = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
-        ids = {}
-        for i, name in enumerate(TEXT):
-            if name not in encoders:
-                continue
-            if name not in self.tokenizers:
-                raise UserError(
-                    f"{self.source} has no tokenizer for {name}; set"
-                    " tokenizers_from=FOLDER, a diffusers folder or a hub name"
-                )
-            texts = [
-                prompt_text.checked(p.clip_l if p[i] is None else p[i]) for p in full
-            ]
-            # CLIP's length is the size of its position table; T5 has relative
-            # positions and takes any length.
-            encoder, most = "T5", length
-            if name != "t5":
-                encoder, most = "CLIP", self.configs[name]["max_position_embeddings"]
-            ids[f"ids_{name}"] = tokenizers.token_ids(
-                self.tokenizers[name], texts, most, encoder=encoder, cut=cut
-            )
-        return ids
+        tokens = self._tokens(prompts, length, encoders=encoders)
+        if cut is None:
+            tokens.log_cuts(self._memo.setdefault("logged", set()))
+        else:
+            cut.update(tokens.count_cuts())
+        return tokens.ids
+
+    def tokens_cut(
+        self,
+        prompts: str | Prompt | Sequence[str | Prompt],
+        max_sequence_length: int = 256,
+        *,
+        weighting: str | None = None,
+    ) -> list[dict[str, str]]:
+        """For each prompt, the words that encoders do not read, by encoder.
+
+        {} for a prompt that all read to its end. CLIP reads 77 tokens with the start
+        and the end of the text, T5 `max_sequence_length` with the end.
+        """
+        prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
+        tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
+        return [
+            {name: cuts[i].text for name, cuts in tokens.cuts.items() if cuts[i]}
+            for i in range(len(prompts))
+        ]
+
+    def _tokens(
+        self,
+        prompts: Sequence[str | Prompt],
+        length: int,
+        *,
+        encoders: Collection[str] | None = None,
+        weighting: str | None = None,
+    ) -> PromptTokens:
+        read = lengths(
+            self.modules if encoders is None else encoders, self.configs, length
+        )
+        options = dict(weighting=weighting, source=self.source)
+        return tokenized(self.tokenizers, read, prompts, **options)
+
+    def load_embedding(
+        self,
+        path_or_hub_name: os.PathLike | str,
+        token: textual_inversion.Tokens = None,
+    ) -> "Bundle":
+        """A bundle with an embedding of textual inversion, which shares all weights.
+
+        A prompt that has the placeholder, or embedding:PLACEHOLDER, gets the vectors.
+        The placeholder is that of the file, or its name, or `token`; a list of tokens
+        names the vectors one by one. The next call compiles the encoders, whose tables
+        have more rows; rows come in multiples of 32. `save` refuses the bundle. Raises
+        UserError for pickles, other files, vectors of another width and a placeholder
+        that is taken.
+        """
+        widths = textual_inversion.widths_of(self.configs, self.modules)
+        source = os.fspath(path_or_hub_name)
+        return self.add_learned(*textual_inversion.opened(source, token, widths))
+
+    def add_learned(self, *learned: embedding_files.Learned) -> "Bundle":
+        """load_embedding for vectors that are read."""
+        parts = textual_inversion.Encoders(
+            self.modules, self.variables, self.tokenizers
+        )
+        for vectors in learned:
+            parts = textual_inversion.with_embedding(parts, vectors, self.mesh)
+        return dataclasses.replace(self, **parts._asdict(), _memo={})
+
+    @property
+    def embeddings(self) -> dict[str, dict[str, int]]:
+        """The number of vectors by encoder of each placeholder that is loaded."""
+        return textual_inversion.placeholders_of(self.tokenizers)
 
     @property
     def text_models(self) -> TextModels:

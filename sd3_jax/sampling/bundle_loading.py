@@ -20,7 +20,7 @@ from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
 from sd3_jax.sampling import control as hints
-from sd3_jax.sampling import lora_adapters
+from sd3_jax.sampling import lora_adapters, textual_inversion
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle, read_scheduler
 from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
@@ -42,6 +42,7 @@ def load(
     tokenizers_from: str | None = "",
     only: Sequence[str] = tuple(COMPONENTS),
     lora: Any = (),
+    embeddings: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
     check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
@@ -57,8 +58,10 @@ def load(
     None loads none, for embeddings alone. `lora` names LoRA files or folders of
     diffusers, PEFT or kohya, or on the hub, with weights as in "style.safetensors=0.8"
     or {path: weight}; they stay beside the weights (sampling/lora_adapters.py), and
-    `save` writes the sum. `quantize` names components whose blocks have 8-bit matrices,
-    {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
+    `save` writes the sum. `embeddings` names files of textual inversion, with another
+    placeholder as in "style.safetensors=<style>" or {path: token}; each is loaded as
+    Bundle.load_embedding does. `quantize` names components whose blocks have 8-bit
+    matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
     (params/quantization.py). `check(scheduler, configs)` is called before any weight is
     read, and may raise. Raises UserError, which lists tensors that are missing, extra
     or of another shape.
@@ -84,6 +87,12 @@ def load(
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
     loras = lora_adapters.opened(lora, only, parts)
+    widths = textual_inversion.widths_of(configs, parts)
+    learned = [
+        vectors
+        for path, token in textual_inversion.listed(embeddings)
+        for vectors in textual_inversion.opened(path, token, widths)
+    ]
     paths = [place.path for place in places]
     words = _tokenizers(paths, tokenizers_from, parts, configs, source)
 
@@ -98,7 +107,9 @@ def load(
         log.info("%s", components.released_name(configs["denoiser"]))
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
-    return Bundle(modules, variables, configs, words, mesh, *about)
+    return Bundle(modules, variables, configs, words, mesh, *about).add_learned(
+        *learned
+    )
 
 
 def _tokenizers(

@@ -13,6 +13,7 @@ from jax.tree_util import tree_leaves_with_path
 from sd3_jax import tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
+from sd3_jax.foreign_text import listed
 from sd3_jax.params import parametrization
 from sd3_jax.sampling.bundle import Bundle, ControlBundle
 from sd3_jax.sampling.scheduler_config import EULER
@@ -40,12 +41,18 @@ def save(
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor gets the dtype of the file that it was loaded from.
-    LoRAs are merged into the weights. A ControlNet keeps its present dtype and its
-    control_type; weights that it borrows from the denoiser are left out.
+    LoRAs are merged into the weights; a bundle with embeddings is a UserError. A
+    ControlNet keeps its present dtype and its control_type; weights that it borrows
+    from the denoiser are left out.
     """
     path = epath.Path(path)
     if isinstance(bundle, ControlBundle):
         return save_control(bundle, path, layout, dtype=dtype)
+    if bundle.embeddings:
+        raise UserError(
+            f"embeddings {listed(bundle.embeddings)}: no layout of a model has a place"
+            " for them; save the bundle to which they were not loaded"
+        )
     bundle = dataclasses.replace(
         bundle, variables=parametrization.arrays(bundle.variables)
     )

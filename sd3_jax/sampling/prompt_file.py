@@ -23,6 +23,7 @@ MOST_LOGGED = 20  # lines that make no sense, of which the log tells one by one
 SAMPLE = (
     *("negative", "seed", "per_prompt", "steps", "solver", "grid", "shift"),
     *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
+    "prompt_weighting",
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
 )
 LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}

@@ -94,6 +94,16 @@ class Encoded(NamedTuple):
     pooled: Float[Array, "b e"]
 
 
+class Output(NamedTuple):
+    """An encoder's states (b, l, d), and a CLIP's pooled vector (b, e)."""
+
+    states: Float[Array, "b l d"]
+    pooled: Float[Array, "b e"] | None = None
+
+
+Outputs = dict[str, Output]  # by encoder: clip_l, clip_g, t5
+
+
 def encode_released(
     models: TextModels,
     variables: dict,
@@ -121,29 +131,52 @@ def encode_parts(
 
     A CLIP that is left out is zeros; the CLIPs' states have pooled's channels.
     """
-    b = len(next(iter(ids.values())))
-    states, pooled = [], []
+    outputs = run_encoders(models, variables, ids, clip_skip=clip_skip)
+    return side_by_side(models, outputs, pooled_dim=pooled_dim)
+
+
+def run_encoders(
+    models: TextModels,
+    variables: dict,
+    ids: dict[str, Int[Array, "b _"]],
+    masks: dict[str, Bool[Array, "b _"]] | None = None,
+    *,
+    clip_skip: int,
+) -> Outputs:
+    """The Output of each encoder there is; `masks` are true for keys attended to."""
+    outputs = {}
+    mask = lambda name: None if masks is None else masks[name]
     # L before G: the denoiser's weights fix the order of the channels.
     for name in ("clip_l", "clip_g"):
         module = getattr(models, name)
         if module is not None:
-            hidden, vector = module.apply(
-                variables[name], ids[f"ids_{name}"], clip_skip=clip_skip
+            outputs[name] = Output(
+                *module.apply(
+                    variables[name], ids[f"ids_{name}"], mask(name), clip_skip=clip_skip
+                )
             )
-            states.append(hidden)
-            pooled.append(vector)
+    if models.t5 is not None:
+        # (b, length, context_dim)
+        states = models.t5.apply(variables["t5"], ids["ids_t5"], mask("t5"))
+        outputs["t5"] = Output(states)
+    return outputs
+
+
+def side_by_side(models: TextModels, outputs: Outputs, *, pooled_dim: int) -> Encoded:
+    """The CLIPs' outputs beside each other on channels, as encode_parts gives them."""
+    clips = [outputs[name] for name in ("clip_l", "clip_g") if name in outputs]
+    states = [output.states for output in clips]
+    pooled = [output.pooled for output in clips]
     if models.clip_l is None and models.clip_g is not None:  # L's channels come first
         # G's channels lie behind L's, so L's place in front is filled with zeros.
         missing = pooled_dim - pooled[0].shape[-1]
         states.insert(0, jnp.zeros((*states[0].shape[:2], missing), states[0].dtype))
-        pooled.insert(0, jnp.zeros((b, missing), pooled[0].dtype))
+        pooled.insert(0, jnp.zeros((len(pooled[0]), missing), pooled[0].dtype))
     # With T5 alone CLIP's 77 tokens are zeros; without a mask they are attended to.
+    t5 = outputs["t5"].states if "t5" in outputs else None
     if not states:
-        dtype = models.t5.dtype
-        states = [jnp.zeros((b, CLIP_LENGTH, 0), dtype)]
-        pooled = [jnp.zeros((b, 0), dtype)]
-    # (b, length, context_dim), or no tokens at all
-    t5 = None if models.t5 is None else models.t5.apply(variables["t5"], ids["ids_t5"])
+        states = [jnp.zeros((len(t5), CLIP_LENGTH, 0), models.t5.dtype)]
+        pooled = [jnp.zeros((len(t5), 0), models.t5.dtype)]
     # (b, 768) and (b, 1280) → (b, 2048)
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
     # (b, 77, 768) and (b, 77, 1280) → (b, 77, 2048)

@@ -21,13 +21,14 @@ log = logging.getLogger(__name__)
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
-    """The bundle of config.weights with config.sample.lora, in config.model.dtype and
-    quantized by config.quantize, over the mesh."""
+    """The bundle of config.weights with config.sample's lora and embeddings, in
+    config.model.dtype and quantized by config.quantize, over the mesh."""
     from_config = dict(
         dtype=config.model.dtype,
         quantize=config.quantize.to_dict(),
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
+        embeddings=config.sample.embeddings,
     )
     return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
@@ -109,11 +110,7 @@ def sample_tasks(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of tasks that share a shape and settings."""
-    # A task's prompt is one text, or one for each of the three encoders.
-    prompts = [
-        x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
-        for x in tasks
-    ]
+    prompts = [prompt_of(task) for task in tasks]
     # Tasks of one batch share all settings but negative prompt and seed (Task.group).
     s = tasks[0].settings
     images = api.generate(
@@ -130,6 +127,7 @@ def sample_tasks(
         **solver_options(s),
         max_sequence_length=s["max_length"],
         clip_skip=s["clip_skip"],
+        prompt_weighting=s["prompt_weighting"] or None,
         skip_layers=s["skip_layers"],
         skip_scale=s["skip_scale"],
         skip_start=s["skip_start"],
@@ -139,3 +137,26 @@ def sample_tasks(
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]
     return pictures.to_uint8(2 * images.astype(np.float32) - 1)
+
+
+def prompt_of(task: prompt_file.Task) -> str | bundle.Prompt:
+    """A task's prompt: one text, or one for each of the three encoders."""
+    return task.prompt if isinstance(task.prompt, str) else bundle.Prompt(*task.prompt)
+
+
+def cut_words(
+    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
+) -> list[dict[str, str]]:
+    """For each task the words of its prompt that encoders do not read, by encoder."""
+    if not any(model.text_models):
+        return [{} for _ in tasks]
+    cuts: dict[tuple, dict[str, str]] = {}
+    for task in tasks:
+        s = task.settings
+        key = task.prompt, s["max_length"], s["prompt_weighting"]
+        if key not in cuts:
+            (cuts[key],) = model.tokens_cut(
+                prompt_of(task), key[1], weighting=key[2] or None
+            )
+    keys = ("max_length", "prompt_weighting")
+    return [cuts[x.prompt, *(x.settings[k] for k in keys)] for x in tasks]

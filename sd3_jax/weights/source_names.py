@@ -94,3 +94,12 @@ def split_weight(text: str, exists: Callable[[str], bool]) -> tuple[str, float]:
         return path, float(number)
     except ValueError:  # an "=" within the name
         return text, 1.0
+
+
+def split_token(text: str, exists: Callable[[str], bool]) -> tuple[str, str | None]:
+    """(path, placeholder) of an embedding: "path=<token>", or "path" with None.
+
+    An existing path with "=" in its name has no placeholder.
+    """
+    path, equals, token = text.rpartition("=")
+    return (path, token) if equals and not exists(text) else (text, None)

@@ -172,7 +172,7 @@ def test_what_a_tokenizer_cuts_is_one_warning_with_counts(caplog):
     class Words:
         """A token a character, and one for the end."""
 
-        def __call__(self, texts, max_length=99, truncation=False, padding=None):
+        def __call__(self, texts, max_length=99, padding=None, **options):
             rows = [[*map(ord, t), 1] for t in texts]
             if padding:
                 rows = [(r[: max_length - 1] + [1] * 99)[:max_length] for r in rows]

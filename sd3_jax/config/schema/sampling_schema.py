@@ -22,6 +22,9 @@ from sd3_jax.config.schema.key_rules import (
 SHIFT = number(
     "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
 )
+EMBEDDINGS = sequence(
+    Rule(lambda x: isinstance(x, str), "a path"), "paths of embeddings"
+)
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 
 SAMPLE = dict(
@@ -72,6 +75,18 @@ SAMPLE = dict(
     step=Key(0, COUNT, "Step of the checkpoint to read; 0: the newest."),
     lora=Key(
         (), LORAS, "LoRA files for released weights: path, or path=0.8 with a weight."
+    ),
+    embeddings=Key(
+        (),
+        EMBEDDINGS,
+        "Textual inversion files for text encoders: path, or path=<token> with another"
+        " placeholder.",
+    ),
+    prompt_weighting=Key(
+        "",
+        one_of("", "parentheses", "compel"),
+        "Weights in prompts, for released weights: parentheses for (word:1.3), compel"
+        " for word++; empty: brackets and signs are text.",
     ),
     filter=Key(
         "",
