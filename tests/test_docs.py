@@ -210,6 +210,9 @@ def folder(tmp_path_factory):
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "sd3.5_medium").symlink_to(miniature.folder("sd35_medium"))
     save_control_net(folder / "sd3.5_large_controlnet_canny.safetensors")
+    embedding = {"clip_l": (2, 64), "clip_g": (2, 64), "t5xxl": (2, 160)}
+    tensors = {name: torch.ones(shape) for name, shape in embedding.items()}
+    safetensors.torch.save_file(tensors, folder / "cat-toy.safetensors")
     (folder / "launch").mkdir()
     for script in (ROOT / "launch").glob("*.sh"):
         dry = folder / "launch" / script.name

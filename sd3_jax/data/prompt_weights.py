@@ -38,8 +38,8 @@ class WeightedPrompt(NamedTuple):
 def parse(prompt: str, syntax: str) -> WeightedPrompt:
     """Read a prompt in one of the SYNTAXES.
 
-    Raises UserError with the position of what does not parse: brackets without a
-    partner, weights that are no finite numbers, and operators that are not supported.
+    Raises UserError with the position of what does not parse: a bracket without a
+    partner, a weight that is not a finite number, an operator that is not supported.
     """
     return SYNTAXES[syntax](prompt)
 

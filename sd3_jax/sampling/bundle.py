@@ -91,7 +91,7 @@ class Bundle:
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
         tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
-        tokens.log_cuts(self._memo.setdefault("logged", set()))
+        self._log_cuts(tokens)
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         options = dict(
@@ -201,7 +201,7 @@ class Bundle:
         """
         tokens = self._tokens(prompts, length, encoders=encoders)
         if cut is None:
-            tokens.log_cuts(self._memo.setdefault("logged", set()))
+            self._log_cuts(tokens)
         else:
             cut.update(tokens.count_cuts())
         return tokens.ids
@@ -212,14 +212,18 @@ class Bundle:
         max_sequence_length: int = 256,
         *,
         weighting: str | None = None,
+        log: bool = False,
     ) -> list[dict[str, str]]:
         """For each prompt, the words that encoders do not read, by encoder.
 
         {} for a prompt that all read to its end. CLIP reads 77 tokens with the start
-        and the end of the text, T5 `max_sequence_length` with the end.
+        and the end of the text, T5 `max_sequence_length` with the end. With `log` they
+        are logged, as encode_prompts does for prompts that were not logged before.
         """
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
         tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
+        if log:
+            self._log_cuts(tokens)
         return [
             {name: cuts[i].text for name, cuts in tokens.cuts.items() if cuts[i]}
             for i in range(len(prompts))
@@ -238,6 +242,9 @@ class Bundle:
         )
         options = dict(weighting=weighting, source=self.source)
         return tokenized(self.tokenizers, read, prompts, **options)
+
+    def _log_cuts(self, tokens: PromptTokens) -> None:
+        tokens.log_cuts(self._memo.setdefault("logged", set()))
 
     def load_embedding(
         self,

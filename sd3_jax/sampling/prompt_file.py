@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sd3_jax.config.validation import validate
-from sd3_jax.data import prompt_text
+from sd3_jax.data import prompt_text, prompt_weights
 from sd3_jax.errors import ConfigError, UserError, nearest
 from sd3_jax.foreign_text import parse_json, shown
 
@@ -122,7 +122,8 @@ def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
             " one of them"
         )
     if sample.prompt:
-        return [(prompt_text.checked(sample.prompt, "config.sample.prompt"), config)]
+        text = prompt_text.checked(sample.prompt, "config.sample.prompt")
+        return [_with_weights(text, config)]
     if sample.prompts_file:
         return _lines(config, epath.Path(sample.prompts_file))
     if not config.train.prompts:
@@ -157,7 +158,7 @@ def _lines(
             # Empty lines are allowed, and keep the numbers in messages those of the
             # file.
             if line.strip():
-                parsed.append(read(line.strip(), config))
+                parsed.append(_with_weights(*read(line.strip(), config)))
         except UserError as error:
             bad.append(str(number))
             if len(bad) <= MOST_LOGGED:
@@ -172,6 +173,15 @@ def _lines(
         counts = len(bad), len(parsed) + len(bad)
         log.warning("%s: skipped %d of %d lines: %s", path, *counts, bad_numbers)
     return parsed
+
+
+def _with_weights(prompt: Any, line_config: ConfigDict) -> tuple[Any, ConfigDict]:
+    """Both, after a UserError for weights in the line's texts that do not parse."""
+    if syntax := line_config.sample.prompt_weighting:
+        texts = [prompt] if isinstance(prompt, str) else prompt
+        for text in *texts, line_config.sample.negative:
+            prompt_weights.parse(text, syntax)
+    return prompt, line_config
 
 
 def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:

@@ -16,7 +16,7 @@ from sd3_jax.sampling import argument_checks
 TEXT = ("clip_l", "clip_g", "t5")
 KINDS = {"clip_l": "CLIP", "clip_g": "CLIP", "t5": "T5"}  # for messages
 LONGEST = 512  # tokens of T5
-REMEMBERED = 10_000  # texts that are remembered as logged, at most
+REMEMBERED = 100_000  # cut texts that are remembered as logged, at most
 
 
 class Prompt(NamedTuple):

@@ -147,16 +147,20 @@ def prompt_of(task: prompt_file.Task) -> str | bundle.Prompt:
 def cut_words(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
 ) -> list[dict[str, str]]:
-    """For each task the words of its prompt that encoders do not read, by encoder."""
+    """For each task the words of its prompt that encoders do not read, by encoder.
+
+    They are logged here, so that batches need not log them one by one.
+    """
     if not any(model.text_models):
         return [{} for _ in tasks]
+    keys = [
+        (task.settings["max_length"], task.settings["prompt_weighting"] or None)
+        for task in tasks
+    ]
+    prompts = [prompt_of(task) for task in tasks]
     cuts: dict[tuple, dict[str, str]] = {}
-    for task in tasks:
-        s = task.settings
-        key = task.prompt, s["max_length"], s["prompt_weighting"]
-        if key not in cuts:
-            (cuts[key],) = model.tokens_cut(
-                prompt_of(task), key[1], weighting=key[2] or None
-            )
-    keys = ("max_length", "prompt_weighting")
-    return [cuts[x.prompt, *(x.settings[k] for k in keys)] for x in tasks]
+    for key in dict.fromkeys(keys):
+        texts = list(dict.fromkeys(p for p, k in zip(prompts, keys) if k == key))
+        words = model.tokens_cut(texts, key[0], weighting=key[1], log=True)
+        cuts |= {(key, text): cut for text, cut in zip(texts, words)}
+    return [cuts[key, prompt] for key, prompt in zip(keys, prompts)]

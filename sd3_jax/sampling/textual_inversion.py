@@ -63,7 +63,7 @@ def opened(source: str, token: Tokens, widths: Mapping[str, int]) -> list[Learne
                 f" encoders are {spelled(widths)}"
             )
         if absent:
-            message = "%s: its vectors for %s are not used: there is no such encoder"
+            message = "%s: its vectors for %s are not used, as that is not loaded"
             log.warning(message, learned.path, spelled(absent))
         if plain := [name for name in widths if name not in learned.vectors]:
             message = '%s: no vectors for %s, which reads "%s" as text'
