@@ -73,6 +73,8 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     # exact: float32 masters and not the quantized form that sampling may use.
     params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("converting step %d of %s", step, workdir)
+    if tower := params.get("text"):  # {} if the run reads encoded text
+        warn_of_byte_tower(tower, workdir)
     variables = {
         "params": jax.jit(parametrization.arrays)(params["denoiser"])
     }  # with its LoRA
@@ -107,3 +109,16 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         "float32",
         str(workdir),
     )
+
+
+def warn_of_byte_tower(tower: dict, workdir: epath.Path) -> None:
+    """Warn that a run's text tower, which no released layout holds, is left out."""
+    tensors = jax.tree.leaves(tower)
+    message = (
+        "the byte text tower of %s is not exported: no layout holds its %d tensors"
+        " (%d parameters). The exported denoiser reads only that tower's embeddings, so"
+        " CLIP and T5 prompts do not steer it; to generate from prompts, use sd3-jax"
+        " sample --workdir=%s"
+    )
+    parameters = sum(x.size for x in tensors)
+    log.warning(message, workdir, len(tensors), parameters, workdir)
