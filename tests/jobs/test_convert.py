@@ -95,7 +95,7 @@ def test_what_we_trained_runs_in_pytorch(trained):
 
 @pytest.mark.parametrize("layout", ["diffusers", "original", "orbax"])
 def test_the_byte_tower_is_left_out_with_a_warning(trained, tmp_path, caplog, layout):
-    """The denoiser learned that tower's embeddings: prompts of CLIP are none of them."""
+    """The denoiser learned that tower's embeddings: CLIP's would not fit."""
     workdir, recipe = trained
     flags = [f"--config.convert.to={layout}", f"--config.convert.out={tmp_path}/out"]
     assert run(workdir, *flags, recipe=recipe) == 0
@@ -109,6 +109,14 @@ def test_the_byte_tower_is_left_out_with_a_warning(trained, tmp_path, caplog, la
     assert f"sd3-jax sample --workdir={workdir}" in warning
     bundle = sd3_jax.load(str(tmp_path / "out"), tokenizers_from=None)
     assert list(bundle.modules) == ["denoiser"]
+
+
+def test_released_weights_are_joined_by_listing_them(tmp_path, caplog):
+    """encode.weights completes a run; with config.weights it is not used, and said."""
+    weights = miniature.folder("sd35_medium")
+    flags = [f"--config.weights={weights}", f"--config.encode.weights={weights}"]
+    assert run(tmp_path, *flags) == 0
+    assert any("list both in config.weights" in x for x in caplog.messages)
 
 
 @pytest.mark.parametrize(
