@@ -1,7 +1,6 @@
-"""Loads LoRA files and attaches them to the weights of the components they adapt."""
+"""Opens adapter files that a caller names, and reads their tensors."""
 
 import functools
-import logging
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
@@ -9,17 +8,13 @@ from typing import Any, NamedTuple
 
 from etils import epath
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params import lora
-from sd3_jax.sampling import compiled
+from sd3_jax.params.adapters import Adapter, Factors
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights import lora_formats, source_names, sources
-
-log = logging.getLogger(__name__)
-
 
 named = functools.partial(source_names.split_weight, exists=sources.exists)
 
@@ -27,6 +22,7 @@ named = functools.partial(source_names.split_weight, exists=sources.exists)
 class Opened(NamedTuple):
     """A LoRA whose header is read: its maps by component, and its weight."""
 
+    source: str  # as the caller named it
     path: epath.Path
     weight: float
     pairs: dict[str, lora_formats.Pairs]
@@ -77,45 +73,25 @@ def opened(
                 f"{path} adapts {lacking[0]}, but the weights have only"
                 f" {', '.join(available)}; add a file that has it, after a comma"
             )
-        loras.append(Opened(path, weight, pairs))
+        loras.append(Opened(source, path, weight, pairs))
     return loras
 
 
-def attached(
-    variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
-) -> dict[str, dict]:
-    """Variables by component with the LoRAs beside their kernels, added up."""
-    adapted = dict(variables)
-    for path, weight, maps in loras:
-        for name, pairs in maps.items():
-            params = adapted[name]["params"]
-            lora_params = files.load(pairs, name, modules[name], params, weight=weight)
-            # The kernel becomes LowRank(base, a, b): the sum is never stored.
-            params = lora.attach(params, _placed(lora_params, params))
-            adapted[name] = adapted[name] | {"params": params}
-            log.info(
-                "%s: adapts %d linear layers of %s, times %g",
-                path,
-                len(pairs),
-                name,
-                weight,
-            )
-    return adapted
-
-
-def _placed(lora_params: dict, params: dict) -> dict:
-    """a and b, sharded as their kernels along the axes that they share."""
-    kernels, placed = lora.kernels(params), {}
-    for path, pair in lora.modules(lora_params, "a"):
-        kernel = kernels[path]
-        # PartitionSpec omits trailing None; the layout needs one entry for each axis.
-        mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
-        spec += (None,) * (kernel.ndim - len(spec))
-        # `a` shares the kernel's input axes and `b` its output axes; the rank stays
-        # whole.
-        specs = lora.layout(path, kernel.ndim).shapes(spec, None)
-        placed[path] = {
-            name: compiled.put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
-            for name, axes in zip("ab", specs)
+def read(
+    opened: Opened, variables: Mapping[str, dict], modules: Mapping[str, nn.Module]
+) -> Adapter:
+    """The tensors of an opened LoRA, in host memory."""
+    adapter: Adapter = {}
+    for name, pairs in opened.pairs.items():
+        tree = files.load(pairs, name, modules[name], variables[name]["params"])
+        adapter[name] = {
+            (*path, "kernel"): Factors(pair["a"], pair["b"])
+            for path, pair in lora.modules(tree, "a")
         }
-    return lora.nested(placed)
+    return adapter
+
+
+def default_name(source: str) -> str:
+    """The name of an adapter that the caller gives none: its file's or folder's."""
+    last = source.rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".safetensors") or source

@@ -16,8 +16,8 @@ from parity import miniature
 from sd3_jax import main
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.params import lora, parametrization
-from sd3_jax.params.parametrization import LowRank
+from sd3_jax.params import adapters, lora
+from sd3_jax.params.adapters import Factors
 from sd3_jax.sampling import bundle_loading
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights import lora_formats
@@ -110,7 +110,7 @@ def test_ours_of_all_linear_layers_in_diffusers(bundle, base, theirs, mesh, tmp_
     again = loaded(mesh, f"{file}=1.0")
     agree(again.velocity(*inputs()), wanted, base)
     trained = lora.merge(params, made, alpha=6.0)
-    found = parametrization.arrays(again.variables["denoiser"]["params"])
+    found = again.merge_adapters().variables["denoiser"]["params"]
     chex.assert_trees_all_close(found, trained, atol=1e-6)
 
 
@@ -140,8 +140,9 @@ def test_theirs_here_and_merged_by_convert(bundle, base, theirs, mesh, tmp_path)
     )
     found = loaded(mesh, str(tmp_path))
     agree(found.velocity(*inputs()), wanted, base)
-    kernel = found.variables["denoiser"]["params"]["final_adaln"]["linear"]["kernel"]
-    assert isinstance(kernel, LowRank)
+    kernel = ("final_adaln", "linear", "kernel")
+    (adapter,) = found.bank.adapters.values()
+    assert isinstance(adapter["denoiser"][kernel], Factors)
     flags = [
         f"--config.weights={miniature.folder(KIND) / 'transformer'}",
         f"--config.sample.lora={tmp_path}=0.5,{tmp_path}=0.5",
@@ -227,8 +228,9 @@ def test_text_encoders_as_transformers_and_peft_have_them(mesh, tmp_path):
     saved(path, tensors, {lora_formats.METADATA: json.dumps(told)})
     found = loaded(mesh, str(path), only=("denoiser", "clip_l", "clip_g"))
     for name, (after, before) in zip(("clip_l", "clip_g"), wanted):
-        run = jax.jit(found.modules[name].apply)
-        ours = run(found.variables[name], jnp.asarray(ids.numpy()))
+        module, weights = found.modules[name], np.ones(1, np.float32)
+        run = jax.jit(lambda x, ids, m=module: m.apply(adapters.attached(x), ids))
+        ours = run(found.adapted(name, weights), jnp.asarray(ids.numpy()))
         for x, y, z in zip(ours, after, before):
             agree(x, y, z)
 
@@ -239,9 +241,10 @@ def test_weights_add_up_and_count_in_the_fingerprint(bundle, mesh, tmp_path):
     one, two = (random_lora(params, rank, "attn", rank) for rank in (2, 3))
     a = files.save(tmp_path / "a", {"denoiser": one}, parts)
     b = files.save(tmp_path / "b", {"denoiser": two}, parts)
-    both = loaded(mesh, f"{a}=0.5", f"{b}=-2").variables["denoiser"]["params"]
+    both = loaded(mesh, f"{a}=0.5", f"{b}=-2").merge_adapters()
+    both = both.variables["denoiser"]["params"]
     merged = lora.merge(lora.merge(params, one, weight=0.5), two, weight=-2.0)
-    chex.assert_trees_all_close(parametrization.arrays(both), merged, atol=1e-6)
+    chex.assert_trees_all_close(both, merged, atol=1e-6)
     prints = {loaded(mesh, f"{a}={weight}").fingerprint() for weight in (0.5, 0.6)}
     assert len(prints) == 2
 
@@ -251,8 +254,11 @@ def test_on_a_mesh_it_lies_as_its_kernels(bundle, tmp_path):
     made = random_lora(bundle.variables["denoiser"]["params"], 4, "attn/")
     file = files.save(tmp_path, {"denoiser": made}, parts)
     over = loaded(sharding.make_mesh(data=2, fsdp=4), str(file))
-    attn = over.variables["denoiser"]["params"]["blocks"]["image"]["attn"]
-    qkv, out = attn["to_qkv"]["kernel"], attn["to_out"]["kernel"]
+    (adapter,) = over.bank.adapters.values()
+    attn = ("blocks", "image", "attn")
+    qkv, out = (
+        adapter["denoiser"][(*attn, name, "kernel")] for name in ("to_qkv", "to_out")
+    )
     assert qkv.a.sharding.spec[1] == out.b.sharding.spec[2] == "fsdp"
     assert "fsdp" not in (*qkv.b.sharding.spec, *out.a.sharding.spec)
     wanted = made["blocks"]["image"]["attn"]["to_qkv"]
