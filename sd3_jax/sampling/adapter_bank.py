@@ -44,6 +44,12 @@ class Bank:
 
     def add(self, name: str, adapter: Adapter, weight: float | int) -> None:
         """Adds an adapter that is `placed`; UserError for a name that is taken."""
+        self.require_new(name)
+        weight = argument_checks.number(f'adapter "{shown(name)}": weight', weight)
+        self.adapters[name], self.weights[name] = adapter, weight
+
+    def require_new(self, name: Any) -> None:
+        """UserError for a name that is taken, or is none."""
         if not isinstance(name, str) or not name:
             raise UserError(f"adapter {shown(repr(name))}: expected a name")
         if name in self.adapters:
@@ -51,8 +57,6 @@ class Bank:
                 f'adapter "{shown(name)}" is loaded already; give another name, or'
                 " unload it first"
             )
-        weight = argument_checks.number(f'adapter "{shown(name)}": weight', weight)
-        self.adapters[name], self.weights[name] = adapter, weight
 
     def set(self, weights: Weights) -> None:
         """The weights from now on; adapters that are not named get 0."""

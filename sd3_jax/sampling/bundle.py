@@ -1,8 +1,5 @@
 """A released model as one object: modules, variables, tokenizers, configurations."""
 
-import dataclasses
-import logging
-import os
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -19,18 +16,17 @@ from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.params import adapters as common_form
-from sd3_jax.sampling import argument_checks, compiled, lora_adapters
+from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
-from sd3_jax.sampling.adapter_bank import Bank, Sets, Weights, placed
+from sd3_jax.sampling.adapter_bank import Bank, Sets
+from sd3_jax.sampling.bundle_adapters import WithAdapters
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components, controlnet_keys
 
-log = logging.getLogger(__name__)
 TEXT = ("clip_l", "clip_g", "t5")
 CLIPS = TEXT[:2]
 
@@ -44,14 +40,13 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Bundle:
+class Bundle(WithAdapters):
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
     `configs` are those of diffusers and transformers and include "scheduler";
     `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
     lack has no entry: the denoiser reads zeros in place of a text encoder. Adapters
-    stay beside the variables (sampling/adapter_bank.py); load_adapter, set_adapters and
-    unload_adapters change which act from then on.
+    stay beside the variables, in `bank`.
     """
 
     modules: dict[str, nn.Module]
@@ -73,89 +68,9 @@ class Bundle:
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
-        kinds = [name + parts, self.dtype, f"mesh {mesh}", self.source]
-        if self.bank.adapters:
-            each = (f"{shown(k)} {v:g}" for k, v in self.adapters.items())
-            kinds.append(f"adapters {', '.join(each)}")
-        return f"Bundle({'; '.join(kinds)})"
-
-    @property
-    def adapters(self) -> dict[str, float]:
-        """The weight of each adapter that is loaded, by name."""
-        return dict(self.bank.weights)
-
-    def load_adapter(
-        self,
-        source: os.PathLike | str | common_form.Adapter,
-        name: str | None = None,
-        weight: float | int = 1.0,
-        *,
-        only: Sequence[str] = tuple(components.COMPONENTS),
-    ) -> str:
-        """Add an adapter, such as a LoRA, beside the weights, and return its name.
-
-        `source` is a file, a folder or a hub name, or an adapter in the common form
-        (params/adapters.py). The name is by default the file's. Parts of the adapter
-        for components that `only` does not name are left out. The next call compiles,
-        because the number of ranks is a shape. Raises UserError for an adapter that
-        does not fit, and for a name that is taken.
-        """
-        if isinstance(source, Mapping):
-            if name is None:
-                raise UserError(
-                    "an adapter that is no file needs a name; set name=NAME"
-                )
-            known = components.COMPONENTS  # what is not known is refused by `placed`
-            parts = {k: x for k, x in source.items() if k in only or k not in known}
-            changes = placed(name, parts, self.variables, self.dtype)
-            self.bank.add(name, changes, weight)
-            return name
-        text = os.fspath(source)
-        (opened,) = lora_adapters.opened([(text, weight)], only, self.modules)
-        return self.add_opened(opened, name)
-
-    def add_opened(self, opened: lora_adapters.Opened, name: str | None = None) -> str:
-        """load_adapter for a file whose header is read."""
-        if name is None:
-            name = self.bank.unused_name(lora_adapters.default_name(opened.source))
-        adapter = lora_adapters.read(opened, self.variables, self.modules)
-        changes = placed(name, adapter, self.variables, self.dtype)
-        self.bank.add(name, changes, opened.weight)
-        for part, maps in changes.items():
-            message = "%s: changes %d weights of %s, times %g"
-            log.info(message, opened.path, len(maps), part, opened.weight)
-        if not changes:
-            log.warning("%s: changes no component that is loaded", opened.path)
-        return name
-
-    def set_adapters(self, weights: Weights) -> None:
-        """Set the adapters' weights by name; those that are not named get 0.
-
-        Nothing is compiled and no weight of the model is touched. Raises UserError for
-        unknown names.
-        """
-        self.bank.set(weights)
-
-    def unload_adapters(self, *names: str) -> None:
-        """Remove adapters, by default all, and free their memory."""
-        self.bank.unload(names or tuple(self.adapters))
-
-    def merge_adapters(self) -> "Bundle":
-        """A bundle without adapters, in whose weights they are added up.
-
-        It is as fast as one that never had adapters. Eight-bit weights that an adapter
-        changes become floats.
-        """
-        table = self.bank.table(None, 0)
-        variables = {
-            name: common_form.merged(self.bank.beside(name, x, table, self.mesh))
-            for name, x in self.variables.items()
-        }
-        return dataclasses.replace(self, variables=variables, bank=Bank(), _memo={})
-
-    def adapted(self, name: str, table: np.ndarray) -> Any:
-        """A component's variables with its adapters, weighed by the bank's table."""
-        return self.bank.beside(name, self.variables.get(name), table, self.mesh)
+        added = "".join(f"; {shown(k)} {v:g}" for k, v in self.adapters.items())
+        about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
+        return f"Bundle({name}{parts}; {about})"
 
     def encode_prompts(
         self,
@@ -167,8 +82,7 @@ class Bundle:
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
 
-        One text alone is a batch of one. `adapters` are weights by name for this call,
-        or a list of such sets, one for each prompt.
+        One text is a batch of one. `adapters` are weights by name, or a set a prompt.
         """
         # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
@@ -203,10 +117,7 @@ class Bundle:
         skip_layers: Sequence[int] = (),
         adapters: Sets | None = None,
     ) -> Float[Array, "b h w c"]:
-        """v = noise - x0 at time t, 1 being noise.
-
-        `adapters` are weights by name for this call, or such a set for each row.
-        """
+        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate."""
         module = self.part("denoiser")
         latents = inputs.laid_out(latents, module.channels)
         t = inputs.times(t, len(latents))

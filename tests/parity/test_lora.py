@@ -155,6 +155,26 @@ def test_theirs_here_and_merged_by_convert(bundle, base, theirs, mesh, tmp_path)
     agree(merged.velocity(*inputs()), wanted, base)
 
 
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
+def test_several_weighed_as_in_diffusers(bundle, base, theirs, mesh, tmp_path):
+    params = bundle.variables["denoiser"]["params"]
+    parts = {"denoiser": bundle.modules["denoiser"]}
+    pipe, ours = pipeline(theirs), loaded(mesh)
+    for name, rank, targets in (("fine", 3, ""), ("ink", 2, "attn")):
+        pair = random_lora(params, rank, targets, rank)
+        files.save(tmp_path / name, {"denoiser": pair}, parts, alpha=2.0)
+        pipe.load_lora_weights(tmp_path / name, adapter_name=name)
+        assert ours.load_adapter(tmp_path / name) == name
+    for weights in ({"fine": 0.5, "ink": -2.0}, {"ink": 0.7}):
+        pipe.set_adapters([*weights], [*weights.values()])
+        ours.set_adapters(weights)
+        agree(ours.velocity(*inputs()), run_theirs(theirs), base)
+    file = tmp_path / "ink" / "pytorch_lora_weights.safetensors"
+    assert ours.load_adapter(file, weight=0) == "pytorch_lora_weights"
+    assert ours.load_adapter(str(tmp_path / "ink"), weight=0) == "ink_2"
+    assert list(ours.adapters.values()) == [0.0, 0.7, 0.0, 0.0]
+
+
 def saved(path, tensors, metadata=None):
     made = {k: torch.as_tensor(x).contiguous() for k, x in tensors.items()}
     safetensors.torch.save_file(made, path, metadata=metadata)
