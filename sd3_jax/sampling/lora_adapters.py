@@ -15,8 +15,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params import lora
 from sd3_jax.sampling import compiled
+from sd3_jax.weights import adapter_files, source_names, sources
 from sd3_jax.weights import lora_files as files
-from sd3_jax.weights import lora_formats, source_names, sources
 
 log = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ class Opened(NamedTuple):
 
     path: epath.Path
     weight: float
-    pairs: dict[str, lora_formats.Pairs]
+    layers: dict[str, adapter_files.Layers]
 
 
 def listed(requested: Any) -> list[tuple[str, float]]:
@@ -68,16 +68,16 @@ def opened(
     loras = []
     # LoRAs add up: each is attached beside the kernels, with its own weight.
     for source, weight in listed(requested):
-        path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
+        path = sources.resolve(source, adapter_files.WANTED, label="LoRA")
         # Headers and kohya's alphas alone: a LoRA for a part that is not there is
         # refused before any weight is loaded.
-        pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
-        if lacking := [name for name in pairs if name not in available]:
+        layers = {k: x for k, x in adapter_files.read(path).items() if k in components}
+        if lacking := [name for name in layers if name not in available]:
             raise UserError(
                 f"{path} adapts {lacking[0]}, but the weights have only"
                 f" {', '.join(available)}; add a file that has it, after a comma"
             )
-        loras.append(Opened(path, weight, pairs))
+        loras.append(Opened(path, weight, layers))
     return loras
 
 
@@ -86,17 +86,17 @@ def attached(
 ) -> dict[str, dict]:
     """Variables by component with the LoRAs beside their kernels, added up."""
     adapted = dict(variables)
-    for path, weight, maps in loras:
-        for name, pairs in maps.items():
+    for path, weight, parts in loras:
+        for name, layers in parts.items():
             params = adapted[name]["params"]
-            lora_params = files.load(pairs, name, modules[name], params, weight=weight)
+            lora_params = files.load(layers, name, modules[name], params, weight=weight)
             # The kernel becomes LowRank(base, a, b): the sum is never stored.
             params = lora.attach(params, _placed(lora_params, params))
             adapted[name] = adapted[name] | {"params": params}
             log.info(
                 "%s: adapts %d linear layers of %s, times %g",
                 path,
-                len(pairs),
+                len(layers.updates),
                 name,
                 weight,
             )
