@@ -6,7 +6,7 @@ batch, compiles nothing; another adapter compiles, because ranks are shapes.
 """
 
 import hashlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -158,23 +158,38 @@ class Bank:
 
 
 def placed(
-    name: str, adapter: Adapter, variables: Mapping[str, Any], dtype: str
+    name: str,
+    changes: Iterable[tuple[str, Path, Factors | Full]],
+    variables: Mapping[str, Any],
+    dtype: str,
 ) -> Adapter:
     """An adapter on the devices of the weights that it changes, sharded as they are.
 
+    `changes` are (component, path of the leaf, change), placed one after the other.
     `dtype` is that of a change of an eight-bit weight; any other has its weight's.
     Raises UserError with the number and the first names of leaves that the components
     lack, or that have another shape.
     """
-    _require_fit(name, adapter, variables)
-    devices: Adapter = {}
-    for component, changes in adapter.items():
-        params = variables[component]["params"]
-        devices[component] = {
-            path: _put(path, x, _leaf(params, path), dtype)
-            for path, x in changes.items()
-        }
-    return devices
+    adapter: Adapter = {}
+    faults, count = [], 0
+    for component, path, change in changes:
+        if component not in variables:
+            raise UserError(
+                f'adapter "{shown(name)}" adapts {component}, but the bundle has only'
+                f" {', '.join(variables)}; add a file that has it, after a comma"
+            )
+        leaf, count = _leaf(variables[component]["params"], path), count + 1
+        if fault := _fault(path, change, leaf):
+            faults.append(f"{component}/{'/'.join(path)} {fault}")
+        else:
+            parts = adapter.setdefault(component, {})
+            parts[path] = _put(path, change, leaf, dtype)
+    if faults:
+        raise UserError(
+            f'adapter "{shown(name)}": {len(faults)} of {count} changes do not fit the'
+            f" model: {listed(faults, '; ')}"
+        )
+    return adapter
 
 
 def _put(path: Path, change: Factors | Full, leaf: Any, dtype: str) -> Factors | Full:
@@ -206,26 +221,6 @@ def _leaf(params: Any, path: Path) -> Any:
             return None
         params = params[part]
     return None if isinstance(params, Mapping) else params
-
-
-def _require_fit(name: str, adapter: Adapter, variables: Mapping[str, Any]) -> None:
-    faults = []
-    for component, changes in adapter.items():
-        if component not in variables:
-            raise UserError(
-                f'adapter "{shown(name)}" adapts {component}, but the bundle has only'
-                f" {', '.join(variables)}; add a file that has it, after a comma"
-            )
-        for path, change in changes.items():
-            leaf = _leaf(variables[component]["params"], path)
-            if fault := _fault(path, change, leaf):
-                faults.append(f"{component}/{'/'.join(path)} {fault}")
-    if faults:
-        raise UserError(
-            f'adapter "{shown(name)}": {len(faults)} of'
-            f" {sum(map(len, adapter.values()))} changes do not fit the model:"
-            f" {listed(faults, '; ')}"
-        )
 
 
 def _fault(path: Path, change: Factors | Full, leaf: Any) -> str:

@@ -59,10 +59,11 @@ class WithAdapters:
                 raise UserError(
                     "an adapter that is no file needs a name; set name=NAME"
                 )
-            known = COMPONENTS  # what is not known is refused by `placed`
-            parts = {k: x for k, x in source.items() if k in only or k not in known}
-            changes = placed(name, parts, self.variables, self.dtype)
-            self.bank.add(name, changes, weight)
+            # A component that is not known is refused by `placed`.
+            kept = [k for k in source if k in only or k not in COMPONENTS]
+            changes = [(k, *change) for k in kept for change in source[k].items()]
+            adapter = placed(name, changes, self.variables, self.dtype)
+            self.bank.add(name, adapter, weight)
             return name
         text = os.fspath(source)
         (opened,) = lora_adapters.opened([(text, weight)], only, self.modules)
@@ -72,13 +73,13 @@ class WithAdapters:
         """load_adapter for a file whose header is read."""
         if name is None:
             name = self.bank.unused_name(lora_adapters.default_name(opened.source))
-        adapter = lora_adapters.read(opened, self.variables, self.modules)
-        changes = placed(name, adapter, self.variables, self.dtype)
-        self.bank.add(name, changes, opened.weight)
-        for part, maps in changes.items():
+        changes = lora_adapters.changes(opened, self.variables, self.modules)
+        adapter = placed(name, changes, self.variables, self.dtype)
+        self.bank.add(name, adapter, opened.weight)
+        for part, leaves in adapter.items():
             message = "%s: changes %d weights of %s, times %g"
-            log.info(message, opened.path, len(maps), part, opened.weight)
-        if not changes:
+            log.info(message, opened.path, len(leaves), part, opened.weight)
+        if not adapter:
             log.warning("%s: changes no component that is loaded", opened.path)
         return name
 

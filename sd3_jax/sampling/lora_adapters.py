@@ -3,7 +3,7 @@
 import functools
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
@@ -11,21 +11,19 @@ from flax import linen as nn
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.params import lora
-from sd3_jax.params.adapters import Adapter, Factors
-from sd3_jax.weights import lora_files as files
-from sd3_jax.weights import lora_formats, source_names, sources
+from sd3_jax.params.adapters import Factors, Full, Path
+from sd3_jax.weights import adapter_files, source_names, sources
 
 named = functools.partial(source_names.split_weight, exists=sources.exists)
 
 
 class Opened(NamedTuple):
-    """A LoRA whose header is read: its maps by component, and its weight."""
+    """An adapter whose header is read: its layers by component, and its weight."""
 
     source: str  # as the caller named it
     path: epath.Path
     weight: float
-    pairs: dict[str, lora_formats.Pairs]
+    layers: dict[str, adapter_files.Layers]
 
 
 def listed(requested: Any) -> list[tuple[str, float]]:
@@ -64,31 +62,27 @@ def opened(
     loras = []
     # LoRAs add up: each is attached beside the kernels, with its own weight.
     for source, weight in listed(requested):
-        path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
+        path = sources.resolve(source, adapter_files.WANTED, label="LoRA")
         # Headers and kohya's alphas alone: a LoRA for a part that is not there is
         # refused before any weight is loaded.
-        pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
-        if lacking := [name for name in pairs if name not in available]:
+        layers = {k: x for k, x in adapter_files.read(path).items() if k in components}
+        if lacking := [name for name in layers if name not in available]:
             raise UserError(
                 f"{path} adapts {lacking[0]}, but the weights have only"
                 f" {', '.join(available)}; add a file that has it, after a comma"
             )
-        loras.append(Opened(source, path, weight, pairs))
+        loras.append(Opened(source, path, weight, layers))
     return loras
 
 
-def read(
+def changes(
     opened: Opened, variables: Mapping[str, dict], modules: Mapping[str, nn.Module]
-) -> Adapter:
-    """The tensors of an opened LoRA, in host memory."""
-    adapter: Adapter = {}
-    for name, pairs in opened.pairs.items():
-        tree = files.load(pairs, name, modules[name], variables[name]["params"])
-        adapter[name] = {
-            (*path, "kernel"): Factors(pair["a"], pair["b"])
-            for path, pair in lora.modules(tree, "a")
-        }
-    return adapter
+) -> Iterator[tuple[str, Path, Factors | Full]]:
+    """(component, path of the leaf, change) of each leaf, read when it is asked for."""
+    for name, layers in opened.layers.items():
+        params = variables[name]["params"]
+        for path, change in adapter_files.leaves(layers, name, modules[name], params):
+            yield name, path, change
 
 
 def default_name(source: str) -> str:

@@ -228,7 +228,7 @@ def test_what_is_refused(bundle):
     refused("needs a name", bundle.load_adapter, made)
     refused("3 sets of adapters for 1 prompts", paint, bundle, adapters=[{}] * 3)
     refused("or a list of such sets", bundle.bank.table, ["style"], 1)
-    refused("adapts vae2, but", bundle.load_adapter, {"vae2": {}}, "x")
+    refused("adapts vae2, but", bundle.load_adapter, {"vae2": made["clip_l"]}, "x")
     wrong = {p: Full(np.zeros((2, 2), np.float32)) for p in made["denoiser"]}
     wrong[("blocks", "unknown")] = Full(np.zeros(2, np.float32))
     refused(
