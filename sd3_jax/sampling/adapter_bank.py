@@ -231,7 +231,7 @@ def _fault(path: Path, change: Factors | Full, leaf: Any) -> str:
     if isinstance(change, Full):
         expected = (tuple(leaf.shape),)
     elif (layout := linear_layout(path, leaf)) is None:
-        return "is no linear map, which factors need"
+        return "is not a linear map; expected Full"
     else:
         expected = layout.shapes(tuple(leaf.shape), change.a.shape[-1])
     if shapes == expected:

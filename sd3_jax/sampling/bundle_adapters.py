@@ -56,9 +56,7 @@ class WithAdapters:
             self.bank.require_new(name)
         if isinstance(source, Mapping):
             if name is None:
-                raise UserError(
-                    "an adapter that is no file needs a name; set name=NAME"
-                )
+                raise UserError("an adapter of arrays needs a name; set name=NAME")
             # A component that is not known is refused by `placed`.
             kept = [k for k in source if k in only or k not in COMPONENTS]
             changes = [(k, *change) for k in kept for change in source[k].items()]
