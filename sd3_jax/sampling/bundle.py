@@ -68,7 +68,7 @@ class Bundle(WithAdapters):
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
-        added = "".join(f"; {shown(k)} {v:g}" for k, v in self.adapters.items())
+        added = "".join(f"; adapter {shown(k)} {v:g}" for k, v in self.adapters.items())
         about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
         return f"Bundle({name}{parts}; {about})"
 

@@ -146,7 +146,7 @@ def test_weights_and_sets_for_each_prompt_compile_nothing(bundle, compilations):
         bundle.set_adapters(weights)
         assert bundle.adapters == dict.fromkeys(bundle.adapters, 0.0) | weights
         alone = paint(bundle, prompts, **options)
-        assert apart(by_row[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2]) < 1e-5
+        assert apart(by_row[2 * i : 2 * i + 2], alone[2 * i : 2 * i + 2]) < 2e-5
         assert apart(alone, plain) > 0.05
     assert not compilations
     assert bundle.fingerprint() != before
