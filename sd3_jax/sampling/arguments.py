@@ -16,6 +16,7 @@ from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images, prompt_tokens
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
@@ -101,24 +102,27 @@ def encoded(
     per_prompt: int,
     clip_skip: int,
     guided: bool,
+    adapters: Sets | None = None,
     weighting: str | None = None,
 ) -> tuple[Conditioning, Conditioning]:
-    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt."""
+    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt.
+
+    A negative prompt is encoded with the adapters of its prompt.
+    """
     prompt_tokens.check_weighting(weighting)
     if weighting is not None and isinstance(prompts, Conditioning):
         raise UserError(
             f'prompt_weighting "{weighting}" with embeddings; pass texts, or the'
             " embeddings of encode_prompts(..., weighting=...) without prompt_weighting"
         )
+    options = dict(adapters=adapters, weighting=weighting)
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
         prompts = listed(prompts)
         if not prompts:
             raise UserError("no prompts; give at least one")
-        cond = bundle.encode_prompts(
-            prompts, length, clip_skip=clip_skip, weighting=weighting
-        )
+        cond = bundle.encode_prompts(prompts, length, clip_skip=clip_skip, **options)
     n = cond.pooled.shape[0]
     uncond = cond  # not looked at without guidance
     if guided and isinstance(negative, Conditioning):
@@ -139,7 +143,7 @@ def encoded(
                 f"embeddings of {length + 77} tokens, which no text has: give"
                 " negative_prompts as embeddings too"
             )
-        uncond = bundle.encode_prompts(texts, length, weighting=weighting)
+        uncond = bundle.encode_prompts(texts, length, **options)
     # cond and uncond are concatenated along the batch.
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(

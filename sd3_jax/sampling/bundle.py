@@ -1,9 +1,6 @@
 """A released model as one object: modules, variables, tokenizers, configurations."""
 
-import dataclasses
-import os
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -11,42 +8,36 @@ import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Key
 
 from sd3_jax import tree
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.sampling import (
-    argument_checks,
-    compiled,
-    textual_inversion,
-    weighted_prompts,
-)
+from sd3_jax.sampling import argument_checks, compiled, weighted_prompts
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.adapter_bank import Bank, Sets
+from sd3_jax.sampling.bundle_adapters import WithAdapters
+from sd3_jax.sampling.bundle_prompts import WithPrompts
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.sampling.input_images import Pictures
-from sd3_jax.sampling.prompt_tokens import (
-    TEXT,
-    Prompt,
-    PromptTokens,
-    lengths,
-    tokenized,
-)
+from sd3_jax.sampling.prompt_tokens import TEXT, Prompt
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components, controlnet_keys, embedding_files
+from sd3_jax.weights import components, controlnet_keys
 
 CLIPS = TEXT[:2]
 
 
 @dataclass(frozen=True, repr=False)
-class Bundle:
+class Bundle(WithPrompts, WithAdapters):
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
     `configs` are those of diffusers and transformers and include "scheduler";
     `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
-    lack has no entry: the denoiser reads zeros in place of a text encoder.
+    lack has no entry: the denoiser reads zeros in place of a text encoder. Adapters
+    stay beside the variables, in `bank`.
     """
 
     modules: dict[str, nn.Module]
@@ -58,6 +49,7 @@ class Bundle:
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
+    bank: Bank = field(default_factory=Bank, compare=False)
     # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
@@ -67,7 +59,9 @@ class Bundle:
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
-        return f"Bundle({name}{parts}; {self.dtype}; mesh {mesh}; {self.source})"
+        added = "".join(f"; adapter {shown(k)} {v:g}" for k, v in self.adapters.items())
+        about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
+        return f"Bundle({name}{parts}; {about})"
 
     def encode_prompts(
         self,
@@ -75,13 +69,14 @@ class Bundle:
         max_sequence_length: int = 256,
         *,
         clip_skip: int = 0,
+        adapters: Sets | None = None,
         weighting: str | None = None,
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
 
-        One text alone is a batch of one. With `weighting`, "parentheses" or "compel",
-        prompts may weigh their words (data/prompt_weights.py); another program then
-        encodes those that do.
+        One text is a batch of one. `adapters` are weights by name, or a set a prompt.
+        With `weighting`, "parentheses" or "compel", prompts may weigh their words
+        (data/prompt_weights.py); another program then encodes those that do.
         """
         # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
@@ -90,8 +85,11 @@ class Bundle:
             raise UserError(
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
+        table = self.bank.table(adapters, len(prompts))
         tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
         self._log_cuts(tokens)
+        models = self.text_models
+        variables = {name: self.adapted(name, table) for name in self.text_variables}
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         options = dict(
@@ -101,7 +99,6 @@ class Bundle:
             length=max_sequence_length,
         )
         place = lambda x: compiled.place(x, self.mesh)
-        models, variables = self.text_models, self.text_variables
         with compiled.on(self.mesh):
             if weighting is None or not tokens.is_weighted:
                 return compiled.encode_prompts(
@@ -121,9 +118,10 @@ class Bundle:
         pooled: Float[Array | np.ndarray, "b e"],
         *,
         skip_layers: Sequence[int] = (),
+        adapters: Sets | None = None,
     ) -> Float[Array, "b h w c"]:
-        """v = noise - x0 at time t, 1 being noise."""
-        module, variables = self.part("denoiser"), self.variables["denoiser"]
+        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate."""
+        module = self.part("denoiser")
         latents = inputs.laid_out(latents, module.channels)
         t = inputs.times(t, len(latents))
         # Checked here: in the program unequal rows would broadcast or fail obscurely.
@@ -134,6 +132,8 @@ class Bundle:
                 f" {len(pooled)} of pooled: the numbers must be equal"
             )
         skipped = argument_checks.skip_layers(skip_layers, module.depth)
+        table = self.bank.table(adapters, len(latents), "latents")
+        variables = self.adapted("denoiser", table)
         args = compiled.place((latents, t, context, pooled), self.mesh)
         with compiled.on(self.mesh, args):
             return compiled.velocity(module, variables, *args, skip=tuple(skipped))
@@ -186,98 +186,6 @@ class Bundle:
                 module, variables, latents, **self.latent_scale, tile=tile
             )
 
-    def token_ids(
-        self,
-        prompts: Sequence[str | Prompt],
-        length: int,
-        *,
-        encoders: Collection[str] | None = None,
-        cut: Counter[str] | None = None,
-    ) -> dict[str, Int[np.ndarray, "b _"]]:
-        """The token ids that encode_prompts reads: "ids_clip_l" and so on.
-
-        `encoders` defaults to the bundle's; those named need not have their weights.
-        Prompts that an encoder truncates are logged, or counted in `cut` by encoder.
-        """
-        tokens = self._tokens(prompts, length, encoders=encoders)
-        if cut is None:
-            self._log_cuts(tokens)
-        else:
-            cut.update(tokens.count_cuts())
-        return tokens.ids
-
-    def tokens_cut(
-        self,
-        prompts: str | Prompt | Sequence[str | Prompt],
-        max_sequence_length: int = 256,
-        *,
-        weighting: str | None = None,
-        log: bool = False,
-    ) -> list[dict[str, str]]:
-        """For each prompt, the words that encoders do not read, by encoder.
-
-        {} for a prompt that all read to its end. CLIP reads 77 tokens with the start
-        and the end of the text, T5 `max_sequence_length` with the end. With `log` they
-        are logged, as encode_prompts does for prompts that were not logged before.
-        """
-        prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
-        tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
-        if log:
-            self._log_cuts(tokens)
-        return [
-            {name: cuts[i].text for name, cuts in tokens.cuts.items() if cuts[i]}
-            for i in range(len(prompts))
-        ]
-
-    def _tokens(
-        self,
-        prompts: Sequence[str | Prompt],
-        length: int,
-        *,
-        encoders: Collection[str] | None = None,
-        weighting: str | None = None,
-    ) -> PromptTokens:
-        read = lengths(
-            self.modules if encoders is None else encoders, self.configs, length
-        )
-        options = dict(weighting=weighting, source=self.source)
-        return tokenized(self.tokenizers, read, prompts, **options)
-
-    def _log_cuts(self, tokens: PromptTokens) -> None:
-        tokens.log_cuts(self._memo.setdefault("logged", set()))
-
-    def load_embedding(
-        self,
-        path_or_hub_name: os.PathLike | str,
-        token: textual_inversion.Tokens = None,
-    ) -> "Bundle":
-        """A bundle with an embedding of textual inversion, which shares all weights.
-
-        A prompt that has the placeholder, or embedding:PLACEHOLDER, gets the vectors.
-        The placeholder is that of the file, or its name, or `token`; a list of tokens
-        names the vectors one by one. The next call compiles the encoders, whose tables
-        have more rows; rows come in multiples of 32. `save` refuses the bundle. Raises
-        UserError for pickles, other files, vectors of another width and a placeholder
-        that is taken.
-        """
-        widths = textual_inversion.widths_of(self.configs, self.modules)
-        source = os.fspath(path_or_hub_name)
-        return self.add_learned(*textual_inversion.opened(source, token, widths))
-
-    def add_learned(self, *learned: embedding_files.Learned) -> "Bundle":
-        """load_embedding for vectors that are read."""
-        parts = textual_inversion.Encoders(
-            self.modules, self.variables, self.tokenizers
-        )
-        for vectors in learned:
-            parts = textual_inversion.with_embedding(parts, vectors, self.mesh)
-        return dataclasses.replace(self, **parts._asdict(), _memo={})
-
-    @property
-    def embeddings(self) -> dict[str, dict[str, int]]:
-        """The number of vectors by encoder of each placeholder that is loaded."""
-        return textual_inversion.placeholders_of(self.tokenizers)
-
     @property
     def text_models(self) -> TextModels:
         return TextModels(*(self.modules.get(name) for name in TEXT))
@@ -318,13 +226,14 @@ class Bundle:
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints
-        return self._memo["fingerprints"]
+        prints = self._memo["fingerprints"]
+        return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
         if "fingerprint" not in self._memo:
             self._memo["fingerprint"] = tree.fingerprint(self.variables)
-        return self._memo["fingerprint"]
+        return self.bank.marked(self._memo["fingerprint"], self.variables)
 
 
 def most_clip_skip(configs: Mapping[str, dict]) -> int:

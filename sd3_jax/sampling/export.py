@@ -41,7 +41,7 @@ def save(
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor gets the dtype of the file that it was loaded from.
-    LoRAs are merged into the weights; a bundle with embeddings is a UserError. A
+    Adapters are merged into the weights; a bundle with embeddings is a UserError. A
     ControlNet keeps its present dtype and its control_type; weights that it borrows
     from the denoiser are left out.
     """
@@ -53,6 +53,7 @@ def save(
             f"embeddings {listed(bundle.embeddings)}: no layout of a model has a place"
             " for them; save the bundle to which they were not loaded"
         )
+    bundle = bundle.merge_adapters()
     bundle = dataclasses.replace(
         bundle, variables=parametrization.arrays(bundle.variables)
     )

@@ -18,6 +18,7 @@ from jax import Array
 from jaxtyping import Bool, Float
 
 from sd3_jax.data.weighted_ids import WeightedIds
+from sd3_jax.params import adapters
 from sd3_jax.sampling import prompts
 from sd3_jax.sampling.prompts import Conditioning, Output, TextModels
 
@@ -130,7 +131,8 @@ def states(
     clip_skip: int,
 ) -> dict[str, Output]:
     """Each encoder's states in float32, e + w (z - e); z itself where w is 1."""
-    # Each prompt has its own empty one, in one batch of 2b.
+    variables = {name: adapters.attached(x) for name, x in variables.items()}
+    # Each prompt has its own empty one, in one batch of 2b: adapters may differ by row.
     both = jax.tree.map(lambda x, e: jnp.concatenate([x, e]), ids, empty_ids)
     if masks is not None:
         masks = {k: jnp.concatenate([x, jnp.ones_like(x)]) for k, x in masks.items()}

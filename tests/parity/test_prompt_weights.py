@@ -1,5 +1,6 @@
 """Weighted prompts against the rules of ComfyUI and compel, with transformers."""
 
+import dataclasses
 import math
 
 import diffusers
@@ -11,7 +12,9 @@ from parity import convert, miniature
 import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
+from sd3_jax.params.adapters import Factors
 from sd3_jax.sampling import weighted_prompts
+from sd3_jax.sampling.adapter_bank import Bank
 
 LENGTH = 16
 ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_3"}
@@ -158,6 +161,29 @@ def test_another_weight_is_no_new_program(bundle):
     encode("(a)0.3 (red)0.5 fox-", "foxes")
     encode("a fox", "a (red)1.1 fox")
     assert weighted_prompts.states._cache_size() == count
+
+
+def test_rows_may_have_adapters_of_their_own(bundle):
+    """The empty prompt that weights start from has those of its row."""
+    path = ("blocks", "fc2", "kernel")
+    shape = bundle.variables["clip_l"]["params"]["blocks"]["fc2"]["kernel"].shape
+    draw = np.random.default_rng(0).standard_normal
+    layers, inputs, outputs = shape
+    pair = draw((layers, inputs, 2)), draw((layers, 2, outputs)) / 8
+    change = Factors(*(x.astype(np.float32) for x in pair))
+    adapted = dataclasses.replace(bundle, bank=Bank())
+    adapted.load_adapter({"clip_l": {path: change}}, "style")
+    encode = lambda texts, sets: adapted.encode_prompts(
+        texts, LENGTH, weighting="parentheses", adapters=sets
+    )
+    prompts, sets = ["a (red:1.4) fox", "(the:0.5) fox"], [{"style": 1}, {"style": 0}]
+    both = encode(prompts, sets)
+    for i in range(2):
+        alone = encode([prompts[i]], sets[i])
+        np.testing.assert_allclose(both.context[i], alone.context[0], atol=2e-5)
+    plain = bundle.encode_prompts(prompts, LENGTH, weighting="parentheses")
+    moved = np.abs(np.asarray(both.context - plain.context)).max((1, 2))
+    assert moved[0] > 0.1 and moved[1] < 2e-5
 
 
 def test_generate_reads_weights_of_both_prompts(bundle):
