@@ -209,13 +209,6 @@ def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[st
     }
 
 
-def solver_function(names: Sequence[str], number: Scalar | None) -> Callable:
-    """The solver names[number] of those that share a program; it may be traced."""
-    if len(names) == 1:
-        return solvers.SOLVERS[names[0]]
-    return functools.partial(solvers.one_evaluation, solver=number)
-
-
 @functools.partial(jax.jit, static_argnames=("plan", "nets"))
 def sample(
     plan: Plan,
@@ -251,7 +244,7 @@ def sample(
         shape=plan.shape,
         grid=inputs.grid,
         steps=inputs.steps,
-        solver=solver_function(plan.solvers, inputs.solver),
+        solver=solvers.of_program(plan.solvers, inputs.solver),
         # A Python 1.0 selects the path without guidance, which runs the denoiser on b
         # rows; a traced scale always doubles the batch.
         scale=inputs.scale if plan.guided else 1.0,

@@ -61,8 +61,9 @@ def generate(
             # painted area sees a picture that is as noisy as itself.
             x = (1 - mask) * at(t) + mask * x
         if preview is not None:
+            # The adaptive solver has a t for each row; the slowest is told.
             # Not ordered: on several devices jax knows no order of callbacks.
-            jax.debug.callback(preview, step, t, to_rgb(x))
+            jax.debug.callback(preview, step, jnp.max(t), to_rgb(x))
         return x
 
     # With x0 the grid may begin below t = 1, at a picture that is noised in part.

@@ -203,7 +203,7 @@ class TrainedSampler:
         names = solvers.same_program(self.solver_and_grid[0])
         sides = self.config.image.height, self.config.image.width
         compiled.say_compiling(", ".join(names), len(batch["number"]), *sides)
-        solver = compiled.solver_function(names, times["solver"])
+        solver = solvers.of_program(names, times["solver"])
         steps = {name: times[name] for name in ("grid", "steps")}
         x0 = self.latents(params, batch, negative, solver, **steps)
         return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)

@@ -23,6 +23,16 @@ SHIFT = number(
     "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
 )
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
+# The tables of diffusion/solvers.py and grids.py, which import jax.
+SOLVERS = (
+    *("euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "dpmpp_3m_flow", "unipc_2"),
+    *("unipc_3", "deis_2", "deis_3", "res_2m", "euler_ancestral", "dpmpp_2m_sde"),
+    *("dpmpp_3m_sde", "lcm", "adaptive"),
+)
+GRIDS = (
+    *("linear", "shifted", "released", "flow", "unipc", "sgm_uniform", "simple"),
+    *("karras", "exponential", "beta"),
+)
 
 SAMPLE = dict(
     prompt=Key("", FREE, "The prompt; empty: those of prompts_file, or train.prompts."),
@@ -33,12 +43,12 @@ SAMPLE = dict(
     # ours it is euler, released and 3.0.
     solver=Key(
         "",
-        one_of("", "euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "lcm"),
-        "ODE solver; empty: that of the weights' scheduler, or euler.",
+        one_of("", *SOLVERS),
+        "Solver; empty: that of the weights' scheduler, or euler.",
     ),
     grid=Key(
         "",
-        one_of("", "linear", "shifted", "released", "flow"),
+        one_of("", *GRIDS),
         "Grid of times; empty: that of the weights' scheduler, or released.",
     ),
     shift=Key(0.0, SHIFT, "Shift of the grid to more noise; 0: the scheduler's, or 3."),
