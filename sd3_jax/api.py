@@ -95,8 +95,10 @@ def generate(
     if it changes the size or number of images, the text's length, whether there is
     guidance, which inputs are given, `skip_layers`, the ControlNets, or the `preview`
     function. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, and
-    up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow share a program;
-    heun and lcm have their own.
+    up to 1,024 `steps`. Solvers share programs: euler, dpmpp_2m and dpmpp_2m_flow one,
+    dpmpp_3m_flow, unipc, deis and res_2m another, the stochastic ones but lcm a third;
+    heun, lcm and adaptive have their own. adaptive takes up to `steps` steps of three
+    passes, each image with its own, and no `skip_layers` or `control`.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -147,6 +149,12 @@ def generate(
         mu=mu,
         sigmas=sigmas,
     )
+    if solver == "adaptive" and (control or (guided and skip_layers)):
+        name = "control" if control else "skip_layers"
+        raise UserError(
+            f"{name} with the solver adaptive: expected another solver, because its"
+            " images are at different times and a window of times needs one for all"
+        )
     # --- encode prompts; one row for each image
     cond, uncond = arguments.encoded(
         bundle,

@@ -11,7 +11,7 @@ from parity import convert, miniature
 
 import sd3_jax
 from sd3_jax.diffusion import grids
-from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.diffusion.solvers import SOLVERS, draws
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import arguments, compiled
@@ -166,6 +166,8 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         (dict(steps=2.0), "steps 2.0: expected an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),
         (dict(grid="liner"), 'did you mean "linear"'),
+        (dict(solver="unipc"), 'did you mean "unipc_'),
+        (dict(solver="adaptive", skip_layers=[1]), "skip_layers with the solver"),
         (dict(grid="flow", mu=1.0), "grid and mu are both set"),
         (dict(seed=1.5), "seed 1.5: expected an integer"),
         (dict(seed=[1.5]), "expected an integer, or one a prompt"),
@@ -182,11 +184,21 @@ def test_what_generate_cannot_do_is_one_line(bundle, options, words):
     assert words in str(error.value) and "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))
+ODE = [name for name, solver in SOLVERS.items() if not draws(solver)]
+
+
+@pytest.mark.parametrize("solver", ODE)
 def test_solvers_come_to_the_same_end(bundle, solver):
     """Unguided and in many steps."""
     many = dict(guidance=1.0, steps=60, grid="released")
     assert apart(paint(bundle, solver=solver, **many), paint(bundle, **many)) < 0.15
+
+
+@pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_3m_sde", "adaptive"])
+def test_a_picture_does_not_depend_on_its_batch(bundle, solver):
+    both = sd3_jax.generate(bundle, ["a", "b"], seed=[3, 4], solver=solver, **RUN)
+    alone = sd3_jax.generate(bundle, ["b"], seed=[4], solver=solver, **RUN)
+    assert apart(both[1:], alone) < 1e-5
 
 
 def test_the_seed_and_the_number_tell_pictures_apart(bundle, plain):
@@ -273,6 +285,16 @@ def test_steps_sigmas_and_solvers_of_a_kind_are_no_new_program(bundle, compilati
     ):
         paint(bundle, **options)
     assert not compilations
+    for first, *others in (
+        ("unipc_2", "unipc_3", "deis_2", "deis_3", "res_2m", "dpmpp_3m_flow"),
+        ("euler_ancestral", "dpmpp_2m_sde", "dpmpp_3m_sde"),
+        ("adaptive", "adaptive"),
+    ):
+        paint(bundle, solver=first)
+        compilations.clear()
+        for solver in others:
+            paint(bundle, solver=solver, steps=5, grid="karras")
+        assert not compilations
     assert apart(paint(bundle, steps=2, solver="heun"), two) > 0.01
     compilations.clear()
     paint(bundle, steps=9, solver="heun")

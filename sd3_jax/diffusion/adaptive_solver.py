@@ -59,7 +59,7 @@ def adaptive_evaluations(
     *,
     after: After | None = None,
     steps: Integer | None = None,
-    tolerance: float = 0.01,
+    tolerance: Float[Array, ""] | float = 0.01,
 ) -> tuple[Batch, Int[Array, " b"]]:
     """x at grid[steps], and how many times each example's velocity was used.
 
