@@ -13,9 +13,11 @@ from sd3_jax.errors import UserError
 
 # Bogacki & Shampine 1989: k[0] to k[2] are the stages of the third order's x', and k[3]
 # is the slope there, which is the next step's k[0].
-NODES = np.float32([0, 1 / 2, 3 / 4, 1])
-STAGES = np.float32([[0, 0, 0], [1 / 2, 0, 0], [0, 3 / 4, 0], [2 / 9, 1 / 3, 4 / 9]])
-ERROR = np.float32([-5 / 72, 1 / 12, 1 / 9, -1 / 8])  # third order less second
+NODES = np.array([0, 1 / 2, 3 / 4, 1], np.float32)
+STAGES = np.array(
+    [[0, 0, 0], [1 / 2, 0, 0], [0, 3 / 4, 0], [2 / 9, 1 / 3, 4 / 9]], np.float32
+)
+ERROR = np.array([-5 / 72, 1 / 12, 1 / 9, -1 / 8], np.float32)  # third less second
 LAST = 1e-3  # no network is trained below: from there one Euler step leads to t = 0
 
 
@@ -69,66 +71,76 @@ def adaptive_evaluations(
     ones counted: no step is shorter than an equal share of what remains.
     """
     grid = jnp.asarray(grid, jnp.float32)
-    most = len(grid) - 1 if steps is None else steps
+    most = jnp.asarray(len(grid) - 1 if steps is None else steps)
     x, rows = x.astype(jnp.float32), x.shape[:1]
     start, end = (jnp.full(rows, t) for t in (grid[0], grid[most]))
     stop = jnp.where(end > 0, end, jnp.minimum(LAST, start))
     # With `after`, x is not where the last slope was taken: it is evaluated again.
-    first_stage = 0 if after is not None else 1
+    reused = after is None
 
     def turn(state: _State) -> _State:
-        left = state.t - stop
-        share = left / (most - state.turn)
-        dt = jnp.clip(state.dt, share, left)
-
-        def stage(i, slopes):
-            return slopes.at[i].set(evaluate(*point(state, dt, slopes, i)))
-
-        slopes = jnp.zeros((4, *x.shape), jnp.float32).at[0].set(state.slope)
-        slopes = jax.lax.fori_loop(first_stage, 4, stage, slopes)
-        x_next, _ = point(state, dt, slopes, 3)
-        estimate = expand(dt, x) * jnp.tensordot(ERROR, slopes, 1)
-        scale = tolerance * (1 + jnp.maximum(jnp.abs(state.x), jnp.abs(x_next)))
-        error = _root_mean_square(estimate / scale)
-        moving = left > 0
-        accepted = moving & ((error <= 1) | (dt <= share))
-        # The error of a step is of third order in it; 0.9 leaves a margin.
-        factor = jnp.clip(0.9 * jnp.maximum(error, 1e-6) ** (-1 / 3), 0.2, 5)
-        # Exactly `stop` at the end: a difference of float32 could stay above it.
-        t = jnp.where(accepted, jnp.where(dt >= left, stop, state.t - dt), state.t)
-        taken = expand(accepted, x)
-        x_new = jnp.where(taken, x_next, state.x)
+        with jax.named_scope("solver"):  # named in profiles
+            share = (state.t - stop) / (most - state.turn)
+            state = _attempt(velocity, state, stop, share, tolerance, reused)
         if after is not None:
-            x_new = after(x_new, t, state.turn)
-        return _State(
-            x_new,
-            jnp.where(taken, slopes[3], state.slope),
-            t,
-            jnp.where(moving, dt * factor, dt),
-            state.turn + 1,
-            state.evaluations + (4 - first_stage) * moving,
-        )
+            state = state._replace(x=after(state.x, state.t, state.turn - 1))
+        return state
 
-    def point(state, dt, slopes, i):
-        """Where a stage is evaluated."""
-        step = jnp.tensordot(jnp.asarray(STAGES)[i], slopes[:3], 1)
-        return state.x - expand(dt, x) * step, state.t - jnp.asarray(NODES)[i] * dt
-
-    def evaluate(x, t):
-        return velocity(x, t).astype(jnp.float32)
-
-    state = _State(
-        *(x, evaluate(x, start), start, jnp.full(rows, grid[0] - grid[1])),
-        turn=jnp.int32(0),
-        evaluations=jnp.ones(rows, jnp.int32),
-    )
+    slope = velocity(x, start).astype(jnp.float32)
+    dt = jnp.full(rows, grid[0] - grid[1])
+    ones = jnp.ones(rows, jnp.int32)
+    state = _State(x, slope, start, dt, turn=jnp.int32(0), evaluations=ones)
     unfinished = lambda state: (state.t > stop).any() & (state.turn < most)
-    with jax.named_scope("solver"):
-        state = jax.lax.while_loop(unfinished, turn, state)
+    state = jax.lax.while_loop(unfinished, turn, state)
     x = state.x - expand(state.t - end, x) * state.slope  # nothing, unless end is 0
     if after is not None:
         x = after(x, end, jnp.maximum(state.turn - 1, 0))
     return x, state.evaluations
+
+
+def _attempt(
+    velocity: Velocity,
+    state: _State,
+    stop: Float[Array, " b"],
+    share: Float[Array, " b"],
+    tolerance: Float[Array, ""] | float,
+    reused: bool,
+) -> _State:
+    """A step of each example, kept if its error is small or it is as short as `share`.
+
+    `reused` says that state.slope is the velocity at state.x.
+    """
+    x, left = state.x, state.t - stop
+    dt = jnp.clip(state.dt, share, left)
+
+    def point(slopes, i):
+        step = jnp.tensordot(jnp.asarray(STAGES)[i], slopes[:3], 1)
+        return x - expand(dt, x) * step, state.t - jnp.asarray(NODES)[i] * dt
+
+    def stage(i, slopes):
+        return slopes.at[i].set(velocity(*point(slopes, i)).astype(jnp.float32))
+
+    # One loop over the stages, so that the program has the network in it once.
+    slopes = jnp.zeros((4, *x.shape), jnp.float32).at[0].set(state.slope)
+    slopes = jax.lax.fori_loop(1 if reused else 0, 4, stage, slopes)
+    x_next, _ = point(slopes, 3)
+    scale = tolerance * (1 + jnp.maximum(jnp.abs(x), jnp.abs(x_next)))
+    estimate = expand(dt, x) * jnp.tensordot(ERROR, slopes, 1)
+    error = _root_mean_square(estimate / scale)
+    moving = left > 0
+    accepted = moving & ((error <= 1) | (dt <= share))
+    # A step's error is of third order in its length; 0.9 leaves a margin.
+    factor = jnp.clip(0.9 * jnp.maximum(error, 1e-6) ** (-1 / 3), 0.2, 5)
+    # Exactly `stop` at the end: a difference of float32 could stay above it.
+    t_next = jnp.where(dt >= left, stop, state.t - dt)
+    return _State(
+        x=jnp.where(expand(accepted, x), x_next, x),
+        slope=jnp.where(expand(accepted, x), slopes[3], state.slope),
+        t=jnp.where(accepted, t_next, state.t),
+        dt=jnp.where(moving, dt * factor, dt),
+        turn=state.turn + 1,
+        evaluations=state.evaluations + (3 if reused else 4) * moving,
+    )
 
 
 def _root_mean_square(x: Batch) -> Float[Array, " b"]:

@@ -82,7 +82,7 @@ def spacing_of(
     h = jnp.where(here, jnp.diff(lambda_), 1)
     before = lambda n: jnp.pad(h, (n, 0), constant_values=1)[: len(h)]
     index = jnp.arange(len(h))
-    count = len(h) if steps is None else steps
+    count = jnp.asarray(len(h) if steps is None else steps)
     return Spacing(
         *(a[:-1], b[:-1], a[1:], b[1:], h),
         r0=jnp.where(second, before(1) / h, 1),

@@ -59,3 +59,28 @@ def test_shifted_has_the_digits_of_the_formula():
 def test_make_explains_a_bad_value(name, steps, shift, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         grids.make(name, steps, shift)
+
+
+def comfyuis(name, steps, shift):
+    """comfy/samplers.py, on ModelSamplingDiscreteFlow of comfy/model_sampling.py."""
+    sigma = lambda timestep: shift * timestep / (1 + (shift - 1) * timestep)
+    table = [sigma(k / 1000) for k in range(1, 1001)]
+    if name == "simple":
+        stride = len(table) / steps
+        return [table[-(1 + int(x * stride))] for x in range(steps)] + [0.0]
+    start, end = table[-1], table[0]  # a sigma's timestep is the sigma itself
+    if name == "sgm_uniform":
+        timesteps = np.linspace(start, end, steps + 1)[:-1]
+    else:
+        timesteps = np.linspace(start, end, steps)
+    return [sigma(t) for t in timesteps] + [0.0]
+
+
+@pytest.mark.parametrize("steps", [1, 3, 20, 28])
+@pytest.mark.parametrize(
+    "name, theirs",
+    [("sgm_uniform", "sgm_uniform"), ("simple", "simple"), ("released", "normal")],
+)
+def test_comfyuis_schedulers(name, theirs, steps):
+    wanted = comfyuis(theirs, steps, 3.0)
+    np.testing.assert_allclose(grids.make(name, steps, 3.0), wanted, rtol=1e-6)
