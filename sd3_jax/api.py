@@ -152,8 +152,8 @@ def generate(
     if solver == "adaptive" and (control or (guided and skip_layers)):
         name = "control" if control else "skip_layers"
         raise UserError(
-            f"{name} with the solver adaptive: expected another solver, because its"
-            " images are at different times and a window of times needs one for all"
+            f"{name} does not work with the solver adaptive, whose images are at"
+            " different times t; choose another solver, such as unipc_2"
         )
     # --- encode prompts; one row for each image
     cond, uncond = arguments.encoded(

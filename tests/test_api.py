@@ -99,8 +99,8 @@ def test_the_folders_scheduler_decides(bundle, plain):
     assert apart(paint(fives, shift=3.0), plain) == 0
     heun = scheduled(bundle, _class_name="FlowMatchHeunDiscreteScheduler")
     assert apart(paint(heun), paint(bundle, solver="heun")) == 0
-    unknown = scheduled(bundle, _class_name="UniPCMultistepScheduler")
-    with pytest.raises(UserError, match="UniPCMultistepScheduler is not supported"):
+    unknown = scheduled(bundle, _class_name="SASolverScheduler")
+    with pytest.raises(UserError, match="SASolverScheduler is not supported"):
         paint(unknown)
     assert apart(paint(unknown, solver="euler", grid="released"), plain) == 0
     broken = scheduled(bundle, shift="abc")
@@ -167,7 +167,10 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         (dict(solver="eular"), 'did you mean "euler"'),
         (dict(grid="liner"), 'did you mean "linear"'),
         (dict(solver="unipc"), 'did you mean "unipc_'),
-        (dict(solver="adaptive", skip_layers=[1]), "skip_layers with the solver"),
+        (
+            dict(solver="adaptive", skip_layers=[1]),
+            "skip_layers does not work with the",
+        ),
         (dict(grid="flow", mu=1.0), "grid and mu are both set"),
         (dict(seed=1.5), "seed 1.5: expected an integer"),
         (dict(seed=[1.5]), "expected an integer, or one a prompt"),
@@ -193,6 +196,23 @@ def test_solvers_come_to_the_same_end(bundle, solver):
     many = dict(guidance=1.0, steps=240, grid="released")
     most = 0.3 if solver == "adaptive" else 0.15
     assert apart(paint(bundle, solver=solver, **many), paint(bundle, **many)) < most
+
+
+def test_adaptive_repaints_and_shows_its_steps(bundle, capfd):
+    photo, latents = np.full((64, 64, 3), 0.5, np.float32), []
+    mask = np.zeros((64, 64), np.float32)
+    mask[:32] = 1
+    look = lambda i, t, rgb: latents.append((int(i), float(t)))
+    options = dict(image=photo, mask=mask, strength=1.0, steps=12, guidance=1.0)
+    found = paint(bundle, solver="adaptive", progress=True, preview=look, **options)
+    again = paint(bundle, solver="adaptive", **options)
+    assert apart(found, again) < 1e-5
+    # What is kept ends as the picture's latents, which euler keeps too.
+    kept = paint(bundle, **options)
+    np.testing.assert_allclose(found[:, 4:], kept[:, 4:], atol=1e-5)
+    jax.effects_barrier()
+    assert min(latents)[0] == 0 and min(t for _, t in latents) == 0
+    assert "/12" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("solver", ["euler_ancestral", "dpmpp_3m_sde", "adaptive"])
