@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from sd3_jax.diffusion.carried import Carried, initial
 from sd3_jax.diffusion.paths import RF, Batch, Path
 
 Velocity = Callable[[Array, Array], Array]  # (x, t (b,)) -> v
@@ -45,7 +46,9 @@ def euler(
         return _euler_update(x, velocity(x, _times(t, x)), t, t_next), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return _loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def heun(
@@ -75,7 +78,9 @@ def heun(
         return x + dt * (v + v_next) / 2, None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return _loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def dpmpp_2m(
@@ -144,7 +149,7 @@ def lcm(
         return a_next * x0 + b_next * draw(i), None  # b is 0 at t = 0: no noise
 
     columns = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]  # each (n - 1,)
-    return _loop(step, x, None, grid, columns, trajectory, after, steps)
+    return _loop(velocity, step, x, None, grid, columns, trajectory, after, steps)
 
 
 def one_evaluation(
@@ -178,7 +183,7 @@ def one_evaluation(
 
     x0_last = jnp.zeros(x.shape, jnp.float32)
     columns = grid[:-1], grid[1:], *_multistep_weights(grid, slope, path)
-    return _loop(step, x, x0_last, grid, columns, False, after, steps)
+    return _loop(velocity, step, x, x0_last, grid, columns, False, after, steps)
 
 
 SOLVERS = {
@@ -235,7 +240,7 @@ def _multistep(velocity, x, grid, slope, path, trajectory, after, steps):
 
     x0_last = jnp.zeros(x.shape, jnp.float32)  # the first step's slope is 0
     columns = grid[:-1], *_multistep_weights(grid, slope, path)
-    return _loop(step, x, x0_last, grid, columns, trajectory, after, steps)
+    return _loop(velocity, step, x, x0_last, grid, columns, trajectory, after, steps)
 
 
 def _multistep_weights(grid, slope, path):
@@ -250,29 +255,36 @@ def _multistep_update(x, x0, x0_last, keep, gain, slope):
     return keep * x + gain * (x0 + slope * (x0 - x0_last))
 
 
-def _loop(step, x, memory, grid, columns, trajectory, after, steps):
+def _loop(velocity, step, x, memory, grid, columns, trajectory, after, steps):
     """(x, memory) = step(x, memory, *s) for each row s of `columns`; x = after(...).
 
-    `memory` is what a multistep solver carries, None for the others.
+    `memory` is what a multistep solver carries, None for the others. The loop carries
+    the state of a Carried `velocity` as well.
     """
     if trajectory and steps is not None:
         raise ValueError("give trajectory or steps: a trajectory has all steps")
 
     def body(carry, s):
+        x, memory, state = carry
         i, t_next, *s = s
+        if isinstance(velocity, Carried):
+            velocity.enter(state)
         with jax.named_scope("solver"):  # named in profiles
-            x, memory = step(*carry, *s)
+            x, memory = step(x, memory, *s)
+        if isinstance(velocity, Carried):
+            state = velocity.leave()
         x = x if after is None else after(x, t_next, i)
-        return (x, memory), x if trajectory else None
+        return (x, memory, state), x if trajectory else None
 
     # float32: many small steps in bfloat16 would each round x to 8 bits.
     x = x.astype(jnp.float32)
     columns = jnp.arange(len(grid) - 1), grid[1:], *columns
+    carry = x, memory, initial(velocity, x)
     if steps is not None:
         # A while loop, whose trip count is data: it never reaches the padding.
         turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
-        return jax.lax.fori_loop(0, steps, turn, (x, memory))[0]
-    (last, _), xs = jax.lax.scan(body, (x, memory), columns)  # xs (n - 1, b, ...)
+        return jax.lax.fori_loop(0, steps, turn, carry)[0]
+    (last, *_), xs = jax.lax.scan(body, carry, columns)  # xs (n - 1, b, ...)
     return jnp.concatenate([x[None], xs]) if xs is not None else last
 
 

@@ -3,7 +3,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from sd3_jax.diffusion.guidance import Skip, cfg
+from sd3_jax.diffusion.guidance import Schedule, Weakened, guided
 from sd3_jax.diffusion.solvers import euler
 
 
@@ -28,7 +28,7 @@ cond, uncond = {"w": jnp.array([1.0, 2.0, 3.0])}, {"w": jnp.array([0.5, 0.5, 4.0
 
 def test_extrapolates_from_uncond_through_cond(x):
     velocity = Recorder()
-    v = cfg(velocity, cond, uncond, scale=5.0)(x, jnp.full(3, 0.5))
+    v = guided(velocity, cond, uncond, scale=5.0)(x, jnp.full(3, 0.5))
     w = uncond["w"] + 5 * (cond["w"] - uncond["w"])
     chex.assert_trees_all_close(v, w[:, None, None] * x, rtol=1e-5)
     assert velocity.batches == [(6, 6, 6)]
@@ -36,16 +36,18 @@ def test_extrapolates_from_uncond_through_cond(x):
 
 @pytest.mark.parametrize("scale", [1, 1.0, 0.999, 0.5, 0.0, -3.0])
 def test_a_scale_of_1_or_less_costs_one_pass_and_no_uncond(x, scale):
-    velocity, never = Recorder(), Skip(None, 2.8, (0.0, 1.0))
+    velocity, never = Recorder(), Weakened(None, 2.8, (0.0, 1.0))
     for skip in (None, never):  # nor are layers skipped, as in diffusers
-        v = cfg(velocity, cond, None, scale=scale, skip=skip)(x, jnp.full(3, 0.5))
+        v = guided(velocity, cond, None, scale=scale, weakened=skip)(
+            x, jnp.full(3, 0.5)
+        )
         chex.assert_trees_all_equal(v, cond["w"][:, None, None] * x)
     assert velocity.batches == [(3, 3, 3)] * 2
 
 
 def test_outside_the_interval_is_the_conditional(x):
-    inside = cfg(Recorder(), cond, uncond, scale=5.0)
-    v = cfg(Recorder(), cond, uncond, scale=5.0, interval=(0.25, 0.5))
+    inside = guided(Recorder(), cond, uncond, scale=5.0)
+    v = guided(Recorder(), cond, uncond, scale=5.0, interval=(0.25, 0.5))
     for t in (0.25, 0.4, 0.5):
         t = jnp.full(3, t)
         chex.assert_trees_all_equal(v(x, t), inside(x, t))
@@ -54,7 +56,7 @@ def test_outside_the_interval_is_the_conditional(x):
 
 
 def test_the_interval_is_decided_for_each_example(x):
-    v = cfg(Recorder(), cond, uncond, scale=5.0, interval=(0.0, 0.5))
+    v = guided(Recorder(), cond, uncond, scale=5.0, interval=(0.0, 0.5))
     mixed = v(x, jnp.array([0.1, 0.9, 0.1]))
     chex.assert_trees_all_equal(mixed[1], 2.0 * x[1])
     chex.assert_trees_all_equal(mixed[::2], v(x, jnp.full(3, 0.1))[::2])
@@ -63,7 +65,7 @@ def test_the_interval_is_decided_for_each_example(x):
 def test_rescale_keeps_the_std_of_the_conditional(x):
     t = jnp.full(3, 0.5)
     std = lambda rescale: jnp.std(
-        cfg(Recorder(), cond, uncond, scale=5.0, rescale=rescale)(x, t), axis=(1, 2)
+        guided(Recorder(), cond, uncond, scale=5.0, rescale=rescale)(x, t), axis=(1, 2)
     )
     kept, halfway, free = std(1.0), std(0.5), std(0.0)
     chex.assert_trees_all_close(kept, cond["w"] * jnp.std(x, axis=(1, 2)), rtol=1e-5)
@@ -72,21 +74,21 @@ def test_rescale_keeps_the_std_of_the_conditional(x):
 
 
 def test_rescale_of_an_untrained_network_is_0(x):
-    v = cfg(lambda x, t, cond: 0 * x, cond, uncond, scale=5.0, rescale=0.7)
+    v = guided(lambda x, t, cond: 0 * x, cond, uncond, scale=5.0, rescale=0.7)
     chex.assert_trees_all_equal(v(x, jnp.full(3, 0.5)), jnp.zeros_like(x))
 
 
 def test_bfloat16_networks_are_combined_in_float32(x):
     t = jnp.full(3, 0.5)
     velocity = lambda x, t, cond: Recorder()(x, t, cond).astype(jnp.bfloat16)
-    v = cfg(velocity, cond, uncond, scale=5.0)(x, t)
+    v = guided(velocity, cond, uncond, scale=5.0)(x, t)
     v_u, v_c = (velocity(x, t, c).astype(jnp.float32) for c in (uncond, cond))
     chex.assert_trees_all_equal(v, v_u + 5 * (v_c - v_u))
 
 
 def test_guidance_and_solver_trace_the_network_once(x):
     velocity = Recorder()
-    v = cfg(velocity, cond, uncond, scale=5.0, interval=(0.2, 0.8), rescale=0.5)
+    v = guided(velocity, cond, uncond, scale=5.0, interval=(0.2, 0.8), rescale=0.5)
     jax.jit(lambda x: euler(v, x, jnp.linspace(1, 0, 11))).lower(x)
     assert velocity.batches == [(6, 6, 6)]
 
@@ -114,4 +116,4 @@ def test_guidance_and_solver_trace_the_network_once(x):
 )
 def test_bad_options_are_explained(option, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        cfg(Recorder(), cond, uncond, **{"scale": 5.0} | option)
+        guided(Recorder(), cond, uncond, **{"scale": 5.0} | option)
