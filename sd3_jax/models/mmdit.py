@@ -19,9 +19,9 @@ from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_opt
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
 from sd3_jax.models.scan import stacked
 
-# What a skipped layer leaves out: all of it (skip-layer guidance), or attention to
-# other tokens (PAG): of image tokens to image tokens, or of all tokens to all.
-SKIPPED = ("block", "image", "tokens")
+# What a skipped layer leaves out: all of it (skip-layer guidance), or the attention
+# among image tokens (PAG).
+SKIPPED = ("block", "attention")
 
 
 class MMDiT(TokenDenoiser):
@@ -201,12 +201,10 @@ class Block(DenoiserBlock, kw_only=True):
         self, opened: Sequence["Opened"], count: int, skipped: str
     ) -> Sequence[Array]:
         """The joint attention's output (b, _, a, k) for the first `count` streams."""
-        if skipped == "tokens":  # each to itself: the softmax of one number is 1
-            return [stream.v for stream in opened[:count]]
         qs = [stream.q for stream in opened[:count]]
         ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
         attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
-        if skipped == "image":
+        if skipped == "attention":
             # k and v of an image token lie where its q does: they are not gathered.
             image = opened[0]
             own = self_only_attention(image.q, image.k, image.v, ks[1:], vs[1:])

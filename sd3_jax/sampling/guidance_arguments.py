@@ -13,10 +13,8 @@ from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, arguments, compiled
 from sd3_jax.sampling.bundle import Bundle
 
-# Perturbed attention guidance of diffusers' SD3 pipeline: all steps, and attention
-# among image tokens. diffusers' guider takes that of all tokens.
-PAG = {"layers": None, "scale": 3.0, "start": 0.0, "stop": 1.0, "tokens": "image"}
-TOKENS = {"image": "image", "all": "tokens"}  # names of mmdit.SKIPPED
+# Perturbed attention guidance in all steps, with the scale of diffusers' pipeline.
+PAG = {"layers": None, "scale": 3.0, "start": 0.0, "stop": 1.0}
 EULER = ("cfg_pp",)  # methods for Euler's method alone
 # What a guide's denoiser must share with the one that it guides, in diffusers' names.
 SHARED = "in_channels patch_size joint_attention_dim pooled_projection_dim".split()
@@ -167,8 +165,6 @@ def options_of(text: str) -> dict[str, Any]:
         try:
             if name == "layers":
                 options[name] = tuple(map(int, value.split()))
-            elif name == "tokens":
-                options[name] = value
             else:
                 options[name] = float(value)
         except ValueError:
@@ -246,13 +242,12 @@ def _perturbed(options: dict[str, Any], depth: int) -> Layers:
         layers = argument_checks.skip_layers(layers, depth, "layers")
         if not layers:
             raise UserError("layers (): expected at least one")
-        argument_checks.choice("tokens", options["tokens"], TOKENS)
         return Layers(
             tuple(sorted({*layers})),
             scale=number("scale", options["scale"]),
             start=number("start", options["start"], 0, 1),
             stop=number("stop", options["stop"], 0, 1),
-            skipped=TOKENS[options["tokens"]],
+            skipped="attention",
         )
 
 

@@ -1,10 +1,13 @@
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
+from sd3_jax.diffusion import guidance_schedules
 from sd3_jax.diffusion.guidance import Schedule, Weakened, guided
-from sd3_jax.diffusion.solvers import euler
+from sd3_jax.diffusion.guidance_methods import METHODS
+from sd3_jax.diffusion.solvers import SOLVERS, euler
 
 
 class Recorder:
@@ -117,3 +120,113 @@ def test_guidance_and_solver_trace_the_network_once(x):
 def test_bad_options_are_explained(option, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
         guided(Recorder(), cond, uncond, **{"scale": 5.0} | option)
+
+
+GRID = np.append(np.linspace(1, 0.1, 6), 0).astype(np.float32)
+
+
+def by_grid(method, solver=euler, steps=None, **options):
+    """A run of a method along GRID, of a velocity that bends."""
+    velocity = lambda x, t, cond: jnp.sin(Recorder()(x, t, cond)) + t[:, None, None] * x
+    options = dict(scale=4.0, grid=GRID) | options
+    v = guided(velocity, cond, uncond, method=method, **options)
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8))
+    return solver(v, x, GRID, steps=steps)
+
+
+def test_cfg_pp_renoises_with_the_unconditional_noise():
+    """The paper's update, of x0 and noise, against Euler's of our velocity."""
+    velocity = lambda x, t, c: jnp.sin(c["w"][:, None, None] * x) + t * x
+    x = jax.random.normal(jax.random.key(1), (3, 8, 8))
+    for t, t_next in zip(GRID[:-1], GRID[1:]):
+        v_c, v_u = velocity(x, t, cond), velocity(x, t, uncond)
+        x0, noise = x - t * (v_u + 0.6 * (v_c - v_u)), x + (1 - t) * v_u
+        x = (1 - t_next) * x0 + t_next * noise
+    ours = by_grid("cfg_pp", scale=0.6)
+    chex.assert_trees_all_close(ours, x, rtol=1e-4, atol=1e-5)
+    padded = np.pad(GRID, (0, 5))
+    same = by_grid("cfg_pp", scale=0.6, grid=padded)
+    chex.assert_trees_all_close(same, ours, rtol=1e-6)
+
+
+def test_apg_on_x0_is_the_papers_algorithm(x):
+    """Algorithm 1 in numpy, two steps with momentum."""
+    w_c, w_u = (np.asarray(c["w"])[:, None, None] for c in (cond, uncond))
+    v = guided(
+        Recorder(),
+        cond,
+        uncond,
+        scale=4.0,
+        method="apg_x0",
+        options=dict(eta=0.2, momentum=-0.5, threshold=3.0),
+    )
+    x, average = np.asarray(x), 0.0
+    ours = euler(v, jnp.asarray(x), GRID[1:4])
+    for t, t_next in zip(GRID[1:3], GRID[2:4]):
+        cond_x0, uncond_x0 = x - t * w_c * x, x - t * w_u * x
+        diff = average = (cond_x0 - uncond_x0) - 0.5 * average
+        norm = np.sqrt((diff**2).sum((1, 2), keepdims=True))
+        diff = diff * np.minimum(1, 3.0 / norm)
+        unit = cond_x0 / np.sqrt((cond_x0**2).sum((1, 2), keepdims=True))
+        parallel = (diff * unit).sum((1, 2), keepdims=True) * unit
+        x0 = cond_x0 + 3.0 * (diff - parallel + 0.2 * parallel)
+        x = x + (t_next - t) * (x - x0) / t
+    chex.assert_trees_all_close(ours, x, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))
+def test_every_solver_carries_the_momentum(solver):
+    run = lambda m, **more: by_grid(
+        "apg", SOLVERS[solver], options=dict(momentum=m), **more
+    )
+    assert not np.allclose(run(0.0), run(0.5), rtol=1e-3)
+    # As a loop whose number of steps is data, in which no tracer may leak.
+    counted = run(0.5, steps=jnp.int32(len(GRID) - 1))
+    chex.assert_trees_all_close(counted, run(0.5), rtol=1e-5, atol=1e-6)
+
+
+def test_the_state_of_guidance_needs_a_loop(x):
+    v = guided(Recorder(), cond, uncond, scale=4.0, method="apg")
+    with pytest.raises(ValueError, match="does not carry"):
+        v(x, jnp.full(3, 0.5))
+
+
+def test_zero_is_a_velocity_for_every_method(x):
+    """Untrained networks: no division by their norms."""
+    for method in METHODS:
+        zero = lambda x, t, cond: 0 * x
+        options = dict(scale=0.5 if method == "cfg_pp" else 4.0, rescale=0.5)
+        v = guided(zero, cond, uncond, method=method, grid=GRID, weak=zero, **options)
+        chex.assert_trees_all_equal(euler(v, x, GRID), x)
+
+
+def test_a_schedule_is_the_scale_at_each_time(x):
+    scales = guidance_schedules.scales([(1.0, 0.5), (0.0, 2.0)], 5.0, GRID)
+    np.testing.assert_allclose(scales, 1 + 4 * (2 - 1.5 * GRID), rtol=1e-6)
+    v = guided(Recorder(), cond, uncond, scale=Schedule(GRID, scales))
+    padded = Schedule(np.pad(GRID, (0, 3)), np.pad(scales, (0, 3), mode="edge"))
+    also = guided(Recorder(), cond, uncond, scale=padded)
+    for t, scale in zip(GRID, scales):
+        t = jnp.full(3, t)
+        plain = guided(Recorder(), cond, uncond, scale=float(scale))(x, t)
+        chex.assert_trees_all_close(v(x, t), plain, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(also(x, t), plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine"])
+def test_schedules_rise_and_keep_the_mean(name):
+    t = np.linspace(1, 0, 1001)
+    scales = guidance_schedules.scales(name, 5.0, t)
+    assert (np.diff(scales) >= 0).all()
+    np.testing.assert_allclose(scales.mean(), 5.0, rtol=1e-3)
+    assert guidance_schedules.parsed("1:0.5, 0.25:2") == [(1.0, 0.5), (0.25, 2.0)]
+    for wrong in ("1:2:3", "2:1", "0.5:1,0.5:2", "1:nan", "lineal"):
+        with pytest.raises(ValueError, match="schedule: got"):
+            guidance_schedules.parsed(wrong)
+
+
+def test_a_method_that_reads_the_grid_wants_one():
+    with pytest.raises(ValueError, match="grid: got None, expected that of the"):
+        guided(Recorder(), cond, uncond, scale=4.0, method="cfg_zero")
+    with pytest.raises(ValueError, match="nearest: tangential"):
+        guided(Recorder(), cond, uncond, scale=4.0, method="tangentail")
