@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Float, Float32
 
 from sd3_jax.diffusion.checks import choose, require
+from sd3_jax.errors import ConfigError
 
 SCHEDULES = {
     "constant": lambda t: np.ones_like(t),
@@ -48,6 +49,15 @@ def parsed(text: str) -> str | Points:
         pairs = []
     _columns(pairs)
     return pairs
+
+
+def is_schedule(text: str) -> bool:
+    """Whether `parsed` takes a text."""
+    try:
+        parsed(text)
+    except ConfigError:
+        return False
+    return True
 
 
 def _columns(points):

@@ -206,14 +206,14 @@ def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[st
     The grid is padded, so that programs do not differ by their number of steps.
     """
     return {
-        "grid": padded(grid, 0),
+        "grid": padded(grid, 0.0),
         "steps": np.int32(len(grid) - 1),
         "solver": np.int32(solvers.same_program(solver).index(solver)),
     }
 
 
 def padded(
-    values: Float[Array | np.ndarray, " n"], last: float
+    values: Float[Array | np.ndarray, " n"], last: float | np.floating
 ) -> Float[np.ndarray, " m"]:
     """Values of a grid's times, padded with `last` as solver_inputs pads the grid."""
     padding = (0, -(len(values) - 1) % GRID_STEPS)

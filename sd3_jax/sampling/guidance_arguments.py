@@ -8,7 +8,7 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import grids, guidance_schedules
 from sd3_jax.diffusion.guidance_methods import LIMITS, METHODS, defaults
-from sd3_jax.errors import ConfigError, UserError, nearest, prefixed
+from sd3_jax.errors import UserError, nearest, prefixed
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, arguments, compiled
 from sd3_jax.sampling.bundle import Bundle
@@ -43,7 +43,7 @@ class Guidance(NamedTuple):
     numbers: dict[str, np.generic] = {}
     layers: Layers = NO_LAYERS
     schedule: Any = "constant"
-    guide: Bundle | None = None
+    guide: Any = None  # of autoguidance: a Bundle, or the parameters of a run
     guided: bool = True
 
     @property
@@ -103,7 +103,7 @@ def checked(
     schedule: Any = "constant",
     skip: Layers = NO_LAYERS,
     negative: bool = False,
-    guide: Bundle | None = None,
+    guide: Any = None,
 ) -> Guidance:
     """The guidance of a denoiser of `depth` layers; UserError for what it cannot be.
 
@@ -119,7 +119,7 @@ def checked(
         layers=tuple(sorted({*argument_checks.skip_layers(skip.layers, depth)})),
         scale=argument_checks.number("skip_scale", skip.scale),
     )
-    numbers, layers = _numbers(method, options, depth, skip)
+    numbers, layers = numbers_and_layers(method, options, depth, skip)
     schedule = _schedule(schedule)
     result = Guidance(scale, interval, rescale, method, numbers, layers, schedule)
     asked = dict(negative_prompts=negative, skip_layers=bool(skip.layers))
@@ -177,6 +177,29 @@ def options_of(text: str) -> dict[str, Any]:
     return options
 
 
+def numbers_and_layers(
+    method: str, options: Any, depth: int, skip: Layers = NO_LAYERS
+) -> tuple[dict[str, np.generic], Layers]:
+    """The method's numbers with `options` in place of defaults, and its layers."""
+    if not isinstance(options, Mapping | None):
+        raise UserError(
+            f"guidance_options {shown(repr(options))}: expected a dict such as"
+            ' {"eta": 0.0}'
+        )
+    options = dict(options or {})
+    known = PAG if method == "pag" else defaults(method)
+    for key in options:
+        if key not in known:
+            choices = nearest(str(key), known) if known else ": it takes none"
+            raise UserError(
+                f'guidance_options "{shown(str(key))}" of guidance_method'
+                f' "{method}"{choices}'
+            )
+    if method == "pag":
+        return {}, _perturbed(PAG | options, depth)
+    return {key: _number(key, x) for key, x in (known | options).items()}, skip
+
+
 def _require_fit(guidance: Guidance, asked: Mapping[str, bool]) -> None:
     """UserError for what a method does not take; `asked` are names that are set."""
     name, row = guidance.method, METHODS[guidance.method]
@@ -201,31 +224,8 @@ def _require_fit(guidance: Guidance, asked: Mapping[str, bool]) -> None:
         )
     if weak and not asked["guide"]:
         raise UserError(
-            f'guidance_method "{name}" needs guide, a bundle with a weaker denoiser'
+            f'guidance_method "{name}": set guide, the weights of a weaker denoiser'
         )
-
-
-def _numbers(
-    method: str, options: Any, depth: int, skip: Layers
-) -> tuple[dict[str, np.generic], Layers]:
-    """The method's numbers with `options` in place of defaults, and its layers."""
-    if not isinstance(options, Mapping | None):
-        raise UserError(
-            f"guidance_options {shown(repr(options))}: expected a dict such as"
-            ' {"eta": 0.0}'
-        )
-    options = dict(options or {})
-    known = PAG if method == "pag" else defaults(method)
-    for key in options:
-        if key not in known:
-            choices = nearest(str(key), known) if known else ": it takes none"
-            raise UserError(
-                f'guidance_options "{shown(str(key))}" of guidance_method'
-                f' "{method}"{choices}'
-            )
-    if method == "pag":
-        return {}, _perturbed(PAG | options, depth)
-    return {key: _number(key, x) for key, x in (known | options).items()}, skip
 
 
 def _number(key: str, value: Any) -> np.generic:
@@ -258,9 +258,7 @@ def _schedule(value: Any) -> str | Sequence[tuple[float, float]]:
             if isinstance(value, str):
                 value = guidance_schedules.parsed(value)
             guidance_schedules.scales(value, 1.0, np.ones(1))
-    except (TypeError, ValueError) as error:
-        if isinstance(error, ConfigError):
-            raise
+    except (TypeError, ValueError):
         names = ", ".join(guidance_schedules.SCHEDULES)
         raise UserError(
             f"guidance_schedule {shown(repr(value))}: expected one of {names}, or"
