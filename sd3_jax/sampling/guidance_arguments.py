@@ -256,12 +256,13 @@ def _schedule(value: Any) -> str | Sequence[tuple[float, float]]:
     try:
         with prefixed("guidance_schedule"):
             if isinstance(value, str):
-                value = guidance_schedules.parsed(value)
-            guidance_schedules.scales(value, 1.0, np.ones(1))
+                return guidance_schedules.parsed(value)
+            points = [(float(t), float(factor)) for t, factor in value]
+            guidance_schedules.scales(points, 1.0, np.ones(1))
+            return points
     except (TypeError, ValueError):
         names = ", ".join(guidance_schedules.SCHEDULES)
         raise UserError(
             f"guidance_schedule {shown(repr(value))}: expected one of {names}, or"
             " pairs (t, factor)"
         ) from None
-    return value
