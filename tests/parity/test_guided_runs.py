@@ -40,9 +40,10 @@ def pair():
 @pytest.mark.parametrize("layers", [[1], [2, 3]])
 def test_perturbed_attention(pair, layers):
     pipe, bundle = pair
+    images = "image_encoder", "feature_extractor"
     perturbed = diffusers.StableDiffusion3PAGPipeline(
-        **{k: v for k, v in pipe.components.items() if "image" not in k},
-        pag_applied_layers=[f"blocks.{i}$" for i in layers],
+        **{k: v for k, v in pipe.components.items() if k not in images},
+        pag_applied_layers=[f"blocks.{i}" for i in layers],
     )
     perturbed.set_progress_bar_config(disable=True)
     wanted = perturbed(
