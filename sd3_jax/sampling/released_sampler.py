@@ -21,7 +21,7 @@ from sd3_jax.sampling import (
     prompt_file,
 )
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components
+from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +50,9 @@ def load_for_sampling(
             " without guidance; use --config=released:sd35_large_turbo"
         )
         log.warning(message, config.weights, config.sample.cfg)
+    with prefixed(f"config.sample.guide = {config.sample.guide}"):
+        for name in sources.split(config.sample.guide):
+            sources.locate(name)  # before the model's weights are read
     model = load(config, mesh, check=partial(check, settings=settings))
     warn_of_another_model(config, model)
     return model
