@@ -212,7 +212,7 @@ def generate(
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
-    weak = None if steering.guide is None else guide.variables["denoiser"]
+    weak = steering.guide and steering.guide.variables["denoiser"]
     with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting), weak

@@ -75,6 +75,8 @@ def guided(
     if plain and not guides(scale, method):
         return lambda x, t: velocity(x, t, cond)
     require(not row.reads_grid or grid is not None, "grid", grid, "that of the solver")
+    weak = weak if row.against == "weak" else None
+    require(weak is not None or row.against != "weak", "weak", weak, "a velocity")
     grid = jnp.zeros(1) if grid is None else jnp.asarray(grid, jnp.float32)
     # The unconditional half comes first; it is split again below.
     doubled = None
@@ -83,10 +85,12 @@ def guided(
 
     def branches(x: Batch, t: Times) -> tuple[Batch, Batch]:
         # float32 before any difference: `scale` multiplies its rounding error.
-        if row.against == "weak":
-            return tuple(f(x, t, cond).astype(jnp.float32) for f in (weak, velocity))
+        if weak is not None:
+            v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
+            return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
         v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled)
-        return tuple(jnp.split(v.astype(jnp.float32), 2))
+        v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
+        return v_u, v_c
 
     def step(x: Batch, t: Times, state: PyTree) -> tuple[Batch, PyTree]:
         v_u, v_c = branches(x, t)
@@ -94,16 +98,17 @@ def guided(
             at = Branches(x, expand(t, x), v_c, v_u, grid)
             memory = (state,) if row.carries else ()
             v = row.combine(at, scale_at(scale, at.t), *memory, **(options or {}))
-            v, next_state = v if row.carries else (v, None)
             inside = expand((t >= start) & (t <= stop), x)  # by example
-            if row.carries:  # outside, there is nothing to average
-                next_state = jnp.where(inside, next_state, state)
+            if row.carries:
+                v, average = v
+                # Outside, there is nothing to average.
+                state = jnp.where(inside, average, state)
             if weakened is None:
-                return jnp.where(inside, match_std(v, v_c, rescale), v_c), next_state
+                return jnp.where(inside, match_std(v, v_c, rescale), v_c), state
             v = jnp.where(inside, v, v_c)
         with jax.named_scope("skip_guidance"):
             v = v + away(weakened, x, t, cond, v_c)
-            return match_std(v, v_c, rescale), next_state
+            return match_std(v, v_c, rescale), state
 
     if row.carries:
         return Carried(step, jnp.zeros_like)

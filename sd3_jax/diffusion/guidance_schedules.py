@@ -19,6 +19,7 @@ SCHEDULES = {
     "cosine": lambda t: 1 + np.cos(np.pi * t),
 }
 Points = Sequence[tuple[float, float]]
+PAIRS = "pairs of t in [0, 1] and a finite factor"
 
 
 def scales(
@@ -44,9 +45,11 @@ def parsed(text: str) -> str | Points:
         choose("schedule", text, SCHEDULES)
         return text
     try:
-        pairs = [tuple(map(float, pair.split(":"))) for pair in text.split(",")]
-    except ValueError:
+        columns = [map(float, pair.split(":")) for pair in text.split(",")]
+        pairs = [(t, factor) for t, factor in columns]
+    except ValueError:  # also of one or three numbers
         pairs = []
+    require(bool(pairs), "schedule", text, PAIRS)
     _columns(pairs)
     return pairs
 
@@ -65,7 +68,7 @@ def _columns(points):
     ok = len(points) > 0 and all(
         len(x) == 2 and 0 <= x[0] <= 1 and np.isfinite(x[1]) for x in points
     )
-    require(ok, "schedule", points, "pairs of t in [0, 1] and a finite factor")
+    require(ok, "schedule", points, PAIRS)
     times, factors = map(np.array, zip(*sorted(map(tuple, points))))
     require(bool((np.diff(times) > 0).all()), "schedule", points, "each t once")
     return times, factors

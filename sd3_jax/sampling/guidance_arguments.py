@@ -23,7 +23,7 @@ SHARED = "in_channels patch_size joint_attention_dim pooled_projection_dim".spli
 class Layers(NamedTuple):
     """Layers that a third velocity changes, from which guidance steers away."""
 
-    layers: tuple[int, ...] = ()
+    layers: Sequence[int] | None = ()  # a tuple, once they are checked
     scale: float = 0.0
     start: float = 0.0  # share of the steps
     stop: float = 0.0

@@ -28,7 +28,8 @@ METHODS = (
     "autoguidance",
 )
 SCHEDULE = Rule(
-    guidance_schedules.is_schedule, "constant, linear, cosine, or T:FACTOR, T:FACTOR"
+    lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
+    "constant, linear, cosine, or T:FACTOR, T:FACTOR",
 )
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 
