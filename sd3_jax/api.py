@@ -27,6 +27,7 @@ from sd3_jax.sampling import (
     progress_bar,
     seeds,
 )
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
@@ -57,6 +58,7 @@ def generate(
     mask: Pictures | None = None,
     strength: float = 0.6,
     control: ControlInput | Sequence[ControlInput] | None = None,
+    adapters: Sets | None = None,
     skip_layers: Sequence[int] | None = None,
     skip_scale: float = 2.8,
     skip_start: float = 0.01,
@@ -97,6 +99,9 @@ def generate(
     "linear", "cosine", or pairs (t, factor of guidance - 1). `guide` is the weaker
     bundle of "autoguidance".
 
+    `adapters` are weights of the bundle's adapters by name for this call, or a list of
+    such sets, one for each prompt; by default those of bundle.set_adapters.
+
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
@@ -105,9 +110,10 @@ def generate(
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
     guidance, its method or a schedule, which inputs are given, `skip_layers`, the
-    ControlNets, or the `preview` function. Numbers are data: the seed, `guidance`,
-    `strength`, `sigmas`, `shift`, and up to 1,024 `steps`. The solvers euler, dpmpp_2m
-    and dpmpp_2m_flow share a program; heun and lcm have their own.
+    ControlNets, which adapters are loaded, whether each prompt has a set of its own, or
+    the `preview` function. Numbers are data: the seed, `guidance`, `strength`,
+    `sigmas`, `shift`, the weights of adapters, and up to 1,024 `steps`. The solvers
+    euler, dpmpp_2m and dpmpp_2m_flow share a program; heun and lcm have their own.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -165,8 +171,12 @@ def generate(
         per_prompt=images_per_prompt,
         clip_skip=clip_skip,
         guided=steering.reads_uncond,
+        adapters=adapters,
     )
     rows = cond.pooled.shape[0]
+    table = bundle.bank.table(adapters, rows // images_per_prompt)
+    if table.ndim == 2:
+        table = np.repeat(table, images_per_prompt, axis=0)
     spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
@@ -212,9 +222,13 @@ def generate(
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
-    weak = steering.guide and steering.guide.variables["denoiser"]
     with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
-            plan, bundle.variables["denoiser"], place(inputs), nets, place(acting), weak
+            plan,
+            bundle.adapted("denoiser", table),
+            place(inputs),
+            nets,
+            place(acting),
+            steering.weak_variables(),
         )
     return sampled if output == "latents" else bundle.decode(sampled)

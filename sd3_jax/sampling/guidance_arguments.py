@@ -70,6 +70,12 @@ class Guidance(NamedTuple):
             weak=None if self.guide is None else self.guide.part("denoiser"),
         )
 
+    def weak_variables(self) -> Any:
+        """Those of the guide's denoiser, with its adapters."""
+        if self.guide is None:
+            return None
+        return self.guide.adapted("denoiser", self.guide.bank.table(None, 1))
+
     def inputs(self, times: Float[np.ndarray, " n"]) -> dict[str, Any]:
         """Fields of compiled.Inputs, for the times of a solver."""
         low, high = self.interval
