@@ -169,6 +169,7 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
         (dict(solver="unipc"), 'did you mean "unipc_'),
         (
             dict(solver="adaptive", skip_layers=[1]),
+            dict(solver="adaptive", guidance_method="apg"),
             "skip_layers does not work with the",
         ),
         (dict(grid="flow", mu=1.0), "grid and mu are both set"),

@@ -108,4 +108,4 @@ def run(
     leaves, treedef = jax.tree.flatten(weights)
     unpacked = lambda x, history, t, i, *w: step(x, history, t, i, treedef.unflatten(w))
     columns = grid[:-1], jnp.arange(len(grid) - 1), *leaves
-    return loop(unpacked, x, history, grid, columns, trajectory, after, steps)
+    return loop(velocity, unpacked, x, history, grid, columns, trajectory, after, steps)

@@ -50,7 +50,9 @@ def euler(
         return _euler_update(x, velocity(x, times(t, x)), t, t_next), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def heun(
@@ -80,7 +82,9 @@ def heun(
         return x + dt * (v + v_next) / 2, None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def dpmpp_2m(
@@ -155,7 +159,7 @@ def one_evaluation(
 
     x0_last = jnp.zeros(x.shape, jnp.float32)
     columns = grid[:-1], grid[1:], *_multistep_weights(grid, slope, path)
-    return loop(step, x, x0_last, grid, columns, False, after, steps)
+    return loop(velocity, step, x, x0_last, grid, columns, False, after, steps)
 
 
 ONE_EVALUATION = ("euler", "dpmpp_2m", "dpmpp_2m_flow")
@@ -227,7 +231,7 @@ def _multistep(velocity, x, grid, slope, path, trajectory, after, steps):
 
     x0_last = jnp.zeros(x.shape, jnp.float32)  # the first step's slope is 0
     columns = grid[:-1], *_multistep_weights(grid, slope, path)
-    return loop(step, x, x0_last, grid, columns, trajectory, after, steps)
+    return loop(velocity, step, x, x0_last, grid, columns, trajectory, after, steps)
 
 
 def _multistep_weights(grid, slope, path):

@@ -55,7 +55,7 @@ def lcm(
         return a_next * x0 + b_next * draw(i), None  # b is 0 at t = 0: no noise
 
     columns = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]  # each (n - 1,)
-    return loop(step, x, None, grid, columns, trajectory, after, steps)
+    return loop(velocity, step, x, None, grid, columns, trajectory, after, steps)
 
 
 def stochastic(

@@ -31,7 +31,11 @@ from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
 from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import load_for_sampling, sample_tasks
+from sd3_jax.sampling.released_sampler import (
+    load_for_sampling,
+    load_guide,
+    sample_tasks,
+)
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
@@ -117,7 +121,10 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = TrainedSampler(config, parts, mesh).encoder
+    guide = model_parts.trained_guide(config, parts, workdir, mesh)
+    if guide is not None:
+        facts["guide"] = int(config.sample.guide)  # a step, as "step" is
+    encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
     samplers = {}
@@ -127,7 +134,7 @@ def trained(
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder
+                config, model_parts.build_parts(config), mesh, encoder, guide
             )
         captions = [task.caption for task in rows]
         return samplers[group](params, captions, [task.number for task in rows])
@@ -156,7 +163,10 @@ def released(
         facts["quantize"] = bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return functools.partial(sample_tasks, bundle), facts
+    guide = load_guide(config, mesh)
+    if guide is not None:
+        facts["guide"] = guide.fingerprint()
+    return functools.partial(sample_tasks, bundle, guide=guide), facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

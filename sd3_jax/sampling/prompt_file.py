@@ -24,6 +24,7 @@ SAMPLE = (
     *("negative", "seed", "per_prompt", "steps", "solver", "grid", "shift"),
     *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
+    *("guidance_method", "guidance_options", "guidance_schedule"),
 )
 LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
 LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}

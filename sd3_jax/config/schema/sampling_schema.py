@@ -18,9 +18,18 @@ from sd3_jax.config.schema.key_rules import (
     one_of,
     sequence,
 )
+from sd3_jax.diffusion import guidance_schedules
 
 SHIFT = number(
     "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
+)
+METHODS = (
+    *("cfg", "cfg_zero", "cfg_pp", "apg", "apg_x0", "tangential", "pag"),
+    "autoguidance",
+)
+SCHEDULE = Rule(
+    lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
+    "constant, linear, cosine, or T:FACTOR, T:FACTOR",
 )
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 # The tables of diffusion/solvers.py and grids.py, which import jax.
@@ -65,6 +74,26 @@ SAMPLE = dict(
         UNIT,
         "How far guidance is rescaled to the standard deviation without it (Lin et al."
         " 2023); 0: not.",
+    ),
+    guidance_method=Key(
+        "cfg",
+        one_of(*METHODS),
+        "Method of guidance, whose scale is cfg (docs/how-to/sample.md).",
+    ),
+    guidance_options=Key(
+        "", FREE, 'Numbers of the method, such as "eta=0, threshold=10"; empty: usual.'
+    ),
+    guidance_schedule=Key(
+        "constant",
+        SCHEDULE,
+        "Guidance over t: constant, linear, cosine, or factors of cfg - 1 at times,"
+        ' such as "1:0.5, 0.3:2".',
+    ),
+    guide=Key(
+        "",
+        FREE,
+        "Weaker weights for autoguidance: a released model, or the step of an earlier"
+        " checkpoint of the run; empty: none.",
     ),
     seed=Key(
         0,
