@@ -310,7 +310,7 @@ VALUES = [
     ("profile.start=11 --config.train.steps=10", "at most config.train.steps = 10"),
     ("profile.steps=0", "an integer in [1, 10000]"),
     ("sample.solver=eular", 'config.sample.solver = "eular"', '"euler"'),
-    ("sample.grid=karras", "linear, shifted, released"),
+    ("sample.grid=karas", '"karras"'),
     ("sample.weights=model", "ema, params"),
     ("sample.steps=0", "an integer in [1, 10000]"),
     ("sample.cfg=-1", "a number in [0, 1000]"),

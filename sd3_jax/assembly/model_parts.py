@@ -121,6 +121,21 @@ def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
     return saved_data(checkpoints(workdir), step).get("encoders", {})
 
 
+def trained_guide(
+    config: ConfigDict, parts: Parts, workdir: str, mesh: Mesh
+) -> dict | None:
+    """The parameters of the checkpoint that config.sample.guide names, if any."""
+    guide = config.sample.guide
+    if not guide:
+        return None
+    if not guide.isdecimal() or not int(guide):
+        raise UserError(
+            f"config.sample.guide = {guide}: expected the step of a checkpoint of this"
+            " run, such as 1000"
+        )
+    return trained_params(config, parts, workdir, mesh, int(guide))[0]
+
+
 def trained_params(
     config: ConfigDict,
     parts: Parts,

@@ -120,6 +120,11 @@ def interval(start, stop):
         return f"at most config.sample.cfg_stop = {stop}"
 
 
+def guide_needed(guide, method):
+    if method == "autoguidance" and not guide:
+        return f'weaker weights for config.sample.guidance_method = "{method}"'
+
+
 def released_only(loras, weights):
     if loras and not weights:
         return "(), or released weights for them in config.weights"
@@ -256,6 +261,7 @@ RELATIONS = (
     (table_size, "model.pos_size", "model.width"),
     (reached, "profile.start", "train.steps"),
     (interval, "sample.cfg_start", "sample.cfg_stop"),
+    (guide_needed, "sample.guide", "sample.guidance_method"),
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (released_only, "sample.lora", "weights"),

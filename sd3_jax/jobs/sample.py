@@ -34,6 +34,7 @@ from sd3_jax.sampling.prompt_file import Task
 from sd3_jax.sampling.released_sampler import (
     cut_words,
     load_for_sampling,
+    load_guide,
     sample_tasks,
 )
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
@@ -126,7 +127,10 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = TrainedSampler(config, parts, mesh).encoder
+    guide = model_parts.trained_guide(config, parts, workdir, mesh)
+    if guide is not None:
+        facts["guide"] = int(config.sample.guide)  # a step, as "step" is
+    encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
     samplers = {}
@@ -136,7 +140,7 @@ def trained(
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder
+                config, model_parts.build_parts(config), mesh, encoder, guide
             )
         captions = [task.caption for task in rows]
         return samplers[group](params, captions, [task.number for task in rows])
@@ -169,7 +173,11 @@ def released(
         facts["lora"] = list(config.sample.lora)
     if config.sample.embeddings:
         facts["embeddings"] = list(config.sample.embeddings)
-    return functools.partial(sample_tasks, bundle), facts, cut_words(bundle, tasks)
+    guide = load_guide(config, mesh)
+    if guide is not None:
+        facts["guide"] = guide.fingerprint()
+    paint = functools.partial(sample_tasks, bundle, guide=guide)
+    return paint, facts, cut_words(bundle, tasks)
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

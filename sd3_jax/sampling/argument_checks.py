@@ -43,7 +43,7 @@ def pair(name: str, value: Any) -> tuple[float, float]:
     return number(name, value[0]), number(name, value[1])
 
 
-def skip_layers(value: Any, depth: int) -> list[int]:
+def skip_layers(value: Any, depth: int, name: str = "skip_layers") -> list[int]:
     """Numbers of layers below `depth`; None is the empty list."""
     if value is None:
         return []
@@ -52,9 +52,9 @@ def skip_layers(value: Any, depth: int) -> list[int]:
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
         raise UserError(
-            f"skip_layers {shown(repr(value))}: expected a list of whole numbers"
+            f"{name} {shown(repr(value))}: expected a list of whole numbers"
         )
-    return [whole("skip_layers", x, 0, depth - 1) for x in value]
+    return [whole(name, x, 0, depth - 1) for x in value]
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:

@@ -12,6 +12,7 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import grids, guidance
+from sd3_jax.diffusion.guidance_methods import METHODS
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
@@ -200,22 +201,25 @@ def guided(
     scale: guidance.Number,
     interval: tuple[guidance.Number, guidance.Number],
     rescale: guidance.Number,
+    method: str = "cfg",
     **other: bool,
 ) -> bool:
     """Whether there is guidance. Without it, options that only guidance uses are
     named in a warning: `other` has such options, True where the caller set them."""
     # Python numbers are checked here; inside the compiled program they are arrays.
     guidance.check(scale, interval, rescale)
-    if guidance.guides(scale):
+    if guidance.guides(scale, method):
         return True
     other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
     other["guidance_rescale"] = rescale != 0
+    other["guidance_method"] = method != "cfg"
+    least = METHODS[method].least
     # Ignored options are reported instead of refused: one recipe may serve models with
     # guidance and models that are distilled from it.
     if unused := [name for name, is_set in other.items() if is_set]:
         warn_once(
             f"guidance {scale:g} disables guidance, so these are not used:"
-            f" {', '.join(unused)}; set guidance above 1 to use them"
+            f" {', '.join(unused)}; set guidance above {least:g} to use them"
         )
     return False
 

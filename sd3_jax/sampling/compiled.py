@@ -176,6 +176,9 @@ class Plan(NamedTuple):
     skip_layers: tuple[int, ...] = ()
     preview: Callable | None = None
     factor: int = 8  # pixels a latent, for the line about compilation
+    method: str = "cfg"  # a key of guidance_methods.METHODS
+    skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
+    weak: nn.Module | None = None  # the worse denoiser of autoguidance
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -199,6 +202,8 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     steps: Scalar | None = None  # of the grid; None: all
     solver: Scalar | None = None
+    options: dict[str, Scalar] | None = None  # the numbers of the guidance's method
+    scales: Array | np.ndarray | None = None  # of guidance, at each time of the grid
 
 
 def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[str, Any]:
@@ -206,20 +211,19 @@ def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[st
 
     The grid is padded, so that programs do not differ by their number of steps.
     """
-    steps = len(grid) - 1
-    padding = -steps % GRID_STEPS
     return {
-        "grid": np.pad(np.asarray(grid, np.float32), (0, padding)),
-        "steps": np.int32(steps),
+        "grid": padded(grid, 0.0),
+        "steps": np.int32(len(grid) - 1),
         "solver": np.int32(solvers.same_program(solver).index(solver)),
     }
 
 
-def solver_function(names: Sequence[str], number: Scalar | None) -> Callable:
-    """The solver names[number] of those that share a program; it may be traced."""
-    if len(names) == 1:
-        return solvers.SOLVERS[names[0]]
-    return functools.partial(solvers.one_evaluation, solver=number)
+def padded(
+    values: Float[Array | np.ndarray, " n"], last: float | np.floating
+) -> Float[np.ndarray, " m"]:
+    """Values of a grid's times, padded with `last` as solver_inputs pads the grid."""
+    padding = (0, -(len(values) - 1) % GRID_STEPS)
+    return np.pad(np.asarray(values, np.float32), padding, constant_values=last)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "nets"))
@@ -229,8 +233,12 @@ def sample(
     inputs: Inputs,
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
+    weak_variables: dict | adapters.Adapted | None = None,
 ) -> Array:
-    """Latents (b, h, w, c). `controls` are the fields of each Control after its net."""
+    """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
+
+    `weak_variables` are those of plan.weak.
+    """
 
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
@@ -249,12 +257,19 @@ def sample(
     acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
     if adapted:
         acting = [_lent(control, variables) for control in acting]
-    skip = None
+    weakened = weak = None
     # Which layers are left out is static: the denoiser makes a constant mask of it for
     # its scanned blocks.
     if plan.skip_layers:
-        skipping = controlled(denoiser, (), skip=plan.skip_layers)
-        skip = guidance.Skip(skipping, inputs.skip_scale, inputs.skip_window)
+        layers = dict(skip=plan.skip_layers, skipped=plan.skipped)
+        worse = controlled(denoiser, (), **layers)
+        weakened = guidance.Weakened(worse, inputs.skip_scale, inputs.skip_window)
+    if plan.weak is not None:
+        weaker = adapters.attached(weak_variables)
+        weak = lambda x, t, cond: plan.weak.apply(weaker, x, t, *cond)
+    scale = inputs.scale
+    if inputs.scales is not None:
+        scale = guidance.Schedule(inputs.grid, inputs.scales)
     return generate(
         controlled(denoiser, acting),
         inputs.keys,
@@ -263,13 +278,16 @@ def sample(
         shape=plan.shape,
         grid=inputs.grid,
         steps=inputs.steps,
-        solver=solver_function(plan.solvers, inputs.solver),
+        solver=solvers.of_program(plan.solvers, inputs.solver),
         # A Python 1.0 selects the path without guidance, which runs the denoiser on b
         # rows; a traced scale always doubles the batch.
-        scale=inputs.scale if plan.guided else 1.0,
+        scale=scale if plan.guided else 1.0,
+        method=plan.method if plan.guided else "cfg",
+        options=inputs.options,
         interval=inputs.interval,
         rescale=inputs.rescale,
-        skip=skip,
+        weakened=weakened,
+        weak=weak,
         noise=inputs.noise,
         x0=inputs.x0,
         mask=inputs.mask,

@@ -25,6 +25,7 @@ SAMPLE = (
     *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
     "prompt_weighting",
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
+    *("guidance_method", "guidance_options", "guidance_schedule"),
 )
 LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
 LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}
