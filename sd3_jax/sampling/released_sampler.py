@@ -51,8 +51,9 @@ def load_for_sampling(
             " without guidance; use --config=released:sd35_large_turbo"
         )
         log.warning(message, config.weights, config.sample.cfg)
-    with prefixed(f"config.sample.guide = {config.sample.guide}"):
-        for name in sources.split(config.sample.guide):
+    guide = config.sample.guide
+    with prefixed(f"config.sample.guide = {guide}"):
+        for name in sources.split(guide) if guide else ():
             sources.locate(name)  # before the model's weights are read
     model = load(config, mesh, check=partial(check, settings=settings))
     warn_of_another_model(config, model)
