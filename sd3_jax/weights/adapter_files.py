@@ -172,8 +172,8 @@ def _settings(
         return peft_config.of_metadata(path, metadata)
     if beside.exists():
         return peft_config.of_folder(beside)
-    # Other tools rename PEFT's files and add alphas, which say as much.
-    if any(key.endswith(".alpha") for key in tensors):
+    # Other tools take PEFT's names and add alphas, or whole differences without any.
+    if any(key.endswith((".alpha", ".diff")) for key in tensors):
         return peft_config.of_metadata(path, metadata)
     raise UserError(
         f"{path}: {peft_config.CONFIG} is missing beside it; PEFT stores alpha there"
@@ -217,9 +217,7 @@ def _targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[
     targets, faults, seen = [], {}, {}
     for key, update in layers.updates.items():
         if (place := places.get(_flat(key))) is None:
-            guess = near(key, [x.module for x in places.values()])
-            hint = f'; did you mean "{guess}"?' if guess else ""
-            faults[key] = f"{key} is not a layer of the model{hint}"
+            faults[key] = f"{key} is not a layer of the model"
             continue
         layout, layer, pieces = place
         for part in sorted(adapter_kinds.changes(update)):
@@ -233,9 +231,13 @@ def _targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[
         if (other := seen.setdefault((layout, layer), key)) != key:
             faults[key] = f"{key} is the same layer as {other}"
     if faults:
+        hint = _size_hint(layers, module)
+        if not hint and len(faults) == 1 and len(targets) < len(layers.updates):
+            guess = near(*faults, [place.module for place in places.values()])
+            hint = f'; did you mean "{guess}"?' if guess else ""
         raise UserError(
             f"{layers.path}: {len(faults)} of {len(layers.updates)} layers do not fit"
-            f" {name}: {listed(faults.values(), '; ')}{_size_hint(layers, module)}"
+            f" {name}: {listed(faults.values(), '; ')}{hint}"
         )
     return targets
 
@@ -272,7 +274,7 @@ def _places(name: str, module: nn.Module, params: Any, layout: str) -> dict[str,
 def _parts_of_fused(
     split: Mapping[str, Place], fused: Mapping[str, Place]
 ) -> dict[str, Place]:
-    """OneTrainer's names of q, k and v: the original layout's qkv.0, qkv.1 and qkv.2."""
+    """OneTrainer's names of q, k and v: the original layout's qkv.0 to qkv.2."""
     names = {}
     for key, place in fused.items():
         if (piece := place.pieces.get("weight")) is not None:

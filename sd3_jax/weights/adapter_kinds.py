@@ -89,7 +89,7 @@ def changes(update: Update) -> set[str]:
 
 
 def misfit(update: Update, part: str, shape: Shape) -> str:
-    """How tensors do not fit a parameter of `shape` in the file's layout; "" if they do.
+    """How tensors misfit a parameter of `shape` in the file's layout; "" if they fit.
 
     `part` is "weight" or "bias". Nothing is read.
     """
@@ -109,10 +109,7 @@ def misfit(update: Update, part: str, shape: Shape) -> str:
             return fault
     if fault := _lokr_misfit(shapes, shape):
         return fault
-    norms = {
-        "magnitude": {out},
-        "dora_scale": {out, shape[-1] if len(shape) < 3 else shape[1]},
-    }
+    norms = {"magnitude": {out}, "dora_scale": {out, *shape[1:2]}}
     for role, sizes in norms.items():
         if role in shapes and math.prod(shapes[role]) not in sizes:
             return f"{role} is {list(shapes[role])}, expected {[out, 1]}"

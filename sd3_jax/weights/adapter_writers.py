@@ -209,7 +209,7 @@ def _pairs(
 
 
 def _joined(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One pair for q, k and v, of which down has the factors of each, one after another.
+    """One pair for q, k and v, whose factors lie one after another in down.
 
     If they share a factor it is written once. Otherwise up is block-diagonal, as that
     of kohya's split_qkv (networks/lora_sd3.py).
@@ -257,12 +257,13 @@ def _named(
     ends = dict(zip("AB", names.sides))
     named = {f"{stem}.{ends.get(role, role)}": x for role, x in tensors.items()}
     if names.alpha and "A" in tensors:
-        named[f"{stem}.alpha"] = np.float32(len(tensors["A"])).reshape(())
+        named[f"{stem}.alpha"] = np.full((), len(tensors["A"]), np.float32)
     return named
 
 
 def _cast(path: epath.Path, key: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    cast = np.ascontiguousarray(x.astype(dtype)).reshape(x.shape)
+    with np.errstate(over="ignore"):  # told below
+        cast = np.ascontiguousarray(x.astype(dtype)).reshape(x.shape)
     if not np.isfinite(cast.astype(np.float32)).all():
         raise UserError(
             f"{path}: {key} overflows {dtype}; set --config.convert.dtype=bfloat16"

@@ -19,8 +19,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.params import lora, parametrization
 from sd3_jax.params.parametrization import LowRank
 from sd3_jax.sampling import bundle_loading
-from sd3_jax.weights import lora_files as files
 from sd3_jax.weights import adapter_files, peft_config
+from sd3_jax.weights import lora_files as files
 
 KIND = "sd35_medium"
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "norm_out.linear"]
