@@ -105,6 +105,7 @@ def opened_adapter(config: ConfigDict, mesh: Mesh) -> tuple[Adapter, dict]:
     ((source, weight),) = adapters
     path = sources.resolve(source, adapter_files.WANTED, label="LoRA")
     parts = adapter_files.read(path)
+    # DoRA's change depends on the base's values, and names on its depth.
     options = dict(only=tuple(parts), dtype="stored", quantize={}, tokenizers_from=None)
     bundle = released_sampler.load(config, mesh, lora=(), **options)
     if lacking := [name for name in parts if name not in bundle.modules]:

@@ -197,6 +197,7 @@ def _pairs(
         raise UserError(
             f"LoRA of {error.args[0]}: the published layouts have no such module"
         ) from None
+    # Both sides list the same layers in the same order: their rows are the same.
     for first, second in zip(*pieces):
         down, up = (
             piece.write(x[piece.index]) for piece, x in zip((first, second), sides)
@@ -230,6 +231,7 @@ def _joined(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _compacted(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The pair without ranks that add nothing."""
+    # Reading pads ranks with zeros in both; one of the two is enough to add nothing.
     used = np.any(down.reshape(len(down), -1), 1)
     used &= np.any(np.moveaxis(up, 1, 0).reshape(len(down), -1), 1)
     return down[used], up[:, used]

@@ -10,12 +10,15 @@ import torch
 from diffusers.loaders.single_file_utils import (
     convert_sd3_transformer_checkpoint_to_diffusers as from_original,
 )
+from jax.sharding import NamedSharding, PartitionSpec
 from lycoris import LycorisNetwork, create_lycoris
 from lycoris.modules.norms import NormModule
 from parity import miniature
 from transformers import CLIPTextModelWithProjection, T5EncoderModel
 from weights import adapter_models as models
 
+from sd3_jax.distributed import sharding
+from sd3_jax.params import parametrization, quantization
 from sd3_jax.params.adapters import Factors, Full
 from sd3_jax.weights import adapter_files
 
@@ -404,6 +407,27 @@ def test_dora_needs_the_values_of_its_base(tmp_path):
     shapes = models.shapes_of("denoiser")["params"]
     with pytest.raises(ValueError, match="needs the base's values"):
         adapter_files.load(layers, "denoiser", component.module, shapes)
+
+
+def test_dora_of_a_base_that_is_sharded_or_in_eight_bits(tmp_path):
+    theirs = peft.get_peft_model(transformer(), PEFT["dora"])
+    randomise(x for x in theirs.parameters() if x.requires_grad)
+    theirs.save_pretrained(tmp_path)
+    component = models.component("denoiser")
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    shard = lambda x: NamedSharding(mesh, PartitionSpec(*[None] * (x.ndim - 1), "fsdp"))
+    put = lambda x: jax.device_put(x, shard(x)) if x.shape[-1] % 4 == 0 else x
+    sharded = component._replace(params=jax.tree.map(put, component.params))
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        dict(sharded.loaded(tmp_path)),
+        dict(component.loaded(tmp_path)),
+    )
+    # --- the norms are of the values that the rounded base stands for
+    eight = quantization.quantized(jax.device_put(component.params), "int8")
+    floats = jax.tree.map(np.asarray, parametrization.arrays(eight))
+    changes = [component._replace(params=x).loaded(tmp_path) for x in (eight, floats)]
+    jax.tree.map(np.testing.assert_array_equal, *map(dict, changes))
 
 
 @pytest.mark.parametrize("weight", [0.5, -1.0])
