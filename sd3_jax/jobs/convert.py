@@ -3,48 +3,47 @@
 With config.convert.lora_format it writes an adapter alone, in a tool's names.
 """
 
+import dataclasses
 import logging
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
-from sd3_jax.assembly import finetune_start, model_parts
+from sd3_jax.assembly import (
+    adapter_export,
+    encoder_identity,
+    finetune_start,
+    model_parts,
+)
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.params import parametrization
-from sd3_jax.params.adapters import Adapter, Factors, Full
 from sd3_jax.sampling import (
     bundle_loading,
     compiled,
     export,
-    lora_adapters,
+    prompts,
     released_sampler,
 )
-from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle
 from sd3_jax.sampling.scheduler import PUBLISHED
-from sd3_jax.weights import adapter_files, adapter_writers, components, sources
+from sd3_jax.weights import components, published_configs, sources
 
 log = logging.getLogger(__name__)
 OUT = {"diffusers": "diffusers", "original": "model.safetensors", "orbax": "orbax"}
-ADAPTER_OUT = {
-    "diffusers": "lora_diffusers",
-    "peft": "lora_peft",
-    "kohya": "lora_kohya.safetensors",
-    "comfyui": "lora_comfyui.safetensors",
-}
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes config.convert.out, or a path of OUT or ADAPTER_OUT in the workdir."""
+    """Writes config.convert.out, or in the workdir a path of OUT or of an adapter."""
     layout, dtype = config.convert.to, config.convert.dtype or None
     naming = config.convert.lora_format
-    usual = ADAPTER_OUT[naming] if naming else OUT[layout]
+    usual = adapter_export.OUT[naming] if naming else OUT[layout]
     out = epath.Path(config.convert.out or epath.Path(workdir) / usual)
     # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -52,7 +51,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         if naming:
-            write_adapter(config, epath.Path(workdir), mesh, out)
+            adapter_export.write(config, epath.Path(workdir), mesh, out)
             return
         # Known by what the file holds, before anything is taken for a model.
         path = epath.Path(config.weights).expanduser()
@@ -63,6 +62,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 )
             bundle = bundle_loading.load_stored_control(path, mesh)
         elif config.weights:
+            if config.encode.weights:
+                message = "config.encode.weights = %s is not used, because it completes"
+                message += " a run; to join released weights, list both in"
+                message += " config.weights: the later one counts where they overlap"
+                log.warning(message, config.encode.weights)
             words = config.tokenizers or None  # no prompt will be encoded
             # "stored" keeps each tensor's own dtype, so that a round trip is exact.
             options = dict(dtype="stored", quantize={}, tokenizers_from=words)
@@ -76,85 +80,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         print(f"{out}: {', '.join(parts)} in the {layout} layout")
 
 
-def write_adapter(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh, out: epath.Path
-) -> None:
-    """Writes the adapter of config.sample.lora, or the LoRA of a run, in the names of
-    config.convert.lora_format."""
-    if config.weights:
-        adapter, modules = opened_adapter(config, mesh)
-    else:
-        adapter, modules = trained_adapter(config, workdir, mesh)
-    naming, dtype = config.convert.lora_format, config.convert.dtype or "float32"
-    path = adapter_writers.save(
-        out, adapter, modules, naming=naming, dtype=dtype, compact=bool(config.weights)
-    )
-    if jax.process_index() == 0:
-        print(f"{path}: an adapter of {', '.join(adapter)} in the names of {naming}")
-
-
-def opened_adapter(config: ConfigDict, mesh: Mesh) -> tuple[Adapter, dict]:
-    """The only adapter of config.sample.lora, times its weight, and the modules of
-    config.weights that it changes. Only their weights are read."""
-    adapters = lora_adapters.listed(list(config.sample.lora))
-    if len(adapters) != 1:
-        raise UserError(
-            f"config.sample.lora names {len(adapters)} adapters; with"
-            " config.convert.lora_format it must name one"
-        )
-    ((source, weight),) = adapters
-    path = sources.resolve(source, adapter_files.WANTED, label="LoRA")
-    parts = adapter_files.read(path)
-    # DoRA's change depends on the base's values, and names on its depth.
-    options = dict(only=tuple(parts), dtype="stored", quantize={}, tokenizers_from=None)
-    bundle = released_sampler.load(config, mesh, lora=(), **options)
-    if lacking := [name for name in parts if name not in bundle.modules]:
-        raise UserError(
-            f"{path} changes {lacking[0]}, which config.weights = {config.weights} does"
-            " not have; add a file that has it, after a comma"
-        )
-    adapter = {}
-    for name, layers in parts.items():
-        module, params = bundle.modules[name], bundle.variables[name]["params"]
-        changes = adapter_files.leaves(layers, name, module, params)
-        adapter[name] = {path: times(change, weight) for path, change in changes}
-    return adapter, bundle.modules
-
-
-def times(change: Factors | Full, weight: float) -> Factors | Full:
-    """A change multiplied by a weight."""
-    if isinstance(change, Factors):
-        return change._replace(b=np.float32(weight) * change.b)
-    return Full(np.float32(weight) * change.delta)
-
-
-def trained_adapter(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh
-) -> tuple[Adapter, dict]:
-    """The LoRA of config.sample.step or of the newest checkpoint, and its module."""
-    parts = model_parts.build_parts(config)
-    model = model_parts.mmdit(config.model, "LoRA files hold no other")
-    params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
-    log.info("writing the LoRA of step %d of %s", step, workdir)
-    leaves = jax.tree_util.tree_leaves_with_path(
-        params["denoiser"], is_leaf=parametrization.is_leaf
-    )
-    changes = {
-        tree.names(path): Factors(leaf.a, np.float32(leaf.scale) * leaf.b)
-        for path, leaf in leaves
-        if isinstance(leaf, parametrization.LowRank)
-    }
-    if not changes:
-        raise UserError(
-            f"{workdir} trained no LoRA; with config.convert.lora_format, name a file"
-            " with --config.sample.lora and its base with --config.weights"
-        )
-    return {"denoiser": changes}, {"denoiser": model}
-
-
 def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
-    """The denoiser of config.sample.step or of the newest checkpoint, as a bundle. Its
-    positions, computed here, become a table in the file."""
+    """The denoiser of config.sample.step or of the newest checkpoint, as a bundle, with
+    the encoders of config.encode.weights. Positions, computed here, become a table."""
     parts = model_parts.build_parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
     # The published files have a set of weights for image tokens and one for text
@@ -172,32 +100,43 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     # exact: float32 masters and not the quantized form that sampling may use.
     params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
     log.info("converting step %d of %s", step, workdir)
+    if tower := params.get("text"):  # {} if the run reads encoded text
+        warn_of_byte_tower(tower, workdir)
     variables = {
         "params": jax.jit(parametrization.arrays)(params["denoiser"])
     }  # with its LoRA
-    if "buffers" in params:  # fine-tuned: what else a model has is its base's
-        variables["buffers"] = params["buffers"]
-        base = finetune_start.base_of(workdir, step)
-        bundle = bundle_loading.load(
-            base, mesh=mesh, dtype="stored", tokenizers_from=None
-        )
-        bundle.variables["denoiser"] = variables
-        return bundle
-    size = model.pos_size
-    # Our models compute positions; diffusers' files hold the table itself.
-    table = position_table.positions(
-        size, size, model.width, size=size, base=model.pos_base
-    )
-    variables["buffers"] = {"pos_embed": jnp.asarray(table, jnp.float32)[None]}
     config_ = components.denoiser_config(
         model,
         sample_size=parts.shape[0],
         context_dim=config.model.context_dim,
         pooled_dim=config.model.pooled_dim,
     )
+    encoders = None
+    if config.encode.weights:
+        trained_with = model_parts.trained_encoders(workdir, step)
+        encoders = released_encoders(config, config_, trained_with, mesh)
+    if "buffers" in params:  # fine-tuned: what else a model has is its base's
+        variables["buffers"] = params["buffers"]
+        base = finetune_start.base_of(workdir, step)
+        replaced = encoders.modules if encoders else ()
+        bundle = bundle_loading.load(
+            base,
+            mesh=mesh,
+            dtype="stored",
+            tokenizers_from=None,
+            only=[name for name in components.COMPONENTS if name not in replaced],
+        )
+        bundle.variables["denoiser"] = variables
+        return joined(bundle, encoders)
+    size = model.pos_size
+    # Our models compute positions; diffusers' files hold the table itself.
+    table = position_table.positions(
+        size, size, model.width, size=size, base=model.pos_base
+    )
+    variables["buffers"] = {"pos_embed": jnp.asarray(table, jnp.float32)[None]}
     # diffusers samples with the shift in this file, so it is the recipe's.
     scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
-    return Bundle(
+    bundle = Bundle(
         {"denoiser": model},
         {"denoiser": variables},
         {"denoiser": config_, "scheduler": scheduler},
@@ -205,4 +144,82 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
         mesh,
         "float32",
         str(workdir),
+    )
+    return joined(bundle, encoders)
+
+
+def warn_of_byte_tower(tower: dict, workdir: epath.Path) -> None:
+    """Warn that a run's text tower, which no released layout holds, is left out."""
+    tensors = jax.tree.leaves(tower)
+    message = (
+        "the byte text tower of %s is not exported: no layout holds its %d tensors"
+        " (%d parameters). The exported denoiser reads only that tower's embeddings, so"
+        " CLIP and T5 prompts do not steer it; to generate from prompts, use sd3-jax"
+        " sample --workdir=%s"
+    )
+    parameters = sum(x.size for x in tensors)
+    log.warning(message, workdir, len(tensors), parameters, workdir)
+
+
+def released_encoders(
+    config: ConfigDict, denoiser: dict, trained_with: Mapping[str, str], mesh: Mesh
+) -> Bundle:
+    """The autoencoder and the text encoders of config.encode.weights, as stored.
+
+    `denoiser` is its configuration, `trained_with` the fingerprints of the run's
+    encoders. A run with a byte tower gets the autoencoder alone. Raises UserError if
+    the encoders do not fit the denoiser.
+    """
+    where = f"config.encode.weights = {config.encode.weights}"
+    names = ("vae",) if config.text.name == "bytes" else ("vae", *TEXT)
+
+    def check(scheduler, configs: dict) -> None:
+        encoder_configs = {name: configs[name] for name in names if name in configs}
+        if not encoder_configs:
+            raise UserError(
+                f"{where}: has none of {', '.join(names)}; name a released model that"
+                " has them, or leave it empty to export the denoiser alone"
+            )
+        published_configs.fit(encoder_configs | {"denoiser": denoiser}, where)
+
+    encoders = bundle_loading.load(
+        config.encode.weights,
+        mesh=mesh,
+        dtype="stored",
+        only=names,
+        # The other layouts hold no tokenizers.
+        tokenizers_from=config.encode.tokenizers
+        if config.convert.to == "diffusers"
+        else None,
+        check=check,
+    )
+    if trained_with:
+        # The run took its fingerprints in the dtype that it encoded in.
+        cast = lambda x: x.astype(config.encode.dtype)
+        prints = {
+            name: tree.fingerprint(jax.tree.map(cast, variables))
+            for name, variables in encoders.variables.items()
+        }
+        encoder_identity.warn(config, trained_with, prints)
+    if "t5" in encoders.modules:
+        message = "trained with %d tokens of T5: pass max_sequence_length=%d to sample"
+        length = config.text.length - prompts.CLIP_LENGTH
+        log.info(message, length, length)
+    return encoders
+
+
+def joined(bundle: Bundle, encoders: Bundle | None) -> Bundle:
+    """The bundle with the parts of `encoders`, which replace its own."""
+    if encoders is None:
+        return bundle
+    names = encoders.modules
+    configs = {name: encoders.configs[name] for name in names}
+    words = {k: x for k, x in encoders.tokenizers.items() if k in names}
+    return dataclasses.replace(
+        bundle,
+        modules=bundle.modules | encoders.modules,
+        variables=bundle.variables | encoders.variables,
+        configs=bundle.configs | configs,
+        tokenizers=bundle.tokenizers | words,
+        file_dtypes=bundle.file_dtypes | encoders.file_dtypes,
     )

@@ -1,32 +1,26 @@
-"""Loads LoRA files and attaches them to the weights of the components they adapt."""
+"""Opens adapter files that a caller names, and reads their tensors."""
 
 import functools
-import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.params import lora
-from sd3_jax.sampling import compiled
+from sd3_jax.params.adapters import Factors, Full, Path
 from sd3_jax.weights import adapter_files, source_names, sources
-from sd3_jax.weights import lora_files as files
-
-log = logging.getLogger(__name__)
-
 
 named = functools.partial(source_names.split_weight, exists=sources.exists)
 
 
 class Opened(NamedTuple):
-    """A LoRA whose header is read: its maps by component, and its weight."""
+    """An adapter whose header is read: its layers by component, and its weight."""
 
+    source: str  # as the caller named it
     path: epath.Path
     weight: float
     layers: dict[str, adapter_files.Layers]
@@ -77,45 +71,21 @@ def opened(
                 f"{path} adapts {lacking[0]}, but the weights have only"
                 f" {', '.join(available)}; add a file that has it, after a comma"
             )
-        loras.append(Opened(path, weight, layers))
+        loras.append(Opened(source, path, weight, layers))
     return loras
 
 
-def attached(
-    variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
-) -> dict[str, dict]:
-    """Variables by component with the LoRAs beside their kernels, added up."""
-    adapted = dict(variables)
-    for path, weight, parts in loras:
-        for name, layers in parts.items():
-            params = adapted[name]["params"]
-            lora_params = files.load(layers, name, modules[name], params, weight=weight)
-            # The kernel becomes LowRank(base, a, b): the sum is never stored.
-            params = lora.attach(params, _placed(lora_params, params))
-            adapted[name] = adapted[name] | {"params": params}
-            log.info(
-                "%s: adapts %d linear layers of %s, times %g",
-                path,
-                len(layers.updates),
-                name,
-                weight,
-            )
-    return adapted
+def changes(
+    opened: Opened, variables: Mapping[str, dict], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Path, Factors | Full]]:
+    """(component, path of the leaf, change) of each leaf, read when it is asked for."""
+    for name, layers in opened.layers.items():
+        params = variables[name]["params"]
+        for path, change in adapter_files.leaves(layers, name, modules[name], params):
+            yield name, path, change
 
 
-def _placed(lora_params: dict, params: dict) -> dict:
-    """a and b, sharded as their kernels along the axes that they share."""
-    kernels, placed = lora.kernels(params), {}
-    for path, pair in lora.modules(lora_params, "a"):
-        kernel = kernels[path]
-        # PartitionSpec omits trailing None; the layout needs one entry for each axis.
-        mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
-        spec += (None,) * (kernel.ndim - len(spec))
-        # `a` shares the kernel's input axes and `b` its output axes; the rank stays
-        # whole.
-        specs = lora.layout(path, kernel.ndim).shapes(spec, None)
-        placed[path] = {
-            name: compiled.put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
-            for name, axes in zip("ab", specs)
-        }
-    return lora.nested(placed)
+def default_name(source: str) -> str:
+    """The name of an adapter that the caller gives none: its file's or folder's."""
+    last = source.rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".safetensors") or source
