@@ -56,7 +56,9 @@ def added(params: Any, changes: dict, weight: float = 1.0) -> Any:
     for path, change in changes.items():
         if isinstance(change, Factors):
             groups = bool(lora.layout(path[:-1], flat[path].ndim).groups)
-            leaf = parametrization.LowRank(flat[path], *change, weight, groups)
+            leaf = parametrization.LowRank(
+                flat[path], *change, scale=weight, groups=groups
+            )
             flat[path] = np.asarray(leaf.array())
         else:
             assert change.delta.shape == flat[path].shape
