@@ -167,7 +167,8 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
         lora=[str(tuned)],
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        module, variables = bundle.part("denoiser"), bundle.variables["denoiser"]
+        variables = bundle.merge_adapters().variables["denoiser"]
+        module = bundle.part("denoiser")
         theirs = jax.jit(
             lambda x: module.apply(variables, x, 0.5 + 0 * x[:, 0, 0, 0], *cond)
         )(x)
