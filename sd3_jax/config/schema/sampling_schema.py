@@ -146,9 +146,15 @@ CONVERT = dict(
     out=Key(
         "", FREE, "Path to write, which must be new; empty: a path in the workdir."
     ),
+    lora_format=Key(
+        "",
+        one_of("", "diffusers", "peft", "kohya", "comfyui"),
+        "Names in which to write an adapter alone: the one of sample.lora, or else the"
+        " LoRA that the run trained; empty: write the whole model.",
+    ),
     dtype=Key(
         "",
         one_of("", "float32", "float16", "bfloat16"),
-        "Dtype to write; empty: as it was.",
+        "Dtype to write; empty: as it was, and float32 for an adapter.",
     ),
 )
