@@ -89,7 +89,11 @@ MISTAKES = [
     row(1, "train optim.lrr=1", 'key config.optim.lrr; did you mean "config.optim.lr"'),
     row(1, "train data.batchsize=8", 'did you mean "config.data.batch_size"'),
     row(1, "train batch=8", 'did you mean "config.data.batch_size"'),
-    row(2, "train config={recipes}/locked.py", "locked.py:5", "Key", "learning_rate"),
+    row(
+        2,
+        "train config={recipes}/locked.py",
+        "locked.py:5: unknown key config.optim.learning_rate",
+    ),
     row(
         2,
         "train config={recipes}/unlocked.py",
@@ -98,14 +102,23 @@ MISTAKES = [
     ),
     row(2, "train config={recipes}/top.py", 'config.sed; did you mean "config.seed"'),
     row(2, "train config={recipes}/lacks.py", "config.optim.accumulate is missing"),
-    row(3, "train data.batch_size=2.5", "config.data.batch_size = 2.5: expected int"),
-    row(3, "train data.batch_size=1e3", "= 1e3: expected int", 'did you mean "1000"'),
+    row(
+        3, "train data.batch_size=2.5", "config.data.batch_size = 2.5: expected an int"
+    ),
+    row(
+        3, "train data.batch_size=1e3", "= 1e3: expected an int", 'did you mean "1000"'
+    ),
     row(
         3, "train model.qk_norm=yes", "config.model.qk_norm = yes: expected true or fal"
     ),
-    row(3, "train optim.lr=fast", "config.optim.lr = fast: expected float"),
+    row(3, "train optim.lr=fast", "config.optim.lr = fast: expected a number"),
     row(3, "train train.changes=3", "config.train.changes = (3,): expected texts"),
-    row(3, "train config={recipes}/typed.py", "typed.py:5", "'lr'", "1e-3"),
+    row(
+        3,
+        "train config={recipes}/typed.py",
+        "typed.py:5: config.optim.lr = ",
+        '"1e-3": expected a',
+    ),
     row(4, ["train", "optim.lr=1"], "argument optim.lr=1; did you forget --?"),
     row(4, ["train", "sample"], "unexpected argument sample"),
     row(5, "train seed=1 seed=2", "twice: --config.seed=1 and --config.seed=2"),
@@ -356,7 +369,7 @@ MISTAKES = [
     row(
         53, "sample sample.steps=-1", "sample.steps = -1: expected an integer in [1, 1"
     ),
-    row(53, "sample sample.steps=2.5", "config.sample.steps = 2.5: expected int"),
+    row(53, "sample sample.steps=2.5", "config.sample.steps = 2.5: expected an int"),
     row(53, "sample sample.cfg=nan", "cfg = nan: expected a number in [0, 1000]"),
     row(53, "sample sample.cfg=inf", "cfg = inf: expected a number in [0, 1000]"),
     row(53, "sample sample.cfg=-1", "cfg = -1.0: expected a number in [0, 1000]"),
@@ -364,7 +377,7 @@ MISTAKES = [
         53, "sample sample.seed=-1", "seed = -1: expected an integer in [0, 4294967295]"
     ),
     row(53, "sample sample.seed=4294967296", "expected an integer in [0, 4294967295]"),
-    row(53, "sample sample.seed=0.5", "config.sample.seed = 0.5: expected int"),
+    row(53, "sample sample.seed=0.5", "config.sample.seed = 0.5: expected an int"),
     row(
         53, "sample sample.cfg_start=0.9 sample.cfg_stop=0.1", "at most config.sample."
     ),

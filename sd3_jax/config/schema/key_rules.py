@@ -56,11 +56,12 @@ def one_of(*choices: str | int) -> Rule:
 def sequence(rule: Rule, wanted: str, holds: Callable = lambda x: True) -> Rule:
     """A tuple or list, each item of which keeps the rule."""
     is_one = lambda x: isinstance(x, tuple | list)
-    return Rule(lambda x: is_one(x) and all(map(rule.holds, x)) and holds(x), wanted)
+    keeps = lambda x: is_one(x) and all(map(rule.holds, x)) and holds(x)
+    return Rule(keeps, wanted, rule.choices)
 
 
-def some_of(*names: str) -> Rule:
-    return sequence(one_of(*names), f"some of {', '.join(names)}")
+def some_of(*names: str, also: str = "") -> Rule:
+    return sequence(one_of(*names), f"some of {', '.join(names)}{also}")
 
 
 def is_regex(text: str) -> bool:
