@@ -110,6 +110,7 @@ def generate(
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
+    argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
     argument_checks.choice("output", output, OUTPUTS)
     guidance = argument_checks.number("guidance", guidance)
     guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
@@ -214,7 +215,7 @@ def generate(
         preview,
         bundle.factor,
     )
-    control = [control] if isinstance(control, ControlInput) else list(control or ())
+    control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )

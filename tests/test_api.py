@@ -10,11 +10,13 @@ import pytest
 from parity import convert, miniature
 
 import sd3_jax
+from sd3_jax import api
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import arguments, compiled
+from sd3_jax.sampling.control_arguments import ControlInput
 
 RUN = dict(height=64, width=64, max_sequence_length=20, steps=4, output="latents")
 
@@ -160,8 +162,17 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
     [
         (dict(guidance=float("nan")), "guidance nan: expected a finite"),
         (dict(guidance=float("inf")), "guidance inf: expected a finite"),
-        (dict(guidance_interval=(0.6, 0.5)), "interval: got"),
-        (dict(guidance_rescale=1.5), "guidance_rescale 1.5: expected a number 0 to 1"),
+        (
+            dict(guidance_interval=(0.6, 0.5)),
+            "interval (0.6, 0.5): expected the lower",
+        ),
+        (dict(strength=2), "strength 2: expected a number in [0, 1]"),
+        (dict(control=5), "control 5: expected ControlInput(net, image)"),
+        (dict(control=[ControlInput(None, None)]), "control 0: ControlInput: expected"),
+        (
+            dict(guidance_rescale=1.5),
+            "guidance_rescale 1.5: expected a number in [",
+        ),
         (dict(skip_layers=(1,), skip_scale=float("nan")), "skip_scale nan"),
         (dict(steps=2.0), "steps 2.0: expected an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),
@@ -180,6 +191,31 @@ def test_what_generate_cannot_do_is_one_line(bundle, options, words):
     with pytest.raises(UserError) as error:
         paint(bundle, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [None, "sd35", 3])
+def test_what_is_no_bundle_is_one_line(wrong, tmp_path):
+    words = "bundle .*: expected a Bundle.*, from sd3_jax.load"
+    with pytest.raises(UserError, match=words):
+        api.generate(wrong, "a")
+    with pytest.raises(UserError, match=words):
+        api.save(wrong, tmp_path / "a", "diffusers")
+    with pytest.raises(UserError, match="mesh '2': expected a Mesh, from"):
+        api.load("anything", mesh="2")
+
+
+def test_save_writes_on_nothing(bundle, tmp_path):
+    (tmp_path / "picture.png").write_text("")
+    with pytest.raises(UserError, match="already exists; give a new path"):
+        api.save(bundle, tmp_path, "diffusers")
+    with pytest.raises(UserError, match="ends in .safetensors"):
+        api.save(bundle, tmp_path / "outdir", "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_package_has_the_names_of_the_api():
+    assert sorted(sd3_jax.API) == sorted(api.__all__)
+    assert sd3_jax.ControlBundle is api.ControlBundle
 
 
 @pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))

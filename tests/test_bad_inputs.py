@@ -245,6 +245,7 @@ MISTAKES = [
     row(
         33, "sample workdir=no/run", "no complete checkpoint in ", "no/run/checkpoints"
     ),
+    row(33, "convert weights={trained}", "is a run of sd3_jax, not released weights"),
     row(33, "evaluate workdir={trained}/checkpoints/2", "/2/checkpoints"),
     row(33, "convert workdir={hollow}", "cannot read", "hollow/checkpoints/7"),
     row(
@@ -257,10 +258,14 @@ MISTAKES = [
     ),
     row(33, "report workdir=no/run", "no/run: no metrics.jsonl to report on"),
     row(
-        34, "convert workdir={trained} model.depth=1", "0 missing, 24 extra", "ema/deno"
+        34,
+        "convert workdir={trained} model.depth=1",
+        "config.model.depth was 2, is 1; use the recipe and variant of that run",
     ),
     row(
-        34, "sample workdir={trained} model.qk_norm=false", "norm_k/scale is not known"
+        34,
+        "sample workdir={trained} model.qk_norm=false",
+        "config.model.qk_norm was true, is false; use",
     ),
     row(
         34, "convert weights={lacks}", "lacks.safetensors: denoiser: 1 missing", "qkv.w"
@@ -986,8 +991,11 @@ def entries(tensors):
 def weights(trained, tmp_path_factory):
     """Those of the run, as one file."""
     folder = tmp_path_factory.mktemp("weights")
-    run(f"convert workdir={trained} convert.to=original convert.out={folder}/a", folder)
-    return folder / "a"
+    run(
+        f"convert workdir={trained} convert.to=original convert.out={folder}/a.safetensors",
+        folder,
+    )
+    return folder / "a.safetensors"
 
 
 def rewritten(weights, path, change, said=True):
