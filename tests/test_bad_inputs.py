@@ -991,11 +991,9 @@ def entries(tensors):
 def weights(trained, tmp_path_factory):
     """Those of the run, as one file."""
     folder = tmp_path_factory.mktemp("weights")
-    run(
-        f"convert workdir={trained} convert.to=original convert.out={folder}/a.safetensors",
-        folder,
-    )
-    return folder / "a.safetensors"
+    path = folder / "a.safetensors"
+    run(f"convert workdir={trained} convert.to=original convert.out={path}", folder)
+    return path
 
 
 def rewritten(weights, path, change, said=True):

@@ -126,7 +126,8 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         + ("data.held_out", "inspect"),
         about="It reads the shards of config.data.records and held_out, or"
         " WORKDIR/records. Without weights it shows latents as rough previews. It"
-        " prints a table and writes inspect.html; the exit code is 1 if a record is bad.",
+        " prints a table and writes inspect.html; the exit code is 1 if a record is"
+        " bad.",
         example="sd3-jax inspect --config=configs/sd3_2b.py:512 --workdir=runs/data",
     ),
     "plan": Job(
