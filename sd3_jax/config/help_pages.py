@@ -98,7 +98,11 @@ def job_page(name: str) -> str:
 def table(title: str, rows: dict[str, str]) -> str:
     """Below a title, names in a column with a text beside each."""
     wide = max(map(len, rows), default=0)
-    lines = [f"  {name:{wide}}  {text}".rstrip() for name, text in rows.items()]
+    below = " " * (wide + 4)
+    fill = textwrap.TextWrapper(WIDTH, subsequent_indent=below, break_on_hyphens=False)
+    lines = [
+        fill.fill(f"  {name:{wide}}  {text}".rstrip()) for name, text in rows.items()
+    ]
     return "\n".join([f"{title}:", *lines])
 
 
