@@ -124,6 +124,7 @@ def generate(
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
+    argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
     argument_checks.choice("output", output, OUTPUTS)
     steering = guidance_arguments.checked(
         bundle.part("denoiser").depth,
@@ -223,7 +224,7 @@ def generate(
         factor=bundle.factor,
         **steering.plan(),
     )
-    control = [control] if isinstance(control, ControlInput) else list(control or ())
+    control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )

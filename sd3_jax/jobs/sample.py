@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import pictures, tree
 from sd3_jax.assembly import model_parts
+from sd3_jax.data import tokenizers
 from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
@@ -59,6 +60,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         else:
             if config.text.name == "bytes":
                 warn_of_cut_prompts(tasks, config.text.length)
+                # Its import takes seconds, which are no pace of the first batch.
+                tokenizers.byte_ids("x", config.text.length)
             sample_batch, facts = trained(config, workdir, mesh)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         # A line holds settings and fingerprints of weights: a picture is skipped only
@@ -92,7 +95,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 add(fresh)
                 count += len(left)
                 compiling = compile_time.seconds() - compiled_before
-                pace = (time.monotonic() - began - compiling) / len(left)
+                pace = (time.monotonic() - began - compiling) / len(batch)
                 log_progress(count, len(tasks), pace, compiling)
     if flagged := sum("filtered" in line for line in lines):
         message = (
@@ -147,8 +150,8 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
     sizes = [len(task.caption.encode()) for task in tasks]
     cut = sum(size >= length for size in sizes)  # the end is a byte as well
     if cut:
-        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(message, cut, len(sizes), length - 1, max(sizes))
+        message = "prompts are cut to %d bytes: %d of %d, of which the longest has %d"
+        log.warning(message, length - 1, cut, len(sizes), max(sizes))
 
 
 def released(

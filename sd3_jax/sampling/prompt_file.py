@@ -98,7 +98,8 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
 def text_lines(path: epath.Path, name: str) -> list[str]:
     """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
-        raise UserError(f"{name}: no such file")
+        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"{name}: {reason}")
     try:
         with path.open("rb") as file:
             # Reading one byte more than allowed tells a file that is too large.
