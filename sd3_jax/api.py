@@ -21,6 +21,7 @@ from sd3_jax.sampling import (
     arguments,
     compiled,
     control_arguments,
+    inpainting,
     input_images,
     progress_bar,
     seeds,
@@ -54,6 +55,11 @@ def generate(
     image: Pictures | None = None,
     mask: Pictures | None = None,
     strength: float = 0.6,
+    paste: bool = False,
+    mask_blur: float = 0.0,
+    mask_padding: int = 0,
+    crop_to_mask: int | None = None,
+    outpaint: tuple[int, int, int, int] | None = None,
     control: ControlInput | Sequence[ControlInput] | None = None,
     skip_layers: Sequence[int] | None = None,
     skip_scale: float = 2.8,
@@ -85,6 +91,13 @@ def generate(
     `image`, in [0, 1] or as latents, is changed over the last `strength` of the steps,
     with a `mask` only where that is 1. `skip_layers` are left out of a third velocity,
     from which guidance steers away in steps i of n with n skip_start < i < n skip_stop.
+
+    `paste` replaces the pixels where the mask is 0 by those of `image`, exactly. The
+    mask first grows by `mask_padding` pixels and is blurred by a Gaussian of
+    `mask_blur` pixels. `crop_to_mask` cuts out the masked area with so many pixels
+    around it, paints it at height x width and pastes it back; the result has the size
+    of `image`. `outpaint` adds a border of (left, top, right, bottom) pixels and paints
+    it (sampling/inpainting.py).
 
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
@@ -130,6 +143,21 @@ def generate(
         negative_prompts=arguments.has_text(negative_prompts),
         skip_layers=bool(skip_layers),
     )
+    edit = inpainting.prepare(
+        bundle,
+        image,
+        mask,
+        height=height,
+        width=width,
+        paste=paste,
+        mask_blur=mask_blur,
+        mask_padding=mask_padding,
+        crop_to_mask=crop_to_mask,
+        outpaint=outpaint,
+    )
+    if edit is not None:
+        edit.require_fit(output, control)
+        image, mask = edit.image, edit.mask
     image = arguments.starting_image(bundle, image)
     if latents is not None:
         latents = input_images.latents(latents, bundle.part("denoiser").channels)
@@ -215,4 +243,7 @@ def generate(
         sampled = compiled.sample(
             plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
         )
-    return sampled if output == "latents" else bundle.decode(sampled)
+    if output == "latents":
+        return sampled
+    images = bundle.decode(sampled)
+    return images if edit is None else edit.finish(images, bundle.mesh)
