@@ -153,7 +153,8 @@ def with_pictures(line: Line, looked: Looked) -> Line:
         validate(line_config)
     except ConfigError as error:
         hint = "" if sample.resize else "; or set resize to crop or stretch"
-        raise UserError(f"{error}{hint}") from None
+        about = settings.get("image") or line.nested["control"][0]["image"]
+        raise UserError(f"{about}: {error}{hint}") from None
     # From here on the size is the line's own, so that it is not asked for again.
     return line._replace(config=line_config)
 
