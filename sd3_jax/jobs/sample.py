@@ -4,22 +4,17 @@ A killed job resumes where it stopped.
 """
 
 import contextlib
-import functools
 import logging
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from types import MappingProxyType
-from typing import NamedTuple
 
 import jax
 import numpy as np
 from etils import epath
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import pictures, tree
-from sd3_jax.assembly import model_parts
+from sd3_jax import pictures
 from sd3_jax.data.images import read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.errors import UserError
@@ -31,33 +26,17 @@ from sd3_jax.reports import html_page
 from sd3_jax.sampling import (
     compiled,
     output_filter,
+    painters,
     picture_lines,
     prompt_file,
-    released_sampler,
 )
 from sd3_jax.sampling.picture_lines import LINES, text_of
 from sd3_jax.sampling.prompt_file import Task
 from sd3_jax.sampling.prompt_lines import RELEASED
-from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.sampling.task_batches import batches, filled
 
 log = logging.getLogger(__name__)
 SHOWN = 64  # pictures on samples.png; samples.html has all
-
-
-class Painter(NamedTuple):
-    """Weights that paint tasks of one group.
-
-    paint(tasks) -> pictures, or None; and why rows are not painted. `facts` are those
-    of every line. `nets` are fingerprints of ControlNets by path, `unfit` reasons by
-    the index of a task. program(task) is what tells its program from others, in words.
-    """
-
-    paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
-    facts: dict
-    program: Callable[[Task], tuple]
-    nets: Mapping[str, str] = MappingProxyType({})
-    unfit: Mapping[int, str] = MappingProxyType({})
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
@@ -72,14 +51,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
-        if config.weights:
-            painter = released(config, mesh, tasks)
-        else:
-            if config.text.name == "bytes":
-                warn_of_cut_prompts(tasks, config.text.length)
-            painter = trained(config, workdir, mesh)
-        suffix = config.sample.format
-        facts = painter.facts | guard.facts()
+        load = painters.released if config.weights else painters.trained
+        painter = load(config, workdir, mesh, tasks)
+        facts, suffix = painter.facts | guard.facts(), config.sample.format
         lines = [describe(task, facts, painter.nets, suffix) for task in tasks]
         if repeated:
             picture_lines.warn_of_changes(before, lines[0], repeated)
@@ -94,8 +68,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         warn_of_failures(tasks, failures)
         skipped = lambda task: done[task.index] or task.index in failures
         known = [x for x, there in zip(lines, done) if there]
-        count = len(known)
-        most = config.sample.batch_size
+        count, most = len(known), config.sample.batch_size
         with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
             for batch, size in batches(tasks, most, mesh, painter.program):
                 # A batch is sampled whole even if one picture of it is missing: a
@@ -106,27 +79,19 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 began, compiled_before = time.monotonic(), compile_time.seconds()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
                 images, reasons = painter.paint(filled(batch, size))
-                fresh = {
-                    batch[i].index: x for i, x in reasons.items() if i < len(batch)
-                }
-                warn_of_failures(tasks, fresh)
-                failures |= fresh
+                bad = {batch[i].index: x for i, x in reasons.items() if i < len(batch)}
+                warn_of_failures(tasks, bad)
+                failures.update(bad)
                 left = [i for i, task in enumerate(batch) if not skipped(task)]
                 if not left or images is None:
                     continue
                 # A picture that is repeated has the row that it had.
-                rows = [(batch[i].slot or (i, size))[0] for i in left]
-                images = images[rows]
-                fresh = [lines[batch[i].index] for i in left]
-                flags = guard.flags(images, [batch[i].caption for i in left])
-                for line, row, flag in zip(fresh, rows, flags):
+                rows = {(batch[i].slot or (i, size))[0]: batch[i] for i in left}
+                fresh = [lines[task.index] for task in rows.values()]
+                for line, row in zip(fresh, rows):
                     line |= {"batch": [row, size]}
-                    line |= {"filtered": flag} if flag else {}
-                # Toy models without an autoencoder make pictures of a few dozen pixels.
-                pixels = config.image.autoencoder == "pixels" and not config.weights
-                quality = config.sample.quality
-                save(workdir, fresh, images, guard, quality=quality, enlarged=pixels)
-                processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
+                captions = [task.caption for task in rows.values()]
+                finish_batch(config, workdir, fresh, captions, images[[*rows]], guard)
                 add(fresh)
                 count += len(left)
                 compiling = compile_time.seconds() - compiled_before
@@ -141,6 +106,24 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
+
+
+def finish_batch(
+    config: ConfigDict,
+    workdir: epath.Path,
+    lines: list[dict],
+    captions: list[str],
+    images: np.ndarray,
+    guard: output_filter.Safety,
+) -> None:
+    """Filters pictures, notes the verdicts in their lines and writes the files."""
+    for line, flag in zip(lines, guard.flags(images, captions)):
+        line |= {"filtered": flag} if flag else {}
+    # Toy models without an autoencoder make pictures of a few dozen pixels.
+    enlarged = config.image.autoencoder == "pixels" and not config.weights
+    quality = config.sample.quality
+    save(workdir, lines, images, guard, quality=quality, enlarged=enlarged)
+    processes.meet(f"sample/{lines[0]['file']}")  # all are on disk
 
 
 def warn_of_failures(tasks: Sequence[Task], failures: Mapping[int, str]) -> None:
@@ -168,71 +151,6 @@ def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
     ends = f", {duration(pace * (total - count))} left" if count < total else ""
     ends += f"; compiled in {compiling:.1f} s" if compiling >= 1 else ""
     log.info("%d of %d pictures, %.2f s each%s", count, total, pace, ends)
-
-
-def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Painter:
-    """The newest checkpoint as a Painter."""
-    parts = model_parts.build_parts(config)
-    params, step = model_parts.trained_params(config, parts, workdir, mesh)
-    facts = {"step": step, "weights": tree.fingerprint(params)}
-    if config.quantize.denoiser:
-        facts["quantize"] = {"denoiser": config.quantize.denoiser}
-    parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = TrainedSampler(config, parts, mesh).encoder
-    if encoder is not None:
-        facts["encoders"] = encoder.bundle.fingerprints()
-    samplers = {}
-
-    def paint(rows: Sequence[Task]) -> tuple[np.ndarray, dict[int, str]]:
-        group = rows[0].group
-        if group not in samplers:
-            config = rows[0].config
-            samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder
-            )
-        captions = [task.caption for task in rows]
-        numbers = [task.number for task in rows]
-        return samplers[group](params, captions, numbers), {}
-
-    # Each sampler compiles a program of its own.
-    return Painter(paint, facts, lambda task: task.group)
-
-
-def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
-    """Logs how many prompts the model of bytes truncates."""
-    sizes = [len(task.caption.encode()) for task in tasks]
-    cut = sum(size >= length for size in sizes)  # the end is a byte as well
-    if cut:
-        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(message, cut, len(sizes), length - 1, max(sizes))
-
-
-def released(config: ConfigDict, mesh: Mesh, tasks: Sequence[Task]) -> Painter:
-    """config.weights as a Painter, with the ControlNets that tasks name."""
-    groups = {task.group: task.settings for task in tasks}
-    unfit_groups: dict[int, str] = {}
-    # LoRAs of lines are loaded for their group.
-    options = {"lora": ()} if "lora" in tasks[0].settings else {}
-    settings = list(groups.values())
-    bundle = released_sampler.load_for_sampling(
-        config, mesh, settings, unfit=unfit_groups, **options
-    )
-    place = {group: i for i, group in enumerate(groups)}
-    unfit = {x.index: unfit_groups.get(place[x.group], "") for x in tasks}
-    unfit = {index: reason for index, reason in unfit.items() if reason}
-    fitting = [task for task in tasks if task.index not in unfit]
-    nets, without_net = released_sampler.load_nets(bundle, fitting)
-    facts = {"weights": bundle.fingerprint()}
-    if scheduler := bundle.scheduler.non_default_settings():
-        facts["scheduler"] = scheduler
-    if bundle.quantize:
-        facts["quantize"] = bundle.quantize
-    if config.sample.lora and not options:
-        facts["lora"] = list(config.sample.lora)
-    paint = functools.partial(released_sampler.sample_lines, bundle, nets)
-    prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
-    program = released_sampler.program
-    return Painter(paint, facts, program, prints, unfit | without_net)
 
 
 def describe(

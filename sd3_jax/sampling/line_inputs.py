@@ -1,28 +1,23 @@
 """What the line of a picture names: pictures, masks, ControlNets and LoRA files.
 
-Headers are checked before weights are loaded. Pixels are read when their batch runs.
+Headers are checked before weights are loaded; line_arrays reads the pixels.
 """
 
 import functools
 import hashlib
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 from etils import epath
-from jaxtyping import UInt8
-from numpy import ndarray
-from PIL import Image, ImageOps
 
 from sd3_jax import files
 from sd3_jax.data import images
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, lora_adapters
-from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.control import PREPROCESS
-from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.weights import source_names
 from sd3_jax.weights.components import COMPONENTS
 
@@ -45,15 +40,6 @@ class Placed(NamedTuple):
     generated: Size
     result: Size
     inputs: dict[str, str]
-
-
-class Row(NamedTuple):
-    """The pixels of one picture's line."""
-
-    image: UInt8[ndarray, "h w 3"] | None
-    mask: UInt8[ndarray, "h w"] | None
-    hints: tuple[UInt8[ndarray, "h w 3"], ...]
-    hint_masks: tuple[UInt8[ndarray, "h w"] | None, ...]
 
 
 # --- paths, ControlNets and LoRAs of a line
@@ -141,23 +127,6 @@ def require_adapters() -> None:
         )
 
 
-def adapters(model: Any, loras: Sequence[str] | None) -> dict[str, Any]:
-    """generate's `adapters` for a line's LoRAs, which are loaded; {} for None.
-
-    The bundle holds those of one line at a time, in the line's order: each costs memory
-    and time in every step, and the order of a sum decides its last bits.
-    """
-    if loras is None:
-        return {}
-    weights = dict(lora_adapters.named(text) for text in loras)
-    if list(model.adapters) != list(weights):
-        if model.adapters:
-            model.unload_adapters()
-        for path in weights:
-            model.load_adapter(path, name=path, weight=0.0)
-    return {"adapters": weights}
-
-
 # --- headers
 
 
@@ -171,12 +140,14 @@ class Looked:
 
 def _picture_facts(path: str) -> Facts:
     data = images.read_bytes(path)
+    # Hashed as bytes: pictures of equal pixels in other files count as others.
     size = images.upright_size(images.open_header(data, path))
     return Facts(size, hashlib.sha256(data).hexdigest()[:12])
 
 
 def _lora_facts(path: str) -> Facts:
     (opened,) = lora_adapters.opened([(path, 1.0)], tuple(COMPONENTS), COMPONENTS)
+    # A folder's configuration is not hashed: its tensors tell one LoRA from another.
     folder = opened.path.is_dir()
     parts = sorted(opened.path.glob("*.safetensors")) if folder else [opened.path]
     digest = hashlib.sha256()
@@ -210,15 +181,16 @@ def place(settings: Mapping[str, Any], looked: Looked, *, sized: bool) -> Placed
     paths = [image] if image else [control["image"] for control in controls[:1]]
     result = size
     for path in paths:
-        own = look(path)
+        sides = look(path)
         if not resized:
-            result = (own[0] + top + bottom, own[1] + left + right)
+            result = (sides[0] + top + bottom, sides[1] + left + right)
             if sized and result != size and not crops:
                 raise UserError(
                     f"height {size[0]}, width {size[1]}: {path} makes a picture of"
                     f" {_by(result)} pixels; remove them, or set resize to crop or"
                     " stretch"
                 )
+    # A crop is painted at the config's size, and pasted into a picture of any size.
     generated = size if crops else result
     # --- all others agree with it
     if image and mask and look(mask) != look(image) and not resized:
@@ -255,106 +227,6 @@ def _require_together(settings: Mapping[str, Any], crops: bool) -> None:
     blurs = settings.get("mask_blur", 0) > 0 and (mask or border)
     if blurs and not settings.get("paste", True) and not crops:
         raise UserError("mask_blur without paste; set paste to true")
-
-
-# --- pixels
-
-
-def read_row(settings: Mapping[str, Any]) -> Row:
-    """The pixels of a line; BadImage if a file cannot be decoded."""
-    left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
-    how = settings.get("resize", "")
-    sides = settings["height"], settings["width"]
-    inner = sides[0] - top - bottom, sides[1] - left - right
-    if how and min(inner) < 1:
-        raise UserError(f"outpaint: the border fills all of {_by(sides)} pixels")
-    image, mask_path = settings.get("image"), settings.get("mask")
-    mask = resize(_decoded_mask(mask_path), inner, how) if mask_path else None
-    crops = "crop_to_mask" in settings and not settings.get("outpaint")
-    if crops and mask is not None and not mask.any():
-        raise UserError(f"mask {mask_path} is black; expected white where to repaint")
-    controls = settings.get("control") or ()
-    hints = [(control["image"], control.get("mask")) for control in controls]
-    return Row(
-        resize(_decoded(image), inner, how) if image else None,
-        mask,
-        tuple(resize(_decoded(x), sides, how) for x, _ in hints),
-        tuple(resize(_decoded_mask(x), sides, how) if x else None for _, x in hints),
-    )
-
-
-def resize(pixels: ndarray, sides: Size, how: str) -> ndarray:
-    """Pixels at sides (height, width): stretched, or cut off around the centre."""
-    size = sides[1], sides[0]
-    if not how or pixels.shape[:2] == sides:
-        return pixels
-    # A mask stays black and white.
-    grey = pixels.ndim == 2
-    method = Image.Resampling.NEAREST if grey else Image.Resampling.LANCZOS
-    picture = Image.fromarray(pixels)
-    if how == "crop":
-        return np.asarray(ImageOps.fit(picture, size, method))
-    return np.asarray(picture.resize(size, method))
-
-
-def _decoded(path: str) -> UInt8[ndarray, "h w 3"]:
-    return images.pixels(images.open_header(images.read_bytes(path), path), path)
-
-
-def _decoded_mask(path: str) -> UInt8[ndarray, "h w"]:
-    """A mask, which programs also write as RGB; BadImage for colours and alpha."""
-    picture = images.open_header(images.read_bytes(path), path)
-    pixels = images.pixels(picture, path)
-    alpha = "A" in picture.mode and picture.getchannel("A").getextrema() != (255, 255)
-    if alpha or (pixels != pixels[..., :1]).any():
-        raise images.BadImage(
-            f"mask {path}: has colours or an alpha channel; expected grey, white where"
-            " the picture is repainted"
-        )
-    return pixels[..., 0]
-
-
-def arguments(
-    settings: Mapping[str, Any], rows: Sequence[Row], nets: Mapping[str, ControlBundle]
-) -> dict[str, Any]:
-    """generate's arguments for rows of one group; {} for text alone."""
-    keywords: dict[str, Any] = {}
-    if settings.get("image"):
-        keywords["image"] = np.stack([row.image for row in rows])
-        keywords["strength"] = settings["strength"]
-    if settings.get("mask"):
-        keywords["mask"] = np.stack([row.mask for row in rows])
-    if settings.get("mask") or settings.get("outpaint"):
-        names = ("paste", "mask_blur", "mask_padding")
-        keywords |= {name: settings[name] for name in names}
-        keywords["crop_to_mask"] = settings.get("crop_to_mask")
-        keywords["outpaint"] = settings.get("outpaint")
-    if controls := settings.get("control"):
-        keywords["control"] = [
-            _control_input(i, control, rows, nets) for i, control in enumerate(controls)
-        ]
-    return keywords
-
-
-def _control_input(i: int, control: dict, rows, nets) -> ControlInput:
-    masks = [row.hint_masks[i] for row in rows]
-    return ControlInput(
-        nets[control["net"]],
-        np.stack([row.hints[i] for row in rows]),
-        control["scale"],
-        control["start"],
-        control["stop"],
-        np.stack(masks) if control.get("mask") else None,
-        control.get("preprocess"),
-    )
-
-
-def unlike_depths(nets: Sequence[ControlBundle]) -> str:
-    """Why these nets cannot act together; "" if they can."""
-    depths = sorted({net.module.depth for net in nets})
-    if len(depths) < 2:
-        return ""
-    return f"ControlNets of {', '.join(map(str, depths))} layers; expected equal depths"
 
 
 def _by(size: Size) -> str:

@@ -79,7 +79,7 @@ def embedded(path: epath.Path) -> dict:
 def read(path: epath.PathLike, title: str) -> dict[str, Any]:
     """The line in a picture, to repeat it; UserError if it has none that can be used.
 
-    Whoever sent the picture wrote the line: its types are checked here, its settings
+    The sender of the picture wrote the line: its types are checked here, its settings
     where those of a file of prompts are. Its filter is never imported.
     """
     line = embedded(epath.Path(path))

@@ -20,7 +20,7 @@ from sd3_jax.sampling import (
     argument_checks,
     bundle,
     bundle_loading,
-    line_inputs,
+    line_arrays,
     prompt_file,
 )
 from sd3_jax.sampling.scheduler import Scheduler
@@ -152,7 +152,7 @@ def load_nets(
                 failures[path] = str(error)
         reasons = [failures[path] for path in paths if path in failures]
         if not reasons:
-            reasons = [line_inputs.unlike_depths([nets[path] for path in paths])]
+            reasons = [line_arrays.unlike_depths([nets[path] for path in paths])]
         if reasons[0]:
             unfit[task.index] = reasons[0]
     return nets, unfit
@@ -172,27 +172,27 @@ def sample_lines(
         return sample_tasks(model, tasks), {}
     rows, failures = _read_rows(tasks)
     try:
-        extra = line_inputs.adapters(model, settings.get("lora"))
+        extra = line_arrays.adapters(model, settings.get("lora"))
     except UserError as error:
         failures = dict.fromkeys(range(len(tasks)), str(error))
     readable = [i for i in range(len(tasks)) if i not in failures]
     if not readable:
         return None, failures
     places = [readable[0] if i in failures else i for i in range(len(tasks))]
-    extra |= line_inputs.arguments(settings, [rows[i] for i in places], nets)
+    extra |= line_arrays.arguments(settings, [rows[i] for i in places], nets)
     return sample_tasks(model, [tasks[i] for i in places], extra), failures
 
 
 def _read_rows(
     tasks: Sequence[prompt_file.Task],
-) -> tuple[list[line_inputs.Row | None], dict[int, str]]:
+) -> tuple[list[line_arrays.Row | None], dict[int, str]]:
     """The pixels of tasks, and why those of some rows cannot be read."""
     # A batch that is filled up repeats its tasks: each is read once.
-    outcomes: dict[int, tuple[line_inputs.Row | None, str]] = {}
+    outcomes: dict[int, tuple[line_arrays.Row | None, str]] = {}
     for task in tasks:
         if task.index not in outcomes:
             try:
-                outcomes[task.index] = line_inputs.read_row(task.settings), ""
+                outcomes[task.index] = line_arrays.read_row(task.settings), ""
             except UserError as error:
                 outcomes[task.index] = None, str(error)
     mine = [outcomes[task.index][1] for task in tasks]

@@ -315,6 +315,40 @@ def test_mistakes_of_the_command_are_one_line(keys, words, folder, tmp_path, cap
     assert not list(tmp_path.glob("run/samples/*"))
 
 
+def test_a_runs_checkpoint_repeats_too_and_names_what_it_lacks(tmp_path, caplog):
+    run = tmp_path / "run"
+    recipe = ["--config=configs/quickstart.py:tiny", "--config.train.steps=1"]
+    often = ["--config.train.eval_every=9", "--config.train.sample_every=9"]
+    command = lambda job, path: [job, *recipe, *often, f"--workdir={path}"]
+    assert main.main(command("train", run)) == 0
+    prompts = tmp_path / "prompts.jsonl"
+    rows = [
+        {"prompt": "four", "seed": 4, "per_prompt": 2},
+        {"prompt": "four", "image": "photo.png"},
+        {"prompt": "four", "clip_skip": 1},
+    ]
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    file = f"--config.sample.prompts_file={prompts}"
+    assert main.main([*command("sample", run), file]) == 0
+    told = "\n".join(caplog.messages)
+    assert 'prompts.jsonl:2: skipped: "image" needs released weights' in told
+    assert 'prompts.jsonl:3: skipped: "clip_skip" needs released weights' in told
+    before, record = pixels(run), lines(run)[1]
+    assert (record["number"], record["seed"], record["batch"]) == (1, 4, [1, 8])
+    # The checkpoint is in the same workdir; the first picture has the other's name.
+    picture = tmp_path / "kept.png"
+    picture.write_bytes((run / record["file"]).read_bytes())
+    seed = "--config.sample.seed=9"
+    repeat = f"--config.sample.from={picture}"
+    assert main.main([*command("sample", run), repeat, seed]) == 0
+    (again,) = lines(run)
+    assert {**again, "file": ""} == {**record, "file": ""}
+    np.testing.assert_array_equal(pixels(run)[0], before[1])
+    assert "will differ" not in "\n".join(caplog.messages)
+    weights = f"--config.weights={miniature.folder('sd35_medium')}"
+    assert main.main([*command("sample", run), repeat, weights]) == 2
+
+
 def test_a_folder_of_pictures_by_captions_and_by_one_prompt(folder, tmp_path, caplog):
     photos = tmp_path / "photos"
     photos.mkdir()

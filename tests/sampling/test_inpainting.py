@@ -10,7 +10,7 @@ from PIL import Image
 import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import inpainting
+from sd3_jax.sampling import inpainting, mask_shapes
 from sd3_jax.sampling.prompts import Conditioning
 
 DRAW = np.random.default_rng(0)
@@ -59,18 +59,18 @@ def test_unmasked_pixels_are_pasted_back_bit_for_bit(paint):
 
 
 def test_blur_and_padding_move_the_edge_and_no_pixel_beyond(paint):
-    weight = inpainting.blurred(inpainting.dilated(MASK, 3), 2)
+    weight = mask_shapes.blurred(mask_shapes.dilated(MASK, 3), 2)
     out = paint(paste=True, mask_blur=2, mask_padding=3)[0]
     np.testing.assert_array_equal(out[weight == 0], PHOTO[weight == 0])
     assert (out[weight == 255] != PHOTO[weight == 255]).any()
-    grown = np.flatnonzero(inpainting.dilated(MASK, 3).any(0))
+    grown = np.flatnonzero(mask_shapes.dilated(MASK, 3).any(0))
     assert (grown[0], grown[-1]) == (21, 50)
 
 
 def test_the_blur_is_diffusers():
     for radius in (1, 2.5, 8):
         wanted = theirs.blur(Image.fromarray(MASK), radius)
-        np.testing.assert_array_equal(inpainting.blurred(MASK, radius), wanted)
+        np.testing.assert_array_equal(mask_shapes.blurred(MASK, radius), wanted)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -82,14 +82,14 @@ def test_the_region_of_a_crop_is_diffusers(seed):
     mask[y:y2, x:x2] = draw.integers(1, 256)
     sides, padding = [int(x) for x in draw.integers(16, 128, 2)], int(draw.integers(20))
     wanted = theirs.get_crop_region(Image.fromarray(mask), *sides, pad=padding)
-    assert inpainting.crop_region(mask, *sides, padding) == wanted
+    assert mask_shapes.crop_region(mask, *sides, padding) == wanted
 
 
 def test_the_overlay_is_diffusers():
     """To a level of its alpha of eight bits."""
-    weight = inpainting.blurred(MASK, 3)
+    weight = mask_shapes.blurred(MASK, 3)
     painted = DRAW.integers(0, 256, (32, 32, 3), np.uint8)
-    region = inpainting.crop_region(weight, 32, 32, 4)
+    region = mask_shapes.crop_region(weight, 32, 32, 4)
     edit = inpainting.Edit(
         image=PHOTO[None] / np.float32(255),
         mask=MASK[None, ..., None] / np.float32(255),
@@ -111,7 +111,7 @@ def test_the_overlay_is_diffusers():
 @pytest.mark.parametrize("shape", [(32, 64), (64, 32), (48, 48)])
 def test_a_crop_fills_the_generated_size_as_diffusers(shape):
     pixels = DRAW.integers(0, 256, (*shape, 3), np.uint8)
-    filled, inside = inpainting._filled(pixels, 64, 64)
+    filled, inside = mask_shapes.filled(pixels, 64, 64)
     wanted = theirs.resize(Image.fromarray(pixels), 64, 64, resize_mode="fill")
     left, top, right, bottom = inside
     area = np.s_[top:bottom, left:right]

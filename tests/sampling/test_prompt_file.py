@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import sample
-from sd3_jax.sampling import picture_lines, prompt_file
+from sd3_jax.sampling import painters, picture_lines, prompt_file
 
 CONFIG = released.get_config("tiny")
 CONFIG.weights = "not/loaded"
@@ -166,7 +165,7 @@ def test_a_prompt_never_makes_a_path(caption):
 
 def test_what_a_model_of_bytes_does_not_read_is_told(tmp_path, caplog):
     found = tasks(tmp_path / "x.txt", "a fox\n" + 20 * "ü" + "\n" + 31 * "a")
-    sample.warn_of_cut_prompts(found, 32)
+    painters.warn_of_cut_prompts(found, 32)
     assert caplog.messages == ["1 of 3 prompts are cut to 31 bytes, the longest has 40"]
 
 
