@@ -96,7 +96,7 @@ def _control(fields: dict, folder: epath.PathLike, name: str) -> dict:
     return {key: text for key, text in texts.items() if text} | numbers
 
 
-def read_loras(value: Any, folder: epath.PathLike) -> tuple[str, ...]:
+def read_loras(value: Any, folder: epath.PathLike) -> list[str]:
     """A line's "lora", {path: weight} or a list of paths, as "path=weight"."""
     require_adapters()
     entries = list(value.items()) if isinstance(value, dict) else value
@@ -116,7 +116,8 @@ def read_loras(value: Any, folder: epath.PathLike) -> tuple[str, ...]:
         if path in weights:
             raise UserError(f"lora {shown(text, 300)}: named twice; give one weight")
         weights[path] = argument_checks.number(f"lora {shown(text, 300)}", weight)
-    return tuple(f"{path}={weight!r}" for path, weight in weights.items())
+    # A list, as JSON gives it back: lines are compared when a job resumes.
+    return [f"{path}={weight!r}" for path, weight in weights.items()]
 
 
 def require_adapters() -> None:
