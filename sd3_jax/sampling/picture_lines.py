@@ -28,6 +28,7 @@ PLACES = ("file", *PAINTED)
 EXIF = 65_000  # bytes of a comment that a JPEG holds
 FIELDS = {"prompt": (str, list), "number": int, "seed": int, "settings": dict}
 FIELDS |= {"batch": list}
+FACTS = {"watermark": str, "lora": list, "step": int, "quantize": dict}  # if any
 
 
 def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
@@ -87,7 +88,8 @@ def read(path: epath.PathLike, title: str) -> dict[str, Any]:
         raise UserError(
             f"{title}: holds no settings; expected a picture that sample wrote"
         )
-    for name, kind in FIELDS.items():
+    present = {name: kind for name, kind in FACTS.items() if name in line}
+    for name, kind in (FIELDS | present).items():
         value = line.get(name)
         if not isinstance(value, kind) or isinstance(value, bool):
             raise UserError(

@@ -235,8 +235,8 @@ def _repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
     # Facts of the whole job, which the picture's line has beside its settings.
     facts = {"watermark": "", "lora": (), "step": 0}
     facts |= {name: line[name] for name in facts if name in line}
-    kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
     try:
+        kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
         read.config.sample.update(facts | {"lora": tuple(facts["lora"])})
         read.config.quantize.update(kinds)
         read.config.sample.per_prompt = 1

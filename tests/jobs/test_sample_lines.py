@@ -17,7 +17,8 @@ from parity.test_pipelines import control_net
 from PIL import Image
 
 import sd3_jax
-from sd3_jax import main, pictures
+from sd3_jax import main, pictures, tree
+from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling.bundle import Bundle
 
@@ -315,12 +316,23 @@ def test_mistakes_of_the_command_are_one_line(keys, words, folder, tmp_path, cap
     assert not list(tmp_path.glob("run/samples/*"))
 
 
-def test_a_runs_checkpoint_repeats_too_and_names_what_it_lacks(tmp_path, caplog):
+@pytest.fixture
+def checkpoint(monkeypatch):
+    """A run's first parameters, without the run."""
+
+    def first(config, parts, workdir, mesh):
+        init = jax.jit(lambda key: tree.unbox(parts.objective.init(key)))
+        return init(jax.random.key(0)), 1
+
+    monkeypatch.setattr(model_parts, "trained_params", first)
+    monkeypatch.setattr(model_parts, "trained_encoders", lambda *args: {})
+
+
+def test_a_runs_checkpoint_repeats_too_and_names_what_it_lacks(
+    checkpoint, tmp_path, caplog
+):
     run = tmp_path / "run"
-    recipe = ["--config=configs/quickstart.py:tiny", "--config.train.steps=1"]
-    often = ["--config.train.eval_every=9", "--config.train.sample_every=9"]
-    command = lambda job, path: [job, *recipe, *often, f"--workdir={path}"]
-    assert main.main(command("train", run)) == 0
+    command = ["sample", "--config=configs/quickstart.py:tiny", f"--workdir={run}"]
     prompts = tmp_path / "prompts.jsonl"
     rows = [
         {"prompt": "four", "seed": 4, "per_prompt": 2},
@@ -329,24 +341,24 @@ def test_a_runs_checkpoint_repeats_too_and_names_what_it_lacks(tmp_path, caplog)
     ]
     prompts.write_text("\n".join(map(json.dumps, rows)))
     file = f"--config.sample.prompts_file={prompts}"
-    assert main.main([*command("sample", run), file]) == 0
+    assert main.main([*command, file]) == 0
     told = "\n".join(caplog.messages)
     assert 'prompts.jsonl:2: skipped: "image" needs released weights' in told
     assert 'prompts.jsonl:3: skipped: "clip_skip" needs released weights' in told
     before, record = pixels(run), lines(run)[1]
     assert (record["number"], record["seed"], record["batch"]) == (1, 4, [1, 8])
-    # The checkpoint is in the same workdir; the first picture has the other's name.
+    # The first picture has the other's name in the same workdir.
     picture = tmp_path / "kept.png"
     picture.write_bytes((run / record["file"]).read_bytes())
     seed = "--config.sample.seed=9"
     repeat = f"--config.sample.from={picture}"
-    assert main.main([*command("sample", run), repeat, seed]) == 0
+    assert main.main([*command, repeat, seed]) == 0
     (again,) = lines(run)
     assert {**again, "file": ""} == {**record, "file": ""}
     np.testing.assert_array_equal(pixels(run)[0], before[1])
     assert "will differ" not in "\n".join(caplog.messages)
     weights = f"--config.weights={miniature.folder('sd35_medium')}"
-    assert main.main([*command("sample", run), repeat, weights]) == 2
+    assert main.main([*command, repeat, weights]) == 2
 
 
 def test_a_folder_of_pictures_by_captions_and_by_one_prompt(folder, tmp_path, caplog):
