@@ -64,9 +64,11 @@ def differing(saved: Mapping[str, str], current: Mapping[str, str]) -> str:
     return ", ".join(rows)
 
 
-def warn(config: ConfigDict, saved: Mapping[str, str], encoder: Encoder) -> None:
+def warn(
+    config: ConfigDict, saved: Mapping[str, str], current: Mapping[str, str]
+) -> None:
     """Warn of encoders other than those that a run was trained with."""
-    if saved and (differences := differing(saved, encoder.bundle.fingerprints())):
+    if differences := differing(saved, current):
         words = "config.encode.weights = %s: the run was trained with others, or with"
         words += " another encode.dtype or quantize.t5: %s; pictures will be worse"
         log.warning(words, config.encode.weights, differences)

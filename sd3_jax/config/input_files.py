@@ -91,7 +91,7 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
 }
 PAINTED = ("sample", "evaluate")
 LOADED = (*PAINTED, "convert", "compare", "inspect")
-ENCODED = ("train", "precompute", "study")
+ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
     "train": "set config.tune.base, the weights to start from, or"
     " config.encode.weights, which encode text and pictures",

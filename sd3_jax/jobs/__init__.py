@@ -57,9 +57,12 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "convert": Job(
         "write weights in another layout: diffusers, original or orbax",
-        groups=("weights", "tokenizers", *MODEL, "mesh", "sample", "convert"),
-        about="The weights come from WORKDIR's checkpoint, or from config.weights. Of"
-        " the group sample it reads only weights, step, shift and lora.",
+        groups=("weights", "tokenizers", *MODEL, "encode", "mesh", "sample")
+        + ("convert",),
+        about="The weights come from WORKDIR's checkpoint, or from config.weights. A"
+        " checkpoint is joined with the encoders of config.encode.weights. Of the group"
+        " sample it reads only weights, step, shift and lora; of encode only weights,"
+        " tokenizers and dtype.",
         example="sd3-jax convert --config=configs/released.py --workdir=runs/out"
         " --config.weights=PATH \\\n    --config.convert.to=original",
     ),

@@ -16,7 +16,6 @@ from sd3_jax.data import images
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, lora_adapters
-from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.weights import source_names
 from sd3_jax.weights.components import COMPONENTS
@@ -98,7 +97,6 @@ def _control(fields: dict, folder: epath.PathLike, name: str) -> dict:
 
 def read_loras(value: Any, folder: epath.PathLike) -> list[str]:
     """A line's "lora", {path: weight} or a list of paths, as "path=weight"."""
-    require_adapters()
     entries = list(value.items()) if isinstance(value, dict) else value
     entries = entries if isinstance(entries, list) else [entries]
     weights: dict[str, float] = {}
@@ -118,14 +116,6 @@ def read_loras(value: Any, folder: epath.PathLike) -> list[str]:
         weights[path] = argument_checks.number(f"lora {shown(text, 300)}", weight)
     # A list, as JSON gives it back: lines are compared when a job resumes.
     return [f"{path}={weight!r}" for path, weight in weights.items()]
-
-
-def require_adapters() -> None:
-    # Adapters that change from call to call are Bundle.load_adapter's.
-    if not hasattr(Bundle, "load_adapter"):
-        raise UserError(
-            "lora of a line: not supported; set config.sample.lora, for all lines"
-        )
 
 
 # --- headers

@@ -158,7 +158,9 @@ class TrainedSampler:
             return None
         parts = ["vae", *bundles.TEXT]
         encoder = examples.encoder(self.config, self.mesh, parts)
-        encoder_identity.warn(self.config, self.parts.encoders, encoder)
+        if trained_with := self.parts.encoders:  # fingerprints read all weights
+            prints = encoder.bundle.fingerprints()
+            encoder_identity.warn(self.config, trained_with, prints)
         return encoder
 
     @functools.cached_property

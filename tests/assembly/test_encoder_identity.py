@@ -3,18 +3,22 @@
 import json
 import shutil
 
+import diffusers
 import jax
 import numpy as np
 import pytest
 import real_pictures
+import torch
 from parity import miniature
 from safetensors.numpy import load_file, save_file
 
+import sd3_jax
 from sd3_jax import main
 from sd3_jax.assembly import compatibility, encoder_identity, examples
 from sd3_jax.checkpoints.restoring import saved_data
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
+from sd3_jax.jobs import convert
 
 TINY = "--config=configs/sd3_2b.py:tiny"
 SIZES = ("model.context_dim=160", "model.pooled_dim=128", "text.length=100")
@@ -88,6 +92,74 @@ def test_samples_by_other_encoders_are_told_of(trained, weights, caplog):
         f"vae had the fingerprint {one['vae']}, now {line['encoders']['vae']}" in told
     )
     assert "clip_l" not in told and "t5 had" not in told
+
+
+def test_a_run_is_exported_with_the_encoders_of_its_records(
+    trained, weights, tmp_path, caplog
+):
+    caplog.set_level("INFO")
+    out = tmp_path / "out"
+    flags = f"convert.out={out}", "sample.shift=2"
+    assert start("convert", trained / "run", weights[0], *flags) == 0
+    assert not [x for x in caplog.messages if " had the fingerprint " in x]
+    assert [x for x in caplog.messages if "pass max_sequence_length=23" in x]
+    for folder in ("vae", "text_encoder", "text_encoder_2", "text_encoder_3"):
+        (path,) = (weights[0] / folder).glob("*.safetensors")
+        ours = load_file(out / folder / path.name)
+        for name, tensor in load_file(path).items():
+            np.testing.assert_array_equal(ours[name], tensor)
+    pipe = diffusers.StableDiffusion3Pipeline.from_pretrained(out)
+    assert pipe.scheduler.config.shift == 2  # the recipe's, not that of the weights
+    options = dict(height=64, width=64, num_inference_steps=2, max_sequence_length=23)
+    # Run in PyTorch and here from one noise: every part is in its place.
+    draw = np.random.default_rng(0).standard_normal
+    noise = draw((1, 8, 8, 16)).astype(np.float32)
+    theirs = pipe(
+        "a fox",
+        latents=torch.tensor(noise).permute(0, 3, 1, 2),
+        guidance_scale=1.0,
+        output_type="np",
+        **options,
+    ).images
+    bundle = sd3_jax.load(str(out), dtype="float32")
+    sizes = dict(steps=2, guidance=1.0, max_sequence_length=23)
+    ours = sd3_jax.generate(bundle, "a fox", latents=noise, **sizes)
+    np.testing.assert_allclose(np.asarray(ours), theirs, atol=1e-3)
+    # The same parts, joined when they are loaded.
+    flags = *SIZES, f"convert.out={tmp_path}/alone", "sample.shift=2"
+    flags = [f"--config.{flag}" for flag in flags]
+    assert main.main(["convert", TINY, f"--workdir={trained}/run", *flags]) == 0
+    again = sd3_jax.load([str(weights[0]), str(tmp_path / "alone")], dtype="float32")
+    assert again.fingerprint() == bundle.fingerprint()
+    assert again.scheduler == bundle.scheduler
+
+
+def test_an_export_with_other_encoders_is_logged(trained, weights, tmp_path, caplog):
+    flags = "convert.to=original", f"convert.out={tmp_path}/out.safetensors"
+    assert start("convert", trained / "run", weights[1], *flags) == 0
+    (warning,) = [x for x in caplog.messages if " had the fingerprint " in x]
+    assert f"config.encode.weights = {weights[1]}" in warning
+    assert "vae had the fingerprint" in warning and "t5 had" not in warning
+
+
+def test_a_source_without_encoders_is_refused(trained, weights, tmp_path, capsys):
+    source, flag = weights[0] / "transformer", f"convert.out={tmp_path}/out"
+    assert start("convert", trained / "run", source, flag) == 2
+    said = capsys.readouterr().err.strip().split("\n")[-1]
+    assert f"config.encode.weights = {source}: has none of vae, clip_l" in said
+
+
+def test_encoders_of_another_model_are_refused(weights):
+    flags = [f"--config.{x}" for x in (*SIZES, f"encode.weights={weights[0]}")]
+    config = main.parse(["convert", TINY, "--workdir=unused", *flags]).config
+    denoiser = {"pooled_projection_dim": 128, "joint_attention_dim": 160}
+    wrong = denoiser | {"in_channels": 4}
+    with pytest.raises(UserError, match="vae is of another model: latent_channels"):
+        convert.released_encoders(config, wrong, {}, sharding.make_mesh())
+    with config.unlocked():
+        config.text.name = "bytes"  # whose denoiser reads neither CLIP nor T5
+    args = denoiser | {"in_channels": 16}, {}, sharding.make_mesh()
+    assert [*convert.released_encoders(config, *args).modules] == ["vae"]
 
 
 def test_records_of_two_encoders_are_not_mixed(trained, weights, tmp_path, capsys):

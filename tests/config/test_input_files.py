@@ -76,6 +76,7 @@ def test_what_may_be_there(here, job, values):
         ("sample", "sample.prompts_file", "no.txt", "no.txt: no such file"),
         ("precompute", "encode.weights", "WRONG", "config.encode.weights = WRONG"),
         ("train", "encode.weights", "WRONG", NONE),
+        ("convert", "encode.weights", "WRONG", NONE),
         ("train", "encode.tokenizers", "WRONG", "config.encode.tokenizers = WRONG"),
     ],
 )

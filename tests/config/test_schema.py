@@ -73,7 +73,7 @@ UNREAD = {
         ingest="in the reader of pictures, which gets eval.real here",
     ),
     "convert": dict(
-        **dict.fromkeys(("seed", "encode", "optim", "data", "train", "eval"), TRAINER),
+        **dict.fromkeys(("seed", "optim", "data", "train", "eval"), TRAINER),
         tune=RESTORED,
         quantize=RELEASED,
     ),

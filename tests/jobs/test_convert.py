@@ -1,6 +1,7 @@
 """convert: between layouts, and from a training checkpoint to what PyTorch reads."""
 
 import diffusers
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -90,6 +91,32 @@ def test_what_we_trained_runs_in_pytorch(trained):
     bundle = sd3_jax.load(str(workdir / "diffusers"), dtype="float32")
     again = bundle.velocity(xt, t, context, pooled)
     assert convert.error(again, np.asarray(ours)) < 1e-5
+
+
+@pytest.mark.parametrize("layout", ["diffusers", "original", "orbax"])
+def test_the_byte_tower_is_left_out_with_a_warning(trained, tmp_path, caplog, layout):
+    """The denoiser learned that tower's embeddings: CLIP's would not fit."""
+    workdir, recipe = trained
+    flags = [f"--config.convert.to={layout}", f"--config.convert.out={tmp_path}/out"]
+    assert run(workdir, *flags, recipe=recipe) == 0
+    config = quickstart.get_config("tiny")
+    parts = model_parts.build_parts(config)
+    mesh = sharding.make_mesh()
+    params, _ = model_parts.trained_params(config, parts, workdir, mesh)
+    sizes = [x.size for x in jax.tree.leaves(params["text"])]
+    (warning,) = [x for x in caplog.messages if "byte text tower" in x]
+    assert f"its {len(sizes)} tensors ({sum(sizes)} parameters)" in warning
+    assert f"sd3-jax sample --workdir={workdir}" in warning
+    bundle = sd3_jax.load(str(tmp_path / "out"), tokenizers_from=None)
+    assert list(bundle.modules) == ["denoiser"]
+
+
+def test_released_weights_are_joined_by_listing_them(tmp_path, caplog):
+    """encode.weights completes a run; with config.weights it is not used, and said."""
+    weights = miniature.folder("sd35_medium")
+    flags = [f"--config.weights={weights}", f"--config.encode.weights={weights}"]
+    assert run(tmp_path, *flags) == 0
+    assert any("list both in config.weights" in x for x in caplog.messages)
 
 
 @pytest.mark.parametrize(

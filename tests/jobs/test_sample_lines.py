@@ -20,9 +20,7 @@ import sd3_jax
 from sd3_jax import main, pictures, tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling.bundle import Bundle
 
-ADAPTERS = hasattr(Bundle, "load_adapter")
 DRAW = np.random.default_rng(0)
 SIDES = {"photo": (64, 64), "other": (64, 64), "large": (75, 101), "small": (48, 56)}
 TEXT = dict(height=64, width=64, steps=4, guidance=5.0, max_sequence_length=16)
@@ -76,7 +74,6 @@ ROWS = [
     {"prompt": "a red fox", "seed": 1, "lora": {"a.safetensors": 0.8}},
     {"prompt": "a red fox", "seed": 1, "lora": ["b.safetensors=0.5", "a.safetensors"]},
 ]
-PAINTED = [row for row in ROWS if ADAPTERS or "lora" not in row]
 
 
 def api_arguments(row, folder, nets):
@@ -119,7 +116,7 @@ def killed(folder, tmp_path_factory):
             time.sleep(0.01)
         multiprocess.kill(cluster)
     painted = {p: p.stat().st_mtime_ns for p in workdir.glob("samples/*.png")}
-    assert 5 <= len(painted) < len(PAINTED)
+    assert 5 <= len(painted) < len(ROWS)
     (done,) = multiprocess.run(command, processes=1, devices=1, timeout=300)
     assert done.returncode == 0, done.stderr[-2000:]
     assert {p: p.stat().st_mtime_ns for p in painted} == painted  # none was redone
@@ -129,19 +126,18 @@ def killed(folder, tmp_path_factory):
 def test_twelve_lines_killed_and_resumed_are_the_apis_bit_for_bit(killed, folder):
     workdir, log = killed
     records = lines(workdir)
-    assert len(records) == len(PAINTED)
+    assert len(records) == len(ROWS)
     assert "groups of equal settings, by" in log
     mesh = sharding.make_mesh(devices=jax.devices()[:1])
     bundle = sd3_jax.load(str(miniature.folder("sd35_medium")), mesh, "float32")
     load = lambda name: sd3_jax.load_control(str(folder / name), bundle)
     nets = {name: load(name) for name in ("net", "net2")}
     images = pixels(workdir)
-    for row, record, image in zip(PAINTED, records, images):
+    for row, record, image in zip(ROWS, records, images):
         arguments = TEXT | api_arguments(row, folder, nets)
         if "outpaint" in row:
             arguments |= dict(height=None, width=None)
         if "lora" in row:
-            assert hasattr(bundle, "load_adapter")
             arguments["adapters"] = adapters(bundle, row["lora"], folder)
         # The two lines that differ in prompt, seed and picture are one batch.
         place, rows = record["batch"]
@@ -161,11 +157,6 @@ def adapters(bundle, loras, folder):
     for name in loras:
         bundle.load_adapter(str(folder / name), name=name)
     return loras
-
-
-@pytest.mark.skipif(ADAPTERS, reason="lines have LoRAs")
-def test_a_lora_of_a_line_is_reported_until_bundles_have_adapters(killed):
-    assert "prompts.jsonl:11: skipped: lora of a line: not supported" in killed[1]
 
 
 def test_inputs_that_are_kept_are_kept_exactly(killed, folder):
@@ -260,6 +251,9 @@ def test_a_line_that_fails_is_reported_and_the_rest_are_painted(
         ({"control": [HINTS[0] | {"start": 1}]}, "0 <= start < stop <= 1"),
         ({"guidance": 2, "cfg": 2}, '"guidance" and "cfg" are one setting'),
         ({"paste": 1}, "paste 1: expected bool"),
+        ({"lora": "gone.safetensors"}, "lora gone.safetensors: no such file, folder"),
+        ({"lora": {"a.safetensors": "x"}}, "lora a.safetensors 'x': expected a finite"),
+        ({"lora": "photo.png"}, "photo.png"),
         ({"skip_layers": [9]}, "skip_layers 9: expected a whole number 0 to 3"),
         ({"control": [HINTS[0] | {"net": "nets"}]}, "nets: "),
         ({"image": "cut.png"}, "cut.png: truncated; expected a whole JPEG"),

@@ -151,7 +151,8 @@ ENCODE = dict(
     weights=Key(
         "",
         FREE,
-        "Released weights that encode what the records lack, and prompts; empty: none.",
+        "Released weights that encode what the records lack, and prompts; convert adds"
+        " them to a run; empty: none.",
     ),
     tokenizers=Key("", FREE, "Tokenizers of encode.weights, as config.tokenizers."),
     dtype=Key("bfloat16", DTYPE, "Dtype that the encoders compute in."),

@@ -1,0 +1,62 @@
+"""The names in the tables of docs/reference/argument_names.md exist, on both sides."""
+
+import inspect
+import re
+from pathlib import Path
+
+import diffusers
+
+from sd3_jax import api
+from sd3_jax.config import schema
+
+PAGE = Path(__file__).parents[1] / "docs" / "reference" / "argument_names.md"
+PIPELINES = ("", "Img2Img", "Inpaint", "ControlNet")
+KEYS = {
+    key
+    for name, group in schema.GROUPS.items()
+    for key, _ in schema.flat(group.keys, f"{name}." if name else "")
+}
+
+
+def columns(section: str) -> dict[str, list[str]]:
+    """The names in backticks of a section's table, by its column."""
+    pattern = rf"^## {section}\n(.*?)(?=^## |\Z)"
+    (text,) = re.findall(pattern, PAGE.read_text(), re.M | re.S)
+    lines = [line for line in text.split("\n") if line.startswith("| ")]
+    rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    heads, *cells = rows
+    assert all(len(row) == len(heads) for row in cells), section
+    return {
+        head: [x for row in cells for x in re.findall("`([^`]+)`", row[i])]
+        for i, head in enumerate(heads)
+    }
+
+
+def parameters(function) -> set[str]:
+    return {*inspect.signature(function).parameters} - {"self"}
+
+
+def test_every_argument_of_the_pipeline_has_a_row():
+    pipelines = (f"StableDiffusion3{kind}Pipeline" for kind in PIPELINES)
+    first, *others = [parameters(getattr(diffusers, x).__call__) for x in pipelines]
+    (theirs, *_) = columns("diffusers: call the pipeline").values()
+    assert not first - {*theirs}
+    assert not {*theirs} - first.union(*others)
+    assert len(theirs) == len({*theirs})
+
+
+def test_our_functions_have_these_arguments():
+    call = columns("diffusers: call the pipeline")["`sd3_jax.generate`"]
+    load = columns("diffusers: load and save")["`sd3_jax`"]
+    assert len(call) > 20 and len(load) > 8
+    for name in call + load:
+        function, keyword = re.fullmatch(r"(?:(\w+)\()?(\w*)=?\)?", name).groups()
+        arguments = parameters(getattr(api, function or "generate"))
+        assert not keyword or keyword in arguments, name
+
+
+def test_our_keys_exist():
+    sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.M)
+    keys = [key for section in sections for key in columns(section)["key"]]
+    assert len(sections) == 4 and len(keys) > 80
+    assert not {*keys} - KEYS - {"--workdir"}
