@@ -28,6 +28,18 @@ class Row(NamedTuple):
     hint_masks: tuple[UInt8[ndarray, "h w"] | None, ...]
 
 
+def read_checked_row(settings: Mapping[str, Any], size: Size) -> Row:
+    """read_row; UserError if the picture is no longer of the size that was checked."""
+    row = read_row(settings)
+    left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
+    inner = size[0] - top - bottom, size[1] - left - right
+    # Rows of a batch are stacked, so that one of another size would end the job.
+    for pixels in (row.image, row.mask):
+        if pixels is not None and pixels.shape[:2] != inner:
+            raise UserError(f"{settings['image']}: it or its mask changed its size")
+    return row
+
+
 def read_row(settings: Mapping[str, Any]) -> Row:
     """The pixels of a line; BadImage if a file cannot be decoded."""
     left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)

@@ -192,7 +192,10 @@ def _read_rows(
     for task in tasks:
         if task.index not in outcomes:
             try:
-                outcomes[task.index] = line_arrays.read_row(task.settings), ""
+                outcomes[task.index] = (
+                    line_arrays.read_checked_row(task.settings, task.size),
+                    "",
+                )
             except UserError as error:
                 outcomes[task.index] = None, str(error)
     mine = [outcomes[task.index][1] for task in tasks]

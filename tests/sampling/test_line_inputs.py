@@ -70,6 +70,15 @@ def test_pixels_are_resized_and_masks_stay_black_and_white(folder):
     np.testing.assert_array_equal(row.image, np.asarray(Image.open(files["image"])))
 
 
+def test_a_picture_that_changed_its_size_after_the_check_is_refused(folder):
+    files = {"image": str(folder / "a.png"), "mask": str(folder / "mask.png")}
+    for size, more in ((48, 80), {}), ((64, 96), {"outpaint": [8, 4, 8, 12]}):
+        line_arrays.read_checked_row(LINE | files | more, size)
+    (folder / "a.png").write_bytes((folder / "c.png").read_bytes())
+    with pytest.raises(UserError, match="a.png: it or its mask changed its size"):
+        line_arrays.read_checked_row(LINE | files, (48, 80))
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA"])
 def test_a_mask_with_colours_or_alpha_is_refused(mode, folder):
     colours = DRAW.integers(0, 256, (48, 80, len(mode)), np.uint8)
