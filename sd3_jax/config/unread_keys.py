@@ -11,15 +11,10 @@ from typing import Any
 from sd3_jax.config import schema
 from sd3_jax.config.validation import as_text
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import JOBS
+from sd3_jax.jobs import JOBS, RELEASED
 
 log = logging.getLogger(__name__)
 RECORDS = ("data.records", "data.held_out", "data.weights")
-# What released weights alone read; a run's own sampler has no such option.
-RELEASED = (
-    *("tokenizers", "sample.max_length", "sample.clip_skip", "sample.skip_layers"),
-    *("sample.skip_scale", "sample.skip_start", "sample.skip_stop"),
-)
 # Read only if the value of another key passes; `study` and `benchmark` vary them.
 CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     ((*RECORDS, "data.bad_records"), "data.name", lambda x: x == "records"),

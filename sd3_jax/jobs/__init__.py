@@ -22,11 +22,16 @@ class Job(NamedTuple):
 
 # What makes a model and its pictures: a job that restores a run builds them.
 MODEL = ("model", "text", "image", "flow")
-SCORED = ("sample.prompt", "sample.prompts_file", "sample.per_prompt", "sample.filter")
-SCORED += ("sample.watermark",)  # of `sample` alone: evaluations choose their prompts
-RELEASED = ("sample.lora", "sample.max_length", "sample.clip_skip")
-RELEASED += tuple(
-    f"sample.skip_{name}" for name in ("layers", "scale", "start", "stop")
+SCORED = tuple(  # of `sample` alone: evaluations choose their prompts
+    f"sample.{name}"
+    for name in "prompt prompts_file per_prompt filter watermark from format"
+    " quality".split()
+)
+RELEASED = tuple(  # what a run's own sampler does not read
+    f"sample.{name}"
+    for name in "lora max_length clip_skip skip_layers skip_scale skip_start skip_stop"
+    " image images mask strength resize paste mask_blur mask_padding crop_to_mask"
+    " outpaint".split()
 )
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
 
