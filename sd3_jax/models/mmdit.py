@@ -12,11 +12,11 @@ from jaxtyping import Float, Int, Key
 
 from sd3_jax.distributed import mesh_context
 from sd3_jax.models import flops
-from sd3_jax.models.attention.attention import attention, joint_attention
+from sd3_jax.models.attention.attention import attention, joint_attention, shares
 from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
-from sd3_jax.models.scan import stacked
+from sd3_jax.models.scan import OBSERVED, stacked
 
 
 class MMDiT(TokenDenoiser):
@@ -183,9 +183,22 @@ class Block(DenoiserBlock, kw_only=True):
         else:  # tokens are sharded: joined queries would take two all-to-alls a block
             attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
             parts = [attend(q) for q in qs]
-        return tuple(
+        outputs = tuple(
             streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
+        # Mutable only in sampling/observation.py: other programs do without the maps.
+        if self.is_mutable_collection(OBSERVED) and not self.is_initializing():
+            self.observe(qs[0], ks, outputs)
+        return outputs
+
+    def observe(self, q: Array, ks: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Keeps the image's attention to the text, (b, n, l), and the RMS of each
+        output, (b, streams), in the collection OBSERVED."""
+        attention_to_text = shares(q, jnp.concatenate(ks, axis=1))[..., q.shape[1] :]
+        self.sow(OBSERVED, "attention", attention_to_text)
+        square = lambda x: jnp.square(x.astype(jnp.float32))
+        rms = [jnp.sqrt(jnp.mean(square(x), axis=(1, 2))) for x in outputs]
+        self.sow(OBSERVED, "rms", jnp.stack(rms, axis=-1))
 
     def stream(self, first: bool) -> "Stream":
         return Stream(
