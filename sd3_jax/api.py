@@ -25,6 +25,7 @@ from sd3_jax.sampling import (
     progress_bar,
     seeds,
 )
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
@@ -55,6 +56,7 @@ def generate(
     mask: Pictures | None = None,
     strength: float = 0.6,
     control: ControlInput | Sequence[ControlInput] | None = None,
+    adapters: Sets | None = None,
     skip_layers: Sequence[int] | None = None,
     skip_scale: float = 2.8,
     skip_start: float = 0.01,
@@ -86,6 +88,9 @@ def generate(
     with a `mask` only where that is 1. `skip_layers` are left out of a third velocity,
     from which guidance steers away in steps i of n with n skip_start < i < n skip_stop.
 
+    `adapters` are weights of the bundle's adapters by name for this call, or a list of
+    such sets, one for each prompt; by default those of bundle.set_adapters.
+
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
@@ -93,10 +98,11 @@ def generate(
 
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
-    guidance, which inputs are given, `skip_layers`, the ControlNets, or the `preview`
-    function. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, and
-    up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow share a program;
-    heun and lcm have their own.
+    guidance, which inputs are given, `skip_layers`, the ControlNets, which adapters are
+    loaded, whether each prompt has a set of its own, or the `preview` function. Numbers
+    are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the weights of
+    adapters, and up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow
+    share a program; heun and lcm have their own.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -156,8 +162,12 @@ def generate(
         per_prompt=images_per_prompt,
         clip_skip=clip_skip,
         guided=guided,
+        adapters=adapters,
     )
     rows = cond.pooled.shape[0]
+    table = bundle.bank.table(adapters, rows // images_per_prompt)
+    if table.ndim == 2:
+        table = np.repeat(table, images_per_prompt, axis=0)
     spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
@@ -213,6 +223,6 @@ def generate(
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
-            plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
+            plan, bundle.adapted("denoiser", table), place(inputs), nets, place(acting)
         )
     return sampled if output == "latents" else bundle.decode(sampled)

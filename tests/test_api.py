@@ -243,23 +243,6 @@ def test_guidance_is_no_new_program(bundle):
     assert compiled.sample._cache_size() == count
 
 
-@pytest.fixture
-def compilations():
-    """The seconds of each compilation from here on, whatever is compiled."""
-    seconds = []
-
-    def listen(event, duration, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            seconds.append(duration)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    jax.jit(lambda: 1)()
-    assert seconds, "jax no longer reports compilations by this event"
-    seconds.clear()
-    yield seconds
-    jax.monitoring.unregister_event_duration_listener(listen)
-
-
 def test_steps_sigmas_and_solvers_of_a_kind_are_no_new_program(bundle, compilations):
     paint(bundle)
     compilations.clear()

@@ -16,6 +16,7 @@ from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
@@ -101,15 +102,20 @@ def encoded(
     per_prompt: int,
     clip_skip: int,
     guided: bool,
+    adapters: Sets | None = None,
 ) -> tuple[Conditioning, Conditioning]:
-    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt."""
+    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt.
+
+    A negative prompt is encoded with the adapters of its prompt.
+    """
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
         prompts = listed(prompts)
         if not prompts:
             raise UserError("no prompts; give at least one")
-        cond = bundle.encode_prompts(prompts, length, clip_skip=clip_skip)
+        options = dict(clip_skip=clip_skip, adapters=adapters)
+        cond = bundle.encode_prompts(prompts, length, **options)
     n = cond.pooled.shape[0]
     uncond = cond  # not looked at without guidance
     if guided and isinstance(negative, Conditioning):
@@ -130,7 +136,7 @@ def encoded(
                 f"embeddings of {length + 77} tokens, which no text has: give"
                 " negative_prompts as embeddings too"
             )
-        uncond = bundle.encode_prompts(texts, length)
+        uncond = bundle.encode_prompts(texts, length, adapters=adapters)
     # cond and uncond are concatenated along the batch.
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(

@@ -14,10 +14,13 @@ from jaxtyping import Float, Int, Key
 from sd3_jax import tree
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.adapter_bank import Bank, Sets
+from sd3_jax.sampling.bundle_adapters import WithAdapters
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning, TextModels
@@ -37,12 +40,13 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Bundle:
+class Bundle(WithAdapters):
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
     `configs` are those of diffusers and transformers and include "scheduler";
     `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
-    lack has no entry: the denoiser reads zeros in place of a text encoder.
+    lack has no entry: the denoiser reads zeros in place of a text encoder. Adapters
+    stay beside the variables, in `bank`.
     """
 
     modules: dict[str, nn.Module]
@@ -54,6 +58,7 @@ class Bundle:
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
+    bank: Bank = field(default_factory=Bank, compare=False)
     # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
@@ -63,7 +68,9 @@ class Bundle:
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
-        return f"Bundle({name}{parts}; {self.dtype}; mesh {mesh}; {self.source})"
+        added = "".join(f"; adapter {shown(k)} {v:g}" for k, v in self.adapters.items())
+        about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
+        return f"Bundle({name}{parts}; {about})"
 
     def encode_prompts(
         self,
@@ -71,10 +78,11 @@ class Bundle:
         max_sequence_length: int = 256,
         *,
         clip_skip: int = 0,
+        adapters: Sets | None = None,
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
 
-        One text alone is a batch of one.
+        One text is a batch of one. `adapters` are weights by name, or a set a prompt.
         """
         # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
@@ -83,13 +91,15 @@ class Bundle:
             raise UserError(
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
+        table = self.bank.table(adapters, len(prompts))
         ids = self.token_ids(prompts, max_sequence_length)
+        variables = {name: self.adapted(name, table) for name in self.text_variables}
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         with compiled.on(self.mesh):
             return compiled.encode_prompts(
                 self.text_models,
-                self.text_variables,
+                variables,
                 compiled.place(ids, self.mesh),
                 clip_skip=clip_skip,
                 context_dim=sizes.get("joint_attention_dim", 4096),
@@ -105,9 +115,10 @@ class Bundle:
         pooled: Float[Array | np.ndarray, "b e"],
         *,
         skip_layers: Sequence[int] = (),
+        adapters: Sets | None = None,
     ) -> Float[Array, "b h w c"]:
-        """v = noise - x0 at time t, 1 being noise."""
-        module, variables = self.part("denoiser"), self.variables["denoiser"]
+        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate."""
+        module = self.part("denoiser")
         latents = inputs.laid_out(latents, module.channels)
         t = inputs.times(t, len(latents))
         # Checked here: in the program unequal rows would broadcast or fail obscurely.
@@ -118,6 +129,8 @@ class Bundle:
                 f" {len(pooled)} of pooled: the numbers must be equal"
             )
         skipped = argument_checks.skip_layers(skip_layers, module.depth)
+        table = self.bank.table(adapters, len(latents), "latents")
+        variables = self.adapted("denoiser", table)
         args = compiled.place((latents, t, context, pooled), self.mesh)
         with compiled.on(self.mesh, args):
             return compiled.velocity(module, variables, *args, skip=tuple(skipped))
@@ -248,13 +261,14 @@ class Bundle:
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints
-        return self._memo["fingerprints"]
+        prints = self._memo["fingerprints"]
+        return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
         if "fingerprint" not in self._memo:
             self._memo["fingerprint"] = tree.fingerprint(self.variables)
-        return self._memo["fingerprint"]
+        return self.bank.marked(self._memo["fingerprint"], self.variables)
 
 
 def most_clip_skip(configs: Mapping[str, dict]) -> int:

@@ -56,8 +56,8 @@ def load(
     `tokenizers_from` is a folder or hub name with the tokenizers that the sources lack;
     None loads none, for embeddings alone. `lora` names LoRA files or folders of
     diffusers, PEFT or kohya, or on the hub, with weights as in "style.safetensors=0.8"
-    or {path: weight}; they stay beside the weights (sampling/lora_adapters.py), and
-    `save` writes the sum. `quantize` names components whose blocks have 8-bit matrices,
+    or {path: weight}; each is loaded as Bundle.load_adapter does, and `save` writes the
+    sum. `quantize` names components whose blocks have 8-bit matrices,
     {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
     (params/quantization.py). `check(scheduler, configs)` is called before any weight is
     read, and may raise. Raises UserError, which lists tensors that are missing, extra
@@ -93,12 +93,14 @@ def load(
         kind = quantize.get(name, "")
         module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
         modules[name], variables[name], stored[name] = module, values, dtypes
-    variables = lora_adapters.attached(variables, modules, loras)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
-    return Bundle(modules, variables, configs, words, mesh, *about)
+    bundle = Bundle(modules, variables, configs, words, mesh, *about)
+    for opened in loras:
+        bundle.add_opened(opened)
+    return bundle
 
 
 def _tokenizers(

@@ -2,6 +2,7 @@
 
 A program is compiled once for each set of shapes and cached, also on disk if
 JAX_COMPILATION_CACHE_DIR is set. One line tells of each that has to be compiled.
+Variables may be Adapted (params/adapters.py): weights of adapters are data.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from jaxtyping import Float
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
 from sd3_jax.models import vae
+from sd3_jax.params import adapters
 from sd3_jax.sampling import prompts, tiling
 from sd3_jax.sampling.control import Control, controlled
 from sd3_jax.sampling.generate import generate
@@ -82,14 +84,18 @@ def put(x: Any, where: NamedSharding) -> Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-encode_prompts = jax.jit(
-    prompts.encode_released,
+@functools.partial(
+    jax.jit,
     static_argnames=("models", "clip_skip", "context_dim", "pooled_dim", "length"),
 )
+def encode_prompts(models, variables, ids, **options) -> Conditioning:
+    variables = {name: adapters.attached(x) for name, x in variables.items()}
+    return prompts.encode_released(models, variables, ids, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "skip"))
 def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
+    variables = adapters.attached(variables)
     return denoiser.apply(variables, x, t, context, pooled, skip=skip)
 
 
@@ -219,7 +225,7 @@ def solver_function(names: Sequence[str], number: Scalar | None) -> Callable:
 @functools.partial(jax.jit, static_argnames=("plan", "nets"))
 def sample(
     plan: Plan,
-    variables: dict,
+    variables: dict | adapters.Adapted,
     inputs: Inputs,
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
@@ -232,11 +238,17 @@ def sample(
     sides = (side * plan.factor for side in plan.shape[:2])
     say_compiling(", ".join(plan.solvers), len(inputs.cond.pooled), *sides)
 
+    # Outside of the solver's loop: factors are joined and weighed once.
+    adapted = isinstance(variables, adapters.Adapted)
+    variables = adapters.attached(variables)
+
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
     # The nets are static and their arrays traced, so they arrive as two arguments.
     acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+    if adapted:
+        acting = [_lent(control, variables) for control in acting]
     skip = None
     # Which layers are left out is static: the denoiser makes a constant mask of it for
     # its scanned blocks.
@@ -263,3 +275,12 @@ def sample(
         mask=inputs.mask,
         preview=plan.preview,
     )
+
+
+def _lent(control: Control, variables: dict) -> Control:
+    """A net that borrows the denoiser's embedding of patches, with its adapters."""
+    if not control.net.borrowed:
+        return control
+    lent = {"patch_embed": variables["params"]["patch_embed"]}
+    params = control.variables["params"] | lent
+    return control._replace(variables=control.variables | {"params": params})

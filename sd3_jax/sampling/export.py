@@ -40,12 +40,13 @@ def save(
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor gets the dtype of the file that it was loaded from.
-    LoRAs are merged into the weights. A ControlNet keeps its present dtype and its
+    Adapters are merged into the weights. A ControlNet keeps its present dtype and its
     control_type; weights that it borrows from the denoiser are left out.
     """
     path = epath.Path(path)
     if isinstance(bundle, ControlBundle):
         return save_control(bundle, path, layout, dtype=dtype)
+    bundle = bundle.merge_adapters()
     bundle = dataclasses.replace(
         bundle, variables=parametrization.arrays(bundle.variables)
     )
