@@ -76,6 +76,17 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         " a layer differs.",
         example="sd3-jax compare --config.weights=PATH",
     ),
+    "explore": Job(
+        "look inside the making of a picture",
+        groups=("seed", "weights", "tokenizers", *MODEL, "mesh", "train", "sample")
+        + ("quantize", "explore"),
+        about="It samples with config.weights and writes a page for each picture to"
+        " WORKDIR/explore: the latents over the steps, the norms of the blocks, and the"
+        " part of the picture that attends to each word. Of the group train it reads"
+        " only prompts.",
+        example="sd3-jax explore --config=configs/released.py --workdir=runs/inside"
+        ' \\\n    --config.weights=PATH --config.sample.prompt="a red fox"',
+    ),
     "benchmark": Job(
         "time sd3_jax and PyTorch on the same shapes and weights",
         recipe="configs/benchmark.py",

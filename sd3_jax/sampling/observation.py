@@ -15,6 +15,7 @@ from jaxtyping import Float
 from sd3_jax.errors import UserError
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.scan import OBSERVED
+from sd3_jax.params import adapters
 from sd3_jax.sampling import compiled, input_images
 from sd3_jax.sampling.bundle import TEXT, Bundle
 from sd3_jax.sampling.prompts import CLIP_LENGTH
@@ -56,14 +57,16 @@ def observe(
     latents = input_images.laid_out(latents, denoiser.channels)
     t = input_images.times(t, len(latents))
     args = compiled.place((latents, t, context, pooled), bundle.mesh)
+    table = bundle.bank.table(None, len(latents))
+    variables = bundle.adapted("denoiser", table)
     with compiled.on(bundle.mesh, args):
-        return _observe(denoiser, bundle.variables["denoiser"], *args)
+        return _observe(denoiser, variables, *args)
 
 
 @functools.partial(jax.jit, static_argnames="denoiser")
 def _observe(denoiser: nn.Module, variables, x, t, context, pooled) -> Observation:
     velocity, state = denoiser.apply(
-        variables, x, t, context, pooled, mutable=[OBSERVED]
+        adapters.attached(variables), x, t, context, pooled, mutable=[OBSERVED]
     )
     # A scanned stack has its layers in front; the last block is one layer.
     stacks = {name: _values(part) for name, part in state[OBSERVED].items()}

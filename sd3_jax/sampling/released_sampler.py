@@ -105,10 +105,8 @@ def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
-def sample_tasks(
-    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of tasks that share a shape and settings."""
+def generate_arguments(tasks: Sequence[prompt_file.Task]) -> dict[str, Any]:
+    """sd3_jax.generate's arguments for tasks that share a shape and settings."""
     # A task's prompt is one text, or one for each of the three encoders.
     prompts = [
         x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
@@ -116,9 +114,8 @@ def sample_tasks(
     ]
     # Tasks of one batch share all settings but negative prompt and seed (Task.group).
     s = tasks[0].settings
-    images = api.generate(
-        model,
-        prompts,
+    return dict(
+        prompts=prompts,
         negative_prompts=[x.settings["negative"] for x in tasks],
         seed=[x.settings["seed"] + x.number for x in tasks],
         height=s["height"],
@@ -135,6 +132,13 @@ def sample_tasks(
         skip_start=s["skip_start"],
         skip_stop=s["skip_stop"],
     )
+
+
+def sample_tasks(
+    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures of tasks that share a shape and settings."""
+    images = api.generate(model, **generate_arguments(tasks))
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray
@@ -10,6 +11,7 @@ from numpy import ndarray
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import observation
 from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.latents import to_rgb
 from sd3_jax.sampling.prompts import CLIP_LENGTH, Conditioning
 
 # Encoders that share the context's first tokens and, after them, T5's.
@@ -38,6 +40,15 @@ def moments_of(steps: int, count: int) -> list[int]:
     them; all of them if there are fewer."""
     spaced = np.linspace(0, steps - 1, min(count, steps))
     return sorted({int(i) for i in np.rint(spaced)})
+
+
+def previews(
+    latents: Float[ndarray, "n h w c"], times: Float[ndarray, " n"]
+) -> list[tuple[int, float, UInt8[ndarray, "h w 3"]]]:
+    """(steps taken, t, rough picture) of latents in the order of sampling."""
+    rgb = np.asarray(to_rgb(jnp.asarray(latents)))
+    pictures = np.rint(255 * rgb).astype(np.uint8)
+    return [(i, float(t), x) for i, (t, x) in enumerate(zip(times, pictures))]
 
 
 def tokens_of(

@@ -1,4 +1,4 @@
-"""The page of one picture: latents over the steps, words' attention, norms of blocks."""
+"""The page of one picture: latents by step, attention by word, norms by block."""
 
 import io
 from collections.abc import Sequence
@@ -24,8 +24,8 @@ def html(
     moments: Sequence[Moment],
     facts: Sequence[tuple[str, str]],
 ) -> str:
-    """The page. `previews` are (step, t, rough picture of the latents) from the noise to
-    the end, `facts` the settings as (name, value)."""
+    """The page. `previews` are (step, t, rough picture of the latents), noise first;
+    `facts` are the settings as (name, value)."""
     chosen = np.rint(np.linspace(0, len(previews) - 1, min(FRAMES, len(previews))))
     strip = [
         (_picture(rgb, f"latents after {step} steps", PREVIEW), f"t = {t:.3f}")
@@ -60,43 +60,44 @@ def html(
 
 def panels(moments: Sequence[Moment]) -> list[html_page.Panel]:
     """Curves over the blocks, one for each moment."""
-    last = _when(moments[-1])
-    curves = lambda values, y, log="": plots.curves(
-        {_when(x): (list(range(1, len(values(x)) + 1)), values(x)) for x in moments},
-        "block",
-        y,
-        log=log,
-        first=last,
-    )
+    rms = "root mean square"
     drawn = [
         html_page.Panel(
             "Image stream",
-            curves(lambda x: x.image_rms.tolist(), "root mean square", "y"),
+            _by_block({_when(x): x.image_rms for x in moments}, rms, log="y"),
             "Size of the image tokens after each block.",
         ),
         html_page.Panel(
             "Text stream",
-            curves(lambda x: x.text_rms.tolist(), "root mean square", "y"),
+            _by_block({_when(x): x.text_rms for x in moments}, rms, log="y"),
             "Size of the text tokens after each block. The last block has none.",
         ),
     ]
     for group in moments[0].shares:
-        drawn.append(
-            html_page.Panel(
-                f"Attention to {group}",
-                curves(lambda x: x.shares[group].tolist(), "share of attention"),
-                f"Share of the image tokens' attention that goes to {group}'s tokens.",
-            )
-        )
+        shares = {_when(x): x.shares[group] for x in moments}
+        caption = f"Share of the image tokens' attention to {group}'s tokens."
+        plot = _by_block(shares, "share of attention")
+        drawn.append(html_page.Panel(f"Attention to {group}", plot, caption))
     return drawn
+
+
+def _by_block(
+    values: dict[str, Float[ndarray, " layers"]], label: str, *, log: str = ""
+) -> str:
+    lines = {
+        name: (list(range(1, len(line) + 1)), line.tolist())
+        for name, line in values.items()
+    }
+    return plots.curves(lines, "block", label, log=log, first=list(lines)[-1])
 
 
 def heat(
     attention: Float[ndarray, "rows columns"], image: UInt8[ndarray, "H W 3"]
 ) -> UInt8[ndarray, "H W 3"]:
-    """The picture in grey with an attention map over it, from none to its largest."""
+    """The picture in grey under an attention map, from its least to its largest."""
     height, width = image.shape[:2]
-    share = attention / max(float(attention.max()), 1e-12)
+    least, most = float(attention.min()), float(attention.max())
+    share = (attention - least) / max(most - least, 1e-12)
     bytes_ = Image.fromarray(np.rint(255 * share).astype(np.uint8))
     share = np.asarray(bytes_.resize((width, height), Image.Resampling.BILINEAR)) / 255
     grey = image.mean(-1, keepdims=True) / 255 * np.ones(3)
