@@ -35,9 +35,10 @@ from sd3_jax.sampling.bundle_loading import load, load_control
 from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.observation import observe
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
-__all__ += ["generate", "load", "load_control", "save"]
+__all__ += ["generate", "load", "load_control", "observe", "save"]
 OUTPUTS = ("images", "latents")
 
 

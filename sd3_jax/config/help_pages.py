@@ -24,7 +24,7 @@ OPTIONS = {
 SECTIONS = {  # jobs in the order in which a user meets them
     "Train and sample": "train sample evaluate report",
     "Prepare data": "precompute dedup inspect",
-    "Work with weights": "convert compare",
+    "Work with weights": "convert compare explore",
     "Plan and measure": "plan study benchmark",
 }
 EXAMPLES = """\

@@ -92,7 +92,7 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "s3://": ("s3fs", "pip install s3fs"),
 }
 PAINTED = ("sample", "evaluate")
-LOADED = (*PAINTED, "convert", "compare", "inspect")
+LOADED = (*PAINTED, "convert", "compare", "inspect", "explore")
 ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
     "train": "set config.tune.base, the weights to start from, or"
@@ -102,8 +102,8 @@ INSTEAD = {  # what a user of config.weights means there
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),
     ("tokenizers", LOADED, model),
-    ("sample.lora", (*PAINTED, "convert"), weighed),
-    ("sample.prompts_file", ("sample",), file),
+    ("sample.lora", (*PAINTED, "convert", "explore"), weighed),
+    ("sample.prompts_file", ("sample", "explore"), file),
     ("eval.prompts_file", ("evaluate",), file),
     ("sample.images", ("sample",), file),
     ("sample.image", ("sample",), file),

@@ -15,6 +15,7 @@ from sd3_jax.jobs import JOBS, RELEASED
 
 log = logging.getLogger(__name__)
 RECORDS = ("data.records", "data.held_out", "data.weights")
+OF_A_RELEASE = ("tokenizers", *RELEASED)  # a run's own sampler has no such option
 # Read only if the value of another key passes; `study` and `benchmark` vary them.
 CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     ((*RECORDS, "data.bad_records"), "data.name", lambda x: x == "records"),
@@ -54,7 +55,7 @@ def check(job: str, flags: Iterable[str], values: Mapping[str, Any]) -> None:
     if job in ("train", "evaluate"):
         require_source(values)
     if job == "sample" and not values["weights"]:
-        for key in filter(RELEASED.__contains__, flags):
+        for key in filter(OF_A_RELEASE.__contains__, flags):
             require_released(f"config.{key}")
     reasons = {key: unread(job, key, values) for key in flags}
     if lost := [f"config.{key} ({why})" for key, why in reasons.items() if why]:
@@ -89,7 +90,7 @@ def unread(job: str, key: str, values: Mapping[str, Any]) -> str:
     if job == "sample" and values["weights"]:
         if key in OF_A_RUN or key.partition(".")[0] in OF_A_RUN:
             return "config.weights is set"
-    if job == "evaluate" and not values["weights"] and key in RELEASED:
+    if job == "evaluate" and not values["weights"] and key in OF_A_RELEASE:
         return "only released weights read it"
     if job in VARIED:
         return ""

@@ -22,16 +22,20 @@ class Job(NamedTuple):
 
 # What makes a model and its pictures: a job that restores a run builds them.
 MODEL = ("model", "text", "image", "flow")
-SCORED = tuple(  # of `sample` alone: evaluations choose their prompts
+EDITED = tuple(  # pictures to change
     f"sample.{name}"
-    for name in "prompt prompts_file per_prompt filter watermark from format"
-    " quality".split()
+    for name in "image images mask strength resize paste mask_blur mask_padding"
+    " crop_to_mask outpaint".split()
 )
-RELEASED = tuple(  # what a run's own sampler does not read
+# Of `sample` alone: evaluations choose their prompts, and write no pictures.
+WRITTEN = tuple(
+    f"sample.{name}" for name in "filter watermark from format quality".split()
+)
+SCORED = WRITTEN + ("sample.prompt", "sample.prompts_file", "sample.per_prompt")
+RELEASED = EDITED + tuple(  # what a run's own sampler does not read
     f"sample.{name}"
-    for name in "lora max_length clip_skip skip_layers skip_scale skip_start skip_stop"
-    " image images mask strength resize paste mask_blur mask_padding crop_to_mask"
-    " outpaint".split()
+    for name in "lora max_length clip_skip skip_layers skip_scale skip_start"
+    " skip_stop".split()
 )
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
 
@@ -95,6 +99,17 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         " random models. It writes compare.json and compare.html; the exit code is 1 if"
         " a layer differs.",
         example="sd3-jax compare --config.weights=PATH",
+    ),
+    "explore": Job(
+        "look inside the making of a picture",
+        groups=("weights", "tokenizers", "model.dtype", "image.height", "image.width")
+        + ("mesh", "train.prompts", "sample", "quantize", "explore"),
+        unread=(*EDITED, *WRITTEN, "sample.batch_size"),
+        about="It samples with config.weights and writes a page for each picture to"
+        " WORKDIR/explore: the latents over the steps, the norms of the blocks, and the"
+        " part of the picture that attends to each word.",
+        example="sd3-jax explore --config=configs/released.py --workdir=runs/inside"
+        ' \\\n    --config.weights=PATH --config.sample.prompt="a red fox"',
     ),
     "benchmark": Job(
         "time sd3_jax and PyTorch on the same shapes and weights",

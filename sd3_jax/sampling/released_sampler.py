@@ -275,12 +275,8 @@ def program(task: prompt_file.Task) -> tuple[str, ...]:
     return tuple(word for word in words if word)
 
 
-def sample_tasks(
-    model: bundle.Bundle,
-    tasks: Sequence[prompt_file.Task],
-    extra: Mapping[str, Any] = MappingProxyType({}),
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of tasks that share a shape and settings; `extra` is generate's."""
+def generate_arguments(tasks: Sequence[prompt_file.Task]) -> dict[str, Any]:
+    """sd3_jax.generate's arguments for tasks that share a shape and settings."""
     # A task's prompt is one text, or one for each of the three encoders.
     prompts = [
         x.prompt if isinstance(x.prompt, str) else bundle.Prompt(*x.prompt)
@@ -288,9 +284,8 @@ def sample_tasks(
     ]
     # Tasks of one batch share all settings but negative prompt and seed (Task.group).
     s = tasks[0].settings
-    images = api.generate(
-        model,
-        prompts,
+    return dict(
+        prompts=prompts,
         negative_prompts=[x.settings["negative"] for x in tasks],
         seed=[x.settings["seed"] + x.number for x in tasks],
         height=s["height"],
@@ -309,8 +304,16 @@ def sample_tasks(
         skip_scale=s["skip_scale"],
         skip_start=s["skip_start"],
         skip_stop=s["skip_stop"],
-        **extra,
     )
+
+
+def sample_tasks(
+    model: bundle.Bundle,
+    tasks: Sequence[prompt_file.Task],
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures of tasks that share a shape and settings; `extra` is generate's."""
+    images = api.generate(model, **generate_arguments(tasks), **extra)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]

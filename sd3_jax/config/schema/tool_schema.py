@@ -74,6 +74,15 @@ COMPARE = dict(
     ),
 )
 
+EXPLORE = dict(
+    words=Key(
+        (),
+        TEXTS,
+        "Words of the prompt to map; (): its first 12 words.",
+    ),
+    moments=Key(3, integer(1, 16), "Number of steps at which the blocks are observed."),
+)
+
 
 def tower(depth: int, width: int, num_heads: int, mlp: int, vocab: int) -> dict:
     """Sizes of a text encoder that is timed."""
