@@ -23,6 +23,7 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     guidance_arguments,
+    inpainting,
     input_images,
     progress_bar,
     seeds,
@@ -34,9 +35,10 @@ from sd3_jax.sampling.bundle_loading import load, load_control
 from sd3_jax.sampling.control_arguments import ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.observation import observe
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
-__all__ += ["generate", "load", "load_control", "save"]
+__all__ += ["generate", "load", "load_control", "observe", "save"]
 OUTPUTS = ("images", "latents")
 
 
@@ -57,6 +59,11 @@ def generate(
     image: Pictures | None = None,
     mask: Pictures | None = None,
     strength: float = 0.6,
+    paste: bool = False,
+    mask_blur: float = 0.0,
+    mask_padding: int = 0,
+    crop_to_mask: int | None = None,
+    outpaint: tuple[int, int, int, int] | None = None,
     control: ControlInput | Sequence[ControlInput] | None = None,
     adapters: Sets | None = None,
     skip_layers: Sequence[int] | None = None,
@@ -100,6 +107,12 @@ def generate(
     `guidance_options` replace its numbers. `guidance_schedule` changes guidance over t:
     "linear", "cosine", or pairs (t, factor of guidance - 1). `guide` is the weaker
     bundle of "autoguidance".
+    `paste` replaces the pixels where the mask is 0 by those of `image`, exactly. The
+    mask first grows by `mask_padding` pixels and is blurred by a Gaussian of
+    `mask_blur` pixels. `crop_to_mask` cuts out the masked area with so many pixels
+    around it, paints it at height x width and pastes it back; the result has the size
+    of `image`. `outpaint` adds a border of (left, top, right, bottom) pixels and paints
+    it (sampling/inpainting.py).
 
     `adapters` are weights of the bundle's adapters by name for this call, or a list of
     such sets, one for each prompt; by default those of bundle.set_adapters.
@@ -126,6 +139,7 @@ def generate(
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
+    argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
     argument_checks.choice("output", output, OUTPUTS)
     steering = guidance_arguments.checked(
         bundle.part("denoiser").depth,
@@ -149,6 +163,21 @@ def generate(
         raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
     if progress:
         preview = progress_bar.counted(preview)
+    edit = inpainting.prepare(
+        bundle,
+        image,
+        mask,
+        height=height,
+        width=width,
+        paste=paste,
+        mask_blur=mask_blur,
+        mask_padding=mask_padding,
+        crop_to_mask=crop_to_mask,
+        outpaint=outpaint,
+    )
+    if edit is not None:
+        edit.require_fit(output, control)
+        image, mask = edit.image, edit.mask
     image = arguments.starting_image(bundle, image)
     if latents is not None:
         latents = input_images.latents(latents, bundle.part("denoiser").channels)
@@ -226,7 +255,7 @@ def generate(
         factor=bundle.factor,
         **steering.plan(),
     )
-    control = [control] if isinstance(control, ControlInput) else list(control or ())
+    control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
         bundle, control, times, shape, rows, images_per_prompt
     )
@@ -242,4 +271,7 @@ def generate(
             place(acting),
             steering.weak_variables(),
         )
-    return sampled if output == "latents" else bundle.decode(sampled)
+    if output == "latents":
+        return sampled
+    images = bundle.decode(sampled)
+    return images if edit is None else edit.finish(images, bundle.mesh)

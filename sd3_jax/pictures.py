@@ -8,7 +8,7 @@ import numpy as np
 from etils import epath
 from jaxtyping import Float, UInt8
 from numpy import ndarray
-from PIL import Image, ImageDraw, ImageFont
+from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from sd3_jax.errors import ConfigError
@@ -84,6 +84,31 @@ def save_png(
         chunks.add_text(name, text)
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=chunks)
+    write_whole(path, buffer.getvalue())
+
+
+def save_lossy(
+    image: Image.Image | UInt8[ndarray, "h w 3"],
+    path: epath.PathLike,
+    *,
+    quality: int,
+    comment: str = "",
+) -> None:
+    """Write a JPEG or a WebP, by the path's suffix, complete or not at all.
+
+    `comment`, in ASCII, becomes EXIF's UserComment. A WebP of quality 100 is lossless.
+    """
+    image = Image.fromarray(image) if isinstance(image, ndarray) else image
+    kind = {".jpg": "jpeg", ".webp": "webp"}[epath.Path(path).suffix]
+    exif = Image.Exif()
+    if comment:
+        text = b"ASCII\0\0\0" + comment.encode("ascii")
+        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = text
+    options = {"quality": quality, "exif": exif}
+    # 4:4:4, as the edges of a painted picture are sharp in colour too.
+    options |= {"subsampling": 0} if kind == "jpeg" else {"lossless": quality == 100}
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
     write_whole(path, buffer.getvalue())
 
 

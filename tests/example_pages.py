@@ -16,6 +16,7 @@ from sd3_jax.monitoring import metrics
 from sd3_jax.reports import html_page, parity_page
 from sd3_jax.tools.benchmark import benchmark_html
 from sd3_jax.tools.dedup import dedup_page
+from sd3_jax.tools.explore import exploration, explore_page
 from sd3_jax.tools.inspect import inspect_page
 from sd3_jax.tools.study import study_page
 
@@ -169,6 +170,31 @@ def write_benchmark(folder: Path) -> Path:
     return written(folder / "benchmark.html", benchmark_html.html(result))
 
 
+def write_exploration(folder: Path) -> Path:
+    rng, side = np.random.default_rng(0), 24
+    photograph = photos(1)[0]
+    place = np.linspace(-1, 1, side)
+    spot = lambda x, y: np.exp(-4 * ((place - x) ** 2 + (place[:, None] - y) ** 2))
+    prompt = "an officer in uniform before a wall"
+    moments = [
+        exploration.Moment(
+            step,
+            t,
+            photograph,
+            np.exp(np.linspace(0, 3, 24) + rng.normal(0, 0.1, 24)),
+            np.exp(np.linspace(0, 2, 23) + rng.normal(0, 0.1, 23)),
+            {word: 0.02 * spot(*rng.uniform(-1, 1, 2)) for word in prompt.split()},
+            dict(CLIP=rng.uniform(0.1, 0.5, 24), T5=rng.uniform(0.1, 0.4, 24)),
+        )
+        for step, t in ((0, 1.0), (13, 0.78), (27, 0.01))
+    ]
+    times = np.linspace(1, 0, 29)
+    previews = exploration.previews(rng.normal(size=(29, 64, 64, 16)), times)
+    facts = [("size", "1024 × 1024 pixels"), ("seed", "7"), ("solver", "euler")]
+    page = explore_page.html(prompt, photograph, previews, moments, facts)
+    return written(folder / "explore.html", page)
+
+
 def written(path: Path, page: str) -> Path:
     path.write_text(page, encoding="utf-8")
     return path
@@ -182,6 +208,7 @@ PAGES = {
     "inspect": write_inspection,
     "duplicates": write_duplicates,
     "compare": write_comparison,
+    "explore": write_exploration,
     "study": write_study,
     "benchmark": write_benchmark,
 }

@@ -1,6 +1,7 @@
 """What `import sd3_jax` offers beyond diffusers' pipelines."""
 
 import dataclasses
+import inspect
 import subprocess
 import sys
 
@@ -10,11 +11,13 @@ import pytest
 from parity import convert, miniature
 
 import sd3_jax
+from sd3_jax import api
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import SOLVERS, draws
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import arguments, compiled
+from sd3_jax.sampling import arguments, compiled, control_arguments
+from sd3_jax.sampling.control_arguments import ControlInput
 
 RUN = dict(height=64, width=64, max_sequence_length=20, steps=4, output="latents")
 
@@ -160,18 +163,23 @@ def test_what_is_given_for_no_guidance_is_told_once(bundle, caplog):
     [
         (dict(guidance=float("nan")), "guidance nan: expected a finite"),
         (dict(guidance=float("inf")), "guidance inf: expected a finite"),
-        (dict(guidance_interval=(0.6, 0.5)), "interval: got"),
-        (dict(guidance_rescale=1.5), "guidance_rescale 1.5: expected a number 0 to 1"),
+        (
+            dict(guidance_interval=(0.6, 0.5)),
+            "interval (0.6, 0.5): expected the lower",
+        ),
+        (dict(strength=2), "strength 2: expected a number in [0, 1]"),
+        (dict(control=[ControlInput(None, None)]), "control 0: ControlInput: expected"),
+        (
+            dict(guidance_rescale=1.5),
+            "guidance_rescale 1.5: expected a number in [",
+        ),
         (dict(skip_layers=(1,), skip_scale=float("nan")), "skip_scale nan"),
         (dict(steps=2.0), "steps 2.0: expected an integer"),
         (dict(solver="eular"), 'did you mean "euler"'),
         (dict(grid="liner"), 'did you mean "linear"'),
         (dict(solver="unipc"), 'did you mean "unipc_'),
-        (
-            dict(solver="adaptive", skip_layers=[1]),
-            dict(solver="adaptive", guidance_method="apg"),
-            "skip_layers does not work with the",
-        ),
+        (dict(solver="adaptive", skip_layers=[1]), 'with solver "adaptive"'),
+        (dict(solver="adaptive", guidance_method="apg"), 'with solver "adaptive"'),
         (dict(grid="flow", mu=1.0), "grid and mu are both set"),
         (dict(seed=1.5), "seed 1.5: expected an integer"),
         (dict(seed=[1.5]), "expected an integer, or one a prompt"),
@@ -186,6 +194,35 @@ def test_what_generate_cannot_do_is_one_line(bundle, options, words):
     with pytest.raises(UserError) as error:
         paint(bundle, **options)
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("wrong", [None, "sd35", 3])
+def test_what_is_no_bundle_is_one_line(wrong, tmp_path):
+    words = "bundle .*: expected a Bundle.*, from sd3_jax.load"
+    # Unwrapped, as users have them: the tests' own type checks come before.
+    generate, save, load = map(inspect.unwrap, (api.generate, api.save, api.load))
+    with pytest.raises(UserError, match=words):
+        generate(wrong, "a")
+    with pytest.raises(UserError, match=words):
+        save(wrong, tmp_path / "a", "diffusers")
+    with pytest.raises(UserError, match="mesh '2': expected a Mesh, from"):
+        load("anything", mesh="2")
+    with pytest.raises(UserError, match="control 5: expected ControlInput"):
+        inspect.unwrap(control_arguments.listed)(5)
+
+
+def test_save_writes_on_nothing(bundle, tmp_path):
+    (tmp_path / "picture.png").write_text("")
+    with pytest.raises(UserError, match="already exists; give a new path"):
+        api.save(bundle, tmp_path, "diffusers")
+    with pytest.raises(UserError, match="ends in .safetensors"):
+        api.save(bundle, tmp_path / "outdir", "original")
+    assert [path.name for path in tmp_path.iterdir()] == ["picture.png"]
+
+
+def test_the_package_has_the_names_of_the_api():
+    assert sorted(sd3_jax.API) == sorted(api.__all__)
+    assert sd3_jax.ControlBundle is api.ControlBundle
 
 
 ODE = [name for name, solver in SOLVERS.items() if not draws(solver)]

@@ -153,27 +153,32 @@ def trained_params(
     """
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
-    differing = []
-
-    def warn(saved: dict) -> None:
-        differing[:] = compatibility.differing(saved, config)
-        compatibility.warn(workdir, saved, config)
+    saved_config: dict = {}
 
     try:
         params, step = finetune_start.restored(
-            *(config, parts.objective, parts.denoiser, folder, mesh, warn),
+            *(
+                config,
+                parts.objective,
+                parts.denoiser,
+                folder,
+                mesh,
+                saved_config.update,
+            ),
             which=which,
             step=step,
         )
     except UserError as error:
+        differing = compatibility.differing(saved_config, config)
         if isinstance(error, UnreadableCheckpoint) or not differing:
             raise
-        # The cause before the shapes: most often the run was of another variant.
+        # The cause and not the shapes: most often the run was of another variant.
         raise UserError(
             f"{workdir} was trained with other settings:"
             f" {compatibility.spelled(differing)}; use the recipe and variant of that"
-            f" run. {error}"
-        ) from None
+            " run"
+        ) from error
+    compatibility.warn(workdir, saved_config, config)
     if config.quantize.denoiser and not exact:
         kind = quantization.KINDS[config.quantize.denoiser]
         make = lambda x, axes: quantization.quantize_placed(x, kind, axes)

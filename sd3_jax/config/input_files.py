@@ -87,6 +87,8 @@ def placed(text: str) -> str:
 
 
 def file(text: str) -> str:
+    if os.path.isdir(os.path.expanduser(text)):
+        return "is a folder, expected a file"
     return "" if exists(text) else "no such file"
 
 
@@ -95,7 +97,7 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "s3://": ("s3fs", "pip install s3fs"),
 }
 PAINTED = ("sample", "evaluate")
-LOADED = (*PAINTED, "convert", "compare", "inspect")
+LOADED = (*PAINTED, "convert", "compare", "inspect", "explore")
 ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
     "train": "set config.tune.base, the weights to start from, or"
@@ -105,9 +107,14 @@ INSTEAD = {  # what a user of config.weights means there
 KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("weights", LOADED, models),
     ("tokenizers", LOADED, model),
-    ("sample.lora", (*PAINTED, "convert"), weighed),
-    ("sample.embeddings", (*PAINTED, *ENCODED), placed),
-    ("sample.prompts_file", ("sample",), file),
+    ("sample.lora", (*PAINTED, "convert", "explore"), weighed),
+    ("sample.embeddings", (*PAINTED, "explore", *ENCODED), placed),
+    ("sample.prompts_file", ("sample", "explore"), file),
+    ("eval.prompts_file", ("evaluate",), file),
+    ("sample.images", ("sample",), file),
+    ("sample.image", ("sample",), file),
+    ("sample.mask", ("sample",), file),
+    ("sample.from", ("sample",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),
     ("encode.tokenizers", ENCODED, model),

@@ -22,7 +22,8 @@ def side(pixels, autoencoder, patch, pos_size, multipliers):
     if not multipliers and pixels > token * pos_size:
         return f"at most {token * pos_size}, config.model.pos_size = {pos_size} tokens"
     if pixels % by:
-        factors = f"{FACTOR[autoencoder]} pixels a latent, {patch} latents a patch"
+        pixel = "1 pixel" if FACTOR[autoencoder] == 1 else "8 pixels"
+        factors = f"{pixel} a latent, {patch} latent{'s' * (patch > 1)} a patch"
         if multipliers:
             factors += f", halved {len(multipliers) - 1} times"
         return f"a multiple of {by} ({factors}); the nearest is {multiple(pixels, by)}"
@@ -216,11 +217,6 @@ def prior(weight, objective, data, shares):
         )
 
 
-def known(data, text):
-    if data not in (*READS, "records") and text == "bytes":
-        return f"one of {', '.join(READS)}, records"
-
-
 def canvas(side, data):
     if data == "digits" and side < 8:
         return "at least 8, a digit's side"
@@ -270,7 +266,6 @@ RELATIONS = (
     (trained_only, "sample.step", "weights"),
     (lora_only, "tune.lora", "tune.method"),
     (wide, "quantize.denoiser", "model.dtype"),
-    (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
     (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),

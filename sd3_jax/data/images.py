@@ -12,12 +12,14 @@ import numpy as np
 from etils import epath
 from jaxtyping import UInt8
 from numpy import ndarray
-from PIL import Image, ImageFile
+from PIL import ExifTags, Image, ImageFile
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
 FORMATS = ("JPEG", "PNG", "WEBP")
+COMMENT = ExifTags.Base.UserComment
+ASCII = b"ASCII\0\0\0"  # EXIF's name of the comment's encoding, before its text
 # Limits. A file of a few kB can decode to gigabytes; headers are enough to refuse it.
 BYTES = 2**27  # of a file
 PIXELS = 2**26  # 8192 x 8192
@@ -47,7 +49,7 @@ def read(
     `where` names bytes in messages; a path names itself.
     """
     if not isinstance(source, bytes):
-        where, source = str(source), _bytes(epath.Path(source))
+        where, source = str(source), read_bytes(source)
     picture = open_header(source, where)
     width, height = picture.size
     if min(width, height) < SIDE or max(width, height) > ASPECT * min(width, height):
@@ -59,9 +61,26 @@ def read(
 
 
 def read_own(path: epath.PathLike) -> tuple[UInt8[ndarray, "h w 3"], dict[str, str]]:
-    """Read a PNG of this package, of any shape, and its texts; or a BadImage."""
-    picture = open_header(_bytes(epath.Path(path)), str(path), ["PNG"])
-    return pixels(picture, str(path)), dict(picture.text)
+    """Read a picture of this package, of any shape, and its texts; or a BadImage.
+
+    A JPEG or WebP has the text "sd3_jax" alone, in EXIF's UserComment.
+    """
+    picture = open_header(read_bytes(path), str(path))
+    array = pixels(picture, str(path))
+    if picture.format == "PNG":
+        return array, dict(picture.text)
+    try:
+        comment = picture.getexif().get_ifd(ExifTags.IFD.Exif)[COMMENT]
+        text = bytes(comment).removeprefix(ASCII).decode("ascii")
+    except Exception:  # no EXIF, or another program's, which may be broken
+        return array, {}
+    return array, {"sd3_jax": text}
+
+
+def upright_size(picture: Image.Image) -> tuple[int, int]:
+    """(height, width) of an opened picture once it is turned as its EXIF says."""
+    turned = _orientation(picture) >= 5
+    return picture.size if turned else picture.size[::-1]
 
 
 def open_header(
@@ -111,9 +130,10 @@ def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"
     return np.array(rgb if upright is None else rgb.transpose(upright))
 
 
-def _bytes(path: epath.Path) -> bytes:
+def read_bytes(path: epath.PathLike) -> bytes:
+    """A picture's file, or as much of it as tells that it is too large."""
     try:
-        with path.open("rb") as file:
+        with epath.Path(path).open("rb") as file:
             return file.read(BYTES + 1)
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         reason = getattr(error, "strerror", None) or error

@@ -4,102 +4,102 @@ A killed job resumes where it stopped.
 """
 
 import contextlib
-import functools
-import hashlib
-import json
 import logging
-import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import jax
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
-from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import pictures, tree
-from sd3_jax.assembly import model_parts
-from sd3_jax.data.images import BadImage, read_own
+from sd3_jax import pictures
+from sd3_jax.data.images import read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
+from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
-from sd3_jax.foreign_text import parse_json
+from sd3_jax.foreign_text import shown
 from sd3_jax.monitoring import compile_time, metrics
 from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
-from sd3_jax.sampling import compiled, output_filter, prompt_file
-from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import (
-    cut_words,
-    load_for_sampling,
-    load_guide,
-    sample_tasks,
+from sd3_jax.sampling import (
+    compiled,
+    output_filter,
+    painters,
+    picture_lines,
+    prompt_file,
 )
-from sd3_jax.sampling.sampler import TrainedSampler, batch_size
+from sd3_jax.sampling.picture_lines import LINES, text_of
+from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.prompt_lines import RELEASED
+from sd3_jax.sampling.task_batches import batches, filled
 
 log = logging.getLogger(__name__)
-LINES = "samples.jsonl"
 SHOWN = 64  # pictures on samples.png; samples.html has all
-# Settings that only released weights heed.
-UNUSED = "max_length clip_skip skip_layers skip_scale skip_start skip_stop".split()
-UNUSED += ["prompt_weighting"]
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Writes workdir/samples/<number>-<prompt>.png, samples.jsonl, .html and .png."""
     workdir = epath.Path(workdir)
     tasks = prompt_file.tasks(config)
+    if repeated := config.sample["from"]:
+        before = picture_lines.read(repeated, "config.sample.from")
+        config = tasks[0].config  # with the picture's LoRAs and its watermark
     # The filter and the watermark are checked before weights are loaded.
-    sides = [(x.settings["height"], x.settings["width"]) for x in tasks]
+    sides = [task.size for task in tasks]
     guard = output_filter.load(config.sample.filter, config.sample.watermark, sides)
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
-        if config.weights:
-            sample_batch, facts, cuts = released(config, mesh, tasks)
-        else:
-            if config.text.name == "bytes":
-                warn_of_cut_prompts(tasks, config.text.length)
-            sample_batch, facts = trained(config, workdir, mesh)
-            cuts = [{} for _ in tasks]
-        lines = [
-            describe(task, facts | guard.facts() | ({"cut": cut} if cut else {}))
-            for task, cut in zip(tasks, cuts)
-        ]
+        load = painters.released if config.weights else painters.trained
+        painter = load(config, workdir, mesh, tasks)
+        facts, suffix = painter.facts | guard.facts(), config.sample.format
+        lines = [describe(task, facts, painter.nets, suffix) for task in tasks]
+        for line, cut in zip(lines, painter.cuts):
+            line |= {"cut": cut} if cut else {}
+        if repeated:
+            picture_lines.warn_of_changes(before, lines[0], repeated)
         # A line holds settings and fingerprints of weights: a picture is skipped only
         # if all of these are equal.
-        done = recorded(workdir, lines)
+        done = picture_lines.recorded(workdir, lines)
         if any(done):
             log.info(
                 "%d of %d pictures exist already; skipping them", sum(done), len(tasks)
             )
+        failures = dict(painter.unfit)
+        warn_of_failures(tasks, failures)
+        skipped = lambda task: done[task.index] or task.index in failures
         known = [x for x, there in zip(lines, done) if there]
-        count = len(known)
+        count, most = len(known), config.sample.batch_size
         with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
-            for batch, size in batches(tasks, config.sample.batch_size, mesh):
+            for batch, size in batches(tasks, most, mesh, painter.program):
                 # A batch is sampled whole even if one picture of it is missing: a
                 # smaller batch is another program, whose pictures may differ in the
                 # last bits.
-                left = [i for i, task in enumerate(batch) if not done[task.index]]
-                if not left:
+                if all(map(skipped, batch)):
                     continue
                 began, compiled_before = time.monotonic(), compile_time.seconds()
                 watchdog.expect("a batch of pictures", watchdog.LONG)
-                images = sample_batch(filled(batch, size))[left]
-                fresh = [lines[batch[i].index] for i in left]
-                flags = guard.flags(images, [batch[i].caption for i in left])
-                for line, flag in zip(fresh, flags):
-                    line |= {"filtered": flag} if flag else {}
-                # Toy models without an autoencoder make pictures of a few dozen pixels.
-                pixels = config.image.autoencoder == "pixels" and not config.weights
-                save(workdir, fresh, images, guard, enlarged=pixels)
-                processes.meet(f"sample/{fresh[0]['file']}")  # all are on disk
+                images, reasons = painter.paint(filled(batch, size))
+                bad = {batch[i].index: x for i, x in reasons.items() if i < len(batch)}
+                warn_of_failures(tasks, bad)
+                failures.update(bad)
+                left = [i for i, task in enumerate(batch) if not skipped(task)]
+                if not left or images is None:
+                    continue
+                # A picture that is repeated has the row that it had.
+                rows = {(batch[i].slot or (i, size))[0]: batch[i] for i in left}
+                fresh = [lines[task.index] for task in rows.values()]
+                for line, row in zip(fresh, rows):
+                    line |= {"batch": [row, size]}
+                captions = [task.caption for task in rows.values()]
+                finish_batch(config, workdir, fresh, captions, images[[*rows]], guard)
                 add(fresh)
                 count += len(left)
                 compiling = compile_time.seconds() - compiled_before
-                pace = (time.monotonic() - began - compiling) / len(left)
+                pace = (time.monotonic() - began - compiling) / len(batch)
                 log_progress(count, len(tasks), pace, compiling)
+    lines = require_any(lines, tasks, failures)
     if flagged := sum("filtered" in line for line in lines):
         message = (
             "%d of %d pictures are black, because config.sample.filter flagged them"
@@ -110,6 +110,44 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         finish(workdir, lines)
 
 
+def finish_batch(
+    config: ConfigDict,
+    workdir: epath.Path,
+    lines: list[dict],
+    captions: list[str],
+    images: np.ndarray,
+    guard: output_filter.Safety,
+) -> None:
+    """Filters pictures, notes the verdicts in their lines and writes the files."""
+    for line, flag in zip(lines, guard.flags(images, captions)):
+        line |= {"filtered": flag} if flag else {}
+    # Toy models without an autoencoder make pictures of a few dozen pixels.
+    enlarged = config.image.autoencoder == "pixels" and not config.weights
+    quality = config.sample.quality
+    save(workdir, lines, images, guard, quality=quality, enlarged=enlarged)
+    processes.meet(f"sample/{lines[0]['file']}")  # all are on disk
+
+
+def warn_of_failures(tasks: Sequence[Task], failures: Mapping[int, str]) -> None:
+    for index, reason in failures.items():
+        where = tasks[index].where or f"prompt {index + 1}"
+        log.warning("%s: skipped: %s", where, shown(reason, 300))
+
+
+def require_any(
+    lines: list[dict], tasks: Sequence[Task], failures: Mapping[int, str]
+) -> list[dict]:
+    """The lines of pictures that are painted; UserError if none is."""
+    if not failures:
+        return lines
+    if len(failures) == len(tasks):
+        raise UserError(
+            f"no picture can be painted; the first: {failures[min(failures)]}"
+        )
+    log.warning("skipped %d of %d pictures, see above", len(failures), len(tasks))
+    return [line for i, line in enumerate(lines) if i not in failures]
+
+
 def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
     """A line for each batch; `pace` is seconds a picture without compilation."""
     ends = f", {duration(pace * (total - count))} left" if count < total else ""
@@ -117,149 +155,25 @@ def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
     log.info("%d of %d pictures, %.2f s each%s", count, total, pace, ends)
 
 
-def trained(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh
-) -> tuple[Callable, dict]:
-    """A sampler of tasks by the newest checkpoint, and the facts for each line."""
-    parts = model_parts.build_parts(config)
-    params, step = model_parts.trained_params(config, parts, workdir, mesh)
-    facts = {"step": step, "weights": tree.fingerprint(params)}
-    if config.quantize.denoiser:
-        facts["quantize"] = {"denoiser": config.quantize.denoiser}
-    parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    guide = model_parts.trained_guide(config, parts, workdir, mesh)
-    if guide is not None:
-        facts["guide"] = int(config.sample.guide)  # a step, as "step" is
-    encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
-    if encoder is not None:
-        facts["encoders"] = encoder.bundle.fingerprints()
-    samplers = {}
-
-    def sample_batch(rows: Sequence[Task]) -> np.ndarray:
-        group = rows[0].group
-        if group not in samplers:
-            config = rows[0].config
-            samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder, guide
-            )
-        captions = [task.caption for task in rows]
-        return samplers[group](params, captions, [task.number for task in rows])
-
-    return sample_batch, facts
-
-
-def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
-    """Logs how many prompts the model of bytes truncates."""
-    sizes = [len(task.caption.encode()) for task in tasks]
-    cut = sum(size >= length for size in sizes)  # the end is a byte as well
-    if cut:
-        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(message, cut, len(sizes), length - 1, max(sizes))
-
-
-def released(
-    config: ConfigDict, mesh: Mesh, tasks: Sequence[Task]
-) -> tuple[Callable, dict, list[dict]]:
-    """A sampler of tasks by released weights, the facts for each line, and the words of
-    each task's prompt that an encoder does not read."""
-    settings = {task.group: task.settings for task in tasks}
-    bundle = load_for_sampling(config, mesh, list(settings.values()))
-    facts = {"weights": bundle.fingerprint()}
-    if scheduler := bundle.scheduler.non_default_settings():
-        facts["scheduler"] = scheduler
-    if bundle.quantize:
-        facts["quantize"] = bundle.quantize
-    if config.sample.lora:
-        facts["lora"] = list(config.sample.lora)
-    if config.sample.embeddings:
-        facts["embeddings"] = list(config.sample.embeddings)
-    guide = load_guide(config, mesh)
-    if guide is not None:
-        facts["guide"] = guide.fingerprint()
-    paint = functools.partial(sample_tasks, bundle, guide=guide)
-    return paint, facts, cut_words(bundle, tasks)
-
-
-def filled(batch: Sequence[Task], size: int) -> list[Task]:
-    """The batch, repeated from its start up to the size of the program."""
-    return [batch[i % len(batch)] for i in range(size)]
-
-
-def describe(task: Task, facts: dict) -> dict:
+def describe(
+    task: Task, facts: dict, nets: Mapping[str, str], suffix: str = "png"
+) -> dict:
     """The picture's line. For released weights `seed` is the one for generate()."""
     own_checkpoint = "step" in facts
-    unused = UNUSED if own_checkpoint else ()
+    unused = RELEASED if own_checkpoint else ()
     settings = {k: v for k, v in task.settings.items() if k not in unused}
+    used = [control["net"] for control in settings.get("control", ())]
+    inputs = task.inputs | {path: nets[path] for path in used if path in nets}
+    name = f"{task.index:04d}-{picture_lines.slug(task.caption)}.{suffix}"
     return {
-        "file": f"samples/{task.index:04d}-{slug(task.caption)}.png",
+        "file": f"samples/{name}",
         "prompt": task.prompt if isinstance(task.prompt, str) else list(task.prompt),
         "number": task.number,
         "seed": settings.pop("seed") + (0 if own_checkpoint else task.number),
         **facts,
         "settings": settings,
+        **({"inputs": inputs} if inputs else {}),
     }
-
-
-def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
-    """Which pictures exist with the same line as now, as process 0 sees them.
-
-    Their lines get the filter's verdict of that time.
-    """
-    done = np.zeros(len(lines), bool)
-    if jax.process_index() == 0:
-        text = b""
-        if (workdir / LINES).is_file():
-            text = (workdir / LINES).read_bytes()
-        # A job killed as it wrote leaves half a line, or half a letter.
-        known_lines = map(parsed, text.decode(errors="replace").split("\n"))
-        known = {str(line.get("file")): line for line in known_lines}
-        for i, line in enumerate(lines):
-            path = workdir / line["file"]
-            there = known.get(line["file"], {})
-            if unfiltered(there) != line and path.is_file():
-                there = embedded(path)  # painted, then killed before it had its line
-            done[i] = unfiltered(there) == line and path.is_file()
-            if done[i]:
-                line |= there
-    # Disks of other hosts may show other files; all must skip the same pictures.
-    return multihost_utils.broadcast_one_to_all(done).tolist()
-
-
-def parsed(text: str) -> dict:
-    try:
-        value = parse_json(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def unfiltered(line: dict) -> dict:
-    """The line as it was before the filter saw the picture."""
-    return {name: value for name, value in line.items() if name != "filtered"}
-
-
-def embedded(path: epath.Path) -> dict:
-    """The line in a PNG's metadata, or {}."""
-    try:
-        return parsed(read_own(path)[1]["sd3_jax"])
-    except (KeyError, BadImage):
-        return {}
-
-
-def batches(tasks: list[Task], most: int, mesh) -> Iterator[tuple[list[Task], int]]:
-    """Tasks of one shape and one set of settings together, and the program's size.
-
-    A resumed job has the batches of an uninterrupted one, so its pictures are equal.
-    """
-    # Grouped over all tasks, those that are done included, so that a resumed job has
-    # the batches of the first one.
-    groups: dict[tuple, list[Task]] = {}
-    for task in tasks:
-        groups.setdefault(task.group, []).append(task)
-    for group in groups.values():
-        size = batch_size(len(group), most, mesh)
-        for start in range(0, len(group), size):
-            yield group[start : start + size], size
 
 
 def save(
@@ -268,20 +182,16 @@ def save(
     images: np.ndarray,
     guard: output_filter.Safety,
     *,
+    quality: int = 95,
     enlarged: bool,
 ) -> None:
     """Writes this process's share of the pictures, `enlarged` if they are tiny."""
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
     mine = slice(jax.process_index(), None, jax.process_count())
     for line, image in list(zip(lines, images))[mine]:
-        text = line["prompt"]
-        info = {
-            "prompt": text if isinstance(text, str) else text[0],
-            "sd3_jax": json.dumps(line),
-        }
         image = guard.finished(image, line.get("filtered", ""))
-        shown = pictures.enlarged(image) if enlarged else image
-        pictures.save_png(shown, workdir / line["file"], info=info)
+        tile = pictures.enlarged(image) if enlarged else image
+        picture_lines.save(workdir / line["file"], tile, line, quality)
 
 
 @contextlib.contextmanager
@@ -298,10 +208,6 @@ def appending(
     write_whole(path, text_of(lines).encode())
     with contextlib.closing(metrics.open_log(path)) as log_file:
         yield lambda more: log_file.write(text_of(more))
-
-
-def text_of(lines: list[dict]) -> str:
-    return "".join(json.dumps(x, ensure_ascii=False) + "\n" for x in lines)
 
 
 def finish(workdir: epath.Path, lines: list[dict]) -> None:
@@ -327,9 +233,3 @@ def finish(workdir: epath.Path, lines: list[dict]) -> None:
     if len(lines) > 8:
         print(f"… {len(lines)} pictures; see {workdir / 'samples.html'}")
     sys.stdout.flush()
-
-
-def slug(caption: str) -> str:
-    """A file name made of the prompt, without any character that is special."""
-    words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:48]
-    return words or hashlib.sha256(caption.encode()).hexdigest()[:8]

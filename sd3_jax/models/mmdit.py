@@ -12,12 +12,12 @@ from jaxtyping import Float, Int, Key
 
 from sd3_jax.distributed import mesh_context
 from sd3_jax.models import flops
-from sd3_jax.models.attention.attention import attention, joint_attention
+from sd3_jax.models.attention.attention import attention, joint_attention, shares
 from sd3_jax.models.attention.self_only import self_only_attention
 from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
-from sd3_jax.models.scan import stacked
+from sd3_jax.models.scan import OBSERVED, stacked
 
 # What a skipped layer leaves out: all of it (skip-layer guidance), or the attention
 # among image tokens (PAG).
@@ -193,9 +193,22 @@ class Block(DenoiserBlock, kw_only=True):
         # Streams that end here have keys and values, but no query is needed.
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
         parts = self.attend(opened, len(going), skipped)
-        return tuple(
+        outputs = tuple(
             streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
+        # Mutable only in sampling/observation.py: other programs do without the maps.
+        if self.is_mutable_collection(OBSERVED) and not self.is_initializing():
+            self.observe(opened[0].q, [o.k for o in opened], outputs)
+        return outputs
+
+    def observe(self, q: Array, ks: Sequence[Array], outputs: Sequence[Array]) -> None:
+        """Keeps the image's attention to the text, (b, n, l), and the RMS of each
+        output, (b, streams), in the collection OBSERVED."""
+        attention_to_text = shares(q, jnp.concatenate(ks, axis=1))[..., q.shape[1] :]
+        self.sow(OBSERVED, "attention", attention_to_text)
+        square = lambda x: jnp.square(x.astype(jnp.float32))
+        rms = [jnp.sqrt(jnp.mean(square(x), axis=(1, 2))) for x in outputs]
+        self.sow(OBSERVED, "rms", jnp.stack(rms, axis=-1))
 
     def attend(
         self, opened: Sequence["Opened"], count: int, skipped: str

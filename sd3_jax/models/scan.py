@@ -9,6 +9,8 @@ from flax import linen as nn
 # Outputs of a block's matrix products, except fc1's, which are four times as wide. The
 # gradients of the gates need the outputs of attention and of fc2.
 KEPT = ("qkv", "attention", "projected", "fed")
+# Collection of what blocks show of their inside: see Block.observe in mmdit.py.
+OBSERVED = "observed"
 policies = jax.checkpoint_policies
 REMAT = {  # what a block keeps for its backward pass
     "none": None,  # everything
@@ -44,7 +46,7 @@ def scanned(
         body = nn.remat(body, policy=REMAT[remat], prevent_cse=unroll >= length)
     return nn.scan(
         body,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "intermediates": 0, OBSERVED: 0},
         split_rngs={"params": True},
         in_axes=in_axes,
         length=length,

@@ -166,6 +166,8 @@ def curves(
         every = sorted({x for xs, _ in lines.values() for x in xs})
         if "x" in log and len(every) <= FEW_TICKS:
             axes.set_xticks(every, [f"{x:g}" for x in every])
+        elif "x" not in log and all(isinstance(value, int) for value in every):
+            axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         if len(lines) > 1:

@@ -19,8 +19,8 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
+from sd3_jax.sampling import argument_checks, lora_adapters, textual_inversion
 from sd3_jax.sampling import control as hints
-from sd3_jax.sampling import lora_adapters, textual_inversion
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle, read_scheduler
 from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
@@ -67,6 +67,7 @@ def load(
     or of another shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    argument_checks.instance("mesh", mesh, (Mesh,), "distributed.sharding.make_mesh")
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
 
@@ -167,7 +168,8 @@ def _checked_dtype(dtype: Any) -> str:
         dtype = shown(repr(dtype))
     if dtype not in DTYPES:
         raise UserError(
-            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
+            f'dtype "{dtype}": expected one of {", ".join(DTYPES)} (float16 overflows'
+            " in T5-XXL)"
         )
     return dtype
 

@@ -10,6 +10,7 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images
 from sd3_jax.sampling.arguments import rows_of
 from sd3_jax.sampling.bundle import Bundle, ControlBundle
@@ -34,6 +35,20 @@ class ControlInput(NamedTuple):
     stop: float = 1.0
     mask: Pictures | None = None
     preprocess: str | None = None
+
+
+def listed(
+    control: ControlInput | Sequence[ControlInput] | None,
+) -> list[ControlInput]:
+    """The inputs in a list; UserError for what is neither one nor several."""
+    if control is None or isinstance(control, ControlInput):
+        return [control] if control is not None else []
+    if not isinstance(control, list | tuple):
+        raise UserError(
+            f"control {shown(repr(control))}: expected ControlInput(net, image), or a"
+            " list of these"
+        )
+    return list(control)
 
 
 def controls_of(

@@ -12,9 +12,11 @@ from jax.tree_util import tree_leaves_with_path
 
 from sd3_jax import tree
 from sd3_jax.data import tokenizers
+from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import listed
 from sd3_jax.params import parametrization
+from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling.bundle import Bundle, ControlBundle
 from sd3_jax.sampling.scheduler_config import EULER
 from sd3_jax.weights import (
@@ -44,8 +46,14 @@ def save(
     Adapters are merged into the weights; a bundle with embeddings is a UserError. A
     ControlNet keeps its present dtype and its control_type; weights that it borrows
     from the denoiser are left out.
+
+    UserError if the path holds files already, or does not suit the layout.
     """
+    argument_checks.instance(
+        "bundle", bundle, (Bundle, ControlBundle), "sd3_jax.load or load_control"
+    )
     path = epath.Path(path)
+    processes.first(lambda: require_new(path, layout))
     if isinstance(bundle, ControlBundle):
         return save_control(bundle, path, layout, dtype=dtype)
     if bundle.embeddings:
@@ -86,6 +94,18 @@ def save(
         _write(safetensors.write_file, path, entries, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+
+
+def require_new(path: epath.Path, layout: str) -> None:
+    """UserError for a path that holds files, and for a file without .safetensors."""
+    # On existing files the shards of two models would lie side by side.
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} already exists; give a new path, or an empty folder")
+    if layout == "original" and (path.suffix != ".safetensors" or path.is_dir()):
+        raise UserError(
+            f'{path}: layout "original" is one file; give a path that ends in'
+            " .safetensors"
+        )
 
 
 def save_control(

@@ -1,50 +1,58 @@
 """Reads a config and its file of prompts into one task for each picture."""
 
-import json
 import logging
 import re
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from etils import epath
 from ml_collections import ConfigDict
 
+from sd3_jax import files
 from sd3_jax.config.validation import validate
-from sd3_jax.data import prompt_text, prompt_weights
-from sd3_jax.errors import ConfigError, UserError, nearest
-from sd3_jax.foreign_text import parse_json, shown
+from sd3_jax.data import prompt_text
+from sd3_jax.errors import UserError, prefixed
+from sd3_jax.foreign_text import shown
+from sd3_jax.sampling import line_inputs, picture_lines
+from sd3_jax.sampling.line_inputs import Looked
+from sd3_jax.sampling.prompt_lines import (
+    CHANGED,
+    LINE_SETTINGS,  # noqa: F401
+    NESTED,
+    SHARED,
+    Line,
+    read_fields,
+    read_object,
+    read_text,
+    settings_of,
+    with_pictures,
+)
 
 log = logging.getLogger(__name__)
 FILE = 2**24  # bytes of a file of prompts, at most
 PICTURES = 10**6  # of a job, at most
-MOST = {"per_prompt": 10_000, "steps": 1_000}  # of a line
 MOST_LOGGED = 20  # lines that make no sense, of which the log tells one by one
-# What a line of a .jsonl may say of its picture besides "prompt", and where the config
-# has it.
-SAMPLE = (
-    *("negative", "seed", "per_prompt", "steps", "solver", "grid", "shift"),
-    *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
-    "prompt_weighting",
-    *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
-    *("guidance_method", "guidance_options", "guidance_schedule"),
-)
-LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
-LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}
-SHARED = tuple(
-    name for name in LINE_SETTINGS if name not in ("negative", "seed", "per_prompt")
-)
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder
+CAPTIONS = (".txt", ".caption")
 
 
 class Task(NamedTuple):
     """One picture: picture `number` of its prompt, `index` in the job.
 
-    `prompt` is one text, or one for each of the three encoders.
+    `prompt` is one text, or one for each of the three encoders. `inputs` are
+    fingerprints of the files that `settings` name. `slot`, its row in a batch and the
+    batch's size, is that of a picture to repeat.
     """
 
     index: int
     prompt: str | tuple[str, ...]
     number: int
     config: ConfigDict  # its line's own
-    settings: dict[str, Any]  # by the names of LINE_SETTINGS
+    settings: dict[str, Any]  # by the names of LINE_SETTINGS and NESTED
+    where: str = ""
+    size: tuple[int, int] = (0, 0)  # height and width of the result
+    inputs: dict[str, str] = {}
+    slot: tuple[int, int] | None = None
 
     @property
     def caption(self) -> str:
@@ -52,30 +60,58 @@ class Task(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        """What pictures of one batch have in common."""
-        return tuple(str(self.settings[name]) for name in SHARED)
+        """What pictures of one batch have in common: all but prompt, seed and files."""
+        s = self.settings
+        shared = tuple(str(s[name]) for name in SHARED)
+        if not s.keys() & {*CHANGED, *NESTED}:
+            return shared
+        names = [name for name in CHANGED if name not in ("image", "mask")]
+        changed = [str(s.get(name)) for name in names]
+        pixels = lambda fields: ("image" in fields, "mask" in fields)
+        nets = [
+            (pixels(x), *(str(x.get(k)) for k in ("net", "preprocess", *NUMBERS)))
+            for x in s.get("control", ())
+        ]
+        lora = str(s.get("lora"))
+        return (*shared, *changed, pixels(s), tuple(nets), lora, self.size)
+
+
+NUMBERS = tuple(line_inputs.CONTROL)
 
 
 def tasks(config: ConfigDict) -> list[Task]:
-    """Tasks of config.sample.prompt, of prompts_file, or of the recipe's prompts."""
-    lines = _prompts(config)
+    """Tasks of the config's prompts: one prompt, a file, a folder of pictures, a
+    picture to repeat, or the recipe's prompts."""
+    looked = Looked()
+    lines = _prompts(config, looked)
     # Counted before the tasks are made: a typo in per_prompt would fill the memory.
-    count = sum(line_config.sample.per_prompt for _, line_config in lines)
+    count = sum(line.config.sample.per_prompt for line in lines)
     if count > PICTURES:
         raise UserError(f"{count} pictures: expected at most {PICTURES}")
+    if any("lora" in line.nested for line in lines):
+        # LoRAs that differ from line to line are all loaded in one way.
+        usual = line_inputs.read_loras(list(config.sample.lora), ".")
+        lines = [x._replace(nested={"lora": usual} | x.nested) for x in lines]
     picture_tasks = []
-    for prompt, line_config in lines:
-        settings = _settings(line_config)
-        for number in range(line_config.sample.per_prompt):
-            picture_tasks.append(
-                Task(len(picture_tasks), prompt, number, line_config, settings)
-            )
+    for line in lines:
+        settings = settings_of(line.config) | line.nested
+        with_inputs = bool(settings.keys() & {*CHANGED, *NESTED})
+        placed = line_inputs.place(settings, looked, sized=line.sized)
+        inputs = placed.inputs if with_inputs else {}
+        for number in range(line.first, line.first + line.config.sample.per_prompt):
+            index = len(picture_tasks)
+            about = line.where, placed.result, inputs, line.slot
+            head = index, line.prompt, number, line.config, settings
+            picture_tasks.append(Task(*head, *about))
     return picture_tasks
 
 
 def task(config: ConfigDict, prompt: str, number: int) -> Task:
     """The task of one picture with the settings of `config`."""
-    return Task(0, prompt_text.checked(prompt), number, config, _settings(config))
+    settings = settings_of(config)
+    if changes := [name for name in ("image", "mask", "outpaint") if name in settings]:
+        raise UserError(f"config.sample.{changes[0]}: only the job sample uses it")
+    return Task(0, prompt_text.checked(prompt), number, config, settings)
 
 
 def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
@@ -84,22 +120,26 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
     `key` is the config's key of the file. UserError for a line that changes a setting,
     or that has a text for each encoder.
     """
-    lines = _lines(config, epath.Path(path), key)
-    for prompt, line_config in lines:
-        if line_config is not config and line_config.to_dict() != config.to_dict():
+    lines = _lines(config, epath.Path(path), Looked(), key)
+    for line in lines:
+        prompt, line_config = line.prompt, line.config
+        if line.nested or (
+            line_config is not config and line_config.to_dict() != config.to_dict()
+        ):
             complaint = f'"{shown(prompt, 60)}" has its own settings'
             raise UserError(
                 f"config.{key} = {path}: {complaint}; expected only prompts"
             )
         if not isinstance(prompt, str):
             raise UserError(f"config.{key} = {path}: expected one text for each prompt")
-    return [prompt for prompt, _ in lines]
+    return [line.prompt for line in lines]
 
 
 def text_lines(path: epath.Path, name: str) -> list[str]:
     """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
-        raise UserError(f"{name}: no such file")
+        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"{name}: {reason}")
     try:
         with path.open("rb") as file:
             # Reading one byte more than allowed tells a file that is too large.
@@ -114,145 +154,140 @@ def text_lines(path: epath.Path, name: str) -> list[str]:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
 
 
-def _prompts(config: ConfigDict) -> list[tuple[Any, ConfigDict]]:
+def _prompts(config: ConfigDict, looked: Looked) -> list[Line]:
     sample = config.sample
-    # Neither has precedence over the other, so both together are an error.
-    if sample.prompt and sample.prompts_file:
-        raise UserError(
-            "config.sample.prompt and config.sample.prompts_file are both set; set only"
-            " one of them"
-        )
-    if sample.prompt:
-        text = prompt_text.checked(sample.prompt, "config.sample.prompt")
-        return [_with_weights(text, config)]
+    sources = [x for x in ("from", "prompts_file", "images") if sample[x]]
+    # None has precedence over another, so two together are an error. A folder of
+    # pictures may have one prompt for all.
+    if sample.prompt and sources not in ([], ["images"]):
+        sources = ["prompt", *sources]
+    if sample.images and sample.image:
+        sources.append("image")
+    if len(sources) > 1:
+        names = [f"config.sample.{name}" for name in sources]
+        raise UserError(f"{' and '.join(names)} are both set; set only one of them")
+    if sample["from"]:
+        return [_repeated(config, sample["from"], looked)]
     if sample.prompts_file:
-        return _lines(config, epath.Path(sample.prompts_file))
-    if not config.train.prompts:
+        return _lines(config, epath.Path(sample.prompts_file), looked)
+    if sample.images:
+        return _folder(config, epath.Path(sample.images), looked)
+    texts, name = [sample.prompt], "config.sample.prompt"
+    if not sample.prompt:
+        texts, name = config.train.prompts, "config.train.prompts"
+    if not texts:
         raise UserError(
             "no prompt; set --config.sample.prompt=TEXT or"
             " --config.sample.prompts_file=FILE, one prompt a line"
         )
-    name = "config.train.prompts"
-    return [(prompt_text.checked(text, name), config) for text in config.train.prompts]
+    lines = [Line(prompt_text.checked(text, name), config) for text in texts]
+    return [with_pictures(line, looked) for line in lines]
+
+
+# --- a folder of pictures, and a picture to repeat
+
+
+def _folder(config: ConfigDict, folder: epath.Path, looked: Looked) -> list[Line]:
+    """A line for each picture, with its caption's file or the one prompt for all."""
+    names = set(files.names(folder))
+    pictures = sorted(x for x in names if x.lower().endswith(SUFFIXES))
+    title = f"config.sample.images = {folder}"
+    if not pictures:
+        raise UserError(f"{title}: holds no picture; expected {', '.join(SUFFIXES)}")
+
+    def line(name: str) -> Line:
+        prompt, stem = config.sample.prompt, name.rpartition(".")[0]
+        if not prompt:
+            texts = [f"{x}{end}" for x in (stem, name) for end in CAPTIONS]
+            caption = next((x for x in texts if x in names), None)
+            if caption is None:
+                raise UserError(
+                    f"{stem}.txt: no such file; write the prompt to it, or set"
+                    " config.sample.prompt for all"
+                )
+            text = "\n".join(text_lines(folder / caption, caption))
+            prompt = text.strip()
+        line_config = config.copy_and_resolve_references()
+        line_config.sample.image = files.absolute(folder / name)
+        where = f"{folder / name}"
+        checked = Line(prompt_text.checked(prompt), line_config, where)
+        return with_pictures(checked, looked)
+
+    entries = ((f"{folder / name}", lambda name=name: line(name)) for name in pictures)
+    return _valid(entries, title, "pictures")
+
+
+def _repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
+    """The line of the picture at `path`, with its place in its batch."""
+    title = f"config.sample.from = {path}"
+    line = picture_lines.read(path, title)
+    if ("step" in line) == bool(config.weights):
+        source = "a run's checkpoint" if "step" in line else "released weights"
+        change = "remove" if "step" in line else "set"
+        raise UserError(f"{title}: painted by {source}; {change} config.weights")
+    # The recipe's pictures are not the picture's: a setting that it lacks is unset.
+    config = config.copy_and_resolve_references()
+    config.sample.update(image="", mask="", outpaint=(), resize="", crop_to_mask=-1)
+    # A seed of released weights is that of its line plus the number.
+    shift = 0 if "step" in line else line["number"]
+    fields = line["settings"] | {"seed": line["seed"] - shift}
+    with prefixed(title):
+        read = read_fields({"prompt": line["prompt"]} | fields, config, ".", looked)
+    # Facts of the whole job, which the picture's line has beside its settings.
+    facts = {"watermark": "", "lora": (), "embeddings": (), "step": 0}
+    facts |= {name: line[name] for name in facts if name in line}
+    try:
+        kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
+        files = {name: tuple(facts[name]) for name in ("lora", "embeddings")}
+        read.config.sample.update(facts | files)
+        read.config.quantize.update(kinds)
+        read.config.sample.per_prompt = 1
+        most = max(config.sample.batch_size, line["batch"][1])
+        read.config.sample.batch_size = most
+        validate(read.config)
+    except (TypeError, ValueError, KeyError) as error:
+        raise UserError(f"{title}: {shown(error, 300)}") from None
+    return read._replace(where=path, first=line["number"], slot=tuple(line["batch"]))
 
 
 # --- lines of the file
 
 
-def _settings(line_config: ConfigDict) -> dict[str, Any]:
-    settings = {name: _at(line_config, key) for name, key in LINE_SETTINGS.items()}
-    del settings["per_prompt"]
-    settings["negative"] = prompt_text.checked(settings["negative"], "negative")
-    return settings
-
-
 def _lines(
-    config: ConfigDict, path: epath.Path, key: str = "sample.prompts_file"
-) -> list[tuple[Any, ConfigDict]]:
+    config: ConfigDict,
+    path: epath.Path,
+    looked: Looked,
+    key: str = "sample.prompts_file",
+) -> list[Line]:
     """The valid lines of a file; invalid ones are logged and skipped."""
     name = f"config.{key} = {path}"
-    lines = text_lines(path, name)
-    read = _object if path.suffix == ".jsonl" else _text
-    parsed, bad = [], []
-    for number, line in enumerate(lines, 1):
-        try:
-            # Empty lines are allowed, and keep the numbers in messages those of the
-            # file.
-            if line.strip():
-                parsed.append(_with_weights(*read(line.strip(), config)))
-        except UserError as error:
-            bad.append(str(number))
-            if len(bad) <= MOST_LOGGED:
-                reason = shown(error, 300)
-                log.warning("%s:%d: skipped: %s", path, number, reason)
-    if not parsed:
-        raise UserError(f"{name}: holds no prompt" + (" that can be read" * bool(bad)))
-    if bad:
-        bad_numbers = ", ".join(bad[:MOST_LOGGED]) + (
-            ", …" if bad[MOST_LOGGED:] else ""
-        )
-        counts = len(bad), len(parsed) + len(bad)
-        log.warning("%s: skipped %d of %d lines: %s", path, *counts, bad_numbers)
-    return parsed
-
-
-def _with_weights(prompt: Any, line_config: ConfigDict) -> tuple[Any, ConfigDict]:
-    """Both, after a UserError for weights in the line's texts that do not parse."""
-    if syntax := line_config.sample.prompt_weighting:
-        texts = [prompt] if isinstance(prompt, str) else prompt
-        for text in *texts, line_config.sample.negative:
-            prompt_weights.parse(text, syntax)
-    return prompt, line_config
-
-
-def _text(line: str, config: ConfigDict) -> tuple[str, ConfigDict]:
-    return prompt_text.checked(line), config
-
-
-def _object(line: str, config: ConfigDict) -> tuple[Any, ConfigDict]:
-    """A line {"prompt": …, SETTING: …}; its settings are checked as a config's are."""
-    try:
-        fields = parse_json(line)
-    except ValueError as error:
-        raise UserError(f"not JSON: {error}") from None
-    if not isinstance(fields, dict) or "prompt" not in fields:
-        raise UserError('expected {"prompt": TEXT, …}')
-    prompt = _prompt(fields.pop("prompt"))
-    # A copy with references resolved: a line that sets image.height must not move other
-    # fields of the recipe that refer to it.
-    line_config = config.copy_and_resolve_references()
-    for name, value in fields.items():
-        if name not in LINE_SETTINGS:
-            raise UserError(
-                f'unknown "{shown(name)}"{nearest(name, ("prompt", *LINE_SETTINGS))}'
-            )
-        group, key = LINE_SETTINGS[name].split(".")
-        try:
-            # ConfigDict checks the type against the recipe's value.
-            line_config[group][key] = _plain(value)
-        except (TypeError, ValueError, OverflowError):
-            wanted = line_config[group].get_type(key).__name__
-            complaint = f"{name} {shown(json.dumps(value))}: expected {wanted}"
-            raise UserError(complaint) from None
-    try:
-        validate(line_config)
-    except ConfigError as error:
-        raise UserError(str(error)) from None
-    # A line may come from a user of a service: it must not cost a day of compute.
-    for name, most in MOST.items():
-        if line_config.sample[name] > most:
-            raise UserError(
-                f"{name} {line_config.sample[name]}: expected at most {most}"
-            )
-    # Released weights are seeded with seed + number, which must fit in 32 bits.
-    last = line_config.sample.seed + line_config.sample.per_prompt - 1
-    if last >= 2**32:
-        raise UserError(f"seed {last}, of the last picture: expected below {2**32}")
-    line_config.sample.negative = prompt_text.checked(
-        line_config.sample.negative, "negative"
+    read = read_object if path.suffix == ".jsonl" else read_text
+    # Empty lines are allowed, and keep the numbers in messages those of the file.
+    entries = (
+        (f"{path}:{number}", lambda line=line: read(line.strip(), config, path, looked))
+        for number, line in enumerate(text_lines(path, name), 1)
+        if line.strip()
     )
-    return prompt, line_config
+    return _valid(entries, name, "lines")
 
 
-def _prompt(value: Any) -> str | tuple[str, ...]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list) or not all(isinstance(x, str) for x in texts):
-        raise UserError("prompt: expected a text, or one for each encoder")
-    if len(texts) not in (1, 3) or not texts[0].strip():
-        raise UserError("prompt: expected one text, or three for CLIP-L, CLIP-G and T5")
-    texts = tuple(map(prompt_text.checked, texts))
-    return texts[0] if len(texts) == 1 else texts
-
-
-def _plain(value: Any) -> Any:
-    """A number, a text or numbers; TypeError for true, null, and nested values."""
-    many = value if isinstance(value, list) else [value]
-    if any(x is None or isinstance(x, bool | dict | list) for x in many):
-        raise TypeError
-    return tuple(value) if isinstance(value, list) else value
-
-
-def _at(config: ConfigDict, key: str) -> Any:
-    group, name = key.split(".")
-    value = config[group][name]
-    return list(value) if isinstance(value, tuple) else value
+def _valid(
+    entries: Iterable[tuple[str, Callable[[], Line]]], title: str, kind: str
+) -> list[Line]:
+    """The lines that can be read, of (where, read); the others are logged."""
+    parsed, bad = [], []
+    for where, read in entries:
+        try:
+            parsed.append(read()._replace(where=where))
+        except UserError as error:
+            bad.append(re.split("[:/]", where)[-1])
+            if len(bad) <= MOST_LOGGED:
+                log.warning("%s: skipped: %s", where, shown(error, 300))
+    if not parsed:
+        raise UserError(f"{title}: holds no prompt" + (" that can be read" * bool(bad)))
+    if bad:
+        names = ", ".join(bad[:MOST_LOGGED]) + (", …" if bad[MOST_LOGGED:] else "")
+        path = title.partition(" = ")[2]
+        counts = len(bad), len(parsed) + len(bad)
+        log.warning("%s: skipped %d of %d %s: %s", path, *counts, kind, names)
+    return parsed

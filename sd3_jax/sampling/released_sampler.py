@@ -1,8 +1,9 @@
 """Released weights, as config.weights names them, and the pictures of their tasks."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -12,12 +13,15 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
+from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.sampling import (
     argument_checks,
     bundle,
     bundle_loading,
     guidance_arguments,
+    line_arrays,
     prompt_file,
 )
 from sd3_jax.sampling.scheduler import Scheduler
@@ -40,10 +44,19 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
 
 
 def load_for_sampling(
-    config: ConfigDict, mesh: Mesh, settings: Sequence[dict[str, Any]]
+    config: ConfigDict,
+    mesh: Mesh,
+    settings: Sequence[dict[str, Any]],
+    *,
+    unfit: MutableMapping[int, str] | None = None,
+    **options: Any,
 ) -> bundle.Bundle:
     """load, with a UserError before any weight is read if the model cannot do what one
-    of these settings of tasks asks for."""
+    of these settings of tasks asks for.
+
+    With `unfit` it gets the reason for each such setting, by its place, and the error
+    is raised only if the model can do none.
+    """
     # The weights do not say that they are distilled; their name usually does.
     if "turbo" in config.weights.lower() and config.sample.cfg > 1:
         message = (
@@ -55,7 +68,8 @@ def load_for_sampling(
     with prefixed(f"config.sample.guide = {guide}"):
         for name in sources.split(guide) if guide else ():
             sources.locate(name)  # before the model's weights are read
-    model = load(config, mesh, check=partial(check, settings=settings))
+    check_all = partial(check, settings=settings, unfit=unfit)
+    model = load(config, mesh, check=check_all, **options)
     warn_of_another_model(config, model)
     return model
 
@@ -79,15 +93,27 @@ def warn_of_another_model(config: ConfigDict, model: bundle.Bundle) -> None:
 
 
 def check(
-    scheduler: Scheduler, configs: dict[str, dict], settings: Sequence[dict[str, Any]]
+    scheduler: Scheduler,
+    configs: dict[str, dict],
+    settings: Sequence[dict[str, Any]],
+    unfit: MutableMapping[int, str] | None = None,
 ) -> None:
-    """UserError for the first of the settings that the model cannot do."""
-    for number, asked in enumerate(settings, 1):
+    """UserError for the first of the settings that the model cannot do.
+
+    With `unfit`, the reasons are collected there; an error is one that all have.
+    """
+    reasons = {}
+    for i, asked in enumerate(settings):
         try:
             _check(scheduler, configs, asked)
         except UserError as error:
-            which = f"prompt {number} of {len(settings)}: " if len(settings) > 1 else ""
-            raise UserError(f"{which}{error}") from None
+            reasons[i] = str(error)
+    if reasons and (unfit is None or len(reasons) == len(settings)):
+        i, reason = next(iter(reasons.items()))
+        which = f"prompt {i + 1} of {len(settings)}: " if len(settings) > 1 else ""
+        raise UserError(f"{which}{reason}")
+    if unfit is not None:
+        unfit.update(reasons)
 
 
 def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
@@ -151,18 +177,112 @@ def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
         )
 
 
-def sample_tasks(
+def load_nets(
+    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
+) -> tuple[dict[str, bundle.ControlBundle], dict[int, str]]:
+    """The ControlNets of tasks by path; and why tasks, by index, cannot be painted."""
+    nets, failures, unfit = {}, {}, {}
+    for task in tasks:
+        paths = [control["net"] for control in task.settings.get("control", ())]
+        for path in paths:
+            if path in nets or path in failures:
+                continue
+            try:
+                nets[path] = bundle_loading.load_control(path, model)
+            except UserError as error:
+                failures[path] = str(error)
+        reasons = [failures[path] for path in paths if path in failures]
+        if not reasons:
+            reasons = [line_arrays.unlike_depths([nets[path] for path in paths])]
+        if reasons[0]:
+            unfit[task.index] = reasons[0]
+    return nets, unfit
+
+
+def sample_lines(
     model: bundle.Bundle,
+    nets: Mapping[str, bundle.ControlBundle],
+    guide: bundle.Bundle | None,
     tasks: Sequence[prompt_file.Task],
-    guide: bundle.Bundle | None = None,
-) -> UInt8[np.ndarray, "n h w 3"]:
-    """Pictures of tasks that share a shape and settings."""
-    prompts = [prompt_of(task) for task in tasks]
+) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
+    """Pictures of tasks of one group, None if none can be painted; and why not, by row.
+
+    A row that fails is painted as another one, so that the program is the same.
+    """
+    settings = tasks[0].settings
+    guides = settings["guidance_method"] == "autoguidance"
+    guided = {"guide": guide} if guides else {}
+    if not settings.keys() & {"image", "control", "lora"}:
+        return sample_tasks(model, tasks, guided), {}
+    rows, failures = _read_rows(tasks)
+    try:
+        extra = guided | line_arrays.adapters(model, settings.get("lora"))
+    except UserError as error:
+        failures = dict.fromkeys(range(len(tasks)), str(error))
+    readable = [i for i in range(len(tasks)) if i not in failures]
+    if not readable:
+        return None, failures
+    places = [readable[0] if i in failures else i for i in range(len(tasks))]
+    extra |= line_arrays.arguments(settings, [rows[i] for i in places], nets)
+    return sample_tasks(model, [tasks[i] for i in places], extra), failures
+
+
+def _read_rows(
+    tasks: Sequence[prompt_file.Task],
+) -> tuple[list[line_arrays.Row | None], dict[int, str]]:
+    """The pixels of tasks, and why those of some rows cannot be read."""
+    # A batch that is filled up repeats its tasks: each is read once.
+    outcomes: dict[int, tuple[line_arrays.Row | None, str]] = {}
+    for task in tasks:
+        if task.index not in outcomes:
+            try:
+                outcomes[task.index] = (
+                    line_arrays.read_checked_row(task.settings, task.size),
+                    "",
+                )
+            except UserError as error:
+                outcomes[task.index] = None, str(error)
+    mine = [outcomes[task.index][1] for task in tasks]
+    # Processes must paint the same rows, and their disks may differ.
+    reasons = processes.shared(lambda rows: [mine[i] for i in rows], len(mine))
+    if lost := [x for x, agreed in zip(mine, reasons) if bool(x) != bool(agreed)]:
+        raise UserError(
+            f"{lost[0] or 'a picture'}: other processes can read it, or cannot; every"
+            " host needs the same files"
+        )
+    failures = {i: reason for i, reason in enumerate(reasons) if reason}
+    return [outcomes[task.index][0] for task in tasks], failures
+
+
+def program(task: prompt_file.Task) -> tuple[str, ...]:
+    """What tells the program of a task from others, in words."""
+    s = task.settings
+    guided = guidance.guides(s["cfg"])
+    nets = len(s.get("control", ()))
+    words = (
+        f"{s['height']} x {s['width']} pixels",
+        solvers.same_program(s["solver"])[0] if s["solver"] else "",
+        s["guidance_method"] if guided else "no guidance",
+        f"without layers {s['skip_layers']}" if guided and s["skip_layers"] else "",
+        "image" if "image" in s else "",
+        "mask" if {"mask", "outpaint"} & s.keys() else "",
+        f"{nets} ControlNet{'s' * (nets > 1)}" if nets else "",
+        # Adapters of other ranks are another program; one file has one rank.
+        f"lora {', '.join(x.rpartition('=')[0] for x in s['lora'])}"
+        if s.get("lora")
+        else "",
+        f"{s['max_length']} tokens",
+        f"clip_skip {s['clip_skip']}" if s["clip_skip"] else "",
+    )
+    return tuple(word for word in words if word)
+
+
+def generate_arguments(tasks: Sequence[prompt_file.Task]) -> dict[str, Any]:
+    """sd3_jax.generate's arguments for tasks that share a shape and settings."""
     # Tasks of one batch share all settings but negative prompt and seed (Task.group).
     s = tasks[0].settings
-    images = api.generate(
-        model,
-        prompts,
+    return dict(
+        prompts=[prompt_of(task) for task in tasks],
         negative_prompts=[x.settings["negative"] for x in tasks],
         seed=[x.settings["seed"] + x.number for x in tasks],
         height=s["height"],
@@ -174,7 +294,6 @@ def sample_tasks(
         guidance_method=s["guidance_method"],
         guidance_options=guidance_arguments.options_of(s["guidance_options"]),
         guidance_schedule=s["guidance_schedule"],
-        guide=guide if s["guidance_method"] == "autoguidance" else None,
         **solver_options(s),
         max_sequence_length=s["max_length"],
         clip_skip=s["clip_skip"],
@@ -184,6 +303,15 @@ def sample_tasks(
         skip_start=s["skip_start"],
         skip_stop=s["skip_stop"],
     )
+
+
+def sample_tasks(
+    model: bundle.Bundle,
+    tasks: Sequence[prompt_file.Task],
+    extra: Mapping[str, Any] = MappingProxyType({}),
+) -> UInt8[np.ndarray, "n h w 3"]:
+    """Pictures of tasks that share a shape and settings; `extra` is generate's."""
+    images = api.generate(model, **generate_arguments(tasks), **extra)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]

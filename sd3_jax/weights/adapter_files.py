@@ -6,7 +6,7 @@ layers in a model by its key tables and gives each changed parameter, one at a t
 
 import math
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,21 +14,21 @@ from etils import epath
 from flax import linen as nn
 
 from sd3_jax import files
-from sd3_jax.errors import UserError, near
+from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import listed
 from sd3_jax.params import lora, parametrization
 from sd3_jax.params.adapters import Factors, Full
 from sd3_jax.weights import (
     adapter_kinds,
+    adapter_layers,
     adapter_names,
     factor_pieces,
-    key_mapping,
     peft_config,
     safetensors,
     sharded_load,
 )
 from sd3_jax.weights.adapter_kinds import Update
-from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.adapter_layers import Layers, Target
 from sd3_jax.weights.key_mapping import Piece
 from sd3_jax.weights.peft_config import Settings
 from sd3_jax.weights.safetensors import Tensor, Tensors
@@ -37,30 +37,6 @@ FILE = "pytorch_lora_weights.safetensors"  # diffusers'
 PEFT_FILE = "adapter_model.safetensors"
 WANTED = ("*.safetensors", peft_config.CONFIG)  # files to download from the hub
 Path = tuple[str, ...]
-
-
-class Layers(NamedTuple):
-    """The layers of a component that a file changes, by their names in the file."""
-
-    path: epath.Path
-    updates: dict[str, Update]
-
-    @property
-    def ranks(self) -> set[int | None]:
-        return {update.rank for update in self.updates.values()}
-
-
-class Target(NamedTuple):
-    """A parameter of a layer that an update changes, as a piece of one of our leaves.
-
-    `module` is the layer's name in `layout`, `part` is "weight" or "bias".
-    """
-
-    update: Update
-    layout: str
-    module: str
-    part: str
-    piece: Piece
 
 
 def read(path: epath.PathLike) -> dict[str, Layers]:
@@ -124,7 +100,7 @@ def leaves(
     number and the first ten.
     """
     by_leaf: dict[Path, list[Target]] = {}
-    for target in _targets(layers, name, module, params):
+    for target in adapter_layers.targets(layers, name, module, params):
         by_leaf.setdefault(target.piece.path[1:], []).append(target)
 
     def changes():
@@ -172,8 +148,8 @@ def _settings(
         return peft_config.of_metadata(path, metadata)
     if beside.exists():
         return peft_config.of_folder(beside)
-    # Other tools rename PEFT's files and add alphas, which say as much.
-    if any(key.endswith(".alpha") for key in tensors):
+    # Other tools take PEFT's names and add alphas, or whole differences without any.
+    if any(key.endswith((".alpha", ".diff")) for key in tensors):
         return peft_config.of_metadata(path, metadata)
     raise UserError(
         f"{path}: {peft_config.CONFIG} is missing beside it; PEFT stores alpha there"
@@ -204,107 +180,7 @@ def _update(
     return Update(tensors, 1.0 if rank is None else float(value.reshape(-1)[0]) / rank)
 
 
-# --- the model
-
-
-def _targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[Target]:
-    """Where each update goes; UserError for those that do not fit."""
-    places = _places(name, module, params, "diffusers")
-    # Only where needed: tracing the tables takes a second for a large model.
-    if any(_flat(key) not in places for key in layers.updates):
-        fused = _places(name, module, params, "original")
-        places = {**fused, **_parts_of_fused(places, fused), **places}
-    targets, faults, seen = [], {}, {}
-    for key, update in layers.updates.items():
-        if (place := places.get(_flat(key))) is None:
-            guess = near(key, [x.module for x in places.values()])
-            hint = f'; did you mean "{guess}"?' if guess else ""
-            faults[key] = f"{key} is not a layer of the model{hint}"
-            continue
-        layout, layer, pieces = place
-        for part in sorted(adapter_kinds.changes(update)):
-            if (piece := pieces.get(part)) is None:
-                faults[key] = f"{key} has no {part} in the model"
-            elif fault := adapter_kinds.misfit(update, part, piece.file_shape):
-                faults[key] = f"{key}.{fault}"
-            else:
-                targets.append(Target(update, layout, layer, part, piece))
-        # kohya's and diffusers' name of one map in a single file would collide here.
-        if (other := seen.setdefault((layout, layer), key)) != key:
-            faults[key] = f"{key} is the same layer as {other}"
-    if faults:
-        raise UserError(
-            f"{layers.path}: {len(faults)} of {len(layers.updates)} layers do not fit"
-            f" {name}: {listed(faults.values(), '; ')}{_size_hint(layers, module)}"
-        )
-    return targets
-
-
-class Place(NamedTuple):
-    """A layer of the model: its layout, its name in it, its "weight" and "bias"."""
-
-    layout: str
-    module: str
-    pieces: dict[str, Piece]
-
-
-def _places(name: str, module: nn.Module, params: Any, layout: str) -> dict[str, Place]:
-    """The layers of a model by their names in a layout, with underscores for dots."""
-    table = COMPONENTS[name].table(module)
-    try:
-        pieces = key_mapping.pieces({"params": params}, table, layout)
-    except KeyError as error:
-        raise UserError(
-            f"adapter of {error.args[0]}: the published layouts have no such module"
-        ) from None
-    places: dict[str, Place] = {}
-    for piece in pieces:
-        if piece.key is None:  # the layout lacks it, such as CLIP-L's projection
-            continue
-        layer, _, part = piece.key.rpartition(".")
-        place = places.setdefault(_flat(layer), Place(layout, layer, {}))
-        place.pieces[part] = piece
-    # transformers 5 leaves out CLIP's "text_model.".
-    short = {key.removeprefix("text_model_"): place for key, place in places.items()}
-    return short | places
-
-
-def _parts_of_fused(
-    split: Mapping[str, Place], fused: Mapping[str, Place]
-) -> dict[str, Place]:
-    """OneTrainer's names of q, k and v: the original layout's qkv.0, qkv.1 and qkv.2."""
-    names = {}
-    for key, place in fused.items():
-        if (piece := place.pieces.get("weight")) is not None:
-            names[piece.path, piece.index] = key
-    parts = {}
-    for place in split.values():
-        piece = place.pieces.get("weight")
-        if piece is not None and piece.index and piece.path[-1] == "kernel":
-            # The last index counts the fused maps, after the inputs.
-            whole = (piece.path, piece.index[:-2])
-            if slice(None) in piece.index and whole in names:
-                parts[f"{names[whole]}_{piece.index[-1]}"] = place
-    return parts
-
-
-def _flat(name: str) -> str:
-    """A name with underscores for dots, as kohya's, in which all tools agree."""
-    return name.replace(".", "_")
-
-
-def _size_hint(layers: Layers, module: nn.Module) -> str:
-    """A remark if a file has more layers than the model."""
-    numbers = [
-        int(part)
-        for key in layers.updates
-        for part in _flat(key).split("_")[:5]
-        if part.isdigit()
-    ]
-    depth = getattr(module, "depth", 0)
-    if not numbers or max(numbers) < depth or not depth:
-        return ""
-    return f"; the file has {max(numbers) + 1} blocks and the model {depth}"
+# --- the changes
 
 
 def _leaf(params: Any, path: Path) -> Any:
@@ -372,6 +248,8 @@ def _full(path: Path, leaf: Any, targets: list[Target]) -> Full:
 
         return read_base
 
+    # Several changes of one piece add up: a LoRA and a difference, or q alone and in
+    # the fused layer.
     for target in targets:
         piece, update = target.piece, target.update
         change = adapter_kinds.delta(update, target.part, piece.file_shape, base(piece))

@@ -89,7 +89,7 @@ def changes(update: Update) -> set[str]:
 
 
 def misfit(update: Update, part: str, shape: Shape) -> str:
-    """How tensors do not fit a parameter of `shape` in the file's layout; "" if they do.
+    """How tensors misfit a parameter of `shape` in the file's layout; "" if they fit.
 
     `part` is "weight" or "bias". Nothing is read.
     """
@@ -109,10 +109,7 @@ def misfit(update: Update, part: str, shape: Shape) -> str:
             return fault
     if fault := _lokr_misfit(shapes, shape):
         return fault
-    norms = {
-        "magnitude": {out},
-        "dora_scale": {out, shape[-1] if len(shape) < 3 else shape[1]},
-    }
+    norms = {"magnitude": {out}, "dora_scale": {out, *shape[1:2]}}
     for role, sizes in norms.items():
         if role in shapes and math.prod(shapes[role]) not in sizes:
             return f"{role} is {list(shapes[role])}, expected {[out, 1]}"
@@ -125,6 +122,7 @@ def factors(update: Update, shape: Shape) -> tuple[np.ndarray, np.ndarray]:
     float32, without the scale. LoCon's middle convolution is multiplied into down.
     """
     down, up = _read(update, "A"), _read(update, "B")
+    # Some tools store linear maps as 1 x 1 convolutions, and convolutions flattened.
     up = up.reshape(len(up), -1)
     if "mid" in update.tensors:  # LyCORIS: functional/general.py
         mid = _read(update, "mid")
@@ -158,6 +156,7 @@ def delta(
     for role in [x for x in NORMS if x in roles]:
         w, norms = base(), _read(update, role)
         # kohya's and early files of LyCORIS have norms by input: (1, in).
+        # A square matrix leaves no doubt: norms by output are (out, 1).
         by_input = role == "dora_scale" and norms.shape[:2] == (1, shape[1])
         total = _decomposed(w + total, norms, by_input) - w
     return total
@@ -189,6 +188,7 @@ def _loha(update: Update, shape: Shape) -> np.ndarray:
 def _lokr(update: Update) -> np.ndarray:
     """The Kronecker product of two matrices, each whole or of low rank."""
     first, second = (_kronecker_side(update, f"lokr_w{i}") for i in (1, 2))
+    # Of a convolution the second one alone has the window's axes.
     first = first.reshape(first.shape + (1,) * (second.ndim - 2))
     return np.kron(first, second)
 

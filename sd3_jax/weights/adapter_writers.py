@@ -197,6 +197,7 @@ def _pairs(
         raise UserError(
             f"LoRA of {error.args[0]}: the published layouts have no such module"
         ) from None
+    # Both sides list the same layers in the same order: their rows are the same.
     for first, second in zip(*pieces):
         down, up = (
             piece.write(x[piece.index]) for piece, x in zip((first, second), sides)
@@ -209,7 +210,7 @@ def _pairs(
 
 
 def _joined(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """One pair for q, k and v, of which down has the factors of each, one after another.
+    """One pair for q, k and v, whose factors lie one after another in down.
 
     If they share a factor it is written once. Otherwise up is block-diagonal, as that
     of kohya's split_qkv (networks/lora_sd3.py).
@@ -230,6 +231,7 @@ def _joined(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _compacted(down: np.ndarray, up: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The pair without ranks that add nothing."""
+    # Reading pads ranks with zeros in both; one of the two is enough to add nothing.
     used = np.any(down.reshape(len(down), -1), 1)
     used &= np.any(np.moveaxis(up, 1, 0).reshape(len(down), -1), 1)
     return down[used], up[:, used]
@@ -257,12 +259,13 @@ def _named(
     ends = dict(zip("AB", names.sides))
     named = {f"{stem}.{ends.get(role, role)}": x for role, x in tensors.items()}
     if names.alpha and "A" in tensors:
-        named[f"{stem}.alpha"] = np.float32(len(tensors["A"])).reshape(())
+        named[f"{stem}.alpha"] = np.full((), len(tensors["A"]), np.float32)
     return named
 
 
 def _cast(path: epath.Path, key: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    cast = np.ascontiguousarray(x.astype(dtype)).reshape(x.shape)
+    with np.errstate(over="ignore"):  # told below
+        cast = np.ascontiguousarray(x.astype(dtype)).reshape(x.shape)
     if not np.isfinite(cast.astype(np.float32)).all():
         raise UserError(
             f"{path}: {key} overflows {dtype}; set --config.convert.dtype=bfloat16"

@@ -167,7 +167,8 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
         lora=[str(tuned)],
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        module, variables = bundle.part("denoiser"), bundle.variables["denoiser"]
+        variables = bundle.merge_adapters().variables["denoiser"]
+        module = bundle.part("denoiser")
         theirs = jax.jit(
             lambda x: module.apply(variables, x, 0.5 + 0 * x[:, 0, 0, 0], *cond)
         )(x)
@@ -281,3 +282,15 @@ def test_dreambooth_tells_its_two_losses_apart(released, tmp_path):
     rows = [x for x in metrics.read(tmp_path) if x["kind"] == "train"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["instance"] + row["prior"], rel=1e-6)
+
+
+def test_convert_writes_a_runs_lora_alone(tuned, released, tmp_path):
+    flags = released | {"convert.lora_format": "diffusers", "convert.out": tmp_path}
+    argv = [f"--config.{name}={value}" for name, value in flags.items()]
+    command = ["convert", "--config=configs/lora.py:tiny", f"--workdir={tuned}"]
+    assert main.main([*command, *argv]) == 0
+    again, _ = safetensors.open_file(tmp_path / adapter_files.FILE)
+    run, _ = safetensors.open_file(tuned / adapter_files.FILE)
+    assert again.keys() == run.keys()
+    for key, tensor in run.items():
+        np.testing.assert_allclose(again[key].read(), tensor.read(), rtol=1e-6)

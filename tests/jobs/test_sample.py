@@ -17,7 +17,7 @@ from sd3_jax import main, pictures
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import sample
-from sd3_jax.sampling import output_filter, watermark
+from sd3_jax.sampling import output_filter, picture_lines, watermark
 from sd3_jax.weights import sharded_load
 
 TINY = "--config=configs/released.py:tiny"
@@ -220,7 +220,7 @@ def test_what_a_workdir_holds_is_not_believed(tmp_path):
     torn = json.dumps(wanted[1], ensure_ascii=False).encode().partition(b"\xbc")[0]
     (tmp_path / "samples.jsonl").write_bytes("\n".join(odd).encode() + b"\n" + torn)
     path = epath.Path(tmp_path)
-    assert sample.recorded(path, wanted) == [True, True, False, False]
+    assert picture_lines.recorded(path, wanted) == [True, True, False, False]
 
 
 FILTER = """
@@ -254,8 +254,8 @@ def test_flagged_pictures_are_black_and_their_lines_say_so(tmp_path, looked_at):
     page = (tmp_path / "run/samples.html").read_text()
     assert page.count("filtered: ") == 2
     (tmp_path / "run/samples.jsonl").unlink()  # as if killed before the lines
-    again = [sample.unfiltered(line) for line in (fox, wolf, bear)]
-    assert sample.recorded(epath.Path(tmp_path / "run"), again) == [True] * 3
+    again = [picture_lines.unpainted(line) for line in (fox, wolf, bear)]
+    assert picture_lines.recorded(epath.Path(tmp_path / "run"), again) == [True] * 3
     assert again == [fox, wolf, bear]  # what was flagged stays so
 
 

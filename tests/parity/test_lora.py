@@ -175,6 +175,26 @@ def test_several_weighed_as_in_diffusers(bundle, base, theirs, mesh, tmp_path):
     assert list(ours.adapters.values()) == [0.0, 0.7, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(
+    "config",
+    [
+        peft.LoraConfig(r=4, use_dora=True, bias="all", target_modules=ATTENTION),
+        peft.LoKrConfig(r=4, alpha=6, target_modules=[*ATTENTION, "pos_embed.proj"]),
+        peft.LoHaConfig(r=4, alpha=6, target_modules=ATTENTION),
+    ],
+    ids=["dora", "lokr", "loha"],
+)
+def test_other_kinds_run_as_in_pytorch(config, base, theirs, mesh, tmp_path):
+    adapted = peft.get_peft_model(theirs, config)
+    torch.manual_seed(0)
+    for p in adapted.parameters():
+        if p.requires_grad:
+            p.data += 0.1 * torch.randn(p.shape)
+    adapted.save_pretrained(tmp_path)
+    wanted = run_theirs(adapted.merge_and_unload())
+    agree(loaded(mesh, str(tmp_path)).velocity(*inputs()), wanted, base)
+
+
 def saved(path, tensors, metadata=None):
     made = {k: torch.as_tensor(x).contiguous() for k, x in tensors.items()}
     safetensors.torch.save_file(made, path, metadata=metadata)

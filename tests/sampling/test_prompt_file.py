@@ -10,10 +10,11 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.jobs import sample
-from sd3_jax.sampling import prompt_file
+from sd3_jax.sampling import painters, picture_lines, prompt_file
 
-CONFIG = released.get_config("tiny").lock()
+CONFIG = released.get_config("tiny")
+CONFIG.weights = "not/loaded"
+CONFIG.lock()
 QUICK = settings(deadline=None, derandomize=True, database=None, max_examples=400)
 
 
@@ -157,15 +158,17 @@ def test_pictures_have_a_bound():
     "caption", ["../../etc/passwd", "a\\..\\b", "CON", "", "日本", "/"]
 )
 def test_a_prompt_never_makes_a_path(caption):
-    name = sample.slug(caption)
+    name = picture_lines.slug(caption)
     assert name and set(name) <= set("abcdefghijklmnopqrstuvwxyz0123456789-")
     assert len(name) <= 48
 
 
 def test_what_a_model_of_bytes_does_not_read_is_told(tmp_path, caplog):
     found = tasks(tmp_path / "x.txt", "a fox\n" + 20 * "ü" + "\n" + 31 * "a")
-    sample.warn_of_cut_prompts(found, 32)
-    assert caplog.messages == ["1 of 3 prompts are cut to 31 bytes, the longest has 40"]
+    painters.warn_of_cut_prompts(found, 32)
+    assert caplog.messages == [
+        "prompts are cut to 31 bytes: 1 of 3, of which the longest has 40"
+    ]
 
 
 def test_what_a_tokenizer_cuts_is_one_warning_with_counts(caplog):
@@ -200,7 +203,7 @@ def anything(read):
         for text in [*([task.prompt] * isinstance(task.prompt, str)), task.caption]:
             assert text.isprintable() or not prompt_text.REFUSED.search(text)
             assert text.encode() and len(text) <= prompt_text.LENGTH
-        assert sample.slug(task.caption)
+        assert picture_lines.slug(task.caption)
         json.dumps(task.settings, allow_nan=False).encode()
 
 

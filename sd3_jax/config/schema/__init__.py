@@ -51,6 +51,7 @@ GROUPS = {  # in the order of a config
     "convert": Group("Exporting weights", sampling_schema.CONVERT),
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),
     "compare": Group("Comparing with PyTorch", tool_schema.COMPARE),
+    "explore": Group("Looking inside a picture", tool_schema.EXPLORE),
     "benchmark": Group(
         "Timing against PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
     ),

@@ -7,6 +7,7 @@ from sd3_jax.config.schema.key_rules import (
     HOOK,
     LAYERS,
     SEED,
+    SWITCH,
     TURNS,
     UNIT,
     WATERMARK,
@@ -33,6 +34,12 @@ METHODS = (
 SCHEDULE = Rule(
     lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
     "constant, linear, cosine, or T:FACTOR, T:FACTOR",
+)
+PIXELS = integer(0, 4096)
+BORDER = sequence(
+    PIXELS,
+    "four numbers of pixels: left, top, right, bottom",
+    lambda x: len(x) in (0, 4),
 )
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
 # The tables of diffusion/solvers.py and grids.py, which import jax.
@@ -151,6 +158,40 @@ SAMPLE = dict(
     skip_stop=Key(
         0.2, UNIT, "Share of the steps after which skip-layer guidance ends."
     ),
+    image=Key("", FREE, "The picture to change, with released weights; empty: none."),
+    images=Key(
+        "",
+        FREE,
+        "Folder of pictures to change, each by the prompt in the text file of its name,"
+        " or all by sample.prompt; empty: none.",
+    ),
+    strength=Key(0.6, UNIT, "Share of the steps that change a picture."),
+    resize=Key(
+        "",
+        one_of("", "crop", "stretch"),
+        "How pictures get config.image's height and width; empty: they keep theirs.",
+    ),
+    mask=Key("", FREE, "Mask, white where the picture is repainted; empty: none."),
+    paste=Key(True, SWITCH, "Whether pixels outside the mask stay as they are."),
+    mask_blur=Key(0.0, between(0, 4096), "Blur of the mask in pixels (Gaussian)."),
+    mask_padding=Key(0, PIXELS, "Number of pixels by which the mask grows."),
+    crop_to_mask=Key(
+        -1,
+        integer(-1, 4096),
+        "Pixels around the masked area that is cut out, painted at config.image's"
+        " height and width and pasted back; -1: the whole picture is painted.",
+    ),
+    outpaint=Key(
+        (), BORDER, "Border to paint: left, top, right, bottom pixels; (): none."
+    ),
+    format=Key("png", one_of("png", "webp", "jpg"), "Format of the picture files."),
+    quality=Key(
+        95, integer(1, 100), "Quality of webp and jpg; a webp of 100 is lossless."
+    ),
+)
+# A keyword of Python, which dict() does not take.
+SAMPLE["from"] = Key(
+    "", FREE, "A picture of this job to repeat, by the settings in it; empty: none."
 )
 CONVERT = dict(
     to=Key(
@@ -161,9 +202,15 @@ CONVERT = dict(
     out=Key(
         "", FREE, "Path to write, which must be new; empty: a path in the workdir."
     ),
+    lora_format=Key(
+        "",
+        one_of("", "diffusers", "peft", "kohya", "comfyui"),
+        "Names in which to write an adapter alone: the one of sample.lora, or else the"
+        " LoRA that the run trained; empty: write the whole model.",
+    ),
     dtype=Key(
         "",
         one_of("", "float32", "float16", "bfloat16"),
-        "Dtype to write; empty: as it was.",
+        "Dtype to write; empty: as it was, and float32 for an adapter.",
     ),
 )

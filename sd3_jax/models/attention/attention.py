@@ -64,6 +64,23 @@ def joint_attention(
     return jnp.split(attention(q, k, v, kernel=chosen), ends[:-1], axis=1)
 
 
+def shares(
+    q: Float[Array, "b n a k"], k: Float[Array, "b m a k"]
+) -> Float[Array, "b n m"]:
+    """Each query's attention to each key, the mean over heads, in float32."""
+
+    def of_head(pair):
+        q, k = pair  # (b, n, k), (b, m, k)
+        logits = jnp.einsum("bnk,bmk->bnm", q, k, preferred_element_type=jnp.float32)
+        return jax.nn.softmax(logits * q.shape[-1] ** -0.5)
+
+    # One head at a time: all heads of 4096 tokens at once would fill a device.
+    add = lambda total, pair: (total + of_head(pair), None)
+    none = jnp.zeros((q.shape[0], q.shape[1], k.shape[1]), jnp.float32)
+    heads = jnp.moveaxis(q, 2, 0), jnp.moveaxis(k, 2, 0)
+    return jax.lax.scan(add, none, heads)[0] / q.shape[2]
+
+
 def auto(q, k, v, bias, scale):
     return KERNELS[choose(q, k, bias)](q, k, v, bias, scale)
 

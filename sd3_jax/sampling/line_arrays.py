@@ -1,0 +1,156 @@
+"""The arrays of a line: its pictures and masks, its ControlNets, its LoRAs.
+
+They are read when the batch of the line runs.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from jaxtyping import UInt8
+from numpy import ndarray
+from PIL import Image, ImageOps
+
+from sd3_jax.data import images
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import lora_adapters
+from sd3_jax.sampling.bundle import ControlBundle
+from sd3_jax.sampling.control_arguments import ControlInput
+from sd3_jax.sampling.line_inputs import Size
+
+
+class Row(NamedTuple):
+    """The pixels of one picture's line."""
+
+    image: UInt8[ndarray, "h w 3"] | None
+    mask: UInt8[ndarray, "h w"] | None
+    hints: tuple[UInt8[ndarray, "h w 3"], ...]
+    hint_masks: tuple[UInt8[ndarray, "h w"] | None, ...]
+
+
+def read_checked_row(settings: Mapping[str, Any], size: Size) -> Row:
+    """read_row; UserError if the picture is no longer of the size that was checked."""
+    row = read_row(settings)
+    left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
+    inner = size[0] - top - bottom, size[1] - left - right
+    # Rows of a batch are stacked, so that one of another size would end the job.
+    for pixels in (row.image, row.mask):
+        if pixels is not None and pixels.shape[:2] != inner:
+            raise UserError(f"{settings['image']}: it or its mask changed its size")
+    return row
+
+
+def read_row(settings: Mapping[str, Any]) -> Row:
+    """The pixels of a line; BadImage if a file cannot be decoded."""
+    left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
+    how = settings.get("resize", "")
+    sides = settings["height"], settings["width"]
+    inner = sides[0] - top - bottom, sides[1] - left - right
+    if how and min(inner) < 1:
+        raise UserError(
+            f"outpaint: the border fills all of {sides[0]} x {sides[1]} pixels"
+        )
+    image, mask_path = settings.get("image"), settings.get("mask")
+    mask = resize(_decoded_mask(mask_path), inner, how) if mask_path else None
+    crops = "crop_to_mask" in settings and not settings.get("outpaint")
+    if crops and mask is not None and not mask.any():
+        raise UserError(f"mask {mask_path} is black; expected white where to repaint")
+    controls = settings.get("control") or ()
+    hints = [(control["image"], control.get("mask")) for control in controls]
+    return Row(
+        resize(_decoded(image), inner, how) if image else None,
+        mask,
+        tuple(resize(_decoded(x), sides, how) for x, _ in hints),
+        tuple(resize(_decoded_mask(x), sides, how) if x else None for _, x in hints),
+    )
+
+
+def resize(pixels: ndarray, sides: Size, how: str) -> ndarray:
+    """Pixels at sides (height, width): stretched, or cut off around the centre."""
+    size = sides[1], sides[0]
+    if not how or pixels.shape[:2] == sides:
+        return pixels
+    # A mask stays black and white.
+    grey = pixels.ndim == 2
+    method = Image.Resampling.NEAREST if grey else Image.Resampling.LANCZOS
+    picture = Image.fromarray(pixels)
+    if how == "crop":
+        return np.asarray(ImageOps.fit(picture, size, method))
+    return np.asarray(picture.resize(size, method))
+
+
+def _decoded(path: str) -> UInt8[ndarray, "h w 3"]:
+    return images.pixels(images.open_header(images.read_bytes(path), path), path)
+
+
+def _decoded_mask(path: str) -> UInt8[ndarray, "h w"]:
+    """A mask, which programs also write as RGB; BadImage for colours and alpha."""
+    picture = images.open_header(images.read_bytes(path), path)
+    pixels = images.pixels(picture, path)
+    alpha = "A" in picture.mode and picture.getchannel("A").getextrema() != (255, 255)
+    if alpha or (pixels != pixels[..., :1]).any():
+        raise images.BadImage(
+            f"mask {path}: has colours or an alpha channel; expected grey, white where"
+            " the picture is repainted"
+        )
+    return pixels[..., 0]
+
+
+def arguments(
+    settings: Mapping[str, Any], rows: Sequence[Row], nets: Mapping[str, ControlBundle]
+) -> dict[str, Any]:
+    """generate's arguments for rows of one group; {} for text alone."""
+    keywords: dict[str, Any] = {}
+    if settings.get("image"):
+        keywords["image"] = np.stack([row.image for row in rows])
+        keywords["strength"] = settings["strength"]
+    if settings.get("mask"):
+        keywords["mask"] = np.stack([row.mask for row in rows])
+    if settings.get("mask") or settings.get("outpaint"):
+        names = ("paste", "mask_blur", "mask_padding")
+        keywords |= {name: settings[name] for name in names}
+        keywords["crop_to_mask"] = settings.get("crop_to_mask")
+        keywords["outpaint"] = settings.get("outpaint")
+    if controls := settings.get("control"):
+        keywords["control"] = [
+            _control_input(i, control, rows, nets) for i, control in enumerate(controls)
+        ]
+    return keywords
+
+
+def _control_input(i: int, control: dict, rows, nets) -> ControlInput:
+    masks = [row.hint_masks[i] for row in rows]
+    return ControlInput(
+        nets[control["net"]],
+        np.stack([row.hints[i] for row in rows]),
+        control["scale"],
+        control["start"],
+        control["stop"],
+        np.stack(masks) if control.get("mask") else None,
+        control.get("preprocess"),
+    )
+
+
+def adapters(model: Any, loras: Sequence[str] | None) -> dict[str, Any]:
+    """generate's `adapters` for a line's LoRAs, which are loaded; {} for None.
+
+    The bundle holds those of one line at a time, in the line's order: each costs memory
+    and time in every step, and the order of a sum decides its last bits.
+    """
+    if loras is None:
+        return {}
+    weights = dict(lora_adapters.named(text) for text in loras)
+    if list(model.adapters) != list(weights):
+        if model.adapters:
+            model.unload_adapters()
+        for path in weights:
+            model.load_adapter(path, name=path, weight=0.0)
+    return {"adapters": weights}
+
+
+def unlike_depths(nets: Sequence[ControlBundle]) -> str:
+    """Why these nets cannot act together; "" if they can."""
+    depths = sorted({net.module.depth for net in nets})
+    if len(depths) < 2:
+        return ""
+    return f"ControlNets of {', '.join(map(str, depths))} layers; expected equal depths"

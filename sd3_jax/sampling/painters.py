@@ -1,0 +1,121 @@
+"""What paints the pictures of the job `sample`: a run's checkpoint, or a release."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
+from typing import NamedTuple
+
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from sd3_jax import tree
+from sd3_jax.assembly import model_parts
+from sd3_jax.data import tokenizers
+from sd3_jax.sampling import released_sampler
+from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.sampler import TrainedSampler
+
+log = logging.getLogger(__name__)
+
+
+class Painter(NamedTuple):
+    """Weights that paint tasks of one group.
+
+    paint(tasks) -> pictures, or None; and why rows are not painted. `facts` are those
+    of every line. `nets` are fingerprints of ControlNets by path, `unfit` reasons by
+    the index of a task. program(task) is what tells its program from others, in words.
+    `cuts` are the words of each task's prompt that an encoder does not read.
+    """
+
+    paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
+    facts: dict
+    program: Callable[[Task], tuple]
+    nets: Mapping[str, str] = MappingProxyType({})
+    unfit: Mapping[int, str] = MappingProxyType({})
+    cuts: Sequence[Mapping[str, str]] = ()
+
+
+def trained(
+    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+) -> Painter:
+    """The newest checkpoint as a Painter."""
+    if config.text.name == "bytes":
+        warn_of_cut_prompts(tasks, config.text.length)
+        # Its import takes seconds, which are no pace of the first batch.
+        tokenizers.byte_ids("x", config.text.length)
+    parts = model_parts.build_parts(config)
+    params, step = model_parts.trained_params(config, parts, workdir, mesh)
+    facts = {"step": step, "weights": tree.fingerprint(params)}
+    if config.quantize.denoiser:
+        facts["quantize"] = {"denoiser": config.quantize.denoiser}
+    parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
+    guide = model_parts.trained_guide(config, parts, workdir, mesh)
+    if guide is not None:
+        facts["guide"] = int(config.sample.guide)  # a step, as "step" is
+    encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
+    if encoder is not None:
+        facts["encoders"] = encoder.bundle.fingerprints()
+    samplers = {}
+
+    def paint(rows: Sequence[Task]) -> tuple[np.ndarray, dict[int, str]]:
+        group = rows[0].group
+        if group not in samplers:
+            config = rows[0].config
+            samplers[group] = TrainedSampler(
+                config, model_parts.build_parts(config), mesh, encoder, guide
+            )
+        captions = [task.caption for task in rows]
+        numbers = [task.number for task in rows]
+        return samplers[group](params, captions, numbers), {}
+
+    # Each sampler compiles a program of its own.
+    return Painter(paint, facts, lambda task: task.group)
+
+
+def released(
+    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+) -> Painter:
+    """config.weights as a Painter, with the ControlNets that tasks name."""
+    groups = {task.group: task.settings for task in tasks}
+    unfit_groups: dict[int, str] = {}
+    # LoRAs of lines are loaded for their group.
+    options = {"lora": ()} if "lora" in tasks[0].settings else {}
+    settings = list(groups.values())
+    bundle = released_sampler.load_for_sampling(
+        config, mesh, settings, unfit=unfit_groups, **options
+    )
+    # The model may fit some groups of settings and not others.
+    place = {group: i for i, group in enumerate(groups)}
+    unfit = {x.index: unfit_groups.get(place[x.group], "") for x in tasks}
+    unfit = {index: reason for index, reason in unfit.items() if reason}
+    fitting = [task for task in tasks if task.index not in unfit]
+    nets, without_net = released_sampler.load_nets(bundle, fitting)
+    facts = {"weights": bundle.fingerprint()}
+    if scheduler := bundle.scheduler.non_default_settings():
+        facts["scheduler"] = scheduler
+    if bundle.quantize:
+        facts["quantize"] = bundle.quantize
+    if config.sample.lora and not options:
+        facts["lora"] = list(config.sample.lora)
+    if config.sample.embeddings:
+        facts["embeddings"] = list(config.sample.embeddings)
+    guide = released_sampler.load_guide(config, mesh)
+    if guide is not None:
+        facts["guide"] = guide.fingerprint()
+    paint = functools.partial(released_sampler.sample_lines, bundle, nets, guide)
+    prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
+    program = released_sampler.program
+    cuts = released_sampler.cut_words(bundle, tasks)
+    return Painter(paint, facts, program, prints, unfit | without_net, cuts)
+
+
+def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
+    """Logs how many prompts the model of bytes truncates."""
+    sizes = [len(task.caption.encode()) for task in tasks]
+    cut = sum(size >= length for size in sizes)  # the end is a byte as well
+    if cut:
+        message = "prompts are cut to %d bytes: %d of %d, of which the longest has %d"
+        log.warning(message, length - 1, cut, len(sizes), max(sizes))

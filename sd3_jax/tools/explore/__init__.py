@@ -1,0 +1,1 @@
+"""Inside the making of one picture: what is measured, and the page."""
