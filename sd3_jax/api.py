@@ -26,15 +26,16 @@ from sd3_jax.sampling import (
     seeds,
 )
 from sd3_jax.sampling.arguments import Texts
-from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
-from sd3_jax.sampling.control_arguments import ControlInput
+from sd3_jax.sampling.control import ControlBundle, ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
 __all__ += ["generate", "load", "load_control", "save"]
 OUTPUTS = ("images", "latents")
+RETURN_LATENTS = ("last", "all")
 
 
 def generate(
@@ -69,8 +70,12 @@ def generate(
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     progress: bool = False,
     output: str = "images",
-) -> Float[Array, "b _ _ _"]:
+    return_latents: str = "last",
+) -> Float[Array, "*n b _ _ _"]:
     """Generate images (b, height, width, 3) in [0, 1], or their latents.
+
+    With `output="latents"` and `return_latents="all"` the latents are (steps + 1, b, h,
+    w, c), at each time from the noise, or the noised image, to the result.
 
     Rows are in the order p0, p0, p1, p1, ... for `images_per_prompt` of 2. Prompts are
     texts, or what encode_prompts returns.
@@ -94,9 +99,10 @@ def generate(
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
     guidance, which inputs are given, `skip_layers`, the ControlNets, or the `preview`
-    function. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, and
-    up to 1,024 `steps`. The solvers euler, dpmpp_2m and dpmpp_2m_flow share a program;
-    heun and lcm have their own.
+    function, and with `return_latents="all"` the number of steps. Numbers are data:
+    seed, `guidance`, `strength`, `sigmas`, `shift`, and up to 1,024 `steps`. The
+    solvers euler, dpmpp_2m and dpmpp_2m_flow share a program; heun and lcm have their
+    own.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -105,6 +111,9 @@ def generate(
     """
     # --- check the arguments
     argument_checks.choice("output", output, OUTPUTS)
+    argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
+    if (all_latents := return_latents == "all") and output != "latents":
+        raise UserError('return_latents "all" returns no images; set output="latents"')
     guidance = argument_checks.number("guidance", guidance)
     guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
     low, high = guidance_interval
@@ -158,7 +167,7 @@ def generate(
         guided=guided,
     )
     rows = cond.pooled.shape[0]
-    spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
+    spread = lambda x, name: argument_checks.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
@@ -197,16 +206,18 @@ def generate(
     )
     plan = compiled.Plan(
         bundle.part("denoiser"),
-        solvers.same_program(solver),
+        # The shared program has no trajectory.
+        (solver,) if all_latents else solvers.same_program(solver),
         shape,
         guided,
         skipped,
         preview,
         bundle.factor,
+        trajectory=len(times) - 1 if all_latents else None,
     )
-    control = [control] if isinstance(control, ControlInput) else list(control or ())
+    control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
-        bundle, control, times, shape, rows, images_per_prompt
+        bundle, control, times, shape, rows, images_per_prompt, guided=guided
     )
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)

@@ -22,8 +22,9 @@ from sd3_jax.params import quantization
 from sd3_jax.sampling import control as hints
 from sd3_jax.sampling import lora_adapters
 from sd3_jax.sampling import scheduler_config as schedulers
-from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle, read_scheduler
+from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
 from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components, controlnet_keys, hub, sources
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET

@@ -14,7 +14,8 @@ from sd3_jax import tree
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.params import parametrization
-from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler_config import EULER
 from sd3_jax.weights import (
     controlnet_keys,

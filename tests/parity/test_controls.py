@@ -18,7 +18,7 @@ import sd3_jax
 from sd3_jax import main
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import bundle_loading, control_arguments
-from sd3_jax.sampling.bundle import ControlBundle
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.prompts import Conditioning
 
 KIND = "sd35_large"
