@@ -420,12 +420,22 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
     denoiser = configs["denoiser"]
     pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
     clips = [configs[name] for name in ("clip_l", "clip_g") if name in configs]
-    for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
+    for name, most in ("hidden_size", context), ("projection_dim", pooled):
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
             raise UserError(
                 f"{source}: the text encoders are of another model: {name} of both"
                 f" CLIPs is {size}; must be at most that of the denoiser, {most}"
+            )
+    alone = configs.get("clip_g")
+    if alone and "clip_l" not in configs:
+        # Zeros stand in for CLIP-L, and their number is known of the pooled vector.
+        sizes = alone["hidden_size"], alone["projection_dim"]
+        if sizes[0] != sizes[1]:
+            raise UserError(
+                f"{source}: clip_g has hidden_size {sizes[0]} and projection_dim"
+                f" {sizes[1]}, so that the width of the missing clip_l is not known;"
+                " add clip_l"
             )
     for part, name, wanted in (
         ("t5", "d_model", context),
