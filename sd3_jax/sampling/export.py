@@ -139,8 +139,8 @@ def _entries(bundle: Bundle, name: str, layout: str, dtype: str | None):
     pieces = key_mapping.pieces(variables, table(bundle.modules[name]), layout)
     entries = sharded_load.entries(variables, pieces, _dtype_of(bundle, name, dtype))
     if layout == "original" and component.kind == "t5":
-        # T5's embedding twice, as in the published file: Stability's code reads this
-        # name alone, ComfyUI and transformers the other one.
+        # T5's embedding under both of its names: Stability's code reads this one alone,
+        # ComfyUI and transformers read the other.
         return {text_keys.EMBED_TOKENS: entries[text_keys.SHARED], **entries}
     return entries
 

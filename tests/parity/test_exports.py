@@ -16,6 +16,7 @@ from parity.test_numerics import ARGS, LATENTS, bundle, residuals_of, theirs  # 
 from parity.test_pipelines import control_net, one_device, original_names
 
 import sd3_jax
+from sd3_jax import main
 from sd3_jax.weights import text_keys
 
 PREFIXES = {name: f"text_encoders.{name}.transformer." for name in ("clip_l", "clip_g")}
@@ -113,6 +114,29 @@ def test_a_control_net_in_both_layouts(kind, bundle, theirs, tmp_path):  # noqa:
     for mine, other in zip(residuals, wanted):
         assert convert.error(mine, other) < 1e-4
     refused('"orbax" holds no ControlNet', sd3_jax.save, ours, tmp_path, "orbax")
+
+
+def test_convert_writes_a_joint_control_net_in_both_layouts(tmp_path):
+    net_of("joint").save_pretrained(tmp_path / "net")
+    recipe = ("convert", "--config=configs/released.py:tiny", f"--workdir={tmp_path}")
+    source = tmp_path / "net"
+    for layout, out in (("original", "a.safetensors"), ("diffusers", "again")):
+        flags = dict(weights=source, **{"convert.to": layout})
+        flags |= {"convert.out": tmp_path / out}
+        assert (
+            main.main([*recipe, *(f"--config.{k}={x}" for k, x in flags.items())]) == 0
+        )
+        source = tmp_path / out
+    one, other = (
+        safetensors.torch.load_file(next((tmp_path / x).glob("*.safetensors")))
+        for x in ("net", "again")
+    )
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[k], other[k]) for k in one)
+    one, other = (
+        json.loads((tmp_path / x / "config.json").read_text()) for x in ("net", "again")
+    )
+    assert one.items() <= other.items()
 
 
 def test_what_shapes_do_not_tell_of_a_control_net_is_in_its_metadata(

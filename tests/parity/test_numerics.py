@@ -132,15 +132,18 @@ def test_every_solver_has_a_trajectory_that_ends_at_its_result(solver, bundle):
     assert convert.error(everything[-1], np.asarray(last)) < 1e-5
 
 
-def test_steps_of_a_trajectory_are_sharded_over_rows():
+def test_trajectories_and_residuals_on_two_devices(bundle):
     mesh = sharding.make_mesh(fsdp=2, devices=jax.devices()[:2])
     folder = str(miniature.folder("sd35_large"))
     options = dict(dtype="float32", tokenizers_from=None, only=("denoiser",))
-    bundle = sd3_jax.load(folder, mesh, **options)
+    sharded = sd3_jax.load(folder, mesh, **options)
     run = RUN | dict(guidance=1.0, steps=2, return_latents="all")
-    everything = sd3_jax.generate(bundle, COND, **run)
-    alone = sd3_jax.generate(bundle, COND, **run | dict(return_latents="last"))
-    assert convert.error(everything[-1], np.asarray(alone)) < 1e-5
+    one, two = (sd3_jax.generate(b, COND, **run) for b in (bundle, sharded))
+    assert convert.error(two, np.asarray(one)) < 1e-4
+    residuals = RNG.standard_normal((2, 2, 6, 64)).astype(np.float32)
+    one, two = (b.velocity(*ARGS, residuals=residuals) for b in (bundle, sharded))
+    assert convert.error(two, np.asarray(one)) < 1e-4
+    assert convert.error(two, np.asarray(bundle.velocity(*ARGS))) > 1e-2
 
 
 def test_all_latents_are_no_images(bundle):
@@ -209,7 +212,7 @@ def test_residuals_and_controls_that_are_refused(bundle, nets):
     ask("control 0: start 0.0 and stop 0.5", control=control._replace(stop=0.5))
     said = "control 0: unconditional is for guidance"
     ask(said, control=[control._replace(unconditional="off")])
-    refused("no control; give", bundle.control_residuals, *ARGS, control=None)
+    refused("no control; give", bundle.control_residuals, *ARGS, control=[])
 
 
 # Hints of each half of a guided batch
