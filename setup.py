@@ -38,6 +38,7 @@ TEST = [
     *GCS,
     "hypothesis>=6",
     "jsonschema>=4",
+    "lycoris-lora>=4.1",
     "peft>=0.17",
     *PLAN,
     "pytest>=8",

@@ -67,6 +67,11 @@ usage() {
   exit 2
 }
 
+unknown() { # VERB: one that the caller does not have, or none
+  [[ -z $1 ]] || echo "$1: expected one of the words below" >&2
+  usage
+}
+
 generation() { # VARIABLE: TPU_GENERATION, from the type of machine that VARIABLE holds
   local type=${!1:-} kind=""
   case $type in

@@ -210,7 +210,7 @@ case $verb in
     [[ $verb != resume && -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
     ;;
   wait | setup | stop | status | logs | delete) ;;
-  *) usage ;;
+  *) unknown "$verb" ;;
 esac
 require "${needs[@]}"
 tpu_api

@@ -68,7 +68,7 @@ case $verb in
     [[ -n ${TPU_GENERATION:-} ]] || needs+=(ACCELERATOR_TYPE)
     ;;
   setup | stop | status | logs | delete) ;;
-  *) usage ;;
+  *) unknown "$verb" ;;
 esac
 require "${needs[@]}"
 tpu_api

@@ -4,7 +4,8 @@ The functions of sd3_jax.api are here by name, and imported when they are asked 
 """
 
 __version__ = "0.1.0"
-API = ("Bundle", "ControlInput", "Prompt", "generate", "load", "load_control", "save")
+API = ("Bundle", "ControlBundle", "ControlInput", "Prompt")
+API += ("generate", "load", "load_control", "save")
 
 
 def __getattr__(name):

@@ -7,7 +7,8 @@ Arrays are NHWC. Latents are shifted and scaled. t is in [0, 1], and 1 is noise.
 are floats in [0, 1]; inputs may also be bytes or PIL images (sampling/input_images.py).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -21,10 +22,12 @@ from sd3_jax.sampling import (
     arguments,
     compiled,
     control_arguments,
+    guidance_arguments,
     input_images,
     progress_bar,
     seeds,
 )
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
@@ -56,12 +59,17 @@ def generate(
     mask: Pictures | None = None,
     strength: float = 0.6,
     control: ControlInput | Sequence[ControlInput] | None = None,
+    adapters: Sets | None = None,
     skip_layers: Sequence[int] | None = None,
     skip_scale: float = 2.8,
     skip_start: float = 0.01,
     skip_stop: float = 0.2,
     guidance_interval: tuple[float, float] = (0.0, 1.0),
     guidance_rescale: float = 0.0,
+    guidance_method: str = "cfg",
+    guidance_options: Mapping[str, Any] | None = None,
+    guidance_schedule: str | Sequence[tuple[float, float]] = "constant",
+    guide: Bundle | None = None,
     grid: str | None = None,
     shift: float | None = None,
     mu: float | None = None,
@@ -91,6 +99,14 @@ def generate(
     with a `mask` only where that is 1. `skip_layers` are left out of a third velocity,
     from which guidance steers away in steps i of n with n skip_start < i < n skip_stop.
 
+    `guidance_method` is "cfg" or another key of guidance_methods.METHODS, and
+    `guidance_options` replace its numbers. `guidance_schedule` changes guidance over t:
+    "linear", "cosine", or pairs (t, factor of guidance - 1). `guide` is the weaker
+    bundle of "autoguidance".
+
+    `adapters` are weights of the bundle's adapters by name for this call, or a list of
+    such sets, one for each prompt; by default those of bundle.set_adapters.
+
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
@@ -98,11 +114,15 @@ def generate(
 
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
-    guidance, which inputs are given, `skip_layers`, the ControlNets, or the `preview`
-    function, and with `return_latents="all"` the number of steps. Numbers are data:
-    seed, `guidance`, `strength`, `sigmas`, `shift`, and up to 1,024 `steps`. The
-    solvers euler, dpmpp_2m and dpmpp_2m_flow share a program; heun and lcm have their
-    own.
+    guidance, its method or a schedule, which inputs are given, `skip_layers`, the
+    ControlNets, which adapters are loaded, whether each prompt has a set of its own, or
+    the `preview` function, and with `return_latents="all"` the number of steps. Numbers
+    are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the weights of
+    adapters, and up to 1,024 `steps`. Solvers share programs: euler, dpmpp_2m and
+    dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the stochastic
+    ones but lcm a third; heun, lcm and adaptive have their own. adaptive takes up to
+    `steps` steps of three passes, each image with its own, and no `skip_layers` or
+    `control`.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -110,35 +130,33 @@ def generate(
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
+    argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
     argument_checks.choice("output", output, OUTPUTS)
     argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
     if (all_latents := return_latents == "all") and output != "latents":
         raise UserError('return_latents "all" returns no images; set output="latents"')
-    guidance = argument_checks.number("guidance", guidance)
-    guidance_interval = argument_checks.pair("guidance_interval", guidance_interval)
-    low, high = guidance_interval
-    guidance_rescale = argument_checks.number(
-        "guidance_rescale", guidance_rescale, 0, 1
+    steering = guidance_arguments.checked(
+        bundle.part("denoiser").depth,
+        scale=guidance,
+        interval=guidance_interval,
+        rescale=guidance_rescale,
+        method=guidance_method,
+        options=guidance_options,
+        schedule=guidance_schedule,
+        skip=guidance_arguments.Layers(skip_layers, skip_scale, skip_start, skip_stop),
+        negative=arguments.has_text(negative_prompts),
+        guide=guide,
     )
+    if guide is not None:
+        guidance_arguments.require_guide(bundle, guide)
     strength = argument_checks.number("strength", strength, 0, 1)
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
-    depth = bundle.part("denoiser").depth
-    # Sorted, since equal sets are to be one program.
-    skip_layers = tuple(sorted({*argument_checks.skip_layers(skip_layers, depth)}))
-    skip_scale = argument_checks.number("skip_scale", skip_scale)
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
     if progress:
         preview = progress_bar.counted(preview)
-    guided = arguments.guided(
-        guidance,
-        guidance_interval,
-        guidance_rescale,
-        negative_prompts=arguments.has_text(negative_prompts),
-        skip_layers=bool(skip_layers),
-    )
     image = arguments.starting_image(bundle, image)
     if latents is not None:
         latents = input_images.latents(latents, bundle.part("denoiser").channels)
@@ -156,6 +174,12 @@ def generate(
         mu=mu,
         sigmas=sigmas,
     )
+    steering.require_solver(solver)
+    if solver == "adaptive" and control:
+        raise UserError(
+            "control does not work with the solver adaptive, whose images are at"
+            " different times t; choose another solver, such as unipc_2"
+        )
     # --- encode prompts; one row for each image
     cond, uncond = arguments.encoded(
         bundle,
@@ -164,9 +188,13 @@ def generate(
         length=max_sequence_length,
         per_prompt=images_per_prompt,
         clip_skip=clip_skip,
-        guided=guided,
+        guided=steering.reads_uncond,
+        adapters=adapters,
     )
     rows = cond.pooled.shape[0]
+    table = bundle.bank.table(adapters, rows // images_per_prompt)
+    if table.ndim == 2:
+        table = np.repeat(table, images_per_prompt, axis=0)
     spread = lambda x, name: argument_checks.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
@@ -186,20 +214,13 @@ def generate(
         times = grids.strength(times, strength)
         x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
     # --- numbers are data of the compiled program, the Plan is what compiles
-    skipped = skip_layers if guided else ()
     draws = solvers.draws(solvers.SOLVERS[solver])
     inputs = compiled.Inputs(
         keys=noise_keys if noise is None or draws else None,
         cond=cond,
         uncond=uncond,
         **compiled.solver_inputs(solver, times),
-        scale=np.float32(guidance),
-        interval=(np.float32(low), np.float32(high)),
-        rescale=np.float32(guidance_rescale),
-        skip_scale=np.float32(skip_scale) if skipped else None,
-        skip_window=grids.skip_window(times, skip_start, skip_stop)
-        if skipped
-        else None,
+        **steering.inputs(times),
         noise=noise,
         x0=x0,
         mask=mask,
@@ -209,21 +230,31 @@ def generate(
         # The shared program has no trajectory.
         (solver,) if all_latents else solvers.same_program(solver),
         shape,
-        guided,
-        skipped,
-        preview,
-        bundle.factor,
+        preview=preview,
+        factor=bundle.factor,
         trajectory=len(times) - 1 if all_latents else None,
+        **steering.plan(),
     )
     control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
-        bundle, control, times, shape, rows, images_per_prompt, guided=guided
+        bundle,
+        control,
+        times,
+        shape,
+        rows,
+        images_per_prompt,
+        guided=steering.reads_uncond,
     )
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:
         sampled = compiled.sample(
-            plan, bundle.variables["denoiser"], place(inputs), nets, place(acting)
+            plan,
+            bundle.adapted("denoiser", table),
+            place(inputs),
+            nets,
+            place(acting),
+            steering.weak_variables(),
         )
     return sampled if output == "latents" else bundle.decode(sampled)

@@ -2,6 +2,7 @@
 
 import importlib
 import pkgutil
+import sysconfig
 import traceback
 from collections.abc import Callable, Iterable
 from importlib.util import find_spec
@@ -78,7 +79,15 @@ def _modules(parent: str) -> list[str]:
     if parent and not (spec and spec.submodule_search_locations):
         return []
     places = spec.submodule_search_locations if spec else None
-    return [module.name for module in pkgutil.iter_modules(places)]
+    modules = pkgutil.iter_modules(places)
+    # A name alone is meant for a module of the user's, not for an installed package.
+    return [x.name for x in modules if parent or not _installed(x.module_finder)]
+
+
+def _installed(finder) -> bool:
+    place = getattr(finder, "path", "")
+    packages = sysconfig.get_path("stdlib"), "site-packages", "dist-packages"
+    return any(part in place for part in packages)
 
 
 def _did_you_mean(name: str, choices: Iterable[str]) -> str:

@@ -50,8 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def answer(argv: Sequence[str]) -> int:
     """Run the job and turn whatever it raises into one line and an exit code."""
     try:
-        call = parse(argv)
         set_up_logging()
+        call = parse(argv)
         # Environment variables first: jax and fsspec read them when they are imported.
         keep_programs(call.workdir)
         list_buckets_anew()

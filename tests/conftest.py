@@ -82,3 +82,20 @@ def room():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def compilations():
+    """The seconds of each compilation from here on, whatever is compiled."""
+    seconds = []
+
+    def listen(event, duration, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            seconds.append(duration)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    jax.jit(lambda: 1)()
+    assert seconds, "jax no longer reports compilations by this event"
+    seconds.clear()
+    yield seconds
+    jax.monitoring.unregister_event_duration_listener(listen)

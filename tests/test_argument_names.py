@@ -7,7 +7,7 @@ from pathlib import Path
 import diffusers
 
 from sd3_jax import api
-from sd3_jax.config import schema
+from sd3_jax.config import schema, unknown_keys
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "argument_names.md"
 PIPELINES = ("", "Img2Img", "Inpaint", "ControlNet")
@@ -60,3 +60,16 @@ def test_our_keys_exist():
     keys = [key for section in sections for key in columns(section)["key"]]
     assert len(sections) == 4 and len(keys) > 80
     assert not {*keys} - KEYS - {"--workdir"}
+
+
+def test_a_name_that_the_command_line_knows_has_the_table_s_key():
+    rows = [
+        line.split("|")[1:-1] for line in PAGE.read_text().split("\n") if "|" in line
+    ]
+    seen = 0
+    for name, key in unknown_keys.OTHER_NAMES.items():
+        cells = [row[1:] for row in rows if f"`{name}`" in row[0]]
+        seen += bool(cells)
+        assert not cells or f"`{key}`" in str(cells), name
+    assert seen > 15
+    assert {*unknown_keys.OTHER_NAMES.values()} <= KEYS

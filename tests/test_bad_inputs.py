@@ -89,7 +89,11 @@ MISTAKES = [
     row(1, "train optim.lrr=1", 'key config.optim.lrr; did you mean "config.optim.lr"'),
     row(1, "train data.batchsize=8", 'did you mean "config.data.batch_size"'),
     row(1, "train batch=8", 'did you mean "config.data.batch_size"'),
-    row(2, "train config={recipes}/locked.py", "locked.py:5", "Key", "learning_rate"),
+    row(
+        2,
+        "train config={recipes}/locked.py",
+        "locked.py:5: unknown key config.optim.learning_rate",
+    ),
     row(
         2,
         "train config={recipes}/unlocked.py",
@@ -98,14 +102,23 @@ MISTAKES = [
     ),
     row(2, "train config={recipes}/top.py", 'config.sed; did you mean "config.seed"'),
     row(2, "train config={recipes}/lacks.py", "config.optim.accumulate is missing"),
-    row(3, "train data.batch_size=2.5", "config.data.batch_size = 2.5: expected int"),
-    row(3, "train data.batch_size=1e3", "= 1e3: expected int", 'did you mean "1000"'),
+    row(
+        3, "train data.batch_size=2.5", "config.data.batch_size = 2.5: expected an int"
+    ),
+    row(
+        3, "train data.batch_size=1e3", "= 1e3: expected an int", 'did you mean "1000"'
+    ),
     row(
         3, "train model.qk_norm=yes", "config.model.qk_norm = yes: expected true or fal"
     ),
-    row(3, "train optim.lr=fast", "config.optim.lr = fast: expected float"),
+    row(3, "train optim.lr=fast", "config.optim.lr = fast: expected a number"),
     row(3, "train train.changes=3", "config.train.changes = (3,): expected texts"),
-    row(3, "train config={recipes}/typed.py", "typed.py:5", "'lr'", "1e-3"),
+    row(
+        3,
+        "train config={recipes}/typed.py",
+        "typed.py:5: config.optim.lr = ",
+        '"1e-3": expected a',
+    ),
     row(4, ["train", "optim.lr=1"], "argument optim.lr=1; did you forget --?"),
     row(4, ["train", "sample"], "unexpected argument sample"),
     row(5, "train seed=1 seed=2", "twice: --config.seed=1 and --config.seed=2"),
@@ -124,7 +137,8 @@ MISTAKES = [
     row(7, "train ema.decay=1", "config.ema.decay = 1.0: expected a number in [0, 1)"),
     row(7, "train data.batch_size=0", "batch_size = 0: expected an integer in [1, "),
     row(7, "train data.batch_size=-8", "batch_size = -8: expected an integer in [1"),
-    row(7, "train data.name=", 'config.data.name = "": expected a name'),
+    row(7, "train data.name=", 'config.data.name = "": expected one of digits'),
+    row(8, "train data.name=folder", '"folder"', "records (which precompute makes"),
     row(7, "train image.height=6", "config.image.height = 6: expected at least 8"),
     row(7, "train model.weight_sets=3", "text_split = 5: expected less than the 4 tok"),
     row(7, "train model.width=30", "config.model.width = 30: expected a multiple of 4"),
@@ -149,6 +163,15 @@ MISTAKES = [
         8,
         "evaluate eval.scores=ssim",
         'config.eval.scores: "ssim"; expected one of val_l',
+    ),
+    row(7, "evaluate eval.scores=", "config.eval.scores = (): set at least one of"),
+    row(7, "plan plan.slices=", "config.plan.slices = (): expected one text"),
+    row(7, "compare", "config.image.height = 8: expected a multiple of 16"),
+    row(7, "benchmark", "config.benchmark.scaling.tokens: 512 are 16 x 32, expected"),
+    row(
+        7,
+        "evaluate eval.scores=fid eval.pictures=1 eval.features=pixels",
+        "config.eval.pictures = 1: must be at least 2 to compute fid",
     ),
     row(8, "convert convert.to=onnx", '"onnx": expected one of diffusers, original'),
     row(9, "train mesh.fsdp=3", "fsdp=3", "needs 3 devices but there are 8"),
@@ -207,7 +230,12 @@ MISTAKES = [
         "small.arecord: latents of 4 x 4 x 16, the recipe's are 8 x 8 x 16",
     ),
     row(29, "sample weights={words} sample.prompt=a", "tokenizer for clip_l has 521 t"),
-    row(31, "train image.height=9", "a multiple of 2 (1 pix", "the nearest is 8"),
+    row(
+        31,
+        "train image.height=9",
+        "a multiple of 2 (1 pixel a latent, 2 ",
+        "the nearest is 8",
+    ),
     row(31, f"train config={LATENTS} image.width=250", "16 (8 pix", "nearest is 256"),
     row(
         32,
@@ -217,6 +245,7 @@ MISTAKES = [
     row(
         33, "sample workdir=no/run", "no complete checkpoint in ", "no/run/checkpoints"
     ),
+    row(33, "convert weights={trained}", "is a run of sd3_jax, not released weights"),
     row(33, "evaluate workdir={trained}/checkpoints/2", "/2/checkpoints"),
     row(33, "convert workdir={hollow}", "cannot read", "hollow/checkpoints/7"),
     row(
@@ -229,10 +258,14 @@ MISTAKES = [
     ),
     row(33, "report workdir=no/run", "no/run: no metrics.jsonl to report on"),
     row(
-        34, "convert workdir={trained} model.depth=1", "0 missing, 24 extra", "ema/deno"
+        34,
+        "convert workdir={trained} model.depth=1",
+        "config.model.depth was 2, is 1; use the recipe and variant of that run",
     ),
     row(
-        34, "sample workdir={trained} model.qk_norm=false", "norm_k/scale is not known"
+        34,
+        "sample workdir={trained} model.qk_norm=false",
+        "config.model.qk_norm was true, is false; use",
     ),
     row(
         34, "convert weights={lacks}", "lacks.safetensors: denoiser: 1 missing", "qkv.w"
@@ -356,7 +389,7 @@ MISTAKES = [
     row(
         53, "sample sample.steps=-1", "sample.steps = -1: expected an integer in [1, 1"
     ),
-    row(53, "sample sample.steps=2.5", "config.sample.steps = 2.5: expected int"),
+    row(53, "sample sample.steps=2.5", "config.sample.steps = 2.5: expected an int"),
     row(53, "sample sample.cfg=nan", "cfg = nan: expected a number in [0, 1000]"),
     row(53, "sample sample.cfg=inf", "cfg = inf: expected a number in [0, 1000]"),
     row(53, "sample sample.cfg=-1", "cfg = -1.0: expected a number in [0, 1000]"),
@@ -364,7 +397,7 @@ MISTAKES = [
         53, "sample sample.seed=-1", "seed = -1: expected an integer in [0, 4294967295]"
     ),
     row(53, "sample sample.seed=4294967296", "expected an integer in [0, 4294967295]"),
-    row(53, "sample sample.seed=0.5", "config.sample.seed = 0.5: expected int"),
+    row(53, "sample sample.seed=0.5", "config.sample.seed = 0.5: expected an int"),
     row(
         53, "sample sample.cfg_start=0.9 sample.cfg_stop=0.1", "at most config.sample."
     ),
@@ -958,8 +991,9 @@ def entries(tensors):
 def weights(trained, tmp_path_factory):
     """Those of the run, as one file."""
     folder = tmp_path_factory.mktemp("weights")
-    run(f"convert workdir={trained} convert.to=original convert.out={folder}/a", folder)
-    return folder / "a"
+    path = folder / "a.safetensors"
+    run(f"convert workdir={trained} convert.to=original convert.out={path}", folder)
+    return path
 
 
 def rewritten(weights, path, change, said=True):

@@ -198,6 +198,14 @@ def save_control_net(path: Path) -> None:
     safetensors.torch.save_file(tensors | kind, path)
 
 
+def save_lora(path: Path) -> None:
+    """A LoRA of one layer of the miniatures, in diffusers' names."""
+    layer = "transformer.transformer_blocks.0.attn.to_q"
+    shapes = {"lora_A": (2, 64), "lora_B": (64, 2)}
+    tensors = {f"{layer}.{x}.weight": torch.ones(*n) for x, n in shapes.items()}
+    safetensors.torch.save_file(tensors, path)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """The folder that all pages share, with what a reader of them has."""
@@ -209,6 +217,8 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "photos" / f"IMG_{number:04}.jpg")
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "sd3.5_medium").symlink_to(miniature.folder("sd35_medium"))
+    for stem in ("style", "drawing"):
+        save_lora(folder / f"{stem}.safetensors")
     save_control_net(folder / "sd3.5_large_controlnet_canny.safetensors")
     (folder / "launch").mkdir()
     for script in (ROOT / "launch").glob("*.sh"):

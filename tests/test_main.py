@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 
 from configs import base
 from sd3_jax import main
-from sd3_jax.config import command_line, help_pages
+from sd3_jax.config import command_line, help_pages, unread_keys
 from sd3_jax.config.recipes import recipes
 from sd3_jax.config.relations import RELATIONS
 from sd3_jax.config.schema import KEYS as SCHEMA
@@ -91,6 +91,19 @@ def test_parse_gives_the_job_the_locked_config_and_the_workdir(here):
         ("eval.scores=val_loss,fid", ("val_loss", "fid")),
         ("eval.scores=('val_loss',)", ("val_loss",)),
         ("eval.scores=", ()),
+        ("eval.scores=a red fox (at night)", ("a red fox (at night)",)),
+        ("eval.scores=[masterpiece], a fox", ("[masterpiece]", "a fox")),
+        ("eval.scores=(masterpiece), (a fox)", ("(masterpiece)", "(a fox)")),
+        ("eval.scores=(a fox)", ("(a fox)",)),
+        ("eval.scores=(a, b)", ("a", "b")),
+        ("eval.scores=[a, b,]", ("a", "b")),
+        ("eval.scores=a fox (red, small), b", ("a fox (red, small)", "b")),
+        ("eval.scores='(a, b)'", ("(a, b)",)),
+        ("eval.scores=sad :(, b", ("sad :(", "b")),
+        ("eval.scores=1_000, 1e3", ("1_000", "1e3")),
+        ("eval.scores=007", ("007",)),
+        ("ingest.inputs=photos (1)", ("photos (1)",)),
+        ("ingest.inputs=train-0000[0-4]", ("train-0000[0-4]",)),
         ("extra.sizes=(3, 4, 5)", (3, 4, 5)),
         ("extra.sizes=[3]", (3,)),
         ("extra.sizes=3,4", (3, 4)),
@@ -101,6 +114,70 @@ def test_a_value_is_read_as_its_key_s_type(here, flag, value):
     config = parse(f"--config.{flag}", recipe="configs/toy.py").config
     got = dict(flatten(config))[flag.partition("=")[0]]
     assert got == value and type(got) is type(value)
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        ("tune.rank=8 optim.lr=1", 'config.tune.rank (config.tune.method = "full")'),
+        ("optim.muon_lr=3", 'config.optim.muon_lr (config.optim.name = "adamw")'),
+        ("quantize.denoiser=int8", "config.quantize.denoiser (train does not read it)"),
+        ("ingest.inputs=a", "config.ingest.inputs (train does not read it)"),
+        ("sample.skip_layers=9 seed=3", "config.sample.skip_layers (train does"),
+        ("data.mix=1,0,0", 'config.data.mix (config.data.name = "synthetic")'),
+        ("eval.scores=fid", "config.eval.scores (train does not read it)"),
+    ],
+)
+def test_flags_that_are_not_read_are_named(here, caplog, flags, words):
+    parse(*(f"--config.{flag}" for flag in flags.split()))
+    (record,) = caplog.records
+    assert words in record.message and record.message.count("config.") <= 3
+
+
+@pytest.mark.parametrize(
+    "job, flags",
+    [
+        ("train", "optim.name=muon optim.muon_lr=3 quantize.t5=int8 extra.note=a"),
+        ("train", "data.name=records data.records=a tune.method=lora tune.rank=8"),
+        ("train", "sample.cfg=3 eval.examples=3"),
+        ("precompute", "precompute.only= ingest.prefix=a seed=3"),
+        ("study", "tune.rank=8 flow.mean=1"),
+        ("dedup", "ingest.inputs=a dedup.pairs=3"),
+        ("inspect", "data.records=a model.dtype=float32"),
+        ("sample", "train.prompts=a sample.prompt=b quantize.denoiser=int8"),
+    ],
+)
+def test_flags_that_are_read_are_not_named(here, caplog, job, flags):
+    parse(*(f"--config.{flag}" for flag in flags.split()), job=job)
+    assert [x.message for x in caplog.records if "ingest" not in flags] == []
+
+
+@pytest.mark.parametrize("key", unread_keys.RELEASED)
+def test_a_run_refuses_the_options_of_released_weights(here, key):
+    entry = SCHEMA[key]
+    flag = f"--config.{key}={show(entry.default) or here}"
+    with pytest.raises(UserError, match=f"config.{key}: a run's own checkpoint"):
+        parse(flag, job="sample")
+    parse(flag, f"--config.weights={here}", job="sample")
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--version"], "sd3-jax 0."),
+        (["-V"], "sd3-jax 0."),
+        (["help"], "Jobs:"),
+        (["help", "dedup"], "Usage: sd3-jax dedup [--config=RECIPE"),
+    ],
+)
+def test_what_prints_a_page(argv, words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        main.parse(argv)
+    assert stop.value.code == 0 and words in capsys.readouterr().out
+
+
+def test_a_page_about_a_run_needs_no_recipe(here):
+    assert main.parse(["report", "--workdir=a"]).workdir == str(here / "a")
 
 
 def test_flags_come_in_any_order_and_workdir_may_be_a_bucket():
@@ -168,15 +245,15 @@ def test_the_working_directory_hides_no_installed_module(here):
 
 def test_help_prints_each_key_as_the_flag_that_sets_it(here, capsys):
     with pytest.raises(SystemExit) as stop:
-        parse("--help", "--config.sample.prompt=a red fox", recipe="configs/toy.py")
+        parse("--help", "--config.sample.negative=a red fox", recipe="configs/toy.py")
     lines = capsys.readouterr().out.splitlines()
     assert stop.value.code == 0
     assert "  --config.model.width=<int>" in lines
-    assert "* --config.sample.prompt='a red fox'" in lines  # not the default
+    assert "* --config.sample.negative='a red fox'" in lines  # not the default
     assert not any("config.plan" in line for line in lines)  # train does not read it
     flags = [line[2:] for line in lines if line[2:4] == "--" and "<" not in line]
     config = parse(*(shlex.split(flag)[0] for flag in flags)).config
-    assert config.sample.prompt == "a red fox" and config.extra.sizes == (1, 2)
+    assert config.sample.negative == "a red fox" and config.extra.sizes == (1, 2)
     assert "  --config.extra.sizes='(1, 2)'" in lines
 
 
@@ -227,6 +304,11 @@ MISTAKES = [
     ("train {toy} --workdir=file/deeper", "file expected folder"),
     ("train {toy} --wokrdir=a", "--wokrdir", '"--workdir"'),
     ("train {toy} -config=a", "-config", '"--config"'),
+    ("train {toy} --seed=1", '"--config.seed" or "--config.sample.seed"'),
+    ("train {toy} --steps=1", '"--config.train.steps"', '"--config.sample.steps"'),
+    ("train {toy} --batch_size=3", 'did you mean "--config.data.batch_size"'),
+    ("train {toy} --guidance-scale=3", 'did you mean "--config.sample.cfg"?'),
+    ("train {toy} --output_dir=a", 'did you mean "--workdir"?'),
     ("train {toy} --optim.lr=1", "--optim.lr", '"--config.optim.lr"'),
     ("train {toy} --confg.optim.lr=1", "--confg.", '"--config.optim.lr"'),
     ("train {toy} --workdir=a optim.lr=1", "optim.lr=1", "did you forget --?"),
@@ -258,6 +340,9 @@ KEYS = [
     ("train.batch_size=1", '"config.data.batch_size"'),
     ("data.batch=1", '"config.data.batch_size"'),
     ("model.heads=1", '"config.model.num_heads"'),
+    ("data.path=a", 'did you mean "config.data.records"'),
+    ("sample.guidance=3", 'did you mean "config.sample.cfg"'),
+    ("train.epochs=3", 'did you mean "config.train.steps"'),
     ("optim.nesterov=1", "config.optim has lr warmup"),
     ("nothing.here=1", "config has model optim"),
     ("seed.x=1", "unknown key config.seed.x"),
@@ -265,17 +350,17 @@ KEYS = [
     ("=1", "unknown key config."),
 ]
 VALUES = [
-    ("data.batch_size=2.5", "expected int"),
-    ("data.batch_size=1e3", "expected int", '"1000"'),
-    ("data.batch_size=", "expected int"),
-    ("data.batch_size=None", "expected int"),
+    ("data.batch_size=2.5", "expected an integer in [1, 1048576]"),
+    ("data.batch_size=1e3", "expected an integer in", '"1000"'),
+    ("data.batch_size=", "expected an integer in"),
+    ("data.batch_size=None", "expected an integer in"),
     (
         "data.batch_size=0",
         "config.data.batch_size = 0: expected an integer in [1, 1048576]",
     ),
     ("data.batch_size=-8", "an integer in [1, 1048576]"),
     ("data.batch_size=10 --config.optim.accumulate=4", "a multiple of 4 nearest is 8"),
-    ("model.width=1.5", "expected int"),
+    ("model.width=1.5", "expected an integer in [1, 65536]"),
     ("model.width=100", "num_heads = 24 nearest is 96"),
     ("model.depth=0", "an integer in [1, 1000]"),
     ("model.dual_blocks=24", "at most 23 config.model.depth = 24"),
@@ -284,7 +369,11 @@ VALUES = [
     ("model.qk_norm=yes", "true or false"),
     ("model.qk_norm=1", "true or false"),
     ("extra.sizes=1,2.5", "expected tuple"),
-    ("optim.lr=fast", "expected float"),
+    ("train.writers=wandbb", '("wandbb",)', 'did you mean "wandb"', "TensorBoard"),
+    ("ingest.captions=a,,b", "a,,b", 'write "" in quotes'),
+    ("data.records=a", '("a",): not read', 'data.name = "synthetic"', "=records"),
+    ("data.held_out=a", '("a",): not read', "or remove config.data.held_out"),
+    ("optim.lr=fast", "expected a number in (0, 100]"),
     ("optim.lr=nan", "a number in (0, 100]"),
     ("optim.lr=inf", "a number in (0, 100]"),
     ("optim.lr=0", "a number in (0, 100]"),
@@ -310,7 +399,7 @@ VALUES = [
     ("profile.start=11 --config.train.steps=10", "at most config.train.steps = 10"),
     ("profile.steps=0", "an integer in [1, 10000]"),
     ("sample.solver=eular", 'config.sample.solver = "eular"', '"euler"'),
-    ("sample.grid=karras", "linear, shifted, released"),
+    ("sample.grid=karas", '"karras"'),
     ("sample.weights=model", "ema, params"),
     ("sample.steps=0", "an integer in [1, 10000]"),
     ("sample.cfg=-1", "a number in [0, 1000]"),

@@ -28,7 +28,7 @@ from sd3_jax.sampling import bundle_loading, lora_adapters
 from sd3_jax.training import finetuning
 from sd3_jax.training.finetuning import Tuning
 from sd3_jax.training.objectives import Objective
-from sd3_jax.weights import lora_files, lora_formats, sources
+from sd3_jax.weights import adapter_files, lora_files, sources
 
 log = logging.getLogger(__name__)
 CHECKPOINTS = "checkpoints"  # in a workdir
@@ -215,16 +215,19 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
     where = f"config.tune.lora = {source}"
     path, weight = lora_adapters.named(source)
     with prefixed(where):
-        path = sources.resolve(path, lora_formats.WANTED, label="LoRA")
-        pairs = lora_formats.read(path)
-    if foreign := sorted(set(pairs) - {"denoiser"}):
+        path = sources.resolve(path, adapter_files.WANTED, label="LoRA")
+        parts_of_file = adapter_files.read(path)
+    if foreign := sorted(set(parts_of_file) - {"denoiser"}):
         raise UserError(
             f"{where}: adapts {foreign[0]}; only a LoRA of the denoiser can be trained"
         )
     if not isinstance(parts.denoiser, MMDiT):
         name = config.model.name
         raise UserError(f'{where}: config.model.name must be "mmdit", got "{name}"')
-    ranks = sorted({pair.rank for pair in pairs["denoiser"].values()})
+    layers = parts_of_file["denoiser"]
+    with prefixed(where):
+        lora_files.require_lora(layers)
+    ranks = sorted(layers.ranks - {None})
     if ranks != [rank]:
         advice = f"--config.tune.rank={ranks[0]}" if not ranks[1:] else "one rank"
         listed = ", ".join(map(str, ranks))
@@ -234,9 +237,7 @@ def initial_adapter(config: ConfigDict, parts) -> dict:
         )
     init = parts.objective.init
     shapes = tree.unbox(jax.eval_shape(init, jax.random.key(0)))["denoiser"]
-    loaded = lora_files.load(
-        pairs["denoiser"], "denoiser", parts.denoiser, shapes, weight=weight
-    )
+    loaded = lora_files.load(layers, "denoiser", parts.denoiser, shapes, weight=weight)
     trained = lora.target_kernels(shapes, config.tune.targets)
     of_file = [module for module, _ in lora.modules(loaded, "a")]
     if foreign := ["/".join(module) for module in of_file if module not in trained]:

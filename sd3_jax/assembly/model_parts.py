@@ -121,6 +121,21 @@ def trained_encoders(workdir: epath.PathLike, step: int) -> dict[str, str]:
     return saved_data(checkpoints(workdir), step).get("encoders", {})
 
 
+def trained_guide(
+    config: ConfigDict, parts: Parts, workdir: str, mesh: Mesh
+) -> dict | None:
+    """The parameters of the checkpoint that config.sample.guide names, if any."""
+    guide = config.sample.guide
+    if not guide:
+        return None
+    if not guide.isdecimal() or not int(guide):
+        raise UserError(
+            f"config.sample.guide = {guide}: expected the step of a checkpoint of this"
+            " run, such as 1000"
+        )
+    return trained_params(config, parts, workdir, mesh, int(guide))[0]
+
+
 def trained_params(
     config: ConfigDict,
     parts: Parts,
@@ -138,27 +153,32 @@ def trained_params(
     """
     folder, which = checkpoints(workdir), config.sample.weights
     step = step or config.sample.step or None
-    differing = []
-
-    def warn(saved: dict) -> None:
-        differing[:] = compatibility.differing(saved, config)
-        compatibility.warn(workdir, saved, config)
+    saved_config: dict = {}
 
     try:
         params, step = finetune_start.restored(
-            *(config, parts.objective, parts.denoiser, folder, mesh, warn),
+            *(
+                config,
+                parts.objective,
+                parts.denoiser,
+                folder,
+                mesh,
+                saved_config.update,
+            ),
             which=which,
             step=step,
         )
     except UserError as error:
+        differing = compatibility.differing(saved_config, config)
         if isinstance(error, UnreadableCheckpoint) or not differing:
             raise
-        # The cause before the shapes: most often the run was of another variant.
+        # The cause and not the shapes: most often the run was of another variant.
         raise UserError(
             f"{workdir} was trained with other settings:"
             f" {compatibility.spelled(differing)}; use the recipe and variant of that"
-            f" run. {error}"
-        ) from None
+            " run"
+        ) from error
+    compatibility.warn(workdir, saved_config, config)
     if config.quantize.denoiser and not exact:
         kind = quantization.KINDS[config.quantize.denoiser]
         make = lambda x, axes: quantization.quantize_placed(x, kind, axes)

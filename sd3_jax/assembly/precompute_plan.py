@@ -71,6 +71,8 @@ def record_settings(
         # Paths may differ between runs; what is behind them is compared instead, by
         # fingerprints below and the parts' listings.
         settings.pop(key)
+    if encoder is None:  # for a recipe of pixels too, whatever precompute.only says
+        settings["precompute.only"] = ()
     settings["excluded"] = exclusions
     settings["weights"] = encoder.bundle.fingerprint() if encoder else ""
     return json.loads(json.dumps(settings))  # tuples are lists, as in plan.json

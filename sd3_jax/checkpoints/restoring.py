@@ -47,7 +47,8 @@ def read_newest(
                 raise
             log.warning("%s: using an earlier step", fault)
     raise UserError(
-        f"no complete checkpoint in {directory}; train first, or check --workdir"
+        f"no complete checkpoint in {directory}; train first, check --workdir, or name"
+        " released weights in config.weights"
     )
 
 

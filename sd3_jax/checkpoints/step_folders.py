@@ -99,7 +99,8 @@ def step_path(directory: epath.Path, step: int | None) -> epath.Path:
     steps = shared_steps(directory)
     if step is None and not steps:
         raise UserError(
-            f"no complete checkpoint in {directory}; train first, or check --workdir"
+            f"no complete checkpoint in {directory}; train first, check --workdir, or"
+            " name released weights in config.weights"
         )
     path = directory / str(max(steps) if step is None else step)
     if step is not None and step not in steps:

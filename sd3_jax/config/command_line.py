@@ -18,17 +18,21 @@ from typing import Any, NamedTuple, NoReturn
 
 from ml_collections import ConfigDict
 
-from sd3_jax.config import help_pages, input_files
+import sd3_jax
+from sd3_jax.config import (
+    help_pages,
+    input_files,
+    schema,
+    unknown_keys,
+    unread_keys,
+)
 from sd3_jax.config.help_pages import usage
 from sd3_jax.config.recipes import find, make_importable
-from sd3_jax.config.validation import leaves, validate
+from sd3_jax.config.validation import complaint, leaves, validate
 from sd3_jax.config.value_text import hint, read
-from sd3_jax.errors import ConfigError, UserError, near, nearest
+from sd3_jax.errors import ConfigError, UserError, nearest
 from sd3_jax.jobs import JOBS
 from sd3_jax.weights.source_names import REMOTE
-
-ALIKE = 1.4  # keys that are suggested for a wrong one; see likeness
-FLAGS = ("--config", "--workdir", "--help")
 
 
 class Call(NamedTuple):
@@ -40,6 +44,10 @@ class Call(NamedTuple):
 def parse(argv: Sequence[str]) -> Call:
     """Check the whole command line; a UserError says what is wrong with it."""
     words, flags = split(argv)
+    if "--version" in flags:
+        print_and_exit(f"sd3-jax {sd3_jax.__version__}")
+    if words[:1] == ["help"]:  # `sd3-jax help JOB` is `sd3-jax JOB --help`
+        words, flags = words[1:], {"--help": ""} | flags
     job, recipe = next(iter(words), None), flags.pop("--config", "")
     asked, workdir = flags.pop("--help", None), flags.pop("--workdir", "")
     if job is not None and job not in JOBS:
@@ -69,6 +77,8 @@ def parse(argv: Sequence[str]) -> Call:
     input_files.check(job, dict(leaves(config)))
     paths = {f"config.{key}": value for key, value in leaves(config)}
     input_files.require_drivers({"workdir": workdir} | paths)
+    keys = [name.removeprefix("--config.") for name in flags]
+    unread_keys.check(job, keys, dict(leaves(config)))
     return Call(job, config, workdir)
 
 
@@ -85,12 +95,12 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
     words, flags, rest = [], {}, list(argv)
     while rest:
         name, equals, value = rest.pop(0).partition("=")
-        if name in ("-h", "--help"):
-            flags["--help"] = value
+        if name in ("-h", "--help", "-V", "--version"):
+            flags["--help" if name in ("-h", "--help") else "--version"] = value
         elif not name.startswith("-"):
             words.append(name + equals + value)
-        elif name not in FLAGS and not name.startswith("--config."):
-            raise UserError(f"unknown flag {name}{nearest_flag(name)}")
+        elif name not in unknown_keys.FLAGS and not name.startswith("--config."):
+            raise UserError(f"unknown flag {name}{unknown_keys.of_flag(name)}")
         elif not equals and (not rest or rest[0].startswith("--")):
             raise UserError(f"{name} has no value; expected {name}=VALUE")
         else:
@@ -100,14 +110,6 @@ def split(argv: Sequence[str]) -> tuple[list[str], dict[str, str]]:
                 raise UserError(f"a flag is set twice: {values}")
             flags[name] = value
     return words, flags
-
-
-def nearest_flag(name):
-    head, _, key = name.partition(".")
-    if key:  # --confg.optim.lr, --optim.lr
-        key = key if near(head, ["--config"]) else name.lstrip("-")
-        return f'; did you mean "--config.{key}"?'
-    return nearest(name, FLAGS)
 
 
 def check_workdir(workdir):
@@ -173,7 +175,7 @@ def require_same_keys(name: str, path: Path, config: ConfigDict) -> None:
     for key in sorted(set(theirs) - set(known)):
         head, _, rest = key.partition(".")
         if head in ours or not rest or difflib.get_close_matches(head, ours, 1, 0.8):
-            raise ConfigError(f"{name}: {unknown_key_message(ours, key, known)}")
+            raise ConfigError(f"{name}: {unknown_keys.of_key(ours, key)}")
     for key in sorted(set(known) - set(theirs)):
         raise ConfigError(
             f"{name}: config.{key} is missing; a recipe has all keys of configs/base.py"
@@ -188,6 +190,8 @@ def call_recipe(name, path, function, *args):
         frames = traceback.extract_tb(error.__traceback__)
         line = [frame.lineno for frame in frames if Path(frame.filename) == path]
         where = f"{name}:{line[-1]}" if line else name
+        if message := assignment_message(error):
+            raise ConfigError(f"{where}: {message}") from error
         if isinstance(error, SyntaxError) and not line:
             where = f"{name}:{error.lineno}"
         message = " ".join(str(getattr(error, "msg", error)).split())
@@ -195,20 +199,47 @@ def call_recipe(name, path, function, *args):
         raise ConfigError(f"{where} raised {kind}: {message}") from error
 
 
+def assignment_message(error: Exception) -> str:
+    """What is wrong with a recipe's `c.optim.lrr = 3`; "" if it failed elsewhere.
+
+    ml_collections prints the whole group and names no key of it in full.
+    """
+    if not isinstance(error, AttributeError | KeyError | TypeError):
+        return ""
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        values = frame.f_locals
+        group, key = values.get("self"), values.get("attribute", values.get("key"))
+        if not isinstance(group, ConfigDict) or not isinstance(key, str):
+            continue
+        names = {*group}  # tells which of the groups it is
+        prefix = next((g for g, x in schema.GROUPS.items() if {*x.keys} == names), None)
+        if prefix is None and {*schema.TOP_LEVEL} <= names:
+            prefix = ""
+        if prefix is None:
+            return ""
+        full = f"{prefix}.{key}".lstrip(".")
+        if key not in names:
+            return unknown_keys.of_key(schema.defaults(), full)
+        if full in schema.KEYS and "value" in values:
+            return str(complaint(full, values["value"], schema.KEYS[full].rule))
+    return ""
+
+
 # The overrides
 
 
 def override(config: ConfigDict, key: str, text: str) -> None:
     """config.key = text, read as the type that the key has."""
-    known = dict(leaves(config))
-    if key not in known:
-        raise ConfigError(unknown_key_message(config, key, known))
+    if key not in dict(leaves(config)):
+        raise ConfigError(unknown_keys.of_key(config, key))
     holder, name = place(config, key)
     kind = holder.get_type(name)
     try:
         holder[name] = read(text, kind, holder[name])
     except (KeyError, ValueError):
         wanted = "true or false" if kind is bool else kind.__name__
+        if key in schema.KEYS:  # and not one of the recipe's own
+            wanted = schema.KEYS[key].rule.wanted
         complaint = f"config.{key} = {text}: expected {wanted}{hint(text, kind)}"
         raise ConfigError(complaint) from None
 
@@ -218,33 +249,3 @@ def place(config: ConfigDict, key: str) -> tuple[ConfigDict, str]:
     *groups, name = key.split(".")
     holder: Any = functools.reduce(operator.getitem, groups, config)
     return holder, name
-
-
-def unknown_key_message(config, key, known):
-    """No such key: the nearest one, or what there is in its group."""
-    group, name = config, "config"
-    for part in key.split("."):
-        if part not in group or not isinstance(group[part], ConfigDict):
-            break
-        group, name = group[part], f"{name}.{part}"
-    if name == f"config.{key}":
-        return f"{name} is a group; expected one of its keys, {', '.join(group)}"
-    best = max(known, key=lambda other: likeness(key, other), default=None)
-    if best is not None and likeness(key, best) > ALIKE:
-        return f'unknown key config.{key}; did you mean "config.{best}"?'
-    return f"unknown key config.{key}; {name} has {', '.join(group)}"
-
-
-def likeness(a, b):
-    """How alike two keys are, in whole and in their last part: 0 to 3."""
-    ratio = lambda a, b: difflib.SequenceMatcher(None, a, b).ratio()
-    x, y = a.rpartition(".")[2], b.rpartition(".")[2]
-    return ratio(a, b) + (
-        2 if is_short_for(x, y) or is_short_for(y, x) else ratio(x, y)
-    )
-
-
-def is_short_for(x, y):
-    """batch and bs are short for batch_size."""
-    initials = "".join(word[:1] for word in y.split("_"))
-    return f"{y}_".startswith(f"{x}_") or x == initials

@@ -18,6 +18,7 @@ OPTIONS = {
     RECIPE: "recipe (name or file), and its variant",
     WORKDIR: "folder or bucket of the job (gs://...)",
     "--config.KEY=VALUE": "override a key of the recipe: --config.optim.lr=3e-4",
+    "-V, --version": "show the version",
     "-h, --help": "show this page; with --config, the recipe's keys and values",
 }
 SECTIONS = {  # jobs in the order in which a user meets them
@@ -73,7 +74,12 @@ def job_page(name: str) -> str:
         for flag, text in OPTIONS.items()
     }
     does = f"{job.help[:1].upper()}{job.help[1:]}. {job.about}"
-    keys = {x: schema.about(x) for x in schema.TOP_LEVEL if x in job.groups}
+    keys = {}
+    for group in schema.TOP_LEVEL:
+        names = [x.partition(".")[2] for x in job.groups if x.startswith(f"{group}.")]
+        if names or group in job.groups:
+            only = f": only {', '.join(names)}" if names else ""
+            keys[group] = f"{schema.about(group)}{only}"
     reads = "This job reads none of the recipe's keys."
     if keys:
         listing = f"sd3-jax {name} --help --config=RECIPE"
@@ -92,7 +98,11 @@ def job_page(name: str) -> str:
 def table(title: str, rows: dict[str, str]) -> str:
     """Below a title, names in a column with a text beside each."""
     wide = max(map(len, rows), default=0)
-    lines = [f"  {name:{wide}}  {text}".rstrip() for name, text in rows.items()]
+    below = " " * (wide + 4)
+    fill = textwrap.TextWrapper(WIDTH, subsequent_indent=below, break_on_hyphens=False)
+    lines = [
+        fill.fill(f"  {name:{wide}}  {text}".rstrip()) for name, text in rows.items()
+    ]
     return "\n".join([f"{title}:", *lines])
 
 
@@ -107,7 +117,7 @@ def recipe_page(recipe: str, config: ConfigDict, job: str | None = None) -> str:
     group = None
     for key in in_order(values):
         top = key.partition(".")[0]
-        if job and top in schema.TOP_LEVEL and top not in JOBS[job].groups:
+        if job and top in schema.TOP_LEVEL and not JOBS[job].reads(key):
             continue
         if parent(key) != group:
             group = parent(key)

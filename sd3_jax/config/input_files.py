@@ -82,6 +82,8 @@ def weighed(text: str) -> str:
 
 
 def file(text: str) -> str:
+    if os.path.isdir(os.path.expanduser(text)):
+        return "is a folder, expected a file"
     return "" if exists(text) else "no such file"
 
 
@@ -102,6 +104,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("tokenizers", LOADED, model),
     ("sample.lora", (*PAINTED, "convert"), weighed),
     ("sample.prompts_file", ("sample",), file),
+    ("eval.prompts_file", ("evaluate",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),
     ("encode.tokenizers", ENCODED, model),

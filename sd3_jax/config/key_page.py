@@ -4,6 +4,7 @@ python -m sd3_jax.config.key_page > docs/reference/config.md
 """
 
 import textwrap
+from collections.abc import Iterator
 
 from sd3_jax.config import schema
 from sd3_jax.config.schema.key_rules import Key
@@ -34,13 +35,22 @@ def section(name: str) -> str:
     group = schema.GROUPS[name]
     lines = [f"## {f'`{name}`: ' if name else ''}{group.about}", ""]
     if name:
-        readers = [f"`{job}`" for job, entry in JOBS.items() if name in entry.groups]
-        lines += [textwrap.fill(f"Read by {', '.join(readers)}.", 100), ""]
+        lines += [textwrap.fill(f"Read by {', '.join(readers(name))}.", 100), ""]
     lines += ["| key | default | allowed | what it does |", "|---|---|---|---|"]
     for key, entry in schema.flat(group.keys, f"{name}." if name else ""):
         cells = (f"`{key}`", default(entry), entry.rule.wanted, entry.about)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, ""])
+
+
+def readers(group: str) -> Iterator[str]:
+    """The jobs that read a group, each with its keys if it reads only some."""
+    for job, entry in JOBS.items():
+        keys = [x.partition(".")[2] for x in entry.groups if x.startswith(f"{group}.")]
+        if group in entry.groups:
+            yield f"`{job}`"
+        elif keys:
+            yield f"`{job}` ({', '.join(f'`{key}`' for key in keys)})"
 
 
 def default(entry: Key) -> str:

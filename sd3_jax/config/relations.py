@@ -22,7 +22,8 @@ def side(pixels, autoencoder, patch, pos_size, multipliers):
     if not multipliers and pixels > token * pos_size:
         return f"at most {token * pos_size}, config.model.pos_size = {pos_size} tokens"
     if pixels % by:
-        factors = f"{FACTOR[autoencoder]} pixels a latent, {patch} latents a patch"
+        pixel = "1 pixel" if FACTOR[autoencoder] == 1 else "8 pixels"
+        factors = f"{pixel} a latent, {patch} latent{'s' * (patch > 1)} a patch"
         if multipliers:
             factors += f", halved {len(multipliers) - 1} times"
         return f"a multiple of {by} ({factors}); the nearest is {multiple(pixels, by)}"
@@ -120,6 +121,11 @@ def interval(start, stop):
         return f"at most config.sample.cfg_stop = {stop}"
 
 
+def guide_needed(guide, method):
+    if method == "autoguidance" and not guide:
+        return f'weaker weights for config.sample.guidance_method = "{method}"'
+
+
 def released_only(loras, weights):
     if loras and not weights:
         return "(), or released weights for them in config.weights"
@@ -199,11 +205,6 @@ def prior(weight, objective, data, shares):
         )
 
 
-def known(data, text):
-    if data not in (*READS, "records") and text == "bytes":
-        return f"one of {', '.join(READS)}, records"
-
-
 def canvas(side, data):
     if data == "digits" and side < 8:
         return "at least 8, a digit's side"
@@ -244,13 +245,13 @@ RELATIONS = (
     (table_size, "model.pos_size", "model.width"),
     (reached, "profile.start", "train.steps"),
     (interval, "sample.cfg_start", "sample.cfg_stop"),
+    (guide_needed, "sample.guide", "sample.guidance_method"),
     (one_rest, "mesh"),
     (weighted, "data.weights", "data.records"),
     (released_only, "sample.lora", "weights"),
     (trained_only, "sample.step", "weights"),
     (lora_only, "tune.lora", "tune.method"),
     (wide, "quantize.denoiser", "model.dtype"),
-    (known, "data.name", "text.name"),
     (prefers, "tune.objective", "data.name", "flow.path"),
     (prior, "tune.prior", "tune.objective", "data.name", "data.weights"),
     (read_from(0, "digits", "synthetic"), "text.name", "data.name"),

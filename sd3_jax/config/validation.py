@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax.config import schema
 from sd3_jax.config.relations import RELATIONS
+from sd3_jax.config.schema.key_rules import Rule
 from sd3_jax.errors import ConfigError, near
 from sd3_jax.foreign_text import shown
 
@@ -17,7 +18,7 @@ def validate(config: ConfigDict) -> None:
     for key, (_, rule, *_) in schema.KEYS.items():
         value = values.get(key)
         if value is not None and not rule.holds(value):
-            raise complaint(key, value, rule.wanted, rule.choices)
+            raise complaint(key, value, rule)
 
     if "model.depth" in values:  # the defaults of what is left open, as in the paper
         for key, default in (("model.width", 64), ("model.num_heads", 1)):
@@ -27,7 +28,7 @@ def validate(config: ConfigDict) -> None:
         if all(values.get(key) is not None for key in keys):
             wanted = relation(*(values[key] for key in keys))
             if wanted:
-                raise complaint(keys[0], values[keys[0]], wanted)
+                raise complaint(keys[0], values[keys[0]], Rule(bool, wanted))
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -50,8 +51,20 @@ def leaves(tree: ConfigDict | dict, prefix: str = "") -> Iterator[tuple[str, Any
             yield f"{prefix}{name}", value
 
 
-def complaint(key, value, wanted, choices=()):
-    guess = near(str(value), choices)
+def complaint(key: str, value: Any, rule: Rule) -> ConfigError:
+    """The error of a value that its key's rule forbids."""
+    several = value if isinstance(value, tuple | list) else [value]
+    wrong = (str(x) for x in several if str(x) not in rule.choices)
+    guess = next(filter(None, (near(text, rule.choices) for text in wrong)), None)
     hint = f'; did you mean "{guess}"?' if guess else ""
-    value = f'"{shown(value, 1_000)}"' if isinstance(value, str) else value
-    return ConfigError(f"config.{key} = {value}: expected {wanted}{hint}")
+    return ConfigError(f"config.{key} = {as_text(value)}: expected {rule.wanted}{hint}")
+
+
+def as_text(value: Any) -> str:
+    """A value as an error shows it; texts in quotes, with their controls escaped."""
+    if isinstance(value, str):
+        return f'"{shown(value, 1_000)}"'
+    if isinstance(value, tuple | list):
+        end = "," if len(value) == 1 else ""
+        return f"({', '.join(map(as_text, value))}{end})"
+    return str(value)

@@ -16,7 +16,8 @@ def read(text: str, kind: type, old: Any) -> Any:
         if len(types) != 1:
             return kind(items(text))
         [item_type] = types
-        return kind(read(str(item), item_type, None) for item in items(text))
+        parts = texts(text) if item_type is str else items(text)
+        return kind(read(str(item), item_type, None) for item in parts)
     return READERS[kind](text)
 
 
@@ -34,12 +35,69 @@ def items(text: str) -> tuple | list:
         value = ast.literal_eval(text)
         return value if isinstance(value, tuple | list) else (value,)
     except (SyntaxError, ValueError):
-        bare = text.strip("()[] ")
-        return [item.strip() for item in bare.split(",") if item.strip()]
+        return split(text)
+
+
+def texts(text: str) -> tuple | list:
+    """The same where all items are texts: 1_000 and 1e3 stay as they are."""
+    values = items(text)
+    return values if all(isinstance(x, str) for x in values) else split(text)
+
+
+def split(text: str) -> list[str]:
+    """The texts between commas. ValueError if one that is not the last is empty.
+
+    Brackets around the whole list are left out, but those of one text are its own:
+    "a fox (at night)", "(a fox)" and "train-0[0-4]" are whole. A comma in brackets
+    divides nothing. Quotes keep any text: '("(a, b)",)'.
+    """
+    text = text.strip()
+    cuts = commas(text)
+    if not cuts and encloses(text) and commas(text[1:-1]):
+        text = text[1:-1].strip()
+        cuts = commas(text)
+    bounds = [-1, *cuts, len(text)]
+    parts = [text[a + 1 : b].strip() for a, b in zip(bounds, bounds[1:])]
+    if parts and not parts[-1]:
+        parts.pop()  # after a last comma, or of an empty text
+    if not all(parts):
+        raise ValueError("an empty text between two commas")
+    return parts
+
+
+def commas(text: str) -> list[int]:
+    """Where the commas outside brackets are; all of them if the brackets do not match.
+
+    Brackets that do not match are text, such as ":(".
+    """
+    depth, places = 0, []
+    for i, letter in enumerate(text):
+        depth += (letter in "([") - (letter in ")]")
+        if depth < 0:
+            break
+        if letter == "," and not depth:
+            places.append(i)
+    if depth:
+        return [i for i, letter in enumerate(text) if letter == ","]
+    return places
+
+
+def encloses(text: str) -> bool:
+    """Whether the first letter is a bracket and the last one closes it."""
+    if text[:1] + text[-1:] not in ("()", "[]"):
+        return False
+    depth = 0
+    for letter in text[:-1]:
+        depth += (letter in "([") - (letter in ")]")
+        if depth == 0:
+            return False
+    return True
 
 
 def hint(text: str, kind: type) -> str:
-    """An int written as a float, 1e3, can be set right."""
+    """What to write instead: 1000 for 1e3, and "" for a text of a list."""
+    if kind in (tuple, list) and any(not x.strip() for x in text.split(",")):
+        return '; write "" in quotes for an empty text'
     try:
         if kind is int and float(text).is_integer():
             return f'; did you mean "{int(float(text))}"?'

@@ -44,7 +44,7 @@ WANTED = ("tokenizer*/*", *FILES)
 
 @functools.cache
 def _byt5() -> Any:
-    # Half a second to import, so only for runs that use it; and one thread at a time,
+    # Seconds to import, so only for runs that use it; and one thread at a time,
     # because transformers' lazy modules fail where two import from them at once.
     with _LOCK:
         from transformers import ByT5Tokenizer

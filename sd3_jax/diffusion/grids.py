@@ -5,6 +5,7 @@ They are computed in float64 on the host and rounded once.
 
 import math
 from collections.abc import Sequence
+from functools import partial
 
 import numpy as np
 from jaxtyping import Float32, Float64
@@ -30,15 +31,45 @@ def released(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
     # diffusers shifts sigma_min = 1/1000 when the scheduler is built, and all sigmas
     # once more when steps are set. So the last t before 0 is shifted twice: 0.008929
     # for shift 3 and any steps > 1.
+    return np.append(_released(steps, shift), 0).astype(np.float32)
+
+
+def _released(steps, shift):
     end = timesteps.shift(1 / 1000, shift)  # once
-    t = timesteps.shift(np.linspace(1, end, steps), shift)  # and again with the rest
-    return np.append(t, 0).astype(np.float32)
+    return timesteps.shift(np.linspace(1, end, steps), shift)  # and again with the rest
 
 
 def flow(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
     """diffusers' grid for multistep solvers on flows."""
     # Below 1, where lambda = log a/b is infinite; the last step to 0 is a large one.
     t = timesteps.shift(np.linspace(0.999, 0, steps + 1)[:-1], shift)
+    return np.append(t, 0).astype(np.float32)
+
+
+def unipc(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
+    """The grid of diffusers' UniPCMultistepScheduler on flows."""
+    t = timesteps.shift(np.linspace(1, 0.001, steps + 1)[:-1], shift)
+    return np.append(below_one(t), 0).astype(np.float32)
+
+
+def sgm_uniform(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
+    """ComfyUI's scheduler of this name: the last step to 0 is as long as the others."""
+    # From comfy/samplers.py, normal_scheduler with sgm, on ModelSamplingDiscreteFlow,
+    # whose sigma_min is shifted once and all times once more. Without sgm: `released`.
+    end = timesteps.shift(1 / 1000, shift)
+    t = timesteps.shift(np.linspace(1, end, steps + 1)[:-1], shift)
+    return np.append(t, 0).astype(np.float32)
+
+
+def simple(steps: int, shift: float) -> Float32[np.ndarray, " n"]:
+    """ComfyUI's scheduler of this name: steps of whole 1/1000s, shifted.
+
+    Raises ConfigError for more than 1000 steps.
+    """
+    require(steps <= 1000, "steps", steps, "at most 1000 with the grid simple")
+    # int() of the product and not of the quotient, as comfy/samplers.py rounds.
+    numbers = [1000 - int(i * (1000 / steps)) for i in range(steps)]
+    t = timesteps.shift(np.array(numbers) / 1000, shift)
     return np.append(t, 0).astype(np.float32)
 
 
@@ -68,6 +99,12 @@ def custom(sigmas: Sequence[float] | np.ndarray) -> Float64[np.ndarray, " n"]:
     return t
 
 
+def below_one(t: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
+    """t with a first value of 1 made 1 - 1e-6, as diffusers does for UniPC."""
+    # There lambda = log a/b is finite, and the first step a large one of many.
+    return np.append(min(t[0], 1 - 1e-6), t[1:]) if abs(t[0] - 1) < 1e-6 else t
+
+
 def stretched(t: Float64[np.ndarray, " n"], end: float) -> Float64[np.ndarray, " n"]:
     """1 - t scaled so that the last t is `end`, as diffusers' shift_terminal does."""
     require(bool(t[-1] < 1), "steps", len(t), "2 or more with a shift_terminal")
@@ -95,6 +132,12 @@ def beta(t: Float64[np.ndarray, " n"]) -> Float64[np.ndarray, " n"]:
 
 # By the scheduler's field: use_karras_sigmas, use_exponential_sigmas, use_beta_sigmas.
 SPACINGS = {"": lambda t: t, "karras": karras, "exponential": exponential, "beta": beta}
+
+
+def respaced(steps: int, shift: float, name: str) -> Float32[np.ndarray, " n"]:
+    """A spacing between the ends of `released`, as in diffusers' Euler scheduler."""
+    t = SPACINGS[name](_released(steps, shift))
+    return np.append(t, 0).astype(np.float32)
 
 
 def strength(
@@ -145,6 +188,10 @@ GRIDS = {
     "shifted": shifted,
     "released": released,
     "flow": flow,
+    "unipc": unipc,
+    "sgm_uniform": sgm_uniform,
+    "simple": simple,
+    **{name: partial(respaced, name=name) for name in SPACINGS if name},
 }
 
 

@@ -1,88 +1,153 @@
-"""Classifier-free guidance (Ho & Salimans 2022) as a map of velocities."""
+"""Guidance around a velocity: branches, interval, schedule, rescale, worse networks.
+
+How branches are combined is the table of guidance_methods.py.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, PyTree
+from jaxtyping import Array, Float, PyTree
 
-from sd3_jax.diffusion.checks import require
+from sd3_jax.diffusion.carried import Carried
+from sd3_jax.diffusion.checks import choose, require
+from sd3_jax.diffusion.guidance_methods import METHODS, Branches, Number
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
-Number = float | int | np.ndarray | np.number | Array
+Conditional = Callable[[Array, Array, PyTree], Array]
 
 
-class Skip(NamedTuple):
-    """Skip-layer guidance: `velocity` leaves layers out, and is steered away from.
+class Weakened(NamedTuple):
+    """A worse velocity that is steered away from: skip-layer guidance, or PAG.
 
-    `scale` multiplies the difference while t is in `window`, [low, high].
+    `velocity` leaves layers out, or perturbs their attention. `scale` multiplies v_c
+    minus it while t is in `window`, [low, high]; this costs one more forward a step.
     """
 
-    velocity: Callable[[Array, Array, PyTree], Array]
+    velocity: Conditional
     scale: Number
     window: tuple[Number, Number]
 
 
-def cfg(
-    velocity: Callable[[Array, Array, PyTree], Array],
+class Schedule(NamedTuple):
+    """A scale over t: `scales` at `times`, which fall, and linear between them."""
+
+    times: Float[np.ndarray | Array, " n"]
+    scales: Float[np.ndarray | Array, " n"]
+
+
+def guided(
+    velocity: Conditional,
     cond: PyTree,
     uncond: PyTree,
     *,
-    scale: Number,
+    scale: Number | Schedule,
+    method: str = "cfg",
+    options: Mapping[str, Number] | None = None,
     interval: tuple[Number, Number] = (0.0, 1.0),
     rescale: Number = 0.0,
-    skip: Skip | None = None,
+    weakened: Weakened | None = None,
+    weak: Conditional | None = None,
+    grid: Float[np.ndarray | Array, " n"] | None = None,
 ) -> Callable[[Array, Array], Array]:
-    """A guided velocity: v_u + scale (v_c - v_u) while t is in `interval`, else v_c.
+    """The velocity of a method of METHODS while t is in `interval`, else v_c.
 
-    velocity(x, t, cond) is called once, on a doubled batch. A `scale` of 1 or less that
-    is not an array means no guidance: one plain call without `uncond` and `skip`. The
-    interval is that of Kynkäänniemi et al. 2024; `rescale` is that of match_std. `skip`
-    adds its scale times (v_c - v_skip) in its window. Raises ConfigError for options
-    out of range, unless they are arrays.
+    velocity(x, t, cond) is called once, on a doubled batch; for "autoguidance" once,
+    and `weak` once. A `scale` that is not an array and at which the method does nothing
+    (1 or less for most) means no guidance: one plain call without `uncond` and
+    `weakened`.
+
+    `options` replace the method's numbers. The interval is that of Kynkäänniemi et al.
+    2024; `rescale` is that of match_std. `weakened` adds its scale times (v_c - v_weak)
+    in its window. cfg_zero and cfg_pp read the solver's `grid`. The result of a method
+    with a state is a Carried. Raises ConfigError for options out of range, unless they
+    are arrays.
     """
     start, stop = interval
+    plain = not isinstance(scale, Array | Schedule)
     # Traced options are checked before they are traced, by the caller.
-    if not any(isinstance(x, Array) for x in (scale, start, stop, rescale)):
+    if plain and not any(isinstance(x, Array) for x in (start, stop, rescale)):
         check(scale, interval, rescale)
-    if not isinstance(scale, Array) and not guides(scale):
+    row = choose("method", method, METHODS)
+    if plain and not guides(scale, method):
         return lambda x, t: velocity(x, t, cond)
+    require(not row.reads_grid or grid is not None, "grid", grid, "that of the solver")
+    weak = weak if row.against == "weak" else None
+    require(weak is not None or row.against != "weak", "weak", weak, "a velocity")
+    grid = jnp.zeros(1) if grid is None else jnp.asarray(grid, jnp.float32)
     # The unconditional half comes first; it is split again below.
-    condition = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    doubled = None
+    if row.against == "uncond":
+        doubled = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
 
-    def guided(x: Batch, t: Times) -> Batch:
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), condition)
+    def branches(x: Batch, t: Times) -> tuple[Batch, Batch]:
+        # float32 before any difference: `scale` multiplies its rounding error.
+        if weak is not None:
+            v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
+            return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
+        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled)
+        v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
+        return v_u, v_c
+
+    def step(x: Batch, t: Times, state: PyTree) -> tuple[Batch, PyTree]:
+        v_u, v_c = branches(x, t)
         with jax.named_scope("guidance"):
-            # float32 before the difference: `scale` multiplies its rounding error.
-            v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
-            v = match_std(v_u + scale * (v_c - v_u), v_c, rescale)
-            v = jnp.where(expand((t >= start) & (t <= stop), x), v, v_c)  # by example
-        if skip is None:
-            return v
+            at = Branches(x, expand(t, x), v_c, v_u, grid)
+            memory = (state,) if row.carries else ()
+            v = row.combine(at, scale_at(scale, at.t), *memory, **(options or {}))
+            inside = expand((t >= start) & (t <= stop), x)  # by example
+            if row.carries:
+                v, average = v
+                # Outside, there is nothing to average.
+                state = jnp.where(inside, average, state)
+            if weakened is None:
+                return jnp.where(inside, match_std(v, v_c, rescale), v_c), state
+            v = jnp.where(inside, v, v_c)
         with jax.named_scope("skip_guidance"):
-            return v + away(skip, x, t, v_c)
+            v = v + away(weakened, x, t, cond, v_c)
+            return match_std(v, v_c, rescale), state
 
-    def away(skip: Skip, x: Batch, t: Times, v_c: Batch) -> Batch:
-        low, high = skip.window
-        # A branch, not a mask: outside the window a third pass would be wasted. All
-        # examples of a batch are at the same t.
-        return jax.lax.cond(
-            (low <= t[0]) & (t[0] <= high),
-            lambda: skip.scale * (v_c - skip.velocity(x, t, cond).astype(jnp.float32)),
-            lambda: jnp.zeros_like(v_c),
+    if row.carries:
+        return Carried(step, jnp.zeros_like)
+    return lambda x, t: step(x, t, None)[0]
+
+
+def away(
+    weakened: Weakened, x: Batch, t: Times, cond: PyTree, v_c: Batch
+) -> Float[Array, "b ..."]:
+    """The difference to a worse velocity, times its scale; 0 outside its window."""
+    low, high = weakened.window
+
+    def difference():
+        return weakened.scale * (
+            v_c - weakened.velocity(x, t, cond).astype(jnp.float32)
         )
 
-    return guided
+    # A branch, not a mask: outside the window a third pass would be wasted. All
+    # examples of a batch are at the same t.
+    inside = (low <= t[0]) & (t[0] <= high)
+    return jax.lax.cond(inside, difference, lambda: jnp.zeros_like(v_c))
 
 
-def guides(scale: Number) -> bool:
-    """Whether a scale asks for guidance: 1 or less means none, as in diffusers."""
+def scale_at(scale: Number | Schedule, t: Array) -> Number:
+    """The scale at t, or the one of all t."""
+    if not isinstance(scale, Schedule):
+        return scale
+    # interp wants times that rise. Padding repeats the last time, and does no harm.
+    return jnp.interp(t, jnp.flip(scale.times), jnp.flip(scale.scales))
+
+
+def guides(scale: Number, method: str = "cfg") -> bool:
+    """Whether a scale asks for guidance: 1 or less means none, as in diffusers.
+
+    The scale of cfg_pp is in [0, 1], and 0 means none.
+    """
     # Users of distilled models pass 0 or 1 for "none"; taken literally, 0 would paint
     # the negative prompt.
-    return bool(scale > 1)
+    return bool(scale > METHODS[method].least)
 
 
 def check(

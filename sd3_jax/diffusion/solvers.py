@@ -1,32 +1,37 @@
-"""Solvers of dx = v(x, t) dt from grid[0] to grid[-1], each one loop over the grid.
+"""Solvers of dx = v(x, t) dt from grid[0] to grid[-1], and the table of all of them.
 
 All take velocity(x, t), x (b, ...) and a falling grid (n,). They keep x in float32 and
 return it at grid[-1], which at t = 0 is the x0 estimate. With `trajectory`, they return
 x at every t of the grid, (n, b, ...). `after(x, t, step)`, if given, replaces x after
-every step; t is the time reached. Only the multistep solvers and lcm use `path`. The
-velocity is never evaluated at t = 0.
+every step; t is the time reached. The velocity is never evaluated at t = 0. `path` says
+how x0 and noise follow from a velocity; euler, heun and adaptive do not need it.
 
 With `steps`, a solver stops at grid[steps], and the rest of the grid is padding. Traced
 `steps` let one program serve any number of steps, but without gradients. A `trajectory`
 takes all steps of the grid.
 """
 
+import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float, Int
 
+from sd3_jax.diffusion.adaptive_solver import adaptive
+from sd3_jax.diffusion.multistep_solvers import multistep
+from sd3_jax.diffusion.multistep_weights import MULTISTEP
 from sd3_jax.diffusion.paths import RF, Batch, Path
-
-Velocity = Callable[[Array, Array], Array]  # (x, t (b,)) -> v
-Grid = Float[Array | np.ndarray, " n"]
-After = Callable[[Array, Array, Array], Array]  # (x, t, step) -> x
-Integer = Int[Array | np.generic, ""] | int
-Draw = Callable[[Array], Array]  # step -> noise (b, ...)
-Solution = Batch | Float[Array, "n b ..."]  # x at the end, or the trajectory
+from sd3_jax.diffusion.solver_loop import (
+    After,
+    Grid,
+    Integer,
+    Solution,
+    Velocity,
+    loop,
+    times,
+)
+from sd3_jax.diffusion.stochastic_solvers import STOCHASTIC, lcm, stochastic
 
 
 def euler(
@@ -42,10 +47,12 @@ def euler(
     """First order: x + dt v."""
 
     def step(x, _, t, t_next):
-        return _euler_update(x, velocity(x, _times(t, x)), t, t_next), None
+        return _euler_update(x, velocity(x, times(t, x)), t, t_next), None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def heun(
@@ -65,17 +72,19 @@ def heun(
 
     def step(x, _, t, t_next):
         dt = t_next - t
-        v = velocity(x, _times(t, x)).astype(jnp.float32)
+        v = velocity(x, times(t, x)).astype(jnp.float32)
         # cond, not where: only one of two branches runs, the last step is one call.
         v_next = jax.lax.cond(
             t_next > 0,
-            lambda: velocity(x + dt * v, _times(t_next, x)).astype(jnp.float32),
+            lambda: velocity(x + dt * v, times(t_next, x)).astype(jnp.float32),
             lambda: v,
         )
         return x + dt * (v + v_next) / 2, None
 
     grid = jnp.asarray(grid, jnp.float32)
-    return _loop(step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps)
+    return loop(
+        velocity, step, x, None, grid, (grid[:-1], grid[1:]), trajectory, after, steps
+    )
 
 
 def dpmpp_2m(
@@ -119,34 +128,6 @@ def dpmpp_2m_flow(
     return _multistep(velocity, x, grid, slope, path, trajectory, after, steps)
 
 
-def lcm(
-    velocity: Velocity,
-    x: Batch,
-    grid: Grid,
-    *,
-    draw: Draw,
-    path: Path = RF,
-    trajectory: bool = False,
-    after: After | None = None,
-    steps: Integer | None = None,
-) -> Solution:
-    """Consistency sampling (Luo et al. 2023), for models that are distilled for it.
-
-    Each step goes to the x0 estimate, and back to the next t with the new noise
-    draw(step). It is a random walk: more steps do not approach the solution of an ODE.
-    """
-    grid = jnp.asarray(grid, jnp.float32)
-    a, b = path.coefficients(grid)
-
-    def step(x, _, i, t, a_next, b_next):
-        t = _times(t, x)
-        x0 = path.x0(x, velocity(x, t), t)
-        return a_next * x0 + b_next * draw(i), None  # b is 0 at t = 0: no noise
-
-    columns = jnp.arange(len(grid) - 1), grid[:-1], a[1:], b[1:]  # each (n - 1,)
-    return _loop(step, x, None, grid, columns, trajectory, after, steps)
-
-
 def one_evaluation(
     velocity: Velocity,
     x: Batch,
@@ -167,9 +148,9 @@ def one_evaluation(
     slope = jnp.where(is_2m, _log_b_slope(grid, path), _log_ratio_slope(grid, path))
 
     def step(x, x0_last, t, t_next, *weights):
-        times = _times(t, x)
-        v = velocity(x, times)
-        x0 = path.x0(x, v, times)
+        t_rows = times(t, x)
+        v = velocity(x, t_rows)
+        x0 = path.x0(x, v, t_rows)
         # Both updates are computed and one is selected. Beside the velocity they cost
         # nothing, and a branch would keep XLA from fusing them.
         first_order = _euler_update(x, v, t, t_next)
@@ -178,18 +159,26 @@ def one_evaluation(
 
     x0_last = jnp.zeros(x.shape, jnp.float32)
     columns = grid[:-1], grid[1:], *_multistep_weights(grid, slope, path)
-    return _loop(step, x, x0_last, grid, columns, False, after, steps)
+    return loop(velocity, step, x, x0_last, grid, columns, False, after, steps)
 
 
+ONE_EVALUATION = ("euler", "dpmpp_2m", "dpmpp_2m_flow")
 SOLVERS = {
     "euler": euler,
     "heun": heun,
     "dpmpp_2m": dpmpp_2m,
     "dpmpp_2m_flow": dpmpp_2m_flow,
+    **{name: functools.partial(multistep, solver=name) for name in MULTISTEP},
+    **{name: functools.partial(stochastic, solver=name) for name in STOCHASTIC},
     "lcm": lcm,
+    "adaptive": adaptive,
 }
-# These call the velocity once a step, and `one_evaluation` runs any of them.
-ONE_EVALUATION = ("euler", "dpmpp_2m", "dpmpp_2m_flow")
+# Each of these runs any of its names, by a number that may be traced.
+SHARED = {
+    ONE_EVALUATION: one_evaluation,
+    tuple(MULTISTEP): multistep,
+    tuple(STOCHASTIC): stochastic,
+}
 
 
 def draws(solver: Callable) -> bool:
@@ -199,7 +188,14 @@ def draws(solver: Callable) -> bool:
 
 def same_program(name: str) -> tuple[str, ...]:
     """The solvers that share a compiled program with this one, itself included."""
-    return ONE_EVALUATION if name in ONE_EVALUATION else (name,)
+    return next((names for names in SHARED if name in names), (name,))
+
+
+def of_program(names: Sequence[str], number: Integer | None) -> Callable:
+    """The solver names[number] of a same_program; the number may be traced."""
+    if len(names) == 1:
+        return SOLVERS[names[0]]
+    return functools.partial(SHARED[tuple(names)], solver=number)
 
 
 def _euler_update(x, v, t, t_next):
@@ -229,13 +225,13 @@ def _multistep(velocity, x, grid, slope, path, trajectory, after, steps):
     """Exponential integrator in x0, extrapolated by `slope` from the second step on."""
 
     def step(x, x0_last, t, *weights):
-        t = _times(t, x)
+        t = times(t, x)
         x0 = path.x0(x, velocity(x, t), t)
         return _multistep_update(x, x0, x0_last, *weights), x0
 
     x0_last = jnp.zeros(x.shape, jnp.float32)  # the first step's slope is 0
     columns = grid[:-1], *_multistep_weights(grid, slope, path)
-    return _loop(step, x, x0_last, grid, columns, trajectory, after, steps)
+    return loop(velocity, step, x, x0_last, grid, columns, trajectory, after, steps)
 
 
 def _multistep_weights(grid, slope, path):
@@ -248,34 +244,3 @@ def _multistep_weights(grid, slope, path):
 def _multistep_update(x, x0, x0_last, keep, gain, slope):
     """x' = (b'/b) x + (a' - (b'/b) a) x0, exact for a constant x0 estimate."""
     return keep * x + gain * (x0 + slope * (x0 - x0_last))
-
-
-def _loop(step, x, memory, grid, columns, trajectory, after, steps):
-    """(x, memory) = step(x, memory, *s) for each row s of `columns`; x = after(...).
-
-    `memory` is what a multistep solver carries, None for the others.
-    """
-    if trajectory and steps is not None:
-        raise ValueError("give trajectory or steps: a trajectory has all steps")
-
-    def body(carry, s):
-        i, t_next, *s = s
-        with jax.named_scope("solver"):  # named in profiles
-            x, memory = step(*carry, *s)
-        x = x if after is None else after(x, t_next, i)
-        return (x, memory), x if trajectory else None
-
-    # float32: many small steps in bfloat16 would each round x to 8 bits.
-    x = x.astype(jnp.float32)
-    columns = jnp.arange(len(grid) - 1), grid[1:], *columns
-    if steps is not None:
-        # A while loop, whose trip count is data: it never reaches the padding.
-        turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
-        return jax.lax.fori_loop(0, steps, turn, (x, memory))[0]
-    (last, _), xs = jax.lax.scan(body, (x, memory), columns)  # xs (n - 1, b, ...)
-    return jnp.concatenate([x[None], xs]) if xs is not None else last
-
-
-def _times(t, x):
-    """A scalar t for every row, as models take it."""
-    return jnp.full(x.shape[:1], t)  # (b,)

@@ -43,10 +43,10 @@ def make_mesh(
     if -1 in sizes:
         known = math.prod(size for size in sizes if size != -1)
         if len(devices) % known:
+            there = f"{len(devices)} device{'s' * (len(devices) > 1)}"
             raise UserError(
-                f"config.mesh = {_spell(sizes)}: {known} does not divide the"
-                f" {len(devices)} devices; set axes whose product divides"
-                f" {len(devices)}"
+                f"config.mesh = {_spell(sizes)}: {known} does not divide the {there};"
+                f" set axes whose product divides {len(devices)}"
             )
         sizes[sizes.index(-1)] = len(devices) // known
     if math.prod(sizes) != len(devices):

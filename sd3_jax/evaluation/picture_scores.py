@@ -31,6 +31,7 @@ from sd3_jax.evaluation.extractors import Extractor
 from sd3_jax.evaluation.feature_statistics import About, Stored
 from sd3_jax.evaluation.picture_features import Features
 from sd3_jax.evaluation.precision_recall import precision_recall
+from sd3_jax.reports.number_format import plural
 from sd3_jax.sampling import sampler
 
 log = logging.getLogger(__name__)
@@ -42,6 +43,11 @@ def check(config: ConfigDict) -> None:
     if not names & set(NAMES):
         return
     compared = bool(names & set(COMPARED))
+    if compared and config.eval.pictures < 2:
+        raise UserError(
+            f"config.eval.pictures = {config.eval.pictures}: must be at least 2 to"
+            f" compute {', '.join(sorted(names & set(COMPARED)))}"
+        )
     picture_features.check(config, scored="clip_score" in names, compared=compared)
     path = stored_at(config)
     reference_images.check(config, compared=compared and not path)
@@ -108,8 +114,9 @@ def references(
     features = map(extract, reference_images.mine(config, ROWS))
     gathered = picture_features.gather(features, summed=bool(keep) or "fid" in names)
     if len(gathered.rows) < 2:
+        where = "config.eval.real" if config.eval.real else "config.data.held_out"
         raise UserError(
-            f"config.eval.real: {len(gathered.rows)} readable pictures; at least 2 are"
+            f"{where}: {plural(len(gathered.rows), 'readable picture')}; at least 2 are"
             " needed"
         )
     if keep and jax.process_index() == 0:

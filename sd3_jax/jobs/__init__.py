@@ -9,30 +9,43 @@ class Job(NamedTuple):
     help: str  # a line of `sd3-jax --help`
     recipe: str = ""
     workdir: str = ""
-    groups: tuple[str, ...] = ()  # of the config's keys, those that it reads
+    groups: tuple[str, ...] = ()  # groups of keys that it reads, or single keys
     about: str = ""  # what `sd3-jax JOB --help` adds to `help`
     example: str = ""
+    unread: tuple[str, ...] = ()  # keys of these groups that it does not read
+
+    def reads(self, key: str) -> bool:
+        """Whether the job reads a key of the config, such as "optim.lr"."""
+        in_groups = key.partition(".")[0] in self.groups or key in self.groups
+        return in_groups and key not in self.unread
 
 
 # What makes a model and its pictures: a job that restores a run builds them.
 MODEL = ("model", "text", "image", "flow")
+SCORED = ("sample.prompt", "sample.prompts_file", "sample.per_prompt", "sample.filter")
+SCORED += ("sample.watermark",)  # of `sample` alone: evaluations choose their prompts
+RELEASED = ("sample.lora", "sample.max_length", "sample.clip_skip")
+RELEASED += tuple(
+    f"sample.skip_{name}" for name in ("layers", "scale", "start", "stop")
+)
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
 
 JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     "train": Job(
         "train a model, or resume from WORKDIR's newest checkpoint",
-        groups=("seed", *MODEL, "encode", *TRAINING, "sample", "quantize", "eval"),
+        groups=("seed", *MODEL, "encode", *TRAINING, "sample", "quantize.t5")
+        + ("eval.examples", "eval.batch_size"),
+        unread=(*SCORED, *RELEASED, "sample.weights"),
         about="The same command starts a run and resumes it after an interruption.",
         example="sd3-jax train --config=configs/quickstart.py"
         " --workdir=runs/quickstart",
     ),
     "sample": Job(
         "generate pictures from prompts",
-        groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh", "train")
-        + ("sample", "quantize"),
+        groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")
+        + ("train.prompts", "sample", "quantize"),
         about="The weights come from WORKDIR's checkpoint, or from config.weights. It"
-        " writes PNG files to WORKDIR/samples and a line for each to samples.jsonl. Of"
-        " the group train it reads only prompts.",
+        " writes PNG files to WORKDIR/samples and a line for each to samples.jsonl.",
         example="sd3-jax sample --config=configs/quickstart.py"
         " --workdir=runs/quickstart \\\n"
         '    --config.sample.prompt="a blue four"',
@@ -41,6 +54,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         "score a checkpoint or released weights",
         groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh", "data")
         + ("sample", "quantize", "eval"),
+        unread=SCORED,
         about="It prints a table of config.eval.scores and writes it to scores.json."
         " The weights come from WORKDIR's checkpoint, or from config.weights.",
         example="sd3-jax evaluate --config=configs/quickstart.py"
@@ -50,6 +64,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         "train and compare variants of a recipe over seeds",
         groups=("seed", "tokenizers", *MODEL, "encode", *TRAINING, "sample")
         + ("quantize", "study", "eval"),
+        unread=(*SCORED, *RELEASED),
         about="It trains and scores each variant and seed in WORKDIR/runs, and skips"
         " those that are done. It writes study.html, study.md and study.json.",
         example="sd3-jax study --config=configs/backbones.py:study"
@@ -57,12 +72,11 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "convert": Job(
         "write weights in another layout: diffusers, original or orbax",
-        groups=("weights", "tokenizers", *MODEL, "encode", "mesh", "sample")
-        + ("convert",),
+        groups=("weights", "tokenizers", *MODEL, "mesh", "convert")
+        + tuple(f"encode.{name}" for name in ("weights", "tokenizers", "dtype"))
+        + tuple(f"sample.{name}" for name in ("weights", "step", "shift", "lora")),
         about="The weights come from WORKDIR's checkpoint, or from config.weights. A"
-        " checkpoint is joined with the encoders of config.encode.weights. Of the group"
-        " sample it reads only weights, step, shift and lora; of encode only weights,"
-        " tokenizers and dtype.",
+        " checkpoint is joined with the encoders of config.encode.weights.",
         example="sd3-jax convert --config=configs/released.py --workdir=runs/out"
         " --config.weights=PATH \\\n    --config.convert.to=original",
     ),
@@ -70,7 +84,8 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         "compare with PyTorch, layer by layer",
         recipe="configs/compare.py",
         workdir="runs/compare",
-        groups=("seed", "weights", "tokenizers", "image", "mesh", "sample", "compare"),
+        groups=("seed", "weights", "tokenizers", "image.height", "image.width", "mesh")
+        + ("sample.steps", "sample.cfg", "sample.max_length", "compare"),
         about="It needs the extra torch. Without config.weights it compares small"
         " random models. It writes compare.json and compare.html; the exit code is 1 if"
         " a layer differs.",
@@ -80,8 +95,9 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         "time sd3_jax and PyTorch on the same shapes and weights",
         recipe="configs/benchmark.py",
         workdir="runs/benchmark",
-        groups=("seed", "model", "text", "image", "optim", "ema", "data", "train")
-        + ("sample", "benchmark"),
+        groups=("seed", "model", "text.length", "image.height", "image.width", "optim")
+        + ("ema.decay", "data.batch_size", "train.steps", "sample.steps", "sample.cfg")
+        + ("sample.shift", "benchmark"),
         about="It writes benchmark.json, benchmark.md and benchmark.svg. The exit code"
         " is 1 if the results disagree, or if a ratio is worse than"
         " config.benchmark.guard allows.",
@@ -89,8 +105,8 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "precompute": Job(
         "encode pictures and captions into records to train from",
-        groups=("seed", "model", "text", "image", "encode", "mesh", "data")
-        + ("ingest", "precompute", "quantize"),
+        groups=("seed", "model", "text", "image", "encode", "mesh", "ingest")
+        + ("precompute", "quantize.t5"),
         about="It writes latents and embeddings, in buckets of shapes, to"
         " WORKDIR/records. If it was interrupted, run the same command to continue.",
         example="sd3-jax precompute --config=configs/sd3_2b.py:512 --workdir=runs/data"
@@ -98,18 +114,20 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "dedup": Job(
         "find near-duplicates among pictures",
-        groups=("ingest", "dedup"),
+        recipe="configs/base.py",
+        groups=("ingest.inputs", "dedup"),
         about="It writes duplicates.jsonl, which precompute reads as"
-        " config.ingest.exclude, and a page of pairs. Of the group ingest it reads only"
-        " inputs.",
-        example="sd3-jax dedup --config=configs/sd3_2b.py:512 --workdir=runs/dedup \\\n"
-        "    --config.ingest.inputs=PICTURES",
+        " config.ingest.exclude, and a page of pairs.",
+        example="sd3-jax dedup --workdir=runs/dedup --config.ingest.inputs=PICTURES",
     ),
     "inspect": Job(
         "show what records hold, with a contact sheet",
-        groups=("weights", "model", "encode", "data", "inspect"),
-        about="It reads the shards of config.data, or WORKDIR/records. It prints a"
-        " table and writes inspect.html; the exit code is 1 if a record is bad.",
+        groups=("weights", "model.dtype", "encode.weights", "data.records")
+        + ("data.held_out", "inspect"),
+        about="It reads the shards of config.data.records and held_out, or"
+        " WORKDIR/records. Without weights it shows latents as rough previews. It"
+        " prints a table and writes inspect.html; the exit code is 1 if a record is"
+        " bad.",
         example="sd3-jax inspect --config=configs/sd3_2b.py:512 --workdir=runs/data",
     ),
     "plan": Job(
@@ -124,9 +142,9 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
     ),
     "report": Job(
         "write an HTML page about a run",
+        recipe="configs/base.py",
         about="The page, WORKDIR/report.html, has the scores, samples, curves and"
         " settings of the run. It needs no other file.",
-        example="sd3-jax report --config=configs/quickstart.py"
-        " --workdir=runs/quickstart",
+        example="sd3-jax report --workdir=runs/quickstart",
     ),
 }

@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     if files.remote(workdir):
         raise UserError(f"--workdir={workdir}: benchmark needs a local folder")
     todo = case_selection.selected_cases(config)
+    case_selection.require_scaling_fits(config)
     # Two benchmarks in one workdir would time each other.
     lock = Lock(epath.Path(workdir) / ".benchmark.lock")
     lock.take()

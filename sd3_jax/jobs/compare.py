@@ -12,6 +12,7 @@ import jax
 from etils import epath
 from ml_collections import ConfigDict
 
+from sd3_jax.config import relations
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
@@ -19,6 +20,7 @@ from sd3_jax.reports import parity_page as report
 from sd3_jax.sampling.bundle import TEXT
 
 log = logging.getLogger(__name__)
+TOKEN = 16  # pixels: 8 of a latent, 2 latents of a patch
 FLOOR = 1e-3  # of bfloat16: below this a ratio of two errors says nothing
 
 
@@ -34,6 +36,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         )
     if jax.process_count() > 1:
         raise UserError("compare runs in one process; unset SD3_NUM_PROCESSES")
+    require_sides(config)
     workdir = epath.Path(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     # GPUs and TPUs compute float32 products in TF32 or bfloat16 passes by default,
@@ -48,6 +51,18 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     write_whole(workdir / "compare.html", report.html(result).encode())
     print(*lines(result), workdir / "compare.html", sep="\n")
     return 0 if result["passed"] else 1
+
+
+def require_sides(config: ConfigDict) -> None:
+    """UserError unless a picture is whole tokens of the released models."""
+    for name in ("height", "width"):
+        pixels = config.image[name]
+        if pixels % TOKEN:
+            raise UserError(
+                f"config.image.{name} = {pixels}: expected a multiple of {TOKEN}, a"
+                " token's side in the released models; the nearest is"
+                f" {relations.multiple(pixels, TOKEN)}"
+            )
 
 
 def sources(config: ConfigDict, workdir: epath.Path) -> Iterator[tuple[str, str]]:

@@ -1,4 +1,7 @@
-"""Converts released weights between layouts, or a checkpoint to one of them."""
+"""Converts released weights between layouts, or a checkpoint to one of them.
+
+With config.convert.lora_format it writes an adapter alone, in a tool's names.
+"""
 
 import dataclasses
 import logging
@@ -11,7 +14,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
-from sd3_jax.assembly import encoder_identity, finetune_start, model_parts
+from sd3_jax.assembly import (
+    adapter_export,
+    encoder_identity,
+    finetune_start,
+    model_parts,
+)
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
@@ -33,14 +41,19 @@ OUT = {"diffusers": "diffusers", "original": "model.safetensors", "orbax": "orba
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
-    """Writes config.convert.out, or workdir/{diffusers, model.safetensors, orbax}."""
+    """Writes config.convert.out, or in the workdir a path of OUT or of an adapter."""
     layout, dtype = config.convert.to, config.convert.dtype or None
-    out = epath.Path(config.convert.out or epath.Path(workdir) / OUT[layout])
+    naming = config.convert.lora_format
+    usual = adapter_export.OUT[naming] if naming else OUT[layout]
+    out = epath.Path(config.convert.out or epath.Path(workdir) / usual)
     # Converting onto existing files would mix two models' shards.
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"config.convert.out = {out} already exists; set a new path")
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
+        if naming:
+            adapter_export.write(config, epath.Path(workdir), mesh, out)
+            return
         # Known by what the file holds, before anything is taken for a model.
         path = epath.Path(config.weights).expanduser()
         if config.weights and path.exists() and sources.is_control(path):

@@ -43,6 +43,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def check(config: ConfigDict) -> None:
     """UserError for scores that cannot be computed, before anything is loaded."""
+    if not config.eval.scores:
+        raise UserError(
+            f"config.eval.scores = (): set at least one of {', '.join(SCORES)}"
+        )
     for name in config.eval.scores:
         if name not in SCORES:
             raise UserError(f'config.eval.scores: "{name}"{nearest(name, SCORES)}')

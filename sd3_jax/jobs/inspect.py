@@ -50,6 +50,12 @@ def inspected(config: ConfigDict, workdir: epath.Path) -> int:
     paths, held_out = listed(config, workdir)
     choice = Choice(config.inspect.pictures)
     total, held_out_total = table(config, paths, held_out, choice)
+    if total.reasons["not readable"] == total.shards:
+        # No damage but another kind of file, or a path with a typo in it.
+        raise UserError(
+            f"none of the {plural(total.shards, 'file')} is a shard that can be read:"
+            f" {total.bad[0]}; set config.data.records to shards of precompute"
+        )
     notes = summary(total, held_out_total) + manifest(workdir)
     faults = verdict(total, config.inspect.records)
     rows = buckets(total)

@@ -22,6 +22,7 @@ from ml_collections import ConfigDict
 
 from sd3_jax import pictures, tree
 from sd3_jax.assembly import model_parts
+from sd3_jax.data import tokenizers
 from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.files import write_whole
@@ -31,7 +32,11 @@ from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
 from sd3_jax.sampling import compiled, output_filter, prompt_file
 from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.released_sampler import load_for_sampling, sample_tasks
+from sd3_jax.sampling.released_sampler import (
+    load_for_sampling,
+    load_guide,
+    sample_tasks,
+)
 from sd3_jax.sampling.sampler import TrainedSampler, batch_size
 
 log = logging.getLogger(__name__)
@@ -55,6 +60,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         else:
             if config.text.name == "bytes":
                 warn_of_cut_prompts(tasks, config.text.length)
+                # Its import takes seconds, which are no pace of the first batch.
+                tokenizers.byte_ids("x", config.text.length)
             sample_batch, facts = trained(config, workdir, mesh)
         lines = [describe(task, facts | guard.facts()) for task in tasks]
         # A line holds settings and fingerprints of weights: a picture is skipped only
@@ -88,7 +95,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 add(fresh)
                 count += len(left)
                 compiling = compile_time.seconds() - compiled_before
-                pace = (time.monotonic() - began - compiling) / len(left)
+                pace = (time.monotonic() - began - compiling) / len(batch)
                 log_progress(count, len(tasks), pace, compiling)
     if flagged := sum("filtered" in line for line in lines):
         message = (
@@ -117,7 +124,10 @@ def trained(
     if config.quantize.denoiser:
         facts["quantize"] = {"denoiser": config.quantize.denoiser}
     parts = parts._replace(encoders=model_parts.trained_encoders(workdir, step))
-    encoder = TrainedSampler(config, parts, mesh).encoder
+    guide = model_parts.trained_guide(config, parts, workdir, mesh)
+    if guide is not None:
+        facts["guide"] = int(config.sample.guide)  # a step, as "step" is
+    encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
     samplers = {}
@@ -127,7 +137,7 @@ def trained(
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder
+                config, model_parts.build_parts(config), mesh, encoder, guide
             )
         captions = [task.caption for task in rows]
         return samplers[group](params, captions, [task.number for task in rows])
@@ -140,8 +150,8 @@ def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
     sizes = [len(task.caption.encode()) for task in tasks]
     cut = sum(size >= length for size in sizes)  # the end is a byte as well
     if cut:
-        message = "%d of %d prompts are cut to %d bytes, the longest has %d"
-        log.warning(message, cut, len(sizes), length - 1, max(sizes))
+        message = "prompts are cut to %d bytes: %d of %d, of which the longest has %d"
+        log.warning(message, length - 1, cut, len(sizes), max(sizes))
 
 
 def released(
@@ -156,7 +166,10 @@ def released(
         facts["quantize"] = bundle.quantize
     if config.sample.lora:
         facts["lora"] = list(config.sample.lora)
-    return functools.partial(sample_tasks, bundle), facts
+    guide = load_guide(config, mesh)
+    if guide is not None:
+        facts["guide"] = guide.fingerprint()
+    return functools.partial(sample_tasks, bundle, guide=guide), facts
 
 
 def filled(batch: Sequence[Task], size: int) -> list[Task]:

@@ -13,10 +13,15 @@ from jaxtyping import Float, Int, Key
 from sd3_jax.distributed import mesh_context
 from sd3_jax.models import flops
 from sd3_jax.models.attention.attention import attention, joint_attention
+from sd3_jax.models.attention.self_only import self_only_attention
 from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
 from sd3_jax.models.scan import stacked
+
+# What a skipped layer leaves out: all of it (skip-layer guidance), or the attention
+# among image tokens (PAG).
+SKIPPED = ("block", "attention")
 
 
 class MMDiT(TokenDenoiser):
@@ -41,14 +46,15 @@ class MMDiT(TokenDenoiser):
         residuals: Float[Array, "r b n d"] | None = None,
         residual_last: bool = False,
         skip: Sequence[int] = (),
+        skipped: str = "block",
         place: Int[Array, "b 2"] | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
-        one only with `residual_last`. Blocks in `skip` are the identity (skip-layer
-        guidance). `place` is the top left of each image on the
-        position table, in tokens; by default images lie at its centre.
+        one only with `residual_last`. Blocks in `skip` leave out `skipped`, one of
+        SKIPPED. `place` is the top left of each image on the position table, in tokens;
+        by default images lie at its centre.
         """
         # --- embed the image, the text, and time with the pooled text
         x = self.image_tokens(xt, place)  # (b, n, d)
@@ -60,12 +66,14 @@ class MMDiT(TokenDenoiser):
         streams = (x, *jnp.split(text, split, axis=1))
         last, dual = self.depth - 1, self.dual_blocks
         for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
-            blocks = self.stack(layers, name, skip, dual=name == "dual_blocks")
+            options = dict(dual=name == "dual_blocks")
+            blocks = self.stack(layers, name, skip, skipped, **options)
             streams = blocks(streams, c, residuals)
         # The last block has fewer weights (its text stream ends), so it is no layer of
         # the scan.
         block = self.joint_block("last_block", pre_only=True)
-        x = streams[0] if last in skip else block(streams, block.modulations(c))[0]
+        left_out = skipped if last in skip else ""
+        x = block(streams, block.modulations(c), skipped=left_out)[0]
         # diffusers adds no residual after the last block, the released code does.
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
@@ -105,7 +113,9 @@ class MMDiT(TokenDenoiser):
         sizes = dict(width=self.width, weight_sets=self.weight_sets)
         return self.block(Block, name, **sizes, **options)
 
-    def stack(self, layers: range, name: str, skip: Sequence[int], **options):
+    def stack(
+        self, layers: range, name: str, skip: Sequence[int], skipped: str, **options
+    ):
         """Blocks in one scan: program size does not grow with depth.
 
         Returns run(streams, c, residuals) -> streams.
@@ -120,8 +130,9 @@ class MMDiT(TokenDenoiser):
             if keep is None:
                 streams = block(streams, modulations)
             else:
-                run = lambda block, streams: block(streams, modulations)
-                streams = nn.cond(keep, run, lambda _, s: s, block, streams)
+                run = lambda block, s: block(s, modulations)
+                change = lambda block, s: block(s, modulations, skipped=skipped)
+                streams = nn.cond(keep, run, change, block, streams)
             if source is not None:
                 x, *texts = streams
                 streams = (x + residuals[source].astype(x.dtype), *texts)
@@ -171,21 +182,37 @@ class Block(DenoiserBlock, kw_only=True):
         self,
         xs: Sequence[Float[Array, "b _ d"]],
         modulations: Sequence[Float[Array, "b _ d"]],
+        *,
+        skipped: str = "",
     ) -> tuple[Float[Array, "b _ d"], ...]:
-        streams = self.streams
-        opened = [s.open(x, m) for s, x, m in zip(streams, xs, modulations)]
+        """The streams after the block; `skipped` is "" or one of SKIPPED."""
+        if skipped == "block":
+            return tuple(xs)
+        streams, to_itself = self.streams, bool(skipped)
+        opened = [s.open(x, m, to_itself) for s, x, m in zip(streams, xs, modulations)]
         # Streams that end here have keys and values, but no query is needed.
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
-        qs = [opened[i].q for i in going]
-        ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
-        if mesh_context.parts("tokens") == [1]:
-            parts = joint_attention(qs, ks, vs, kernel=self.attention)
-        else:  # tokens are sharded: joined queries would take two all-to-alls a block
-            attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
-            parts = [attend(q) for q in qs]
+        parts = self.attend(opened, len(going), skipped)
         return tuple(
             streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
+
+    def attend(
+        self, opened: Sequence["Opened"], count: int, skipped: str
+    ) -> Sequence[Array]:
+        """The joint attention's output (b, _, a, k) for the first `count` streams."""
+        qs = [stream.q for stream in opened[:count]]
+        ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
+        attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
+        if skipped == "attention":
+            # k and v of an image token lie where its q does: they are not gathered.
+            image = opened[0]
+            own = self_only_attention(image.q, image.k, image.v, ks[1:], vs[1:])
+            return [own, *map(attend, qs[1:])]
+        if mesh_context.parts("tokens") == [1]:
+            return joint_attention(qs, ks, vs, kernel=self.attention)
+        # Tokens are sharded: joined queries would take two all-to-alls a block.
+        return [attend(q) for q in qs]
 
     def stream(self, first: bool) -> "Stream":
         return Stream(
@@ -236,7 +263,7 @@ class Stream(DenoiserBlock, kw_only=True):
             dtype=self.dtype,
         )
 
-    def open(self, x: Array, modulation: Array) -> Opened:
+    def open(self, x: Array, modulation: Array, to_itself: bool) -> Opened:
         modulation = jnp.unstack(modulation, axis=1)  # of (b, chunks, d)
         normed = layer_norm(x)
         q, k, v = self.attn.qkv(modulate(normed, *modulation[:2]))
@@ -246,7 +273,9 @@ class Stream(DenoiserBlock, kw_only=True):
         if self.dual:
             shift, scale, gate = modulation[6:]
             q2, k2, v2 = self.attn2.qkv(modulate(normed, shift, scale))
-            h = attention(q2, whole(k2), whole(v2), kernel=self.attention)
+            h = v2
+            if not to_itself:
+                h = attention(q2, whole(k2), whole(v2), kernel=self.attention)
             dual = gate[:, None] * self.attn2.project(h)
         return Opened(q, k, v, modulation, dual)
 

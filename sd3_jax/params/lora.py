@@ -192,13 +192,18 @@ def replaced(params: dict, path: tuple[str, ...], change) -> dict:
 
     Raises ValueError if there is no such path.
     """
-    if not path:
-        return params | {"kernel": change(params["kernel"])}
+    return replaced_leaf(params, (*path, "kernel"), change)
+
+
+def replaced_leaf(params: dict, path: tuple[str, ...], change) -> dict:
+    """`params` with change(leaf) at a leaf's path; see `replaced`."""
     # Copies only what lies on the way: a tree of billions of weights stays as it is.
     first, *rest = path
     if not isinstance(params, dict) or first not in params:
-        raise ValueError(f"LoRA: no parameters {first}, only {', '.join(params)}")
-    return params | {first: replaced(params[first], tuple(rest), change)}
+        raise ValueError(f"no parameters {first}, only {', '.join(params)}")
+    inner = params[first]
+    new = replaced_leaf(inner, tuple(rest), change) if rest else change(inner)
+    return params | {first: new}
 
 
 def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
@@ -212,7 +217,7 @@ def _low_rank(path, pair, kernel, *, alpha, weight) -> LowRank:
             f" {wanted}"
         )
     scale = weight * (alpha / rank if alpha else 1.0)
-    return LowRank(kernel, a, b, scale, bool(axes.groups))
+    return LowRank(kernel, a, b, scale=scale, groups=bool(axes.groups))
 
 
 def _open(x: Any) -> Any:

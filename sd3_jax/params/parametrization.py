@@ -70,14 +70,16 @@ class LowRank(Leaf):
     base is (*inputs, *outputs), an array or another Leaf; a (*inputs, rank) and b
     (rank, *outputs). With `groups`, the first output axis counts fused maps, such as q,
     k and v, each with its own a (*inputs, groups, rank) and b (groups, rank, *others).
-    In a stack of layers all three have the layers' axis in front.
+    In a stack of layers all have the layers' axis in front. `rows` (rows, rank) weigh
+    each rank for each row of a batch; then there is no one weight array.
     """
 
     base: Any
     a: Any
     b: Any
+    rows: Any = None
     # Static fields: optimizers, EMA and sharding see base, a and b alone.
-    scale: float = struct.field(pytree_node=False)
+    scale: float = struct.field(pytree_node=False, default=1.0)
     groups: bool = struct.field(pytree_node=False, default=False)
 
     @property
@@ -97,7 +99,12 @@ class LowRank(Leaf):
         return self.a.shape[-1]
 
     def array(self) -> Array:
-        """base + scale * a b, summed in float32 and returned in base's dtype."""
+        """base + scale * a b, summed in float32 and returned in base's dtype.
+
+        Raises ValueError where rows have weights of their own.
+        """
+        if self.rows is not None:
+            raise ValueError("each row of the batch has another weight")
         base = array(self.base)
         total = base.astype(jnp.float32) + self.scale * self.update()
         return total.astype(base.dtype)
@@ -108,6 +115,8 @@ class LowRank(Leaf):
         rank = (None, None) if self.groups else (None,)
         h = linear(x, self.a.astype(x.dtype), (*axes[:inputs], *rank), inputs)
         h = self.scale * h  # (b, ..., [groups,] rank)
+        if self.rows is not None:
+            h = times_rows(h, self.rows)
         b = self.b.astype(x.dtype)
         if not self.groups:
             return y + linear(h, b, (None, *axes[inputs:]), 1)
@@ -128,3 +137,63 @@ class LowRank(Leaf):
         # "highest": TPUs and GPUs would round float32 factors, and merge keeps the sum.
         delta = jnp.einsum("lxgr,lgry->lxgy", a, b, precision="highest")
         return delta.reshape(self.shape)
+
+
+@struct.dataclass
+class Summed(Leaf):
+    """base + the sum of weights[i] * deltas[i], for updates of full rank.
+
+    base is an array or another Leaf, each delta an array of its shape. `weights` are
+    (n,), or with `by_row` (rows, n) for the rows of a batch; then there is no one
+    weight array. In a stack of layers all have the layers' axis in front.
+    """
+
+    base: Any
+    deltas: tuple
+    weights: Any
+    by_row: bool = struct.field(pytree_node=False, default=False)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def sharding(self) -> Any:
+        return self.base.sharding
+
+    def array(self) -> Array:
+        """The sum in base's dtype; ValueError where rows have weights of their own."""
+        if self.by_row:
+            raise ValueError("each row of the batch has another weight")
+        total = array(self.base).astype(jnp.float32)
+        for weight, delta in zip(jnp.unstack(self.weights, axis=-1), self.deltas):
+            weight = weight.reshape(*weight.shape, *[1] * (delta.ndim - weight.ndim))
+            total = total + weight * delta.astype(jnp.float32)
+        return total.astype(self.base.dtype)
+
+    def product(self, x: Array, axes: Axes, inputs: int) -> Array:
+        if not self.by_row:
+            # One layer's sum at a time: summed beforehand, they would fill the memory
+            # of a second model.
+            return linear(x, self.array().astype(x.dtype), axes, inputs)
+        y = product(x, self.base, axes, inputs)
+        for i, delta in enumerate(self.deltas):
+            update = linear(x, delta.astype(x.dtype), axes, inputs)
+            y = y + times_rows(update, self.weights[:, i : i + 1])
+        return y
+
+
+def times_rows(x: Array, weights: Array) -> Array:
+    """x (k b, ..., n) times weights (b, n) or (b, 1), in float32 and then in x's dtype.
+
+    Guidance runs k conditions in a batch, one after the other.
+    """
+    if len(x) % len(weights):
+        raise ValueError(f"weights of {len(weights)} rows for a batch of {len(x)}")
+    weights = jnp.tile(weights, (len(x) // len(weights), 1))
+    weights = weights.reshape(len(x), *[1] * (x.ndim - 2), -1)
+    return (weights * x.astype(jnp.float32)).astype(x.dtype)

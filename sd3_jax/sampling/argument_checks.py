@@ -23,7 +23,9 @@ def number(
     real = isinstance(x, numbers.Real) and not isinstance(x, bool)
     if not real or not low <= x <= high:  # NaN is in no range
         whole_range = (low, high) == (-LARGEST, LARGEST)
-        wanted = "a finite number" if whole_range else f"a number {low:g} to {high:g}"
+        wanted = (
+            "a finite number" if whole_range else f"a number in [{low:g}, {high:g}]"
+        )
         raise UserError(f"{name} {shown(repr(value))}: expected {wanted}")
     return float(x)
 
@@ -42,10 +44,22 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
 def pair(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
         raise UserError(f"{name} {shown(repr(value))}: expected two numbers")
-    return number(name, value[0]), number(name, value[1])
+    low, high = number(name, value[0]), number(name, value[1])
+    if low > high:
+        raise UserError(f"{name} {(low, high)}: expected the lower number first")
+    return low, high
 
 
-def skip_layers(value: Any, depth: int) -> list[int]:
+def instance(name: str, value: Any, kinds: tuple[type, ...], source: str) -> None:
+    """UserError unless the value is of these classes; `source` makes one."""
+    if not isinstance(value, kinds):
+        wanted = " or ".join(f"a {kind.__name__}" for kind in kinds)
+        raise UserError(
+            f"{name} {shown(repr(value))}: expected {wanted}, from {source}"
+        )
+
+
+def skip_layers(value: Any, depth: int, name: str = "skip_layers") -> list[int]:
     """Numbers of layers below `depth`; None is the empty list."""
     if value is None:
         return []
@@ -54,9 +68,9 @@ def skip_layers(value: Any, depth: int) -> list[int]:
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
         raise UserError(
-            f"skip_layers {shown(repr(value))}: expected a list of whole numbers"
+            f"{name} {shown(repr(value))}: expected a list of whole numbers"
         )
-    return [whole("skip_layers", x, 0, depth - 1) for x in value]
+    return [whole(name, x, 0, depth - 1) for x in value]
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:

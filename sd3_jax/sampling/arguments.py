@@ -12,10 +12,12 @@ from jax import Array
 from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import grids, guidance
+from sd3_jax.diffusion.guidance_methods import METHODS
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, input_images
+from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
@@ -101,15 +103,20 @@ def encoded(
     per_prompt: int,
     clip_skip: int,
     guided: bool,
+    adapters: Sets | None = None,
 ) -> tuple[Conditioning, Conditioning]:
-    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt."""
+    """cond and uncond, one row for each picture: p0, p0, p1, p1, … for two a prompt.
+
+    A negative prompt is encoded with the adapters of its prompt.
+    """
     if isinstance(prompts, Conditioning):
         cond = prompts
     else:
         prompts = listed(prompts)
         if not prompts:
             raise UserError("no prompts; give at least one")
-        cond = bundle.encode_prompts(prompts, length, clip_skip=clip_skip)
+        options = dict(clip_skip=clip_skip, adapters=adapters)
+        cond = bundle.encode_prompts(prompts, length, **options)
     n = cond.pooled.shape[0]
     uncond = cond  # not looked at without guidance
     if guided and isinstance(negative, Conditioning):
@@ -130,7 +137,7 @@ def encoded(
                 f"embeddings of {length + 77} tokens, which no text has: give"
                 " negative_prompts as embeddings too"
             )
-        uncond = bundle.encode_prompts(texts, length)
+        uncond = bundle.encode_prompts(texts, length, adapters=adapters)
     # cond and uncond are concatenated along the batch.
     if {x.shape for x in uncond} != {x.shape for x in cond}:
         raise UserError(
@@ -187,22 +194,25 @@ def guided(
     scale: guidance.Number,
     interval: tuple[guidance.Number, guidance.Number],
     rescale: guidance.Number,
+    method: str = "cfg",
     **other: bool,
 ) -> bool:
     """Whether there is guidance. Without it, options that only guidance uses are
     named in a warning: `other` has such options, True where the caller set them."""
     # Python numbers are checked here; inside the compiled program they are arrays.
     guidance.check(scale, interval, rescale)
-    if guidance.guides(scale):
+    if guidance.guides(scale, method):
         return True
     other["guidance_interval"] = tuple(interval) != (0.0, 1.0)
     other["guidance_rescale"] = rescale != 0
+    other["guidance_method"] = method != "cfg"
+    least = METHODS[method].least
     # Ignored options are reported instead of refused: one recipe may serve models with
     # guidance and models that are distilled from it.
     if unused := [name for name, is_set in other.items() if is_set]:
         warn_once(
             f"guidance {scale:g} disables guidance, so these are not used:"
-            f" {', '.join(unused)}; set guidance above 1 to use them"
+            f" {', '.join(unused)}; set guidance above {least:g} to use them"
         )
     return False
 

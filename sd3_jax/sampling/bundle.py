@@ -14,9 +14,12 @@ from jaxtyping import Float, Int
 from sd3_jax import tree
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, compiled, control_arguments
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.adapter_bank import Bank, Sets
+from sd3_jax.sampling.bundle_adapters import WithAdapters
 from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
 from sd3_jax.sampling.control import ControlInput
 from sd3_jax.sampling.prompts import Conditioning, TextModels
@@ -36,12 +39,13 @@ class Prompt(NamedTuple):
 
 
 @dataclass(frozen=True, repr=False)
-class Bundle(WithAutoencoder):
+class Bundle(WithAdapters, WithAutoencoder):
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
     `configs` are those of diffusers and transformers and include "scheduler";
     `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
-    lack has no entry: the denoiser reads zeros in place of a text encoder.
+    lack has no entry: the denoiser reads zeros in place of a text encoder. Adapters
+    stay beside the variables, in `bank`.
     """
 
     modules: dict[str, nn.Module]
@@ -53,6 +57,7 @@ class Bundle(WithAutoencoder):
     source: str = ""
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
+    bank: Bank = field(default_factory=Bank, compare=False)
     # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
@@ -62,7 +67,9 @@ class Bundle(WithAutoencoder):
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
-        return f"Bundle({name}{parts}; {self.dtype}; mesh {mesh}; {self.source})"
+        added = "".join(f"; adapter {shown(k)} {v:g}" for k, v in self.adapters.items())
+        about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
+        return f"Bundle({name}{parts}; {about})"
 
     def encode_prompts(
         self,
@@ -70,10 +77,11 @@ class Bundle(WithAutoencoder):
         max_sequence_length: int = 256,
         *,
         clip_skip: int = 0,
+        adapters: Sets | None = None,
     ) -> Conditioning:
         """(context (b, 77 + length, 4096), pooled (b, 2048)); absent encoders are 0.
 
-        One text alone is a batch of one.
+        One text is a batch of one. `adapters` are weights by name, or a set a prompt.
         """
         # A Prompt is a tuple of texts and one prompt; a list is a batch.
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
@@ -82,13 +90,15 @@ class Bundle(WithAutoencoder):
             raise UserError(
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
+        table = self.bank.table(adapters, len(prompts))
         ids = self.token_ids(prompts, max_sequence_length)
+        variables = {name: self.adapted(name, table) for name in self.text_variables}
         # A bundle of text encoders alone encodes for the published models' widths.
         sizes = self.configs.get("denoiser", {})
         with compiled.on(self.mesh):
             return compiled.encode_prompts(
                 self.text_models,
-                self.text_variables,
+                variables,
                 compiled.place(ids, self.mesh),
                 clip_skip=clip_skip,
                 context_dim=sizes.get("joint_attention_dim", 4096),
@@ -106,14 +116,15 @@ class Bundle(WithAutoencoder):
         skip_layers: Sequence[int] = (),
         control: ControlInput | Sequence[ControlInput] | None = None,
         residuals: Any = None,
+        adapters: Sets | None = None,
     ) -> Float[Array, "b h w c"]:
-        """v = noise - x0 at time t, 1 being noise.
+        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate.
 
         `control` is as in generate, without `start`, `stop` and `unconditional`.
         `residuals` (r, b, n, d), or a list over r blocks, are added to those of
         `control`; r must be that of its nets.
         """
-        module, variables = self.part("denoiser"), self.variables["denoiser"]
+        module = self.part("denoiser")
         args = self._evaluation(latents, t, context, pooled)
         skipped = argument_checks.skip_layers(skip_layers, module.depth)
         nets, acting = self._controls(control, args[0])
@@ -122,6 +133,8 @@ class Bundle(WithAutoencoder):
                 residuals, module, args[0].shape, nets
             )
             residuals = compiled.place(residuals, self.mesh, axis=1)
+        table = self.bank.table(adapters, len(args[0]), "latents")
+        variables = self.adapted("denoiser", table)
         with compiled.on(self.mesh, args):
             return compiled.velocity(
                 module,
@@ -141,6 +154,7 @@ class Bundle(WithAutoencoder):
         pooled: Float[Array | np.ndarray, "b e"],
         *,
         control: ControlInput | Sequence[ControlInput],
+        adapters: Sets | None = None,
     ) -> Float[Array, "r b n d"]:
         """The ControlNets' residuals at time t, one for each of r blocks, summed.
 
@@ -151,8 +165,11 @@ class Bundle(WithAutoencoder):
         nets, acting = self._controls(control, args[0])
         if not nets:
             raise UserError("no control; give a ControlInput, or a list of them")
+        # A net of image tokens alone embeds them with the denoiser's weights.
+        table = self.bank.table(adapters, len(args[0]), "latents")
+        variables = self.adapted("denoiser", table)
         with compiled.on(self.mesh, args):
-            return compiled.control_residuals(nets, acting, *args)
+            return compiled.control_residuals(nets, acting, variables, *args)
 
     def _evaluation(self, latents, t, context, pooled) -> tuple[Array, ...]:
         """The arguments of one evaluation, checked and over the mesh."""
@@ -239,13 +256,14 @@ class Bundle(WithAutoencoder):
         if "fingerprints" not in self._memo:
             prints = {k: tree.fingerprint(x) for k, x in self.variables.items()}
             self._memo["fingerprints"] = prints
-        return self._memo["fingerprints"]
+        prints = self._memo["fingerprints"]
+        return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
         if "fingerprint" not in self._memo:
             self._memo["fingerprint"] = tree.fingerprint(self.variables)
-        return self._memo["fingerprint"]
+        return self.bank.marked(self._memo["fingerprint"], self.variables)
 
 
 def most_clip_skip(configs: Mapping[str, dict]) -> int:

@@ -19,8 +19,8 @@ from sd3_jax.errors import UserError, nearest, prefixed
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
+from sd3_jax.sampling import argument_checks, lora_adapters
 from sd3_jax.sampling import control as hints
-from sd3_jax.sampling import lora_adapters
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
 from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
@@ -63,14 +63,15 @@ def load(
     `tokenizers_from` is a folder or hub name with the tokenizers that the sources lack;
     None loads none, for embeddings alone. `lora` names LoRA files or folders of
     diffusers, PEFT or kohya, or on the hub, with weights as in "style.safetensors=0.8"
-    or {path: weight}; they stay beside the weights (sampling/lora_adapters.py), and
-    `save` writes the sum. `quantize` names components whose blocks have 8-bit matrices,
+    or {path: weight}; each is loaded as Bundle.load_adapter does, and `save` writes the
+    sum. `quantize` names components whose blocks have 8-bit matrices,
     {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
     (params/quantization.py). `check(scheduler, configs)` is called before any weight is
     read, and may raise. Raises UserError, which lists tensors that are missing, extra
     or of another shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
+    argument_checks.instance("mesh", mesh, (Mesh,), "distributed.sharding.make_mesh")
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
 
@@ -104,12 +105,14 @@ def load(
         kind = quantize.get(name, "")
         module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
         modules[name], variables[name], stored[name] = module, values, dtypes
-    variables = lora_adapters.attached(variables, modules, loras)
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
-    return Bundle(modules, variables, configs, words, mesh, *about)
+    bundle = Bundle(modules, variables, configs, words, mesh, *about)
+    for opened in loras:
+        bundle.add_opened(opened)
+    return bundle
 
 
 def _tokenizers(
@@ -191,7 +194,8 @@ def _checked_dtype(dtype: Any) -> str:
         dtype = shown(repr(dtype))
     if dtype not in DTYPES:
         raise UserError(
-            f'dtype "{dtype}"{nearest(dtype, DTYPES)} (float16 overflows in T5-XXL)'
+            f'dtype "{dtype}": expected one of {", ".join(DTYPES)} (float16 overflows'
+            " in T5-XXL)"
         )
     return dtype
 

@@ -2,6 +2,7 @@
 
 A program is compiled once for each set of shapes and cached, also on disk if
 JAX_COMPILATION_CACHE_DIR is set. One line tells of each that has to be compiled.
+Variables may be Adapted (params/adapters.py): weights of adapters are data.
 """
 
 import contextlib
@@ -20,6 +21,7 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
+from sd3_jax.params import adapters
 from sd3_jax.sampling import prompts
 from sd3_jax.sampling.control import Control, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
@@ -82,10 +84,13 @@ def put(x: Any, where: NamedSharding) -> Array:
     return jax.make_array_from_callback(host.shape, where, lambda index: host[index])
 
 
-encode_prompts = jax.jit(
-    prompts.encode_released,
+@functools.partial(
+    jax.jit,
     static_argnames=("models", "clip_skip", "context_dim", "pooled_dim", "length"),
 )
+def encode_prompts(models, variables, ids, **options) -> Conditioning:
+    variables = {name: adapters.attached(x) for name, x in variables.items()}
+    return prompts.encode_released(models, variables, ids, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("denoiser", "skip", "nets"))
@@ -106,15 +111,21 @@ def velocity(
     args = x, t, context, pooled
     parts = [] if residuals is None else [residuals]
     if nets:
-        parts.append(control_residuals(nets, controls, *args))
+        parts.append(control_residuals(nets, controls, variables, *args))
+    variables = adapters.attached(variables)
     options = {"residuals": sum(parts)} if parts else {}
     return denoiser.apply(variables, *args, skip=skip, **options)
 
 
 @functools.partial(jax.jit, static_argnames=("nets",))
-def control_residuals(nets, controls, x, t, context, pooled) -> Array:
-    """Residuals (r, b, n, d) of all nets; `controls` are as in `sample`."""
-    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+def control_residuals(nets, controls, variables, x, t, context, pooled) -> Array:
+    """Residuals (r, b, n, d) of all nets; `controls` are as in `sample`.
+
+    `variables` are the denoiser's, of which a net may borrow.
+    """
+    adapted = isinstance(variables, adapters.Adapted)
+    lender = adapters.attached(variables) if adapted else None
+    acting = _acting(nets, controls, lender)
     return residuals_of(acting, x, t, Conditioning(context, pooled))
 
 
@@ -150,6 +161,9 @@ class Plan(NamedTuple):
     preview: Callable | None = None
     factor: int = 8  # pixels a latent, for the line about compilation
     trajectory: int | None = None  # the number of steps whose latents are returned
+    method: str = "cfg"  # a key of guidance_methods.METHODS
+    skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
+    weak: nn.Module | None = None  # the worse denoiser of autoguidance
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -173,6 +187,8 @@ class Inputs(NamedTuple):
     mask: Array | None = None
     steps: Scalar | None = None  # of the grid; None: all
     solver: Scalar | None = None
+    options: dict[str, Scalar] | None = None  # the numbers of the guidance's method
+    scales: Array | np.ndarray | None = None  # of guidance, at each time of the grid
 
 
 def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[str, Any]:
@@ -180,33 +196,34 @@ def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[st
 
     The grid is padded, so that programs do not differ by their number of steps.
     """
-    steps = len(grid) - 1
-    padding = -steps % GRID_STEPS
     return {
-        "grid": np.pad(np.asarray(grid, np.float32), (0, padding)),
-        "steps": np.int32(steps),
+        "grid": padded(grid, 0.0),
+        "steps": np.int32(len(grid) - 1),
         "solver": np.int32(solvers.same_program(solver).index(solver)),
     }
 
 
-def solver_function(names: Sequence[str], number: Scalar | None) -> Callable:
-    """The solver names[number] of those that share a program; it may be traced."""
-    if len(names) == 1:
-        return solvers.SOLVERS[names[0]]
-    return functools.partial(solvers.one_evaluation, solver=number)
+def padded(
+    values: Float[Array | np.ndarray, " n"], last: float | np.floating
+) -> Float[np.ndarray, " m"]:
+    """Values of a grid's times, padded with `last` as solver_inputs pads the grid."""
+    padding = (0, -(len(values) - 1) % GRID_STEPS)
+    return np.pad(np.asarray(values, np.float32), padding, constant_values=last)
 
 
 @functools.partial(jax.jit, static_argnames=("plan", "nets"))
 def sample(
     plan: Plan,
-    variables: dict,
+    variables: dict | adapters.Adapted,
     inputs: Inputs,
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
+    weak_variables: dict | adapters.Adapted | None = None,
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
 
     With plan.trajectory they are (steps + 1, b, h, w, c).
+    `weak_variables` are those of plan.weak.
     """
 
     # The plan is static, so modules, solver and shapes are part of the program;
@@ -215,23 +232,33 @@ def sample(
     sides = (side * plan.factor for side in plan.shape[:2])
     say_compiling(", ".join(plan.solvers), len(inputs.cond.pooled), *sides)
 
+    # Outside of the solver's loop: factors are joined and weighed once.
+    adapted = isinstance(variables, adapters.Adapted)
+    variables = adapters.attached(variables)
+
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
-    # The nets are static and their arrays traced, so they arrive as two arguments.
-    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
-    solver = solver_function(plan.solvers, inputs.solver)
+    acting = _acting(nets, controls, variables if adapted else None)
+    solver = solvers.of_program(plan.solvers, inputs.solver)
     grid, steps = inputs.grid, inputs.steps
     if plan.trajectory is not None:
         # The number of steps is the result's shape: the grid's padding is cut off.
         solver = functools.partial(solver, trajectory=True)
         grid, steps = grid[: plan.trajectory + 1], None
-    skip = None
+    weakened = weak = None
     # Which layers are left out is static: the denoiser makes a constant mask of it for
     # its scanned blocks.
     if plan.skip_layers:
-        skipping = controlled(denoiser, (), skip=plan.skip_layers)
-        skip = guidance.Skip(skipping, inputs.skip_scale, inputs.skip_window)
+        layers = dict(skip=plan.skip_layers, skipped=plan.skipped)
+        worse = controlled(denoiser, (), **layers)
+        weakened = guidance.Weakened(worse, inputs.skip_scale, inputs.skip_window)
+    if plan.weak is not None:
+        weaker = adapters.attached(weak_variables)
+        weak = lambda x, t, cond: plan.weak.apply(weaker, x, t, *cond)
+    scale = inputs.scale
+    if inputs.scales is not None:
+        scale = guidance.Schedule(inputs.grid, inputs.scales)
     return generate(
         controlled(denoiser, acting),
         inputs.keys,
@@ -243,12 +270,31 @@ def sample(
         solver=solver,
         # A Python 1.0 selects the path without guidance, which runs the denoiser on b
         # rows; a traced scale always doubles the batch.
-        scale=inputs.scale if plan.guided else 1.0,
+        scale=scale if plan.guided else 1.0,
+        method=plan.method if plan.guided else "cfg",
+        options=inputs.options,
         interval=inputs.interval,
         rescale=inputs.rescale,
-        skip=skip,
+        weakened=weakened,
+        weak=weak,
         noise=inputs.noise,
         x0=inputs.x0,
         mask=inputs.mask,
         preview=plan.preview,
     )
+
+
+def _acting(nets, controls, adapted: dict | None) -> list[Control]:
+    """The controls of a program; `adapted` are the denoiser's variables if they are."""
+    # The nets are static and their arrays traced, so they arrive as two arguments.
+    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+    return acting if adapted is None else [_lent(x, adapted) for x in acting]
+
+
+def _lent(control: Control, variables: dict) -> Control:
+    """A net that borrows the denoiser's embedding of patches, with its adapters."""
+    if not control.net.borrowed:
+        return control
+    lent = {"patch_embed": variables["params"]["patch_embed"]}
+    params = control.variables["params"] | lent
+    return control._replace(variables=control.variables | {"params": params})

@@ -11,6 +11,7 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import argument_checks, input_images
@@ -29,10 +30,18 @@ Bundle = Any
 EVERY_TIME = np.float32(0), np.float32(1)
 
 
-def listed(control: ControlInput | Sequence[ControlInput] | None) -> list[ControlInput]:
-    """One ControlInput, several or none as a list."""
-    # A ControlInput is a tuple of its fields and one control.
-    return [control] if isinstance(control, ControlInput) else list(control or ())
+def listed(
+    control: ControlInput | Sequence[ControlInput] | None,
+) -> list[ControlInput]:
+    """The inputs in a list; UserError for what is neither one nor several."""
+    if control is None or isinstance(control, ControlInput):
+        return [control] if control is not None else []
+    if not isinstance(control, list | tuple):
+        raise UserError(
+            f"control {shown(repr(control))}: expected ControlInput(net, image), or a"
+            " list of these"
+        )
+    return list(control)
 
 
 def controls_of(

@@ -13,8 +13,10 @@ from jax.tree_util import tree_leaves_with_path
 
 from sd3_jax import tree
 from sd3_jax.data import tokenizers
+from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.params import parametrization
+from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler_config import EULER
@@ -44,12 +46,19 @@ def save(
     """A diffusers folder, an original single file or our own; all processes call it.
 
     Without `dtype` every tensor gets the dtype of the file that it was loaded from.
-    LoRAs are merged into the weights. A ControlNet keeps its present dtype and its
+    Adapters are merged into the weights. A ControlNet keeps its present dtype and its
     control_type; weights that it borrows from the denoiser are left out.
+
+    UserError if the path holds files already, or does not suit the layout.
     """
+    argument_checks.instance(
+        "bundle", bundle, (Bundle, ControlBundle), "sd3_jax.load or load_control"
+    )
     path = epath.Path(path)
+    processes.first(lambda: require_new(path, layout))
     if isinstance(bundle, ControlBundle):
         return save_control(bundle, path, layout, dtype=dtype)
+    bundle = bundle.merge_adapters()
     bundle = dataclasses.replace(
         bundle, variables=parametrization.arrays(bundle.variables)
     )
@@ -84,6 +93,18 @@ def save(
         _write(safetensors.write_file, path, entries, metadata)
     else:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+
+
+def require_new(path: epath.Path, layout: str) -> None:
+    """UserError for a path that holds files, and for a file without .safetensors."""
+    # On existing files the shards of two models would lie side by side.
+    if path.exists() and not (path.is_dir() and not any(path.iterdir())):
+        raise UserError(f"{path} already exists; give a new path, or an empty folder")
+    if layout == "original" and (path.suffix != ".safetensors" or path.is_dir()):
+        raise UserError(
+            f'{path}: layout "original" is one file; give a path that ends in'
+            " .safetensors"
+        )
 
 
 def save_control(

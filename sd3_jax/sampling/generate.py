@@ -25,16 +25,13 @@ def generate(
     shape: tuple[int, int, int],
     grid: Float[np.ndarray | Array, " n"],
     solver: Callable,
-    scale: guidance.Number,
-    interval: tuple[guidance.Number, guidance.Number] = (0.0, 1.0),
-    rescale: guidance.Number = 0.0,
-    skip: guidance.Skip | None = None,
     noise: Float[Array, "b h w c"] | None = None,
     x0: Float[Array, "b h w c"] | None = None,
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
     spread: float = 1.0,
     steps: solvers.Integer | None = None,
+    **options,
 ) -> Float[Array, "*n b h w c"]:
     """Latents (b, *shape), from the solver's steps down the times of `grid`.
 
@@ -44,14 +41,14 @@ def generate(
     x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
     each step. A solver with a trajectory returns all n latents. `spread` is the std of
     x at grid[0], for formulations that do not start at pure noise. `steps` is how many
-    steps of the grid are taken, all by default; it may be traced.
+    steps of the grid are taken, all by default; it may be traced. Other `options` are
+    those of guidance.guided, such as `scale`.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
     if noise is None:
         noise = draw(keys)
-    options = dict(scale=scale, interval=interval, rescale=rescale, skip=skip)
-    guided = guidance.cfg(velocity, cond, uncond, **options)
+    guided = guidance.guided(velocity, cond, uncond, grid=grid, **options)
     # The same noise at every t: the kept area follows one straight path down to x0.
     at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
 
@@ -61,8 +58,9 @@ def generate(
             # painted area sees a picture that is as noisy as itself.
             x = (1 - mask) * at(t) + mask * x
         if preview is not None:
+            # The adaptive solver has a t for each row; the slowest is told.
             # Not ordered: on several devices jax knows no order of callbacks.
-            jax.debug.callback(preview, step, t, to_rgb(x))
+            jax.debug.callback(preview, step, jnp.max(t), to_rgb(x))
         return x
 
     # With x0 the grid may begin below t = 1, at a picture that is noised in part.

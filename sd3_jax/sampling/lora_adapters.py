@@ -1,35 +1,29 @@
-"""Loads LoRA files and attaches them to the weights of the components they adapt."""
+"""Opens adapter files that a caller names, and reads their tensors."""
 
 import functools
-import logging
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from etils import epath
 from flax import linen as nn
-from jax.sharding import NamedSharding, PartitionSpec
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.params import lora
-from sd3_jax.sampling import compiled
-from sd3_jax.weights import lora_files as files
-from sd3_jax.weights import lora_formats, source_names, sources
-
-log = logging.getLogger(__name__)
-
+from sd3_jax.params.adapters import Factors, Full, Path
+from sd3_jax.weights import adapter_files, source_names, sources
 
 named = functools.partial(source_names.split_weight, exists=sources.exists)
 
 
 class Opened(NamedTuple):
-    """A LoRA whose header is read: its maps by component, and its weight."""
+    """An adapter whose header is read: its layers by component, and its weight."""
 
+    source: str  # as the caller named it
     path: epath.Path
     weight: float
-    pairs: dict[str, lora_formats.Pairs]
+    layers: dict[str, adapter_files.Layers]
 
 
 def listed(requested: Any) -> list[tuple[str, float]]:
@@ -68,54 +62,30 @@ def opened(
     loras = []
     # LoRAs add up: each is attached beside the kernels, with its own weight.
     for source, weight in listed(requested):
-        path = sources.resolve(source, lora_formats.WANTED, label="LoRA")
+        path = sources.resolve(source, adapter_files.WANTED, label="LoRA")
         # Headers and kohya's alphas alone: a LoRA for a part that is not there is
         # refused before any weight is loaded.
-        pairs = {k: x for k, x in lora_formats.read(path).items() if k in components}
-        if lacking := [name for name in pairs if name not in available]:
+        layers = {k: x for k, x in adapter_files.read(path).items() if k in components}
+        if lacking := [name for name in layers if name not in available]:
             raise UserError(
                 f"{path} adapts {lacking[0]}, but the weights have only"
                 f" {', '.join(available)}; add a file that has it, after a comma"
             )
-        loras.append(Opened(path, weight, pairs))
+        loras.append(Opened(source, path, weight, layers))
     return loras
 
 
-def attached(
-    variables: Mapping[str, dict], modules: Mapping[str, nn.Module], loras: list[Opened]
-) -> dict[str, dict]:
-    """Variables by component with the LoRAs beside their kernels, added up."""
-    adapted = dict(variables)
-    for path, weight, maps in loras:
-        for name, pairs in maps.items():
-            params = adapted[name]["params"]
-            lora_params = files.load(pairs, name, modules[name], params, weight=weight)
-            # The kernel becomes LowRank(base, a, b): the sum is never stored.
-            params = lora.attach(params, _placed(lora_params, params))
-            adapted[name] = adapted[name] | {"params": params}
-            log.info(
-                "%s: adapts %d linear layers of %s, times %g",
-                path,
-                len(pairs),
-                name,
-                weight,
-            )
-    return adapted
+def changes(
+    opened: Opened, variables: Mapping[str, dict], modules: Mapping[str, nn.Module]
+) -> Iterator[tuple[str, Path, Factors | Full]]:
+    """(component, path of the leaf, change) of each leaf, read when it is asked for."""
+    for name, layers in opened.layers.items():
+        params = variables[name]["params"]
+        for path, change in adapter_files.leaves(layers, name, modules[name], params):
+            yield name, path, change
 
 
-def _placed(lora_params: dict, params: dict) -> dict:
-    """a and b, sharded as their kernels along the axes that they share."""
-    kernels, placed = lora.kernels(params), {}
-    for path, pair in lora.modules(lora_params, "a"):
-        kernel = kernels[path]
-        # PartitionSpec omits trailing None; the layout needs one entry for each axis.
-        mesh, spec = kernel.sharding.mesh, tuple(kernel.sharding.spec)
-        spec += (None,) * (kernel.ndim - len(spec))
-        # `a` shares the kernel's input axes and `b` its output axes; the rank stays
-        # whole.
-        specs = lora.layout(path, kernel.ndim).shapes(spec, None)
-        placed[path] = {
-            name: compiled.put(pair[name], NamedSharding(mesh, PartitionSpec(*axes)))
-            for name, axes in zip("ab", specs)
-        }
-    return lora.nested(placed)
+def default_name(source: str) -> str:
+    """The name of an adapter that the caller gives none: its file's or folder's."""
+    last = source.rstrip("/").rpartition("/")[2]
+    return last.removesuffix(".safetensors") or source

@@ -24,6 +24,7 @@ SAMPLE = (
     *("negative", "seed", "per_prompt", "steps", "solver", "grid", "shift"),
     *("cfg", "cfg_start", "cfg_stop", "rescale", "max_length", "clip_skip"),
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
+    *("guidance_method", "guidance_options", "guidance_schedule"),
 )
 LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
 LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}
@@ -97,7 +98,8 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
 def text_lines(path: epath.Path, name: str) -> list[str]:
     """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
-        raise UserError(f"{name}: no such file")
+        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+        raise UserError(f"{name}: {reason}")
     try:
         with path.open("rb") as file:
             # Reading one byte more than allowed tells a file that is too large.

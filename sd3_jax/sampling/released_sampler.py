@@ -12,10 +12,16 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
-from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, bundle, bundle_loading, prompt_file
+from sd3_jax.errors import UserError, prefixed
+from sd3_jax.sampling import (
+    argument_checks,
+    bundle,
+    bundle_loading,
+    guidance_arguments,
+    prompt_file,
+)
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components
+from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +50,9 @@ def load_for_sampling(
             " without guidance; use --config=released:sd35_large_turbo"
         )
         log.warning(message, config.weights, config.sample.cfg)
+    with prefixed(f"config.sample.guide = {config.sample.guide}"):
+        for name in sources.split(config.sample.guide):
+            sources.locate(name)  # before the model's weights are read
     model = load(config, mesh, check=partial(check, settings=settings))
     warn_of_another_model(config, model)
     return model
@@ -91,12 +100,20 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
                 f"config.image.{name} = {asked[name]}: expected at most {most} of this"
                 " model"
             )
-    argument_checks.skip_layers(asked["skip_layers"], denoiser.get("num_layers", 1))
+    depth = denoiser.get("num_layers", 1)
+    guidance = guidance_arguments.checked(
+        depth,
+        **guidance_options(asked),
+        skip=guidance_arguments.Layers(asked["skip_layers"], asked["skip_scale"]),
+        # config.sample.guide, without which a config is not valid.
+        guide=True if asked["guidance_method"] == "autoguidance" else None,
+    )
     argument_checks.whole(
         "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
     )
     tokens = asked["height"] * asked["width"] // unit**2
-    scheduler.sampler(asked["steps"], tokens, **solver_options(asked))
+    solver, _ = scheduler.sampler(asked["steps"], tokens, **solver_options(asked))
+    guidance.require_solver(solver)
 
 
 def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -105,8 +122,37 @@ def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
 
 
+def guidance_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """A task's guidance, as guidance_arguments.checked takes it."""
+    return dict(
+        scale=settings["cfg"],
+        interval=(settings["cfg_start"], settings["cfg_stop"]),
+        rescale=settings["rescale"],
+        method=settings["guidance_method"],
+        options=guidance_arguments.options_of(settings["guidance_options"]),
+        schedule=settings["guidance_schedule"],
+        negative=bool(settings["negative"]),
+    )
+
+
+def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
+    """The denoiser of config.sample.guide, the weaker model of autoguidance."""
+    if not config.sample.guide:
+        return None
+    with prefixed(f"config.sample.guide = {config.sample.guide}"):
+        return bundle_loading.load(
+            config.sample.guide,
+            mesh=mesh,
+            dtype=config.model.dtype,
+            quantize={"denoiser": config.quantize.denoiser},
+            only=["denoiser"],
+        )
+
+
 def sample_tasks(
-    model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
+    model: bundle.Bundle,
+    tasks: Sequence[prompt_file.Task],
+    guide: bundle.Bundle | None = None,
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of tasks that share a shape and settings."""
     # A task's prompt is one text, or one for each of the three encoders.
@@ -127,6 +173,10 @@ def sample_tasks(
         guidance=s["cfg"],
         guidance_interval=(s["cfg_start"], s["cfg_stop"]),
         guidance_rescale=s["rescale"],
+        guidance_method=s["guidance_method"],
+        guidance_options=guidance_arguments.options_of(s["guidance_options"]),
+        guidance_schedule=s["guidance_schedule"],
+        guide=guide if s["guidance_method"] == "autoguidance" else None,
         **solver_options(s),
         max_sequence_length=s["max_length"],
         clip_skip=s["clip_skip"],

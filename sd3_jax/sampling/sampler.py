@@ -18,15 +18,20 @@ from ml_collections import ConfigDict
 from sd3_jax import pictures
 from sd3_jax.assembly import encoder_identity, examples, model_parts
 from sd3_jax.data import tokenizers
-from sd3_jax.diffusion import solvers
+from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.solvers import Grid, Integer
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import arguments, compiled, prompt_file, prompts
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import bundle as bundles
+from sd3_jax.sampling import compiled, guidance_arguments, prompt_file, prompts
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.released_sampler import sample_tasks, solver_options
+from sd3_jax.sampling.released_sampler import (
+    guidance_options,
+    sample_tasks,
+    solver_options,
+)
 from sd3_jax.sampling.scheduler import PUBLISHED
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
@@ -104,7 +109,8 @@ class TrainedSampler:
     """Pictures of captions by a run's parameters; compiled once for each batch size.
 
     A recipe that trains on encoded text and latents needs config.encode.weights, a
-    released model that encodes the captions and decodes the pictures.
+    released model that encodes the captions and decodes the pictures. `guide` are the
+    parameters of a weaker run, for autoguidance.
     """
 
     def __init__(
@@ -113,17 +119,24 @@ class TrainedSampler:
         parts: model_parts.Parts,
         mesh: Mesh,
         encoder: Encoder | None = None,
+        guide: dict | None = None,
     ):
         self.config, self.parts, self.mesh = config, parts, mesh
         # Assigned over the cached property below: the encoder is shared, not loaded
         # again.
         if encoder is not None:
             self.encoder = encoder
-        s = config.sample
-        interval = s.cfg_start, s.cfg_stop
-        self.guided = arguments.guided(
-            s.cfg, interval, s.rescale, negative=bool(s.negative)
+        self.guidance = guidance_arguments.checked(
+            parts.denoiser.depth,
+            **guidance_options(config.sample),
+            guide=guide if config.sample.guidance_method == "autoguidance" else None,
         )
+        self.guidance.require_solver(self.solver_and_grid[0])
+        if self.guidance.layers.layers and not isinstance(parts.denoiser, MMDiT):
+            raise UserError(
+                f'config.sample.guidance_method = "{self.guidance.method}": expected'
+                " config.model.name = mmdit, whose attention it changes"
+            )
         self.program = jax.jit(self.sample_batch)
 
     def __call__(
@@ -138,7 +151,8 @@ class TrainedSampler:
             batch = self.tokens([captions[i] for i in rows])
             batch["number"] = np.array([numbers[i] for i in rows], np.uint32)
             batch = self.put(batch, len(rows))
-            images = self.program(params, batch, self.negative, self.times)
+            guide = self.guidance.guide
+            images = self.program(params, batch, self.negative, self.times, guide)
             # Latents are decoded by the encoder's model in a second program: the
             # recipe's own program has no autoencoder.
             if self.encoder is not None:
@@ -166,7 +180,7 @@ class TrainedSampler:
     @functools.cached_property
     def negative(self) -> dict[str, jax.Array]:
         """The negative prompt, a row for every shard; {} if there is none to use."""
-        if not self.config.sample.negative or not self.guided:
+        if not self.config.sample.negative or not self.guidance.guided:
             return {}
         # One row for each shard: the mesh does not split fewer.
         shards = sharding.batch_shards(self.mesh)
@@ -183,8 +197,14 @@ class TrainedSampler:
     def times(self) -> dict[str, Any]:
         """Solver, steps and grid as arguments of the program, which serves others."""
         solver, grid = self.solver_and_grid
-        inputs = compiled.solver_inputs(solver, self.parts.formulation.grid(grid))
-        return compiled.place(inputs, self.mesh)
+        grid = np.asarray(self.parts.formulation.grid(grid))
+        inputs = compiled.solver_inputs(solver, grid)
+        return compiled.place(inputs | self.guidance_inputs(grid), self.mesh)
+
+    def guidance_inputs(self, grid: np.ndarray) -> dict[str, Any]:
+        """What guidance reads of the grid; its other numbers are constants, as cfg."""
+        inputs = self.guidance.inputs(grid)
+        return {k: inputs[k] for k in ("scales", "skip_window") if k in inputs}
 
     def tokens(self, captions: Sequence[str]) -> dict[str, np.ndarray]:
         if self.encoder is not None:
@@ -199,15 +219,20 @@ class TrainedSampler:
         return put(batch, batch_size=size)
 
     def sample_batch(
-        self, params: dict, batch: dict, negative: dict, times: dict
+        self,
+        params: dict,
+        batch: dict,
+        negative: dict,
+        times: dict,
+        guide: dict | None = None,
     ) -> jax.Array:
         """A batch's text and numbers to images in [-1, 1], or latents to decode."""
         names = solvers.same_program(self.solver_and_grid[0])
         sides = self.config.image.height, self.config.image.width
         compiled.say_compiling(", ".join(names), len(batch["number"]), *sides)
-        solver = compiled.solver_function(names, times["solver"])
-        steps = {name: times[name] for name in ("grid", "steps")}
-        x0 = self.latents(params, batch, negative, solver, **steps)
+        solver = solvers.of_program(names, times["solver"])
+        rest = {name: x for name, x in times.items() if name != "solver"}
+        x0 = self.latents(params, batch, negative, solver, **rest, guide=guide)
         return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
 
     def latents(
@@ -219,6 +244,9 @@ class TrainedSampler:
         *,
         grid: Grid,
         steps: Integer | None = None,
+        scales: jax.Array | None = None,
+        skip_window: tuple[jax.Array, jax.Array] | None = None,
+        guide: dict | None = None,
     ) -> jax.Array:
         settings, objective = self.config.sample, self.parts.objective
         seed = jax.random.key(settings.seed)
@@ -234,6 +262,13 @@ class TrainedSampler:
                 objective.encode(params, negative),
                 cond,
             )
+        steering, scale, weakened = self.guidance, settings.cfg, None
+        if scales is not None:
+            scale = guidance.Schedule(grid, scales)
+        if skip_window is not None:
+            layers = dict(skip=steering.layers.layers, skipped=steering.layers.skipped)
+            worse = objective.velocity(params, **layers)
+            weakened = guidance.Weakened(worse, steering.layers.scale, skip_window)
         return generate(
             objective.velocity(params),
             keys,
@@ -244,9 +279,13 @@ class TrainedSampler:
             steps=steps,
             spread=self.parts.formulation.spread,
             solver=solver,
-            scale=settings.cfg,
-            interval=(settings.cfg_start, settings.cfg_stop),
-            rescale=settings.rescale,
+            scale=scale,
+            method=steering.method,
+            options=steering.numbers,
+            interval=steering.interval,
+            rescale=steering.rescale,
+            weakened=weakened,
+            weak=None if guide is None else objective.velocity(guide),
         )
 
 

@@ -13,7 +13,12 @@ from sd3_jax.diffusion.checks import require
 from sd3_jax.errors import UserError
 
 CLOCK = 1000  # the networks are given 1000 t
-USUAL = {"dpmpp_2m_flow": "flow"}  # a solver's line of t's, if not the released models'
+# A solver's line of t's, if not the released models': that of its diffusers' class.
+USUAL = {
+    **dict.fromkeys(("dpmpp_2m_flow", "dpmpp_3m_flow", "deis_2", "deis_3"), "flow"),
+    **dict.fromkeys(("dpmpp_2m_sde", "dpmpp_3m_sde"), "flow"),
+    **dict.fromkeys(("unipc_2", "unipc_3"), "unipc"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,6 +103,8 @@ class Scheduler:
         t = timesteps.shift(t, shift)
         if self.terminal is not None:
             t = grids.stretched(t, self.terminal)
+        if line == "unipc":
+            t = grids.below_one(t)
         return grids.apart(np.append(grids.SPACINGS[self.spacing](t), 0), shift)
 
     def non_default_settings(self) -> dict[str, Any]:
@@ -110,6 +117,7 @@ class Scheduler:
 LINES = {  # of n t's before the shift, without the 0
     "released": lambda n, end: np.linspace(1, end, n),
     "flow": lambda n, end: np.linspace(1 - 1 / CLOCK, 0, n + 1)[:-1],
+    "unipc": lambda n, end: np.linspace(1, 1 / CLOCK, n + 1)[:-1],
 }
 FIELDS = dataclasses.fields(Scheduler)
 PUBLISHED = Scheduler()

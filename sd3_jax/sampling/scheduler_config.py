@@ -5,95 +5,47 @@ A setting has the meaning that diffusers' class gives it, or is refused by name
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
+from sd3_jax.sampling import multistep_schedulers
+from sd3_jax.sampling.multistep_schedulers import (
+    DEIS_KEYS,
+    DPM_KEYS,
+    IDLE,
+    UNIPC_KEYS,
+)
 from sd3_jax.sampling.scheduler import CLOCK, PUBLISHED, Scheduler
+from sd3_jax.sampling.scheduler_fields import (
+    CLOCK_KEY,
+    END,
+    SHIFT,
+    SIZED,
+    SPACED,
+    one_of,
+    sizes,
+    value_text,
+)
 from sd3_jax.weights.published_configs import Field, flag
 
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 LCM, DPM = "FlowMatchLCMScheduler", "DPMSolverMultistepScheduler"
-
-
-# --- The file
-
-
-def _shown(value: Any) -> str:
-    """A value as in the file."""
-    return shown(json.dumps(value, default=str))
-
-
-def _is_number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
-
-
-def _count(default: int) -> Field:
-    whole = lambda x: isinstance(x, int) and not isinstance(x, bool)
-    return Field(default, "a whole number >= 1", lambda x: whole(x) and 1 <= x <= 10**9)
-
-
-def _number(default: float) -> Field:
-    return Field(default, "a finite number", _is_number)
-
-
-def _text(*choices: str) -> Field:
-    return Field(choices[0], f"one of {', '.join(choices)}", lambda x: x in choices)
-
-
-SHIFT = Field(1.0, "a finite number > 0", lambda x: _is_number(x) and x > 0)
-END = Field(None, "null or a number in [0, 1)", lambda x: _is_number(x) and 0 <= x < 1)
-SPACED = {f"use_{name}_sigmas": flag(False) for name in grids.SPACINGS if name}
-SIZED = {
-    "use_dynamic_shifting": flag(False),
-    "base_shift": _number(0.5),
-    "max_shift": _number(1.15),
-    "base_image_seq_len": _count(256),
-    "max_image_seq_len": _count(4096),
-}
+UNIPC, DEIS = "UniPCMultistepScheduler", "DEISMultistepScheduler"
 FLOW_KEYS = {
-    "num_train_timesteps": _count(CLOCK),
+    **CLOCK_KEY,
     "shift": SHIFT,
     **SIZED,
     **SPACED,
     "invert_sigmas": flag(False),
     "shift_terminal": END,
-    "time_shift_type": _text("exponential", "linear"),
+    "time_shift_type": one_of("exponential", "linear"),
 }
 LCM_KEYS = FLOW_KEYS | {
     "scale_factors": Field(None, "null or numbers", lambda x: isinstance(x, list)),
     "upscale_mode": Field("bicubic", "a text", lambda x: isinstance(x, str)),
 }
-DPM_KEYS = {
-    "num_train_timesteps": _count(CLOCK),
-    "flow_shift": SHIFT,
-    **SIZED,
-    "max_shift": _number(1.16),  # the pipeline's own, where no scheduler has one
-    **SPACED,
-    "use_flow_sigmas": flag(False),
-    "use_lu_lambdas": flag(False),
-    "prediction_type": _text("epsilon", "flow_prediction", "sample", "v_prediction"),
-    "algorithm_type": _text(
-        *("dpmsolver++", "dpmsolver", "sde-dpmsolver", "sde-dpmsolver++", "deis")
-    ),
-    "solver_order": _count(2),
-    "solver_type": _text("midpoint", "heun", "bh1", "bh2", "logrho"),
-    "final_sigmas_type": _text("zero", "sigma_min"),
-    "thresholding": flag(False),
-    "time_shift_type": _text("exponential"),
-}
-# Settings of DPMSolverMultistep that do nothing where sigmas are those of a flow, whose
-# last is 0: they are of noise in betas, or of the last steps of a third order.
-IDLE = (
-    *("beta_start", "beta_end", "beta_schedule", "trained_betas", "steps_offset"),
-    *("dynamic_thresholding_ratio", "sample_max_value", "lower_order_final"),
-    *("euler_at_final", "lambda_min_clipped", "variance_type", "timestep_spacing"),
-    "rescale_betas_zero_snr",
-)
 
 
 def read(config: Any, where: str = "the scheduler") -> Scheduler:
@@ -119,9 +71,11 @@ def read(config: Any, where: str = "the scheduler") -> Scheduler:
     if values["num_train_timesteps"] != CLOCK:
         complaints["num_train_timesteps"] = str(CLOCK)
     # The first complaint is enough: the caller mends one setting at a time.
-    for key, wanted in complaints.items():
-        value = _shown(values[key])
-        reason = f"{where}: {key} {value} of {name} is not supported; expected {wanted}"
+    for key, allowed in complaints.items():
+        value = value_text(values[key])
+        reason = (
+            f"{where}: {key} {value} of {name} is not supported; expected {allowed}"
+        )
         return dataclasses.replace(scheduler, refused=reason)
     return scheduler
 
@@ -138,10 +92,10 @@ def unread(config: Mapping[str, Any]) -> list[str]:
 def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
     """The class's name, and all its keys with their values or defaults."""
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: {_shown(config)}: expected a JSON object")
+        raise UserError(f"{where}: {value_text(config)}: expected a JSON object")
     name = config.get("_class_name", EULER)
     if not isinstance(name, str):
-        raise UserError(f"{where}: _class_name {_shown(name)}: expected a text")
+        raise UserError(f"{where}: _class_name {value_text(name)}: expected a text")
     values = {}
     for key, field in _keys(name).items():
         value = config.get(key, field.default)
@@ -150,7 +104,9 @@ def _checked(config: Any, where: str) -> tuple[str, dict[str, Any]]:
         if value is None and key not in ("shift", "flow_shift", "num_train_timesteps"):
             value = field.default
         if value is not field.default and not field.accepts(value):
-            raise UserError(f"{where}: {key} {_shown(value)}: expected {field.allowed}")
+            raise UserError(
+                f"{where}: {key} {value_text(value)}: expected {field.allowed}"
+            )
         values[key] = value
     # mu lies on a line through two points; equal lengths would divide by zero.
     if values.get("use_dynamic_shifting"):
@@ -182,20 +138,12 @@ def _flow(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
         complaints["invert_sigmas"] = "false"
     scheduler = Scheduler(
         shift=float(values["shift"]),
-        **_sizes(values),
+        **sizes(values),
         linear=values["time_shift_type"] == "linear",
         terminal=values["shift_terminal"] or None,  # 0 is none, as in diffusers
         spacing=spaced[0].split("_")[1] if spaced else "",
     )
     return scheduler, complaints
-
-
-def _sizes(values: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "dynamic": values["use_dynamic_shifting"],
-        "base": (values["base_image_seq_len"], float(values["base_shift"])),
-        "most": (values["max_image_seq_len"], float(values["max_shift"])),
-    }
 
 
 def _euler(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
@@ -220,29 +168,6 @@ def _lcm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
     return dataclasses.replace(scheduler, solver="lcm"), complaints
 
 
-def _dpm(values: dict[str, Any]) -> tuple[Scheduler, dict[str, str]]:
-    """DPM-Solver++ on flows; its first order is Euler's method."""
-    wanted = {
-        "use_flow_sigmas": (True,),
-        "prediction_type": ("flow_prediction",),
-        "algorithm_type": ("dpmsolver++", "deis"),  # deis stands for the first there
-        "solver_order": (1, 2),
-        "solver_type": ("midpoint", "bh1", "bh2", "logrho"),  # the last for the first
-        "final_sigmas_type": ("zero",),
-        "thresholding": (False,),
-        "use_lu_lambdas": (False,),
-        **{name: (False,) for name in SPACED},
-    }
-    complaints = {
-        key: " or ".join(map(_shown, choices))
-        for key, choices in wanted.items()
-        if values[key] not in choices
-    }
-    solver = "euler" if values["solver_order"] == 1 else "dpmpp_2m_flow"
-    shift = float(values["flow_shift"])
-    return Scheduler(solver, "flow", shift, **_sizes(values)), complaints
-
-
 class Class(NamedTuple):
     keys: dict[str, Field]
     make: Callable[[dict[str, Any]], tuple[Scheduler, dict[str, str]]]
@@ -252,5 +177,7 @@ CLASSES = {
     EULER: Class(FLOW_KEYS | {"stochastic_sampling": flag(False)}, _euler),
     HEUN: Class({k: FLOW_KEYS[k] for k in ("num_train_timesteps", "shift")}, _heun),
     LCM: Class(LCM_KEYS, _lcm),
-    DPM: Class(DPM_KEYS, _dpm),
+    DPM: Class(DPM_KEYS, multistep_schedulers.dpm),
+    UNIPC: Class(UNIPC_KEYS, multistep_schedulers.unipc),
+    DEIS: Class(DEIS_KEYS, multistep_schedulers.deis),
 }

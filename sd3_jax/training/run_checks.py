@@ -106,6 +106,7 @@ def warn_of_short_run(config: ConfigDict) -> None:
     for name, asked, consequence in (
         ("log_every", True, "metrics.jsonl gets no losses"),
         ("eval_every", config.data.held_out, "the held-out records are never used"),
+        ("eval_every", config.data.name == "digits", "the loss is never validated"),
         ("sample_every", train.prompts, "config.train.prompts are never sampled"),
     ):
         if asked and train[name] > train.steps:

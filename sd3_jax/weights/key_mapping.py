@@ -5,6 +5,7 @@ tensors in a diffusers folder and in an original single file. A group gives its 
 prefix and, for modules under a scan, the layers that their first axis stacks.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -164,7 +165,7 @@ def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
     shape = indexed(leaf_shape, index)
     to_file = kind.write if kernel else AS_IS.write
     if path[-1] in ("bias", "scale"):  # of heads and chunks: one axis in the file
-        to_file = lambda x: x.reshape(-1)
+        to_file = _one_axis
     # --- the two directions; biases of swapped halves are swapped as well
     read = kind.read if kernel else AS_IS.read
     exchange = _swap if kind.swap else lambda x: x
@@ -173,12 +174,22 @@ def _piece(key, path, index, leaf_shape, kind, kernel, fill=None) -> Piece:
         path,
         index,
         shape,
-        # The shape that the file must have, without any values.
-        jax.eval_shape(to_file, jax.ShapeDtypeStruct(shape, jnp.float32)).shape,
+        _written_shape(to_file, tuple(map(int, shape))),
         read=lambda x: read(exchange(x), shape),
         write=lambda x: exchange(to_file(x)),
         fill=None if fill is None else lambda: fill(shape),
     )
+
+
+# Layers have the same shapes, and tracing is slow.
+@functools.lru_cache(4096)
+def _written_shape(write: Callable, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """The shape that the file must have, without any values."""
+    return jax.eval_shape(write, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+
+
+def _one_axis(x: Any) -> Any:
+    return x.reshape(-1)
 
 
 def indexed(shape, index):

@@ -427,16 +427,13 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
                 f"{source}: the text encoders are of another model: {name} of both"
                 f" CLIPs is {size}; must be at most that of the denoiser, {most}"
             )
-    alone = configs.get("clip_g")
-    if alone and "clip_l" not in configs:
-        # Zeros stand in for CLIP-L, and their number is known of the pooled vector.
-        sizes = alone["hidden_size"], alone["projection_dim"]
-        if sizes[0] != sizes[1]:
-            raise UserError(
-                f"{source}: clip_g has hidden_size {sizes[0]} and projection_dim"
-                f" {sizes[1]}, so that the width of the missing clip_l is not known;"
-                " add clip_l"
-            )
+    # Zeros stand in for CLIP-L, and their number is known of the pooled vector alone.
+    clip_g = {} if "clip_l" in configs else configs.get("clip_g", {})
+    if clip_g.get("hidden_size") != clip_g.get("projection_dim"):
+        raise UserError(
+            f"{source}: the width of the missing clip_l is not known, because clip_g's"
+            " hidden_size and projection_dim differ; add clip_l"
+        )
     for part, name, wanted in (
         ("t5", "d_model", context),
         ("vae", "latent_channels", denoiser["in_channels"]),

@@ -328,6 +328,11 @@ def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
     names = [name for name, class_name in CLASSES.items() if kind == class_name]
+    if (path / "checkpoints").is_dir() or {"model", "train"} <= {*config}:
+        raise UserError(
+            f"{path} is a run of sd3_jax, not released weights: sample it with the job"
+            " `sample`, or write its weights with `convert` and load those"
+        )
     if not names:
         raise UserError(f"{path}: config.json is of {_other(kind)}")
     if len(names) > 1:  # both CLIPs: by width, or for another width by activation

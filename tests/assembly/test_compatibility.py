@@ -175,6 +175,10 @@ def test_a_rate_far_too_small_for_prodigy_is_told(caplog):
             "the held-out records are never used",
         ),
         (
+            dict(train__eval_every=1_001, data__name="digits"),
+            "the loss is never validated; set --config.train.eval_every=100",
+        ),
+        (
             dict(optim__warmup=1_001),
             "config.optim.warmup = 1001 is more than config.train.steps = 1000",
         ),

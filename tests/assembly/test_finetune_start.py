@@ -17,7 +17,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.monitoring import metrics
 from sd3_jax.params.lora import modules
 from sd3_jax.sampling import bundle_loading
-from sd3_jax.weights import lora_formats, safetensors
+from sd3_jax.weights import adapter_files, peft_config, safetensors
 
 MEDIUM = {  # what the miniature is
     **{"depth": 4, "width": 64, "num_heads": 1, "dual_blocks": 2, "pos_size": 24},
@@ -55,28 +55,28 @@ def tuned(released, tmp_path_factory):
 
 def test_the_adapter_is_written_at_every_checkpoint(tuned):
     assert SAVED == [2, 4]
-    _, metadata = safetensors.open_file(tuned / lora_formats.FILE)
+    _, metadata = safetensors.open_file(tuned / adapter_files.FILE)
     assert metadata["step"] == "4"
 
 
 def test_a_run_starts_from_a_lora_file(tuned, released, tmp_path):
     flags = released | {"tune.lora": tuned, "train.steps": 1, "optim.lr": 1e-12}
     assert train(tmp_path, "configs/lora.py:tiny", **flags) == 0
-    new, _ = safetensors.open_file(tmp_path / lora_formats.FILE)
-    for key, tensor in safetensors.open_file(tuned / lora_formats.FILE)[0].items():
+    new, _ = safetensors.open_file(tmp_path / adapter_files.FILE)
+    for key, tensor in safetensors.open_file(tuned / adapter_files.FILE)[0].items():
         np.testing.assert_allclose(new[key].read(), tensor.read(), rtol=1e-5, atol=1e-9)
     assert losses(tmp_path)[0] != losses(tuned)[0]
 
 
 def renamed(tuned, folder, kind):
     """The run's LoRA as kohya's scripts and PEFT write one, of another alpha."""
-    tensors, _ = safetensors.open_file(tuned / lora_formats.FILE)
+    tensors, _ = safetensors.open_file(tuned / adapter_files.FILE)
     arrays = {key.removeprefix("transformer."): x.read() for key, x in tensors.items()}
     if kind == "peft":
         made = {f"base_model.model.{key}": x for key, x in arrays.items()}
         about = {"peft_type": "LORA", "r": 16, "lora_alpha": 32}
-        (folder / lora_formats.PEFT_CONFIG).write_text(json.dumps(about))
-        path = folder / lora_formats.PEFT_FILE
+        (folder / peft_config.CONFIG).write_text(json.dumps(about))
+        path = folder / adapter_files.PEFT_FILE
     else:
         made, path = {}, folder / "kohya.safetensors"
         for key, x in arrays.items():
@@ -167,7 +167,8 @@ def test_the_adapter_it_leaves_is_what_it_trained(tuned, released):
         lora=[str(tuned)],
     )
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        module, variables = bundle.part("denoiser"), bundle.variables["denoiser"]
+        variables = bundle.merge_adapters().variables["denoiser"]
+        module = bundle.part("denoiser")
         theirs = jax.jit(
             lambda x: module.apply(variables, x, 0.5 + 0 * x[:, 0, 0, 0], *cond)
         )(x)
@@ -281,3 +282,15 @@ def test_dreambooth_tells_its_two_losses_apart(released, tmp_path):
     rows = [x for x in metrics.read(tmp_path) if x["kind"] == "train"]
     for row in rows:
         assert row["loss"] == pytest.approx(row["instance"] + row["prior"], rel=1e-6)
+
+
+def test_convert_writes_a_runs_lora_alone(tuned, released, tmp_path):
+    flags = released | {"convert.lora_format": "diffusers", "convert.out": tmp_path}
+    argv = [f"--config.{name}={value}" for name, value in flags.items()]
+    command = ["convert", "--config=configs/lora.py:tiny", f"--workdir={tuned}"]
+    assert main.main([*command, *argv]) == 0
+    again, _ = safetensors.open_file(tmp_path / adapter_files.FILE)
+    run, _ = safetensors.open_file(tuned / adapter_files.FILE)
+    assert again.keys() == run.keys()
+    for key, tensor in run.items():
+        np.testing.assert_allclose(again[key].read(), tensor.read(), rtol=1e-6)

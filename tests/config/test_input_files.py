@@ -74,6 +74,8 @@ def test_what_may_be_there(here, job, values):
         ("sample", "sample.lora", ("WRONG=0.8",), "config.sample.lora = WRONG=0.8"),
         ("sample", "sample.lora", ("./models/x=0.8",), NONE),
         ("sample", "sample.prompts_file", "no.txt", "no.txt: no such file"),
+        ("sample", "sample.prompts_file", "models", "models: is a folder, expected"),
+        ("evaluate", "eval.prompts_file", "models", "is a folder, expected a file"),
         ("precompute", "encode.weights", "WRONG", "config.encode.weights = WRONG"),
         ("train", "encode.weights", "WRONG", NONE),
         ("convert", "encode.weights", "WRONG", NONE),

@@ -47,7 +47,8 @@ def test_a_job_s_own_page_of_help(name, capsys):
     page, job = capsys.readouterr().out, JOBS[name]
     assert stop.value.code == 0 and max(map(len, page.splitlines())) <= 100
     assert f"\nUsage: sd3-jax {name} " in page
-    assert all(f"  {group} " in page for group in job.groups)
+    assert all(f"  {group.partition('.')[0]} " in page for group in job.groups)
+    assert all(group.partition(".")[2] in page for group in job.groups)
     assert page.endswith(f"Example:\n{textwrap.indent(job.example, '  ')}\n")
     program, *words = shlex.split(job.example.replace("\\\n", ""))
     assert program == "sd3-jax" and words[0] == name
@@ -77,7 +78,7 @@ UNREAD = {
         tune=RESTORED,
         quantize=RELEASED,
     ),
-    "precompute": dict.fromkeys(("optim", "tune", "train", "eval"), TRAINER),
+    "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
     "plan": dict(
         **dict.fromkeys(("encode", "eval"), TRAINER),
         weights=PAINTER,
@@ -96,8 +97,18 @@ def test_a_job_lists_the_groups_that_its_modules_read(name):
             groups, imported = looked_up(module)
             read |= groups
             todo += imported
-    listed, unread = {*JOBS[name].groups}, {*UNREAD.get(name, ())}
+    listed = {group.partition(".")[0] for group in JOBS[name].groups}
+    unread = {*UNREAD.get(name, ())}
     assert read == listed | unread and not listed & unread
+
+
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_s_single_keys_exist(name):
+    job = JOBS[name]
+    single = {group for group in job.groups if "." in group} | {*job.unread}
+    assert single <= schema.KEYS.keys()
+    assert not {x for x in single - {*job.unread} if x.partition(".")[0] in job.groups}
+    assert all(x.partition(".")[0] in job.groups for x in job.unread)
 
 
 @cache

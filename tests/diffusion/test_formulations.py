@@ -13,8 +13,10 @@ import pytest
 from sd3_jax.diffusion import grids, timesteps
 from sd3_jax.diffusion.formulations import PATHS, make
 from sd3_jax.diffusion.losses import loss_at
+from sd3_jax.diffusion.multistep_weights import MULTISTEP
 from sd3_jax.diffusion.paths import expand
-from sd3_jax.diffusion.solvers import SOLVERS
+from sd3_jax.diffusion.solvers import SOLVERS, draws
+from sd3_jax.diffusion.stochastic_solvers import STOCHASTIC
 from sd3_jax.diffusion.variants import VARIANTS
 
 EACH = pytest.mark.parametrize("path", PATHS)
@@ -166,22 +168,35 @@ def ideal(form):
     return lambda xt, t: form.prediction.velocity(xt, answer(xt, t), t)
 
 
-@EACH
-@pytest.mark.parametrize("solver", sorted({*SOLVERS} - {"lcm"}))
+# Those that one loop runs differ in weights alone: two paths, with last = 1 and < 1.
+SAMPLED = [
+    (path, solver)
+    for path in PATHS
+    for solver in sorted({*SOLVERS} - {"lcm", "adaptive"})
+    if path in ("rf", "eps/linear") or solver not in {*MULTISTEP, *STOCHASTIC}
+]
+
+
+@pytest.mark.parametrize("path, solver", SAMPLED)
 def test_gaussian_data_is_sampled_with_no_training(path, solver, key):
     form = make(path, timesteps.Uniform())
     velocity = ideal(form)
-    grid = form.grid(grids.linear(400 if solver == "euler" else 150))
+    first_order = solver in ("euler", "euler_ancestral")
+    grid = form.grid(grids.linear(400 if first_order else 150))
     noise = jax.random.normal(key, (20_000, 2))
     noise = (noise - noise.mean(0)) @ np.linalg.inv(
         np.linalg.cholesky(np.cov(noise.T)).T
     )
-    x = SOLVERS[solver](velocity, form.spread * noise, grid)
+    options, allowed = {}, 0.01
+    if draws(SOLVERS[solver]):
+        new = lambda i: jax.random.normal(jax.random.fold_in(key, i), noise.shape)
+        options, allowed = dict(draw=new), 0.02  # of 20,000 samples
+    x = SOLVERS[solver](velocity, form.spread * noise, grid, **options)
     # Where sampling starts there is still some signal, which pure noise has not
     # (Lin et al. 2023); that much of the mean and of the deviation is lost.
     lost = 1 - form.last
-    np.testing.assert_allclose(x.mean(0), MEAN, atol=0.01 + lost * 0.5)
-    np.testing.assert_allclose(np.cov(x.T), COVARIANCE, atol=0.01 + lost * 0.1)
+    np.testing.assert_allclose(x.mean(0), MEAN, atol=allowed + lost * 0.5)
+    np.testing.assert_allclose(np.cov(x.T), COVARIANCE, atol=allowed + lost * 0.1)
 
 
 @functools.cache

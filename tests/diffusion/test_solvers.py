@@ -1,3 +1,5 @@
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -6,17 +8,20 @@ import pytest
 
 from sd3_jax.diffusion import grids
 from sd3_jax.diffusion.solvers import (
-    ONE_EVALUATION,
     SOLVERS,
     dpmpp_2m,
+    draws,
     euler,
     heun,
     lcm,
-    one_evaluation,
+    of_program,
+    same_program,
 )
 
-ODE = {name: solver for name, solver in SOLVERS.items() if name != "lcm"}
+ODE = {name: solver for name, solver in SOLVERS.items() if not draws(solver)}
+ON_GRID = {name: solver for name, solver in ODE.items() if name != "adaptive"}
 each = pytest.mark.parametrize("solver", ODE.values(), ids=ODE)
+each_on_grid = pytest.mark.parametrize("solver", ON_GRID.values(), ids=ON_GRID)
 STEPS = [8, 16, 32, 64]
 
 
@@ -124,32 +129,37 @@ def test_lcm_meets_the_next_t_with_new_noise(key):
         np.testing.assert_allclose(x, (1 - t) * x0 + t * draw(i), atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [grids.linear, lambda n: grids.flow(n, 3.0)])
-@pytest.mark.parametrize("name", SOLVERS)
-def test_one_program_serves_any_number_of_steps(name, make, key):
+PROGRAMS = dict.fromkeys(same_program(name) for name in SOLVERS)
+
+
+@pytest.mark.parametrize("names", PROGRAMS, ids=lambda names: names[0])
+def test_one_program_serves_its_solvers_on_any_grid(names, key):
     """The bits are those of a program of that many steps at XLA's usual optimization.
 
     At that of the tests, the last bit differs where XLA fuses this cheap velocity.
     """
     velocity = lambda x, t: jnp.sin(3 * x + t[:, None]) + 0.5 * x
     options = {}
-    if name == "lcm":
+    if draws(SOLVERS[names[0]]):
         fold = lambda i: jax.random.normal(jax.random.fold_in(key, i), (4, 5))
         options["draw"] = fold
     x = jax.random.normal(key, (4, 5))
 
     @jax.jit
-    def shared(x, grid, steps, solver):
-        if name in ONE_EVALUATION:
-            return one_evaluation(velocity, x, grid, solver=solver, steps=steps)
-        return SOLVERS[name](velocity, x, grid, steps=steps, **options)
+    def shared(x, grid, steps, number):
+        run = of_program(names, number)
+        return run(velocity, x, grid, steps=steps, **options)
 
-    number = ONE_EVALUATION.index(name) if name in ONE_EVALUATION else 0
-    alone = jax.jit(lambda x, grid: SOLVERS[name](velocity, x, grid, **options))
-    for steps in (1, 2, 3, 28):
-        padded = np.pad(make(steps), (0, 32 - steps))
-        ours = shared(x, padded, np.int32(steps), np.int32(number))
-        np.testing.assert_allclose(ours, alone(x, make(steps)), rtol=2e-6, atol=1e-6)
+    for number, name in enumerate(names):
+        solver = functools.partial(SOLVERS[name], velocity, **options)
+        alone = jax.jit(solver)
+        for steps in (1, 2, 3, 28):
+            for grid in (grids.linear(steps), grids.flow(steps, 3.0)):
+                padded = np.pad(grid, (0, 32 - steps))
+                ours = shared(x, padded, np.int32(steps), np.int32(number))
+                np.testing.assert_allclose(
+                    ours, alone(x, grid), rtol=2e-6, atol=1e-6, err_msg=name
+                )
     assert shared._cache_size() == 1
 
 
@@ -166,7 +176,7 @@ def test_nothing_is_evaluated_at_0(solver):
     chex.assert_tree_all_finite(solver(velocity, jnp.ones((2, 3)), grids.linear(5)))
 
 
-@each
+@each_on_grid
 def test_gradients_are_finite_and_right(solver):
     grid = grids.released(6, 3.0)
     x = jnp.linspace(-1, 1, 6).reshape(2, 3)
@@ -200,7 +210,7 @@ def test_velocity_sees_float32_and_a_t_for_each_example(solver):
     assert x.dtype == jnp.float32
 
 
-@each
+@each_on_grid
 def test_trajectory_runs_from_the_start_to_the_result(solver):
     run = lambda **kw: solver(lambda x, t: x, jnp.ones((2, 3)), grids.linear(5), **kw)
     xs = run(trajectory=True)

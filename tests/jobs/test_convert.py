@@ -147,3 +147,51 @@ def test_a_pickle_is_refused_with_the_way_out(tmp_path, capsys, job, name):
 def test_without_a_checkpoint(tmp_path, capsys):
     assert run(tmp_path, recipe="--config=configs/quickstart.py:tiny") == 2
     assert "no complete checkpoint" in capsys.readouterr().err
+
+
+def test_an_adapter_in_the_names_of_each_tool(tmp_path, capsys):
+    """From diffusers' names through all others and back, times its weight."""
+    draw = torch.Generator().manual_seed(0)
+    names = [f"transformer_blocks.{i}.attn.to_{x}" for i in (0, 3) for x in "qv"]
+    tensors = {
+        f"transformer.{name}.lora_{side}.weight": torch.randn(shape, generator=draw)
+        for name in names
+        for side, shape in (("A", (3, 64)), ("B", (64, 3)))
+    }
+    source = str(tmp_path / "a.safetensors=0.5")
+    safetensors.torch.save_file(tensors, source.removesuffix("=0.5"))
+    base = miniature.folder("sd3_medium")
+    for naming, out in (
+        ("kohya", "lora_kohya.safetensors"),
+        ("comfyui", "lora_comfyui.safetensors"),
+        ("peft", "lora_peft/adapter_model.safetensors"),
+        ("diffusers", "lora_diffusers/pytorch_lora_weights.safetensors"),
+    ):
+        flags = f"weights={base} sample.lora={source} convert.lora_format={naming}"
+        assert run(tmp_path, *(f"--config.{flag}" for flag in flags.split())) == 0
+        source = str(tmp_path / out)
+        assert f"{source}: an adapter of denoiser" in capsys.readouterr().out
+    again = safetensors.torch.load_file(source)
+    assert again.keys() == tensors.keys()
+    for layer in {key.rsplit(".", 2)[0] for key in tensors}:
+        a, b = (again[f"{layer}.lora_{side}.weight"] for side in "AB")
+        x, y = (tensors[f"{layer}.lora_{side}.weight"] for side in "AB")
+        torch.testing.assert_close(b @ a, 0.5 * y @ x)
+
+
+@pytest.mark.parametrize("names", ["", "{0},{0}"])
+def test_one_adapter_at_a_time(names, tmp_path, capsys):
+    base = miniature.folder("sd3_medium")
+    lora = names.format(base)
+    flags = f"weights={base} convert.lora_format=kohya sample.lora={lora}".split()
+    assert run(tmp_path, *(f"--config.{flag}" for flag in flags)) == 2
+    error = capsys.readouterr().err.strip()
+    assert "with config.convert.lora_format it must name one" in error
+    assert "\n" not in error
+
+
+def test_a_run_without_a_lora_has_none_to_write(trained, capsys):
+    workdir, recipe = trained
+    flags = "--config.convert.lora_format=kohya"
+    assert run(workdir, flags, recipe=recipe) == 2
+    assert "trained no LoRA; with config.convert.lora_format" in capsys.readouterr().err

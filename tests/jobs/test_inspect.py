@@ -157,8 +157,10 @@ def test_shards_are_those_of_the_recipe(workdir, tmp_path, capsys):
         UserError, match="matches no file; expected config.data.records"
     ):
         run(tmp_path / "nothing")
-    assert run(tmp_path / "bad", f"--config.data.records={tmp_path}/absent") == 1
-    assert "absent: cannot be read" in capsys.readouterr().out
+    (tmp_path / "notes.txt").write_text("no shard")
+    for name, reason in ("absent", "cannot be read"), ("notes.txt", "not a shard"):
+        with pytest.raises(UserError, match=f"none of the 1 file .*{name}: {reason}"):
+            run(tmp_path / "bad", f"--config.data.records={tmp_path}/{name}")
 
 
 def test_the_page_holds_pictures_of_every_bucket(workdir):

@@ -12,7 +12,8 @@ import real_pictures
 from parity import miniature
 
 from sd3_jax import main
-from sd3_jax.assembly import examples
+from sd3_jax.assembly import examples, precompute_plan
+from sd3_jax.config import command_line
 from sd3_jax.data import records, shards
 from sd3_jax.distributed import sharding
 from sd3_jax.monitoring import metrics
@@ -320,3 +321,11 @@ def test_training_over_buckets_goes_on_as_if_unbroken(folder, tmp_path, monkeypa
     assert events[: steps[0]].count("compiled") == 3 == events.count("compiled")
     shutil.rmtree(workdir / "checkpoints" / "8")  # as if killed before it was there
     assert trained() == whole
+
+
+def test_no_encoder_is_one_setting_for_a_recipe_of_pixels():
+    config = command_line.load("quickstart:tiny")
+    default = precompute_plan.record_settings(config, None, "")
+    config.precompute.only = ()
+    assert default == precompute_plan.record_settings(config, None, "")
+    assert default["precompute.only"] == []

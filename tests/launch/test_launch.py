@@ -291,6 +291,7 @@ def test_without_arguments_a_launcher_prints_its_usage(gcloud, script):
         done = shell(script, *args)
         assert done.returncode == 2 and done.stdout == "" and not gcloud.exists()
         assert f"launch/{script} create" in done.stderr or "create|" in done.stderr
+        assert ("crate: expected one of the words" in done.stderr) == ("crate" in args)
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)

@@ -1,5 +1,6 @@
 """Hints of ControlNets against diffusers' autoencoder, their files, their mistakes."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -17,7 +18,9 @@ from PIL import Image
 import sd3_jax
 from sd3_jax import main
 from sd3_jax.errors import UserError
+from sd3_jax.params.adapters import Full
 from sd3_jax.sampling import bundle_loading, control_arguments
+from sd3_jax.sampling.adapter_bank import Bank
 from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.prompts import Conditioning
 
@@ -167,6 +170,25 @@ def test_control_type_is_kept(bundle, files, tensors, tmp_path):
     read = diffusers.SD3ControlNetModel.from_pretrained(folder)
     assert read.config.num_layers == 2
     assert net.config["control_type"] == "canny"
+
+
+def test_an_adapter_of_the_embedding_that_a_net_borrows(bundle, files, net):
+    adapted = dataclasses.replace(bundle, bank=Bank())
+    draw = lambda *shape: np.random.default_rng(0).standard_normal(shape, np.float32)
+    shape = bundle.variables["denoiser"]["params"]["patch_embed"]["kernel"].shape
+    delta = Full(0.1 * draw(*shape))
+    adapted.load_adapter({"denoiser": {("patch_embed", "kernel"): delta}}, "patches")
+    merged = adapted.merge_adapters()
+    text = Conditioning(draw(1, 9, 160), draw(1, 128))
+    run = dict(height=32, width=32, steps=1, guidance=1, output="latents")
+
+    def paint(bundle, net):
+        control = sd3_jax.ControlInput(net, ZEROS[:, :4, :4])
+        return np.asarray(sd3_jax.generate(bundle, text, control=control, **run))
+
+    wanted = paint(merged, sd3_jax.load_control(str(files["canny"]), merged))
+    assert convert.error(paint(adapted, net), wanted) < 1e-5
+    assert convert.error(paint(merged, net), wanted) > 1e-3
 
 
 def refused(said, function, *args, **kwargs):

@@ -93,6 +93,45 @@ def test_skipped_layers(pair, skip):
     assert convert.error(wanted, run_theirs(theirs, *inputs())) > 0.1
 
 
+@pytest.fixture
+def to_themselves(monkeypatch):
+    """perturb(attention): its image tokens attend to themselves and to the text."""
+    attend, images = torch.nn.functional.scaled_dot_product_attention, H * W // 4
+
+    def masked(q, k, v, **kwargs):
+        mask = torch.zeros(q.shape[2], k.shape[2])
+        mask[:images, :images] = float("-inf")
+        mask[:images, :images].fill_diagonal_(0)
+        return attend(q, k, v, attn_mask=mask)
+
+    def perturb(module):
+        forward = module.forward
+
+        def perturbed(*args, **kwargs):
+            with monkeypatch.context() as patch:
+                patch.setattr(torch.nn.functional, attend.__name__, masked)
+                return forward(*args, **kwargs)
+
+        monkeypatch.setattr(module, "forward", perturbed)
+
+    return perturb
+
+
+@pytest.mark.parametrize("layers", [(0,), (2, 4)])
+def test_image_tokens_that_attend_to_themselves(pair, layers, to_themselves):
+    """PAG with qk-norm and dual attention, which diffusers' own processor lacks."""
+    theirs, ours, variables = pair
+    plain = run_theirs(theirs, *inputs())
+    for block in (theirs.transformer_blocks[i] for i in layers):
+        to_themselves(block.attn)
+        if block.use_dual_attention:
+            to_themselves(block.attn2)
+    wanted = run_theirs(theirs, *inputs())
+    found = run(ours, variables, *inputs(), skip=layers, skipped="attention")
+    assert convert.error(found, wanted) < 2e-5
+    assert convert.error(wanted, plain) > 1e-2
+
+
 @pytest.mark.parametrize("count", [2, 3, 5])
 def test_residuals_of_a_control_net(pair, count):
     theirs, ours, variables = pair

@@ -21,7 +21,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.params import lora
 from sd3_jax.sampling import bundle_loading
 from sd3_jax.sampling import lora_adapters as given
-from sd3_jax.weights import key_mapping, lora_formats
+from sd3_jax.weights import adapter_files, key_mapping, peft_config
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights.components import COMPONENTS
 
@@ -56,7 +56,7 @@ def adapted(model, **options):
 
 
 def loaded(path, bundle, name="denoiser"):
-    pairs = lora_formats.read(path)
+    pairs = adapter_files.read(path)
     assert list(pairs) == [name]
     params = bundle.variables[name]["params"]
     found = files.load(pairs[name], name, bundle.modules[name], params)
@@ -93,7 +93,7 @@ def test_a_folder_of_peft(options, bundle, tmp_path):
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), merged, params)
     assert max(jax.tree.leaves(moved)) > 0.1
     file = (
-        tmp_path / lora_formats.PEFT_FILE
+        tmp_path / adapter_files.PEFT_FILE
     )  # by its own path, and with PEFT's names left
     jax.tree.map(np.testing.assert_array_equal, loaded(file, bundle), merged)
     named = {
@@ -125,13 +125,13 @@ def test_the_width_tells_the_clips_apart(tmp_path):
             tensors[f"{module}.{key}.lora_A.weight"] = torch.ones(8, inputs)
             tensors[f"{module}.{key}.lora_B.weight"] = torch.ones(outputs, 8)
         folder(tmp_path, tensors)
-        assert list(lora_formats.read(tmp_path)) == [name]
+        assert list(adapter_files.read(tmp_path)) == [name]
 
 
 def folder(path, tensors, config=None):
     path.mkdir(exist_ok=True)
-    safetensors.torch.save_file(tensors, path / lora_formats.PEFT_FILE)
-    (path / lora_formats.PEFT_CONFIG).write_text(json.dumps(config or {}))
+    safetensors.torch.save_file(tensors, path / adapter_files.PEFT_FILE)
+    (path / peft_config.CONFIG).write_text(json.dumps(config or {}))
     return path
 
 
@@ -148,12 +148,9 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
 @pytest.mark.parametrize(
     "config, said",
     [
-        (dict(peft_type="LOHA"), "peft_type LOHA: expected a plain LoRA"),
-        (dict(use_dora=True), "use_dora True: expected a plain LoRA, without"),
-        (dict(bias="all"), "bias all: expected a plain LoRA"),
-        (dict(bias="lora_only"), "bias lora_only"),
-        (dict(lora_bias=True), "lora_bias True"),
-        (dict(modules_to_save=["proj_out"]), "modules_to_save ['proj_out']"),
+        (dict(peft_type="OFT"), "peft_type OFT is not supported; expected LORA, LOKR"),
+        (dict(use_dora=True), "has no lora_magnitude_vector"),
+        (dict(bias="boft_only"), "bias boft_only is not supported; expected none, all"),
         (dict(fan_in_fan_out=True), "fan_in_fan_out True"),
         (dict(init_lora_weights="pissa_niter_4"), "init_lora_weights pissa_niter_4"),
         (dict(layer_replication=[[0, 4]]), "layer_replication [[0, 4]]"),
@@ -172,7 +169,7 @@ def pair(module=f"base_model.model.{ATTN}", rank=8):
     ],
 )
 def test_options_that_are_refused(config, said, tmp_path):
-    refused(said, lora_formats.read, folder(tmp_path, pair(), config))
+    refused(said, adapter_files.read, folder(tmp_path, pair(), config))
 
 
 def refused(said, function, *args):
@@ -187,60 +184,59 @@ WORDS = "base_model.model.text_model.embeddings.token_embedding"
 @pytest.mark.parametrize(
     "tensors, said",
     [
-        ({f"{WORDS}.lora_embedding_A": torch.ones(2, 2)}, "a LoRA of embeddings"),
+        (
+            {f"{WORDS}.lora_embedding_A": torch.ones(2, 2)},
+            "1 of its 1 tensors cannot be applied: base_model",
+        ),
         (
             {"base_model.model.x.hada_w1_a": torch.ones(2, 2)},
-            "LoHa; expected only",
+            "x has only hada_w1_a; expected hada_w1_a, hada_w1_b, hada_w2_a, hada_w2_b",
         ),
         (
             {"base_model.model.x.lokr_w1": torch.ones(2, 2)},
-            "LoKr; expected only",
-        ),
-        (
-            pair("base_model.model.encoder.block.0.layer.0.SelfAttention.q"),
-            "is for T5; expected a LoRA of transformer, text_encoder, text_encoder_2",
+            "x has only lokr_w1; expected lokr_w2 or its factors",
         ),
         (pair() | pair(ATTN), "holds names with base_model.model. and names without"),
         (
             pair() | {k.replace("_A", "_A.b"): x for k, x in pair(rank=4).items()},
-            "to_q has two of lora_",
+            "to_q has two tensors of this kind",
         ),
     ],
 )
 def test_tensors_that_are_refused(tensors, said, tmp_path):
-    refused(said, lora_formats.read, folder(tmp_path, tensors))
+    refused(said, adapter_files.read, folder(tmp_path, tensors))
 
 
 def test_folders_that_are_refused(tmp_path):
     alone = folder(tmp_path / "alone", pair())
-    (alone / lora_formats.PEFT_CONFIG).unlink()
-    refused("adapter_config.json is missing beside it", lora_formats.read, alone)
+    (alone / peft_config.CONFIG).unlink()
+    refused("adapter_config.json is missing beside it", adapter_files.read, alone)
     both = folder(tmp_path / "both", pair())
-    safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / lora_formats.FILE)
-    refused("name one of the two", lora_formats.read, both)
+    safetensors.torch.save_file(pair(f"transformer.{ATTN}"), both / adapter_files.FILE)
+    refused("name one of the two", adapter_files.read, both)
     pickled = tmp_path / "pickled"
     pickled.mkdir()
     (pickled / "adapter_model.bin").write_bytes(b"PK\x03\x04")
-    refused("is a pickle", lora_formats.read, pickled)
+    refused("is a pickle", adapter_files.read, pickled)
     folder(tmp_path / "outer", pair())
-    refused(f"name {tmp_path / 'alone'}", lora_formats.read, outer(tmp_path))
+    refused(f"name {tmp_path / 'alone'}", adapter_files.read, outer(tmp_path))
     folder(tmp_path / "text", pair())
-    (tmp_path / "text" / lora_formats.PEFT_CONFIG).write_text("{")
-    refused("adapter_config.json: not JSON", lora_formats.read, tmp_path / "text")
+    (tmp_path / "text" / peft_config.CONFIG).write_text("{")
+    refused("adapter_config.json: not JSON", adapter_files.read, tmp_path / "text")
 
 
 def outer(path):
-    (path / "alone" / lora_formats.PEFT_CONFIG).write_text("{}")
+    (path / "alone" / peft_config.CONFIG).write_text("{}")
     return path
 
 
 def test_a_hub_name_brings_the_configuration_too(tmp_path, monkeypatch):
     def resolve(source, wanted, *, label):
-        assert source == "owner/name" and lora_formats.PEFT_CONFIG in wanted
+        assert source == "owner/name" and peft_config.CONFIG in wanted
         return folder(tmp_path, pair())
 
     monkeypatch.setattr(given.sources, "resolve", resolve)
-    assert given.opened(["owner/name=2"], (), ())[0].pairs == {}
+    assert given.opened(["owner/name=2"], (), ())[0].layers == {}
 
 
 def test_a_name_that_ends_in_a_number(tmp_path, monkeypatch):
@@ -316,17 +312,20 @@ def test_kohyas_names_are_those_of_the_original_file(bundle, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, merged, loaded(plain, bundle))
 
 
+QKV = "lora_unet_joint_blocks_0_x_block_attn_qkv"
+
+
 @pytest.mark.parametrize(
     "more, said",
     [
-        ({"lora_unet_x.alpha": torch.ones(1)}, "lora_unet_x has only alpha"),
-        ({"lora_unet_x.alpha": torch.ones(2)}, "alpha: expected one finite number"),
-        ({"lora_unet_x.alpha": torch.tensor(torch.nan)}, "expected one finite number"),
-        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "is for T5"),
-        ({"lora_unet_x.dora_scale": torch.ones(2)}, "DoRA; expected"),
+        ({"lora_unet_x.alpha": torch.ones(1)}, "x has only alpha"),
+        ({f"{QKV}.alpha": torch.ones(2)}, "alpha: expected one finite number"),
+        ({f"{QKV}.alpha": torch.tensor(torch.nan)}, "expected one finite number"),
+        ({"lora_te3_x.lora_up.weight": torch.ones(2, 2)}, "x has only lora_B"),
+        ({"lora_unet_x.dora_scale": torch.ones(2)}, "x has norms of DoRA alone"),
         (
             pair("lora_unet_down_blocks_0"),
-            "down_blocks_0 is not a linear layer of the model",
+            "is an adapter of Stable Diffusion 1, 2 or XL (lora_unet_down_blocks_0.lo",
         ),
     ],
 )

@@ -32,18 +32,27 @@ def velocity(x, t):
 def theirs(scheduler, **kwargs):
     """The latents after diffusers' own loop, and the t's that it visited."""
     scheduler.set_timesteps(**kwargs)
-    x = torch.tensor(X)
+    return trajectory(scheduler)[-1], scheduler.sigmas.numpy()
+
+
+def trajectory(scheduler, noises=None, dtype=torch.float32):
+    """The latents of all steps, with the noise of each step of a stochastic one."""
+    x = torch.tensor(X).to(dtype)
+    way = [x]
     whole = scheduler.timesteps.dtype == torch.int64  # rounded for the network only
     exact = scheduler.sigmas[:-1] * 1000 if whole else scheduler.timesteps
-    for t, time in zip(scheduler.timesteps, exact):
-        v = velocity(x.double(), float(time) / 1000)
-        x = scheduler.step(v.float(), t, x, return_dict=False)[0]
-    return x.numpy(), scheduler.sigmas.numpy()
+    for i, (t, time) in enumerate(zip(scheduler.timesteps, exact)):
+        v = velocity(x.double(), float(time) / 1000).to(dtype)
+        options = {} if noises is None else {"variance_noise": torch.tensor(noises[i])}
+        x = scheduler.step(v, t, x, return_dict=False, **options)[0]
+        way.append(x)
+    return torch.stack(way).numpy()
 
 
-def ours(name, grid):
+def ours(name, grid, **options):
     v = lambda x, t: velocity(x, t[:, None, None, None])
-    return jax.jit(lambda x, g: solvers.SOLVERS[name](v, x, g))(jnp.array(X), grid)
+    solver = lambda x, g: solvers.SOLVERS[name](v, x, g, **options)
+    return jax.jit(solver)(jnp.array(X), grid)
 
 
 @pytest.mark.parametrize("steps", [3, 4, 28])
@@ -56,14 +65,17 @@ def test_euler(steps, shift):
     assert convert.error(ours("euler", grid), wanted) < 2e-5
 
 
-EULER, HEUN, LCM, DPM = (
+EULER, HEUN, LCM, DPM, UNIPC, DEIS = (
     diffusers.FlowMatchEulerDiscreteScheduler,
     diffusers.FlowMatchHeunDiscreteScheduler,
     diffusers.FlowMatchLCMScheduler,
     diffusers.DPMSolverMultistepScheduler,
+    diffusers.UniPCMultistepScheduler,
+    diffusers.DEISMultistepScheduler,
 )
 DYNAMIC = dict(use_dynamic_shifting=True, base_shift=0.4, max_shift=1.3)
 FLOW = dict(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+SDE = dict(algorithm_type="sde-dpmsolver++")
 TOKENS = 1_600
 OPTIONS = [  # (class, its options, the solver that it is)
     (EULER, dict(), "euler"),
@@ -85,6 +97,16 @@ OPTIONS = [  # (class, its options, the solver that it is)
     (DPM, FLOW, "dpmpp_2m_flow"),
     (DPM, FLOW | dict(solver_order=1, lower_order_final=False), "euler"),
     (DPM, FLOW | dict(use_dynamic_shifting=True), "dpmpp_2m_flow"),
+    (DPM, FLOW | dict(solver_order=3), "dpmpp_3m_flow"),
+    (DPM, FLOW | SDE, "dpmpp_2m_sde"),
+    (UNIPC, FLOW, "unipc_2"),
+    (UNIPC, FLOW | dict(solver_order=3), "unipc_3"),
+    (UNIPC, FLOW | dict(use_dynamic_shifting=True), "unipc_2"),
+    (UNIPC, FLOW | dict(shift_terminal=0.1), "unipc_2"),
+    (DEIS, FLOW, "deis_2"),
+    (DEIS, FLOW | dict(solver_order=3), "deis_3"),
+    (DEIS, FLOW | dict(solver_order=1), "euler"),
+    (DEIS, FLOW | dict(use_dynamic_shifting=True), "deis_2"),
 ]
 
 
@@ -113,6 +135,8 @@ def test_a_folders_sigmas_are_diffusers(kind, options, solver, steps):
     sigmas = scheduler.sigmas.numpy()
     if kind is HEUN:  # which lists what is between the ends twice
         sigmas = np.append(sigmas[:-1:2], np.float32(0))
+    if kind is DEIS:  # which ends with the last sigma twice, and with its noise
+        sigmas = np.append(sigmas[:-1], np.float32(0))
     assert (read.solver, read.refused) == (solver, "")
     name, times = read.sampler(steps, TOKENS)
     np.testing.assert_allclose(times, sigmas, atol=1e-6, rtol=1e-5)
@@ -181,6 +205,67 @@ def test_dpmpp_2m_on_flows(steps):
     grid = grids.flow(steps, 3.0)
     np.testing.assert_allclose(grid, sigmas, rtol=1e-5)
     assert convert.error(ours("dpmpp_2m_flow", grid), wanted) < 2e-4
+
+
+MULTISTEP = [
+    (DPM, dict(solver_order=3), "dpmpp_3m_flow"),
+    (UNIPC, dict(), "unipc_2"),
+    (UNIPC, dict(solver_order=3), "unipc_3"),
+    (DEIS, dict(), "deis_2"),
+    (DEIS, dict(solver_order=3), "deis_3"),
+    (DPM, SDE, "dpmpp_2m_sde"),
+]
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8, 15, 30])
+@pytest.mark.parametrize("kind, options, name", MULTISTEP)
+def test_multistep_solvers_on_flows(kind, options, name, steps):
+    """All steps, each within 1e-5 of the standard deviation of diffusers'."""
+    scheduler = kind(**FLOW | options)
+    scheduler.set_timesteps(num_inference_steps=steps)
+    noises, drawn = None, {}
+    if name.endswith("sde"):
+        shape = (steps, *X.shape)
+        noises = np.random.default_rng(3).standard_normal(shape).astype(np.float32)
+        drawn = {"draw": lambda i: jnp.asarray(noises)[i]}
+    exact = kind is DEIS
+    if exact:  # whose weights cancel: in float32 it is 1e-4 off its own formula
+        scheduler.sigmas = scheduler.sigmas.double()
+    wanted = trajectory(scheduler, noises, torch.float64 if exact else torch.float32)
+    solver, grid = schedulers.read(folder(scheduler)).sampler(steps, TOKENS)
+    assert solver == name
+    way = np.asarray(ours(solver, grid, trajectory=True, **drawn))
+    if kind is DEIS:  # its last step stays where it is
+        way, wanted = way[:-1], wanted[:-1]
+    errors = [convert.error(a, b) for a, b in zip(way, wanted)]
+    print(f"{name}, {steps} steps: at most {max(errors):.1e}")
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("steps", [2, 4, 20])
+def test_euler_ancestral_is_diffusers(steps, monkeypatch):
+    scheduler = diffusers.LTXEulerAncestralRFScheduler()
+    grid = grids.released(steps, 3.0)
+    scheduler.set_timesteps(sigmas=grid.tolist())
+    draws = np.random.default_rng(3).standard_normal((steps, *X.shape))
+    left = iter(np.float32(draws))
+    module = sys.modules[type(scheduler).__module__]
+    drawn = lambda shape, **kwargs: torch.tensor(next(left))
+    monkeypatch.setattr(module, "randn_tensor", drawn)
+    scheduler.timesteps = scheduler.timesteps[:-1]  # it lists the end too
+    draw = lambda i: jnp.asarray(np.float32(draws))[i]
+    found = ours("euler_ancestral", grid, draw=draw)
+    assert convert.error(found, trajectory(scheduler)[-1]) < 2e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7, 28])
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+@pytest.mark.parametrize("name", ["karras", "exponential", "beta"])
+def test_spacings_are_diffusers(name, shift, steps):
+    scheduler = EULER(shift=shift, **{f"use_{name}_sigmas": True})
+    scheduler.set_timesteps(num_inference_steps=steps)
+    wanted = scheduler.sigmas.numpy()
+    np.testing.assert_allclose(grids.make(name, steps, shift), wanted, rtol=1e-5)
 
 
 def test_heun():

@@ -165,7 +165,9 @@ def test_a_prompt_never_makes_a_path(caption):
 def test_what_a_model_of_bytes_does_not_read_is_told(tmp_path, caplog):
     found = tasks(tmp_path / "x.txt", "a fox\n" + 20 * "ü" + "\n" + 31 * "a")
     sample.warn_of_cut_prompts(found, 32)
-    assert caplog.messages == ["1 of 3 prompts are cut to 31 bytes, the longest has 40"]
+    assert caplog.messages == [
+        "prompts are cut to 31 bytes: 1 of 3, of which the longest has 40"
+    ]
 
 
 def test_what_a_tokenizer_cuts_is_one_warning_with_counts(caplog):

@@ -11,6 +11,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
+from sd3_jax.errors import UserError
 from sd3_jax.sampling.sampler import TrainedSampler
 from sd3_jax.tools.study import run_scores
 
@@ -67,7 +68,7 @@ def test_the_negative_prompt_is_encoded_too(painted, config):
     assert (a != b).any()
     own.sample.cfg = 0.5  # no guidance, and so no negative prompt
     without = TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)
-    assert without.negative == {} and not without.guided
+    assert without.negative == {} and not without.guidance.guided
 
 
 def test_a_study_scores_pictures_by_clip(painted, config):
@@ -80,3 +81,42 @@ def test_a_study_scores_pictures_by_clip(painted, config):
     found = judge(traveller, params)
     assert -1 <= found["score"] <= 1 and found["fid"] > 0
     assert traveller.length() > 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        dict(guidance_method="apg", guidance_schedule="1:0.5, 0:2"),
+        dict(guidance_method="pag", guidance_options="layers=0 1, scale=2"),
+        dict(guidance_method="autoguidance", guide="7"),
+    ],
+    ids=lambda settings: settings["guidance_method"],
+)
+def test_a_run_takes_every_guidance(painted, config, settings):
+    painter, params = painted
+    own = config.copy_and_resolve_references()
+    own.sample.update(settings)
+    weaker = jax.tree.map(lambda x: 0.9 * x, params)
+    guided = TrainedSampler(
+        own, painter.parts, painter.mesh, painter.encoder, guide=weaker
+    )
+    one = guided(params, CAPTIONS[:1], [0])
+    assert (one != painter(params, CAPTIONS[:1], [0])).any() and one.std() > 1
+
+
+@pytest.mark.parametrize(
+    "settings, words",
+    [
+        (dict(guidance_method="apg", guidance_options="etta=0"), 'did you mean "eta"'),
+        (dict(guidance_method="apg", guidance_options="eta"), "expected NAME=NUMBER"),
+        (dict(guidance_method="cfg_pp"), "guidance 5: expected 0 to 1"),
+        (dict(guidance_method="cfg_pp", cfg=0.6, solver="heun"), 'solver "euler"'),
+        (dict(guidance_method="autoguidance"), "set guide"),
+    ],
+)
+def test_a_guidance_that_cannot_be_is_one_line(painted, config, settings, words):
+    painter, _ = painted
+    own = config.copy_and_resolve_references()
+    own.sample.update(settings)
+    with pytest.raises(UserError, match=words):
+        TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)

@@ -8,7 +8,15 @@ import pytest
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import scheduler_config
-from sd3_jax.sampling.scheduler_config import DPM, EULER, HEUN, LCM, PUBLISHED
+from sd3_jax.sampling.scheduler_config import (
+    DEIS,
+    DPM,
+    EULER,
+    HEUN,
+    LCM,
+    PUBLISHED,
+    UNIPC,
+)
 
 FLOW = {
     "_class_name": DPM,
@@ -72,14 +80,29 @@ def test_a_setting_of_the_wrong_type_or_out_of_range(config, words):
         ({"_class_name": LCM, "scale_factors": [0.5]}, "scale_factors [0.5] of"),
         ({**FLOW, "use_flow_sigmas": False}, "use_flow_sigmas false of"),
         ({**FLOW, "prediction_type": "epsilon"}, 'expected "flow_prediction"'),
-        ({**FLOW, "solver_order": 3}, "solver_order 3 of"),
-        ({**FLOW, "algorithm_type": "sde-dpmsolver++"}, "algorithm_type"),
+        ({**FLOW, "solver_order": 4}, "solver_order 4 of"),
+        ({**FLOW, "algorithm_type": "sde-dpmsolver"}, "algorithm_type"),
+        (
+            {**FLOW, "algorithm_type": "sde-dpmsolver++", "solver_order": 3},
+            "solver_order 3 of",
+        ),
+        (
+            {**FLOW, "solver_order": 3, "lower_order_final": False},
+            "lower_order_final false of",
+        ),
         ({**FLOW, "solver_type": "heun"}, 'solver_type "heun" of'),
         ({**FLOW, "final_sigmas_type": "sigma_min"}, "final_sigmas_type"),
         ({**FLOW, "thresholding": True}, "thresholding true of"),
         ({**FLOW, "use_lu_lambdas": True}, "use_lu_lambdas true of"),
         ({**FLOW, "use_karras_sigmas": True}, "use_karras_sigmas true of"),
-        ({"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0}, LCM),
+        ({**FLOW, "_class_name": UNIPC, "solver_type": "bh1"}, 'solver_type "bh1" of'),
+        ({**FLOW, "_class_name": UNIPC, "solver_order": 1}, "solver_order 1 of"),
+        ({**FLOW, "_class_name": UNIPC, "predict_x0": False}, "predict_x0 false of"),
+        ({**FLOW, "_class_name": UNIPC, "disable_corrector": [0]}, "disable_corrector"),
+        ({**FLOW, "_class_name": UNIPC, "solver_p": {}}, "solver_p {} of"),
+        ({**FLOW, "_class_name": DEIS, "use_beta_sigmas": True}, "use_beta_sigmas"),
+        ({"_class_name": DEIS}, "use_flow_sigmas false of"),
+        ({"_class_name": "SASolverScheduler", "flow_shift": 3.0}, LCM),
         ({"_class_name": "EulerDiscreteScheduler"}, "EulerDiscreteScheduler is not"),
     ],
 )
@@ -142,9 +165,7 @@ def test_what_a_caller_cannot_ask_for(given, words):
 
 def test_a_class_that_is_not_known_still_says_its_shift():
     for config, shift in ({"flow_shift": 5}, 5.0), ({"shift": 2.0}, 2.0), ({}, 3.0):
-        read = scheduler_config.read(
-            {"_class_name": "UniPCMultistepScheduler"} | config
-        )
+        read = scheduler_config.read({"_class_name": "SASolverScheduler"} | config)
         _, times = read.sampler(4, 1_024, solver="euler", grid="released")
         np.testing.assert_array_equal(times, grids.released(4, shift))
 

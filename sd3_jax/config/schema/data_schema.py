@@ -10,6 +10,7 @@ from sd3_jax.config.schema.key_rules import (
     PATHS,
     POSITIVE,
     POSITIVE_FACTOR,
+    SHARDS,
     SWITCH,
     TEXTS,
     UNIT,
@@ -38,11 +39,14 @@ PREFIX = Rule(
     "a text in UTF-8 of at most 1024 characters, or nothing",
 )
 
+SOURCE = one_of("digits", "synthetic", "records")
+SOURCE = SOURCE._replace(wanted=f"{SOURCE.wanted} (which precompute makes of pictures)")
+
 DATA = dict(
     name=Key(
         "synthetic",
-        NAME,
-        "Source of examples: synthetic (noise), digits (drawn) or records.",
+        SOURCE,
+        "Source of examples: noise, drawn digits, or records that precompute wrote.",
     ),
     batch_size=Key(1024, BATCH, "Number of examples in a step, over all devices."),
     threads=Key(4, QUEUE, "Threads of each process that read examples."),
@@ -57,12 +61,12 @@ DATA = dict(
         " or top to bottom.",
     ),
     records=Key(
-        (), PATHS, "Shards to train on, or globs of them, for the source records."
+        (), SHARDS, "Shards to train on, or globs of them, for the source records."
     ),
     weights=Key(
         (), SHARES, "How often each of data.records is drawn from; (): all are one set."
     ),
-    held_out=Key((), PATHS, "Shards for validation only, or globs of them."),
+    held_out=Key((), SHARDS, "Shards for validation only, or globs of them."),
     bad_records=Key(
         0.0,
         BELOW_ONE,

@@ -8,6 +8,7 @@ from sd3_jax.config.schema.key_rules import (
     NAME,
     PATHS,
     POSITIVE,
+    SOME_TEXTS,
     TEXTS,
     TURNS,
     Key,
@@ -106,7 +107,7 @@ STUDY = dict(
         "What the sweep chooses by: validation loss, score or FID.",
     ),
     seeds=Key(3, DEPTH, "Number of seeds of each variant."),
-    settings=Key(SETTINGS, TEXTS, "Settings of config.sample to sample with."),
+    settings=Key(SETTINGS, SOME_TEXTS, "Settings of config.sample to sample with."),
     weights=Key(("ema", "params"), KINDS, "Weights of each run that are scored."),
     pictures=Key(1_000, POSITIVE, "Number of pictures for each setting."),
 )

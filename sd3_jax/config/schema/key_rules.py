@@ -56,11 +56,12 @@ def one_of(*choices: str | int) -> Rule:
 def sequence(rule: Rule, wanted: str, holds: Callable = lambda x: True) -> Rule:
     """A tuple or list, each item of which keeps the rule."""
     is_one = lambda x: isinstance(x, tuple | list)
-    return Rule(lambda x: is_one(x) and all(map(rule.holds, x)) and holds(x), wanted)
+    keeps = lambda x: is_one(x) and all(map(rule.holds, x)) and holds(x)
+    return Rule(keeps, wanted, rule.choices)
 
 
-def some_of(*names: str) -> Rule:
-    return sequence(one_of(*names), f"some of {', '.join(names)}")
+def some_of(*names: str, also: str = "") -> Rule:
+    return sequence(one_of(*names), f"some of {', '.join(names)}{also}")
 
 
 def is_regex(text: str) -> bool:
@@ -104,7 +105,11 @@ LAYERS = sequence(integer(0, 999), "layers by number, 0 being the first")
 NAME = Rule(lambda x: isinstance(x, str) and bool(x.strip()), "a name")
 TEXT = Rule(is_utf8, "a text in UTF-8")
 TEXTS = sequence(TEXT, "texts in UTF-8, with commas between")
-PATHS = sequence(NAME, "paths of shards, or globs of them")
+SOME_TEXTS = sequence(
+    TEXT, "one text in UTF-8 or more, with commas between", lambda x: len(x) > 0
+)
+SHARDS = sequence(NAME, "paths of shards, or globs of them")
+PATHS = sequence(NAME, "paths, or globs of them")
 DTYPE = one_of("float32", "bfloat16")
 DTYPE_OR_HALF = one_of("float32", "bfloat16", "float16")
 HOOK = Rule(

@@ -30,7 +30,8 @@ TOP = dict(
     weights=Key(
         "",
         FREE,
-        "Released weights: paths or hub names, with commas; empty: the run in WORKDIR.",
+        "Released weights: paths or hub names, with commas; empty: the run in WORKDIR"
+        " (inspect: rough previews; compare: small random models).",
     ),
     tokenizers=Key(
         "",

@@ -18,11 +18,30 @@ from sd3_jax.config.schema.key_rules import (
     one_of,
     sequence,
 )
+from sd3_jax.diffusion import guidance_schedules
 
 SHIFT = number(
     "a number in [0.001, 1000], or 0: left open", lambda x: 1e-3 <= x <= 1e3 or x == 0
 )
+METHODS = (
+    *("cfg", "cfg_zero", "cfg_pp", "apg", "apg_x0", "tangential", "pag"),
+    "autoguidance",
+)
+SCHEDULE = Rule(
+    lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
+    "constant, linear, cosine, or T:FACTOR, T:FACTOR",
+)
 LORAS = sequence(Rule(lambda x: isinstance(x, str), "a path"), "paths of LoRAs")
+# The tables of diffusion/solvers.py and grids.py, which import jax.
+SOLVERS = (
+    *("euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "dpmpp_3m_flow", "unipc_2"),
+    *("unipc_3", "deis_2", "deis_3", "res_2m", "euler_ancestral", "dpmpp_2m_sde"),
+    *("dpmpp_3m_sde", "lcm", "adaptive"),
+)
+GRIDS = (
+    *("linear", "shifted", "released", "flow", "unipc", "sgm_uniform", "simple"),
+    *("karras", "exponential", "beta"),
+)
 
 SAMPLE = dict(
     prompt=Key("", FREE, "The prompt; empty: those of prompts_file, or train.prompts."),
@@ -33,12 +52,12 @@ SAMPLE = dict(
     # ours it is euler, released and 3.0.
     solver=Key(
         "",
-        one_of("", "euler", "heun", "dpmpp_2m", "dpmpp_2m_flow", "lcm"),
-        "ODE solver; empty: that of the weights' scheduler, or euler.",
+        one_of("", *SOLVERS),
+        "Solver; empty: that of the weights' scheduler, or euler.",
     ),
     grid=Key(
         "",
-        one_of("", "linear", "shifted", "released", "flow"),
+        one_of("", *GRIDS),
         "Grid of times; empty: that of the weights' scheduler, or released.",
     ),
     shift=Key(0.0, SHIFT, "Shift of the grid to more noise; 0: the scheduler's, or 3."),
@@ -55,6 +74,26 @@ SAMPLE = dict(
         UNIT,
         "How far guidance is rescaled to the standard deviation without it (Lin et al."
         " 2023); 0: not.",
+    ),
+    guidance_method=Key(
+        "cfg",
+        one_of(*METHODS),
+        "Method of guidance, whose scale is cfg (docs/how-to/sample.md).",
+    ),
+    guidance_options=Key(
+        "", FREE, 'Numbers of the method, such as "eta=0, threshold=10"; empty: usual.'
+    ),
+    guidance_schedule=Key(
+        "constant",
+        SCHEDULE,
+        "Guidance over t: constant, linear, cosine, or factors of cfg - 1 at times,"
+        ' such as "1:0.5, 0.3:2".',
+    ),
+    guide=Key(
+        "",
+        FREE,
+        "Weaker weights for autoguidance: a released model, or the step of an earlier"
+        " checkpoint of the run; empty: none.",
     ),
     seed=Key(
         0,
@@ -107,9 +146,15 @@ CONVERT = dict(
     out=Key(
         "", FREE, "Path to write, which must be new; empty: a path in the workdir."
     ),
+    lora_format=Key(
+        "",
+        one_of("", "diffusers", "peft", "kohya", "comfyui"),
+        "Names in which to write an adapter alone: the one of sample.lora, or else the"
+        " LoRA that the run trained; empty: write the whole model.",
+    ),
     dtype=Key(
         "",
         one_of("", "float32", "float16", "bfloat16"),
-        "Dtype to write; empty: as it was.",
+        "Dtype to write; empty: as it was, and float32 for an adapter.",
     ),
 )

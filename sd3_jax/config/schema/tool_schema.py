@@ -7,6 +7,7 @@ from sd3_jax.config.schema.key_rules import (
     FEW,
     FREE,
     POSITIVE_FACTOR,
+    SOME_TEXTS,
     SWITCH,
     TEXTS,
     TURNS,
@@ -20,13 +21,13 @@ from sd3_jax.config.schema.key_rules import (
 )
 
 NONE_OR_TURNS = integer(0, 10_000)
-SIZES = sequence(WIDTH, "integers in [1, 65536]")
-DEPTHS = sequence(DEPTH, "integers in [1, 1000]")
+SIZES = sequence(WIDTH, "integers in [1, 65536], one or more", lambda x: len(x) > 0)
+DEPTHS = sequence(DEPTH, "integers in [1, 1000], one or more", lambda x: len(x) > 0)
 
 PLAN = dict(
     slices=Key(
         ("v5e-256",),
-        TEXTS,
+        SOME_TEXTS,
         "TPU slices to compile for, such as v5p-128, v6e-256, tpu7x-128; 2xv5e-256 is"
         " two slices.",
     ),
@@ -58,7 +59,7 @@ PLAN = dict(
 COMPARE = dict(
     prompts=Key(
         ("a red fox in the rain", "Foxes, 3 of them!", ""),
-        TEXTS,
+        SOME_TEXTS,
         "Prompts that both sides encode.",
     ),
     tolerance=Key(

@@ -142,7 +142,11 @@ MESH = dict(
     tensor=Key(1, AXIS, "Devices that split heads and MLPs; -1: all that are left."),
 )
 TRAIN = dict(
-    steps=Key(500_000, POSITIVE, "Step at which training ends, and the decay of lr."),
+    steps=Key(
+        500_000,
+        POSITIVE,
+        "Step at which training ends, and with it the schedule of optim.lr.",
+    ),
     log_every=Key(50, POSITIVE, "Number of steps between lines of metrics."),
     eval_every=Key(5_000, POSITIVE, "Number of steps between validations."),
     sample_every=Key(
@@ -169,7 +173,11 @@ TRAIN = dict(
         between(0, 1e5),
         "Hours after which this process saves a checkpoint and stops; 0: no limit.",
     ),
-    writers=Key((), some_of("wandb", "mlflow"), "Services that get the metrics too."),
+    writers=Key(
+        (),
+        some_of("wandb", "mlflow", also=" (TensorBoard's files are always written)"),
+        "Services that get the metrics too.",
+    ),
     changes=Key(
         (), TEXTS, "Keys in which a resumed run may differ from its checkpoint."
     ),

@@ -22,6 +22,19 @@ def selected_cases(config: ConfigDict) -> list[Spec]:
     return specs
 
 
+def require_scaling_fits(config: ConfigDict) -> None:
+    """UserError for tokens of config.benchmark.scaling beyond the position table."""
+    scaling, most = config.benchmark.scaling, config.model.pos_size
+    for tokens in scaling.tokens if scaling.kinds else ():
+        sides = cases.rectangle(tokens, 1)
+        if max(sides) > most:
+            raise UserError(
+                f"config.benchmark.scaling.tokens: {tokens} are {sides[0]} x"
+                f" {sides[1]}, expected at most {most} a side, config.model.pos_size;"
+                " use configs/benchmark.py, or set fewer tokens"
+            )
+
+
 def case(config: ConfigDict, text: str) -> Spec:
     model, bench = config.model, config.benchmark
     if model.name != "mmdit" or model.weight_sets != 2:

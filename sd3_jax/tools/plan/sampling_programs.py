@@ -27,7 +27,7 @@ def cases(
     config: ConfigDict, tpu_slice: Slice, mesh: Mesh, images: int
 ) -> Iterator[Case]:
     share = images / tpu_slice.devices
-    guided = guidance.guides(config.sample.cfg)
+    guided = guidance.guides(config.sample.cfg, config.sample.guidance_method)
     yield text(config, mesh, images, guided, share)
     yield denoise(config, tpu_slice, mesh, images, guided, share)
     yield decode(config, mesh, images, share)

@@ -134,10 +134,22 @@ class Traveller(TrainedSampler):
         # Replaces the parent's jitted program; __call__ stays as it is.
         self.program = partial(self.note, travel)
 
-    def travel(self, params: dict, batch: dict, negative: dict, solver: Callable):
+    def travel(
+        self,
+        params: dict,
+        batch: dict,
+        negative: dict,
+        guide: dict | None,
+        solver: Callable,
+    ):
         grid = self.parts.formulation.grid(self.solver_and_grid[1])
+        inputs = self.guidance_inputs(np.asarray(grid))
+        if "scales" in inputs:
+            inputs["scales"] = inputs["scales"][: len(grid)]  # without the padding
         # (n, b, h, w, c)
-        way = self.latents(params, batch, negative, solver, grid=grid)
+        way = self.latents(
+            params, batch, negative, solver, grid=grid, guide=guide, **inputs
+        )
         # (n - 1, b): the squared length of each step. A straight path is as long as the
         # distance of its ends.
         steps = jnp.square(jnp.diff(way, axis=0)).sum(axis=(2, 3, 4))
@@ -146,10 +158,16 @@ class Traveller(TrainedSampler):
         return image, jnp.sqrt(steps).sum(0)
 
     def note(
-        self, travel: Callable, params: dict, batch: dict, negative: dict, _: dict
+        self,
+        travel: Callable,
+        params: dict,
+        batch: dict,
+        negative: dict,
+        _: dict,
+        guide: dict | None,
     ) -> jax.Array:
         # A trajectory has all steps of its grid, so they are no argument here.
-        image, length = travel(params, batch, negative)
+        image, length = travel(params, batch, negative, guide)
         self.lengths.append(multihost_utils.process_allgather(length, tiled=True))
         return image
 
