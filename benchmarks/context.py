@@ -104,7 +104,7 @@ def program(
     from sd3_jax.distributed import sharding
     from sd3_jax.models.mmdit import MMDiT
     from sd3_jax.models.vae import VAE
-    from sd3_jax.sampling import compiled
+    from sd3_jax.sampling import autoencoder_programs, compiled
     from sd3_jax.sampling.prompts import Conditioning
 
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -135,9 +135,9 @@ def program(
     options = dict(scaling=1.5, shift=0.06)
     if part == "decode":
         given = weights, put(1, h, h, 16)
-        return Program(compiled.decode, (module,), given, options, mesh)
+        return Program(autoencoder_programs.decode, (module,), given, options, mesh)
     given = weights, put(1, side, side, 3), None
-    return Program(compiled.encode_image, (module,), given, options, mesh)
+    return Program(autoencoder_programs.encode_image, (module,), given, options, mesh)
 
 
 def peak(compiled) -> int:

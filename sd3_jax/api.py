@@ -30,9 +30,9 @@ from sd3_jax.sampling import (
 )
 from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
-from sd3_jax.sampling.bundle import Bundle, ControlBundle, Prompt
+from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
-from sd3_jax.sampling.control_arguments import ControlInput
+from sd3_jax.sampling.control import ControlBundle, ControlInput
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.observation import observe
@@ -40,6 +40,7 @@ from sd3_jax.sampling.observation import observe
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
 __all__ += ["generate", "load", "load_control", "observe", "save"]
 OUTPUTS = ("images", "latents")
+RETURN_LATENTS = ("last", "all")
 
 
 def generate(
@@ -85,8 +86,12 @@ def generate(
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     progress: bool = False,
     output: str = "images",
-) -> Float[Array, "b _ _ _"]:
+    return_latents: str = "last",
+) -> Float[Array, "*n b _ _ _"]:
     """Generate images (b, height, width, 3) in [0, 1], or their latents.
+
+    With `output="latents"` and `return_latents="all"` the latents are (steps + 1, b, h,
+    w, c), at each time from the noise, or the noised image, to the result.
 
     Rows are in the order p0, p0, p1, p1, ... for `images_per_prompt` of 2. Prompts are
     texts, or what encode_prompts returns. `prompt_weighting` reads weights in them and
@@ -126,12 +131,13 @@ def generate(
     if it changes the size or number of images, the text's length, whether there is
     guidance, its method or a schedule, which inputs are given, `skip_layers`, the
     ControlNets, which adapters are loaded, whether each prompt has a set of its own, or
-    the `preview` function. Numbers are data: the seed, `guidance`, `strength`,
-    `sigmas`, `shift`, the weights of adapters, and up to 1,024 `steps`. Solvers share
-    programs: euler, dpmpp_2m and dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and
-    res_2m another, the stochastic ones but lcm a third; heun, lcm and adaptive have
-    their own. adaptive takes up to `steps` steps of three passes, each image with its
-    own, and no `skip_layers` or `control`.
+    the `preview` function, and with `return_latents="all"` the number of steps. Numbers
+    are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the weights of
+    adapters, and up to 1,024 `steps`. Solvers share programs: euler, dpmpp_2m and
+    dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the stochastic
+    ones but lcm a third; heun, lcm and adaptive have their own. adaptive takes up to
+    `steps` steps of three passes, each image with its own, and no `skip_layers` or
+    `control`.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -141,6 +147,9 @@ def generate(
     # --- check the arguments
     argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
     argument_checks.choice("output", output, OUTPUTS)
+    argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
+    if (all_latents := return_latents == "all") and output != "latents":
+        raise UserError('return_latents "all" returns no images; set output="latents"')
     steering = guidance_arguments.checked(
         bundle.part("denoiser").depth,
         scale=guidance,
@@ -217,7 +226,7 @@ def generate(
     table = bundle.bank.table(adapters, rows // images_per_prompt)
     if table.ndim == 2:
         table = np.repeat(table, images_per_prompt, axis=0)
-    spread = lambda x, name: arguments.rows_of(x, rows, images_per_prompt, name)
+    spread = lambda x, name: argument_checks.rows_of(x, rows, images_per_prompt, name)
     noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
         seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
     )
@@ -249,15 +258,23 @@ def generate(
     )
     plan = compiled.Plan(
         bundle.part("denoiser"),
-        solvers.same_program(solver),
+        # The shared program has no trajectory.
+        (solver,) if all_latents else solvers.same_program(solver),
         shape,
         preview=preview,
         factor=bundle.factor,
+        trajectory=len(times) - 1 if all_latents else None,
         **steering.plan(),
     )
     control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
-        bundle, control, times, shape, rows, images_per_prompt
+        bundle,
+        control,
+        times,
+        shape,
+        rows,
+        images_per_prompt,
+        guided=steering.reads_uncond,
     )
     # --- run
     place = lambda x: compiled.place(x, bundle.mesh)

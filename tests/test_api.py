@@ -17,7 +17,7 @@ from sd3_jax.diffusion.solvers import SOLVERS, draws
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import arguments, compiled, control_arguments
-from sd3_jax.sampling.control_arguments import ControlInput
+from sd3_jax.sampling.control import ControlInput
 
 RUN = dict(height=64, width=64, max_sequence_length=20, steps=4, output="latents")
 

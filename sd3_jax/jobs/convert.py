@@ -31,7 +31,8 @@ from sd3_jax.sampling import (
     prompts,
     released_sampler,
 )
-from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle
+from sd3_jax.sampling.bundle import TEXT, Bundle
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler import PUBLISHED
 from sd3_jax.weights import components, published_configs, sources
 

@@ -4,7 +4,9 @@ import numbers
 from collections.abc import Collection
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
@@ -79,6 +81,18 @@ def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if value not in choices:
         raise UserError(f'{name} "{shown(value)}"{nearest(value, choices)}')
     return value
+
+
+def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:
+    """x with one row for each picture, from 1, one a prompt or one a picture."""
+    n = x.shape[0]
+    if n == rows:
+        return jnp.asarray(x)
+    # rows are ordered p0, p0, p1, p1, …: one per prompt is repeated within its prompt.
+    if n in (1, rows // per_prompt):
+        return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
+    counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
+    raise UserError(f"{n} of {label} for {rows} pictures: expected one of {counts}")
 
 
 def _scalar(value: Any) -> Any:

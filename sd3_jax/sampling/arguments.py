@@ -273,21 +273,6 @@ def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
         )
 
 
-# --- rows: one for each picture
-
-
-def rows_of(x: Array | np.ndarray, rows: int, per_prompt: int, label: str) -> Array:
-    """x with one row for each picture, from 1, one a prompt or one a picture."""
-    n = x.shape[0]
-    if n == rows:
-        return jnp.asarray(x)
-    # rows are ordered p0, p0, p1, p1, …: one per prompt is repeated within its prompt.
-    if n in (1, rows // per_prompt):
-        return jnp.repeat(jnp.asarray(x), rows // n, axis=0)
-    counts = ", ".join(map(str, sorted({1, rows // per_prompt, rows})))
-    raise UserError(f"{n} of {label} for {rows} pictures: expected one of {counts}")
-
-
 def latents_of(
     bundle: Bundle,
     image: Array | np.ndarray,

@@ -2,36 +2,40 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
-from jaxtyping import Float, Key
+from jaxtyping import Float
 
 from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.models.controlnet import ControlNet
-from sd3_jax.sampling import argument_checks, compiled, weighted_prompts
+from sd3_jax.sampling import (
+    argument_checks,
+    compiled,
+    control_arguments,
+    weighted_prompts,
+)
 from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.adapter_bank import Bank, Sets
 from sd3_jax.sampling.bundle_adapters import WithAdapters
+from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
 from sd3_jax.sampling.bundle_prompts import WithPrompts
-from sd3_jax.sampling.control import PREPROCESS
-from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.control import ControlInput
 from sd3_jax.sampling.prompt_tokens import TEXT, Prompt
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components, controlnet_keys
+from sd3_jax.weights import components
 
 CLIPS = TEXT[:2]
 
 
 @dataclass(frozen=True, repr=False)
-class Bundle(WithPrompts, WithAdapters):
+class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
     """Everything by component: "denoiser", "vae", "clip_l", "clip_g" and "t5".
 
     `configs` are those of diffusers and transformers and include "scheduler";
@@ -118,11 +122,66 @@ class Bundle(WithPrompts, WithAdapters):
         pooled: Float[Array | np.ndarray, "b e"],
         *,
         skip_layers: Sequence[int] = (),
+        control: ControlInput | Sequence[ControlInput] | None = None,
+        residuals: Any = None,
         adapters: Sets | None = None,
     ) -> Float[Array, "b h w c"]:
-        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate."""
+        """v = noise - x0 at time t, 1 being noise; `adapters` are as in generate.
+
+        `control` is as in generate, without `start`, `stop` and `unconditional`.
+        `residuals` (r, b, n, d), or a list over r blocks, are added to those of
+        `control`; r must be that of its nets.
+        """
         module = self.part("denoiser")
-        latents = inputs.laid_out(latents, module.channels)
+        args = self._evaluation(latents, t, context, pooled)
+        skipped = argument_checks.skip_layers(skip_layers, module.depth)
+        nets, acting = self._controls(control, args[0])
+        if residuals is not None:
+            residuals = control_arguments.block_residuals(
+                residuals, module, args[0].shape, nets
+            )
+            residuals = compiled.place(residuals, self.mesh, axis=1)
+        table = self.bank.table(adapters, len(args[0]), "latents")
+        variables = self.adapted("denoiser", table)
+        with compiled.on(self.mesh, args):
+            return compiled.velocity(
+                module,
+                variables,
+                *args,
+                skip=tuple(skipped),
+                nets=nets,
+                controls=acting,
+                residuals=residuals,
+            )
+
+    def control_residuals(
+        self,
+        latents: Float[Array | np.ndarray, "b h w c"],
+        t: Float[Array | np.ndarray, " b"],
+        context: Float[Array | np.ndarray, "b l k"],
+        pooled: Float[Array | np.ndarray, "b e"],
+        *,
+        control: ControlInput | Sequence[ControlInput],
+        adapters: Sets | None = None,
+    ) -> Float[Array, "r b n d"]:
+        """The ControlNets' residuals at time t, one for each of r blocks, summed.
+
+        They are what `velocity` adds for this `control`. n is the number of image
+        tokens and d the denoiser's width.
+        """
+        args = self._evaluation(latents, t, context, pooled)
+        nets, acting = self._controls(control, args[0])
+        if not nets:
+            raise UserError("no control; give a ControlInput, or a list of them")
+        # A net of image tokens alone embeds them with the denoiser's weights.
+        table = self.bank.table(adapters, len(args[0]), "latents")
+        variables = self.adapted("denoiser", table)
+        with compiled.on(self.mesh, args):
+            return compiled.control_residuals(nets, acting, variables, *args)
+
+    def _evaluation(self, latents, t, context, pooled) -> tuple[Array, ...]:
+        """The arguments of one evaluation, checked and over the mesh."""
+        latents = inputs.laid_out(latents, self.part("denoiser").channels)
         t = inputs.times(t, len(latents))
         # Checked here: in the program unequal rows would broadcast or fail obscurely.
         rows = {len(latents), len(context), len(pooled)}
@@ -131,60 +190,15 @@ class Bundle(WithPrompts, WithAdapters):
                 f"{len(latents)} latents, {len(context)} rows of context and"
                 f" {len(pooled)} of pooled: the numbers must be equal"
             )
-        skipped = argument_checks.skip_layers(skip_layers, module.depth)
-        table = self.bank.table(adapters, len(latents), "latents")
-        variables = self.adapted("denoiser", table)
-        args = compiled.place((latents, t, context, pooled), self.mesh)
-        with compiled.on(self.mesh, args):
-            return compiled.velocity(module, variables, *args, skip=tuple(skipped))
+        return compiled.place((latents, t, context, pooled), self.mesh)
 
-    def encode_image(
-        self,
-        images: Pictures,
-        key: Key[Array, "*b"] | None = None,
-        *,
-        shift: float | None = None,
-        tile: int | None = None,
-        preprocess: str = "plain",
-    ) -> Float[Array, "b h w c"]:
-        """Latents of images: a draw of the posterior; without key, its mean.
-
-        Images are floats in [0, 1], bytes or PIL images, (b, H, W, 3) or one alone
-        (sampling/input_images.py). One key draws all rows together, a key for each row
-        draws them independently. `shift` replaces the autoencoder's. With `tile`,
-        square tiles of that many pixels are encoded one by one, which takes less memory
-        and gives slightly other latents. `preprocess` is that of a ControlNet's hint
-        (sampling/control.py).
-        """
-        module, variables = self.part("vae"), self.variables["vae"]
-        # Some ControlNets were trained on hints without the autoencoder's shift.
-        scale = self.latent_scale | ({} if shift is None else {"shift": shift})
-        argument_checks.choice("preprocess", preprocess, PREPROCESS)
-        images = PREPROCESS[preprocess](inputs.pixels(images))
-        images, key = compiled.place((images, key), self.mesh)
-        with compiled.on(self.mesh, images):
-            return compiled.encode_image(
-                module, variables, images, key, **scale, tile=tile
-            )
-
-    def decode(
-        self,
-        latents: Float[Array | np.ndarray, "b h w c"],
-        *,
-        tile: int | None = None,
-    ) -> Float[Array, "b H W 3"]:
-        """Latents to images in [0, 1].
-
-        With `tile`, square tiles of that many pixels are decoded one by one, which
-        takes less memory and gives slightly other images.
-        """
-        module, variables = self.part("vae"), self.variables["vae"]
-        latents = inputs.laid_out(latents, module.latent_channels)
-        latents = compiled.place(latents, self.mesh)
-        with compiled.on(self.mesh, latents):
-            return compiled.decode(
-                module, variables, latents, **self.latent_scale, tile=tile
-            )
+    def _controls(self, control, latents: Array) -> tuple[tuple, tuple]:
+        b, *shape = latents.shape
+        controls = control_arguments.listed(control)
+        nets, acting = control_arguments.controls_at_a_time(
+            self, controls, tuple(shape), b
+        )
+        return nets, compiled.place(acting, self.mesh)
 
     @property
     def text_models(self) -> TextModels:
@@ -198,20 +212,6 @@ class Bundle(WithPrompts, WithAdapters):
     def scheduler(self) -> Scheduler:
         """The solver and times that the model is sampled with by default."""
         return read_scheduler(self.configs, self.source)
-
-    @property
-    def latent_scale(self) -> dict[str, float]:
-        """The scaling and shift from the autoencoder's latents to the denoiser's."""
-        config = self.configs["vae"]
-        return {
-            "scaling": config["scaling_factor"],
-            "shift": config["shift_factor"] or 0.0,
-        }
-
-    @property
-    def factor(self) -> int:
-        """Pixels along a latent's side."""
-        return 2 ** (len(self.part("vae").channels) - 1) if "vae" in self.modules else 8
 
     def part(self, name: str) -> nn.Module:
         if name not in self.modules:
@@ -244,20 +244,3 @@ def most_clip_skip(configs: Mapping[str, dict]) -> int:
 
 def read_scheduler(configs: Mapping[str, dict], source: str) -> Scheduler:
     return schedulers.read(configs.get("scheduler"), f"the scheduler of {source}")
-
-
-class ControlBundle(NamedTuple):
-    """A ControlNet with its weights and its configuration, which is diffusers'.
-
-    config["control_type"], "blur", "canny" or "depth", is there if its file says so.
-    """
-
-    module: ControlNet
-    variables: dict
-    config: dict
-
-    def __repr__(self) -> str:
-        kind = self.config.get(
-            controlnet_keys.CONTROL_TYPE, "its hint's kind is not said"
-        )
-        return f"ControlBundle(depth {self.module.depth}, {kind})"

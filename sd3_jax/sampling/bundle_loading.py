@@ -3,7 +3,7 @@
 import dataclasses
 import logging
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -15,17 +15,18 @@ from jax.sharding import Mesh
 
 from sd3_jax import tree
 from sd3_jax.distributed import sharding
-from sd3_jax.errors import UserError, nearest
+from sd3_jax.errors import UserError, nearest, prefixed
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
 from sd3_jax.sampling import argument_checks, lora_adapters, textual_inversion
 from sd3_jax.sampling import control as hints
 from sd3_jax.sampling import scheduler_config as schedulers
-from sd3_jax.sampling.bundle import TEXT, Bundle, ControlBundle, read_scheduler
+from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
 from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.weights import components, controlnet_keys, hub, sources
+from sd3_jax.weights import caller_configs, components, controlnet_keys, hub, sources
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.published_configs import fit
 
@@ -40,7 +41,8 @@ def load(
     dtype: str = "bfloat16",
     *,
     tokenizers_from: str | None = "",
-    only: Sequence[str] = tuple(COMPONENTS),
+    only: str | Collection[str] = tuple(COMPONENTS),
+    config: Mapping | epath.PathLike | None = None,
     lora: Any = (),
     embeddings: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
@@ -51,8 +53,13 @@ def load(
     `path_or_hub_name` is a diffusers folder, a .safetensors file, our own folder or a
     hub name, which may have a revision, a variant or a file: "owner/name@v1:fp16",
     "owner/name/file.safetensors". Several sources, as a list or separated by commas,
-    are combined; of a component in two sources the later one is used. `only` names the
-    components to load. The dtype "stored" keeps each tensor's dtype, for saving.
+    are combined; of a component in two sources the later one is used. The dtype
+    "stored" keeps each tensor's dtype, for saving.
+
+    `only` names the components to load, in our names or those of diffusers' folders,
+    such as "denoiser" or "transformer". `config` is the configuration of the one that
+    `only` names, for a file whose shapes do not tell all: diffusers' or transformers'
+    fields, or a path to them.
 
     `tokenizers_from` is a folder or hub name with the tokenizers that the sources lack;
     None loads none, for embeddings alone. `lora` names LoRA files or folders of
@@ -77,7 +84,11 @@ def load(
         raise UserError("no weights; give a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
     source = ",".join(map(os.fspath, names))
-    parts, configs = _open_parts(places, only)
+    only = _checked_names(only)
+    callers = {} if config is None else _caller_config(config, only, names)
+    parts, configs = _open_parts(places, only, callers)
+    if absent := callers.keys() - parts.keys():
+        raise UserError(f"{source} has no {', '.join(absent)}, of which config is")
     if lacking := [x for x in quantize if x in only and x not in parts]:
         there = ", ".join(parts)
         raise UserError(f"{source} has no {lacking[0]} to quantize, only {there}")
@@ -129,18 +140,42 @@ def _tokenizers(
 
 
 def _open_parts(
-    places: Sequence, only: Sequence[str]
+    places: Sequence, only: Collection[str], callers: Mapping[str, dict]
 ) -> tuple[dict[str, sources.Part], dict[str, dict]]:
-    """The parts named in `only`, unread, and the configurations of all components."""
+    """The parts named in `only`, unread, and the configurations of all components.
+
+    `callers` are configurations of components whose files have none.
+    """
     parts, configs = {}, {}
     for place in places:
-        for name, part in sources.parts(*place).items():
+        for name, part in sources.parts(*place, callers).items():
             if name in parts:  # of several sources the last one wins
                 log.info("%s: used instead of %s", part.where, parts[name].where)
             configs[name] = part.config
             if name in only and part.read is not None:
                 parts[name] = part
     return parts, configs
+
+
+def _checked_names(only: Any) -> tuple[str, ...]:
+    """Our names of the components in `only`; one name alone is a text."""
+    only = (only,) if isinstance(only, str) else only
+    if not isinstance(only, Collection) or not all(isinstance(x, str) for x in only):
+        raise UserError(f"only {shown(repr(only))}: expected names of components")
+    with prefixed("only"):
+        return tuple(map(caller_configs.component_name, only))
+
+
+def _caller_config(
+    config: Any, only: Sequence[str], names: Sequence
+) -> dict[str, dict]:
+    """{component: configuration} of the caller's config."""
+    if len(set(only)) != 1 or len(names) != 1:
+        raise UserError(
+            f"config is that of one component of one file, not of {len(set(only))} of"
+            f' {len(names)}; name it, such as only={{"transformer"}}'
+        )
+    return {only[0]: caller_configs.read_config(config, COMPONENTS[only[0]])}
 
 
 def _read_part(

@@ -21,10 +21,10 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
-from sd3_jax.models import vae
 from sd3_jax.params import adapters
-from sd3_jax.sampling import prompts, tiling
+from sd3_jax.sampling import prompts
 from sd3_jax.sampling.control import Control, controlled
+from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.generate import generate
 from sd3_jax.sampling.prompts import Conditioning
 
@@ -46,26 +46,26 @@ def on(mesh: Mesh, *arrays: Any):
             yield
 
 
-def place(tree: Any, mesh: Mesh) -> Any:
+def place(tree: Any, mesh: Mesh, *, axis: int = 0) -> Any:
     """Host arrays onto the mesh, rows over data and fsdp where these divide them.
 
-    Every process gives the same, whole arrays.
+    `axis` is that of the rows. Every process gives the same, whole arrays.
     """
 
     def leaf(x):
         # Inside a caller's jit the placement is the caller's.
         if isinstance(x, jax.core.Tracer):
             return x
-        return put(x, placement(getattr(x, "shape", ()), mesh))
+        return put(x, placement(getattr(x, "shape", ()), mesh, axis=axis))
 
     return jax.tree.map(leaf, tree)
 
 
-def placement(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def placement(shape: Sequence[int], mesh: Mesh, *, axis: int = 0) -> NamedSharding:
     """Where `place` puts an array of this shape."""
     # A batch that the devices do not divide is replicated: jax shards evenly only.
-    split = len(shape) > 0 and shape[0] % sharding.batch_shards(mesh) == 0
-    spec = PartitionSpec(sharding.BATCH) if split else PartitionSpec()
+    split = len(shape) > axis and shape[axis] % sharding.batch_shards(mesh) == 0
+    spec = PartitionSpec(*[None] * axis, sharding.BATCH) if split else PartitionSpec()
     return NamedSharding(mesh, spec)
 
 
@@ -93,56 +93,40 @@ def encode_prompts(models, variables, ids, **options) -> Conditioning:
     return prompts.encode_released(models, variables, ids, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "skip"))
-def velocity(denoiser, variables, x, t, context, pooled, *, skip=()) -> Array:
+@functools.partial(jax.jit, static_argnames=("denoiser", "skip", "nets"))
+def velocity(
+    denoiser,
+    variables,
+    x,
+    t,
+    context,
+    pooled,
+    *,
+    skip=(),
+    nets=(),
+    controls=(),
+    residuals=None,
+) -> Array:
+    """v, with the sum of `residuals` and those of the nets."""
+    args = x, t, context, pooled
+    parts = [] if residuals is None else [residuals]
+    if nets:
+        parts.append(control_residuals(nets, controls, variables, *args))
     variables = adapters.attached(variables)
-    return denoiser.apply(variables, x, t, context, pooled, skip=skip)
+    options = {"residuals": sum(parts)} if parts else {}
+    return denoiser.apply(variables, *args, skip=skip, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("module", "tile"))
-def encode_image(
-    module, variables, images, key, *, scaling, shift, tile: int | None = None
-) -> Array:
-    """Images in [0, 1] to latents: a draw with `key`, else the mean."""
-    # `tile` is static, because it decides the shapes of all slices.
-    run = _by_tiles(module, variables, "encode", tile)
-    # (b, H, W, 3) → (b, H/8, W/8, 2c): mean and log-variance
-    moments = run(2 * images - 1)
-    if key is None:
-        z = vae.posterior(moments)[0]
-    else:
-        # A key for each row makes a row's draw independent of the batch that it is in.
-        z = (jax.vmap(vae.sample) if key.ndim else vae.sample)(key, moments)
-    return vae.to_latents(z, scaling=scaling, shift=shift)
+@functools.partial(jax.jit, static_argnames=("nets",))
+def control_residuals(nets, controls, variables, x, t, context, pooled) -> Array:
+    """Residuals (r, b, n, d) of all nets; `controls` are as in `sample`.
 
-
-@functools.partial(jax.jit, static_argnames=("module", "tile"))
-def decode(
-    module, variables, latents, *, scaling, shift, tile: int | None = None
-) -> Array:
-    """Latents to images in [0, 1]."""
-    sides = (side * _factor(module) for side in latents.shape[1:3])
-    say_compiling("the decoder", len(latents), *sides)
-    # `scaling` and `shift` are traced numbers, so models that differ in them share a
-    # program.
-    z = vae.from_latents(latents, scaling=scaling, shift=shift)
-    # (b, h, w, c) → (b, 8h, 8w, 3)
-    images = _by_tiles(module, variables, "decode", tile)(z)
-    return jnp.clip(images / 2 + 0.5, 0, 1)
-
-
-def _by_tiles(module, variables, method, tile):
-    """The autoencoder's method, whole where tile is None."""
-    run = functools.partial(module.apply, variables, method=method)
-    if tile is None:
-        return run
-    by_tiles = getattr(tiling, method)
-    return functools.partial(by_tiles, run, tile=tile, factor=_factor(module))
-
-
-def _factor(module) -> int:
-    """Pixels a latent: every level but the first halves the sides."""
-    return 2 ** (len(module.channels) - 1)
+    `variables` are the denoiser's, of which a net may borrow.
+    """
+    adapted = isinstance(variables, adapters.Adapted)
+    lender = adapters.attached(variables) if adapted else None
+    acting = _acting(nets, controls, lender)
+    return residuals_of(acting, x, t, Conditioning(context, pooled))
 
 
 def say_compiling(program: str, images: int, height: int, width: int) -> None:
@@ -176,6 +160,7 @@ class Plan(NamedTuple):
     skip_layers: tuple[int, ...] = ()
     preview: Callable | None = None
     factor: int = 8  # pixels a latent, for the line about compilation
+    trajectory: int | None = None  # the number of steps whose latents are returned
     method: str = "cfg"  # a key of guidance_methods.METHODS
     skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
     weak: nn.Module | None = None  # the worse denoiser of autoguidance
@@ -237,6 +222,7 @@ def sample(
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
 
+    With plan.trajectory they are (steps + 1, b, h, w, c).
     `weak_variables` are those of plan.weak.
     """
 
@@ -253,10 +239,13 @@ def sample(
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
-    # The nets are static and their arrays traced, so they arrive as two arguments.
-    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
-    if adapted:
-        acting = [_lent(control, variables) for control in acting]
+    acting = _acting(nets, controls, variables if adapted else None)
+    solver = solvers.of_program(plan.solvers, inputs.solver)
+    grid, steps = inputs.grid, inputs.steps
+    if plan.trajectory is not None:
+        # The number of steps is the result's shape: the grid's padding is cut off.
+        solver = functools.partial(solver, trajectory=True)
+        grid, steps = grid[: plan.trajectory + 1], None
     weakened = weak = None
     # Which layers are left out is static: the denoiser makes a constant mask of it for
     # its scanned blocks.
@@ -276,9 +265,9 @@ def sample(
         inputs.cond,
         inputs.uncond,
         shape=plan.shape,
-        grid=inputs.grid,
-        steps=inputs.steps,
-        solver=solvers.of_program(plan.solvers, inputs.solver),
+        grid=grid,
+        steps=steps,
+        solver=solver,
         # A Python 1.0 selects the path without guidance, which runs the denoiser on b
         # rows; a traced scale always doubles the batch.
         scale=scale if plan.guided else 1.0,
@@ -293,6 +282,13 @@ def sample(
         mask=inputs.mask,
         preview=plan.preview,
     )
+
+
+def _acting(nets, controls, adapted: dict | None) -> list[Control]:
+    """The controls of a program; `adapted` are the denoiser's variables if they are."""
+    # The nets are static and their arrays traced, so they arrive as two arguments.
+    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+    return acting if adapted is None else [_lent(x, adapted) for x in acting]
 
 
 def _lent(control: Control, variables: dict) -> Control:

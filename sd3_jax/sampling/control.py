@@ -11,8 +11,9 @@ from jaxtyping import Float
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.prompts import Conditioning
-from sd3_jax.weights import components
+from sd3_jax.weights import components, controlnet_keys
 
 # What is done to a hint's pixels x in [0, 1]. The autoencoder's encoder is then given
 # 2 y - 1, so that of canny it sees 255 * 0.5 * x + 0.5, far outside its usual range:
@@ -28,11 +29,58 @@ PREPROCESS = {
 }
 
 
+# What the unconditional half of a guided batch gets: the conditional half's hint, as in
+# diffusers and ComfyUI; a hint of zeros; or no residuals, as in the guess mode of
+# diffusers' pipelines for SD1.5.
+UNCONDITIONAL = ("same", "zeros", "off")
+
+
+class ControlBundle(NamedTuple):
+    """A ControlNet with its weights and its configuration, which is diffusers'.
+
+    config["control_type"], "blur", "canny" or "depth", is there if its file says so.
+    """
+
+    module: ControlNet
+    variables: dict
+    config: dict
+
+    def __repr__(self) -> str:
+        kind = self.config.get(
+            controlnet_keys.CONTROL_TYPE, "its hint's kind is not said"
+        )
+        return f"ControlBundle(depth {self.module.depth}, {kind})"
+
+
+class ControlInput(NamedTuple):
+    """A ControlNet and the image that it follows.
+
+    `image`, one or a batch (sampling/input_images.py), is the output of the net's
+    detector, or latents of it. The net acts with weight `scale` from `start` to `stop`,
+    both shares of the steps. An inpainting net repaints the image where `mask` is 1.
+    `preprocess` is "plain", "blur", "canny", "depth" or "inverted"; the default is the
+    control type in the net's file, or "plain".
+
+    `unconditional` is the hint of guidance's unconditional half: "same", "zeros" (zero
+    latents), "off" (no residuals), or an image of its own.
+    """
+
+    net: ControlBundle
+    image: Pictures
+    scale: float = 1.0
+    start: float = 0.0
+    stop: float = 1.0
+    mask: Pictures | None = None
+    preprocess: str | None = None
+    unconditional: Pictures | str = "same"
+
+
 class Control(NamedTuple):
     """A ControlNet with its arrays, which may differ from call to call.
 
     `hint` is the condition as scaled latents, (b, h, w, 16) or more channels. Residuals
-    are multiplied by `scale` and are 0 for t outside of `window`.
+    are multiplied by `scale` and are 0 for t outside of `window`. Those of guidance's
+    unconditional half have `uncond_hint` and `uncond_scale`, None for the same.
     """
 
     net: ControlNet
@@ -40,6 +88,8 @@ class Control(NamedTuple):
     hint: Float[Array, "b h w c"]
     scale: Float[Array, ""]
     window: tuple[Float[Array, ""], Float[Array, ""]]
+    uncond_hint: Float[Array, "b h w c"] | None = None
+    uncond_scale: Float[Array, ""] | None = None
 
 
 def require_fit(
@@ -77,8 +127,7 @@ def controlled(
 ) -> Callable[[Array, Array, Conditioning], Array]:
     """velocity(x, t, cond): `denoiser(x, t, *cond, residuals=...)` with all controls.
 
-    Their residuals are added up, so they must be of equally many blocks. Guidance runs
-    several conditions in a batch, one after the other: the hints are repeated for them.
+    Their residuals are added up, so they must be of equally many blocks.
     """
     counts = sorted({control.net.depth for control in controls})
     if len(counts) > 1:
@@ -89,23 +138,36 @@ def controlled(
     def velocity(x, t, cond):
         if not controls:
             return denoiser(x, t, *cond, **kwargs)
-        # Each is a stack over blocks, which the denoiser spreads over its own.
-        parts = [_residuals(control, x, t, cond) for control in controls]
-        return denoiser(x, t, *cond, residuals=sum(parts), **kwargs)
+        return denoiser(
+            x, t, *cond, residuals=residuals(controls, x, t, cond), **kwargs
+        )
 
     return velocity
 
 
-def _residuals(control: Control, x, t, cond):
-    # Guidance doubles the batch and the hint is given once: (b, …) → (times * b, …).
-    times = x.shape[0] // control.hint.shape[0]
-    hint = jnp.tile(control.hint, (times, 1, 1, 1))
+def residuals(
+    controls: Sequence[Control],
+    x: Float[Array, "b h w c"],
+    t: Float[Array, " b"],
+    cond: Conditioning,
+) -> Float[Array, "r b n d"]:
+    """The sum of the residuals of all controls, one for each of r blocks.
+
+    Guidance runs several conditions in a batch, one after the other, the unconditional
+    one first: the hints are repeated for them.
+    """
+    # Each is a stack over blocks, which the denoiser spreads over its own.
+    return sum(_of_control(control, x, t, cond) for control in controls)
+
+
+def _of_control(control: Control, x, t, cond):
+    hint, scale = _by_halves(control, len(x))
     # Some nets were trained with a pooled text of zeros.
     pooled = jnp.zeros_like(cond.pooled) if control.net.zero_pooled else cond.pooled
 
     def run():
         args = (x, t, cond.context, pooled, hint)
-        return control.net.apply(control.variables, *args, scale=control.scale)
+        return control.net.apply(control.variables, *args, scale=scale)
 
     low, high = control.window
     # All rows are at the same t, so one predicate decides; lax.cond then skips the
@@ -114,3 +176,19 @@ def _residuals(control: Control, x, t, cond):
     # eval_shape gives the residuals' shapes without adding the net to the program.
     none = jax.tree.map(lambda r: jnp.zeros(r.shape, r.dtype), jax.eval_shape(run))
     return jax.lax.cond(open_, run, lambda: none)
+
+
+def _by_halves(control: Control, rows: int) -> tuple[Array, Array]:
+    """The hint (rows, h, w, c), and the scale of all rows or of each, (rows, 1, 1)."""
+    # Guidance doubles the batch and the hint is given once: (b, …) → (times * b, …).
+    b, scale = len(control.hint), control.scale
+    times = rows // b
+    hint = jnp.tile(control.hint, (times, 1, 1, 1))
+    if times == 1:  # no guidance, or a pass of the conditional half alone
+        return hint, scale
+    if control.uncond_hint is not None:
+        hint = jnp.concatenate([control.uncond_hint, hint[b:]])
+    if control.uncond_scale is not None:
+        scales = [control.uncond_scale] * b + [scale] * (rows - b)
+        scale = jnp.stack(scales)[:, None, None]  # beside residuals (r, rows, n, d)
+    return hint, scale

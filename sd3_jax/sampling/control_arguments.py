@@ -1,7 +1,8 @@
 """What a caller asks of ControlNets, checked and encoded as hints."""
 
+import logging
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,30 +12,22 @@ from jaxtyping import Float
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
+from sd3_jax.models.controlnet import ControlNet
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import argument_checks, input_images
-from sd3_jax.sampling.arguments import rows_of
-from sd3_jax.sampling.bundle import Bundle, ControlBundle
-from sd3_jax.sampling.control import require_fit
-from sd3_jax.sampling.input_images import Pictures, latent_mask, pixel_mask
+from sd3_jax.sampling.argument_checks import rows_of
+from sd3_jax.sampling.control import (
+    UNCONDITIONAL,
+    ControlBundle,
+    ControlInput,
+    require_fit,
+)
+from sd3_jax.sampling.input_images import latent_mask, pixel_mask
 
-
-class ControlInput(NamedTuple):
-    """A ControlNet and the image that it follows.
-
-    `image`, one or a batch (sampling/input_images.py), is the output of the net's
-    detector, or latents of it. The net acts with weight `scale` from `start` to `stop`,
-    both shares of the steps. An inpainting net repaints the image where `mask` is 1.
-    `preprocess` is "plain", "blur", "canny", "depth" or "inverted"; the default is the
-    control type in the net's file, or "plain".
-    """
-
-    net: ControlBundle
-    image: Pictures
-    scale: float = 1.0
-    start: float = 0.0
-    stop: float = 1.0
-    mask: Pictures | None = None
-    preprocess: str | None = None
+log = logging.getLogger(__name__)
+# A bundle's methods call this module, so that the class Bundle has no name here.
+Bundle = Any
+EVERY_TIME = np.float32(0), np.float32(1)
 
 
 def listed(
@@ -58,21 +51,30 @@ def controls_of(
     shape: tuple,
     rows: int,
     per_prompt: int,
+    *,
+    guided: bool = True,
 ) -> tuple[tuple, tuple]:
-    """The nets, and for each its variables, hint, scale and window."""
+    """The nets, and for each the fields of a Control after its net.
+
+    Without guidance, there is no unconditional half, which a warning says.
+    """
     arrays = []
     for i, control in enumerate(controls):
         name = f"control {i}"
         _require_control(bundle, control, shape, name)
-        hint = _hint(bundle, control, shape, name)
-        hint = rows_of(hint, rows, per_prompt, f"{name}'s images")
+        spread = lambda x, label: rows_of(x, rows, per_prompt, label)  # noqa: B023
+        hint = spread(_hint(bundle, control, shape, name), f"{name}'s images")
         # start and stop are shares of the steps; the program compares times t, so that
         # the window is an array and another window does not recompile.
         window = grids.control_window(grid, control.start, control.stop)
         # A Python float has a weak type, which is part of the key of a compiled
         # program.
         scale = np.float32(control.scale)
-        arrays.append((control.net.variables, hint, scale, window))
+        uncond_hint, uncond_scale = _unconditional(bundle, control, shape, name, guided)
+        if uncond_hint is not None:
+            uncond_hint = spread(uncond_hint, f"{name}'s unconditional images")
+        fields = hint, scale, window, uncond_hint, uncond_scale
+        arrays.append((control.net.variables, *fields))
     # Residuals of several nets are summed layer by layer in one program.
     depths = [control.net.module.depth for control in controls]
     if len(set(depths)) > 1:
@@ -81,6 +83,90 @@ def controls_of(
             " have the same number, because their residuals are added layer by layer"
         )
     return tuple(control.net.module for control in controls), tuple(arrays)
+
+
+def controls_at_a_time(
+    bundle: Bundle, controls: Sequence[ControlInput], shape: tuple, rows: int
+) -> tuple[tuple, tuple]:
+    """controls_of for one evaluation, which has neither steps nor halves."""
+    for i, control in enumerate(controls):
+        if not isinstance(control, ControlInput):
+            continue  # refused below
+        if (control.start, control.stop) != (0, 1):
+            raise UserError(
+                f"control {i}: start {control.start} and stop {control.stop} are shares"
+                " of steps, and one evaluation has none; leave them out and pass"
+                " control=() at the other times"
+            )
+        if not _is_same(control.unconditional):
+            raise UserError(
+                f"control {i}: unconditional is for guidance inside generate; here give"
+                " an image for each row instead"
+            )
+    nets, arrays = controls_of(bundle, controls, np.ones(2, np.float32), shape, rows, 1)
+    # Variables, hint and scale; the window of a grid has no meaning here.
+    return nets, tuple((*fields[:3], EVERY_TIME) for fields in arrays)
+
+
+def block_residuals(
+    value: Any, denoiser: MMDiT, shape: tuple, nets: Sequence[ControlNet]
+) -> Float[Array | np.ndarray, "r b n d"]:
+    """A caller's residuals, an array or a list of one (b, n, d) for each block.
+
+    `shape` is that of the latents, (b, h, w, c); `nets` are added to them.
+    """
+    if isinstance(value, list | tuple):  # as diffusers' nets return them
+        value = np.stack([np.asarray(x) for x in value]) if value else np.zeros(0)
+    elif not hasattr(value, "shape"):
+        value = np.asarray(value)
+    b, h, w, _ = shape
+    sizes = b, h * w // denoiser.patch**2, denoiser.width
+    if value.ndim != 4 or tuple(value.shape[1:]) != sizes:
+        raise UserError(
+            f"residuals of shape {tuple(value.shape)}: expected (blocks,"
+            f" {', '.join(map(str, sizes))}), as control_residuals returns them"
+        )
+    if not 1 <= len(value) <= denoiser.depth:
+        raise UserError(
+            f"residuals of {len(value)} blocks: expected 1 to {denoiser.depth}, the"
+            " layers of the denoiser"
+        )
+    if nets and nets[0].depth != len(value):
+        raise UserError(
+            f"residuals of {len(value)} blocks beside a ControlNet of {nets[0].depth}:"
+            " the numbers must be equal"
+        )
+    input_images.finite(value, "residuals")
+    return value
+
+
+def _is_same(unconditional: Any) -> bool:
+    return isinstance(unconditional, str) and unconditional == "same"
+
+
+def _unconditional(
+    bundle: Bundle, control: ControlInput, shape: tuple, name: str, guided: bool
+) -> tuple[Array | np.ndarray | None, np.float32 | None]:
+    """The hint and the scale of guidance's unconditional half; None for the same."""
+    half = control.unconditional
+    if isinstance(half, str):
+        argument_checks.choice(f"{name}: unconditional", half, UNCONDITIONAL)
+    if _is_same(half):
+        return None, None
+    if not guided:
+        log.warning(
+            "%s: unconditional is not used, because guidance is off; set guidance"
+            " above 1 to use it",
+            name,
+        )
+        return None, None
+    if isinstance(half, str) and half == "off":
+        return None, np.float32(0)
+    if isinstance(half, str):
+        zeros = np.zeros((1, *shape[:2], control.net.module.hint_channels), np.float32)
+        return zeros, None
+    picture = control._replace(image=half)
+    return _hint(bundle, picture, shape, f"{name}: unconditional"), None
 
 
 def _require_control(

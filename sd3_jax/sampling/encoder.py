@@ -78,6 +78,9 @@ class Encoder:
             encoded = prompts.encode_parts(
                 models, variables, ids, pooled_dim=pooled_dim
             )
+            # Records have a fixed width, which wider states than pooled would pass.
+            clip = prompts.filled(encoded.clip, pooled_dim, "pooled_dim")
+            encoded = encoded._replace(clip=clip)
             differ = [jnp.any(x != empty[name], axis=1) for name, x in ids.items()]
             encoded = prompts.nulled(encoded, jnp.any(jnp.stack(differ), axis=0))
             return jax.tree.map(lambda x: x.astype(text_dtype), encoded)

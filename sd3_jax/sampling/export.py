@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 
 import jax
@@ -17,7 +18,8 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import listed
 from sd3_jax.params import parametrization
 from sd3_jax.sampling import argument_checks
-from sd3_jax.sampling.bundle import Bundle, ControlBundle
+from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler_config import EULER
 from sd3_jax.weights import (
     controlnet_keys,
@@ -25,11 +27,13 @@ from sd3_jax.weights import (
     native_format,
     safetensors,
     sharded_load,
+    text_keys,
 )
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.hub import INDEX
-from sd3_jax.weights.sources import FULLER
+from sd3_jax.weights.sources import CONFIGS, FULLER
 
+log = logging.getLogger(__name__)
 LAYOUTS = (*key_mapping.LAYOUTS, "orbax")
 
 
@@ -88,8 +92,10 @@ def save(
                 entries[COMPONENTS[name].prefix + key] = entry
         # The names are in the file's metadata, so that loading it knows which table to
         # use.
-        fuller = [name for name in bundle.modules if _is_fuller(bundle, name, layout)]
-        metadata = {"sd3_jax": json.dumps(bundle.configs), FULLER: ",".join(fuller)}
+        fuller = [name for name in bundle.modules if COMPONENTS[name].fuller]
+        for name in fuller:
+            _warn_of_unread(bundle, name, path)
+        metadata = {CONFIGS: json.dumps(bundle.configs), FULLER: ",".join(fuller)}
         # The configurations go into the metadata: a single file has no config.json.
         _write(safetensors.write_file, path, entries, metadata)
     else:
@@ -117,17 +123,18 @@ def save_control(
 ) -> None:
     """Writes a ControlNet; control_type is in config.json, which diffusers ignores, or
     in a tensor of the original layout, as in Stability's files."""
-    module, component = control.module, CONTROLNET
-    # Stability's original layout exists for its single-stream nets only.
-    layouts = key_mapping.LAYOUTS if module.borrowed else ("diffusers",)
-    if layout not in layouts:
-        reason = "" if layout not in LAYOUTS else " has none for this ControlNet"
+    if layout not in key_mapping.LAYOUTS:
+        reason = " holds no ControlNet" if layout in LAYOUTS else ""
         raise UserError(
-            f'layout "{layout}"{reason}; expected one of {", ".join(layouts)}'
+            f'layout "{layout}"{reason}; expected one of'
+            f" {', '.join(key_mapping.LAYOUTS)}"
         )
+    module, component = control.module, CONTROLNET
     variables = controlnet_keys.without_borrowed(module, control.variables)
-    # The tables that loading reads, in the other direction.
-    pieces = key_mapping.pieces(variables, component.table(module), layout)
+    # The tables that loading reads, in the other direction. Stability has published no
+    # net of joint blocks: other tools read its single file in diffusers' names.
+    names = layout if module.borrowed else "diffusers"
+    pieces = key_mapping.pieces(variables, component.table(module), names)
     dtypes = {tree.names(p): x.dtype for p, x in tree_leaves_with_path(variables)}
     entries = sharded_load.entries(variables, pieces, lambda at: dtype or dtypes[at])
     if layout == "diffusers":
@@ -141,7 +148,9 @@ def save_control(
         entries[controlnet_keys.CONTROL_TYPE] = safetensors.Entry(
             number.dtype, number.shape, lambda: number
         )
-    _write(safetensors.write_file, path, entries)
+    # A single file has no config.json, and shapes do not tell all of it.
+    metadata = {CONFIGS: json.dumps({"controlnet": control.config})}
+    _write(safetensors.write_file, path, entries, metadata)
 
 
 # --- tensors of one component
@@ -154,24 +163,32 @@ def _dtype_of(bundle: Bundle, name: str, dtype: str | None) -> Callable:
 
 def _entries(bundle: Bundle, name: str, layout: str, dtype: str | None):
     component, variables = COMPONENTS[name], bundle.variables[name]
-    fuller = _is_fuller(bundle, name, layout)
-    table = component.fuller if fuller else component.table
+    table = (layout == "original" and component.fuller) or component.table
     pieces = key_mapping.pieces(variables, table(bundle.modules[name]), layout)
-    return sharded_load.entries(variables, pieces, _dtype_of(bundle, name, dtype))
+    entries = sharded_load.entries(variables, pieces, _dtype_of(bundle, name, dtype))
+    if layout == "original" and component.kind == "t5":
+        # T5's embedding under both of its names: Stability's code reads this one alone,
+        # ComfyUI and transformers read the other.
+        return {text_keys.EMBED_TOKENS: entries[text_keys.SHARED], **entries}
+    return entries
 
 
-def _is_fuller(bundle: Bundle, name: str, layout: str) -> bool:
-    """Whether a component has weights that a layout has no tensor for."""
+def _warn_of_unread(bundle: Bundle, name: str, path: epath.Path) -> None:
+    """Warn of weights in a single file that only this package and diffusers apply."""
     component, variables = COMPONENTS[name], bundle.variables[name]
-    pieces = key_mapping.pieces(
-        variables, component.table(bundle.modules[name]), layout
-    )
-    # A piece without a tensor in the layout may only hold its default.
-    return any(
-        not np.array_equal(sharded_load.part(variables, piece), piece.fill())
+    table = component.table(bundle.modules[name])
+    pieces = key_mapping.pieces(variables, table, "original")
+    # A piece without a tensor in the published layout usually holds its default.
+    unread = [
+        "/".join(piece.path[1:])
         for piece in pieces
         if piece.key is None
-    )
+        and not np.array_equal(sharded_load.part(variables, piece), piece.fill())
+    ]
+    if unread:
+        message = "%s: %s's %s is not the identity; ComfyUI and Stability's code do not"
+        message += " apply it, so that their pictures differ from diffusers'"
+        log.warning(message, path, name, ", ".join(unread))
 
 
 def _write(write: Callable, path: epath.Path, entries: dict, *rest) -> None:

@@ -129,7 +129,8 @@ def encode_parts(
 ) -> Encoded:
     """Penultimate states of both CLIPs, pooled (b, pooled_dim), and T5's states.
 
-    A CLIP that is left out is zeros; the CLIPs' states have pooled's channels.
+    A CLIP that is left out is zeros. The CLIPs' states have pooled's channels, or more
+    if their projections are narrower than they are.
     """
     outputs = run_encoders(models, variables, ids, clip_skip=clip_skip)
     return side_by_side(models, outputs, pooled_dim=pooled_dim)
@@ -180,7 +181,8 @@ def side_by_side(models: TextModels, outputs: Outputs, *, pooled_dim: int) -> En
     # (b, 768) and (b, 1280) → (b, 2048)
     vector = filled(jnp.concatenate(pooled, -1), pooled_dim, "pooled_dim")
     # (b, 77, 768) and (b, 77, 1280) → (b, 77, 2048)
-    clip = filled(jnp.concatenate(states, -1), pooled_dim, "pooled_dim")
+    clip = jnp.concatenate(states, -1)
+    clip = filled(clip, max(pooled_dim, clip.shape[-1]), "pooled_dim")
     return Encoded(clip, t5, vector)
 
 

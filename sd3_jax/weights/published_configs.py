@@ -420,13 +420,20 @@ def fit(configs: Mapping[str, dict], source: str) -> None:
     denoiser = configs["denoiser"]
     pooled, context = denoiser["pooled_projection_dim"], denoiser["joint_attention_dim"]
     clips = [configs[name] for name in ("clip_l", "clip_g") if name in configs]
-    for name, most in ("hidden_size", min(pooled, context)), ("projection_dim", pooled):
+    for name, most in ("hidden_size", context), ("projection_dim", pooled):
         size = sum(config[name] for config in clips)  # side by side, then zeros
         if size > most:
             raise UserError(
                 f"{source}: the text encoders are of another model: {name} of both"
                 f" CLIPs is {size}; must be at most that of the denoiser, {most}"
             )
+    # Zeros stand in for CLIP-L, and their number is known of the pooled vector alone.
+    clip_g = {} if "clip_l" in configs else configs.get("clip_g", {})
+    if clip_g.get("hidden_size") != clip_g.get("projection_dim"):
+        raise UserError(
+            f"{source}: the width of the missing clip_l is not known, because clip_g's"
+            " hidden_size and projection_dim differ; add clip_l"
+        )
     for part, name, wanted in (
         ("t5", "d_model", context),
         ("vae", "latent_channels", denoiser["in_channels"]),

@@ -102,11 +102,16 @@ class PartTensors(NamedTuple):
 
 
 def split(
-    path: epath.Path, tensors: Tensors, whole: Collection[str] = ()
+    path: epath.Path,
+    tensors: Tensors,
+    whole: Collection[str] = (),
+    *,
+    clip: str | None = None,
 ) -> dict[str, PartTensors]:
     """The components in a file. Raises UserError for a tensor of none.
 
-    Of components in `whole`, which we wrote, UNREAD tensors are read as well.
+    Of components in `whole`, which we wrote, UNREAD tensors are read as well. `clip` is
+    the encoder that names without a prefix belong to; by default the width tells.
     """
     # --- a component and a bare name for each tensor
     unsupported_formats.refuse_others(path, tensors)
@@ -125,7 +130,10 @@ def split(
             )
         group[bare_key] = tensor
     # --- set aside what nothing reads; a component of nothing else is not there
-    groups = _clips_by_width(path, groups, unplaced)
+    if clip is not None and "clip" in groups:
+        groups[clip] = groups.get(clip, {}) | groups.pop("clip")
+    else:
+        groups = _clips_by_width(path, groups, unplaced)
     parts, unread = {}, {}
     for name in COMPONENTS:
         patterns = {} if name in whole else UNREAD[name]
@@ -243,10 +251,9 @@ def _read(
 def with_shared(t5: Tensors) -> Tensors:
     """T5's tensors with its embedding as shared.weight."""
     # PyTorch ties two names to one tensor, and tools keep either of them.
-    other = "encoder.embed_tokens.weight"
-    if "shared.weight" in t5 or other not in t5:
+    if text_keys.SHARED in t5 or text_keys.EMBED_TOKENS not in t5:
         return t5
-    return t5 | {"shared.weight": t5[other]}
+    return t5 | {text_keys.SHARED: t5[text_keys.EMBED_TOKENS]}
 
 
 def _is_unread(key: str, parts: Mapping, unread: dict[str, list]) -> bool:

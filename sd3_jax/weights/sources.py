@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
 from sd3_jax.weights.safetensors import open_file
 
 log = logging.getLogger(__name__)
+CONFIGS = "sd3_jax"  # metadata: configurations by component, as JSON
 FULLER = "sd3_jax_fuller"  # metadata: components written by their fuller tables
 UNWANTED = ("*fp16*", "*.bin")  # not fetched from a LoRA's or a CLIP's repository
 CLASSES = {  # of config.json and model_index.json, by component
@@ -160,14 +162,25 @@ def _near(source: str) -> str:
     return f'; did you mean "{path.parent / guess}"?' if guess else ""
 
 
-def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
+def parts(
+    path: epath.Path,
+    variant: str = "",
+    configs: Mapping[str, dict] = MappingProxyType({}),
+) -> dict[str, Part]:
     """The components at a path: a file, or a folder of one of the known forms.
 
+    `configs` are the caller's for components of a file, which has none of its own.
     Raises UserError for a folder of another form, and for unsupported formats.
     """
     # The order matters: a diffusers folder may hold single files beside it.
     if not path.is_dir():
-        return _no_variant(path, variant) or _single(path, *open_file(path))
+        return _no_variant(path, variant) or _single(path, *open_file(path), configs)
+    for file in (hub.INDEX, native_format.FILE, "config.json") if configs else ():
+        if (path / file).exists():
+            raise UserError(
+                f"config: {path} has configurations of its own, {file}; leave config"
+                " out, or name a file"
+            )
     if (path / hub.INDEX).exists():
         return _diffusers(path, variant)
     if (path / native_format.FILE).exists():
@@ -178,7 +191,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     weights = [name for name in names_there if name.endswith(".safetensors")]
     # A single file in shards, without the files around it.
     if safetensors.is_sharded(weights):
-        return _single(path, safetensors.open_folder(path, variant), {})
+        return _single(path, safetensors.open_folder(path, variant), {}, configs)
     wanted = (
         f"a diffusers folder ({hub.INDEX}), an sd3_jax folder ({native_format.FILE})"
     )
@@ -186,7 +199,7 @@ def parts(path: epath.Path, variant: str = "") -> dict[str, Part]:
     cached = "snapshots" in names_there
     hint = f"; name one of {path / 'snapshots'}" if cached else ""
     file = safetensors.only_file(path, wanted, hint)
-    return _single(file, *open_file(file))
+    return _single(file, *open_file(file), configs)
 
 
 def _no_variant(path: epath.Path, variant: str) -> None:
@@ -194,13 +207,22 @@ def _no_variant(path: epath.Path, variant: str) -> None:
         raise UserError(f"{path} has no variants; remove :{variant}")
 
 
-def _single(path, tensors: safetensors.Tensors, metadata: Mapping) -> dict[str, Part]:
-    """Components of a single file."""
+def _single(
+    path,
+    tensors: safetensors.Tensors,
+    metadata: Mapping,
+    configs: Mapping[str, dict] = MappingProxyType({}),
+) -> dict[str, Part]:
+    """Components of a single file; `configs` are the caller's, by component."""
     # Metadata of a file that we wrote has configurations: shapes cannot tell all.
-    known = files.parse_object(path, metadata.get("sd3_jax", "{}"))  # by component
+    known = files.parse_object(path, metadata.get(CONFIGS, "{}"))  # by component
     fuller = _fuller(tensors, metadata, known)
+    fuller += [name for name in configs if _projects(name, tensors)]
+    known |= configs
+    # A CLIP without a prefix is the one that the caller says.
+    clip = next((name for name in configs if name in single_file.CLIPS), None)
     components = {}
-    for name, part in single_file.split(path, tensors, whole=fuller).items():
+    for name, part in single_file.split(path, tensors, fuller, clip=clip).items():
         where, component = f"{path}: {name}", COMPONENTS[name]
         config, table = known.get(name), part.table
         if config is not None and name in fuller:
@@ -226,6 +248,13 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
         return [name for name in metadata[FULLER].split(",") if name in COMPONENTS]
     more = lambda c: c.fuller is not None and c.prefix + text_keys.PROJECTION in tensors
     return [name for name, c in COMPONENTS.items() if name in known and more(c)]
+
+
+def _projects(name: str, tensors: safetensors.Tensors) -> bool:
+    """Whether a file has the projection that only a component's fuller table reads."""
+    places = (name, text_keys.PROJECTION), ("clip", text_keys.PROJECTION)
+    fuller = COMPONENTS[name].fuller is not None
+    return fuller and any(single_file.place(key) in places for key in tensors)
 
 
 def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
@@ -334,7 +363,9 @@ def control(path: epath.Path) -> Part:
         if path.is_dir():
             wanted = "a ControlNet's folder (config.json)"
             file = safetensors.only_file(path, wanted)
-        tensors, _ = open_file(file)
+        tensors, metadata = open_file(file)
+        known = files.parse_object(file, metadata.get(CONFIGS, "{}"))
+        config = known.get("controlnet") or {}  # of a file that we wrote
         if any(key.endswith(".attn.qkv.weight") for key in tensors):
             layout = "original"  # qkv is fused there alone
     controlnet_keys.require_family(file, tensors, config)

@@ -6,9 +6,11 @@ from sd3_jax.models.clip import ClipText
 from sd3_jax.models.t5 import T5Encoder
 from sd3_jax.weights.key_mapping import AS_IS, LINEAR, MERGING, Group, Row
 
+# Two names of T5's embedding, which transformers ties.
+SHARED, EMBED_TOKENS = "shared.weight", "encoder.embed_tokens.weight"
 # Ends of names that files may hold and no model reads: T5's embedding once more, the
 # numbers 0 to 76, and the temperature of CLIP's loss.
-IGNORED = ("encoder.embed_tokens.weight", "position_ids", "logit_scale")
+IGNORED = (EMBED_TOKENS, "position_ids", "logit_scale")
 # In an original file of CLIP-L: not read, since SD3 takes its vector unprojected.
 PROJECTION = "text_projection.weight"
 # Of the text and the vision tower, in transformers' names and in OpenCLIP's.
@@ -69,7 +71,7 @@ def t5_table(model: T5Encoder) -> list[Group]:
     # One table for all layers: transformers stores it in the first block.
     bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     ends = (
-        Row("embedding", "shared.weight", kind=AS_IS),  # shared with T5's decoder
+        Row("embedding", SHARED, kind=AS_IS),  # shared with T5's decoder
         Row("stack/relative_bias", bias, kind=AS_IS),
         Row("stack/norm", "encoder.final_layer_norm"),
     )

@@ -15,7 +15,7 @@ import numpy as np
 from sd3_jax.diffusion import grids, guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling import compiled
+from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.prompts import Conditioning
 from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
 from sd3_jax.tools.benchmark.cases import Spec
@@ -243,7 +243,9 @@ def sample(spec, module, variables, inputs) -> CaseProgram:
 
 def vae_encode(spec, module, variables, inputs) -> CaseProgram:
     arguments = (variables, inputs["image"], None)
-    lower = lambda: compiled.encode_image.lower(module, *arguments, **SCALE, tile=None)
+    lower = lambda: autoencoder_programs.encode_image.lower(
+        module, *arguments, **SCALE, tile=None
+    )
     count = matmul_flops.flops(
         lambda v, x: module.apply(v, x, method="encode"), variables, inputs["image"]
     )
@@ -252,7 +254,9 @@ def vae_encode(spec, module, variables, inputs) -> CaseProgram:
 
 def vae_decode(spec, module, variables, inputs) -> CaseProgram:
     arguments = (variables, inputs["latents"])
-    lower = lambda: compiled.decode.lower(module, *arguments, **SCALE, tile=None)
+    lower = lambda: autoencoder_programs.decode.lower(
+        module, *arguments, **SCALE, tile=None
+    )
     count = matmul_flops.flops(
         lambda v, x: module.apply(v, x, method="decode"), variables, inputs["latents"]
     )

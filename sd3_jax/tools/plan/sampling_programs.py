@@ -12,7 +12,7 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.params import quantization as weights
-from sd3_jax.sampling import compiled
+from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.prompts import Conditioning, TextModels
 from sd3_jax.tools.plan import bounds
 from sd3_jax.tools.plan.aot import Case
@@ -150,5 +150,7 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     vae = CONFIGS["vae"]
     # Python numbers are traced, as in Bundle.decode.
     scale = dict(scaling=vae["scaling_factor"], shift=vae["shift_factor"])
-    lower = lambda: compiled.decode.lower(module, variables, latents, **scale)
+    lower = lambda: autoencoder_programs.decode.lower(
+        module, variables, latents, **scale
+    )
     return Case("decode", lower, None, 0.0, share, tree.count(variables))
