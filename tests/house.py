@@ -108,7 +108,7 @@ def main(every: bool) -> int:
 
 # Goals, but for `lines` and `comments`: today's figures, which are to get better.
 BOUNDS = dict(
-    lines=40_600,
+    lines=48_300,
     twice=0,
     long_files=12,
     longest=450,

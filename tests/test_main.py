@@ -154,8 +154,12 @@ def test_flags_that_are_read_are_not_named(here, caplog, job, flags):
 
 @pytest.mark.parametrize("key", unread_keys.RELEASED)
 def test_a_run_refuses_the_options_of_released_weights(here, key):
-    entry = SCHEMA[key]
-    flag = f"--config.{key}={show(entry.default) or here}"
+    picture = here / "picture.png"
+    picture.write_bytes(b"")
+    values = {"sample.image": picture, "sample.mask": picture, "sample.resize": "crop"}
+    values["sample.outpaint"] = "0,0,8,8"
+    value = values.get(key) or show(SCHEMA[key].default) or here
+    flag = f"--config.{key}={value}"
     with pytest.raises(UserError, match=f"config.{key}: a run's own checkpoint"):
         parse(flag, job="sample")
     parse(flag, f"--config.weights={here}", job="sample")

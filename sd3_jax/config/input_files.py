@@ -92,6 +92,12 @@ def file(text: str) -> str:
     return "" if exists(text) else "no such file"
 
 
+def folder(text: str) -> str:
+    if os.path.isfile(os.path.expanduser(text)):
+        return "is a file, expected a folder"
+    return "" if exists(text) else "no such folder"
+
+
 DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "gs://": ("gcsfs", 'pip install gcsfs (the extras "gcs" and "tpu" have it)'),
     "s3://": ("s3fs", "pip install s3fs"),
@@ -111,7 +117,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("sample.embeddings", (*PAINTED, "explore", *ENCODED), placed),
     ("sample.prompts_file", ("sample", "explore"), file),
     ("eval.prompts_file", ("evaluate",), file),
-    ("sample.images", ("sample",), file),
+    ("sample.images", ("sample",), folder),
     ("sample.image", ("sample",), file),
     ("sample.mask", ("sample",), file),
     ("sample.from", ("sample",), file),

@@ -14,8 +14,7 @@ from PIL import Image, ImageOps
 from sd3_jax.data import images
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import lora_adapters
-from sd3_jax.sampling.bundle import ControlBundle
-from sd3_jax.sampling.control import ControlInput
+from sd3_jax.sampling.control import ControlBundle, ControlInput
 from sd3_jax.sampling.line_inputs import Size
 
 

@@ -24,6 +24,7 @@ from sd3_jax.sampling import (
     line_arrays,
     prompt_file,
 )
+from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
@@ -179,7 +180,7 @@ def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
 
 def load_nets(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
-) -> tuple[dict[str, bundle.ControlBundle], dict[int, str]]:
+) -> tuple[dict[str, ControlBundle], dict[int, str]]:
     """The ControlNets of tasks by path; and why tasks, by index, cannot be painted."""
     nets, failures, unfit = {}, {}, {}
     for task in tasks:
@@ -201,7 +202,7 @@ def load_nets(
 
 def sample_lines(
     model: bundle.Bundle,
-    nets: Mapping[str, bundle.ControlBundle],
+    nets: Mapping[str, ControlBundle],
     guide: bundle.Bundle | None,
     tasks: Sequence[prompt_file.Task],
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:

@@ -95,7 +95,7 @@ def test_a_mesh_paints_the_same(bundle, method, axis):
         ),
         (
             dict(guidance_method="apg", guidance_options=dict(eta=2)),
-            "guidance_options eta 2: expected a number 0 to 1",
+            "guidance_options eta 2: expected a number in [0, 1]",
         ),
         (
             dict(guidance_method="pag", guidance_options=dict(layers=[99])),

@@ -173,7 +173,10 @@ def test_pictures_of_a_batch_have_their_own_masks(paint, text):
         (dict(paste=True, image=None, mask=None), "paste without image; give image"),
         (dict(paste=True, mask=None), "paste without mask; give mask, white where"),
         (dict(mask_blur=3), "mask_blur 3 without paste"),
-        (dict(mask_blur=-1, paste=True), "mask_blur -1: expected a number 0 to 4096"),
+        (
+            dict(mask_blur=-1, paste=True),
+            "mask_blur -1: expected a number in [0, 4096]",
+        ),
         (dict(mask_padding=1.5), "mask_padding 1.5: expected a whole number 0 to 4096"),
         (dict(crop_to_mask=-1), "crop_to_mask -1: expected a whole number"),
         (dict(outpaint=(8, 8)), "outpaint (8, 8): expected four numbers of pixels"),
