@@ -10,23 +10,21 @@ are floats in [0, 1]; inputs may also be bytes or PIL images (sampling/input_ima
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from jax import Array
 from jaxtyping import Float
 
-from sd3_jax.diffusion import grids, solvers
-from sd3_jax.errors import UserError
+from sd3_jax.diffusion import grids
 from sd3_jax.sampling import (
     argument_checks,
     arguments,
+    call_arrays,
     compiled,
     control_arguments,
     guidance_arguments,
     inpainting,
     input_images,
     progress_bar,
-    seeds,
 )
 from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
@@ -39,8 +37,6 @@ from sd3_jax.sampling.observation import observe
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
 __all__ += ["generate", "load", "load_control", "observe", "save"]
-OUTPUTS = ("images", "latents")
-RETURN_LATENTS = ("last", "all")
 
 
 def generate(
@@ -146,10 +142,7 @@ def generate(
     """
     # --- check the arguments
     argument_checks.instance("bundle", bundle, (Bundle,), "sd3_jax.load")
-    argument_checks.choice("output", output, OUTPUTS)
-    argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
-    if (all_latents := return_latents == "all") and output != "latents":
-        raise UserError('return_latents "all" returns no images; set output="latents"')
+    all_latents = call_arrays.returns_all(output, return_latents)
     steering = guidance_arguments.checked(
         bundle.part("denoiser").depth,
         scale=guidance,
@@ -168,10 +161,11 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
-    if preview is not None and not callable(preview):
-        raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
-    if progress:
-        preview = progress_bar.counted(preview)
+    preview = progress_bar.checked(preview, progress)
+    arguments.require_embeddings(bundle, prompts, "prompts")
+    arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
+
+    # --- what is repainted, the size, and the times of the solver
     edit = inpainting.prepare(
         bundle,
         image,
@@ -190,8 +184,6 @@ def generate(
     image = arguments.starting_image(bundle, image)
     if latents is not None:
         latents = input_images.latents(latents, bundle.part("denoiser").channels)
-    arguments.require_embeddings(bundle, prompts, "prompts")
-    arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
     start = image if image is not None else latents  # gives the size by default
     shape = arguments.size(bundle, height, width, start)
     solver, times = arguments.settings(
@@ -205,11 +197,10 @@ def generate(
         sigmas=sigmas,
     )
     steering.require_solver(solver)
-    if solver == "adaptive" and control:
-        raise UserError(
-            "control does not work with the solver adaptive, whose images are at"
-            " different times t; choose another solver, such as unipc_2"
-        )
+    control = control_arguments.accepted(control, solver)
+    if image is not None:
+        times = grids.strength(times, strength)
+
     # --- encode prompts; one row for each image
     cond, uncond = arguments.encoded(
         bundle,
@@ -222,61 +213,28 @@ def generate(
         weighting=prompt_weighting,
         adapters=adapters,
     )
-    rows = cond.pooled.shape[0]
-    table = bundle.bank.table(adapters, rows // images_per_prompt)
-    if table.ndim == 2:
-        table = np.repeat(table, images_per_prompt, axis=0)
-    spread = lambda x, name: argument_checks.rows_of(x, rows, images_per_prompt, name)
-    noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(
-        seeds.image_keys(rows // images_per_prompt, seed, images_per_prompt)
+    rows = call_arrays.Rows(cond.pooled.shape[0], images_per_prompt)
+    table = call_arrays.adapter_table(bundle, adapters, rows)
+
+    # --- the start: noise, and the image and its mask as latents
+    start = call_arrays.start(
+        bundle, shape, rows, seed, latents=latents, image=image, mask=mask
     )
-    # --- noise, starting image and mask as latents
-    noise = x0 = None
-    if latents is not None:
-        noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
-    if mask is not None:
-        if image is None:
-            raise UserError(
-                "mask without image; give image too, the picture to repaint"
-            )
-        mask = input_images.latent_mask(mask, shape, bundle.factor)
-        mask = spread(mask, "mask")
-    if image is not None:
-        times = grids.strength(times, strength)
-        x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
-    # --- numbers are data of the compiled program, the Plan is what compiles
-    draws = solvers.draws(solvers.SOLVERS[solver])
-    inputs = compiled.Inputs(
-        keys=noise_keys if noise is None or draws else None,
-        cond=cond,
-        uncond=uncond,
-        **compiled.solver_inputs(solver, times),
-        **steering.inputs(times),
-        noise=noise,
-        x0=x0,
-        mask=mask,
-    )
-    plan = compiled.Plan(
-        bundle.part("denoiser"),
-        # The shared program has no trajectory.
-        (solver,) if all_latents else solvers.same_program(solver),
-        shape,
-        preview=preview,
-        factor=bundle.factor,
-        trajectory=len(times) - 1 if all_latents else None,
-        **steering.plan(),
-    )
-    control = control_arguments.listed(control)
     nets, acting = control_arguments.controls_of(
         bundle,
         control,
         times,
         shape,
-        rows,
+        rows.count,
         images_per_prompt,
         guided=steering.reads_uncond,
     )
-    # --- run
+
+    # --- run: the Plan is what compiles, the Inputs are its data
+    plan = call_arrays.plan(
+        bundle, steering, solver, shape, times, preview, all_latents=all_latents
+    )
+    inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:

@@ -40,7 +40,7 @@ DOOR = {
     "training/held_out_loss.py",
     *("sampling/sampler.py", "sampling/released_sampler.py", "sampling/prompt_file.py"),
     *("sampling/output_filter.py", "sampling/prompt_lines.py"),
-    "sampling/painters.py",
+    *("sampling/painters.py", "sampling/task_arguments.py"),
     *("evaluation/picture_scores.py", "evaluation/prompt_scores.py"),
     *("evaluation/picture_features.py", "evaluation/reference_images.py"),
     *("data/ingest/intake.py", "tools/study/run_scores.py"),

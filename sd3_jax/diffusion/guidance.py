@@ -18,6 +18,7 @@ from sd3_jax.diffusion.guidance_methods import METHODS, Branches, Number
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
 Conditional = Callable[[Array, Array, PyTree], Array]
+Pair = Callable[[Array, Array], tuple[Array, Array]]  # of the velocities v_u, v_c
 
 
 class Weakened(NamedTuple):
@@ -66,31 +67,16 @@ def guided(
     with a state is a Carried. Raises ConfigError for options out of range, unless they
     are arrays.
     """
-    start, stop = interval
-    plain = not isinstance(scale, Array | Schedule)
     # Traced options are checked before they are traced, by the caller.
-    if plain and not any(isinstance(x, Array) for x in (start, stop, rescale)):
+    plain = not isinstance(scale, Array | Schedule)
+    if plain and not any(isinstance(x, Array) for x in (*interval, rescale)):
         check(scale, interval, rescale)
     row = choose("method", method, METHODS)
     if plain and not guides(scale, method):
         return lambda x, t: velocity(x, t, cond)
     require(not row.reads_grid or grid is not None, "grid", grid, "that of the solver")
-    weak = weak if row.against == "weak" else None
-    require(weak is not None or row.against != "weak", "weak", weak, "a velocity")
+    branches = _branches(row.against, velocity, weak, cond, uncond)
     grid = jnp.zeros(1) if grid is None else jnp.asarray(grid, jnp.float32)
-    # The unconditional half comes first; it is split again below.
-    doubled = None
-    if row.against == "uncond":
-        doubled = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-
-    def branches(x: Batch, t: Times) -> tuple[Batch, Batch]:
-        # float32 before any difference: `scale` multiplies its rounding error.
-        if weak is not None:
-            v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
-            return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled)
-        v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
-        return v_u, v_c
 
     def step(x: Batch, t: Times, state: PyTree) -> tuple[Batch, PyTree]:
         v_u, v_c = branches(x, t)
@@ -98,7 +84,7 @@ def guided(
             at = Branches(x, expand(t, x), v_c, v_u, grid)
             memory = (state,) if row.carries else ()
             v = row.combine(at, scale_at(scale, at.t), *memory, **(options or {}))
-            inside = expand((t >= start) & (t <= stop), x)  # by example
+            inside = expand((t >= interval[0]) & (t <= interval[1]), x)  # by example
             if row.carries:
                 v, average = v
                 # Outside, there is nothing to average.
@@ -113,6 +99,35 @@ def guided(
     if row.carries:
         return Carried(step, jnp.zeros_like)
     return lambda x, t: step(x, t, None)[0]
+
+
+def _branches(
+    against: str,
+    velocity: Conditional,
+    weak: Conditional | None,
+    cond: PyTree,
+    uncond: PyTree,
+) -> Pair:
+    """What is steered away from, v_u, and v_c; in float32."""
+    # float32 before any difference: `scale` multiplies its rounding error.
+    if against == "weak":
+        require(weak is not None, "weak", weak, "a velocity")
+
+        def two_networks(x: Batch, t: Times) -> tuple[Batch, Batch]:
+            v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
+            return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
+
+        return two_networks
+    # The unconditional half comes first; it is split again below. The texts are joined
+    # here, outside of the solver's loop.
+    doubled = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+
+    def doubled_batch(x: Batch, t: Times) -> tuple[Batch, Batch]:
+        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled)
+        v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
+        return v_u, v_c
+
+    return doubled_batch
 
 
 def away(

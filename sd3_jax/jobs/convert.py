@@ -10,7 +10,9 @@ from collections.abc import Mapping
 import jax
 import jax.numpy as jnp
 from etils import epath
+from jax import Array
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
@@ -23,6 +25,7 @@ from sd3_jax.assembly import (
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import parametrization
 from sd3_jax.sampling import (
     bundle_loading,
@@ -86,6 +89,47 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     the encoders of config.encode.weights. Positions, computed here, become a table."""
     parts = model_parts.build_parts(config)
     model = model_parts.mmdit(config.model, "the released layouts hold no other")
+    require_released(model)
+    # exact: float32 masters and not the quantized form that sampling may use.
+    params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
+    log.info("converting step %d of %s", step, workdir)
+    if tower := params.get("text"):  # {} if the run reads encoded text
+        warn_of_byte_tower(tower, workdir)
+    variables = {
+        "params": jax.jit(parametrization.arrays)(params["denoiser"])
+    }  # with its LoRA
+    denoiser_config = components.denoiser_config(
+        model,
+        sample_size=parts.shape[0],
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    encoders = None
+    if config.encode.weights:
+        trained_with = model_parts.trained_encoders(workdir, step)
+        encoders = released_encoders(config, denoiser_config, trained_with, mesh)
+    if "buffers" in params:
+        variables["buffers"] = params["buffers"]
+        bundle = base_bundle(workdir, step, mesh, encoders)
+        bundle.variables["denoiser"] = variables
+        return joined(bundle, encoders)
+    variables["buffers"] = {"pos_embed": position_buffer(model)}
+    # diffusers samples with the shift in this file, so it is the recipe's.
+    scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
+    bundle = Bundle(
+        {"denoiser": model},
+        {"denoiser": variables},
+        {"denoiser": denoiser_config, "scheduler": scheduler},
+        {},
+        mesh,
+        "float32",
+        str(workdir),
+    )
+    return joined(bundle, encoders)
+
+
+def require_released(model: MMDiT) -> None:
+    """UserError for a denoiser that the released layouts cannot describe."""
     # The published files have a set of weights for image tokens and one for text
     # tokens.
     if model.weight_sets != 2:
@@ -98,55 +142,31 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
             f"config.model.mlp_ratio = {model.mlp_ratio}: the released layouts support"
             " only 4"
         )
-    # exact: float32 masters and not the quantized form that sampling may use.
-    params, step = model_parts.trained_params(config, parts, workdir, mesh, exact=True)
-    log.info("converting step %d of %s", step, workdir)
-    if tower := params.get("text"):  # {} if the run reads encoded text
-        warn_of_byte_tower(tower, workdir)
-    variables = {
-        "params": jax.jit(parametrization.arrays)(params["denoiser"])
-    }  # with its LoRA
-    config_ = components.denoiser_config(
-        model,
-        sample_size=parts.shape[0],
-        context_dim=config.model.context_dim,
-        pooled_dim=config.model.pooled_dim,
+
+
+def base_bundle(
+    workdir: epath.Path, step: int, mesh: Mesh, encoders: Bundle | None
+) -> Bundle:
+    """The model that a run fine-tuned, without the parts that `encoders` replaces."""
+    # What else a fine-tuned model has is its base's.
+    replaced = encoders.modules if encoders else ()
+    return bundle_loading.load(
+        finetune_start.base_of(workdir, step),
+        mesh=mesh,
+        dtype="stored",
+        tokenizers_from=None,
+        only=[name for name in components.COMPONENTS if name not in replaced],
     )
-    encoders = None
-    if config.encode.weights:
-        trained_with = model_parts.trained_encoders(workdir, step)
-        encoders = released_encoders(config, config_, trained_with, mesh)
-    if "buffers" in params:  # fine-tuned: what else a model has is its base's
-        variables["buffers"] = params["buffers"]
-        base = finetune_start.base_of(workdir, step)
-        replaced = encoders.modules if encoders else ()
-        bundle = bundle_loading.load(
-            base,
-            mesh=mesh,
-            dtype="stored",
-            tokenizers_from=None,
-            only=[name for name in components.COMPONENTS if name not in replaced],
-        )
-        bundle.variables["denoiser"] = variables
-        return joined(bundle, encoders)
-    size = model.pos_size
+
+
+def position_buffer(model: MMDiT) -> Float[Array, "1 n d"]:
+    """The model's positions as the table that diffusers' files hold."""
     # Our models compute positions; diffusers' files hold the table itself.
+    size = model.pos_size
     table = position_table.positions(
         size, size, model.width, size=size, base=model.pos_base
     )
-    variables["buffers"] = {"pos_embed": jnp.asarray(table, jnp.float32)[None]}
-    # diffusers samples with the shift in this file, so it is the recipe's.
-    scheduler = {"shift": config.sample.shift or PUBLISHED.shift}
-    bundle = Bundle(
-        {"denoiser": model},
-        {"denoiser": variables},
-        {"denoiser": config_, "scheduler": scheduler},
-        {},
-        mesh,
-        "float32",
-        str(workdir),
-    )
-    return joined(bundle, encoders)
+    return jnp.asarray(table, jnp.float32)[None]
 
 
 def warn_of_byte_tower(tower: dict, workdir: epath.Path) -> None:

@@ -20,7 +20,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import arguments as sampling_arguments
-from sd3_jax.sampling import prompt_file, released_sampler
+from sd3_jax.sampling import prompt_file, released_sampler, task_arguments
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.picture_lines import slug
 from sd3_jax.sampling.prompt_file import Task
@@ -75,7 +75,7 @@ def tokens_of(bundle: Bundle, task: Task, words: tuple[str, ...]) -> dict:
 
 def page_of(bundle: Bundle, task: Task, words: tuple[str, ...], count: int) -> str:
     """The page of one task's picture, with `count` moments of its sampling."""
-    arguments = released_sampler.generate_arguments([task])
+    arguments = task_arguments.generate_arguments([task])
     # --- sample, with the latents before each step and after the last
     steps = api.generate(
         bundle, **arguments, output="latents", return_latents="all"

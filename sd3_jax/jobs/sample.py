@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import jax
 import numpy as np
 from etils import epath
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from sd3_jax import pictures
@@ -59,46 +60,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             line |= {"cut": cut} if cut else {}
         if repeated:
             picture_lines.warn_of_changes(before, lines[0], repeated)
-        # A line holds settings and fingerprints of weights: a picture is skipped only
-        # if all of these are equal.
-        done = picture_lines.recorded(workdir, lines)
-        if any(done):
-            log.info(
-                "%d of %d pictures exist already; skipping them", sum(done), len(tasks)
-            )
-        failures = dict(painter.unfit)
-        warn_of_failures(tasks, failures)
-        skipped = lambda task: done[task.index] or task.index in failures
-        known = [x for x, there in zip(lines, done) if there]
-        count, most = len(known), config.sample.batch_size
-        with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
-            for batch, size in batches(tasks, most, mesh, painter.program):
-                # A batch is sampled whole even if one picture of it is missing: a
-                # smaller batch is another program, whose pictures may differ in the
-                # last bits.
-                if all(map(skipped, batch)):
-                    continue
-                began, compiled_before = time.monotonic(), compile_time.seconds()
-                watchdog.expect("a batch of pictures", watchdog.LONG)
-                images, reasons = painter.paint(filled(batch, size))
-                bad = {batch[i].index: x for i, x in reasons.items() if i < len(batch)}
-                warn_of_failures(tasks, bad)
-                failures.update(bad)
-                left = [i for i, task in enumerate(batch) if not skipped(task)]
-                if not left or images is None:
-                    continue
-                # A picture that is repeated has the row that it had.
-                rows = {(batch[i].slot or (i, size))[0]: batch[i] for i in left}
-                fresh = [lines[task.index] for task in rows.values()]
-                for line, row in zip(fresh, rows):
-                    line |= {"batch": [row, size]}
-                captions = [task.caption for task in rows.values()]
-                finish_batch(config, workdir, fresh, captions, images[[*rows]], guard)
-                add(fresh)
-                count += len(left)
-                compiling = compile_time.seconds() - compiled_before
-                pace = (time.monotonic() - began - compiling) / len(batch)
-                log_progress(count, len(tasks), pace, compiling)
+        failures = paint_missing(config, workdir, mesh, tasks, lines, painter, guard)
     lines = require_any(lines, tasks, failures)
     if flagged := sum("filtered" in line for line in lines):
         message = (
@@ -108,6 +70,61 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     watchdog.expect("the contact sheets", watchdog.LONG)
     if jax.process_index() == 0:
         finish(workdir, lines)
+
+
+def paint_missing(
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    lines: list[dict],
+    painter: painters.Painter,
+    guard: output_filter.Safety,
+) -> dict[int, str]:
+    """Paints what is not there yet, and completes its `lines`.
+
+    Returns why pictures cannot be painted, by the index of their task.
+    """
+    # A line holds settings and fingerprints of weights: a picture is skipped only if
+    # all of these are equal.
+    done = picture_lines.recorded(workdir, lines)
+    if any(done):
+        message = "%d of %d pictures exist already; skipping them"
+        log.info(message, sum(done), len(tasks))
+    failures = dict(painter.unfit)
+    warn_of_failures(tasks, failures)
+    skipped = lambda task: done[task.index] or task.index in failures
+    known = [x for x, there in zip(lines, done) if there]
+    count, most = len(known), config.sample.batch_size
+    with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
+        for batch, size in batches(tasks, most, mesh, painter.program):
+            # A batch is sampled whole even if one picture of it is missing: a smaller
+            # batch is another program, whose pictures may differ in the last bits.
+            if all(map(skipped, batch)):
+                continue
+            began, compiled_before = time.monotonic(), compile_time.seconds()
+            watchdog.expect("a batch of pictures", watchdog.LONG)
+            images, reasons = painter.paint(filled(batch, size))
+            bad = {batch[i].index: x for i, x in reasons.items() if i < len(batch)}
+            warn_of_failures(tasks, bad)
+            failures.update(bad)
+            left = [i for i, task in enumerate(batch) if not skipped(task)]
+            if not left or images is None:
+                continue
+            # A picture that is repeated has the row that it had.
+            rows = {(batch[i].slot or (i, size))[0]: batch[i] for i in left}
+            fresh = [lines[task.index] for task in rows.values()]
+            for line, row in zip(fresh, rows):
+                line |= {"batch": [row, size]}
+            captions = [task.caption for task in rows.values()]
+            finish_batch(config, workdir, fresh, captions, images[[*rows]], guard)
+            # After the files: a line that is written promises that its picture is.
+            add(fresh)
+            count += len(left)
+            compiling = compile_time.seconds() - compiled_before
+            pace = (time.monotonic() - began - compiling) / len(batch)
+            log_progress(count, len(tasks), pace, compiling)
+    return failures
 
 
 def finish_batch(

@@ -1,12 +1,13 @@
 """What all denoisers share: sizes, condition, tokens in and velocity out."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.typing import DTypeLike
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Key
 
 from sd3_jax.models.denoiser_blocks import block_options
 from sd3_jax.models.layers import (
@@ -112,6 +113,14 @@ class TokenDenoiser(Denoiser):
         x = embed(patchify(xt, self.patch))  # (b, n, d)
         # Cast: float32 positions would make the whole residual stream float32.
         return cut(x + position_table(self, h, w, place).astype(x.dtype))
+
+    def random_place(
+        self, key: Key[Array, ""], shape: Sequence[int]
+    ) -> Int[Array, "b 2"]:
+        """Uniform places (b, 2) where latents (b, h, w, c) fit on the table."""
+        b, h, w, _ = shape
+        last = self.pos_size - jnp.array([h, w]) // self.patch
+        return jax.random.randint(key, (b, 2), 0, last + 1)
 
     def text_tokens(self, context: Float[Array, "b l k"]) -> Float[Array, "b l d"]:
         """The text encoders' states (b, l, k) in the model's width (b, l, d)."""

@@ -3,12 +3,11 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Float, Int, Key
+from jaxtyping import Float, Int
 
 from sd3_jax.distributed import mesh_context
 from sd3_jax.models import flops
@@ -80,14 +79,6 @@ class MMDiT(TokenDenoiser):
 
         # --- final layer
         return self.final_layer(x, c, *xt.shape[1:3])
-
-    def random_place(
-        self, key: Key[Array, ""], shape: Sequence[int]
-    ) -> Int[Array, "b 2"]:
-        """Uniform places (b, 2) where latents (b, h, w, c) fit on the table."""
-        b, h, w, _ = shape
-        last = self.pos_size - jnp.array([h, w]) // self.patch
-        return jax.random.randint(key, (b, 2), 0, last + 1)
 
     def flops(self, *, height: int, width: int, text: int, text_dim: int) -> float:
         d, n = self.width, flops.tokens(self, height, width)
@@ -220,8 +211,8 @@ class Block(DenoiserBlock, kw_only=True):
         if skipped == "attention":
             # k and v of an image token lie where its q does: they are not gathered.
             image = opened[0]
-            own = self_only_attention(image.q, image.k, image.v, ks[1:], vs[1:])
-            return [own, *map(attend, qs[1:])]
+            h = self_only_attention(image.q, image.k, image.v, ks[1:], vs[1:])
+            return [h, *map(attend, qs[1:])]
         if mesh_context.parts("tokens") == [1]:
             return joint_attention(qs, ks, vs, kernel=self.attention)
         # Tokens are sharded: joined queries would take two all-to-alls a block.

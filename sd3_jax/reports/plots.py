@@ -1,8 +1,5 @@
 """Curves as inline SVG. Colours are the page's CSS variables, so dark mode works."""
 
-import hashlib
-import io
-import re
 from collections.abc import Sequence
 
 import matplotlib
@@ -12,11 +9,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from sd3_jax.reports import smoothing
+from sd3_jax.reports.inline_svg import ACCENT, RULE, SOFT, inline
 from sd3_jax.reports.smoothing import drawable, positive
 
-# Stand-ins that matplotlib can draw with; _svg puts the CSS in their place.
-SOFT, RULE, ACCENT = "#010203", "#010204", "#010205"
-CSS = {SOFT: "var(--soft)", RULE: "var(--rule)", ACCENT: "var(--accent)"}
 STYLE = {
     "svg.fonttype": "none",
     "font.size": 10,
@@ -43,7 +38,6 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": SOFT,
 }
-METADATA = ("Creator", "Date", "Format", "Type")  # left out, with their links
 FEW_TICKS = 6  # on a logarithmic axis, each with its number
 
 
@@ -66,7 +60,7 @@ def over_steps(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         axes.xaxis.set_major_formatter(FuncFormatter(_thousands(max(steps))))
-        return _svg(figure)
+        return inline(figure)
 
 
 def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
@@ -83,7 +77,7 @@ def by_t(curves: dict[int, tuple[list[float], list[float]]]) -> str:
         axes.set_xlim(0, 1)
         axes.set_xlabel("t (0 is data, 1 is noise)")
         axes.legend(fontsize=9, handlelength=1.2)
-        return _svg(figure)
+        return inline(figure)
 
 
 def by_layer(curves: dict[str, list[float]]) -> str:
@@ -99,7 +93,7 @@ def by_layer(curves: dict[str, list[float]]) -> str:
         _logarithmic(axes)
         axes.set_xticks([0, 1], ["first layer", "last"])
         _legend_below(figure, curves)
-        return _svg(figure)
+        return inline(figure)
 
 
 def over_steps_log(curves: dict[str, list[float]]) -> str:
@@ -123,7 +117,7 @@ def over_steps_log(curves: dict[str, list[float]]) -> str:
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
         axes.set_xlabel("step")
         _legend_below(figure, curves)
-        return _svg(figure)
+        return inline(figure)
 
 
 def curves(
@@ -172,7 +166,7 @@ def curves(
         axes.set_ylabel(y)
         if len(lines) > 1:
             _legend_below(figure, lines)
-        return _svg(figure)
+        return inline(figure)
 
 
 def bars(values: dict[str, tuple[float, float, float]], x: str, *, mark: float) -> str:
@@ -199,7 +193,7 @@ def bars(values: dict[str, tuple[float, float, float]], x: str, *, mark: float) 
         axes.xaxis.set_major_formatter(FuncFormatter(lambda ratio, _: f"{ratio:g}"))
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_xlabel(x)
-        return _svg(figure)
+        return inline(figure)
 
 
 def histogram(
@@ -219,19 +213,7 @@ def histogram(
         axes.yaxis.set_minor_locator(NullLocator())
         axes.axvline(mark, color=SOFT, lw=0.9, ls="--")
         axes.set_xlabel(x)
-        return _svg(figure)
-
-
-def standalone(svg: str) -> str:
-    """A plot as a file of its own, in the page's light colours and its dark ones."""
-    light = "--soft:#57606a;--rule:#d8dee4;--accent:#0969da;background:#fff"
-    dark = "--soft:#9aa4af;--rule:#3a424c;--accent:#58a6ff;background:#0d1117"
-    style = (
-        f"<style>svg{{{light};font-family:system-ui,sans-serif}}"
-        f"@media (prefers-color-scheme:dark){{svg{{{dark}}}}}</style>"
-    )
-    end = svg.index(">") + 1
-    return f"{svg[:end]}{style}{svg[end:]}"
+        return inline(figure)
 
 
 def _legend_below(figure, names):
@@ -277,26 +259,3 @@ def _thousands(most):
     if most < 10_000:
         return lambda x, _: f"{x:,g}"
     return lambda x, _: f"{x / 1000:,g}k" if x else "0"
-
-
-def _svg(figure):
-    """Only the <svg> element: short, and with ids that are unique on the page."""
-    buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
-    svg = buffer.getvalue()
-    # Inline SVG has no XML declaration or doctype.
-    svg = svg[svg.index("<svg") :]
-    # Smaller files: a page has a dozen plots, and must stay below 3 MB.
-    svg = re.sub(r"<!--.*?-->|<style.*?</style>", "", svg, flags=re.DOTALL)
-    svg = re.sub(r"font-family: [^;]+; ", "", svg)  # the page's own
-    svg = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\.\d\d)\d+", r"\1", tag[0]), svg)
-    svg = re.sub(r' (width|height)="[\d.]+pt"', "", svg, count=2)  # viewBox stays
-    # Clip paths of all plots would share ids on one page, and the first would win.
-    digest = hashlib.sha256(svg.encode()).hexdigest()[:8]
-    used = set(re.findall(r"#([\w.-]+)", svg))
-    name = lambda match: f' id="{digest}-{match[1]}"' if match[1] in used else ""
-    svg = re.sub(r' id="([^"]+)"', name, svg)
-    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{digest}-", svg)
-    for stand_in, css in CSS.items():
-        svg = svg.replace(stand_in, css)
-    return svg

@@ -76,7 +76,7 @@ class Bank:
         return next(x for x in (name, *numbered) if x not in self.adapters)
 
     def table(
-        self, sets: Any, rows: int, what: str = "prompts"
+        self, sets: Any, rows: int, row_name: str = "prompts"
     ) -> Float[np.ndarray, " n"] | Float[np.ndarray, "{rows} n"]:
         """Weights of the n adapters (n,), or (rows, n) for `sets` of each row.
 
@@ -95,8 +95,8 @@ class Bank:
             )
         if len(sets) != rows:
             raise UserError(
-                f"{len(sets)} sets of adapters for {rows} {what}: expected as many, or"
-                " one {name: weight} for all"
+                f"{len(sets)} sets of adapters for {rows} {row_name}: expected as many,"
+                " or one {name: weight} for all"
             )
         table = [self._row(weights) for weights in sets]
         return np.array(table, np.float32).reshape(rows, len(self.adapters))

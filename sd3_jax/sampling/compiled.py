@@ -23,7 +23,7 @@ from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
 from sd3_jax.params import adapters
 from sd3_jax.sampling import prompts
-from sd3_jax.sampling.control import Control, controlled
+from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.generate import generate
 from sd3_jax.sampling.prompts import Conditioning
@@ -125,7 +125,7 @@ def control_residuals(nets, controls, variables, x, t, context, pooled) -> Array
     """
     adapted = isinstance(variables, adapters.Adapted)
     lender = adapters.attached(variables) if adapted else None
-    acting = _acting(nets, controls, lender)
+    acting = acting_nets(nets, controls, lender)
     return residuals_of(acting, x, t, Conditioning(context, pooled))
 
 
@@ -225,10 +225,10 @@ def sample(
     With plan.trajectory they are (steps + 1, b, h, w, c).
     `weak_variables` are those of plan.weak.
     """
-
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
-    # it.
+    # it. So are the layers that are left out: the denoiser makes a constant mask of
+    # them for its scanned blocks.
     sides = (side * plan.factor for side in plan.shape[:2])
     say_compiling(", ".join(plan.solvers), len(inputs.cond.pooled), *sides)
 
@@ -239,26 +239,17 @@ def sample(
     def denoiser(x, t, *cond, **kwargs):
         return plan.denoiser.apply(variables, x, t, *cond, **kwargs)
 
-    acting = _acting(nets, controls, variables if adapted else None)
+    acting = acting_nets(nets, controls, variables if adapted else None)
     solver = solvers.of_program(plan.solvers, inputs.solver)
     grid, steps = inputs.grid, inputs.steps
     if plan.trajectory is not None:
         # The number of steps is the result's shape: the grid's padding is cut off.
         solver = functools.partial(solver, trajectory=True)
         grid, steps = grid[: plan.trajectory + 1], None
-    weakened = weak = None
-    # Which layers are left out is static: the denoiser makes a constant mask of it for
-    # its scanned blocks.
+    weakened = None
     if plan.skip_layers:
-        layers = dict(skip=plan.skip_layers, skipped=plan.skipped)
-        worse = controlled(denoiser, (), **layers)
+        worse = controlled(denoiser, (), skip=plan.skip_layers, skipped=plan.skipped)
         weakened = guidance.Weakened(worse, inputs.skip_scale, inputs.skip_window)
-    if plan.weak is not None:
-        weaker = adapters.attached(weak_variables)
-        weak = lambda x, t, cond: plan.weak.apply(weaker, x, t, *cond)
-    scale = inputs.scale
-    if inputs.scales is not None:
-        scale = guidance.Schedule(inputs.grid, inputs.scales)
     return generate(
         controlled(denoiser, acting),
         inputs.keys,
@@ -268,15 +259,13 @@ def sample(
         grid=grid,
         steps=steps,
         solver=solver,
-        # A Python 1.0 selects the path without guidance, which runs the denoiser on b
-        # rows; a traced scale always doubles the batch.
-        scale=scale if plan.guided else 1.0,
+        scale=_scale(plan, inputs),
         method=plan.method if plan.guided else "cfg",
         options=inputs.options,
         interval=inputs.interval,
         rescale=inputs.rescale,
         weakened=weakened,
-        weak=weak,
+        weak=_weak(plan, weak_variables),
         noise=inputs.noise,
         x0=inputs.x0,
         mask=inputs.mask,
@@ -284,17 +273,20 @@ def sample(
     )
 
 
-def _acting(nets, controls, adapted: dict | None) -> list[Control]:
-    """The controls of a program; `adapted` are the denoiser's variables if they are."""
-    # The nets are static and their arrays traced, so they arrive as two arguments.
-    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
-    return acting if adapted is None else [_lent(x, adapted) for x in acting]
+def _scale(plan: Plan, inputs: Inputs) -> Any:
+    # A Python 1.0 selects the path without guidance, which runs the denoiser on b rows;
+    # a traced scale always doubles the batch.
+    if not plan.guided:
+        return 1.0
+    if inputs.scales is None:
+        return inputs.scale
+    # Of the whole padded grid, so that the number of steps is no shape.
+    return guidance.Schedule(inputs.grid, inputs.scales)
 
 
-def _lent(control: Control, variables: dict) -> Control:
-    """A net that borrows the denoiser's embedding of patches, with its adapters."""
-    if not control.net.borrowed:
-        return control
-    lent = {"patch_embed": variables["params"]["patch_embed"]}
-    params = control.variables["params"] | lent
-    return control._replace(variables=control.variables | {"params": params})
+def _weak(plan: Plan, variables: dict | adapters.Adapted | None) -> Callable | None:
+    """The velocity of autoguidance's worse denoiser."""
+    if plan.weak is None:
+        return None
+    weaker = adapters.attached(variables)
+    return lambda x, t, cond: plan.weak.apply(weaker, x, t, *cond)

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 from jaxtyping import Float
 
@@ -192,3 +193,21 @@ def _by_halves(control: Control, rows: int) -> tuple[Array, Array]:
         scales = [control.uncond_scale] * b + [scale] * (rows - b)
         scale = jnp.stack(scales)[:, None, None]  # beside residuals (r, rows, n, d)
     return hint, scale
+
+
+def acting_nets(
+    nets: Sequence[nn.Module], controls: Sequence[tuple], adapted: dict | None
+) -> list[Control]:
+    """The controls of a program; `adapted` are the denoiser's variables if they are."""
+    # The nets are static and their arrays traced, so they arrive as two arguments.
+    acting = [Control(net, *rest) for net, rest in zip(nets, controls)]
+    return acting if adapted is None else [_lent(x, adapted) for x in acting]
+
+
+def _lent(control: Control, variables: dict) -> Control:
+    """A net that borrows the denoiser's embedding of patches, with its adapters."""
+    if not control.net.borrowed:
+        return control
+    lent = {"patch_embed": variables["params"]["patch_embed"]}
+    params = control.variables["params"] | lent
+    return control._replace(variables=control.variables | {"params": params})

@@ -44,6 +44,19 @@ def listed(
     return list(control)
 
 
+def accepted(
+    control: ControlInput | Sequence[ControlInput] | None, solver: str
+) -> list[ControlInput]:
+    """`listed` for a solver; UserError for one that no ControlNet works with."""
+    # A net acts in a window of t, which one branch of the program decides for a batch.
+    if solver == "adaptive" and control:
+        raise UserError(
+            "control does not work with the solver adaptive, whose images are at"
+            " different times t; choose another solver, such as unipc_2"
+        )
+    return listed(control)
+
+
 def controls_of(
     bundle: Bundle,
     controls: Sequence[ControlInput],

@@ -69,37 +69,9 @@ def save(
     bundle = dataclasses.replace(
         bundle, variables=parametrization.arrays(bundle.variables)
     )
-    if layout == "orbax":
-        variables = {}
-        for name, arrays in bundle.variables.items():
-            dtype_at = _dtype_of(bundle, name, dtype)
-            # The default argument binds this iteration's function.
-            cast = lambda at, x, dtype_at=dtype_at: x.astype(dtype_at(tree.names(at)))
-            variables[name] = jax.tree_util.tree_map_with_path(cast, arrays)
-        native_format.save(path, variables, bundle.configs)
-    elif layout == "diffusers":
-        for name in bundle.modules:
-            component = COMPONENTS[name]
-            entries = _entries(bundle, name, layout, dtype)
-            folder = path / component.folder
-            _write(safetensors.write_folder, folder, entries, component.stem)
-        if jax.process_index() == 0:
-            _save_side_files(bundle, path)
-    elif layout == "original":
-        entries = {}
-        for name in bundle.modules:
-            for key, entry in _entries(bundle, name, layout, dtype).items():
-                entries[COMPONENTS[name].prefix + key] = entry
-        # The names are in the file's metadata, so that loading it knows which table to
-        # use.
-        fuller = [name for name in bundle.modules if COMPONENTS[name].fuller]
-        for name in fuller:
-            _warn_of_unread(bundle, name, path)
-        metadata = {CONFIGS: json.dumps(bundle.configs), FULLER: ",".join(fuller)}
-        # The configurations go into the metadata: a single file has no config.json.
-        _write(safetensors.write_file, path, entries, metadata)
-    else:
+    if layout not in WRITERS:
         raise UserError(f'layout "{layout}"{nearest(layout, LAYOUTS)}')
+    WRITERS[layout](bundle, path, dtype)
 
 
 def require_new(path: epath.Path, layout: str) -> None:
@@ -151,6 +123,50 @@ def save_control(
     # A single file has no config.json, and shapes do not tell all of it.
     metadata = {CONFIGS: json.dumps({"controlnet": control.config})}
     _write(safetensors.write_file, path, entries, metadata)
+
+
+# --- layouts
+
+
+def _save_orbax(bundle: Bundle, path: epath.Path, dtype: str | None) -> None:
+    variables = {}
+    for name, arrays in bundle.variables.items():
+        dtype_at = _dtype_of(bundle, name, dtype)
+        # The default argument binds this iteration's function.
+        cast = lambda at, x, dtype_at=dtype_at: x.astype(dtype_at(tree.names(at)))
+        variables[name] = jax.tree_util.tree_map_with_path(cast, arrays)
+    native_format.save(path, variables, bundle.configs)
+
+
+def _save_diffusers(bundle: Bundle, path: epath.Path, dtype: str | None) -> None:
+    for name in bundle.modules:
+        component = COMPONENTS[name]
+        entries = _entries(bundle, name, "diffusers", dtype)
+        folder = path / component.folder
+        _write(safetensors.write_folder, folder, entries, component.stem)
+    if jax.process_index() == 0:
+        _save_side_files(bundle, path)
+
+
+def _save_original(bundle: Bundle, path: epath.Path, dtype: str | None) -> None:
+    entries = {}
+    for name in bundle.modules:
+        for key, entry in _entries(bundle, name, "original", dtype).items():
+            entries[COMPONENTS[name].prefix + key] = entry
+    # The names are in the file's metadata, so that loading it knows which table to use.
+    fuller = [name for name in bundle.modules if COMPONENTS[name].fuller]
+    for name in fuller:
+        _warn_of_unread(bundle, name, path)
+    # The configurations go into the metadata: a single file has no config.json.
+    metadata = {CONFIGS: json.dumps(bundle.configs), FULLER: ",".join(fuller)}
+    _write(safetensors.write_file, path, entries, metadata)
+
+
+WRITERS = {
+    "diffusers": _save_diffusers,
+    "original": _save_original,
+    "orbax": _save_orbax,
+}
 
 
 # --- tensors of one component

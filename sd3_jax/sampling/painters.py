@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
-from sd3_jax.sampling import released_sampler
+from sd3_jax.sampling import released_sampler, task_arguments
 from sd3_jax.sampling.prompt_file import Task
 from sd3_jax.sampling.sampler import TrainedSampler
 
@@ -107,7 +107,7 @@ def released(
         facts["guide"] = guide.fingerprint()
     paint = functools.partial(released_sampler.sample_lines, bundle, nets, guide)
     prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
-    program = released_sampler.program
+    program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
     return Painter(paint, facts, program, prints, unfit | without_net, cuts)
 

@@ -6,9 +6,18 @@ from collections.abc import Callable, Iterator
 
 import jax
 
+from sd3_jax.errors import UserError
+
 # The bars that are shown now. A callback is part of a compiled program, which serves
 # many calls, so it has to look up the bar of the call that runs.
 _bars: list = []
+
+
+def checked(preview: Callable | None, progress: bool) -> Callable | None:
+    """generate's `preview`, which with `progress` moves the bar too."""
+    if preview is not None and not callable(preview):
+        raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")
+    return counted(preview) if progress else preview
 
 
 @functools.lru_cache(maxsize=16)

@@ -17,7 +17,6 @@ from sd3_jax.sampling import line_inputs, picture_lines
 from sd3_jax.sampling.line_inputs import Looked
 from sd3_jax.sampling.prompt_lines import (
     CHANGED,
-    LINE_SETTINGS,  # noqa: F401
     NESTED,
     SHARED,
     Line,

@@ -13,7 +13,6 @@ from jaxtyping import UInt8
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
-from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.sampling import (
@@ -23,6 +22,7 @@ from sd3_jax.sampling import (
     guidance_arguments,
     line_arrays,
     prompt_file,
+    task_arguments,
 )
 from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.scheduler import Scheduler
@@ -130,9 +130,9 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
                 " model"
             )
     depth = denoiser.get("num_layers", 1)
-    guidance = guidance_arguments.checked(
+    steering = guidance_arguments.checked(
         depth,
-        **guidance_options(asked),
+        **task_arguments.guidance_options(asked),
         skip=guidance_arguments.Layers(asked["skip_layers"], asked["skip_scale"]),
         # config.sample.guide, without which a config is not valid.
         guide=True if asked["guidance_method"] == "autoguidance" else None,
@@ -141,27 +141,9 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
         "clip_skip", asked["clip_skip"], 0, bundle.most_clip_skip(configs)
     )
     tokens = asked["height"] * asked["width"] // unit**2
-    solver, _ = scheduler.sampler(asked["steps"], tokens, **solver_options(asked))
-    guidance.require_solver(solver)
-
-
-def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """A task's solver, grid and shift; None stands for the model's default."""
-    # Recipes write "" or 0 for "the model's own", which the API spells None.
-    return {name: settings[name] or None for name in ("solver", "grid", "shift")}
-
-
-def guidance_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
-    """A task's guidance, as guidance_arguments.checked takes it."""
-    return dict(
-        scale=settings["cfg"],
-        interval=(settings["cfg_start"], settings["cfg_stop"]),
-        rescale=settings["rescale"],
-        method=settings["guidance_method"],
-        options=guidance_arguments.options_of(settings["guidance_options"]),
-        schedule=settings["guidance_schedule"],
-        negative=bool(settings["negative"]),
-    )
+    options = task_arguments.solver_options(asked)
+    solver, _ = scheduler.sampler(asked["steps"], tokens, **options)
+    steering.require_solver(solver)
 
 
 def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
@@ -255,73 +237,17 @@ def _read_rows(
     return [outcomes[task.index][0] for task in tasks], failures
 
 
-def program(task: prompt_file.Task) -> tuple[str, ...]:
-    """What tells the program of a task from others, in words."""
-    s = task.settings
-    guided = guidance.guides(s["cfg"])
-    nets = len(s.get("control", ()))
-    words = (
-        f"{s['height']} x {s['width']} pixels",
-        solvers.same_program(s["solver"])[0] if s["solver"] else "",
-        s["guidance_method"] if guided else "no guidance",
-        f"without layers {s['skip_layers']}" if guided and s["skip_layers"] else "",
-        "image" if "image" in s else "",
-        "mask" if {"mask", "outpaint"} & s.keys() else "",
-        f"{nets} ControlNet{'s' * (nets > 1)}" if nets else "",
-        # Adapters of other ranks are another program; one file has one rank.
-        f"lora {', '.join(x.rpartition('=')[0] for x in s['lora'])}"
-        if s.get("lora")
-        else "",
-        f"{s['max_length']} tokens",
-        f"clip_skip {s['clip_skip']}" if s["clip_skip"] else "",
-    )
-    return tuple(word for word in words if word)
-
-
-def generate_arguments(tasks: Sequence[prompt_file.Task]) -> dict[str, Any]:
-    """sd3_jax.generate's arguments for tasks that share a shape and settings."""
-    # Tasks of one batch share all settings but negative prompt and seed (Task.group).
-    s = tasks[0].settings
-    return dict(
-        prompts=[prompt_of(task) for task in tasks],
-        negative_prompts=[x.settings["negative"] for x in tasks],
-        seed=[x.settings["seed"] + x.number for x in tasks],
-        height=s["height"],
-        width=s["width"],
-        steps=s["steps"],
-        guidance=s["cfg"],
-        guidance_interval=(s["cfg_start"], s["cfg_stop"]),
-        guidance_rescale=s["rescale"],
-        guidance_method=s["guidance_method"],
-        guidance_options=guidance_arguments.options_of(s["guidance_options"]),
-        guidance_schedule=s["guidance_schedule"],
-        **solver_options(s),
-        max_sequence_length=s["max_length"],
-        clip_skip=s["clip_skip"],
-        prompt_weighting=s["prompt_weighting"] or None,
-        skip_layers=s["skip_layers"],
-        skip_scale=s["skip_scale"],
-        skip_start=s["skip_start"],
-        skip_stop=s["skip_stop"],
-    )
-
-
 def sample_tasks(
     model: bundle.Bundle,
     tasks: Sequence[prompt_file.Task],
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of tasks that share a shape and settings; `extra` is generate's."""
-    images = api.generate(model, **generate_arguments(tasks), **extra)
+    images = api.generate(model, **task_arguments.generate_arguments(tasks), **extra)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     # (n, h, w, 3) from [0, 1]
     return pictures.to_uint8(2 * images.astype(np.float32) - 1)
-
-
-def prompt_of(task: prompt_file.Task) -> str | bundle.Prompt:
-    """A task's prompt: one text, or one for each of the three encoders."""
-    return task.prompt if isinstance(task.prompt, str) else bundle.Prompt(*task.prompt)
 
 
 def cut_words(
@@ -337,7 +263,7 @@ def cut_words(
         (task.settings["max_length"], task.settings["prompt_weighting"] or None)
         for task in tasks
     ]
-    prompts = [prompt_of(task) for task in tasks]
+    prompts = [task_arguments.prompt_of(task) for task in tasks]
     cuts: dict[tuple, dict[str, str]] = {}
     for key in dict.fromkeys(keys):
         texts = list(dict.fromkeys(p for p, k in zip(prompts, keys) if k == key))

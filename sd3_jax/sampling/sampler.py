@@ -27,12 +27,9 @@ from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling import compiled, guidance_arguments, prompt_file, prompts
 from sd3_jax.sampling.encoder import Encoder
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.released_sampler import (
-    guidance_options,
-    sample_tasks,
-    solver_options,
-)
+from sd3_jax.sampling.released_sampler import sample_tasks
 from sd3_jax.sampling.scheduler import PUBLISHED
+from sd3_jax.sampling.task_arguments import guidance_options, solver_options
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 

@@ -133,10 +133,12 @@ def states(
     """Each encoder's states in float32, e + w (z - e); z itself where w is 1."""
     variables = {name: adapters.attached(x) for name, x in variables.items()}
     # Each prompt has its own empty one, in one batch of 2b: adapters may differ by row.
-    both = jax.tree.map(lambda x, e: jnp.concatenate([x, e]), ids, empty_ids)
+    doubled = jax.tree.map(lambda x, e: jnp.concatenate([x, e]), ids, empty_ids)
     if masks is not None:
         masks = {k: jnp.concatenate([x, jnp.ones_like(x)]) for k, x in masks.items()}
-    outputs = prompts.run_encoders(models, variables, both, masks, clip_skip=clip_skip)
+    outputs = prompts.run_encoders(
+        models, variables, doubled, masks, clip_skip=clip_skip
+    )
 
     def weigh(output, w):
         z, e = jnp.split(output.states.astype(jnp.float32), 2)

@@ -1,8 +1,7 @@
 """The components of a released model: their files, configurations and modules.
 
-Configurations are diffusers' and transformers' dictionaries from a folder, or are
-inferred from names and shapes of a single file's tensors. published_configs reads them
-and refuses what is not implemented.
+Configurations are diffusers' and transformers', from a folder or inferred from a single
+file's tensors; published_configs refuses what is not implemented.
 """
 
 import functools
@@ -288,15 +287,14 @@ CONTROLNET = Component(
 def released_name(config: dict) -> str:
     """The common name and the sizes of the denoiser of a configuration."""
     # Stability publishes no name in the configuration: the sizes tell.
-    qk, dual = config.get("qk_norm"), config.get("dual_attention_layers")
-    sizes = config["num_layers"], config["num_attention_heads"]
+    qk, dual = config.get("qk_norm"), len(config.get("dual_attention_layers") or ())
+    depth = config["num_layers"]
     names = {  # by depth, qk-norm and number of dual blocks
         (24, False, 0): "SD3-medium",  # 2B
         (24, True, 13): "SD3.5-medium",
         (38, True, 0): "SD3.5-large or -turbo",  # 8B; the same sizes
     }
-    name = names.get((sizes[0], bool(qk), len(dual or ())), "an SD3 transformer")
-    return (
-        f"{name}: depth {sizes[0]}, width {sizes[1] * config['attention_head_dim']},"
-        f" {'qk-norm' if qk else 'no qk-norm'}, {len(dual or ())} dual blocks"
-    )
+    name = names.get((depth, bool(qk), dual), "an SD3 transformer")
+    width = config["num_attention_heads"] * config["attention_head_dim"]
+    norm = "qk-norm" if qk else "no qk-norm"
+    return f"{name}: depth {depth}, width {width}, {norm}, {dual} dual blocks"

@@ -7,12 +7,15 @@ import json
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from etils import epath
 from orbax.checkpoint import v1 as ocp
 
 from sd3_jax import files, tree
 from sd3_jax.errors import UserError, explained
 from sd3_jax.foreign_text import parse_json
+from sd3_jax.params import quantization
+from sd3_jax.params.parametrization import is_leaf
 
 FILE = "bundle.json"
 VERSION = 1  # raised when an older reader would misread a folder
@@ -71,3 +74,26 @@ def load(path: epath.PathLike, name: str, abstract: Any) -> Any:
     """
     with explained(f"cannot read {path}/{name}"):
         return ocp.load(epath.Path(path) / name, abstract)
+
+
+def load_quantized(path: epath.PathLike, name: str, shapes: Any) -> Any:
+    """`load` whose eight-bit leaves are read and rounded one at a time."""
+    # orbax reads whole leaves: those to be rounded are left out of the first read, then
+    # read as stored and rounded one by one, so that only one is in full precision.
+    places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
+    leaves = [LEFT if is_leaf(x) else x for _, x in places]
+    read = lambda abstract: jax.tree.leaves(
+        load(path, name, jax.tree.unflatten(treedef, abstract)),
+        is_leaf=lambda x: x is LEFT,
+    )
+    leaves, stored = read(leaves), dtypes(path, name)
+    for i, (at, x) in enumerate(places):
+        if is_leaf(x):
+            dtype = jnp.dtype(stored[tree.names(at)])
+            # Rounded on the devices, from the dtype that the folder has.
+            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+            alone = [LEFT] * len(places)  # all but one are left out
+            alone[i] = whole
+            axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
+            leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
+    return jax.tree.unflatten(treedef, leaves)

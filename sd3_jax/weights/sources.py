@@ -5,18 +5,14 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import jax
-import jax.numpy as jnp
 from etils import epath
 
-from sd3_jax import files, tree
+from sd3_jax import files
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError, near
 from sd3_jax.foreign_text import listed, shown
-from sd3_jax.params import quantization
-from sd3_jax.params.parametrization import is_leaf
 from sd3_jax.weights import (
     controlnet_keys,
     hub,
@@ -416,7 +412,9 @@ def _stored(path: epath.Path) -> dict[str, Part]:
 
     def part(name, config):
         return Part(
-            lambda component, module, shapes: _from_store(path, name, shapes),
+            lambda component, module, shapes: native_format.load_quantized(
+                path, name, shapes
+            ),
             config,
             lambda component, module, shapes: native_format.dtypes(path, name),
             str(path),
@@ -427,26 +425,3 @@ def _stored(path: epath.Path) -> dict[str, Part]:
         where = f"{path / native_format.FILE}: {name}"
         configs[name] = configured(COMPONENTS[name], configs[name], where=where)
     return {name: part(name, config) for name, config in configs.items()}
-
-
-def _from_store(path: epath.Path, name: str, shapes: Any) -> Any:
-    """A component's variables from our own format; eight-bit leaves one at a time."""
-    # orbax reads whole leaves: those to be rounded are left out of the first read, then
-    # read as stored and rounded one by one, so that only one is in full precision.
-    places, treedef = jax.tree_util.tree_flatten_with_path(shapes, is_leaf=is_leaf)
-    leaves = [native_format.LEFT if is_leaf(x) else x for _, x in places]
-    read = lambda abstract: jax.tree.leaves(
-        native_format.load(path, name, jax.tree.unflatten(treedef, abstract)),
-        is_leaf=lambda x: x is native_format.LEFT,
-    )
-    leaves, dtypes = read(leaves), native_format.dtypes(path, name)
-    for i, (at, x) in enumerate(places):
-        if is_leaf(x):
-            dtype = jnp.dtype(dtypes[tree.names(at)])
-            # Rounded on the devices, from the dtype that the folder has.
-            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
-            alone = [native_format.LEFT] * len(places)  # all but one are left out
-            alone[i] = whole
-            axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
-            leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
-    return jax.tree.unflatten(treedef, leaves)

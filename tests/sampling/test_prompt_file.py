@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import painters, picture_lines, prompt_file
+from sd3_jax.sampling import painters, picture_lines, prompt_file, prompt_lines
 
 CONFIG = released.get_config("tiny")
 CONFIG.weights = "not/loaded"
@@ -234,7 +234,7 @@ VALUES = st.recursive(
     max_leaves=5,
 )
 ROWS = st.dictionaries(
-    st.sampled_from([*prompt_file.LINE_SETTINGS, "prompt"]) | TEXT, VALUES, max_size=4
+    st.sampled_from([*prompt_lines.LINE_SETTINGS, "prompt"]) | TEXT, VALUES, max_size=4
 )
 
 

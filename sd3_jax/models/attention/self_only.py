@@ -21,9 +21,9 @@ def self_only_attention(
     """
     text_k, text_v = (jnp.concatenate(x, axis=1) for x in (text_ks, text_vs))
     product = dict(preferred_element_type=jnp.float32)
-    own = jnp.einsum("bnak,bnak->bna", q, k, **product)
+    image = jnp.einsum("bnak,bnak->bna", q, k, **product)
     text = jnp.einsum("bnak,bmak->bnam", q, text_k, **product)
-    logits = jnp.concatenate([own[..., None], text], axis=-1) * q.shape[-1] ** -0.5
+    logits = jnp.concatenate([image[..., None], text], axis=-1) * q.shape[-1] ** -0.5
     weights = jax.nn.softmax(logits).astype(v.dtype)  # (b, n, a, 1 + m)
     text = jnp.einsum("bnam,bmak->bnak", weights[..., 1:], text_v)
     return weights[..., :1] * v + text

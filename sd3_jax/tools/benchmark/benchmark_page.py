@@ -18,7 +18,7 @@ def write(result: dict, workdir: Path) -> None:
     write_whole(workdir / "benchmark.md", (page(result) + "\n").encode())
     # matplotlib and jinja2 may be absent beside an accelerator; the tables need none.
     try:
-        from sd3_jax.reports import plots
+        from sd3_jax.reports import inline_svg
         from sd3_jax.tools.benchmark import benchmark_html
     except ImportError as error:
         log.warning("no benchmark.html and no benchmark.svg: %s", error)
@@ -26,7 +26,7 @@ def write(result: dict, workdir: Path) -> None:
     drawn = benchmark_html.ratios(result)
     write_whole(workdir / "benchmark.html", benchmark_html.html(result).encode())
     if drawn:
-        write_whole(workdir / "benchmark.svg", plots.standalone(drawn).encode())
+        write_whole(workdir / "benchmark.svg", inline_svg.standalone(drawn).encode())
 
 
 def page(result: dict) -> str:

@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 import numpy as np
 from etils import epath
 
-from sd3_jax.reports import html_page, number_format, plots
+from sd3_jax.reports import html_page, inline_svg, number_format, plots
 from sd3_jax.tools.study import study_tables as tables
 
 FITTED = "fitted"
@@ -46,7 +46,9 @@ def figures(results: Sequence[dict]) -> dict[str, str]:
     """Plots by the names of their files, as in the page."""
     # Titles become names of files.
     name = lambda title: title.lower().replace(" ", "_")
-    return {name(title): plots.standalone(svg) for title, svg, _ in panels(results)}
+    return {
+        name(title): inline_svg.standalone(svg) for title, svg, _ in panels(results)
+    }
 
 
 def panels(results: Sequence[dict]) -> list[html_page.Panel]:

@@ -1,0 +1,137 @@
+"""What one call of sd3_jax.generate gives its program: rows, start, Plan, Inputs."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import Array
+from jaxtyping import Float, Key
+
+from sd3_jax.diffusion import solvers
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import argument_checks, arguments, compiled, input_images, seeds
+from sd3_jax.sampling.adapter_bank import Sets
+from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.guidance_arguments import Guidance
+from sd3_jax.sampling.prompts import Conditioning
+
+OUTPUTS = ("images", "latents")
+RETURN_LATENTS = ("last", "all")
+
+
+class Rows(NamedTuple):
+    """The images of a call: p0, p0, p1, p1, ... for two of each prompt."""
+
+    count: int
+    per_prompt: int
+
+    @property
+    def prompts(self) -> int:
+        return self.count // self.per_prompt
+
+
+class Start(NamedTuple):
+    """Where sampling starts, one row for each image; a field that is None is absent."""
+
+    noise_keys: Key[Array, " b"]
+    noise: Float[Array, "b h w c"] | None
+    x0: Float[Array, "b h w c"] | None
+    mask: Any
+
+
+def returns_all(output: str, return_latents: str) -> bool:
+    """Whether the latents of all steps are returned; UserError for unknown choices."""
+    argument_checks.choice("output", output, OUTPUTS)
+    argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
+    if return_latents == "all" and output != "latents":
+        raise UserError('return_latents "all" returns no images; set output="latents"')
+    return return_latents == "all"
+
+
+def start(
+    bundle: Bundle,
+    shape: tuple[int, int, int],
+    rows: Rows,
+    seed: int | Sequence[int],
+    *,
+    latents: Array | np.ndarray | None,
+    image: Array | np.ndarray | None,
+    mask: Any,
+) -> Start:
+    """The keys, noise, image and mask of the rows, as latents (h, w, c) each.
+
+    `latents` are the noise. `image` is in pixels or latents, `mask` in pixels.
+    """
+    keys = seeds.image_keys(rows.prompts, seed, rows.per_prompt)
+    # Two keys for each image: the autoencoder's posterior is drawn with another one
+    # than the noise, so that the noise is that of the seed with an image and without.
+    noise_keys, image_keys = jax.vmap(lambda k: tuple(jax.random.split(k)))(keys)
+    spread = lambda x, name: argument_checks.rows_of(x, *rows, name)
+    noise = x0 = None
+    if latents is not None:
+        noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
+    if mask is not None:
+        if image is None:
+            raise UserError(
+                "mask without image; give image too, the picture to repaint"
+            )
+        mask = spread(input_images.latent_mask(mask, shape, bundle.factor), "mask")
+    if image is not None:
+        x0 = arguments.latents_of(bundle, spread(image, "image"), image_keys, shape)
+    return Start(noise_keys, noise, x0, mask)
+
+
+def adapter_table(
+    bundle: Bundle, adapters: Sets | None, rows: Rows
+) -> Float[np.ndarray, "..."]:
+    """Weights of the bundle's n adapters: (n,), or (b, n) for a set for each prompt."""
+    table = bundle.bank.table(adapters, rows.prompts)
+    # A program takes one set for all rows or one for each, and not one for each prompt.
+    return np.repeat(table, rows.per_prompt, axis=0) if table.ndim == 2 else table
+
+
+def plan(
+    bundle: Bundle,
+    steering: Guidance,
+    solver: str,
+    shape: tuple[int, int, int],
+    times: Float[np.ndarray, " n"],
+    preview: Callable | None,
+    *,
+    all_latents: bool,
+) -> compiled.Plan:
+    """What a program is compiled for."""
+    return compiled.Plan(
+        bundle.part("denoiser"),
+        # The shared program has no trajectory.
+        (solver,) if all_latents else solvers.same_program(solver),
+        shape,
+        preview=preview,
+        factor=bundle.factor,
+        trajectory=len(times) - 1 if all_latents else None,
+        **steering.plan(),
+    )
+
+
+def inputs(
+    steering: Guidance,
+    solver: str,
+    times: Float[np.ndarray, " n"],
+    cond: Conditioning,
+    uncond: Conditioning,
+    start: Start,
+) -> compiled.Inputs:
+    """What a program reads: numbers and arrays, which compile nothing."""
+    # Noise that the caller gives needs no key, unless the solver draws more of it.
+    draws = solvers.draws(solvers.SOLVERS[solver])
+    return compiled.Inputs(
+        keys=start.noise_keys if start.noise is None or draws else None,
+        cond=cond,
+        uncond=uncond,
+        **compiled.solver_inputs(solver, times),
+        **steering.inputs(times),
+        noise=start.noise,
+        x0=start.x0,
+        mask=start.mask,
+    )
