@@ -11,6 +11,7 @@ from numpy import ndarray
 from PIL import ExifTags, Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from sd3_jax.data.images import ASCII, COMMENT
 from sd3_jax.errors import ConfigError
 from sd3_jax.files import write_whole
 
@@ -102,8 +103,8 @@ def save_lossy(
     kind = {".jpg": "jpeg", ".webp": "webp"}[epath.Path(path).suffix]
     exif = Image.Exif()
     if comment:
-        text = b"ASCII\0\0\0" + comment.encode("ascii")
-        exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = text
+        text = ASCII + comment.encode("ascii")
+        exif.get_ifd(ExifTags.IFD.Exif)[COMMENT] = text
     options = {"quality": quality, "exif": exif}
     # 4:4:4, as the edges of a painted picture are sharp in colour too.
     options |= {"subsampling": 0} if kind == "jpeg" else {"lossless": quality == 100}

@@ -44,6 +44,7 @@ def opened_adapter(config: ConfigDict, mesh: Mesh) -> tuple[Adapter, dict]:
     """The only adapter of config.sample.lora, times its weight, and the modules of
     config.weights that it changes. Only their weights are read."""
     adapters = lora_adapters.listed(list(config.sample.lora))
+    # Factors of several would have to be concatenated, and no name is left for each.
     if len(adapters) != 1:
         raise UserError(
             f"config.sample.lora names {len(adapters)} adapters; with"
@@ -71,6 +72,7 @@ def opened_adapter(config: ConfigDict, mesh: Mesh) -> tuple[Adapter, dict]:
 def times(change: Factors | Full, weight: float) -> Factors | Full:
     """A change multiplied by a weight."""
     if isinstance(change, Factors):
+        # b alone: a times the weight as well would square it.
         return change._replace(b=np.float32(weight) * change.b)
     return Full(np.float32(weight) * change.delta)
 
@@ -87,6 +89,7 @@ def trained_adapter(
         params["denoiser"], is_leaf=parametrization.is_leaf
     )
     changes = {
+        # alpha / rank moves into b, as everywhere in the common form.
         tree.names(path): Factors(leaf.a, np.float32(leaf.scale) * leaf.b)
         for path, leaf in leaves
         if isinstance(leaf, parametrization.LowRank)

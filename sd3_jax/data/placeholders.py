@@ -27,6 +27,8 @@ class PlaceholderTokenizer:
         self.pad_token_id = base.pad_token_id
         # The ids that begin and end a text: CLIP's start and end, T5's end alone.
         *self.prefix, self.end = base("")["input_ids"]
+        # A copy: a tokenizer is shared by bundles, and added words would be known in
+        # all of them.
         self._words = copy.deepcopy(base)
         self._vectors: dict[int, tuple[int, ...]] = {}
         self._names: dict[int, str] = {}
@@ -57,6 +59,8 @@ class PlaceholderTokenizer:
         for row in self._words(batch, verbose=False)["input_ids"]:
             row = [i for word in row for i in self._vectors.get(word, (word,))]
             if truncation and max_length is not None and len(row) > max_length:
+                # As tokenizers cut: the last token stays the end, where CLIP's pooled
+                # vector is read.
                 row = [*row[: max_length - 1], self.end]
             if padding == "max_length" and max_length is not None:
                 row += [self.pad_token_id] * (max_length - len(row))

@@ -54,9 +54,12 @@ def _joined(
     """Parts (text, weight, position) with neighbours of one weight made one."""
     pieces: list[Piece] = []
     for text, weight, at in parts:
+        # Written so that NaN fails as well.
         if not abs(weight) <= MOST:
             fault = f"a weight of {weight:g}; expected -{MOST} to {MOST}"
             raise _refuse(prompt, at, fault)
+        # Fewer pieces: tokens are joined piece by piece, and a cut within a phrase may
+        # change them.
         if pieces and pieces[-1].weight == weight:
             pieces[-1] = Piece(pieces[-1].text + between + text, weight)
         elif text:
@@ -85,8 +88,11 @@ def _parse_parentheses(prompt: str) -> WeightedPrompt:
             weight, end = number
             _close(prompt, end - 1, opened, parts, weight)
         elif lexeme == "|" and opened and opened[-1][0] == "[":
+            # AUTOMATIC1111 alternates such words: another prompt for each step.
             raise _refuse(prompt, at, "alternatives [a|b] are not supported")
         else:
+            # An escaped bracket, colon or backslash is text; before any other letter a
+            # backslash is text itself.
             text = lexeme[1:] if len(lexeme) == 2 and lexeme[0] == "\\" else lexeme
             parts.append([text, 1.0, at])
         at = end
@@ -102,6 +108,7 @@ def _close(prompt, at, opened, parts, weight) -> None:
     if not opened or opened[-1][0] != partner:
         fault = f'"{prompt[at]}" without a "{partner}"; write \\{prompt[at]}'
         raise _refuse(prompt, at, fault)
+    # Weights of nested brackets multiply, so it is the parts that bear them.
     *_, first = opened.pop()
     for part in parts[first:]:
         part[1] *= weight
@@ -135,6 +142,8 @@ SIGNS = re.compile(r"\++|-+")
 FACTOR = re.compile(r"[\d.]\w*(?:\.\d\w*)*")
 # A word that may bear + or -: within it a sign is followed by a letter or a digit.
 WORD = re.compile(r"""(?:\\.|[+-](?![\s()",.+\-=]|$)|[^\s()",.+\-=\\])++(?=[+-])""")
+# `++` above gives nothing back: a word of a thousand letters is read once, and not once
+# for each of its lengths.
 PLAIN_WORD = re.compile(r"(?:\\.|[^\s()\\,])+,*|,+|\\")
 ESCAPED = re.compile(r'\\([()"+\-.,=\\])')
 
@@ -143,6 +152,7 @@ def _parse_compel(prompt: str) -> WeightedPrompt:
     if match := OPERATOR.search(prompt):
         fault = f'"{match[0]}" is not supported, only weights'
         raise _refuse(prompt, match.start(), fault)
+    # As it is, spaces included: the parts below would be joined by single ones.
     if not SYNTAX.search(prompt):
         return WeightedPrompt(prompt, (Piece(prompt, 1.0),))
     parts, end = _compel_parts(prompt, 0, "")
@@ -186,6 +196,7 @@ def _compel_parts(
 def _compel_factor(prompt: str, at: int) -> tuple[float, int]:
     """The weight written behind a group, 1 if there is none, and where it ends."""
     if match := SIGNS.match(prompt, at):
+        # A negative weight is meant, which compel does not have.
         if prompt[match.end() : match.end() + 1].isdigit():
             fault = "a weight with a sign; expected +, - or a number of 0 or more"
             raise _refuse(prompt, at, fault)

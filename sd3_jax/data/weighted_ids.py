@@ -33,6 +33,7 @@ def weighted_ids(
     """
     texts = [prompt.text for prompt in prompts]
     ids, cuts = truncation.cut_ids(tokenizer, texts, length)
+    # The start, the end and the padding have weight 1, as in ComfyUI.
     weights = np.ones(ids.shape, np.float32)
     pieces = np.full(ids.shape, NO_PIECE, np.int32)
     with truncation.LOCK:
@@ -45,6 +46,7 @@ def weighted_ids(
                 for number, piece in enumerate(prompt.pieces)
                 for i in _inner_ids(tokenizer, piece.text, len(prefix))
             ]
+            # What is kept beside the start and the end of a text.
             room = length - len(prefix) - 1
             cuts[row] = truncation.unread(tokenizer, [i for i, _, _ in tokens[room:]])
             body = tokens[:room]

@@ -73,6 +73,8 @@ def adaptive_evaluations(
     grid = jnp.asarray(grid, jnp.float32)
     most = jnp.asarray(len(grid) - 1 if steps is None else steps)
     x, rows = x.astype(jnp.float32), x.shape[:1]
+    # A time for each example: one batch takes steps of unlike lengths, so that a
+    # picture is the same in any batch.
     start, end = (jnp.full(rows, t) for t in (grid[0], grid[most]))
     stop = jnp.where(end > 0, end, jnp.minimum(LAST, start))
     # With `after`, x is not where the last slope was taken: it is evaluated again.
@@ -86,10 +88,16 @@ def adaptive_evaluations(
             state = state._replace(x=after(state.x, state.t, state.turn - 1))
         return state
 
+    # Only the first step needs it: the pair's last stage is the next step's first
+    # (FSAL).
     slope = velocity(x, start).astype(jnp.float32)
+    # A first guess. One that is too long costs a repeated step, one too short a few
+    # more steps, since dt grows by 5 at most.
     dt = jnp.full(rows, grid[0] - grid[1])
     ones = jnp.ones(rows, jnp.int32)
     state = _State(x, slope, start, dt, turn=jnp.int32(0), evaluations=ones)
+    # The bound on turns leaves nothing undone: in the last turn `share` is all that
+    # remains, and a step as short as that is accepted whatever its error.
     unfinished = lambda state: (state.t > stop).any() & (state.turn < most)
     state = jax.lax.while_loop(unfinished, turn, state)
     x = state.x - expand(state.t - end, x) * state.slope  # nothing, unless end is 0
@@ -111,6 +119,7 @@ def _attempt(
     `reused` says that state.slope is the velocity at state.x.
     """
     x, left = state.x, state.t - stop
+    # Examples that have arrived have share = left = 0: their steps have no length.
     dt = jnp.clip(state.dt, share, left)
 
     def point(slopes, i):
@@ -124,21 +133,27 @@ def _attempt(
     slopes = jnp.zeros((4, *x.shape), jnp.float32).at[0].set(state.slope)
     slopes = jax.lax.fori_loop(1 if reused else 0, 4, stage, slopes)
     x_next, _ = point(slopes, 3)
+    # Hairer, Nørsett & Wanner 1993, eq II.4.10 and 11, with equal absolute and relative
+    # tolerances.
     scale = tolerance * (1 + jnp.maximum(jnp.abs(x), jnp.abs(x_next)))
     estimate = expand(dt, x) * jnp.tensordot(ERROR, slopes, 1)
     error = _root_mean_square(estimate / scale)
     moving = left > 0
     accepted = moving & ((error <= 1) | (dt <= share))
     # A step's error is of third order in its length; 0.9 leaves a margin.
+    # The bounds hold where an estimate is 0 by chance, or where the slope jumps, as at
+    # the edge of a guidance interval.
     factor = jnp.clip(0.9 * jnp.maximum(error, 1e-6) ** (-1 / 3), 0.2, 5)
     # Exactly `stop` at the end: a difference of float32 could stay above it.
     t_next = jnp.where(dt >= left, stop, state.t - dt)
     return _State(
         x=jnp.where(expand(accepted, x), x_next, x),
+        # The last stage lies at x_next and its t, so it is the slope there.
         slope=jnp.where(expand(accepted, x), slopes[3], state.slope),
         t=jnp.where(accepted, t_next, state.t),
         dt=jnp.where(moving, dt * factor, dt),
         turn=state.turn + 1,
+        # Examples that have arrived are evaluated with the others, and count none.
         evaluations=state.evaluations + (3 if reused else 4) * moving,
     )
 

@@ -18,9 +18,13 @@ class Carried:
 
     def __init__(self, function: Stateful, initial: Callable[[Array], PyTree]):
         self.function, self.initial = function, initial  # of the solver's first x
+        # Python holds the state within a step alone. Between steps the loop carries it,
+        # so that no tracer outlives its trace.
         self.state, self.changed = None, True
 
     def __call__(self, x: Array, t: Array) -> Array:
+        # Solvers that never call `enter`, such as adaptive, would otherwise guide each
+        # step as if it were the first.
         if self.state is None:
             raise ValueError("this solver does not carry the guidance's state")
         v, state = self.function(x, t, self.state)

@@ -94,6 +94,7 @@ def guided(
             v = jnp.where(inside, v, v_c)
         with jax.named_scope("skip_guidance"):
             v = v + away(weakened, x, t, cond, v_c)
+            # After both differences, because it is the std of their sum that grows.
             return match_std(v, v_c, rescale), state
 
     if row.carries:
@@ -114,6 +115,8 @@ def _branches(
         require(weak is not None, "weak", weak, "a velocity")
 
         def two_networks(x: Batch, t: Times) -> tuple[Batch, Batch]:
+            # Two calls, because the networks may differ in size: one batch cannot hold
+            # both.
             v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
             return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
 

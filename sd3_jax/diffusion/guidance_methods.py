@@ -46,9 +46,11 @@ def cfg_zero(at: Branches, scale: Number, *, zero_steps: Number = 1) -> Batch:
     Two forwards a step. The velocity is 0 in the first `zero_steps` of the grid, whose
     error the paper finds larger than that of standing still (sec. 4.2).
     """
+    # eps as in diffusers' cfg_zero_star_scale.
     square = _dot(at.v_u, at.v_u) + 1e-8
     v_u = at.v_u * (_dot(at.v_c, at.v_u) / square)  # s* of the paper
     v = v_u + scale * (at.v_c - v_u)
+    # By time and not by a counter: a step is known by its t in the traced program.
     first_kept = at.grid[jnp.asarray(zero_steps, jnp.int32)]
     return jnp.where(at.t > first_kept, 0.0, v)
 
@@ -68,6 +70,8 @@ def apg(
     the norm `threshold` (0: not), and its part along v_c is multiplied by `eta`. As
     diffusers' AdaptiveProjectedGuidance, the result is added to v_u.
     """
+    # No mean: as in diffusers' MomentumBuffer the new difference counts in full, and
+    # the paper's negative momentum subtracts what was there before.
     average = at.v_c - at.v_u + momentum * average
     return at.v_u + scale * _projected(average, at.v_c, eta, threshold), average
 
@@ -87,6 +91,7 @@ def apg_x0(
     average of D_c - D_u, for D = x - t v.
     """
     x0 = at.x - at.t * at.v_c
+    # D_c - D_u = -t (v_c - v_u), whence the order.
     average = at.t * (at.v_u - at.v_c) + momentum * average
     x0 = x0 + (scale - 1) * _projected(average, x0, eta, threshold)
     return (at.x - x0) / at.t, average  # no solver evaluates at t = 0
@@ -114,7 +119,10 @@ def tangential(at: Branches, scale: Number) -> Batch:
     # For the angle a of the first eigenvector (cos a, sin a) of the Gram matrix of
     # (v_c, v_u), the projection is sin a (cos a v_c + sin a v_u): no SVD is needed.
     g_cc, g_cu, g_uu = (_dot(*pair) for pair in _pairs(at.v_c, at.v_u))
+    # arctan2 keeps the quadrant, and so the eigenvector of the larger eigenvalue; the
+    # formula with arctan would swap both where |v_u| > |v_c|.
     angle = jnp.arctan2(2 * g_cu, g_cc - g_uu)  # 2 a
+    # sin a cos a = sin(2 a) / 2, and sin^2 a = (1 - cos 2 a) / 2.
     v_u = (jnp.sin(angle) * at.v_c + (1 - jnp.cos(angle)) * at.v_u) / 2
     return v_u + scale * (at.v_c - v_u)
 
@@ -135,6 +143,8 @@ class Method(NamedTuple):
 METHODS = {
     "cfg": Method(cfg),
     "cfg_zero": Method(cfg_zero, reads_grid=True),
+    # At lambda = 0 the paper follows the negative prompt alone. Here 0 means no
+    # guidance, as for all other methods.
     "cfg_pp": Method(cfg_pp, least=0.0, most=1.0, reads_grid=True),
     "apg": Method(apg, carries=True),
     "apg_x0": Method(apg_x0, carries=True),
@@ -149,6 +159,7 @@ METHODS = {
 # The range of each number that a method takes.
 LIMITS = {
     "eta": (0.0, 1.0),
+    # Beyond 1 in size the oldest differences would grow with every step.
     "momentum": (-1.0, 1.0),
     "threshold": (0.0, 1e6),
     "zero_steps": (0, 1000),
@@ -157,21 +168,26 @@ LIMITS = {
 
 def defaults(method: str) -> dict[str, Number]:
     """The numbers of a method with their defaults."""
+    # From the signatures: a default is written once, beside the formula that it is for.
     parameters = inspect.signature(METHODS[method].combine).parameters.values()
     return {p.name: p.default for p in parameters if p.kind == p.KEYWORD_ONLY}
 
 
 def _projected(update, direction, eta, threshold):
     """update, cut to the norm `threshold`, its part along `direction` times eta."""
+    # Norms over all of an example, as diffusers with its default norm_dim=None. The
+    # threshold of 15 thus means less for larger pictures.
     norm = jnp.sqrt(_dot(update, update))
     cut = jnp.minimum(1, threshold / jnp.maximum(norm, 1e-12))
     update = update * jnp.where(threshold > 0, cut, 1)
+    # A network at initialisation returns 0, which has no direction.
     square = jnp.maximum(_dot(direction, direction), 1e-24)
     return update - (1 - eta) * _dot(update, direction) / square * direction
 
 
 def _next(grid, t):
     """The largest time of the grid below t (b, ...), and 0 below the last."""
+    # A grid's padding is 0, which is also its end: it needs no mask.
     below = jnp.where(grid < t[..., None], grid, 0)  # (b, ..., n)
     return below.max(axis=-1)
 

@@ -15,6 +15,8 @@ from sd3_jax.errors import ConfigError
 
 SCHEDULES = {
     "constant": lambda t: np.ones_like(t),
+    # Mean 1 over t, so that schedules are compared at the same scale: what they take
+    # from noisy times they add near the data.
     "linear": lambda t: 2 * (1 - t),
     "cosine": lambda t: 1 + np.cos(np.pi * t),
 }
@@ -41,6 +43,7 @@ def scales(
 
 def parsed(text: str) -> str | Points:
     """A schedule as a config spells it: a key of SCHEDULES, or "1:0.5, 0.3:2"."""
+    # No key of SCHEDULES has a colon, so it tells pairs from names.
     if ":" not in text:
         choose("schedule", text, SCHEDULES)
         return text
@@ -65,6 +68,7 @@ def is_schedule(text: str) -> bool:
 
 def _columns(points):
     """Times that rise, and their factors."""
+    # NaN fails 0 <= t <= 1, and needs no check of its own.
     ok = len(points) > 0 and all(
         len(x) == 2 and 0 <= x[0] <= 1 and np.isfinite(x[1]) for x in points
     )

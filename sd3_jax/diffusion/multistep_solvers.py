@@ -41,6 +41,8 @@ def multistep(
     in a step to t = 0, and in one from t = 1 but for UniPC's corrector.
     """
     grid = jnp.asarray(grid, jnp.float32)
+    # Before the loop: the weights of all steps follow from the grid, so a step only
+    # reads its row.
     weights = choose_weights(MULTISTEP, solver, grid, path, steps)
     names = [*MULTISTEP]
     if isinstance(solver, str):
@@ -70,6 +72,8 @@ def choose_weights(
     """The weights of the solver with this name, or this number, which may be traced."""
     if isinstance(solver, str):
         return table[solver](grid, path, steps)
+    # A switch over a few small arrays. A switch over the solvers themselves would have
+    # the network in the program once for each.
     branches = [lambda f=f: f(grid, path, steps) for f in table.values()]
     return jax.lax.switch(jnp.asarray(solver), branches)
 
@@ -93,13 +97,20 @@ def run(
         t = times(t, x)
         v = velocity(x, t)
         x0 = path.x0(x, v, t)
+        # Both are computed and one is selected: beside the velocity they cost nothing,
+        # and a branch would keep XLA from fusing them.
         m = jnp.where(of_noise, path.noise(x, v, t), x0)
         m1, m2, m3 = history
+        # UniPC's corrector: m, a prediction at the end of the step before, corrects
+        # that step. For all others these weights are 0.
         new, *old = w.correct
         y = x + new * (m - m1) + old[0] * (m2 - m1) + old[1] * (m3 - m1)
+        # Also where m is the noise: with a constant prediction both forms are this one.
         x = w.keep * y + w.gain * x0
         x = x + w.extend[0] * (m1 - m) + w.extend[1] * (m2 - m)
         if draw is not None:
+            # draw depends on the step's number alone: stopping early, or a trajectory,
+            # leaves the noise of earlier steps as it was.
             x = x + w.scatter * draw(i)
         return x, (m, m1, m2)
 

@@ -74,8 +74,12 @@ def spacing_of(
     """The steps of a grid in lambda = log(a, b), of which `steps` are taken."""
     a, b = path.coefficients(grid)
     finite = ~infinite(a, b)
+    # where inside of the logarithm too: NaN in a branch that is not taken would still
+    # reach the gradient.
     lambda_ = log(jnp.where(finite & (a > 0), a, 1), jnp.where(finite, b, 1))
     # Predictions at the start of this step, of the one before, and of that before it.
+    # A step with an infinite end has no length in lambda, and so no ratio to its
+    # neighbours: it and the one after it are of first order.
     here = finite[:-1] & finite[1:]
     second = here & jnp.pad(finite[:-2], (1, 0))
     third = second & jnp.pad(finite[:-3], (2, 0))[: len(here)]
@@ -97,7 +101,9 @@ def phi(k: int, z: Steps) -> Steps:
     """phi_k(z) = sum_j z^j / (j + k)!, the exponential integrators' functions."""
     # The recurrence divides a difference by z, which loses all digits near 0.
     small = jnp.abs(z) < 1
+    # Harmless values where a branch is not taken, for the gradient's sake.
     near, far = jnp.where(small, z, 0), jnp.where(small, 1, z)
+    # The first term that is left out is below 1 / 12! = 2e-9.
     series = sum(near**j * (1 / math.factorial(j + k)) for j in range(11))
     value = jnp.exp(far)
     for j in range(k):
@@ -116,6 +122,7 @@ def extension(
     # Newton's form: m + f01 u + f012 u (u + r0), f01 = (m - m1) / r0.
     product = s.r0 * slope + (0 if curve is None else curve)  # of u (u + r0)
     line = -slope / s.r0
+    # f012 = (f01 - f12) / (r0 + r1): m1 lies at u = -r0 and m2 at u = -(r0 + r1).
     parabola = (
         line - product / (s.r0 * s.r1),
         product / (s.r1 * (s.r0 + s.r1)),
@@ -139,6 +146,7 @@ def _deis(order: int) -> Callable:
         s = spacing_of(grid, path, steps)
         # d rho = -h rho du on the step, and rho falls as e^(-h u) from b / a.
         one, two, three = (phi(k, -s.h) for k in (1, 2, 3))
+        # At t = 1 a is 0: the order there is 1, and this scale is not used.
         scale = -s.h * s.a_next * s.b / jnp.where(s.a > 0, s.a, 1)
         slope = scale * (one - two)
         curve = scale * (one - 2 * two + 2 * three)
@@ -162,6 +170,8 @@ def _dpmpp_3m(grid, path, steps):
 
 def _lowered(order: int, s: Spacing) -> Int[Array, " n"]:
     """The order of each step, as in diffusers: less in the last steps of under 15."""
+    # 15 is written out in diffusers (DPM-Solver and DEIS): grids of more steps end at
+    # full order.
     most = jnp.where(s.left + s.index < 15, s.left, order)
     return jnp.minimum(jnp.minimum(s.usable, order), most)
 
@@ -175,12 +185,15 @@ def _unipc(order: int) -> Callable:
 
     def weights(grid, path, steps):
         s = spacing_of(grid, path, steps)
+        # UniPC lowers its order at the end of grids of any length (diffusers:
+        # this_order).
         p = jnp.minimum(jnp.minimum(s.usable, order), s.left)
         h_phi = [phi(k, -s.h) / phi(1, -s.h) for k in (2, 3, 4)]
         slope, curve, cube = (
             s.gain * math.factorial(k) * h for k, h in enumerate(h_phi, 1)
         )
         # Two predictions alone are given the limit of small h, where phi2 / phi1 = 1/2.
+        # diffusers sets rhos_p, and rhos_c of a first-order corrector, to 0.5.
         half = jnp.where(p > 2, slope, s.gain / 2)
         extend = extension(p, s, half, curve)
         # The corrector's polynomial has m at u = 1 too: its divided difference times
@@ -205,6 +218,8 @@ def _res_2m(grid, path, steps):
 
     Like DPM-Solver++(2M) as released, in lambda = -log b, with the exact integral.
     """
+    # At t = 1 this lambda is 0, where log a/b is infinite: here the second step of a
+    # grid from t = 1 is of second order already.
     s = spacing_of(grid, path, steps, lambda a, b: -jnp.log(b), lambda a, b: b <= 0)
     slope = s.gain * phi(2, -s.h) / phi(1, -s.h)
     return _plain(s, extension(jnp.minimum(s.usable, 2), s, slope))

@@ -42,6 +42,8 @@ def loop(
         x, memory, state = carry
         i, t_next, *s = s
         if isinstance(velocity, Carried):
+            # The state passes through the loop's carry; the velocity has it within the
+            # step.
             velocity.enter(state)
         with jax.named_scope("solver"):  # named in profiles
             x, memory = step(x, memory, *s)
@@ -58,6 +60,8 @@ def loop(
         # A while loop, whose trip count is data: it never reaches the padding.
         turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
         return jax.lax.fori_loop(0, steps, turn, carry)[0]
+    # A scan, since it keeps every x and has gradients, which a loop of traced length
+    # has not.
     (last, *_), xs = jax.lax.scan(body, carry, columns)  # xs (n - 1, b, ...)
     return jnp.concatenate([x[None], xs]) if xs is not None else last
 

@@ -97,10 +97,13 @@ def _euler_ancestral(grid, path, steps):
     """
     a, b = path.coefficients(grid)
     a, b, a_next, b_next = a[:-1], b[:-1], a[1:], b[1:]
+    # ComfyUI: sigma_down = sigma' (1 + (sigma' / sigma - 1) eta), here with eta = 1.
     a_down, b_down = path.coefficients(grid[1:] ** 2 / grid[:-1])
     keep = b_down / b
     ratio = a_next / a_down
     gain = ratio * (a_down - keep * a)
+    # ComfyUI's renoise_coeff, squared: the noise that is missing to b' after x is
+    # rescaled.
     variance = b_next**2 - (ratio * b_down) ** 2
     return _weights(ratio * keep, gain, variance)
 
@@ -117,6 +120,8 @@ def _sde(order: int) -> Callable:
         # e^-h, without the logarithms that are infinite at t = 1 and t = 0.
         fall = s.a * s.b_next / (s.a_next * s.b)
         spent = 1 - jnp.square(fall)  # 1 - e^-2h
+        # diffusers' sde-dpmsolver++ and ComfyUI's sample_dpmpp_2m_sde agree in these
+        # coefficients, with eta = 1.
         gain = s.a_next * spent
         extend = _extension(order, s, gain)
         rest = _weights(s.keep * fall, gain, jnp.square(s.b_next) * spent)
@@ -127,6 +132,8 @@ def _sde(order: int) -> Callable:
 
 def _extension(order: int, s: Spacing, gain: Array):
     usable = jnp.minimum(s.usable, order)
+    # The midpoint rule and not the integral: of the same order, and what the other
+    # tools have.
     if order == 2:
         return extension(usable, s, gain / 2)
     # The SDE's exponential falls twice as fast in lambda as the ODE's.

@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+from sd3_jax.config import released_keys
+
 
 class Job(NamedTuple):
     """`recipe` and `workdir` are the defaults of --config and --workdir."""
@@ -22,21 +24,13 @@ class Job(NamedTuple):
 
 # What makes a model and its pictures: a job that restores a run builds them.
 MODEL = ("model", "text", "image", "flow")
-EDITED = tuple(  # pictures to change
-    f"sample.{name}"
-    for name in "image images mask strength resize paste mask_blur mask_padding"
-    " crop_to_mask outpaint".split()
-)
+EDITED = tuple(f"sample.{name}" for name in released_keys.EDITED)
 # Of `sample` alone: evaluations choose their prompts, and write no pictures.
 WRITTEN = tuple(
     f"sample.{name}" for name in "filter watermark from format quality".split()
 )
 SCORED = WRITTEN + ("sample.prompt", "sample.prompts_file", "sample.per_prompt")
-RELEASED = EDITED + tuple(  # what a run's own sampler does not read
-    f"sample.{name}"
-    for name in "lora max_length clip_skip skip_layers skip_scale skip_start"
-    " skip_stop".split()
-)
+RELEASED = tuple(f"sample.{name}" for name in released_keys.RELEASED)
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
 
 JOBS = {  # by name, which is also that of the module in sd3_jax.jobs

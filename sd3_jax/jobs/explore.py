@@ -48,6 +48,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             " prompts or config.sample.per_prompt"
         )
     for task in tasks:
+        # The page would show another picture than `sample` paints from the line.
         for name in UNREAD & task.settings.keys():
             raise UserError(
                 f'"{shown(task.caption, 60)}" sets {name}, which explore does not read;'
@@ -84,6 +85,8 @@ def page_of(bundle: Bundle, task: Task, words: tuple[str, ...], count: int) -> s
     settings = ("steps", "solver", "grid", "shift")
     schedule = {name: arguments[name] for name in settings}
     shape = latents.shape[2:]
+    # The times that generate used, by the same function: latents have no record of
+    # theirs.
     solver, times = sampling_arguments.settings(
         bundle, shape, **schedule, mu=None, sigmas=None
     )

@@ -91,6 +91,7 @@ def paint_missing(
     if any(done):
         message = "%d of %d pictures exist already; skipping them"
         log.info(message, sum(done), len(tasks))
+    # A task that fails gets no line in the file, so that a later run tries it again.
     failures = dict(painter.unfit)
     warn_of_failures(tasks, failures)
     skipped = lambda task: done[task.index] or task.index in failures
@@ -204,6 +205,7 @@ def save(
 ) -> None:
     """Writes this process's share of the pictures, `enlarged` if they are tiny."""
     (workdir / "samples").mkdir(parents=True, exist_ok=True)
+    # All processes have all pictures; each writes its share.
     mine = slice(jax.process_index(), None, jax.process_count())
     for line, image in list(zip(lines, images))[mine]:
         image = guard.finished(image, line.get("filtered", ""))

@@ -61,10 +61,13 @@ def attached(variables: Any) -> Any:
         return variables
     base, deltas, weights = variables
     params = base["params"]
+    # Sorted: sets of texts have another order in each process, and all processes must
+    # trace one program.
     for path in sorted(set().union(*deltas)):
         members = [(i, x[path]) for i, x in enumerate(deltas) if path in x]
         change = functools.partial(_with_deltas, path, members, weights)
         params = lora.replaced_leaf(params, path, change)
+    # A new dict: the bundle's own variables are never changed in place.
     return base | {"params": params}
 
 
@@ -75,6 +78,8 @@ def merged(variables: Any) -> Any:
     """
     if not isinstance(variables, Adapted):
         return variables
+    # Adapters of weight 0 are left out, so that a kernel that none changes stays the
+    # array that it was, and in eight bits if it was.
     kept = [i for i, weight in enumerate(variables.weights) if weight != 0]
     deltas = [variables.deltas[i] for i in kept]
     if not deltas:
@@ -95,15 +100,19 @@ def linear_layout(path: Path, leaf: Any) -> lora.Layout | None:
 
 def _with_deltas(path: Path, members: Sequence[tuple], weights: Any, leaf: Any) -> Any:
     """A leaf with the (adapter's number, delta)s of all adapters that change it."""
+    # float32 whatever the leaf's dtype is: in bfloat16 a weight of 0.7 would be 0.699.
     weights = jnp.asarray(weights, jnp.float32)
     full = [(i, x.delta) for i, x in members if isinstance(x, Full)]
     factors = [(i, x) for i, x in members if isinstance(x, Factors)]
     layout = linear_layout(path, leaf)
     if layout is None:
         # Modules read these as arrays, which all rows share.
+        # All rows have this weight: Bank.beside has refused others.
         shared = weights if weights.ndim == 1 else weights[0]
         return _summed(leaf, full, shared, 0).array()
     if full:
+        # Both kinds may change one kernel: the low-rank update then has the sum as its
+        # base.
         leaf = _summed(leaf, full, weights, layout.layers)
     return _low_rank(leaf, factors, weights, layout) if factors else leaf
 
@@ -125,6 +134,8 @@ def _low_rank(
         parts = [weights[i] * x.b.astype(jnp.float32) for i, x in factors]
         return LowRank(leaf, a, jnp.concatenate(parts, rank_axis), groups=groups)
     b = jnp.concatenate([x.b for _, x in factors], axis=rank_axis)
+    # A weight for each rank and not for each adapter: one product serves adapters of
+    # unlike ranks.
     ranks = [x.a.shape[-1] for _, x in factors]
     columns = np.repeat([i for i, _ in factors], ranks)  # the adapter of each rank
     rows = _stacked(weights[:, columns], leaf, layout.layers)

@@ -192,6 +192,7 @@ def times_rows(x: Array, weights: Array) -> Array:
 
     Guidance runs k conditions in a batch, one after the other.
     """
+    # An error and not a broadcast: rows that do not match belong to other pictures.
     if len(x) % len(weights):
         raise ValueError(f"weights of {len(weights)} rows for a batch of {len(x)}")
     weights = jnp.tile(weights, (len(x) // len(weights), 1))

@@ -60,6 +60,7 @@ class Bank:
 
     def set(self, weights: Weights) -> None:
         """The weights from now on; adapters that are not named get 0."""
+        # By way of _row, so that an unknown name is an error and no new entry.
         self.weights = dict(zip(self.adapters, self._row(weights)))
 
     def unload(self, names: Sequence[str]) -> None:
@@ -86,6 +87,8 @@ class Bank:
         if sets is None:
             sets = self.weights
         if isinstance(sets, Mapping):
+            # (n,) and not n weights for each row: these are multiplied into b once,
+            # outside of the solver's loop (params/adapters.py).
             return np.array(self._row(sets), np.float32)
         several = isinstance(sets, list | tuple)
         if not several or not all(isinstance(x, Mapping) for x in sets):
@@ -109,10 +112,12 @@ class Bank:
         Raises UserError if rows have unlike weights for an adapter that changes biases,
         norms or tables.
         """
+        # Of this component alone: the ranks of others would be shapes of its program.
         names = [name for name, x in self.adapters.items() if component in x]
         if not names:
             return variables
         deltas = tuple(self.adapters[name][component] for name in names)
+        # The table's columns are in the order in which adapters were loaded.
         weights = table[..., [list(self.adapters).index(name) for name in names]]
         if weights.ndim == 2:
             for name, changes, column in zip(names, deltas, weights.T):
@@ -136,8 +141,12 @@ class Bank:
                         self._prints[name, component] = text
                     text = self._prints[name, component]
                     marks.append(f"{component} {text} {np.float32(weight)!r}")
+        # Without adapters the fingerprint is that of the weights, as before there were
+        # any.
         if not marks:
             return fingerprint
+        # Sorted: bundles of equal adapters have one print, in whatever order they were
+        # loaded.
         text = " ".join([fingerprint, *sorted(marks)])
         return hashlib.sha256(text.encode()).hexdigest()[:12]
 
@@ -178,6 +187,8 @@ def placed(
                 f'adapter "{shown(name)}" adapts {component}, but the bundle has only'
                 f" {', '.join(variables)}; add a file that has it, after a comma"
             )
+        # One at a time: `changes` reads a file's leaf when it is asked for, so that
+        # host memory holds one.
         leaf, count = _leaf(variables[component]["params"], path), count + 1
         if fault := _fault(path, change, leaf):
             faults.append(f"{component}/{'/'.join(path)} {fault}")
@@ -195,6 +206,7 @@ def placed(
 def _put(path: Path, change: Factors | Full, leaf: Any, dtype: str) -> Factors | Full:
     mesh, spec = leaf.sharding.mesh, tuple(leaf.sharding.spec)
     if isinstance(change, Full):
+        # An eight-bit kernel has no dtype in which a small change survives.
         kind = dtype if isinstance(leaf, Leaf) else leaf.dtype
         return Full(compiled.put(_cast(change.delta, kind), leaf.sharding))
     # PartitionSpec omits trailing None; the layout needs one entry for each axis.

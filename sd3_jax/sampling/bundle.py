@@ -104,10 +104,13 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         )
         place = lambda x: compiled.place(x, self.mesh)
         with compiled.on(self.mesh):
+            # Prompts whose weights are all 1 run the usual program: no compilation, and
+            # the bits of the plain text.
             if weighting is None or not tokens.is_weighted:
                 return compiled.encode_prompts(
                     models, variables, place(tokens.ids), **options
                 )
+            # The weights are relative to the empty prompt's states (weighted_prompts).
             empty = self._tokens([""] * len(prompts), max_sequence_length)
             words = tokens.words, empty.words
             return weighted_prompts.encode(
@@ -140,6 +143,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             residuals = control_arguments.block_residuals(
                 residuals, module, args[0].shape, nets
             )
+            # Blocks come first, so that the rows are the second axis.
             residuals = compiled.place(residuals, self.mesh, axis=1)
         table = self.bank.table(adapters, len(args[0]), "latents")
         variables = self.adapted("denoiser", table)

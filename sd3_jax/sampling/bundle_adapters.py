@@ -53,6 +53,7 @@ class WithAdapters:
         does not fit, and for a name that is taken.
         """
         if name is not None:
+            # Before a file is fetched or read.
             self.bank.require_new(name)
         if isinstance(source, Mapping):
             if name is None:
@@ -99,11 +100,13 @@ class WithAdapters:
         It is as fast as one that never had adapters. Eight-bit weights that an adapter
         changes become floats.
         """
+        # For all rows alike: merged weights have no rows.
         table = self.bank.table(None, 0)
         variables = {
             name: common_form.merged(self.bank.beside(name, x, table, self.mesh))
             for name, x in self.variables.items()
         }
+        # Fingerprints in the old memo are those of the unmerged weights.
         return dataclasses.replace(self, variables=variables, bank=Bank(), _memo={})
 
     def adapted(self, name: str, table: np.ndarray) -> Any:

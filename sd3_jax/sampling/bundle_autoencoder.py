@@ -60,6 +60,8 @@ class WithAutoencoder:
         scale = self.latent_scale | ({} if shift is None else {"shift": shift})
         images = self._pixels(images, preprocess)
         if noise is not None:
+            # Checked on the host: in the program noise of one row would broadcast to
+            # all.
             noise = self._posterior_noise(noise, key, images.shape)
         images, key, noise = compiled.place((images, key, noise), self.mesh)
         with compiled.on(self.mesh, images):
@@ -122,10 +124,13 @@ class WithAutoencoder:
         config = self.configs["vae"]
         return {
             "scaling": config["scaling_factor"],
+            # null, the default of diffusers, means latents that are not shifted.
             "shift": config["shift_factor"] or 0.0,
         }
 
     @property
     def factor(self) -> int:
         """Pixels along a latent's side."""
+        # A bundle without an autoencoder still has sizes in pixels: 8 is that of all
+        # published models.
         return 2 ** (len(self.part("vae").channels) - 1) if "vae" in self.modules else 8

@@ -46,6 +46,7 @@ class WithPrompts:
         if cut is None:
             self._log_cuts(tokens)
         else:
+            # Counted and not logged: precomputing reads millions of captions.
             cut.update(tokens.count_cuts())
         return tokens.ids
 
@@ -80,6 +81,7 @@ class WithPrompts:
         encoders: Collection[str] | None = None,
         weighting: str | None = None,
     ) -> PromptTokens:
+        # Encoders need not be loaded to count tokens: their configurations are enough.
         read = lengths(
             self.modules if encoders is None else encoders, self.configs, length
         )
@@ -87,6 +89,8 @@ class WithPrompts:
         return tokenized(self.tokenizers, read, prompts, **options)
 
     def _log_cuts(self, tokens: PromptTokens) -> None:
+        # Remembered in the bundle: a job encodes the same negative prompt in every
+        # batch.
         tokens.log_cuts(self._memo.setdefault("logged", set()))
 
     def load_embedding(
@@ -109,6 +113,7 @@ class WithPrompts:
 
     def add_learned(self, *learned: Learned) -> Any:
         """load_embedding for vectors that are read."""
+        # New dictionaries around the same arrays: the old bundle goes on as it was.
         parts = textual_inversion.Encoders(
             self.modules, self.variables, self.tokenizers
         )

@@ -1,6 +1,6 @@
 """What one call of sd3_jax.generate gives its program: rows, start, Plan, Inputs."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +11,6 @@ from jaxtyping import Float, Key
 from sd3_jax.diffusion import solvers
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, arguments, compiled, input_images, seeds
-from sd3_jax.sampling.adapter_bank import Sets
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.guidance_arguments import Guidance
 from sd3_jax.sampling.prompts import Conditioning
@@ -40,7 +39,7 @@ class Start(NamedTuple):
     mask: Any
 
 
-def returns_all(output: str, return_latents: str) -> bool:
+def returns_all(output: Any, return_latents: Any) -> bool:
     """Whether the latents of all steps are returned; UserError for unknown choices."""
     argument_checks.choice("output", output, OUTPUTS)
     argument_checks.choice("return_latents", return_latents, RETURN_LATENTS)
@@ -53,7 +52,7 @@ def start(
     bundle: Bundle,
     shape: tuple[int, int, int],
     rows: Rows,
-    seed: int | Sequence[int],
+    seed: Any,
     *,
     latents: Array | np.ndarray | None,
     image: Array | np.ndarray | None,
@@ -71,6 +70,7 @@ def start(
     noise = x0 = None
     if latents is not None:
         noise = arguments.latents_of(bundle, spread(latents, "latents"), None, shape)
+    # A mask alone has nothing to keep: without an image the rest would be noise.
     if mask is not None:
         if image is None:
             raise UserError(
@@ -83,7 +83,7 @@ def start(
 
 
 def adapter_table(
-    bundle: Bundle, adapters: Sets | None, rows: Rows
+    bundle: Bundle, adapters: Any, rows: Rows
 ) -> Float[np.ndarray, "..."]:
     """Weights of the bundle's n adapters: (n,), or (b, n) for a set for each prompt."""
     table = bundle.bank.table(adapters, rows.prompts)

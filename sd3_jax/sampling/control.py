@@ -123,6 +123,17 @@ def require_fit(
         )
 
 
+def require_equal_depths(nets: Sequence[ControlNet]) -> None:
+    """UserError for nets of unlike depths, which cannot act together."""
+    depths = sorted({net.depth for net in nets})
+    # Their residuals are summed before the denoiser spreads them over its layers.
+    if len(depths) > 1:
+        raise UserError(
+            f"ControlNets of {', '.join(map(str, depths))} layers together: all must"
+            " have the same number, because their residuals are added layer by layer"
+        )
+
+
 def controlled(
     denoiser: Callable[..., Array], controls: Sequence[Control], **kwargs
 ) -> Callable[[Array, Array, Conditioning], Array]:
@@ -130,11 +141,7 @@ def controlled(
 
     Their residuals are added up, so they must be of equally many blocks.
     """
-    counts = sorted({control.net.depth for control in controls})
-    if len(counts) > 1:
-        raise ValueError(
-            f"ControlNets of {counts} blocks; all must have the same number"
-        )
+    require_equal_depths([control.net for control in controls])
 
     def velocity(x, t, cond):
         if not controls:

@@ -20,6 +20,7 @@ from sd3_jax.sampling.control import (
     UNCONDITIONAL,
     ControlBundle,
     ControlInput,
+    require_equal_depths,
     require_fit,
 )
 from sd3_jax.sampling.input_images import latent_mask, pixel_mask
@@ -88,14 +89,9 @@ def controls_of(
             uncond_hint = spread(uncond_hint, f"{name}'s unconditional images")
         fields = hint, scale, window, uncond_hint, uncond_scale
         arrays.append((control.net.variables, *fields))
-    # Residuals of several nets are summed layer by layer in one program.
-    depths = [control.net.module.depth for control in controls]
-    if len(set(depths)) > 1:
-        raise UserError(
-            f"ControlNets of {', '.join(map(str, depths))} layers together: all must"
-            " have the same number, because their residuals are added layer by layer"
-        )
-    return tuple(control.net.module for control in controls), tuple(arrays)
+    nets = tuple(control.net.module for control in controls)
+    require_equal_depths(nets)
+    return nets, tuple(arrays)
 
 
 def controls_at_a_time(

@@ -58,6 +58,8 @@ class Guidance(NamedTuple):
                 ' solver "euler", whose step the method changes'
             )
         method = METHODS[self.method]
+        # These read one t for a whole batch, or the solver's grid, which adaptive does
+        # not follow.
         steers = self.layers.layers or method.carries or method.reads_grid
         if self.guided and solver == "adaptive" and steers:
             raise UserError(
@@ -82,6 +84,7 @@ class Guidance(NamedTuple):
         """Those of the guide's denoiser, with its adapters."""
         if self.guide is None:
             return None
+        # One set for all rows: the guide's own, whatever sets the prompts have.
         return self.guide.adapted("denoiser", self.guide.bank.table(None, 1))
 
     def inputs(self, times: Float[np.ndarray, " n"]) -> dict[str, Any]:
@@ -95,6 +98,8 @@ class Guidance(NamedTuple):
         if not self.guided:
             return fields
         if self.layers.layers:
+            # Skip-layer guidance has the released code's strict bounds, which leave out
+            # the first step; PAG acts in all steps by default.
             window = grids.control_window if self.method == "pag" else grids.skip_window
             fields |= dict(
                 skip_scale=np.float32(self.layers.scale),
@@ -102,6 +107,8 @@ class Guidance(NamedTuple):
             )
         if not is_constant(self.schedule):
             scales = guidance_schedules.scales(self.schedule, self.scale, times)
+            # Padded with the last scale: the padding's times are 0, where interp would
+            # else read a scale of 0.
             fields["scales"] = compiled.padded(scales, scales[-1])
         return fields | {"options": self.numbers or None}
 
@@ -164,6 +171,7 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
         )
+    # One program runs both networks, and a program has one mesh.
     if guide.mesh != bundle.mesh:
         raise UserError("guide is on another mesh; load it with mesh=bundle.mesh")
 

@@ -73,6 +73,7 @@ class Edit(NamedTuple):
         """
         if not self.pastes:
             return images
+        # Pixels are pasted on the host, so each process needs all of them.
         whole = images.is_fully_addressable
         gathered = (
             images if whole else multihost_utils.process_allgather(images, tiled=True)
@@ -87,6 +88,8 @@ class Edit(NamedTuple):
         original, weight = self.original[i], self.weight[i]
         if self.regions is not None and self.insides is not None:
             left, top, right, bottom = self.regions[i]
+            # Bytes, as Pillow resizes pictures; only what is pasted passes through
+            # them.
             inside = Image.fromarray(to_bytes(painted)).crop(self.insides[i])
             back = resized(np.asarray(inside), right - left, bottom - top)
             painted = original.copy()
@@ -140,12 +143,17 @@ def prepare(
             " original pixels are blended; set paste=True"
         )
     originals, masks = _rows(image, mask, border)
+    # The blur comes after the growth, so that it softens the grown edge.
     masks = np.stack([_softened(x, mask_padding, mask_blur) for x in masks])
     weight = masks[..., None] / np.float32(255)
     if crop_to_mask is not None:
+        # height and width are those of the crop that is painted. The result has the
+        # picture's, which need not be multiples of a patch.
         h, w, _ = size(bundle, height, width, None)
         sides = h * bundle.factor, w * bundle.factor
         return _cropped(bundle, originals, masks, weight, sides, crop_to_mask)
+    # mask_padding without pasting only grows the mask, which generate then reads as it
+    # reads any.
     inner = weight
     if pastes or border is not None:
         inner = covering(masks, bundle.factor)
@@ -198,6 +206,7 @@ def _rows(
             f"mask of {masks.shape[1:]} pixels: must equal the size of the picture,"
             f" {pictures.shape[1:3]}"
         )
+    # One mask may serve all pictures, and one picture be repainted under several masks.
     counts = {len(pictures), len(masks)}
     if len(counts - {1}) > 1:
         raise UserError(
@@ -232,9 +241,12 @@ def _cropped(
                 f"crop_to_mask: mask {i} is black; expected white where the picture is"
                 " repainted"
             )
+        # By the blurred mask: what it touches has to be in the crop.
         region = crop_region(mask, width, height, padding)
         left, top, right, bottom = region
         area = np.s_[top:bottom, left:right]
+        # Where a picture is too small for the aspect, the crop is filled up, and
+        # `inside` says what to paste back.
         crop, inside = filled(to_bytes(picture[area]), width, height)
         regions.append(region)
         insides.append(inside)

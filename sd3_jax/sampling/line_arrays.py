@@ -44,6 +44,8 @@ def read_row(settings: Mapping[str, Any]) -> Row:
     left, top, right, bottom = settings.get("outpaint") or (0, 0, 0, 0)
     how = settings.get("resize", "")
     sides = settings["height"], settings["width"]
+    # height and width are those of the result: the picture fills what the border
+    # leaves.
     inner = sides[0] - top - bottom, sides[1] - left - right
     if how and min(inner) < 1:
         raise UserError(
@@ -52,6 +54,8 @@ def read_row(settings: Mapping[str, Any]) -> Row:
     image, mask_path = settings.get("image"), settings.get("mask")
     mask = resize(_decoded_mask(mask_path), inner, how) if mask_path else None
     crops = "crop_to_mask" in settings and not settings.get("outpaint")
+    # Known only now: headers do not tell whether a mask is black. Refused here, it
+    # costs one line and not its batch.
     if crops and mask is not None and not mask.any():
         raise UserError(f"mask {mask_path} is black; expected white where to repaint")
     controls = settings.get("control") or ()
@@ -73,6 +77,7 @@ def resize(pixels: ndarray, sides: Size, how: str) -> ndarray:
     grey = pixels.ndim == 2
     method = Image.Resampling.NEAREST if grey else Image.Resampling.LANCZOS
     picture = Image.fromarray(pixels)
+    # Centred, as ImageOps.fit is by default.
     if how == "crop":
         return np.asarray(ImageOps.fit(picture, size, method))
     return np.asarray(picture.resize(size, method))
@@ -86,6 +91,8 @@ def _decoded_mask(path: str) -> UInt8[ndarray, "h w"]:
     """A mask, which programs also write as RGB; BadImage for colours and alpha."""
     picture = images.open_header(images.read_bytes(path), path)
     pixels = images.pixels(picture, path)
+    # An alpha channel may be the mask itself, and a colour is no share: which is meant
+    # cannot be known.
     alpha = "A" in picture.mode and picture.getchannel("A").getextrema() != (255, 255)
     if alpha or (pixels != pixels[..., :1]).any():
         raise images.BadImage(
@@ -139,17 +146,12 @@ def adapters(model: Any, loras: Sequence[str] | None) -> dict[str, Any]:
     if loras is None:
         return {}
     weights = dict(lora_adapters.named(text) for text in loras)
+    # Compared with the order, since that is part of the sum. A line whose weights alone
+    # differ reloads and compiles nothing.
     if list(model.adapters) != list(weights):
         if model.adapters:
             model.unload_adapters()
         for path in weights:
+            # Its path is its name, by which the line's weights call it.
             model.load_adapter(path, name=path, weight=0.0)
     return {"adapters": weights}
-
-
-def unlike_depths(nets: Sequence[ControlBundle]) -> str:
-    """Why these nets cannot act together; "" if they can."""
-    depths = sorted({net.module.depth for net in nets})
-    if len(depths) < 2:
-        return ""
-    return f"ControlNets of {', '.join(map(str, depths))} layers; expected equal depths"

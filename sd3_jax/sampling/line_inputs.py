@@ -48,6 +48,7 @@ def locate(text: str, folder: epath.PathLike) -> str:
     """A line's path as an absolute one; relative paths begin at `folder`."""
     if not text or files.remote(text):
         return text
+    # An absolute path stays: joined to a folder it is itself.
     joined = epath.Path(folder) / os.path.expanduser(text)
     return files.absolute(os.fspath(joined))
 
@@ -108,6 +109,8 @@ def read_loras(value: Any, folder: epath.PathLike) -> list[str]:
                 f"lora {shown(repr(entry))}: expected a path, or {{path: weight}}"
             )
         if not pair:
+            # A weight follows the last = of a path, but files may have one in their
+            # names: what exists as a whole has no weight.
             here = lambda path: files.exists(locate(path, folder))
             text, weight = source_names.split_weight(text, here)
         path = locate_source(text, folder, "lora")
@@ -125,6 +128,8 @@ class Looked:
     """Facts of files, each read once."""
 
     def __init__(self):
+        # Lines often share a picture, such as one mask for all: it is opened and hashed
+        # once.
         self.picture: Callable[[str], Facts] = functools.cache(_picture_facts)
         self.lora: Callable[[str], Facts] = functools.cache(_lora_facts)
 
@@ -169,6 +174,7 @@ def place(settings: Mapping[str, Any], looked: Looked, *, sized: bool) -> Placed
     size = settings["height"], settings["width"]
     resized = bool(settings.get("resize"))
     # --- the picture to change gives the size, or else a ControlNet's hint
+    # One of them alone: all others have to agree with it anyway.
     paths = [image] if image else [control["image"] for control in controls[:1]]
     result = size
     for path in paths:
@@ -215,6 +221,8 @@ def _require_together(settings: Mapping[str, Any], crops: bool) -> None:
         return
     if crops and not mask and not border:
         raise UserError("crop_to_mask without mask; give mask, white where to repaint")
+    # The API refuses the same; here it is known before weights are loaded, and with the
+    # line's number.
     blurs = settings.get("mask_blur", 0) > 0 and (mask or border)
     if blurs and not settings.get("paste", True) and not crops:
         raise UserError("mask_blur without paste; set paste to true")

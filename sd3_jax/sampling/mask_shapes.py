@@ -26,6 +26,7 @@ def crop_region(
     (left, right), (top, bottom) = box
     # Only the side that is too short grows: the crop never loses a masked pixel.
     if (right - left) / (bottom - top) > width / height:
+        # int(), as in diffusers, so that crops are equal to the pixel.
         longer = int((right - left) / (width / height))
         top, bottom = _grown(top, bottom, longer, mask.shape[0])
     else:
@@ -44,6 +45,8 @@ def dilated(mask: UInt8[ndarray, "h w"], by: int) -> UInt8[ndarray, "h w"]:
     """The largest value in the square of `by` pixels around each pixel."""
     for axis in (0, 1):
         pads = [(by, by) if i == axis else (0, 0) for i in (0, 1)]
+        # The largest of a square is that of its rows' largest: two passes in place of
+        # one over all of its pixels.
         wide = np.pad(mask, pads)
         windows = np.lib.stride_tricks.sliding_window_view(wide, 2 * by + 1, axis)
         mask = windows.max(axis=-1)
@@ -63,6 +66,7 @@ def covering(masks: UInt8[ndarray, "n h w"], factor: int) -> ndarray:
     """
     n, h, w = masks.shape
     down = [(0, 0), (0, -h % factor), (0, -w % factor)]
+    # From 128 on a pixel is masked, as in diffusers' binarize.
     cells = np.pad(masks >= 128, down)
     cells = cells.reshape(n, cells.shape[1] // factor, factor, -1, factor)
     cells = cells.any(axis=(2, 4)).repeat(factor, 1).repeat(factor, 2)
@@ -73,6 +77,7 @@ def filled(pixels: UInt8[ndarray, "h w *c"], width: int, height: int):
     """Pixels resized to fit, the rest filled with their edges; and where they are."""
     h, w = pixels.shape[:2]
     wide = width / height < w / h
+    # Whole-number division, as in diffusers' _resize_and_fill.
     fit = (width, h * width // w) if wide else (w * height // h, height)
     inner_width, inner_height = max(1, fit[0]), max(1, fit[1])
     # diffusers centres by these two halves, so that odd margins are where it has them.

@@ -88,6 +88,8 @@ def dpm(values: Mapping[str, Any]) -> tuple[Scheduler, Complaints]:
         # To t = 0 all steps are of first order, so it only matters to the third.
         lower_order_final=(True,) if third else (True, False),
     )
+    # The ODE's first order is an exact step for a constant x0, which on a straight path
+    # is Euler's.
     names = {1: "euler", 2: "dpmpp_2m_flow", 3: "dpmpp_3m_flow"}
     solver = "dpmpp_2m_sde" if stochastic else names.get(values["solver_order"], "")
     return _scheduler(values, solver or "euler", "flow"), complaints
@@ -105,6 +107,7 @@ def unipc(values: Mapping[str, Any]) -> tuple[Scheduler, Complaints]:
         solver_p=(None,),
     )
     solver = "unipc_3" if values["solver_order"] == 3 else "unipc_2"
+    # 0 is none, as in diffusers.
     terminal = values["shift_terminal"] or None
     return _scheduler(values, solver, "unipc", terminal=terminal), complaints
 

@@ -57,6 +57,7 @@ def observe(
     latents = input_images.laid_out(latents, denoiser.channels)
     t = input_images.times(t, len(latents))
     args = compiled.place((latents, t, context, pooled), bundle.mesh)
+    # The weights of set_adapters, as an unchanged call of generate has them.
     table = bundle.bank.table(None, len(latents))
     variables = bundle.adapted("denoiser", table)
     with compiled.on(bundle.mesh, args):
@@ -78,6 +79,7 @@ def _observe(denoiser: nn.Module, variables, x, t, context, pooled) -> Observati
     sides = (*attention.shape[:2], rows, columns, attention.shape[-1])
     rms = [x["rms"] for x in scanned]  # (layers, b, 2) each
     image = jnp.concatenate([*(x[..., 0] for x in rms), last["rms"][..., 0]])
+    # The last block's text stream ends before its MLP, and has no output to measure.
     text = jnp.concatenate([x[..., 1] for x in rms])
     return Observation(velocity, attention.reshape(sides), image, text)
 
@@ -109,6 +111,8 @@ def word_tokens(
             continue
         tokenizer = bundle.tokenizers[name]
         first, most = (CLIP_LENGTH, length) if name == "t5" else (0, CLIP_LENGTH)
+        # The tokenizer's own spans: words and tokens do not match one to one in any of
+        # the three.
         spans = tokenizer(
             text, return_offsets_mapping=True, truncation=True, max_length=most
         )["offset_mapping"]

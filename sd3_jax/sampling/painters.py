@@ -62,6 +62,7 @@ def trained(
 
     def paint(rows: Sequence[Task]) -> tuple[np.ndarray, dict[int, str]]:
         group = rows[0].group
+        # Made when it is needed: a resumed job may skip whole groups.
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(

@@ -98,6 +98,7 @@ def read(path: epath.PathLike, title: str) -> dict[str, Any]:
                 f"{title}: {name} {shown(json.dumps(value))}: a line of another version"
                 " or program, which cannot be repeated"
             )
+    # Padded, so that a shorter list fails below like one of wrong types.
     row, size, *rest = [*line["batch"], None, None][: max(2, len(line["batch"]))]
     whole = isinstance(row, int) and isinstance(size, int)
     if rest or not whole or not 0 <= row < size <= 2**20:
@@ -124,6 +125,8 @@ def save(
     quality: int,
 ) -> None:
     """Writes a picture by its path's suffix, with its line."""
+    # PNG's tEXt chunks hold Latin-1 and EXIF's comment ASCII: escapes pass through
+    # both.
     text = json.dumps(line)  # in ASCII
     if path.suffix == ".png":
         prompt = line["prompt"]

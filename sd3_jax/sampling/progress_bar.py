@@ -3,6 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 
@@ -13,7 +14,7 @@ from sd3_jax.errors import UserError
 _bars: list = []
 
 
-def checked(preview: Callable | None, progress: bool) -> Callable | None:
+def checked(preview: Any, progress: Any) -> Callable | None:
     """generate's `preview`, which with `progress` moves the bar too."""
     if preview is not None and not callable(preview):
         raise UserError(f"preview {preview!r}: expected a function of (step, t, rgb)")

@@ -64,6 +64,7 @@ class Task(NamedTuple):
         shared = tuple(str(s[name]) for name in SHARED)
         if not s.keys() & {*CHANGED, *NESTED}:
             return shared
+        # Rows may have other pictures and masks; that they have one is a shape.
         names = [name for name in CHANGED if name not in ("image", "mask")]
         changed = [str(s.get(name)) for name in names]
         pixels = lambda fields: ("image" in fields, "mask" in fields)
@@ -71,7 +72,11 @@ class Task(NamedTuple):
             (pixels(x), *(str(x.get(k)) for k in ("net", "preprocess", *NUMBERS)))
             for x in s.get("control", ())
         ]
+        # With the weights: a bundle holds the LoRAs of one group at a time, in its
+        # order.
         lora = str(s.get("lora"))
+        # The size last: crops are painted at one size and pasted into pictures of
+        # others, whose rows cannot be stacked.
         return (*shared, *changed, pixels(s), tuple(nets), lora, self.size)
 
 
@@ -188,6 +193,7 @@ def _prompts(config: ConfigDict, looked: Looked) -> list[Line]:
 
 def _folder(config: ConfigDict, folder: epath.Path, looked: Looked) -> list[Line]:
     """A line for each picture, with its caption's file or the one prompt for all."""
+    # One listing: in a bucket each look for a caption would be a request.
     names = set(files.names(folder))
     pictures = sorted(x for x in names if x.lower().endswith(SUFFIXES))
     title = f"config.sample.images = {folder}"
@@ -212,6 +218,7 @@ def _folder(config: ConfigDict, folder: epath.Path, looked: Looked) -> list[Line
         checked = Line(prompt_text.checked(prompt), line_config, where)
         return with_pictures(checked, looked)
 
+    # name=name binds each: a generator's variable moves on before its line is read.
     entries = ((f"{folder / name}", lambda name=name: line(name)) for name in pictures)
     return _valid(entries, title, "pictures")
 

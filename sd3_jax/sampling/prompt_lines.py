@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 from etils import epath
 from ml_collections import ConfigDict
 
+from sd3_jax.config import released_keys
 from sd3_jax.config.validation import validate
 from sd3_jax.data import prompt_text, prompt_weights
 from sd3_jax.errors import ConfigError, UserError, nearest
@@ -30,13 +31,12 @@ SHARED = tuple(
 )
 # Settings of pictures to change. A task has those that act.
 MASKED = ("paste", "mask_blur", "mask_padding", "crop_to_mask", "outpaint")
-CHANGED = ("image", "mask", "strength", "resize", *MASKED)
+CHANGED = tuple(name for name in released_keys.EDITED if name != "images")
 LINE_SETTINGS |= {name: f"sample.{name}" for name in CHANGED}
 NESTED = ("control", "lora")  # values of a line that are no config's
 ALIASES = {"guidance": "cfg"}
 # What a run's own checkpoint does not read: it paints from text alone.
-RELEASED = (*CHANGED, *NESTED, "max_length", "clip_skip", "prompt_weighting")
-RELEASED += tuple(name for name in SAMPLE if name.startswith("skip_"))
+RELEASED = (*released_keys.RELEASED, *NESTED, "prompt_weighting")
 
 
 class Line(NamedTuple):
@@ -140,6 +140,8 @@ def with_pictures(line: Line, looked: Looked) -> Line:
     sample = line.config.sample
     if syntax := sample.prompt_weighting:
         texts = [line.prompt] if isinstance(line.prompt, str) else line.prompt
+        # Parsed to be checked alone: what does not parse is this line's error, and not
+        # one of its batch.
         for text in *texts, sample.negative:
             prompt_weights.parse(text, syntax)
     acting = ("image", "mask", "outpaint")

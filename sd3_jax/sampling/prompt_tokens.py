@@ -56,6 +56,7 @@ class PromptTokens(NamedTuple):
         """How many prompts each kind of encoder cuts."""
         counts = Counter()
         for kind in dict.fromkeys(KINDS[name] for name in self.cuts):
+            # A prompt whose texts for CLIP-L and CLIP-G are both cut counts once.
             rows = zip(*(x for name, x in self.cuts.items() if KINDS[name] == kind))
             counts[kind] = sum(any(row) for row in rows)
         return counts
@@ -90,6 +91,7 @@ def tokenized(
     full = [p if isinstance(p, Prompt) else Prompt(p) for p in prompts]
     words, cuts, texts = {}, {}, {}
     for name, length in lengths.items():
+        # Only encoders that are asked for: embeddings alone need no tokenizer at all.
         if name not in by_encoder:
             raise UserError(
                 f"{source} has no tokenizer for {name}; set"
@@ -113,6 +115,7 @@ def check_weighting(weighting: str | None) -> None:
 
 def _parsed(text: str, weighting: str | None) -> prompt_weights.WeightedPrompt:
     if weighting is None:
+        # No pieces: is_plain, so that the whole text is tokenized as ever.
         return prompt_weights.WeightedPrompt(text, ())
     return prompt_weights.parse(text, weighting)
 

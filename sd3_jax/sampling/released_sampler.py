@@ -24,7 +24,7 @@ from sd3_jax.sampling import (
     prompt_file,
     task_arguments,
 )
-from sd3_jax.sampling.control import ControlBundle
+from sd3_jax.sampling.control import ControlBundle, require_equal_depths
 from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
@@ -164,10 +164,12 @@ def load_nets(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task]
 ) -> tuple[dict[str, ControlBundle], dict[int, str]]:
     """The ControlNets of tasks by path; and why tasks, by index, cannot be painted."""
+    # A net that cannot be loaded takes its own lines along, and no others.
     nets, failures, unfit = {}, {}, {}
     for task in tasks:
         paths = [control["net"] for control in task.settings.get("control", ())]
         for path in paths:
+            # Many lines name one net: it is loaded, or refused, once.
             if path in nets or path in failures:
                 continue
             try:
@@ -175,10 +177,13 @@ def load_nets(
             except UserError as error:
                 failures[path] = str(error)
         reasons = [failures[path] for path in paths if path in failures]
-        if not reasons:
-            reasons = [line_arrays.unlike_depths([nets[path] for path in paths])]
-        if reasons[0]:
+        if reasons:
             unfit[task.index] = reasons[0]
+            continue
+        try:
+            require_equal_depths([nets[path].module for path in paths])
+        except UserError as error:
+            unfit[task.index] = str(error)
     return nets, unfit
 
 
@@ -195,6 +200,7 @@ def sample_lines(
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
     guided = {"guide": guide} if guides else {}
+    # Text alone reads no file, and cannot fail row by row.
     if not settings.keys() & {"image", "control", "lora"}:
         return sample_tasks(model, tasks, guided), {}
     rows, failures = _read_rows(tasks)
@@ -266,6 +272,7 @@ def cut_words(
     prompts = [task_arguments.prompt_of(task) for task in tasks]
     cuts: dict[tuple, dict[str, str]] = {}
     for key in dict.fromkeys(keys):
+        # Each text once: the seeds of a prompt share its words.
         texts = list(dict.fromkeys(p for p, k in zip(prompts, keys) if k == key))
         words = model.tokens_cut(texts, key[0], weighting=key[1], log=True)
         cuts |= {(key, text): cut for text, cut in zip(texts, words)}

@@ -16,6 +16,7 @@ def value_text(value: Any) -> str:
 
 
 def is_number(x: Any) -> bool:
+    # To Python true is a number, in a file it is a mistake.
     return isinstance(x, int | float) and not isinstance(x, bool) and math.isfinite(x)
 
 
@@ -29,9 +30,11 @@ def real(default: float) -> Field:
 
 
 def one_of(*choices: str) -> Field:
+    # The first choice is the default, as diffusers' classes have it.
     return Field(choices[0], f"one of {', '.join(choices)}", lambda x: x in choices)
 
 
+# 1 where a file has none, which changes no t.
 SHIFT = Field(1.0, "a finite number > 0", lambda x: is_number(x) and x > 0)
 END = Field(None, "null or a number in [0, 1)", lambda x: is_number(x) and 0 <= x < 1)
 SPACED = {f"use_{name}_sigmas": flag(False) for name in grids.SPACINGS if name}

@@ -18,6 +18,7 @@ def generate_arguments(tasks: Sequence[Task]) -> dict[str, Any]:
     return dict(
         prompts=[prompt_of(task) for task in tasks],
         negative_prompts=[x.settings["negative"] for x in tasks],
+        # A seed for each picture: it does not depend on the batch that it falls into.
         seed=[x.settings["seed"] + x.number for x in tasks],
         height=s["height"],
         width=s["width"],
@@ -67,6 +68,8 @@ def program(task: Task) -> tuple[str, ...]:
     """What tells the program of a task from others, in words."""
     s = task.settings
     guided = guidance.guides(s["cfg"])
+    # Groups are ordered and logged by these words. Programs that share them may still
+    # differ, as by the layers of their ControlNets, and then compile each.
     nets = len(s.get("control", ()))
     words = (
         f"{s['height']} x {s['width']} pixels",

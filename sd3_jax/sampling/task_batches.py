@@ -48,6 +48,7 @@ def size_of(group: list[Task], most: int, mesh: Mesh) -> int:
     log.warning(
         f"{message}: the last bits may differ", group[0].where, group[0].slot[1]
     )
+    # Large enough for its row, in a size that the mesh divides.
     return max(size, -(-group[0].slot[1] // size) * size)
 
 

@@ -132,10 +132,15 @@ def _extended(encoders: Encoders, name: str, learned: Learned, mesh: Mesh) -> En
     # --- rows of the table
     params = encoders.variables[name]["params"]
     table, used = params[TABLES[name]], sum(map(len, ids.values()))
+    # Behind the model's table and not the tokenizer's words: T5's table has rows
+    # (32128) that no word has.
     first, count = module.vocab + used, len(learned.vectors[name])
+    # Spare rows are zeros, and no text has their ids.
     rows = -(-(used + count) // ROWS) * ROWS
     values = np.zeros((rows, module.width), table.dtype)
     if used:
+        # Added rows may be sharded over processes; each builds the whole table from its
+        # copy.
         values[:used] = process_allgather(params[ADDED], tiled=True)[:used]
     values[used : used + count] = learned.vectors[name]
     # --- placed as the table is, along its width
@@ -143,6 +148,7 @@ def _extended(encoders: Encoders, name: str, learned: Learned, mesh: Mesh) -> En
     where = NamedSharding(mesh, PartitionSpec(None, spec[1]))
     params = params | {ADDED: compiled.put(values, where)}
     ids = ids | {learned.token: tuple(range(first, first + count))}
+    # Around the tokenizer itself: wrappers do not nest.
     base = getattr(tokenizer, "base", tokenizer)
     options: dict[str, Any] = {"added": rows}
     if isinstance(module, ClipText) and module.eos == LEGACY_EOS:

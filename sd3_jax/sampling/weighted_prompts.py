@@ -67,6 +67,7 @@ def encode(
             else:
                 output = output._replace(states=state)
             outputs[name] = output
+    # Rounded once, after the sums, to what the plain program returns.
     dtypes = {name: getattr(models, name).dtype for name in outputs}
     outputs = {
         name: output._replace(states=output.states.astype(dtypes[name]))
@@ -100,9 +101,12 @@ def blend_rounds(
         shares[name][0] = 1
         for row, pieces in enumerate(light[name]):
             for i, (number, weight) in enumerate(pieces, 1):
+                # NO_PIECE differs from every number: the start, the end and padding
+                # stay visible.
                 masks[i][name][row] = x.pieces[row] != number
                 angle = (1 - max(LEAST, weight)) * np.pi / 2
                 shares[name][i, row] = np.tan(angle)
+        # compel's lerp: the shares of a blend add up to 1.
         shares[name] /= shares[name].sum(0)
     return [
         (masks[i], {name: x[i].astype(np.float32) for name, x in shares.items()})
@@ -143,7 +147,9 @@ def states(
     def weigh(output, w):
         z, e = jnp.split(output.states.astype(jnp.float32), 2)
         w = w[..., None]  # (b, l, 1)
+        # Of the prompt's half; the empty prompt's is not used.
         pooled = None if output.pooled is None else jnp.split(output.pooled, 2)[0]
+        # Selected, since e + (z - e) rounds: words of weight 1 keep their states.
         return Output(jnp.where(w == 1, z, e + w * (z - e)), pooled)
 
     return {name: weigh(output, weights[name]) for name, output in outputs.items()}

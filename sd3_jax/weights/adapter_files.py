@@ -51,6 +51,8 @@ def read(path: epath.PathLike) -> dict[str, Layers]:
     if not tensors:
         raise UserError(f"{path}: holds no tensors; expected those of an adapter")
     settings = _settings(path, tensors, metadata)
+    # A bare MODULE.weight is a whole weight only where the configuration says so;
+    # elsewhere it is a model's file that was taken for an adapter.
     whole = {name for name, x in settings.items() if x.whole}
     names = adapter_names.parse(str(path), tensors, whole=whole)
     if len(adapters := {x.adapter for x in names.values()} - {None}) > 1:
@@ -103,6 +105,8 @@ def leaves(
     for target in adapter_layers.targets(layers, name, module, params):
         by_leaf.setdefault(target.piece.path[1:], []).append(target)
 
+    # A generator of its own, so that targets are checked when `leaves` is called and
+    # not at the first change.
     def changes():
         for path, targets in by_leaf.items():
             leaf = _leaf(params, path)
@@ -173,6 +177,8 @@ def _update(
         # Only LoKr has a scale without a rank, and only in PEFT.
         scaled = rank is not None or "lokr_w1" in tensors
         return Update(tensors, settings.scale(module, rank) if scaled else 1.0)
+    # Read with the header: alphas are single numbers, and their faults show before any
+    # weight is loaded.
     value = alpha.read()
     if value.size != 1 or not math.isfinite(float(value.reshape(-1)[0])):
         raise UserError(f"{path}: {module}.alpha: expected one finite number")
@@ -204,8 +210,10 @@ def _factors(
 ) -> Factors:
     """One rank for the kernel: the largest of its layers' and of q, k and v."""
     # With LoCon's middle matrix the two ranks may differ: up's counts.
+    # A stack has one array for all its layers, so the largest rank sets its shape.
     rank = max(target.update.tensors["B"].shape[1] for target in targets)
     by_layer = {target.module: target for target in targets}
+    # Zeros stand for layers that the file does not have.
     sides = factor_pieces.zeros(path[:-1], tuple(leaf.shape), rank)
     layout = targets[0].layout
     pieces = factor_pieces.pieces(name, module, path[:-1], sides, layout)
@@ -234,6 +242,8 @@ def _matrix(target: Target, side: int, rank: int, piece: Piece) -> np.ndarray:
 
 def _full(path: Path, leaf: Any, targets: list[Target]) -> Full:
     """The sum of all changes of a leaf; what the file lacks is zero."""
+    # In host memory, one stack at a time: the caller places it before it asks for the
+    # next.
     total = np.zeros(leaf.shape, np.float32)
     values: list[np.ndarray] = []  # of the leaf, read once and only if needed
 

@@ -54,6 +54,8 @@ class Update(NamedTuple):
 def rank(tensors: Mapping[str, Tensor]) -> int | None:
     """Rank of a layer's factors; None if nothing is factored."""
     # In each, the first axis of the matrix on the right.
+    # LoKr's second matrix before its first: where both are factored ComfyUI takes the
+    # rank of the second one too (its later assignment wins).
     for role in ("A", "hada_w1_b", "lokr_w2_b", "lokr_w1_b"):
         if role in tensors and tensors[role].shape:
             return tensors[role].shape[0]
@@ -97,6 +99,7 @@ def misfit(update: Update, part: str, shape: Shape) -> str:
         if x.dtype.kind in "biu":
             return f"{role} is of {x.dtype}; expected floats, it may be quantized"
     shapes = {role: tuple(x.shape) for role, x in update.tensors.items()}
+    # Sizes and not shapes are compared where tools flatten: a (c, 1, 1) norm fits (c,).
     size, out = math.prod(shape), shape[0]
     for role in BIAS if part == "bias" else WEIGHT:
         if role in shapes and math.prod(shapes[role]) != size:
@@ -142,6 +145,7 @@ def delta(
     if part == "bias":
         if "B_bias" in roles:  # PEFT scales it as the product (tuners/lora/layer.py)
             total += update.scale * _read(update, "B_bias").reshape(shape)
+        # ComfyUI scales whole differences by the strength alone, never by alpha / rank.
         if "diff_b" in roles:
             total += _read(update, "diff_b").reshape(shape)
         return total + _replacing(update, "bias", base)
@@ -153,6 +157,8 @@ def delta(
     if "diff" in roles:
         total += _read(update, "diff").reshape(shape)
     total = total + _replacing(update, "weight", base)
+    # Last, since DoRA normalizes the weight with all that is added to it (PEFT and
+    # LyCORIS: W + scale * delta).
     for role in [x for x in NORMS if x in roles]:
         w, norms = base(), _read(update, role)
         # kohya's and early files of LyCORIS have norms by input: (1, in).
@@ -197,6 +203,7 @@ def _kronecker_side(update: Update, name: str) -> np.ndarray:
     if name in update.tensors:
         return _read(update, name)
     a, b = _read(update, f"{name}_a"), _read(update, f"{name}_b")
+    # LyCORIS decomposes the second matrix alone by Tucker: the first has no window.
     if name == "lokr_w2" and "lokr_t2" in update.tensors:
         return _tucker(_read(update, "lokr_t2"), a, b)
     return a @ b

@@ -132,6 +132,8 @@ def _flat(name: str) -> str:
 
 def _size_hint(layers: Layers, module: nn.Module) -> str:
     """A remark if a file has more layers than the model."""
+    # Five parts reach the block's number in the longest form,
+    # text_model_encoder_layers_11, and no layer's within a block, such as net.2.
     numbers = [
         int(part)
         for key in layers.updates

@@ -119,6 +119,8 @@ def parse(
     the number of the unknown names and the first ten.
     """
     refuse_foreign(where, tensors)
+    # One name with a prefix is enough: then names without one are faults and no guess
+    # is made.
     bare = not any(component_of(name.removeprefix(WRAPPED))[0] for name in tensors)
     # Names without a prefix are all of one component: PEFT saves one model.
     owner = _owner(tensors) if bare else ""
@@ -199,6 +201,8 @@ def _modern(name: str, component: str) -> str:
         return name
     before, which, side = match.groups()
     if component != "denoiser":
+        # transformers' CLIP names its maps q_proj and out_proj where diffusers has to_q
+        # and to_out.0.
         last = {"out": "out_proj"}.get(which, f"{which}_proj")
     else:
         last = "to_out.0" if which == "out" else f"to_{which}"

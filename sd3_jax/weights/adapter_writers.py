@@ -122,6 +122,8 @@ def save(
     ranks: dict[str, dict[str, int]] = {}
     for name, changes in adapter.items():
         for layer, ends in _layers(name, modules[name], changes, names, compact):
+            # PEFT builds its layers from the ranks in the configuration, before it
+            # looks at shapes; kohya and ComfyUI take ranks from the tensors.
             if "A" in ends and not names.whole:
                 ranks.setdefault(name, {})[layer] = len(ends["A"])
             tensors |= _named(names, name, layer, ends)
@@ -202,6 +204,7 @@ def _pairs(
         down, up = (
             piece.write(x[piece.index]) for piece, x in zip((first, second), sides)
         )
+        # Our q, k and v have a pair each; the original layout has one for all three.
         down, up = _joined(down, up)
         if compact:
             down, up = _compacted(down, up)
@@ -258,12 +261,15 @@ def _named(
     stem = names.prefixes[name] + (layer.replace(".", "_") if names.flat else layer)
     ends = dict(zip("AB", names.sides))
     named = {f"{stem}.{ends.get(role, role)}": x for role, x in tensors.items()}
+    # kohya's scripts look the alpha of each layer up and fail without it
+    # (create_network_from_weights); alpha = rank means a scale of 1.
     if names.alpha and "A" in tensors:
         named[f"{stem}.alpha"] = np.full((), len(tensors["A"]), np.float32)
     return named
 
 
 def _cast(path: epath.Path, key: str, x: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    # float16 ends at 65504, which b with a large alpha passes.
     with np.errstate(over="ignore"):  # told below
         cast = np.ascontiguousarray(x.astype(dtype)).reshape(x.shape)
     if not np.isfinite(cast.astype(np.float32)).all():

@@ -14,6 +14,7 @@ from sd3_jax.weights.components import COMPONENTS, Component
 
 def component_name(name: str) -> str:
     """Our name of a component, of which diffusers' folder is a name too."""
+    # Users of diffusers say "transformer" and "text_encoder_3".
     by_folder = {component.folder: ours for ours, component in COMPONENTS.items()}
     if name not in COMPONENTS and name not in by_folder:
         choices = [*COMPONENTS, *(x for x in by_folder if x not in COMPONENTS)]

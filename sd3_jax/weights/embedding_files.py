@@ -30,6 +30,7 @@ OUTPUT = "_out"  # OneTrainer's vectors that replace an encoder's output
 # diffusers' scripts for two encoders write learned_embeds.safetensors and, for the
 # second, learned_embeds_2.safetensors.
 NUMBERED = {"2": "clip_g", "3": "t5"}
+# As many tokens as T5 reads at most: more rows are a table or a matrix.
 MOST_VECTORS = 512
 
 
@@ -53,6 +54,7 @@ def read(source: str, widths: Mapping[str, int]) -> list[Learned]:
         for file in _files(path):
             for learned in _read_file(file, widths):
                 first = by_token.setdefault(learned.token, learned)
+                # The companions repeat the placeholder, each for another encoder.
                 first.vectors.update(learned.vectors)
         return list(by_token.values())
     return _read_file(path, widths)
@@ -120,6 +122,8 @@ def _encoder_of(
 ) -> str:
     """The encoder of vectors whose name does not tell it: by width, then by file."""
     width = tensor.shape[-1] if tensor.shape else 0
+    # CLIP-L is 768 wide, CLIP-G 1280 and T5 4096, so that the width decides in all
+    # published models; in toy models it may fit several.
     fitting = [encoder for encoder, size in widths.items() if size == width]
     if not fitting:
         raise UserError(

@@ -90,11 +90,16 @@ def moment(
     tokens: Mapping[str, Sequence[int]],
 ) -> Moment:
     """Observe the denoiser with a prompt alone, without its unconditional half."""
+    # The conditional half alone: its attention is what the words did, and guidance
+    # needs no second look.
     seen = observation.observe(bundle, latents, np.full(1, t, np.float32), *cond)
     estimate = bundle.decode(latents - np.float32(t) * seen.velocity)
     attention = np.asarray(seen.attention)[:, 0]  # (layers, rows, columns, text)
+    # Heads are averaged in the program already; blocks here, for the maps alone.
     maps = attention.mean(0)
     shares = {
+        # Shares of one softmax over image and text: what is missing to 1 is attention
+        # among image tokens.
         group: attention[..., part].sum(-1).mean((1, 2))
         for group, part in GROUPS.items()
         if attention[..., part].shape[-1]

@@ -26,6 +26,7 @@ def html(
 ) -> str:
     """The page. `previews` are (step, t, rough picture of the latents), noise first;
     `facts` are the settings as (name, value)."""
+    # Evenly spaced, with both ends: the noise and the result.
     chosen = np.rint(np.linspace(0, len(previews) - 1, min(FRAMES, len(previews))))
     strip = [
         (_picture(rgb, f"latents after {step} steps", PREVIEW), f"t = {t:.3f}")
@@ -97,6 +98,8 @@ def heat(
     """The picture in grey under an attention map, from its least to its largest."""
     height, width = image.shape[:2]
     least, most = float(attention.min()), float(attention.max())
+    # By its own range: a word's share of the attention is a few per cent at most, and
+    # would be black on a scale to 1.
     share = (attention - least) / max(most - least, 1e-12)
     bytes_ = Image.fromarray(np.rint(255 * share).astype(np.uint8))
     share = np.asarray(bytes_.resize((width, height), Image.Resampling.BILINEAR)) / 255
