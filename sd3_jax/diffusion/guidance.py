@@ -111,8 +111,8 @@ def _branches(
 ) -> Pair:
     """What is steered away from, v_u, and v_c; in float32."""
     # float32 before any difference: `scale` multiplies its rounding error.
-    if against == "weak":
-        require(weak is not None, "weak", weak, "a velocity")
+    require(weak is not None or against != "weak", "weak", weak, "a velocity")
+    if against == "weak" and weak is not None:
 
         def two_networks(x: Batch, t: Times) -> tuple[Batch, Batch]:
             # Two calls, because the networks may differ in size: one batch cannot hold

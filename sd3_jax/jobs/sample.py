@@ -81,7 +81,7 @@ def paint_missing(
     painter: painters.Painter,
     guard: output_filter.Safety,
 ) -> dict[int, str]:
-    """Paints what is not there yet, and completes its `lines`.
+    """Paints the pictures that are missing, and completes their `lines`.
 
     Returns why pictures cannot be painted, by the index of their task.
     """
