@@ -32,10 +32,15 @@ def test_a_page_shows_the_latents_the_words_and_the_blocks(tmp_path):
         (["explore.words=cat"], '"cat" is not a word of the prompt'),
         (["explore.moments=0"], "config.explore.moments = 0"),
         (["sample.per_prompt=65"], "65 pictures; explore makes at most 64 pages"),
-        (["weights="], "config.weights is empty"),
     ],
 )
 def test_mistakes(tmp_path, flags, complaint, capsys):
     assert explore(tmp_path, "sample.prompt=a red fox", *flags) == 2
     assert complaint in capsys.readouterr().err
     assert not (tmp_path / "explore").exists()
+
+
+def test_a_run_has_to_be_exported_first(tmp_path, capsys):
+    flags = f"--workdir={tmp_path}", "--config.sample.prompt=a red fox"
+    assert main.main(["explore", "--config=released:tiny", *flags]) == 2
+    assert "config.weights is empty; explore reads" in capsys.readouterr().err
