@@ -161,6 +161,8 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
+    # A function that is called after each step is part of the program: the bar is one
+    # too.
     preview = progress_bar.checked(preview, progress)
     arguments.require_embeddings(bundle, prompts, "prompts")
     arguments.require_embeddings(bundle, negative_prompts, "negative_prompts")
@@ -199,6 +201,8 @@ def generate(
     steering.require_solver(solver)
     control = control_arguments.accepted(control, solver)
     if image is not None:
+        # Cut before the rows are made: ControlNets' windows are shares of the steps
+        # that are left.
         times = grids.strength(times, strength)
 
     # --- encode prompts; one row for each image
@@ -235,6 +239,7 @@ def generate(
         bundle, steering, solver, shape, times, preview, all_latents=all_latents
     )
     inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
+    # The plan is static and the adapted variables lie on the mesh already.
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:

@@ -107,10 +107,12 @@ def trained(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Bundle:
     encoders = None
     if config.encode.weights:
         trained_with = model_parts.trained_encoders(workdir, step)
+        # Before the base is read, which may take minutes: encoders may not fit.
         encoders = released_encoders(config, denoiser_config, trained_with, mesh)
     if "buffers" in params:
         variables["buffers"] = params["buffers"]
         bundle = base_bundle(workdir, step, mesh, encoders)
+        # The run's denoiser in place of the base's, whose configuration it keeps.
         bundle.variables["denoiser"] = variables
         return joined(bundle, encoders)
     variables["buffers"] = {"pos_embed": position_buffer(model)}

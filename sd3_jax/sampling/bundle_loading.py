@@ -87,6 +87,7 @@ def load(
     only = _checked_names(only)
     callers = {} if config is None else _caller_config(config, only, names)
     parts, configs = _open_parts(places, only, callers)
+    # A configuration that no file takes would be ignored in silence.
     if absent := callers.keys() - parts.keys():
         raise UserError(f"{source} has no {', '.join(absent)}, of which config is")
     if lacking := [x for x in quantize if x in only and x not in parts]:
@@ -98,6 +99,8 @@ def load(
     for key in schedulers.unread(configs.get("scheduler", {})):
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
+    # Headers alone: the layers are matched once the weights are there, since DoRA reads
+    # these.
     loras = lora_adapters.opened(lora, only, parts)
     widths = textual_inversion.widths_of(configs, parts)
     learned = [
@@ -120,6 +123,7 @@ def load(
     about = dtype, source, stored, kinds
     bundle = Bundle(modules, variables, configs, words, mesh, *about)
     for opened in loras:
+        # One adapter after another, so that host memory holds a leaf of one of them.
         bundle.add_opened(opened)
     return bundle.add_learned(*learned) if learned else bundle
 

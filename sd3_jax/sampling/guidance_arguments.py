@@ -140,9 +140,11 @@ def checked(
         layers=tuple(sorted({*argument_checks.skip_layers(skip.layers, depth)})),
         scale=argument_checks.number("skip_scale", skip.scale),
     )
+    # PAG's layers are among its options, those of skip-layer guidance are arguments.
     numbers, layers = numbers_and_layers(method, options, depth, skip)
     schedule = _schedule(schedule)
     result = Guidance(scale, interval, rescale, method, numbers, layers, schedule)
+    # By the caller's names, since these are options that a warning or an error names.
     asked = dict(negative_prompts=negative, skip_layers=bool(skip.layers))
     asked |= dict(guidance_schedule=not is_constant(schedule), guide=guide is not None)
     if not arguments.guided(scale, interval, rescale, method, **asked):
@@ -160,6 +162,8 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
     if not isinstance(guide, Bundle):
         raise UserError(f"guide {shown(repr(guide))}: expected a Bundle")
     guide.part("denoiser")
+    # Depth and width may differ: a smaller network is what the paper of autoguidance
+    # takes.
     theirs, ours = (x.configs["denoiser"] for x in (guide, bundle))
     wrong = [
         f"{name} {theirs.get(name)} against {ours.get(name)}"
@@ -209,6 +213,7 @@ def numbers_and_layers(
             ' {"eta": 0.0}'
         )
     options = dict(options or {})
+    # An option of another method has no effect, so it is refused by the nearest name.
     known = PAG if method == "pag" else defaults(method)
     for key in options:
         if key not in known:

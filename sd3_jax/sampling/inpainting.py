@@ -131,6 +131,8 @@ def prepare(
         "mask_padding": mask_padding > 0,
         "crop_to_mask": crop_to_mask is not None,
     }
+    # The first option that is set names the error: masks without any are generate's own
+    # affair.
     first = next((name for name, is_set in asked.items() if is_set), None)
     if first is None:
         return None
@@ -143,7 +145,6 @@ def prepare(
             " original pixels are blended; set paste=True"
         )
     originals, masks = _rows(image, mask, border)
-    # The blur comes after the growth, so that it softens the grown edge.
     masks = np.stack([_softened(x, mask_padding, mask_blur) for x in masks])
     weight = masks[..., None] / np.float32(255)
     if crop_to_mask is not None:
@@ -185,6 +186,7 @@ def _require(bundle: Bundle, option: str, image, mask, border: Box | None) -> No
         raise UserError(
             f"{option} without mask; give mask, white where the picture is repainted"
         )
+    # A tracer has no pixels that Pillow could blur or resize.
     if any(isinstance(x, jax.core.Tracer) for x in (image, mask)):
         raise UserError(
             f"{option} inside jit: pixels are edited on the host; call it outside"

@@ -56,6 +56,7 @@ def observe(
         )
     latents = input_images.laid_out(latents, denoiser.channels)
     t = input_images.times(t, len(latents))
+    # One batch and no guidance: the rows of the result are those of the caller.
     args = compiled.place((latents, t, context, pooled), bundle.mesh)
     # The weights of set_adapters, as an unchanged call of generate has them.
     table = bundle.bank.table(None, len(latents))

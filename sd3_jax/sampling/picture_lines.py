@@ -45,6 +45,7 @@ def recorded(workdir: epath.Path, lines: list[dict]) -> list[bool]:
             text = (workdir / LINES).read_bytes()
         # A job killed as it wrote leaves half a line, or half a letter.
         known_lines = map(parsed, text.decode(errors="replace").split("\n"))
+        # The last line of a file counts, as it was written last.
         known = {str(line.get("file")): line for line in known_lines}
         for i, line in enumerate(lines):
             path = workdir / line["file"]

@@ -69,6 +69,7 @@ def load_for_sampling(
     with prefixed(f"config.sample.guide = {guide}"):
         for name in sources.split(guide) if guide else ():
             sources.locate(name)  # before the model's weights are read
+    # Passed to the loader, which knows the configurations before it reads weights.
     check_all = partial(check, settings=settings, unfit=unfit)
     model = load(config, mesh, check=check_all, **options)
     warn_of_another_model(config, model)
@@ -263,6 +264,7 @@ def cut_words(
 
     They are logged here, so that batches need not log them one by one.
     """
+    # A model without encoders cuts nothing: its error comes with the first batch.
     if not any(model.text_models):
         return [{} for _ in tasks]
     keys = [

@@ -63,6 +63,7 @@ def read(path: epath.PathLike) -> dict[str, Layers]:
     roles: dict[str, dict[str, dict[str, Tensor]]] = {}
     for key, (component, module, role, _) in names.items():
         layer = roles.setdefault(component, {}).setdefault(module, {})
+        # kohya's and PEFT's name of one factor in one file: neither may win in silence.
         if role in layer:
             raise UserError(f"{path}: {key}: {module} has two tensors of this kind")
         layer[role] = tensors[key]
@@ -166,6 +167,7 @@ def _update(
     """A layer's update with its scale; UserError if tensors are missing."""
     if fault := adapter_kinds.incomplete(tensors):
         raise UserError(f"{path}: {module} {fault}")
+    # Applied as a plain LoRA it would be another picture, and nobody would know why.
     if settings.dora and "A" in tensors and "magnitude" not in tensors:
         raise UserError(
             f"{path}: {module} has no lora_magnitude_vector, but its configuration has"

@@ -165,6 +165,7 @@ def _parse(key: str, owner: str, whole: Collection[str]) -> Name | str:
     for mark, method in REFUSED.items():
         if mark in key:
             return f"{method} is not supported"
+    # By a pattern, since a1 or b2 may be a part of any name.
     if GLORA.search(key):
         return "GLoRA is not supported"
     component, rest = component_of(key.removeprefix(WRAPPED))
@@ -187,6 +188,7 @@ def _with_role(component: str, module: str, mark: str, end: str) -> Name | str:
     last = rest.pop() if rest and rest[-1] in ("weight", "bias") else "weight"
     if last == "bias":  # PEFT's lora_bias=True
         role = f"{role}_bias"
+    # PEFT puts at most its adapter's name between the mark and the end.
     if len(rest) > 1 or role.endswith("_bias") and role != "B_bias":
         return "unknown; expected a name such as MODULE.lora_A.weight"
     if role == "diff" and module.endswith(".bias"):  # ComfyUI: of any tensor

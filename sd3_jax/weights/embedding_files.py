@@ -77,6 +77,8 @@ def _files(folder: epath.Path) -> list[epath.Path]:
 
 def _read_file(path: epath.Path, widths: Mapping[str, int]) -> list[Learned]:
     tensors, _ = open_file(path)
+    # OneTrainer writes them beside the others, or alone; to leave them out would be
+    # another embedding.
     outputs = [name + OUTPUT for name in ENCODERS if name + OUTPUT in tensors]
     if outputs:
         raise UserError(
@@ -108,6 +110,8 @@ def _read_file(path: epath.Path, widths: Mapping[str, int]) -> list[Learned]:
 
 def _single(path: epath.Path, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     """The tensors of a file whose names are placeholders; UserError for a model."""
+    # Guesses at a checkpoint or a LoRA: embeddings are a few matrices without such
+    # names.
     many = len(tensors) > 16 or any(len(x.shape) > 2 for x in tensors.values())
     if not tensors or many or any(re.search(r"\.(weight|bias)$", x) for x in tensors):
         raise UserError(
@@ -139,6 +143,7 @@ def _vectors(
     path: epath.Path, name: str, tensor: Tensor, width: int | None
 ) -> np.ndarray:
     """(n, d) in float32; with `width` None, of an encoder that is not loaded, any d."""
+    # Early files of diffusers have a single vector (d,).
     shape = tensor.shape if len(tensor.shape) > 1 else (1, *tensor.shape)
     if len(shape) != 2 or not all(shape) or shape[0] > MOST_VECTORS:
         raise UserError(
