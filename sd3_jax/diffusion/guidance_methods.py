@@ -176,7 +176,7 @@ def defaults(method: str) -> dict[str, Number]:
 def _projected(update, direction, eta, threshold):
     """update, cut to the norm `threshold`, its part along `direction` times eta."""
     # Norms over all of an example, as diffusers with its default norm_dim=None. The
-    # threshold of 15 thus means less for larger pictures.
+    # threshold of 15 thus cuts more of larger pictures.
     norm = jnp.sqrt(_dot(update, update))
     cut = jnp.minimum(1, threshold / jnp.maximum(norm, 1e-12))
     update = update * jnp.where(threshold > 0, cut, 1)
