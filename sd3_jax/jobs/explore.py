@@ -70,8 +70,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 
 def tokens_of(bundle: Bundle, task: Task, words: tuple[str, ...]) -> dict:
-    length = task.settings["max_length"]
-    return exploration.tokens_of(bundle, task.caption, words, length)
+    arguments = task_arguments.generate_arguments([task])
+    return exploration.tokens_of(
+        bundle,
+        arguments["prompts"][0],
+        words,
+        arguments["max_sequence_length"],
+        weighting=arguments["prompt_weighting"],
+    )
 
 
 def page_of(bundle: Bundle, task: Task, words: tuple[str, ...], count: int) -> str:
@@ -95,6 +101,7 @@ def page_of(bundle: Bundle, task: Task, words: tuple[str, ...], count: int) -> s
         arguments["prompts"],
         arguments["max_sequence_length"],
         clip_skip=arguments["clip_skip"],
+        weighting=arguments["prompt_weighting"],
     )
     tokens = tokens_of(bundle, task, words)
     moments = [

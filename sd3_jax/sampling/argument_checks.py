@@ -1,7 +1,7 @@
 """Checks of numbers, pairs and texts from callers; errors name the argument."""
 
 import numbers
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -101,3 +101,22 @@ def _scalar(value: Any) -> Any:
     # here.
     array = hasattr(value, "__array__") and not isinstance(value, np.generic)
     return value.item() if array and np.ndim(value) == 0 else value
+
+
+def latent_sides(sides: Sequence[int], patch: int, pos_size: int) -> None:
+    """UserError for latents that do not divide into patches with positions."""
+    most = patch * pos_size
+    if any(side % patch or not 0 < side <= most for side in sides):
+        raise UserError(
+            f"latents of {sides[0]} x {sides[1]}: expected sides that are multiples of"
+            f" {patch}, at most {most}"
+        )
+
+
+def embedding(name: str, x: Any, axes: int, width: int | None) -> None:
+    """UserError unless x is an array of `axes` axes, of which the last is `width`."""
+    shape = getattr(x, "shape", None)
+    if shape is None or len(shape) != axes or width not in (None, shape[-1]):
+        layout = "(b, tokens" if axes == 3 else "(b"
+        given = shown(repr(x), 60) if shape is None else f"of shape {tuple(shape)}"
+        raise UserError(f"{name} {given}: expected an array {layout}, {width})")

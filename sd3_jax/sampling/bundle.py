@@ -90,7 +90,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
                 f"{self.source} has no text encoder; pass embeddings instead of texts"
             )
         table = self.bank.table(adapters, len(prompts))
-        tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
+        tokens = self.tokenize(prompts, max_sequence_length, weighting=weighting)
         self._log_cuts(tokens)
         models = self.text_models
         variables = {name: self.adapted(name, table) for name in self.text_variables}
@@ -111,7 +111,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
                     models, variables, place(tokens.ids), **options
                 )
             # The weights are relative to the empty prompt's states (weighted_prompts).
-            empty = self._tokens([""] * len(prompts), max_sequence_length)
+            empty = self.tokenize([""] * len(prompts), max_sequence_length)
             words = tokens.words, empty.words
             return weighted_prompts.encode(
                 models, variables, *words, weighting, place=place, **options
@@ -136,7 +136,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         `control`; r must be that of its nets.
         """
         module = self.part("denoiser")
-        args = self._evaluation(latents, t, context, pooled)
+        args = self.evaluation_arguments(latents, t, context, pooled)
         skipped = argument_checks.skip_layers(skip_layers, module.depth)
         nets, acting = self._controls(control, args[0])
         if residuals is not None:
@@ -173,7 +173,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         They are what `velocity` adds for this `control`. n is the number of image
         tokens and d the denoiser's width.
         """
-        args = self._evaluation(latents, t, context, pooled)
+        args = self.evaluation_arguments(latents, t, context, pooled)
         nets, acting = self._controls(control, args[0])
         if not nets:
             raise UserError("no control; give a ControlInput, or a list of them")
@@ -183,10 +183,17 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         with compiled.on(self.mesh, args):
             return compiled.control_residuals(nets, acting, variables, *args)
 
-    def _evaluation(self, latents, t, context, pooled) -> tuple[Array, ...]:
+    def evaluation_arguments(self, latents, t, context, pooled) -> tuple[Array, ...]:
         """The arguments of one evaluation, checked and over the mesh."""
-        latents = inputs.laid_out(latents, self.part("denoiser").channels)
+        module, config = self.part("denoiser"), self.configs["denoiser"]
+        latents = inputs.laid_out(latents, module.channels)
+        argument_checks.latent_sides(latents.shape[1:3], module.patch, module.pos_size)
         t = inputs.times(t, len(latents))
+        for name, x, axes, key in (
+            ("context", context, 3, "joint_attention_dim"),
+            ("pooled", pooled, 2, "pooled_projection_dim"),
+        ):
+            argument_checks.embedding(name, x, axes, config.get(key))
         # Checked here: in the program unequal rows would broadcast or fail obscurely.
         rows = {len(latents), len(context), len(pooled)}
         if len(rows) > 1:

@@ -84,7 +84,14 @@ class WithAutoencoder:
 
     def _pixels(self, images: Pictures, preprocess: str) -> Array | np.ndarray:
         argument_checks.choice("preprocess", preprocess, PREPROCESS)
-        return PREPROCESS[preprocess](inputs.pixels(images))
+        images = inputs.pixels(images)
+        # The convolutions would drop the last rows and columns in silence.
+        if any(side % self.factor for side in images.shape[1:3]):
+            raise UserError(
+                f"images of {images.shape[1]} x {images.shape[2]} pixels: expected"
+                f" sides that are multiples of {self.factor}; crop or resize them"
+            )
+        return PREPROCESS[preprocess](images)
 
     def _posterior_noise(self, noise, key, images: tuple) -> Array | np.ndarray:
         if key is not None:

@@ -42,7 +42,7 @@ class WithPrompts:
         `encoders` defaults to the bundle's; those named need not have their weights.
         Prompts that an encoder truncates are logged, or counted in `cut` by encoder.
         """
-        tokens = self._tokens(prompts, length, encoders=encoders)
+        tokens = self.tokenize(prompts, length, encoders=encoders)
         if cut is None:
             self._log_cuts(tokens)
         else:
@@ -65,7 +65,7 @@ class WithPrompts:
         are logged, as encode_prompts does for prompts that were not logged before.
         """
         prompts = [prompts] if isinstance(prompts, str | Prompt) else prompts
-        tokens = self._tokens(prompts, max_sequence_length, weighting=weighting)
+        tokens = self.tokenize(prompts, max_sequence_length, weighting=weighting)
         if log:
             self._log_cuts(tokens)
         return [
@@ -73,7 +73,7 @@ class WithPrompts:
             for i in range(len(prompts))
         ]
 
-    def _tokens(
+    def tokenize(
         self,
         prompts: Sequence[str | Prompt],
         length: int,
@@ -81,6 +81,7 @@ class WithPrompts:
         encoders: Collection[str] | None = None,
         weighting: str | None = None,
     ) -> PromptTokens:
+        """Token ids with weights, and what is cut, by encoder: see token_ids."""
         # Encoders need not be loaded to count tokens: their configurations are enough.
         read = lengths(
             self.modules if encoders is None else encoders, self.configs, length

@@ -142,6 +142,12 @@ def checked(
     )
     # PAG's layers are among its options, those of skip-layer guidance are arguments.
     numbers, layers = numbers_and_layers(method, options, depth, skip)
+    if layers.layers and not layers.start < layers.stop:
+        names = "start and stop" if method == "pag" else "skip_start and skip_stop"
+        raise UserError(
+            f"{names}: got {layers.start:g} and {layers.stop:g}, expected the first"
+            " below the second"
+        )
     schedule = _schedule(schedule)
     result = Guidance(scale, interval, rescale, method, numbers, layers, schedule)
     # By the caller's names, since these are options that a warning or an error names.

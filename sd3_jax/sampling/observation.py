@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
-from jaxtyping import Float
+from jaxtyping import Float, Int
 
+from sd3_jax.data import prompt_weights
 from sd3_jax.errors import UserError
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.scan import OBSERVED
 from sd3_jax.params import adapters
-from sd3_jax.sampling import compiled, input_images
-from sd3_jax.sampling.bundle import TEXT, Bundle
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.prompt_tokens import Prompt
 from sd3_jax.sampling.prompts import CLIP_LENGTH
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
@@ -54,12 +56,8 @@ def observe(
             f"{bundle.source}: only an MMDiT with an image and a text stream can be"
             " observed"
         )
-    latents = input_images.laid_out(latents, denoiser.channels)
-    t = input_images.times(t, len(latents))
-    # One batch and no guidance: the rows of the result are those of the caller.
-    args = compiled.place((latents, t, context, pooled), bundle.mesh)
-    # The weights of set_adapters, as an unchanged call of generate has them.
-    table = bundle.bank.table(None, len(latents))
+    args = bundle.evaluation_arguments(latents, t, context, pooled)
+    table = bundle.bank.table(None, len(args[0]))
     variables = bundle.adapted("denoiser", table)
     with compiled.on(bundle.mesh, args):
         return _observe(denoiser, variables, *args)
@@ -93,40 +91,58 @@ def _values(part: Mapping[str, Any]) -> dict[str, Array]:
 # --- text tokens by word
 
 
-def words_of(text: str) -> list[str]:
-    """The words of a prompt, each once, in order, in lower case."""
-    return list(dict.fromkeys(match[0].lower() for match in WORD.finditer(text)))
-
-
 def word_tokens(
-    bundle: Bundle, text: str, length: int
+    bundle: Bundle,
+    prompt: str | Prompt,
+    length: int,
+    *,
+    weighting: str | None = None,
 ) -> dict[str, dict[str, list[int]]]:
-    """For each encoder and word of a prompt, the word's text tokens in the context.
+    """For each encoder and word of its text, the word's tokens in the context.
 
-    CLIP-L's and CLIP-G's tokens share places 0 to 76; T5's come after them, up to
-    `length`. Words beyond an encoder's length have no token.
+    CLIP-L's and CLIP-G's tokens share places 0 to 76; T5's come after them. `length`
+    and `weighting` are those of encode_prompts. Words that an encoder does not read
+    have no token there.
     """
+    tokens = bundle.tokenize([prompt], length, weighting=weighting)
     places = {}
-    for name in TEXT:
-        if name not in bundle.modules or name not in bundle.tokenizers:
-            continue
-        tokenizer = bundle.tokenizers[name]
-        first, most = (CLIP_LENGTH, length) if name == "t5" else (0, CLIP_LENGTH)
-        # The tokenizer's own spans: words and tokens do not match one to one in any of
-        # the three.
-        spans = tokenizer(
-            text, return_offsets_mapping=True, truncation=True, max_length=most
-        )["offset_mapping"]
-        places[name] = _by_word(text, spans, first)
+    for name, words in tokens.words.items():
+        text = without_weights(tokens.texts[name][0], weighting)
+        first = CLIP_LENGTH if name == "t5" else 0
+        pieces = _pieces(bundle.tokenizers[name], words.ids[0])
+        places[name] = _by_word(words_of(text), pieces, first)
     return places
 
 
-def _by_word(text: str, spans: Sequence[tuple[int, int]], first: int) -> dict:
-    """Token numbers, counted from `first`, of each word that their spans overlap."""
+def without_weights(prompt: str, weighting: str | None) -> str:
+    """A prompt without the marks of its weights."""
+    return prompt if weighting is None else prompt_weights.parse(prompt, weighting).text
+
+
+def words_of(text: str) -> list[str]:
+    """The words of a text in order, in lower case, repeated ones too."""
+    return [match[0].lower() for match in WORD.finditer(text)]
+
+
+def _pieces(tokenizer: Any, ids: Int[np.ndarray, " l"]) -> list[str]:
+    """The text of each token in lower case; "" for those of no word."""
+    marks = {*tokenizer("")["input_ids"], tokenizer.pad_token_id}
+    text = lambda i: "" if i in marks else tokenizer.decode([i]).strip().lower()
+    # Not by the tokenizer's offsets: placeholders and weighted prompts have none.
+    return [text(int(i)) for i in ids]
+
+
+def _by_word(words: Sequence[str], pieces: Sequence[str], first: int) -> dict:
+    """Token numbers, counted from `first`, of the pieces that spell each word."""
+    spelled = "".join(pieces)
+    owner = [i for i, piece in enumerate(pieces) for _ in piece]  # of each letter
     by_word: dict[str, list[int]] = {}
-    for match in WORD.finditer(text):
-        start, stop = match.span()
-        # Special tokens have empty spans.
-        tokens = [i for i, (a, b) in enumerate(spans) if max(a, start) < min(b, stop)]
-        by_word.setdefault(match[0].lower(), []).extend(first + i for i in tokens)
+    at = 0
+    for word in words:
+        tokens = by_word.setdefault(word, [])
+        start = spelled.find(word, at)
+        if start < 0:  # truncated, or letters that the tokenizer does not know
+            continue
+        at = start + len(word)
+        tokens.extend(first + i for i in dict.fromkeys(owner[start:at]))
     return by_word

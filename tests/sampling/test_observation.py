@@ -11,6 +11,7 @@ import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import observation
+from sd3_jax.sampling.bundle import Prompt
 from sd3_jax.tools.explore import exploration
 
 LENGTH, SIDE = 20, 8
@@ -95,6 +96,52 @@ def test_words_that_cannot_be_mapped(bundle, words, complaint):
     prompt = "a " * 100 + "last"
     with pytest.raises(UserError, match=complaint):
         exploration.tokens_of(bundle, prompt, words, LENGTH)
+
+
+def test_words_are_those_that_each_encoder_reads(bundle):
+    prompt = Prompt("a fox", "a fox", "an owl sits")
+    tokens = exploration.tokens_of(bundle, prompt, (), LENGTH)
+    assert list(tokens) == ["a", "fox", "an", "owl", "sits"]
+    assert max(tokens["fox"]) < 77 <= min(tokens["owl"])
+
+
+def test_marks_of_weights_are_no_words(bundle):
+    weighted = exploration.tokens_of(
+        bundle, "a (red:5) fox", (), LENGTH, weighting="parentheses"
+    )
+    assert list(weighted) == ["a", "red", "fox"]
+    plain = exploration.tokens_of(bundle, "a red fox", (), LENGTH)
+    assert weighted["fox"][0] == plain["fox"][0]
+
+
+@pytest.mark.parametrize(
+    "changes, complaint",
+    [
+        (
+            dict(latents=np.zeros((1, 5, 4, 16))),
+            "latents of 5 x 4: expected sides that",
+        ),
+        (dict(latents=np.zeros((1, 80, 80, 16))), "latents of 80 x 80: .* at most 48"),
+        (
+            dict(context=np.zeros((1, 97, 8))),
+            r"context of shape \(1, 97, 8\): expected",
+        ),
+        (dict(pooled=np.zeros((1, 3))), r"pooled of shape \(1, 3\): expected an array"),
+        (dict(latents=np.zeros((2, 8, 8, 16)), t=np.ones(2)), "must be equal"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_one_line(bundle, inputs, changes, complaint):
+    names = ("latents", "t", "context", "pooled")
+    arguments = dict(zip(names, inputs)) | changes
+    for evaluate in (observation.observe, type(bundle).velocity):
+        with pytest.raises(UserError, match=complaint):
+            evaluate(bundle, **arguments)
+
+
+def test_images_that_the_autoencoder_would_crop_are_refused(bundle):
+    for method in (bundle.encode_image, bundle.posterior):
+        with pytest.raises(UserError, match="33 x 32 pixels: expected sides that are"):
+            method(np.zeros((1, 33, 32, 3), np.float32))
 
 
 def test_moments_are_the_first_the_last_and_between():

@@ -12,6 +12,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.sampling import observation
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.latents import to_rgb
+from sd3_jax.sampling.prompt_tokens import Prompt
 from sd3_jax.sampling.prompts import CLIP_LENGTH, Conditioning
 
 # Encoders that share the context's first tokens and, after them, T5's.
@@ -52,15 +53,21 @@ def previews(
 
 
 def tokens_of(
-    bundle: Bundle, text: str, words: Sequence[str], length: int
+    bundle: Bundle,
+    prompt: str | Prompt,
+    words: Sequence[str],
+    length: int,
+    *,
+    weighting: str | None = None,
 ) -> dict[str, list[int]]:
     """The text tokens of each word of a prompt, over all encoders.
 
     `words` are the words to look at, () for the first MOST_WORDS of the prompt. Raises
     UserError for a word that is not in the prompt, or that all encoders truncate.
     """
-    by_encoder = observation.word_tokens(bundle, text, length)
-    present = observation.words_of(text)
+    by_encoder = observation.word_tokens(bundle, prompt, length, weighting=weighting)
+    # Encoders may have texts of their own.
+    present = list(dict.fromkeys(word for x in by_encoder.values() for word in x))
     absent = [word for word in words if word.lower() not in present]
     if absent:
         raise UserError(
