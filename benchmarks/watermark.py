@@ -1,6 +1,6 @@
 """The watermark: its PSNR, what it survives, and whether one is seen where none is.
 
-    python benchmarks/watermark.py            # minutes; the table of how-to/sample.md
+    python benchmarks/watermark.py            # minutes; the table of watermark.md
     python benchmarks/watermark.py --n 10     # pictures a size
 
 Pictures are square crops of scikit-learn's two photographs and matplotlib's portrait,

@@ -49,16 +49,22 @@ def test_our_functions_have_these_arguments():
     call = columns("diffusers: call the pipeline")["`sd3_jax.generate`"]
     load = columns("diffusers: load and save")["`sd3_jax`"]
     assert len(call) > 20 and len(load) > 8
-    for name in call + load:
-        function, keyword = re.fullmatch(r"(?:(\w+)\()?(\w*)=?\)?", name).groups()
-        arguments = parameters(getattr(api, function or "generate"))
+    more = columns("diffusers: adapters and guiders")["`sd3_jax`"]
+    for name in call + load + more:
+        pattern = r"(bundle\.)?(?:(\w+)\()?(\w*)=?\)?"
+        of_bundle, function, keyword = re.fullmatch(pattern, name).groups()
+        home = api.Bundle if of_bundle else api
+        if of_bundle and not function:
+            assert hasattr(home, keyword), name
+            continue
+        arguments = parameters(getattr(home, function or "generate"))
         assert not keyword or keyword in arguments, name
 
 
 def test_our_keys_exist():
     sections = re.findall(r"^## (.+)$", PAGE.read_text(), re.M)
     keys = [key for section in sections for key in columns(section)["key"]]
-    assert len(sections) == 4 and len(keys) > 80
+    assert len(sections) == 5 and len(keys) > 80
     assert not {*keys} - KEYS - {"--workdir"}
 
 

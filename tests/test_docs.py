@@ -217,9 +217,10 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "photos" / f"IMG_{number:04}.jpg")
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "sd3.5_medium").symlink_to(miniature.folder("sd35_medium"))
-    for stem in ("style", "drawing"):
+    for stem in ("style", "ink", "drawing"):
         save_lora(folder / f"{stem}.safetensors")
-    save_control_net(folder / "sd3.5_large_controlnet_canny.safetensors")
+    for kind in ("canny", "depth"):
+        save_control_net(folder / f"sd3.5_large_controlnet_{kind}.safetensors")
     embedding = {"clip_l": (2, 64), "clip_g": (2, 64), "t5xxl": (2, 160)}
     tensors = {name: torch.ones(shape) for name, shape in embedding.items()}
     safetensors.torch.save_file(tensors, folder / "cat-toy.safetensors")

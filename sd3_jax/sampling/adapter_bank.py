@@ -40,6 +40,7 @@ class Bank:
 
     adapters: dict[str, Adapter] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)  # of those that were read
     _prints: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add(self, name: str, adapter: Adapter, weight: float | int) -> None:
@@ -69,6 +70,7 @@ class Bank:
         for name in names:
             self.adapters.pop(name, None)
             self.weights.pop(name, None)
+            self.files.pop(name, None)
         self._prints.clear()  # another adapter may take the name
 
     def unused_name(self, name: str) -> str:

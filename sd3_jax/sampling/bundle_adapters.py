@@ -49,8 +49,9 @@ class WithAdapters:
         `source` is a file, a folder or a hub name, or an adapter in the common form
         (params/adapters.py). The name is by default the file's. Parts of the adapter
         for components that `only` does not name are left out. The next call compiles,
-        because the number of ranks is a shape. Raises UserError for an adapter that
-        does not fit, and for a name that is taken.
+        because the number of ranks is a shape. A file that is loaded again gets a name
+        of its own, and both act; a warning says so. Raises UserError for an adapter
+        that does not fit, and for a name that is taken.
         """
         if name is not None:
             # Before a file is fetched or read.
@@ -74,7 +75,16 @@ class WithAdapters:
             name = self.bank.unused_name(lora_adapters.default_name(opened.source))
         changes = lora_adapters.changes(opened, self.variables, self.modules)
         adapter = placed(name, changes, self.variables, self.dtype)
+        path = str(opened.path)
+        twins = [twin for twin, file in self.bank.files.items() if file == path]
         self.bank.add(name, adapter, opened.weight)
+        self.bank.files[name] = path
+        if twins:
+            log.warning(
+                '%s: loaded again, as "%s" beside "%s"; both act. Change a weight with'
+                " set_adapters, or unload_adapters first",
+                *(path, name, twins[0]),
+            )
         for part, leaves in adapter.items():
             message = "%s: changes %d weights of %s, times %g"
             log.info(message, opened.path, len(leaves), part, opened.weight)

@@ -121,7 +121,9 @@ class WithPrompts:
         for vectors in learned:
             parts = textual_inversion.with_embedding(parts, vectors, self.mesh)
         # A bank of its own: adapters that are loaded later act in one bundle alone.
-        bank = Bank(dict(self.bank.adapters), dict(self.bank.weights))
+        bank = Bank(
+            dict(self.bank.adapters), dict(self.bank.weights), dict(self.bank.files)
+        )
         fields = parts._asdict() | {"bank": bank, "_memo": {}}
         return dataclasses.replace(self, **fields)
 

@@ -153,6 +153,8 @@ def prepare(
         h, w, _ = size(bundle, height, width, None)
         sides = h * bundle.factor, w * bundle.factor
         return _cropped(bundle, originals, masks, weight, sides, crop_to_mask)
+    if border is not None:
+        _require_sides(bundle, originals.shape[1:3], border)
     # mask_padding without pasting only grows the mask, which generate then reads as it
     # reads any.
     inner = weight
@@ -176,6 +178,21 @@ def _border(outpaint: Any) -> Box | None:
     if not any((left, top, right, bottom)):
         raise UserError("outpaint 0, 0, 0, 0: expected a border on one side at least")
     return left, top, right, bottom
+
+
+def _require_sides(bundle: Bundle, sides: tuple[int, int], border: Box) -> None:
+    """UserError, with a border that fits, if a border makes sides that do not."""
+    unit = bundle.factor * bundle.part("denoiser").patch
+    height, width = sides
+    left, top, right, bottom = border
+    fitting = left, top, right + -width % unit, bottom + -height % unit
+    if fitting != border:
+        shown_border, shown_fit = (", ".join(map(str, x)) for x in (border, fitting))
+        raise UserError(
+            f"outpaint {shown_border}: the picture with its border has {height} x"
+            f" {width} pixels; expected multiples of {unit}; set outpaint to"
+            f" {shown_fit}"
+        )
 
 
 def _require(bundle: Bundle, option: str, image, mask, border: Box | None) -> None:

@@ -106,6 +106,8 @@ def read_fields(
             nested[name] = line_inputs.read_controls(value, folder)
         elif name == "lora":
             nested[name] = line_inputs.read_loras(value, folder)
+        elif name == "guidance_options" and isinstance(value, dict):
+            _assign(line_config, name, _spelled(value))
         else:
             _assign(line_config, name, value)
     try:
@@ -184,6 +186,21 @@ def _assign(line_config: ConfigDict, name: str, value: Any) -> None:
         wanted = line_config[group].get_type(key).__name__
         complaint = f"{name} {shown(json.dumps(value))}: expected {wanted}"
         raise UserError(complaint) from None
+
+
+def _spelled(options: dict[str, Any]) -> str:
+    """guidance_options as a config spells them: {"eta": 0, "layers": [7, 8]} is
+    "eta=0, layers=7 8"."""
+    parts = []
+    for name, value in options.items():
+        numbers = value if isinstance(value, list) else [value]
+        if not all(type(x) in (int, float) for x in numbers):
+            raise UserError(
+                f"guidance_options {shown(json.dumps({name: value}))}: expected a"
+                " number, or a list of layers"
+            )
+        parts.append(f"{name}={' '.join(map(str, numbers))}")
+    return ", ".join(parts)
 
 
 def _prompt(value: Any) -> str | tuple[str, ...]:

@@ -156,7 +156,7 @@ def test_theirs_here_and_merged_by_convert(bundle, base, theirs, mesh, tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:Already found a `peft_config`")
-def test_several_weighed_as_in_diffusers(bundle, base, theirs, mesh, tmp_path):
+def test_several_weighed_as_in_diffusers(bundle, base, theirs, mesh, tmp_path, caplog):
     params = bundle.variables["denoiser"]["params"]
     parts = {"denoiser": bundle.modules["denoiser"]}
     pipe, ours = pipeline(theirs), loaded(mesh)
@@ -171,7 +171,9 @@ def test_several_weighed_as_in_diffusers(bundle, base, theirs, mesh, tmp_path):
         agree(ours.velocity(*inputs()), run_theirs(theirs), base)
     file = tmp_path / "ink" / "pytorch_lora_weights.safetensors"
     assert ours.load_adapter(file, weight=0) == "pytorch_lora_weights"
+    assert "both act" not in caplog.text
     assert ours.load_adapter(str(tmp_path / "ink"), weight=0) == "ink_2"
+    assert 'ink: loaded again, as "ink_2" beside "ink"; both act' in caplog.text
     assert list(ours.adapters.values()) == [0.0, 0.7, 0.0, 0.0]
 
 

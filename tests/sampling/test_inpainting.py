@@ -181,7 +181,11 @@ def test_pictures_of_a_batch_have_their_own_masks(paint, text):
         (dict(crop_to_mask=-1), "crop_to_mask -1: expected a whole number"),
         (dict(outpaint=(8, 8)), "outpaint (8, 8): expected four numbers of pixels"),
         (dict(outpaint=(0, 0, 0, 0)), "expected a border on one side at least"),
-        (dict(outpaint=(8, 0, 1, 0)), "image of 48 x 73 pixels: expected sides"),
+        (
+            dict(outpaint=(8, 0, 1, 0)),
+            "border has 48 x 73 pixels; expected multiples of 16; set outpaint to 8, 0,"
+            " 8, 0",
+        ),
         (dict(paste=True, mask=MASK[:16]), "mask of (16, 64) pixels: must equal"),
         (dict(crop_to_mask=0, mask=0 * MASK), "mask 0 is black"),
         (dict(paste=True, output="latents"), "pixels are pasted; use output"),

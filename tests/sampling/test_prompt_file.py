@@ -10,7 +10,13 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import painters, picture_lines, prompt_file, prompt_lines
+from sd3_jax.sampling import (
+    guidance_arguments,
+    painters,
+    picture_lines,
+    prompt_file,
+    prompt_lines,
+)
 
 CONFIG = released.get_config("tiny")
 CONFIG.weights = "not/loaded"
@@ -80,6 +86,10 @@ OBJECTS = {
     "null": ('{"prompt": "a", "steps": null}', "steps null: expected int"),
     "true": ('{"prompt": "a", "steps": true}', "steps true: expected int"),
     "layers": ('{"prompt": "a", "skip_layers": [[1]]}', "skip_layers [[1]]: expected"),
+    "options of a text": (
+        '{"prompt": "a", "guidance_options": {"eta": "1"}}',
+        'guidance_options {"eta": "1"}: expected a number, or a list of layers',
+    ),
     "a text": ('"a fox"', 'expected {"prompt": TEXT, …}'),
     "nothing": ("{}", 'expected {"prompt": TEXT, …}'),
     "an empty prompt": ('{"prompt": " "}', "expected one text, or three"),
@@ -94,6 +104,16 @@ OBJECTS = {
     ),
     "a billion steps": ('{"prompt": "a", "steps": 1000000000}', "in [1, 10000]"),
 }
+
+
+def test_options_of_guidance_are_an_object_or_a_text(tmp_path):
+    options = [{"layers": [7, 8], "scale": 2.5}, "layers=7 8, scale=2.5"]
+    lines = [json.dumps({"prompt": "a", "guidance_options": x}) for x in options]
+    first, second = tasks(tmp_path / "x.jsonl", "\n".join(lines))
+    assert first.settings == second.settings
+    text = first.settings["guidance_options"]
+    expected = {"layers": (7, 8), "scale": 2.5}
+    assert guidance_arguments.options_of(text) == expected
 
 
 @pytest.mark.parametrize("case", [*LINES, *OBJECTS])

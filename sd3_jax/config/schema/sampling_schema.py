@@ -88,7 +88,7 @@ SAMPLE = dict(
     guidance_method=Key(
         "cfg",
         one_of(*METHODS),
-        "Method of guidance, whose scale is cfg (docs/how-to/sample.md).",
+        "Method of guidance, whose scale is cfg (docs/how-to/solvers_and_guidance.md).",
     ),
     guidance_options=Key(
         "", FREE, 'Numbers of the method, such as "eta=0, threshold=10"; empty: usual.'
@@ -138,7 +138,7 @@ SAMPLE = dict(
         "",
         HOOK,
         "Function that flags pictures, which are then written black"
-        " (docs/how-to/sample.md); empty: none.",
+        " (docs/how-to/safety_and_memory.md); empty: none.",
     ),
     watermark=Key("", WATERMARK, "Invisible text in all pictures; empty: none."),
     max_length=Key(
