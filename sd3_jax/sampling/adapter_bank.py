@@ -292,8 +292,9 @@ def _largest(x: Any) -> float:
     """The largest magnitude; NaN if there is one."""
     if not x.size:
         return 0.0
-    high, low = float(x.max()), -float(x.min())  # no copy of x, as abs would be
-    return high if high != high or high > low else low
+    with np.errstate(invalid="ignore"):  # numpy warns of a bfloat16's NaN
+        high, low = float(x.max()), -float(x.min())  # no copy of x, as abs would be
+    return low if low > high else high
 
 
 def _require_linear(
