@@ -6,12 +6,14 @@ batch, compiles nothing; another adapter compiles, because ranks are shapes.
 """
 
 import hashlib
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Float
 
@@ -29,6 +31,8 @@ from sd3_jax.params.adapters import (
 from sd3_jax.params.parametrization import Leaf
 from sd3_jax.sampling import argument_checks, compiled
 
+# Of a change of a weight at adapter weight 1: norms square activations in float32.
+LARGEST = 1e12
 # {name: weight}, or one such set for each prompt or row of a batch.
 Weights = Mapping[str, float | int]
 Sets = Weights | Sequence[Weights]
@@ -51,15 +55,16 @@ class Bank:
 
     def require_new(self, name: Any) -> None:
         """UserError for a name that is taken, or is none."""
-        if not isinstance(name, str) or not name:
-            raise UserError(f"adapter {shown(repr(name))}: expected a name")
+        if not isinstance(name, str) or not name or not name.isprintable():
+            spelling = argument_checks.spelled(name)
+            raise UserError(f"adapter {spelling}: expected a name that prints")
         if name in self.adapters:
             raise UserError(
                 f'adapter "{shown(name)}" is loaded already; give another name, or'
                 " unload it first"
             )
 
-    def set(self, weights: Weights) -> None:
+    def set(self, weights: Any) -> None:
         """The weights from now on; adapters that are not named get 0."""
         # By way of _row, so that an unknown name is an error and no new entry.
         self.weights = dict(zip(self.adapters, self._row(weights)))
@@ -95,8 +100,8 @@ class Bank:
         several = isinstance(sets, list | tuple)
         if not several or not all(isinstance(x, Mapping) for x in sets):
             raise UserError(
-                f"adapters {shown(repr(sets))}: expected {{name: weight}}, or a list of"
-                " such sets"
+                f"adapters {argument_checks.spelled(sets)}: expected {{name: weight}},"
+                " or a list of such sets"
             )
         if len(sets) != rows:
             raise UserError(
@@ -154,9 +159,8 @@ class Bank:
 
     def _row(self, weights: Any) -> list[float]:
         if not isinstance(weights, Mapping):
-            raise UserError(
-                f"adapters {shown(repr(weights))}: expected {{name: weight}}"
-            )
+            spelling = argument_checks.spelled(weights)
+            raise UserError(f"adapters {spelling}: expected {{name: weight}}")
         for name, weight in weights.items():
             self._require(name)
             argument_checks.number(f'adapter "{shown(name)}": weight', weight)
@@ -166,6 +170,34 @@ class Bank:
         if not isinstance(name, str) or name not in self.adapters:
             there = nearest(str(name), self.adapters) or "; none is loaded"
             raise UserError(f'adapter "{shown(str(name))}"{there}')
+
+
+def flattened(
+    name: str, adapter: Mapping[Any, Any]
+) -> list[tuple[str, Path, Factors | Full]]:
+    """(component, path of the leaf, change) of an adapter of arrays.
+
+    UserError for what is not in the common form.
+    """
+    changes = []
+    for component, parts in adapter.items():
+        if not isinstance(component, str) or not isinstance(parts, Mapping):
+            raise UserError(
+                f'adapter "{shown(name)}": {argument_checks.spelled(component)} is'
+                f" {argument_checks.spelled(parts)}; expected a component's name and"
+                " {path: change}"
+            )
+        for path, change in parts.items():
+            texts = isinstance(path, tuple) and all(isinstance(x, str) for x in path)
+            if not texts or not path or not isinstance(change, Factors | Full):
+                raise UserError(
+                    f'adapter "{shown(name)}": {shown(component)}:'
+                    f" {argument_checks.spelled(path)} is"
+                    f" {argument_checks.spelled(change)}; expected a tuple of names,"
+                    " and Factors or Full"
+                )
+            changes.append((component, path, change))
+    return changes
 
 
 def placed(
@@ -186,8 +218,8 @@ def placed(
     for component, path, change in changes:
         if component not in variables:
             raise UserError(
-                f'adapter "{shown(name)}" adapts {component}, but the bundle has only'
-                f" {', '.join(variables)}; add a file that has it, after a comma"
+                f'adapter "{shown(name)}" adapts {shown(component)}, but the bundle has'
+                f" only {', '.join(variables)}; add a file that has it, after a comma"
             )
         # One at a time: `changes` reads a file's leaf when it is asked for, so that
         # host memory holds one.
@@ -241,6 +273,11 @@ def _fault(path: Path, change: Factors | Full, leaf: Any) -> str:
     """Why a leaf cannot have this change, or ""."""
     if leaf is None:
         return "is not in the model"
+    for x in change:
+        if not isinstance(x, np.ndarray | Array):
+            return f"is of class {type(x).__name__}; expected arrays"
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            return f"is of {x.dtype}; expected floats"
     shapes = tuple(tuple(x.shape) for x in change)
     if isinstance(change, Full):
         expected = (tuple(leaf.shape),)
@@ -249,10 +286,29 @@ def _fault(path: Path, change: Factors | Full, leaf: Any) -> str:
     else:
         expected = layout.shapes(tuple(leaf.shape), change.a.shape[-1])
     if shapes == expected:
-        return ""
+        return _excess(change)
     return (
         f"is of {', '.join(map(str, shapes))}, expected {', '.join(map(str, expected))}"
     )
+
+
+def _excess(change: Factors | Full) -> str:
+    """Why the values of a change cannot be computed with, or ""."""
+    # A bound of a b: finite factors may have an infinite product.
+    bound = math.prod(map(_largest, change))
+    bound *= change.a.shape[-1] if isinstance(change, Factors) else 1
+    if bound <= LARGEST:  # which NaN is not
+        return ""
+    return f"changes its values by up to {bound:.3g}; expected {LARGEST:g} at most"
+
+
+def _largest(x: Any) -> float:
+    """The largest magnitude; NaN if there is one."""
+    if not x.size:
+        return 0.0
+    with np.errstate(invalid="ignore"):  # numpy warns of a bfloat16's NaN
+        high, low = float(x.max()), -float(x.min())  # no copy of x, as abs would be
+    return low if low > high else high
 
 
 def _require_linear(

@@ -1,6 +1,7 @@
 """Checks of numbers, pairs and texts from callers; errors name the argument."""
 
 import numbers
+import os
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ def number(
         wanted = (
             "a finite number" if whole_range else f"a number in [{low:g}, {high:g}]"
         )
-        raise UserError(f"{name} {shown(repr(value))}: expected {wanted}")
+        raise UserError(f"{name} {spelled(value)}: expected {wanted}")
     return float(x)
 
 
@@ -36,14 +37,14 @@ def whole(name: str, value: Any, low: int, high: int) -> int:
     integral = isinstance(x, numbers.Integral) and not isinstance(x, bool)
     if not integral or not low <= x <= high:
         raise UserError(
-            f"{name} {shown(repr(value))}: expected a whole number {low} to {high}"
+            f"{name} {spelled(value)}: expected a whole number {low} to {high}"
         )
     return int(x)
 
 
 def pair(name: str, value: Any) -> tuple[float, float]:
     if not isinstance(value, list | tuple | np.ndarray) or len(value) != 2:
-        raise UserError(f"{name} {shown(repr(value))}: expected two numbers")
+        raise UserError(f"{name} {spelled(value)}: expected two numbers")
     low, high = number(name, value[0]), number(name, value[1])
     if low > high:
         raise UserError(f"{name} {(low, high)}: expected the lower number first")
@@ -54,9 +55,23 @@ def instance(name: str, value: Any, kinds: tuple[type, ...], source: str) -> Non
     """UserError unless the value is of these classes; `source` makes one."""
     if not isinstance(value, kinds):
         wanted = " or ".join(f"a {kind.__name__}" for kind in kinds)
-        raise UserError(
-            f"{name} {shown(repr(value))}: expected {wanted}, from {source}"
-        )
+        raise UserError(f"{name} {spelled(value)}: expected {wanted}, from {source}")
+
+
+def path_text(name: str, value: Any, expected: str) -> str:
+    """A path or hub name as text; UserError, which says what is `expected`, if not."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or not text:  # paths of bytes are none
+        raise UserError(f"{name} {spelled(value)}: expected {expected}")
+    return text
+
+
+def spelled(value: Any) -> str:
+    """A value as a line of Python, even one that refuses to be written."""
+    try:
+        return shown(repr(value))
+    except Exception:  # such as ValueError, of an int of more than 4300 digits
+        return f"of class {type(value).__name__}"
 
 
 def skip_layers(value: Any, depth: int, name: str = "skip_layers") -> list[int]:
@@ -67,16 +82,14 @@ def skip_layers(value: Any, depth: int, name: str = "skip_layers") -> list[int]:
     if not isinstance(value, list | tuple | range | set) and not (
         hasattr(value, "__array__") and np.ndim(value) == 1
     ):
-        raise UserError(
-            f"{name} {shown(repr(value))}: expected a list of whole numbers"
-        )
+        raise UserError(f"{name} {spelled(value)}: expected a list of whole numbers")
     return [whole(name, x, 0, depth - 1) for x in value]
 
 
 def choice(name: str, value: Any, choices: Collection[str]) -> str:
     if not isinstance(value, str):
         raise UserError(
-            f"{name} {shown(repr(value))}: expected one of {', '.join(choices)}"
+            f"{name} {spelled(value)}: expected one of {', '.join(choices)}"
         )
     if value not in choices:
         raise UserError(f'{name} "{shown(value)}"{nearest(value, choices)}')

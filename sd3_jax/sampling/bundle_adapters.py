@@ -2,8 +2,7 @@
 
 import dataclasses
 import logging
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -11,10 +10,14 @@ from flax import linen as nn
 from jax.sharding import Mesh
 
 from sd3_jax.errors import UserError
+from sd3_jax.foreign_text import shown
 from sd3_jax.params import adapters as common_form
-from sd3_jax.sampling import lora_adapters
-from sd3_jax.sampling.adapter_bank import Bank, Weights, placed
+from sd3_jax.sampling import adapter_bank, argument_checks, lora_adapters
+from sd3_jax.sampling.adapter_bank import Bank, placed
+from sd3_jax.weights import caller_configs
 from sd3_jax.weights.components import COMPONENTS
+
+EXPECTED = "a file, a folder, a hub name or {component: {path: change}}"
 
 log = logging.getLogger(__name__)
 
@@ -38,36 +41,40 @@ class WithAdapters:
 
     def load_adapter(
         self,
-        source: os.PathLike | str | common_form.Adapter,
-        name: str | None = None,
-        weight: float | int = 1.0,
+        source: Any,
+        name: Any = None,
+        weight: Any = 1.0,
         *,
-        only: Sequence[str] = tuple(COMPONENTS),
+        only: Any = tuple(COMPONENTS),
     ) -> str:
         """Add an adapter, such as a LoRA, beside the weights, and return its name.
 
         `source` is a file, a folder or a hub name, or an adapter in the common form
-        (params/adapters.py). The name is by default the file's. Parts of the adapter
-        for components that `only` does not name are left out. The next call compiles,
-        because the number of ranks is a shape. A file that is loaded again gets a name
-        of its own, and both act; a warning says so. Raises UserError for an adapter
-        that does not fit, and for a name that is taken.
+        (params/adapters.py). The name is by default the file's. `weight` is a number.
+        Parts of the adapter for components that `only`, one name or several, does not
+        name are left out. The next call compiles, because the number of ranks is a
+        shape. A file that is loaded again gets a name of its own, and both act; a
+        warning says so. Raises UserError for an adapter that does not fit, and for a
+        name that is taken.
         """
         if name is not None:
             # Before a file is fetched or read.
             self.bank.require_new(name)
-        if isinstance(source, Mapping):
-            if name is None:
-                raise UserError("an adapter of arrays needs a name; set name=NAME")
-            # A component that is not known is refused by `placed`.
-            kept = [k for k in source if k in only or k not in COMPONENTS]
-            changes = [(k, *change) for k in kept for change in source[k].items()]
-            adapter = placed(name, changes, self.variables, self.dtype)
-            self.bank.add(name, adapter, weight)
-            return name
-        text = os.fspath(source)
-        (opened,) = lora_adapters.opened([(text, weight)], only, self.modules)
-        return self.add_opened(opened, name)
+        only = caller_configs.component_names(only)
+        if not isinstance(source, Mapping):
+            text = argument_checks.path_text("adapter", source, EXPECTED)
+            label = f'adapter "{shown(name or text)}": weight'
+            weight = argument_checks.number(label, weight)
+            (opened,) = lora_adapters.opened([(text, weight)], only, self.modules)
+            return self.add_opened(opened, name)
+        if name is None:
+            raise UserError("an adapter of arrays needs a name; set name=NAME")
+        weight = argument_checks.number(f'adapter "{shown(name)}": weight', weight)
+        # A component that is not known is refused by `placed`.
+        kept = {k: x for k, x in source.items() if k in only or k not in COMPONENTS}
+        changes = adapter_bank.flattened(name, kept)
+        self.bank.add(name, placed(name, changes, self.variables, self.dtype), weight)
+        return name
 
     def add_opened(self, opened: lora_adapters.Opened, name: str | None = None) -> str:
         """load_adapter for a file whose header is read."""
@@ -92,8 +99,8 @@ class WithAdapters:
             log.warning("%s: changes no component that is loaded", opened.path)
         return name
 
-    def set_adapters(self, weights: Weights) -> None:
-        """Set the adapters' weights by name; those that are not named get 0.
+    def set_adapters(self, weights: Any) -> None:
+        """Set the adapters' weights, {name: number}; those that are not named get 0.
 
         Nothing is compiled and no weight of the model is touched. Raises UserError for
         unknown names.

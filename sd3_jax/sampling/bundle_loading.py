@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from sd3_jax import tree
 from sd3_jax.distributed import sharding
-from sd3_jax.errors import UserError, nearest, prefixed
+from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
@@ -84,7 +84,7 @@ def load(
         raise UserError("no weights; give a file, a folder or a hub name")
     places = [sources.locate(name) for name in names]
     source = ",".join(map(os.fspath, names))
-    only = _checked_names(only)
+    only = caller_configs.component_names(only)
     callers = {} if config is None else _caller_config(config, only, names)
     parts, configs = _open_parts(places, only, callers)
     # A configuration that no file takes would be ignored in silence.
@@ -159,15 +159,6 @@ def _open_parts(
             if name in only and part.read is not None:
                 parts[name] = part
     return parts, configs
-
-
-def _checked_names(only: Any) -> tuple[str, ...]:
-    """Our names of the components in `only`; one name alone is a text."""
-    only = (only,) if isinstance(only, str) else only
-    if not isinstance(only, Collection) or not all(isinstance(x, str) for x in only):
-        raise UserError(f"only {shown(repr(only))}: expected names of components")
-    with prefixed("only"):
-        return tuple(map(caller_configs.component_name, only))
 
 
 def _caller_config(

@@ -1,7 +1,6 @@
 """What a bundle does with texts: tokens, what is cut of them, textual inversion."""
 
 import dataclasses
-import os
 from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
@@ -96,20 +95,20 @@ class WithPrompts:
 
     def load_embedding(
         self,
-        path_or_hub_name: os.PathLike | str,
-        token: textual_inversion.Tokens = None,
+        path_or_hub_name: Any,
+        token: Any = None,
     ) -> Any:
         """A bundle with an embedding of textual inversion, which shares all weights.
 
         A prompt that has the placeholder, or embedding:PLACEHOLDER, gets the vectors.
-        The placeholder is that of the file, or its name, or `token`; a list of tokens
-        names the vectors one by one. The next call compiles the encoders, whose tables
-        have more rows; rows come in multiples of 32. `save` refuses the bundle. Raises
+        The placeholder is that of the file, or its name, or the text `token`; a list of
+        them names the vectors one by one. The next call compiles the encoders, whose
+        tables have more rows, in multiples of 32. `save` refuses the bundle. Raises
         UserError for pickles, other files, vectors of another width and a placeholder
         that is taken.
         """
         widths = textual_inversion.widths_of(self.configs, self.modules)
-        source = os.fspath(path_or_hub_name)
+        source = textual_inversion.path_text(path_or_hub_name)
         return self.add_learned(*textual_inversion.opened(source, token, widths))
 
     def add_learned(self, *learned: Learned) -> Any:

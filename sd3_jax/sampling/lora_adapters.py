@@ -1,7 +1,6 @@
 """Opens adapter files that a caller names, and reads their tensors."""
 
 import functools
-import math
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,6 +11,7 @@ from flax import linen as nn
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params.adapters import Factors, Full, Path
+from sd3_jax.sampling import argument_checks
 from sd3_jax.weights import adapter_files, source_names, sources
 
 named = functools.partial(source_names.split_weight, exists=sources.exists)
@@ -39,18 +39,18 @@ def listed(requested: Any) -> list[tuple[str, float]]:
         # of them is a string.
         pair = isinstance(entry, list | tuple) and len(entry) == 2
         path, weight = entry if pair else (entry, None)
-        known = isinstance(path, str | os.PathLike)
-        if not known or isinstance(weight, bool | str):
+        if not isinstance(path, str | os.PathLike) or isinstance(weight, bool | str):
             raise UserError(
-                f"lora {shown(repr(entry))}: expected a path, (path, weight) or {{path:"
-                " weight}"
+                f"lora {argument_checks.spelled(entry)}: expected a path, (path,"
+                " weight) or {path: weight}"
             )
         text = os.fspath(path)
-        specs.append(named(text) if weight is None else (text, float(weight)))
+        specs.append(named(text) if weight is None else (text, weight))
     # NaN or infinity would spread to every activation.
-    for path, weight in specs:
-        if not math.isfinite(weight):
-            raise UserError(f"lora {path}: weight {weight}: expected a finite number")
+    specs = [
+        (path, argument_checks.number(f"lora {shown(path)}: weight", weight))
+        for path, weight in specs
+    ]
     return specs
 
 

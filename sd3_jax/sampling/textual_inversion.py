@@ -2,7 +2,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import listed as spelled
 from sd3_jax.models.clip import LEGACY_EOS, ClipText
 from sd3_jax.models.token_table import ADDED
-from sd3_jax.sampling import compiled
+from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling.prompt_tokens import TEXT
 from sd3_jax.weights import embedding_files, sources
 from sd3_jax.weights.embedding_files import Learned
@@ -41,17 +40,32 @@ def listed(requested: Any) -> list[tuple[str, Tokens]]:
     """(path or hub name, placeholder or None) of one or several: paths, "path=<token>",
     or {path: token}."""
     if isinstance(requested, Mapping):
-        return [(os.fspath(path), token) for path, token in requested.items()]
-    several = [requested] if isinstance(requested, str | os.PathLike) else requested
-    return [split_token(os.fspath(source), sources.exists) for source in several]
+        return [(path_text(path), token) for path, token in requested.items()]
+    several = isinstance(requested, list | tuple | set)
+    texts = map(path_text, requested if several else [requested])
+    return [split_token(text, sources.exists) for text in texts]
 
 
-def opened(source: str, token: Tokens, widths: Mapping[str, int]) -> list[Learned]:
+def path_text(source: Any) -> str:
+    """An embedding's path or hub name as text; UserError for anything else."""
+    expected = "a file, a folder or a hub name"
+    return argument_checks.path_text("embedding", source, expected)
+
+
+def opened(source: str, token: Any, widths: Mapping[str, int]) -> list[Learned]:
     """The embeddings of a file for the text encoders of these `widths`.
 
     `token` replaces the placeholder of the file; several tokens name its vectors one by
     one. What is not used is logged; UserError if nothing is.
     """
+    several = isinstance(token, list | tuple)
+    if not (token is None or isinstance(token, str)) and not (
+        several and all(isinstance(x, str) for x in token)
+    ):
+        raise UserError(
+            f"token {argument_checks.spelled(token)}: expected a text such as"
+            ' "<fox>", or a list of them'
+        )
     if not widths:
         raise UserError("no text encoder to load an embedding into")
     learned_embeddings = _named(embedding_files.read(source, widths), token)

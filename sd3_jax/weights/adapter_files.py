@@ -4,7 +4,6 @@
 layers in a model by its key tables and gives each changed parameter, one at a time.
 """
 
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -181,11 +180,16 @@ def _update(
         return Update(tensors, settings.scale(module, rank) if scaled else 1.0)
     # Read with the header: alphas are single numbers, and their faults show before any
     # weight is loaded.
-    value = alpha.read()
-    if value.size != 1 or not math.isfinite(float(value.reshape(-1)[0])):
-        raise UserError(f"{path}: {module}.alpha: expected one finite number")
+    value = alpha.read().astype(np.float64).reshape(-1)
+    # A LoKr of two whole matrices may have any: LyCORIS takes 1e10 to ask for these.
+    most = np.inf if rank is None else peft_config.LARGEST
+    if value.size != 1 or not np.isfinite(value[0]) or abs(value[0]) > most:
+        raise UserError(
+            f"{path}: {module}.alpha: expected one finite number,"
+            f" {peft_config.LARGEST:g} at most"
+        )
     # LyCORIS and ComfyUI do not scale two whole matrices.
-    return Update(tensors, 1.0 if rank is None else float(value.reshape(-1)[0]) / rank)
+    return Update(tensors, 1.0 if rank is None else float(value[0]) / rank)
 
 
 # --- the changes

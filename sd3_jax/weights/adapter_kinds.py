@@ -75,12 +75,36 @@ def incomplete(tensors: Mapping[str, Tensor]) -> str:
             return f"has only {_listed(roles)}; expected {_listed(wanted)}"
     if any(role.startswith("lokr_") for role in roles):
         for name in ("lokr_w1", "lokr_w2"):
-            if (name in roles) + ({f"{name}_a", f"{name}_b"} <= roles) != 1:
+            pair = {f"{name}_a", f"{name}_b"}
+            if (name in roles) + (pair <= roles) != 1:
                 return f"has only {_listed(roles)}; expected {name} or its factors"
+    if surplus := _surplus(roles):
+        return f"has {_listed(surplus)} beside {_listed(roles - surplus)}; expected one"
+    if rank(tensors) == 0:
+        return "has factors of rank 0"
     factored = roles & {"A", "hada_w1_a", "lokr_w1", "lokr_w1_a"}
     if roles & set(NORMS) and not factored:
         return "has norms of DoRA alone; expected the matrices that they scale"
     return ""
+
+
+def _surplus(roles: set[str]) -> set[str]:
+    """Roles that no formula reads beside the others that a layer has."""
+    pairs = [NORMS, ("diff", "weight"), ("diff_b", "bias")]
+    surplus = {second for first, second in pairs if {first, second} <= roles}
+    for name in ("lokr_w1", "lokr_w2"):
+        if name in roles:
+            surplus |= roles & {f"{name}_a", f"{name}_b"}
+    if "lokr_w2" in roles:  # Tucker's core is that of its factors
+        surplus |= roles & {"lokr_t2"}
+    # A layer has one alpha, which would scale two methods of unlike ranks.
+    methods = [
+        {x for x in roles if x.startswith(start)} for start in ("hada_", "lokr_")
+    ]
+    methods.insert(0, roles & LORA)
+    for other in [x for x in methods if x][1:]:
+        surplus |= other
+    return surplus
 
 
 def changes(update: Update) -> set[str]:
@@ -246,6 +270,8 @@ def _lora_misfit(shapes: Mapping[str, Shape], shape: Shape) -> str:
 def _loha_misfit(shapes: Mapping[str, Shape], shape: Shape) -> str:
     for i in (1, 2):
         a, b = shapes[f"hada_w{i}_a"], shapes[f"hada_w{i}_b"]
+        if len(a) != 2 or len(b) != 2:
+            return _not_matrices(f"hada_w{i}_a", a, f"hada_w{i}_b", b)
         if (core := shapes.get(f"hada_t{i}")) is not None:
             full = (a[-1], b[-1], *core[2:])
             inner = core[:2] == (a[0], b[0]) and len(core) == 4
@@ -265,6 +291,8 @@ def _lokr_misfit(shapes: Mapping[str, Shape], shape: Shape) -> str:
             sides.append(shapes[name])
             continue
         a, b = shapes[f"{name}_a"], shapes[f"{name}_b"]
+        if len(a) != 2 or len(b) != 2:
+            return _not_matrices(f"{name}_a", a, f"{name}_b", b)
         core = shapes.get("lokr_t2") if name == "lokr_w2" else None
         if core is not None and core[:2] == (a[0], b[0]) and len(core) == 4:
             sides.append((a[-1], b[-1], *core[2:]))
@@ -272,13 +300,19 @@ def _lokr_misfit(shapes: Mapping[str, Shape], shape: Shape) -> str:
             sides.append((a[0], b[-1]))
         else:
             return f"{name}_a {list(a)} and {name}_b {list(b)} do not fit each other"
+    if len(sides[0]) != 2 or len(sides[1]) not in (2, 4):
+        return _not_matrices("lokr_w1", sides[0], "lokr_w2", sides[1])
     size = math.prod(sides[0]) * math.prod(sides[1])
     out = sides[0][0] * sides[1][0]
-    if len(sides[0]) != 2 or out != shape[0] or size != math.prod(shape):
+    if out != shape[0] or size != math.prod(shape):
         return f"lokr_w1 {list(sides[0])} and lokr_w2 {list(sides[1])} make" + (
             f" {out} outputs and {size} values, expected {list(shape)}"
         )
     return ""
+
+
+def _not_matrices(first: str, a: Shape, second: str, b: Shape) -> str:
+    return f"{first} {list(a)}, {second} {list(b)}: expected two matrices"
 
 
 def _read(update: Update, role: str) -> np.ndarray:

@@ -1,5 +1,6 @@
 """The layers of a model that an adapter's file names, in any tool's spelling."""
 
+import re
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -8,10 +9,18 @@ from flax import linen as nn
 
 from sd3_jax.errors import UserError, near
 from sd3_jax.foreign_text import listed
+from sd3_jax.models.token_table import ADDED
 from sd3_jax.weights import adapter_kinds, key_mapping
 from sd3_jax.weights.adapter_kinds import Update
 from sd3_jax.weights.components import COMPONENTS
 from sd3_jax.weights.key_mapping import Piece
+
+# Models by the width of their transformer.
+WIDTHS = {1536: "SD3 Medium and SD3.5 Medium", 2432: "SD3.5 Large", 3072: "Flux"}
+# Layers of the denoiser whose inputs are as wide as the transformer.
+ATTENTION_INPUT = re.compile(
+    r"attn_(to_[qkv]|add_[qkv]_proj|qkv)$"  # flat, in both layouts
+)
 
 
 class Layers(NamedTuple):
@@ -56,10 +65,11 @@ def targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[T
     if any(_flat(key) not in places for key in layers.updates):
         fused = _places(name, module, params, "original")
         places = {**fused, **_parts_of_fused(places, fused), **places}
-    matches, faults, seen = [], {}, {}
+    matches, faults, seen, unknown = [], {}, {}, []
     for key, update in layers.updates.items():
         if (place := places.get(_flat(key))) is None:
             faults[key] = f"{key} is not a layer of the model"
+            unknown.append(key)
             continue
         layout, layer, pieces = place
         # A LoRA with a bias, or diff with diff_b, changes two parameters.
@@ -75,8 +85,8 @@ def targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[T
             faults[key] = f"{key} is the same layer as {other}"
     if faults:
         hint = _size_hint(layers, module)
-        if not hint and len(faults) == 1 and len(matches) < len(layers.updates):
-            guess = near(*faults, [place.module for place in places.values()])
+        if not hint and len(faults) == 1 and unknown:
+            guess = near(*unknown, [place.module for place in places.values()])
             hint = f'; did you mean "{guess}"?' if guess else ""
         raise UserError(
             f"{layers.path}: {len(faults)} of {len(layers.updates)} layers do not fit"
@@ -88,6 +98,8 @@ def targets(layers: Layers, name: str, module: nn.Module, params: Any) -> list[T
 def _places(name: str, module: nn.Module, params: Any, layout: str) -> dict[str, Place]:
     """The layers of a model by their names in a layout, with underscores for dots."""
     table = COMPONENTS[name].table(module)
+    # No layout has the rows of textual inversion, and no adapter changes them.
+    params = {key: x for key, x in params.items() if key != ADDED}
     try:
         pieces = key_mapping.pieces({"params": params}, table, layout)
     except KeyError as error:
@@ -112,7 +124,10 @@ def _parts_of_fused(
     """OneTrainer's names of q, k and v: the original layout's qkv.0 to qkv.2."""
     names = {}
     for key, place in fused.items():
-        if (piece := place.pieces.get("weight")) is not None:
+        piece = place.pieces.get("weight")
+        # Python 3.11 cannot hash slices: those of q, k and v that are not fused, as in
+        # the text encoders, whose layouts have the same names.
+        if piece is not None and slice(None) not in piece.index:
             names[piece.path, piece.index] = key
     parts = {}
     for place in split.values():
@@ -131,14 +146,25 @@ def _flat(name: str) -> str:
 
 
 def _size_hint(layers: Layers, module: nn.Module) -> str:
-    """A remark if a file has more layers than the model."""
+    """A remark if a file has wider or more layers than the model."""
+    widths = {
+        x.shape[-1]
+        for key, update in layers.updates.items()
+        for role, x in update.tensors.items()
+        if role == "A" and len(x.shape) == 2 and ATTENTION_INPUT.search(_flat(key))
+    }
+    width = getattr(module, "width", 0)
+    if len(widths) == 1 and width and width not in widths:
+        (other,) = widths
+        owner = f", as those of {WIDTHS[other]}" if other in WIDTHS else ""
+        return f"; its layers are {other} wide{owner}, and the model's {width}"
     # Five parts reach the block's number in the longest form,
     # text_model_encoder_layers_11, and no layer's within a block, such as net.2.
     numbers = [
         int(part)
         for key in layers.updates
         for part in _flat(key).split("_")[:5]
-        if part.isdigit()
+        if part.isdecimal() and len(part) < 5
     ]
     depth = getattr(module, "depth", 0)
     if not numbers or max(numbers) < depth or not depth:

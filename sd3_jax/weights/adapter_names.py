@@ -43,6 +43,7 @@ PREFIXES = {
     "lora_te2.": "clip_g",
     "lora_te3.": "t5",
 }
+LONGEST = 200  # characters of a name: patterns take longer for longer ones
 LYCORIS = "lycoris_"  # of one model, like names without a prefix
 # Beginnings of names without a prefix, with underscores for dots.
 BARE = {
@@ -67,9 +68,9 @@ ROLES = {
     "alpha": "alpha",
 }
 MARKS = "|".join(map(re.escape, sorted(ROLES, key=len, reverse=True)))
-NAME = re.compile(rf"(.+)\.({MARKS})((?:\.\w+)*)")
+NAME = re.compile(rf"(.+)\.({MARKS})((?:\.[^.]+)*)")
 # A weight that PEFT saves whole, of modules_to_save or with bias="all".
-WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save\.\w+)?\.(weight|bias)")
+WHOLE = re.compile(r"(.+?)(?:\.base_layer|\.modules_to_save\.[^.]+)?\.(weight|bias)")
 # Before version 0.20 diffusers kept LoRAs in attention processors.
 OLD = re.compile(r"(.+\.)to_(q|k|v|out)_lora\.(down|up)\.weight")
 # Parts of names by which a tensor is of a method that is not implemented.
@@ -162,6 +163,8 @@ def refuse_foreign(where: str, names: Collection[str]) -> None:
 
 def _parse(key: str, owner: str, whole: Collection[str]) -> Name | str:
     """The Name, or why there is none."""
+    if len(key) > LONGEST:
+        return f"expected at most {LONGEST} characters"
     for mark, method in REFUSED.items():
         if mark in key:
             return f"{method} is not supported"

@@ -1,13 +1,13 @@
 """Components and configurations as a caller of `load` names them."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from etils import epath
 
 from sd3_jax import files
-from sd3_jax.errors import UserError, nearest
+from sd3_jax.errors import UserError, nearest, prefixed
 from sd3_jax.foreign_text import shown
 from sd3_jax.weights.components import COMPONENTS, Component
 
@@ -20,6 +20,15 @@ def component_name(name: str) -> str:
         choices = [*COMPONENTS, *(x for x in by_folder if x not in COMPONENTS)]
         raise UserError(f'component "{shown(name)}"{nearest(name, choices)}')
     return by_folder.get(name, name)
+
+
+def component_names(only: Any) -> tuple[str, ...]:
+    """Our names of the components in `only`; one name alone is a text."""
+    only = (only,) if isinstance(only, str) else only
+    if not isinstance(only, Collection) or not all(isinstance(x, str) for x in only):
+        raise UserError(f"only {shown(repr(only))}: expected names of components")
+    with prefixed("only"):
+        return tuple(map(component_name, only))
 
 
 def read_config(config: Any, component: Component) -> dict:

@@ -54,6 +54,13 @@ def read(source: str, widths: Mapping[str, int]) -> list[Learned]:
         for file in _files(path):
             for learned in _read_file(file, widths):
                 first = by_token.setdefault(learned.token, learned)
+                twice = first.vectors.keys() & learned.vectors.keys()
+                if twice and first is not learned:
+                    raise UserError(
+                        f"{file}: has vectors of {shown(learned.token)} for"
+                        f" {listed(sorted(twice))}, as {first.path.name} has; name one"
+                        " of the two"
+                    )
                 # The companions repeat the placeholder, each for another encoder.
                 first.vectors.update(learned.vectors)
         return list(by_token.values())
@@ -92,6 +99,13 @@ def _read_file(path: epath.Path, widths: Mapping[str, int]) -> list[Learned]:
                 f"{path}: {len(unknown)} tensors beside {listed(known)} are not known:"
                 f" {listed(unknown)}"
             )
+        for encoder in set(known.values()):
+            names = [name for name, owner in known.items() if owner == encoder]
+            if len(names) > 1:
+                raise UserError(
+                    f"{path}: {listed(names)} are all for {encoder}; expected one of"
+                    " them"
+                )
         vectors = {
             encoder: _vectors(path, name, tensors[name], widths.get(encoder))
             for name, encoder in known.items()
@@ -149,6 +163,8 @@ def _vectors(
         raise UserError(
             f"{path}: {shown(name)} of shape {tensor.shape}: expected (vectors, width)"
         )
+    if tensor.dtype.kind in "biu":
+        raise UserError(f"{path}: {shown(name)} is of {tensor.dtype}; expected floats")
     if width is not None and shape[1] != width:
         raise UserError(
             f"{path}: {shown(name)} has vectors of width {shape[1]}; expected {width},"

@@ -37,6 +37,12 @@ NEUTRAL = set(
 # change the base's weights when training begins: A and B are not the whole update.
 INITIAL = (None, True, False, "gaussian", "eva", "orthogonal")
 
+# Parts of a pattern by which it may match in several ways, escaped or not.
+REPETITION = re.compile(r"[*+{]")
+CHOICE = re.compile(r"[*+{(]|(?<!\()\?")
+REPEATED_GROUP = re.compile(r"\)[*+?{]")
+MOST_REPETITIONS, MOST_CHOICES = 3, 5
+
 
 class Settings(NamedTuple):
     """The ranks and alphas of a configuration.
@@ -179,10 +185,17 @@ def _numbers(where: str, name: str, value: Any) -> dict[str, float]:
     if not isinstance(value, dict) or None in value.values():
         raise UserError(f"{where}: {name} {shown(value)}: expected numbers by pattern")
     for pattern in value:
-        # A repeated group may make a regular expression run for ever.
-        if len(pattern) > 500 or re.search(r"\)[*+?{]", pattern):
+        # Each choice multiplies the ways to match: a few take a module's name in
+        # microseconds, fifteen run for ever. A repeated group does so alone.
+        if (
+            len(pattern) > 500
+            or REPEATED_GROUP.search(pattern)
+            or len(REPETITION.findall(pattern)) > MOST_REPETITIONS
+            or len(CHOICE.findall(pattern)) > MOST_CHOICES
+        ):
             raise UserError(
-                f"{where}: {name} {shown(pattern)}: a pattern with a repeated group is"
-                " not supported; simplify it"
+                f"{where}: {name} {shown(pattern)}: a pattern with a repeated group,"
+                f" more than {MOST_REPETITIONS} repetitions or more than {MOST_CHOICES}"
+                " groups and repetitions is not supported; simplify it"
             )
     return {k: _number(where, f"{name} {shown(k)}", v) for k, v in value.items()}

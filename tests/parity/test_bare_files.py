@@ -15,7 +15,6 @@ from parity.test_controls import refused
 from parity.test_pipelines import nchw, nhwc, one_device
 
 import sd3_jax
-from sd3_jax.sampling import bundle_loading
 from sd3_jax.tools.parity import tiny_tokenizers
 from sd3_jax.weights import caller_configs
 from sd3_jax.weights.components import COMPONENTS
@@ -107,7 +106,7 @@ def test_names_and_configurations_that_are_refused(folder, tmp_path):
         'only: component "denoizer"; did you mean "denoiser"?', only=["denoizer", "vae"]
     )
     said = "only 3: expected names of components"
-    refused(said, bundle_loading._checked_names, 3)
+    refused(said, caller_configs.component_names, 3)
     ask(
         'not of 2 of 1; name it, such as only={"tr',
         only={"transformer", "vae"},

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from parity import convert, miniature
 
 import sd3_jax
@@ -239,3 +240,102 @@ def test_what_is_refused(bundle):
         "wrong",
     )
     assert bundle.adapters == {"style": 1.0}
+
+
+class Unwritable:
+    def __repr__(self):
+        raise RuntimeError
+
+
+def test_weights_that_are_no_numbers(bundle, tmp_path):
+    bundle.load_adapter(style(bundle), "style")
+    # Python writes no integer of more than 4300 digits.
+    wrong = [[1, 2], np.ones(2), 1 + 1j, 10**400, 10**9999, None, "1", True, np.nan]
+    for weight in [*wrong, object(), Unwritable()]:
+        for call in (
+            lambda x: bundle.load_adapter(style(bundle), "other", x),
+            lambda x: bundle.load_adapter(tmp_path / "nowhere", "other", x),
+            lambda x: bundle.set_adapters({"style": x}),
+        ):
+            with pytest.raises(UserError, match='^adapter ".*": weight .*finite'):
+                call(weight)
+    assert bundle.adapters == {"style": 1.0}
+
+
+@pytest.mark.parametrize(
+    "source, words",
+    [
+        *((x, "adapter .*: expected a file, a folder") for x in (None, 5, b"x", "")),
+        ({"denoiser": 5}, "'denoiser' is 5; expected .*{path: change}"),
+        ({"denoiser": {ATTN: 5}}, "is 5; expected a tuple of names, and Factors or"),
+        ({"denoiser": {5: Full(np.ones(2))}}, ": 5 is Full"),
+        ({"denoiser": {("blocks", 5): Full(np.ones(2))}}, "expected a tuple of names"),
+        ({5: {ATTN: Full(np.ones(2))}}, ": 5 is .*expected a component"),
+        ({"denoiser": {ATTN: Full([1, 2])}}, "of class list; expected arrays"),
+        ({"denoiser": {ATTN: Full(np.ones(2, int))}}, "of int64; expected floats"),
+    ],
+)
+def test_what_is_no_adapter(bundle, source, words):
+    with pytest.raises(UserError, match=words) as error:
+        bundle.load_adapter(source, "name")
+    assert "\n" not in str(error.value) and not bundle.adapters
+
+
+@pytest.mark.parametrize("to", [np.nan, np.inf, -np.inf, 1e30])
+def test_values_that_cannot_be_computed_with(bundle, to):
+    parts = {ATTN: factors(bundle, "denoiser", ATTN, 2, 0)}
+    parts[FINAL] = full(bundle, "denoiser", FINAL, 1)
+    for path in parts:
+        for field in parts[path]._fields:
+            change = parts[path]
+            x = getattr(change, field).copy()
+            x.flat[3] = to
+            changes = parts | {path: change._replace(**{field: x})}
+            with pytest.raises(UserError, match="1 of 2 changes .*1e.12 at most"):
+                bundle.load_adapter({"denoiser": changes}, "x")
+    large = jax.tree.map(lambda x: jax.numpy.asarray(1e25 * x), parts[ATTN])
+    with pytest.raises(UserError, match="by up to .*e.5"):
+        bundle.load_adapter({"denoiser": {ATTN: large}}, "x")
+
+
+def test_only_names_components(bundle):
+    adapter = style(bundle)
+    for only in ["denoizer"], "denoizer", {"denoizer"}:
+        with pytest.raises(UserError, match='only: .*; did you mean "denoiser"'):
+            bundle.load_adapter(adapter, "style", only=only)
+    for only in 5, None, [5]:
+        with pytest.raises(UserError, match="only .*: expected names of components"):
+            bundle.load_adapter(adapter, "style", only=only)
+    for only in "denoiser", ["transformer"]:  # diffusers' folder is a name too
+        bundle.load_adapter(adapter, "style", only=only)
+        assert set(bundle.bank.adapters["style"]) == {"denoiser"}
+        bundle.unload_adapters()
+
+
+def test_names_print_on_one_line(bundle, tmp_path):
+    for name in "a\nb", "a\x1b[2J", "", 5:
+        with pytest.raises(UserError, match="expected a name that prints") as error:
+            bundle.load_adapter(style(bundle), name)
+        assert str(error.value).isprintable()
+    (tmp_path / "cat\x1b[2J.safetensors").touch()
+    with pytest.raises(UserError, match="expected a printable name"):
+        bundle.load_adapter(tmp_path / "cat\x1b[2J.safetensors")
+
+
+def test_an_adapter_of_a_text_encoder_after_an_embedding(bundle, tmp_path):
+    vectors = {"clip_l": draw(0, (2, 64)), "clip_g": draw(1, (2, 64))}
+    safetensors.numpy.save_file(vectors, tmp_path / "toy.safetensors")
+    extended = bundle.load_embedding(tmp_path / "toy.safetensors", "<toy>")
+    layer = "lora_te1_text_model_encoder_layers_0_self_attn_q_proj"
+    shapes = {"lora_down.weight": (2, 64), "lora_up.weight": (64, 2)}
+    tensors = {f"{layer}.{k}": draw(0, shape) for k, shape in shapes.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "cat.safetensors")
+    assert extended.load_adapter(tmp_path / "cat.safetensors") == "cat"
+    assert set(extended.bank.adapters["cat"]) == {"clip_l"}
+    assert not bundle.adapters
+    for token in 5, [5], b"x", {"a": 1}:
+        with pytest.raises(UserError, match="token .*: expected a text"):
+            bundle.load_embedding(tmp_path / "toy.safetensors", token)
+    for source in 5, None, b"x":
+        with pytest.raises(UserError, match="embedding .*: expected a file"):
+            bundle.load_embedding(source)

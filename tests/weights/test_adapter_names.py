@@ -1,5 +1,8 @@
 """Each tool's names of layers, with each kind of tensors, against diffusers' names."""
 
+import json
+import time
+
 import jax
 import numpy as np
 import pytest
@@ -205,6 +208,7 @@ def refused(tmp_path, tensors, *parts, name="denoiser", metadata=None):
     assert "\n" not in message and str(file) in message
     for text in parts:
         assert text in message, message
+    return message
 
 
 def lora(*layers, rank=2, out=D, inputs=D):
@@ -228,6 +232,99 @@ def test_half_known_names_are_refused_with_count_and_ten_names(tmp_path):
         "transformer.extra_00.weight (unknown",
         "extra_09.weight",
         "and 2 more",
+    )
+
+
+@pytest.mark.parametrize(
+    "name, key",
+    [
+        ("clip_l", "lora_te1_text_model_encoder_layers_9_mlp_fc1"),
+        ("clip_g", "lora_te2_text_model_encoder_layers_40_mlp_fc1"),
+        ("t5", "lora_te3_encoder_block_7_layer_0_SelfAttention_q"),
+        ("t5", "text_encoder_3.lm_head"),
+        ("t5", "text_encoder_3.decoder.block.0.layer.0.SelfAttention.q"),
+    ],
+)
+def test_layers_that_a_text_encoder_lacks(name, key, tmp_path):
+    refused(tmp_path, lora(key), f"1 of 1 layers do not fit {name}: ", name=name)
+
+
+def test_only_unknown_names_have_a_guess(tmp_path):
+    unknown = refused(tmp_path, lora("transformer.transformer_blocks.0.attn.to_w"))
+    assert 'did you mean "transformer_blocks.0.attn.to_' in unknown
+    assert "did you mean" not in refused(tmp_path, lora(LAYER, inputs=96))
+
+
+@pytest.mark.parametrize(
+    "width, text", [(3072, ", as those of Flux,"), (96, ""), (2432, "SD3.5 Large")]
+)
+def test_a_file_of_another_width_says_so(width, text, tmp_path):
+    tensors = lora(LAYER, inputs=width, out=width)
+    hint = f"; its layers are {width} wide"
+    refused(tmp_path, tensors, hint, text, "and the model's 64")
+
+
+def test_names_of_peft_with_any_adapter_name(tmp_path):
+    """PEFT takes any text without a dot as an adapter's name."""
+    tensors = lora(f"base_model.model.{LAYER.removeprefix('transformer.')}")
+    component = models.component("denoiser")
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 2}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for name in "my-cat", "v1 (final)":
+        named = {k.replace(".weight", f".{name}.weight"): x for k, x in tensors.items()}
+        file = models.save(tmp_path / "adapter_model.safetensors", named)
+        assert len(component.loaded(file)) == 1
+
+
+def test_a_name_that_no_tool_writes(tmp_path):
+    name = f"transformer.{'x' * 190}"
+    refused(tmp_path, lora(name), "expected at most 200 characters")
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    [
+        ".*" * 15 + "z",
+        "a?" * 30 + "z",
+        "}?" * 30 + "z",
+        "(to|t)" * 30 + "z",
+        r"\w{1,}" * 9 + "z",
+        "(a+)+z",
+        "[" + "a]+" * 9,
+    ],
+)
+@pytest.mark.parametrize("field", ["alpha_pattern", "rank_pattern"])
+def test_patterns_that_would_run_for_ever(field, pattern, tmp_path):
+    config = {"transformer.r": 2, f"transformer.{field}": {pattern: 2}}
+    metadata = {"lora_adapter_metadata": json.dumps(config)}
+    start = time.perf_counter()
+    refused(tmp_path, lora(LAYER), "simplify it", metadata=metadata)
+    assert time.perf_counter() - start < 1
+
+
+def test_patterns_that_people_write(tmp_path):
+    for pattern in r"transformer_blocks\.\d+\.attn\.(to_q|to_k)", ".*attn.*to_q":
+        config = {"transformer.r": 2, "transformer.alpha_pattern": {pattern: 6}}
+        metadata = {"lora_adapter_metadata": json.dumps(config)}
+        file = models.save(tmp_path / "x.safetensors", lora(LAYER), metadata)
+        (update,) = adapter_files.read(file)["denoiser"].updates.values()
+        assert update.scale == 3
+
+
+def test_rows_of_textual_inversion_are_no_layer(tmp_path):
+    component = models.component("clip_l")
+    extended = component._replace(
+        params=component.params | {"added_tokens": np.zeros((32, D), np.float32)}
+    )
+    (name, out, inputs) = CLIP[0]
+    file = models.save(
+        tmp_path / "x.safetensors",
+        lora(f"text_encoder.{name}", out=out, inputs=inputs),
+    )
+    jax.tree.map(
+        np.testing.assert_array_equal,
+        dict(extended.loaded(file)),
+        dict(component.loaded(file)),
     )
 
 
@@ -320,4 +417,58 @@ LAYER = "transformer.transformer_blocks.0.attn.to_q"
     ],
 )
 def test_tensors_that_do_not_fit(tensors, text, tmp_path):
+    refused(tmp_path, tensors, text)
+
+
+def of_layer(**shapes):
+    """Ones of these shapes, by the role."""
+    return {f"{LAYER}.{role}": torch.ones(shape) for role, shape in shapes.items()}
+
+
+LOKR = dict(lokr_w1=(4, 4), lokr_w2=(16, 16))
+LOHA = dict(hada_w1_a=(D, 2), hada_w1_b=(2, D), hada_w2_a=(D, 2), hada_w2_b=(2, D))
+ONES = lora(LAYER)
+
+
+@pytest.mark.parametrize(
+    "tensors, text",
+    [
+        (of_layer(**LOKR, lokr_t2=(2, 2, 1, 1)), "lokr_t2 beside lokr_w1, lokr_w2"),
+        (of_layer(**LOKR, lokr_w2_a=(16, 2)), "has lokr_w2_a beside"),
+        (of_layer(**LOKR, lokr_w1_b=(2, 4)), "has lokr_w1_b beside"),
+        (
+            ONES | of_layer(dora_scale=(D, 1), lora_magnitude_vector=(D,)),
+            "has dora_scale beside lora_A, lora_B, magnitude",
+        ),
+        (of_layer(diff=(D, D), set_weight=(D, D)), "has weight beside diff"),
+        (ONES | of_layer(**LOKR), "has lokr_w1, lokr_w2 beside lora_A, lora_B"),
+        (of_layer(**LOKR, **LOHA), "has lokr_w1, lokr_w2 beside hada_w1_a"),
+    ],
+)
+def test_tensors_that_nothing_reads(tensors, text, tmp_path):
+    refused(tmp_path, tensors, text, "expected one")
+
+
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        LOKR | {"lokr_w1": ()},
+        LOKR | {"lokr_w2": ()},
+        LOKR | {"lokr_w2": (256,)},
+        LOKR | {"lokr_w2": (2, 8, 16)},
+        dict(lokr_w1=(4, 4), lokr_w2_a=(), lokr_w2_b=(2, 16)),
+        dict(lokr_w1=(4, 4), lokr_w2_a=(16, 2), lokr_w2_b=()),
+        dict(lokr_w1_a=(4,), lokr_w1_b=(4,), lokr_w2=(16, 16)),
+        *(LOHA | {role: shape} for role in LOHA for shape in ((), (D,))),
+    ],
+)
+def test_scalars_and_vectors_for_matrices(shapes, tmp_path):
+    tensors = of_layer(**shapes)
+    refused(tmp_path, tensors, "1 of 1 layers do not fit denoiser", "two matrices")
+
+
+@pytest.mark.parametrize("rank, alpha", [(0, 1.0), (2, 1e30), (2, float("inf"))])
+def test_scales_without_a_meaning(rank, alpha, tmp_path):
+    tensors = lora(LAYER, rank=rank) | {f"{LAYER}.alpha": torch.tensor(alpha)}
+    text = "1e+06 at most" if rank else "rank 0"
     refused(tmp_path, tensors, text)
