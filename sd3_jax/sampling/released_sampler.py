@@ -146,7 +146,8 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     options = task_arguments.solver_options(asked)
     solver, _ = scheduler.sampler(asked["steps"], tokens, **options)
     steering.require_solver(solver)
-    control_arguments.accepted(asked.get("control"), solver)
+    if "control" in asked:
+        control_arguments.require_solver(solver)
 
 
 def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
@@ -227,9 +228,10 @@ def sample_lines(
     failures |= unpaintable
     if images is None:
         return None, failures
-    lost = np.isnan(images).reshape(len(images), -1).any(axis=1)
-    failures |= {i: _why_nan(model) for i in readable if lost[i] and i not in failures}
-    images[lost] = 0
+    lost = [i for i in readable if np.isnan(images[i]).any()]
+    failures |= {i: _why_nan(model) for i in lost}
+    # Rows that fail are not written, but NaN has no byte.
+    images = np.nan_to_num(images)
     return (_to_bytes(images) if len(failures) < len(tasks) else None), failures
 
 
