@@ -97,7 +97,10 @@ def require_regular(path: epath.PathLike) -> None:
     except OSError:
         return  # opening it says why
     if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
-        raise UserError(f"{path} is a pipe, a socket or a device; expected a file")
+        raise UserError(
+            f"{path} is a pipe, a socket or a device, not a regular file; expected a"
+            " file"
+        )
 
 
 def read_bytes(path: epath.PathLike) -> bytes:

@@ -70,7 +70,9 @@ def answer(argv: Sequence[str]) -> int:
             )
         elif code == MISTAKE or isinstance(error, RunFailed | RetryableError):
             reason = " ".join(str(error).split())
-            for line in (reason, *getattr(error, "__notes__", ())):
+            # jax notes, below a line of dashes, that it shortened the traceback.
+            notes = [x for x in getattr(error, "__notes__", ()) if x[:2] != "--"]
+            for line in (reason, *notes):
                 say("error:", *line.split())
         elif code == FAILED and not joined():
             raise  # a bug of ours: its traceback is what is needed

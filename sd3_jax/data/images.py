@@ -14,6 +14,7 @@ from jaxtyping import UInt8
 from numpy import ndarray
 from PIL import ExifTags, Image, ImageFile
 
+from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
@@ -133,8 +134,11 @@ def pixels(picture: Image.Image, where: str = "image") -> UInt8[ndarray, "h w 3"
 def read_bytes(path: epath.PathLike) -> bytes:
     """A picture's file, or as much of it as tells that it is too large."""
     try:
+        files.require_regular(path)
         with epath.Path(path).open("rb") as file:
             return file.read(BYTES + 1)
+    except UserError as error:
+        raise BadImage(shown(error, 4200)) from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in its name
         reason = getattr(error, "strerror", None) or error
         raise BadImage(f"{_at(path)}: cannot be read: {shown(reason)}") from None

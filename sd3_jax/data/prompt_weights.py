@@ -14,6 +14,7 @@ from sd3_jax.foreign_text import shown
 MOST = 100  # of a weight, without its sign
 ROUND, SQUARE = 1.1, 1 / 1.1  # the weights of (word) and [word]
 PLUS, MINUS = 1.1, 0.9  # of a + and a - of compel
+DEPTH = 100  # of groups inside each other, in compel's syntax
 NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)")
 
 
@@ -160,11 +161,15 @@ def _parse_compel(prompt: str) -> WeightedPrompt:
 
 
 def _compel_parts(
-    prompt: str, at: int, closing: str
+    prompt: str, at: int, closing: str, depth: int = 0
 ) -> tuple[list[tuple[str, float, int]], int]:
     """Parts (text, weight, position) up to the bracket or quote that closes a group,
     and the position behind it."""
     parts, start = [], at - 1
+    # A stranger's prompt must not end the program at Python's limit of recursion.
+    if depth > DEPTH:
+        fault = f"more than {DEPTH} groups inside each other"
+        raise _refuse(prompt, start, fault)
     while at < len(prompt):
         c = prompt[at]
         if c == closing:
@@ -174,7 +179,8 @@ def _compel_parts(
         elif c == ")":
             raise _refuse(prompt, at, '")" without a "("; write \\)')
         elif c in '("':
-            group, at = _compel_parts(prompt, at + 1, ")" if c == "(" else c)
+            end = ")" if c == "(" else c
+            group, at = _compel_parts(prompt, at + 1, end, depth + 1)
             factor, at = _compel_factor(prompt, at)
             parts += [(text, weight * factor, where) for text, weight, where in group]
         elif match := WORD.match(prompt, at):

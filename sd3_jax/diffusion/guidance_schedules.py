@@ -35,7 +35,7 @@ def scales(
     """
     t = np.asarray(grid, np.float64)
     if isinstance(schedule, str):
-        factors = choose("schedule", schedule, SCHEDULES)(t)
+        factors = choose("guidance_schedule", schedule, SCHEDULES)(t)
     else:
         factors = np.interp(t, *_columns(schedule))
     return (1 + (scale - 1) * factors).astype(np.float32)
@@ -45,14 +45,14 @@ def parsed(text: str) -> str | Points:
     """A schedule as a config spells it: a key of SCHEDULES, or "1:0.5, 0.3:2"."""
     # No key of SCHEDULES has a colon, so it tells pairs from names.
     if ":" not in text:
-        choose("schedule", text, SCHEDULES)
+        choose("guidance_schedule", text, SCHEDULES)
         return text
     try:
         columns = [map(float, pair.split(":")) for pair in text.split(",")]
         pairs = [(t, factor) for t, factor in columns]
     except ValueError:  # also of one or three numbers
         pairs = []
-    require(bool(pairs), "schedule", text, PAIRS)
+    require(bool(pairs), "guidance_schedule", text, PAIRS)
     _columns(pairs)
     return pairs
 
@@ -72,7 +72,9 @@ def _columns(points):
     ok = len(points) > 0 and all(
         len(x) == 2 and 0 <= x[0] <= 1 and np.isfinite(x[1]) for x in points
     )
-    require(ok, "schedule", points, PAIRS)
+    require(ok, "guidance_schedule", points, PAIRS)
     times, factors = map(np.array, zip(*sorted(map(tuple, points))))
-    require(bool((np.diff(times) > 0).all()), "schedule", points, "each t once")
+    require(
+        bool((np.diff(times) > 0).all()), "guidance_schedule", points, "each t once"
+    )
     return times, factors

@@ -55,6 +55,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         load = painters.released if config.weights else painters.trained
         painter = load(config, workdir, mesh, tasks)
         facts, suffix = painter.facts | guard.facts(), config.sample.format
+        facts |= picture_lines.encoding(suffix, config.sample.quality)
         lines = [describe(task, facts, painter.nets, suffix) for task in tasks]
         for line, cut in zip(lines, painter.cuts):
             line |= {"cut": cut} if cut else {}

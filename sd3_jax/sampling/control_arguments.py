@@ -49,13 +49,19 @@ def accepted(
     control: ControlInput | Sequence[ControlInput] | None, solver: str
 ) -> list[ControlInput]:
     """`listed` for a solver; UserError for one that no ControlNet works with."""
+    if control:
+        require_solver(solver)
+    return listed(control)
+
+
+def require_solver(solver: str) -> None:
+    """UserError for a solver that no ControlNet works with."""
     # A net acts in a window of t, which one branch of the program decides for a batch.
-    if solver == "adaptive" and control:
+    if solver == "adaptive":
         raise UserError(
             "control does not work with the solver adaptive, whose images are at"
             " different times t; choose another solver, such as unipc_2"
         )
-    return listed(control)
 
 
 def controls_of(

@@ -287,12 +287,13 @@ def _perturbed(options: dict[str, Any], depth: int) -> Layers:
 def _schedule(value: Any) -> str | Sequence[tuple[float, float]]:
     """A schedule that guidance_schedules.scales takes."""
     try:
-        with prefixed("guidance_schedule"):
-            if isinstance(value, str):
-                return guidance_schedules.parsed(value)
-            points = [(float(t), float(factor)) for t, factor in value]
-            guidance_schedules.scales(points, 1.0, np.ones(1))
-            return points
+        if isinstance(value, str):
+            return guidance_schedules.parsed(value)
+        points = [(float(t), float(factor)) for t, factor in value]
+        guidance_schedules.scales(points, 1.0, np.ones(1))
+        return points
+    except UserError:  # a ConfigError, which is a ValueError as well
+        raise
     except (TypeError, ValueError):
         names = ", ".join(guidance_schedules.SCHEDULES)
         raise UserError(

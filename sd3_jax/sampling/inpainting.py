@@ -6,6 +6,7 @@ Pixels are handled on the host. The crop and its region are those of diffusers'
 `padding_mask_crop` (VaeImageProcessor), which other tools call "only masked".
 """
 
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -33,6 +34,7 @@ from sd3_jax.sampling.mask_shapes import (
     to_bytes,
 )
 
+log = logging.getLogger(__name__)
 MOST = 4096  # pixels of a border, a blur or a padding
 
 
@@ -92,8 +94,10 @@ class Edit(NamedTuple):
             # them.
             inside = Image.fromarray(to_bytes(painted)).crop(self.insides[i])
             back = resized(np.asarray(inside), right - left, bottom - top)
+            # Bytes have no NaN: what is not painted must not pass for a picture.
+            lost = np.float32(np.nan if np.isnan(painted).any() else 0)
             painted = original.copy()
-            painted[top:bottom, left:right] = back / np.float32(255)
+            painted[top:bottom, left:right] = back / np.float32(255) + lost
         blended = weight * painted + (1 - weight) * original
         # Not left to the arithmetic: 0 * painted + original may round.
         return np.where(weight == 0, original, blended)
@@ -152,7 +156,8 @@ def prepare(
         # picture's, which need not be multiples of a patch.
         h, w, _ = size(bundle, height, width, None)
         sides = h * bundle.factor, w * bundle.factor
-        return _cropped(bundle, originals, masks, weight, sides, crop_to_mask)
+        blurs = mask_blur > 0
+        return _cropped(bundle, originals, masks, weight, sides, crop_to_mask, blurs)
     if border is not None:
         _require_sides(bundle, originals.shape[1:3], border)
     # mask_padding without pasting only grows the mask, which generate then reads as it
@@ -160,6 +165,7 @@ def prepare(
     inner = weight
     if pastes or border is not None:
         inner = covering(masks, bundle.factor)
+        weight = _acting(weight, masks, inner, mask_blur > 0)
     return Edit(originals, inner, originals, weight, pastes)
 
 
@@ -248,8 +254,33 @@ def _softened(mask: ndarray, padding: int, radius: float | int) -> ndarray:
     return blurred(mask, radius) if radius else mask
 
 
+def _acting(weight: ndarray, masks: ndarray, inner: ndarray, blurs: bool) -> ndarray:
+    """The weight, 0 where no latent is repainted (`inner` 0) and the mask is below 0.5.
+
+    There the model returns what it was given, through the autoencoder: its copy must
+    not replace the original. A blur's edge stays, unless nothing is repainted.
+    """
+    white = (masks >= 128).any(axis=(1, 2))
+    if not white.all():
+        log.warning(
+            "mask: no pixel is 0.5 (128) or more, after mask_blur, in %d of %d: these"
+            " pictures are not repainted",
+            (~white).sum(),
+            len(white),
+        )
+    keeps = (inner == 0) & (masks < 128)[..., None] & (not blurs)
+    keeps |= ~white[:, None, None, None]
+    return np.where(keeps, np.float32(0), weight)
+
+
 def _cropped(
-    bundle: Bundle, originals, masks, weight, sides: tuple[int, int], padding: int
+    bundle: Bundle,
+    originals,
+    masks,
+    weight,
+    sides: tuple[int, int],
+    padding: int,
+    blurs: bool,
 ) -> Edit:
     """The masked areas at the size (height, width) that is generated."""
     height, width = sides
@@ -273,4 +304,10 @@ def _cropped(
         crop_masks.append(filled(mask[area], width, height)[0])
     image = np.stack(crops) / np.float32(255)
     mask = covering(np.stack(crop_masks), bundle.factor)
+    inner = np.zeros_like(weight)
+    for i, (left, top, right, bottom) in enumerate(regions):
+        cells = Image.fromarray(to_bytes(mask[i, ..., 0])).crop(insides[i])
+        cells = cells.resize((right - left, bottom - top), Image.Resampling.NEAREST)
+        inner[i, top:bottom, left:right, 0] = np.asarray(cells)
+    weight = _acting(weight, masks, inner, blurs)
     return Edit(image, mask, originals, weight, True, regions, insides)

@@ -32,7 +32,8 @@ def pixels(pictures: Pictures, name: str = "image") -> Float[Array | np.ndarray,
 
     One picture is a batch of one; grey ones become RGB and alpha goes over white.
     """
-    x = _floats(_together(pictures, name, files.pixels, _pictures), name)
+    x = _together(pictures, name, files.pixels, _pictures)
+    x = _floats(x, name, certain=_are_decoded(pictures))
     # (b, H, W, 1) → (b, H, W, 3)
     if x.shape[-1] == 1:
         return x.repeat(3, axis=-1)
@@ -228,13 +229,24 @@ def _one_channel(picture: Image.Image, name: str) -> np.ndarray:
     return files.pixels(picture, name)[..., :1]
 
 
-def _floats(x: Array | np.ndarray, name: str):
-    """Bytes divided by 255, booleans as 0 and 1, floats in [0, 1] unchanged."""
+def _are_decoded(value: Pictures) -> bool:
+    """Whether all are PIL images, whose bytes are of eight bits: 1 is nearly black."""
+    if isinstance(value, list | tuple):
+        return all(map(_are_decoded, value))
+    return isinstance(value, Image.Image)
+
+
+def _floats(x: Array | np.ndarray, name: str, *, certain: bool = False):
+    """Bytes divided by 255, booleans as 0 and 1, floats in [0, 1] unchanged.
+
+    UserError for bytes of 0 and 1, unless it is `certain` that 255 stands for 1.
+    """
     if x.dtype == bool:
         return x.astype(np.float32)
     if x.dtype == np.uint8:
         # A mask of 0 and 1 in bytes would be black: 1 is 1/255.
-        if not isinstance(x, jax.core.Tracer) and any(row.max() == 1 for row in x):
+        known = certain or isinstance(x, jax.core.Tracer)
+        if not known and any(row.max() == 1 for row in x):
             raise UserError(
                 f"{name}: bytes of 0 and 1, but 255 stands for 1; pass x.astype(bool),"
                 " or bytes of 0 and 255"

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from numpy import ndarray
 from PIL import Image, ImageOps
 
@@ -16,6 +16,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.sampling import lora_adapters
 from sd3_jax.sampling.control import ControlBundle, ControlInput
 from sd3_jax.sampling.line_inputs import Size
+
+WHITE = 128  # from this byte on a mask's pixel is repainted
 
 
 class Row(NamedTuple):
@@ -52,7 +54,7 @@ def read_row(settings: Mapping[str, Any]) -> Row:
             f"outpaint: the border fills all of {sides[0]} x {sides[1]} pixels"
         )
     image, mask_path = settings.get("image"), settings.get("mask")
-    mask = resize(_decoded_mask(mask_path), inner, how) if mask_path else None
+    mask = _resized_mask(mask_path, inner, how) if mask_path else None
     crops = "crop_to_mask" in settings and not settings.get("outpaint")
     # Known only now: headers do not tell whether a mask is black. Refused here, it
     # costs one line and not its batch.
@@ -64,8 +66,21 @@ def read_row(settings: Mapping[str, Any]) -> Row:
         resize(_decoded(image), inner, how) if image else None,
         mask,
         tuple(resize(_decoded(x), sides, how) for x, _ in hints),
-        tuple(resize(_decoded_mask(x), sides, how) if x else None for _, x in hints),
+        tuple(_resized_mask(x, sides, how) if x else None for _, x in hints),
     )
+
+
+def _resized_mask(path: str, sides: Size, how: str) -> UInt8[ndarray, "h w"]:
+    """A mask at sides (height, width); UserError if resizing loses all of it."""
+    whole = _decoded_mask(path)
+    mask = resize(whole, sides, how)
+    # Thin lines fall between the pixels that NEAREST takes.
+    if (whole >= WHITE).any() and not (mask >= WHITE).any():
+        raise UserError(
+            f"mask {path}: nothing is left of the mask after resizing to {sides[0]} x"
+            f" {sides[1]}; draw it wider, or at this size"
+        )
+    return mask
 
 
 def resize(pixels: ndarray, sides: Size, how: str) -> ndarray:
@@ -108,10 +123,10 @@ def arguments(
     """generate's arguments for rows of one group; {} for text alone."""
     keywords: dict[str, Any] = {}
     if settings.get("image"):
-        keywords["image"] = np.stack([row.image for row in rows])
+        keywords["image"] = _floats([row.image for row in rows])
         keywords["strength"] = settings["strength"]
     if settings.get("mask"):
-        keywords["mask"] = np.stack([row.mask for row in rows])
+        keywords["mask"] = _floats([row.mask for row in rows])
     if settings.get("mask") or settings.get("outpaint"):
         names = ("paste", "mask_blur", "mask_padding")
         keywords |= {name: settings[name] for name in names}
@@ -124,15 +139,24 @@ def arguments(
     return keywords
 
 
+def _floats(pixels: Sequence[ndarray]) -> Float32[ndarray, "n h w *c"]:
+    """Bytes of files in [0, 1].
+
+    A file's 1 is 1 / 255: generate refuses arrays of bytes 0 and 1, where 1 may be
+    meant as white.
+    """
+    return np.stack(pixels).astype(np.float32) / 255
+
+
 def _control_input(i: int, control: dict, rows, nets) -> ControlInput:
     masks = [row.hint_masks[i] for row in rows]
     return ControlInput(
         nets[control["net"]],
-        np.stack([row.hints[i] for row in rows]),
+        _floats([row.hints[i] for row in rows]),
         control["scale"],
         control["start"],
         control["stop"],
-        np.stack(masks) if control.get("mask") else None,
+        _floats(masks) if control.get("mask") else None,
         control.get("preprocess"),
     )
 

@@ -17,7 +17,7 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks, lora_adapters
 from sd3_jax.sampling.control import PREPROCESS
-from sd3_jax.weights import source_names
+from sd3_jax.weights import adapter_files, source_names
 from sd3_jax.weights.components import COMPONENTS
 
 CONTROL = {"scale": 1.0, "start": 0.0, "stop": 1.0}  # fields that are numbers
@@ -143,11 +143,9 @@ def _picture_facts(path: str) -> Facts:
 
 def _lora_facts(path: str) -> Facts:
     (opened,) = lora_adapters.opened([(path, 1.0)], tuple(COMPONENTS), COMPONENTS)
-    # A folder's configuration is not hashed: its tensors tell one LoRA from another.
-    folder = opened.path.is_dir()
-    parts = sorted(opened.path.glob("*.safetensors")) if folder else [opened.path]
     digest = hashlib.sha256()
-    for part in parts:
+    # With the configuration: another lora_alpha there is another picture.
+    for part in adapter_files.files_of(opened.path):
         with part.open("rb") as file:
             while data := file.read(CHUNK):
                 digest.update(data)

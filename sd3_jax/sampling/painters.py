@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
+from sd3_jax.errors import UserError
 from sd3_jax.sampling import released_sampler, task_arguments
 from sd3_jax.sampling.prompt_file import Task
 from sd3_jax.sampling.sampler import TrainedSampler
@@ -60,7 +61,7 @@ def trained(
         facts["encoders"] = encoder.bundle.fingerprints()
     samplers = {}
 
-    def paint(rows: Sequence[Task]) -> tuple[np.ndarray, dict[int, str]]:
+    def paint(rows: Sequence[Task]) -> tuple[np.ndarray | None, dict[int, str]]:
         group = rows[0].group
         # Made when it is needed: a resumed job may skip whole groups.
         if group not in samplers:
@@ -70,7 +71,10 @@ def trained(
             )
         captions = [task.caption for task in rows]
         numbers = [task.number for task in rows]
-        return samplers[group](params, captions, numbers), {}
+        try:
+            return samplers[group](params, captions, numbers), {}
+        except UserError as error:  # ends these pictures, not the job
+            return None, dict.fromkeys(range(len(rows)), str(error))
 
     # Each sampler compiles a program of its own.
     return Painter(paint, facts, lambda task: task.group)

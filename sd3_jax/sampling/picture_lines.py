@@ -25,6 +25,9 @@ LINES = "samples.jsonl"
 PAINTED = ("filtered", "batch")
 # Facts of a line that say where the picture is, not what it shows.
 PLACES = ("file", *PAINTED)
+ROWS = 4096  # of a batch that is repeated: api.generate's limit
+# Not compared when a picture is repeated: the format is the command's choice.
+ENCODING = ("quality",)
 EXIF = 65_000  # bytes of a comment that a JPEG holds
 FIELDS = {"prompt": (str, list), "number": int, "seed": int, "settings": dict}
 FIELDS |= {"batch": list}
@@ -101,17 +104,26 @@ def read(path: epath.PathLike, title: str) -> dict[str, Any]:
             )
     # Padded, so that a shorter list fails below like one of wrong types.
     row, size, *rest = [*line["batch"], None, None][: max(2, len(line["batch"]))]
-    whole = isinstance(row, int) and isinstance(size, int)
-    if rest or not whole or not 0 <= row < size <= 2**20:
-        raise UserError(f"{title}: batch {shown(line['batch'])}: expected row and size")
+    # bool is a subclass of int in Python, and true is no row.
+    whole = type(row) is int and type(size) is int
+    if rest or not whole or not 0 <= row < size <= ROWS:
+        raise UserError(
+            f"{title}: batch {shown(line['batch'])}: expected row and size,"
+            f" at most {ROWS}"
+        )
     if line["number"] < 0:
         raise UserError(f"{title}: number {line['number']}: expected 0 or more")
     return line
 
 
+def encoding(suffix: str, quality: int) -> dict[str, int]:
+    """The facts of a file's format; its suffix is in the line's "file"."""
+    return {} if suffix == "png" else {"quality": quality}
+
+
 def warn_of_changes(before: dict, now: dict, path: str) -> None:
     """Logs each fact in which the line of a repeated picture differs."""
-    names = [x for x in {**before, **now} if x not in PLACES]
+    names = [x for x in {**before, **now} if x not in (*PLACES, *ENCODING)]
     changed = [x for x in names if before.get(x) != now.get(x)]
     for name in changed:
         values = [shown(json.dumps(line.get(name)), 200) for line in (before, now)]

@@ -13,7 +13,7 @@ from sd3_jax.config.validation import validate
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import line_inputs, picture_lines
+from sd3_jax.sampling import argument_checks, line_inputs, picture_lines
 from sd3_jax.sampling.line_inputs import Looked
 from sd3_jax.sampling.prompt_lines import (
     CHANGED,
@@ -29,6 +29,8 @@ from sd3_jax.sampling.prompt_lines import (
 
 log = logging.getLogger(__name__)
 FILE = 2**24  # bytes of a file of prompts, at most
+BATCH = 2**30  # pixels of a batch of a picture to repeat: 1024 of 1024 x 1024
+KINDS = ("int8", "fp8")  # of quantized weights
 PICTURES = 10**6  # of a job, at most
 MOST_LOGGED = 20  # lines that make no sense, of which the log tells one by one
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder
@@ -142,7 +144,9 @@ def prompts(config: ConfigDict, path: str, key: str) -> list[str]:
 def text_lines(path: epath.Path, name: str) -> list[str]:
     """The lines of a file of prompts; errors call it `name`."""
     if not path.is_file():
-        reason = "is a folder, expected a file" if path.is_dir() else "no such file"
+        # A pipe would wait for a writer.
+        odd = "not a regular file" if files.exists(path) else "no such file"
+        reason = "is a folder, expected a file" if path.is_dir() else odd
         raise UserError(f"{name}: {reason}")
     try:
         with path.open("rb") as file:
@@ -242,6 +246,11 @@ def _repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
     # Facts of the whole job, which the picture's line has beside its settings.
     facts = {"watermark": "", "lora": (), "embeddings": (), "step": 0}
     facts |= {name: line[name] for name in facts if name in line}
+    with prefixed(title):
+        _require_modest(line, read.config)
+        for name, kind in line.get("quantize", {}).items():
+            argument_checks.choice("quantize", name, list(config.quantize))
+            argument_checks.choice(f"quantize.{name}", kind, KINDS)
     try:
         kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
         files = {name: tuple(facts[name]) for name in ("lora", "embeddings")}
@@ -254,6 +263,16 @@ def _repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
     except (TypeError, ValueError, KeyError) as error:
         raise UserError(f"{title}: {shown(error, 300)}") from None
     return read._replace(where=path, first=line["number"], slot=tuple(line["batch"]))
+
+
+def _require_modest(line: dict, config: ConfigDict) -> None:
+    """UserError for a batch that the sender of a picture made up."""
+    size = line["batch"][1]
+    pixels = size * config.image.height * config.image.width
+    if pixels > BATCH:
+        raise UserError(
+            f"batch of {size} pictures, {pixels} pixels: expected at most {BATCH}"
+        )
 
 
 # --- lines of the file

@@ -1,7 +1,7 @@
 """Released weights, as config.weights names them, and the pictures of their tasks."""
 
 import logging
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import MappingProxyType
 from typing import Any
@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from ml_collections import ConfigDict
 
 from sd3_jax import api, pictures
@@ -19,6 +19,7 @@ from sd3_jax.sampling import (
     argument_checks,
     bundle,
     bundle_loading,
+    control_arguments,
     guidance_arguments,
     line_arrays,
     prompt_file,
@@ -145,6 +146,8 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     options = task_arguments.solver_options(asked)
     solver, _ = scheduler.sampler(asked["steps"], tokens, **options)
     steering.require_solver(solver)
+    if "control" in asked:
+        control_arguments.require_solver(solver)
 
 
 def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
@@ -200,26 +203,71 @@ def sample_lines(
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
-    guided = {"guide": guide} if guides else {}
-    # Text alone reads no file, and cannot fail row by row.
-    if not settings.keys() & {"image", "control", "lora"}:
-        return sample_tasks(model, tasks, guided), {}
-    rows, failures = _read_rows(tasks)
+    extra = {"guide": guide} if guides else {}
+    rows = [line_arrays.Row(None, None, (), ())] * len(tasks)  # of text alone
+    failures: dict[int, str] = {}
+    if settings.keys() & {"image", "control", "lora"}:
+        rows, failures = _read_rows(tasks)
     try:
-        extra = guided | line_arrays.adapters(model, settings.get("lora"))
+        extra |= line_arrays.adapters(model, settings.get("lora"))
     except UserError as error:
         failures = dict.fromkeys(range(len(tasks)), str(error))
     readable = [i for i in range(len(tasks)) if i not in failures]
     if not readable:
         return None, failures
-    places = [readable[0] if i in failures else i for i in range(len(tasks))]
-    extra |= line_arrays.arguments(settings, [rows[i] for i in places], nets)
-    return sample_tasks(model, [tasks[i] for i in places], extra), failures
+
+    def paint(places: Sequence[int]) -> np.ndarray:
+        pixels = line_arrays.arguments(settings, [rows[i] for i in places], nets)
+        return _generate(model, [tasks[i] for i in places], extra | pixels)
+
+    try:
+        places = [readable[0] if i in failures else i for i in range(len(tasks))]
+        images, unpaintable = paint(places), {}
+    except UserError:
+        images, unpaintable = _paint_apart(paint, tasks, readable)
+    failures |= unpaintable
+    if images is None:
+        return None, failures
+    lost = [i for i in readable if np.isnan(images[i]).any()]
+    failures |= {i: _why_nan(model) for i in lost}
+    # Rows that fail are not written, but NaN has no byte.
+    images = np.nan_to_num(images)
+    return (_to_bytes(images) if len(failures) < len(tasks) else None), failures
+
+
+def _paint_apart(
+    paint: Callable[[Sequence[int]], np.ndarray],
+    tasks: Sequence[prompt_file.Task],
+    readable: Sequence[int],
+) -> tuple[np.ndarray | None, dict[int, str]]:
+    """Pictures of a batch that fails as a whole, each task by the batch's program; and
+    why rows cannot be painted."""
+    images: dict[int, np.ndarray] = {}
+    failures: dict[int, str] = {}
+    for index in dict.fromkeys(tasks[i].index for i in readable):
+        places = [i for i in readable if tasks[i].index == index]
+        try:
+            painted = paint([places[0]] * len(tasks))
+        except UserError as error:
+            failures |= dict.fromkeys(places, str(error))
+            continue
+        images |= {i: painted[i] for i in places}
+    if not images:
+        return None, failures
+    blank = np.zeros_like(next(iter(images.values())))
+    return np.stack([images.get(i, blank) for i in range(len(tasks))]), failures
+
+
+def _why_nan(model: bundle.Bundle) -> str:
+    fault = "the pixels are NaN, because numbers overflow"
+    if model.dtype != "float32":
+        return f"{fault} in {model.dtype}; set config.model.dtype to float32"
+    return f"{fault}; lower the weights of its LoRAs or its guidance"
 
 
 def _read_rows(
     tasks: Sequence[prompt_file.Task],
-) -> tuple[list[line_arrays.Row | None], dict[int, str]]:
+) -> tuple[list[line_arrays.Row], dict[int, str]]:
     """The pixels of tasks, and why those of some rows cannot be read."""
     # A batch that is filled up repeats its tasks: each is read once.
     outcomes: dict[int, tuple[line_arrays.Row | None, str]] = {}
@@ -241,7 +289,8 @@ def _read_rows(
             " host needs the same files"
         )
     failures = {i: reason for i, reason in enumerate(reasons) if reason}
-    return [outcomes[task.index][0] for task in tasks], failures
+    blank = line_arrays.Row(None, None, (), ())
+    return [outcomes[task.index][0] or blank for task in tasks], failures
 
 
 def sample_tasks(
@@ -250,11 +299,21 @@ def sample_tasks(
     extra: Mapping[str, Any] = MappingProxyType({}),
 ) -> UInt8[np.ndarray, "n h w 3"]:
     """Pictures of tasks that share a shape and settings; `extra` is generate's."""
+    return _to_bytes(_generate(model, tasks, extra))
+
+
+def _generate(
+    model: bundle.Bundle, tasks: Sequence[prompt_file.Task], extra: Mapping[str, Any]
+) -> Float32[np.ndarray, "n h w 3"]:
     images = api.generate(model, **task_arguments.generate_arguments(tasks), **extra)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
+    return np.array(images, np.float32)
+
+
+def _to_bytes(images: Float32[np.ndarray, "n h w 3"]) -> UInt8[np.ndarray, "n h w 3"]:
     # (n, h, w, 3) from [0, 1]
-    return pictures.to_uint8(2 * images.astype(np.float32) - 1)
+    return pictures.to_uint8(2 * images - 1)
 
 
 def cut_words(
@@ -276,6 +335,18 @@ def cut_words(
     for key in dict.fromkeys(keys):
         # Each text once: the seeds of a prompt share its words.
         texts = list(dict.fromkeys(p for p, k in zip(prompts, keys) if k == key))
-        words = model.tokens_cut(texts, key[0], weighting=key[1], log=True)
+        words = _cut_words(model, texts, *key)
         cuts |= {(key, text): cut for text, cut in zip(texts, words)}
     return [cuts[key, prompt] for key, prompt in zip(keys, prompts)]
+
+
+def _cut_words(
+    model: bundle.Bundle, texts: Sequence[Any], length: int, weighting: str | None
+) -> list[dict[str, str]]:
+    """tokens_cut; {} for a text that cannot be read, whose batch says why."""
+    try:
+        return model.tokens_cut(texts, length, weighting=weighting, log=True)
+    except UserError:
+        if len(texts) == 1:
+            return [{}]
+    return [_cut_words(model, [text], length, weighting)[0] for text in texts]

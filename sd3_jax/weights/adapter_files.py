@@ -88,6 +88,13 @@ def load(
     return dict(leaves(layers, name, module, params))
 
 
+def files_of(path: epath.PathLike) -> list[epath.Path]:
+    """The files that decide what an adapter does: tensors, and PEFT's configuration."""
+    file = _file(epath.Path(path))
+    beside = file.parent / peft_config.CONFIG
+    return [file, beside] if beside.exists() else [file]
+
+
 def leaves(
     layers: Layers, name: str, module: nn.Module, params: Any
 ) -> Iterator[tuple[Path, Factors | Full]]:

@@ -12,6 +12,7 @@ import pytest
 import safetensors.torch
 import torch
 from jobs.test_sample import flags, lines, pixels
+from ml_collections import ConfigDict
 from parity import miniature
 from parity.test_pipelines import control_net
 from PIL import Image
@@ -20,6 +21,9 @@ import sd3_jax
 from sd3_jax import main, pictures, tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import released_sampler
+from sd3_jax.sampling.prompt_file import Task
 
 DRAW = np.random.default_rng(0)
 SIDES = {"photo": (64, 64), "other": (64, 64), "large": (75, 101), "small": (48, 56)}
@@ -376,3 +380,73 @@ def test_a_folder_of_pictures_by_captions_and_by_one_prompt(folder, tmp_path, ca
     assert [x["prompt"] for x in records] == ["a box"] * 3
     names = [x["settings"]["image"].rpartition("/")[2] for x in records]
     assert names == ["large.png", "other.png", "photo.png"]
+
+
+def test_what_generate_refuses_ends_its_line_alone(folder, tmp_path, caplog):
+    """Mistakes that only the call or the pixels show, in batches with good lines."""
+    torch.manual_seed(0)
+    key = "transformer.transformer_blocks.0.attn.to_q.lora_"
+    width = miniature.transformer(**KIND).inner_dim
+    huge = {f"{key}A.weight": torch.full((2, width), 1e30)}
+    huge[f"{key}B.weight"] = torch.full((width, 2), 1e30)
+    safetensors.torch.save_file(huge, folder / "huge.safetensors")
+    net = HINTS[0] | {"mask": "mask.png"}
+    rows = [
+        {"image": "photo.png", "strength": 0},
+        {"control": HINTS[:1], "solver": "adaptive"},
+        {"control": [net]},
+        {"lora": "huge.safetensors"},
+        {"prompt_weighting": "compel", "prompt": "(" * 3000 + "a" + ")" * 3000},
+        {"seed": 5},
+    ]
+    prompts = folder / "refused.jsonl"
+    prompts.write_text("\n".join(json.dumps({"prompt": "a fox"} | x) for x in rows))
+    assert main.main(["sample", *flags(tmp_path / "run", prompts)]) == 0
+    told = [x for x in caplog.messages if "skipped: " in x]
+    words = [
+        "strength",
+        "control does not work with the solver adaptive",
+        "this ControlNet takes no mask; remove it",
+        "the pixels are NaN, because numbers overflow; lower the weights of its LoRAs",
+        "more than 100 groups inside each other",
+    ]
+    for i, reason in enumerate(words, 1):
+        (line,) = [x for x in told if f"refused.jsonl:{i}: " in x]
+        assert reason in line and "\n" not in line, line
+    (record,) = lines(tmp_path / "run")
+    assert record["seed"] == 5
+
+
+def test_one_row_that_fails_in_a_batch_leaves_the_others_as_they_are(monkeypatch):
+    settings = {"guidance_method": "cfg"}
+    tasks = [Task(i, "a fox", 0, ConfigDict(), settings) for i in range(3)]
+
+    def generate(model, rows, extra):
+        if 1 in (x.index for x in rows):
+            raise UserError("refused")
+        bad = lambda x: np.nan if x.index == 2 else 0.5
+        return np.stack([np.full((2, 2, 3), bad(x), np.float32) for x in rows])
+
+    monkeypatch.setattr(released_sampler, "_generate", generate)
+    paint = lambda rows: released_sampler.sample_lines(model, {}, None, rows)
+    model = object.__new__(sd3_jax.Bundle)
+    object.__setattr__(model, "dtype", "bfloat16")
+    images, failures = paint(tasks)
+    assert (
+        failures[1] == "refused" and "set config.model.dtype to float32" in failures[2]
+    )
+    assert failures.keys() == {1, 2} and (images[0] == 128).all()
+    images, failures = paint(tasks[1:2])
+    assert images is None and failures == {0: "refused"}
+
+
+def test_another_quality_is_another_file(folder, tmp_path):
+    prompts = folder / "quality.jsonl"
+    prompts.write_text('{"prompt": "a fox"}')
+    sizes = []
+    for quality in (95, 10, 10):
+        keys = {"sample.format": "jpg", "sample.quality": quality}
+        assert main.main(["sample", *flags(tmp_path, prompts, **keys)]) == 0
+        path = tmp_path / lines(tmp_path)[0]["file"]
+        sizes.append((path.stat().st_size, path.stat().st_mtime_ns))
+    assert sizes[0][0] > sizes[1][0] and sizes[1] == sizes[2]

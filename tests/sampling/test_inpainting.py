@@ -196,3 +196,17 @@ def test_mistakes_are_one_line(paint, options, words):
     with pytest.raises(UserError) as caught:
         paint(**options)
     assert words in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_what_is_not_repainted_is_not_the_autoencoders_copy(paint, caplog):
+    """A mask below 0.5 repaints no latent."""
+    grey = np.full_like(MASK, 100)
+    for options in {}, {"mask_blur": 2}, {"crop_to_mask": 4, "height": 48, "width": 64}:
+        out = paint(mask=grey, paste=True, **options)[0]
+        np.testing.assert_array_equal(out, PHOTO)
+        assert "these pictures are not repainted" in caplog.text
+    # A feathered edge acts within the latents that are repainted.
+    mixed = np.where(MASK > 0, MASK, 100).astype(np.uint8)
+    out = paint(mask=mixed, paste=True)[0]
+    np.testing.assert_array_equal(out[MASK == 0], PHOTO[MASK == 0])
+    assert (out[MASK > 0] != PHOTO[MASK > 0]).any()

@@ -1,11 +1,16 @@
 """Sizes and pixels of the files that a line names, and its LoRAs in order."""
 
+import json
+import os
+
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import line_arrays, line_inputs
+from sd3_jax.sampling import input_images, line_arrays, line_inputs
+from sd3_jax.sampling.control import ControlBundle
 
 DRAW = np.random.default_rng(0)
 LINE = {"height": 64, "width": 96, "strength": 0.6, "paste": True}
@@ -119,3 +124,60 @@ def test_loras_are_loaded_in_the_order_of_the_line():
         assert list(model.adapters) == list(weights)
     assert model.calls == ["a.safetensors", "b", "a.safetensors", "a.safetensors", "b"]
     assert line_arrays.adapters(model, None) == {}
+
+
+def test_nearly_black_files_are_eight_bits_and_not_ambiguous(folder):
+    dark = np.zeros((48, 80), np.uint8)
+    dark[8:16] = 1
+    Image.fromarray(dark).save(folder / "dark.png")
+    path = str(folder / "dark.png")
+    settings = LINE | {"image": path, "mask": path, "mask_blur": 0.0, "mask_padding": 0}
+    settings |= {"control": [{"net": "n", "image": path, "mask": path}]}
+    settings["control"][0] |= {"scale": 1.0, "start": 0.0, "stop": 1.0}
+    nets = {"n": tuple.__new__(ControlBundle, (None, {}, {}))}
+    keywords = line_arrays.arguments(settings, [line_arrays.read_row(settings)], nets)
+    (control,) = keywords["control"]
+    for pixels in (keywords["image"], control.image):
+        np.testing.assert_array_equal(
+            input_images.pixels(pixels)[0, ..., 0], dark / np.float32(255)
+        )
+    for pixels in (keywords["mask"], control.mask):
+        assert input_images.mask(pixels).max() == np.float32(1 / 255)
+
+
+def test_a_mask_that_resizing_loses_is_named(folder):
+    line = np.zeros((48, 80), np.uint8)
+    line[:, 40] = 255
+    Image.fromarray(line).save(folder / "line.png")
+    files = {"image": str(folder / "a.png"), "mask": str(folder / "line.png")}
+    settings = LINE | files | {"resize": "stretch", "height": 16, "width": 16}
+    with pytest.raises(
+        UserError, match="nothing is left of the mask after resizing to 16 x 16"
+    ):
+        line_arrays.read_row(settings)
+
+
+def test_a_pipe_is_refused_and_not_waited_for(folder):
+    os.mkfifo(folder / "pipe.png")
+    os.mkfifo(folder / "pipe.safetensors")
+    for key in ("image", "mask"):
+        files = {"image": str(folder / "a.png")} | {key: str(folder / "pipe.png")}
+        with pytest.raises(UserError, match="not a regular file"):
+            place(**files)
+    with pytest.raises(UserError, match="not a regular file"):
+        place(lora=[f"{folder / 'pipe.safetensors'}=1.0"])
+
+
+def test_a_loras_configuration_is_part_of_its_fingerprint(tmp_path):
+    """PEFT's alpha is there, and decides the pixels."""
+    width = 24
+    key = "base_model.model.transformer_blocks.0.attn.to_q.lora_"
+    pair = {f"{key}A.weight": np.ones((2, width), np.float32)}
+    pair[f"{key}B.weight"] = np.ones((width, 2), np.float32)
+    safetensors.numpy.save_file(pair, tmp_path / "adapter_model.safetensors")
+    prints = []
+    for alpha in (2, 4, 2):
+        config = {"peft_type": "LORA", "r": 2, "lora_alpha": alpha}
+        (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+        prints.append(line_inputs.Looked().lora(str(tmp_path)).fingerprint)
+    assert prints[0] == prints[2] != prints[1]

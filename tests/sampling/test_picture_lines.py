@@ -51,7 +51,8 @@ def test_settings_that_no_jpeg_holds_are_only_in_the_file_of_lines(tmp_path, cap
     [
         ({"prompt": 3}, "prompt 3: a line of another version"),
         ({"batch": [8, 8]}, "batch [8, 8]: expected row and size"),
-        ({"batch": [0, 2**40]}, "expected row and size"),
+        ({"batch": [0, 2**20]}, "expected row and size, at most 4096"),
+        ({"batch": [False, True]}, "batch [False, True]: expected row and size"),
         ({"batch": [0, 1, 2]}, "expected row and size"),
         ({"batch": ["a", 1]}, "expected row and size"),
         ({"number": -1}, "number -1: expected 0 or more"),
@@ -67,7 +68,12 @@ def test_settings_that_no_jpeg_holds_are_only_in_the_file_of_lines(tmp_path, cap
         ({"watermark": 99 * "a"}, "config.sample.watermark"),
         ({"lora": 3}, "lora 3: a line of another version"),
         ({"quantize": "int8"}, 'quantize "int8": a line of another version'),
-        ({"quantize": {"denoiser": "int2"}}, "config.quantize.denoiser"),
+        (
+            {"quantize": {"denoiser": "int2"}},
+            'quantize.denoiser "int2"; did you mean "int8"?',
+        ),
+        ({"quantize": {"denoser": "int8"}}, 'did you mean "denoiser"?'),
+        ({"quantize": {"t5": 3}}, "quantize.t5 3: expected one of int8, fp8"),
         ({"step": 1}, "painted by a run's checkpoint; remove config.weights"),
     ],
 )
@@ -88,3 +94,16 @@ def test_a_filter_in_a_picture_is_not_imported(tmp_path):
     pictures.save_png(PIXELS, path, info={"sd3_jax": json.dumps(line)})
     (task,) = prompt_file.tasks(config(path))
     assert task.config.sample.filter == ""
+
+
+def test_a_made_up_batch_does_not_fill_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr(prompt_file, "BATCH", 2**20)
+    path = tmp_path / "a.png"
+    for size, fits in ((256, True), (257, False)):
+        info = {"sd3_jax": json.dumps(LINE | {"batch": [0, size]})}
+        pictures.save_png(PIXELS, path, info=info)
+        if fits:
+            assert prompt_file.tasks(config(path))[0].slot == (0, size)
+            continue
+        with pytest.raises(UserError, match="batch of 257 pictures, 1052672 pixels"):
+            prompt_file.tasks(config(path))
