@@ -39,7 +39,11 @@ DOOR = {
     *("training/program.py", "training/run_checks.py", "training/resume.py"),
     "training/held_out_loss.py",
     *("sampling/sampler.py", "sampling/released_sampler.py", "sampling/prompt_file.py"),
-    *("sampling/output_filter.py", "sampling/prompt_lines.py"),
+    *(
+        "sampling/output_filter.py",
+        "sampling/repeated_pictures.py",
+        "sampling/prompt_lines.py",
+    ),
     *("sampling/painters.py", "sampling/task_arguments.py"),
     *("evaluation/picture_scores.py", "evaluation/prompt_scores.py"),
     *("evaluation/picture_features.py", "evaluation/reference_images.py"),

@@ -12,8 +12,9 @@ from jax.sharding import Mesh
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params import adapters as common_form
-from sd3_jax.sampling import adapter_bank, argument_checks, lora_adapters
-from sd3_jax.sampling.adapter_bank import Bank, placed
+from sd3_jax.sampling import argument_checks, lora_adapters
+from sd3_jax.sampling.adapter_bank import Bank
+from sd3_jax.sampling.adapter_placement import flattened, placed
 from sd3_jax.weights import caller_configs
 from sd3_jax.weights.components import COMPONENTS
 
@@ -72,7 +73,7 @@ class WithAdapters:
         weight = argument_checks.number(f'adapter "{shown(name)}": weight', weight)
         # A component that is not known is refused by `placed`.
         kept = {k: x for k, x in source.items() if k in only or k not in COMPONENTS}
-        changes = adapter_bank.flattened(name, kept)
+        changes = flattened(name, kept)
         self.bank.add(name, placed(name, changes, self.variables, self.dtype), weight)
         return name
 

@@ -187,10 +187,7 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
 
 
 def options_of(text: str) -> dict[str, Any]:
-    """guidance_options as a config spells them: "eta=0, threshold=10".
-
-    Layers are separated by spaces: "layers=7 8 9, scale=2".
-    """
+    """guidance_options of a config: "eta=0, threshold=10", "layers=7 8 9, scale=2"."""
     options = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = (x.strip() for x in part.partition("="))

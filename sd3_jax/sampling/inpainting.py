@@ -14,7 +14,7 @@ import numpy as np
 from jax import Array
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
-from jaxtyping import Float, UInt8
+from jaxtyping import Float
 from numpy import ndarray
 from PIL import Image
 
@@ -25,12 +25,13 @@ from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.input_images import Pictures
 from sd3_jax.sampling.mask_shapes import (
     Box,
-    blurred,
+    acting,
     covering,
     crop_region,
-    dilated,
     filled,
+    picture_rows,
     resized,
+    softened,
     to_bytes,
 )
 
@@ -148,8 +149,8 @@ def prepare(
             f"mask_blur {mask_blur:g} without paste: the blur acts where painted and"
             " original pixels are blended; set paste=True"
         )
-    originals, masks = _rows(image, mask, border)
-    masks = np.stack([_softened(x, mask_padding, mask_blur) for x in masks])
+    originals, masks = picture_rows(image, mask, border)
+    masks = np.stack([softened(x, mask_padding, mask_blur) for x in masks])
     weight = masks[..., None] / np.float32(255)
     if crop_to_mask is not None:
         # height and width are those of the crop that is painted. The result has the
@@ -165,7 +166,7 @@ def prepare(
     inner = weight
     if pastes or border is not None:
         inner = covering(masks, bundle.factor)
-        weight = _acting(weight, masks, inner, mask_blur > 0)
+        weight = acting(weight, masks, inner, mask_blur > 0)
     return Edit(originals, inner, originals, weight, pastes)
 
 
@@ -218,61 +219,6 @@ def _require(bundle: Bundle, option: str, image, mask, border: Box | None) -> No
         raise UserError(f"{option} with latents as image: expected pixels")
 
 
-def _rows(
-    image: Any, mask: Any, border: Box | None
-) -> tuple[Float[ndarray, "n H W 3"], UInt8[ndarray, "n H W"]]:
-    """Pictures and masks in equal number, with the border."""
-    pictures = np.asarray(input_images.pixels(image))
-    masks = np.zeros((1, *pictures.shape[1:3]), np.uint8)
-    if mask is not None:
-        masks = to_bytes(input_images.mask(mask)[..., 0])
-    if masks.shape[1:] != pictures.shape[1:3]:
-        raise UserError(
-            f"mask of {masks.shape[1:]} pixels: must equal the size of the picture,"
-            f" {pictures.shape[1:3]}"
-        )
-    # One mask may serve all pictures, and one picture be repainted under several masks.
-    counts = {len(pictures), len(masks)}
-    if len(counts - {1}) > 1:
-        raise UserError(
-            f"{len(masks)} masks for {len(pictures)} images; expected the same number,"
-            " or one"
-        )
-    if border is not None:
-        left, top, right, bottom = border
-        pads = [(0, 0), (top, bottom), (left, right)]
-        # The colours of the edge: at a strength below 1 the model starts from them.
-        pictures = np.pad(pictures, [*pads, (0, 0)], mode="edge")
-        masks = np.pad(masks, pads, constant_values=255)
-    n = max(counts)
-    repeat = lambda x: np.broadcast_to(x, (n, *x.shape[1:]))
-    return repeat(pictures), repeat(masks)
-
-
-def _softened(mask: ndarray, padding: int, radius: float | int) -> ndarray:
-    mask = dilated(mask, padding) if padding else mask
-    return blurred(mask, radius) if radius else mask
-
-
-def _acting(weight: ndarray, masks: ndarray, inner: ndarray, blurs: bool) -> ndarray:
-    """The weight, 0 where no latent is repainted (`inner` 0) and the mask is below 0.5.
-
-    There the model returns what it was given, through the autoencoder: its copy must
-    not replace the original. A blur's edge stays, unless nothing is repainted.
-    """
-    white = (masks >= 128).any(axis=(1, 2))
-    if not white.all():
-        log.warning(
-            "mask: no pixel is 0.5 (128) or more, after mask_blur, in %d of %d: these"
-            " pictures are not repainted",
-            (~white).sum(),
-            len(white),
-        )
-    keeps = (inner == 0) & (masks < 128)[..., None] & (not blurs)
-    keeps |= ~white[:, None, None, None]
-    return np.where(keeps, np.float32(0), weight)
-
-
 def _cropped(
     bundle: Bundle,
     originals,
@@ -309,5 +255,5 @@ def _cropped(
         cells = Image.fromarray(to_bytes(mask[i, ..., 0])).crop(insides[i])
         cells = cells.resize((right - left, bottom - top), Image.Resampling.NEAREST)
         inner[i, top:bottom, left:right, 0] = np.asarray(cells)
-    weight = _acting(weight, masks, inner, blurs)
+    weight = acting(weight, masks, inner, blurs)
     return Edit(image, mask, originals, weight, True, regions, insides)

@@ -3,11 +3,18 @@
 All act on bytes on the host, with Pillow's filters, as diffusers' VaeImageProcessor.
 """
 
+import logging
+from typing import Any
+
 import numpy as np
 from jaxtyping import Float, UInt8
 from numpy import ndarray
 from PIL import Image, ImageFilter
 
+from sd3_jax.errors import UserError
+from sd3_jax.sampling import input_images
+
+log = logging.getLogger(__name__)
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -105,3 +112,58 @@ def _grown(low: int, high: int, length: int, most: int) -> tuple[int, int]:
     if low < 0:
         low, high = 0, high - low
     return low, min(high, most)
+
+
+def picture_rows(
+    image: Any, mask: Any, border: Box | None
+) -> tuple[Float[ndarray, "n H W 3"], UInt8[ndarray, "n H W"]]:
+    """Pictures and masks in equal number, with the border."""
+    pictures = np.asarray(input_images.pixels(image))
+    masks = np.zeros((1, *pictures.shape[1:3]), np.uint8)
+    if mask is not None:
+        masks = to_bytes(input_images.mask(mask)[..., 0])
+    if masks.shape[1:] != pictures.shape[1:3]:
+        raise UserError(
+            f"mask of {masks.shape[1:]} pixels: must equal the size of the picture,"
+            f" {pictures.shape[1:3]}"
+        )
+    # One mask may serve all pictures, and one picture be repainted under several masks.
+    counts = {len(pictures), len(masks)}
+    if len(counts - {1}) > 1:
+        raise UserError(
+            f"{len(masks)} masks for {len(pictures)} images; expected the same number,"
+            " or one"
+        )
+    if border is not None:
+        left, top, right, bottom = border
+        pads = [(0, 0), (top, bottom), (left, right)]
+        # The colours of the edge: at a strength below 1 the model starts from them.
+        pictures = np.pad(pictures, [*pads, (0, 0)], mode="edge")
+        masks = np.pad(masks, pads, constant_values=255)
+    n = max(counts)
+    repeat = lambda x: np.broadcast_to(x, (n, *x.shape[1:]))
+    return repeat(pictures), repeat(masks)
+
+
+def softened(mask: ndarray, padding: int, radius: float | int) -> ndarray:
+    mask = dilated(mask, padding) if padding else mask
+    return blurred(mask, radius) if radius else mask
+
+
+def acting(weight: ndarray, masks: ndarray, inner: ndarray, blurs: bool) -> ndarray:
+    """The weight, 0 where no latent is repainted (`inner` 0) and the mask is below 0.5.
+
+    There the model returns what it was given, through the autoencoder: its copy must
+    not replace the original. A blur's edge stays, unless nothing is repainted.
+    """
+    white = (masks >= 128).any(axis=(1, 2))
+    if not white.all():
+        log.warning(
+            "mask: no pixel is 0.5 (128) or more, after mask_blur, in %d of %d: these"
+            " pictures are not repainted",
+            (~white).sum(),
+            len(white),
+        )
+    keeps = (inner == 0) & (masks < 128)[..., None] & (not blurs)
+    keeps |= ~white[:, None, None, None]
+    return np.where(keeps, np.float32(0), weight)

@@ -9,18 +9,19 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sd3_jax import files
-from sd3_jax.config.validation import validate
 from sd3_jax.data import prompt_text
-from sd3_jax.errors import UserError, prefixed
+from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, line_inputs, picture_lines
+from sd3_jax.sampling import (
+    line_inputs,
+    repeated_pictures,
+)
 from sd3_jax.sampling.line_inputs import Looked
 from sd3_jax.sampling.prompt_lines import (
     CHANGED,
     NESTED,
     SHARED,
     Line,
-    read_fields,
     read_object,
     read_text,
     settings_of,
@@ -29,8 +30,6 @@ from sd3_jax.sampling.prompt_lines import (
 
 log = logging.getLogger(__name__)
 FILE = 2**24  # bytes of a file of prompts, at most
-BATCH = 2**30  # pixels of a batch of a picture to repeat: 1024 of 1024 x 1024
-KINDS = ("int8", "fp8")  # of quantized weights
 PICTURES = 10**6  # of a job, at most
 MOST_LOGGED = 20  # lines that make no sense, of which the log tells one by one
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")  # of pictures in a folder
@@ -175,7 +174,7 @@ def _prompts(config: ConfigDict, looked: Looked) -> list[Line]:
         names = [f"config.sample.{name}" for name in sources]
         raise UserError(f"{' and '.join(names)} are both set; set only one of them")
     if sample["from"]:
-        return [_repeated(config, sample["from"], looked)]
+        return [repeated_pictures.read_repeated(config, sample["from"], looked)]
     if sample.prompts_file:
         return _lines(config, epath.Path(sample.prompts_file), looked)
     if sample.images:
@@ -225,57 +224,6 @@ def _folder(config: ConfigDict, folder: epath.Path, looked: Looked) -> list[Line
     # name=name binds each: a generator's variable moves on before its line is read.
     entries = ((f"{folder / name}", lambda name=name: line(name)) for name in pictures)
     return _valid(entries, title, "pictures")
-
-
-def _repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
-    """The line of the picture at `path`, with its place in its batch."""
-    title = f"config.sample.from = {path}"
-    line = picture_lines.read(path, title)
-    if ("step" in line) == bool(config.weights):
-        source = "a run's checkpoint" if "step" in line else "released weights"
-        change = "remove" if "step" in line else "set"
-        raise UserError(f"{title}: painted by {source}; {change} config.weights")
-    # The recipe's pictures are not the picture's: a setting that it lacks is unset.
-    config = config.copy_and_resolve_references()
-    config.sample.update(image="", mask="", outpaint=(), resize="", crop_to_mask=-1)
-    # A seed of released weights is that of its line plus the number.
-    shift = 0 if "step" in line else line["number"]
-    fields = line["settings"] | {"seed": line["seed"] - shift}
-    with prefixed(title):
-        read = read_fields({"prompt": line["prompt"]} | fields, config, ".", looked)
-    # Facts of the whole job, which the picture's line has beside its settings.
-    facts = {"watermark": "", "lora": (), "embeddings": (), "step": 0}
-    facts |= {name: line[name] for name in facts if name in line}
-    with prefixed(title):
-        _require_modest(line, read.config)
-        for name, kind in line.get("quantize", {}).items():
-            argument_checks.choice("quantize", name, list(config.quantize))
-            argument_checks.choice(f"quantize.{name}", kind, KINDS)
-    try:
-        kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
-        files = {name: tuple(facts[name]) for name in ("lora", "embeddings")}
-        read.config.sample.update(facts | files)
-        read.config.quantize.update(kinds)
-        read.config.sample.per_prompt = 1
-        most = max(config.sample.batch_size, line["batch"][1])
-        read.config.sample.batch_size = most
-        validate(read.config)
-    except (TypeError, ValueError, KeyError) as error:
-        raise UserError(f"{title}: {shown(error, 300)}") from None
-    return read._replace(where=path, first=line["number"], slot=tuple(line["batch"]))
-
-
-def _require_modest(line: dict, config: ConfigDict) -> None:
-    """UserError for a batch that the sender of a picture made up."""
-    size = line["batch"][1]
-    pixels = size * config.image.height * config.image.width
-    if pixels > BATCH:
-        raise UserError(
-            f"batch of {size} pictures, {pixels} pixels: expected at most {BATCH}"
-        )
-
-
-# --- lines of the file
 
 
 def _lines(
