@@ -10,7 +10,7 @@ from PIL import Image
 from configs import released
 from sd3_jax import pictures
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import picture_lines, prompt_file
+from sd3_jax.sampling import picture_lines, prompt_file, repeated_pictures
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
 LINE = {"file": "samples/0000-ü.png", "prompt": "ü 🦊", "number": 1, "seed": 8}
@@ -97,7 +97,7 @@ def test_a_filter_in_a_picture_is_not_imported(tmp_path):
 
 
 def test_a_made_up_batch_does_not_fill_the_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(prompt_file, "BATCH", 2**20)
+    monkeypatch.setattr(repeated_pictures, "BATCH", 2**20)
     path = tmp_path / "a.png"
     for size, fits in ((256, True), (257, False)):
         info = {"sd3_jax": json.dumps(LINE | {"batch": [0, size]})}
