@@ -407,7 +407,7 @@ def test_what_generate_refuses_ends_its_line_alone(folder, tmp_path, caplog):
         "strength",
         "control does not work with the solver adaptive",
         "this ControlNet takes no mask; remove it",
-        "the pixels are NaN, because numbers overflow; lower the weights of its LoRAs",
+        "1 of 1 changes do not fit the model",
         "more than 100 groups inside each other",
     ]
     for i, reason in enumerate(words, 1):
