@@ -63,8 +63,26 @@ def product(x: Array, kernel: Any, axes: Axes, inputs: int) -> Array:
     return linear(x, kernel.astype(x.dtype), axes, inputs)
 
 
+class OnBase(Leaf):
+    """A Leaf that changes `base`, an array or another Leaf, and has its shape."""
+
+    base: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.base.shape)
+
+    @property
+    def dtype(self) -> Any:
+        return self.base.dtype
+
+    @property
+    def sharding(self) -> Any:
+        return self.base.sharding
+
+
 @struct.dataclass
-class LowRank(Leaf):
+class LowRank(OnBase):
     """base + scale * a b, for LoRA (Hu et al. 2021); `scale` is alpha / rank.
 
     base is (*inputs, *outputs), an array or another Leaf; a (*inputs, rank) and b
@@ -81,18 +99,6 @@ class LowRank(Leaf):
     # Static fields: optimizers, EMA and sharding see base, a and b alone.
     scale: float = struct.field(pytree_node=False, default=1.0)
     groups: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def sharding(self) -> Any:
-        return self.base.sharding
 
     @property
     def rank(self) -> int:
@@ -140,7 +146,7 @@ class LowRank(Leaf):
 
 
 @struct.dataclass
-class Summed(Leaf):
+class Summed(OnBase):
     """base + the sum of weights[i] * deltas[i], for updates of full rank.
 
     base is an array or another Leaf, each delta an array of its shape. `weights` are
@@ -152,18 +158,6 @@ class Summed(Leaf):
     deltas: tuple
     weights: Any
     by_row: bool = struct.field(pytree_node=False, default=False)
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return tuple(self.base.shape)
-
-    @property
-    def dtype(self) -> Any:
-        return self.base.dtype
-
-    @property
-    def sharding(self) -> Any:
-        return self.base.sharding
 
     def array(self) -> Array:
         """The sum in base's dtype; ValueError where rows have weights of their own."""

@@ -30,6 +30,7 @@ from sd3_jax.sampling.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
+TEXT_ALONE = line_arrays.Row(None, None, (), ())  # a task without pictures
 
 
 def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
@@ -204,7 +205,7 @@ def sample_lines(
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
     extra = {"guide": guide} if guides else {}
-    rows = [line_arrays.Row(None, None, (), ())] * len(tasks)  # of text alone
+    rows = [TEXT_ALONE] * len(tasks)
     failures: dict[int, str] = {}
     if settings.keys() & {"image", "control", "lora"}:
         rows, failures = _read_rows(tasks)
@@ -289,8 +290,7 @@ def _read_rows(
             " host needs the same files"
         )
     failures = {i: reason for i, reason in enumerate(reasons) if reason}
-    blank = line_arrays.Row(None, None, (), ())
-    return [outcomes[task.index][0] or blank for task in tasks], failures
+    return [outcomes[task.index][0] or TEXT_ALONE for task in tasks], failures
 
 
 def sample_tasks(
