@@ -105,7 +105,7 @@ def program(
     from sd3_jax.models.mmdit import MMDiT
     from sd3_jax.models.vae import VAE
     from sd3_jax.sampling import autoencoder_programs, compiled
-    from sd3_jax.sampling.prompts import Conditioning
+    from sd3_jax.sampling.text.prompts import Conditioning
 
     everywhere = NamedSharding(mesh, PartitionSpec())
     put = lambda *shape, dtype=jnp.float32: jax.ShapeDtypeStruct(

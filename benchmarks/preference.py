@@ -24,7 +24,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.evaluation import digit_scenes
 from sd3_jax.evaluation.digit_reader import INK, matches
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling.job.sampler import TrainedSampler
 
 PAIRS, SCORED, HELD_OUT = 3_000, 1_200, 128
 RECIPE = "configs/dpo.py:digits"

@@ -208,7 +208,7 @@ def differing(workdir: Path) -> list[list[str]]:
     from configs import quickstart
     from sd3_jax.assembly import model_parts
     from sd3_jax.distributed import sharding
-    from sd3_jax.sampling.sampler import TrainedSampler
+    from sd3_jax.sampling.job.sampler import TrainedSampler
 
     config, mesh, rows = quickstart.get_config(), sharding.make_mesh(), []
     made, captions, plain = model_parts.build_parts(config), config.train.prompts, None

@@ -21,7 +21,7 @@ import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.params import lora
 from sd3_jax.params.adapters import Adapter, Factors
-from sd3_jax.sampling.adapter_bank import Bank
+from sd3_jax.sampling.adapters.adapter_bank import Bank
 from sd3_jax.sampling.bundle import Bundle
 
 COMPILED = "/jax/core/compile/backend_compile_duration"

@@ -15,7 +15,7 @@ from matplotlib import cbook
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from sd3_jax.sampling import watermark
+from sd3_jax.sampling.images import watermark
 
 LETTERS = list("abcdefghijklmnopqrstuvwxyz")
 LANCZOS = Image.Resampling.LANCZOS

@@ -4,7 +4,8 @@
     images = sd3_jax.generate(bundle, ["a red fox"], height=1024, width=1024)
 
 Arrays are NHWC. Latents are shifted and scaled. t is in [0, 1], and 1 is noise. Images
-are floats in [0, 1]; inputs may also be bytes or PIL images (sampling/input_images.py).
+are floats in [0, 1]; inputs may also be bytes or PIL images
+(sampling/images/input_images.py).
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,17 +23,16 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     guidance_arguments,
-    inpainting,
-    input_images,
     progress_bar,
 )
-from sd3_jax.sampling.adapter_bank import Sets
+from sd3_jax.sampling.adapters.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, Prompt
 from sd3_jax.sampling.bundle_loading import load, load_control
 from sd3_jax.sampling.control import ControlBundle, ControlInput
 from sd3_jax.sampling.export import save
-from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.images import inpainting, input_images
+from sd3_jax.sampling.images.input_images import Pictures
 from sd3_jax.sampling.observation import observe
 
 __all__ = ["Bundle", "ControlBundle", "ControlInput", "Prompt"]
@@ -113,7 +113,7 @@ def generate(
     `mask_blur` pixels. `crop_to_mask` cuts out the masked area with so many pixels
     around it, paints it at height x width and pastes it back; the result has the size
     of `image`. `outpaint` adds a border of (left, top, right, bottom) pixels and paints
-    it (sampling/inpainting.py).
+    it (sampling/images/inpainting.py).
 
     `adapters` are weights of the bundle's adapters by name for this call, or a list of
     such sets, one for each prompt; by default those of bundle.set_adapters.

@@ -55,7 +55,7 @@ from sd3_jax.data.records import Record
 from sd3_jax.distributed import lock, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.monitoring import metrics
-from sd3_jax.sampling import prompt_file
+from sd3_jax.sampling.job import prompt_file
 from sd3_jax.tools.parity import tiny_tokenizers
 from sd3_jax.weights import safetensors
 from sd3_jax.weights.safetensors import Entry

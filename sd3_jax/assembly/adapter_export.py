@@ -13,7 +13,8 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.errors import UserError
 from sd3_jax.params import parametrization
 from sd3_jax.params.adapters import Adapter, Factors, Full
-from sd3_jax.sampling import lora_adapters, released_sampler
+from sd3_jax.sampling.adapters import lora_adapters
+from sd3_jax.sampling.job import released_sampler
 from sd3_jax.weights import adapter_files, adapter_writers, sources
 
 log = logging.getLogger(__name__)

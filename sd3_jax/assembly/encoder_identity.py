@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from sd3_jax import files
 from sd3_jax.data.dataset import Records
 from sd3_jax.errors import UserError
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 
 log = logging.getLogger(__name__)
 NAME = "encoders.json"  # in precompute's workdir, beside records/

@@ -26,7 +26,7 @@ from sd3_jax.data.synthetic import Synthetic
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.sampling import bundle_loading
 from sd3_jax.sampling.bundle import TEXT
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 
 
 def source(config: ConfigDict, *, held_out: bool = False):

@@ -24,7 +24,8 @@ from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import lora
-from sd3_jax.sampling import bundle_loading, lora_adapters
+from sd3_jax.sampling import bundle_loading
+from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.training import finetuning
 from sd3_jax.training.finetuning import Tuning
 from sd3_jax.training.objectives import Objective

@@ -20,8 +20,8 @@ from sd3_jax.models.denoisers import denoiser_class
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import ByteTower
 from sd3_jax.params import quantization
-from sd3_jax.sampling import prompts
 from sd3_jax.sampling.latents import AUTOENCODERS, Autoencoder
+from sd3_jax.sampling.text import prompts
 from sd3_jax.training import objectives
 
 

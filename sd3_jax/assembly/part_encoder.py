@@ -21,7 +21,7 @@ from sd3_jax.data.record_header import REJECTED
 from sd3_jax.data.records import BadRecord
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.monitoring.progress import Progress
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 
 WAITING = 2  # batches that are encoded and not yet written, at most
 

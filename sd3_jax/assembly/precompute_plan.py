@@ -22,7 +22,7 @@ from sd3_jax.data.shards import expand
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.files import absolute, parse_object, read_bytes, write_whole
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 
 # Keys that a record's content depends on. A job refuses to go on in a workdir whose
 # records were made with other values: the set would be a mixture.

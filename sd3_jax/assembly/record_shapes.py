@@ -8,7 +8,7 @@ from sd3_jax.config import relations
 from sd3_jax.data import buckets
 from sd3_jax.data.buckets import Bucket
 from sd3_jax.data.record_header import REJECTED
-from sd3_jax.sampling.prompts import CLIP_LENGTH
+from sd3_jax.sampling.text.prompts import CLIP_LENGTH
 
 
 def bucket_table(config: ConfigDict) -> tuple[Bucket, ...]:

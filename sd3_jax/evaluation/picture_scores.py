@@ -32,7 +32,7 @@ from sd3_jax.evaluation.feature_statistics import About, Stored
 from sd3_jax.evaluation.picture_features import Features
 from sd3_jax.evaluation.precision_recall import precision_recall
 from sd3_jax.reports.number_format import plural
-from sd3_jax.sampling import sampler
+from sd3_jax.sampling.job import sampler
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from sd3_jax.distributed import processes, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.evaluation import compbench, geneval, scorers, typography
 from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
-from sd3_jax.sampling import prompt_file, sampler
+from sd3_jax.sampling.job import prompt_file, sampler
 
 
 class Benchmark(NamedTuple):

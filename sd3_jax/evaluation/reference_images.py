@@ -19,7 +19,8 @@ from sd3_jax.data.ingest.input_parts import Rejected
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.pictures import to_uint8
-from sd3_jax.sampling import bundle_loading, prompt_file
+from sd3_jax.sampling import bundle_loading
+from sd3_jax.sampling.job import prompt_file
 
 log = logging.getLogger(__name__)
 SOURCES = "digits", "records"  # of examples with captions

@@ -27,16 +27,12 @@ from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import parametrization
-from sd3_jax.sampling import (
-    bundle_loading,
-    compiled,
-    export,
-    prompts,
-    released_sampler,
-)
+from sd3_jax.sampling import bundle_loading, compiled, export
 from sd3_jax.sampling.bundle import TEXT, Bundle
 from sd3_jax.sampling.control import ControlBundle
-from sd3_jax.sampling.scheduler import PUBLISHED
+from sd3_jax.sampling.job import released_sampler
+from sd3_jax.sampling.schedulers.scheduler import PUBLISHED
+from sd3_jax.sampling.text import prompts
 from sd3_jax.weights import components, published_configs, sources
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.evaluation import digit_scenes, picture_scores, prompt_scores, scorers
 from sd3_jax.evaluation.scorers import Asked
 from sd3_jax.files import write_whole
-from sd3_jax.sampling import compiled, prompt_file, released_sampler
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.job import prompt_file, released_sampler
+from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.training.held_out_loss import Validation
 
 

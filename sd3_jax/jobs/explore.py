@@ -20,10 +20,10 @@ from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import arguments as sampling_arguments
-from sd3_jax.sampling import prompt_file, released_sampler, task_arguments
 from sd3_jax.sampling.bundle import Bundle
-from sd3_jax.sampling.picture_lines import slug
-from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.job import prompt_file, released_sampler, task_arguments
+from sd3_jax.sampling.job.picture_lines import slug
+from sd3_jax.sampling.job.prompt_file import Task
 from sd3_jax.tools.explore import exploration, explore_page
 
 log = logging.getLogger(__name__)

@@ -14,7 +14,8 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
-from sd3_jax.sampling import compiled, sampler
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.job import sampler
 from sd3_jax.tools.plan import (
     aot,
     bounds,

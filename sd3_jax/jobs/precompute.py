@@ -29,7 +29,7 @@ from sd3_jax.distributed import lock, processes, sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.monitoring.progress import Progress
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 from sd3_jax.tools.plan import storage
 
 log = logging.getLogger(__name__)

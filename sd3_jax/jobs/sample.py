@@ -24,17 +24,12 @@ from sd3_jax.foreign_text import shown
 from sd3_jax.monitoring import compile_time, metrics
 from sd3_jax.monitoring.progress import duration
 from sd3_jax.reports import html_page
-from sd3_jax.sampling import (
-    compiled,
-    output_filter,
-    painters,
-    picture_lines,
-    prompt_file,
-)
-from sd3_jax.sampling.picture_lines import LINES, text_of
-from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.prompt_lines import RELEASED
-from sd3_jax.sampling.task_batches import batches, filled
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.job import output_filter, painters, picture_lines, prompt_file
+from sd3_jax.sampling.job.picture_lines import LINES, text_of
+from sd3_jax.sampling.job.prompt_file import Task
+from sd3_jax.sampling.job.prompt_lines import RELEASED
+from sd3_jax.sampling.job.task_batches import batches, filled
 
 log = logging.getLogger(__name__)
 SHOWN = 64  # pictures on samples.png; samples.html has all

@@ -16,11 +16,13 @@ from sd3_jax.diffusion.guidance_methods import METHODS
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, input_images, prompt_tokens
-from sd3_jax.sampling.adapter_bank import Sets
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.adapters.adapter_bank import Sets
 from sd3_jax.sampling.bundle import Bundle, Prompt
-from sd3_jax.sampling.input_images import Pictures
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.images import input_images
+from sd3_jax.sampling.images.input_images import Pictures
+from sd3_jax.sampling.text import prompt_tokens
+from sd3_jax.sampling.text.prompts import Conditioning
 
 log = logging.getLogger(__name__)
 Text = str | Prompt

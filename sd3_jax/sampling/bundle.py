@@ -13,22 +13,18 @@ from jaxtyping import Float
 from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import (
-    argument_checks,
-    compiled,
-    control_arguments,
-    weighted_prompts,
-)
-from sd3_jax.sampling import input_images as inputs
-from sd3_jax.sampling import scheduler_config as schedulers
-from sd3_jax.sampling.adapter_bank import Bank, Sets
-from sd3_jax.sampling.bundle_adapters import WithAdapters
+from sd3_jax.sampling import argument_checks, compiled, control_arguments
+from sd3_jax.sampling.adapters.adapter_bank import Bank, Sets
+from sd3_jax.sampling.adapters.bundle_adapters import WithAdapters
 from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
-from sd3_jax.sampling.bundle_prompts import WithPrompts
 from sd3_jax.sampling.control import ControlInput
-from sd3_jax.sampling.prompt_tokens import TEXT, Prompt
-from sd3_jax.sampling.prompts import Conditioning, TextModels
-from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.sampling.images import input_images as inputs
+from sd3_jax.sampling.schedulers import scheduler_config as schedulers
+from sd3_jax.sampling.schedulers.scheduler import Scheduler
+from sd3_jax.sampling.text import weighted_prompts
+from sd3_jax.sampling.text.bundle_prompts import WithPrompts
+from sd3_jax.sampling.text.prompt_tokens import TEXT, Prompt
+from sd3_jax.sampling.text.prompts import Conditioning, TextModels
 from sd3_jax.weights import components
 
 CLIPS = TEXT[:2]

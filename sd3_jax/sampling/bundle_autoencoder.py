@@ -11,9 +11,9 @@ from jaxtyping import Float, Key
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import autoencoder_programs as programs
-from sd3_jax.sampling import input_images as inputs
 from sd3_jax.sampling.control import PREPROCESS
-from sd3_jax.sampling.input_images import Pictures
+from sd3_jax.sampling.images import input_images as inputs
+from sd3_jax.sampling.images.input_images import Pictures
 
 
 class Posterior(NamedTuple):
@@ -48,11 +48,11 @@ class WithAutoencoder:
         """Latents of images: a draw of the posterior; without key or noise, its mean.
 
         Images are floats in [0, 1], bytes or PIL images, (b, H, W, 3) or one alone
-        (sampling/input_images.py). One key draws all rows together, a key for each row
-        draws them independently; `noise` replaces the draw, and gives (mean + std noise
-        - shift) scaling. `shift` replaces the autoencoder's. With `tile`, square tiles
-        of that many pixels are encoded one by one, which takes less memory and gives
-        slightly other latents. `preprocess` is that of a ControlNet's hint
+        (sampling/images/input_images.py). One key draws all rows together, a key for
+        each row draws them independently; `noise` replaces the draw, and gives (mean +
+        std noise - shift) scaling. `shift` replaces the autoencoder's. With `tile`,
+        square tiles of that many pixels are encoded one by one, which takes less memory
+        and gives slightly other latents. `preprocess` is that of a ControlNet's hint
         (sampling/control.py).
         """
         module, variables = self.part("vae"), self.variables["vae"]

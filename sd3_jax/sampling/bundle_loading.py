@@ -19,13 +19,15 @@ from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
-from sd3_jax.sampling import argument_checks, lora_adapters, textual_inversion
+from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling import control as hints
-from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
-from sd3_jax.sampling.bundle_tokenizers import fetched_tokenizer, tokenizers_of
 from sd3_jax.sampling.control import ControlBundle
-from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.sampling.schedulers import scheduler_config as schedulers
+from sd3_jax.sampling.schedulers.scheduler import Scheduler
+from sd3_jax.sampling.text import textual_inversion
+from sd3_jax.sampling.text.bundle_tokenizers import fetched_tokenizer, tokenizers_of
 from sd3_jax.weights import caller_configs, components, controlnet_keys, hub, sources
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.published_configs import fit

@@ -10,10 +10,11 @@ from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import solvers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, arguments, compiled, input_images, seeds
+from sd3_jax.sampling import argument_checks, arguments, compiled, seeds
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.guidance_arguments import Guidance
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.images import input_images
+from sd3_jax.sampling.text.prompts import Conditioning
 
 OUTPUTS = ("images", "latents")
 RETURN_LATENTS = ("last", "all")

@@ -22,11 +22,11 @@ from jaxtyping import Float
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
 from sd3_jax.params import adapters
-from sd3_jax.sampling import prompts
 from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text import prompts
+from sd3_jax.sampling.text.prompts import Conditioning
 
 log = logging.getLogger(__name__)
 GRID_STEPS = 1024  # grids are padded to a multiple of so many steps

@@ -12,8 +12,8 @@ from jaxtyping import Float
 from sd3_jax.errors import UserError
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
-from sd3_jax.sampling.input_images import Pictures
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.images.input_images import Pictures
+from sd3_jax.sampling.text.prompts import Conditioning
 from sd3_jax.weights import components, controlnet_keys
 
 # What is done to a hint's pixels x in [0, 1]. The autoencoder's encoder is then given
@@ -56,9 +56,10 @@ class ControlBundle(NamedTuple):
 class ControlInput(NamedTuple):
     """A ControlNet and the image that it follows.
 
-    `image`, one or a batch (sampling/input_images.py), is the output of the net's
-    detector, or latents of it. The net acts with weight `scale` from `start` to `stop`,
-    both shares of the steps. An inpainting net repaints the image where `mask` is 1.
+    `image`, one or a batch (sampling/images/input_images.py), is the output of the
+    net's detector, or latents of it. The net acts with weight `scale` from `start`
+    to `stop`, both shares of the steps. An inpainting net repaints the image where
+    `mask` is 1.
     `preprocess` is "plain", "blur", "canny", "depth" or "inverted"; the default is the
     control type in the net's file, or "plain".
 

@@ -14,7 +14,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
-from sd3_jax.sampling import argument_checks, input_images
+from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling.argument_checks import rows_of
 from sd3_jax.sampling.control import (
     UNCONDITIONAL,
@@ -23,7 +23,8 @@ from sd3_jax.sampling.control import (
     require_equal_depths,
     require_fit,
 )
-from sd3_jax.sampling.input_images import latent_mask, pixel_mask
+from sd3_jax.sampling.images import input_images
+from sd3_jax.sampling.images.input_images import latent_mask, pixel_mask
 
 log = logging.getLogger(__name__)
 # A bundle's methods call this module, so that the class Bundle has no name here.

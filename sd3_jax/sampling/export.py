@@ -20,7 +20,7 @@ from sd3_jax.params import parametrization
 from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.control import ControlBundle
-from sd3_jax.sampling.scheduler_config import EULER
+from sd3_jax.sampling.schedulers.scheduler_config import EULER
 from sd3_jax.weights import (
     controlnet_keys,
     key_mapping,

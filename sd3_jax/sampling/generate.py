@@ -11,7 +11,7 @@ from jaxtyping import Float, Key
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.sampling.latents import to_rgb
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 
 Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 

@@ -19,8 +19,8 @@ from sd3_jax.models.scan import OBSERVED
 from sd3_jax.params import adapters
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.bundle import Bundle
-from sd3_jax.sampling.prompt_tokens import Prompt
-from sd3_jax.sampling.prompts import CLIP_LENGTH
+from sd3_jax.sampling.text.prompt_tokens import Prompt
+from sd3_jax.sampling.text.prompts import CLIP_LENGTH
 
 WORD = re.compile(r"\w+(?:['’-]\w+)*")
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from sd3_jax.assembly import encoder_identity, examples, model_parts
 from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.evaluation.val_loss import val_loss
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling.text.encoder import Encoder
 
 log = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from jax import Array
 from sd3_jax import tree
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.diffusion.losses import flow_loss, loss_at
-from sd3_jax.sampling import prompts
 from sd3_jax.sampling.latents import Autoencoder
-from sd3_jax.sampling.prompts import Conditioning, TextModel
+from sd3_jax.sampling.text import prompts
+from sd3_jax.sampling.text.prompts import Conditioning, TextModel
 from sd3_jax.training.dpo import alternate
 
 REJECTED = "rejected_"  # prefix of the fields of a preference's rejected picture

@@ -19,8 +19,8 @@ from sd3_jax.distributed import processes, sharding, signals, watchdog
 from sd3_jax.monitoring import writers
 from sd3_jax.monitoring.goodput import Goodput
 from sd3_jax.monitoring.metrics import PEAK_TFLOPS, Clock, Metrics, read
-from sd3_jax.sampling import sampler
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling.job import sampler
+from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.training import run_checks
 from sd3_jax.training.compile_step import batch_shape, compile_for_batches
 from sd3_jax.training.finetuning import SETS

@@ -97,7 +97,7 @@ def test_a_job_lists_the_groups_that_its_modules_read(name):
             groups, imported = looked_up(module)
             read |= groups
             todo += imported
-    if "sd3_jax.sampling.prompt_lines" in seen:
+    if "sd3_jax.sampling.job.prompt_lines" in seen:
         read.add("image")  # by the names of LINE_SETTINGS
     listed = {group.partition(".")[0] for group in JOBS[name].groups}
     unread = {*UNREAD.get(name, ())}

@@ -29,7 +29,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.evaluation import picture_scores, prompt_scores
 from sd3_jax.jobs import evaluate, precompute
-from sd3_jax.sampling import prompt_file, sampler
+from sd3_jax.sampling.job import prompt_file, sampler
 from sd3_jax.training.held_out_loss import Validation
 from sd3_jax.training.profiler import Trace
 from sd3_jax.training.program import abstract_batch, build_program

@@ -15,7 +15,7 @@ import transformers
 
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import MISTAKE, UserError, exit_code
-from sd3_jax.sampling import bundle_tokenizers
+from sd3_jax.sampling.text import bundle_tokenizers
 from sd3_jax.tools.parity import tiny_tokenizers
 from sd3_jax.weights import sources
 

@@ -168,7 +168,7 @@ def test_validation_has_a_batch_size_of_its_own(folder, flags, size, wanted):
             "config.data.bad_records = 1.0: expected a number in [0,",
         ),
         (dict(bad_records="nan"), "expected a number in [0, 1)"),
-        (dict(name="recods"), 'config.data.name = "recods"; did you mean "records"?'),
+        (dict(name="recods"), 'did you mean "records"?'),
     ],
     ids=str,
 )

@@ -17,7 +17,8 @@ from sd3_jax import main, pictures
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.jobs import sample
-from sd3_jax.sampling import output_filter, picture_lines, watermark
+from sd3_jax.sampling.images import watermark
+from sd3_jax.sampling.job import output_filter, picture_lines
 from sd3_jax.weights import sharded_load
 
 TINY = "--config=configs/released.py:tiny"

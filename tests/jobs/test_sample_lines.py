@@ -22,8 +22,8 @@ from sd3_jax import main, pictures, tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import released_sampler
-from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.job import released_sampler
+from sd3_jax.sampling.job.prompt_file import Task
 
 DRAW = np.random.default_rng(0)
 SIDES = {"photo": (64, 64), "other": (64, 64), "large": (75, 101), "small": (48, 56)}

@@ -19,7 +19,7 @@ from sd3_jax.distributed import processes, sharding
 from sd3_jax.errors import UserError
 from sd3_jax.monitoring import metrics
 from sd3_jax.monitoring.goodput import KINDS
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.training.nonfinite import NonFinite
 from sd3_jax.training.program import abstract_batch, build_program
 from sd3_jax.training.run_progress import RunProgress

@@ -20,9 +20,9 @@ from sd3_jax import main
 from sd3_jax.errors import UserError
 from sd3_jax.params.adapters import Full
 from sd3_jax.sampling import bundle_loading, control_arguments
-from sd3_jax.sampling.adapter_bank import Bank
+from sd3_jax.sampling.adapters.adapter_bank import Bank
 from sd3_jax.sampling.control import ControlBundle
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 
 KIND = "sd35_large"
 SIZE = dict(height=32, width=48)

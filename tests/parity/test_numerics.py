@@ -13,7 +13,7 @@ from parity.test_pipelines import control_net, nchw, nhwc, one_device
 import sd3_jax
 from sd3_jax.diffusion import grids
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 
 RNG = np.random.default_rng(0)
 IMAGE = RNG.uniform(size=(2, 32, 48, 3)).astype(np.float32)

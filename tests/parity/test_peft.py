@@ -20,7 +20,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.params import lora
 from sd3_jax.sampling import bundle_loading
-from sd3_jax.sampling import lora_adapters as given
+from sd3_jax.sampling.adapters import lora_adapters as given
 from sd3_jax.weights import adapter_files, key_mapping, peft_config
 from sd3_jax.weights import lora_files as files
 from sd3_jax.weights.components import COMPONENTS

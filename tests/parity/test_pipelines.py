@@ -15,7 +15,7 @@ from parity import convert, miniature
 import sd3_jax
 from sd3_jax import errors
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 
 # What a run does is the same whichever blocks the denoiser has: text_to_image is of all
 # kinds, the rest is quick with the one that has the most.

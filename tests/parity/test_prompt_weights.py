@@ -13,8 +13,8 @@ import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.params.adapters import Factors
-from sd3_jax.sampling import weighted_prompts
-from sd3_jax.sampling.adapter_bank import Bank
+from sd3_jax.sampling.adapters.adapter_bank import Bank
+from sd3_jax.sampling.text import weighted_prompts
 
 LENGTH = 16
 ENCODERS = {"clip_l": "", "clip_g": "_2", "t5": "_3"}

@@ -16,7 +16,7 @@ from parity import convert
 
 from sd3_jax.diffusion import grids, solvers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 
 X = np.random.default_rng(0).standard_normal((2, 4, 4, 16)).astype(np.float32)
 

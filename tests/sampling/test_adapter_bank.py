@@ -13,7 +13,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.params import lora
 from sd3_jax.params.adapters import Factors, Full
-from sd3_jax.sampling.adapter_bank import Bank
+from sd3_jax.sampling.adapters.adapter_bank import Bank
 
 RUN = dict(height=32, width=32, max_sequence_length=8, steps=2, output="latents")
 ATTN = ("blocks", "image", "attn", "to_qkv", "kernel")

@@ -5,7 +5,9 @@ import numpy as np
 import pytest
 
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, input_images, lora_adapters
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.adapters import lora_adapters
+from sd3_jax.sampling.images import input_images
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from PIL import Image
 import sd3_jax
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import inpainting, mask_shapes
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.images import inpainting, mask_shapes
+from sd3_jax.sampling.text.prompts import Conditioning
 
 DRAW = np.random.default_rng(0)
 PHOTO = DRAW.integers(0, 256, (48, 64, 3), np.uint8)

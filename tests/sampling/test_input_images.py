@@ -9,7 +9,7 @@ from PIL import Image
 
 from sd3_jax.data import images as files
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import input_images
+from sd3_jax.sampling.images import input_images
 
 DRAW = np.random.default_rng(0)
 BYTES = DRAW.integers(0, 256, (2, 24, 32, 3), np.uint8)

@@ -9,8 +9,9 @@ import safetensors.numpy
 from PIL import Image
 
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import input_images, line_arrays, line_inputs
 from sd3_jax.sampling.control import ControlBundle
+from sd3_jax.sampling.images import input_images
+from sd3_jax.sampling.job import line_arrays, line_inputs
 
 DRAW = np.random.default_rng(0)
 LINE = {"height": 64, "width": 96, "strength": 0.6, "paste": True}

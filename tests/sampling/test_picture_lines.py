@@ -10,7 +10,7 @@ from PIL import Image
 from configs import released
 from sd3_jax import pictures
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import picture_lines, prompt_file, repeated_pictures
+from sd3_jax.sampling.job import picture_lines, prompt_file, repeated_pictures
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (32, 48, 3), np.uint8)
 LINE = {"file": "samples/0000-ü.png", "prompt": "ü 🦊", "number": 1, "seed": 8}

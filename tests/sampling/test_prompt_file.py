@@ -10,13 +10,8 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import (
-    guidance_arguments,
-    painters,
-    picture_lines,
-    prompt_file,
-    prompt_lines,
-)
+from sd3_jax.sampling import guidance_arguments
+from sd3_jax.sampling.job import painters, picture_lines, prompt_file, prompt_lines
 
 CONFIG = released.get_config("tiny")
 CONFIG.weights = "not/loaded"

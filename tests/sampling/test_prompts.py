@@ -6,8 +6,8 @@ import pytest
 from flax import linen as nn
 
 from sd3_jax.data import prompt_text, records, tokenizers
-from sd3_jax.sampling import prompts
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text import prompts
+from sd3_jax.sampling.text.prompts import Conditioning
 
 
 class Ones(nn.Module):

@@ -12,7 +12,7 @@ from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.tools.study import run_scores
 
 CAPTIONS = ["a red fox", "a blue house by the sea"]

@@ -7,8 +7,8 @@ import pytest
 
 from sd3_jax.diffusion import grids
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import scheduler_config
-from sd3_jax.sampling.scheduler_config import (
+from sd3_jax.sampling.schedulers import scheduler_config
+from sd3_jax.sampling.schedulers.scheduler_config import (
     DEIS,
     DPM,
     EULER,

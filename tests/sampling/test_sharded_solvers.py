@@ -10,7 +10,7 @@ from sd3_jax.diffusion import grids, solvers
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 
 KEYS = jax.random.split(jax.random.key(0), 8)
 COND = Conditioning(jnp.ones((8, 3, 4)), jnp.linspace(-1, 1, 32).reshape(8, 4))

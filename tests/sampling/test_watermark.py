@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_sample_images
 
-from sd3_jax.sampling import watermark
+from sd3_jax.sampling.images import watermark
 
 TEXT = "sd3 by someone!!"  # of the most bytes
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from sd3_jax.sampling import watermark
+from sd3_jax.sampling.images import watermark
 
 
 class Rule(NamedTuple):

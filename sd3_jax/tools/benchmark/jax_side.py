@@ -16,7 +16,7 @@ from sd3_jax.diffusion import grids, guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling import autoencoder_programs, compiled
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.text.prompts import Conditioning
 from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
 from sd3_jax.tools.benchmark.cases import Spec
 from sd3_jax.training import optimizer

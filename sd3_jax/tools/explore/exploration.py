@@ -12,8 +12,8 @@ from sd3_jax.errors import UserError
 from sd3_jax.sampling import observation
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.latents import to_rgb
-from sd3_jax.sampling.prompt_tokens import Prompt
-from sd3_jax.sampling.prompts import CLIP_LENGTH, Conditioning
+from sd3_jax.sampling.text.prompt_tokens import Prompt
+from sd3_jax.sampling.text.prompts import CLIP_LENGTH, Conditioning
 
 # Encoders that share the context's first tokens and, after them, T5's.
 GROUPS = {"CLIP": slice(0, CLIP_LENGTH), "T5": slice(CLIP_LENGTH, None)}

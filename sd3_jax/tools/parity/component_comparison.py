@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling import bundle_loading, compiled
-from sd3_jax.sampling import scheduler_config as schedulers
+from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 from sd3_jax.tools.parity import layer_pairs, torch_components
 from sd3_jax.tools.parity.gap import Gap, gap
 from sd3_jax.weights import components, sources

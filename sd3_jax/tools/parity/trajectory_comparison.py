@@ -10,9 +10,9 @@ import torch
 from sd3_jax.diffusion import solvers
 from sd3_jax.sampling import bundle as bundles
 from sd3_jax.sampling import compiled
-from sd3_jax.sampling import scheduler_config as schedulers
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.prompts import Conditioning
+from sd3_jax.sampling.schedulers import scheduler_config as schedulers
+from sd3_jax.sampling.text.prompts import Conditioning
 from sd3_jax.tools.parity import torch_components
 from sd3_jax.tools.parity.component_comparison import BF16, Row, Subject, row_of
 

@@ -13,7 +13,7 @@ from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
-from sd3_jax.sampling.prompts import Conditioning, TextModels
+from sd3_jax.sampling.text.prompts import Conditioning, TextModels
 from sd3_jax.tools.plan import bounds
 from sd3_jax.tools.plan.aot import Case
 from sd3_jax.tools.plan.slices import Slice

@@ -31,7 +31,7 @@ from sd3_jax.evaluation import (
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.evaluation.extractors import pixels
 from sd3_jax.sampling import compiled
-from sd3_jax.sampling.sampler import TrainedSampler, require_text_encoders
+from sd3_jax.sampling.job.sampler import TrainedSampler, require_text_encoders
 
 
 def measure(

@@ -10,9 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from jaxtyping import Int
 
-from sd3_jax.sampling import textual_inversion
-from sd3_jax.sampling.adapter_bank import Bank
-from sd3_jax.sampling.prompt_tokens import Prompt, PromptTokens, lengths, tokenized
+from sd3_jax.sampling.adapters.adapter_bank import Bank
+from sd3_jax.sampling.text import textual_inversion
+from sd3_jax.sampling.text.prompt_tokens import Prompt, PromptTokens, lengths, tokenized
 from sd3_jax.weights.embedding_files import Learned
 
 

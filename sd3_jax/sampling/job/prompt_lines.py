@@ -11,8 +11,8 @@ from sd3_jax.config.validation import validate
 from sd3_jax.data import prompt_text, prompt_weights
 from sd3_jax.errors import ConfigError, UserError, nearest
 from sd3_jax.foreign_text import parse_json, shown
-from sd3_jax.sampling import line_inputs
-from sd3_jax.sampling.line_inputs import Looked
+from sd3_jax.sampling.job import line_inputs
+from sd3_jax.sampling.job.line_inputs import Looked
 
 MOST = {"per_prompt": 10_000, "steps": 1_000}  # of a line
 # What a line of a .jsonl may say of its picture besides "prompt", and where the config

@@ -17,7 +17,7 @@ from sd3_jax.foreign_text import listed as spelled
 from sd3_jax.models.clip import LEGACY_EOS, ClipText
 from sd3_jax.models.token_table import ADDED
 from sd3_jax.sampling import argument_checks, compiled
-from sd3_jax.sampling.prompt_tokens import TEXT
+from sd3_jax.sampling.text.prompt_tokens import TEXT
 from sd3_jax.weights import embedding_files, sources
 from sd3_jax.weights.embedding_files import Learned
 from sd3_jax.weights.source_names import split_token

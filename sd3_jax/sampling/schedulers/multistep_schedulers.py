@@ -3,8 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-from sd3_jax.sampling.scheduler import Scheduler
-from sd3_jax.sampling.scheduler_fields import (
+from sd3_jax.sampling.schedulers.scheduler import Scheduler
+from sd3_jax.sampling.schedulers.scheduler_fields import (
     CLOCK_KEY,
     END,
     SHIFT,

@@ -19,8 +19,8 @@ from jaxtyping import Bool, Float
 
 from sd3_jax.data.weighted_ids import WeightedIds
 from sd3_jax.params import adapters
-from sd3_jax.sampling import prompts
-from sd3_jax.sampling.prompts import Conditioning, Output, TextModels
+from sd3_jax.sampling.text import prompts
+from sd3_jax.sampling.text.prompts import Conditioning, Output, TextModels
 
 LEAST = 1e-5  # of a piece's weight in a blend: tan would be infinite at 0
 Masks = dict[str, Bool[np.ndarray, "b _"]]

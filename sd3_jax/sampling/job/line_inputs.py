@@ -15,7 +15,8 @@ from sd3_jax import files
 from sd3_jax.data import images
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, lora_adapters
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.weights import adapter_files, source_names
 from sd3_jax.weights.components import COMPONENTS

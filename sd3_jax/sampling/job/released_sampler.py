@@ -21,12 +21,10 @@ from sd3_jax.sampling import (
     bundle_loading,
     control_arguments,
     guidance_arguments,
-    line_arrays,
-    prompt_file,
-    task_arguments,
 )
 from sd3_jax.sampling.control import ControlBundle, require_equal_depths
-from sd3_jax.sampling.scheduler import Scheduler
+from sd3_jax.sampling.job import line_arrays, prompt_file, task_arguments
+from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)

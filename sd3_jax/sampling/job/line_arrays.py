@@ -13,9 +13,9 @@ from PIL import Image, ImageOps
 
 from sd3_jax.data import images
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import lora_adapters
+from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.control import ControlBundle, ControlInput
-from sd3_jax.sampling.line_inputs import Size
+from sd3_jax.sampling.job.line_inputs import Size
 
 WHITE = 128  # from this byte on a mask's pixel is repainted
 

@@ -19,11 +19,12 @@ from numpy import ndarray
 from PIL import Image
 
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import argument_checks, compiled, input_images
+from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling.arguments import size
 from sd3_jax.sampling.bundle import Bundle
-from sd3_jax.sampling.input_images import Pictures
-from sd3_jax.sampling.mask_shapes import (
+from sd3_jax.sampling.images import input_images
+from sd3_jax.sampling.images.input_images import Pictures
+from sd3_jax.sampling.images.mask_shapes import (
     Box,
     acting,
     covering,

@@ -15,9 +15,9 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import released_sampler, task_arguments
-from sd3_jax.sampling.prompt_file import Task
-from sd3_jax.sampling.sampler import TrainedSampler
+from sd3_jax.sampling.job import released_sampler, task_arguments
+from sd3_jax.sampling.job.prompt_file import Task
+from sd3_jax.sampling.job.sampler import TrainedSampler
 
 log = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from sd3_jax.diffusion import grids
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling.scheduler import CLOCK
+from sd3_jax.sampling.schedulers.scheduler import CLOCK
 from sd3_jax.weights.published_configs import Field, flag
 
 

@@ -1,6 +1,6 @@
 """An invisible mark in a picture's luminance that reads without the original.
 
-    python -m sd3_jax.sampling.watermark PICTURE...
+    python -m sd3_jax.sampling.images.watermark PICTURE...
 
 Informed spread spectrum (Malvar and Florencio 2003) in 8 x 8 cosines (Cox et al. 1997)
 of the picture scaled to a square grid, so that a mark survives compression, scaling and
@@ -219,7 +219,10 @@ def main(paths: Sequence[str]) -> int:
     from sd3_jax.data import images  # the job's reader of foreign files
 
     if not paths:
-        print("usage: python -m sd3_jax.sampling.watermark PICTURE...", file=sys.stderr)
+        print(
+            "usage: python -m sd3_jax.sampling.images.watermark PICTURE...",
+            file=sys.stderr,
+        )
         return 2
     code = 0
     for path in paths:

@@ -19,7 +19,7 @@ from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError
 from sd3_jax.evaluation.scorers import answers
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import watermark
+from sd3_jax.sampling.images import watermark
 
 
 class Safety(NamedTuple):

@@ -22,7 +22,7 @@ from sd3_jax.params.adapters import (
     Adapter,
 )
 from sd3_jax.sampling import argument_checks, compiled
-from sd3_jax.sampling.adapter_placement import require_linear
+from sd3_jax.sampling.adapters.adapter_placement import require_linear
 
 # {name: weight}, or one such set for each prompt or row of a batch.
 Weights = Mapping[str, float | int]

@@ -12,12 +12,9 @@ from sd3_jax import files
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import (
-    line_inputs,
-    repeated_pictures,
-)
-from sd3_jax.sampling.line_inputs import Looked
-from sd3_jax.sampling.prompt_lines import (
+from sd3_jax.sampling.job import line_inputs, repeated_pictures
+from sd3_jax.sampling.job.line_inputs import Looked
+from sd3_jax.sampling.job.prompt_lines import (
     CHANGED,
     NESTED,
     SHARED,

@@ -5,9 +5,10 @@ from ml_collections import ConfigDict
 from sd3_jax.config.validation import validate
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, picture_lines
-from sd3_jax.sampling.line_inputs import Looked
-from sd3_jax.sampling.prompt_lines import (
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.job import picture_lines
+from sd3_jax.sampling.job.line_inputs import Looked
+from sd3_jax.sampling.job.prompt_lines import (
     Line,
     read_fields,
 )

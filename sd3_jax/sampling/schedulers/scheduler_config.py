@@ -10,15 +10,15 @@ from typing import Any, NamedTuple
 
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import multistep_schedulers
-from sd3_jax.sampling.multistep_schedulers import (
+from sd3_jax.sampling.schedulers import multistep_schedulers
+from sd3_jax.sampling.schedulers.multistep_schedulers import (
     DEIS_KEYS,
     DPM_KEYS,
     IDLE,
     UNIPC_KEYS,
 )
-from sd3_jax.sampling.scheduler import CLOCK, PUBLISHED, Scheduler
-from sd3_jax.sampling.scheduler_fields import (
+from sd3_jax.sampling.schedulers.scheduler import CLOCK, PUBLISHED, Scheduler
+from sd3_jax.sampling.schedulers.scheduler_fields import (
     CLOCK_KEY,
     END,
     SHIFT,

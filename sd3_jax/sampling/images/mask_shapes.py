@@ -12,7 +12,7 @@ from numpy import ndarray
 from PIL import Image, ImageFilter
 
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import input_images
+from sd3_jax.sampling.images import input_images
 
 log = logging.getLogger(__name__)
 Box = tuple[int, int, int, int]  # left, top, right, bottom

@@ -17,8 +17,9 @@ from jaxtyping import Key, UInt8
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import vae
-from sd3_jax.sampling import compiled, latents, prompts
+from sd3_jax.sampling import compiled, latents
 from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.text import prompts
 
 IMAGES = ("image", "rejected_image")
 

@@ -12,9 +12,10 @@ from jax.sharding import Mesh
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.params import adapters as common_form
-from sd3_jax.sampling import argument_checks, lora_adapters
-from sd3_jax.sampling.adapter_bank import Bank
-from sd3_jax.sampling.adapter_placement import flattened, placed
+from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.adapters import lora_adapters
+from sd3_jax.sampling.adapters.adapter_bank import Bank
+from sd3_jax.sampling.adapters.adapter_placement import flattened, placed
 from sd3_jax.weights import caller_configs
 from sd3_jax.weights.components import COMPONENTS
 

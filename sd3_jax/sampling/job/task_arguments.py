@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.sampling import guidance_arguments
 from sd3_jax.sampling.bundle import Prompt
-from sd3_jax.sampling.prompt_file import Task
+from sd3_jax.sampling.job.prompt_file import Task
 
 
 def generate_arguments(tasks: Sequence[Task]) -> dict[str, Any]:

@@ -24,12 +24,14 @@ from sd3_jax.distributed import sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import compiled, guidance_arguments, prompt_file, prompts
-from sd3_jax.sampling.encoder import Encoder
+from sd3_jax.sampling import compiled, guidance_arguments
 from sd3_jax.sampling.generate import generate
-from sd3_jax.sampling.released_sampler import sample_tasks
-from sd3_jax.sampling.scheduler import PUBLISHED
-from sd3_jax.sampling.task_arguments import guidance_options, solver_options
+from sd3_jax.sampling.job import prompt_file
+from sd3_jax.sampling.job.released_sampler import sample_tasks
+from sd3_jax.sampling.job.task_arguments import guidance_options, solver_options
+from sd3_jax.sampling.schedulers.scheduler import PUBLISHED
+from sd3_jax.sampling.text import prompts
+from sd3_jax.sampling.text.encoder import Encoder
 
 SampleCaptions = Callable[[Sequence[str], Sequence[int]], np.ndarray]
 

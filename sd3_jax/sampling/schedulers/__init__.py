@@ -1,0 +1,1 @@
+"""Prompts to pictures: a released model or a trained one, one sampler."""
