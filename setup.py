@@ -32,6 +32,7 @@ TEST = [
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
     "basedpyright==1.40.2",
     "beartype>=0.20",
+    "bitsandbytes>=0.50",
     "chex>=0.1.90",
     "build>=1.2",
     *DEDUP,
@@ -84,6 +85,7 @@ setup(
         "array_record>=0.8",
         "etils[epath]>=1.10",
         "flax>=0.12",
+        "gguf>=0.19",
         "grain>=0.2.14",
         "huggingface_hub>=0.30",
         "jax>=0.10.1",  # 0.10.0: AbstractDevice has no attribute platform
@@ -97,6 +99,7 @@ setup(
         "orbax-checkpoint>=0.12.4",
         "pillow>=11",
         "pyarrow>=15",
+        "qwix>=0.1.8",
         "rapidfuzz>=3",
         "rich>=13",
         "safetensors>=0.5",
