@@ -103,9 +103,19 @@ def free(names: str) -> dict[str, None]:
 # --- the tables
 
 LEVELS = 8  # of an autoencoder, at most
-UNQUANTIZED = "null, which is of the model in bfloat16 or float16: name that instead"
-# Of weights that a library has quantized, only that library knows the layout.
-WHOLE = {"quantization_config": only(None, guard=True)._replace(allowed=UNQUANTIZED)}
+# Of weights that a library has quantized: those that bitsandbytes_layers reads.
+QUANTIZATION = "quantization_config"
+_is_read = lambda x: (
+    x is None or isinstance(x, Mapping) and x.get("quant_method") == "bitsandbytes"
+)
+WHOLE = {
+    QUANTIZATION: Field(
+        None,
+        "null or quant_method bitsandbytes; name the model in bfloat16, or its GGUF",
+        _is_read,
+        guard=True,
+    )
+}
 DENOISER = WHOLE | {
     "_class_name": only("SD3Transformer2DModel"),
     "sample_size": count(128),
@@ -243,6 +253,7 @@ TABLES = {
 def read(kind: str, config: Any, where: str = "") -> dict:
     """The configuration with defaults filled in.
 
+    It has no quantization_config, since weights are dequantized while they are read.
     `where` is its file, for messages. Raises UserError, which names the field, for a
     value that is not accepted. Fields that no table has are kept: see `unknown`.
     """
@@ -264,6 +275,7 @@ def read(kind: str, config: Any, where: str = "") -> dict:
             )
     for name, value, wanted in RULES[kind](values):
         raise UserError(f"{where}: {name} = {_json(value)}: expected {wanted}")
+    values.pop(QUANTIZATION, None)
     return values
 
 

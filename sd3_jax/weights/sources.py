@@ -22,11 +22,13 @@ from sd3_jax.weights import (
     sharded_load,
     single_file,
     source_names,
+    stored_forms,
     text_keys,
     unsupported_formats,
 )
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
-from sd3_jax.weights.safetensors import open_file
+from sd3_jax.weights.model_files import open_file
+from sd3_jax.weights.stored_tensor import Tensors
 
 log = logging.getLogger(__name__)
 CONFIGS = "sd3_jax"  # metadata: configurations by component, as JSON
@@ -191,6 +193,11 @@ def parts(
     wanted = (
         f"a diffusers folder ({hub.INDEX}), an sd3_jax folder ({native_format.FILE})"
     )
+    ggufs = [name for name in names_there if name.lower().endswith(".gguf")]
+    if ggufs and not weights:
+        if len(ggufs) > 1:
+            raise UserError(f"{path}: holds {listed(ggufs)}; name one of them")
+        return _single(path / ggufs[0], *open_file(path / ggufs[0]), configs)
     # The hub's cache of a repository has its files further down.
     cached = "snapshots" in names_there
     hint = f"; name one of {path / 'snapshots'}" if cached else ""
@@ -205,7 +212,7 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 
 def _single(
     path,
-    tensors: safetensors.Tensors,
+    tensors: Tensors,
     metadata: Mapping,
     configs: Mapping[str, dict] = MappingProxyType({}),
 ) -> dict[str, Part]:
@@ -246,7 +253,7 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
     return [name for name, c in COMPONENTS.items() if name in known and more(c)]
 
 
-def _projects(name: str, tensors: safetensors.Tensors) -> bool:
+def _projects(name: str, tensors: Tensors) -> bool:
     """Whether a file has the projection that only a component's fuller table reads."""
     places = (name, text_keys.PROJECTION), ("clip", text_keys.PROJECTION)
     fuller = COMPONENTS[name].fuller is not None
@@ -383,7 +390,7 @@ def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
 
 
 def _part(
-    tensors: safetensors.Tensors,
+    tensors: Tensors,
     config: dict,
     where: str,
     layout: str,
@@ -399,7 +406,9 @@ def _part(
         return file_pieces
 
     def read(component, module, shapes):
-        return sharded_load.load(tensors, shapes, pieces(component, module, shapes))
+        file_pieces = pieces(component, module, shapes)
+        stored_forms.report(where, tensors, shapes, file_pieces)
+        return sharded_load.load(tensors, shapes, file_pieces)
 
     def dtypes(component, module, shapes):
         return sharded_load.dtypes(tensors, pieces(component, module, shapes))
