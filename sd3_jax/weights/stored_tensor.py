@@ -82,7 +82,8 @@ def read_small(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
     for key, tensor in tensors.items():
         if tensor.size > SMALL:
             raise UserError(
-                f"{tensor.path}: {key} has {tensor.size} bytes, expected {SMALL} at most"
+                f"{tensor.path}: {key} has {tensor.size} bytes, expected at most"
+                f" {SMALL}"
             )
     values = {}
     for path in dict.fromkeys(x.path for x in tensors.values()):
