@@ -52,11 +52,12 @@ def load(
 ) -> Bundle:
     """Load a released model, sharded over `mesh` (by default all devices).
 
-    `path_or_hub_name` is a diffusers folder, a .safetensors file, our own folder or a
-    hub name, which may have a revision, a variant or a file: "owner/name@v1:fp16",
-    "owner/name/file.safetensors". Several sources, as a list or separated by commas,
-    are combined; of a component in two sources the later one is used. The dtype
-    "stored" keeps each tensor's dtype, for saving.
+    `path_or_hub_name` is a diffusers folder, a .safetensors or .gguf file, our own
+    folder or a hub name, which may have a revision, a variant or a file:
+    "owner/name@v1:fp16", "owner/name/file.safetensors". Quantized files are dequantized
+    to `dtype`, or kept in eight bits by `quantize`. Several sources, as a list or
+    separated by commas, are combined; of a component in two sources the later one is
+    used. The dtype "stored" keeps each tensor's dtype, for saving.
 
     `only` names the components to load, in our names or those of diffusers' folders,
     such as "denoiser" or "transformer". `config` is the configuration of the one that

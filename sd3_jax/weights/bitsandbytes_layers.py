@@ -61,24 +61,8 @@ def four_bits(
             f"{where}.{absent[0]} is missing: without it the {kind} weight cannot be"
             " read; the file is incomplete"
         )
-    # --- every size follows from the shape
     count = math.prod(state.shape)
-    blocks = -(-count // state.blocksize)
-    sizes = {"absmax": blocks, "quant_map": 16}
-    if nested:
-        sizes["nested_absmax"] = -(-blocks // state.nested_blocksize)
-        sizes["nested_quant_map"] = 256
-    for name, size in sizes.items():
-        if math.prod(parts[name].shape) != size:
-            raise UserError(
-                f"{where}.{name} has {list(parts[name].shape)} values, expected {size}"
-                f" for {list(state.shape)} in blocks of {state.blocksize}"
-            )
-    if packed.size != -(-count // 2):  # it may be stored as floats of the same bytes
-        raise UserError(
-            f"{where} has {packed.size} bytes, expected {-(-count // 2)} for"
-            f" {list(state.shape)} in {kind}"
-        )
+    _require_sizes(where, kind, packed, parts, state, nested)
 
     def read() -> np.ndarray:
         largest = _floats(parts["absmax"])
@@ -98,6 +82,34 @@ def four_bits(
 
     form = kind if not nested else f"{kind} (double)"
     return QuantizedTensor(packed.path, state.dtype, state.shape, form, read)
+
+
+def _require_sizes(
+    where: str,
+    kind: str,
+    packed: Tensor,
+    parts: Mapping[str, Tensor],
+    state: State,
+    nested: bool,
+) -> None:
+    """UserError for a part of another size than the weight's shape gives it."""
+    count = math.prod(state.shape)
+    blocks = -(-count // state.blocksize)
+    sizes = {"absmax": blocks, "quant_map": 16}
+    if nested:
+        sizes["nested_absmax"] = -(-blocks // state.nested_blocksize)
+        sizes["nested_quant_map"] = 256
+    for name, size in sizes.items():
+        if math.prod(parts[name].shape) != size:
+            raise UserError(
+                f"{where}.{name} has {list(parts[name].shape)} values, expected {size}"
+                f" for {list(state.shape)} in blocks of {state.blocksize}"
+            )
+    if packed.size != -(-count // 2):  # it may be stored as floats of the same bytes
+        raise UserError(
+            f"{where} has {packed.size} bytes, expected {-(-count // 2)} for"
+            f" {list(state.shape)} in {kind}"
+        )
 
 
 def _state_of(where: str, texts: Mapping[str, bytes]) -> tuple[str, bytes]:

@@ -45,7 +45,7 @@ class Header(NamedTuple):
 
 
 def is_gguf(path: epath.Path) -> bool:
-    """Whether a file begins as GGUF files do, whatever it is called."""
+    """Whether a file begins with GGUF's magic number."""
     files.require_regular(path)
     try:
         with path.open("rb") as file:

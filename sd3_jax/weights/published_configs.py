@@ -104,18 +104,12 @@ def free(names: str) -> dict[str, None]:
 
 LEVELS = 8  # of an autoencoder, at most
 # Of weights that a library has quantized: those that bitsandbytes_layers reads.
-QUANTIZATION = "quantization_config"
-_is_read = lambda x: (
-    x is None or isinstance(x, Mapping) and x.get("quant_method") == "bitsandbytes"
+QUANTIZATION, METHOD = "quantization_config", "bitsandbytes"
+_READ = f"null or quant_method {METHOD}; name the model in bfloat16, or its GGUF"
+_reads = lambda x: (
+    x is None or isinstance(x, Mapping) and x.get("quant_method") == METHOD
 )
-WHOLE = {
-    QUANTIZATION: Field(
-        None,
-        "null or quant_method bitsandbytes; name the model in bfloat16, or its GGUF",
-        _is_read,
-        guard=True,
-    )
-}
+WHOLE = {QUANTIZATION: Field(None, _READ, _reads, guard=True)}
 DENOISER = WHOLE | {
     "_class_name": only("SD3Transformer2DModel"),
     "sample_size": count(128),
@@ -253,7 +247,7 @@ TABLES = {
 def read(kind: str, config: Any, where: str = "") -> dict:
     """The configuration with defaults filled in.
 
-    It has no quantization_config, since weights are dequantized while they are read.
+    Its quantization_config is left out: weights are dequantized while they are read.
     `where` is its file, for messages. Raises UserError, which names the field, for a
     value that is not accepted. Fields that no table has are kept: see `unknown`.
     """
