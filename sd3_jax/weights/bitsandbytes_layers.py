@@ -105,6 +105,11 @@ def _require_sizes(
                 f"{where}.{name} has {list(parts[name].shape)} values, expected {size}"
                 f" for {list(state.shape)} in blocks of {state.blocksize}"
             )
+    if nested and parts["absmax"].dtype != np.uint8:
+        raise UserError(
+            f"{where}.absmax is of {parts['absmax'].dtype}, expected uint8 beside"
+            " nested_absmax"
+        )
     if packed.size != -(-count // 2):  # it may be stored as floats of the same bytes
         raise UserError(
             f"{where} has {packed.size} bytes, expected {-(-count // 2)} for"

@@ -22,6 +22,7 @@ MANY = 2**17  # tensors or fields, at most; models have 2,000
 ARRAY = 64  # values of an array that is kept; tokenizers, which are longer, are not
 ALIGNMENT = 32  # bytes, where general.alignment does not say
 STRING, LIST = 8, 9
+CUT = "it ends within its header: copy it again"
 SCALARS = {  # types of values, by their number in the file: struct's letters
     **{0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?"},
     **{10: "Q", 11: "q", 12: "d"},
@@ -73,16 +74,20 @@ class _Bytes:
         self.file, self.left, self.length = file, length, length
 
     def take(self, count: int) -> bytes:
-        self.left -= count
-        if self.left < 0:
-            raise ValueError("it ends within its header: copy it again")
-        return self.file.read(count)
+        self._pass(count)
+        data = self.file.read(count)
+        if len(data) != count:  # the file became shorter
+            raise ValueError(CUT)
+        return data
 
     def skip(self, count: int) -> None:
+        self._pass(count)
+        self.file.seek(count, 1)
+
+    def _pass(self, count: int) -> None:
         self.left -= count
         if self.left < 0:
-            raise ValueError("it ends within its header: copy it again")
-        self.file.seek(count, 1)
+            raise ValueError(CUT)
 
     def number(self, letter: str) -> Any:
         form = f"<{letter}"

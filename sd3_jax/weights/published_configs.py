@@ -247,7 +247,6 @@ TABLES = {
 def read(kind: str, config: Any, where: str = "") -> dict:
     """The configuration with defaults filled in.
 
-    Its quantization_config is left out: weights are dequantized while they are read.
     `where` is its file, for messages. Raises UserError, which names the field, for a
     value that is not accepted. Fields that no table has are kept: see `unknown`.
     """
@@ -269,7 +268,7 @@ def read(kind: str, config: Any, where: str = "") -> dict:
             )
     for name, value, wanted in RULES[kind](values):
         raise UserError(f"{where}: {name} = {_json(value)}: expected {wanted}")
-    values.pop(QUANTIZATION, None)
+    values.pop(QUANTIZATION, None)  # weights are dequantized while they are read
     return values
 
 

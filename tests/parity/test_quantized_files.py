@@ -360,6 +360,13 @@ def test_convert_makes_a_diffusers_folder_of_a_gguf_file(gguf_file, tmp_path):
     assert convert.error(velocity(load(gguf_file)), wanted) < 1e-4
 
 
+def test_compare_refuses_quantized_files(gguf_file, scaled_file, tmp_path, capsys):
+    for path in gguf_file, scaled_file[0]:
+        assert job("compare", tmp_path, weights=path) == 2
+        error = capsys.readouterr().err
+        assert "compare reads plain weights with PyTorch, and these are" in error
+
+
 def test_sample_takes_gguf_files(gguf_file, tmp_path, capsys):
     t5_gguf(tmp_path / "t5.gguf")
     sources = miniature.folder(KIND), gguf_file, tmp_path / "t5.gguf"

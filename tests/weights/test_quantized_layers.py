@@ -104,6 +104,13 @@ def test_int8_by_rows(tmp_path):
     same(q * scale, wanted)
 
 
+def test_double_quantization_without_codes(tmp_path):
+    parts, _ = four_bits(compress_statistics=True)
+    key = f"{NAME}.weight.absmax"
+    told = refusal(tmp_path, parts | {key: parts[key].float()})
+    assert "absmax is of float32, expected uint8 beside nested_absmax" in told
+
+
 FAULTS = {  # what is changed of a file in nf4 with double quantization, and the message
     "absmax": ("weight.absmax is missing: without it the nf4 weight cannot be read"),
     "quant_map": "weight.quant_map is missing",

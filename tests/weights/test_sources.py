@@ -263,6 +263,8 @@ NAMES = {
     "owner/name/a.safetensors": ("owner/name", None, "a.safetensors", ""),
     "owner/name/a/b c.safetensors": ("owner/name", None, "a/b c.safetensors", ""),
     "owner/name@v1/a.safetensors": ("owner/name", "v1", "a.safetensors", ""),
+    "owner/name@v1/b/a-Q4_K_M.gguf": ("owner/name", "v1", "b/a-Q4_K_M.gguf", ""),
+    "owner/a.gguf": None,
     "owner/name/a.safetensors@v1": ("owner/name", "v1", "a.safetensors", ""),
     "hf://owner/name@v1/a.safetensors": ("owner/name", "v1", "a.safetensors", ""),
     "hf://owner/name": ("owner/name", None, "", ""),
@@ -293,6 +295,7 @@ LINKS = {
     f"{SITE}/owner/name/tree/main": '"owner/name"',
     f"{SITE}/owner/name/tree/v1/vae": '"owner/name@v1"',
     f"{SITE}/owner/name/blob/main/a.safetensors": '"owner/name/a.safetensors"',
+    f"{SITE}/owner/name/blob/main/a.gguf": '"owner/name/a.gguf"',
     f"{SITE}/owner/name/resolve/main/b/a.safetensors?download=true": (
         '"owner/name/b/a.safetensors"'
     ),
