@@ -243,14 +243,17 @@ def generate(
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:
+        weights = bundle.adapted("denoiser", table), acting
+        variables, acting = bundle.on_devices(weights)
         sampled = compiled.sample(
             plan,
-            bundle.adapted("denoiser", table),
+            variables,
             place(inputs),
             nets,
             place(acting),
             steering.weak_variables(),
         )
+        sampled = bundle.finished(sampled)
     if output == "latents":
         return sampled
     images = bundle.decode(sampled)

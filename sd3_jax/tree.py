@@ -68,9 +68,21 @@ def fingerprints(tree) -> dict[str, Print]:
     # Each bit pattern is mixed with its index, and the results are added modulo 2^32 on
     # the devices: integer addition has no order. The mixing is one to one.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
+    on_host = any(_rests(x) for _, x in leaves)
+    # Weights that rest in host memory go to the devices one at a time.
+    batches = [[x] for _, x in leaves] if on_host else [[x for _, x in leaves]]
+    table = [row for xs in batches if xs for row in np.asarray(_prints(_placed(xs)))]
     rows = zip(leaves, table)
     return {path_name(path): Print(*map(int, row)) for (path, _), row in rows}
+
+
+def _rests(x: Any) -> bool:
+    return isinstance(x, Array) and x.sharding.memory_kind == "pinned_host"
+
+
+def _placed(xs: list) -> list:
+    place = lambda x: jax.device_put(x, x.sharding.with_memory_kind("device"))
+    return [place(x) if _rests(x) else x for x in xs]
 
 
 def fingerprint(tree) -> str:

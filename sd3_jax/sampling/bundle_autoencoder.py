@@ -34,6 +34,8 @@ class WithAutoencoder:
     configs: dict[str, dict]
     mesh: Mesh
     part: Any
+    on_devices: Any
+    finished: Any
 
     def encode_image(
         self,
@@ -65,9 +67,11 @@ class WithAutoencoder:
             noise = self._posterior_noise(noise, key, images.shape)
         images, key, noise = compiled.place((images, key, noise), self.mesh)
         with compiled.on(self.mesh, images):
-            return programs.encode_image(
+            variables = self.on_devices(variables)
+            latents = programs.encode_image(
                 module, variables, images, key, **scale, noise=noise, tile=tile
             )
+            return self.finished(latents)
 
     def posterior(
         self, images: Pictures, *, tile: int | None = None, preprocess: str = "plain"
@@ -80,7 +84,9 @@ class WithAutoencoder:
         module, variables = self.part("vae"), self.variables["vae"]
         images = compiled.place(self._pixels(images, preprocess), self.mesh)
         with compiled.on(self.mesh, images):
-            return Posterior(*programs.posterior(module, variables, images, tile=tile))
+            variables = self.on_devices(variables)
+            moments = programs.posterior(module, variables, images, tile=tile)
+            return Posterior(*self.finished(moments))
 
     def _pixels(self, images: Pictures, preprocess: str) -> Array | np.ndarray:
         argument_checks.choice("preprocess", preprocess, PREPROCESS)
@@ -121,9 +127,11 @@ class WithAutoencoder:
         latents = inputs.laid_out(latents, module.latent_channels)
         latents = compiled.place(latents, self.mesh)
         with compiled.on(self.mesh, latents):
-            return programs.decode(
+            variables = self.on_devices(variables)
+            images = programs.decode(
                 module, variables, latents, **self.latent_scale, tile=tile
             )
+            return self.finished(images)
 
     @property
     def latent_scale(self) -> dict[str, float]:

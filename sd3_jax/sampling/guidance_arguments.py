@@ -50,6 +50,16 @@ class Guidance(NamedTuple):
     def reads_uncond(self) -> bool:
         return self.guided and METHODS[self.method].against == "uncond"
 
+    def forwards(self, times: Float[np.ndarray, " n"]) -> float:
+        """Forwards of the denoiser for a velocity, the mean over the steps of times."""
+        if not self.guided:
+            return 1.0
+        forwards = float(METHODS[self.method].forwards)
+        if not self.layers.layers:
+            return forwards
+        low, high = self.inputs(times)["skip_window"]
+        return forwards + float(np.mean((low <= times[:-1]) & (times[:-1] <= high)))
+
     def require_solver(self, solver: str) -> None:
         """UserError for a method that another solver needs."""
         if self.guided and self.method in EULER and solver != "euler":
@@ -180,6 +190,11 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
         raise UserError(
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
+        )
+    # The guide's weights would stay when those of its bundle leave.
+    if guide.placement != "all":
+        raise UserError(
+            f'guide is of placement "{guide.placement}"; load it with placement="all"'
         )
     # One program runs both networks, and a program has one mesh.
     if guide.mesh != bundle.mesh:
