@@ -22,6 +22,7 @@ from sd3_jax.tools.plan import (
     hlo,
     link_traffic,
     mesh_search,
+    phase_memory,
     plan_chart,
     plan_table,
     sampling_programs,
@@ -60,9 +61,11 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
             rows.append(row)
             write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
     write_whole(workdir / "plan.png", plan_chart.draw(rows))
+    sampling = config.plan.job == "sample"
     print(
         *plan_table.table(rows),
         *map(plan_table.details, rows),
+        *(phase_memory.lines(rows, quantized(config)) if sampling else ()),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -198,6 +201,8 @@ def planned(
         "remat": "",
         "batch": case.images * tpu_slice.generation.devices,
         "capacity": tpu_slice.generation.hbm / slices.GB,
+        "weights": case.weights,
+        "forwards": case.forwards,
     }
     lowered = case.lower()
     try:
@@ -278,17 +283,25 @@ def accounted(
     }
 
 
+def quantized(config: ConfigDict) -> dict[str, str]:
+    """Kinds of the eight-bit weights by key of the config."""
+    return {f"quantize.{name}": config.quantize[name] for name in config.quantize}
+
+
 def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
-    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder."""
+    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder.
+
+    Their peaks are those of config.sample.placement.
+    """
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
     images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
     with compiled.on(mesh):
-        return [
-            planned(config, tpu_slice, mesh, case, workdir)
-            for case in sampling_programs.cases(config, tpu_slice, mesh, images)
-        ]
+        cases = [*sampling_programs.cases(config, tpu_slice, mesh, images)]
+        rows = [planned(config, tpu_slice, mesh, case, workdir) for case in cases]
+    weights = [case.weights for case in cases]
+    return phase_memory.with_placements(rows, weights, config.sample.placement)
 
 
 JOBS = {"train": training, "sample": sampled}

@@ -193,12 +193,15 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             residuals = compiled.control_residuals(nets, acting, variables, *args)
             return self.finished(residuals)
 
-    def on_devices(self, arguments: Any) -> Any:
+    def on_devices(self, arguments: Any, *, room: float | None = None) -> Any:
         """A program's arguments, with all weights in them on the devices.
 
-        With the placement "sequential", weights of the program before leave them.
+        With the placement "sequential", weights of the program before leave them, or
+        stay where there are `room` bytes beside them.
         """
-        return arguments if self.placement == "all" else self._stage.enter(arguments)
+        if self.placement == "all":
+            return arguments
+        return self._stage.enter(arguments, room=room)
 
     def finished(self, results: Any) -> Any:
         """A program's results, computed if its weights are to leave the devices."""

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Key
 
 from sd3_jax.errors import UserError
+from sd3_jax.models.tiny_autoencoder import TinyAutoencoder
 from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import autoencoder_programs as programs
 from sd3_jax.sampling.control import PREPROCESS
@@ -82,6 +83,11 @@ class WithAutoencoder:
         applies: diffusers' `vae.encode(x).latent_dist`. The arguments are as there.
         """
         module, variables = self.part("vae"), self.variables["vae"]
+        if isinstance(module, TinyAutoencoder):
+            raise UserError(
+                "posterior: a TAESD encodes to latents without a variance; use"
+                " encode_image, or load the model's AutoencoderKL"
+            )
         images = compiled.place(self._pixels(images, preprocess), self.mesh)
         with compiled.on(self.mesh, images):
             variables = self.on_devices(variables)

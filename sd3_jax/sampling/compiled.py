@@ -21,6 +21,7 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
+from sd3_jax.models import vae
 from sd3_jax.params import adapters
 from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
@@ -164,6 +165,7 @@ class Plan(NamedTuple):
     method: str = "cfg"  # a key of guidance_methods.METHODS
     skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
     weak: nn.Module | None = None  # the worse denoiser of autoguidance
+    previewer: nn.Module | None = None  # the autoencoder of previews
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -219,11 +221,13 @@ def sample(
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
     weak_variables: dict | adapters.Adapted | None = None,
+    previewer: tuple[dict, dict] | None = None,
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
 
     With plan.trajectory they are (steps + 1, b, h, w, c).
-    `weak_variables` are those of plan.weak.
+    `weak_variables` are those of plan.weak; `previewer` has the variables of
+    plan.previewer and its latent_scale.
     """
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
@@ -270,6 +274,7 @@ def sample(
         x0=inputs.x0,
         mask=inputs.mask,
         preview=plan.preview,
+        **_previews(plan, previewer),
     )
 
 
@@ -282,6 +287,22 @@ def _scale(plan: Plan, inputs: Inputs) -> Any:
         return inputs.scale
     # Of the whole padded grid, so that the number of steps is no shape.
     return guidance.Schedule(inputs.grid, inputs.scales)
+
+
+def _previews(
+    plan: Plan, previewer: tuple[dict, dict] | None
+) -> dict[str, Callable[[Array], Array]]:
+    """generate's to_rgb for an autoencoder of previews; {} for the linear map."""
+    if plan.previewer is None or previewer is None:
+        return {}
+    variables, scale = previewer
+
+    def to_rgb(x0: Array) -> Array:
+        z = vae.from_latents(x0, **scale)
+        images = plan.previewer.apply(variables, z, method="decode")
+        return jnp.clip(images / 2 + 0.5, 0, 1)
+
+    return {"to_rgb": to_rgb}
 
 
 def _weak(plan: Plan, variables: dict | adapters.Adapted | None) -> Callable | None:

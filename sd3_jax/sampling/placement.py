@@ -53,14 +53,16 @@ class Stage:
         # By id; the leaf on the host is kept too, so that no other takes its id.
         self._copies: dict[int, tuple[Array, Array]] = {}
 
-    def enter(self, arguments: Any) -> Any:
+    def enter(self, arguments: Any, *, room: float | None = None) -> Any:
         """The arguments of a program, whose weights that rest are on the devices now.
 
-        Copies that the program does not use are dropped first: whatever was computed
-        with them must be complete. UserError inside a caller's jit.
+        Copies that the program does not use are dropped first, unless the devices have
+        `room` bytes beside them: whatever was computed with them must be complete.
+        UserError inside a caller's jit.
         """
         resting = {id(x): x for x in jax.tree.leaves(arguments) if _rests(x)}
-        self._copies = {k: x for k, x in self._copies.items() if k in resting}
+        if room is None or free_memory() < room:
+            self._copies = {k: x for k, x in self._copies.items() if k in resting}
         if absent := {k: x for k, x in resting.items() if k not in self._copies}:
             _require_no_trace()
             copies = _on_devices(absent.values())
@@ -70,6 +72,13 @@ class Stage:
 
     def clear(self) -> None:
         self._copies = {}
+
+
+def free_memory() -> float:
+    """Bytes that are free on the fullest device; 0 where jax does not tell."""
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    sizes = [x.get("bytes_limit", 0) - x.get("bytes_in_use", 0) for x in stats]
+    return min(sizes)
 
 
 def _rests(x: Any) -> bool:

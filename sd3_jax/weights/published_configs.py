@@ -154,6 +154,25 @@ VAE = WHOLE | {
     # For diffusers' tiling, and its choice of precision.
     **free("sample_size force_upcast"),
 }
+BLOCKS = (64, 64, 64, 64)
+TAESD = WHOLE | {
+    "_class_name": only("AutoencoderTiny"),
+    "in_channels": only(3),
+    "out_channels": only(3),
+    "encoder_block_out_channels": counts(BLOCKS, WIDTH, least=1, longest=LEVELS),
+    "decoder_block_out_channels": counts(BLOCKS, WIDTH, least=1, longest=LEVELS),
+    "num_encoder_blocks": counts((1, 3, 3, 3), LAYERS, least=0, longest=LEVELS),
+    "num_decoder_blocks": counts((3, 3, 3, 1), LAYERS, least=0, longest=LEVELS),
+    "act_fn": only("relu"),
+    "upsample_fn": only("nearest"),
+    "upsampling_scaling_factor": only(2),
+    "latent_channels": count(4),
+    # Its latents are the denoiser's own.
+    "scaling_factor": only(1.0, 1),
+    "shift_factor": only(0.0, 0, None),
+    # Of latents as bytes, of AutoencoderKL, and of diffusers' precision.
+    **free("latent_magnitude latent_shift block_out_channels force_upcast"),
+}
 # What every configuration of transformers may have: bookkeeping, settings of training,
 # of heads and of generation, which old versions wrote in full.
 TRANSFORMERS = WHOLE | {
@@ -229,6 +248,7 @@ TABLES = {
     "denoiser": DENOISER,
     "controlnet": CONTROLNET,
     "vae": VAE,
+    "taesd": TAESD,
     "clip_l": SD3_TEXT,
     "clip_g": SD3_TEXT,
     "t5": T5,
@@ -340,6 +360,21 @@ def _vae_rules(c: dict):
             yield name, c[name], f"one for each of block_out_channels = {_json(levels)}"
 
 
+def _taesd_rules(c: dict):
+    widths = c["encoder_block_out_channels"], c["decoder_block_out_channels"]
+    # As in diffusers, which registers this field for its pipelines.
+    c["block_out_channels"] = list(widths[1])
+    for half, levels in zip(("encoder", "decoder"), widths):
+        # A block's width is that of its level's input: diffusers has no way between.
+        if len({*levels}) != 1:
+            yield f"{half}_block_out_channels", levels, "equal numbers"
+        if len(c[f"num_{half}_blocks"]) != len(levels):
+            words = f"one for each of {half}_block_out_channels = {_json(levels)}"
+            yield f"num_{half}_blocks", c[f"num_{half}_blocks"], words
+    if len(widths[0]) != len(widths[1]):
+        yield "encoder_block_out_channels", widths[0], f"{len(widths[1])} levels"
+
+
 def _heads_rules(c: dict):
     heads, width = c["num_attention_heads"], c["hidden_size"]
     if width % heads:
@@ -369,6 +404,7 @@ RULES = {
     "denoiser": _mmdit_rules,
     "controlnet": _controlnet_rules,
     "vae": _vae_rules,
+    "taesd": _taesd_rules,
     "clip_l": _clip_rules,
     "clip_g": _clip_rules,
     "t5": _t5_rules,

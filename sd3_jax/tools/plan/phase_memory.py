@@ -1,0 +1,75 @@
+"""Device memory of a sampling job, phase by phase, for each placement of the weights."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sd3_jax.tools.plan import bounds
+
+# What makes a phase's weights smaller, by the program and the kind of its weights.
+QUANTIZED = {"text": "quantize.t5", "denoise": "quantize.denoiser"}
+
+
+def with_placements(
+    rows: Sequence[dict[str, Any]], weights: Sequence[float], placement: str
+) -> list[dict[str, Any]]:
+    """The rows of a job's programs, with the peak of each placement.
+
+    `weights` are GiB on a device, by row. A program's own peak is that of "sequential";
+    with "all" the weights of the other programs lie beside it. `peak` and `verdict`
+    become those of `placement`. A row that "needs" more than there is stays.
+    """
+    return [
+        row if "needs" in row else _placed(row, sum(weights) - own, placement)
+        for row, own in zip(rows, weights)
+    ]
+
+
+def _placed(row: dict[str, Any], beside: float, placement: str) -> dict[str, Any]:
+    peaks = {"all": row["peak"] + beside, "sequential": row["peak"]}
+    verdict = bounds.verdict(peaks[placement], row["capacity"])
+    return row | {"peaks": peaks, "peak": peaks[placement], "verdict": verdict}
+
+
+def lines(rows: Sequence[dict[str, Any]], quantized: Mapping[str, str]) -> list[str]:
+    """For each slice a line for each placement, and what to do if it does not fit.
+
+    `quantized` are the values of QUANTIZED's keys.
+    """
+    by_slice: dict[str, list[dict]] = {}
+    for row in rows:
+        by_slice.setdefault(row["slice"], []).append(row)
+    return [
+        line for rows in by_slice.values() for line in _of_slice(rows, quantized)
+    ]
+
+
+def _of_slice(rows: list[dict], quantized: Mapping[str, str]) -> list[str]:
+    head = f"{rows[0]['slice']} memory, of {rows[0]['capacity']:g} GiB"
+    text = [
+        f"{head}, placement {placement}: {', '.join(_peak(x, placement) for x in rows)}"
+        for placement in ("all", "sequential")
+    ]
+    alone = [row["program"] for row in rows if _exceeds(row, "sequential")]
+    if not alone and any(_exceeds(row, "all") for row in rows):
+        text[0] += "; set config.sample.placement=sequential"
+    for program in alone:
+        text[1] += f"; {program}: {_remedy(program, quantized)}"
+    return text
+
+
+def _peak(row: dict, placement: str) -> str:
+    if "needs" in row:
+        return f"{row['program']} needs {row['needs'].split()[0]}"
+    exceeds = " (does not fit)" if _exceeds(row, placement) else ""
+    return f"{row['program']} {row['peaks'][placement]:.1f}{exceeds}"
+
+
+def _exceeds(row: dict, placement: str) -> bool:
+    return "needs" in row or row["peaks"][placement] > row["capacity"]
+
+
+def _remedy(program: str, quantized: Mapping[str, str]) -> str:
+    key = QUANTIZED.get(program)
+    if key is not None and not quantized[key]:
+        return f"set config.{key}=int8"
+    return "take fewer images at a time (config.sample.batch_size), or more chips"
