@@ -23,6 +23,7 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     guidance_arguments,
+    preview_arguments,
     progress_bar,
 )
 from sd3_jax.sampling.adapters.adapter_bank import Sets
@@ -163,8 +164,7 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
-    if preview_decoder is not None:
-        arguments.require_preview_decoder(bundle, preview_decoder, preview)
+    preview_arguments.require_decoder(bundle, preview_decoder, preview)
     # A function that is called after each step is part of the program: the bar is one
     # too.
     preview = progress_bar.checked(preview, progress)
@@ -242,10 +242,7 @@ def generate(
     plan = call_arrays.plan(
         bundle, steering, solver, shape, times, preview, all_latents=all_latents
     )
-    previewer = None
-    if preview_decoder is not None:
-        plan = plan._replace(previewer=preview_decoder.part("vae"))
-        previewer = preview_decoder.variables["vae"], preview_decoder.latent_scale
+    plan, previewer = preview_arguments.with_decoder(plan, preview_decoder)
     inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
     # The plan is static and the adapted variables lie on the mesh already.
     place = lambda x: compiled.place(x, bundle.mesh)

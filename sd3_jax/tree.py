@@ -12,7 +12,6 @@ from jax import Array
 
 from sd3_jax.foreign_text import listed
 
-
 TURN = 2**30  # bytes that fingerprints moves to the devices at a time
 
 

@@ -61,11 +61,10 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
             rows.append(row)
             write_whole(workdir / "plan.json", json.dumps(rows, indent=2).encode())
     write_whole(workdir / "plan.png", plan_chart.draw(rows))
-    sampling = config.plan.job == "sample"
     print(
         *plan_table.table(rows),
         *map(plan_table.details, rows),
-        *(phase_memory.lines(rows, quantized(config)) if sampling else ()),
+        *phase_memory.lines(rows, config.quantize.to_dict()),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -283,16 +282,8 @@ def accounted(
     }
 
 
-def quantized(config: ConfigDict) -> dict[str, str]:
-    """Kinds of the eight-bit weights by key of the config."""
-    return {f"quantize.{name}": config.quantize[name] for name in config.quantize}
-
-
 def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
-    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder.
-
-    Their peaks are those of config.sample.placement.
-    """
+    """Rows of text encoders, denoising and decoder, with the peaks of the placement."""
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size

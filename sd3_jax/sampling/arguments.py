@@ -248,26 +248,6 @@ def starting_image(
     return input_images.pixels(image)
 
 
-def require_preview_decoder(bundle: Bundle, decoder: Any, preview: Any) -> None:
-    """UserError for a decoder that previews of this bundle's latents cannot have."""
-    if not isinstance(decoder, Bundle):
-        raise UserError(f"preview_decoder {shown(repr(decoder))}: expected a Bundle")
-    if preview is None:
-        raise UserError("preview_decoder without preview: set preview, a function")
-    ours, theirs = bundle.part("denoiser").channels, decoder.part("vae").latent_channels
-    if ours != theirs:
-        raise UserError(
-            f"preview_decoder {decoder.source}: its latents have {theirs} channels, the"
-            f" denoiser's {ours}; load that of the model's family, such as TAESD3"
-        )
-    # One program decodes and denoises, on one mesh, in every step.
-    if decoder.mesh != bundle.mesh or decoder.placement != "all":
-        raise UserError(
-            f"preview_decoder {decoder.source}: load it with mesh=bundle.mesh and"
-            ' placement="all"'
-        )
-
-
 def require_embeddings(bundle: Bundle, texts: Texts | None, name: str) -> None:
     """UserError for embeddings of another shape or dtype than the denoiser reads."""
     if not isinstance(texts, Conditioning):

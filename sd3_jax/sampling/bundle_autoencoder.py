@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
@@ -133,11 +135,25 @@ class WithAutoencoder:
         latents = inputs.laid_out(latents, module.latent_channels)
         latents = compiled.place(latents, self.mesh)
         with compiled.on(self.mesh, latents):
-            variables = self.on_devices(variables)
+            # The next batch needs the denoiser again.
+            variables = self.on_devices(variables, room=self._room(latents, tile))
             images = programs.decode(
                 module, variables, latents, **self.latent_scale, tile=tile
             )
             return self.finished(images)
+
+    def _room(self, latents: Array, tile: int | None) -> float:
+        """Bytes that a device needs to decode latents, about."""
+        module = self.part("vae")
+        pixels = [self.factor * side for side in latents.shape[1:3]]
+        height, width = (min(side, tile or side) for side in pixels)
+        # At full size the first block reads the channels of the level before. In the
+        # compiled decoder three such arrays are alive, here one more counts.
+        channels = max(module.channels[:2])
+        size = jnp.dtype(module.dtype).itemsize
+        activations = 4 * len(latents) * height * width * channels * size
+        weights = sum(x.nbytes for x in jax.tree.leaves(self.variables["vae"]))
+        return float(activations + weights)
 
     @property
     def latent_scale(self) -> dict[str, float]:

@@ -124,8 +124,8 @@ def load(
     # --- the weights, one component after another
     modules, variables, stored = {}, {}, {}
     for name, part in parts.items():
-        kind = quantize.get(name, "")
-        module, values, dtypes = _read_part(name, part, mesh, dtype, kind, placement)
+        options = dict(kind=quantize.get(name, ""), placement=placement)
+        module, values, dtypes = _read_part(name, part, mesh, dtype, **options)
         modules[name], variables[name], stored[name] = module, values, dtypes
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
@@ -186,12 +186,7 @@ def _caller_config(
 
 
 def _read_part(
-    name: str,
-    part: sources.Part,
-    mesh: Mesh,
-    dtype: str,
-    kind: str,
-    placement: str,
+    name: str, part: sources.Part, mesh: Mesh, dtype: str, *, kind: str, placement: str
 ) -> tuple[nn.Module, dict, dict]:
     """A component's module, its variables over the mesh, and its dtypes in the file."""
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)

@@ -21,8 +21,8 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
-from sd3_jax.models import vae
 from sd3_jax.params import adapters
+from sd3_jax.sampling import latents
 from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.generate import generate
@@ -274,7 +274,7 @@ def sample(
         x0=inputs.x0,
         mask=inputs.mask,
         preview=plan.preview,
-        **_previews(plan, previewer),
+        to_rgb=latents.previews(plan.previewer, previewer),
     )
 
 
@@ -287,22 +287,6 @@ def _scale(plan: Plan, inputs: Inputs) -> Any:
         return inputs.scale
     # Of the whole padded grid, so that the number of steps is no shape.
     return guidance.Schedule(inputs.grid, inputs.scales)
-
-
-def _previews(
-    plan: Plan, previewer: tuple[dict, dict] | None
-) -> dict[str, Callable[[Array], Array]]:
-    """generate's to_rgb for an autoencoder of previews; {} for the linear map."""
-    if plan.previewer is None or previewer is None:
-        return {}
-    variables, scale = previewer
-
-    def to_rgb(x0: Array) -> Array:
-        z = vae.from_latents(x0, **scale)
-        images = plan.previewer.apply(variables, z, method="decode")
-        return jnp.clip(images / 2 + 0.5, 0, 1)
-
-    return {"to_rgb": to_rgb}
 
 
 def _weak(plan: Plan, variables: dict | adapters.Adapted | None) -> Callable | None:

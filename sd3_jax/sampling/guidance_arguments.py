@@ -50,16 +50,6 @@ class Guidance(NamedTuple):
     def reads_uncond(self) -> bool:
         return self.guided and METHODS[self.method].against == "uncond"
 
-    def forwards(self, times: Float[np.ndarray, " n"]) -> float:
-        """Forwards of the denoiser for a velocity, the mean over the steps of times."""
-        if not self.guided:
-            return 1.0
-        forwards = float(METHODS[self.method].forwards)
-        if not self.layers.layers:
-            return forwards
-        low, high = self.inputs(times)["skip_window"]
-        return forwards + float(np.mean((low <= times[:-1]) & (times[:-1] <= high)))
-
     def require_solver(self, solver: str) -> None:
         """UserError for a method that another solver needs."""
         if self.guided and self.method in EULER and solver != "euler":
@@ -191,14 +181,11 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
         )
-    # The guide's weights would stay when those of its bundle leave.
-    if guide.placement != "all":
-        raise UserError(
-            f'guide is of placement "{guide.placement}"; load it with placement="all"'
-        )
-    # One program runs both networks, and a program has one mesh.
+    # One program runs both networks on one mesh; weights would leave with their bundle.
     if guide.mesh != bundle.mesh:
         raise UserError("guide is on another mesh; load it with mesh=bundle.mesh")
+    if guide.placement != "all":
+        raise UserError('guide rests on the host; load it with placement="all"')
 
 
 def options_of(text: str) -> dict[str, Any]:

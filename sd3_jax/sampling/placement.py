@@ -44,7 +44,7 @@ def at_rest(shapes: Any, placement: str) -> Any:
 
 
 class Stage:
-    """Copies on the devices of weights that rest on the host, for one program at a time.
+    """Copies on the devices of weights that rest on the host, for one program.
 
     A leaf that two components share, or that two programs use in turn, is copied once.
     """

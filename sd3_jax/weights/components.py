@@ -6,7 +6,7 @@ file's tensors; published_configs refuses what is not implemented.
 
 import functools
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,16 +22,13 @@ from sd3_jax.models.clip import ClipText
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import T5Encoder
-from sd3_jax.models.tiny_autoencoder import TinyAutoencoder
-from sd3_jax.models.vae import VAE
 from sd3_jax.weights import (
+    autoencoders,
     controlnet_keys,
     inferred_sizes,
     mmdit_keys,
     published_configs,
     text_keys,
-    tiny_autoencoder_keys,
-    vae_keys,
 )
 from sd3_jax.weights.inferred_sizes import Shapes
 from sd3_jax.weights.key_mapping import Group
@@ -74,7 +71,7 @@ def configured(
     """
     # All before anything is traced: a wrong size would be an error deep inside XLA.
     kind = component.kind
-    if kind == "vae" and _is_tiny(config, tensors):
+    if kind == "vae" and autoencoders.is_tiny(config, tensors):
         kind = "taesd"
     if config is None:
         # A single file, or a ControlNet's without its config.json.
@@ -158,54 +155,6 @@ def example_denoiser(module: MMDiT, config: dict) -> tuple:
     )
 
 
-# --- the autoencoder
-
-
-def _is_tiny(config: Any, tensors: Shapes | None) -> bool:
-    """Whether an autoencoder is a TAESD, by its class or else by its tensors."""
-    if isinstance(config, Mapping) and "_class_name" in config:
-        return config["_class_name"] == "AutoencoderTiny"
-    return tensors is not None and inferred_sizes.is_tiny(tensors)
-
-
-def build_vae(config: dict, dtype: Any) -> VAE | TinyAutoencoder:
-    """The module of diffusers' AutoencoderKL or AutoencoderTiny configuration."""
-    if _is_tiny(config, None):
-        return _build_tiny(config, dtype)
-    c = published_configs.read("vae", config)
-    return VAE(
-        channels=tuple(c["block_out_channels"]),
-        latent_channels=c["latent_channels"],
-        layers=c["layers_per_block"],
-        groups=c["norm_num_groups"],
-        mid_attention=c["mid_block_add_attention"],
-        dtype=dtype,
-    )
-
-
-def _build_tiny(config: dict, dtype: Any) -> TinyAutoencoder:
-    c = published_configs.read("taesd", config)
-    return TinyAutoencoder(
-        channels=tuple(c["decoder_block_out_channels"]),
-        encoder_channels=tuple(c["encoder_block_out_channels"]),
-        latent_channels=c["latent_channels"],
-        encoder_blocks=tuple(c["num_encoder_blocks"]),
-        decoder_blocks=tuple(c["num_decoder_blocks"]),
-        dtype=dtype,
-    )
-
-
-def vae_table(module: VAE | TinyAutoencoder) -> list[Group]:
-    if isinstance(module, TinyAutoencoder):
-        return tiny_autoencoder_keys.table(module)
-    return vae_keys.table(module)
-
-
-def example_vae(module: VAE | TinyAutoencoder, config: dict) -> tuple:
-    side = 2 ** (len(module.channels) - 1)  # one latent
-    return (jnp.zeros((1, side, side, 3)),)
-
-
 # --- the text encoders
 
 
@@ -267,9 +216,9 @@ COMPONENTS = {
         "first_stage_model.",
         "decoder.conv_in.weight",
         "vae",
-        build_vae,
-        example_vae,
-        vae_table,
+        autoencoders.build,
+        autoencoders.example,
+        autoencoders.table,
         "diffusion_pytorch_model",
     ),
     "clip_l": Component(

@@ -134,7 +134,9 @@ Measured = dict[str, tuple[Any, str]]  # by field: value, and reason for a messa
 
 def sizes_of(kind: str, layout: str) -> tuple[Size, ...]:
     """The fields that tensors of a file tell."""
-    return ORIGINAL_SIZES.get(kind, SIZES[kind]) if layout == "original" else SIZES[kind]
+    return (
+        ORIGINAL_SIZES.get(kind, SIZES[kind]) if layout == "original" else SIZES[kind]
+    )
 
 
 def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:

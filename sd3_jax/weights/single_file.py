@@ -46,8 +46,7 @@ BARE = {
     r"|context_embedder|time_text_embed|final_layer|norm_out|proj_out)\b": "denoiser",
     r"(en|de)coder\.(conv_in|conv_out|conv_norm_out|norm_out|mid|mid_block|down|up"
     r"|down_blocks|up_blocks)\b|(post_)?quant_conv\."
-    # TAESD's layers have numbers.
-    r"|(en|de)coder\.(layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": "vae",
+    r"|(en|de)coder\.(layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": "vae",  # TAESD
     r"(text_model|text_projection|token_embedding|positional_embedding|ln_final"
     r"|transformer\.resblocks|vision_model|visual|visual_projection)\b": "clip",
     r"(en|de)coder\.(block|final_layer_norm|embed_tokens)\b|(shared|lm_head)\.": "t5",

@@ -78,8 +78,8 @@ def with_both_halves(path: epath.Path, tensors: Tensors) -> Tensors:
     if file == path or not file.exists():
         expected = f"{file.name} beside it" if file != path else f'"{half}" in its name'
         raise UserError(
-            f"{path} is the {half} of a TAESD alone; expected {expected}, or a folder of"
-            " diffusers' AutoencoderTiny"
+            f"{path} is the {half} of a TAESD alone; expected {expected}, or a folder"
+            " of diffusers' AutoencoderTiny"
         )
     rest, _ = open_file(file)
     named = lambda half, tensors: {f"{half}.{key}": x for key, x in tensors.items()}

@@ -76,17 +76,17 @@ def test_the_decoded_image(theirs, bundle, sides):
     z = np.random.default_rng(0).normal(size=(2, *sides, 16)).astype(np.float32) * 3
     expected = nhwc(theirs.decode(nchw(z)).sample)
     images = bundle.decode(z)
-    assert convert.error(images, np.clip(expected / 2 + 0.5, 0, 1)) < 1e-5
+    assert convert.error(images, np.clip(expected / 2 + 0.5, 0, 1)) < 5e-5
     run = bundle.modules["vae"].apply
     whole = run(bundle.variables["vae"], jnp.asarray(z), method="decode")
-    assert convert.error(whole, expected) < 1e-5
+    assert convert.error(whole, expected) < 5e-5
 
 
 @pytest.mark.parametrize("sides", [(40, 24), (8, 8)])
 def test_the_latents_of_an_image(theirs, bundle, sides):
     image = np.random.default_rng(1).random((2, *sides, 3)).astype(np.float32)
     expected = nhwc(theirs.encode(nchw(2 * image - 1)).latents)
-    assert convert.error(bundle.encode_image(image), expected) < 1e-5
+    assert convert.error(bundle.encode_image(image), expected) < 5e-5
     # Nothing is drawn.
     drawn = bundle.encode_image(image, jax.random.key(0))
     np.testing.assert_array_equal(drawn, bundle.encode_image(image))
@@ -97,7 +97,7 @@ def test_other_numbers_of_blocks(tmp_path):
     theirs.save_pretrained(tmp_path)
     z = np.random.default_rng(2).normal(size=(1, 4, 4, 16)).astype(np.float32)
     expected = np.clip(nhwc(theirs.decode(nchw(z)).sample) / 2 + 0.5, 0, 1)
-    assert convert.error(loaded(tmp_path).decode(z), expected) < 1e-5
+    assert convert.error(loaded(tmp_path).decode(z), expected) < 5e-5
 
 
 @pytest.mark.parametrize("name", ["two files", "one file", "diffusers"])

@@ -47,11 +47,7 @@ class Encoder:
         pooled_dim: int = 2048,
         rows: int = 8,
     ):
-        if isinstance(bundle.modules.get("vae"), TinyAutoencoder):
-            raise UserError(
-                f"{bundle.source}: a TAESD encodes to latents without a variance;"
-                " name a model with its AutoencoderKL to encode records"
-            )
+        _require_variance(bundle)
         self.bundle, self.form, self.rows = bundle, form, rows
         self.shards = sharding.batch_shards(bundle.mesh)
         self.context_dim = context_dim
@@ -161,6 +157,15 @@ class Encoder:
             for form, x in self.picture(batch[name]).items():
                 encoded[name.removesuffix("image") + form] = x
         return encoded
+
+
+def _require_variance(bundle: Bundle) -> None:
+    """UserError for an autoencoder whose moments cannot be stored."""
+    if isinstance(bundle.modules.get("vae"), TinyAutoencoder):
+        raise UserError(
+            f"{bundle.source}: a TAESD encodes to latents without a variance; name a"
+            " model with its AutoencoderKL to encode records"
+        )
 
 
 def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:

@@ -1,12 +1,12 @@
-"""Device memory of a sampling job, phase by phase, for each placement of the weights."""
+"""Device memory of a sampling job by phase, for each placement of the weights."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sd3_jax.tools.plan import bounds
 
-# What makes a phase's weights smaller, by the program and the kind of its weights.
-QUANTIZED = {"text": "quantize.t5", "denoise": "quantize.denoiser"}
+# The component of a program that may be in eight bits.
+QUANTIZED = {"text": "t5", "denoise": "denoiser"}
 
 
 def with_placements(
@@ -33,14 +33,15 @@ def _placed(row: dict[str, Any], beside: float, placement: str) -> dict[str, Any
 def lines(rows: Sequence[dict[str, Any]], quantized: Mapping[str, str]) -> list[str]:
     """For each slice a line for each placement, and what to do if it does not fit.
 
-    `quantized` are the values of QUANTIZED's keys.
+    `quantized` are the kinds of eight-bit weights by component, "" for none. Rows of
+    training have none.
     """
     by_slice: dict[str, list[dict]] = {}
     for row in rows:
+        if row["program"] == "train":
+            continue
         by_slice.setdefault(row["slice"], []).append(row)
-    return [
-        line for rows in by_slice.values() for line in _of_slice(rows, quantized)
-    ]
+    return [line for rows in by_slice.values() for line in _of_slice(rows, quantized)]
 
 
 def _of_slice(rows: list[dict], quantized: Mapping[str, str]) -> list[str]:
@@ -69,7 +70,7 @@ def _exceeds(row: dict, placement: str) -> bool:
 
 
 def _remedy(program: str, quantized: Mapping[str, str]) -> str:
-    key = QUANTIZED.get(program)
-    if key is not None and not quantized[key]:
-        return f"set config.{key}=int8"
+    component = QUANTIZED.get(program)
+    if component is not None and not quantized[component]:
+        return f"set config.quantize.{component}=int8"
     return "take fewer images at a time (config.sample.batch_size), or more chips"

@@ -8,11 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import solvers
+from sd3_jax.diffusion.guidance_methods import METHODS
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.guidance_arguments import Guidance, Layers, checked
@@ -44,6 +47,18 @@ def guidance(config: ConfigDict) -> Guidance:
     options = task_arguments.guidance_options(s)
     guide = s.guidance_method == "autoguidance" or None
     return checked(config.model.depth, **options, skip=skip, guide=guide)
+
+
+def forwards(steering: Guidance, times: Float[np.ndarray, " n"]) -> float:
+    """Forwards of the denoiser for a velocity, the mean over the steps of times."""
+    if not steering.guided:
+        return 1.0
+    count = float(METHODS[steering.method].forwards)
+    if not steering.layers.layers:
+        return count
+    # One more, of the denoiser without layers, while t is in the window.
+    low, high = steering.inputs(times)["skip_window"]
+    return count + float(np.mean((low <= times[:-1]) & (times[:-1] <= high)))
 
 
 def part(name: str, mesh: Mesh, dtype, kind: str = ""):
@@ -119,43 +134,15 @@ def denoise(
     Autoguidance's guide is taken to be as large as the denoiser.
     """
     s, model = config.sample, model_parts.mmdit(config.model, "plan knows no other's")
-    sides = config.image.height // 8, config.image.width // 8
-    words = WORDS + s.max_length
-    component = components.COMPONENTS["denoiser"]
-    denoiser_config = components.denoiser_config(
-        model,
-        sample_size=sides[0],
-        context_dim=config.model.context_dim,
-        pooled_dim=config.model.pooled_dim,
-    )
-    module = component.build(denoiser_config, model.dtype).clone(
-        attention=model.attention
-    )
-    variables = components.abstract(
-        component, module, denoiser_config, mesh, model.dtype
-    )
-    size = tree.count(variables["params"])
-    variables = quantized(variables, config.quantize.denoiser)
-    # Typed keys have a dtype of their own, which only jax can name.
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    cond = Conditioning(
-        rows(mesh, (images, words, config.model.context_dim), model.dtype),
-        rows(mesh, (images, config.model.pooled_dim), model.dtype),
-    )
-    h, w = sides
-    tokens = h * w // module.patch**2
+    module, variables, size = denoiser(config, model, mesh)
+    h, w = config.image.height // 8, config.image.width // 8
+    words, tokens = WORDS + s.max_length, h * w // module.patch**2
     solver, times = PUBLISHED.sampler(
         s.steps, tokens, **task_arguments.solver_options(s)
     )
     steering.require_solver(solver)
     numbers = compiled.solver_inputs(solver, times) | steering.inputs(times)
-    # Only shapes and shardings: the program is lowered and never run.
-    inputs = compiled.Inputs(
-        keys=rows(mesh, key.shape, key.dtype),
-        cond=cond,
-        uncond=cond,
-        **jax.tree.map(lambda x: rows(mesh, x.shape, x.dtype), numbers),
-    )
+    inputs = inputs_of(config, mesh, images, words, numbers)
     guide = None if steering.guide is None else module
     plan = compiled.Plan(
         module,
@@ -170,15 +157,13 @@ def denoise(
         tpu_slice.generation, module, height=h, width=w, text=words, total=total
     )
     # The whole loop is one program, with several forwards a step.
-    forwards = solvers.passes(solver, s.steps) * steering.forwards(times)
-    calls = forwards * share
+    passes = solvers.passes(solver, s.steps) * forwards(steering, times)
+    calls = passes * share
     head = module.width // module.num_heads
     compute = bounds.forward(work, tpu_slice.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     weak = None if guide is None else variables
-    lower = lambda: compiled.sample.lower(
-        plan, variables, inputs, weak_variables=weak
-    )
+    lower = lambda: compiled.sample.lower(plan, variables, inputs, weak_variables=weak)
     # How often the loop runs is data of the program, so it is said here.
     return Case(
         "denoise",
@@ -189,7 +174,45 @@ def denoise(
         size,
         turns=s.steps,
         weights=on_a_device((variables, weak)),
-        forwards=forwards,
+        forwards=passes,
+    )
+
+
+def denoiser(config: ConfigDict, model: MMDiT, mesh: Mesh) -> tuple[MMDiT, dict, int]:
+    """The module, its variables as shapes, and its number of parameters."""
+    component = components.COMPONENTS["denoiser"]
+    denoiser_config = components.denoiser_config(
+        model,
+        sample_size=config.image.height // 8,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    module = component.build(denoiser_config, model.dtype)
+    module = module.clone(attention=model.attention)
+    variables = components.abstract(
+        component, module, denoiser_config, mesh, model.dtype
+    )
+    size = tree.count(variables["params"])
+    return module, quantized(variables, config.quantize.denoiser), size
+
+
+def inputs_of(
+    config: ConfigDict, mesh: Mesh, images: int, words: int, numbers: dict
+) -> compiled.Inputs:
+    """The program's data as shapes; `numbers` are those of solver and guidance."""
+    # Typed keys have a dtype of their own, which only jax can name.
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    dtype = jnp.dtype(config.model.dtype)
+    cond = Conditioning(
+        rows(mesh, (images, words, config.model.context_dim), dtype),
+        rows(mesh, (images, config.model.pooled_dim), dtype),
+    )
+    # Only shapes and shardings: the program is lowered and never run.
+    return compiled.Inputs(
+        keys=rows(mesh, key.shape, key.dtype),
+        cond=cond,
+        uncond=cond,
+        **jax.tree.map(lambda x: rows(mesh, x.shape, x.dtype), numbers),
     )
 
 
