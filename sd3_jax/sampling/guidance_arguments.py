@@ -181,7 +181,6 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
         )
-    # One program runs both networks on one mesh; weights would leave with their bundle.
     if guide.mesh != bundle.mesh:
         raise UserError("guide is on another mesh; load it with mesh=bundle.mesh")
     if guide.placement != "all":

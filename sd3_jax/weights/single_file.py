@@ -290,9 +290,8 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
     of_diffusers = {
         "denoiser": begins("transformer_blocks.") and not begins("joint_blocks."),
         "vae": begins("encoder.down_blocks.", "decoder.up_blocks.", "decoder.layers."),
-    }
-    layout = "diffusers" if of_diffusers.get(name) else "original"
-    return PartTensors(tensors, tensors, layout)
+    }.get(name)
+    return PartTensors(tensors, tensors, "diffusers" if of_diffusers else "original")
 
 
 def _renamed(key: str) -> str:
