@@ -119,10 +119,13 @@ def write(path: Path) -> None:
 
 
 def cell(row: dict, placement: str) -> str:
+    from sd3_jax.tools.plan import bounds
+
     if "needs" in row:
         return f"needs {row['needs']}"
-    peak = row["peaks"][placement]
-    return f"{peak:.1f}" + (" (exceeds)" if peak > row["capacity"] else "")
+    verdict = bounds.verdict(row["peaks"][placement], row["capacity"])
+    peak = f"{row['peaks'][placement]:.1f}"
+    return peak if verdict == "fits" else f"{peak} ({verdict})"
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ def _placed(row: dict[str, Any], beside: float, placement: str) -> dict[str, Any
 
 
 def lines(rows: Sequence[dict[str, Any]], quantized: Mapping[str, str]) -> list[str]:
-    """For each slice a line for each placement, and what to do if it does not fit.
+    """For each slice a line for each placement, and what makes room where it lacks.
 
     `quantized` are the kinds of eight-bit weights by component, "" for none. Rows of
     training have none.
@@ -50,10 +50,10 @@ def _of_slice(rows: list[dict], quantized: Mapping[str, str]) -> list[str]:
         f"{head}, placement {placement}: {', '.join(_peak(x, placement) for x in rows)}"
         for placement in ("all", "sequential")
     ]
-    alone = [row["program"] for row in rows if _exceeds(row, "sequential")]
-    if not alone and any(_exceeds(row, "all") for row in rows):
+    full = [row["program"] for row in rows if _verdict(row, "sequential") != "fits"]
+    if not full and any(_verdict(row, "all") != "fits" for row in rows):
         text[0] += "; set config.sample.placement=sequential"
-    for program in alone:
+    for program in full:
         text[1] += f"; {program}: {_remedy(program, quantized)}"
     return text
 
@@ -61,12 +61,15 @@ def _of_slice(rows: list[dict], quantized: Mapping[str, str]) -> list[str]:
 def _peak(row: dict, placement: str) -> str:
     if "needs" in row:
         return f"{row['program']} needs {row['needs'].split()[0]}"
-    exceeds = " (does not fit)" if _exceeds(row, placement) else ""
-    return f"{row['program']} {row['peaks'][placement]:.1f}{exceeds}"
+    verdict = _verdict(row, placement)
+    words = {"fits": "", "tight": " (tight)"}.get(verdict, " (does not fit)")
+    return f"{row['program']} {row['peaks'][placement]:.1f}{words}"
 
 
-def _exceeds(row: dict, placement: str) -> bool:
-    return "needs" in row or row["peaks"][placement] > row["capacity"]
+def _verdict(row: dict, placement: str) -> str:
+    if "needs" in row:
+        return "exceeds"
+    return bounds.verdict(row["peaks"][placement], row["capacity"])
 
 
 def _remedy(program: str, quantized: Mapping[str, str]) -> str:

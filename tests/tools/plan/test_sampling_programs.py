@@ -122,6 +122,15 @@ def test_memory_of_the_placements():
     assert second.endswith("text 10.0, denoise 9.0, decode 2.0")
 
 
+def test_what_helps_where_a_program_is_tight():
+    rows = [row("text", 10.0), row("denoise", 15.5), row("decode", 2.0)]
+    rows = phase_memory.with_placements(rows, [9.0, 15.2, 0.5], "sequential")
+    assert rows[1]["verdict"] == "tight"
+    lines = phase_memory.lines(rows, {"t5": "", "denoiser": ""})
+    assert "denoise 15.5 (tight)" in lines[1]
+    assert lines[1].endswith("; denoise: set config.quantize.denoiser=int8")
+
+
 def test_what_helps_where_a_program_does_not_fit():
     rows = [row("text", 17.0), row("denoise", 0, "17.9G of 15.75G"), row("decode", 2.0)]
     rows = phase_memory.with_placements(rows, [9.0, 16.0, 0.5], "sequential")
