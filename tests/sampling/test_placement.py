@@ -100,9 +100,7 @@ def sequential(files):
     return with_everything(files, placement="sequential")
 
 
-def test_pictures_are_the_same_bit_for_bit_and_memory_does_not_grow(
-    whole, sequential
-):
+def test_pictures_are_the_same_bit_for_bit_and_memory_does_not_grow(whole, sequential):
     sizes, (pictures, _) = [], whole
     for seed in (0, 1, 0, 1):
         np.testing.assert_array_equal(paint(*sequential, seed), pictures[seed])
