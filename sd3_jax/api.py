@@ -23,6 +23,7 @@ from sd3_jax.sampling import (
     compiled,
     control_arguments,
     guidance_arguments,
+    preview_arguments,
     progress_bar,
 )
 from sd3_jax.sampling.adapters.adapter_bank import Sets
@@ -80,6 +81,7 @@ def generate(
     clip_skip: int = 0,
     prompt_weighting: str | None = None,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
+    preview_decoder: Bundle | None = None,
     progress: bool = False,
     output: str = "images",
     return_latents: str = "last",
@@ -121,19 +123,20 @@ def generate(
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
-    rough image after each step.
+    rough image after each step, of a pixel for each latent; with `preview_decoder`, a
+    bundle with an autoencoder such as TAESD3, of the result's size.
 
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
     guidance, its method or a schedule, which inputs are given, `skip_layers`, the
-    ControlNets, which adapters are loaded, whether each prompt has a set of its own, or
-    the `preview` function, and with `return_latents="all"` the number of steps. Numbers
-    are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the weights of
-    adapters, and up to 1,024 `steps`. Solvers share programs: euler, dpmpp_2m and
-    dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the stochastic
-    ones but lcm a third; heun, lcm and adaptive have their own. adaptive takes up to
-    `steps` steps of three passes, each image with its own, and no `skip_layers` or
-    `control`.
+    ControlNets, which adapters are loaded, whether each prompt has a set of its own,
+    the `preview` function or its decoder, and with `return_latents="all"` the number of
+    steps. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the
+    weights of adapters, and up to 1,024 `steps`. Solvers share programs: euler,
+    dpmpp_2m and dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the
+    stochastic ones but lcm a third; heun, lcm and adaptive have their own. adaptive
+    takes up to `steps` steps of three passes, each image with its own, and no
+    `skip_layers` or `control`.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
@@ -161,6 +164,7 @@ def generate(
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
+    preview_arguments.require_decoder(bundle, preview_decoder, preview)
     # A function that is called after each step is part of the program: the bar is one
     # too.
     preview = progress_bar.checked(preview, progress)
@@ -238,19 +242,24 @@ def generate(
     plan = call_arrays.plan(
         bundle, steering, solver, shape, times, preview, all_latents=all_latents
     )
+    plan, previewer = preview_arguments.with_decoder(plan, preview_decoder)
     inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
     # The plan is static and the adapted variables lie on the mesh already.
     place = lambda x: compiled.place(x, bundle.mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(bundle.mesh), bar:
+        weights = bundle.adapted("denoiser", table), acting
+        variables, acting = bundle.on_devices(weights)
         sampled = compiled.sample(
             plan,
-            bundle.adapted("denoiser", table),
+            variables,
             place(inputs),
             nets,
             place(acting),
             steering.weak_variables(),
+            previewer,
         )
+        sampled = bundle.finished(sampled)
     if output == "latents":
         return sampled
     images = bundle.decode(sampled)

@@ -22,6 +22,7 @@ from sd3_jax.tools.plan import (
     hlo,
     link_traffic,
     mesh_search,
+    phase_memory,
     plan_chart,
     plan_table,
     sampling_programs,
@@ -63,6 +64,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     print(
         *plan_table.table(rows),
         *map(plan_table.details, rows),
+        *phase_memory.lines(rows, config.quantize.to_dict()),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -198,6 +200,8 @@ def planned(
         "remat": "",
         "batch": case.images * tpu_slice.generation.devices,
         "capacity": tpu_slice.generation.hbm / slices.GB,
+        "weights": case.weights,
+        "forwards": case.forwards,
     }
     lowered = case.lower()
     try:
@@ -279,16 +283,16 @@ def accounted(
 
 
 def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
-    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder."""
+    """Rows of text encoders, denoising and decoder, with the peaks of the placement."""
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
     images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
     with compiled.on(mesh):
-        return [
-            planned(config, tpu_slice, mesh, case, workdir)
-            for case in sampling_programs.cases(config, tpu_slice, mesh, images)
-        ]
+        cases = [*sampling_programs.cases(config, tpu_slice, mesh, images)]
+        rows = [planned(config, tpu_slice, mesh, case, workdir) for case in cases]
+    weights = [case.weights for case in cases]
+    return phase_memory.with_placements(rows, weights, config.sample.placement)
 
 
 JOBS = {"train": training, "sample": sampled}

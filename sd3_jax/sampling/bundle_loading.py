@@ -21,6 +21,7 @@ from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
 from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling import control as hints
+from sd3_jax.sampling import placement as placements
 from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
 from sd3_jax.sampling.control import ControlBundle
@@ -48,6 +49,7 @@ def load(
     lora: Any = (),
     embeddings: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
+    placement: str = "all",
     check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
     """Load a released model, sharded over `mesh` (by default all devices).
@@ -72,14 +74,20 @@ def load(
     "style.safetensors=<style>" or {path: token}; each is loaded as
     Bundle.load_embedding does. `quantize` names components whose blocks have 8-bit
     matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
-    (params/quantization.py). `check(scheduler, configs)` is called before any weight is
-    read, and may raise. Raises UserError, which lists tensors that are missing, extra
-    or of another shape.
+    (params/quantization.py).
+
+    With the `placement` "sequential" the weights rest in host memory, and those of a
+    component are on the devices only while it runs, so that a model whose largest
+    component fits can be sampled (sampling/placement.py). The pictures are those of
+    "all". `check(scheduler, configs)` is called before any weight is read, and may
+    raise. Raises UserError, which lists tensors that are missing, extra or of another
+    shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     argument_checks.instance("mesh", mesh, (Mesh,), "distributed.sharding.make_mesh")
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
+    placements.check(placement)
 
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
@@ -117,14 +125,16 @@ def load(
     # --- the weights, one component after another
     modules, variables, stored = {}, {}, {}
     for name, part in parts.items():
-        kind = quantize.get(name, "")
-        module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
+        options = dict(kind=quantize.get(name, ""), placement=placement)
+        module, values, dtypes = _read_part(name, part, mesh, dtype, **options)
         modules[name], variables[name], stored[name] = module, values, dtypes
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
-    bundle = Bundle(modules, variables, configs, words, mesh, *about)
+    bundle = Bundle(
+        modules, variables, configs, words, mesh, *about, placement=placement
+    )
     for opened in loras:
         # One adapter after another, so that host memory holds a leaf of one of them.
         bundle.add_opened(opened)
@@ -177,7 +187,7 @@ def _caller_config(
 
 
 def _read_part(
-    name: str, part: sources.Part, mesh: Mesh, dtype: str, kind: str
+    name: str, part: sources.Part, mesh: Mesh, dtype: str, *, kind: str, placement: str
 ) -> tuple[nn.Module, dict, dict]:
     """A component's module, its variables over the mesh, and its dtypes in the file."""
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
@@ -191,6 +201,7 @@ def _read_part(
         # Only the abstract tree changes: tensors are rounded as each one is read, so
         # that the full-precision model is never in memory.
         shapes["params"] = quantization.abstract(shapes["params"], kind)
+    shapes = placements.at_rest(shapes, placement)
     return module, part.read(component, module, shapes), stored
 
 
@@ -256,6 +267,7 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
     if module.borrowed:  # its positions are the denoiser's too
         module = dataclasses.replace(module, pos_size=denoiser.pos_size)
     shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    shapes = placements.at_rest(shapes, bundle.placement)
     variables = part.read(CONTROLNET, module, shapes)
     if module.borrowed:
         # The same arrays, not copies: the embedding takes no memory a second time.

@@ -22,6 +22,7 @@ from jaxtyping import Float
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
 from sd3_jax.params import adapters
+from sd3_jax.sampling import latents
 from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.generate import generate
@@ -164,6 +165,7 @@ class Plan(NamedTuple):
     method: str = "cfg"  # a key of guidance_methods.METHODS
     skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
     weak: nn.Module | None = None  # the worse denoiser of autoguidance
+    previewer: nn.Module | None = None  # the autoencoder of previews
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -219,11 +221,13 @@ def sample(
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
     weak_variables: dict | adapters.Adapted | None = None,
+    previewer: tuple[dict, dict] | None = None,
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
 
     With plan.trajectory they are (steps + 1, b, h, w, c).
-    `weak_variables` are those of plan.weak.
+    `weak_variables` are those of plan.weak; `previewer` has the variables of
+    plan.previewer and its latent_scale.
     """
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
@@ -270,6 +274,7 @@ def sample(
         x0=inputs.x0,
         mask=inputs.mask,
         preview=plan.preview,
+        to_rgb=latents.previews(plan.previewer, previewer),
     )
 
 

@@ -10,7 +10,7 @@ from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.paths import RF
-from sd3_jax.sampling.latents import to_rgb
+from sd3_jax.sampling.latents import to_rgb as linear_rgb
 from sd3_jax.sampling.text.prompts import Conditioning
 
 Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -29,6 +29,7 @@ def generate(
     x0: Float[Array, "b h w c"] | None = None,
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
+    to_rgb: Callable[[Array], Array] = linear_rgb,
     spread: float = 1.0,
     steps: solvers.Integer | None = None,
     **options,
@@ -38,8 +39,8 @@ def generate(
     Noise is drawn with a key for each row, so that a picture does not depend on its
     batch, or is `noise`; stochastic solvers need the keys in any case. With `x0`,
     sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
-    x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
-    each step. A solver with a trajectory returns all n latents. `spread` is the std of
+    x after each step. preview(step, t, to_rgb(x)) is called on the host after each
+    step. A solver with a trajectory returns all n latents. `spread` is the std of
     x at grid[0], for formulations that do not start at pure noise. `steps` is how many
     steps of the grid are taken, all by default; it may be traced. Other `options` are
     those of guidance.guided, such as `scale`.

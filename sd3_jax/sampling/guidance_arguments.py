@@ -181,9 +181,10 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
         )
-    # One program runs both networks, and a program has one mesh.
     if guide.mesh != bundle.mesh:
         raise UserError("guide is on another mesh; load it with mesh=bundle.mesh")
+    if guide.placement != "all":
+        raise UserError('guide rests on the host; load it with placement="all"')
 
 
 def options_of(text: str) -> dict[str, Any]:

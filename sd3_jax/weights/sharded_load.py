@@ -160,9 +160,11 @@ class _Shards:
     def array(self) -> jax.Array:
         """The array on the devices; a buffer is freed when its shards are there."""
         shards, bounds = [], self.bounds
+        kind = self.leaf.sharding.memory_kind  # of the device, or of its host
         while bounds:
             device, bound = bounds.popitem()
-            shards.append(jax.device_put(self.buffers[bound], device))
+            place = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+            shards.append(jax.device_put(self.buffers[bound], place))
             shards[-1].block_until_ready()  # else all buffers would wait in memory
             if bound not in bounds.values():  # no replica is left to place
                 del self.buffers[bound]

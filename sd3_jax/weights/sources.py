@@ -24,6 +24,7 @@ from sd3_jax.weights import (
     source_names,
     stored_forms,
     text_keys,
+    tiny_autoencoder_keys,
     unsupported_formats,
 )
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
@@ -41,6 +42,9 @@ CLASSES = {  # of config.json and model_index.json, by component
     "clip_g": "CLIPTextModelWithProjection",
     "t5": "T5EncoderModel",
 }
+
+
+TINY = "AutoencoderTiny"  # TAESD, in place of the autoencoder
 
 
 class Part(NamedTuple):
@@ -217,6 +221,7 @@ def _single(
     configs: Mapping[str, dict] = MappingProxyType({}),
 ) -> dict[str, Part]:
     """Components of a single file; `configs` are the caller's, by component."""
+    tensors = tiny_autoencoder_keys.with_both_halves(path, tensors)
     # Metadata of a file that we wrote has configurations: shapes cannot tell all.
     known = files.parse_object(path, metadata.get(CONFIGS, "{}"))  # by component
     fuller = _fuller(tensors, metadata, known)
@@ -272,7 +277,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
         # Another class with the same fields would be another computation.
-        if kind != CLASSES[name]:
+        if not _is_of(kind, name):
             raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{file} names {component.folder}, without a config.json")
@@ -315,6 +320,11 @@ def _entries(file: epath.Path) -> dict[str, list]:
     return entries
 
 
+def _is_of(kind: str, name: str) -> bool:
+    """Whether a class is one of the component's."""
+    return kind == CLASSES[name] or (name == "vae" and kind == TINY)
+
+
 def _other(kind: str, name: str = "") -> str:
     """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
@@ -330,7 +340,7 @@ def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
     # diffusers says _class_name, transformers a list of architectures.
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
-    names = [name for name, class_name in CLASSES.items() if kind == class_name]
+    names = [name for name in CLASSES if _is_of(kind, name)]
     if (path / "checkpoints").is_dir() or {"model", "train"} <= {*config}:
         raise UserError(
             f"{path} is a run of sd3_jax, not released weights: sample it with the job"

@@ -151,10 +151,6 @@ OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
         "a LoRA; load it with lora=[PATH] or config.sample.lora"
     ),
     r"^controlnet_blocks\.": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
-    r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": (
-        "TAESD, an autoencoder for previews; use SD3's (vae/ of a diffusers"
-        " folder, or first_stage_model. of a single file)"
-    ),
     r"(^|\.)(input_blocks|output_blocks)\.\d": (
         "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): expected"
         " Stable Diffusion 3 or 3.5"
@@ -178,7 +174,6 @@ def refuse_others(path: epath.Path, names: Collection[str]) -> None:
 
 
 CLASSES = {  # class in config.json: what to name instead
-    "AutoencoderTiny": "TAESD, an autoencoder for previews; use SD3's AutoencoderKL",
     "SD3ControlNetModel": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
     "CLIPModel": "a whole CLIP; use its .safetensors, whose text encoder is read",
     "CLIPTextModel": "a CLIP without a projection; use the .safetensors of CLIP-L",

@@ -200,7 +200,6 @@ def test_two_files_in_a_components_folder(tmp_path):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("AutoencoderTiny", "AutoencoderTiny, TAESD, an autoencoder for previews"),
         ("SD3ControlNetModel", "a ControlNet; use sd3_jax.load_control"),
         ("CLIPModel", "CLIPModel, a whole CLIP; use its .safetensors"),
         ("CLIPTextModel", "a CLIP without a projection; use the .safetensors"),

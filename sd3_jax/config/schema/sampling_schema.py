@@ -115,6 +115,12 @@ SAMPLE = dict(
     batch_size=Key(
         64, BATCH, "Number of pictures that are generated at a time, over all devices."
     ),
+    placement=Key(
+        "all",
+        one_of("all", "sequential"),
+        "Where released weights are: all on the devices, or in host memory until they"
+        " are used (docs/how-to/safety_and_memory.md).",
+    ),
     weights=Key(
         "ema", one_of("ema", "params"), "Weights of a run: the average, or the last."
     ),

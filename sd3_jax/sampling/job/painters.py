@@ -18,6 +18,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.sampling.job import released_sampler, task_arguments
 from sd3_jax.sampling.job.prompt_file import Task
 from sd3_jax.sampling.job.sampler import TrainedSampler
+from sd3_jax.sampling.job.texts_ahead import TextsAhead
 
 log = logging.getLogger(__name__)
 
@@ -29,6 +30,7 @@ class Painter(NamedTuple):
     of every line. `nets` are fingerprints of ControlNets by path, `unfit` reasons by
     the index of a task. program(task) is what tells its program from others, in words.
     `cuts` are the words of each task's prompt that an encoder does not read.
+    encode(batches), where there is one, encodes the texts of the next batches.
     """
 
     paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
@@ -37,6 +39,7 @@ class Painter(NamedTuple):
     nets: Mapping[str, str] = MappingProxyType({})
     unfit: Mapping[int, str] = MappingProxyType({})
     cuts: Sequence[Mapping[str, str]] = ()
+    encode: Callable[[Sequence[Sequence[Task]]], None] | None = None
 
 
 def trained(
@@ -110,11 +113,15 @@ def released(
     guide = released_sampler.load_guide(config, mesh)
     if guide is not None:
         facts["guide"] = guide.fingerprint()
-    paint = functools.partial(released_sampler.sample_lines, bundle, nets, guide)
+    texts = TextsAhead(bundle) if config.sample.placement == "sequential" else None
+    paint = functools.partial(
+        released_sampler.sample_lines, bundle, nets, guide, texts=texts
+    )
     prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
     program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
-    return Painter(paint, facts, program, prints, unfit | without_net, cuts)
+    encode = None if texts is None else texts.encode
+    return Painter(paint, facts, program, prints, unfit | without_net, cuts, encode)
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:

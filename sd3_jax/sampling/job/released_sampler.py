@@ -24,6 +24,7 @@ from sd3_jax.sampling import (
 )
 from sd3_jax.sampling.control import ControlBundle, require_equal_depths
 from sd3_jax.sampling.job import line_arrays, prompt_file, task_arguments
+from sd3_jax.sampling.job.texts_ahead import TextsAhead
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
@@ -40,6 +41,7 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
         embeddings=config.sample.embeddings,
+        placement=config.sample.placement,
     )
     return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
@@ -195,10 +197,13 @@ def sample_lines(
     nets: Mapping[str, ControlBundle],
     guide: bundle.Bundle | None,
     tasks: Sequence[prompt_file.Task],
+    *,
+    texts: TextsAhead | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
     """Pictures of tasks of one group, None if none can be painted; and why not, by row.
 
-    A row that fails is painted as another one, so that the program is the same.
+    A row that fails is painted as another one, so that the program is the same. Tasks
+    that are in `texts` have their embeddings there.
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
@@ -217,7 +222,9 @@ def sample_lines(
 
     def paint(places: Sequence[int]) -> np.ndarray:
         pixels = line_arrays.arguments(settings, [rows[i] for i in places], nets)
-        return _generate(model, [tasks[i] for i in places], extra | pixels)
+        painted = [tasks[i] for i in places]
+        embeddings = {} if texts is None else texts.arguments(painted)
+        return _generate(model, painted, extra | pixels | embeddings)
 
     try:
         places = [readable[0] if i in failures else i for i in range(len(tasks))]
@@ -303,7 +310,8 @@ def sample_tasks(
 def _generate(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task], extra: Mapping[str, Any]
 ) -> Float32[np.ndarray, "n h w 3"]:
-    images = api.generate(model, **task_arguments.generate_arguments(tasks), **extra)
+    call = task_arguments.generate_arguments(tasks) | extra
+    images = api.generate(model, **call)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     return np.array(images, np.float32)

@@ -67,7 +67,7 @@ def guidance_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]
 def program(task: Task) -> tuple[str, ...]:
     """What tells the program of a task from others, in words."""
     s = task.settings
-    guided = guidance.guides(s["cfg"])
+    guided = guidance.guides(s["cfg"], s["guidance_method"])
     # Groups are ordered and logged by these words. Programs that share them may still
     # differ, as by the layers of their ControlNets, and then compile each.
     nets = len(s.get("control", ()))

@@ -41,6 +41,8 @@ class Case(NamedTuple):
     images: float
     parameters: int
     turns: int | None = None  # of the loop whose trip count is data
+    weights: float = 0.0  # GiB on a device
+    forwards: float | None = None  # of the denoiser for an image
 
 
 class Compiled(NamedTuple):

@@ -126,5 +126,7 @@ def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> 
 
 
 def verdict(peak: float, capacity: float) -> str:
-    """Whether a program that compiles leaves room in HBM: "fits" or "tight"."""
+    """Whether a peak leaves room in HBM: "fits", "tight" or "exceeds"."""
+    if peak > capacity:
+        return "exceeds"
     return "tight" if peak > TIGHT * capacity else "fits"
