@@ -98,6 +98,23 @@ def attend(
     q: Array, k: Array, v: Array, *, rows: int, columns: int, keys: int
 ) -> Array:
     """One device's attention; keys and values from number `keys` on are padding."""
+    return _run(q, k, v, rows, columns, keys).swapaxes(1, 2)
+
+
+def with_totals(
+    q: Array, k: Array, v: Array, scale: float, *, keys: int | Array
+) -> tuple[Array, Array]:
+    """One device's attention (b, n, a, k) to the first `keys` keys, which may be
+    traced, and the softmax's log-denominators (b, n, a, 1) in float32. Has no gradient.
+    """
+    n, m, most = q.shape[1], k.shape[1], largest(q)
+    rows, columns = block(n, most), block(m, most)
+    q, k, v = joined([q * scale], rows), joined([k], columns), joined([v], columns)
+    out, (total,) = _run(q, k, v, rows, columns, keys, save_residuals=True)
+    return out.swapaxes(1, 2)[:, :n], total.swapaxes(1, 2)[:, :n, :, None]
+
+
+def _run(q, k, v, rows: int, columns: int, keys: int | Array, **options):
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, a, n, k)
     heads, n, m = *q.shape[1:3], k.shape[2]
     # One backward kernel makes 5 products of a block and not 7, but writes dq once a
@@ -124,10 +141,11 @@ def attend(
         q_seq_shards=1,
         residual_checkpoint_name="attention",  # for remat, see scan.REMAT
         interpret=platform() == "cpu",  # so that tests run the kernel's own code
+        **options,
     )
     ids = None
     # Tokens attend within their segment: padding is a segment without queries.
-    if keys < m:
+    if not isinstance(keys, int) or keys < m:
         padding = (jnp.arange(m) >= keys).astype(jnp.int32)
         ids = kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)
-    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids).swapaxes(1, 2)
+    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids)

@@ -97,7 +97,7 @@ def denoise(
         pooled_dim=config.model.pooled_dim,
     )
     module = component.build(denoiser_config, model.dtype).clone(
-        attention=model.attention
+        attention=model.attention, context_attention=model.context_attention
     )
     variables = components.abstract(
         component, module, denoiser_config, mesh, model.dtype

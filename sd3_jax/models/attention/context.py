@@ -1,0 +1,100 @@
+"""Attention of streams whose tokens lie over the mesh's context axis.
+
+    "gather"   every device gets all keys and values
+    "ring"     keys and values pass from device to device (ring.py)
+    "ulysses"  every device gets all tokens of some heads (ulysses.py)
+"""
+
+import functools
+from collections.abc import Sequence
+
+from jax import Array
+
+from sd3_jax.distributed import mesh_context
+from sd3_jax.errors import nearest
+from sd3_jax.models.attention import attention as kernels
+from sd3_jax.models.attention.ring import ring
+from sd3_jax.models.attention.ulysses import ulysses
+from sd3_jax.models.layers import whole
+
+METHODS = ("gather", "ring", "ulysses", "auto")
+
+
+def context_attention(
+    qs: Sequence[Array],
+    ks: Sequence[Array],
+    vs: Sequence[Array],
+    *,
+    method: str = "gather",
+    kernel: str = "auto",
+) -> list[Array]:
+    """joint_attention, by one of METHODS where tokens are cut over devices.
+
+    The first of `ks` and `vs` are the image's. Raises ValueError for another method,
+    and where "ulysses" does not fit the number of heads.
+    """
+    if method not in METHODS:
+        raise ValueError(f'context attention "{method}"{nearest(method, METHODS)}')
+    if not qs:
+        return []
+    if mesh_context.parts("tokens") == [1]:
+        ks, vs = [whole(k) for k in ks], [whole(v) for v in vs]
+        return kernels.joint_attention(qs, ks, vs, kernel=kernel)
+    return BY_NAME[chosen(method, ks[0])](qs, ks, vs, kernel)
+
+
+def gathered(qs, ks, vs, kernel: str) -> list[Array]:
+    ks, vs = [whole(k) for k in ks], [whole(v) for v in vs]
+    # Each stream by itself: joined queries would take two all-to-alls a block.
+    attend = lambda q: kernels.joint_attention([q], ks, vs, kernel=kernel)[0]
+    return [attend(q) for q in qs]
+
+
+def passed_on(qs, ks, vs, kernel: str) -> list[Array]:
+    if kernel == "dot_product":
+        raise ValueError(
+            'attention kernel "dot_product" gives no log-denominators, which'
+            ' context attention "ring" merges; expected "auto", "xla" or "splash"'
+        )
+    if kernel == "auto":
+        kernel = "splash" if mesh_context.platform() == "tpu" else "xla"
+    return ring(
+        qs,
+        ks,
+        vs,
+        scale=qs[0].shape[-1] ** -0.5,
+        limit=kernels.most_logits(),
+        splash=kernel == "splash",
+    )
+
+
+def by_heads(qs, ks, vs, kernel: str) -> list[Array]:
+    require_heads(ks[0].shape[2])
+    attend = functools.partial(kernels.joint_attention, kernel=kernel)
+    return ulysses(qs, ks, vs, attend=attend)
+
+
+BY_NAME = {"gather": gathered, "ring": passed_on, "ulysses": by_heads}
+
+
+def chosen(method: str, k: Array) -> str:
+    """The method that "auto" stands for, with keys like k (b, n, a, k)."""
+    if method != "auto":
+        return method
+    # Of the image's keys and values a ring or a gather sends each device p - 1 of p
+    # parts, two exchanges by heads send four times 1 / p: less from p = 3 on.
+    (parts, heads) = mesh_context.parts("tokens", "heads")
+    fits = k.shape[2] % (parts * heads) == 0
+    return "ulysses" if fits and parts > 2 else "ring"
+
+
+def require_heads(heads: int) -> None:
+    """ValueError unless the devices along "tokens" divide a device's heads."""
+    parts, pieces = mesh_context.parts("tokens", "heads")
+    local = heads // pieces if heads % pieces == 0 else heads
+    if local % parts:
+        sizes = ", ".join(str(i) for i in range(1, local + 1) if local % i == 0)
+        raise ValueError(
+            f'context attention "ulysses" divides {local} heads of a device over'
+            f' {parts} devices: expected a context axis of {sizes}; or use "ring"'
+        )
