@@ -44,6 +44,20 @@ def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
     return PartitionSpec(rows, rest, heads), mesh.size // others, others
 
 
+def uneven_heads(heads: int, context: int, tensor: int) -> str:
+    """Why Ulysses cannot cut the heads over these axes of a mesh; "" if it can."""
+    local = heads // tensor if heads % tensor == 0 else heads
+    if local % context == 0:
+        return ""
+    sizes = ", ".join(str(i) for i in range(1, local + 1) if local % i == 0)
+    of = f" on each of tensor = {tensor}" if local < heads else ""
+    return (
+        f'context_attention "ulysses": context = {context} devices cannot share the'
+        f" {local} heads{of}; expected context to be one of {sizes}, or"
+        ' context_attention "ring"'
+    )
+
+
 def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
     """attend(q, k, v) on each shard, with all keys and values of its rows and heads."""
     if spec is None:

@@ -11,6 +11,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sd3_jax import tree
+from sd3_jax.distributed import mesh_context
 from sd3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -57,6 +58,30 @@ def make_mesh(
     # jax makes Explicit axes by default, which refuse whatever the partitioner is to
     # solve: an ordinary FSDP matmul is an error there.
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def spread(mesh: Mesh, rows: int) -> Mesh:
+    """The mesh for a batch of so many rows: where data and fsdp do not divide them, the
+    devices that would have none join the context axis.
+
+    Devices keep their order, so that arrays on `mesh` lie as they did.
+    """
+    shards = batch_shards(mesh)
+    groups = math.gcd(shards, rows)
+    # Keys and values would cross from slice to slice.
+    slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
+    if groups == shards or len(slices) > 1:
+        return mesh
+    data = math.gcd(mesh.shape["data"], groups)
+    sizes = data, groups // data, -1, mesh.shape["tensor"]
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=mesh.axis_types)
+
+
+def require_context(method: str, heads: int, mesh: Mesh) -> None:
+    """UserError if Ulysses cannot share so many heads over the mesh."""
+    sizes = mesh.shape["context"], mesh.shape["tensor"]
+    if method == "ulysses" and (reason := mesh_context.uneven_heads(heads, *sizes)):
+        raise UserError(reason)
 
 
 def refuse_uneven(devices) -> None:

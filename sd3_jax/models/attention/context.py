@@ -5,13 +5,13 @@
     "ulysses"  every device gets all tokens of some heads (ulysses.py)
 """
 
+import difflib
 import functools
 from collections.abc import Sequence
 
 from jax import Array
 
 from sd3_jax.distributed import mesh_context
-from sd3_jax.errors import nearest
 from sd3_jax.models.attention import attention as kernels
 from sd3_jax.models.attention.ring import ring
 from sd3_jax.models.attention.ulysses import ulysses
@@ -34,7 +34,11 @@ def context_attention(
     and where "ulysses" does not fit the number of heads.
     """
     if method not in METHODS:
-        raise ValueError(f'context attention "{method}"{nearest(method, METHODS)}')
+        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f'context attention "{method}": expected one of {", ".join(METHODS)};'
+            f' did you mean "{near}"?'
+        )
     if not qs:
         return []
     if mesh_context.parts("tokens") == [1]:
@@ -69,7 +73,9 @@ def passed_on(qs, ks, vs, kernel: str) -> list[Array]:
 
 
 def by_heads(qs, ks, vs, kernel: str) -> list[Array]:
-    require_heads(ks[0].shape[2])
+    sizes = mesh_context.parts("tokens", "heads")
+    if reason := mesh_context.uneven_heads(ks[0].shape[2], *sizes):
+        raise ValueError(reason)
     attend = functools.partial(kernels.joint_attention, kernel=kernel)
     return ulysses(qs, ks, vs, attend=attend)
 
@@ -83,18 +89,6 @@ def chosen(method: str, k: Array) -> str:
         return method
     # Of the image's keys and values a ring or a gather sends each device p - 1 of p
     # parts, two exchanges by heads send four times 1 / p: less from p = 3 on.
-    (parts, heads) = mesh_context.parts("tokens", "heads")
-    fits = k.shape[2] % (parts * heads) == 0
-    return "ulysses" if fits and parts > 2 else "ring"
-
-
-def require_heads(heads: int) -> None:
-    """ValueError unless the devices along "tokens" divide a device's heads."""
     parts, pieces = mesh_context.parts("tokens", "heads")
-    local = heads // pieces if heads % pieces == 0 else heads
-    if local % parts:
-        sizes = ", ".join(str(i) for i in range(1, local + 1) if local % i == 0)
-        raise ValueError(
-            f'context attention "ulysses" divides {local} heads of a device over'
-            f' {parts} devices: expected a context axis of {sizes}; or use "ring"'
-        )
+    uneven = mesh_context.uneven_heads(k.shape[2], parts, pieces)
+    return "ring" if uneven or parts == 2 else "ulysses"

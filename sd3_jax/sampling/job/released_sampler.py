@@ -40,6 +40,7 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
         embeddings=config.sample.embeddings,
+        context_attention=config.model.context_attention,
     )
     return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
