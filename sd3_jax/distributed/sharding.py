@@ -105,8 +105,10 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
+        return in_rings(
+            mesh_utils.create_device_mesh(
+                sizes, devices, allow_split_physical_axes=True
+            )
         )
     # Between slices lies the data-centre network, far slower than a slice's own links.
     # Over data only gradients travel.
@@ -122,6 +124,27 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
         devices,
         allow_split_physical_axes=True,
     )
+
+
+def in_rings(devices: np.ndarray) -> np.ndarray:
+    """The mesh's devices with those along context in a ring of neighbours, if an order
+    there and back makes fewer hops.
+
+    A 2 x 2 of chips is in the order of its rows, whose ring would cross it twice.
+    """
+    count = devices.shape[AXES.index("context")]
+    if count < 4 or count % 2 or not hasattr(devices.flat[0], "coords"):
+        return devices
+    half = count // 2
+    folded = devices[:, :, [*range(half), *reversed(range(half, count))]]
+    return folded if hops(folded) < hops(devices) else devices
+
+
+def hops(devices: np.ndarray) -> int:
+    """Steps between chips from each device to the next one along context, together."""
+    coords = np.array([device.coords for device in devices.flat])
+    coords = coords.reshape(*devices.shape, -1)
+    return int(np.abs(coords - np.roll(coords, -1, axis=2)).sum())
 
 
 def _spell(sizes):

@@ -20,6 +20,7 @@ from sd3_jax.tools.plan import (
     aot,
     bounds,
     hlo,
+    latency_lines,
     link_traffic,
     mesh_search,
     plan_chart,
@@ -63,6 +64,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     print(
         *plan_table.table(rows),
         *map(plan_table.details, rows),
+        *latency_lines.lines(rows),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -188,9 +190,13 @@ def planned(
     config, tpu_slice: Slice, mesh: Mesh, case: Case, workdir
 ) -> dict[str, Any]:
     """A program's row: the memory it needs, and what bounds its time."""
+    mesh = case.mesh or mesh
     row = {
         "slice": tpu_slice.name,
         "program": case.name,
+        "chips": tpu_slice.chips,
+        "steps": case.turns,
+        "context_attention": config.model.context_attention,
         "parameters": case.parameters,
         "billions": case.parameters / 1e9,
         "mesh": dict(mesh.shape),
@@ -283,7 +289,8 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
-    images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
+    # As `sample` fills its batches.
+    images = sampler.batch_size(most, most, mesh, spread=True)
     with compiled.on(mesh):
         return [
             planned(config, tpu_slice, mesh, case, workdir)

@@ -94,7 +94,8 @@ def paint_missing(
     known = [x for x, there in zip(lines, done) if there]
     count, most = len(known), config.sample.batch_size
     with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
-        for batch, size in batches(tasks, most, mesh, painter.program):
+        options = dict(spread=painter.spread)
+        for batch, size in batches(tasks, most, mesh, painter.program, **options):
             # A batch is sampled whole even if one picture of it is missing: a smaller
             # batch is another program, whose pictures may differ in the last bits.
             if all(map(skipped, batch)):

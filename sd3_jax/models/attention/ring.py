@@ -29,10 +29,11 @@ class Ring(NamedTuple):
     scale: float
     limit: int  # bytes of logits, where the kernel is XLA's
     splash: bool
+    way: int = 1  # 1 or -1, the neighbour that arrays are passed to
 
     def turned(self, arrays: Sequence[Array]) -> list[Array]:
         """Each device's arrays, on the next device."""
-        pairs = [(i, (i + 1) % self.devices) for i in range(self.devices)]
+        pairs = [(i, (i + self.way) % self.devices) for i in range(self.devices)]
         return [jax.lax.ppermute(x, self.axes, pairs) for x in arrays]
 
     def keys(self, turn: int, share: int, text: int) -> int | Array:
@@ -40,7 +41,7 @@ class Ring(NamedTuple):
         shares end in padding."""
         if share * self.devices == self.tokens:
             return text + share
-        home = (jax.lax.axis_index(self.axes) - turn) % self.devices
+        home = (jax.lax.axis_index(self.axes) - self.way * turn) % self.devices
         return text + jnp.clip(self.tokens - home * share, 0, share)
 
 
@@ -64,8 +65,13 @@ def ring(
     static = Ring(axes, parts, ks[0].shape[1], scale, limit, splash)
 
     def local(qs, k, v, text_k, text_v):
-        joined = jnp.concatenate(qs, axis=1)
-        out = attend(joined, k, v, text_k, text_v, static)
+        arrays = jnp.concatenate(qs, axis=1), k, v, text_k, text_v
+        # Half of the heads go one way and half the other: a link carries both ways.
+        half = [k.shape[2] // 2]
+        halves = zip(*(jnp.split(x, half, axis=2) for x in arrays))
+        ways = static, static._replace(way=-1)
+        both = [attend(*x, way) for x, way in zip(halves, ways) if x[0].size]
+        out = jnp.concatenate(both, axis=2)
         ends = np.cumsum([q.shape[1] for q in qs])
         return jnp.split(out, ends[:-1], axis=1)
 
@@ -154,7 +160,10 @@ def partial(q, k, v, keys, static: Ring) -> tuple[Array, Array]:
 
 
 def gradients(q, k, v, out, total, dout, keys, static: Ring) -> list[Array]:
-    """What some keys give to the gradients of q, and their own; float32."""
+    """What some keys give to the gradients of q, and their own."""
+    if static.splash:
+        residuals = q, k, v, out, total, dout
+        return tpu.gradients(*residuals, static.scale, keys=keys)
     blocks = chunked.blocks_of(q.shape, k.shape[1], static.limit)
     residuals = blocks.queries(q), blocks.keys(k), blocks.keys(v)
     residuals += blocks.queries(out), blocks.queries(total)

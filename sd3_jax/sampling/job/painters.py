@@ -28,7 +28,8 @@ class Painter(NamedTuple):
     paint(tasks) -> pictures, or None; and why rows are not painted. `facts` are those
     of every line. `nets` are fingerprints of ControlNets by path, `unfit` reasons by
     the index of a task. program(task) is what tells its program from others, in words.
-    `cuts` are the words of each task's prompt that an encoder does not read.
+    `cuts` are the words of each task's prompt that an encoder does not read. With
+    `spread` a batch may have fewer rows than the mesh has shards (sampler.batch_size).
     """
 
     paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
@@ -37,6 +38,7 @@ class Painter(NamedTuple):
     nets: Mapping[str, str] = MappingProxyType({})
     unfit: Mapping[int, str] = MappingProxyType({})
     cuts: Sequence[Mapping[str, str]] = ()
+    spread: bool = False
 
 
 def trained(
@@ -114,7 +116,8 @@ def released(
     prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
     program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
-    return Painter(paint, facts, program, prints, unfit | without_net, cuts)
+    unfit |= without_net
+    return Painter(paint, facts, program, prints, unfit, cuts, spread=True)
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:

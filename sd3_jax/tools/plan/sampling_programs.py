@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.distributed import sharding
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.text.prompts import Conditioning, TextModels
@@ -103,6 +104,9 @@ def denoise(
         component, module, denoiser_config, mesh, model.dtype
     )
     size = tree.count(variables["params"])
+    # Weights lie on the job's mesh, rows on that of generate().
+    mesh = sharding.spread(mesh, images * (1 + guided))
+    sharding.require_context(module.context_attention, module.num_heads, mesh)
     variables = quantized(variables, config.quantize.denoiser)
     # Typed keys have a dtype of their own, which only jax can name.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
@@ -137,9 +141,13 @@ def denoise(
     head = module.width // module.num_heads
     compute = bounds.forward(work, tpu_slice.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
-    lower = lambda: compiled.sample.lower(plan, variables, inputs)
+
+    def lower():
+        with compiled.on(mesh):
+            return compiled.sample.lower(plan, variables, inputs)
+
     # How often the loop runs is data of the program, so it is said here.
-    return Case("denoise", lower, seconds, total * calls, share, size, s.steps)
+    return Case("denoise", lower, seconds, total * calls, share, size, s.steps, mesh)
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
