@@ -135,9 +135,12 @@ def in_rings(devices: np.ndarray) -> np.ndarray:
     count = devices.shape[AXES.index("context")]
     if count < 4 or count % 2 or not hasattr(devices.flat[0], "coords"):
         return devices
-    half = count // 2
-    folded = devices[:, :, [*range(half), *reversed(range(half, count))]]
-    return folded if hops(folded) < hops(devices) else devices
+    places = list(range(count))
+    # There along one of two rows, and back along the other: of rows of any length, or
+    # of two chips each.
+    rows = places[: count // 2], places[count // 2 :]
+    orders = [places, *(a + b[::-1] for a, b in (rows, (places[::2], places[1::2])))]
+    return min((devices[:, :, order] for order in orders), key=hops)
 
 
 def hops(devices: np.ndarray) -> int:

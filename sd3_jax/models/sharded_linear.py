@@ -62,9 +62,8 @@ def shared_out(x: Array, kernel: Array, inputs: int) -> Array:
         return jax.lax.all_gather(y, over, axis=y.ndim - 1, tiled=True)
 
     whole = PartitionSpec(*row, *none * (kernel.ndim - inputs))
-    return jax.shard_map(local, in_specs=(row, piece), out_specs=whole, check_vma=False)(
-        x, kernel
-    )
+    specs = dict(in_specs=(row, piece), out_specs=whole)
+    return jax.shard_map(local, **specs, check_vma=False)(x, kernel)
 
 
 def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:

@@ -82,9 +82,9 @@ def load(
     matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
     (params/quantization.py). `context_attention` is how the denoiser's tokens attend
     over the mesh's context axis, "gather", "ring", "ulysses" or "auto"
-    (models/attention/context.py). `check(scheduler, configs)` is called before any weight is
-    read, and may raise. Raises UserError, which lists tensors that are missing, extra
-    or of another shape.
+    (models/attention/context.py). `check(scheduler, configs)` is called before any
+    weight is read, and may raise. Raises UserError, which lists tensors that are
+    missing, extra or of another shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     argument_checks.instance("mesh", mesh, (Mesh,), "distributed.sharding.make_mesh")

@@ -31,9 +31,7 @@ MESHES = [
 SIZES = dict(width=32, num_heads=4)
 MODELS = {
     # Text of 5 and 9 tokens, 35 of the image: nothing divides.
-    "mmdit": MMDiT(
-        2, **SIZES, dual_blocks=1, weight_sets=3, text_split=5, pos_size=16
-    ),
+    "mmdit": MMDiT(2, **SIZES, dual_blocks=1, weight_sets=3, text_split=5, pos_size=16),
     "crossdit": CrossDiT(1, **SIZES, pos_size=16),
     "uvit": UViT(1, **SIZES, pos_size=16),
 }
@@ -53,8 +51,11 @@ def make_mesh(sizes, shuffled=False):
 def arguments():
     draw = np.random.default_rng(0)
     normal = lambda *shape: draw.standard_normal(shape, np.float32)
-    return normal(2, 10, 14, 16), draw.random(2, np.float32), normal(2, 14, 8), normal(
-        2, 8
+    return (
+        normal(2, 10, 14, 16),
+        draw.random(2, np.float32),
+        normal(2, 14, 8),
+        normal(2, 8),
     )
 
 

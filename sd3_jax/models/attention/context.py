@@ -1,8 +1,7 @@
 """Attention of streams whose tokens lie over the mesh's context axis.
 
-    "gather"   every device gets all keys and values
-    "ring"     keys and values pass from device to device (ring.py)
-    "ulysses"  every device gets all tokens of some heads (ulysses.py)
+By "gather" every device gets all keys and values, by "ring" they pass from device to
+device (ring.py), and by "ulysses" a device gets all tokens of some heads (ulysses.py).
 """
 
 import difflib
@@ -91,4 +90,7 @@ def chosen(method: str, k: Array) -> str:
     # parts, two exchanges by heads send four times 1 / p: less from p = 3 on.
     parts, pieces = mesh_context.parts("tokens", "heads")
     uneven = mesh_context.uneven_heads(k.shape[2], parts, pieces)
-    return "ring" if uneven or parts == 2 else "ulysses"
+    if parts > 2 and not uneven:
+        return "ulysses"
+    # cuDNN gives no log-denominators: a ring would attend by XLA's slower products.
+    return "gather" if mesh_context.platform() == "gpu" else "ring"

@@ -23,8 +23,8 @@ def batches(
 ) -> Iterator[tuple[list[Task], int]]:
     """Tasks of one shape and one set of settings together, and the program's size.
 
-    `spread` is batch_size's. Those of one program follow each other. A resumed job has the batches of an
-    uninterrupted one, so its pictures are equal.
+    Those of one program follow each other. A resumed job has the batches of an
+    uninterrupted one, so its pictures are equal. `spread` is that of batch_size.
     """
     # Grouped over all tasks, those that are done included, so that a resumed job has
     # the batches of the first one.
