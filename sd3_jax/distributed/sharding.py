@@ -1,5 +1,6 @@
 """The mesh, the one table from logical to mesh axes, and batches onto the mesh."""
 
+import itertools
 import logging
 import math
 from collections import Counter
@@ -127,27 +128,28 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
 
 
 def in_rings(devices: np.ndarray) -> np.ndarray:
-    """The mesh's devices with those along context in a ring of neighbours, if an order
-    there and back makes fewer hops.
+    """The mesh's devices with those along context in a ring of neighbours, if there is
+    an order with fewer hops between chips.
 
-    A 2 x 2 of chips is in the order of its rows, whose ring would cross it twice.
+    A 2 x 2 of chips is in the order of its rows, whose ring would cross it twice. More
+    than 8 devices keep their order.
     """
     count = devices.shape[AXES.index("context")]
-    if count < 4 or count % 2 or not hasattr(devices.flat[0], "coords"):
+    if not 4 <= count <= 8 or not hasattr(devices.flat[0], "coords"):
         return devices
-    places = list(range(count))
-    # There along one of two rows, and back along the other: of rows of any length, or
-    # of two chips each.
-    rows = places[: count // 2], places[count // 2 :]
-    orders = [places, *(a + b[::-1] for a, b in (rows, (places[::2], places[1::2])))]
-    return min((devices[:, :, order] for order in orders), key=hops)
+    apart = distances(devices)
+    # Fixed at its first device: a ring may begin anywhere.
+    orders = ((0, *rest) for rest in itertools.permutations(range(1, count)))
+    # Of equal ones min takes the first, which is the order as it is.
+    order = min(orders, key=lambda order: apart[order, order[1:] + order[:1]].sum())
+    return devices[:, :, order]
 
 
-def hops(devices: np.ndarray) -> int:
-    """Steps between chips from each device to the next one along context, together."""
+def distances(devices: np.ndarray) -> np.ndarray:
+    """Hops between two places along context, summed over the other axes."""
     coords = np.array([device.coords for device in devices.flat])
-    coords = coords.reshape(*devices.shape, -1)
-    return int(np.abs(coords - np.roll(coords, -1, axis=2)).sum())
+    coords = np.moveaxis(coords.reshape(*devices.shape, -1), 2, 0)
+    return np.abs(coords[:, None] - coords).sum((2, 3, 4, 5))
 
 
 def _spell(sizes):
