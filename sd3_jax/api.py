@@ -222,6 +222,8 @@ def generate(
         adapters=adapters,
     )
     rows = call_arrays.Rows(cond.pooled.shape[0], images_per_prompt)
+    # The denoiser's mesh: devices that would have no row take tokens.
+    mesh = call_arrays.mesh_for(bundle, rows.count * (1 + steering.reads_uncond))
     table = call_arrays.adapter_table(bundle, adapters, rows)
 
     # --- the start: noise, and the image and its mask as latents
@@ -245,9 +247,9 @@ def generate(
     plan, previewer = preview_arguments.with_decoder(plan, preview_decoder)
     inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
     # The plan is static and the adapted variables lie on the mesh already.
-    place = lambda x: compiled.place(x, bundle.mesh)
+    place = lambda x: compiled.place(x, mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
-    with compiled.on(bundle.mesh), bar:
+    with compiled.on(mesh), bar:
         weights = bundle.adapted("denoiser", table), acting
         variables, acting = bundle.on_devices(weights)
         sampled = compiled.sample(

@@ -369,6 +369,11 @@ VALUES = [
     ("model.depth=0", "an integer in [1, 1000]"),
     ("model.dual_blocks=24", "at most 23 config.model.depth = 24"),
     ("model.weight_sets=4", "one of 2, 3"),
+    ("model.context_attention=ulises", 'did you mean "ulysses"'),
+    (
+        "model.context_attention=ring --config.model.attention=dot_product",
+        "log-denominators",
+    ),
     ("model.remat=ful", '"full"'),
     ("model.qk_norm=yes", "true or false"),
     ("model.qk_norm=1", "true or false"),

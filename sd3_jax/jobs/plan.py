@@ -20,6 +20,7 @@ from sd3_jax.tools.plan import (
     aot,
     bounds,
     hlo,
+    latency_lines,
     link_traffic,
     mesh_search,
     phase_memory,
@@ -65,6 +66,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
         *plan_table.table(rows),
         *map(plan_table.details, rows),
         *phase_memory.lines(rows, config.quantize.to_dict()),
+        *latency_lines.lines(rows),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -190,9 +192,13 @@ def planned(
     config, tpu_slice: Slice, mesh: Mesh, case: Case, workdir
 ) -> dict[str, Any]:
     """A program's row: the memory it needs, and what bounds its time."""
+    mesh = case.mesh or mesh
     row = {
         "slice": tpu_slice.name,
         "program": case.name,
+        "chips": tpu_slice.chips,
+        "steps": case.turns,
+        "context_attention": config.model.context_attention,
         "parameters": case.parameters,
         "billions": case.parameters / 1e9,
         "mesh": dict(mesh.shape),
@@ -287,7 +293,8 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
-    images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
+    # As `sample` fills its batches.
+    images = sampler.batch_size(most, most, mesh, spread=True)
     with compiled.on(mesh):
         cases = [*sampling_programs.cases(config, tpu_slice, mesh, images)]
         rows = [planned(config, tpu_slice, mesh, case, workdir) for case in cases]

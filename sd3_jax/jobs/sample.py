@@ -100,11 +100,12 @@ def paint_missing(
     known = [x for x, there in zip(lines, done) if there]
     count, most = len(known), config.sample.batch_size
     with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
+        program, spread = painter.program, painter.spread
         # A batch is sampled whole even if one picture of it is missing: a smaller batch
         # is another program, whose pictures may differ in the last bits.
         missing = [
             (batch, size)
-            for batch, size in batches(tasks, most, mesh, painter.program)
+            for batch, size in batches(tasks, most, mesh, program, spread=spread)
             if not all(map(skipped, batch))
         ]
         for batch, size in encoded_ahead(missing, painter):

@@ -27,11 +27,14 @@ def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
     row of the batch, the rows move between devices and the weights stay.
     """
     (rows,), (pieces,) = mesh_context.parts("batch"), mesh_context.parts("embed")
+    vectors = x.ndim - inputs == 1 and axes[-1] == "embed"  # x (b, k), as adaLN's
+    if pieces == 1 and vectors and len(x) % rows == 0:
+        return shared_out(x, kernel, inputs)
     # Nothing to scatter, or a batch that does not divide: left to the partitioner.
     if pieces == 1 or "embed" not in axes or len(x) % rows:
         return contract(x, kernel, inputs)
     if kernel.shape[axes.index("embed")] % pieces == 0:
-        if x.ndim - inputs == 1 and axes[-1] == "embed":  # x (b, k), as adaLN's
+        if vectors:
             return exchanged(x, kernel, inputs)
         if ("embed",) in (axes[:inputs], axes[inputs:]):
             # Merging axes of which "tensor" shards one would cost their shardings.
@@ -39,6 +42,28 @@ def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
                 return flat(x, kernel, axes, inputs)
             return scattered(x, kernel, axes, inputs)
     return contract(x, kernel, inputs)
+
+
+def shared_out(x: Array, kernel: Array, inputs: int) -> Array:
+    """Rows x (b, ...) times a kernel that every device has whole.
+
+    Each device of the context and tensor axes, which have the same rows, multiplies
+    them by a piece of the last axis: it reads that piece of the weights alone.
+    """
+    over = mesh_context.mesh_axes("tokens") + mesh_context.mesh_axes("heads")
+    tokens, heads = mesh_context.parts("tokens", "heads")
+    if tokens * heads == 1 or kernel.shape[-1] % (tokens * heads):
+        return contract(x, kernel, inputs)
+    row, none = PartitionSpec(mesh_context.mesh_axes("batch")), (None,)
+    piece = PartitionSpec(*none * (kernel.ndim - 1), over)
+
+    def local(x, kernel):
+        y = contract(x, kernel, inputs)
+        return jax.lax.all_gather(y, over, axis=y.ndim - 1, tiled=True)
+
+    whole = PartitionSpec(*row, *none * (kernel.ndim - inputs))
+    specs = dict(in_specs=(row, piece), out_specs=whole)
+    return jax.shard_map(local, **specs, check_vma=False)(x, kernel)
 
 
 def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:

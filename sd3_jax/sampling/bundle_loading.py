@@ -17,6 +17,7 @@ from sd3_jax import tree
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
+from sd3_jax.models.attention import context
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
 from sd3_jax.sampling import argument_checks
@@ -29,7 +30,14 @@ from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.sampling.text import textual_inversion
 from sd3_jax.sampling.text.bundle_tokenizers import fetched_tokenizer, tokenizers_of
-from sd3_jax.weights import caller_configs, components, controlnet_keys, hub, sources
+from sd3_jax.weights import (
+    caller_configs,
+    components,
+    controlnet_keys,
+    hub,
+    published_configs,
+    sources,
+)
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.published_configs import fit
 
@@ -50,6 +58,7 @@ def load(
     embeddings: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
     placement: str = "all",
+    context_attention: str = "auto",
     check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
     """Load a released model, sharded over `mesh` (by default all devices).
@@ -74,7 +83,9 @@ def load(
     "style.safetensors=<style>" or {path: token}; each is loaded as
     Bundle.load_embedding does. `quantize` names components whose blocks have 8-bit
     matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
-    (params/quantization.py).
+    (params/quantization.py). `context_attention` is how the denoiser's tokens attend
+    over the mesh's context axis, "gather", "ring", "ulysses" or "auto"
+    (models/attention/context.py).
 
     With the `placement` "sequential" the weights rest in host memory, and those of a
     component are on the devices only while it runs, so that a model whose largest
@@ -88,6 +99,7 @@ def load(
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
     placements.check(placement)
+    argument_checks.choice("context_attention", context_attention, context.METHODS)
 
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
@@ -110,6 +122,10 @@ def load(
     for key in schedulers.unread(configs.get("scheduler", {})):
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
+    if "denoiser" in parts:
+        sizes = published_configs.read("denoiser", parts["denoiser"].config)
+        heads = sizes["num_attention_heads"]
+        sharding.require_context(context_attention, heads, mesh)
     # Headers alone: the layers are matched once the weights are there, since DoRA reads
     # these.
     loras = lora_adapters.opened(lora, only, parts)
@@ -130,6 +146,8 @@ def load(
         modules[name], variables[name], stored[name] = module, values, dtypes
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
+        denoiser = modules["denoiser"]
+        modules["denoiser"] = denoiser.clone(context_attention=context_attention)
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
     bundle = Bundle(
@@ -275,6 +293,9 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
         variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
         if "buffers" in denoiser_variables:
             variables["buffers"] = denoiser_variables["buffers"]
+    # Not before: what a net's files hold does not depend on it.
+    method = denoiser.context_attention
+    module = dataclasses.replace(module, context_attention=method)
     net = ControlBundle(module, variables, part.config)
     if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
         message = "%s does not define its hints: they are encoded as for blur and depth"

@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import solvers
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, arguments, compiled, seeds
 from sd3_jax.sampling.bundle import Bundle
@@ -38,6 +40,13 @@ class Start(NamedTuple):
     noise: Float[Array, "b h w c"] | None
     x0: Float[Array, "b h w c"] | None
     mask: Any
+
+
+def mesh_for(bundle: Bundle, rows: int) -> Mesh:
+    """The bundle's mesh for so many rows of the denoiser (sharding.spread)."""
+    mesh, denoiser = sharding.spread(bundle.mesh, rows), bundle.part("denoiser")
+    sharding.require_context(denoiser.context_attention, denoiser.num_heads, mesh)
+    return mesh
 
 
 def returns_all(output: Any, return_latents: Any) -> bool:

@@ -12,6 +12,7 @@ from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
+from sd3_jax.sampling.job import sampler
 from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.tools.study import run_scores
 
@@ -47,6 +48,16 @@ def painted(config):
         off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
         params = jax.tree.map(off, init(jax.random.key(0)))
         yield TrainedSampler(config, parts, mesh), params
+
+
+def test_few_pictures_are_a_batch_where_tokens_take_the_other_devices():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    sizes = lambda **options: [
+        sampler.batch_size(n, most, mesh, **options)
+        for n, most in ((1, 8), (9, 16), (9, 1), (3, 8))
+    ]
+    assert sizes() == [8, 16, 8, 8]
+    assert sizes(spread=True) == [1, 16, 1, 3]
 
 
 def test_a_run_on_latents_paints_by_the_encoders_it_is_given(painted, config):

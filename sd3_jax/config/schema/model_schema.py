@@ -111,6 +111,13 @@ MODEL = dict(
         "Attention kernel; auto picks by platform, dot_product is cuDNN's and splash"
         " is the TPU's.",
     ),
+    context_attention=Key(
+        "gather",
+        one_of("gather", "ring", "ulysses", "auto"),
+        "How tokens attend over mesh.context: every device gathers all keys and"
+        " values, passes them round a ring, or gets all tokens of some heads"
+        " (ulysses); auto picks ulysses where the heads divide, else ring.",
+    ),
 )
 TEXT_MODEL = dict(
     name=Key(

@@ -31,6 +31,8 @@ class Painter(NamedTuple):
     the index of a task. program(task) is what tells its program from others, in words.
     `cuts` are the words of each task's prompt that an encoder does not read.
     encode(batches), where there is one, encodes the texts of the next batches.
+    With `spread` a batch may have fewer rows than the mesh has shards
+    (sampler.batch_size).
     """
 
     paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
@@ -40,6 +42,7 @@ class Painter(NamedTuple):
     unfit: Mapping[int, str] = MappingProxyType({})
     cuts: Sequence[Mapping[str, str]] = ()
     encode: Callable[[Sequence[Sequence[Task]]], None] | None = None
+    spread: bool = False
 
 
 def trained(
@@ -121,7 +124,8 @@ def released(
     program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
     encode = None if texts is None else texts.encode
-    return Painter(paint, facts, program, prints, unfit | without_net, cuts, encode)
+    unfit |= without_net
+    return Painter(paint, facts, program, prints, unfit, cuts, encode, spread=True)
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:

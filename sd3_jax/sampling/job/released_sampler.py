@@ -42,6 +42,7 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
         lora=config.sample.lora,
         embeddings=config.sample.embeddings,
         placement=config.sample.placement,
+        context_attention=config.model.context_attention,
     )
     return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 

@@ -62,10 +62,16 @@ def sample_in_batches(
         yield images[: len(captions) - rows[0]]
 
 
-def batch_size(n: int, most: int, mesh: Mesh) -> int:
+def batch_size(n: int, most: int, mesh: Mesh, *, spread: bool = False) -> int:
     """A multiple of the batch's shards: as many as n pictures need, at most `most`, but
-    never less than a row for each shard."""
+    never less than a row for each shard.
+
+    With `spread` fewer pictures than shards are a batch: sd3_jax.generate gives the
+    devices without a row to the tokens (sharding.spread).
+    """
     shards = sharding.batch_shards(mesh)
+    if spread and min(n, most) < shards:
+        return min(n, most)
     return min(max(shards, most // shards * shards), -(-n // shards) * shards)
 
 
@@ -79,11 +85,16 @@ def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
 
 
 def in_programs(
-    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, most: int, mesh: Mesh
+    sample_rows: Callable[[np.ndarray], np.ndarray],
+    n: int,
+    most: int,
+    mesh: Mesh,
+    *,
+    spread: bool = False,
 ) -> np.ndarray:
     """Pictures of n rows, by a program of one batch size that is called in turn."""
     done = []
-    for rows in padded_batches(n, batch_size(n, most, mesh)):
+    for rows in padded_batches(n, batch_size(n, most, mesh, spread=spread)):
         watchdog.expect("a batch of pictures", watchdog.LONG)
         done.append(sample_rows(rows))
     return np.concatenate(done)[:n]  # without the rows that wrapped around
@@ -101,7 +112,8 @@ def _sample_released(
         for caption, number in zip(captions, numbers)
     ]
     sample_rows = lambda rows: sample_tasks(bundle, [tasks[i] for i in rows])
-    return in_programs(sample_rows, len(tasks), config.sample.batch_size, mesh)
+    most = config.sample.batch_size
+    return in_programs(sample_rows, len(tasks), most, mesh, spread=True)
 
 
 class TrainedSampler:

@@ -15,6 +15,7 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import solvers
 from sd3_jax.diffusion.guidance_methods import METHODS
+from sd3_jax.distributed import sharding
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
@@ -140,6 +141,9 @@ def denoise(
     solver, times = PUBLISHED.sampler(
         s.steps, tokens, **task_arguments.solver_options(s)
     )
+    # Weights lie on the job's mesh, rows on that of generate().
+    mesh = sharding.spread(mesh, images * (1 + steering.reads_uncond))
+    sharding.require_context(module.context_attention, module.num_heads, mesh)
     steering.require_solver(solver)
     numbers = compiled.solver_inputs(solver, times) | steering.inputs(times)
     inputs = inputs_of(config, mesh, images, words, numbers)
@@ -163,7 +167,11 @@ def denoise(
     compute = bounds.forward(work, tpu_slice.generation, head=head)
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     weak = None if guide is None else variables
-    lower = lambda: compiled.sample.lower(plan, variables, inputs, weak_variables=weak)
+
+    def lower():
+        with compiled.on(mesh):
+            return compiled.sample.lower(plan, variables, inputs, weak_variables=weak)
+
     # How often the loop runs is data of the program, so it is said here.
     return Case(
         "denoise",
@@ -175,6 +183,7 @@ def denoise(
         turns=s.steps,
         weights=on_a_device((variables, weak)),
         forwards=passes,
+        mesh=mesh,
     )
 
 
@@ -188,7 +197,9 @@ def denoiser(config: ConfigDict, model: MMDiT, mesh: Mesh) -> tuple[MMDiT, dict,
         pooled_dim=config.model.pooled_dim,
     )
     module = component.build(denoiser_config, model.dtype)
-    module = module.clone(attention=model.attention)
+    module = module.clone(
+        attention=model.attention, context_attention=model.context_attention
+    )
     variables = components.abstract(
         component, module, denoiser_config, mesh, model.dtype
     )
