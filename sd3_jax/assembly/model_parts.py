@@ -181,6 +181,7 @@ def trained_params(
     compatibility.warn(workdir, saved_config, config)
     if config.quantize.denoiser and not exact:
         kind = quantization.KINDS[config.quantize.denoiser]
-        make = lambda x, axes: quantization.quantize_placed(x, kind, axes)
-        params["denoiser"] = quantization.replaced(params["denoiser"], make)
+        params["denoiser"] = quantization.replaced(
+            params["denoiser"], kind, quantization.quantize_placed
+        )
     return params, step

@@ -17,6 +17,8 @@ from jax.sharding import PartitionSpec
 from sd3_jax.distributed import mesh_context
 
 Axes = tuple[str | None, ...]
+# What a matrix unit sums products of eight bits in: their own dtype would overflow.
+SUMS = {"int8": jnp.int32, "float8_e4m3fn": jnp.float32}
 
 
 def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
@@ -67,14 +69,19 @@ def contract(x: Array, kernel: Array, inputs: int) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_context.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         rows = math.prod(kernel.shape[:inputs])
-        y = x.reshape(-1, rows) @ kernel.reshape(rows, -1)
+        y = dot(x.reshape(-1, rows), kernel.reshape(rows, -1), [1], [0])
         return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
     return dot(x, kernel, range(x.ndim - inputs, x.ndim), range(inputs))
 
 
 def dot(a: Array, b: Array, of_a, of_b) -> Array:
-    """Contract the axes `of_a` of a with the axes `of_b` of b."""
-    return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())))
+    """Contract the axes `of_a` of a with the axes `of_b` of b.
+
+    Products of int8 are summed in int32, those of fp8 in float32.
+    """
+    axes = ((tuple(of_a), tuple(of_b)), ((), ()))
+    sum_type = SUMS.get(a.dtype.name)  # None: that of a and b
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=sum_type)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
