@@ -180,6 +180,7 @@ def trained_params(
         ) from error
     compatibility.warn(workdir, saved_config, config)
     if config.quantize.denoiser and not exact:
+        quantization.require_units(config.quantize.denoiser, mesh.devices.flat[0])
         kind = quantization.KINDS[config.quantize.denoiser]
         params["denoiser"] = quantization.replaced(
             params["denoiser"], kind, quantization.quantize_placed

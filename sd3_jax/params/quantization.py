@@ -19,6 +19,7 @@ from flax import struct
 from jax import Array, ShapeDtypeStruct
 from jax.sharding import NamedSharding, PartitionSpec
 
+from sd3_jax.errors import UserError
 from sd3_jax.models.sharded_linear import Axes, linear
 from sd3_jax.params import lora
 from sd3_jax.params.parametrization import Leaf, LowRank
@@ -184,6 +185,25 @@ def _usable(scale: Any) -> Any:
     xp = np if isinstance(scale, np.ndarray) else jnp
     # A scale of NaN stays: a NaN of x must not become a number.
     return xp.where(scale < np.finfo(np.float32).tiny, np.float32(1), scale)
+
+
+def require_units(kind: str, device: Any) -> None:
+    """UserError if fp8 products would be slower than bfloat16's on this device.
+
+    int8 is on every TPU and GPU here. A CPU computes both, for tests.
+    """
+    if not kind.startswith("fp8_") or device.platform == "cpu":
+        return
+    if device.platform == "tpu":
+        has_fp8 = device.device_kind.startswith("TPU7")
+    else:  # Ada is 8.9, Hopper 9.0; AMD's architectures are words, such as "gfx942"
+        version = str(getattr(device, "compute_capability", ""))
+        has_fp8 = version[:1].isdigit() and float(version) >= 8.9
+    if not has_fp8:
+        raise UserError(
+            f'quantize denoiser "{kind}": {device.device_kind} has no fp8 products;'
+            ' expected "int8_dynamic", or "fp8" for storage alone'
+        )
 
 
 def least(kind: type[Quantized]) -> np.float32:

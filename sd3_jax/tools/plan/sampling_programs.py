@@ -1,5 +1,6 @@
 """The programs that `sample` runs with released weights, as shapes on a mesh."""
 
+import math
 from collections.abc import Iterator
 
 import jax
@@ -11,12 +12,13 @@ from ml_collections import ConfigDict
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.params import lora
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.text.prompts import Conditioning, TextModels
 from sd3_jax.tools.plan import bounds
 from sd3_jax.tools.plan.aot import Case
-from sd3_jax.tools.plan.slices import Slice
+from sd3_jax.tools.plan.slices import Generation, Slice
 from sd3_jax.weights import components
 from sd3_jax.weights.encoder_configs import CONFIGS
 
@@ -103,6 +105,7 @@ def denoise(
         component, module, denoiser_config, mesh, model.dtype
     )
     size = tree.count(variables["params"])
+    weights.require_units(config.quantize.denoiser, mesh.devices.flat[0])
     variables = quantized(variables, config.quantize.denoiser)
     # Typed keys have a dtype of their own, which only jax can name.
     key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
@@ -135,11 +138,30 @@ def denoise(
     # The whole loop is one program: a run of it is steps calls of the denoiser.
     calls = s.steps * (1 + guided) * share
     head = module.width // module.num_heads
-    compute = bounds.forward(work, tpu_slice.generation, head=head)
+    quantized_flops, rate = eight_bits(
+        variables["params"], tpu_slice.generation, work.tokens - words, words
+    )
+    compute = bounds.forward(
+        work, tpu_slice.generation, head=head, eight_bits=quantized_flops, rate=rate
+    )
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     lower = lambda: compiled.sample.lower(plan, variables, inputs)
     # How often the loop runs is data of the program, so it is said here.
     return Case("denoise", lower, seconds, total * calls, share, size, s.steps)
+
+
+def eight_bits(
+    params: dict, chip: Generation, image: int, text: int
+) -> tuple[float, float]:
+    """FLOPs of one image's products of eight bits, and their FLOP/s."""
+    kernels = lora.kernels(params)
+    dynamic = {k: x for k, x in kernels.items() if isinstance(x, weights.Dynamic)}
+    if not dynamic:
+        return 0.0, math.inf
+    tokens = {True: image, False: text}
+    flops = sum(2.0 * x.q.size * tokens["image" in k] for k, x in dynamic.items())
+    int8 = isinstance(next(iter(dynamic.values())), weights.Int8)
+    return flops, chip.eight_bits("s8" if int8 else "f8e4m3fn")
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
