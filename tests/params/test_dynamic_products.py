@@ -105,7 +105,9 @@ def test_all_products_of_the_blocks_are_of_eight_bits(mmdit, kind, most):
     sort, total = {"int8_dynamic": ("i8", "i32"), "fp8_dynamic": ("f8E4M3FN", "f32")}[
         kind
     ]
-    dots = re.findall(r"dot_general .*: \(tensor<(.*)>, tensor<(.*)>\) -> .*x(\w+)>", text)
+    dots = re.findall(
+        r"dot_general .*: \(tensor<(.*)>, tensor<(.*)>\) -> .*x(\w+)>", text
+    )
     dots = [(a, b, out) for a, b, out in dots if a.endswith(f"x{sort}")]
     assert len(dots) == len(eight)
     assert all(b.endswith(f"x{sort}") and out == total for _, b, out in dots)
@@ -176,5 +178,7 @@ def test_fp8_products_need_their_unit(device, fits):
         require_units(kind, device)
     if fits:
         return require_units("fp8_dynamic", device)
-    with pytest.raises(UserError, match=f'{device.device_kind} has no .*"int8_dynamic"'):
+    with pytest.raises(
+        UserError, match=f'{device.device_kind} has no .*"int8_dynamic"'
+    ):
         require_units("fp8_dynamic", device)

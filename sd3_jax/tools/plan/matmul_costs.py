@@ -13,7 +13,6 @@ from sd3_jax.tools.plan.hlo import (
 )
 from sd3_jax.tools.plan.loop_trips import trips
 
-
 EIGHT_BITS = ("s8", "f8e4m3fn")  # HLO's names of int8 and fp8
 
 
