@@ -19,16 +19,22 @@ from pathlib import Path
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "quantized"
 KINDS = "", "int8", "fp8", "int8_dynamic", "fp8_dynamic"
+LARGE, MEDIUM = "sd35_large", "sd35_medium"
+# One picture on eight chips: its tokens over the chips. Eight pictures: a chip each.
+OVER_TOKENS = {"context": 8, "fsdp": 1}
 PROGRAMS = [  # model, slice, images at once, keys of the mesh
-    (model, name, images, mesh)
-    for model in ("sd35_large", "sd35_medium")
-    for images in (1, 8)
-    for name, mesh in (
-        ("v5e-1", {}),
-        ("v6e-1", {}),
-        # One picture: its tokens over the chips. Eight: a picture a chip.
-        ("v6e-8", {"context": 8, "fsdp": 1} if images == 1 else {}),
-    )
+    (LARGE, "v5e-1", 1, {}),
+    (LARGE, "v6e-1", 1, {}),
+    (LARGE, "v6e-1", 8, {}),
+    (LARGE, "v6e-8", 8, {}),
+    (MEDIUM, "v5e-1", 1, {}),
+    (MEDIUM, "v6e-1", 1, {}),
+    (LARGE, "v5e-1", 8, {}),
+    (LARGE, "v6e-8", 1, OVER_TOKENS),
+    (MEDIUM, "v6e-8", 8, {}),
+    (MEDIUM, "v5e-1", 8, {}),
+    (MEDIUM, "v6e-1", 8, {}),
+    (MEDIUM, "v6e-8", 1, OVER_TOKENS),
 ]
 
 

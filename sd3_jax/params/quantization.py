@@ -160,7 +160,7 @@ def _replace_kernel(kernel: Any, kind: type[Quantized], path, make: Callable) ->
 
 
 def quantized(params: dict, kind: str) -> dict:
-    """`params` with Int8 or Float8 leaves; `kind` is a key of KINDS.
+    """`params` with leaves of the kind, a key of KINDS.
 
     Kernels are rounded one after the other; callers jit it or not.
     """

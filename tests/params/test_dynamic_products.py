@@ -87,7 +87,8 @@ def mmdit():
         jax.random.normal(keys[1], (2, 6, 24)),
         jax.random.normal(keys[2], (2, 12)),
     )
-    params = shaken(tree.unbox(jax.jit(model.init)(keys[0], *args)["params"]))
+    shapes = tree.unbox(jax.eval_shape(model.init, keys[0], *args)["params"])
+    params = shaken(jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes))
     return params, jax.jit(lambda params: model.apply({"params": params}, *args))
 
 
@@ -113,15 +114,16 @@ def test_all_products_of_the_blocks_are_of_eight_bits(mmdit, kind, most):
     assert all(b.endswith(f"x{sort}") and out == total for _, b, out in dots)
 
 
-def test_a_lora_lies_beside_them(mmdit):
-    params, velocity = mmdit
+def test_a_lora_lies_beside_them():
+    x = jax.random.normal(jax.random.key(3), (2, 6, 32))
+    params = shaken(tree.unbox(Stack().init(jax.random.key(0), x)["params"]))
+    run = jax.jit(lambda params: Stack().apply({"params": params}, x))
     rounded = quantization.quantized(params, "int8_dynamic")
     pairs = lora.init(jax.random.key(0), params, rank=2)
     pairs = jax.tree.map(lambda x: 0.1 * jnp.ones_like(x), pairs)
-    attached = velocity(lora.attach(rounded, pairs))
-    exact = velocity(lora.merge(params, pairs))
-    assert relative(attached, exact) < 0.03
-    assert relative(attached, velocity(rounded)) > 0.05
+    attached = run(lora.attach(rounded, pairs))
+    assert relative(attached, run(lora.merge(params, pairs))) < 0.04
+    assert relative(attached, run(rounded)) > 0.05
     merged = lora.merge(rounded, pairs)  # dequantized, as of stored kinds
     leaves = jax.tree.leaves(merged, is_leaf=parametrization.is_leaf)
     assert not any(map(parametrization.is_leaf, leaves))

@@ -1,4 +1,4 @@
-"""Products of eight bits are planned at their own peak, and those of mixed types not."""
+"""Products of eight bits are planned at their own peak, mixed types are not."""
 
 import math
 
@@ -15,8 +15,8 @@ def cost(left, right, total):
         f"ENTRY %main (p: {left}[1]) -> {total}[1] {{\n"
         f"  %x = {left}[512,256]{{1,0}} parameter(0)\n"
         f"  %w = {right}[256,1024]{{1,0}} parameter(1)\n"
-        f"  ROOT %y = {total}[512,1024]{{1,0}} convolution(%x, %w), dim_labels=bf_io->bf"
-        "\n}\n"
+        f"  ROOT %y = {total}[512,1024]{{1,0}} convolution(%x, %w),"
+        " dim_labels=bf_io->bf\n}\n"
     )
     module = hlo.parse(text)
     home = module["main"]
