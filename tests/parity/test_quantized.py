@@ -151,5 +151,5 @@ def test_sample_paints_by_them_and_says_so(tmp_path, capsys):
     assert line["quantize"] == {"denoiser": "int8", "t5": "fp8"}
     assert main.main([*flags, "--config.quantize.denoiser=int9"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    wanted = "expected one of int8, fp8"
+    wanted = "expected one of int8, fp8, int8_dynamic, fp8_dynamic"
     assert f'config.quantize.denoiser = "int9": {wanted}; did you mean "int8"?' in error
