@@ -2,9 +2,20 @@
 
 import math
 
+import jax
+import jax.numpy as jnp
 import pytest
 
-from sd3_jax.tools.plan import bounds, hlo, operation_costs, slices
+from sd3_jax import tree
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.params import quantization
+from sd3_jax.tools.plan import (
+    bounds,
+    hlo,
+    operation_costs,
+    sampling_programs,
+    slices,
+)
 
 CHIP = slices.find("v5e-1").generation
 SIZE = 2.0 * 512 * 256 * 1024
@@ -80,3 +91,23 @@ def test_a_tpu7x_has_fp8():
     chip = slices.find("tpu7x-8").generation
     assert chip.eight_bits("f8e4m3fn") == 2 * chip.peak
     assert chip.eight_bits("s8") == chip.peak  # none is published
+
+
+@pytest.mark.parametrize("kind", ["", "int8", "int8_dynamic"])
+def test_the_blocks_products_are_counted_and_no_others(kind):
+    """24 d^2 a token and block; 8 d^2 of dual attention; qkv of the last text."""
+    d, depth, image, text = 64, 3, 256, 77
+    model = MMDiT(depth=depth, width=d, num_heads=2, dual_blocks=1, pos_size=16)
+    shapes = (1, 32, 32, 16), (1,), (1, text, 24), (1, 12)
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    params = tree.unbox(jax.eval_shape(model.init, key, *args)["params"])
+    if kind:
+        rounded = lambda params: quantization.quantized(params, kind)
+        params = jax.eval_shape(rounded, params)
+    flops, rate = sampling_programs.eight_bits(params, CHIP, image, text)
+    if kind != "int8_dynamic":  # stored kinds multiply in the model's dtype
+        assert (flops, rate) == (0.0, math.inf)
+        return
+    joint = 24 * d**2 * (depth * image + (depth - 1) * text) + 6 * d**2 * text
+    assert (flops, rate) == (joint + 8 * d**2 * image, CHIP.int8)
