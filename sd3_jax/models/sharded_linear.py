@@ -21,29 +21,38 @@ Axes = tuple[str | None, ...]
 SUMS = {"int8": jnp.int32, "float8_e4m3fn": jnp.float32}
 
 
-def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
+def linear(
+    x: Array,
+    kernel: Array,
+    axes: Axes,
+    inputs: int,
+    finish: Callable[[Array], Array] = lambda y: y,
+) -> Array:
     """Contract the last `inputs` axes of x (b, ...) with the first of the kernel.
 
     `axes` are the kernel's logical axes. Where the same devices shard both batch and
     weights (FSDP), a reduce-scatter sums the weights' gradient. For vectors, one a
-    row of the batch, the rows move between devices and the weights stay.
+    row of the batch, the rows move between devices and the weights stay. `finish` maps
+    the product number by number; its outputs may be one flat axis.
     """
     (rows,), (pieces,) = mesh_context.parts("batch"), mesh_context.parts("embed")
     # Nothing to scatter, or a batch that does not divide: left to the partitioner.
     if pieces == 1 or "embed" not in axes or len(x) % rows:
-        return contract(x, kernel, inputs)
+        return finish(contract(x, kernel, inputs))
     if kernel.shape[axes.index("embed")] % pieces == 0:
         if x.ndim - inputs == 1 and axes[-1] == "embed":  # x (b, k), as adaLN's
-            return exchanged(x, kernel, inputs)
+            return finish(exchanged(x, kernel, inputs))
         if ("embed",) in (axes[:inputs], axes[inputs:]):
             # Merging axes of which "tensor" shards one would cost their shardings.
             if mesh_context.parts("heads") == [1]:
-                return flat(x, kernel, axes, inputs)
-            return scattered(x, kernel, axes, inputs)
-    return contract(x, kernel, inputs)
+                return flat(x, kernel, axes, inputs, finish)
+            return finish(scattered(x, kernel, axes, inputs))
+    return finish(contract(x, kernel, inputs))
 
 
-def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
+def flat(
+    x: Array, kernel: Array, axes: Axes, inputs: int, finish: Callable = lambda y: y
+) -> Array:
     """The same product with the kernel as a matrix, which is what devices then gather.
 
     A TPU stores and sends the last two axes in tiles of 8 x 128, of which heads of 64
@@ -58,6 +67,7 @@ def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
         names,
         1,
     )
+    y = finish(y)  # first, for a TPU would copy sums of 32 bits to take them apart
     return y.reshape(*y.shape[:-1], *kernel.shape[inputs:])
 
 

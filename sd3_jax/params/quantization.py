@@ -95,14 +95,16 @@ class Dynamic(Quantized):
     def product(self, x: Array, axes: Axes, inputs: int) -> Array:
         # A maximum over sharded inputs is that of all shards, so that every shard has
         # the token's scale, and sums of int8 are the same bits on any mesh.
-        rounded = quantize(x, type(self), range(x.ndim - inputs, x.ndim))
-        y = linear(rounded.q, self.q, axes, inputs)  # int32 or float32
-        by_token = rounded.scale.reshape(
-            *x.shape[:-inputs], *[1] * (self.ndim - inputs)
-        )
+        lead = x.ndim - inputs  # axes of batch and tokens
+        rounded = quantize(x, type(self), range(lead, x.ndim))
+
         # Scaled in float32: bfloat16 would round the sum before it is scaled.
-        y = y.astype(jnp.float32) * by_token * self.scale.reshape(self.shape[inputs:])
-        return y.astype(x.dtype)
+        def scaled(y):  # int32 or float32
+            by_token = rounded.scale.reshape(*x.shape[:lead], *[1] * (y.ndim - lead))
+            by_output = self.scale.reshape(y.shape[lead:])
+            return (y.astype(jnp.float32) * by_token * by_output).astype(x.dtype)
+
+        return linear(rounded.q, self.q, axes, inputs, scaled)
 
 
 @struct.dataclass
