@@ -54,6 +54,12 @@ def check(job: str, flags: Iterable[str], values: Mapping[str, Any]) -> None:
     flags = list(flags)
     if job in ("train", "evaluate"):
         require_source(values)
+    if job == "train" and "quantize.denoiser" in flags and values["quantize.denoiser"]:
+        kind = as_text(values["quantize.denoiser"])
+        raise UserError(
+            f"config.quantize.denoiser = {kind}: train keeps its weights in full"
+            " precision; remove it here, and set it for sample, evaluate or study"
+        )
     if job == "sample" and not values["weights"]:
         for key in filter(OF_A_RELEASE.__contains__, flags):
             require_released(f"config.{key}")

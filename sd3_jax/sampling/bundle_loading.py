@@ -43,7 +43,9 @@ from sd3_jax.weights.published_configs import fit
 
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "stored")
-QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
+# What may be in eight bits, and how; the others are small. T5's activations have
+# outliers, which eight bits a token cannot hold.
+QUANTIZED = {"denoiser": quantization.KINDS, "t5": quantization.STORED}
 
 
 def load(
@@ -82,7 +84,8 @@ def load(
     sum. `embeddings` names files of textual inversion, with another placeholder as in
     "style.safetensors=<style>" or {path: token}; each is loaded as
     Bundle.load_embedding does. `quantize` names components whose blocks have 8-bit
-    matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
+    matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read.
+    The denoiser's "int8_dynamic" and "fp8_dynamic" multiply eight bits as well
     (params/quantization.py). `context_attention` is how the denoiser's tokens attend
     over the mesh's context axis, "gather", "ring", "ulysses" or "auto"
     (models/attention/context.py).
@@ -100,6 +103,8 @@ def load(
     quantize = checked_kinds(quantize, dtype)
     placements.check(placement)
     argument_checks.choice("context_attention", context_attention, context.METHODS)
+    for kind in quantize.values():
+        quantization.require_units(kind, mesh.devices.flat[0])
 
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
@@ -245,9 +250,9 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     for name, kind in quantize.items():
         if name not in QUANTIZED:
             raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
-        if kind and kind not in quantization.KINDS:
+        if kind and kind not in QUANTIZED[name]:
             raise UserError(
-                f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
+                f'quantize {name}: "{kind}"{nearest(kind, QUANTIZED[name])}'
             )
     # "" means "not quantized": recipes list every component.
     kinds = {name: kind for name, kind in quantize.items() if kind}

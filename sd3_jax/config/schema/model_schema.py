@@ -182,8 +182,9 @@ ENCODE = dict(
 QUANTIZE = dict(
     denoiser=Key(
         "",
-        one_of("", "int8", "fp8"),
-        "8-bit format of the denoiser's blocks; empty: none.",
+        one_of("", "int8", "fp8", "int8_dynamic", "fp8_dynamic"),
+        "8-bit format of the denoiser's blocks; empty: none. The dynamic ones round"
+        " activations too, by token, and multiply eight bits.",
     ),
     t5=Key("", one_of("", "int8", "fp8"), "8-bit format of T5's blocks; empty: none."),
 )

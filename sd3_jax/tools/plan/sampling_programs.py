@@ -17,6 +17,7 @@ from sd3_jax.diffusion import solvers
 from sd3_jax.diffusion.guidance_methods import METHODS
 from sd3_jax.distributed import sharding
 from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.params import lora
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
 from sd3_jax.sampling.guidance_arguments import Guidance, Layers, checked
@@ -25,7 +26,7 @@ from sd3_jax.sampling.schedulers.scheduler import PUBLISHED
 from sd3_jax.sampling.text.prompts import Conditioning, TextModels
 from sd3_jax.tools.plan import bounds
 from sd3_jax.tools.plan.aot import Case
-from sd3_jax.tools.plan.slices import GB, Slice
+from sd3_jax.tools.plan.slices import GB, Generation, Slice
 from sd3_jax.weights import components
 from sd3_jax.weights.encoder_configs import CONFIGS
 
@@ -164,7 +165,12 @@ def denoise(
     passes = solvers.passes(solver, s.steps) * forwards(steering, times)
     calls = passes * share
     head = module.width // module.num_heads
-    compute = bounds.forward(work, tpu_slice.generation, head=head)
+    quantized_flops, rate = eight_bits(
+        variables["params"], tpu_slice.generation, work.tokens - words, words
+    )
+    compute = bounds.forward(
+        work, tpu_slice.generation, head=head, eight_bits=quantized_flops, rate=rate
+    )
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     weak = None if guide is None else variables
 
@@ -204,6 +210,7 @@ def denoiser(config: ConfigDict, model: MMDiT, mesh: Mesh) -> tuple[MMDiT, dict,
         component, module, denoiser_config, mesh, model.dtype
     )
     size = tree.count(variables["params"])
+    weights.require_units(config.quantize.denoiser, mesh.devices.flat[0])
     return module, quantized(variables, config.quantize.denoiser), size
 
 
@@ -225,6 +232,20 @@ def inputs_of(
         uncond=cond,
         **jax.tree.map(lambda x: rows(mesh, x.shape, x.dtype), numbers),
     )
+
+
+def eight_bits(
+    params: dict, chip: Generation, image: int, text: int
+) -> tuple[float, float]:
+    """FLOPs of one image's products of eight bits, and their FLOP/s."""
+    kernels = lora.kernels(params)
+    dynamic = {k: x for k, x in kernels.items() if isinstance(x, weights.Dynamic)}
+    if not dynamic:
+        return 0.0, math.inf
+    tokens = {True: image, False: text}
+    flops = sum(2.0 * x.q.size * tokens["image" in k] for k, x in dynamic.items())
+    int8 = isinstance(next(iter(dynamic.values())), weights.Int8)
+    return flops, chip.eight_bits("s8" if int8 else "f8e4m3fn")
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
