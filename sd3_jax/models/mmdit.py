@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -10,13 +11,14 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
 from sd3_jax.distributed import mesh_context
-from sd3_jax.models import flops
+from sd3_jax.models import flops, step_cache
 from sd3_jax.models.attention.attention import attention, joint_attention, shares
 from sd3_jax.models.attention.self_only import self_only_attention
 from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
 from sd3_jax.models.scan import OBSERVED, stacked
+from sd3_jax.models.step_cache import Cache
 
 # What a skipped layer leaves out: all of it (skip-layer guidance), or the attention
 # among image tokens (PAG).
@@ -47,22 +49,49 @@ class MMDiT(TokenDenoiser):
         skip: Sequence[int] = (),
         skipped: str = "block",
         place: Int[Array, "b 2"] | None = None,
+        cache: Cache | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
         one only with `residual_last`. Blocks in `skip` leave out `skipped`, one of
         SKIPPED. `place` is the top left of each image on the position table, in tokens;
-        by default images lie at its centre.
+        by default images lie at its centre. A `cache` takes the place of blocks in some
+        steps, without residuals and `skip` (step_cache.py).
         """
         # --- embed the image, the text, and time with the pooled text
         x = self.image_tokens(xt, place)  # (b, n, d)
         text = self.text_tokens(context)
         c = self.condition(t, pooled)
 
-        # --- joint blocks: those with dual attention, the others, the last one
+        # --- joint blocks
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
+        changes = dict(residuals=residuals, residual_last=residual_last)
+        if cache is None:
+            x = self.run_blocks(streams, c, skip=skip, skipped=skipped, **changes)
+        else:
+            # After the first block, if the method runs it, the others run without it.
+            left_out = (0,) if cache.method.first_block else ()
+            first = lambda streams: self.first_block(streams, c)
+            rest = lambda module, streams: module.run_blocks(streams, c, skip=left_out)
+            x = step_cache.around(self, cache, streams, first, rest)
+
+        # --- final layer
+        return self.final_layer(x, c, *xt.shape[1:3])
+
+    def run_blocks(
+        self,
+        streams: Sequence[Float[Array, "b _ d"]],
+        c: Float[Array, "b d"],
+        *,
+        residuals: Float[Array, "r b n d"] | None = None,
+        residual_last: bool = False,
+        skip: Sequence[int] = (),
+        skipped: str = "block",
+    ) -> Float[Array, "b n d"]:
+        """The image tokens after all blocks: those with dual attention, the others, the
+        last one. The options are those of `velocity`."""
         last, dual = self.depth - 1, self.dual_blocks
         for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
             options = dict(dual=name == "dual_blocks")
@@ -76,9 +105,19 @@ class MMDiT(TokenDenoiser):
         # diffusers adds no residual after the last block, the released code does.
         if residual_last and residuals is not None:
             x = x + residuals[-1].astype(x.dtype)
+        return x
 
-        # --- final layer
-        return self.final_layer(x, c, *xt.shape[1:3])
+    def first_block(
+        self, streams: Sequence[Float[Array, "b _ d"]], c: Float[Array, "b d"]
+    ) -> Sequence[Float[Array, "b _ d"]]:
+        """The streams after the first of several blocks, which is one of a scan."""
+        name = "dual_blocks" if self.dual_blocks else "blocks"
+        # Outside of the scan, and so with its layer of the stacked weights. A second
+        # submodule of the same name is not allowed: this one has no parent.
+        params = jax.tree.map(lambda x: x[0], self.variables["params"][name])
+        block = self.joint_block(name, dual=name == "dual_blocks", parent=None)
+        run = lambda block: block(streams, block.modulations(c))
+        return nn.apply(run, block)({"params": params})
 
     def flops(self, *, height: int, width: int, text: int, text_dim: int) -> float:
         d, n = self.width, flops.tokens(self, height, width)

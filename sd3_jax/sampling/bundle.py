@@ -236,6 +236,13 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         prints = self._memo["fingerprints"]
         return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
 
+    def unadapted_fingerprint(self, part: str) -> str:
+        """The fingerprint of one part's weights, whatever adapters are beside them."""
+        key = f"fingerprint of {part}"
+        if key not in self._memo:
+            self._memo[key] = tree.fingerprint(self.variables[part])
+        return self._memo[key]
+
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""
         if "fingerprint" not in self._memo:

@@ -12,6 +12,7 @@ from sd3_jax.diffusion import solvers
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, arguments, compiled, seeds
 from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.cache_arguments import StepCache
 from sd3_jax.sampling.guidance_arguments import Guidance
 from sd3_jax.sampling.images import input_images
 from sd3_jax.sampling.text.prompts import Conditioning
@@ -101,6 +102,7 @@ def plan(
     preview: Callable | None,
     *,
     all_latents: bool,
+    cache: StepCache | None = None,
 ) -> compiled.Plan:
     """What a program is compiled for."""
     return compiled.Plan(
@@ -111,6 +113,7 @@ def plan(
         preview=preview,
         factor=bundle.factor,
         trajectory=len(times) - 1 if all_latents else None,
+        cache=None if cache is None else cache.method,
         **steering.plan(),
     )
 
@@ -122,6 +125,8 @@ def inputs(
     cond: Conditioning,
     uncond: Conditioning,
     start: Start,
+    *,
+    cache: StepCache | None = None,
 ) -> compiled.Inputs:
     """What a program reads: numbers and arrays, which compile nothing."""
     # Noise that the caller gives needs no key, unless the solver draws more of it.
@@ -135,4 +140,5 @@ def inputs(
         noise=start.noise,
         x0=start.x0,
         mask=start.mask,
+        cache=None if cache is None else cache.schedule(len(times) - 1),
     )

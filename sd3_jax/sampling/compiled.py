@@ -21,10 +21,12 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
+from sd3_jax.models import step_cache
 from sd3_jax.params import adapters
+from sd3_jax.sampling.cached_network import remembering
 from sd3_jax.sampling.control import acting_nets, controlled
 from sd3_jax.sampling.control import residuals as residuals_of
-from sd3_jax.sampling.generate import generate
+from sd3_jax.sampling.generate import generate_with_state
 from sd3_jax.sampling.text import prompts
 from sd3_jax.sampling.text.prompts import Conditioning
 
@@ -164,6 +166,7 @@ class Plan(NamedTuple):
     method: str = "cfg"  # a key of guidance_methods.METHODS
     skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
     weak: nn.Module | None = None  # the worse denoiser of autoguidance
+    cache: step_cache.Method | None = None
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -189,6 +192,7 @@ class Inputs(NamedTuple):
     solver: Scalar | None = None
     options: dict[str, Scalar] | None = None  # the numbers of the guidance's method
     scales: Array | np.ndarray | None = None  # of guidance, at each time of the grid
+    cache: step_cache.Schedule | None = None
 
 
 def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[str, Any]:
@@ -225,6 +229,26 @@ def sample(
     With plan.trajectory they are (steps + 1, b, h, w, c).
     `weak_variables` are those of plan.weak.
     """
+    return _sampled(plan, variables, inputs, nets, controls, weak_variables)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def sample_cached(
+    plan: Plan, variables: dict | adapters.Adapted, inputs: Inputs
+) -> tuple[Array, step_cache.Record]:
+    """The latents of a plan with a cache, and which steps were computed."""
+    latents, state = _sampled(plan, variables, inputs, (), (), None)
+    return latents, step_cache.Record(state.computed, state.measures)
+
+
+def _sampled(
+    plan: Plan,
+    variables: dict | adapters.Adapted,
+    inputs: Inputs,
+    nets: Sequence[nn.Module],
+    controls: Sequence[tuple],
+    weak_variables: dict | adapters.Adapted | None,
+) -> tuple[Array, step_cache.State | None]:
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
     # it. So are the layers that are left out: the denoiser makes a constant mask of
@@ -250,8 +274,12 @@ def sample(
     if plan.skip_layers:
         worse = controlled(denoiser, (), skip=plan.skip_layers, skipped=plan.skipped)
         weakened = guidance.Weakened(worse, inputs.skip_scale, inputs.skip_window)
-    return generate(
-        controlled(denoiser, acting),
+    network = controlled(denoiser, acting)
+    if plan.cache is not None:
+        cache = step_cache.Cache(plan.cache, inputs.cache)
+        network = remembering(plan.denoiser, variables, cache)
+    return generate_with_state(
+        network,
         inputs.keys,
         inputs.cond,
         inputs.uncond,
