@@ -172,11 +172,7 @@ def generate(
     if guide is not None:
         guidance_arguments.require_guide(bundle, guide)
     skipping = cache_arguments.checked(
-        bundle.part("denoiser"),
-        cache,
-        cache_options,
-        cache_calibration,
-        fingerprint=lambda: bundle.unadapted_fingerprint("denoiser"),
+        bundle.part("denoiser").depth, cache, cache_options, cache_calibration
     )
     strength = argument_checks.number("strength", strength, 0, 1)
     images_per_prompt = argument_checks.whole(
@@ -223,6 +219,7 @@ def generate(
     control = control_arguments.accepted(control, solver)
     if skipping is not None:
         skipping.require_fit(steering, solver, control=bool(control))
+        skipping.require_model(lambda: bundle.unadapted_fingerprint("denoiser"))
     if image is not None:
         # Cut before the rows are made: ControlNets' windows are shares of the steps
         # that are left.

@@ -66,8 +66,8 @@ def guided(
     2024; `rescale` is that of match_std. `weakened` adds its scale times (v_c - v_weak)
     in its window. cfg_zero and cfg_pp read the solver's `grid`. The result of a method
     with a state, or of a velocity that is Remembering, is a Carried, whose state is
-    (the method's, the network's). Raises ConfigError for options out of range, unless they
-    are arrays.
+    (the method's, the network's). Raises ConfigError for options out of range, unless
+    they are arrays.
     """
     # Traced options are checked before they are traced, by the caller.
     plain = not isinstance(scale, Array | Schedule)

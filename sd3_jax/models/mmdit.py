@@ -80,6 +80,7 @@ class MMDiT(TokenDenoiser):
         # --- final layer
         return self.final_layer(x, c, *xt.shape[1:3])
 
+    @nn.nowrap  # profiles name the blocks by `velocity` alone
     def run_blocks(
         self,
         streams: Sequence[Float[Array, "b _ d"]],
@@ -107,6 +108,7 @@ class MMDiT(TokenDenoiser):
             x = x + residuals[-1].astype(x.dtype)
         return x
 
+    @nn.nowrap
     def first_block(
         self, streams: Sequence[Float[Array, "b _ d"]], c: Float[Array, "b d"]
     ) -> Sequence[Float[Array, "b _ d"]]:

@@ -1,7 +1,7 @@
 """Step caching: what blocks add to the image tokens, kept from one step to the next.
 
 A step that is not computed adds what earlier steps let expect instead of running the
-blocks. diffusers has the same methods as hooks: first_block_cache.py (of ParaAttention),
+blocks. diffusers has the same methods as hooks: first_block_cache.py (ParaAttention's),
 mag_cache.py (Ma et al. 2025) and taylorseer_cache.py (Liu et al. 2025).
 """
 
@@ -28,7 +28,7 @@ class Method(NamedTuple):
     name: str
     first_block: bool = False
     order: int = 0
-    measures: bool = False  # whether State.measures gets the ratios of magnitudes
+    measures: bool = False  # whether State.measures are ratios of magnitudes
 
 
 METHODS = {
@@ -69,7 +69,11 @@ class State(NamedTuple):
 
 
 class Record(NamedTuple):
-    """Of a run's steps: whether their blocks were computed, and what was measured."""
+    """Of a run's steps: whether their blocks were computed, and what was measured.
+
+    `measures` are the first block's relative change for first_block, and the ratio of
+    magnitudes for a calibration.
+    """
 
     computed: Bool[Array, " n"]
     measures: Float[Array, " n"]
@@ -123,11 +127,13 @@ def around(
     """
     method, schedule = cache
     state = module.get_variable(COLLECTION, NAME)
-    must, added = schedule.must[state.step] | (state.updates == 0), None
+    must = schedule.must[state.step] | (state.updates == 0)
+    added, measure = None, jnp.float32(1)
     if method.first_block:
         before, streams = streams[0], first(streams)
         added = streams[0] - before
-        must |= relative_change(added, state.first) > schedule.threshold
+        measure = relative_change(added, state.first)
+        must |= measure > schedule.threshold
     x = streams[0]
 
     def compute(module, streams, state):
@@ -141,15 +147,14 @@ def around(
     # A branch that does not run costs nothing. Its predicate is one number for the
     # whole batch, from sums over all devices, so that they take the same branch.
     y, changed = nn.cond(must, compute, reuse, module, streams, state)
-    measures = state.measures
     if method.measures:
-        ratio = magnitude_ratio(changed.terms[0], state.terms[0])
-        ratio = jnp.where(state.updates > 0, ratio, 1.0)
-        measures = measures.at[state.step].set(ratio)
+        measure = magnitude_ratio(changed.terms[0], state.terms[0])
+    # Of the first step there is nothing to compare with.
+    measure = jnp.where(state.updates > 0, measure, 1.0)
     changed = changed._replace(
         step=state.step + 1,
         computed=state.computed.at[state.step].set(must),
-        measures=measures,
+        measures=state.measures.at[state.step].set(measure),
     )
     module.put_variable(COLLECTION, NAME, changed)
     return y

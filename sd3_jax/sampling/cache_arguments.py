@@ -1,28 +1,29 @@
 """A caller's step cache, checked and turned into what a program takes."""
 
+import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
-from flax import linen as nn
 from jaxtyping import Bool
 
 from sd3_jax.diffusion import cache_schedules
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
 from sd3_jax.models import step_cache
-from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import argument_checks, arguments, cache_calibration, compiled
 from sd3_jax.sampling.cache_calibration import Calibration
 from sd3_jax.sampling.guidance_arguments import Guidance
+
+log = logging.getLogger(__name__)
 
 
 class Option(NamedTuple):
     """A number of a method: its default, which is diffusers', and its range."""
 
-    default: float
-    low: float
-    high: float
+    default: float | int
+    low: float | int
+    high: float | int
     kind: type = float
 
 
@@ -54,7 +55,7 @@ class StepCache(NamedTuple):
     """A method of step_cache.METHODS with its numbers, for one call."""
 
     method: step_cache.Method
-    numbers: Mapping[str, float] = {}
+    numbers: Mapping[str, float | int] = {}
     calibration: Calibration | None = None
 
     def require_fit(
@@ -81,11 +82,17 @@ class StepCache(NamedTuple):
                 " cache skips; leave out either"
             )
 
+    def require_model(self, fingerprint: Callable[[], str]) -> None:
+        """UserError if the calibration is of other weights than these."""
+        # Fingerprints read all weights, so only a calibration asks for them.
+        if self.calibration is not None:
+            self.calibration.require_model(fingerprint())
+
     def schedule(self, steps: int) -> step_cache.Schedule:
         """What a program of so many steps reads, padded as its grid is."""
         # One entry more than steps, as the grid has, and so padded to its length.
-        must = np.append(self.computed(steps), True)
-        padded = compiled.padded(must, np.float32(1)) > 0
+        must = np.append(self.computed(steps), True).astype(np.float32)
+        padded = compiled.padded(must, 1.0) > 0
         threshold = self.numbers.get("threshold", 0) if self.method.first_block else 0
         # The other methods' schedules hold all: no change has a step computed.
         return step_cache.Schedule(padded, np.float32(threshold))
@@ -116,17 +123,13 @@ class StepCache(NamedTuple):
 
 
 def checked(
-    denoiser: nn.Module,
-    cache: Any,
+    depth: int,
+    cache: Any = None,
     options: Any = None,
     calibration: Any = None,
-    *,
-    fingerprint: Callable[[], str],
 ) -> StepCache | None:
-    """The cache of a call, None for none; UserError for what it cannot be.
-
-    fingerprint() is that of the denoiser's weights, with which a calibration is made.
-    """
+    """The cache of a call for a denoiser of `depth` blocks, None for none; UserError
+    for what it cannot be."""
     if cache is None:
         unused = dict(cache_options=options, cache_calibration=calibration)
         if names := [name for name, x in unused.items() if x]:
@@ -135,11 +138,8 @@ def checked(
     if cache == step_cache.CALIBRATION.name:
         return StepCache(step_cache.CALIBRATION)
     argument_checks.choice("cache", cache, step_cache.METHODS)
-    if not isinstance(denoiser, MMDiT) or denoiser.depth < 2:
-        raise UserError(
-            f'cache "{cache}": expected an mmdit of two blocks or more, got'
-            f" {type(denoiser).__name__} of {denoiser.depth}; leave out cache"
-        )
+    if depth < 2:
+        raise UserError(f'cache "{cache}": expected two blocks or more, got {depth}')
     numbers = _numbers(cache, options)
     if calibration is not None and cache != "magcache":
         raise UserError(
@@ -150,27 +150,33 @@ def checked(
         return None
     method, curve = step_cache.METHODS[cache], None
     if cache == "magcache":
-        curve = _curve(calibration, fingerprint)
+        curve = _curve(calibration)
     if cache == "taylorseer":
         method = method._replace(order=int(numbers["order"]))
     return StepCache(method, numbers, curve)
 
 
-def _curve(calibration: Any, fingerprint: Callable[[], str]) -> Calibration:
+def log_report(record: step_cache.Record) -> None:
+    """Logs how many steps were skipped. It waits for the device."""
+    computed = np.asarray(record.computed)
+    log.info(
+        "step cache: the blocks of %d of %d steps were skipped",
+        *(len(computed) - computed.sum(), len(computed)),
+    )
+
+
+def _curve(calibration: Any) -> Calibration:
     if calibration is None:
         raise UserError(
             'cache "magcache" without cache_calibration; make one with sd3-jax'
             " calibrate, or choose first_block or taylorseer"
         )
-    where = "cache_calibration"
-    if not isinstance(calibration, Calibration):
-        where = f"{where} {shown(str(calibration))}"
-        calibration = cache_calibration.read(calibration)
-    calibration.require_model(fingerprint(), where)
-    return calibration
+    if isinstance(calibration, Calibration):
+        return calibration
+    return cache_calibration.read(calibration)
 
 
-def _numbers(cache: str, options: Any) -> dict[str, float]:
+def _numbers(cache: str, options: Any) -> dict[str, float | int]:
     """The method's numbers, with `options` in place of defaults."""
     if not isinstance(options, Mapping | None):
         raise UserError(
@@ -187,7 +193,7 @@ def _numbers(cache: str, options: Any) -> dict[str, float]:
     return {key: _number(key, x, options.get(key)) for key, x in known.items()}
 
 
-def _number(key: str, option: Option, value: Any) -> float:
+def _number(key: str, option: Option, value: Any) -> float | int:
     if value is None:
         return option.default
     label = f"cache_options {key}"

@@ -28,11 +28,11 @@ class Calibration(NamedTuple):
     ratios: Float[np.ndarray, " n"]
     about: Mapping[str, Any] = {}
 
-    def require_model(self, fingerprint: str, where: str) -> None:
+    def require_model(self, fingerprint: str) -> None:
         """UserError if the curve is that of other weights."""
         if self.model != fingerprint:
             raise UserError(
-                f"{where}: calibrated with the weights {shown(self.model)}, but these"
+                f"cache_calibration is of the weights {shown(self.model)}, but these"
                 f" are {fingerprint}; {REMEDY}, in the dtype that you sample with"
             )
 

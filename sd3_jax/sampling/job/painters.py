@@ -1,6 +1,5 @@
 """What paints the pictures of the job `sample`: a run's checkpoint, or a release."""
 
-import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
@@ -15,8 +14,10 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
+from sd3_jax.sampling.cache_arguments import log_report
 from sd3_jax.sampling.job import released_sampler, task_arguments
 from sd3_jax.sampling.job.prompt_file import Task
+from sd3_jax.sampling.job.released_sampler import Report
 from sd3_jax.sampling.job.sampler import TrainedSampler
 
 log = logging.getLogger(__name__)
@@ -37,12 +38,17 @@ class Painter(NamedTuple):
     nets: Mapping[str, str] = MappingProxyType({})
     unfit: Mapping[int, str] = MappingProxyType({})
     cuts: Sequence[Mapping[str, str]] = ()
+    denoiser: Callable[[], str] = str  # the fingerprint of a calibration
 
 
 def trained(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    report: Report = log_report,
 ) -> Painter:
-    """The newest checkpoint as a Painter."""
+    """The newest checkpoint as a Painter; `report` gets a step cache's record."""
     if config.text.name == "bytes":
         warn_of_cut_prompts(tasks, config.text.length)
         # Its import takes seconds, which are no pace of the first batch.
@@ -67,7 +73,7 @@ def trained(
         if group not in samplers:
             config = rows[0].config
             samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder, guide
+                config, model_parts.build_parts(config), mesh, encoder, guide, report
             )
         captions = [task.caption for task in rows]
         numbers = [task.number for task in rows]
@@ -77,11 +83,17 @@ def trained(
             return None, dict.fromkeys(range(len(rows)), str(error))
 
     # Each sampler compiles a program of its own.
-    return Painter(paint, facts, lambda task: task.group)
+    program = lambda task: task.group
+    denoiser = lambda: tree.fingerprint(params["denoiser"])
+    return Painter(paint, facts, program, denoiser=denoiser)
 
 
 def released(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    report: Report = log_report,
 ) -> Painter:
     """config.weights as a Painter, with the ControlNets that tasks name."""
     groups = {task.group: task.settings for task in tasks}
@@ -110,11 +122,14 @@ def released(
     guide = released_sampler.load_guide(config, mesh)
     if guide is not None:
         facts["guide"] = guide.fingerprint()
-    paint = functools.partial(released_sampler.sample_lines, bundle, nets, guide)
+    paint = lambda rows: released_sampler.sample_lines(
+        bundle, nets, guide, rows, report
+    )
     prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
     program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
-    return Painter(paint, facts, program, prints, unfit | without_net, cuts)
+    denoiser = lambda: bundle.unadapted_fingerprint("denoiser")
+    return Painter(paint, facts, program, prints, unfit | without_net, cuts, denoiser)
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
