@@ -42,7 +42,7 @@ def mean(model: str, curves: Sequence[Float[np.ndarray, " n"]], **about) -> Cali
     return Calibration(model, np.mean(curves, axis=0, dtype=np.float32), about)
 
 
-def write(path: epath.Path, calibration: Calibration) -> None:
+def write(path: epath.PathLike, calibration: Calibration) -> None:
     record = {"format": FORMAT, "model": calibration.model, **calibration.about}
     record["ratios"] = [round(float(x), 6) for x in calibration.ratios]
     text = json.dumps(record, indent=1) + "\n"
