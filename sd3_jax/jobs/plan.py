@@ -15,7 +15,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import compiled
-from sd3_jax.sampling.job import sampler
+from sd3_jax.sampling.job import row_batches
 from sd3_jax.tools.plan import (
     aot,
     bounds,
@@ -283,7 +283,7 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
-    images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
+    images = row_batches.batch_size(most, most, mesh)  # as `sample` fills its batches
     with compiled.on(mesh):
         return [
             planned(config, tpu_slice, mesh, case, workdir)

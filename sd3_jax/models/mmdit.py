@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -18,7 +17,6 @@ from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
 from sd3_jax.models.layers import Mlp, Modulation, cut, layer_norm, modulate, whole
 from sd3_jax.models.scan import OBSERVED, stacked
-from sd3_jax.models.step_cache import Cache
 
 # What a skipped layer leaves out: all of it (skip-layer guidance), or the attention
 # among image tokens (PAG).
@@ -49,77 +47,45 @@ class MMDiT(TokenDenoiser):
         skip: Sequence[int] = (),
         skipped: str = "block",
         place: Int[Array, "b 2"] | None = None,
-        cache: Cache | None = None,
+        cache: step_cache.Cache | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
         one only with `residual_last`. Blocks in `skip` leave out `skipped`, one of
         SKIPPED. `place` is the top left of each image on the position table, in tokens;
-        by default images lie at its centre. A `cache` takes the place of blocks in some
-        steps, without residuals and `skip` (step_cache.py).
+        by default images lie at its centre. With a `cache` some steps run no blocks.
         """
         # --- embed the image, the text, and time with the pooled text
         x = self.image_tokens(xt, place)  # (b, n, d)
         text = self.text_tokens(context)
         c = self.condition(t, pooled)
 
-        # --- joint blocks
+        # --- joint blocks: those with dual attention, the others, the last one
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
-        changes = dict(residuals=residuals, residual_last=residual_last)
-        if cache is None:
-            x = self.run_blocks(streams, c, skip=skip, skipped=skipped, **changes)
-        else:
-            # After the first block, if the method runs it, the others run without it.
-            left_out = (0,) if cache.method.first_block else ()
-            first = lambda streams: self.first_block(streams, c)
-            rest = lambda module, streams: module.run_blocks(streams, c, skip=left_out)
-            x = step_cache.around(self, cache, streams, first, rest)
+        last, dual = self.depth - 1, self.dual_blocks
+        stacks = ("dual_blocks", range(dual)), ("blocks", range(dual, last))
+
+        def blocks(module, streams, skip=skip):
+            for name, layers in stacks:
+                options = dict(dual=name == "dual_blocks")
+                run = module.stack(layers, name, skip, skipped, **options)
+                streams = run(streams, c, residuals)
+            # The last block has fewer weights (its text stream ends), so it is no layer
+            # of the scan.
+            block = module.joint_block("last_block", pre_only=True)
+            left_out = skipped if last in skip else ""
+            x = block(streams, block.modulations(c), skipped=left_out)[0]
+            # diffusers adds no residual after the last block, the released code does.
+            if residual_last and residuals is not None:
+                x = x + residuals[-1].astype(x.dtype)
+            return x
+
+        x = step_cache.around(self, cache, streams, c, blocks)
 
         # --- final layer
         return self.final_layer(x, c, *xt.shape[1:3])
-
-    @nn.nowrap  # profiles name the blocks by `velocity` alone
-    def run_blocks(
-        self,
-        streams: Sequence[Float[Array, "b _ d"]],
-        c: Float[Array, "b d"],
-        *,
-        residuals: Float[Array, "r b n d"] | None = None,
-        residual_last: bool = False,
-        skip: Sequence[int] = (),
-        skipped: str = "block",
-    ) -> Float[Array, "b n d"]:
-        """The image tokens after all blocks: those with dual attention, the others, the
-        last one. The options are those of `velocity`."""
-        last, dual = self.depth - 1, self.dual_blocks
-        for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
-            options = dict(dual=name == "dual_blocks")
-            blocks = self.stack(layers, name, skip, skipped, **options)
-            streams = blocks(streams, c, residuals)
-        # The last block has fewer weights (its text stream ends), so it is no layer of
-        # the scan.
-        block = self.joint_block("last_block", pre_only=True)
-        left_out = skipped if last in skip else ""
-        x = block(streams, block.modulations(c), skipped=left_out)[0]
-        # diffusers adds no residual after the last block, the released code does.
-        if residual_last and residuals is not None:
-            x = x + residuals[-1].astype(x.dtype)
-        return x
-
-    @nn.nowrap
-    def first_block(
-        self, streams: Sequence[Float[Array, "b _ d"]], c: Float[Array, "b d"]
-    ) -> Sequence[Float[Array, "b _ d"]]:
-        """The streams after the first of several blocks, which is one of a scan."""
-        name = "dual_blocks" if self.dual_blocks else "blocks"
-        # Outside of the scan, and so with its layer of the stacked weights. A second
-        # submodule of the same name is not allowed: this one has no parent.
-        params = jax.tree.map(lambda x: x[0], self.variables["params"][name])
-        block = self.joint_block(name, dual=name == "dual_blocks", parent=None)
-        run = lambda block: block(streams, block.modulations(c))
-        return nn.apply(run, block)({"params": params})
 
     def flops(self, *, height: int, width: int, text: int, text_dim: int) -> float:
         d, n = self.width, flops.tokens(self, height, width)

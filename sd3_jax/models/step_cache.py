@@ -7,8 +7,9 @@ mag_cache.py (Ma et al. 2025) and taylorseer_cache.py (Liu et al. 2025).
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -113,31 +114,33 @@ class Cache(NamedTuple):
 
 def around(
     module: nn.Module,
-    cache: Cache,
+    cache: Cache | None,
     streams: Sequence[Float[Array, "b _ d"]],
-    first: Callable[..., Sequence[Array]],
+    c: Float[Array, "b d"],
     blocks: Callable[..., Array],
 ) -> Float[Array, "b n d"]:
-    """The image tokens after all blocks, computed or predicted.
+    """The image tokens after all blocks of an MMDiT, computed or predicted.
 
-    streams[0] are the image tokens before them. first(streams) are the streams after
-    the first block, blocks(module, streams) the image tokens after those that follow,
-    or after all of them where the method has no first block. The State is the module's
-    variable NAME of COLLECTION.
+    streams[0] are the image tokens before them, `c` the condition.
+    blocks(module, streams) are the image tokens after them, without the blocks `skip`
+    if it is given. The State is the module's variable NAME of COLLECTION.
     """
+    if cache is None:
+        return blocks(module, streams)
     method, schedule = cache
     state = module.get_variable(COLLECTION, NAME)
     must = schedule.must[state.step] | (state.updates == 0)
     added, measure = None, jnp.float32(1)
     if method.first_block:
-        before, streams = streams[0], first(streams)
+        before, streams = streams[0], _first_block(module, streams, c)
         added = streams[0] - before
         measure = relative_change(added, state.first)
         must |= measure > schedule.threshold
     x = streams[0]
 
     def compute(module, streams, state):
-        y = blocks(module, streams)
+        left_out = (0,) if method.first_block else ()
+        y = blocks(module, streams, skip=left_out)
         state = _updated(state, y - x)
         return y, state if added is None else state._replace(first=added)
 
@@ -158,6 +161,17 @@ def around(
     )
     module.put_variable(COLLECTION, NAME, changed)
     return y
+
+
+def _first_block(module: Any, streams: Sequence[Array], c: Array) -> Sequence[Array]:
+    """The streams after the first of several blocks, which is a layer of a scan."""
+    # Outside of the scan, with its layer of the stacked weights. flax allows no second
+    # submodule of the same name: this one has no parent.
+    name = "dual_blocks" if module.dual_blocks else "blocks"
+    params = jax.tree.map(lambda x: x[0], module.variables["params"][name])
+    block = module.joint_block(name, dual=name == "dual_blocks", parent=None)
+    run = lambda block: block(streams, block.modulations(c))
+    return nn.apply(run, block)({"params": params})
 
 
 def relative_change(x: Float[Array, "b n d"], before: Float[Array, "b n d"]) -> Array:

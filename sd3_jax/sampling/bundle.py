@@ -13,7 +13,12 @@ from jaxtyping import Float
 from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, compiled, control_arguments
+from sd3_jax.sampling import (
+    argument_checks,
+    compiled,
+    control_arguments,
+    evaluation_programs,
+)
 from sd3_jax.sampling.adapters.adapter_bank import Bank, Sets
 from sd3_jax.sampling.adapters.bundle_adapters import WithAdapters
 from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
@@ -144,7 +149,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         table = self.bank.table(adapters, len(args[0]), "latents")
         variables = self.adapted("denoiser", table)
         with compiled.on(self.mesh, args):
-            return compiled.velocity(
+            return evaluation_programs.velocity(
                 module,
                 variables,
                 *args,
@@ -177,7 +182,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         table = self.bank.table(adapters, len(args[0]), "latents")
         variables = self.adapted("denoiser", table)
         with compiled.on(self.mesh, args):
-            return compiled.control_residuals(nets, acting, variables, *args)
+            return evaluation_programs.control_residuals(nets, acting, variables, *args)
 
     def evaluation_arguments(self, latents, t, context, pooled) -> tuple[Array, ...]:
         """The arguments of one evaluation, checked and over the mesh."""

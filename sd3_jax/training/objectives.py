@@ -9,8 +9,10 @@ from flax import linen as nn
 from jax import Array
 
 from sd3_jax import tree
+from sd3_jax.diffusion.carried import Remembering
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.diffusion.losses import flow_loss, loss_at
+from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import cached_network
 from sd3_jax.sampling.latents import Autoencoder
 from sd3_jax.sampling.text import prompts
@@ -37,7 +39,7 @@ class Objective(NamedTuple):
     prefer: Callable[..., tuple[Array, dict]]
     loss_at: Callable[..., Array]
     encode: Callable[[dict, dict], Conditioning]
-    velocity: Callable[[dict], Callable]
+    velocity: Callable[..., Callable | Remembering]
 
 
 def flow_matching(
@@ -88,7 +90,9 @@ def flow_matching(
         )(x, t)
 
     def remembering_velocity(params, cache):
-        network = cached_network.remembering(denoiser, variables_of(params), cache)
+        # Samplers offer a cache to an MMDiT alone.
+        mmdit = cast(MMDiT, denoiser)
+        network = cached_network.remembering(mmdit, variables_of(params), cache)
         wrapped = cached_network.with_state(formulation.velocity, network.function)
         return network._replace(function=wrapped)
 

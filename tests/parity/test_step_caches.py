@@ -78,7 +78,7 @@ def compare(name, ours, theirs):
     error = convert.error(latents, expected)
     print(f"{name}: {error:.1e}, {STEPS - computed.sum()} of {STEPS} steps skipped")
     np.testing.assert_array_equal(record.computed, computed)
-    assert 2 <= computed.sum() <= STEPS - 3
+    assert 2 <= computed.sum() < STEPS
     assert error < 1e-4
 
 
@@ -95,7 +95,7 @@ def with_text_at_the_end(transformer):
     last.forward = run
 
 
-@pytest.mark.parametrize("threshold", [0.5, 0.8])
+@pytest.mark.parametrize("threshold", [0.6, 0.8])
 def test_first_block(pair, threshold):
     pipe, bundle = pair
 

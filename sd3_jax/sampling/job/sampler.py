@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -20,7 +20,7 @@ from sd3_jax.assembly import encoder_identity, examples, model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.solvers import Grid, Integer
-from sd3_jax.distributed import sharding, watchdog
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import step_cache
 from sd3_jax.models.mmdit import MMDiT
@@ -29,6 +29,7 @@ from sd3_jax.sampling import cache_arguments, compiled, guidance_arguments
 from sd3_jax.sampling.generate import generate_with_state
 from sd3_jax.sampling.job import prompt_file
 from sd3_jax.sampling.job.released_sampler import Report, sample_tasks
+from sd3_jax.sampling.job.row_batches import in_programs
 from sd3_jax.sampling.job.task_arguments import (
     cache_options,
     guidance_options,
@@ -54,44 +55,6 @@ def sampler_for(
     if isinstance(params, bundles.Bundle):
         return functools.partial(_sample_released, config, mesh, params)
     return functools.partial(TrainedSampler(config, parts, mesh), params)
-
-
-def sample_in_batches(
-    sample: SampleCaptions, captions: Sequence[str], numbers: Sequence[int], size: int
-) -> Iterator[np.ndarray]:
-    """Yields the pictures of all captions in order, at most `size` at a time."""
-    # A set smaller than a batch is not padded to it.
-    size = min(size, len(captions))
-    for rows in padded_batches(len(captions), size):
-        images = sample([captions[i] for i in rows], [numbers[i] for i in rows])
-        yield images[: len(captions) - rows[0]]
-
-
-def batch_size(n: int, most: int, mesh: Mesh) -> int:
-    """A multiple of the batch's shards: as many as n pictures need, at most `most`, but
-    never less than a row for each shard."""
-    shards = sharding.batch_shards(mesh)
-    return min(max(shards, most // shards * shards), -(-n // shards) * shards)
-
-
-def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
-    """Indices of n rows, `size` at a time; the last batch wraps around to row 0.
-
-    A shorter last batch would be another shape, and so another compiled program.
-    """
-    for start in range(0, n, size):
-        yield np.arange(start, start + size) % n
-
-
-def in_programs(
-    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, most: int, mesh: Mesh
-) -> np.ndarray:
-    """Pictures of n rows, by a program of one batch size that is called in turn."""
-    done = []
-    for rows in padded_batches(n, batch_size(n, most, mesh)):
-        watchdog.expect("a batch of pictures", watchdog.LONG)
-        done.append(sample_rows(rows))
-    return np.concatenate(done)[:n]  # without the rows that wrapped around
 
 
 def _sample_released(
