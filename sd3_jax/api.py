@@ -16,9 +16,12 @@ from jax import Array
 from jaxtyping import Float
 
 from sd3_jax.diffusion import grids
+from sd3_jax.models import step_cache
+from sd3_jax.models.step_cache import Record
 from sd3_jax.sampling import (
     argument_checks,
     arguments,
+    cache_arguments,
     call_arrays,
     compiled,
     control_arguments,
@@ -83,6 +86,10 @@ def generate(
     preview: Callable[[int, float, np.ndarray], None] | None = None,
     preview_decoder: Bundle | None = None,
     progress: bool = False,
+    cache: str | None = None,
+    cache_options: Mapping[str, Any] | None = None,
+    cache_calibration: Any = None,
+    cache_report: Callable[[Record], None] | None = None,
     output: str = "images",
     return_latents: str = "last",
 ) -> Float[Array, "*n b _ _ _"]:
@@ -141,6 +148,13 @@ def generate(
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
 
+    `cache` leaves out the network's blocks in some steps: "first_block", "magcache" or
+    "taylorseer" (models/step_cache.py), with numbers from `cache_options`, which are
+    data but for the "order" of taylorseer. "magcache" needs a `cache_calibration`, the
+    file that sd3-jax calibrate writes. With a threshold of 0, or an interval of 1,
+    there is no cache. `cache_report` gets a Record, whose `computed` (steps,) are the
+    steps that were not left out. The decision is one for all images of the call.
+
     Raises UserError for arguments of wrong types or out of range.
     """
     # --- check the arguments
@@ -160,6 +174,9 @@ def generate(
     )
     if guide is not None:
         guidance_arguments.require_guide(bundle, guide)
+    skipping = cache_arguments.checked(
+        bundle.part("denoiser").depth, cache, cache_options, cache_calibration
+    )
     strength = argument_checks.number("strength", strength, 0, 1)
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
@@ -204,6 +221,9 @@ def generate(
     )
     steering.require_solver(solver)
     control = control_arguments.accepted(control, solver)
+    if skipping is not None:
+        skipping.require_fit(steering, solver, control=bool(control))
+        skipping.require_model(lambda: bundle.unadapted_fingerprint("denoiser"))
     if image is not None:
         # Cut before the rows are made: ControlNets' windows are shares of the steps
         # that are left.
@@ -242,26 +262,37 @@ def generate(
 
     # --- run: the Plan is what compiles, the Inputs are its data
     plan = call_arrays.plan(
-        bundle, steering, solver, shape, times, preview, all_latents=all_latents
+        bundle,
+        steering,
+        solver,
+        shape,
+        times,
+        preview,
+        all_latents=all_latents,
+        cache=skipping,
+    )
+    inputs = call_arrays.inputs(
+        steering, solver, times, cond, uncond, start, cache=skipping
     )
     plan, previewer = preview_arguments.with_decoder(plan, preview_decoder)
-    inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
     # The plan is static and the adapted variables lie on the mesh already.
     place = lambda x: compiled.place(x, mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
     with compiled.on(mesh), bar:
         weights = bundle.adapted("denoiser", table), acting
-        variables, acting = bundle.on_devices(weights)
-        sampled = compiled.sample(
-            plan,
-            variables,
-            place(inputs),
-            nets,
-            place(acting),
-            steering.weak_variables(),
-            previewer,
-        )
+        denoiser, acting = bundle.on_devices(weights)
+        if skipping is None:
+            rest = nets, place(acting), steering.weak_variables(), previewer
+            sampled = compiled.sample(plan, denoiser, place(inputs), *rest)
+            record = step_cache.all_computed(len(times) - 1)
+        else:
+            sampled, record = compiled.sample_cached(
+                plan, denoiser, place(inputs), previewer
+            )
+            record = record.of_steps(len(times) - 1)
         sampled = bundle.finished(sampled)
+    if cache_report is not None:
+        cache_report(record)
     if output == "latents":
         return sampled
     images = bundle.decode(sampled)

@@ -36,6 +36,8 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("tune.beta", "tune.weight"), "tune.objective", lambda x: x == "dpo"),
     (("profile.steps",), "profile.start", lambda x: x > 0),
     (("precompute.only",), "image.autoencoder", lambda x: x == "latents"),
+    (("sample.cache_options",), "sample.cache", bool),
+    (("sample.cache_calibration",), "sample.cache", lambda x: x == "magcache"),
     (
         ("sample.skip_scale", "sample.skip_start", "sample.skip_stop"),
         *("sample.skip_layers", bool),

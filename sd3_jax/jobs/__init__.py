@@ -29,6 +29,7 @@ EDITED = tuple(f"sample.{name}" for name in released_keys.EDITED)
 WRITTEN = tuple(
     f"sample.{name}" for name in "filter watermark from format quality".split()
 )
+CACHE = ("sample.cache", "sample.cache_options", "sample.cache_calibration")
 SCORED = WRITTEN + ("sample.prompt", "sample.prompts_file", "sample.per_prompt")
 RELEASED = tuple(f"sample.{name}" for name in released_keys.RELEASED)
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
@@ -52,6 +53,17 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         example="sd3-jax sample --config=configs/quickstart.py"
         " --workdir=runs/quickstart \\\n"
         '    --config.sample.prompt="a blue four"',
+    ),
+    "calibrate": Job(
+        "measure the curve of a model that the step cache magcache reads",
+        groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")
+        + ("train.prompts", "sample", "quantize"),
+        unread=WRITTEN + CACHE,
+        about="It paints the prompts as sample does, without a cache, and writes the"
+        " ratios of magnitudes to WORKDIR/calibration.json. The weights come from"
+        " WORKDIR's checkpoint, or from config.weights.",
+        example="sd3-jax calibrate --config=released --workdir=runs/calibration \\\n"
+        "    --config.weights=PATH --config.sample.prompts_file=FILE",
     ),
     "evaluate": Job(
         "score a checkpoint or released weights",

@@ -15,7 +15,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import compiled
-from sd3_jax.sampling.job import sampler
+from sd3_jax.sampling.job import row_batches
 from sd3_jax.tools.plan import (
     aot,
     bounds,
@@ -294,7 +294,7 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
     # As `sample` fills its batches.
-    images = sampler.batch_size(most, most, mesh, spread=True)
+    images = row_batches.batch_size(most, most, mesh, spread=True)
     with compiled.on(mesh):
         cases = [*sampling_programs.cases(config, tpu_slice, mesh, images)]
         rows = [planned(config, tpu_slice, mesh, case, workdir) for case in cases]

@@ -9,7 +9,7 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from sd3_jax.models import flops
+from sd3_jax.models import flops, step_cache
 from sd3_jax.models.attention.attention import shares
 from sd3_jax.models.attention.self_only import self_only_attention
 from sd3_jax.models.denoiser import TokenDenoiser
@@ -46,13 +46,14 @@ class MMDiT(TokenDenoiser):
         skip: Sequence[int] = (),
         skipped: str = "block",
         place: Int[Array, "b 2"] | None = None,
+        cache: step_cache.Cache | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
         one only with `residual_last`. Blocks in `skip` leave out `skipped`, one of
         SKIPPED. `place` is the top left of each image on the position table, in tokens;
-        by default images lie at its centre.
+        by default images lie at its centre. With a `cache` some steps run no blocks.
         """
         # --- embed the image, the text, and time with the pooled text
         x = self.image_tokens(xt, place)  # (b, n, d)
@@ -63,18 +64,24 @@ class MMDiT(TokenDenoiser):
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
         last, dual = self.depth - 1, self.dual_blocks
-        for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
-            options = dict(dual=name == "dual_blocks")
-            blocks = self.stack(layers, name, skip, skipped, **options)
-            streams = blocks(streams, c, residuals)
-        # The last block has fewer weights (its text stream ends), so it is no layer of
-        # the scan.
-        block = self.joint_block("last_block", pre_only=True)
-        left_out = skipped if last in skip else ""
-        x = block(streams, block.modulations(c), skipped=left_out)[0]
-        # diffusers adds no residual after the last block, the released code does.
-        if residual_last and residuals is not None:
-            x = x + residuals[-1].astype(x.dtype)
+        stacks = ("dual_blocks", range(dual)), ("blocks", range(dual, last))
+
+        def blocks(module, streams, skip=skip):
+            for name, layers in stacks:
+                options = dict(dual=name == "dual_blocks")
+                run = module.stack(layers, name, skip, skipped, **options)
+                streams = run(streams, c, residuals)
+            # The last block has fewer weights (its text stream ends), so it is no layer
+            # of the scan.
+            block = module.joint_block("last_block", pre_only=True)
+            left_out = skipped if last in skip else ""
+            x = block(streams, block.modulations(c), skipped=left_out)[0]
+            # diffusers adds no residual after the last block, the released code does.
+            if residual_last and residuals is not None:
+                x = x + residuals[-1].astype(x.dtype)
+            return x
+
+        x = step_cache.around(self, cache, streams, c, blocks)
 
         # --- final layer
         return self.final_layer(x, c, *xt.shape[1:3])

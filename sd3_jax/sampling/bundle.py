@@ -14,7 +14,12 @@ from jaxtyping import Float
 from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, compiled, control_arguments
+from sd3_jax.sampling import (
+    argument_checks,
+    compiled,
+    control_arguments,
+    evaluation_programs,
+)
 from sd3_jax.sampling.adapters.adapter_bank import Bank, Sets
 from sd3_jax.sampling.adapters.bundle_adapters import WithAdapters
 from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
@@ -154,7 +159,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         weights = self.adapted("denoiser", table), acting
         with compiled.on(self.mesh, args):
             variables, acting = self.on_devices(weights)
-            v = compiled.velocity(
+            v = evaluation_programs.velocity(
                 module,
                 variables,
                 *args,
@@ -190,7 +195,9 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         with compiled.on(self.mesh, args):
             variables, acting = self.on_devices(weights)
             acting = compiled.place(acting, self.mesh)
-            residuals = compiled.control_residuals(nets, acting, variables, *args)
+            residuals = evaluation_programs.control_residuals(
+                nets, acting, variables, *args
+            )
             return self.finished(residuals)
 
     def on_devices(self, arguments: Any, *, room: float | None = None) -> Any:
@@ -264,6 +271,13 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             self._memo["fingerprints"] = prints
         prints = self._memo["fingerprints"]
         return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
+
+    def unadapted_fingerprint(self, part: str) -> str:
+        """The fingerprint of one part's weights, whatever adapters are beside them."""
+        key = f"fingerprint of {part}"
+        if key not in self._memo:
+            self._memo[key] = tree.fingerprint(self.variables[part])
+        return self._memo[key]
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""

@@ -14,6 +14,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, arguments, compiled, seeds
 from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.cache_arguments import StepCache
 from sd3_jax.sampling.guidance_arguments import Guidance
 from sd3_jax.sampling.images import input_images
 from sd3_jax.sampling.text.prompts import Conditioning
@@ -110,6 +111,7 @@ def plan(
     preview: Callable | None,
     *,
     all_latents: bool,
+    cache: StepCache | None = None,
 ) -> compiled.Plan:
     """What a program is compiled for."""
     return compiled.Plan(
@@ -120,6 +122,7 @@ def plan(
         preview=preview,
         factor=bundle.factor,
         trajectory=len(times) - 1 if all_latents else None,
+        cache=None if cache is None else cache.method,
         **steering.plan(),
     )
 
@@ -131,6 +134,8 @@ def inputs(
     cond: Conditioning,
     uncond: Conditioning,
     start: Start,
+    *,
+    cache: StepCache | None = None,
 ) -> compiled.Inputs:
     """What a program reads: numbers and arrays, which compile nothing."""
     # Noise that the caller gives needs no key, unless the solver draws more of it.
@@ -144,4 +149,5 @@ def inputs(
         noise=start.noise,
         x0=start.x0,
         mask=start.mask,
+        cache=None if cache is None else cache.schedule(len(times) - 1),
     )

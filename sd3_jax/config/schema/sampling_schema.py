@@ -31,6 +31,7 @@ METHODS = (
     *("cfg", "cfg_zero", "cfg_pp", "apg", "apg_x0", "tangential", "pag"),
     "autoguidance",
 )
+CACHES = ("first_block", "magcache", "taylorseer")
 SCHEDULE = Rule(
     lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
     "constant, linear, cosine, or T:FACTOR, T:FACTOR",
@@ -104,6 +105,18 @@ SAMPLE = dict(
         FREE,
         "Weaker weights for autoguidance: a released model, or the step of an earlier"
         " checkpoint of the run; empty: none.",
+    ),
+    cache=Key(
+        "",
+        one_of("", *CACHES),
+        "Step cache, which leaves the blocks out in some steps"
+        " (docs/how-to/sample_faster.md); empty: none.",
+    ),
+    cache_options=Key(
+        "", FREE, 'Numbers of the cache, such as "threshold=0.1"; empty: usual.'
+    ),
+    cache_calibration=Key(
+        "", FREE, "File that calibrate wrote, for magcache; empty: none."
     ),
     seed=Key(
         0,

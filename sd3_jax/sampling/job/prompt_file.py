@@ -59,7 +59,7 @@ class Task(NamedTuple):
     def group(self) -> tuple:
         """What pictures of one batch have in common: all but prompt, seed and files."""
         s = self.settings
-        shared = tuple(str(s[name]) for name in SHARED)
+        shared = tuple(str(s.get(name)) for name in SHARED)
         if not s.keys() & {*CHANGED, *NESTED}:
             return shared
         # Rows may have other pictures and masks; that they have one is a shape.

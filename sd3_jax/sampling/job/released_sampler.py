@@ -15,10 +15,12 @@ from ml_collections import ConfigDict
 from sd3_jax import api, pictures
 from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, prefixed
+from sd3_jax.models.step_cache import Record
 from sd3_jax.sampling import (
     argument_checks,
     bundle,
     bundle_loading,
+    cache_arguments,
     control_arguments,
     guidance_arguments,
 )
@@ -29,6 +31,7 @@ from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
+Report = Callable[[Record], None]
 TEXT_ALONE = line_arrays.Row(None, None, (), ())  # a task without pictures
 
 
@@ -150,6 +153,11 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     steering.require_solver(solver)
     if "control" in asked:
         control_arguments.require_solver(solver)
+    if asked.get("cache"):
+        options = task_arguments.cache_options(asked)
+        caching = cache_arguments.checked(depth, *options.values())
+        if caching is not None:
+            caching.require_fit(steering, solver, control="control" in asked)
 
 
 def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
@@ -200,15 +208,19 @@ def sample_lines(
     tasks: Sequence[prompt_file.Task],
     *,
     texts: TextsAhead | None = None,
+    report: Report = cache_arguments.log_report,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
     """Pictures of tasks of one group, None if none can be painted; and why not, by row.
 
     A row that fails is painted as another one, so that the program is the same. Tasks
-    that are in `texts` have their embeddings there.
+    that are in `texts` have their embeddings there. A step cache's record goes to
+    `report`.
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
-    extra = {"guide": guide} if guides else {}
+    extra: dict[str, Any] = {"guide": guide} if guides else {}
+    if settings.get("cache"):
+        extra["cache_report"] = report
     rows = [TEXT_ALONE] * len(tasks)
     failures: dict[int, str] = {}
     if settings.keys() & {"image", "control", "lora"}:

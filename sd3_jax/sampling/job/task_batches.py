@@ -7,7 +7,7 @@ from jax.sharding import Mesh
 
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling.job.prompt_file import Task
-from sd3_jax.sampling.job.sampler import batch_size
+from sd3_jax.sampling.job.row_batches import batch_size
 
 log = logging.getLogger(__name__)
 LISTED = 20  # programs, and groups of one, that the log lists
