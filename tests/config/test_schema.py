@@ -64,6 +64,7 @@ PAINTER = "in the sampler of released weights, beside that of the run in trainin
 UNREAD = {
     "train": dict(weights=PAINTER, tokenizers=PAINTER),
     "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
+    "calibrate": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
     "evaluate": dict(
         **dict.fromkeys(("optim", "train"), TRAINER),
         tune=RESTORED,
