@@ -80,11 +80,7 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
-    "plan": dict(
-        **dict.fromkeys(("encode", "eval"), TRAINER),
-        weights=PAINTER,
-        tokenizers=PAINTER,
-    ),
+    "plan": dict.fromkeys(("encode", "eval"), TRAINER),
 }
 
 
