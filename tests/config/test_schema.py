@@ -64,6 +64,7 @@ PAINTER = "in the sampler of released weights, beside that of the run in trainin
 UNREAD = {
     "train": dict(weights=PAINTER, tokenizers=PAINTER),
     "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
+    "calibrate": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
     "evaluate": dict(
         **dict.fromkeys(("optim", "train"), TRAINER),
         tune=RESTORED,
@@ -79,11 +80,7 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
-    "plan": dict(
-        **dict.fromkeys(("encode", "eval"), TRAINER),
-        weights=PAINTER,
-        tokenizers=PAINTER,
-    ),
+    "plan": dict.fromkeys(("encode", "eval"), TRAINER),
 }
 
 
