@@ -11,8 +11,10 @@ Configurations take turns. Others may use the machine: CPU seconds are printed a
 
 import functools
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +106,7 @@ def samplers(config, parts, mesh, report, cache, options="", curve=None):
     changed = config.copy_and_resolve_references()
     changed.sample.update(cache=cache, cache_options=options)
     if cache == "magcache":
-        path = "/tmp/calibration.json"
+        path = str(Path(tempfile.mkdtemp()) / "calibration.json")
         cache_calibration.write(path, curve)
         changed.sample.cache_calibration = path
     return TrainedSampler(changed, parts, mesh, report=report)
