@@ -32,8 +32,9 @@ from sd3_jax.sampling import (
 from sd3_jax.sampling.adapters.adapter_bank import Sets
 from sd3_jax.sampling.arguments import Texts
 from sd3_jax.sampling.bundle import Bundle, Prompt
-from sd3_jax.sampling.bundle_loading import load, load_control
+from sd3_jax.sampling.bundle_loading import load
 from sd3_jax.sampling.control import ControlBundle, ControlInput
+from sd3_jax.sampling.control_loading import load_control
 from sd3_jax.sampling.export import save
 from sd3_jax.sampling.images import inpainting, input_images
 from sd3_jax.sampling.images.input_images import Pictures

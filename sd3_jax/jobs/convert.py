@@ -27,7 +27,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.models import position_table
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.params import parametrization
-from sd3_jax.sampling import bundle_loading, compiled, export
+from sd3_jax.sampling import bundle_loading, compiled, control_loading, export
 from sd3_jax.sampling.bundle import TEXT, Bundle
 from sd3_jax.sampling.control import ControlBundle
 from sd3_jax.sampling.job import released_sampler
@@ -60,7 +60,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
                 raise UserError(
                     f"config.sample.lora: {path} is a ControlNet, expected a LoRA"
                 )
-            bundle = bundle_loading.load_stored_control(path, mesh)
+            bundle = control_loading.load_stored_control(path, mesh)
         elif config.weights:
             if config.encode.weights:
                 message = "config.encode.weights = %s is not used, because it completes"

@@ -211,9 +211,8 @@ def planned(
     }
     lowered = case.lower()
     try:
-        executable = aot.compile(
-            lowered, aot.flags(config.plan.flags, tpu_slice, config.plan.job)
-        )
+        flags = aot.flags(config.plan.flags, tpu_slice, config.plan.job)
+        executable = aot.compile(lowered, flags)
     except aot.TooLarge as error:
         return row | {"needs": str(error)}
     log.info("%s: %s compiled in %.0f s", tpu_slice.name, case.name, executable.seconds)
@@ -223,16 +222,12 @@ def planned(
     module = hlo.parse(executable.text)
     # In the mesh's order, which is that of the program's partitions.
     links = link_traffic.Links(tpu_slice, list(mesh.devices.flat))
-    program = schedule.Schedule(
-        module, tpu_slice.generation, mesh.shape, links, case.turns
-    )
+    about = tpu_slice.generation, mesh.shape, links, case.turns
+    program = schedule.Schedule(module, *about)
     account = program.run()
-    return (
-        row
-        | executable.memory
-        | accounted(account, case, tpu_slice, executable)
-        | {"unknown": sorted(program.unknown)}
-    )
+    totals = accounted(account, case, tpu_slice, executable)
+    unknown = {"unknown": sorted(program.unknown)}
+    return row | executable.memory | totals | unknown
 
 
 def accounted(

@@ -52,10 +52,9 @@ def generate_with_state(
     batch, or is `noise`; stochastic solvers need the keys in any case. With `x0`,
     sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
     x after each step. preview(step, t, to_rgb(x)) is called on the host after each
-    step. A solver with a trajectory returns all n latents. `spread` is the std of
-    x at grid[0], for formulations that do not start at pure noise. `steps` is how many
-    steps of the grid are taken, all by default; it may be traced. Other `options` are
-    those of guidance.guided, such as `scale`.
+    step. A solver with a trajectory returns all n latents. `spread` is the std of x at
+    grid[0], for formulations that do not start at pure noise. `steps`, which may be
+    traced, is how many steps of the grid are taken. Other `options` are guided()'s.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))

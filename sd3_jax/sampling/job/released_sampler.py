@@ -22,6 +22,7 @@ from sd3_jax.sampling import (
     bundle_loading,
     cache_arguments,
     control_arguments,
+    control_loading,
     guidance_arguments,
 )
 from sd3_jax.sampling.control import ControlBundle, require_equal_depths
@@ -187,7 +188,7 @@ def load_nets(
             if path in nets or path in failures:
                 continue
             try:
-                nets[path] = bundle_loading.load_control(path, model)
+                nets[path] = control_loading.load_control(path, model)
             except UserError as error:
                 failures[path] = str(error)
         reasons = [failures[path] for path in paths if path in failures]

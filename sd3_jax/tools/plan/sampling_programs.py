@@ -155,22 +155,12 @@ def denoise(
         (h, w, model.channels),
         **steering._replace(guide=None).plan() | {"weak": guide},
     )
-    total = module.flops(
-        height=h, width=w, text=words, text_dim=config.model.context_dim
-    )
-    work = bounds.work_on(
-        tpu_slice.generation, module, height=h, width=w, text=words, total=total
+    total, compute = a_forward(
+        module, variables, tpu_slice.generation, (h, w), words, config.model.context_dim
     )
     # The whole loop is one program, with several forwards a step.
     passes = solvers.passes(solver, s.steps) * forwards(steering, times)
     calls = passes * share
-    head = module.width // module.num_heads
-    quantized_flops, rate = eight_bits(
-        variables["params"], tpu_slice.generation, work.tokens - words, words
-    )
-    compute = bounds.forward(
-        work, tpu_slice.generation, head=head, eight_bits=quantized_flops, rate=rate
-    )
     seconds = {k: v * calls for k, v in compute._asdict().items()}
     weak = None if guide is None else variables
 
@@ -190,6 +180,30 @@ def denoise(
         weights=on_a_device((variables, weak)),
         forwards=passes,
         mesh=mesh,
+    )
+
+
+def a_forward(
+    module: MMDiT,
+    variables: dict,
+    chip: Generation,
+    sides: tuple[int, int],
+    words: int,
+    text_dim: int,
+) -> tuple[float, bounds.Compute]:
+    """FLOPs of one image's forward, and the seconds of its products on a chip."""
+    size = dict(height=sides[0], width=sides[1], text=words)
+    total = module.flops(**size, text_dim=text_dim)
+    work = bounds.work_on(chip, module, **size, total=total)
+    quantized_flops, rate = eight_bits(
+        variables["params"], chip, work.tokens - words, words
+    )
+    return total, bounds.forward(
+        work,
+        chip,
+        head=module.width // module.num_heads,
+        eight_bits=quantized_flops,
+        rate=rate,
     )
 
 
