@@ -289,8 +289,7 @@ def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[d
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
-    # As `sample` fills its batches.
-    images = sampler.batch_size(most, most, mesh, spread=True)
+    images = sampler.batch_size(most, most, mesh, spread=True)  # as `sample` does
     with compiled.on(mesh):
         return [
             planned(config, tpu_slice, mesh, case, workdir)

@@ -64,11 +64,8 @@ def sample_in_batches(
 
 def batch_size(n: int, most: int, mesh: Mesh, *, spread: bool = False) -> int:
     """A multiple of the batch's shards: as many as n pictures need, at most `most`, but
-    never less than a row for each shard.
-
-    With `spread` fewer pictures than shards are a batch: sd3_jax.generate gives the
-    devices without a row to the tokens (sharding.spread).
-    """
+    never less than a row for each shard. With `spread` fewer are a batch as well:
+    generate() gives the devices without a row to the tokens (sharding.spread)."""
     shards = sharding.batch_shards(mesh)
     if spread and min(n, most) < shards:
         return min(n, most)
@@ -85,16 +82,11 @@ def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
 
 
 def in_programs(
-    sample_rows: Callable[[np.ndarray], np.ndarray],
-    n: int,
-    most: int,
-    mesh: Mesh,
-    *,
-    spread: bool = False,
+    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, size: int
 ) -> np.ndarray:
-    """Pictures of n rows, by a program of one batch size that is called in turn."""
+    """Pictures of n rows, by a program of `size` rows that is called in turn."""
     done = []
-    for rows in padded_batches(n, batch_size(n, most, mesh, spread=spread)):
+    for rows in padded_batches(n, size):
         watchdog.expect("a batch of pictures", watchdog.LONG)
         done.append(sample_rows(rows))
     return np.concatenate(done)[:n]  # without the rows that wrapped around
@@ -112,8 +104,8 @@ def _sample_released(
         for caption, number in zip(captions, numbers)
     ]
     sample_rows = lambda rows: sample_tasks(bundle, [tasks[i] for i in rows])
-    most = config.sample.batch_size
-    return in_programs(sample_rows, len(tasks), most, mesh, spread=True)
+    size = batch_size(len(tasks), config.sample.batch_size, mesh, spread=True)
+    return in_programs(sample_rows, len(tasks), size)
 
 
 class TrainedSampler:
@@ -170,10 +162,8 @@ class TrainedSampler:
                 images = 2 * self.encoder.bundle.decode(images) - 1  # to [-1, 1]
             return multihost_utils.process_allgather(images, tiled=True)
 
-        most = self.config.sample.batch_size
-        return pictures.to_uint8(
-            in_programs(sample_rows, len(captions), most, self.mesh)
-        )
+        size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
+        return pictures.to_uint8(in_programs(sample_rows, len(captions), size))
 
     @functools.cached_property
     def encoder(self) -> Encoder | None:
