@@ -26,14 +26,9 @@ from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.sampling.text import textual_inversion
 from sd3_jax.sampling.text.bundle_tokenizers import fetched_tokenizer, tokenizers_of
-from sd3_jax.weights import (
-    caller_configs,
-    components,
-    published_configs,
-    sources,
-)
+from sd3_jax.weights import caller_configs, components, sources
 from sd3_jax.weights.components import COMPONENTS
-from sd3_jax.weights.published_configs import fit
+from sd3_jax.weights.published_configs import fit, read
 
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "stored")
@@ -122,8 +117,7 @@ def load(
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
     if "denoiser" in parts:
-        sizes = published_configs.read("denoiser", parts["denoiser"].config)
-        heads = sizes["num_attention_heads"]
+        heads = read("denoiser", parts["denoiser"].config)["num_attention_heads"]
         sharding.require_context(context_attention, heads, mesh)
     # Headers alone: the layers are matched once the weights are there, since DoRA reads
     # these.

@@ -45,16 +45,11 @@ def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
 
 
 def in_programs(
-    sample_rows: Callable[[np.ndarray], np.ndarray],
-    n: int,
-    most: int,
-    mesh: Mesh,
-    *,
-    spread: bool = False,
+    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, size: int
 ) -> np.ndarray:
-    """Pictures of n rows, by a program of one batch size that is called in turn."""
+    """Pictures of n rows, by a program of `size` rows that is called in turn."""
     done = []
-    for rows in padded_batches(n, batch_size(n, most, mesh, spread=spread)):
+    for rows in padded_batches(n, size):
         watchdog.expect("a batch of pictures", watchdog.LONG)
         done.append(sample_rows(rows))
     return np.concatenate(done)[:n]  # without the rows that wrapped around

@@ -29,7 +29,7 @@ from sd3_jax.sampling import cache_arguments, compiled, guidance_arguments
 from sd3_jax.sampling.generate import generate_with_state
 from sd3_jax.sampling.job import prompt_file
 from sd3_jax.sampling.job.released_sampler import Report, sample_tasks
-from sd3_jax.sampling.job.row_batches import in_programs
+from sd3_jax.sampling.job.row_batches import batch_size, in_programs
 from sd3_jax.sampling.job.task_arguments import (
     cache_options,
     guidance_options,
@@ -69,8 +69,8 @@ def _sample_released(
         for caption, number in zip(captions, numbers)
     ]
     sample_rows = lambda rows: sample_tasks(bundle, [tasks[i] for i in rows])
-    most = config.sample.batch_size
-    return in_programs(sample_rows, len(tasks), most, mesh, spread=True)
+    size = batch_size(len(tasks), config.sample.batch_size, mesh, spread=True)
+    return in_programs(sample_rows, len(tasks), size)
 
 
 class TrainedSampler:
@@ -144,10 +144,8 @@ class TrainedSampler:
 
         if self.cache is not None:
             self.cache.require_model(lambda: tree.fingerprint(params["denoiser"]))
-        most = self.config.sample.batch_size
-        return pictures.to_uint8(
-            in_programs(sample_rows, len(captions), most, self.mesh)
-        )
+        size = batch_size(len(captions), self.config.sample.batch_size, self.mesh)
+        return pictures.to_uint8(in_programs(sample_rows, len(captions), size))
 
     @functools.cached_property
     def encoder(self) -> Encoder | None:
