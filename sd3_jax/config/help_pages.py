@@ -25,7 +25,7 @@ SECTIONS = {  # jobs in the order in which a user meets them
     "Train and sample": "train sample evaluate report",
     "Prepare data": "precompute dedup inspect",
     "Work with weights": "convert compare explore",
-    "Plan and measure": "plan study benchmark",
+    "Plan and measure": "plan study benchmark vote",
 }
 EXAMPLES = """\
   Train a small model in minutes, then sample from it:
@@ -69,6 +69,8 @@ def job_page(name: str) -> str:
     job = JOBS[name]
     defaults = {RECIPE: job.recipe, WORKDIR: job.workdir}
     needed = [f"[{flag}]" if value else flag for flag, value in defaults.items()]
+    if job.action:
+        needed.insert(0, f"[{'|'.join(schema.KEYS[job.action].rule.choices)}]")
     options = {
         flag: f"{text} [default: {defaults[flag]}]" if defaults.get(flag) else text
         for flag, text in OPTIONS.items()

@@ -117,6 +117,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("sample.embeddings", (*PAINTED, "explore", *ENCODED), placed),
     ("sample.prompts_file", ("sample", "explore"), file),
     ("eval.prompts_file", ("evaluate",), file),
+    ("vote.prompts", ("vote",), file),
     ("sample.images", ("sample",), folder),
     ("sample.image", ("sample",), file),
     ("sample.mask", ("sample",), file),
