@@ -74,12 +74,13 @@ class BallotBox:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = _connected(os.fspath(path))
-            self._connection.executescript(TABLES)
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
+                self._connection.close()
                 raise UserError(
                     f"{path}: version {version} of the tables; expected {VERSION}"
                 )
+            self._connection.executescript(TABLES)
             self._connection.execute(f"PRAGMA user_version = {VERSION}")
             self.secret = self._load_secret()
         except (sqlite3.Error, OSError) as error:

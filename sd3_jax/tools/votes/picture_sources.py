@@ -192,13 +192,10 @@ def _entry_of(fields) -> Entry:
     # The file may be someone else's: it names pictures below its folder alone.
     if not isinstance(path, str) or not path or re.search(r"^/|^~|\\|\.\.|\0|:", path):
         raise ValueError(f"file {shown(path)}: expected a path below the folder")
-    settings = fields.get("settings")
-    settings = settings if isinstance(settings, dict) else {}
-    height, width = settings.get("height"), settings.get("width")
-    whole = (
-        isinstance(height, int) and isinstance(width, int) and min(height, width) > 0
-    )
-    size = (height, width) if whole else None
+    size = None
+    match fields.get("settings"):
+        case {"height": int(height), "width": int(width)} if min(height, width) > 0:
+            size = height, width
     key = PictureKey(prompt_text.checked(prompt), number)
     problem = "black, because sample.filter flagged it" if "filtered" in fields else ""
     return Entry(key, path, problem, size)

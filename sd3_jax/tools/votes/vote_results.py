@@ -96,7 +96,7 @@ def _question(votes, names, category: Mapping[str, str], seed: int) -> dict[str,
         matches.append(dict(first=first, second=second, rates=rates))
     units = [(vote.pair, vote.winner) for vote in votes]
     alpha, count = vote_statistics.krippendorff_alpha(units)
-    result = dict(votes=len(votes), matches=matches)
+    result: dict[str, Any] = dict(votes=len(votes), matches=matches)
     result["agreement"] = dict(krippendorff_alpha=alpha, pairs=count)
     if len(names) > 2:
         result["strengths"] = _strengths(votes, names, seed)
