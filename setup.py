@@ -80,6 +80,7 @@ setup(
     packages=[*find_packages(include=["sd3_jax*"]), "sd3_jax.configs", "sd3_jax.flags"],
     package_dir={"sd3_jax.configs": "configs", "sd3_jax.flags": "launch/flags"},
     package_data={
+        "sd3_jax.configs": ["*.tsv"],
         "sd3_jax.data": ["vocabulary/*"],  # CLIP's, with its licence
         "sd3_jax.flags": ["*.env"],
         "sd3_jax.reports": ["templates/*"],
