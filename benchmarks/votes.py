@@ -1,18 +1,18 @@
 """From votes to training on the digits, by a scripted voter (votes.md).
 
     sd3-jax train --config=configs/quickstart.py --workdir=runs/quickstart
-    python benchmarks/votes.py runs/quickstart runs/votes EARLY LATE [FLAGS]
+    python benchmarks/votes.py runs/quickstart runs/votes [FLAGS of train]
 
-Compares the run's checkpoints of two steps. The voter sees only what the page sends. A
-digit reader judges the pictures; of a right and a wrong one the voter prefers the right
-one with probability 0.8. Then it exports the votes, trains configs/dpo.py:digits from
-the early checkpoint and compares again: other noise, and prompts that were held out.
+Two sources draw digits from scans; one errs more often, by drawing another digit. The
+voter sees only what the page sends and reads the digits. Of a right and a wrong picture
+it prefers the right one with probability 0.8. Then the votes are exported and
+configs/dpo.py:digits trains on them from the run's newest checkpoint.
 """
 
 import io
 import json
+import math
 import secrets
-import shutil
 import subprocess
 import sys
 import urllib.request
@@ -21,44 +21,47 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from sd3_jax import main
+from sd3_jax import main, pictures
 from sd3_jax.data import digits
+from sd3_jax.data.digits import Digits, Scene, Thing
 from sd3_jax.evaluation.digit_reader import matches
 from sd3_jax.monitoring import metrics
-from sd3_jax.tools.votes import picture_sources
 from sd3_jax.tools.votes.preference_export import painted_pixels
 
-TRUTH, PER_PROMPT, HELD_OUT, FRESH = 0.8, 12, 0.2, 50_000
-SIZE = (8, 8)  # of a picture; files are enlarged by a whole factor
+SIZE = (8, 8)  # of a picture; files are enlarged by a whole factor, as by `sample`
+PER_PROMPT, TRUTH, HELD_OUT = 16, 0.8, 0.2
+ERRORS = {"early": 0.5, "late": 0.15}  # shares of wrong digits
 SCENES = {str(scene): scene for scene in digits.scenes("single", "train")}
-DPO = "--config=configs/dpo.py:digits"
 
 
-def run(*argv: str) -> None:
-    assert main.main(list(argv)) == 0, argv
+def draw_source(folder: Path, error: float, rng: np.random.Generator) -> None:
+    """A folder as the `sample` job leaves it, of scans of digits."""
+    canvas, lines = Digits(*SIZE), []
+    scans = [x for x in zip(*digits.scans(held_out=False))]
+    for prompt, scene in SCENES.items():
+        (asked,) = scene.things
+        for number in range(PER_PROMPT):
+            others = [d for d in range(10) if d != asked.digit]
+            digit = int(rng.choice(others)) if rng.random() < error else asked.digit
+            inks = [ink for ink, label in scans if label == digit]
+            shown = Scene("single", (Thing(asked.colour, digit),))
+            image = canvas.compose(shown, [inks[rng.integers(len(inks))]])
+            name = f"samples/{len(lines):04d}.png"
+            pictures.save_png(pictures.enlarged(image), folder / name)
+            line = dict(file=name, prompt=prompt, number=number, seed=0)
+            line |= dict(settings=dict(zip(("height", "width"), SIZE)))
+            lines.append(json.dumps(line) + "\n")
+    (folder / "samples.jsonl").write_text("".join(lines))
 
 
 def is_right(prompt: str, image: np.ndarray) -> bool:
     return matches(SCENES[prompt], painted_pixels(image, SIZE))
 
 
-def sample(workdir: Path, folder: Path, prompts: Path, *flags: str) -> None:
-    """Sample from a run, and move the pictures to a folder of their own."""
-    argv = ["sample", f"--workdir={workdir}", f"--config.sample.prompts_file={prompts}"]
-    run(*argv, f"--config.sample.per_prompt={PER_PROMPT}", *flags)
-    folder.mkdir(parents=True)
-    for name in "samples", "samples.jsonl":
-        shutil.move(workdir / name, folder / name)
-
-
-def right_shares(folder: Path, chosen: set[str] | None = None) -> np.ndarray:
-    """Whether each picture of a folder is right."""
-    source = picture_sources.read_source(folder.name, folder, [])
-    keys = [
-        key for key in sorted(source.pictures) if not chosen or key.prompt in chosen
-    ]
-    read = lambda key: np.asarray(Image.open(source.pictures[key]).convert("RGB"))
-    return np.array([is_right(key.prompt, read(key)) for key in keys])
+def right_pictures(folder: Path) -> np.ndarray:
+    lines = map(json.loads, (folder / "samples.jsonl").read_text().splitlines())
+    read = lambda line: np.asarray(Image.open(folder / line["file"]).convert("RGB"))
+    return np.array([is_right(line["prompt"], read(line)) for line in lines])
 
 
 # --- the voter
@@ -107,74 +110,58 @@ def hold_vote(workdir: Path, sources: str) -> int:
 
 
 def expected_rate(early: np.ndarray, late: np.ndarray) -> float:
-    """The win rate of the early checkpoint that the voter's rule implies."""
+    """The win rate of the early source that the voter's rule implies."""
     only_early, only_late = (early & ~late).sum(), (late & ~early).sum()
     wins = TRUTH * only_early + (1 - TRUTH) * only_late
     return float(wins / (only_early + only_late))
 
 
-def main_(base: str, workdir: str, early: str, late: str, *model: str) -> None:
-    """Run everything, and write WORKDIR/figures.json."""
-    folder, run_folder = Path(workdir), Path(base)
-    folder.mkdir(parents=True)
-    prompts = folder / "prompts.txt"
-    prompts.write_text("\n".join(SCENES))
-    quick = ("--config=configs/quickstart.py", *model)
-    for name, step in ("early", early), ("late", late):
-        sample(
-            run_folder, folder / name, prompts, *quick, f"--config.sample.step={step}"
-        )
+# --- all of it
+
+
+def run(*argv: str) -> None:
+    assert main.main(list(argv)) == 0, argv
+
+
+def benchmark(base: str, workdir: str, *flags: str) -> None:
+    """Vote, export, train; write WORKDIR/figures.json."""
+    folder, rng = Path(workdir), np.random.default_rng(0)
+    for name, error in ERRORS.items():
+        draw_source(folder / name, error, rng)
     votes = folder / "votes"
-    count = hold_vote(votes, f"{folder / 'early'},{folder / 'late'}")
+    count = hold_vote(votes, ",".join(str(folder / name) for name in ERRORS))
     run("vote", "results", f"--workdir={votes}")
-    flags = [f"--config.vote.held_out={HELD_OUT}", "--config.vote.questions=prompt"]
-    run("vote", "export", f"--workdir={votes}", *flags)
+    export = [f"--config.vote.held_out={HELD_OUT}", "--config.vote.questions=prompt"]
+    run("vote", "export", f"--workdir={votes}", *export)
     results = json.loads((votes / "results.json").read_text())
     (match,) = results["questions"]["prompt"]["matches"]
-    shares = [right_shares(folder / name) for name in ("early", "late")]
+    shares = [right_pictures(folder / name) for name in ERRORS]
     figures = {
         "votes": count,
-        "right": dict(zip(("early", "late"), (float(x.mean()) for x in shares))),
+        "right": dict(zip(ERRORS, (float(x.mean()) for x in shares))),
         "expected win rate of early": expected_rate(*shares),
         "measured": match["rates"][0],
+        "left": results["left"],
         "export": json.loads((votes / "preferences/export.json").read_text()),
     }
-    # --- train, and score prompts that no preference was about, with fresh noise
-    start = folder / "start"
-    shutil.copytree(run_folder, start)
-    for step in (start / "checkpoints").iterdir():
-        if step.name.isdigit() and int(step.name) > int(early):
-            shutil.rmtree(step)
-    records = votes / "preferences"
-    tuned = folder / "tuned"
+    (folder / "figures.json").write_text(json.dumps(figures, indent=1))
+    records, tuned = votes / "preferences", folder / "dpo"
     run(
-        *("train", DPO, f"--workdir={tuned}", *model, f"--config.tune.base={start}"),
+        *("train", "--config=configs/dpo.py:digits", f"--workdir={tuned}"),
+        f"--config.tune.base={base}",
         f"--config.data.records={records}/train-*",
         f"--config.data.held_out={records}/val-*",
-        *("--config.train.steps=60", "--config.train.log_every=10"),
-        *("--config.data.batch_size=32", "--config.eval.examples=32"),
+        *flags,
     )
-    rows = [x for x in metrics.read(tuned) if x["kind"] == "train"]
-    figures["accuracy"] = {x["step"]: x["accuracy"] for x in rows}
-    fresh = f"--config.sample.seed={FRESH}"
-    sample(start, folder / "before", prompts, *quick, fresh)
-    sample(tuned, folder / "after", prompts, DPO, *model, fresh)
-    decided = held_out_of(votes)
-    for title, chosen in ("all prompts", None), ("held-out prompts", decided):
-        before, after = (right_shares(folder / x, chosen) for x in ("before", "after"))
-        figures[f"right, {title}"] = [float(before.mean()), float(after.mean())]
-        figures[f"pictures, {title}"] = len(before)
+    rows = list(metrics.read(tuned))
+    figures["accuracy"] = {x["step"]: x["accuracy"] for x in rows if "accuracy" in x}
+    figures["held-out loss"] = {
+        x["step"]: x["loss"] for x in rows if x["kind"] == "val"
+    }
+    figures["chance"] = math.log(2)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
 
 
-def held_out_of(votes: Path) -> set[str]:
-    """The prompts of the exported held-out split."""
-    from sd3_jax.data import records, shards
-
-    reader = shards.open_shard(str(next((votes / "preferences").glob("val-*"))))
-    return {records.decode(x, "").caption for x in reader.read_all()}
-
-
 if __name__ == "__main__":
-    main_(*sys.argv[1:])
+    benchmark(*sys.argv[1:])

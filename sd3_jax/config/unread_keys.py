@@ -37,6 +37,12 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("profile.steps",), "profile.start", lambda x: x > 0),
     (("precompute.only",), "image.autoencoder", lambda x: x == "latents"),
     (
+        ("vote.voters", "vote.again", "vote.host", "vote.port"),
+        *("vote.do", lambda x: x == "serve"),
+    ),
+    (("vote.questions",), "vote.do", lambda x: x != "results"),
+    (("vote.held_out",), "vote.do", lambda x: x == "export"),
+    (
         ("sample.skip_scale", "sample.skip_start", "sample.skip_stop"),
         *("sample.skip_layers", bool),
     ),

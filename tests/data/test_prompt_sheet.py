@@ -1,13 +1,18 @@
 """Prompts with categories: PartiPrompts' table, JSON lines, plain text."""
 
+from pathlib import Path
+
 import pytest
 
+from configs import base
 from sd3_jax.data import prompt_sheet
 from sd3_jax.data.prompt_sheet import PromptRow
 from sd3_jax.errors import UserError
+from sd3_jax.sampling.job import prompt_file
 
 # The header and the layout of PartiPrompts.tsv; the quotes are a spreadsheet's.
-SYMBOLS = "Writing & Symbols"
+ROOT = Path(__file__).parents[2]
+KEY, SYMBOLS = "sample.prompts_file", "Writing & Symbols"
 TABLE = """\
 Prompt\tCategory\tChallenge\tNote
 bond\tAbstract\tBasic\tBiology-inspired concepts with multiple meanings
@@ -27,6 +32,25 @@ def test_a_table_has_categories():
         PromptRow('"Stop" on a red sign', "Artifacts", SYMBOLS),
         PromptRow("a cat"),
     ]
+
+
+def test_sample_reads_the_table_s_prompts(tmp_path):
+    path = tmp_path / "PartiPrompts.tsv"
+    path.write_text(TABLE)
+    prompts = prompt_file.prompts(base.get_config(), str(path), KEY)
+    assert prompts[:2] == ["bond", 'a sign that says "hi", twice']
+    path.write_text("bond\tAbstract\n")
+    with pytest.raises(
+        UserError, match='p.*tsv: the first line has no column "Prompt"'
+    ):
+        prompt_file.prompts(base.get_config(), str(path), KEY)
+
+
+def test_the_prompts_of_the_recipes_have_partiprompts_categories():
+    lines = (ROOT / "configs/vote_prompts.tsv").read_text().split("\n")
+    rows = prompt_sheet.rows(lines, "vote_prompts.tsv")
+    assert len(rows) == 48 and len({row.category for row in rows}) == 12
+    assert all(row.challenge for row in rows)
 
 
 def test_other_files_have_a_prompt_a_line():

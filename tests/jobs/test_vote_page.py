@@ -7,7 +7,7 @@ import time
 import browser
 import pytest
 import uvicorn
-from test_page_layout import BINARY, CONTRAST, PROBE, WINDOWS
+from jobs.test_page_layout import BINARY, CONTRAST, PROBE, WINDOWS
 from vote_folders import sample_folder
 
 from sd3_jax.jobs.vote import QUESTIONS

@@ -25,7 +25,7 @@ HELD = 300.0  # seconds that a pair counts as being looked at
 
 
 class Refused(Exception):
-    """A request that asks for what is not there; `code` is for programs."""
+    """A request that cannot be answered; `code` is for programs."""
 
     def __init__(self, message: str, code: str, status: int = 400):
         super().__init__(message)

@@ -33,7 +33,7 @@ class Exported(NamedTuple):
 
 
 class Unusable(Exception):
-    """Why a decided pair is no preference to train on."""
+    """Why a decided pair cannot be trained on."""
 
 
 def write_preferences(
