@@ -69,12 +69,14 @@ def job_page(name: str) -> str:
     job = JOBS[name]
     defaults = {RECIPE: job.recipe, WORKDIR: job.workdir}
     needed = [f"[{flag}]" if value else flag for flag, value in defaults.items()]
-    if job.action:
-        needed.insert(0, f"[{'|'.join(schema.KEYS[job.action].rule.choices)}]")
     options = {
         flag: f"{text} [default: {defaults[flag]}]" if defaults.get(flag) else text
         for flag, text in OPTIONS.items()
     }
+    if job.action:
+        needed.insert(0, "[ACTION]")
+        actions = ", ".join(schema.KEYS[job.action].rule.choices)
+        options = {"ACTION": f"one of {actions}"} | options
     does = f"{job.help[:1].upper()}{job.help[1:]}. {job.about}"
     keys = {}
     for group in schema.TOP_LEVEL:

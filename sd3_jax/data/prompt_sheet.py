@@ -5,9 +5,13 @@ Challenge and Note. A .jsonl has these names in lower case; other files have a p
 each line.
 """
 
+import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from etils import epath
+
+from sd3_jax import files
 from sd3_jax.data import prompt_text
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.foreign_text import parse_json, shown
@@ -19,6 +23,16 @@ class PromptRow(NamedTuple):
     prompt: str
     category: str = ""
     challenge: str = ""
+
+
+def read(path: epath.PathLike, name: str) -> list[PromptRow]:
+    """The prompts of a file; errors call it `name`, which ends like the path."""
+    data = files.read_bytes(path)
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+    return rows(re.split("\r\n|\n|\r", text), name)
 
 
 def rows(lines: Sequence[str], name: str) -> list[PromptRow]:

@@ -143,9 +143,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         about="`vote` serves a page where people compare two pictures at a time."
         " `vote results` writes results.json and votes.html; `vote export` writes"
         " records for configs/dpo.py. It needs the extra serve.",
-        example="sd3-jax vote --workdir=runs/votes"
-        " --config.vote.sources=runs/a,runs/b\n"
-        "sd3-jax vote results --workdir=runs/votes",
+        example="sd3-jax vote --workdir=runs/votes --config.vote.sources=runs/a,runs/b",
     ),
     "inspect": Job(
         "show what records hold, with a contact sheet",

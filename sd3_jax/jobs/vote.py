@@ -24,7 +24,6 @@ from sd3_jax.distributed import lock, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling.job.prompt_file import text_lines
 from sd3_jax.tools.votes import ballot_box, picture_sources, voters
 from sd3_jax.tools.votes.picture_sources import Pair, Source
 
@@ -126,7 +125,7 @@ def read_contest(config: ConfigDict, workdir: epath.Path) -> Contest:
     if settings.prompts:
         path = epath.Path(settings.prompts).expanduser()
         name = f"config.vote.prompts = {path}"
-        rows = prompt_sheet.rows(text_lines(path, name), name)
+        rows = prompt_sheet.read(path, name)
     elif settings.sources:
         rows = []
     sources = [
