@@ -11,7 +11,6 @@ configs/dpo.py:digits trains on them from the run's newest checkpoint.
 
 import io
 import json
-import math
 import secrets
 import subprocess
 import sys
