@@ -154,10 +154,6 @@ def benchmark(base: str, workdir: str, *flags: str) -> None:
     )
     rows = list(metrics.read(tuned))
     figures["accuracy"] = {x["step"]: x["accuracy"] for x in rows if "accuracy" in x}
-    figures["held-out loss"] = {
-        x["step"]: x["loss"] for x in rows if x["kind"] == "val"
-    }
-    figures["chance"] = math.log(2)
     (folder / "figures.json").write_text(json.dumps(figures, indent=1))
     print(json.dumps(figures, indent=1))
 
