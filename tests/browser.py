@@ -48,14 +48,16 @@ class Browser:
         for domain in ("Page", "Runtime", "Log", "Network"):
             self.ask(f"{domain}.enable")
 
-    def show(self, page: Path, *, width: int, height: int, scheme: str) -> None:
-        """Load a file in a window of these pixels, with "light" or "dark" colours."""
+    def show(self, page: Path | str, *, width: int, height: int, scheme: str) -> None:
+        """Load a file or an address in a window of these pixels, with "light" or "dark"
+        colours."""
         size = dict(width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.ask("Emulation.setDeviceMetricsOverride", **size)
         feature = dict(name="prefers-color-scheme", value=scheme)
         self.ask("Emulation.setEmulatedMedia", features=[feature])
         self.errors, self._events = [], collections.deque()
-        self.ask("Page.navigate", url=page.as_uri())
+        url = page if isinstance(page, str) else page.as_uri()
+        self.ask("Page.navigate", url=url)
         self._wait("Page.loadEventFired")
 
     def evaluate(self, script: str) -> Any:
@@ -65,6 +67,20 @@ class Browser:
         answer = self.ask("Runtime.evaluate", expression=script, **options)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
+
+    def press(self, key: str) -> None:
+        """Press a key by its name, such as "1" or "ArrowLeft"."""
+        text = {"text": key} if len(key) == 1 else {}
+        for kind in ("keyDown", "keyUp"):
+            extra = text if kind == "keyDown" else {}
+            self.ask("Input.dispatchKeyEvent", type=kind, key=key, **extra)
+
+    def wait_until(self, condition: str) -> None:
+        """Wait until a script's expression is true."""
+        end = time.monotonic() + PATIENCE
+        while not self.evaluate(condition):
+            assert time.monotonic() < end, f"not true: {condition}"
+            time.sleep(0.02)
 
     def screenshot(self, path: Path, *, tallest: int = 6000) -> None:
         """The whole page as PNG, down to `tallest` pixels."""

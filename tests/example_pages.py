@@ -10,8 +10,10 @@ from example_run import PROMPTS, draw, make_run
 
 from configs import base
 from sd3_jax import pictures
+from sd3_jax.data.prompt_sheet import PromptRow
 from sd3_jax.data.records import Record
 from sd3_jax.jobs import report
+from sd3_jax.jobs.vote import QUESTIONS
 from sd3_jax.monitoring import metrics
 from sd3_jax.reports import html_page, parity_page
 from sd3_jax.tools.benchmark import benchmark_html
@@ -19,6 +21,9 @@ from sd3_jax.tools.dedup import dedup_page
 from sd3_jax.tools.explore import exploration, explore_page
 from sd3_jax.tools.inspect import inspect_page
 from sd3_jax.tools.study import study_page
+from sd3_jax.tools.votes import picture_sources, results_page, vote_results
+from sd3_jax.tools.votes.ballot_box import Vote
+from sd3_jax.tools.votes.picture_sources import PictureKey, Source
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -195,6 +200,36 @@ def write_exploration(folder: Path) -> Path:
     return written(folder / "explore.html", page)
 
 
+def write_votes(folder: Path) -> Path:
+    """Three sources, two questions, losses with pictures."""
+    sources, votes = {}, []
+    names = ("base", "tuned for 4,000 steps", "tuned-8k")
+    rows = [
+        PromptRow(LONG if i == 1 else p, ("Animals", "Food & Beverage")[i % 2])
+        for i, p in enumerate(PROMPTS[:6])
+    ]
+    for k, name in enumerate(names):
+        shots = {}
+        for i, image in enumerate(draw(0.1 * k, n=6, size=64)):
+            path = folder / f"{k}-{i}.png"
+            pictures.save_png(image, path)
+            shots[PictureKey(rows[i].prompt, 0)] = epath.Path(path)
+        sources[name] = Source(name, epath.Path(folder), shots, [])
+    pairs, _ = picture_sources.pairs(list(sources.values()), rows)
+    for i, pair in enumerate(pairs * 4):
+        winner = ("second", "second", "first", "tie", "second", "bad")[i * 5 % 6]
+        voter = ("anna", "ben", "cleo", "dora")[i // len(pairs)]
+        for question in "prompt", "aesthetics":
+            fields = (*pair, question, 0, winner, ("first", "second")[i % 2], 0.0)
+            votes.append(Vote(f"{question}{i}", voter, pair.id, *fields))
+    results = vote_results.summary(votes, rows)
+    problems = [f'base: no picture 0 of "{LONG}"']
+    page = results_page.html(
+        results, vote_results.verdicts(votes), sources, QUESTIONS, problems
+    )
+    return written(folder / "votes.html", page)
+
+
 def written(path: Path, page: str) -> Path:
     path.write_text(page, encoding="utf-8")
     return path
@@ -210,5 +245,6 @@ PAGES = {
     "compare": write_comparison,
     "explore": write_exploration,
     "study": write_study,
+    "votes": write_votes,
     "benchmark": write_benchmark,
 }

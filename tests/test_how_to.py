@@ -46,7 +46,10 @@ CALLS = [
 
 @pytest.mark.parametrize("argv", CALLS)
 def test_a_command_names_a_job_a_recipe_and_keys_that_exist(argv):
-    (job,), flags = command_line.split(argv)
+    (job, *action), flags = command_line.split(argv)
+    if action:  # `vote export`
+        key = f"--config.{JOBS[job].action}"
+        flags[key] = command_line.read_action([job, *action], flags)
     recipe = flags.pop("--config", "") or JOBS[job].recipe
     flags.pop("--workdir", None)
     config = command_line.load(recipe)

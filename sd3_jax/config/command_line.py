@@ -12,7 +12,7 @@ import os
 import re
 import shlex
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -52,6 +52,9 @@ def parse(argv: Sequence[str]) -> Call:
     asked, workdir = flags.pop("--help", None), flags.pop("--workdir", "")
     if job is not None and job not in JOBS:
         raise UserError(f'unknown job "{job}"{nearest(job, JOBS)}')
+    if words[1:] and job is not None and JOBS[job].action:
+        flags = flags | {f"--config.{JOBS[job].action}": read_action(words, flags)}
+        words = words[:1]
     if words[1:]:
         extra = f"unexpected argument {shlex.quote(words[1])}"
         raise UserError(f"{extra}; did you forget --? (or quotes around a value)")
@@ -80,6 +83,23 @@ def parse(argv: Sequence[str]) -> Call:
     keys = [name.removeprefix("--config.") for name in flags]
     unread_keys.check(job, keys, dict(leaves(config)))
     return Call(job, config, workdir)
+
+
+def read_action(words: Sequence[str], flags: Mapping[str, str]) -> str:
+    """The second word of a command such as `vote export`."""
+    key = JOBS[words[0]].action
+    choices = schema.KEYS[key].rule.choices
+    if words[1] not in choices or words[2:]:
+        extra = words[1] if words[1] not in choices else words[2]
+        raise UserError(
+            f"{words[0]}: unexpected argument {shlex.quote(extra)}"
+            f"{nearest(extra, choices)}"
+        )
+    if f"--config.{key}" in flags:
+        raise UserError(
+            f"{words[0]} {words[1]} sets config.{key}; remove --config.{key}"
+        )
+    return words[1]
 
 
 def print_and_exit(page: str) -> NoReturn:

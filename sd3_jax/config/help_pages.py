@@ -25,7 +25,7 @@ SECTIONS = {  # jobs in the order in which a user meets them
     "Train and sample": "train sample evaluate report",
     "Prepare data": "precompute dedup inspect",
     "Work with weights": "convert compare explore",
-    "Plan and measure": "plan study benchmark calibrate",
+    "Plan and measure": "plan study benchmark calibrate vote",
 }
 EXAMPLES = """\
   Train a small model in minutes, then sample from it:
@@ -73,6 +73,10 @@ def job_page(name: str) -> str:
         flag: f"{text} [default: {defaults[flag]}]" if defaults.get(flag) else text
         for flag, text in OPTIONS.items()
     }
+    if job.action:
+        needed.insert(0, "[ACTION]")
+        actions = ", ".join(schema.KEYS[job.action].rule.choices)
+        options = {"ACTION": f"one of {actions}"} | options
     does = f"{job.help[:1].upper()}{job.help[1:]}. {job.about}"
     keys = {}
     for group in schema.TOP_LEVEL:

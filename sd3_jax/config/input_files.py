@@ -122,6 +122,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("sample.image", PICTURED, file),
     ("sample.mask", PICTURED, file),
     ("sample.cache_calibration", ("sample", "evaluate"), file),
+    ("vote.prompts", ("vote",), file),
     ("sample.from", ("sample",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),

@@ -39,6 +39,12 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("sample.cache_options",), "sample.cache", bool),
     (("sample.cache_calibration",), "sample.cache", lambda x: x == "magcache"),
     (
+        ("vote.voters", "vote.again", "vote.host", "vote.port"),
+        *("vote.do", lambda x: x == "serve"),
+    ),
+    (("vote.questions",), "vote.do", lambda x: x != "results"),
+    (("vote.held_out",), "vote.do", lambda x: x == "export"),
+    (
         ("sample.skip_scale", "sample.skip_start", "sample.skip_stop"),
         *("sample.skip_layers", bool),
     ),

@@ -15,6 +15,7 @@ class Job(NamedTuple):
     about: str = ""  # what `sd3-jax JOB --help` adds to `help`
     example: str = ""
     unread: tuple[str, ...] = ()  # keys of these groups that it does not read
+    action: str = ""  # key that a second word sets: `vote export`
 
     def reads(self, key: str) -> bool:
         """Whether the job reads a key of the config, such as "optim.lr"."""
@@ -145,6 +146,16 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         about="It writes duplicates.jsonl, which precompute reads as"
         " config.ingest.exclude, and a page of pairs.",
         example="sd3-jax dedup --workdir=runs/dedup --config.ingest.inputs=PICTURES",
+    ),
+    "vote": Job(
+        "compare pictures of models by votes: a page, results, preferences",
+        recipe="configs/base.py",
+        groups=("seed", "vote"),
+        action="vote.do",
+        about="`vote` serves a page where people compare two pictures at a time."
+        " `vote results` writes results.json and votes.html; `vote export` writes"
+        " records for configs/dpo.py. It needs the extra serve.",
+        example="sd3-jax vote --workdir=runs/votes --config.vote.sources=runs/a,runs/b",
     ),
     "inspect": Job(
         "show what records hold, with a contact sheet",

@@ -16,6 +16,7 @@ from sd3_jax.config.schema import (
     sampling_schema,
     tool_schema,
     training_schema,
+    vote_schema,
 )
 from sd3_jax.config.schema.key_rules import Key
 
@@ -52,6 +53,7 @@ GROUPS = {  # in the order of a config
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),
     "compare": Group("Comparing with PyTorch", tool_schema.COMPARE),
     "explore": Group("Looking inside a picture", tool_schema.EXPLORE),
+    "vote": Group("Votes on pictures (docs/how-to/vote.md)", vote_schema.VOTE),
     "benchmark": Group(
         "Timing against PyTorch (docs/how-to/profile.md)", tool_schema.BENCHMARK
     ),

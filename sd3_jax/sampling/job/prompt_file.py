@@ -9,7 +9,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from sd3_jax import files
-from sd3_jax.data import prompt_text
+from sd3_jax.data import prompt_sheet, prompt_text
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling.job import line_inputs, repeated_pictures
@@ -232,10 +232,13 @@ def _lines(
     """The valid lines of a file; invalid ones are logged and skipped."""
     name = f"config.{key} = {path}"
     read = read_object if path.suffix == ".jsonl" else read_text
+    numbered = enumerate(text_lines(path, name), 1)
+    if path.suffix == ".tsv":  # PartiPrompts', with categories that `vote` reads
+        numbered = prompt_sheet.table_prompts(text_lines(path, name), name)
     # Empty lines are allowed, and keep the numbers in messages those of the file.
     entries = (
         (f"{path}:{number}", lambda line=line: read(line.strip(), config, path, looked))
-        for number, line in enumerate(text_lines(path, name), 1)
+        for number, line in numbered
         if line.strip()
     )
     return _valid(entries, name, "lines")

@@ -1,0 +1,1 @@
+"""Votes between pictures of several models: pages, results, preferences to train on."""
