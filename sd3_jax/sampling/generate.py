@@ -23,7 +23,7 @@ def generate(
     uncond: Conditioning,
     *,
     shape: tuple[int, int, int],
-    grid: Float[np.ndarray | Array, " n"],
+    grid: Float[np.ndarray | Array, "*rows n"],
     solver: Callable,
     noise: Float[Array, "b h w c"] | None = None,
     x0: Float[Array, "b h w c"] | None = None,
@@ -42,7 +42,8 @@ def generate(
     each step. A solver with a trajectory returns all n latents. `spread` is the std of
     x at grid[0], for formulations that do not start at pure noise. `steps` is how many
     steps of the grid are taken, all by default; it may be traced. Other `options` are
-    those of guidance.guided, such as `scale`.
+    those of guidance.guided, such as `scale`. A grid (b, n), with steps (b,), gives each
+    row times of its own.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
@@ -50,7 +51,7 @@ def generate(
         noise = draw(keys)
     guided = guidance.guided(velocity, cond, uncond, grid=grid, **options)
     # The same noise at every t: the kept area follows one straight path down to x0.
-    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
+    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), _flat(t)))
 
     def after(x, t, step):
         if mask is not None:
@@ -64,7 +65,7 @@ def generate(
         return x
 
     # With x0 the grid may begin below t = 1, at a picture that is noised in part.
-    start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
+    start = spread * noise if x0 is None else at(jnp.asarray(grid)[..., 0])
     # Nothing to do between steps: the solver is then given no function at all.
     idle = mask is None and preview is None
     solver_options = {"steps": steps}
@@ -73,3 +74,8 @@ def generate(
         fold = jax.vmap(jax.random.fold_in, (0, None))
         solver_options["draw"] = lambda step: draw(fold(keys, step))
     return solver(guided, start, grid, after=None if idle else after, **solver_options)
+
+
+def _flat(t: Array) -> Array:
+    """The times of rows, (b, 1, ...), as (b,); or the one of all."""
+    return t if jnp.ndim(t) == 0 else jnp.ravel(t)

@@ -14,6 +14,7 @@ from sd3_jax.config.schema import (
     evaluation_schema,
     model_schema,
     sampling_schema,
+    serve_schema,
     tool_schema,
     training_schema,
 )
@@ -47,6 +48,7 @@ GROUPS = {  # in the order of a config
     "checkpoint": Group("Which checkpoints are saved", training_schema.CHECKPOINT),
     "profile": Group("An xprof trace", training_schema.PROFILE),
     "sample": Group("Sampling (docs/how-to/sample.md)", sampling_schema.SAMPLE),
+    "serve": Group("The HTTP server (docs/how-to/serve.md)", serve_schema.SERVE),
     "quantize": Group("8-bit weights, for inference", model_schema.QUANTIZE),
     "convert": Group("Exporting weights", sampling_schema.CONVERT),
     "plan": Group("TPU slices to plan for", tool_schema.PLAN),

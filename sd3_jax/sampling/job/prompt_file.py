@@ -94,6 +94,11 @@ def tasks(config: ConfigDict) -> list[Task]:
         # LoRAs that differ from line to line are all loaded in one way.
         usual = line_inputs.read_loras(list(config.sample.lora), ".")
         lines = [x._replace(nested={"lora": usual} | x.nested) for x in lines]
+    return tasks_of(lines, looked)
+
+
+def tasks_of(lines: Iterable[Line], looked: Looked) -> list[Task]:
+    """A task for each picture of the lines; UserError if their pictures do not fit."""
     picture_tasks = []
     for line in lines:
         settings = settings_of(line.config) | line.nested

@@ -195,14 +195,17 @@ def sample_lines(
     nets: Mapping[str, ControlBundle],
     guide: bundle.Bundle | None,
     tasks: Sequence[prompt_file.Task],
+    adapters: Mapping[str, float] | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
     """Pictures of tasks of one group, None if none can be painted; and why not, by row.
 
+    `adapters` are weights of the model's, by default its own or those of the tasks.
     A row that fails is painted as another one, so that the program is the same.
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
-    extra = {"guide": guide} if guides else {}
+    extra: dict[str, Any] = {"guide": guide} if guides else {}
+    extra |= {} if adapters is None else {"adapters": adapters}
     rows = [TEXT_ALONE] * len(tasks)
     failures: dict[int, str] = {}
     if settings.keys() & {"image", "control", "lora"}:

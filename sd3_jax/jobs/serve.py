@@ -1,0 +1,280 @@
+"""Pictures over HTTP: OpenAI's Images API in front of the painters of `sample`.
+
+The main thread waits for signals, one thread paints, another answers HTTP. Of several
+processes, process 0 answers and hands its batches to the others.
+"""
+
+import functools
+import io
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+from PIL import Image
+
+from sd3_jax.distributed import processes, sharding, watchdog
+from sd3_jax.errors import UserError
+from sd3_jax.monitoring.progress import duration
+from sd3_jax.sampling import compiled
+from sd3_jax.sampling.job import output_filter, prompt_file
+from sd3_jax.sampling.job.sampler import batch_size
+
+log = logging.getLogger(__name__)
+POLL = 0.2  # seconds between two looks of the main thread
+SENDING = 10.0  # seconds for answers that are being sent when all is painted
+
+
+def run(config: ConfigDict, workdir: epath.PathLike) -> None:
+    """Serve until SIGTERM, then finish what waits."""
+    require_extra()
+    from sd3_jax.serving import hosts, row_painters, uploads
+
+    workdir = epath.Path(workdir)
+    limits = limits_of(config)
+    guard = output_filter.load(
+        config.sample.filter, config.sample.watermark, limits.sizes
+    )
+    mesh = sharding.make_mesh(**config.mesh)
+    relay = Relay()
+    # Of several hosts each would call back for its rows alone.
+    previews = limits.partial_images > 0 and jax.process_count() == 1
+    preview = relay.preview if previews else None
+    with processes.stopping() as stop, compiled.on(mesh):
+        watchdog.expect("the weights", watchdog.LONG)
+        if config.weights:
+            painter = row_painters.released(config, mesh, preview)
+        else:
+            painter = row_painters.trained(config, workdir, mesh, preview)
+        paint = functools.partial(paint_batch, painter, guard, mesh)
+        spool = uploads.Spool()
+        try:
+            if jax.process_index() == 0:
+                limits = limits._replace(
+                    partial_images=limits.partial_images if previews else 0
+                )
+                serve(config, limits, painter, guard, mesh, paint, spool, relay, stop)
+            else:
+                hosts.follow(config, paint, stop, spool)
+        finally:
+            spool.close()
+
+
+class Relay:
+    """The program's preview function, made before the engine that listens to it."""
+
+    def __init__(self):
+        self.listener: Callable | None = None
+
+    def preview(self, step: Any, t: Any, rgb: Any) -> None:
+        if self.listener is not None:
+            self.listener(step, t, rgb)
+
+
+def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> None:
+    """Process 0: compile, then answer HTTP until `stop`."""
+    from sd3_jax.serving import app, batch_queue, engine, hosts, http_server
+    from sd3_jax.serving.service import Service
+    from sd3_jax.serving.service_metrics import ServiceMetrics
+
+    size = batch_size(config.sample.batch_size, config.sample.batch_size, mesh)
+    queue = batch_queue.BatchQueue(most=limits.queue, size=size, wait_s=limits.wait_s)
+    metrics = ServiceMetrics(size, lambda: len(queue))
+    everywhere = hosts.handed_to_all(paint)
+    several = jax.process_count() > 1
+    painting = engine.Engine(everywhere, queue, metrics, size=size, several=several)
+    relay.listener = painting.preview
+    service = Service(
+        config,
+        limits,
+        painter,
+        guard,
+        queue,
+        painting,
+        metrics,
+        spool,
+        model=model_name(config),
+        programs=set(),
+    )
+    keys = api_keys(config.serve.keys_file)
+    application = app.build(
+        service,
+        keys=keys,
+        origins=config.serve.cors,
+        most=config.serve.open_requests,
+    )
+    # Bound before hours may be spent on compilation; /readyz says 503 until then.
+    http = http_server.HttpServer(
+        application,
+        host=config.serve.host,
+        port=config.serve.port,
+        read_s=limits.read_s,
+        proxies=config.serve.proxies,
+    )
+    http.start()
+    try:
+        warm_up(config, limits, service, everywhere, size, painter, stop)
+        painting.start()
+        host, port = http.address
+        if not stop():
+            log.info("serving %s at http://%s:%d", service.model, host, port)
+        while not stop() and painting.alive and http.alive:
+            time.sleep(POLL)
+        drain(service, queue, painting, config.serve.drain_s)
+    finally:
+        http.stop(SENDING)
+    if painting.fault is not None:
+        raise painting.fault
+    if several and not painting.alive:
+        everywhere.stop()
+
+
+def drain(service, queue, painting, seconds: float) -> None:
+    """Paint what waits, refuse what comes."""
+    service.draining = True
+    queue.close()
+    log.info("stopping: %d pictures wait", len(queue))
+    if not painting.join(seconds):
+        log.warning("stopped after %g s with pictures that are not painted", seconds)
+        from sd3_jax.serving.service import stopping
+
+        queue.fail(stopping())
+        painting.join(seconds)
+
+
+def paint_batch(painter, guard, mesh: Mesh, rows: Sequence) -> Any:
+    """Pictures of rows and the filter's verdicts; every process makes this call."""
+    from sd3_jax.serving.engine import Batch
+
+    with compiled.on(mesh):  # the mesh of a context is that of its thread alone
+        images, failures = painter.paint(rows)
+    if images is None:
+        return Batch(None, failures, [])
+    flags = guard.flags(images, [row.task.caption for row in rows])
+    return Batch(images, failures, flags)
+
+
+def warm_up(config, limits, service, paint, size, painter, stop) -> None:
+    """Compile the programs of every size, kind and solver by painting a batch."""
+    began, programs = time.monotonic(), service.programs
+    for fields, files in warm_requests(config, limits):
+        if stop():
+            return
+        service.programs = None
+        watchdog.expect("a program for requests", watchdog.LONG)
+        request, paths = service.read(fields, files)
+        row = request.rows[0]
+        program = painter.key(row).program
+        if program not in programs:
+            log.info("compiling for %s", json.dumps(fields))
+            paint([row] * size)
+            programs.add(program)
+        service.release([], paths)
+    compiles = config.serve.unwarmed == "compile"
+    service.programs = None if compiles else programs
+    service.warm = True
+    text = duration(time.monotonic() - began)
+    log.info("%d programs are ready after %s", len(programs), text)
+
+
+def warm_requests(config: ConfigDict, limits):
+    """(fields, files) of one request for each program to compile."""
+    from sd3_jax.serving.limits import size_text
+
+    for size in limits.sizes:
+        for solver in ("", *config.serve.solvers):
+            for kind in config.serve.kinds:
+                fields = {"prompt": "a picture", "size": size_text(size), "seed": 0}
+                fields |= {"solver": solver} if solver else {}
+                grey = np.full((*size, 3), 128, np.uint8)
+                white = np.full(size, 255, np.uint8)
+                files = {"image": grey, "mask": white}
+                names = {"generate": (), "image": ("image",), "mask": ("image", "mask")}
+                yield fields, {name: png_of(files[name]) for name in names[kind]}
+
+
+def png_of(pixels: np.ndarray) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "png")
+    return buffer.getvalue()
+
+
+def limits_of(config: ConfigDict):
+    """config.serve as Limits; UserError for sizes that the recipe cannot have."""
+    from sd3_jax.config.validation import validate
+    from sd3_jax.serving.limits import Limits
+
+    serve = config.serve
+    sizes = []
+    for text in serve.sizes:
+        width, height = map(int, text.split("x"))
+        sized = config.copy_and_resolve_references()
+        sized.image.update(height=height, width=width)
+        try:
+            validate(sized)
+        except UserError as error:
+            raise UserError(f"config.serve.sizes = {text}: {error}") from None
+        sizes.append((height, width))
+    prompt_file.task(config, "", 0)  # refuses a picture to change
+    return Limits(
+        tuple(sizes) or ((config.image.height, config.image.width),),
+        n=serve.max_n,
+        steps=max(serve.max_steps, config.sample.steps),
+        prompt_bytes=serve.prompt_bytes,
+        body_bytes=serve.body_bytes,
+        all_bodies=serve.all_bodies,
+        pixels=serve.pixels,
+        queue=serve.queue,
+        wait_s=serve.wait_ms / 1000,
+        request_s=serve.request_s,
+        read_s=serve.read_s,
+        partial_images=serve.partial_images,
+        kept=serve.kept,
+    )
+
+
+def model_name(config: ConfigDict) -> str:
+    if config.serve.model:
+        return config.serve.model
+    if config.weights:
+        return os.path.basename(config.weights.rstrip("/")) or "sd3"
+    return config.model.name
+
+
+def api_keys(path: str) -> list[str]:
+    """The lines of the file; UserError if it is missing or empty."""
+    if not path:
+        return []
+    try:
+        lines = epath.Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise UserError(f"config.serve.keys_file = {path}: {reason}") from None
+    keys = [line.strip() for line in lines if line.strip()]
+    if not keys:
+        raise UserError(
+            f"config.serve.keys_file = {path}: has no key; write one a line, or set"
+            " --config.serve.keys_file= to serve without keys"
+        )
+    return keys
+
+
+def require_extra() -> None:
+    """UserError if the extra `serve` is not installed."""
+    try:
+        import prometheus_client  # noqa: F401
+        import python_multipart  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"serve needs the package {error.name}; install it with"
+            ' pip install "sd3-jax[serve]"'
+        ) from None
