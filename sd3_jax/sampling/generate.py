@@ -42,8 +42,8 @@ def generate(
     each step. A solver with a trajectory returns all n latents. `spread` is the std of
     x at grid[0], for formulations that do not start at pure noise. `steps` is how many
     steps of the grid are taken, all by default; it may be traced. Other `options` are
-    those of guidance.guided, such as `scale`. A grid (b, n), with steps (b,), gives each
-    row times of its own.
+    those of guidance.guided, such as `scale`. With a grid (b, n) and steps (b,), each
+    row has times of its own.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))

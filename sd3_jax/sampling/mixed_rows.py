@@ -1,8 +1,8 @@
 """One batch whose rows have steps, solvers, times, guidance and adapters of their own.
 
-    images = mixed_rows.generate(bundle, calls)  # one dict of generate's arguments a row
+    images = mixed_rows.generate(bundle, calls)  # a dict of arguments a row
 
-What differs is data: the solvers of one same_program, numbers of plain guidance, seeds,
+What differs is data: solvers of one same_program, numbers of plain guidance, seeds,
 texts, adapters' weights. A row depends on no other, and its arithmetic is that of
 sd3_jax.generate (tests/sampling/test_mixed_rows.py).
 """

@@ -17,7 +17,7 @@ COUNTED = ("/v1/images/generations", "/v1/images/edits", "/v1/models", "/picture
 
 
 class Access:
-    """ASGI middleware; `keys` are the bearer tokens that open /v1, () for none needed."""
+    """ASGI middleware; `keys` are the bearer tokens that open /v1, () for none."""
 
     def __init__(
         self,
@@ -71,7 +71,7 @@ class Access:
         header = Headers(scope=scope).get("authorization", "")
         kind, _, key = header.partition(" ")
         digest = _digest(key.strip())
-        # All are compared, and digests in constant time: the answer's time tells nothing.
+        # All are compared, in constant time: the time of an answer tells nothing.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
         return kind.lower() == "bearer" and any(matches)
 

@@ -36,7 +36,7 @@ class HttpServer:
             forwarded_allow_ips=proxies,
         )
         self._server = uvicorn.Server(config)
-        # In a thread: the main one answers signals, and uvicorn leaves them alone there.
+        # Outside of the main thread, uvicorn leaves signals alone.
         self._thread = threading.Thread(
             target=self._server.run, args=([self._socket],), daemon=True, name="http"
         )

@@ -183,7 +183,7 @@ def trained(
 
 
 class RowSampler(TrainedSampler):
-    """A TrainedSampler whose rows have seeds, steps, times and guidance of their own."""
+    """A TrainedSampler whose rows have seeds, times and guidance of their own."""
 
     def __init__(self, *args: Any, preview: Preview | None = None):
         super().__init__(*args)

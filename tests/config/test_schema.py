@@ -64,6 +64,11 @@ PAINTER = "in the sampler of released weights, beside that of the run in trainin
 UNREAD = {
     "train": dict(weights=PAINTER, tokenizers=PAINTER),
     "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
+    "serve": dict(
+        **dict.fromkeys(("optim", "data", "eval"), TRAINER),
+        tune=RESTORED,
+        train="in the reader of prompts, which come with requests here",
+    ),
     "evaluate": dict(
         **dict.fromkeys(("optim", "train"), TRAINER),
         tune=RESTORED,
