@@ -10,7 +10,7 @@ from typing import Any
 
 from python_multipart.exceptions import MultipartParseError
 from starlette.applications import Starlette
-from starlette.datastructures import UploadFile
+from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware import Middleware
@@ -238,23 +238,29 @@ async def form(
     except (MultiPartException, MultipartParseError, UnicodeError, KeyError) as error:
         reason = getattr(error, "message", "") or str(error)
         raise invalid(f"not multipart: {reason}", code="invalid_multipart") from None
+    try:
+        return await sorted_parts(parts)
+    finally:
+        await parts.close()
+
+
+async def sorted_parts(parts: FormData) -> tuple[dict[str, str], dict[str, bytes]]:
     texts: dict[str, str] = {}
     files: dict[str, bytes] = {}
-    async with parts:
-        for name, value in parts.multi_items():
-            name = name.removesuffix("[]")  # as clients send lists
-            if name in texts or name in files:
-                raise invalid(f"{shown(name)}: expected once", shown(name))
-            if isinstance(value, UploadFile):
-                if name not in ("image", "mask"):
-                    raise invalid(
-                        f'unknown file "{shown(name)}"; expected image or mask',
-                        shown(name),
-                        "unknown_parameter",
-                    )
-                files[name] = await value.read()
-            else:
-                texts[name] = value
+    for name, value in parts.multi_items():
+        name = name.removesuffix("[]")  # as clients send lists
+        if name in texts or name in files:
+            raise invalid(f"{shown(name)}: expected once", shown(name))
+        if isinstance(value, str):
+            texts[name] = value
+        elif name in ("image", "mask"):
+            files[name] = await value.read()
+        else:
+            raise invalid(
+                f'unknown file "{shown(name)}"; expected image or mask',
+                shown(name),
+                "unknown_parameter",
+            )
     return texts, files
 
 

@@ -217,7 +217,7 @@ class Service:
             common = about | {"image_index": i}
             if step is not None:
                 due = _partial_steps(ticket.steps, request.partial_images)
-                if ticket.future.done() or step not in due[counts[i] :]:
+                if step not in due[counts[i] :]:
                     continue
                 file = await asyncio.to_thread(self._partial, request, ticket.row, rgb)
                 yield common | {
