@@ -132,7 +132,10 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
         http.stop(SENDING)
     if painting.fault is not None:
         raise painting.fault
-    if several and not painting.alive:
+    if painting.alive:
+        # Python would wait for XLA in the painter's thread, and peers for its batch.
+        watchdog.leave("stopped after config.serve.drain_s", 0)
+    if several:
         everywhere.stop()
 
 
@@ -142,11 +145,10 @@ def drain(service, queue, painting, seconds: float) -> None:
     queue.close()
     log.info("stopping: %d pictures wait", len(queue))
     if not painting.join(seconds):
-        log.warning("stopped after %g s with pictures that are not painted", seconds)
         from sd3_jax.serving.service import stopping
 
+        log.warning("config.serve.drain_s = %g: some pictures are not painted", seconds)
         queue.fail(stopping())
-        painting.join(seconds)
 
 
 def paint_batch(painter, guard, mesh: Mesh, rows: Sequence) -> Any:

@@ -5,17 +5,22 @@ import io
 import json
 from concurrent.futures import ThreadPoolExecutor
 
+import jax
 import numpy as np
 import pytest
 import served
+from etils import epath
 from parity import miniature
 from PIL import Image
 
 from configs import quickstart, released
-from sd3_jax.jobs import serve
+from sd3_jax.distributed import sharding
+from sd3_jax.jobs import serve, train
 from sd3_jax.sampling.job import painters, prompt_file
 from sd3_jax.sampling.job.prompt_lines import read_fields
 from sd3_jax.sampling.job.task_batches import filled
+from sd3_jax.serving import row_painters
+from sd3_jax.serving.request_tasks import Row
 
 MIXED = [  # fields of requests that share one program
     {"seed": 3, "n": 2},
@@ -68,9 +73,9 @@ def test_mixed_requests_are_the_pictures_of_sample(server, tmp_path):
     assert server.metric("sd3_jax_batch_rows_count") == 1  # one batch of all
     config = released.get_config("tiny")
     config.weights = str(miniature.folder("sd35_medium"))
-    mesh = served.sharding.make_mesh(**config.mesh)
+    mesh = sharding.make_mesh(**config.mesh)
     usual = prompt_file.task(config, "x", 0)
-    painter = painters.released(config, tmp_path, mesh, [usual])
+    painter = painters.released(config, epath.Path(tmp_path), mesh, [usual])
     expected = of_the_job(config, painter, lines_of(MIXED))
     for answer, images in zip(together, expected, strict=True):
         np.testing.assert_array_equal(pictures(answer), images)
@@ -101,29 +106,25 @@ def test_mixed_requests_are_the_pictures_of_sample(server, tmp_path):
 
 
 def test_a_checkpoint_is_served_as_sample_paints_it(tmp_path):
-    from sd3_jax.training import trainer
-
     config = quickstart.get_config("tiny")
     config.train.update(steps=1)
-    trainer.run(config, tmp_path)
+    workdir = epath.Path(tmp_path)
+    train.run(config, workdir)
     config.sample.batch_size = served.SIZE
-    mesh = served.sharding.make_mesh(**config.mesh)
-    from sd3_jax.serving import row_painters
-    from sd3_jax.serving.request_tasks import Row
-
+    mesh = sharding.make_mesh(**config.mesh)
     requests = [{"seed": 3, "n": 2}, {"seed": 5, "steps": 4, "guidance": 2.0}]
     requests += [{"seed": 6, "solver": "dpmpp_2m", "negative_prompt": "a blue one"}]
     looked = prompt_file.Looked()
-    with served.sharding.jax.set_mesh(mesh):
+    with jax.set_mesh(mesh):
         rows = []
         for fields in lines_of(requests):
             line = read_fields(fields, config, ".", looked)
             rows += [Row(task) for task in prompt_file.tasks_of([line], looked)]
-        painter = row_painters.trained(config, tmp_path, mesh, None)
+        painter = row_painters.trained(config, workdir, mesh, None)
         images, failures = painter.paint(filled(rows, served.SIZE))
         assert not failures and len({painter.key(row) for row in rows}) == 1
         tasks = [row.task for row in rows]
-        job = painters.trained(config, tmp_path, mesh, tasks)
+        job = painters.trained(config, workdir, mesh, tasks)
         expected = of_the_job(config, job, lines_of(requests))
     flat = [image for pictures in expected for image in pictures]
     np.testing.assert_array_equal(images[: len(flat)], flat)
