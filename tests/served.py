@@ -95,7 +95,7 @@ def running(
     guard = output_filter.load(
         config.sample.filter, config.sample.watermark, limits.sizes
     )
-    batch = lambda rows: serve.paint_batch(painter, guard, mesh, rows)
+    batch = lambda rows: serve.paint_batch(painter, guard, mesh, SIZE, rows)
     server, spool = Server(port), uploads.Spool()
     server.spool, server.painter = spool, painter
 

@@ -47,7 +47,7 @@ DOOR = {
     *("evaluation/picture_features.py", "evaluation/reference_images.py"),
     *("data/ingest/intake.py", "tools/study/run_scores.py"),
     *("sampling/job/task_lines.py", "serving/request_tasks.py", "serving/service.py"),
-    *("serving/row_painters.py", "serving/hosts.py"),
+    *("serving/row_painters.py", "serving/hosts.py", "serving/warm_up.py"),
     *("tools/plan/sampling_programs.py", "tools/benchmark/case_selection.py"),
 }
 

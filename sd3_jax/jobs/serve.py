@@ -5,8 +5,6 @@ processes, process 0 answers and hands its batches to the others.
 """
 
 import functools
-import io
-import json
 import logging
 import os
 import time
@@ -14,18 +12,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 from etils import epath
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
-from PIL import Image
 
 from sd3_jax.distributed import processes, sharding, watchdog
 from sd3_jax.errors import UserError
-from sd3_jax.monitoring.progress import duration
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.job import output_filter, prompt_file
 from sd3_jax.sampling.job.sampler import batch_size
+from sd3_jax.sampling.job.task_batches import filled
 
 log = logging.getLogger(__name__)
 POLL = 0.2  # seconds between two looks of the main thread
@@ -53,7 +49,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             painter = row_painters.released(config, mesh, preview)
         else:
             painter = row_painters.trained(config, workdir, mesh, preview)
-        paint = functools.partial(paint_batch, painter, guard, mesh)
+        size = batch_size(config.sample.batch_size, config.sample.batch_size, mesh)
+        paint = functools.partial(paint_batch, painter, guard, mesh, size)
         spool = uploads.Spool()
         try:
             if jax.process_index() == 0:
@@ -80,7 +77,14 @@ class Relay:
 
 def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> None:
     """Process 0: compile, then answer HTTP until `stop`."""
-    from sd3_jax.serving import app, batch_queue, engine, hosts, http_server
+    from sd3_jax.serving import (
+        app,
+        batch_queue,
+        engine,
+        hosts,
+        http_server,
+        warm_up,
+    )
     from sd3_jax.serving.service import Service
     from sd3_jax.serving.service_metrics import ServiceMetrics
 
@@ -120,7 +124,7 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
     )
     http.start()
     try:
-        warm_up(config, limits, service, everywhere, size, painter, stop)
+        warm_up.compile_programs(config, limits, service, everywhere, painter, stop)
         painting.start()
         host, port = http.address
         if not stop():
@@ -151,61 +155,20 @@ def drain(service, queue, painting, seconds: float) -> None:
         queue.fail(stopping())
 
 
-def paint_batch(painter, guard, mesh: Mesh, rows: Sequence) -> Any:
+def paint_batch(painter, guard, mesh: Mesh, size: int, rows: Sequence) -> Any:
     """Pictures of rows and the filter's verdicts; every process makes this call."""
     from sd3_jax.serving.engine import Batch
 
+    # Always `size` rows, so that the program, and the last bits of a picture, do not
+    # depend on how many came together.
     with compiled.on(mesh):  # the mesh of a context is that of its thread alone
-        images, failures = painter.paint(rows)
+        images, failures = painter.paint(filled(rows, size))
+    failures = {i: reason for i, reason in failures.items() if i < len(rows)}
     if images is None:
         return Batch(None, failures, [])
+    images = images[: len(rows)]
     flags = guard.flags(images, [row.task.caption for row in rows])
     return Batch(images, failures, flags)
-
-
-def warm_up(config, limits, service, paint, size, painter, stop) -> None:
-    """Compile the programs of every size, kind and solver by painting a batch."""
-    began, programs = time.monotonic(), service.programs
-    for fields, files in warm_requests(config, limits):
-        if stop():
-            return
-        service.programs = None
-        watchdog.expect("a program for requests", watchdog.LONG)
-        request, paths = service.read(fields, files)
-        row = request.rows[0]
-        program = painter.key(row).program
-        if program not in programs:
-            log.info("compiling for %s", json.dumps(fields))
-            paint([row] * size)
-            programs.add(program)
-        service.release([], paths)
-    compiles = config.serve.unwarmed == "compile"
-    service.programs = None if compiles else programs
-    service.warm = True
-    text = duration(time.monotonic() - began)
-    log.info("%d programs are ready after %s", len(programs), text)
-
-
-def warm_requests(config: ConfigDict, limits):
-    """(fields, files) of one request for each program to compile."""
-    from sd3_jax.serving.limits import size_text
-
-    for size in limits.sizes:
-        for solver in ("", *config.serve.solvers):
-            for kind in config.serve.kinds:
-                fields = {"prompt": "a picture", "size": size_text(size), "seed": 0}
-                fields |= {"solver": solver} if solver else {}
-                grey = np.full((*size, 3), 128, np.uint8)
-                white = np.full(size, 255, np.uint8)
-                files = {"image": grey, "mask": white}
-                names = {"generate": (), "image": ("image",), "mask": ("image", "mask")}
-                yield fields, {name: png_of(files[name]) for name in names[kind]}
-
-
-def png_of(pixels: np.ndarray) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "png")
-    return buffer.getvalue()
 
 
 def limits_of(config: ConfigDict):

@@ -2,17 +2,15 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from python_multipart.exceptions import MultipartParseError
 from starlette.applications import Starlette
-from starlette.datastructures import FormData
 from starlette.exceptions import HTTPException
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
@@ -25,7 +23,7 @@ from starlette.responses import (
 from starlette.routing import Route
 
 from sd3_jax.foreign_text import shown
-from sd3_jax.serving import openapi, request_fields, service_metrics
+from sd3_jax.serving import openapi, request_bodies, request_fields, service_metrics
 from sd3_jax.serving.access import Access
 from sd3_jax.serving.api_errors import ApiError, invalid
 from sd3_jax.serving.service import Service, stopping
@@ -82,7 +80,7 @@ class Routes:
 
     def __init__(self, service: Service):
         self._service = service
-        self._reading = 0  # bytes of bodies in memory
+        self._bodies = request_bodies.Bodies(service.limits)
 
     async def index(self, request: Request) -> Response:
         return PlainTextResponse(ABOUT.format(model=self._service.model))
@@ -134,7 +132,7 @@ class Routes:
             raise ApiError(
                 415, "expected Content-Type: application/json", code="unsupported_media"
             )
-        async with self._body(request) as body:
+        async with self._bodies.read(request) as body:
             fields = await asyncio.to_thread(request_fields.of_json, body)
         return await self._answer("generations", request, fields, {})
 
@@ -146,44 +144,14 @@ class Routes:
                 "expected Content-Type: multipart/form-data",
                 code="unsupported_media",
             )
-        async with self._body(request) as body:
-            texts, files = await form(request, body)
+        async with self._bodies.read(request) as body:
+            texts, files = await request_bodies.form(request, body)
         fields = request_fields.of_form(texts)
         if "image" not in files:
             raise invalid(
                 "image: expected a file", "image", "missing_required_parameter"
             )
         return await self._answer("edits", request, fields, files)
-
-    @contextlib.asynccontextmanager
-    async def _body(self, request: Request) -> AsyncIterator[bytes]:
-        """The body, within the limits of bytes and of time."""
-        limits, size, chunks = self._service.limits, 0, []
-        try:
-            async with asyncio.timeout(limits.read_s):
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    self._reading += len(chunk)
-                    if size > limits.body_bytes:
-                        raise ApiError(
-                            413,
-                            f"the body has over {limits.body_bytes} bytes",
-                            code="body_too_large",
-                        )
-                    if self._reading > limits.all_bodies:
-                        raise ApiError(
-                            429, "too many uploads at once", code="busy", wait=1
-                        )
-                    chunks.append(chunk)
-            yield b"".join(chunks)
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not arrive within {limits.read_s:g} s",
-                code="body_timeout",
-            ) from None
-        finally:
-            self._reading -= size
 
     async def _answer(
         self, kind: str, request: Request, fields: dict, files: Mapping[str, bytes]
@@ -205,8 +173,9 @@ class Routes:
             tickets = service.submit(asked, preview if asked.partial_images else None)
             if asked.stream:
                 events = service.events(kind, asked, tickets, news)
-                body = server_events(events, lambda: service.release(tickets, paths))
+                release = functools.partial(service.release, tickets, paths)
                 paths = []  # the stream's own from here on
+                body = server_events(events, release)
                 return StreamingResponse(
                     body,
                     headers={
@@ -222,46 +191,6 @@ class Routes:
             if not asked.stream or paths:
                 service.release(tickets, paths)
             service.metrics.seconds.labels("request").observe(time.monotonic() - began)
-
-
-async def form(
-    request: Request, body: bytes
-) -> tuple[dict[str, str], dict[str, bytes]]:
-    """The texts and files of a multipart body; ApiError for what is none."""
-
-    async def stream():
-        yield body
-
-    parser = MultiPartParser(request.headers, stream(), max_files=4, max_fields=64)
-    try:
-        parts = await parser.parse()
-    except (MultiPartException, MultipartParseError, UnicodeError, KeyError) as error:
-        reason = getattr(error, "message", "") or str(error)
-        raise invalid(f"not multipart: {reason}", code="invalid_multipart") from None
-    try:
-        return await sorted_parts(parts)
-    finally:
-        await parts.close()
-
-
-async def sorted_parts(parts: FormData) -> tuple[dict[str, str], dict[str, bytes]]:
-    texts: dict[str, str] = {}
-    files: dict[str, bytes] = {}
-    for name, value in parts.multi_items():
-        name = name.removesuffix("[]")  # as clients send lists
-        if name in texts or name in files:
-            raise invalid(f"{shown(name)}: expected once", shown(name))
-        if isinstance(value, str):
-            texts[name] = value
-        elif name in ("image", "mask"):
-            files[name] = await value.read()
-        else:
-            raise invalid(
-                f'unknown file "{shown(name)}"; expected image or mask',
-                shown(name),
-                "unknown_parameter",
-            )
-    return texts, files
 
 
 async def unless_gone(request: Request, answer) -> Any:

@@ -35,7 +35,7 @@ class Picture(NamedTuple):
 
 
 class Engine:
-    """paint(rows) -> Batch runs in this thread alone, on batches of `size` rows.
+    """paint(rows) -> Batch runs in this thread alone, on at most `size` rows.
 
     What the thread cannot recover from is `fault`: it ends the thread, and the server.
     """
@@ -112,10 +112,7 @@ class Engine:
 
     def _painted(self, batch: Sequence[Ticket]) -> Batch:
         began = time.monotonic()
-        # Always the same number of rows, so that the program, and the last bits of a
-        # picture, do not depend on how many came together.
-        rows = [batch[i % len(batch)].row for i in range(self._size)]
-        painted = self._paint(rows)
+        painted = self._paint([ticket.row for ticket in batch])
         self._metrics.seconds.labels("paint").observe(time.monotonic() - began)
         return painted
 

@@ -142,7 +142,7 @@ def _paint_released(
 
 
 def _finished(images: np.ndarray) -> Painted:
-    """Bytes of pictures in [0, 1]; rows of NaN are no pictures."""
+    """Bytes of pictures in [0, 1]; a row with NaN is a failure."""
     lost = np.isnan(images).any(axis=(1, 2, 3))
     reason = "the pixels are NaN, because numbers overflow; lower the guidance"
     failures = {int(i): reason for i in np.flatnonzero(lost)}

@@ -38,7 +38,7 @@ class Spool:
 
 
 def picture(data: bytes, name: str, most: int) -> Image.Image:
-    """An opened upload; ApiError for what is no picture or has over `most` pixels."""
+    """An opened upload; ApiError for other files, and for over `most` pixels."""
     try:
         opened = images.open_header(data, name)
     except images.BadImage as error:

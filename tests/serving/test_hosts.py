@@ -14,7 +14,7 @@ import served
 from parity import miniature
 from PIL import Image
 
-from sd3_jax.jobs import serve
+from sd3_jax.serving import warm_up
 
 OPTIONS = {"sample.batch_size": 8, "serve.kinds": "generate,mask", "serve.drain_s": 20}
 
@@ -66,7 +66,7 @@ def test_two_processes_answer_and_stop_together(tmp_path):
         mask = np.zeros((64, 64), np.uint8)
         mask[:32] = 255
         files = {"image": grey, "mask": mask}
-        files = {name: (name, serve.png_of(x)) for name, x in files.items()}
+        files = {name: (name, warm_up.png_of(x)) for name, x in files.items()}
         data = {"prompt": "a hat", "strength": "0.9"}
         edits = f"{url}/v1/images/edits"
         edited = picture(httpx.post(edits, files=files, data=data, timeout=120))

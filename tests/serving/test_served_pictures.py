@@ -15,11 +15,11 @@ from PIL import Image
 
 from configs import quickstart, released
 from sd3_jax.distributed import sharding
-from sd3_jax.jobs import serve, train
+from sd3_jax.jobs import train
 from sd3_jax.sampling.job import painters, prompt_file
 from sd3_jax.sampling.job.prompt_lines import read_fields
 from sd3_jax.sampling.job.task_batches import filled
-from sd3_jax.serving import row_painters
+from sd3_jax.serving import row_painters, warm_up
 from sd3_jax.serving.request_tasks import Row
 
 MIXED = [  # fields of requests that share one program
@@ -87,7 +87,7 @@ def test_mixed_requests_are_the_pictures_of_sample(server, tmp_path):
     mask = np.zeros((64, 64), np.uint8)
     mask[16:48] = 255
     for name, pixels in ("image", grey), ("mask", mask):
-        (tmp_path / name).write_bytes(serve.png_of(pixels))
+        (tmp_path / name).write_bytes(warm_up.png_of(pixels))
     files = {name: (name, (tmp_path / name).read_bytes()) for name in ("image", "mask")}
     fields = {"prompt": "a hat", "strength": 0.7, "seed": 9, "steps": 5}
     answer = server.post(path="/v1/images/edits", files=files, data=fields)

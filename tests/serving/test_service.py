@@ -16,6 +16,7 @@ from PIL import Image
 
 from sd3_jax.errors import RetryableError, UserError
 from sd3_jax.jobs import serve
+from sd3_jax.serving import warm_up
 
 
 def opened(picture) -> Image.Image:
@@ -23,7 +24,7 @@ def opened(picture) -> Image.Image:
 
 
 def png(pixels: np.ndarray) -> bytes:
-    return serve.png_of(pixels)
+    return warm_up.png_of(pixels)
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from sd3_jax.config.schema.key_rules import (
     sequence,
     some_of,
 )
+from sd3_jax.config.schema.sampling_schema import SOLVERS
 
 SIDE = "[1-9][0-9]{0,4}"
 SIZES = sequence(
@@ -24,6 +25,7 @@ SIZES = sequence(
     ),
     "sizes such as 1024x1024, with commas between",
 )
+SOME_SOLVERS = sequence(one_of(*SOLVERS), f"some of {', '.join(SOLVERS)}")
 SECONDS = above_zero(86_400)
 BYTES = integer(1, 2**31)
 
@@ -39,7 +41,9 @@ SERVE = dict(
         "Sizes that are offered, as WIDTHxHEIGHT; (): image.height and width.",
     ),
     solvers=Key(
-        (), TEXTS, "Further solvers whose programs are compiled at start; (): none."
+        (),
+        SOME_SOLVERS,
+        "More solvers whose programs are compiled at start; (): none.",
     ),
     kinds=Key(
         ("generate",),
