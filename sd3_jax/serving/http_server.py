@@ -77,13 +77,28 @@ def _bound(host: str, port: int) -> socket.socket:
 
 
 def _bounded(seconds: float) -> type[H11Protocol]:
-    """A protocol that closes connections whose request's head takes too long.
+    """A protocol that closes connections of clients that send or read nothing.
 
     uvicorn bounds the pause between two requests alone; the app bounds the body.
     """
 
     class BoundedProtocol(H11Protocol):
         _head = None
+        _unread = 0
+
+        def on_response_complete(self):
+            super().on_response_complete()
+            self.loop.call_later(seconds, self._require_reader)
+
+        def _require_reader(self):
+            # uvicorn closes idle connections once all is sent, which a client that
+            # reads nothing would never let happen.
+            unread = self.transport.get_write_buffer_size()
+            if unread and unread == self._unread:
+                self.transport.abort()
+            elif unread:
+                self.loop.call_later(seconds, self._require_reader)
+            self._unread = unread
 
         def connection_made(self, transport):
             super().connection_made(transport)

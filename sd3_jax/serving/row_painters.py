@@ -68,8 +68,12 @@ def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPain
     bundle = released_sampler.load_for_sampling(config, mesh, [usual.settings])
     guide = released_sampler.load_guide(config, mesh)
     facts: dict = {"weights": bundle.fingerprint()}
+    if scheduler := bundle.scheduler.non_default_settings():
+        facts["scheduler"] = scheduler
     if bundle.quantize:
         facts["quantize"] = bundle.quantize
+    if guide is not None:
+        facts["guide"] = guide.fingerprint()
     for name in ("lora", "embeddings"):
         if config.sample[name]:  # by file name: paths of the host are nobody's business
             facts[name] = [os.path.basename(x) for x in config.sample[name]]

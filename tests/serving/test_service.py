@@ -372,6 +372,23 @@ def test_keys_origins_and_limits(tmp_path):
         assert "access-control-allow-origin" not in header
 
 
+def test_adapters_are_weighed_by_name():
+    seen = []
+
+    def paint(rows):
+        seen.append([row.adapters for row in rows])
+        return served.colours(rows)
+
+    with served.running(paint, adapters={"fox": 0.7, "oil": 1.0}) as server:
+        assert ask(server, 1, adapters={"fox": 0.2}).status_code == 200
+        assert seen[-1] == [{"fox": 0.2}] * 8
+        assert ask(server, 1).status_code == 200
+        assert seen[-1] == [{"fox": 0.7, "oil": 1.0}] * 8
+        for bad in ({"fix": 1}, {"fox": "much"}, {"fox": 1e9}, {"fox": True}):
+            answer = ask(server, 1, adapters=bad)
+            assert answer.json()["error"]["param"] == "adapters", answer.text
+
+
 def test_slow_clients_are_left_and_many_are_served():
     import socket
 
