@@ -77,24 +77,59 @@ class Relay:
 
 def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> None:
     """Process 0: compile, then answer HTTP until `stop`."""
-    from sd3_jax.serving import (
-        app,
-        batch_queue,
-        engine,
-        hosts,
-        http_server,
-        warm_up,
+    from sd3_jax.serving import app, hosts, http_server, warm_up
+
+    everywhere = hosts.handed_to_all(paint)
+    parts = assemble(config, limits, painter, guard, mesh, everywhere, spool)
+    service, queue, painting = parts
+    relay.listener = painting.preview
+    application = app.build(
+        service,
+        keys=api_keys(config.serve.keys_file),
+        origins=config.serve.cors,
+        most=config.serve.open_requests,
     )
+    # Bound before minutes are spent on compilation; /readyz says 503 until then.
+    http = http_server.HttpServer(
+        application,
+        host=config.serve.host,
+        port=config.serve.port,
+        read_s=limits.read_s,
+        proxies=config.serve.proxies,
+    )
+    http.start()
+    try:
+        warm_up.compile_programs(config, limits, service, everywhere, painter, stop)
+        painting.start()
+        if not stop():
+            log.info("serving %s at http://%s:%d", service.model, *http.address)
+        # A sleep and not a lock: signals are answered between two looks.
+        while not stop() and painting.alive and http.alive:
+            time.sleep(POLL)
+        drain(service, queue, painting, config.serve.drain_s)
+    finally:
+        http.stop(SENDING)
+    if painting.fault is not None:
+        raise painting.fault
+    if painting.alive:
+        # Python would wait for XLA in the painter's thread, and peers for its batch.
+        watchdog.leave("stopped after config.serve.drain_s", 0)
+    if jax.process_count() > 1:
+        everywhere.stop()
+
+
+def assemble(config, limits, painter, guard, mesh, paint, spool) -> tuple:
+    """The service, its queue and the engine behind it."""
+    from sd3_jax.serving.batch_queue import BatchQueue
+    from sd3_jax.serving.engine import Engine
     from sd3_jax.serving.service import Service
     from sd3_jax.serving.service_metrics import ServiceMetrics
 
     size = batch_size(config.sample.batch_size, config.sample.batch_size, mesh)
-    queue = batch_queue.BatchQueue(most=limits.queue, size=size, wait_s=limits.wait_s)
+    queue = BatchQueue(most=limits.queue, size=size, wait_s=limits.wait_s)
     metrics = ServiceMetrics(size, lambda: len(queue))
-    everywhere = hosts.handed_to_all(paint)
     several = jax.process_count() > 1
-    painting = engine.Engine(everywhere, queue, metrics, size=size, several=several)
-    relay.listener = painting.preview
+    painting = Engine(paint, queue, metrics, size=size, several=several)
     service = Service(
         config,
         limits,
@@ -107,40 +142,7 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
         model=model_name(config),
         programs=set(),
     )
-    keys = api_keys(config.serve.keys_file)
-    application = app.build(
-        service,
-        keys=keys,
-        origins=config.serve.cors,
-        most=config.serve.open_requests,
-    )
-    # Bound before hours may be spent on compilation; /readyz says 503 until then.
-    http = http_server.HttpServer(
-        application,
-        host=config.serve.host,
-        port=config.serve.port,
-        read_s=limits.read_s,
-        proxies=config.serve.proxies,
-    )
-    http.start()
-    try:
-        warm_up.compile_programs(config, limits, service, everywhere, painter, stop)
-        painting.start()
-        host, port = http.address
-        if not stop():
-            log.info("serving %s at http://%s:%d", service.model, host, port)
-        while not stop() and painting.alive and http.alive:
-            time.sleep(POLL)
-        drain(service, queue, painting, config.serve.drain_s)
-    finally:
-        http.stop(SENDING)
-    if painting.fault is not None:
-        raise painting.fault
-    if painting.alive:
-        # Python would wait for XLA in the painter's thread, and peers for its batch.
-        watchdog.leave("stopped after config.serve.drain_s", 0)
-    if several:
-        everywhere.stop()
+    return service, queue, painting
 
 
 def drain(service, queue, painting, seconds: float) -> None:

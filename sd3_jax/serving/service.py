@@ -174,8 +174,8 @@ class Service:
 
     def seed_of(self, row: Row) -> int:
         """The seed that repeats this picture as the first of a request."""
-        own = "step" in self._painter.facts
-        return row.task.settings["seed"] + (0 if own else row.task.number)
+        is_run = "step" in self._painter.facts
+        return row.task.settings["seed"] + (0 if is_run else row.task.number)
 
     async def answer(
         self, request: Asked, tickets: Sequence[Ticket], base: str

@@ -19,28 +19,36 @@ class ServiceMetrics:
 
     def __init__(self, batch_size: int, waiting: Callable[[], int]):
         self._registry = CollectorRegistry()
-        own = {"registry": self._registry, "namespace": "sd3_jax"}
+        options = {"registry": self._registry, "namespace": "sd3_jax"}
         self.requests = Counter(
-            "requests", "Answers by endpoint and status", ["endpoint", "status"], **own
+            "requests",
+            "Answers by endpoint and status",
+            ["endpoint", "status"],
+            **options,
         )
         self.rejected = Counter(
-            "rejected", "Requests that were refused, by status", ["status"], **own
+            "rejected", "Requests that were refused, by status", ["status"], **options
         )
-        self.pictures = Counter("pictures", "Pictures that were painted", **own)
-        self.open_requests = Gauge("open_requests", "Requests being answered", **own)
-        self.ready = Gauge("ready", "1 while /readyz answers 200", **own)
-        Gauge("queue_pictures", "Pictures that wait", **own).set_function(waiting)
+        self.pictures = Counter("pictures", "Pictures that were painted", **options)
+        self.open_requests = Gauge(
+            "open_requests", "Requests being answered", **options
+        )
+        self.ready = Gauge("ready", "1 while /readyz answers 200", **options)
+        Gauge("queue_pictures", "Pictures that wait", **options).set_function(waiting)
         # Whole numbers up to the size of a batch, so that the mean is exact.
         buckets = sorted({1, *range(0, batch_size + 1, max(1, batch_size // 16))} - {0})
         self.batch_rows = Histogram(
-            "batch_rows", "Pictures of a batch, without padding", buckets=buckets, **own
+            "batch_rows",
+            "Pictures of a batch, without padding",
+            buckets=buckets,
+            **options,
         )
         self.seconds = Histogram(
             "stage_seconds",
             "Seconds by stage: queue, paint, filter, encode, request",
             ["stage"],
             buckets=SECONDS,
-            **own,
+            **options,
         )
 
     def text(self) -> bytes:

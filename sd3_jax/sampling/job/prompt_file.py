@@ -57,9 +57,13 @@ class Task(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        """What pictures of one batch have in common: all but prompt, seed and files."""
+        """What pictures of one batch have in common: all but prompt, seed and files.
+
+        The sampler of a run's checkpoint has one seed and one negative prompt.
+        """
         s = self.settings
-        shared = tuple(str(s[name]) for name in SHARED)
+        alone = () if self.config.weights else ("seed", "negative")
+        shared = tuple(str(s[name]) for name in (*SHARED, *alone))
         if not s.keys() & {*CHANGED, *NESTED}:
             return shared
         # Rows may have other pictures and masks; that they have one is a shape.
