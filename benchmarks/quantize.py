@@ -1,11 +1,11 @@
-"""Eight bits for the blocks' matrices: errors, memory, loading, and a run's score.
+"""Eight bits for the blocks' matrices: errors, memory, and loading.
 
-    python benchmarks/quantize.py [error] [memory] [load] [score]     # default: all
+    python benchmarks/quantize.py [error] [memory] [load]     # default: all
 
 Writes the tables in benchmarks/quantize.md, of the parts that were run; what was found
 is in runs/quantize too. `memory` compiles for a TPU that is not there (libtpu), `load`
-takes 4.2 GB of disk, `score` trains configs/quickstart.py unless runs/quantize has it.
-Each is a process of its own.
+takes 4.2 GB of disk. Each is a process of its own. benchmarks/quantized.py has
+products of eight bits, and pictures.
 """
 
 import json
@@ -180,65 +180,12 @@ def load_one(path: str, kind: str) -> None:
     print(json.dumps(told | {"seconds": seconds}))
 
 
-def score() -> list[list]:
-    """What evaluate says of one run of quickstart, in float32 and in eight bits."""
-    workdir = RUNS / "quickstart"
-    job = lambda name, *flags: subprocess.run(
-        [sys.executable, "-m", "sd3_jax.main", name, "--config=configs/quickstart.py"]
-        + [f"--workdir={workdir}", *flags],
-        check=True,
-    )
-    job("train")
-    rows = []
-    for kind in KINDS:
-        job("evaluate", f"--config.quantize.denoiser={kind}")
-        found = json.loads((workdir / "scores.json").read_text())
-        scores = [f"{100 * x['score']:.1f} %" for x in found["scores"]]
-        scores.append(f"{found['val_loss']['loss']:.4f}")
-        rows.append([NAMES[kind], *scores])
-    return [[*row, *off] for row, off in zip(rows, differing(workdir))]
-
-
-def differing(workdir: Path) -> list[list[str]]:
-    """Of the run's velocity, relative L2, and of its pictures, in levels of 255."""
-    import jax
-    import numpy as np
-    from flax import linen as nn
-
-    from configs import quickstart
-    from sd3_jax.assembly import model_parts
-    from sd3_jax.distributed import sharding
-    from sd3_jax.sampling.job.sampler import TrainedSampler
-
-    config, mesh, rows = quickstart.get_config(), sharding.make_mesh(), []
-    made, captions, plain = model_parts.build_parts(config), config.train.prompts, None
-    draw = np.random.default_rng(0).standard_normal
-    sizes = made.shape, (4, config.model.context_dim), (config.model.pooled_dim,)
-    xt, *cond = (draw((64, *size), np.float32) for size in sizes)
-    args = xt, np.linspace(0.02, 0.98, 64, dtype=np.float32), *cond
-    velocity = jax.jit(lambda p: made.denoiser.apply({"params": p}, *args))
-    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        painter = TrainedSampler(config, made, mesh)
-        for kind in KINDS:
-            config.quantize.denoiser = kind
-            params, _ = model_parts.trained_params(config, made, str(workdir), mesh)
-            v = velocity(params["denoiser"])
-            images = painter(params, captions, range(len(captions))).astype(float)
-            plain = plain or (v, images)
-            off = float(jax.numpy.linalg.norm(v - plain[0]))
-            share = 100 * off / float(jax.numpy.linalg.norm(plain[0]))
-            rows.append([f"{share:.2f} %", f"{np.abs(images - plain[1]).mean():.2f}"])
-    return rows
-
-
-PARTS = {"error": error, "memory": memory, "load": load, "score": score}
+PARTS = {"error": error, "memory": memory, "load": load}
 HEADS = {
     "error": "weights, float32 none, float32 int8, float32 fp8, bfloat16 none,"
     " bfloat16 int8, bfloat16 fp8",
     "memory": "program, eight bits, arguments GB, temporaries GB, sum GB, of none's",
     "load": "eight bits, after import GB, parameters GB, peak GB, s",
-    "score": "eight bits, single digits, their variety, scorer on real scans,"
-    " validation loss, velocity off, pictures off",
 }
 
 

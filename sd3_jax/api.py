@@ -16,13 +16,17 @@ from jax import Array
 from jaxtyping import Float
 
 from sd3_jax.diffusion import grids
+from sd3_jax.models import step_cache
+from sd3_jax.models.step_cache import Record
 from sd3_jax.sampling import (
     argument_checks,
     arguments,
+    cache_arguments,
     call_arrays,
     compiled,
     control_arguments,
     guidance_arguments,
+    preview_arguments,
     progress_bar,
 )
 from sd3_jax.sampling.adapters.adapter_bank import Sets
@@ -80,7 +84,12 @@ def generate(
     clip_skip: int = 0,
     prompt_weighting: str | None = None,
     preview: Callable[[int, float, np.ndarray], None] | None = None,
+    preview_decoder: Bundle | None = None,
     progress: bool = False,
+    cache: str | None = None,
+    cache_options: Mapping[str, Any] | None = None,
+    cache_calibration: Any = None,
+    cache_report: Callable[[Record], None] | None = None,
     output: str = "images",
     return_latents: str = "last",
 ) -> Float[Array, "*n b _ _ _"]:
@@ -121,22 +130,30 @@ def generate(
     The model's scheduler decides the solver and the t's, unless `solver`, `grid`,
     `shift`, `mu` (the logarithm of the shift) or `sigmas` do; `sigmas` are shifted as
     well, and their number is the number of steps. `preview(i, t, rgb)` is called with a
-    rough image after each step.
+    rough image after each step, of a pixel for each latent; with `preview_decoder`, a
+    bundle with an autoencoder such as TAESD3, of the result's size.
 
     The first call compiles a program, and one line says so. Another call compiles again
     if it changes the size or number of images, the text's length, whether there is
     guidance, its method or a schedule, which inputs are given, `skip_layers`, the
-    ControlNets, which adapters are loaded, whether each prompt has a set of its own, or
-    the `preview` function, and with `return_latents="all"` the number of steps. Numbers
-    are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the weights of
-    adapters, and up to 1,024 `steps`. Solvers share programs: euler, dpmpp_2m and
-    dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the stochastic
-    ones but lcm a third; heun, lcm and adaptive have their own. adaptive takes up to
-    `steps` steps of three passes, each image with its own, and no `skip_layers` or
-    `control`.
+    ControlNets, which adapters are loaded, whether each prompt has a set of its own,
+    the `preview` function or its decoder, and with `return_latents="all"` the number of
+    steps. Numbers are data: the seed, `guidance`, `strength`, `sigmas`, `shift`, the
+    weights of adapters, and up to 1,024 `steps`. Solvers share programs: euler,
+    dpmpp_2m and dpmpp_2m_flow one, dpmpp_3m_flow, unipc, deis and res_2m another, the
+    stochastic ones but lcm a third; heun, lcm and adaptive have their own. adaptive
+    takes up to `steps` steps of three passes, each image with its own, and no
+    `skip_layers` or `control`.
 
     `progress` shows a bar over the steps (tqdm). Calls with and without it compile two
     programs.
+
+    `cache` leaves out the network's blocks in some steps: "first_block", "magcache" or
+    "taylorseer" (models/step_cache.py), with numbers from `cache_options`, which are
+    data but for the "order" of taylorseer. "magcache" needs a `cache_calibration`, the
+    file that sd3-jax calibrate writes. With a threshold of 0, or an interval of 1,
+    there is no cache. `cache_report` gets a Record, whose `computed` (steps,) are the
+    steps that were not left out. The decision is one for all images of the call.
 
     Raises UserError for arguments of wrong types or out of range.
     """
@@ -157,10 +174,14 @@ def generate(
     )
     if guide is not None:
         guidance_arguments.require_guide(bundle, guide)
+    skipping = cache_arguments.checked(
+        bundle.part("denoiser").depth, cache, cache_options, cache_calibration
+    )
     strength = argument_checks.number("strength", strength, 0, 1)
     images_per_prompt = argument_checks.whole(
         "images_per_prompt", images_per_prompt, 1, 4096
     )
+    preview_arguments.require_decoder(bundle, preview_decoder, preview)
     # A function that is called after each step is part of the program: the bar is one
     # too.
     preview = progress_bar.checked(preview, progress)
@@ -200,6 +221,9 @@ def generate(
     )
     steering.require_solver(solver)
     control = control_arguments.accepted(control, solver)
+    if skipping is not None:
+        skipping.require_fit(steering, solver, control=bool(control))
+        skipping.require_model(lambda: bundle.unadapted_fingerprint("denoiser"))
     if image is not None:
         # Cut before the rows are made: ControlNets' windows are shares of the steps
         # that are left.
@@ -218,6 +242,8 @@ def generate(
         adapters=adapters,
     )
     rows = call_arrays.Rows(cond.pooled.shape[0], images_per_prompt)
+    # The denoiser's mesh: devices that would have no row take tokens.
+    mesh = call_arrays.mesh_for(bundle, rows.count * (1 + steering.reads_uncond))
     table = call_arrays.adapter_table(bundle, adapters, rows)
 
     # --- the start: noise, and the image and its mask as latents
@@ -236,21 +262,37 @@ def generate(
 
     # --- run: the Plan is what compiles, the Inputs are its data
     plan = call_arrays.plan(
-        bundle, steering, solver, shape, times, preview, all_latents=all_latents
+        bundle,
+        steering,
+        solver,
+        shape,
+        times,
+        preview,
+        all_latents=all_latents,
+        cache=skipping,
     )
-    inputs = call_arrays.inputs(steering, solver, times, cond, uncond, start)
+    inputs = call_arrays.inputs(
+        steering, solver, times, cond, uncond, start, cache=skipping
+    )
+    plan, previewer = preview_arguments.with_decoder(plan, preview_decoder)
     # The plan is static and the adapted variables lie on the mesh already.
-    place = lambda x: compiled.place(x, bundle.mesh)
+    place = lambda x: compiled.place(x, mesh)
     bar = progress_bar.shown(len(times) - 1, progress)
-    with compiled.on(bundle.mesh), bar:
-        sampled = compiled.sample(
-            plan,
-            bundle.adapted("denoiser", table),
-            place(inputs),
-            nets,
-            place(acting),
-            steering.weak_variables(),
-        )
+    with compiled.on(mesh), bar:
+        weights = bundle.adapted("denoiser", table), acting
+        denoiser, acting = bundle.on_devices(weights)
+        if skipping is None:
+            rest = nets, place(acting), steering.weak_variables(), previewer
+            sampled = compiled.sample(plan, denoiser, place(inputs), *rest)
+            record = step_cache.all_computed(len(times) - 1)
+        else:
+            sampled, record = compiled.sample_cached(
+                plan, denoiser, place(inputs), previewer
+            )
+            record = record.of_steps(len(times) - 1)
+        sampled = bundle.finished(sampled)
+    if cache_report is not None:
+        cache_report(record)
     if output == "latents":
         return sampled
     images = bundle.decode(sampled)

@@ -12,6 +12,8 @@ from jax import Array
 
 from sd3_jax.foreign_text import listed
 
+TURN = 2**30  # bytes that fingerprints moves to the devices at a time
+
 
 def unbox(tree):
     """The tree without flax's boxes of logical axis names."""
@@ -68,9 +70,33 @@ def fingerprints(tree) -> dict[str, Print]:
     # Each bit pattern is mixed with its index, and the results are added modulo 2^32 on
     # the devices: integer addition has no order. The mixing is one to one.
     leaves = jax.tree_util.tree_leaves_with_path(tree)
-    table = np.asarray(_prints([x for _, x in leaves])) if leaves else ()
+    # Weights that rest in host memory go to the devices in turn.
+    batches = _batches([x for _, x in leaves])
+    table = [row for xs in batches for row in np.asarray(_prints(_placed(xs)))]
     rows = zip(leaves, table)
     return {path_name(path): Print(*map(int, row)) for (path, _), row in rows}
+
+
+def _batches(leaves: list) -> list[list]:
+    """The leaves in order; of those in host memory at most about TURN bytes each."""
+    batches, held = [], 0
+    for x in leaves:
+        size = x.nbytes if _rests(x) else 0
+        if not batches or held + size > TURN:
+            batches.append([])
+            held = 0
+        batches[-1].append(x)
+        held += size
+    return batches
+
+
+def _rests(x: Any) -> bool:
+    return isinstance(x, Array) and x.sharding.memory_kind == "pinned_host"
+
+
+def _placed(xs: list) -> list:
+    place = lambda x: jax.device_put(x, x.sharding.with_memory_kind("device"))
+    return [place(x) if _rests(x) else x for x in xs]
 
 
 def fingerprint(tree) -> str:

@@ -320,7 +320,7 @@ MISTAKES = [
     row(
         45,
         "convert weights={strange}/a.gguf",
-        "a.gguf is a GGUF file: expected the .safetensors",
+        "a.gguf is a GGUF file without tensors",
     ),
     row(
         45,
@@ -332,8 +332,7 @@ MISTAKES = [
     row(
         45,
         "convert weights={strange}/scaled.safetensors",
-        "is quantized, scaled fp8 (ComfyUI)",
-        "plain fp8",
+        "joint_blocks.0.weight is missing, but its scale_weight exists",
     ),
     row(
         45,

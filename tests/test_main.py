@@ -121,7 +121,7 @@ def test_a_value_is_read_as_its_key_s_type(here, flag, value):
     [
         ("tune.rank=8 optim.lr=1", 'config.tune.rank (config.tune.method = "full")'),
         ("optim.muon_lr=3", 'config.optim.muon_lr (config.optim.name = "adamw")'),
-        ("quantize.denoiser=int8", "config.quantize.denoiser (train does not read it)"),
+        ("convert.to=orbax", "config.convert.to (train does not read it)"),
         ("ingest.inputs=a", "config.ingest.inputs (train does not read it)"),
         ("sample.skip_layers=9 seed=3", "config.sample.skip_layers (train does"),
         ("data.mix=1,0,0", 'config.data.mix (config.data.name = "synthetic")'),
@@ -132,6 +132,13 @@ def test_flags_that_are_not_read_are_named(here, caplog, flags, words):
     parse(*(f"--config.{flag}" for flag in flags.split()))
     (record,) = caplog.records
     assert words in record.message and record.message.count("config.") <= 3
+
+
+def test_training_has_no_weights_of_eight_bits(here):
+    words = 'quantize.denoiser = "int8_dynamic": train keeps .* set it for sample'
+    with pytest.raises(UserError, match=words):
+        parse("--config.quantize.denoiser=int8_dynamic")
+    parse("--config.quantize.denoiser=")
 
 
 @pytest.mark.parametrize(
@@ -369,6 +376,11 @@ VALUES = [
     ("model.depth=0", "an integer in [1, 1000]"),
     ("model.dual_blocks=24", "at most 23 config.model.depth = 24"),
     ("model.weight_sets=4", "one of 2, 3"),
+    ("model.context_attention=ulises", 'did you mean "ulysses"'),
+    (
+        "model.context_attention=ring --config.model.attention=dot_product",
+        "log-denominators",
+    ),
     ("model.remat=ful", '"full"'),
     ("model.qk_norm=yes", "true or false"),
     ("model.qk_norm=1", "true or false"),

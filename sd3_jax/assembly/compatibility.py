@@ -31,6 +31,7 @@ FREE_KEYS = (
     *("study", "quantize.denoiser", "tune.base"),  # whose fingerprint is compared
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
+    "model.context_attention",
 )
 # Keys that decide what a set of weights computes.
 MODEL_KEYS = ("model", "text", "image.autoencoder", "flow.path")

@@ -180,7 +180,9 @@ def trained_params(
         ) from error
     compatibility.warn(workdir, saved_config, config)
     if config.quantize.denoiser and not exact:
+        quantization.require_units(config.quantize.denoiser, mesh.devices.flat[0])
         kind = quantization.KINDS[config.quantize.denoiser]
-        make = lambda x, axes: quantization.quantize_placed(x, kind, axes)
-        params["denoiser"] = quantization.replaced(params["denoiser"], make)
+        params["denoiser"] = quantization.replaced(
+            params["denoiser"], kind, quantization.quantize_placed
+        )
     return params, step

@@ -235,6 +235,22 @@ def one_rest(mesh):
         return "-1, what is left, for one axis at most"
 
 
+def token_model(method, name):
+    if method != "gather" and name == "unet":
+        return (
+            '"gather" for a unet, whose convolutions are not cut by tokens, or'
+            " another config.model.name"
+        )
+
+
+def gives_totals(method, kernel):
+    if method in ("ring", "auto") and kernel == "dot_product":
+        return (
+            '"gather" or "ulysses" with config.model.attention = "dot_product", which'
+            " gives no log-denominators to merge"
+        )
+
+
 SIDED = "image.autoencoder", "model.patch", "model.pos_size", "model.multipliers"
 # In this order: the first that fails is the error.
 RELATIONS = (
@@ -253,6 +269,8 @@ RELATIONS = (
     (only_mmdit(2), "model.weight_sets", "model.name"),
     (only_mmdit("center"), "model.pos_crop", "model.name"),
     (odd, "model.depth", "model.name"),
+    (token_model, "model.context_attention", "model.name"),
+    (gives_totals, "model.context_attention", "model.attention"),
     (dual_blocks, "model.dual_blocks", "model.depth"),
     (table_size, "model.pos_size", "model.width"),
     (reached, "profile.start", "train.steps"),

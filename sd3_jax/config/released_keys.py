@@ -6,4 +6,4 @@ EDITED = (
     *("paste", "mask_blur", "mask_padding", "crop_to_mask", "outpaint"),
 )
 SKIPPED = ("skip_layers", "skip_scale", "skip_start", "skip_stop")
-RELEASED = (*EDITED, "lora", "max_length", "clip_skip", *SKIPPED)
+RELEASED = (*EDITED, "lora", "max_length", "clip_skip", "placement", *SKIPPED)

@@ -36,6 +36,8 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     (("tune.beta", "tune.weight"), "tune.objective", lambda x: x == "dpo"),
     (("profile.steps",), "profile.start", lambda x: x > 0),
     (("precompute.only",), "image.autoencoder", lambda x: x == "latents"),
+    (("sample.cache_options",), "sample.cache", bool),
+    (("sample.cache_calibration",), "sample.cache", lambda x: x == "magcache"),
     (
         ("sample.skip_scale", "sample.skip_start", "sample.skip_stop"),
         *("sample.skip_layers", bool),
@@ -55,6 +57,12 @@ def check(job: str, flags: Iterable[str], values: Mapping[str, Any]) -> None:
     flags = list(flags)
     if job in ("train", "evaluate"):
         require_source(values)
+    if job == "train" and "quantize.denoiser" in flags and values["quantize.denoiser"]:
+        kind = as_text(values["quantize.denoiser"])
+        raise UserError(
+            f"config.quantize.denoiser = {kind}: train keeps its weights in full"
+            " precision; remove it here, and set it for sample, evaluate or study"
+        )
     if job in PAINTERS and not values["weights"]:
         for key in filter(OF_A_RELEASE.__contains__, flags):
             require_released(f"config.{key}")

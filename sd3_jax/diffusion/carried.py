@@ -1,11 +1,22 @@
 """Velocities with a state that a solver's loop carries from step to step."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 from jaxtyping import Array, PyTree
 
 Stateful = Callable[[Array, Array, PyTree], tuple[Array, PyTree]]
+
+
+class Remembering(NamedTuple):
+    """A network that reads what it left in the step before: velocity(x, t, cond) of a
+    function (x, t, cond, state) -> (v, state), which is called once a step.
+
+    initial(x) is the state before the first step, for rows like those of x.
+    """
+
+    function: Callable[[Array, Array, PyTree, PyTree], tuple[Array, PyTree]]
+    initial: Callable[[Array], PyTree]
 
 
 class Carried:
@@ -21,6 +32,7 @@ class Carried:
         # Python holds the state within a step alone. Between steps the loop carries it,
         # so that no tracer outlives its trace.
         self.state, self.changed = None, True
+        self.final: PyTree = None  # after the last step, once a loop has run
 
     def __call__(self, x: Array, t: Array) -> Array:
         # Solvers that never call `enter`, such as adaptive, would otherwise guide each

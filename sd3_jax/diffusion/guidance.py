@@ -12,13 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, PyTree
 
-from sd3_jax.diffusion.carried import Carried
+from sd3_jax.diffusion.carried import Carried, Remembering
 from sd3_jax.diffusion.checks import choose, require
 from sd3_jax.diffusion.guidance_methods import METHODS, Branches, Number
 from sd3_jax.diffusion.paths import Batch, Times, expand
 
 Conditional = Callable[[Array, Array, PyTree], Array]
-Pair = Callable[[Array, Array], tuple[Array, Array]]  # of the velocities v_u, v_c
+# (x, t, the network's state) -> v_u, v_c and the state
+Pair = Callable[[Array, Array, PyTree], tuple[Array, Array, PyTree]]
 
 
 class Weakened(NamedTuple):
@@ -41,7 +42,7 @@ class Schedule(NamedTuple):
 
 
 def guided(
-    velocity: Conditional,
+    velocity: Conditional | Remembering,
     cond: PyTree,
     uncond: PyTree,
     *,
@@ -64,8 +65,9 @@ def guided(
     `options` replace the method's numbers. The interval is that of Kynkäänniemi et al.
     2024; `rescale` is that of match_std. `weakened` adds its scale times (v_c - v_weak)
     in its window. cfg_zero and cfg_pp read the solver's `grid`. The result of a method
-    with a state is a Carried. For "cfg" the numbers, without a Schedule, may be (b,):
-    one for each row. Raises ConfigError for options out of range, unless they
+    with a state, or of a velocity that is Remembering, is a Carried, whose state is
+    (the method's, the network's). For "cfg" the numbers, without a Schedule, may be
+    (b,): one for each row. Raises ConfigError for options out of range, unless they
     are arrays.
     """
     # Traced options are checked before they are traced, by the caller.
@@ -73,24 +75,27 @@ def guided(
     if plain and not any(isinstance(x, Array) for x in (*interval, rescale)):
         check(scale, interval, rescale)
     row = choose("method", method, METHODS)
+    remembers = isinstance(velocity, Remembering)
     if plain and not guides(scale, method):
-        return lambda x, t: velocity(x, t, cond)
+        return _alone(velocity, cond)
     require(not row.reads_grid or grid is not None, "grid", grid, "that of the solver")
     branches = _branches(row.against, velocity, weak, cond, uncond)
     grid = jnp.zeros(1) if grid is None else jnp.asarray(grid, jnp.float32)
 
     def step(x: Batch, t: Times, state: PyTree) -> tuple[Batch, PyTree]:
-        v_u, v_c = branches(x, t)
+        average, memory = state
+        v_u, v_c, memory = branches(x, t, memory)
         with jax.named_scope("guidance"):
             at = Branches(x, expand(t, x), v_c, v_u, grid)
-            memory = (state,) if row.carries else ()
+            before = (average,) if row.carries else ()
             strength = _by_row(scale_at(scale, at.t), x)
-            v = row.combine(at, strength, *memory, **(options or {}))
+            v = row.combine(at, strength, *before, **(options or {}))
             inside = expand((t >= interval[0]) & (t <= interval[1]), x)  # by example
             if row.carries:
-                v, average = v
+                v, moved = v
                 # Outside, there is nothing to average.
-                state = jnp.where(inside, average, state)
+                average = jnp.where(inside, moved, average)
+            state = average, memory
             if weakened is None:
                 amount = _by_row(rescale, x)
                 return jnp.where(inside, match_std(v, v_c, amount), v_c), state
@@ -100,40 +105,69 @@ def guided(
             # After both differences, because it is the std of their sum that grows.
             return match_std(v, v_c, _by_row(rescale, x)), state
 
-    if row.carries:
-        return Carried(step, jnp.zeros_like)
-    return lambda x, t: step(x, t, None)[0]
+    def initial(x: Batch) -> PyTree:
+        average = jnp.zeros_like(x) if row.carries else None
+        # The network sees both halves of a doubled batch.
+        rows = jnp.concatenate([x, x]) if row.against == "uncond" else x
+        return average, velocity.initial(rows) if remembers else None
+
+    if row.carries or remembers:
+        return Carried(step, initial)
+    return lambda x, t: step(x, t, (None, None))[0]
+
+
+def _alone(
+    velocity: Conditional | Remembering, cond: PyTree
+) -> Callable[[Array, Array], Array]:
+    """The conditional velocity, without guidance."""
+    if not isinstance(velocity, Remembering):
+        return lambda x, t: velocity(x, t, cond)
+
+    def step(x: Batch, t: Times, state: PyTree) -> tuple[Batch, PyTree]:
+        v, memory = velocity.function(x, t, cond, state[1])
+        return v, (None, memory)
+
+    return Carried(step, lambda x: (None, velocity.initial(x)))
 
 
 def _branches(
     against: str,
-    velocity: Conditional,
+    velocity: Conditional | Remembering,
     weak: Conditional | None,
     cond: PyTree,
     uncond: PyTree,
 ) -> Pair:
     """What is steered away from, v_u, and v_c; in float32."""
+    forward = _forward(velocity)
     # float32 before any difference: `scale` multiplies its rounding error.
     require(weak is not None or against != "weak", "weak", weak, "a velocity")
     if against == "weak" and weak is not None:
 
-        def two_networks(x: Batch, t: Times) -> tuple[Batch, Batch]:
+        def two_networks(x: Batch, t: Times, memory: PyTree):
             # Two calls, because the networks may differ in size: one batch cannot hold
             # both.
-            v_u, v_c = weak(x, t, cond), velocity(x, t, cond)
-            return v_u.astype(jnp.float32), v_c.astype(jnp.float32)
+            v_u, (v_c, memory) = weak(x, t, cond), forward(x, t, cond, memory)
+            return v_u.astype(jnp.float32), v_c.astype(jnp.float32), memory
 
         return two_networks
     # The unconditional half comes first; it is split again below. The texts are joined
     # here, outside of the solver's loop.
     doubled = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
 
-    def doubled_batch(x: Batch, t: Times) -> tuple[Batch, Batch]:
-        v = velocity(jnp.concatenate([x, x]), jnp.concatenate([t, t]), doubled)
+    def doubled_batch(x: Batch, t: Times, memory: PyTree):
+        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+        v, memory = forward(x, t, doubled, memory)
         v_u, v_c = jnp.split(v.astype(jnp.float32), 2)
-        return v_u, v_c
+        return v_u, v_c, memory
 
     return doubled_batch
+
+
+def _forward(velocity: Conditional | Remembering) -> Callable:
+    """(x, t, cond, state) -> (v, state) of either kind of network."""
+    if isinstance(velocity, Remembering):
+        return velocity.function
+    return lambda x, t, cond, state: (velocity(x, t, cond), state)
 
 
 def away(

@@ -138,6 +138,8 @@ class Method(NamedTuple):
     # another denoiser with the same prompt.
     against: str = "uncond"
     reads_grid: bool = False
+    forwards: int = 2  # for a velocity, the guide's counted
+    perturbs: bool = False  # one more forward in the steps of its window
 
 
 METHODS = {
@@ -152,7 +154,7 @@ METHODS = {
     # Perturbed attention guidance (Ahn et al. 2024): three forwards a step while t is
     # in its window. guidance.guided adds scale (v_c - v_perturbed), as it does for
     # skipped layers.
-    "pag": Method(cfg),
+    "pag": Method(cfg, perturbs=True),
     # Autoguidance (Karras et al. 2024): one forward a step of each of two denoisers.
     "autoguidance": Method(cfg, against="weak"),
 }

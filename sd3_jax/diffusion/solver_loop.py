@@ -63,10 +63,13 @@ def loop(
     if steps is not None:
         # A while loop, whose trip count is data: it never reaches the padding.
         turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
-        return jax.lax.fori_loop(0, steps, turn, carry)[0]
-    # A scan, since it keeps every x and has gradients, which a loop of traced length
-    # has not.
-    (last, *_), xs = jax.lax.scan(body, carry, columns)  # xs (n - 1, b, ...)
+        (last, _, state), xs = jax.lax.fori_loop(0, steps, turn, carry), None
+    else:
+        # A scan, since it keeps every x and has gradients, which a loop of traced
+        # length has not.
+        (last, _, state), xs = jax.lax.scan(body, carry, columns)  # xs (n - 1, b, ...)
+    if isinstance(velocity, Carried):
+        velocity.final = state
     return jnp.concatenate([x[None], xs]) if xs is not None else last
 
 

@@ -179,6 +179,8 @@ SOLVERS = {
     "lcm": lcm,
     "adaptive": adaptive,
 }
+# Velocities that a step takes, where it is not one.
+PASSES = {"heun": 2, "adaptive": 3}
 # Each of these runs any of its names, by a number that may be traced.
 SHARED = {
     ONE_EVALUATION: one_evaluation,
@@ -190,6 +192,12 @@ SHARED = {
 def draws(solver: Callable) -> bool:
     """Whether a solver draws noise, through an argument `draw`."""
     return "draw" in inspect.signature(solver).parameters
+
+
+def passes(name: str, steps: int) -> int:
+    """Velocities that so many steps down to t = 0 take; of adaptive, at most."""
+    # heun's last step is Euler's. The pair of adaptive takes one more at the start.
+    return PASSES.get(name, 1) * steps + {"heun": -1, "adaptive": 1}.get(name, 0)
 
 
 def same_program(name: str) -> tuple[str, ...]:

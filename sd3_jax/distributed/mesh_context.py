@@ -35,14 +35,27 @@ def attending(shape: tuple[int, ...]) -> tuple[PartitionSpec | None, int, int]:
     thus always do.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:  # outside a mesh: one device, nothing is cut
+    # Outside a mesh, or inside a shard_map over all of it: one device, nothing is cut.
+    if mesh.empty or mesh.are_all_axes_manual:
         return None, 1, 1
-    rows, heads = _axes("batch", "heads")
-    rows = rows if shape[0] % _product(mesh, rows) == 0 else ()
-    heads = heads if shape[2] % _product(mesh, heads) == 0 else ()
+    rows, heads = _rows_and_heads(mesh, shape)
     rest = tuple(axis for axis in mesh.axis_names if axis not in rows + heads)
     others = _product(mesh, rows + heads)
     return PartitionSpec(rows, rest, heads), mesh.size // others, others
+
+
+def uneven_heads(heads: int, context: int, tensor: int) -> str:
+    """Why Ulysses cannot cut the heads over these axes of a mesh; "" if it can."""
+    local = heads // tensor if heads % tensor == 0 else heads
+    if local % context == 0:
+        return ""
+    sizes = ", ".join(str(i) for i in range(1, local + 1) if local % i == 0)
+    of = f" on each of tensor = {tensor}" if local < heads else ""
+    return (
+        f'context_attention "ulysses": context = {context} devices cannot share the'
+        f" {local} heads{of}; expected context to be one of {sizes}, or"
+        ' context_attention "ring"'
+    )
 
 
 def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
@@ -55,6 +68,21 @@ def on_each(attend: Callable, spec: PartitionSpec | None) -> Callable:
     return jax.shard_map(
         attend, in_specs=(spec, whole, whole), out_specs=spec, check_vma=False
     )
+
+
+def along_tokens(shape: tuple[int, ...]) -> PartitionSpec:
+    """How (b, n, a, k) lies where "tokens" alone cuts n: on the axes of "batch" and
+    "heads" that divide b and a, else whole."""
+    mesh = jax.sharding.get_abstract_mesh()
+    rows, heads = _rows_and_heads(mesh, shape)
+    return PartitionSpec(rows, mesh_axes("tokens"), heads)
+
+
+def _rows_and_heads(mesh, shape: tuple[int, ...]) -> tuple[tuple[str, ...], ...]:
+    rows, heads = _axes("batch", "heads")
+    rows = rows if shape[0] % _product(mesh, rows) == 0 else ()
+    heads = heads if shape[2] % _product(mesh, heads) == 0 else ()
+    return rows, heads
 
 
 def _axes(*names: str | None) -> list[tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """The mesh, the one table from logical to mesh axes, and batches onto the mesh."""
 
+import itertools
 import logging
 import math
 from collections import Counter
@@ -11,6 +12,7 @@ from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from sd3_jax import tree
+from sd3_jax.distributed import mesh_context
 from sd3_jax.errors import UserError
 
 AXES = ("data", "fsdp", "context", "tensor")
@@ -59,6 +61,30 @@ def make_mesh(
     return Mesh(arrange(sizes, devices), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
+def spread(mesh: Mesh, rows: int) -> Mesh:
+    """The mesh for a batch of so many rows: where data and fsdp do not divide them, the
+    devices that would have none join the context axis.
+
+    Devices keep their order, so that arrays on `mesh` lie as they did.
+    """
+    shards = batch_shards(mesh)
+    groups = math.gcd(shards, rows)
+    # Keys and values would cross from slice to slice.
+    slices = {getattr(device, "slice_index", 0) for device in mesh.devices.flat}
+    if groups == shards or len(slices) > 1:
+        return mesh
+    data = math.gcd(mesh.shape["data"], groups)
+    sizes = data, groups // data, -1, mesh.shape["tensor"]
+    return Mesh(mesh.devices.reshape(sizes), AXES, axis_types=mesh.axis_types)
+
+
+def require_context(method: str, heads: int, mesh: Mesh) -> None:
+    """UserError if Ulysses cannot share so many heads over the mesh."""
+    sizes = mesh.shape["context"], mesh.shape["tensor"]
+    if method == "ulysses" and (reason := mesh_context.uneven_heads(heads, *sizes)):
+        raise UserError(reason)
+
+
 def refuse_uneven(devices) -> None:
     """UserError for processes with unlike numbers of devices.
 
@@ -80,8 +106,10 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
     """
     slices = len({getattr(device, "slice_index", 0) for device in devices})
     if slices == 1:
-        return mesh_utils.create_device_mesh(
-            sizes, devices, allow_split_physical_axes=True
+        return in_rings(
+            mesh_utils.create_device_mesh(
+                sizes, devices, allow_split_physical_axes=True
+            )
         )
     # Between slices lies the data-centre network, far slower than a slice's own links.
     # Over data only gradients travel.
@@ -97,6 +125,31 @@ def arrange(sizes: list[int], devices) -> np.ndarray:
         devices,
         allow_split_physical_axes=True,
     )
+
+
+def in_rings(devices: np.ndarray) -> np.ndarray:
+    """The mesh's devices with those along context in a ring of neighbours, if there is
+    an order with fewer hops between chips.
+
+    A 2 x 2 of chips is in the order of its rows, whose ring would cross it twice. More
+    than 8 devices keep their order.
+    """
+    count = devices.shape[AXES.index("context")]
+    if not 4 <= count <= 8 or not hasattr(devices.flat[0], "coords"):
+        return devices
+    apart = distances(devices)
+    # Fixed at its first device: a ring may begin anywhere.
+    orders = ((0, *rest) for rest in itertools.permutations(range(1, count)))
+    # Of equal ones min takes the first, which is the order as it is.
+    order = min(orders, key=lambda order: apart[order, order[1:] + order[:1]].sum())
+    return devices[:, :, order]
+
+
+def distances(devices: np.ndarray) -> np.ndarray:
+    """Hops between two places along context, summed over the other axes."""
+    coords = np.array([device.coords for device in devices.flat])
+    coords = np.moveaxis(coords.reshape(*devices.shape, -1), 2, 0)
+    return np.abs(coords[:, None] - coords).sum((2, 3, 4, 5))
 
 
 def _spell(sizes):

@@ -32,7 +32,7 @@ from sd3_jax.evaluation.feature_statistics import About, Stored
 from sd3_jax.evaluation.picture_features import Features
 from sd3_jax.evaluation.precision_recall import precision_recall
 from sd3_jax.reports.number_format import plural
-from sd3_jax.sampling.job import sampler
+from sd3_jax.sampling.job import row_batches, sampler
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def look(
     features, embedded, at = [], [], 0
     index, step = jax.process_index(), jax.process_count()
     numbers, size = range(len(captions)), config.sample.batch_size
-    for images in sampler.sample_in_batches(sample, captions, numbers, size):
+    for images in row_batches.sample_in_batches(sample, captions, numbers, size):
         watchdog.expect("features of a batch of pictures", watchdog.LONG)
         shared_images, at = (
             images[picture_features.share(at, index, step)],

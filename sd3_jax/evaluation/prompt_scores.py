@@ -19,7 +19,7 @@ from sd3_jax.distributed import processes, watchdog
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.evaluation import compbench, geneval, scorers, typography
 from sd3_jax.evaluation.scorers import Asked, Score, Scorer, Verdict
-from sd3_jax.sampling.job import prompt_file, sampler
+from sd3_jax.sampling.job import prompt_file, row_batches, sampler
 
 
 class Benchmark(NamedTuple):
@@ -67,7 +67,9 @@ def judge(
     """Verdicts on one picture for each question, sampled `size` at a time."""
     prompts = [question.prompt for question in asked]
     verdicts = []
-    for images in sampler.sample_in_batches(sample, prompts, range(len(prompts)), size):
+    for images in row_batches.sample_in_batches(
+        sample, prompts, range(len(prompts)), size
+    ):
         watchdog.expect("scores of a batch of pictures", watchdog.LONG)
         # Verdicts arrive in order, so their number is the place of this batch.
         batch = asked[len(verdicts) : len(verdicts) + len(images)]

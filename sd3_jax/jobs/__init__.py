@@ -29,6 +29,7 @@ EDITED = tuple(f"sample.{name}" for name in released_keys.EDITED)
 WRITTEN = tuple(
     f"sample.{name}" for name in "filter watermark from format quality".split()
 )
+CACHE = ("sample.cache", "sample.cache_options", "sample.cache_calibration")
 SCORED = WRITTEN + ("sample.prompt", "sample.prompts_file", "sample.per_prompt")
 RELEASED = tuple(f"sample.{name}" for name in released_keys.RELEASED)
 TRAINING = ("optim", "ema", "tune", "mesh", "data", "train", "checkpoint", "profile")
@@ -58,11 +59,22 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")
         + ("sample", "quantize", "serve"),
         unread=(*EDITED, "sample.prompt", "sample.prompts_file", "sample.per_prompt")
-        + ("sample.from", "sample.format"),
+        + ("sample.from", "sample.format", *CACHE),
         about="The weights come from WORKDIR's checkpoint, or from config.weights. It"
         " needs the extra serve, and runs until SIGTERM.",
         example="sd3-jax serve --config=configs/released.py:sd35_medium"
         " --workdir=runs/served \\\n    --config.weights=PATH --config.serve.port=8000",
+    ),
+    "calibrate": Job(
+        "measure the curve of a model that the step cache magcache reads",
+        groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")
+        + ("train.prompts", "sample", "quantize"),
+        unread=WRITTEN + CACHE,
+        about="It paints the prompts as sample does, without a cache, and writes the"
+        " ratios of magnitudes to WORKDIR/calibration.json. The weights come from"
+        " WORKDIR's checkpoint, or from config.weights.",
+        example="sd3-jax calibrate --config=released --workdir=runs/calibration \\\n"
+        "    --config.weights=PATH --config.sample.prompts_file=FILE",
     ),
     "evaluate": Job(
         "score a checkpoint or released weights",

@@ -15,13 +15,15 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.sampling import compiled
-from sd3_jax.sampling.job import sampler
+from sd3_jax.sampling.job import row_batches
 from sd3_jax.tools.plan import (
     aot,
     bounds,
     hlo,
+    latency_lines,
     link_traffic,
     mesh_search,
+    phase_memory,
     plan_chart,
     plan_table,
     sampling_programs,
@@ -63,6 +65,8 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> int:
     print(
         *plan_table.table(rows),
         *map(plan_table.details, rows),
+        *phase_memory.lines(rows, config.quantize.to_dict()),
+        *latency_lines.lines(rows),
         *plan_table.notes(rows),
         sep="\n",
     )
@@ -188,9 +192,13 @@ def planned(
     config, tpu_slice: Slice, mesh: Mesh, case: Case, workdir
 ) -> dict[str, Any]:
     """A program's row: the memory it needs, and what bounds its time."""
+    mesh = case.mesh or mesh
     row = {
         "slice": tpu_slice.name,
         "program": case.name,
+        "chips": tpu_slice.chips,
+        "steps": case.turns,
+        "context_attention": config.model.context_attention,
         "parameters": case.parameters,
         "billions": case.parameters / 1e9,
         "mesh": dict(mesh.shape),
@@ -198,6 +206,8 @@ def planned(
         "remat": "",
         "batch": case.images * tpu_slice.generation.devices,
         "capacity": tpu_slice.generation.hbm / slices.GB,
+        "weights": case.weights,
+        "forwards": case.forwards,
     }
     lowered = case.lower()
     try:
@@ -279,16 +289,17 @@ def accounted(
 
 
 def sampled(config: ConfigDict, tpu_slice: Slice, workdir: epath.Path) -> list[dict]:
-    """Three rows: the text encoders, all denoising steps, the autoencoder's decoder."""
+    """Rows of text encoders, denoising and decoder, with the peaks of the placement."""
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     per_chip = config.plan.per_chip
     most = per_chip * tpu_slice.chips if per_chip else config.sample.batch_size
-    images = sampler.batch_size(most, most, mesh)  # as `sample` fills its batches
+    # As `sample` fills its batches.
+    images = row_batches.batch_size(most, most, mesh, spread=True)
     with compiled.on(mesh):
-        return [
-            planned(config, tpu_slice, mesh, case, workdir)
-            for case in sampling_programs.cases(config, tpu_slice, mesh, images)
-        ]
+        cases = [*sampling_programs.cases(config, tpu_slice, mesh, images)]
+        rows = [planned(config, tpu_slice, mesh, case, workdir) for case in cases]
+    weights = [case.weights for case in cases]
+    return phase_memory.with_placements(rows, weights, config.sample.placement)
 
 
 JOBS = {"train": training, "sample": sampled}

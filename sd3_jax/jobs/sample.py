@@ -31,6 +31,7 @@ from sd3_jax.sampling.job import (
     picture_lines,
     prompt_file,
     task_lines,
+    texts_ahead,
 )
 from sd3_jax.sampling.job.picture_lines import LINES, text_of
 from sd3_jax.sampling.job.prompt_file import Task
@@ -101,11 +102,15 @@ def paint_missing(
     known = [x for x, there in zip(lines, done) if there]
     count, most = len(known), config.sample.batch_size
     with lock.held(workdir, "sample"), appending(workdir / LINES, known) as add:
-        for batch, size in batches(tasks, most, mesh, painter.program):
-            # A batch is sampled whole even if one picture of it is missing: a smaller
-            # batch is another program, whose pictures may differ in the last bits.
-            if all(map(skipped, batch)):
-                continue
+        program, spread = painter.program, painter.spread
+        # A batch is sampled whole even if one picture of it is missing: a smaller batch
+        # is another program, whose pictures may differ in the last bits.
+        missing = [
+            (batch, size)
+            for batch, size in batches(tasks, most, mesh, program, spread=spread)
+            if not all(map(skipped, batch))
+        ]
+        for batch, size in encoded_ahead(missing, painter):
             began, compiled_before = time.monotonic(), compile_time.seconds()
             watchdog.expect("a batch of pictures", watchdog.LONG)
             images, reasons = painter.paint(filled(batch, size))
@@ -129,6 +134,24 @@ def paint_missing(
             pace = (time.monotonic() - began - compiling) / len(batch)
             log_progress(count, len(tasks), pace, compiling)
     return failures
+
+
+def encoded_ahead(
+    missing: Sequence[tuple[list[Task], int]], painter: painters.Painter
+) -> Iterator[tuple[list[Task], int]]:
+    """Yields the batches, after the texts of as many as are encoded together."""
+    if painter.encode is None:
+        yield from missing
+        return
+    start = 0
+    while start < len(missing):
+        # Together, since the encoders and the denoiser take turns on the devices.
+        count = max(1, texts_ahead.PICTURES // missing[start][1])
+        together = missing[start : start + count]
+        watchdog.expect("the texts of the next batches", watchdog.LONG)
+        painter.encode([filled(batch, size) for batch, size in together])
+        yield from together
+        start += count
 
 
 def finish_batch(

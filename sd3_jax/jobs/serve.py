@@ -20,7 +20,7 @@ from sd3_jax.distributed import processes, sharding, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import compiled
 from sd3_jax.sampling.job import output_filter, prompt_file
-from sd3_jax.sampling.job.sampler import batch_size
+from sd3_jax.sampling.job.row_batches import batch_size
 from sd3_jax.sampling.job.task_batches import filled
 
 log = logging.getLogger(__name__)

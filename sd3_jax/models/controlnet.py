@@ -35,6 +35,7 @@ class ControlNet(nn.Module):
     pos_size: int = 192
     pos_base: int = 64
     dtype: DTypeLike = jnp.bfloat16
+    context_attention: str = "gather"
 
     @property
     def borrowed(self) -> bool:
@@ -83,6 +84,7 @@ class ControlNet(nn.Module):
         """Blocks in one scan, whose stacked outputs are the residuals."""
         scan = scanned(lambda block, streams, c: block(streams, c), length)
         shared = dict(qk_norm=self.qk_norm, dtype=self.dtype)
+        shared |= dict(context_attention=self.context_attention)
         block = ControlBlock(self.width, self.num_heads, **shared, **kwargs, name=name)
         return lambda streams, c: scan(block, streams, c)
 
@@ -95,6 +97,7 @@ class ControlBlock(nn.Module):
     qk_norm: bool
     dual: bool
     dtype: DTypeLike
+    context_attention: str
 
     @nn.compact
     def __call__(self, streams, c: Float[Array, "b d"]):
@@ -105,6 +108,7 @@ class ControlBlock(nn.Module):
             dual=self.dual,
             weight_sets=len(streams),
             dtype=self.dtype,
+            context_attention=self.context_attention,
             name="block",
         )
         streams = block(streams, block.modulations(c))

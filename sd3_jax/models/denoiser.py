@@ -43,6 +43,7 @@ class Denoiser(nn.Module):
     dtype: DTypeLike = jnp.bfloat16
     remat: str = "full"
     attention: str = "auto"
+    context_attention: str = "gather"
 
     # flax allows one compact method a class. It is this one, whose check all denoisers
     # share; the submodules that `velocity` and the helpers make belong to it too.

@@ -11,10 +11,12 @@ from jax.typing import DTypeLike
 from jaxtyping import Float
 
 from sd3_jax.models.attention.attention import attention
+from sd3_jax.models.attention.context import context_attention
 from sd3_jax.models.layers import Dense, RmsNorm, whole, zeros
 
 # What a denoiser hands to its blocks, and they to the modules in them.
 OPTIONS = ("num_heads", "mlp_ratio", "qk_norm", "dtype", "attention")
+OPTIONS += ("context_attention",)
 
 
 def block_options(module: nn.Module) -> dict[str, Any]:
@@ -34,14 +36,20 @@ class DenoiserBlock(nn.Module):
     qk_norm: bool = True
     dtype: DTypeLike = jnp.bfloat16
     attention: str = "auto"
+    context_attention: str = "gather"
 
     def self_attention(self, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
         width, options = x.shape[-1], dict(qk_norm=self.qk_norm, dtype=self.dtype)
         attn = Projections(width, self.num_heads, **options, name="attn")
         q, k, v = attn.qkv(x)  # (b, n, a, k) each
-        # Under context parallelism queries stay sharded; keys and values do not.
-        h = attention(q, whole(k), whole(v), kernel=self.attention)
-        return attn.project(h)
+        return attn.project(self.attend([q], [k], [v])[0])
+
+    def attend(
+        self, qs: Sequence[Array], ks: Sequence[Array], vs: Sequence[Array]
+    ) -> Sequence[Array]:
+        """The joint attention (b, _, a, k) of streams, over the mesh's context axis."""
+        options = dict(method=self.context_attention, kernel=self.attention)
+        return context_attention(qs, ks, vs, **options)
 
     def cross_attention(
         self, x: Float[Array, "b n d"], text: Float[Array, "b l k"]

@@ -9,9 +9,8 @@ from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Float, Int
 
-from sd3_jax.distributed import mesh_context
-from sd3_jax.models import flops
-from sd3_jax.models.attention.attention import attention, joint_attention, shares
+from sd3_jax.models import flops, step_cache
+from sd3_jax.models.attention.attention import shares
 from sd3_jax.models.attention.self_only import self_only_attention
 from sd3_jax.models.denoiser import TokenDenoiser
 from sd3_jax.models.denoiser_blocks import DenoiserBlock, Projections, block_options
@@ -47,13 +46,14 @@ class MMDiT(TokenDenoiser):
         skip: Sequence[int] = (),
         skipped: str = "block",
         place: Int[Array, "b 2"] | None = None,
+        cache: step_cache.Cache | None = None,
     ) -> Float[Array, "b h w c"]:
         """The velocity, with what ControlNets and guidance change in it.
 
         Block i adds ControlNet residual int(i / (depth / r)) of r; the last block adds
         one only with `residual_last`. Blocks in `skip` leave out `skipped`, one of
         SKIPPED. `place` is the top left of each image on the position table, in tokens;
-        by default images lie at its centre.
+        by default images lie at its centre. With a `cache` some steps run no blocks.
         """
         # --- embed the image, the text, and time with the pooled text
         x = self.image_tokens(xt, place)  # (b, n, d)
@@ -64,18 +64,24 @@ class MMDiT(TokenDenoiser):
         split = () if self.weight_sets == 2 else (self.text_split,)
         streams = (x, *jnp.split(text, split, axis=1))
         last, dual = self.depth - 1, self.dual_blocks
-        for name, layers in ("dual_blocks", range(dual)), ("blocks", range(dual, last)):
-            options = dict(dual=name == "dual_blocks")
-            blocks = self.stack(layers, name, skip, skipped, **options)
-            streams = blocks(streams, c, residuals)
-        # The last block has fewer weights (its text stream ends), so it is no layer of
-        # the scan.
-        block = self.joint_block("last_block", pre_only=True)
-        left_out = skipped if last in skip else ""
-        x = block(streams, block.modulations(c), skipped=left_out)[0]
-        # diffusers adds no residual after the last block, the released code does.
-        if residual_last and residuals is not None:
-            x = x + residuals[-1].astype(x.dtype)
+        stacks = ("dual_blocks", range(dual)), ("blocks", range(dual, last))
+
+        def blocks(module, streams, skip=skip):
+            for name, layers in stacks:
+                options = dict(dual=name == "dual_blocks")
+                run = module.stack(layers, name, skip, skipped, **options)
+                streams = run(streams, c, residuals)
+            # The last block has fewer weights (its text stream ends), so it is no layer
+            # of the scan.
+            block = module.joint_block("last_block", pre_only=True)
+            left_out = skipped if last in skip else ""
+            x = block(streams, block.modulations(c), skipped=left_out)[0]
+            # diffusers adds no residual after the last block, the released code does.
+            if residual_last and residuals is not None:
+                x = x + residuals[-1].astype(x.dtype)
+            return x
+
+        x = step_cache.around(self, cache, streams, c, blocks)
 
         # --- final layer
         return self.final_layer(x, c, *xt.shape[1:3])
@@ -183,7 +189,7 @@ class Block(DenoiserBlock, kw_only=True):
         opened = [s.open(x, m, to_itself) for s, x, m in zip(streams, xs, modulations)]
         # Streams that end here have keys and values, but no query is needed.
         going = [i for i, stream in enumerate(streams) if not stream.pre_only]
-        parts = self.attend(opened, len(going), skipped)
+        parts = self.joint(opened, len(going), skipped)
         outputs = tuple(
             streams[i].close(xs[i], part, opened[i]) for i, part in zip(going, parts)
         )
@@ -201,22 +207,19 @@ class Block(DenoiserBlock, kw_only=True):
         rms = [jnp.sqrt(jnp.mean(square(x), axis=(1, 2))) for x in outputs]
         self.sow(OBSERVED, "rms", jnp.stack(rms, axis=-1))
 
-    def attend(
+    def joint(
         self, opened: Sequence["Opened"], count: int, skipped: str
     ) -> Sequence[Array]:
         """The joint attention's output (b, _, a, k) for the first `count` streams."""
         qs = [stream.q for stream in opened[:count]]
-        ks, vs = [whole(o.k) for o in opened], [whole(o.v) for o in opened]
-        attend = lambda q: joint_attention([q], ks, vs, kernel=self.attention)[0]
-        if skipped == "attention":
-            # k and v of an image token lie where its q does: they are not gathered.
-            image = opened[0]
-            h = self_only_attention(image.q, image.k, image.v, ks[1:], vs[1:])
-            return [h, *map(attend, qs[1:])]
-        if mesh_context.parts("tokens") == [1]:
-            return joint_attention(qs, ks, vs, kernel=self.attention)
-        # Tokens are sharded: joined queries would take two all-to-alls a block.
-        return [attend(q) for q in qs]
+        ks, vs = [o.k for o in opened], [o.v for o in opened]
+        if skipped != "attention":
+            return self.attend(qs, ks, vs)
+        # k and v of an image token lie where its q does: they are not gathered.
+        texts = [whole(k) for k in ks[1:]], [whole(v) for v in vs[1:]]
+        h = self_only_attention(qs[0], ks[0], vs[0], *texts)
+        # Each text by itself: joined, they would be another program than without PAG.
+        return [h, *(self.attend([q], ks, vs)[0] for q in qs[1:])]
 
     def stream(self, first: bool) -> "Stream":
         return Stream(
@@ -279,7 +282,7 @@ class Stream(DenoiserBlock, kw_only=True):
             q2, k2, v2 = self.attn2.qkv(modulate(normed, shift, scale))
             h = v2
             if not to_itself:
-                h = attention(q2, whole(k2), whole(v2), kernel=self.attention)
+                (h,) = self.attend([q2], [k2], [v2])
             dual = gate[:, None] * self.attn2.project(h)
         return Opened(q, k, v, modulation, dual)
 

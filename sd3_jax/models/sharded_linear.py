@@ -17,31 +17,67 @@ from jax.sharding import PartitionSpec
 from sd3_jax.distributed import mesh_context
 
 Axes = tuple[str | None, ...]
+# What a matrix unit sums products of eight bits in: their own dtype would overflow.
+SUMS = {"int8": jnp.int32, "float8_e4m3fn": jnp.float32}
 
 
-def linear(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
+def linear(
+    x: Array,
+    kernel: Array,
+    axes: Axes,
+    inputs: int,
+    finish: Callable[[Array], Array] = lambda y: y,
+) -> Array:
     """Contract the last `inputs` axes of x (b, ...) with the first of the kernel.
 
     `axes` are the kernel's logical axes. Where the same devices shard both batch and
     weights (FSDP), a reduce-scatter sums the weights' gradient. For vectors, one a
-    row of the batch, the rows move between devices and the weights stay.
+    row of the batch, the rows move between devices and the weights stay. `finish` maps
+    the product number by number; its outputs may be one flat axis.
     """
     (rows,), (pieces,) = mesh_context.parts("batch"), mesh_context.parts("embed")
+    vectors = x.ndim - inputs == 1 and axes[-1] == "embed"  # x (b, k), as adaLN's
+    if pieces == 1 and vectors and len(x) % rows == 0:
+        return finish(shared_out(x, kernel, inputs))
     # Nothing to scatter, or a batch that does not divide: left to the partitioner.
     if pieces == 1 or "embed" not in axes or len(x) % rows:
-        return contract(x, kernel, inputs)
+        return finish(contract(x, kernel, inputs))
     if kernel.shape[axes.index("embed")] % pieces == 0:
-        if x.ndim - inputs == 1 and axes[-1] == "embed":  # x (b, k), as adaLN's
-            return exchanged(x, kernel, inputs)
+        if vectors:
+            return finish(exchanged(x, kernel, inputs))
         if ("embed",) in (axes[:inputs], axes[inputs:]):
             # Merging axes of which "tensor" shards one would cost their shardings.
             if mesh_context.parts("heads") == [1]:
-                return flat(x, kernel, axes, inputs)
-            return scattered(x, kernel, axes, inputs)
-    return contract(x, kernel, inputs)
+                return flat(x, kernel, axes, inputs, finish)
+            return finish(scattered(x, kernel, axes, inputs))
+    return finish(contract(x, kernel, inputs))
 
 
-def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
+def shared_out(x: Array, kernel: Array, inputs: int) -> Array:
+    """Rows x (b, ...) times a kernel that every device has whole.
+
+    Each device of the context and tensor axes, which have the same rows, multiplies
+    them by a piece of the last axis: it reads that piece of the weights alone.
+    """
+    over = mesh_context.mesh_axes("tokens") + mesh_context.mesh_axes("heads")
+    tokens, heads = mesh_context.parts("tokens", "heads")
+    if tokens * heads == 1 or kernel.shape[-1] % (tokens * heads):
+        return contract(x, kernel, inputs)
+    row, none = PartitionSpec(mesh_context.mesh_axes("batch")), (None,)
+    piece = PartitionSpec(*none * (kernel.ndim - 1), over)
+
+    def local(x, kernel):
+        y = contract(x, kernel, inputs)
+        return jax.lax.all_gather(y, over, axis=y.ndim - 1, tiled=True)
+
+    whole = PartitionSpec(*row, *none * (kernel.ndim - inputs))
+    specs = dict(in_specs=(row, piece), out_specs=whole)
+    return jax.shard_map(local, **specs, check_vma=False)(x, kernel)
+
+
+def flat(
+    x: Array, kernel: Array, axes: Axes, inputs: int, finish: Callable = lambda y: y
+) -> Array:
     """The same product with the kernel as a matrix, which is what devices then gather.
 
     A TPU stores and sends the last two axes in tiles of 8 x 128, of which heads of 64
@@ -56,6 +92,7 @@ def flat(x: Array, kernel: Array, axes: Axes, inputs: int) -> Array:
         names,
         1,
     )
+    y = finish(y)  # first, for a TPU would copy sums of 32 bits to take them apart
     return y.reshape(*y.shape[:-1], *kernel.shape[inputs:])
 
 
@@ -67,14 +104,19 @@ def contract(x: Array, kernel: Array, inputs: int) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh_context.platform() == "cpu" and (mesh.empty or mesh.size == 1):
         rows = math.prod(kernel.shape[:inputs])
-        y = x.reshape(-1, rows) @ kernel.reshape(rows, -1)
+        y = dot(x.reshape(-1, rows), kernel.reshape(rows, -1), [1], [0])
         return y.reshape(*x.shape[:-inputs], *kernel.shape[inputs:])
     return dot(x, kernel, range(x.ndim - inputs, x.ndim), range(inputs))
 
 
 def dot(a: Array, b: Array, of_a, of_b) -> Array:
-    """Contract the axes `of_a` of a with the axes `of_b` of b."""
-    return jax.lax.dot_general(a, b, ((tuple(of_a), tuple(of_b)), ((), ())))
+    """Contract the axes `of_a` of a with the axes `of_b` of b.
+
+    Products of int8 are summed in int32, those of fp8 in float32.
+    """
+    axes = ((tuple(of_a), tuple(of_b)), ((), ()))
+    sum_type = SUMS.get(a.dtype.name)  # None: that of a and b
+    return jax.lax.dot_general(a, b, axes, preferred_element_type=sum_type)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

@@ -184,13 +184,14 @@ class SelfAttention(nn.Module):
 
 
 class Conv(nn.Module):
-    """A square convolution with bias; padded for stride 1, not for stride 2."""
+    """A square convolution, padded for stride 1 and not for stride 2."""
 
     features: int
     size: int = 3
     stride: int = 1
     init: Callable = nn.initializers.lecun_normal()
     height: str | None = "height"  # logical axis of the output's height; None: whole
+    bias: bool = True
     dtype: DTypeLike = jnp.float32
 
     @nn.compact
@@ -198,8 +199,6 @@ class Conv(nn.Module):
         shape = (self.size, self.size, x.shape[-1], self.features)
         init = nn.with_logical_partitioning(self.init, (None, None, None, "embed"))
         kernel = self.param("kernel", init, shape)
-        bias_init = nn.with_logical_partitioning(zeros, (None,))
-        bias = self.param("bias", bias_init, (self.features,))
         y = jax.lax.conv_general_dilated(
             x.astype(self.dtype),
             kernel.astype(self.dtype),
@@ -207,7 +206,11 @@ class Conv(nn.Module):
             "SAME" if self.stride == 1 else "VALID",  # the caller pads for stride 2
             dimension_numbers=("NHWC", "HWIO", "NHWC"),
         )
-        return spread(y + bias.astype(self.dtype), height=self.height)
+        if self.bias:
+            bias_init = nn.with_logical_partitioning(zeros, (None,))
+            bias = self.param("bias", bias_init, (self.features,))
+            y = y + bias.astype(self.dtype)
+        return spread(y, height=self.height)
 
 
 def spread(x: Float[Array, "b h *_"], *, height: str | None = "height") -> Array:

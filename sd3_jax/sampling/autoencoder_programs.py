@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from sd3_jax.models import vae
+from sd3_jax.models.tiny_autoencoder import TinyAutoencoder
 from sd3_jax.sampling import compiled, tiling
 
 
@@ -22,7 +23,13 @@ def encode_image(
     noise=None,
     tile: int | None = None,
 ) -> Array:
-    """Images in [0, 1] to latents: a draw with `key` or `noise`, else the mean."""
+    """Images in [0, 1] to latents: a draw with `key` or `noise`, else the mean.
+
+    A TAESD has no variance: there is nothing to draw.
+    """
+    if isinstance(module, TinyAutoencoder):
+        z = _moments(module, variables, images, tile)
+        return vae.to_latents(z, scaling=scaling, shift=shift)
     moments = _moments(module, variables, images, tile)
     if noise is not None:
         mean, std = vae.posterior(moments)

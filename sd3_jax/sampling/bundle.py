@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import jax
 import numpy as np
 from flax import linen as nn
 from jax import Array
@@ -13,12 +14,18 @@ from jaxtyping import Float
 from sd3_jax import tree
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks, compiled, control_arguments
+from sd3_jax.sampling import (
+    argument_checks,
+    compiled,
+    control_arguments,
+    evaluation_programs,
+)
 from sd3_jax.sampling.adapters.adapter_bank import Bank, Sets
 from sd3_jax.sampling.adapters.bundle_adapters import WithAdapters
 from sd3_jax.sampling.bundle_autoencoder import WithAutoencoder
 from sd3_jax.sampling.control import ControlInput
 from sd3_jax.sampling.images import input_images as inputs
+from sd3_jax.sampling.placement import Stage
 from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.sampling.text import weighted_prompts
@@ -37,7 +44,9 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
     `configs` are those of diffusers and transformers and include "scheduler";
     `variables` are linen's, in `dtype`, sharded over `mesh`. A component that the files
     lack has no entry: the denoiser reads zeros in place of a text encoder. Adapters
-    stay beside the variables, in `bank`.
+    stay beside the variables, in `bank`. With the placement "sequential" all of these
+    rest in host memory; a method moves those that it uses to the devices, and drops
+    those of the method before.
     """
 
     modules: dict[str, nn.Module]
@@ -50,6 +59,8 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
     file_dtypes: dict[str, dict] = field(default_factory=dict)  # of leaves, by path
     quantize: dict[str, str] = field(default_factory=dict)  # "int8", by component
     bank: Bank = field(default_factory=Bank, compare=False)
+    placement: str = "all"  # where `variables` are, one of placement.PLACEMENTS
+    _stage: Stage = field(default_factory=Stage, compare=False)
     # The dataclass is frozen; fingerprints read all weights, so they are kept here.
     _memo: dict = field(default_factory=dict, compare=False)
 
@@ -59,6 +70,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         mesh = ", ".join(f"{axis} {size}" for axis, size in self.mesh.shape.items())
         kind = lambda part: f" {self.quantize[part]}" if part in self.quantize else ""
         parts = ", ".join(part + kind(part) for part in self.modules)
+        parts += f"; placement {self.placement}" if self.placement != "all" else ""
         added = "".join(f"; adapter {shown(k)} {v:g}" for k, v in self.adapters.items())
         about = f"{self.dtype}; mesh {mesh}; {self.source}{added}"
         return f"Bundle({name}{parts}; {about})"
@@ -102,16 +114,18 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         with compiled.on(self.mesh):
             # Prompts whose weights are all 1 run the usual program: no compilation, and
             # the bits of the plain text.
+            variables = self.on_devices(variables)
             if weighting is None or not tokens.is_weighted:
-                return compiled.encode_prompts(
-                    models, variables, place(tokens.ids), **options
-                )
+                ids = place(tokens.ids)
+                encoded = compiled.encode_prompts(models, variables, ids, **options)
+                return self.finished(encoded)
             # The weights are relative to the empty prompt's states (weighted_prompts).
             empty = self.tokenize([""] * len(prompts), max_sequence_length)
             words = tokens.words, empty.words
-            return weighted_prompts.encode(
+            encoded = weighted_prompts.encode(
                 models, variables, *words, weighting, place=place, **options
             )
+            return self.finished(encoded)
 
     def velocity(
         self,
@@ -142,17 +156,19 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             # Blocks come first, so that the rows are the second axis.
             residuals = compiled.place(residuals, self.mesh, axis=1)
         table = self.bank.table(adapters, len(args[0]), "latents")
-        variables = self.adapted("denoiser", table)
+        weights = self.adapted("denoiser", table), acting
         with compiled.on(self.mesh, args):
-            return compiled.velocity(
+            variables, acting = self.on_devices(weights)
+            v = evaluation_programs.velocity(
                 module,
                 variables,
                 *args,
                 skip=tuple(skipped),
                 nets=nets,
-                controls=acting,
+                controls=compiled.place(acting, self.mesh),
                 residuals=residuals,
             )
+            return self.finished(v)
 
     def control_residuals(
         self,
@@ -175,9 +191,29 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             raise UserError("no control; give a ControlInput, or a list of them")
         # A net of image tokens alone embeds them with the denoiser's weights.
         table = self.bank.table(adapters, len(args[0]), "latents")
-        variables = self.adapted("denoiser", table)
+        weights = self.adapted("denoiser", table), acting
         with compiled.on(self.mesh, args):
-            return compiled.control_residuals(nets, acting, variables, *args)
+            variables, acting = self.on_devices(weights)
+            acting = compiled.place(acting, self.mesh)
+            residuals = evaluation_programs.control_residuals(
+                nets, acting, variables, *args
+            )
+            return self.finished(residuals)
+
+    def on_devices(self, arguments: Any, *, room: float | None = None) -> Any:
+        """A program's arguments, with all weights in them on the devices.
+
+        With the placement "sequential", weights of the program before leave them, or
+        stay where there are `room` bytes beside them.
+        """
+        if self.placement == "all":
+            return arguments
+        return self._stage.enter(arguments, room=room)
+
+    def finished(self, results: Any) -> Any:
+        """A program's results, computed if its weights are to leave the devices."""
+        # Weights that a running program reads stay in memory beside the next ones.
+        return results if self.placement == "all" else jax.block_until_ready(results)
 
     def evaluation_arguments(self, latents, t, context, pooled) -> tuple[Array, ...]:
         """The arguments of one evaluation, checked and over the mesh."""
@@ -205,7 +241,7 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         nets, acting = control_arguments.controls_at_a_time(
             self, controls, tuple(shape), b
         )
-        return nets, compiled.place(acting, self.mesh)
+        return nets, acting
 
     @property
     def text_models(self) -> TextModels:
@@ -235,6 +271,13 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
             self._memo["fingerprints"] = prints
         prints = self._memo["fingerprints"]
         return {k: self.bank.marked(x, [k]) for k, x in prints.items()}
+
+    def unadapted_fingerprint(self, part: str) -> str:
+        """The fingerprint of one part's weights, whatever adapters are beside them."""
+        key = f"fingerprint of {part}"
+        if key not in self._memo:
+            self._memo[key] = tree.fingerprint(self.variables[part])
+        return self._memo[key]
 
     def fingerprint(self) -> str:
         """Twelve hexadecimal digits of the weights as they are here, on any mesh."""

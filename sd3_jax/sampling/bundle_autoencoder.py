@@ -2,6 +2,8 @@
 
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax import Array
@@ -9,6 +11,7 @@ from jax.sharding import Mesh
 from jaxtyping import Float, Key
 
 from sd3_jax.errors import UserError
+from sd3_jax.models.tiny_autoencoder import TinyAutoencoder
 from sd3_jax.sampling import argument_checks, compiled
 from sd3_jax.sampling import autoencoder_programs as programs
 from sd3_jax.sampling.control import PREPROCESS
@@ -34,6 +37,8 @@ class WithAutoencoder:
     configs: dict[str, dict]
     mesh: Mesh
     part: Any
+    on_devices: Any
+    finished: Any
 
     def encode_image(
         self,
@@ -65,9 +70,11 @@ class WithAutoencoder:
             noise = self._posterior_noise(noise, key, images.shape)
         images, key, noise = compiled.place((images, key, noise), self.mesh)
         with compiled.on(self.mesh, images):
-            return programs.encode_image(
+            variables = self.on_devices(variables)
+            latents = programs.encode_image(
                 module, variables, images, key, **scale, noise=noise, tile=tile
             )
+            return self.finished(latents)
 
     def posterior(
         self, images: Pictures, *, tile: int | None = None, preprocess: str = "plain"
@@ -78,9 +85,16 @@ class WithAutoencoder:
         applies: diffusers' `vae.encode(x).latent_dist`. The arguments are as there.
         """
         module, variables = self.part("vae"), self.variables["vae"]
+        if isinstance(module, TinyAutoencoder):
+            raise UserError(
+                "posterior: a TAESD encodes to latents without a variance; use"
+                " encode_image, or load the model's AutoencoderKL"
+            )
         images = compiled.place(self._pixels(images, preprocess), self.mesh)
         with compiled.on(self.mesh, images):
-            return Posterior(*programs.posterior(module, variables, images, tile=tile))
+            variables = self.on_devices(variables)
+            moments = programs.posterior(module, variables, images, tile=tile)
+            return Posterior(*self.finished(moments))
 
     def _pixels(self, images: Pictures, preprocess: str) -> Array | np.ndarray:
         argument_checks.choice("preprocess", preprocess, PREPROCESS)
@@ -121,9 +135,25 @@ class WithAutoencoder:
         latents = inputs.laid_out(latents, module.latent_channels)
         latents = compiled.place(latents, self.mesh)
         with compiled.on(self.mesh, latents):
-            return programs.decode(
+            # The next batch needs the denoiser again.
+            variables = self.on_devices(variables, room=self._room(latents, tile))
+            images = programs.decode(
                 module, variables, latents, **self.latent_scale, tile=tile
             )
+            return self.finished(images)
+
+    def _room(self, latents: Array, tile: int | None) -> float:
+        """Bytes that a device needs to decode latents, about."""
+        module = self.part("vae")
+        pixels = [self.factor * side for side in latents.shape[1:3]]
+        height, width = (min(side, tile or side) for side in pixels)
+        # At full size the first block reads the channels of the level before. In the
+        # compiled decoder three such arrays are alive, here one more counts.
+        channels = max(module.channels[:2])
+        size = jnp.dtype(module.dtype).itemsize
+        activations = 4 * len(latents) * height * width * channels * size
+        weights = sum(x.nbytes for x in jax.tree.leaves(self.variables["vae"]))
+        return float(activations + weights)
 
     @property
     def latent_scale(self) -> dict[str, float]:

@@ -17,10 +17,12 @@ from sd3_jax import tree
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
+from sd3_jax.models.attention import context
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.params import quantization
 from sd3_jax.sampling import argument_checks
 from sd3_jax.sampling import control as hints
+from sd3_jax.sampling import placement as placements
 from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.bundle import TEXT, Bundle, read_scheduler
 from sd3_jax.sampling.control import ControlBundle
@@ -28,13 +30,22 @@ from sd3_jax.sampling.schedulers import scheduler_config as schedulers
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.sampling.text import textual_inversion
 from sd3_jax.sampling.text.bundle_tokenizers import fetched_tokenizer, tokenizers_of
-from sd3_jax.weights import caller_configs, components, controlnet_keys, hub, sources
+from sd3_jax.weights import (
+    caller_configs,
+    components,
+    controlnet_keys,
+    hub,
+    published_configs,
+    sources,
+)
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET
 from sd3_jax.weights.published_configs import fit
 
 log = logging.getLogger(__name__)
 DTYPES = ("float32", "bfloat16", "stored")
-QUANTIZED = ("denoiser", "t5")  # what may be in eight bits; the others are small
+# What may be in eight bits, and how; the others are small. T5's activations have
+# outliers, which eight bits a token cannot hold.
+QUANTIZED = {"denoiser": quantization.KINDS, "t5": quantization.STORED}
 
 
 def load(
@@ -48,15 +59,18 @@ def load(
     lora: Any = (),
     embeddings: Any = (),
     quantize: Mapping[str, str] = MappingProxyType({}),
+    placement: str = "all",
+    context_attention: str = "auto",
     check: Callable[[Scheduler, dict], None] = lambda scheduler, configs: None,
 ) -> Bundle:
     """Load a released model, sharded over `mesh` (by default all devices).
 
-    `path_or_hub_name` is a diffusers folder, a .safetensors file, our own folder or a
-    hub name, which may have a revision, a variant or a file: "owner/name@v1:fp16",
-    "owner/name/file.safetensors". Several sources, as a list or separated by commas,
-    are combined; of a component in two sources the later one is used. The dtype
-    "stored" keeps each tensor's dtype, for saving.
+    `path_or_hub_name` is a diffusers folder, a .safetensors or .gguf file, our own
+    folder or a hub name, which may have a revision, a variant or a file:
+    "owner/name@v1:fp16", "owner/name/file.safetensors". Quantized files are dequantized
+    to `dtype`, or kept in eight bits by `quantize`. Several sources, as a list or
+    separated by commas, are combined; of a component in two sources the later one is
+    used. The dtype "stored" keeps each tensor's dtype, for saving.
 
     `only` names the components to load, in our names or those of diffusers' folders,
     such as "denoiser" or "transformer". `config` is the configuration of the one that
@@ -70,15 +84,27 @@ def load(
     sum. `embeddings` names files of textual inversion, with another placeholder as in
     "style.safetensors=<style>" or {path: token}; each is loaded as
     Bundle.load_embedding does. `quantize` names components whose blocks have 8-bit
-    matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read
-    (params/quantization.py). `check(scheduler, configs)` is called before any weight is
-    read, and may raise. Raises UserError, which lists tensors that are missing, extra
-    or of another shape.
+    matrices, {"denoiser": "int8", "t5": "fp8"}; they are rounded while they are read.
+    The denoiser's "int8_dynamic" and "fp8_dynamic" multiply eight bits as well
+    (params/quantization.py). `context_attention` is how the denoiser's tokens attend
+    over the mesh's context axis, "gather", "ring", "ulysses" or "auto"
+    (models/attention/context.py).
+
+    With the `placement` "sequential" the weights rest in host memory, and those of a
+    component are on the devices only while it runs, so that a model whose largest
+    component fits can be sampled (sampling/placement.py). The pictures are those of
+    "all". `check(scheduler, configs)` is called before any weight is read, and may
+    raise. Raises UserError, which lists tensors that are missing, extra or of another
+    shape.
     """
     mesh = sharding.make_mesh() if mesh is None else mesh
     argument_checks.instance("mesh", mesh, (Mesh,), "distributed.sharding.make_mesh")
     dtype = _checked_dtype(dtype)
     quantize = checked_kinds(quantize, dtype)
+    placements.check(placement)
+    argument_checks.choice("context_attention", context_attention, context.METHODS)
+    for kind in quantize.values():
+        quantization.require_units(kind, mesh.devices.flat[0])
 
     # --- what the sources hold: configurations, and parts whose weights are unread
     names = sources.split(path_or_hub_name)
@@ -101,6 +127,10 @@ def load(
     for key in schedulers.unread(configs.get("scheduler", {})):
         log.warning('the scheduler of %s: "%s" is not used', source, shown(key))
     fit({name: part.config for name, part in parts.items()}, source)
+    if "denoiser" in parts:
+        sizes = published_configs.read("denoiser", parts["denoiser"].config)
+        heads = sizes["num_attention_heads"]
+        sharding.require_context(context_attention, heads, mesh)
     # Headers alone: the layers are matched once the weights are there, since DoRA reads
     # these.
     loras = lora_adapters.opened(lora, only, parts)
@@ -116,14 +146,18 @@ def load(
     # --- the weights, one component after another
     modules, variables, stored = {}, {}, {}
     for name, part in parts.items():
-        kind = quantize.get(name, "")
-        module, values, dtypes = _read_part(name, part, mesh, dtype, kind)
+        options = dict(kind=quantize.get(name, ""), placement=placement)
+        module, values, dtypes = _read_part(name, part, mesh, dtype, **options)
         modules[name], variables[name], stored[name] = module, values, dtypes
     if "denoiser" in modules:
         log.info("%s", components.released_name(configs["denoiser"]))
+        denoiser = modules["denoiser"]
+        modules["denoiser"] = denoiser.clone(context_attention=context_attention)
     kinds = {name: kind for name, kind in quantize.items() if name in modules}
     about = dtype, source, stored, kinds
-    bundle = Bundle(modules, variables, configs, words, mesh, *about)
+    bundle = Bundle(
+        modules, variables, configs, words, mesh, *about, placement=placement
+    )
     for opened in loras:
         # One adapter after another, so that host memory holds a leaf of one of them.
         bundle.add_opened(opened)
@@ -176,7 +210,7 @@ def _caller_config(
 
 
 def _read_part(
-    name: str, part: sources.Part, mesh: Mesh, dtype: str, kind: str
+    name: str, part: sources.Part, mesh: Mesh, dtype: str, *, kind: str, placement: str
 ) -> tuple[nn.Module, dict, dict]:
     """A component's module, its variables over the mesh, and its dtypes in the file."""
     compute = jnp.dtype("float32" if dtype == "stored" else dtype)
@@ -190,6 +224,7 @@ def _read_part(
         # Only the abstract tree changes: tensors are rounded as each one is read, so
         # that the full-precision model is never in memory.
         shapes["params"] = quantization.abstract(shapes["params"], kind)
+    shapes = placements.at_rest(shapes, placement)
     return module, part.read(component, module, shapes), stored
 
 
@@ -215,9 +250,9 @@ def checked_kinds(quantize: Mapping[str, str], dtype: str) -> dict[str, str]:
     for name, kind in quantize.items():
         if name not in QUANTIZED:
             raise UserError(f'quantize: "{name}"{nearest(name, QUANTIZED)}')
-        if kind and kind not in quantization.KINDS:
+        if kind and kind not in QUANTIZED[name]:
             raise UserError(
-                f'quantize {name}: "{kind}"{nearest(kind, quantization.KINDS)}'
+                f'quantize {name}: "{kind}"{nearest(kind, QUANTIZED[name])}'
             )
     # "" means "not quantized": recipes list every component.
     kinds = {name: kind for name, kind in quantize.items() if kind}
@@ -255,6 +290,7 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
     if module.borrowed:  # its positions are the denoiser's too
         module = dataclasses.replace(module, pos_size=denoiser.pos_size)
     shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    shapes = placements.at_rest(shapes, bundle.placement)
     variables = part.read(CONTROLNET, module, shapes)
     if module.borrowed:
         # The same arrays, not copies: the embedding takes no memory a second time.
@@ -262,6 +298,9 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
         variables["params"]["patch_embed"] = denoiser_variables["params"]["patch_embed"]
         if "buffers" in denoiser_variables:
             variables["buffers"] = denoiser_variables["buffers"]
+    # Not before: what a net's files hold does not depend on it.
+    method = denoiser.context_attention
+    module = dataclasses.replace(module, context_attention=method)
     net = ControlBundle(module, variables, part.config)
     if module.borrowed and controlnet_keys.CONTROL_TYPE not in part.config:
         message = "%s does not define its hints: they are encoded as for blur and depth"

@@ -6,12 +6,15 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jaxtyping import Float, Key
 
 from sd3_jax.diffusion import solvers
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.sampling import argument_checks, arguments, compiled, seeds
 from sd3_jax.sampling.bundle import Bundle
+from sd3_jax.sampling.cache_arguments import StepCache
 from sd3_jax.sampling.guidance_arguments import Guidance
 from sd3_jax.sampling.images import input_images
 from sd3_jax.sampling.text.prompts import Conditioning
@@ -38,6 +41,13 @@ class Start(NamedTuple):
     noise: Float[Array, "b h w c"] | None
     x0: Float[Array, "b h w c"] | None
     mask: Any
+
+
+def mesh_for(bundle: Bundle, rows: int) -> Mesh:
+    """The bundle's mesh for so many rows of the denoiser (sharding.spread)."""
+    mesh, denoiser = sharding.spread(bundle.mesh, rows), bundle.part("denoiser")
+    sharding.require_context(denoiser.context_attention, denoiser.num_heads, mesh)
+    return mesh
 
 
 def returns_all(output: Any, return_latents: Any) -> bool:
@@ -101,6 +111,7 @@ def plan(
     preview: Callable | None,
     *,
     all_latents: bool,
+    cache: StepCache | None = None,
 ) -> compiled.Plan:
     """What a program is compiled for."""
     return compiled.Plan(
@@ -111,6 +122,7 @@ def plan(
         preview=preview,
         factor=bundle.factor,
         trajectory=len(times) - 1 if all_latents else None,
+        cache=None if cache is None else cache.method,
         **steering.plan(),
     )
 
@@ -122,6 +134,8 @@ def inputs(
     cond: Conditioning,
     uncond: Conditioning,
     start: Start,
+    *,
+    cache: StepCache | None = None,
 ) -> compiled.Inputs:
     """What a program reads: numbers and arrays, which compile nothing."""
     # Noise that the caller gives needs no key, unless the solver draws more of it.
@@ -135,4 +149,5 @@ def inputs(
         noise=start.noise,
         x0=start.x0,
         mask=start.mask,
+        cache=None if cache is None else cache.schedule(len(times) - 1),
     )

@@ -21,10 +21,12 @@ from jaxtyping import Float
 
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.distributed import sharding, signals
+from sd3_jax.models import step_cache
 from sd3_jax.params import adapters
+from sd3_jax.sampling import latents
+from sd3_jax.sampling.cached_network import remembering
 from sd3_jax.sampling.control import acting_nets, controlled
-from sd3_jax.sampling.control import residuals as residuals_of
-from sd3_jax.sampling.generate import generate
+from sd3_jax.sampling.generate import generate_with_state
 from sd3_jax.sampling.text import prompts
 from sd3_jax.sampling.text.prompts import Conditioning
 
@@ -93,42 +95,6 @@ def encode_prompts(models, variables, ids, **options) -> Conditioning:
     return prompts.encode_released(models, variables, ids, **options)
 
 
-@functools.partial(jax.jit, static_argnames=("denoiser", "skip", "nets"))
-def velocity(
-    denoiser,
-    variables,
-    x,
-    t,
-    context,
-    pooled,
-    *,
-    skip=(),
-    nets=(),
-    controls=(),
-    residuals=None,
-) -> Array:
-    """v, with the sum of `residuals` and those of the nets."""
-    args = x, t, context, pooled
-    parts = [] if residuals is None else [residuals]
-    if nets:
-        parts.append(control_residuals(nets, controls, variables, *args))
-    variables = adapters.attached(variables)
-    options = {"residuals": sum(parts)} if parts else {}
-    return denoiser.apply(variables, *args, skip=skip, **options)
-
-
-@functools.partial(jax.jit, static_argnames=("nets",))
-def control_residuals(nets, controls, variables, x, t, context, pooled) -> Array:
-    """Residuals (r, b, n, d) of all nets; `controls` are as in `sample`.
-
-    `variables` are the denoiser's, of which a net may borrow.
-    """
-    adapted = isinstance(variables, adapters.Adapted)
-    lender = adapters.attached(variables) if adapted else None
-    acting = acting_nets(nets, controls, lender)
-    return residuals_of(acting, x, t, Conditioning(context, pooled))
-
-
 def say_compiling(program: str, images: int, height: int, width: int) -> None:
     """One line about a program for images of pixels; call it in what jax traces.
 
@@ -164,6 +130,8 @@ class Plan(NamedTuple):
     method: str = "cfg"  # a key of guidance_methods.METHODS
     skipped: str = "block"  # what skip_layers leave out, one of mmdit.SKIPPED
     weak: nn.Module | None = None  # the worse denoiser of autoguidance
+    previewer: nn.Module | None = None  # the autoencoder of previews
+    cache: step_cache.Method | None = None
 
 
 # numpy's where a caller builds the Inputs, jax's inside the program.
@@ -192,6 +160,7 @@ class Inputs(NamedTuple):
     solver: Scalar | None = None
     options: dict[str, Scalar] | None = None  # the numbers of the guidance's method
     scales: Array | np.ndarray | None = None  # of guidance, at each time of the grid
+    cache: step_cache.Schedule | None = None
 
 
 def solver_inputs(solver: str, grid: Float[Array | np.ndarray, " n"]) -> dict[str, Any]:
@@ -222,12 +191,39 @@ def sample(
     nets: Sequence[nn.Module] = (),
     controls: Sequence[tuple] = (),
     weak_variables: dict | adapters.Adapted | None = None,
+    previewer: tuple[dict, dict] | None = None,
 ) -> Array:
     """Latents (b, h, w, c). `controls` are the fields of each Control after its net.
 
     With plan.trajectory they are (steps + 1, b, h, w, c).
-    `weak_variables` are those of plan.weak.
+    `weak_variables` are those of plan.weak; `previewer` has the variables of
+    plan.previewer and its latent_scale.
     """
+    rest = nets, controls, weak_variables, previewer
+    return _sampled(plan, variables, inputs, *rest)[0]
+
+
+@functools.partial(jax.jit, static_argnames=("plan",))
+def sample_cached(
+    plan: Plan,
+    variables: dict | adapters.Adapted,
+    inputs: Inputs,
+    previewer: tuple[dict, dict] | None = None,
+) -> tuple[Array, step_cache.Record]:
+    """The latents of a plan with a cache, and which steps were computed."""
+    latents, state = _sampled(plan, variables, inputs, previewer=previewer)
+    return latents, step_cache.Record(state.computed, state.measures)
+
+
+def _sampled(
+    plan: Plan,
+    variables: dict | adapters.Adapted,
+    inputs: Inputs,
+    nets: Sequence[nn.Module] = (),
+    controls: Sequence[tuple] = (),
+    weak_variables: dict | adapters.Adapted | None = None,
+    previewer: tuple[dict, dict] | None = None,
+) -> tuple[Array, step_cache.State | None]:
     # The plan is static, so modules, solver and shapes are part of the program;
     # everything in Inputs is traced, and another seed, scale or number of steps reuses
     # it. So are the layers that are left out: the denoiser makes a constant mask of
@@ -253,8 +249,12 @@ def sample(
     if plan.skip_layers:
         worse = controlled(denoiser, (), skip=plan.skip_layers, skipped=plan.skipped)
         weakened = guidance.Weakened(worse, inputs.skip_scale, inputs.skip_window)
-    return generate(
-        controlled(denoiser, acting),
+    network = controlled(denoiser, acting)
+    if plan.cache is not None:
+        cache = step_cache.Cache(plan.cache, inputs.cache)
+        network = remembering(plan.denoiser, variables, cache)
+    return generate_with_state(
+        network,
         inputs.keys,
         inputs.cond,
         inputs.uncond,
@@ -273,6 +273,7 @@ def sample(
         x0=inputs.x0,
         mask=inputs.mask,
         preview=plan.preview,
+        to_rgb=latents.previews(plan.previewer, previewer),
     )
 
 

@@ -1,16 +1,18 @@
 """Noise to latents: the only sampling loop, for jobs, evaluations and the API."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jaxtyping import Float, Key
+from jaxtyping import Float, Key, PyTree
 
 from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.diffusion.carried import Carried, Remembering
 from sd3_jax.diffusion.paths import RF
-from sd3_jax.sampling.latents import to_rgb
+from sd3_jax.sampling.latents import to_rgb as linear_rgb
 from sd3_jax.sampling.text.prompts import Conditioning
 
 Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
@@ -18,6 +20,15 @@ Preview = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 def generate(
     velocity: Callable[[Array, Array, Conditioning], Array],
+    *args: Any,
+    **options: Any,
+) -> Float[Array, "*n b h w c"]:
+    """The latents of generate_with_state, for a velocity without a state."""
+    return generate_with_state(velocity, *args, **options)[0]
+
+
+def generate_with_state(
+    velocity: Callable[[Array, Array, Conditioning], Array] | Remembering,
     keys: Key[Array, " b"] | None,
     cond: Conditioning,
     uncond: Conditioning,
@@ -29,17 +40,19 @@ def generate(
     x0: Float[Array, "b h w c"] | None = None,
     mask: Float[Array, "b h w 1"] | None = None,
     preview: Preview | None = None,
+    to_rgb: Callable[[Array], Array] = linear_rgb,
     spread: float = 1.0,
     steps: solvers.Integer | None = None,
     **options,
-) -> Float[Array, "*n b h w c"]:
-    """Latents (b, *shape), from the solver's steps down the times of `grid`.
+) -> tuple[Float[Array, "*n b h w c"], PyTree]:
+    """Latents (b, *shape), from the solver's steps down the times of `grid`, and the
+    state in which the last step left a velocity that is Remembering.
 
     Noise is drawn with a key for each row, so that a picture does not depend on its
     batch, or is `noise`; stochastic solvers need the keys in any case. With `x0`,
     sampling starts at x0 noised to grid[0]; where `mask` is 0, x0 noised to t replaces
-    x after each step. preview(step, t, rgb (b, h, w, 3)) is called on the host after
-    each step. A solver with a trajectory returns all n latents. `spread` is the std of
+    x after each step. preview(step, t, to_rgb(x)) is called on the host after each
+    step. A solver with a trajectory returns all n latents. `spread` is the std of
     x at grid[0], for formulations that do not start at pure noise. `steps` is how many
     steps of the grid are taken, all by default; it may be traced. Other `options` are
     those of guidance.guided, such as `scale`. With a grid (b, n) and steps (b,), each
@@ -73,7 +86,9 @@ def generate(
         # Fresh noise of step i depends on the picture's key and i alone.
         fold = jax.vmap(jax.random.fold_in, (0, None))
         solver_options["draw"] = lambda step: draw(fold(keys, step))
-    return solver(guided, start, grid, after=None if idle else after, **solver_options)
+    after_step = None if idle else after
+    latents = solver(guided, start, grid, after=after_step, **solver_options)
+    return latents, guided.final[1] if isinstance(guided, Carried) else None
 
 
 def _flat(t: Array) -> Array:

@@ -181,13 +181,14 @@ def require_guide(bundle: Bundle, guide: Any) -> None:
             f"guide {guide.source}: {', '.join(wrong)}; use a denoiser of the same"
             " family"
         )
-    # One program runs both networks, and a program has one mesh.
     if guide.mesh != bundle.mesh:
         raise UserError("guide is on another mesh; load it with mesh=bundle.mesh")
+    if guide.placement != "all":
+        raise UserError('guide rests on the host; load it with placement="all"')
 
 
-def options_of(text: str) -> dict[str, Any]:
-    """guidance_options of a config: "eta=0, threshold=10", "layers=7 8 9, scale=2"."""
+def options_of(text: str, key: str = "guidance_options") -> dict[str, Any]:
+    """Options of a config's `key`: "eta=0, threshold=10", "layers=7 8 9, scale=2"."""
     options = {}
     for part in filter(None, map(str.strip, text.split(","))):
         name, equals, value = (x.strip() for x in part.partition("="))
@@ -200,8 +201,7 @@ def options_of(text: str) -> dict[str, Any]:
             equals = ""
         if not equals:
             raise UserError(
-                f'guidance_options "{shown(part)}": expected NAME=NUMBER, with commas'
-                " between"
+                f'{key} "{shown(part)}": expected NAME=NUMBER, with commas between'
             )
     return options
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+from flax import linen as nn
 from jax import Array
 from jaxtyping import Float, UInt8
 
@@ -47,6 +48,25 @@ TO_RGB = (
 def to_rgb(latents: Float[Array, "b h w 16"]) -> Float[Array, "b h w 3"]:
     """A rough picture in [0, 1] of scaled latents, without the autoencoder."""
     return jnp.clip((latents @ jnp.array(TO_RGB) + 1) / 2, 0, 1)
+
+
+def previews(
+    module: nn.Module | None, weights: tuple[dict, dict] | None
+) -> Callable[[Array], Array]:
+    """Latents to pictures in [0, 1]: to_rgb, or an autoencoder's (b, 8h, 8w, 3).
+
+    `weights` are its variables, and the scaling and shift of its latents.
+    """
+    if module is None or weights is None:
+        return to_rgb
+    variables, scale = weights
+
+    def decoded(x0: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
+        z = vae.from_latents(x0, **scale)
+        images = module.apply(variables, z, method="decode")
+        return jnp.clip(images / 2 + 0.5, 0, 1)
+
+    return decoded
 
 
 def pixels(image: UInt8[Array, "b h w 3"]) -> Float[Array, "b h w 3"]:

@@ -111,12 +111,13 @@ def generate(
             for steering, (solver, times) in zip(steerings, schedules)
         ]
     )
-    with compiled.on(bundle.mesh):
-        latents = compiled.sample(
-            plan,
-            bundle.adapted("denoiser", table),
-            compiled.place(inputs, bundle.mesh),
-        )
+    # Devices that would have no row take tokens, as in sd3_jax.generate.
+    count = rows.count * (1 + steerings[0].reads_uncond)
+    mesh = call_arrays.mesh_for(bundle, count)
+    with compiled.on(mesh):
+        denoiser = bundle.on_devices(bundle.adapted("denoiser", table))
+        latents = compiled.sample(plan, denoiser, compiled.place(inputs, mesh))
+        latents = bundle.finished(latents)
     images = bundle.decode(latents)
     return images if edit is None else edit.finish(images, bundle.mesh)
 

@@ -60,7 +60,8 @@ def observe(
     table = bundle.bank.table(None, len(args[0]))
     variables = bundle.adapted("denoiser", table)
     with compiled.on(bundle.mesh, args):
-        return _observe(denoiser, variables, *args)
+        variables = bundle.on_devices(variables)
+        return bundle.finished(_observe(denoiser, variables, *args))
 
 
 @functools.partial(jax.jit, static_argnames="denoiser")

@@ -64,6 +64,7 @@ class RowPainter(NamedTuple):
 
 def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPainter:
     """config.weights, with config.sample.lora as adapters by name."""
+    _require_no_cache(config)
     usual = prompt_file.task(config, "", 0)
     bundle = released_sampler.load_for_sampling(config, mesh, [usual.settings])
     guide = released_sampler.load_guide(config, mesh)
@@ -90,6 +91,15 @@ def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPain
     )
 
 
+def _require_no_cache(config: ConfigDict) -> None:
+    """UserError for a step cache, whose decision is one for all rows of a batch."""
+    if config.sample.cache:
+        raise UserError(
+            f'config.sample.cache = "{config.sample.cache}": serve has no step cache,'
+            " because a picture would depend on its company; remove it"
+        )
+
+
 def _solver_of(scheduler: Any, task: Task) -> str:
     """The solver that the model's scheduler takes where a task leaves it open."""
     return scheduler.sampler(1, 1, **solver_options(task.settings))[0]
@@ -98,7 +108,10 @@ def _solver_of(scheduler: Any, task: Task) -> str:
 def _key(solver_of: Callable[[Task], str], row: Row) -> Key:
     """What rows of one batch have in common: what compiles, and what is one for all."""
     s = row.task.settings
-    solver, guided = solver_of(row.task), guidance.guides(s["cfg"])
+    solver, guided = (
+        solver_of(row.task),
+        guidance.guides(s["cfg"], s["guidance_method"]),
+    )
     method, schedule = s["guidance_method"], s["guidance_schedule"]
     sides = s["height"], s["width"]
     if not mixed_rows.can_mix(solver, method, schedule, guided=guided):
@@ -123,7 +136,7 @@ def _paint_released(
     scheduler = functools.partial(_solver_of, bundle.scheduler)
     if not _key(scheduler, rows[0]).mixed:
         usual = sets[0] if sets else None
-        return released_sampler.sample_lines(bundle, {}, guide, tasks, usual)
+        return released_sampler.sample_lines(bundle, {}, guide, tasks, adapters=usual)
     settings, pixels = tasks[0].settings, {}
     if any(name in settings for name in PIXELS):
         read = [line_arrays.read_checked_row(x.settings, x.size) for x in tasks]
@@ -160,6 +173,7 @@ def trained(
     config: ConfigDict, workdir: epath.Path, mesh: Mesh, preview: Preview | None
 ) -> RowPainter:
     """The newest checkpoint of the run in `workdir`."""
+    _require_no_cache(config)
     run = painters.trained_run(config, workdir, mesh)
     samplers: dict[tuple, RowSampler] = {}
 

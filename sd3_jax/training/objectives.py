@@ -9,8 +9,11 @@ from flax import linen as nn
 from jax import Array
 
 from sd3_jax import tree
+from sd3_jax.diffusion.carried import Remembering
 from sd3_jax.diffusion.formulations import Formulation
 from sd3_jax.diffusion.losses import flow_loss, loss_at
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.sampling import cached_network
 from sd3_jax.sampling.latents import Autoencoder
 from sd3_jax.sampling.text import prompts
 from sd3_jax.sampling.text.prompts import Conditioning, TextModel
@@ -27,7 +30,7 @@ class Objective(NamedTuple):
     `prefer(params, reference, key, batch, loss=)` a loss of preferences, of the answers
     of two sets of params; `loss_at(params, key, batch, t)` the mean error at times t
     (b,), nothing dropped; `encode(params, batch)` the text; `velocity(params)`
-    v(x, t, cond).
+    v(x, t, cond), which with a step_cache.Cache as `cache` is Remembering.
     """
 
     init: Callable[[Array], dict]
@@ -36,7 +39,7 @@ class Objective(NamedTuple):
     prefer: Callable[..., tuple[Array, dict]]
     loss_at: Callable[..., Array]
     encode: Callable[[dict, dict], Conditioning]
-    velocity: Callable[[dict], Callable]
+    velocity: Callable[..., Callable | Remembering]
 
 
 def flow_matching(
@@ -67,18 +70,31 @@ def flow_matching(
         params = denoiser.init(denoiser_key, x0, jnp.zeros(1), *cond)["params"]
         return {"denoiser": params, "text": text_params}
 
-    def network(params, cond, **options):
+    def variables_of(params):
         variables = {"params": params["denoiser"]}
         if "buffers" in params:  # a released model's table of positions
             variables["buffers"] = params["buffers"]
+        return variables
+
+    def network(params, cond, **options):
+        variables = variables_of(params)
         # Typed as if it could return variables too, which it does with `mutable`.
         apply = cast(Callable[..., Array], denoiser.apply)
         return lambda x, t: apply(variables, x, t, *cond, **options)
 
-    def velocity(params, **options):
+    def velocity(params, *, cache=None, **options):
+        if cache is not None:
+            return remembering_velocity(params, cache)
         return lambda x, t, cond: formulation.velocity(
             network(params, cond, **options)
         )(x, t)
+
+    def remembering_velocity(params, cache):
+        # Samplers offer a cache to an MMDiT alone.
+        mmdit = cast(MMDiT, denoiser)
+        network = cached_network.remembering(mmdit, variables_of(params), cache)
+        wrapped = cached_network.with_state(formulation.velocity, network.function)
+        return network._replace(function=wrapped)
 
     def encode(params, batch):
         return text.encode(params["text"], batch)

@@ -39,6 +39,8 @@ def build_program(config: ConfigDict, mesh: Mesh) -> Program:
     """The training program; UserError for a config that cannot train."""
     require_trainable_dtype(config)
     parts = model_parts.build_parts(config)
+    method, heads = parts.denoiser.context_attention, parts.denoiser.num_heads
+    sharding.require_context(method, heads, mesh)
     tuning = finetune_start.build_tuning(config, parts.objective)
     optim = config.optim.to_dict()
     accumulate = optim.pop("accumulate")

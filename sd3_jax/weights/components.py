@@ -22,14 +22,13 @@ from sd3_jax.models.clip import ClipText
 from sd3_jax.models.controlnet import ControlNet
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.t5 import T5Encoder
-from sd3_jax.models.vae import VAE
 from sd3_jax.weights import (
+    autoencoders,
     controlnet_keys,
     inferred_sizes,
     mmdit_keys,
     published_configs,
     text_keys,
-    vae_keys,
 )
 from sd3_jax.weights.inferred_sizes import Shapes
 from sd3_jax.weights.key_mapping import Group
@@ -71,15 +70,18 @@ def configured(
     with `where`.
     """
     # All before anything is traced: a wrong size would be an error deep inside XLA.
+    kind = component.kind
+    if kind == "vae" and autoencoders.is_tiny(config, tensors):
+        kind = "taesd"
     if config is None:
         # A single file, or a ControlNet's without its config.json.
-        config = inferred_sizes.detect(component.kind, tensors, where, layout=layout)
-    config = published_configs.read(component.kind, config, where)
-    if names := published_configs.unknown(component.kind, config):
+        config = inferred_sizes.detect(kind, tensors, where, layout=layout)
+    config = published_configs.read(kind, config, where)
+    if names := published_configs.unknown(kind, config):
         message = "%s: ignored fields: %s"
         log.warning(message, where, shown(", ".join(names), 200))
     if tensors is not None:
-        published_configs.agree(component.kind, config, tensors, layout, where)
+        published_configs.agree(kind, config, tensors, layout, where)
     return config
 
 
@@ -153,27 +155,6 @@ def example_denoiser(module: MMDiT, config: dict) -> tuple:
     )
 
 
-# --- the autoencoder
-
-
-def build_vae(config: dict, dtype: Any) -> VAE:
-    """The module of diffusers' AutoencoderKL configuration."""
-    c = published_configs.read("vae", config)
-    return VAE(
-        channels=tuple(c["block_out_channels"]),
-        latent_channels=c["latent_channels"],
-        layers=c["layers_per_block"],
-        groups=c["norm_num_groups"],
-        mid_attention=c["mid_block_add_attention"],
-        dtype=dtype,
-    )
-
-
-def example_vae(module: VAE, config: dict) -> tuple:
-    side = 2 ** (len(module.channels) - 1)  # one latent
-    return (jnp.zeros((1, side, side, 3)),)
-
-
 # --- the text encoders
 
 
@@ -235,9 +216,9 @@ COMPONENTS = {
         "first_stage_model.",
         "decoder.conv_in.weight",
         "vae",
-        build_vae,
-        example_vae,
-        vae_keys.table,
+        autoencoders.build,
+        autoencoders.example,
+        autoencoders.table,
         "diffusion_pytorch_model",
     ),
     "clip_l": Component(

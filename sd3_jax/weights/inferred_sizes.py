@@ -73,6 +73,8 @@ CONTROLNET = (  # diffusers' names outside the blocks, in both layouts
 )
 # The decoder's: the encoder ends in twice as many, mean and log-variance.
 VAE = (axis("latent_channels", "decoder.conv_in.weight", 4, 1),)
+TAESD = (axis("latent_channels", "decoder.layers.0.weight", 4, 1),)
+ORIGINAL_TAESD = (axis("latent_channels", "decoder.1.weight", 4, 1),)
 EMBEDDINGS = "text_model.embeddings"
 CLIP_TEXT = (
     axis("vocab_size", f"{EMBEDDINGS}.token_embedding.weight", 2, 0),
@@ -105,12 +107,15 @@ SIZES = {
     "denoiser": DENOISER,
     "controlnet": CONTROLNET,
     "vae": VAE,
+    "taesd": TAESD,
     "clip_l": CLIP_TEXT,
     "clip_g": CLIP_TEXT,
     "t5": T5,
     "clip_text": CLIP_TEXT,
     "clip_vision": CLIP_VISION,
 }
+# Of components whose names differ by layout where they tell a size.
+ORIGINAL_SIZES = {"denoiser": ORIGINAL_DENOISER, "taesd": ORIGINAL_TAESD}
 CLIP_LAYERS = "num_hidden_layers", "text_model.encoder.layers."
 LAYERS = {  # the field, and the prefix of its layers' names
     "denoiser": ("num_layers", "transformer_blocks."),
@@ -128,9 +133,10 @@ Measured = dict[str, tuple[Any, str]]  # by field: value, and reason for a messa
 
 
 def sizes_of(kind: str, layout: str) -> tuple[Size, ...]:
-    """The fields that tensors of a file tell; only the denoiser has names by layout."""
-    original = kind == "denoiser" and layout == "original"
-    return ORIGINAL_DENOISER if original else SIZES[kind]
+    """The fields that tensors of a file tell."""
+    return (
+        ORIGINAL_SIZES.get(kind, SIZES[kind]) if layout == "original" else SIZES[kind]
+    )
 
 
 def measured(kind: str, x: Shapes, layout: str, where: str) -> Measured:
@@ -209,6 +215,11 @@ def number_of_layers(x: Shapes, prefix: str, where: str) -> int:
             f"{where}: {prefix}{missing} is missing, but {prefix}{layers[-1]} exists"
         )
     return len(layers)
+
+
+def is_tiny(x: Shapes) -> bool:
+    """Whether an autoencoder's tensors are those of a TAESD."""
+    return any(size.tensor in x for size in TAESD + ORIGINAL_TAESD)
 
 
 # --- configurations of single files
@@ -290,6 +301,11 @@ def _vae(x: Shapes, sizes: dict, where: str) -> dict:
     }
 
 
+def _taesd(x: Shapes, sizes: dict, where: str) -> dict:
+    # All published ones have the same blocks; loading lists what differs.
+    return sizes | {"_class_name": "AutoencoderTiny"}
+
+
 def _clip(activation: str, x: Shapes, sizes: dict, where: str) -> dict:
     width = sizes["hidden_size"]
     return (
@@ -349,6 +365,7 @@ PUBLISHED = {
     "denoiser": _denoiser,
     "controlnet": _controlnet,
     "vae": _vae,
+    "taesd": _taesd,
     "clip_l": lambda *args: _clip("quick_gelu", *args),
     "clip_g": lambda *args: _clip("gelu", *args),
     "clip_text": lambda *args: _clip("quick_gelu", *args),

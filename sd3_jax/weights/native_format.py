@@ -90,10 +90,13 @@ def load_quantized(path: epath.PathLike, name: str, shapes: Any) -> Any:
     for i, (at, x) in enumerate(places):
         if is_leaf(x):
             dtype = jnp.dtype(stored[tree.names(at)])
-            # Rounded on the devices, from the dtype that the folder has.
-            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=x.sharding)
+            # Rounded on the devices, from the dtype that the folder has; the result may
+            # rest on the host.
+            place = x.sharding.with_memory_kind("device")
+            whole = jax.ShapeDtypeStruct(x.shape, dtype, sharding=place)
             alone = [LEFT] * len(places)  # all but one are left out
             alone[i] = whole
             axes = [axis for axis, size in enumerate(x.scale.shape) if size == 1]
-            leaves[i] = quantization.quantize_placed(read(alone)[i], type(x), axes)
+            leaf = quantization.quantize_placed(read(alone)[i], type(x), axes)
+            leaves[i] = jax.device_put(leaf, jax.tree.map(lambda y: y.sharding, x))
     return jax.tree.unflatten(treedef, leaves)

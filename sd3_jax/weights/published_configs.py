@@ -5,107 +5,39 @@ restricted to the values that are implemented, or free, because nothing depends 
 Configurations are compared with the tensors beside them before anything is traced.
 """
 
-import json
-import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 from sd3_jax.errors import UserError
-from sd3_jax.foreign_text import shown
 from sd3_jax.weights import inferred_sizes
+from sd3_jax.weights.config_fields import (
+    LEVELS,
+    WIDTH,
+    Field,
+    all_of,
+    as_json,
+    count,
+    counts,
+    flag,
+    free,
+    only,
+    or_null,
+    real,
+)
 from sd3_jax.weights.inferred_sizes import HINT, INNER, T5_INNER, Shapes
 
-WIDTH, WORDS, LAYERS = 2**16, 2**20, 1024  # at most; no published model is near
-
-
-class Field(NamedTuple):
-    """A field's default in its library, and the values that are accepted.
-
-    A `guard` field is only checked: it is not added to a configuration without it.
-    """
-
-    default: Any
-    allowed: str
-    accepts: Callable[[Any], bool]
-    guard: bool = False
-
-
-def or_null(field: Field) -> Field:
-    """The field, which may also be null."""
-    accepts = lambda x: x is None or field.accepts(x)
-    return field._replace(allowed=f"{field.allowed} or null", accepts=accepts)
-
-
-def count(default: int | None, most: int = WIDTH, *, least: int = 1) -> Field:
-    """An integer field."""
-    # type(), not isinstance: JSON's true would be an int in Python.
-    accepts = lambda x: type(x) is int and least <= x <= most
-    return Field(default, f"a whole number from {least} to {most}", accepts)
-
-
-def real(default: float | None, least: float, most: float) -> Field:
-    """A number field."""
-    accepts = lambda x: type(x) in (int, float) and least <= x <= most  # NaN is not
-    return Field(default, f"a number from {least:g} to {most:g}", accepts)
-
-
-def flag(default: bool) -> Field:
-    """A boolean field."""
-    return Field(default, "true or false", lambda x: type(x) is bool)
-
-
-def counts(default: Sequence[int], most: int, *, least: int, longest: int) -> Field:
-    """A field that is a list of at most `longest` integers."""
-    words = f"a list of at most {longest} whole numbers from {least} to {most}"
-    one = count(None, most, least=least).accepts
-    accepts = lambda x: (
-        isinstance(x, list | tuple) and len(x) <= longest and all(map(one, x))
-    )
-    return Field(default, words, accepts)
-
-
-def only(*values: Any, default: Any = ..., guard: bool = False) -> Field:
-    """A field of which only `values` are implemented; the first is the default."""
-    # Floats by isclose: files print them with more or fewer digits. Types must agree,
-    # because True == 1 == 1.0 in Python.
-    words = " or ".join(map(_json, values)) + ": nothing else is supported"
-    alike = lambda x, value: (
-        type(x) is type(value)
-        and (math.isclose(x, value) if type(x) is float else x == value)
-    )
-    accepts = lambda x: any(alike(x, value) for value in values)
-    default = values[0] if default is ... else default
-    return Field(default, words, accepts, guard)
-
-
-def all_of(value: str) -> Field:
-    """A field that is a list of one value repeated."""
-    words = f"a list of {value}: nothing else is supported"
-    accepts = lambda x: (
-        isinstance(x, list | tuple)
-        and 0 < len(x) <= LEVELS
-        and all(one == value for one in x)
-    )
-    return Field((value,), words, accepts)
-
-
-def _json(value: Any) -> str:
-    """A value as JSON, for a message."""
-    # default=str: a configuration may also be a dictionary made in Python.
-    return shown(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def free(names: str) -> dict[str, None]:
-    """Fields, separated by spaces, on which nothing here depends."""
-    return dict.fromkeys(names.split())
+WORDS, LAYERS = 2**20, 1024  # at most; no published model is near
 
 
 # --- the tables
 
-LEVELS = 8  # of an autoencoder, at most
-UNQUANTIZED = "null, which is of the model in bfloat16 or float16: name that instead"
-# Of weights that a library has quantized, only that library knows the layout.
-WHOLE = {"quantization_config": only(None, guard=True)._replace(allowed=UNQUANTIZED)}
+# Of weights that a library has quantized: those that bitsandbytes_layers reads.
+QUANTIZATION, METHOD = "quantization_config", "bitsandbytes"
+_READ = f"null or quant_method {METHOD}; name the model in bfloat16, or its GGUF"
+_reads = lambda x: (
+    x is None or isinstance(x, Mapping) and x.get("quant_method") == METHOD
+)
+WHOLE = {QUANTIZATION: Field(None, _READ, _reads, guard=True)}
 DENOISER = WHOLE | {
     "_class_name": only("SD3Transformer2DModel"),
     "sample_size": count(128),
@@ -153,6 +85,25 @@ VAE = WHOLE | {
     "mid_block_add_attention": flag(True),
     # For diffusers' tiling, and its choice of precision.
     **free("sample_size force_upcast"),
+}
+BLOCKS = (64, 64, 64, 64)
+TAESD = WHOLE | {
+    "_class_name": only("AutoencoderTiny"),
+    "in_channels": only(3),
+    "out_channels": only(3),
+    "encoder_block_out_channels": counts(BLOCKS, WIDTH, least=1, longest=LEVELS),
+    "decoder_block_out_channels": counts(BLOCKS, WIDTH, least=1, longest=LEVELS),
+    "num_encoder_blocks": counts((1, 3, 3, 3), LAYERS, least=0, longest=LEVELS),
+    "num_decoder_blocks": counts((3, 3, 3, 1), LAYERS, least=0, longest=LEVELS),
+    "act_fn": only("relu"),
+    "upsample_fn": only("nearest"),
+    "upsampling_scaling_factor": only(2),
+    "latent_channels": count(4),
+    # Its latents are the denoiser's own.
+    "scaling_factor": only(1.0, 1),
+    "shift_factor": only(0.0, 0, None),
+    # Of latents as bytes, of AutoencoderKL, and of diffusers' precision.
+    **free("latent_magnitude latent_shift block_out_channels force_upcast"),
 }
 # What every configuration of transformers may have: bookkeeping, settings of training,
 # of heads and of generation, which old versions wrote in full.
@@ -229,6 +180,7 @@ TABLES = {
     "denoiser": DENOISER,
     "controlnet": CONTROLNET,
     "vae": VAE,
+    "taesd": TAESD,
     "clip_l": SD3_TEXT,
     "clip_g": SD3_TEXT,
     "t5": T5,
@@ -248,7 +200,7 @@ def read(kind: str, config: Any, where: str = "") -> dict:
     """
     where = where or kind
     if not isinstance(config, Mapping):
-        raise UserError(f"{where}: {_json(config)}: expected a JSON object")
+        raise UserError(f"{where}: {as_json(config)}: expected a JSON object")
     table, values = TABLES[kind], dict(config)
     for name, field in table.items():
         if field is None:  # free
@@ -260,10 +212,11 @@ def read(kind: str, config: Any, where: str = "") -> dict:
             # A default may be what is wrong: say that the file does not have it.
             lack = "" if name in config else " (the default of a file without it)"
             raise UserError(
-                f"{where}: {name} = {_json(value)}{lack}: expected {field.allowed}"
+                f"{where}: {name} = {as_json(value)}{lack}: expected {field.allowed}"
             )
     for name, value, wanted in RULES[kind](values):
-        raise UserError(f"{where}: {name} = {_json(value)}: expected {wanted}")
+        raise UserError(f"{where}: {name} = {as_json(value)}: expected {wanted}")
+    values.pop(QUANTIZATION, None)  # weights are dequantized while they are read
     return values
 
 
@@ -320,7 +273,7 @@ def _controlnet_rules(c: dict):
             yield (
                 name,
                 c[name],
-                f"{_json(wanted)}, because joint_attention_dim is not null",
+                f"{as_json(wanted)}, because joint_attention_dim is not null",
             )
     if c["pos_embed_max_size"] is None:
         yield (
@@ -337,7 +290,26 @@ def _vae_rules(c: dict):
         yield "block_out_channels", levels, words
     for name in "down_block_types", "up_block_types":
         if len(c[name]) != len(levels):
-            yield name, c[name], f"one for each of block_out_channels = {_json(levels)}"
+            yield (
+                name,
+                c[name],
+                f"one for each of block_out_channels = {as_json(levels)}",
+            )
+
+
+def _taesd_rules(c: dict):
+    widths = c["encoder_block_out_channels"], c["decoder_block_out_channels"]
+    # As in diffusers, which registers this field for its pipelines.
+    c["block_out_channels"] = list(widths[1])
+    for half, levels in zip(("encoder", "decoder"), widths):
+        # A block's width is that of its level's input: diffusers has no way between.
+        if len({*levels}) != 1:
+            yield f"{half}_block_out_channels", levels, "equal numbers"
+        if len(c[f"num_{half}_blocks"]) != len(levels):
+            words = f"one for each of {half}_block_out_channels = {as_json(levels)}"
+            yield f"num_{half}_blocks", c[f"num_{half}_blocks"], words
+    if len(widths[0]) != len(widths[1]):
+        yield "encoder_block_out_channels", widths[0], f"{len(widths[1])} levels"
 
 
 def _heads_rules(c: dict):
@@ -369,6 +341,7 @@ RULES = {
     "denoiser": _mmdit_rules,
     "controlnet": _controlnet_rules,
     "vae": _vae_rules,
+    "taesd": _taesd_rules,
     "clip_l": _clip_rules,
     "clip_g": _clip_rules,
     "t5": _t5_rules,
@@ -392,7 +365,7 @@ def agree(kind: str, config: dict, tensors: Shapes, layout: str, where: str) -> 
             same = said[name] == value
         if not same:
             raise UserError(
-                f"{where}: {name} = {_json(said[name])}: expected {_json(value)},"
+                f"{where}: {name} = {as_json(said[name])}: expected {as_json(value)},"
                 f" because {reason}"
             )
 

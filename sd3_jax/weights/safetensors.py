@@ -18,7 +18,8 @@ from etils import epath
 from sd3_jax import files
 from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import listed, parse_json, shown
-from sd3_jax.weights import unsupported_formats
+from sd3_jax.weights import quantized_layers, unsupported_formats
+from sd3_jax.weights.stored_tensor import Tensor, Tensors
 
 DTYPES = {  # plain ones; those of quantized files are in unsupported_formats
     "F64": np.float64,
@@ -43,41 +44,19 @@ DIFFUSERS = "diffusion_pytorch_model."
 STEMS = ("model.", DIFFUSERS)  # transformers' and diffusers' names of weights
 
 
-class Tensor(NamedTuple):
-    """A tensor in a file: dtype, shape and position. `read()` reads its values."""
-
-    path: epath.Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    start: int  # bytes from the start of the file
-
-    @property
-    def size(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-    def read(self) -> np.ndarray:
-        # Straight into the array: no second copy of a large tensor.
-        x = np.empty(self.shape, self.dtype)
-        with self.path.open("rb") as file:
-            file.seek(self.start)
-            data = memoryview(x.reshape(-1).view(np.uint8))
-            while len(data):
-                count = file.readinto(data)  # a bucket may give less than asked
-                if not count:
-                    raise UserError(f"{self.path}: ends within a tensor")
-                data = data[count:]
-        return x
-
-
-Tensors = dict[str, Tensor]
-
-
 def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
     """(tensors by name, metadata) of one file; values are not read.
 
-    Raises UserError for a file that is damaged, truncated or of another format.
+    Scales of quantized tensors belong to these and have no entries of their own. Raises
+    UserError for a file that is damaged, truncated or of another format.
     """
     path = epath.Path(path)
+    tensors, metadata = _open_raw(path)
+    return quantized_layers.joined(path, tensors, metadata), metadata
+
+
+def _open_raw(path: epath.Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """`open_file` with the tensors as they are stored."""
     # --- read the header
     files.require_regular(path)
     try:
@@ -99,7 +78,7 @@ def open_file(path: epath.PathLike) -> tuple[Tensors, dict[str, str]]:
         if not _texts(metadata):
             raise ValueError("__metadata__: expected texts by name")
         # Before dtypes: a quantized file is told as such, not as an unknown dtype.
-        unsupported_formats.refuse_quantized(path, header, metadata)
+        unsupported_formats.refuse_quantized(path, header)
         tensors = {k: _tensor(path, k, v, 8 + size) for k, v in header.items()}
     except ValueError as error:
         raise _damaged(path, f"its header: {error}") from None
@@ -269,15 +248,17 @@ def open_shards(folder: epath.Path, names: Sequence[str]) -> Tensors:
             f"{folder}: {len(missing)} of the {count} shards of {stem} are missing:"
             f" {listed(missing)}"
         )
-    tensors: Tensors = {}
+    tensors: dict[str, Tensor] = {}
+    metadata: dict[str, str] = {}
     for name in names:
-        part = open_file(folder / name)[0]
+        part, about = _open_raw(folder / name)
+        metadata |= about
         if twice := tensors.keys() & part.keys():
             raise UserError(
                 f"{folder / name}: {shown(min(twice))} is also in another shard"
             )
         tensors |= part
-    return tensors
+    return quantized_layers.joined(folder, tensors, metadata)
 
 
 def _weight_map(path: epath.Path) -> dict[str, str]:
@@ -307,9 +288,10 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
             f"{folder / index} names {len(names)} files, of which {len(missing)} are"
             f" missing: {listed(missing)}"
         )
-    tensors = {}
+    tensors, metadata = {}, {}
     for name in names:
-        shard = open_file(folder / name)[0]
+        shard, about = _open_raw(folder / name)
+        metadata |= about
         # The index decides where a tensor is in two files; others are taken as well.
         tensors |= {k: x for k, x in shard.items() if where.get(k, name) == name}
     if absent := [key for key in where if key not in tensors]:
@@ -317,7 +299,8 @@ def _open_indexed(folder: epath.Path, index: str) -> Tensors:
             f"{folder / index}: {len(absent)} tensors are not in the files that it"
             f" names for them, {shown(absent[0])} first"
         )
-    return tensors
+    # A scale may be in another shard than its weight.
+    return quantized_layers.joined(folder, tensors, metadata)
 
 
 def _neighbour(name: str) -> bool:

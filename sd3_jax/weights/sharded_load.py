@@ -24,7 +24,8 @@ from sd3_jax.params import parametrization, quantization
 from sd3_jax.params.quantization import Quantized
 from sd3_jax.weights import key_mapping
 from sd3_jax.weights.key_mapping import Piece
-from sd3_jax.weights.safetensors import Entry, Tensors
+from sd3_jax.weights.safetensors import Entry
+from sd3_jax.weights.stored_tensor import Tensors, eight_bits
 
 READERS = 4  # threads, a tensor each; numpy reads, turns and casts without the GIL
 ALIGNMENT = 64  # bytes; XLA's CPU devices copy host memory that is less aligned
@@ -42,6 +43,18 @@ def check(
     `where` begins the message, which lists what differs. Names that end in one of
     `ignored` may be there. Tensors of integers are refused.
     """
+    # --- dtypes first: packed integers have other shapes too
+    needed = {p.key for p in pieces if p.key is not None}
+    integers = [
+        k for k, x in tensors.items() if k in needed and np.dtype(x.dtype).kind in "biu"
+    ]
+    if integers:
+        name = integers[0]
+        raise UserError(
+            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, expected floats;"
+            f" the file is quantized ({len(integers)} tensors of integers), and their"
+            " scales are missing"
+        )
     # --- names and shapes
     wanted = {p.key: list(p.file_shape) for p in pieces if p.key is not None}
     present = {
@@ -51,13 +64,6 @@ def check(
     }
     if faults := tree.mismatch(wanted, present, "shape"):
         raise UserError(f"{where}: {faults}")
-    # --- dtypes: integers mean something only with scales that we do not know
-    if integers := [k for k in wanted if np.dtype(tensors[k].dtype).kind in "biu"]:
-        name = integers[0]
-        raise UserError(
-            f"{where}: {name} is of {np.dtype(tensors[name].dtype)}, expected floats;"
-            f" the file is quantized ({len(integers)} tensors of integers)"
-        )
 
 
 def load(tensors: Tensors, abstract: Any, pieces: Sequence[Piece]) -> Any:
@@ -83,19 +89,43 @@ def _load_leaf(tensors, leaf, pieces) -> Any:
     def bring(piece):
         if not any(x.has(piece.index) for x in filling):
             return  # layers of other processes: their bytes are not read here
-        part = piece.fill() if piece.key is None else piece.read(_read(tensors, piece))
-        parts = [part]
-        # Scales are by output, so a piece (a layer, or q of qkv) is rounded by itself.
-        if isinstance(leaf, Quantized):
-            scale = key_mapping.indexed(leaf.scale.shape, piece.index)
-            parts = quantization.on_host(part, type(leaf), scale)
-        for x, values in zip(filling, parts):
+        for x, values in zip(filling, _parts(tensors, leaf, piece)):
             x.fill(piece.index, values)
 
     with ThreadPoolExecutor(READERS) as pool:
         # Threads need no lock: each piece fills its own part. list() raises errors.
         list(pool.map(bring, pieces))
     return jax.tree.unflatten(treedef, [x.array() for x in filling])
+
+
+def _parts(tensors, leaf, piece) -> list[np.ndarray]:
+    """[values] of a piece, or [q, scale] for an eight-bit leaf."""
+    if not isinstance(leaf, Quantized):
+        return [_values(tensors, piece)]
+    # Scales are by output, so a piece (a layer, or q of qkv) is rounded by itself.
+    shape = key_mapping.indexed(leaf.scale.shape, piece.index)
+    if not keeps(tensors, leaf, piece):
+        return quantization.on_host(_values(tensors, piece), type(leaf), shape)
+    q, scale = eight_bits(tensors[piece.key]).read()
+    if not finite(q) or not finite(scale):
+        raise _not_finite(tensors, piece)
+    # The table turns and splits a matrix: so it does with the scale of each number, of
+    # which one for each output is left.
+    by_number = piece.read(np.broadcast_to(scale, q.shape))
+    first = tuple(slice(1) if size == 1 else slice(None) for size in shape)
+    return [piece.read(q), by_number[first]]
+
+
+def keeps(tensors: Tensors, leaf: Any, piece: Piece) -> bool:
+    """Whether an eight-bit leaf takes the file's own q and scales, without rounding."""
+    if not isinstance(leaf, Quantized) or piece.key is None:
+        return False
+    eight = eight_bits(tensors[piece.key])
+    return eight is not None and eight.dtype == np.dtype(leaf.TYPE)
+
+
+def _values(tensors, piece) -> np.ndarray:
+    return piece.fill() if piece.key is None else piece.read(_read(tensors, piece))
 
 
 class _Shards:
@@ -130,9 +160,11 @@ class _Shards:
     def array(self) -> jax.Array:
         """The array on the devices; a buffer is freed when its shards are there."""
         shards, bounds = [], self.bounds
+        kind = self.leaf.sharding.memory_kind  # of the device, or of its host
         while bounds:
             device, bound = bounds.popitem()
-            shards.append(jax.device_put(self.buffers[bound], device))
+            place = jax.sharding.SingleDeviceSharding(device, memory_kind=kind)
+            shards.append(jax.device_put(self.buffers[bound], place))
             shards[-1].block_until_ready()  # else all buffers would wait in memory
             if bound not in bounds.values():  # no replica is left to place
                 del self.buffers[bound]
@@ -144,9 +176,13 @@ def _read(tensors, piece) -> np.ndarray:
     # Checked here, where the file and the tensor can be named.
     x = tensors[piece.key].read()
     if not finite(x):
-        path = tensors[piece.key].path
-        raise UserError(f"{path}: {piece.key} holds values that are NaN or infinite")
+        raise _not_finite(tensors, piece)
     return x
+
+
+def _not_finite(tensors, piece) -> UserError:
+    path = tensors[piece.key].path
+    return UserError(f"{path}: {piece.key} holds values that are NaN or infinite")
 
 
 def _aligned(shape: Sequence[int], dtype: Any) -> np.ndarray:

@@ -45,7 +45,8 @@ BARE = {
     r"(joint_blocks|transformer_blocks|pos_embed|x_embedder|t_embedder|y_embedder"
     r"|context_embedder|time_text_embed|final_layer|norm_out|proj_out)\b": "denoiser",
     r"(en|de)coder\.(conv_in|conv_out|conv_norm_out|norm_out|mid|mid_block|down|up"
-    r"|down_blocks|up_blocks)\b|(post_)?quant_conv\.": "vae",
+    r"|down_blocks|up_blocks)\b|(post_)?quant_conv\."
+    r"|(en|de)coder\.(layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": "vae",  # TAESD
     r"(text_model|text_projection|token_embedding|positional_embedding|ln_final"
     r"|transformer\.resblocks|vision_model|visual|visual_projection)\b": "clip",
     r"(en|de)coder\.(block|final_layer_norm|embed_tokens)\b|(shared|lm_head)\.": "t5",
@@ -288,10 +289,9 @@ def _part(name: str, tensors: Tensors) -> PartTensors:
         return PartTensors(tensors, measured, "original", table)
     of_diffusers = {
         "denoiser": begins("transformer_blocks.") and not begins("joint_blocks."),
-        "vae": begins("encoder.down_blocks.", "decoder.up_blocks."),
-    }
-    layout = "diffusers" if of_diffusers.get(name) else "original"
-    return PartTensors(tensors, tensors, layout)
+        "vae": begins("encoder.down_blocks.", "decoder.up_blocks.", "decoder.layers."),
+    }.get(name)
+    return PartTensors(tensors, tensors, "diffusers" if of_diffusers else "original")
 
 
 def _renamed(key: str) -> str:

@@ -14,9 +14,10 @@ BUCKETS = ("gs://", "s3://", "az://")  # which epath opens
 REMOTE = (*BUCKETS, "hf://")
 # Branches and tags without slashes, and the hub's refs/pr/N and refs/convert/NAME.
 REVISION = r"@(refs/(?:pr|convert)/[\w.-]+|[\w.-]+)"
+FILES = (".safetensors", ".gguf")  # of which a hub name may name one
 NAME = re.compile(
     rf"(\w[\w.-]*/[\w.-]+)(?:{REVISION})?"
-    rf"(?:(/[^@:]+\.safetensors)(?:{REVISION})?|:([\w-]+))?"
+    rf"(?:(/[^@:]+\.(?:safetensors|gguf))(?:{REVISION})?|:([\w-]+))?"
 )
 PLACES = r"(?:https?://)?(?:www\.)?(?:huggingface\.co|hf\.co)/(?!datasets/|spaces/)"
 LINK = re.compile(PLACES + r"([^/?#]+/[^/?#]+)(?:/(?:blob|resolve|tree)/([^?#]+))?.*")
@@ -35,7 +36,7 @@ def parse(text: str) -> Name | None:
     """The hub name that a text is, or None."""
     match = NAME.fullmatch(text.removeprefix("hf://"))
     # folder/file.safetensors looks like owner/name, and is a path.
-    if match is None or match[1].endswith(".safetensors"):
+    if match is None or match[1].endswith(FILES):
         return None
     repo, before, file, after, variant = match.groups()
     if before and after:  # two revisions
@@ -60,7 +61,7 @@ def link(url: str) -> str | None:
     # blob, resolve and tree pages have the revision first.
     revision, _, file = (match[2] or "main").partition("/")
     at = "" if revision == "main" else f"@{revision}"
-    return match[1] + at + (f"/{file}" if file.endswith(".safetensors") else "")
+    return match[1] + at + (f"/{file}" if file.endswith(FILES) else "")
 
 
 def split(text: str, exists: Callable[[str], bool]) -> list[str]:

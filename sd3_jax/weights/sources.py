@@ -22,11 +22,14 @@ from sd3_jax.weights import (
     sharded_load,
     single_file,
     source_names,
+    stored_forms,
     text_keys,
+    tiny_autoencoder_keys,
     unsupported_formats,
 )
 from sd3_jax.weights.components import COMPONENTS, CONTROLNET, configured
-from sd3_jax.weights.safetensors import open_file
+from sd3_jax.weights.model_files import open_file
+from sd3_jax.weights.stored_tensor import Tensors
 
 log = logging.getLogger(__name__)
 CONFIGS = "sd3_jax"  # metadata: configurations by component, as JSON
@@ -39,6 +42,9 @@ CLASSES = {  # of config.json and model_index.json, by component
     "clip_g": "CLIPTextModelWithProjection",
     "t5": "T5EncoderModel",
 }
+
+
+TINY = "AutoencoderTiny"  # TAESD, in place of the autoencoder
 
 
 class Part(NamedTuple):
@@ -191,6 +197,11 @@ def parts(
     wanted = (
         f"a diffusers folder ({hub.INDEX}), an sd3_jax folder ({native_format.FILE})"
     )
+    ggufs = [name for name in names_there if name.lower().endswith(".gguf")]
+    if ggufs and not weights:
+        if len(ggufs) > 1:
+            raise UserError(f"{path}: holds {listed(ggufs)}; name one of them")
+        return _single(path / ggufs[0], *open_file(path / ggufs[0]), configs)
     # The hub's cache of a repository has its files further down.
     cached = "snapshots" in names_there
     hint = f"; name one of {path / 'snapshots'}" if cached else ""
@@ -205,11 +216,12 @@ def _no_variant(path: epath.Path, variant: str) -> None:
 
 def _single(
     path,
-    tensors: safetensors.Tensors,
+    tensors: Tensors,
     metadata: Mapping,
     configs: Mapping[str, dict] = MappingProxyType({}),
 ) -> dict[str, Part]:
     """Components of a single file; `configs` are the caller's, by component."""
+    tensors = tiny_autoencoder_keys.with_both_halves(path, tensors)
     # Metadata of a file that we wrote has configurations: shapes cannot tell all.
     known = files.parse_object(path, metadata.get(CONFIGS, "{}"))  # by component
     fuller = _fuller(tensors, metadata, known)
@@ -246,7 +258,7 @@ def _fuller(tensors, metadata: Mapping, known: dict) -> list[str]:
     return [name for name, c in COMPONENTS.items() if name in known and more(c)]
 
 
-def _projects(name: str, tensors: safetensors.Tensors) -> bool:
+def _projects(name: str, tensors: Tensors) -> bool:
     """Whether a file has the projection that only a component's fuller table reads."""
     places = (name, text_keys.PROJECTION), ("clip", text_keys.PROJECTION)
     fuller = COMPONENTS[name].fuller is not None
@@ -265,7 +277,7 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
             continue
         folder, kind = path / component.folder, entries[component.folder][-1]
         # Another class with the same fields would be another computation.
-        if kind != CLASSES[name]:
+        if not _is_of(kind, name):
             raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
             raise UserError(f"{file} names {component.folder}, without a config.json")
@@ -308,6 +320,11 @@ def _entries(file: epath.Path) -> dict[str, list]:
     return entries
 
 
+def _is_of(kind: str, name: str) -> bool:
+    """Whether a class is one of the component's."""
+    return kind == CLASSES[name] or (name == "vae" and kind == TINY)
+
+
 def _other(kind: str, name: str = "") -> str:
     """A description of a class that is not the component's, for a message."""
     wanted = CLASSES[name] if name else ", ".join(dict.fromkeys(CLASSES.values()))
@@ -323,7 +340,7 @@ def _component_folder(path: epath.Path, variant: str) -> dict[str, Part]:
     # diffusers says _class_name, transformers a list of architectures.
     kind = config.get("_class_name") or config.get("architectures") or ["nothing"]
     kind = str(kind[0] if isinstance(kind, list) else kind)
-    names = [name for name, class_name in CLASSES.items() if kind == class_name]
+    names = [name for name in CLASSES if _is_of(kind, name)]
     if (path / "checkpoints").is_dir() or {"model", "train"} <= {*config}:
         raise UserError(
             f"{path} is a run of sd3_jax, not released weights: sample it with the job"
@@ -383,7 +400,7 @@ def _from_folder(component, folder: epath.Path, variant: str = "") -> Part:
 
 
 def _part(
-    tensors: safetensors.Tensors,
+    tensors: Tensors,
     config: dict,
     where: str,
     layout: str,
@@ -399,7 +416,9 @@ def _part(
         return file_pieces
 
     def read(component, module, shapes):
-        return sharded_load.load(tensors, shapes, pieces(component, module, shapes))
+        file_pieces = pieces(component, module, shapes)
+        stored_forms.report(where, tensors, shapes, file_pieces)
+        return sharded_load.load(tensors, shapes, file_pieces)
 
     def dtypes(component, module, shapes):
         return sharded_load.dtypes(tensors, pieces(component, module, shapes))

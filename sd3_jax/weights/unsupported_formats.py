@@ -5,7 +5,8 @@ tensors. Each function raises a UserError that says what the file is and what to
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
+from typing import NoReturn
 
 from etils import epath
 
@@ -83,12 +84,12 @@ def refuse_format(path: epath.Path, head: bytes) -> None:
 
 
 def refuse_pickles(folder: epath.Path) -> None:
-    """UserError if a folder without .safetensors holds pickles or GGUF files."""
+    """UserError if a folder without .safetensors holds pickles, or GGUF files."""
     for path in sorted(folder.iterdir()):
         if path.suffix in PICKLED:
             raise UserError(_pickle(path))
         if path.suffix.lower() == ".gguf":
-            refuse_format(path, b"GGUF")
+            raise UserError(f"{folder}: holds no .safetensors file; name {path} itself")
 
 
 def _pickle(path: epath.Path) -> str:
@@ -113,48 +114,35 @@ def _is_text(head: bytes) -> bool:
 
 
 # By a tensor's name. The first match is reported, so specific patterns come first.
-QUANTIZED = {
-    r"\.quant_state\.bitsandbytes__(nf4|fp4)$": "bitsandbytes in 4 bits",
-    r"\.(nested_)?(absmax|quant_map)$": "bitsandbytes in 4 bits",
-    r"\.(SCB|weight_format)$": "bitsandbytes in 8 bits (LLM.int8)",
+QUANTIZED = {  # what quantized_layers does not read
     r"\.(wscales|smooth(_factor(_orig)?)?|wtscale|wcscales)$": "SVDQuant",
     r"\.g_idx$": "GPTQ",
     r"\.(qweight|qzeros)$": "GPTQ or AWQ",
     r"\.weight_scale_2$": "NVFP4",
-    r"(^|\.)scaled_fp8$": "scaled fp8 (ComfyUI)",
-    r"\.(scale_weight|scale_input)$": "scaled fp8 (ComfyUI)",
-    r"\.comfy_quant$": "ComfyUI's quantized layers",
-    r"\.(weight_scale|weight_scale_inv|input_scale)$": "scaled fp8 or int8",
-    r"\.weight\.?_(data|scale|qdata|zero_point)$": "quanto or torchao",
-    r":_weight_(qdata|scale)$": "torchao",
+    r"\.weight_scale_inv$": "fp8 in blocks",
+    r"\.weight\._(data|scale)$": "quanto",
+    r"[.:]_?weight_(qdata|zero_point)$|:_weight_scale$": "torchao",
 }
 DTYPES = (  # of safetensors, that no published SD3 has but in a quantized form
     *("F4", "F6_E2M3", "F6_E3M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
     *("U16", "U32", "U64", "C64"),
 )
-METADATA = "_quantization_metadata"  # ComfyUI's, of a file
 
 
-def refuse_quantized(
-    path: epath.Path, names: Collection[str], metadata: Mapping[str, str]
-) -> None:
-    """UserError for weights that need scales from other tensors of the file.
-
-    Plain eight-bit floats are weights like others, and are accepted.
-    """
+def refuse_quantized(path: epath.Path, names: Collection[str]) -> None:
+    """UserError for quantized weights of a format that is not read."""
     for pattern, kind in QUANTIZED.items():
         name = next((name for name in names if re.search(pattern, name)), None)
         if name is not None:
-            raise UserError(_quantized(path, kind, shown(name)))
-    # ComfyUI may say it in the metadata alone.
-    if METADATA in metadata:
-        raise UserError(_quantized(path, "ComfyUI's quantized layers", METADATA))
+            refuse(path, kind, name)
 
 
-def _quantized(path: epath.Path, kind: str, sign: str) -> str:
-    return (
-        f"{path} is quantized, {kind}, as {sign} shows; use the model in fp32, fp16,"
-        " bf16 or plain fp8, and set quantize={...} to quantize to eight bits here"
+def refuse(path: epath.Path, kind: str, name: str) -> NoReturn:
+    """UserError for a format of quantized weights, which the tensor `name` shows."""
+    raise UserError(
+        f"{path} is quantized, {kind}, as {shown(name)} shows, which is not read; use"
+        " the model in fp32, fp16, bf16 or fp8, as GGUF, or by bitsandbytes, and set"
+        " quantize={...} to quantize to eight bits here"
     )
 
 
@@ -163,10 +151,6 @@ OTHERS = {  # by tensor names: what is no component of Stable Diffusion 3
         "a LoRA; load it with lora=[PATH] or config.sample.lora"
     ),
     r"^controlnet_blocks\.": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
-    r"^((en|de)coder\.layers\.)?\d+\.(conv\.\d+\.)?(weight|bias)$": (
-        "TAESD, an autoencoder for previews; use SD3's (vae/ of a diffusers"
-        " folder, or first_stage_model. of a single file)"
-    ),
     r"(^|\.)(input_blocks|output_blocks)\.\d": (
         "not a model of this family but a U-Net (Stable Diffusion 1, 2 or XL): expected"
         " Stable Diffusion 3 or 3.5"
@@ -190,7 +174,6 @@ def refuse_others(path: epath.Path, names: Collection[str]) -> None:
 
 
 CLASSES = {  # class in config.json: what to name instead
-    "AutoencoderTiny": "TAESD, an autoencoder for previews; use SD3's AutoencoderKL",
     "SD3ControlNetModel": "a ControlNet; use sd3_jax.load_control(PATH, bundle)",
     "CLIPModel": "a whole CLIP; use its .safetensors, whose text encoder is read",
     "CLIPTextModel": "a CLIP without a projection; use the .safetensors of CLIP-L",

@@ -29,7 +29,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.evaluation import picture_scores, prompt_scores
 from sd3_jax.jobs import evaluate, precompute
-from sd3_jax.sampling.job import prompt_file, sampler
+from sd3_jax.sampling.job import prompt_file, row_batches, sampler
 from sd3_jax.training.held_out_loss import Validation
 from sd3_jax.training.profiler import Trace
 from sd3_jax.training.program import abstract_batch, build_program
@@ -110,7 +110,7 @@ def built(config, tmp_path):
         batch = abstract_batch(config, mesh)
         state, _ = program.step.eval_shape(program.abstract, key, batch, {})
         painter = sampler.TrainedSampler(config, parts, mesh)
-        size = sampler.batch_size(3, config.sample.batch_size, mesh)
+        size = row_batches.batch_size(3, config.sample.batch_size, mesh)
         shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(
@@ -136,7 +136,7 @@ def scored(config, parts, params, mesh):
     measured(config)
     shape = lambda *x: jax.ShapeDtypeStruct(x, np.int32)
     for painter in evaluate.digit_samplers(config, parts, mesh):
-        size = sampler.batch_size(3, config.sample.batch_size, mesh)
+        size = row_batches.batch_size(3, config.sample.batch_size, mesh)
         rows = {"ids_bytes": shape(size, config.text.length), "number": shape(size)}
         images = painter.program.eval_shape(
             params, rows, painter.negative, painter.times

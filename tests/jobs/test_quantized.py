@@ -55,20 +55,21 @@ def test_a_runs_blocks_are_rounded_as_it_is_read(workdir):
 def test_sample_and_evaluate_use_them_and_say_so(workdir):
     flags = [RECIPE, f"--workdir={workdir}", "--config.sample.prompt=a red two"]
     lines = {}
-    for kind in "", "int8", "fp8":
+    for kind in "", "int8", "int8_dynamic":
         assert main.main(["sample", *flags, f"--config.quantize.denoiser={kind}"]) == 0
         lines[kind] = json.loads((workdir / "samples.jsonl").read_text())
     assert len({line["weights"] for line in lines.values()}) == 3
     assert "quantize" not in lines[""]
-    assert lines["fp8"]["quantize"] == {"denoiser": "fp8"}
+    assert lines["int8_dynamic"]["quantize"] == {"denoiser": "int8_dynamic"}
     losses = {}
-    for kind in "", "int8":
+    for kind in "", "int8", "int8_dynamic":
         own = ["--config.eval.scores=val_loss", f"--config.quantize.denoiser={kind}"]
         assert main.main(["evaluate", *flags, *own]) == 0
         found = json.loads((workdir / "scores.json").read_text())
         assert found["quantize"] == ({"denoiser": kind} if kind else {})
         losses[kind] = next(iter(found["val_loss"].values()))
-    assert abs(losses["int8"] - losses[""]) < 0.01 * losses[""]
+    for kind in "int8", "int8_dynamic":
+        assert abs(losses[kind] - losses[""]) < 0.01 * losses[""]
 
 
 def test_t5_where_records_are_encoded():

@@ -362,6 +362,10 @@ def test_muon_takes_the_matrices_inside_blocks(name):
             '"random": expected "center", or config.',
         ),
         (dict(name="uvit", depth=24), "depth = 24: expected an odd number for a uvit"),
+        (
+            dict(name="unet", multipliers=(1, 2), context_attention="ring"),
+            'context_attention = "ring": expected "gather" for a unet',
+        ),
         (dict(name="unet"), r"multipliers = \(\): expected some for a unet"),
         (
             dict(multipliers=(1, 2)),

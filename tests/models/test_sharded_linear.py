@@ -11,6 +11,7 @@ from sd3_jax.distributed import sharding
 from sd3_jax.models import sharded_linear
 
 MESHES = [dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
+MESHES += [dict(data=2, fsdp=1, context=2, tensor=2)]  # weights are whole
 MAPS = {  # shape of x, shape of the kernel, its axes, how many are contracted
     "fc1": ((8, 6, 16), (16, 32), ("embed", "mlp"), 1),
     "fc2": ((8, 6, 32), (32, 16), ("mlp", "embed"), 1),
@@ -29,7 +30,7 @@ def loss(function, axes, inputs):
 
 
 @pytest.mark.parametrize("name", MAPS)
-@pytest.mark.parametrize("sizes", MESHES, ids=["hsdp", "all"])
+@pytest.mark.parametrize("sizes", MESHES, ids=["hsdp", "all", "whole"])
 def test_the_gradient_is_the_plain_ones(name, sizes):
     shape, kernel, axes, inputs = MAPS[name]
     keys = jax.random.split(jax.random.key(0))
@@ -70,3 +71,19 @@ def test_the_gradient_leaves_in_pieces():
         made = grad.lower(x, kernel).compile().output_shardings
     assert "reduce_scatter" in text
     assert made.spec[0] == "fsdp"
+
+
+def test_devices_with_the_same_rows_read_a_piece_of_the_weights_each():
+    mesh = sharding.make_mesh(data=2, fsdp=1, context=2, tensor=2)
+    shape, kernel, axes, inputs = MAPS["adaln"]
+    rows = NamedSharding(mesh, PartitionSpec(sharding.BATCH))
+    x = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=rows)
+    weights = jax.ShapeDtypeStruct(kernel, jnp.float32)
+
+    def flops(function, *rest):
+        run = jax.jit(lambda x, kernel: function(x, kernel, *rest))
+        with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+            return run.lower(x, weights).compile().cost_analysis()["flops"]
+
+    whole = flops(sharded_linear.contract, inputs)
+    assert flops(sharded_linear.linear, axes, inputs) < 0.3 * whole

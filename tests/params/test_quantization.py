@@ -15,7 +15,7 @@ from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.models.scan import scanned
 from sd3_jax.models.t5 import T5Encoder
 from sd3_jax.params import lora, parametrization, quantization
-from sd3_jax.params.quantization import KINDS, Float8, Int8, Quantized, quantize
+from sd3_jax.params.quantization import STORED, Float8, Int8, Quantized, quantize
 
 # The largest error of a weight, over its output's largest, and of all together.
 BOUNDS = {"int8": (0.5 / 127, 0.009), "fp8": (16 / 448, 0.03)}
@@ -38,15 +38,15 @@ def relative(a, b):
     return np.linalg.norm(a - b) / np.linalg.norm(b)
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("name", MAPS)
 def test_each_output_is_as_near_as_its_largest_weight_allows(key, name, kind):
     shape, inputs, _ = MAPS[name]
     x = jax.random.normal(key, shape) * jnp.logspace(-3, 3, shape[-1])  # unlike outputs
     x = x.at[..., 0].set(0)
     axes = range(inputs)
-    made = quantize(x, KINDS[kind], axes)
-    assert made.shape == shape and made.q.dtype == KINDS[kind].TYPE
+    made = quantize(x, STORED[kind], axes)
+    assert made.shape == shape and made.q.dtype == STORED[kind].TYPE
     assert made.q.dtype.itemsize == 1 and made.scale.shape[inputs:] == shape[inputs:]
     most, together = BOUNDS[kind]
     error = np.abs(made.array() - x)
@@ -55,25 +55,25 @@ def test_each_output_is_as_near_as_its_largest_weight_allows(key, name, kind):
     assert not made.array()[..., 0].any()
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 def test_on_the_host_it_is_made_alike(kind, monkeypatch):
     x = np.random.default_rng(0).normal(size=(37, 4, 5)).astype(np.float16)
     monkeypatch.setattr(quantization, "CHUNK", 100)  # several parts
     for axes, shape in ((0,), (1, 4, 5)), ((0, 1), (1, 1, 5)):
-        made = quantize(jnp.asarray(x), KINDS[kind], axes)
-        q, scale = quantization.on_host(x, KINDS[kind], shape)
+        made = quantize(jnp.asarray(x), STORED[kind], axes)
+        q, scale = quantization.on_host(x, STORED[kind], shape)
         assert q.dtype == made.q.dtype and q.shape == x.shape
         np.testing.assert_array_equal(scale, made.scale)
         np.testing.assert_array_equal(q.astype(np.float32), made.q.astype(np.float32))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize("name", MAPS)
 def test_the_product_is_the_arrays(key, name, kind, dtype):
     shape, inputs, last = MAPS[name]
     x = jax.random.normal(key, (2, 5, *last)).astype(dtype)
-    made = quantize(jax.random.normal(key, shape), KINDS[kind], range(inputs))
+    made = quantize(jax.random.normal(key, shape), STORED[kind], range(inputs))
     axes = (None,) * len(shape)
     found = parametrization.product(x, made, axes, inputs)
     wanted = parametrization.product(x.astype(jnp.float32), made.array(), axes, inputs)
@@ -104,7 +104,7 @@ def test_the_mmdits_blocks_under_scan_and_remat(mmdit, kind, most):
     assert relative(found, velocity(parametrization.arrays(made))) < 1e-5
     assert 1e-3 < relative(found, velocity(params)) < most
     there = {path: kernel for path, kernel in lora.kernels(made).items()}
-    eight = {path[0] for path, x in there.items() if isinstance(x, KINDS[kind])}
+    eight = {path[0] for path, x in there.items() if isinstance(x, STORED[kind])}
     assert eight == {"blocks", "dual_blocks", "last_block"}
     wide = {path[0] for path, x in there.items() if not isinstance(x, Quantized)}
     ends = {"context_embed", "final", "final_adaln", "patch_embed"}
@@ -168,7 +168,7 @@ class Stack(nn.Module):
         return scanned(body, 2, remat="full")(Block(name="blocks"), x)[0]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize(
     "sizes", [dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
 )
@@ -206,10 +206,10 @@ def test_its_fingerprint_is_of_its_bits(mmdit):
     params, _ = mmdit
     prints = {
         tree.fingerprint(made)
-        for made in (params, *(quantization.quantized(params, kind) for kind in KINDS))
+        for made in (params, *(quantization.quantized(params, kind) for kind in STORED))
     }
     assert len(prints) == 3
 
 
 def test_the_kinds():
-    assert KINDS == {"int8": Int8, "fp8": Float8}
+    assert STORED == {"int8": Int8, "fp8": Float8}

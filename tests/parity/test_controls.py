@@ -191,6 +191,15 @@ def test_an_adapter_of_the_embedding_that_a_net_borrows(bundle, files, net):
     assert convert.error(paint(merged, net), wanted) > 1e-3
 
 
+def test_a_net_keeps_its_weights_beside_a_denoiser_of_eight_bits(files, net):
+    options = dict(mesh=one_device(), dtype="float32", only=("denoiser", "vae"))
+    quantize = {"denoiser": "int8_dynamic"}
+    folder = str(miniature.folder(KIND))
+    eight = bundle_loading.load(folder, quantize=quantize, **options)
+    beside = sd3_jax.load_control(str(files["canny"]), eight)
+    jax.tree.map(np.testing.assert_array_equal, beside.variables, net.variables)
+
+
 def refused(said, function, *args, **kwargs):
     with pytest.raises(UserError) as caught:
         function(*args, **kwargs)

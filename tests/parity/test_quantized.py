@@ -93,6 +93,17 @@ def test_pictures_are_near(plain, eight):
     assert 1e-4 < error < 0.05
 
 
+def test_pictures_by_products_of_eight_bits(plain):
+    dynamic = load(quantize={"denoiser": "int8_dynamic"})
+    exact, latents = (sd3_jax.generate(x, ["a fox"], **RUN) for x in (plain, dynamic))
+    error = np.linalg.norm(latents - exact) / np.linalg.norm(exact)
+    assert 1e-4 < error < 0.1
+    kernels = lora.kernels(dynamic.variables["denoiser"]["params"])
+    eight = [path for path, x in kernels.items() if parametrization.is_leaf(x)]
+    assert eight and not any("adaln" in path for path in eight)
+    assert dynamic.quantize == {"denoiser": "int8_dynamic"}
+
+
 def test_what_is_saved_is_what_it_computes_with(eight, tmp_path):
     sd3_jax.save(eight, tmp_path / "saved", "diffusers")
     again = load(tmp_path / "saved")
@@ -104,6 +115,8 @@ def test_what_is_saved_is_what_it_computes_with(eight, tmp_path):
     "quantize, options, said",
     [
         ({"denoiser": "int4"}, {}, 'denoiser: "int4"; did you mean "int8"?'),
+        ({"denoiser": "int8_dynamc"}, {}, 'did you mean "int8_dynamic"?'),
+        ({"t5": "int8_dynamic"}, {}, 't5: "int8_dynamic"; expected one of int8, fp8'),
         ({"denoizer": "int8"}, {}, '"denoizer"; did you mean "denoiser"?'),
         (
             {"t5": "int8"},
@@ -138,5 +151,5 @@ def test_sample_paints_by_them_and_says_so(tmp_path, capsys):
     assert line["quantize"] == {"denoiser": "int8", "t5": "fp8"}
     assert main.main([*flags, "--config.quantize.denoiser=int9"]) == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
-    wanted = "expected one of int8, fp8"
+    wanted = "expected one of int8, fp8, int8_dynamic, fp8_dynamic"
     assert f'config.quantize.denoiser = "int9": {wanted}; did you mean "int8"?' in error

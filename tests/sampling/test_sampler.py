@@ -12,6 +12,8 @@ from sd3_jax.data import shards
 from sd3_jax.data.records import Record
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
+from sd3_jax.sampling import cache_calibration
+from sd3_jax.sampling.job import row_batches
 from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.tools.study import run_scores
 
@@ -47,6 +49,16 @@ def painted(config):
         off = lambda x: x + 0.05 * jax.random.normal(jax.random.key(1), x.shape)
         params = jax.tree.map(off, init(jax.random.key(0)))
         yield TrainedSampler(config, parts, mesh), params
+
+
+def test_few_pictures_are_a_batch_where_tokens_take_the_other_devices():
+    mesh = sharding.make_mesh(data=2, fsdp=4)
+    sizes = lambda **options: [
+        row_batches.batch_size(n, most, mesh, **options)
+        for n, most in ((1, 8), (9, 16), (9, 1), (3, 8))
+    ]
+    assert sizes() == [8, 16, 8, 8]
+    assert sizes(spread=True) == [1, 16, 1, 3]
 
 
 def test_a_run_on_latents_paints_by_the_encoders_it_is_given(painted, config):
@@ -120,3 +132,31 @@ def test_a_guidance_that_cannot_be_is_one_line(painted, config, settings, words)
     own.sample.update(settings)
     with pytest.raises(UserError, match=words):
         TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)
+
+
+def test_a_run_keeps_its_blocks_from_step_to_step(painted, config, tmp_path):
+    """Of a checkpoint, with its formulation around the network."""
+    painter, params = painted
+    records = []
+
+    def paint(cache, **settings):
+        own = config.copy_and_resolve_references()
+        own.sample.update(cache=cache, steps=4, **settings)
+        given = painter.parts, painter.mesh, painter.encoder
+        sampler = TrainedSampler(own, *given, report=records.append)
+        return sampler(params, CAPTIONS[:1], [0]).astype(int)
+
+    usual = paint("")
+    same = paint("first_block", cache_options="threshold=0")
+    np.testing.assert_array_equal(same, usual)
+    assert not records
+    all_steps = paint("first_block", cache_options="threshold=1e-9")
+    assert np.abs(all_steps - usual).max() <= 1
+    skipping = paint("taylorseer", cache_options="interval=2, warmup=1")
+    assert (skipping != usual).any()
+    computed = [np.asarray(x.computed).tolist() for x in records]
+    assert computed == [[True] * 4, [True, False, True, False]]
+    path = tmp_path / "curve.json"
+    cache_calibration.write(path, cache_calibration.mean("0123", [np.ones(4)]))
+    with pytest.raises(UserError, match="is of the weights 0123"):
+        paint("magcache", cache_calibration=str(path))

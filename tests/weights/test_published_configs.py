@@ -225,7 +225,7 @@ WRONG = [
     ("denoiser", "dual_attention_layers", list(range(5000))),
     ("denoiser", "_class_name", "FluxTransformer2DModel"),
     ("denoiser", "_class_name", ["a", {}]),
-    ("denoiser", "quantization_config", {"quant_method": "bitsandbytes"}),
+    ("denoiser", "quantization_config", {"quant_method": "torchao"}),
     *(("vae", "scaling_factor", x) for x in ("abc", 0, -1.0, True, None, [1.5])),
     *(("vae", "scaling_factor", x) for x in (float("nan"), float("inf"), 1e-300)),
     *(("vae", "shift_factor", x) for x in ("abc", float("nan"), 1e300, False)),

@@ -44,7 +44,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 510710
 FILES = {
     "gguf": (
         b"GGUF\x03\0\0\0\x24\x01\0\0",
-        "is a GGUF file: expected the .safetensors",
+        "not a GGUF file, or damaged: it ends within its header: copy it again",
     ),
     "git-lfs": (LFS, "is a git-lfs pointer, not the file", "`git lfs pull`"),
     "html": (HTML, "is a web page: download it again"),
@@ -108,26 +108,17 @@ def test_a_header_whose_length_looks_like_a_pickle(rest, tmp_path):
 
 
 QUANTIZED = {
-    "scaled_fp8": "scaled fp8 (ComfyUI), as scaled_fp8 shows",
-    "model.diffusion_model.scaled_fp8": "scaled fp8 (ComfyUI)",
-    "x.attn.qkv.scale_weight": "scaled fp8 (ComfyUI)",
-    "x.attn.qkv.scale_input": "scaled fp8 (ComfyUI)",
-    "x.attn.qkv.weight_scale": "scaled fp8 or int8",
-    "x.attn.qkv.input_scale": "scaled fp8 or int8",
     "x.attn.qkv.weight_scale_2": "NVFP4",
-    "x.attn.qkv.comfy_quant": "ComfyUI's quantized layers",
-    "x.weight.absmax": "bitsandbytes in 4 bits",
-    "x.weight.quant_map": "bitsandbytes in 4 bits",
-    "x.weight.nested_absmax": "bitsandbytes in 4 bits",
-    "x.weight.quant_state.bitsandbytes__nf4": "bitsandbytes in 4 bits",
-    "x.weight.quant_state.bitsandbytes__fp4": "bitsandbytes in 4 bits",
-    "x.SCB": "bitsandbytes in 8 bits (LLM.int8)",
+    "x.attn.qkv.weight_scale_inv": "fp8 in blocks",
     "x.g_idx": "GPTQ",
     "x.qweight": "GPTQ or AWQ",
     "x.qzeros": "GPTQ or AWQ",
     "x.wscales": "SVDQuant",
     "x.smooth_factor": "SVDQuant",
-    "x.weight._data": "quanto or torchao",
+    "x.weight._data": "quanto",
+    "x.weight._scale": "quanto",
+    "x:_weight_qdata": "torchao",
+    "x.weight_zero_point": "torchao",
 }
 
 
@@ -136,12 +127,7 @@ def test_quantized_weights_are_called_by_their_kind(name, tmp_path):
     write(tmp_path / "a.safetensors", "joint_blocks.0.weight", name)
     told = said(opened, tmp_path / "a.safetensors")
     assert f"is quantized, {QUANTIZED[name]}" in told
-    assert "use the model in fp32, fp16, bf16 or plain fp8" in told
-
-
-def test_comfyuis_metadata_of_quantized_layers(tmp_path):
-    write(tmp_path / "a.safetensors", _quantization_metadata='{"layers": {}}')
-    assert "ComfyUI's quantized layers" in said(opened, tmp_path / "a.safetensors")
+    assert "use the model in fp32, fp16, bf16 or fp8, as GGUF" in told
 
 
 def test_a_dtype_of_microscaling_formats(tmp_path):
@@ -214,7 +200,6 @@ def test_two_files_in_a_components_folder(tmp_path):
 @pytest.mark.parametrize(
     "kind, words",
     [
-        ("AutoencoderTiny", "AutoencoderTiny, TAESD, an autoencoder for previews"),
         ("SD3ControlNetModel", "a ControlNet; use sd3_jax.load_control"),
         ("CLIPModel", "CLIPModel, a whole CLIP; use its .safetensors"),
         ("CLIPTextModel", "a CLIP without a projection; use the .safetensors"),
@@ -277,6 +262,8 @@ NAMES = {
     "owner/name/a.safetensors": ("owner/name", None, "a.safetensors", ""),
     "owner/name/a/b c.safetensors": ("owner/name", None, "a/b c.safetensors", ""),
     "owner/name@v1/a.safetensors": ("owner/name", "v1", "a.safetensors", ""),
+    "owner/name@v1/b/a-Q4_K_M.gguf": ("owner/name", "v1", "b/a-Q4_K_M.gguf", ""),
+    "owner/a.gguf": None,
     "owner/name/a.safetensors@v1": ("owner/name", "v1", "a.safetensors", ""),
     "hf://owner/name@v1/a.safetensors": ("owner/name", "v1", "a.safetensors", ""),
     "hf://owner/name": ("owner/name", None, "", ""),
@@ -307,6 +294,7 @@ LINKS = {
     f"{SITE}/owner/name/tree/main": '"owner/name"',
     f"{SITE}/owner/name/tree/v1/vae": '"owner/name@v1"',
     f"{SITE}/owner/name/blob/main/a.safetensors": '"owner/name/a.safetensors"',
+    f"{SITE}/owner/name/blob/main/a.gguf": '"owner/name/a.gguf"',
     f"{SITE}/owner/name/resolve/main/b/a.safetensors?download=true": (
         '"owner/name/b/a.safetensors"'
     ),

@@ -111,6 +111,13 @@ MODEL = dict(
         "Attention kernel; auto picks by platform, dot_product is cuDNN's and splash"
         " is the TPU's.",
     ),
+    context_attention=Key(
+        "gather",
+        one_of("gather", "ring", "ulysses", "auto"),
+        "How tokens attend over mesh.context: every device gathers all keys and"
+        " values, passes them round a ring, or gets all tokens of some heads"
+        " (ulysses); auto picks ulysses where the heads divide, else ring.",
+    ),
 )
 TEXT_MODEL = dict(
     name=Key(
@@ -175,8 +182,9 @@ ENCODE = dict(
 QUANTIZE = dict(
     denoiser=Key(
         "",
-        one_of("", "int8", "fp8"),
-        "8-bit format of the denoiser's blocks; empty: none.",
+        one_of("", "int8", "fp8", "int8_dynamic", "fp8_dynamic"),
+        "8-bit format of the denoiser's blocks; empty: none. The dynamic ones round"
+        " activations too, by token, and multiply eight bits.",
     ),
     t5=Key("", one_of("", "int8", "fp8"), "8-bit format of T5's blocks; empty: none."),
 )

@@ -31,6 +31,7 @@ METHODS = (
     *("cfg", "cfg_zero", "cfg_pp", "apg", "apg_x0", "tangential", "pag"),
     "autoguidance",
 )
+CACHES = ("first_block", "magcache", "taylorseer")
 SCHEDULE = Rule(
     lambda x: isinstance(x, str) and guidance_schedules.is_schedule(x),
     "constant, linear, cosine, or T:FACTOR, T:FACTOR",
@@ -105,6 +106,18 @@ SAMPLE = dict(
         "Weaker weights for autoguidance: a released model, or the step of an earlier"
         " checkpoint of the run; empty: none.",
     ),
+    cache=Key(
+        "",
+        one_of("", *CACHES),
+        "Step cache, which leaves the blocks out in some steps"
+        " (docs/how-to/sample_faster.md); empty: none.",
+    ),
+    cache_options=Key(
+        "", FREE, 'Numbers of the cache, such as "threshold=0.1"; empty: usual.'
+    ),
+    cache_calibration=Key(
+        "", FREE, "File that calibrate wrote, for magcache; empty: none."
+    ),
     seed=Key(
         0,
         SEED,
@@ -114,6 +127,12 @@ SAMPLE = dict(
     per_prompt=Key(1, integer(1, 100_000), "Number of pictures for each prompt."),
     batch_size=Key(
         64, BATCH, "Number of pictures that are generated at a time, over all devices."
+    ),
+    placement=Key(
+        "all",
+        one_of("all", "sequential"),
+        "Where released weights are: all on the devices, or in host memory until they"
+        " are used (docs/how-to/safety_and_memory.md).",
     ),
     weights=Key(
         "ema", one_of("ema", "params"), "Weights of a run: the average, or the last."

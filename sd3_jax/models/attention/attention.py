@@ -96,10 +96,15 @@ def choose(q, k, bias) -> str:
 
 def xla(q, k, v, bias, scale):
     """Products in the inputs' dtype, accumulated in float32; softmax in float32."""
-    limit = LIMIT if platform() != "cpu" else min(LIMIT, CACHE)
+    limit = most_logits()
     if bias is None and logits(q, k) > limit:
         return blockwise(q, k, v, scale, limit)
     return checkpoint_name(plain(q, k, v, bias, scale), "attention")
+
+
+def most_logits() -> int:
+    """LIMIT, or what a CPU's cache takes."""
+    return LIMIT if platform() != "cpu" else min(LIMIT, CACHE)
 
 
 def logits(q, k) -> int:

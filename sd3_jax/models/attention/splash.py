@@ -99,6 +99,79 @@ def attend(
 ) -> Array:
     """One device's attention; keys and values from number `keys` on are padding."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))  # (b, a, n, k)
+    call = _kernel(q, k, rows, columns)
+    ids = _segments(q, k, keys)
+    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids).swapaxes(1, 2)
+
+
+def with_totals(
+    q: Array, k: Array, v: Array, scale: float, *, keys: int | Array
+) -> tuple[Array, Array]:
+    """One device's attention (b, n, a, k) to the first `keys` keys, which may be
+    traced, and the softmax's log-denominators (b, n, a, 1) in float32. `gradients` is
+    its gradient.
+    """
+    n, m, most = q.shape[1], k.shape[1], largest(q)
+    rows, columns = block(n, most), block(m, most)
+    q, k, v = _padded(q * scale, rows), _padded(k, columns), _padded(v, columns)
+    call = _kernel(q, k, rows, columns, save_residuals=True)
+    ids = _segments(q, k, keys)
+    out, (total,) = jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids)
+    return out.swapaxes(1, 2)[:, :n], total.swapaxes(1, 2)[:, :n, :, None]
+
+
+def gradients(
+    q: Array,
+    k: Array,
+    v: Array,
+    out: Array,
+    total: Array,
+    dout: Array,
+    scale: float,
+    *,
+    keys: int | Array,
+) -> list[Array]:
+    """Gradients of q, k and v; `out` and `total` may be those of more keys than k, of
+    which these are a part."""
+    n, m, most = q.shape[1], k.shape[1], largest(q)
+    rows, columns = block(n, most), block(m, most)
+    q, out, dout = (_padded(x, rows) for x in (q * scale, out, dout))
+    k, v = _padded(k, columns), _padded(v, columns)
+    total = _padded(total, rows)[..., 0]  # (b, a, n)
+    call, ids = _kernel(q, k, rows, columns), _segments(q, k, keys)
+
+    def row(q, k, v, out, total, dout):
+        masks = call.dq_mask_info, call.dkv_mask_info
+        residuals = q, k, v, ids, None, out, total, *masks
+        sizes, function = call.kwargs["block_sizes"], call.kwargs["mask_function"]
+        # The kernel's own backward pass: jax has no public name for one that takes the
+        # denominators of a softmax over more keys.
+        options = False, kernel.DEFAULT_MASK_VALUE, False, sizes, None, function, None
+        interpret = call.kwargs["interpret"]
+        grads = kernel._splash_attention_bwd(*options, interpret, residuals, dout)
+        return grads[3:6]
+
+    grads = jax.vmap(row)(q, k, v, out, total, dout)
+    dq, dk, dv = (x.swapaxes(1, 2) for x in grads)
+    return [scale * dq[:, :n], dk[:, :m], dv[:, :m]]
+
+
+def _padded(x: Array, multiple: int) -> Array:
+    """(b, n, a, k) to (b, a, n, k), with zeros up to a multiple of tokens."""
+    return joined([x], multiple).swapaxes(1, 2)
+
+
+def _segments(q: Array, k: Array, keys: int | Array) -> kernel.SegmentIds | None:
+    """Tokens attend within their segment: padding is a segment without queries."""
+    n, m = q.shape[2], k.shape[2]
+    if isinstance(keys, int) and keys == m:
+        return None
+    padding = (jnp.arange(m) >= keys).astype(jnp.int32)
+    return kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)
+
+
+def _kernel(q: Array, k: Array, rows: int, columns: int, **options):
+    """The kernel for queries and keys (b, a, n, k), a row of the batch at a time."""
     heads, n, m = *q.shape[1:3], k.shape[2]
     # One backward kernel makes 5 products of a block and not 7, but writes dq once a
     # block of keys: with 24 heads and 4250 tokens about 100 MB more an image.
@@ -117,17 +190,12 @@ def attend(
         k_layout=kernel.QKVLayout.SEQ_MINOR,
         v_layout=kernel.QKVLayout.SEQ_MINOR,
     )
-    call = kernel.make_splash_mha(
+    return kernel.make_splash_mha(
         masks.MultiHeadMask([masks.FullMask((n, m))] * heads),
         block_sizes=sizes,
         head_shards=1,
         q_seq_shards=1,
         residual_checkpoint_name="attention",  # for remat, see scan.REMAT
         interpret=platform() == "cpu",  # so that tests run the kernel's own code
+        **options,
     )
-    ids = None
-    # Tokens attend within their segment: padding is a segment without queries.
-    if keys < m:
-        padding = (jnp.arange(m) >= keys).astype(jnp.int32)
-        ids = kernel.SegmentIds(q=jnp.zeros(n, jnp.int32), kv=padding)
-    return jax.vmap(call, in_axes=(0, 0, 0, None))(q, k, v, ids).swapaxes(1, 2)

@@ -91,11 +91,13 @@ def placed(
 
 
 def _put(path: Path, change: Factors | Full, leaf: Any, dtype: str) -> Factors | Full:
-    mesh, spec = leaf.sharding.mesh, tuple(leaf.sharding.spec)
+    # In the memory of the weights, which may be the host's (sampling/placement.py).
+    mesh, kind = leaf.sharding.mesh, leaf.sharding.memory_kind
+    spec = tuple(leaf.sharding.spec)
     if isinstance(change, Full):
         # An eight-bit kernel has no dtype in which a small change survives.
-        kind = dtype if isinstance(leaf, Leaf) else leaf.dtype
-        return Full(compiled.put(_cast(change.delta, kind), leaf.sharding))
+        changed = dtype if isinstance(leaf, Leaf) else leaf.dtype
+        return Full(compiled.put(_cast(change.delta, changed), leaf.sharding))
     # PartitionSpec omits trailing None; the layout needs one entry for each axis.
     spec += (None,) * (len(leaf.shape) - len(spec))
     # `a` shares the kernel's input axes and `b` its output axes; the rank stays whole.
@@ -103,7 +105,7 @@ def _put(path: Path, change: Factors | Full, leaf: Any, dtype: str) -> Factors |
     pair = zip(change, specs)
     return Factors(
         *(
-            compiled.put(x, NamedSharding(mesh, PartitionSpec(*axes)))
+            compiled.put(x, NamedSharding(mesh, PartitionSpec(*axes), memory_kind=kind))
             for x, axes in pair
         )
     )

@@ -35,6 +35,7 @@ class WithAdapters:
     mesh: Mesh
     dtype: str
     bank: Bank
+    placement: str
 
     @property
     def adapters(self) -> dict[str, float]:
@@ -117,8 +118,13 @@ class WithAdapters:
         """A bundle without adapters, in whose weights they are added up.
 
         It is as fast as one that never had adapters. Eight-bit weights that an adapter
-        changes become floats.
+        changes become floats. Raises UserError for the placement "sequential".
         """
+        if self.placement != "all":
+            raise UserError(
+                f'placement "{self.placement}": weights are merged and saved on the'
+                ' devices; load the model with placement="all"'
+            )
         # For all rows alike: merged weights have no rows.
         table = self.bank.table(None, 0)
         variables = {

@@ -15,9 +15,12 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
+from sd3_jax.sampling.cache_arguments import log_report
 from sd3_jax.sampling.job import released_sampler, task_arguments
 from sd3_jax.sampling.job.prompt_file import Task
+from sd3_jax.sampling.job.released_sampler import Report
 from sd3_jax.sampling.job.sampler import TrainedSampler
+from sd3_jax.sampling.job.texts_ahead import TextsAhead
 from sd3_jax.sampling.text.encoder import Encoder
 
 log = logging.getLogger(__name__)
@@ -30,6 +33,9 @@ class Painter(NamedTuple):
     of every line. `nets` are fingerprints of ControlNets by path, `unfit` reasons by
     the index of a task. program(task) is what tells its program from others, in words.
     `cuts` are the words of each task's prompt that an encoder does not read.
+    encode(batches), where there is one, encodes the texts of the next batches.
+    With `spread` a batch may have fewer rows than the mesh has shards
+    (row_batches.batch_size).
     """
 
     paint: Callable[[Sequence[Task]], tuple[np.ndarray | None, dict[int, str]]]
@@ -38,6 +44,9 @@ class Painter(NamedTuple):
     nets: Mapping[str, str] = MappingProxyType({})
     unfit: Mapping[int, str] = MappingProxyType({})
     cuts: Sequence[Mapping[str, str]] = ()
+    encode: Callable[[Sequence[Sequence[Task]]], None] | None = None
+    spread: bool = False
+    denoiser: Callable[[], str] = str  # the fingerprint of a calibration
 
 
 class Run(NamedTuple):
@@ -71,9 +80,13 @@ def trained_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Run:
 
 
 def trained(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    report: Report = log_report,
 ) -> Painter:
-    """The newest checkpoint as a Painter."""
+    """The newest checkpoint as a Painter; `report` gets a step cache's record."""
     if config.text.name == "bytes":
         warn_of_cut_prompts(tasks, config.text.length)
         # Its import takes seconds, which are no pace of the first batch.
@@ -88,7 +101,7 @@ def trained(
             config = rows[0].config
             parts = run.parts_of(config)
             samplers[group] = TrainedSampler(
-                config, parts, mesh, run.encoder, run.guide
+                config, parts, mesh, run.encoder, run.guide, report
             )
         captions = [task.caption for task in rows]
         numbers = [task.number for task in rows]
@@ -98,11 +111,17 @@ def trained(
             return None, dict.fromkeys(range(len(rows)), str(error))
 
     # Each sampler compiles a program of its own.
-    return Painter(paint, run.facts, lambda task: task.group)
+    program = lambda task: task.group
+    denoiser = lambda: tree.fingerprint(run.params["denoiser"])
+    return Painter(paint, run.facts, program, denoiser=denoiser)
 
 
 def released(
-    config: ConfigDict, workdir: epath.Path, mesh: Mesh, tasks: Sequence[Task]
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    report: Report = log_report,
 ) -> Painter:
     """config.weights as a Painter, with the ControlNets that tasks name."""
     groups = {task.group: task.settings for task in tasks}
@@ -131,11 +150,25 @@ def released(
     guide = released_sampler.load_guide(config, mesh)
     if guide is not None:
         facts["guide"] = guide.fingerprint()
-    paint = functools.partial(released_sampler.sample_lines, bundle, nets, guide)
+    texts = TextsAhead(bundle) if config.sample.placement == "sequential" else None
+    options = dict(texts=texts, report=report)
+    paint = functools.partial(
+        released_sampler.sample_lines, bundle, nets, guide, **options
+    )
     prints = {path: tree.fingerprint(net.variables) for path, net in nets.items()}
     program = task_arguments.program
     cuts = released_sampler.cut_words(bundle, tasks)
-    return Painter(paint, facts, program, prints, unfit | without_net, cuts)
+    return Painter(
+        paint,
+        facts,
+        program,
+        prints,
+        unfit | without_net,
+        cuts,
+        encode=None if texts is None else texts.encode,
+        spread=True,
+        denoiser=lambda: bundle.unadapted_fingerprint("denoiser"),
+    )
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:

@@ -63,7 +63,7 @@ class Task(NamedTuple):
         """
         s = self.settings
         alone = () if self.config.weights else ("seed", "negative")
-        shared = tuple(str(s[name]) for name in (*SHARED, *alone))
+        shared = tuple(str(s.get(name)) for name in (*SHARED, *alone))
         if not s.keys() & {*CHANGED, *NESTED}:
             return shared
         # Rows may have other pictures and masks; that they have one is a shape.

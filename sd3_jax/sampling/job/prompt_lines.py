@@ -23,6 +23,7 @@ SAMPLE = (
     "prompt_weighting",
     *("skip_layers", "skip_scale", "skip_start", "skip_stop"),
     *("guidance_method", "guidance_options", "guidance_schedule"),
+    *("cache", "cache_options", "cache_calibration"),
 )
 LINE_SETTINGS = {name: f"sample.{name}" for name in SAMPLE}
 LINE_SETTINGS |= {name: f"image.{name}" for name in ("height", "width")}
@@ -63,6 +64,8 @@ def settings_of(line_config: ConfigDict) -> dict[str, Any]:
     acts |= {"mask": mask, "resize": bool(settings["resize"])}
     acts["outpaint"] = bool(settings["outpaint"])
     acts["crop_to_mask"] = settings["crop_to_mask"] >= 0
+    caches = ("cache", "cache_options", "cache_calibration")
+    acts |= {name: bool(settings["cache"] and settings[name]) for name in caches}
     return {name: value for name, value in settings.items() if acts[name]}
 
 
@@ -106,8 +109,8 @@ def read_fields(
             nested[name] = line_inputs.read_controls(value, folder)
         elif name == "lora":
             nested[name] = line_inputs.read_loras(value, folder)
-        elif name == "guidance_options" and isinstance(value, dict):
-            _assign(line_config, name, _spelled(value))
+        elif name.endswith("_options") and isinstance(value, dict):
+            _assign(line_config, name, _spelled(name, value))
         else:
             _assign(line_config, name, value)
     try:
@@ -188,15 +191,15 @@ def _assign(line_config: ConfigDict, name: str, value: Any) -> None:
         raise UserError(complaint) from None
 
 
-def _spelled(options: dict[str, Any]) -> str:
-    """guidance_options as a config spells them: {"eta": 0, "layers": [7, 8]} is
+def _spelled(key: str, options: dict[str, Any]) -> str:
+    """Options as a config spells them: {"eta": 0, "layers": [7, 8]} is
     "eta=0, layers=7 8"."""
     parts = []
     for name, value in options.items():
         numbers = value if isinstance(value, list) else [value]
         if not all(type(x) in (int, float) for x in numbers):
             raise UserError(
-                f"guidance_options {shown(json.dumps({name: value}))}: expected a"
+                f"{key} {shown(json.dumps({name: value}))}: expected a"
                 " number, or a list of layers"
             )
         parts.append(f"{name}={' '.join(map(str, numbers))}")

@@ -15,19 +15,23 @@ from ml_collections import ConfigDict
 from sd3_jax import api, pictures
 from sd3_jax.distributed import processes
 from sd3_jax.errors import UserError, prefixed
+from sd3_jax.models.step_cache import Record
 from sd3_jax.sampling import (
     argument_checks,
     bundle,
     bundle_loading,
+    cache_arguments,
     control_arguments,
     guidance_arguments,
 )
 from sd3_jax.sampling.control import ControlBundle, require_equal_depths
 from sd3_jax.sampling.job import line_arrays, prompt_file, task_arguments
+from sd3_jax.sampling.job.texts_ahead import TextsAhead
 from sd3_jax.sampling.schedulers.scheduler import Scheduler
 from sd3_jax.weights import components, sources
 
 log = logging.getLogger(__name__)
+Report = Callable[[Record], None]
 TEXT_ALONE = line_arrays.Row(None, None, (), ())  # a task without pictures
 
 
@@ -40,6 +44,8 @@ def load(config: ConfigDict, mesh: Mesh, **options) -> bundle.Bundle:
         tokenizers_from=config.tokenizers,
         lora=config.sample.lora,
         embeddings=config.sample.embeddings,
+        placement=config.sample.placement,
+        context_attention=config.model.context_attention,
     )
     return bundle_loading.load(config.weights, mesh=mesh, **from_config | options)
 
@@ -147,6 +153,11 @@ def _check(scheduler: Scheduler, configs: dict[str, dict], asked: dict) -> None:
     steering.require_solver(solver)
     if "control" in asked:
         control_arguments.require_solver(solver)
+    if asked.get("cache"):
+        options = task_arguments.cache_options(asked)
+        caching = cache_arguments.checked(depth, *options.values())
+        if caching is not None:
+            caching.require_fit(steering, solver, control="control" in asked)
 
 
 def load_guide(config: ConfigDict, mesh: Mesh) -> bundle.Bundle | None:
@@ -195,17 +206,23 @@ def sample_lines(
     nets: Mapping[str, ControlBundle],
     guide: bundle.Bundle | None,
     tasks: Sequence[prompt_file.Task],
+    *,
+    texts: TextsAhead | None = None,
+    report: Report = cache_arguments.log_report,
     adapters: Mapping[str, float] | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
     """Pictures of tasks of one group, None if none can be painted; and why not, by row.
 
-    `adapters` are weights of the model's, by default its own or those of the tasks.
-    A row that fails is painted as another one, so that the program is the same.
+    A row that fails is painted as another one, so that the program is the same. Tasks
+    that are in `texts` have their embeddings there. A step cache's record goes to
+    `report`. `adapters` are weights of the model's, by default its own or the tasks'.
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
     extra: dict[str, Any] = {"guide": guide} if guides else {}
     extra |= {} if adapters is None else {"adapters": adapters}
+    if settings.get("cache"):
+        extra["cache_report"] = report
     rows = [TEXT_ALONE] * len(tasks)
     failures: dict[int, str] = {}
     if settings.keys() & {"image", "control", "lora"}:
@@ -220,7 +237,9 @@ def sample_lines(
 
     def paint(places: Sequence[int]) -> np.ndarray:
         pixels = line_arrays.arguments(settings, [rows[i] for i in places], nets)
-        return _generate(model, [tasks[i] for i in places], extra | pixels)
+        painted = [tasks[i] for i in places]
+        embeddings = {} if texts is None else texts.arguments(painted)
+        return _generate(model, painted, extra | pixels | embeddings)
 
     try:
         places = [readable[0] if i in failures else i for i in range(len(tasks))]
@@ -306,7 +325,8 @@ def sample_tasks(
 def _generate(
     model: bundle.Bundle, tasks: Sequence[prompt_file.Task], extra: Mapping[str, Any]
 ) -> Float32[np.ndarray, "n h w 3"]:
-    images = api.generate(model, **task_arguments.generate_arguments(tasks), **extra)
+    call = task_arguments.generate_arguments(tasks) | extra
+    images = api.generate(model, **call)
     # Every process gets all rows: which of them it writes or scores is decided later.
     images = multihost_utils.process_allgather(images, tiled=True)
     return np.array(images, np.float32)

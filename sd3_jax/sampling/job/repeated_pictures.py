@@ -6,6 +6,7 @@ from sd3_jax.config.validation import validate
 from sd3_jax.errors import UserError, prefixed
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling.bundle_loading import QUANTIZED
 from sd3_jax.sampling.job import picture_lines
 from sd3_jax.sampling.job.line_inputs import Looked
 from sd3_jax.sampling.job.prompt_lines import (
@@ -14,7 +15,6 @@ from sd3_jax.sampling.job.prompt_lines import (
 )
 
 BATCH = 2**30  # pixels of a batch of a picture to repeat: 1024 of 1024 x 1024
-KINDS = ("int8", "fp8")  # of quantized weights
 
 
 def read_repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
@@ -40,7 +40,7 @@ def read_repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
         _require_modest(line, read.config)
         for name, kind in line.get("quantize", {}).items():
             argument_checks.choice("quantize", name, list(config.quantize))
-            argument_checks.choice(f"quantize.{name}", kind, KINDS)
+            argument_checks.choice(f"quantize.{name}", kind, QUANTIZED[name])
     try:
         kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
         files = {name: tuple(facts[name]) for name in ("lora", "embeddings")}

@@ -5,7 +5,7 @@
 """
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -15,20 +15,26 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from sd3_jax import pictures
+from sd3_jax import pictures, tree
 from sd3_jax.assembly import encoder_identity, examples, model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.diffusion import guidance, solvers
 from sd3_jax.diffusion.solvers import Grid, Integer
-from sd3_jax.distributed import sharding, watchdog
+from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
+from sd3_jax.models import step_cache
 from sd3_jax.models.mmdit import MMDiT
 from sd3_jax.sampling import bundle as bundles
-from sd3_jax.sampling import compiled, guidance_arguments
-from sd3_jax.sampling.generate import generate
+from sd3_jax.sampling import cache_arguments, compiled, guidance_arguments
+from sd3_jax.sampling.generate import generate_with_state
 from sd3_jax.sampling.job import prompt_file
-from sd3_jax.sampling.job.released_sampler import sample_tasks
-from sd3_jax.sampling.job.task_arguments import guidance_options, solver_options
+from sd3_jax.sampling.job.released_sampler import Report, sample_tasks
+from sd3_jax.sampling.job.row_batches import in_programs
+from sd3_jax.sampling.job.task_arguments import (
+    cache_options,
+    guidance_options,
+    solver_options,
+)
 from sd3_jax.sampling.schedulers.scheduler import PUBLISHED
 from sd3_jax.sampling.text import prompts
 from sd3_jax.sampling.text.encoder import Encoder
@@ -51,44 +57,6 @@ def sampler_for(
     return functools.partial(TrainedSampler(config, parts, mesh), params)
 
 
-def sample_in_batches(
-    sample: SampleCaptions, captions: Sequence[str], numbers: Sequence[int], size: int
-) -> Iterator[np.ndarray]:
-    """Yields the pictures of all captions in order, at most `size` at a time."""
-    # A set smaller than a batch is not padded to it.
-    size = min(size, len(captions))
-    for rows in padded_batches(len(captions), size):
-        images = sample([captions[i] for i in rows], [numbers[i] for i in rows])
-        yield images[: len(captions) - rows[0]]
-
-
-def batch_size(n: int, most: int, mesh: Mesh) -> int:
-    """A multiple of the batch's shards: as many as n pictures need, at most `most`, but
-    never less than a row for each shard."""
-    shards = sharding.batch_shards(mesh)
-    return min(max(shards, most // shards * shards), -(-n // shards) * shards)
-
-
-def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
-    """Indices of n rows, `size` at a time; the last batch wraps around to row 0.
-
-    A shorter last batch would be another shape, and so another compiled program.
-    """
-    for start in range(0, n, size):
-        yield np.arange(start, start + size) % n
-
-
-def in_programs(
-    sample_rows: Callable[[np.ndarray], np.ndarray], n: int, most: int, mesh: Mesh
-) -> np.ndarray:
-    """Pictures of n rows, by a program of one batch size that is called in turn."""
-    done = []
-    for rows in padded_batches(n, batch_size(n, most, mesh)):
-        watchdog.expect("a batch of pictures", watchdog.LONG)
-        done.append(sample_rows(rows))
-    return np.concatenate(done)[:n]  # without the rows that wrapped around
-
-
 def _sample_released(
     config: ConfigDict,
     mesh: Mesh,
@@ -101,7 +69,8 @@ def _sample_released(
         for caption, number in zip(captions, numbers)
     ]
     sample_rows = lambda rows: sample_tasks(bundle, [tasks[i] for i in rows])
-    return in_programs(sample_rows, len(tasks), config.sample.batch_size, mesh)
+    most = config.sample.batch_size
+    return in_programs(sample_rows, len(tasks), most, mesh, spread=True)
 
 
 class TrainedSampler:
@@ -119,6 +88,7 @@ class TrainedSampler:
         mesh: Mesh,
         encoder: Encoder | None = None,
         guide: dict | None = None,
+        report: Report = cache_arguments.log_report,
     ):
         self.config, self.parts, self.mesh = config, parts, mesh
         # Assigned over the cached property below: the encoder is shared, not loaded
@@ -136,6 +106,17 @@ class TrainedSampler:
                 f'config.sample.guidance_method = "{self.guidance.method}": expected'
                 " config.model.name = mmdit, whose attention it changes"
             )
+        self.cache = cache_arguments.checked(
+            parts.denoiser.depth, *cache_options(config.sample).values()
+        )
+        if self.cache is not None:
+            self.cache.require_fit(self.guidance, self.solver_and_grid[0])
+            if not isinstance(parts.denoiser, MMDiT):
+                raise UserError(
+                    f'config.sample.cache = "{config.sample.cache}": expected'
+                    " config.model.name = mmdit, whose blocks it skips"
+                )
+        self.report = report
         self.program = jax.jit(self.sample_batch)
 
     def __call__(
@@ -152,12 +133,17 @@ class TrainedSampler:
             batch = self.put(batch, len(rows))
             guide = self.guidance.guide
             images = self.program(params, batch, self.negative, self.times, guide)
+            if self.cache is not None:
+                images, record = images
+                self.report(record.of_steps(int(self.times["steps"])))
             # Latents are decoded by the encoder's model in a second program: the
             # recipe's own program has no autoencoder.
             if self.encoder is not None:
                 images = 2 * self.encoder.bundle.decode(images) - 1  # to [-1, 1]
             return multihost_utils.process_allgather(images, tiled=True)
 
+        if self.cache is not None:
+            self.cache.require_model(lambda: tree.fingerprint(params["denoiser"]))
         most = self.config.sample.batch_size
         return pictures.to_uint8(
             in_programs(sample_rows, len(captions), most, self.mesh)
@@ -198,6 +184,8 @@ class TrainedSampler:
         solver, grid = self.solver_and_grid
         grid = np.asarray(self.parts.formulation.grid(grid))
         inputs = compiled.solver_inputs(solver, grid)
+        if self.cache is not None:
+            inputs["cache"] = self.cache.schedule(len(grid) - 1)
         return compiled.place(inputs | self.guidance_inputs(grid), self.mesh)
 
     def guidance_inputs(self, grid: np.ndarray) -> dict[str, Any]:
@@ -224,17 +212,26 @@ class TrainedSampler:
         negative: dict,
         times: dict,
         guide: dict | None = None,
-    ) -> jax.Array:
-        """A batch's text and numbers to images in [-1, 1], or latents to decode."""
+    ) -> jax.Array | tuple[jax.Array, step_cache.Record]:
+        """A batch's text and numbers to images in [-1, 1], or latents to decode; with
+        a step cache also its record."""
         names = solvers.same_program(self.solver_and_grid[0])
         sides = self.config.image.height, self.config.image.width
         compiled.say_compiling(", ".join(names), len(batch["number"]), *sides)
         solver = solvers.of_program(names, times["solver"])
         rest = {name: x for name, x in times.items() if name != "solver"}
-        x0 = self.latents(params, batch, negative, solver, **rest, guide=guide)
-        return x0 if self.encoder is not None else self.parts.autoencoder.decode(x0)
+        args = params, batch, negative, solver
+        x0, state = self.latents_and_state(*args, **rest, guide=guide)
+        decoded = self.encoder is None
+        images = self.parts.autoencoder.decode(x0) if decoded else x0
+        if state is None:
+            return images
+        return images, step_cache.Record(state.computed, state.measures)
 
-    def latents(
+    def latents(self, *args: Any, **options: Any) -> jax.Array:
+        return self.latents_and_state(*args, **options)[0]
+
+    def latents_and_state(
         self,
         params: dict,
         batch: dict,
@@ -245,8 +242,9 @@ class TrainedSampler:
         steps: Integer | None = None,
         scales: jax.Array | None = None,
         skip_window: tuple[jax.Array, jax.Array] | None = None,
+        cache: step_cache.Schedule | None = None,
         guide: dict | None = None,
-    ) -> jax.Array:
+    ) -> tuple[jax.Array, step_cache.State | None]:
         settings, objective = self.config.sample, self.parts.objective
         seed = jax.random.key(settings.seed)
         # Noise depends on sample.seed and the number, not on the rest of the batch.
@@ -268,8 +266,12 @@ class TrainedSampler:
             layers = dict(skip=steering.layers.layers, skipped=steering.layers.skipped)
             worse = objective.velocity(params, **layers)
             weakened = guidance.Weakened(worse, steering.layers.scale, skip_window)
-        return generate(
-            objective.velocity(params),
+        velocity = objective.velocity(params)
+        if self.cache is not None:
+            caching = step_cache.Cache(self.cache.method, cache)
+            velocity = objective.velocity(params, cache=caching)
+        return generate_with_state(
+            velocity,
             keys,
             cond,
             uncond,

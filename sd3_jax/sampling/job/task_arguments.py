@@ -37,6 +37,7 @@ def generate_arguments(tasks: Sequence[Task]) -> dict[str, Any]:
         skip_scale=s["skip_scale"],
         skip_start=s["skip_start"],
         skip_stop=s["skip_stop"],
+        **cache_options(s),
     )
 
 
@@ -49,6 +50,18 @@ def solver_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
     """A task's solver, grid and shift; None stands for the model's default."""
     # Recipes write "" or 0 for "the model's own", which the API spells None.
     return {name: settings[name] or None for name in ("solver", "grid", "shift")}
+
+
+def cache_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
+    """A task's step cache, as sd3_jax.generate takes it; {} for none."""
+    if not settings.get("cache"):
+        return {}
+    text = settings.get("cache_options", "")
+    return dict(
+        cache=settings["cache"],
+        cache_options=guidance_arguments.options_of(text, "cache_options"),
+        cache_calibration=settings.get("cache_calibration") or None,
+    )
 
 
 def guidance_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]:
@@ -67,7 +80,7 @@ def guidance_options(settings: Mapping[str, Any] | ConfigDict) -> dict[str, Any]
 def program(task: Task) -> tuple[str, ...]:
     """What tells the program of a task from others, in words."""
     s = task.settings
-    guided = guidance.guides(s["cfg"])
+    guided = guidance.guides(s["cfg"], s["guidance_method"])
     # Groups are ordered and logged by these words. Programs that share them may still
     # differ, as by the layers of their ControlNets, and then compile each.
     nets = len(s.get("control", ()))
@@ -83,6 +96,7 @@ def program(task: Task) -> tuple[str, ...]:
         f"lora {', '.join(x.rpartition('=')[0] for x in s['lora'])}"
         if s.get("lora")
         else "",
+        f"cache {s['cache']}" if s.get("cache") else "",
         f"{s['max_length']} tokens",
         f"clip_skip {s['clip_skip']}" if s["clip_skip"] else "",
     )

@@ -7,19 +7,24 @@ from jax.sharding import Mesh
 
 from sd3_jax.distributed import sharding
 from sd3_jax.sampling.job.prompt_file import Task
-from sd3_jax.sampling.job.sampler import batch_size
+from sd3_jax.sampling.job.row_batches import batch_size
 
 log = logging.getLogger(__name__)
 LISTED = 20  # programs, and groups of one, that the log lists
 
 
 def batches(
-    tasks: list[Task], most: int, mesh: Mesh, program: Callable[[Task], tuple]
+    tasks: list[Task],
+    most: int,
+    mesh: Mesh,
+    program: Callable[[Task], tuple],
+    *,
+    spread: bool = False,
 ) -> Iterator[tuple[list[Task], int]]:
     """Tasks of one shape and one set of settings together, and the program's size.
 
     Those of one program follow each other. A resumed job has the batches of an
-    uninterrupted one, so its pictures are equal.
+    uninterrupted one, so its pictures are equal. `spread` is that of batch_size.
     """
     # Grouped over all tasks, those that are done included, so that a resumed job has
     # the batches of the first one.
@@ -28,7 +33,7 @@ def batches(
         groups.setdefault(task.group, []).append(task)
     programs: dict[tuple, list[list[Task]]] = {}
     for group in groups.values():
-        size = size_of(group, most, mesh)
+        size = size_of(group, most, mesh, spread)
         programs.setdefault((program(group[0]), size), []).append(group)
     log_programs(programs, len(tasks))
     for (_, size), together in programs.items():
@@ -37,12 +42,12 @@ def batches(
                 yield group[start : start + size], size
 
 
-def size_of(group: list[Task], most: int, mesh: Mesh) -> int:
+def size_of(group: list[Task], most: int, mesh: Mesh, spread: bool) -> int:
     """Rows of the group's batches; a picture to repeat has its own."""
-    size = batch_size(len(group), most, mesh)
+    size = batch_size(len(group), most, mesh, spread=spread)
     if group[0].slot is None or group[0].slot[1] == size:
         return size
-    if group[0].slot[1] % sharding.batch_shards(mesh) == 0:
+    if spread or group[0].slot[1] % sharding.batch_shards(mesh) == 0:
         return group[0].slot[1]
     message = "%s: painted in a batch of %d, which this mesh does not divide"
     log.warning(

@@ -17,7 +17,7 @@ from sd3_jax.sampling.schedulers.scheduler_fields import (
     sizes,
     value_text,
 )
-from sd3_jax.weights.published_configs import Field, flag
+from sd3_jax.weights.config_fields import Field, flag
 
 Complaints = dict[str, str]  # a setting that is not supported -> what is
 SHARED_KEYS = {

@@ -28,7 +28,7 @@ from sd3_jax.sampling.schedulers.scheduler_fields import (
     sizes,
     value_text,
 )
-from sd3_jax.weights.published_configs import Field, flag
+from sd3_jax.weights.config_fields import Field, flag
 
 EULER, HEUN = "FlowMatchEulerDiscreteScheduler", "FlowMatchHeunDiscreteScheduler"
 LCM, DPM = "FlowMatchLCMScheduler", "DPMSolverMultistepScheduler"

@@ -7,7 +7,7 @@ from typing import Any
 from sd3_jax.diffusion import grids
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling.schedulers.scheduler import CLOCK
-from sd3_jax.weights.published_configs import Field, flag
+from sd3_jax.weights.config_fields import Field, flag
 
 
 def value_text(value: Any) -> str:

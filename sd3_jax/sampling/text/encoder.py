@@ -17,6 +17,7 @@ from jaxtyping import Key, UInt8
 from sd3_jax.distributed import sharding
 from sd3_jax.errors import UserError
 from sd3_jax.models import vae
+from sd3_jax.models.tiny_autoencoder import TinyAutoencoder
 from sd3_jax.sampling import compiled, latents
 from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.text import prompts
@@ -46,6 +47,7 @@ class Encoder:
         pooled_dim: int = 2048,
         rows: int = 8,
     ):
+        _require_variance(bundle)
         self.bundle, self.form, self.rows = bundle, form, rows
         self.shards = sharding.batch_shards(bundle.mesh)
         self.context_dim = context_dim
@@ -155,6 +157,15 @@ class Encoder:
             for form, x in self.picture(batch[name]).items():
                 encoded[name.removesuffix("image") + form] = x
         return encoded
+
+
+def _require_variance(bundle: Bundle) -> None:
+    """UserError for an autoencoder whose moments cannot be stored."""
+    if isinstance(bundle.modules.get("vae"), TinyAutoencoder):
+        raise UserError(
+            f"{bundle.source}: a TAESD encodes to latents without a variance; name a"
+            " model with its AutoencoderKL to encode records"
+        )
 
 
 def cut(x: np.ndarray, device_rows: int, start: int, rows: int) -> np.ndarray:

@@ -159,7 +159,8 @@ def _extended(encoders: Encoders, name: str, learned: Learned, mesh: Mesh) -> En
     values[used : used + count] = learned.vectors[name]
     # --- placed as the table is, along its width
     spec = (*table.sharding.spec, None, None)
-    where = NamedSharding(mesh, PartitionSpec(None, spec[1]))
+    kind = table.sharding.memory_kind
+    where = NamedSharding(mesh, PartitionSpec(None, spec[1]), memory_kind=kind)
     params = params | {ADDED: compiled.put(values, where)}
     ids = ids | {learned.token: tuple(range(first, first + count))}
     # Around the tokenizer itself: wrappers do not nest.

@@ -15,7 +15,7 @@ import numpy as np
 from sd3_jax.diffusion import grids, guidance, solvers
 from sd3_jax.diffusion.paths import RF
 from sd3_jax.distributed import sharding
-from sd3_jax.sampling import autoencoder_programs, compiled
+from sd3_jax.sampling import autoencoder_programs, compiled, evaluation_programs
 from sd3_jax.sampling.text.prompts import Conditioning
 from sd3_jax.tools.benchmark import cases, matmul_flops, process_memory, side_worker
 from sd3_jax.tools.benchmark.cases import Spec
@@ -162,7 +162,7 @@ def forward(spec, module, variables, inputs) -> CaseProgram:
     x, t = inputs["latents"], inputs["t"]
     context, pooled = (inputs[k].astype(dtype) for k in ("context", "pooled"))
     arguments = (variables, x, t, context, pooled)
-    lower = lambda: compiled.velocity.lower(module, *arguments, skip=())
+    lower = lambda: evaluation_programs.velocity.lower(module, *arguments, skip=())
     return lower, arguments, forward_flops(spec, module), velocity
 
 

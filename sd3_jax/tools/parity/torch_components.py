@@ -12,9 +12,14 @@ import safetensors.torch
 import torch
 import transformers
 from diffusers.loaders import single_file_utils
+from etils import epath
 
 from sd3_jax.errors import UserError
 from sd3_jax.weights.components import COMPONENTS
+from sd3_jax.weights.gguf_header import is_gguf
+from sd3_jax.weights.model_files import open_file
+from sd3_jax.weights.safetensors import open_folder
+from sd3_jax.weights.stored_tensor import QuantizedTensor, Tensors
 
 for library in (diffusers, transformers):  # their advice and bars are not ours to give
     library.utils.logging.set_verbosity_error()
@@ -40,7 +45,9 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
         folder = path / COMPONENTS[name].folder
         if not folder.is_dir():
             raise UserError(f"{path}: compare reads a diffusers folder or single file")
+        _require_plain(path, open_folder(folder))
         return CLASSES[name].from_pretrained(folder).float().eval()
+    _require_plain(path, open_file(path)[0])
     prefix = COMPONENTS[name].prefix
     # Only this component's tensors are read: a single file holds all of them.
     with safetensors.safe_open(path, "pt") as file:
@@ -54,6 +61,17 @@ def component(path: Path, name: str, config: dict) -> torch.nn.Module:
     if missing or any(not key.endswith("position_ids") for key in extra):
         raise UserError(f"{path}: {name}: PyTorch misses {missing[:3]}, {extra[:3]}")
     return model.eval()
+
+
+def _require_plain(path: Path, tensors: Tensors) -> None:
+    """UserError for quantized files, which PyTorch's modules do not read."""
+    quantized = any(isinstance(x, QuantizedTensor) for x in tensors.values())
+    if quantized or path.is_file() and is_gguf(epath.Path(path)):
+        raise UserError(
+            f"{path}: compare reads plain weights with PyTorch, and these are"
+            " quantized; name the model in fp32, fp16 or bf16, or `convert` this one"
+            " and compare the result"
+        )
 
 
 def _denoiser(name, config, state, prefix):

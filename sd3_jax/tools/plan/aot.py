@@ -11,6 +11,7 @@ from typing import NamedTuple
 import jax
 from etils import epath
 from jax.experimental import topologies
+from jax.sharding import Mesh
 
 from sd3_jax.errors import UserError
 from sd3_jax.files import shipped
@@ -41,6 +42,9 @@ class Case(NamedTuple):
     images: float
     parameters: int
     turns: int | None = None  # of the loop whose trip count is data
+    weights: float = 0.0  # GiB on a device
+    forwards: float | None = None  # of the denoiser for an image
+    mesh: Mesh | None = None  # if it is another than the job's
 
 
 class Compiled(NamedTuple):

@@ -5,6 +5,7 @@ forward pass for training. All other work is read off the compiled program
 (schedule.py).
 """
 
+import math
 from typing import NamedTuple
 
 from sd3_jax.models.attention import splash
@@ -78,9 +79,19 @@ def training(work: Work, chip: Generation, *, head: int, again: float) -> Comput
     )
 
 
-def forward(work: Work, chip: Generation, *, head: int) -> Compute:
-    """Of one call of the model, without gradients."""
-    return _compute(work, chip, head, work.linear, 0.0, work.attention, 0.0)
+def forward(
+    work: Work,
+    chip: Generation,
+    *,
+    head: int,
+    eight_bits: float = 0.0,
+    rate: float = math.inf,
+) -> Compute:
+    """Of one call of the model, without gradients; `eight_bits` of the linear maps'
+    FLOPs run at `rate`."""
+    compute = _compute(work, chip, head, work.linear, 0.0, work.attention, 0.0)
+    saved = eight_bits / chip.peak - eight_bits / rate
+    return compute._replace(linear=compute.linear - saved)
 
 
 def _compute(work, chip, head, linear, recomputed, attention, kernel) -> Compute:
@@ -126,5 +137,7 @@ def work(model: MMDiT, *, tokens: int, text: int, padded: int, total: float) -> 
 
 
 def verdict(peak: float, capacity: float) -> str:
-    """Whether a program that compiles leaves room in HBM: "fits" or "tight"."""
+    """Whether a peak leaves room in HBM: "fits", "tight" or "exceeds"."""
+    if peak > capacity:
+        return "exceeds"
     return "tight" if peak > TIGHT * capacity else "fits"

@@ -2,6 +2,7 @@
 
 import math
 import re
+from collections import Counter
 
 import numpy as np
 
@@ -12,20 +13,30 @@ from sd3_jax.tools.plan.hlo import (
 )
 from sd3_jax.tools.plan.loop_trips import trips
 
+EIGHT_BITS = ("s8", "f8e4m3fn")  # HLO's names of int8 and fp8
 
-def products(body: Computation, module: Module) -> float:
-    """FLOPs of all matrix products of a computation and of what it calls."""
-    total = 0.0
+
+def products(body: Computation, module: Module) -> Counter:
+    """FLOPs of all matrix products of a computation and of what it calls, by `rate`."""
+    total: Counter = Counter()
     for x in body:
         if x.opcode in ("convolution", "dot"):
-            total += product(x, body)
+            total[rate(x, body)] += product(x, body)
         elif x.opcode in ("fusion", "call"):
             total += products(module[x.called[0]], module)
         elif x.opcode == "while":
             # Rings of overlapped collectives are loops with a product in the body.
             turn = products(module[x.attribute(r"body=%?([\w.\-]+)")], module)
-            total += turn * (trips(x, body, module) or 1)
+            turns = trips(x, body, module) or 1
+            total += Counter({kind: turns * flops for kind, flops in turn.items()})
     return total
+
+
+def rate(x: Instruction, home: Computation) -> str:
+    """The dtype of both operands of a product if it is one of EIGHT_BITS, else ""."""
+    # An operand of other bits is converted to, and the product runs at that rate.
+    left, right = (home.by_name[name].shapes[0].dtype for name in x.operands[:2])
+    return left if left == right and left in EIGHT_BITS else ""
 
 
 def product(x: Instruction, home: Computation) -> float:

@@ -5,7 +5,8 @@ and writes the new part of an in-place update; passing an array through is free.
 counts nothing for Pallas kernels, so they are recognised by name.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import NamedTuple
 
 from sd3_jax.tools.plan import matmul_costs
@@ -16,6 +17,7 @@ from sd3_jax.tools.plan.hlo import (
     Module,
     Shape,
 )
+from sd3_jax.tools.plan.slices import Generation
 
 FREE = {  # they move nothing, or what they move is counted where it happens
     *("parameter", "constant", "get-tuple-element", "tuple", "bitcast", "after-all"),
@@ -43,10 +45,18 @@ class Cost(NamedTuple):
     host: float = 0.0  # bytes to or from the host's memory
     narrow: float = 1.0  # the share of the matrix unit that its products fill
     kind: str = ""  # "matmul", "attention", "elementwise", "copy"; "" costs nothing
+    eight_bits: Mapping[str, float] = MappingProxyType({})  # of flops, by HLO's dtype
 
     @property
     def bytes(self) -> float:
         return self.read + self.written
+
+    def compute_seconds(self, chip: Generation) -> float:
+        """Of the products alone, at the peaks of their dtypes."""
+        seconds = (self.flops - sum(self.eight_bits.values())) / chip.peak
+        for dtype, flops in self.eight_bits.items():
+            seconds += flops / chip.eight_bits(dtype)
+        return seconds / self.narrow
 
 
 def is_start(x: Instruction) -> bool:
@@ -79,8 +89,9 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
         )
         flops = matmul_costs.products(body, module)
         written = produced(body, module)
-        kind = "matmul" if flops else _kind_of(body, module)
-        return Cost(flops, read, written, kind=kind)
+        if not flops:
+            return Cost(0.0, read, written, kind=_kind_of(body, module))
+        return _products(flops, read, written)
     if is_start(x):
         result = done_of(x, home)
         written = result.hbm if result else 0.0
@@ -101,8 +112,15 @@ def cost(x: Instruction, home: Computation, module: Module, matrix: int) -> Cost
     read = sum(_whole(home, name) for name in x.operands)
     kind = "copy" if x.opcode in COPIES else "elementwise"
     if x.opcode in ("convolution", "dot"):
-        return Cost(matmul_costs.product(x, home), read, x.hbm, kind="matmul")
+        flops = {matmul_costs.rate(x, home): matmul_costs.product(x, home)}
+        return _products(flops, read, x.hbm)
     return Cost(0.0, read, x.hbm, kind=kind)
+
+
+def _products(flops: Mapping[str, float], read: float, written: float) -> Cost:
+    eight_bits = {dtype: x for dtype, x in flops.items() if dtype}
+    total = sum(flops.values())
+    return Cost(total, read, written, kind="matmul", eight_bits=eight_bits)
 
 
 def done_of(x: Instruction, home: Computation) -> Instruction | None:

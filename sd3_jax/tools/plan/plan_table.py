@@ -68,6 +68,8 @@ def details(row: dict) -> str:
         f"sends {', '.join(sent) or 'nothing'}; {overlapped:.0%} overlapped,"
         f" {beside:.0%} beside matmuls",
     ]
+    if row["forwards"] is not None:
+        lines.append(f"{row['forwards']:g} forwards of the denoiser for an image")
     # Loops or kernels that could not be counted make every time a lower bound.
     if row["unknown"]:
         names = ", ".join(row["unknown"][:3])

@@ -1,22 +1,32 @@
 """The programs that `sample` runs with released weights, as shapes on a mesh."""
 
+import math
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Float
 from ml_collections import ConfigDict
 
 from sd3_jax import tree
 from sd3_jax.assembly import model_parts
-from sd3_jax.diffusion import guidance, solvers
+from sd3_jax.diffusion import solvers
+from sd3_jax.diffusion.guidance_methods import METHODS
+from sd3_jax.distributed import sharding
+from sd3_jax.models.mmdit import MMDiT
+from sd3_jax.params import lora
 from sd3_jax.params import quantization as weights
 from sd3_jax.sampling import autoencoder_programs, compiled
+from sd3_jax.sampling.guidance_arguments import Guidance, Layers, checked
+from sd3_jax.sampling.job import task_arguments
+from sd3_jax.sampling.schedulers.scheduler import PUBLISHED
 from sd3_jax.sampling.text.prompts import Conditioning, TextModels
 from sd3_jax.tools.plan import bounds
 from sd3_jax.tools.plan.aot import Case
-from sd3_jax.tools.plan.slices import Slice
+from sd3_jax.tools.plan.slices import GB, Generation, Slice
 from sd3_jax.weights import components
 from sd3_jax.weights.encoder_configs import CONFIGS
 
@@ -26,11 +36,31 @@ WORDS = 77  # CLIP's tokens, in front of T5's
 def cases(
     config: ConfigDict, tpu_slice: Slice, mesh: Mesh, images: int
 ) -> Iterator[Case]:
-    share = images / tpu_slice.devices
-    guided = guidance.guides(config.sample.cfg, config.sample.guidance_method)
-    yield text(config, mesh, images, guided, share)
-    yield denoise(config, tpu_slice, mesh, images, guided, share)
+    share, steering = images / tpu_slice.devices, guidance(config)
+    yield text(config, mesh, images, steering.reads_uncond, share)
+    yield denoise(config, tpu_slice, mesh, images, steering, share)
     yield decode(config, mesh, images, share)
+
+
+def guidance(config: ConfigDict) -> Guidance:
+    """The guidance of config.sample; of autoguidance's guide nothing is known."""
+    s = config.sample
+    skip = Layers(s.skip_layers, s.skip_scale, s.skip_start, s.skip_stop)
+    options = task_arguments.guidance_options(s)
+    guide = s.guidance_method == "autoguidance" or None
+    return checked(config.model.depth, **options, skip=skip, guide=guide)
+
+
+def forwards(steering: Guidance, times: Float[np.ndarray, " n"]) -> float:
+    """Forwards of the denoiser for a velocity, the mean over the steps of times."""
+    if not steering.guided:
+        return 1.0
+    count = float(METHODS[steering.method].forwards)
+    if not steering.layers.layers:
+        return count
+    # One more, of the denoiser without layers, while t is in the window.
+    low, high = steering.inputs(times)["skip_window"]
+    return count + float(np.mean((low <= times[:-1]) & (times[:-1] <= high)))
 
 
 def part(name: str, mesh: Mesh, dtype, kind: str = ""):
@@ -72,7 +102,18 @@ def text(config: ConfigDict, mesh: Mesh, images: int, guided: bool, share: float
         length=config.sample.max_length,
     )
     size = sum(tree.count(variables) for _, variables in encoders.values())
-    return Case("text", lower, None, total * share * (1 + guided), share, size)
+    held = on_a_device([variables for _, variables in encoders.values()])
+    flops = total * share * (1 + guided)
+    return Case("text", lower, None, flops, share, size, weights=held)
+
+
+def on_a_device(tree: Any) -> float:
+    """GiB of a tree's leaves on one device."""
+    sizes = [
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize
+        for x in jax.tree.leaves(tree)
+    ]
+    return sum(sizes) / GB
 
 
 def count_of(variables: dict) -> int:
@@ -83,63 +124,128 @@ def count_of(variables: dict) -> int:
 
 
 def denoise(
-    config: ConfigDict, tpu_slice, mesh: Mesh, images: int, guided, share: float
-):
-    """The whole loop of steps, as one program."""
+    config: ConfigDict,
+    tpu_slice: Slice,
+    mesh: Mesh,
+    images: int,
+    steering: Guidance,
+    share: float,
+) -> Case:
+    """The whole loop of steps, as one program.
+
+    Autoguidance's guide is taken to be as large as the denoiser.
+    """
     s, model = config.sample, model_parts.mmdit(config.model, "plan knows no other's")
-    sides = config.image.height // 8, config.image.width // 8
-    words = WORDS + s.max_length
-    component = components.COMPONENTS["denoiser"]
-    denoiser_config = components.denoiser_config(
-        model,
-        sample_size=sides[0],
-        context_dim=config.model.context_dim,
-        pooled_dim=config.model.pooled_dim,
+    module, variables, size = denoiser(config, model, mesh)
+    h, w = config.image.height // 8, config.image.width // 8
+    words, tokens = WORDS + s.max_length, h * w // module.patch**2
+    solver, times = PUBLISHED.sampler(
+        s.steps, tokens, **task_arguments.solver_options(s)
     )
-    module = component.build(denoiser_config, model.dtype).clone(
-        attention=model.attention
+    # Weights lie on the job's mesh, rows on that of generate().
+    mesh = sharding.spread(mesh, images * (1 + steering.reads_uncond))
+    sharding.require_context(module.context_attention, module.num_heads, mesh)
+    steering.require_solver(solver)
+    numbers = compiled.solver_inputs(solver, times) | steering.inputs(times)
+    inputs = inputs_of(config, mesh, images, words, numbers)
+    guide = None if steering.guide is None else module
+    plan = compiled.Plan(
+        module,
+        solvers.same_program(solver),
+        (h, w, model.channels),
+        **steering._replace(guide=None).plan() | {"weak": guide},
     )
-    variables = components.abstract(
-        component, module, denoiser_config, mesh, model.dtype
-    )
-    size = tree.count(variables["params"])
-    variables = quantized(variables, config.quantize.denoiser)
-    # Typed keys have a dtype of their own, which only jax can name.
-    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
-    scalar = lambda: rows(mesh, (), np.float32)
-    cond = Conditioning(
-        rows(mesh, (images, words, config.model.context_dim), model.dtype),
-        rows(mesh, (images, config.model.pooled_dim), model.dtype),
-    )
-    solver, grid = s.solver or "euler", np.zeros(s.steps + 1, np.float32)
-    solver_inputs = compiled.solver_inputs(solver, grid)
-    # Only shapes and shardings: the program is lowered and never run.
-    inputs = compiled.Inputs(
-        keys=rows(mesh, key.shape, key.dtype),
-        cond=cond,
-        uncond=cond,
-        **{name: rows(mesh, x.shape, x.dtype) for name, x in solver_inputs.items()},
-        scale=scalar(),
-        interval=(scalar(), scalar()),
-        rescale=scalar(),
-    )
-    shape = (*sides, model.channels)
-    plan = compiled.Plan(module, solvers.same_program(solver), shape, guided)
-    h, w = sides
     total = module.flops(
         height=h, width=w, text=words, text_dim=config.model.context_dim
     )
     work = bounds.work_on(
         tpu_slice.generation, module, height=h, width=w, text=words, total=total
     )
-    # The whole loop is one program: a run of it is steps calls of the denoiser.
-    calls = s.steps * (1 + guided) * share
+    # The whole loop is one program, with several forwards a step.
+    passes = solvers.passes(solver, s.steps) * forwards(steering, times)
+    calls = passes * share
     head = module.width // module.num_heads
-    compute = bounds.forward(work, tpu_slice.generation, head=head)
+    quantized_flops, rate = eight_bits(
+        variables["params"], tpu_slice.generation, work.tokens - words, words
+    )
+    compute = bounds.forward(
+        work, tpu_slice.generation, head=head, eight_bits=quantized_flops, rate=rate
+    )
     seconds = {k: v * calls for k, v in compute._asdict().items()}
-    lower = lambda: compiled.sample.lower(plan, variables, inputs)
+    weak = None if guide is None else variables
+
+    def lower():
+        with compiled.on(mesh):
+            return compiled.sample.lower(plan, variables, inputs, weak_variables=weak)
+
     # How often the loop runs is data of the program, so it is said here.
-    return Case("denoise", lower, seconds, total * calls, share, size, s.steps)
+    return Case(
+        "denoise",
+        lower,
+        seconds,
+        total * calls,
+        share,
+        size,
+        turns=s.steps,
+        weights=on_a_device((variables, weak)),
+        forwards=passes,
+        mesh=mesh,
+    )
+
+
+def denoiser(config: ConfigDict, model: MMDiT, mesh: Mesh) -> tuple[MMDiT, dict, int]:
+    """The module, its variables as shapes, and its number of parameters."""
+    component = components.COMPONENTS["denoiser"]
+    denoiser_config = components.denoiser_config(
+        model,
+        sample_size=config.image.height // 8,
+        context_dim=config.model.context_dim,
+        pooled_dim=config.model.pooled_dim,
+    )
+    module = component.build(denoiser_config, model.dtype)
+    module = module.clone(
+        attention=model.attention, context_attention=model.context_attention
+    )
+    variables = components.abstract(
+        component, module, denoiser_config, mesh, model.dtype
+    )
+    size = tree.count(variables["params"])
+    weights.require_units(config.quantize.denoiser, mesh.devices.flat[0])
+    return module, quantized(variables, config.quantize.denoiser), size
+
+
+def inputs_of(
+    config: ConfigDict, mesh: Mesh, images: int, words: int, numbers: dict
+) -> compiled.Inputs:
+    """The program's data as shapes; `numbers` are those of solver and guidance."""
+    # Typed keys have a dtype of their own, which only jax can name.
+    key = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), images))
+    dtype = jnp.dtype(config.model.dtype)
+    cond = Conditioning(
+        rows(mesh, (images, words, config.model.context_dim), dtype),
+        rows(mesh, (images, config.model.pooled_dim), dtype),
+    )
+    # Only shapes and shardings: the program is lowered and never run.
+    return compiled.Inputs(
+        keys=rows(mesh, key.shape, key.dtype),
+        cond=cond,
+        uncond=cond,
+        **jax.tree.map(lambda x: rows(mesh, x.shape, x.dtype), numbers),
+    )
+
+
+def eight_bits(
+    params: dict, chip: Generation, image: int, text: int
+) -> tuple[float, float]:
+    """FLOPs of one image's products of eight bits, and their FLOP/s."""
+    kernels = lora.kernels(params)
+    dynamic = {k: x for k, x in kernels.items() if isinstance(x, weights.Dynamic)}
+    if not dynamic:
+        return 0.0, math.inf
+    tokens = {True: image, False: text}
+    flops = sum(2.0 * x.q.size * tokens["image" in k] for k, x in dynamic.items())
+    int8 = isinstance(next(iter(dynamic.values())), weights.Int8)
+    return flops, chip.eight_bits("s8" if int8 else "f8e4m3fn")
 
 
 def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
@@ -153,4 +259,5 @@ def decode(config: ConfigDict, mesh: Mesh, images: int, share: float):
     lower = lambda: autoencoder_programs.decode.lower(
         module, variables, latents, **scale
     )
-    return Case("decode", lower, None, 0.0, share, tree.count(variables))
+    size, held = tree.count(variables), on_a_device(variables)
+    return Case("decode", lower, None, 0.0, share, size, weights=held)

@@ -205,7 +205,7 @@ class Schedule:
         account.written += cost.written
 
     def _run(self, cost: Cost, account: Account) -> None:
-        compute = cost.flops / self.chip.peak / cost.narrow
+        compute = cost.compute_seconds(self.chip)
         memory = cost.bytes / self.chip.hbm_rate
         seconds = max(compute, memory)
         self._clock += seconds

@@ -12,9 +12,9 @@ from sd3_jax.errors import UserError, near
 
 
 class Generation(NamedTuple):
-    """Per JAX device: FLOP/s in bfloat16, bytes of HBM as the compiler counts them,
-    bytes/s of HBM, of one of its chip's links and to other slices, and the width of the
-    matrix unit."""
+    """Per JAX device: FLOP/s in bfloat16 and with operands of eight bits, bytes of HBM
+    as the compiler counts them, bytes/s of HBM, of one of its chip's links and to other
+    slices, and the width of the matrix unit."""
 
     topology: str
     kind: str  # jax.Device.device_kind
@@ -28,6 +28,12 @@ class Generation(NamedTuple):
     dims: int = 2
     slice_rate: float = 6.25e9  # 50 Gb/s a chip
     host_rate: float = 3.2e10  # PCIe 4.0 x16, to the host's memory
+    int8: float = 0.0  # 0: no faster than bfloat16
+    fp8: float = 0.0
+
+    def eight_bits(self, dtype: str) -> float:
+        """FLOP/s of products whose operands are both of HLO's `dtype`."""
+        return {"s8": self.int8, "f8e4m3fn": self.fp8}[dtype] or self.peak
 
 
 # The compiler counts HBM in GiB, and reserves some: v5e's 16 are 15.75.
@@ -36,13 +42,18 @@ GENERATIONS = {
     "v5e": Generation(
         *("v5e", "TPU v5 lite", 197e12, 15.75 * GB, 0.82e12, 4.5e10, 128),
         slice_rate=3.125e9,  # 25 Gb/s
+        int8=393e12,
     ),
     "v5p": Generation(
-        *("v5", "TPU v5", 459e12, 95.74 * GB, 2.76e12, 9e10, 128), named=2, dims=3
+        *("v5", "TPU v5", 459e12, 95.74 * GB, 2.76e12, 9e10, 128),
+        named=2,
+        dims=3,
+        int8=918e12,
     ),
     "v6e": Generation(
         *("v6e", "TPU v6 lite", 918e12, 31.25 * GB, 1.64e12, 9e10, 256),
         slice_rate=12.5e9,  # 100 Gb/s
+        int8=1836e12,
     ),
     "tpu7x": Generation(
         "tpu7x",
@@ -56,6 +67,7 @@ GENERATIONS = {
         devices=2,
         dims=3,
         slice_rate=6.25e9,  # 100 Gb/s a chip, of two devices
+        fp8=2307e12,  # no rate of int8 is published
     ),
 }
 LITEPOD = ("v5litepod", "v5e")

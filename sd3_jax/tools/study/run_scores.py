@@ -19,7 +19,7 @@ from sd3_jax.config.validation import validate
 from sd3_jax.data import digits
 from sd3_jax.diffusion.solvers import SOLVERS
 from sd3_jax.distributed import sharding
-from sd3_jax.errors import ConfigError
+from sd3_jax.errors import ConfigError, UserError
 from sd3_jax.evaluation import (
     digit_scenes,
     feature_statistics,
@@ -128,6 +128,11 @@ class Traveller(TrainedSampler):
 
     def __init__(self, *args):
         super().__init__(*args)
+        if self.cache is not None:
+            raise UserError(
+                "config.sample.cache: the score of trajectories' lengths runs without a"
+                " cache; leave it out"
+            )
         self.lengths = []
         solver = SOLVERS[self.solver_and_grid[0]]
         travel = jax.jit(partial(self.travel, solver=partial(solver, trajectory=True)))

@@ -25,6 +25,12 @@ except UserError as error:
 
 solid = aot.devices(slices.find("v5p-128"))
 assert sharding.make_mesh(data=2, devices=solid).shape["fsdp"] == 32  # of 4 x 4 x 4
+# Two squares of four chips, and eight in a ring: each hop is to a neighbour.
+eight = aot.devices(slices.find("v6e-8"))
+for sizes in dict(data=2, context=4), dict(data=1, context=8):
+    ring = sharding.make_mesh(fsdp=1, **sizes, devices=eight).devices
+    apart = sharding.distances(ring)
+    assert sum(apart[i, i - 1] for i in range(len(apart))) == 8, sizes
 flat = aot.devices(slices.find("v6e-256"))
 assert sharding.make_mesh(data=2, devices=flat).shape["fsdp"] == 128  # of 16 x 16
 """

@@ -1,0 +1,96 @@
+"""Attention of streams whose tokens lie over the mesh's context axis.
+
+By "gather" every device gets all keys and values, by "ring" they pass from device to
+device (ring.py), and by "ulysses" a device gets all tokens of some heads (ulysses.py).
+"""
+
+import difflib
+import functools
+from collections.abc import Sequence
+
+from jax import Array
+
+from sd3_jax.distributed import mesh_context
+from sd3_jax.models.attention import attention as kernels
+from sd3_jax.models.attention.ring import ring
+from sd3_jax.models.attention.ulysses import ulysses
+from sd3_jax.models.layers import whole
+
+METHODS = ("gather", "ring", "ulysses", "auto")
+
+
+def context_attention(
+    qs: Sequence[Array],
+    ks: Sequence[Array],
+    vs: Sequence[Array],
+    *,
+    method: str = "gather",
+    kernel: str = "auto",
+) -> list[Array]:
+    """joint_attention, by one of METHODS where tokens are cut over devices.
+
+    The first of `ks` and `vs` are the image's. Raises ValueError for another method,
+    and where "ulysses" does not fit the number of heads.
+    """
+    if method not in METHODS:
+        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
+        raise ValueError(
+            f'context attention "{method}": expected one of {", ".join(METHODS)};'
+            f' did you mean "{near}"?'
+        )
+    if not qs:
+        return []
+    if mesh_context.parts("tokens") == [1]:
+        ks, vs = [whole(k) for k in ks], [whole(v) for v in vs]
+        return kernels.joint_attention(qs, ks, vs, kernel=kernel)
+    return BY_NAME[chosen(method, ks[0])](qs, ks, vs, kernel)
+
+
+def gathered(qs, ks, vs, kernel: str) -> list[Array]:
+    ks, vs = [whole(k) for k in ks], [whole(v) for v in vs]
+    # Each stream by itself: joined queries would take two all-to-alls a block.
+    attend = lambda q: kernels.joint_attention([q], ks, vs, kernel=kernel)[0]
+    return [attend(q) for q in qs]
+
+
+def passed_on(qs, ks, vs, kernel: str) -> list[Array]:
+    if kernel == "dot_product":
+        raise ValueError(
+            'attention kernel "dot_product" gives no log-denominators, which'
+            ' context attention "ring" merges; expected "auto", "xla" or "splash"'
+        )
+    if kernel == "auto":
+        kernel = "splash" if mesh_context.platform() == "tpu" else "xla"
+    return ring(
+        qs,
+        ks,
+        vs,
+        scale=qs[0].shape[-1] ** -0.5,
+        limit=kernels.most_logits(),
+        splash=kernel == "splash",
+    )
+
+
+def by_heads(qs, ks, vs, kernel: str) -> list[Array]:
+    sizes = mesh_context.parts("tokens", "heads")
+    if reason := mesh_context.uneven_heads(ks[0].shape[2], *sizes):
+        raise ValueError(reason)
+    attend = functools.partial(kernels.joint_attention, kernel=kernel)
+    return ulysses(qs, ks, vs, attend=attend)
+
+
+BY_NAME = {"gather": gathered, "ring": passed_on, "ulysses": by_heads}
+
+
+def chosen(method: str, k: Array) -> str:
+    """The method that "auto" stands for, with keys like k (b, n, a, k)."""
+    if method != "auto":
+        return method
+    # Of the image's keys and values a ring or a gather sends each device p - 1 of p
+    # parts, two exchanges by heads send four times 1 / p: less from p = 3 on.
+    parts, pieces = mesh_context.parts("tokens", "heads")
+    uneven = mesh_context.uneven_heads(k.shape[2], parts, pieces)
+    if parts > 2 and not uneven:
+        return "ulysses"
+    # cuDNN gives no log-denominators: a ring would attend by XLA's slower products.
+    return "gather" if mesh_context.platform() == "gpu" else "ring"
