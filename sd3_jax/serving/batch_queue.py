@@ -110,7 +110,7 @@ class BatchQueue:
         for group in groups.values():
             left = self._wait - (now - group[0].arrived)
             if len(group) >= self._size or left <= 0 or self._closed:
-                return group[: self._size], 0
+                return _alike(group, self._size), 0
             pause = min(pause, left)
         return [], pause
 
@@ -125,6 +125,15 @@ class BatchQueue:
             elif ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_exception(timed_out())
         self._tickets = kept
+
+
+def _alike(group: Sequence[Ticket], size: int) -> list[Ticket]:
+    """The oldest ticket, and those whose steps are nearest to its."""
+    first, *rest = group
+    # A batch takes as many steps as its longest row. Sorting is stable, so that equal
+    # steps keep their order of arrival, and the oldest is never passed over.
+    rest.sort(key=lambda ticket: abs(ticket.steps - first.steps))
+    return [first, *rest[: size - 1]]
 
 
 def timed_out() -> ApiError:
