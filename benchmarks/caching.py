@@ -122,7 +122,7 @@ def shape() -> None:
         jax.random.normal(next(keys), (1, 77, 512)),
         jax.random.normal(next(keys), (1, 256)),
     )
-    sides = (1, 32, 32, 16)  # 256 pixels: 256 tokens of the image, and 77 of text
+    sides = (1, 16, 16, 16)  # 128 pixels: 64 tokens of the image, and 77 of text
     arguments = jnp.zeros(sides), jnp.zeros(1), *cond
     variables = tree.unbox(jax.jit(denoiser.init)(next(keys), *arguments))
     grid = grids.released(STEPS, 3.0)

@@ -41,6 +41,24 @@ def apart(a, b):
     return convert.error(a, np.asarray(b))
 
 
+def test_one_picture_is_shared_by_all_devices(plain):
+    """Its two rows of guidance leave three of four devices to the tokens."""
+    bundle = sd3_jax.load(str(miniature.folder("sd35_medium")), dtype="float32")
+    assert bundle.mesh.shape["fsdp"] == 8
+    latents = paint(bundle)
+    assert tuple(latents.sharding.mesh.shape.values()) == (1, 2, 4, 1)
+    assert apart(latents, plain) < 1e-5
+
+
+def test_heads_that_devices_cannot_share_are_refused_before_weights_are_read():
+    mesh = sharding.make_mesh(data=2, fsdp=1, context=4)
+    folder = str(miniature.folder("sd35_medium"))
+    with pytest.raises(UserError, match="the 1 heads; expected context to be one of 1"):
+        sd3_jax.load(folder, mesh, "float32", context_attention="ulysses")
+    with pytest.raises(UserError, match='did you mean "ring"'):
+        sd3_jax.load(folder, mesh, "float32", context_attention="rings")
+
+
 def test_previews(bundle, plain):
     seen = []
     look = lambda i, t, rgb: seen.append((int(i), float(t), np.asarray(rgb)))

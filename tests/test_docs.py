@@ -13,6 +13,7 @@ from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import jax
 import numpy as np
 import pytest
@@ -217,6 +218,7 @@ def folder(tmp_path_factory):
         Image.fromarray(pixels).save(folder / "photos" / f"IMG_{number:04}.jpg")
     Image.fromarray(pixels).save(folder / "photo.png")
     (folder / "sd3.5_medium").symlink_to(miniature.folder("sd35_medium"))
+    diffusers.AutoencoderTiny(latent_channels=16).save_pretrained(folder / "taesd3")
     for stem in ("style", "ink", "drawing"):
         save_lora(folder / f"{stem}.safetensors")
     for kind in ("canny", "depth"):

@@ -457,7 +457,7 @@ def test_every_relation_is_about_keys_that_exist():
 
 def test_the_choices_are_those_of_the_code():
     from sd3_jax.diffusion import grids, solvers, timesteps
-    from sd3_jax.models import denoisers, scan
+    from sd3_jax.models import denoisers, scan, step_cache
     from sd3_jax.models.attention import attention
 
     for key, table in {
@@ -467,6 +467,7 @@ def test_the_choices_are_those_of_the_code():
         "flow.density": timesteps.DENSITIES,
         "sample.solver": solvers.SOLVERS,
         "sample.grid": grids.GRIDS,
+        "sample.cache": step_cache.METHODS,
     }.items():
         assert {*SCHEMA[key].rule.choices} - {""} == set(table), key
 

@@ -25,7 +25,7 @@ SECTIONS = {  # jobs in the order in which a user meets them
     "Train and sample": "train sample evaluate report",
     "Prepare data": "precompute dedup inspect",
     "Work with weights": "convert compare explore",
-    "Plan and measure": "plan study benchmark",
+    "Plan and measure": "plan study benchmark calibrate",
 }
 EXAMPLES = """\
   Train a small model in minutes, then sample from it:

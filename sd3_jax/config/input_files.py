@@ -102,7 +102,8 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "gs://": ("gcsfs", 'pip install gcsfs (the extras "gcs" and "tpu" have it)'),
     "s3://": ("s3fs", "pip install s3fs"),
 }
-PAINTED = ("sample", "evaluate", "serve")
+PICTURED = ("sample", "calibrate")
+PAINTED = (*PICTURED, "evaluate", "serve")
 LOADED = (*PAINTED, "convert", "compare", "inspect", "explore")
 ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
@@ -115,11 +116,12 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("tokenizers", LOADED, model),
     ("sample.lora", (*PAINTED, "convert", "explore"), weighed),
     ("sample.embeddings", (*PAINTED, "explore", *ENCODED), placed),
-    ("sample.prompts_file", ("sample", "explore"), file),
+    ("sample.prompts_file", (*PICTURED, "explore"), file),
     ("eval.prompts_file", ("evaluate",), file),
-    ("sample.images", ("sample",), folder),
-    ("sample.image", ("sample",), file),
-    ("sample.mask", ("sample",), file),
+    ("sample.images", PICTURED, folder),
+    ("sample.image", PICTURED, file),
+    ("sample.mask", PICTURED, file),
+    ("sample.cache_calibration", ("sample", "evaluate"), file),
     ("sample.from", ("sample",), file),
     ("serve.keys_file", ("serve",), file),
     ("tune.lora", ("train",), weighed),

@@ -43,8 +43,8 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
         *("sample.skip_layers", bool),
     ),
 )
-PAINTERS = ("sample", "serve")
 VARIED = ("study", "benchmark")
+PICTURED = ("sample", "calibrate", "serve")
 # What describes a run's model, and released weights bring along.
 OF_A_RUN = ("text", "flow", "encode", "sample.weights")
 
@@ -63,7 +63,7 @@ def check(job: str, flags: Iterable[str], values: Mapping[str, Any]) -> None:
             f"config.quantize.denoiser = {kind}: train keeps its weights in full"
             " precision; remove it here, and set it for sample, evaluate or study"
         )
-    if job in PAINTERS and not values["weights"]:
+    if job in PICTURED and not values["weights"]:
         for key in filter(OF_A_RELEASE.__contains__, flags):
             require_released(f"config.{key}")
     reasons = {key: unread(job, key, values) for key in flags}
@@ -96,7 +96,7 @@ def unread(job: str, key: str, values: Mapping[str, Any]) -> str:
         return ""
     if not JOBS[job].reads(key):
         return f"{job} does not read it"
-    if job in PAINTERS and values["weights"]:
+    if job in PICTURED and values["weights"]:
         if key in OF_A_RUN or key.partition(".")[0] in OF_A_RUN:
             return "config.weights is set"
     if job == "evaluate" and not values["weights"] and key in OF_A_RELEASE:

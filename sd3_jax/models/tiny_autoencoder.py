@@ -1,7 +1,7 @@
-"""TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd): an autoencoder of 1.2 M each.
+"""TAESD (Ollin Boer Bohan, github.com/madebyollin/taesd), a small autoencoder.
 
-diffusers' AutoencoderTiny, of convolutions and ReLU alone. Its latents are those of the
-denoiser: neither shifted nor scaled, and without a variance.
+diffusers' AutoencoderTiny: 2.5 M parameters, convolutions and ReLU alone. Its latents
+are those of the denoiser: neither shifted nor scaled, and without a variance.
 """
 
 from collections.abc import Sequence

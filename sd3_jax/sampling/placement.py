@@ -74,7 +74,7 @@ class Stage:
         self._copies = {}
 
 
-def free_memory() -> float:
+def free_memory() -> int:
     """Bytes that are free on the fullest device; 0 where jax does not tell."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
     sizes = [x.get("bytes_limit", 0) - x.get("bytes_in_use", 0) for x in stats]

@@ -69,6 +69,7 @@ UNREAD = {
         tune=RESTORED,
         train="in the reader of prompts, which come with requests here",
     ),
+    "calibrate": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
     "evaluate": dict(
         **dict.fromkeys(("optim", "train"), TRAINER),
         tune=RESTORED,
@@ -84,11 +85,7 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
-    "plan": dict(
-        **dict.fromkeys(("encode", "eval"), TRAINER),
-        weights=PAINTER,
-        tokenizers=PAINTER,
-    ),
+    "plan": dict.fromkeys(("encode", "eval"), TRAINER),
 }
 
 

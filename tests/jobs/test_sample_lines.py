@@ -198,7 +198,7 @@ def test_a_picture_is_repeated_from_its_own_settings(format, folder, tmp_path, c
     keys = {"sample.format": format, "sample.quality": 100}
     assert main.main(["sample", *flags(run, prompts, **keys)]) == 0
     record = lines(run)[-1]
-    assert record["batch"] == [2, 8] and record["file"].endswith(f".{format}")
+    assert record["batch"] == [2, 3] and record["file"].endswith(f".{format}")
     caplog.clear()
     # Other settings of the recipe are not used.
     other = {"sample.cfg": 1.0, "sample.steps": 2, "sample.seed": 3} | keys

@@ -131,7 +131,7 @@ def test_components_take_turns_on_the_devices(sequential):
 def test_weights_stay_where_there_is_room(monkeypatch):
     host = jax.device_put(np.ones((2, 4), np.float32), jax.memory.Space.Host)
     stage = placement.Stage()
-    monkeypatch.setattr(placement, "free_memory", lambda: 100.0)
+    monkeypatch.setattr(placement, "free_memory", lambda: 100)
     first, second = {"a": host}, {"b": host + 0}
     second = jax.tree.map(lambda x: jax.device_put(x, host.sharding), second)
     (kept,) = stage.enter(first).values()

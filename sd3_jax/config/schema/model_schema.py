@@ -116,7 +116,7 @@ MODEL = dict(
         one_of("gather", "ring", "ulysses", "auto"),
         "How tokens attend over mesh.context: every device gathers all keys and"
         " values, passes them round a ring, or gets all tokens of some heads"
-        " (ulysses); auto picks ulysses where the heads divide, else ring.",
+        " (ulysses); auto picks by tokens, devices, heads and platform.",
     ),
 )
 TEXT_MODEL = dict(

@@ -16,6 +16,10 @@ from sd3_jax.models.attention.ring import ring
 from sd3_jax.models.attention.ulysses import ulysses
 from sd3_jax.models.layers import whole
 
+# Image tokens for each other device of a ring with which transfers take no longer than
+# the attention beside them: peak / (2 links) at heads of 64, 1275 on a v6e and 1094 on
+# a v5e (benchmarks/latency.md).
+HIDES = 1200
 METHODS = ("gather", "ring", "ulysses", "auto")
 
 
@@ -86,11 +90,11 @@ def chosen(method: str, k: Array) -> str:
     """The method that "auto" stands for, with keys like k (b, n, a, k)."""
     if method != "auto":
         return method
-    # Of the image's keys and values a ring or a gather sends each device p - 1 of p
-    # parts, two exchanges by heads send four times 1 / p: less from p = 3 on.
     parts, pieces = mesh_context.parts("tokens", "heads")
     uneven = mesh_context.uneven_heads(k.shape[2], parts, pieces)
-    if parts > 2 and not uneven:
-        return "ulysses"
-    # cuDNN gives no log-denominators: a ring would attend by XLA's slower products.
-    return "gather" if mesh_context.platform() == "gpu" else "ring"
+    if mesh_context.platform() == "gpu":
+        # cuDNN gives no log-denominators: a ring would attend by XLA's slower products.
+        return "gather" if uneven else "ulysses"
+    # All-to-alls send less than a ring from p = 3 on, but attention waits for them.
+    hidden = mesh_context.platform() == "tpu" and k.shape[1] >= HIDES * (parts - 1)
+    return "ring" if hidden or uneven else "ulysses"
