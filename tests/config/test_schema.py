@@ -85,7 +85,7 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
-    "plan": dict.fromkeys(("encode", "eval"), TRAINER),
+    "plan": dict.fromkeys(("encode", "eval"), TRAINER) | dict(weights=PAINTER),
 }
 
 
