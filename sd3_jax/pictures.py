@@ -79,28 +79,35 @@ def save_png(
 
     `info` becomes the PNG's text chunks.
     """
+    write_whole(path, png(image, info=info))
+
+
+def png(
+    image: Image.Image | UInt8[ndarray, "h w 3"], *, info: dict[str, str] | None = None
+) -> bytes:
+    """A PNG file; `info` becomes its text chunks."""
     image = Image.fromarray(image) if isinstance(image, ndarray) else image
     chunks = PngInfo()
     for name, text in (info or {}).items():
         chunks.add_text(name, text)
     buffer = io.BytesIO()
     image.save(buffer, "png", pnginfo=chunks)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
-def save_lossy(
+def lossy(
     image: Image.Image | UInt8[ndarray, "h w 3"],
-    path: epath.PathLike,
+    suffix: str,
     *,
     quality: int,
     comment: str = "",
-) -> None:
-    """Write a JPEG or a WebP, by the path's suffix, complete or not at all.
+) -> bytes:
+    """A JPEG or WebP file, by its suffix ".jpg" or ".webp".
 
     `comment`, in ASCII, becomes EXIF's UserComment. A WebP of quality 100 is lossless.
     """
     image = Image.fromarray(image) if isinstance(image, ndarray) else image
-    kind = {".jpg": "jpeg", ".webp": "webp"}[epath.Path(path).suffix]
+    kind = {".jpg": "jpeg", ".webp": "webp"}[suffix]
     exif = Image.Exif()
     if comment:
         text = ASCII + comment.encode("ascii")
@@ -110,7 +117,7 @@ def save_lossy(
     options |= {"subsampling": 0} if kind == "jpeg" else {"lossless": quality == 100}
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
-    write_whole(path, buffer.getvalue())
+    return buffer.getvalue()
 
 
 def _scale(h, w, columns):

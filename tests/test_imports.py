@@ -26,6 +26,7 @@ MAY = {
     "training": {"sampling", "models", "params", "diffusion", "distributed"},
     "evaluation": {"sampling", "data", "weights", "distributed"},
     "reports": {"data", "monitoring"},
+    "serving": {"sampling", "data", "distributed", "pictures", *FLOOR},
     "tools": {"reports", "evaluation", "training", "sampling", "weights", "models"},
 }
 MAY["sampling"] |= {"pictures", *FLOOR}
@@ -45,6 +46,8 @@ DOOR = {
     *("evaluation/picture_scores.py", "evaluation/prompt_scores.py"),
     *("evaluation/picture_features.py", "evaluation/reference_images.py"),
     *("data/ingest/intake.py", "tools/study/run_scores.py"),
+    *("sampling/job/task_lines.py", "serving/request_tasks.py", "serving/service.py"),
+    *("serving/row_painters.py", "serving/hosts.py", "serving/warm_up.py"),
     *("tools/plan/sampling_programs.py", "tools/benchmark/case_selection.py"),
 }
 

@@ -103,7 +103,7 @@ DRIVERS = {  # of etils.epath, by what a path of theirs begins with
     "s3://": ("s3fs", "pip install s3fs"),
 }
 PICTURED = ("sample", "calibrate")
-PAINTED = (*PICTURED, "evaluate")
+PAINTED = (*PICTURED, "evaluate", "serve")
 LOADED = (*PAINTED, "convert", "compare", "inspect", "explore")
 ENCODED = ("train", "precompute", "study", "convert")
 INSTEAD = {  # what a user of config.weights means there
@@ -124,6 +124,7 @@ KEYS: tuple[tuple[str, tuple[str, ...], Callable[[str], str]], ...] = (
     ("sample.cache_calibration", ("sample", "evaluate"), file),
     ("vote.prompts", ("vote",), file),
     ("sample.from", ("sample",), file),
+    ("serve.keys_file", ("serve",), file),
     ("tune.lora", ("train",), weighed),
     ("encode.weights", ENCODED, models),
     ("encode.tokenizers", ENCODED, model),

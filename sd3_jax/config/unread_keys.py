@@ -50,7 +50,7 @@ CONDITIONS: tuple[tuple[tuple[str, ...], str, Callable[[Any], bool]], ...] = (
     ),
 )
 VARIED = ("study", "benchmark")
-PICTURED = ("sample", "calibrate")
+PICTURED = ("sample", "calibrate", "serve")
 # What describes a run's model, and released weights bring along.
 OF_A_RUN = ("text", "flow", "encode", "sample.weights")
 

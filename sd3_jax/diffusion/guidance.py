@@ -53,7 +53,7 @@ def guided(
     rescale: Number = 0.0,
     weakened: Weakened | None = None,
     weak: Conditional | None = None,
-    grid: Float[np.ndarray | Array, " n"] | None = None,
+    grid: Float[np.ndarray | Array, "*rows n"] | None = None,
 ) -> Callable[[Array, Array], Array]:
     """The velocity of a method of METHODS while t is in `interval`, else v_c.
 
@@ -66,8 +66,9 @@ def guided(
     2024; `rescale` is that of match_std. `weakened` adds its scale times (v_c - v_weak)
     in its window. cfg_zero and cfg_pp read the solver's `grid`. The result of a method
     with a state, or of a velocity that is Remembering, is a Carried, whose state is
-    (the method's, the network's). Raises ConfigError for options out of range, unless
-    they are arrays.
+    (the method's, the network's). For "cfg" the numbers, without a Schedule, may be
+    (b,): one for each row. Raises ConfigError for options out of range, unless they
+    are arrays.
     """
     # Traced options are checked before they are traced, by the caller.
     plain = not isinstance(scale, Array | Schedule)
@@ -87,7 +88,8 @@ def guided(
         with jax.named_scope("guidance"):
             at = Branches(x, expand(t, x), v_c, v_u, grid)
             before = (average,) if row.carries else ()
-            v = row.combine(at, scale_at(scale, at.t), *before, **(options or {}))
+            strength = _by_row(scale_at(scale, at.t), x)
+            v = row.combine(at, strength, *before, **(options or {}))
             inside = expand((t >= interval[0]) & (t <= interval[1]), x)  # by example
             if row.carries:
                 v, moved = v
@@ -95,12 +97,13 @@ def guided(
                 average = jnp.where(inside, moved, average)
             state = average, memory
             if weakened is None:
-                return jnp.where(inside, match_std(v, v_c, rescale), v_c), state
+                amount = _by_row(rescale, x)
+                return jnp.where(inside, match_std(v, v_c, amount), v_c), state
             v = jnp.where(inside, v, v_c)
         with jax.named_scope("skip_guidance"):
             v = v + away(weakened, x, t, cond, v_c)
             # After both differences, because it is the std of their sum that grows.
-            return match_std(v, v_c, rescale), state
+            return match_std(v, v_c, _by_row(rescale, x)), state
 
     def initial(x: Batch) -> PyTree:
         average = jnp.zeros_like(x) if row.carries else None
@@ -174,14 +177,21 @@ def away(
     low, high = weakened.window
 
     def difference():
-        return weakened.scale * (
+        return _by_row(weakened.scale, x) * (
             v_c - weakened.velocity(x, t, cond).astype(jnp.float32)
         )
 
     # A branch, not a mask: outside the window a third pass would be wasted. All
-    # examples of a batch are at the same t.
-    inside = (low <= t[0]) & (t[0] <= high)
-    return jax.lax.cond(inside, difference, lambda: jnp.zeros_like(v_c))
+    # examples of a batch are at the same t, unless they have windows of their own.
+    rows = jnp.ndim(low) == 1
+    inside = (low <= t) & (t <= high) if rows else (low <= t[0]) & (t[0] <= high)
+    apart = jax.lax.cond(jnp.any(inside), difference, lambda: jnp.zeros_like(v_c))
+    return jnp.where(expand(inside, x), apart, 0) if rows else apart
+
+
+def _by_row(number: Number, x: Batch) -> Number:
+    """A number for each row, (b,), so that it broadcasts against x; or one for all."""
+    return expand(jnp.asarray(number), x) if jnp.ndim(number) == 1 else number
 
 
 def scale_at(scale: Number | Schedule, t: Array) -> Number:

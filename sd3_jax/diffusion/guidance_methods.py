@@ -28,7 +28,7 @@ class Branches(NamedTuple):
     t: Float[Array, "b ..."]
     v_c: Batch
     v_u: Batch
-    grid: Float[Array, " n"]
+    grid: Float[Array, "... n"]
 
 
 def cfg(at: Branches, scale: Number) -> Batch:

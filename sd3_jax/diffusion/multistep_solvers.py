@@ -19,6 +19,7 @@ from sd3_jax.diffusion.solver_loop import (
     Integer,
     Solution,
     Velocity,
+    by_row,
     loop,
     times,
 )
@@ -65,23 +66,30 @@ def multistep(
 def choose_weights(
     table: dict[str, Callable],
     solver: str | Integer,
-    grid: Float[Array, " n"],
+    grid: Float[Array, "*b n"],
     path: Path,
     steps: Integer | None,
 ) -> Weights:
-    """The weights of the solver with this name, or this number, which may be traced."""
+    """The weights of the solver with this name, or this number, which may be traced.
+
+    With grids (b, n) of rows, their solvers and steps are (b,), and weights (b, n - 1).
+    """
     if isinstance(solver, str):
         return table[solver](grid, path, steps)
-    # A switch over a few small arrays. A switch over the solvers themselves would have
-    # the network in the program once for each.
-    branches = [lambda f=f: f(grid, path, steps) for f in table.values()]
-    return jax.lax.switch(jnp.asarray(solver), branches)
+
+    def weights(grid, solver, steps):
+        # A switch over a few small arrays. A switch over the solvers themselves would
+        # have the network in the program once for each.
+        branches = [lambda f=f: f(grid, path, steps) for f in table.values()]
+        return jax.lax.switch(jnp.asarray(solver), branches)
+
+    return by_row(weights, grid, solver, steps)
 
 
 def run(
     velocity: Velocity,
     x: Batch,
-    grid: Float[Array, " n"],
+    grid: Float[Array, "*b n"],
     weights: Weights,
     *,
     of_noise: Bool[Array, ""] | bool = False,
@@ -111,12 +119,13 @@ def run(
         if draw is not None:
             # draw depends on the step's number alone: stopping early, or a trajectory,
             # leaves the noise of earlier steps as it was.
-            x = x + w.scatter * draw(i)
+            x = x + w.scatter * draw(jnp.ravel(i)[0])  # rows are at one step
         return x, (m, m1, m2)
 
     # Until there are predictions, their weights are 0.
     history = (jnp.zeros(x.shape, jnp.float32),) * 3
     leaves, treedef = jax.tree.flatten(weights)
     unpacked = lambda x, history, t, i, *w: step(x, history, t, i, treedef.unflatten(w))
-    columns = grid[:-1], jnp.arange(len(grid) - 1), *leaves
+    index = jnp.broadcast_to(jnp.arange(grid.shape[-1] - 1), grid[..., 1:].shape)
+    columns = grid[..., :-1], index, *leaves
     return loop(velocity, unpacked, x, history, grid, columns, trajectory, after, steps)

@@ -9,12 +9,13 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from sd3_jax.diffusion.carried import Carried, initial
-from sd3_jax.diffusion.paths import Batch
+from sd3_jax.diffusion.paths import Batch, expand
 
 Velocity = Callable[[Array, Array], Array]  # (x, t (b,)) -> v
-Grid = Float[Array | np.ndarray, " n"]
+# (n,), or (b, n) where each row of a batch has a grid of its own.
+Grid = Float[Array | np.ndarray, "*b n"]
 After = Callable[[Array, Array, Array], Array]  # (x, t, step) -> x
-Integer = Int[Array | np.generic, ""] | int
+Integer = Int[Array | np.generic | np.ndarray, "*b"] | int
 Draw = Callable[[Array], Array]  # step -> noise (b, ...)
 Solution = Batch | Float[Array, "n b ..."]  # x at the end, or the trajectory
 
@@ -24,7 +25,7 @@ def loop(
     step: Callable[..., tuple[Array, Any]],
     x: Batch,
     memory: Any,
-    grid: Float[Array, " n"],
+    grid: Float[Array, "*b n"],
     columns: Sequence[Array],
     trajectory: bool,
     after: After | None,
@@ -33,7 +34,8 @@ def loop(
     """(x, memory) = step(x, memory, *s) for each row s of `columns`; x = after(...).
 
     `memory` is what a multistep solver carries, None for the others. The loop carries
-    the state of a Carried `velocity` as well.
+    the state of a Carried `velocity` as well. With a grid (b, n), `columns` are (b,
+    n - 1) and `steps` (b,); step gets numbers (b, 1, ...).
     """
     if trajectory and steps is not None:
         raise ValueError("give trajectory or steps: a trajectory has all steps")
@@ -54,8 +56,10 @@ def loop(
 
     # float32: many small steps in bfloat16 would each round x to 8 bits.
     x = x.astype(jnp.float32)
-    columns = jnp.arange(len(grid) - 1), grid[1:], *columns
     carry = x, memory, initial(velocity, x)
+    if grid.ndim == 2:
+        return _loop_by_row(body, carry, (grid[:, 1:], *columns), steps)
+    columns = jnp.arange(len(grid) - 1), grid[1:], *columns
     if steps is not None:
         # A while loop, whose trip count is data: it never reaches the padding.
         turn = lambda i, carry: body(carry, [column[i] for column in columns])[0]
@@ -69,6 +73,28 @@ def loop(
     return jnp.concatenate([x[None], xs]) if xs is not None else last
 
 
-def times(t: Float[Array, ""], x: Batch) -> Float[Array, " b"]:
-    """A scalar t for every row, as models take it."""
-    return jnp.full(x.shape[:1], t)
+def _loop_by_row(
+    body: Callable, carry: Any, columns: Sequence[Array], steps: Integer | None
+) -> Batch:
+    """The loop in which each row takes its own number of steps, (b,)."""
+    x = carry[0]
+
+    def turn(i, carry):
+        numbers = [expand(column[:, i], x) for column in columns]
+        new, _ = body(carry, [i, *numbers])
+        # A row that has arrived stays: what the padding of its grid gives is dropped.
+        going = i < jnp.asarray(steps)
+        keep = lambda after, before: jnp.where(expand(going, after), after, before)
+        return jax.tree.map(keep, new, carry)
+
+    return jax.lax.fori_loop(0, jnp.max(jnp.asarray(steps)), turn, carry)[0]
+
+
+def by_row(function: Callable, grid: Array, *numbers: Any) -> Any:
+    """function(grid, *numbers), for each row if each has a grid of its own."""
+    return (jax.vmap(function) if grid.ndim == 2 else function)(grid, *numbers)
+
+
+def times(t: Float[Array, "..."], x: Batch) -> Float[Array, " b"]:
+    """A scalar t for every row, as models take it; or the rows' own, (b, 1, ...)."""
+    return jnp.full(x.shape[:1], t if t.ndim == 0 else t.reshape(-1))

@@ -21,13 +21,14 @@ import jax.numpy as jnp
 from sd3_jax.diffusion.adaptive_solver import adaptive
 from sd3_jax.diffusion.multistep_solvers import multistep
 from sd3_jax.diffusion.multistep_weights import MULTISTEP
-from sd3_jax.diffusion.paths import RF, Batch, Path
+from sd3_jax.diffusion.paths import RF, Batch, Path, expand
 from sd3_jax.diffusion.solver_loop import (
     After,
     Grid,
     Integer,
     Solution,
     Velocity,
+    by_row,
     loop,
     times,
 )
@@ -140,12 +141,17 @@ def one_evaluation(
 ) -> Batch:
     """The solver ONE_EVALUATION[solver], a number that may be traced.
 
-    One program serves them all, since they differ only in how x is updated.
+    One program serves them all, since they differ only in how x is updated. Rows with
+    grids (b, n) of their own may have solvers and steps (b,) of their own.
     """
-    grid = jnp.asarray(grid, jnp.float32)
+    grid, solver = jnp.asarray(grid, jnp.float32), jnp.asarray(solver)
     is_euler = solver == ONE_EVALUATION.index("euler")
-    is_2m = solver == ONE_EVALUATION.index("dpmpp_2m")
-    slope = jnp.where(is_2m, _log_b_slope(grid, path), _log_ratio_slope(grid, path))
+    is_euler = expand(is_euler, x) if grid.ndim == 2 else is_euler
+
+    def weights_of(grid, solver):
+        is_2m = solver == ONE_EVALUATION.index("dpmpp_2m")
+        slope = jnp.where(is_2m, _log_b_slope(grid, path), _log_ratio_slope(grid, path))
+        return _multistep_weights(grid, slope, path)
 
     def step(x, x0_last, t, t_next, *weights):
         t_rows = times(t, x)
@@ -158,7 +164,7 @@ def one_evaluation(
         return jnp.where(is_euler, first_order, multistep), x0
 
     x0_last = jnp.zeros(x.shape, jnp.float32)
-    columns = grid[:-1], grid[1:], *_multistep_weights(grid, slope, path)
+    columns = grid[..., :-1], grid[..., 1:], *by_row(weights_of, grid, solver)
     return loop(velocity, step, x, x0_last, grid, columns, False, after, steps)
 
 

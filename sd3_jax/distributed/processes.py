@@ -21,6 +21,7 @@ from sd3_jax.distributed.jax_internals import coordination_client
 from sd3_jax.errors import RetryableError, UserError
 
 ENDED = "sd3_jax/ended"
+ANNOUNCED = "sd3_jax/announced"
 LOOK = 2.0  # seconds between two looks for a SIGTERM that a peer got
 # Numbers the exchanges, for their keys: every process makes the same calls in the same
 # order, and a key can be set only once.
@@ -201,6 +202,29 @@ def _noting_sigterm() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
+
+def announce(turn: int, number: int) -> None:
+    """Tell all processes a number in this turn; process 0 counts the turns from 0."""
+    client = coordination_client()
+    client.key_value_set(f"{ANNOUNCED}/{turn}", str(number))
+    # A server announces for months. Who takes part in this turn has read the last one.
+    if turn > 1:
+        client.key_value_delete(f"{ANNOUNCED}/{turn - 2}")
+
+
+def announced(turn: int, seconds: float) -> int | None:
+    """The number of a turn; None if it has not been announced within so long."""
+    client = coordination_client()
+    try:
+        number = client.blocking_key_value_get(
+            f"{ANNOUNCED}/{turn}", int(1000 * seconds)
+        )
+    except jax.errors.JaxRuntimeError as error:
+        if "DEADLINE_EXCEEDED" not in str(error):
+            raise
+        return None
+    return int(number)
 
 
 def tell_end(reason: str, code: int) -> None:

@@ -55,6 +55,17 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         " --workdir=runs/quickstart \\\n"
         '    --config.sample.prompt="a blue four"',
     ),
+    "serve": Job(
+        "answer requests for pictures over HTTP, as OpenAI's Images API",
+        groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")
+        + ("sample", "quantize", "serve"),
+        unread=(*EDITED, "sample.prompt", "sample.prompts_file", "sample.per_prompt")
+        + ("sample.from", "sample.format", *CACHE),
+        about="The weights come from WORKDIR's checkpoint, or from config.weights. It"
+        " needs the extra serve, and runs until SIGTERM.",
+        example="sd3-jax serve --config=configs/released.py:sd35_medium"
+        " --workdir=runs/served \\\n    --config.weights=PATH --config.serve.port=8000",
+    ),
     "calibrate": Job(
         "measure the curve of a model that the step cache magcache reads",
         groups=("seed", "weights", "tokenizers", *MODEL, "encode", "mesh")

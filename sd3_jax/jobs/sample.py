@@ -30,11 +30,11 @@ from sd3_jax.sampling.job import (
     painters,
     picture_lines,
     prompt_file,
+    task_lines,
     texts_ahead,
 )
 from sd3_jax.sampling.job.picture_lines import LINES, text_of
 from sd3_jax.sampling.job.prompt_file import Task
-from sd3_jax.sampling.job.prompt_lines import RELEASED
 from sd3_jax.sampling.job.task_batches import batches, filled
 
 log = logging.getLogger(__name__)
@@ -57,7 +57,9 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
         painter = load(config, workdir, mesh, tasks)
         facts, suffix = painter.facts | guard.facts(), config.sample.format
         facts |= picture_lines.encoding(suffix, config.sample.quality)
-        lines = [describe(task, facts, painter.nets, suffix) for task in tasks]
+        lines = [
+            task_lines.describe(task, facts, painter.nets, suffix) for task in tasks
+        ]
         for line, cut in zip(lines, painter.cuts):
             line |= {"cut": cut} if cut else {}
         if repeated:
@@ -195,27 +197,6 @@ def log_progress(count: int, total: int, pace: float, compiling: float) -> None:
     ends = f", {duration(pace * (total - count))} left" if count < total else ""
     ends += f"; compiled in {compiling:.1f} s" if compiling >= 1 else ""
     log.info("%d of %d pictures, %.2f s each%s", count, total, pace, ends)
-
-
-def describe(
-    task: Task, facts: dict, nets: Mapping[str, str], suffix: str = "png"
-) -> dict:
-    """The picture's line. For released weights `seed` is the one for generate()."""
-    own_checkpoint = "step" in facts
-    unused = RELEASED if own_checkpoint else ()
-    settings = {k: v for k, v in task.settings.items() if k not in unused}
-    used = [control["net"] for control in settings.get("control", ())]
-    inputs = task.inputs | {path: nets[path] for path in used if path in nets}
-    name = f"{task.index:04d}-{picture_lines.slug(task.caption)}.{suffix}"
-    return {
-        "file": f"samples/{name}",
-        "prompt": task.prompt if isinstance(task.prompt, str) else list(task.prompt),
-        "number": task.number,
-        "seed": settings.pop("seed") + (0 if own_checkpoint else task.number),
-        **facts,
-        "settings": settings,
-        **({"inputs": inputs} if inputs else {}),
-    }
 
 
 def save(

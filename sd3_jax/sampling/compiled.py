@@ -139,7 +139,10 @@ Scalar = Array | np.generic
 
 
 class Inputs(NamedTuple):
-    """Traced arguments of a sampling program; whether a field is None is static."""
+    """Traced arguments of a sampling program; whether a field is None is static.
+
+    With a grid (b, n) numbers are (b,), so that each row has its own (mixed_rows.py).
+    """
 
     keys: Array | None
     cond: Conditioning

@@ -34,7 +34,7 @@ def generate_with_state(
     uncond: Conditioning,
     *,
     shape: tuple[int, int, int],
-    grid: Float[np.ndarray | Array, " n"],
+    grid: Float[np.ndarray | Array, "*rows n"],
     solver: Callable,
     noise: Float[Array, "b h w c"] | None = None,
     x0: Float[Array, "b h w c"] | None = None,
@@ -54,7 +54,8 @@ def generate_with_state(
     x after each step. preview(step, t, to_rgb(x)) is called on the host after each
     step. A solver with a trajectory returns all n latents. `spread` is the std of x at
     grid[0], for formulations that do not start at pure noise. `steps`, which may be
-    traced, is how many steps of the grid are taken. Other `options` are guided()'s.
+    traced, is how many steps of the grid are taken. Other `options` are guided()'s. With a grid (b, n) and
+    steps (b,), each row has times of its own.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))
@@ -62,7 +63,7 @@ def generate_with_state(
         noise = draw(keys)
     guided = guidance.guided(velocity, cond, uncond, grid=grid, **options)
     # The same noise at every t: the kept area follows one straight path down to x0.
-    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), t))
+    at = lambda t: RF.interpolate(x0, noise, jnp.full(len(noise), _flat(t)))
 
     def after(x, t, step):
         if mask is not None:
@@ -76,7 +77,7 @@ def generate_with_state(
         return x
 
     # With x0 the grid may begin below t = 1, at a picture that is noised in part.
-    start = spread * noise if x0 is None else at(jnp.asarray(grid)[0])
+    start = spread * noise if x0 is None else at(jnp.asarray(grid)[..., 0])
     # Nothing to do between steps: the solver is then given no function at all.
     idle = mask is None and preview is None
     solver_options = {"steps": steps}
@@ -87,3 +88,8 @@ def generate_with_state(
     after_step = None if idle else after
     latents = solver(guided, start, grid, after=after_step, **solver_options)
     return latents, guided.final[1] if isinstance(guided, Carried) else None
+
+
+def _flat(t: Array) -> Array:
+    """The times of rows, (b, 1, ...), as (b,); or the one of all."""
+    return t if jnp.ndim(t) == 0 else jnp.ravel(t)

@@ -64,6 +64,11 @@ PAINTER = "in the sampler of released weights, beside that of the run in trainin
 UNREAD = {
     "train": dict(weights=PAINTER, tokenizers=PAINTER),
     "sample": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
+    "serve": dict(
+        **dict.fromkeys(("optim", "data", "eval"), TRAINER),
+        tune=RESTORED,
+        train="in the reader of prompts, which come with requests here",
+    ),
     "calibrate": dict(optim=TRAINER, data=TRAINER, eval=TRAINER, tune=RESTORED),
     "evaluate": dict(
         **dict.fromkeys(("optim", "train"), TRAINER),
@@ -80,7 +85,7 @@ UNREAD = {
         quantize=RELEASED,
     ),
     "precompute": dict.fromkeys(("data", "optim", "tune", "train", "eval"), TRAINER),
-    "plan": dict.fromkeys(("encode", "eval"), TRAINER),
+    "plan": dict.fromkeys(("encode", "eval"), TRAINER) | dict(weights=PAINTER),
 }
 
 

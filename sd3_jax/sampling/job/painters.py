@@ -21,6 +21,7 @@ from sd3_jax.sampling.job.prompt_file import Task
 from sd3_jax.sampling.job.released_sampler import Report
 from sd3_jax.sampling.job.sampler import TrainedSampler
 from sd3_jax.sampling.job.texts_ahead import TextsAhead
+from sd3_jax.sampling.text.encoder import Encoder
 
 log = logging.getLogger(__name__)
 
@@ -48,18 +49,21 @@ class Painter(NamedTuple):
     denoiser: Callable[[], str] = str  # the fingerprint of a calibration
 
 
-def trained(
-    config: ConfigDict,
-    workdir: epath.Path,
-    mesh: Mesh,
-    tasks: Sequence[Task],
-    report: Report = log_report,
-) -> Painter:
-    """The newest checkpoint as a Painter; `report` gets a step cache's record."""
-    if config.text.name == "bytes":
-        warn_of_cut_prompts(tasks, config.text.length)
-        # Its import takes seconds, which are no pace of the first batch.
-        tokenizers.byte_ids("x", config.text.length)
+class Run(NamedTuple):
+    """A run's checkpoint, loaded: what its samplers share."""
+
+    params: dict
+    guide: dict | None
+    encoder: Encoder | None
+    facts: dict
+
+    def parts_of(self, config: ConfigDict) -> model_parts.Parts:
+        """The modules at the size of a task's config."""
+        return model_parts.build_parts(config)
+
+
+def trained_run(config: ConfigDict, workdir: epath.Path, mesh: Mesh) -> Run:
+    """The newest checkpoint of `workdir`; UserError if its prompts need encoders."""
     parts = model_parts.build_parts(config)
     params, step = model_parts.trained_params(config, parts, workdir, mesh)
     facts = {"step": step, "weights": tree.fingerprint(params)}
@@ -72,6 +76,22 @@ def trained(
     encoder = TrainedSampler(config, parts, mesh, guide=guide).encoder
     if encoder is not None:
         facts["encoders"] = encoder.bundle.fingerprints()
+    return Run(params, guide, encoder, facts)
+
+
+def trained(
+    config: ConfigDict,
+    workdir: epath.Path,
+    mesh: Mesh,
+    tasks: Sequence[Task],
+    report: Report = log_report,
+) -> Painter:
+    """The newest checkpoint as a Painter; `report` gets a step cache's record."""
+    if config.text.name == "bytes":
+        warn_of_cut_prompts(tasks, config.text.length)
+        # Its import takes seconds, which are no pace of the first batch.
+        tokenizers.byte_ids("x", config.text.length)
+    run = trained_run(config, workdir, mesh)
     samplers = {}
 
     def paint(rows: Sequence[Task]) -> tuple[np.ndarray | None, dict[int, str]]:
@@ -79,20 +99,21 @@ def trained(
         # Made when it is needed: a resumed job may skip whole groups.
         if group not in samplers:
             config = rows[0].config
+            parts = run.parts_of(config)
             samplers[group] = TrainedSampler(
-                config, model_parts.build_parts(config), mesh, encoder, guide, report
+                config, parts, mesh, run.encoder, run.guide, report
             )
         captions = [task.caption for task in rows]
         numbers = [task.number for task in rows]
         try:
-            return samplers[group](params, captions, numbers), {}
+            return samplers[group](run.params, captions, numbers), {}
         except UserError as error:  # ends these pictures, not the job
             return None, dict.fromkeys(range(len(rows)), str(error))
 
     # Each sampler compiles a program of its own.
     program = lambda task: task.group
-    denoiser = lambda: tree.fingerprint(params["denoiser"])
-    return Painter(paint, facts, program, denoiser=denoiser)
+    denoiser = lambda: tree.fingerprint(run.params["denoiser"])
+    return Painter(paint, run.facts, program, denoiser=denoiser)
 
 
 def released(

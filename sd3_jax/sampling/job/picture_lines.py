@@ -16,6 +16,7 @@ from PIL import Image
 from sd3_jax import pictures
 from sd3_jax.data.images import BadImage, read_own
 from sd3_jax.errors import UserError
+from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import parse_json, shown
 
 log = logging.getLogger(__name__)
@@ -138,19 +139,29 @@ def save(
     quality: int,
 ) -> None:
     """Writes a picture by its path's suffix, with its line."""
+    write_whole(path, encoded(image, path.suffix, line, quality, path.name))
+
+
+def encoded(
+    image: Image.Image | UInt8[np.ndarray, "h w 3"],
+    suffix: str,
+    line: dict,
+    quality: int,
+    name: str = "picture",
+) -> bytes:
+    """A picture's file of a suffix such as ".png", with its line."""
     # PNG's tEXt chunks hold Latin-1 and EXIF's comment ASCII: escapes pass through
     # both.
     text = json.dumps(line)  # in ASCII
-    if path.suffix == ".png":
+    if suffix == ".png":
         prompt = line["prompt"]
         info = {"prompt": prompt if isinstance(prompt, str) else prompt[0]}
-        pictures.save_png(image, path, info=info | {"sd3_jax": text})
-        return
-    if path.suffix == ".jpg" and len(text) > EXIF:
+        return pictures.png(image, info=info | {"sd3_jax": text})
+    if suffix == ".jpg" and len(text) > EXIF:
         message = "%s: its settings have %d bytes, a JPEG holds %d: only %s has them"
-        log.warning(message, path.name, len(text), EXIF, LINES)
+        log.warning(message, name, len(text), EXIF, LINES)
         text = ""
-    pictures.save_lossy(image, path, quality=quality, comment=text)
+    return pictures.lossy(image, suffix, quality=quality, comment=text)
 
 
 def text_of(lines: list[dict]) -> str:

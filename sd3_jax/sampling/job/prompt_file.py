@@ -57,9 +57,13 @@ class Task(NamedTuple):
 
     @property
     def group(self) -> tuple:
-        """What pictures of one batch have in common: all but prompt, seed and files."""
+        """What pictures of one batch have in common: all but prompt, seed and files.
+
+        The sampler of a run's checkpoint has one seed and one negative prompt.
+        """
         s = self.settings
-        shared = tuple(str(s.get(name)) for name in SHARED)
+        alone = () if self.config.weights else ("seed", "negative")
+        shared = tuple(str(s.get(name)) for name in (*SHARED, *alone))
         if not s.keys() & {*CHANGED, *NESTED}:
             return shared
         # Rows may have other pictures and masks; that they have one is a shape.
@@ -94,6 +98,11 @@ def tasks(config: ConfigDict) -> list[Task]:
         # LoRAs that differ from line to line are all loaded in one way.
         usual = line_inputs.read_loras(list(config.sample.lora), ".")
         lines = [x._replace(nested={"lora": usual} | x.nested) for x in lines]
+    return tasks_of(lines, looked)
+
+
+def tasks_of(lines: Iterable[Line], looked: Looked) -> list[Task]:
+    """A task for each picture of the lines; UserError if their pictures do not fit."""
     picture_tasks = []
     for line in lines:
         settings = settings_of(line.config) | line.nested

@@ -210,16 +210,18 @@ def sample_lines(
     *,
     texts: TextsAhead | None = None,
     report: Report = cache_arguments.log_report,
+    adapters: Mapping[str, float] | None = None,
 ) -> tuple[UInt8[np.ndarray, "n h w 3"] | None, dict[int, str]]:
     """Pictures of tasks of one group, None if none can be painted; and why not, by row.
 
     A row that fails is painted as another one, so that the program is the same. Tasks
     that are in `texts` have their embeddings there. A step cache's record goes to
-    `report`.
+    `report`. `adapters` are weights of the model's, by default its own or the tasks'.
     """
     settings = tasks[0].settings
     guides = settings["guidance_method"] == "autoguidance"
     extra: dict[str, Any] = {"guide": guide} if guides else {}
+    extra |= {} if adapters is None else {"adapters": adapters}
     if settings.get("cache"):
         extra["cache_report"] = report
     rows = [TEXT_ALONE] * len(tasks)

@@ -71,6 +71,6 @@ def log_programs(programs: dict[tuple, list[list[Task]]], total: int) -> None:
         log.info(message, text, size, sum(numbers), listed)
 
 
-def filled(batch: Sequence[Task], size: int) -> list[Task]:
+def filled(batch: Sequence, size: int) -> list:
     """The batch, repeated from its start up to the size of the program."""
     return [batch[i % len(batch)] for i in range(size)]

@@ -1,0 +1,1 @@
+"""The HTTP server: OpenAI's Images API in front of one thread that paints batches."""
