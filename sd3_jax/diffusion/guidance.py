@@ -184,7 +184,8 @@ def away(
     # A branch, not a mask: outside the window a third pass would be wasted. All
     # examples of a batch are at the same t, unless they have windows of their own.
     rows = jnp.ndim(low) == 1
-    inside = (low <= t) & (t <= high) if rows else (low <= t[0]) & (t[0] <= high)
+    at = t if rows else t[0]
+    inside = jnp.logical_and(low <= at, at <= high)
     apart = jax.lax.cond(jnp.any(inside), difference, lambda: jnp.zeros_like(v_c))
     return jnp.where(expand(inside, x), apart, 0) if rows else apart
 

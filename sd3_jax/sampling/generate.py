@@ -54,8 +54,8 @@ def generate_with_state(
     x after each step. preview(step, t, to_rgb(x)) is called on the host after each
     step. A solver with a trajectory returns all n latents. `spread` is the std of x at
     grid[0], for formulations that do not start at pure noise. `steps`, which may be
-    traced, is how many steps of the grid are taken. Other `options` are guided()'s. With a grid (b, n) and
-    steps (b,), each row has times of its own.
+    traced, is how many steps are taken. With a grid (b, n) and steps (b,) each row has
+    times of its own. Other `options` are guided()'s.
     """
     # Noise is float32 whatever the model computes in: the solver's state x is float32.
     draw = jax.vmap(lambda key: jax.random.normal(key, shape, jnp.float32))

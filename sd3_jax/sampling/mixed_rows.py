@@ -72,29 +72,13 @@ def generate(
     image = arguments.starting_image(bundle, image)
     shape = arguments.size(bundle, head["height"], head["width"], image)
     schedules = [_schedule(bundle, shape, call, image is not None) for call in calls]
-    for steering, (solver, _) in zip(steerings, schedules):
-        steering.require_solver(solver)
-    names = {solvers.same_program(solver) for solver, _ in schedules}
-    plans = {repr(sorted(x.plan().items(), key=str)) for x in steerings}
-    if len(plans) != 1 or len(names) != 1 or min(names) not in MIXED:
-        raise UserError(
-            "rows of one batch need programs that differ; sample them apart"
-        )
+    _require_one_program(steerings, [solver for solver, _ in schedules])
 
     # --- texts, adapters, and where sampling starts
-    cond, uncond = arguments.encoded(
-        bundle,
-        [text for call in calls for text in call["prompts"]],
-        [text for call in calls for text in call["negative_prompts"]],
-        length=head["max_sequence_length"],
-        per_prompt=1,
-        clip_skip=head["clip_skip"],
-        guided=steerings[0].reads_uncond,
-        weighting=head["prompt_weighting"],
-        adapters=None if adapters is None else list(adapters),
-    )
-    rows = call_arrays.Rows(len(calls), 1)
     sets = None if adapters is None else list(adapters)
+    guided = steerings[0].reads_uncond
+    cond, uncond = _encoded(bundle, calls, guided=guided, adapters=sets)
+    rows = call_arrays.Rows(len(calls), 1)
     table = call_arrays.adapter_table(bundle, sets, rows)
     seeds = [seed for call in calls for seed in call["seed"]]
     start = call_arrays.start(
@@ -112,8 +96,7 @@ def generate(
         ]
     )
     # Devices that would have no row take tokens, as in sd3_jax.generate.
-    count = rows.count * (1 + steerings[0].reads_uncond)
-    mesh = call_arrays.mesh_for(bundle, count)
+    mesh = call_arrays.mesh_for(bundle, rows.count * (1 + guided))
     with compiled.on(mesh):
         denoiser = bundle.on_devices(bundle.adapted("denoiser", table))
         latents = compiled.sample(plan, denoiser, compiled.place(inputs, mesh))
@@ -131,6 +114,41 @@ def _steering(bundle: Bundle, call: Mapping[str, Any]) -> guidance_arguments.Gui
         rescale=call["guidance_rescale"],
         skip=guidance_arguments.Layers(*(call[name] for name in names)),
         negative=arguments.has_text(call["negative_prompts"]),
+    )
+
+
+def _require_one_program(
+    steerings: Sequence[guidance_arguments.Guidance], names: Sequence[str]
+) -> None:
+    for steering, solver in zip(steerings, names):
+        steering.require_solver(solver)
+    families = {solvers.same_program(solver) for solver in names}
+    plans = {repr(sorted(x.plan().items(), key=str)) for x in steerings}
+    if len(plans) != 1 or len(families) != 1 or min(families) not in MIXED:
+        raise UserError(
+            "rows of one batch need programs that differ; sample them apart"
+        )
+
+
+def _encoded(
+    bundle: Bundle,
+    calls: Sequence[Mapping[str, Any]],
+    *,
+    guided: bool,
+    adapters: list | None,
+) -> tuple:
+    # One encoder's program for the batch: what is not data is that of the first call.
+    head = calls[0]
+    return arguments.encoded(
+        bundle,
+        [text for call in calls for text in call["prompts"]],
+        [text for call in calls for text in call["negative_prompts"]],
+        length=head["max_sequence_length"],
+        per_prompt=1,
+        clip_skip=head["clip_skip"],
+        guided=guided,
+        weighting=head["prompt_weighting"],
+        adapters=adapters,
     )
 
 
