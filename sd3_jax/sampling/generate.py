@@ -78,14 +78,13 @@ def generate_with_state(
 
     # With x0 the grid may begin below t = 1, at a picture that is noised in part.
     start = spread * noise if x0 is None else at(jnp.asarray(grid)[..., 0])
-    # Nothing to do between steps: the solver is then given no function at all.
-    idle = mask is None and preview is None
     solver_options = {"steps": steps}
     if solvers.draws(solver):
         # Fresh noise of step i depends on the picture's key and i alone.
         fold = jax.vmap(jax.random.fold_in, (0, None))
         solver_options["draw"] = lambda step: draw(fold(keys, step))
-    after_step = None if idle else after
+    # With nothing to do between steps the solver is given no function at all.
+    after_step = None if mask is None and preview is None else after
     latents = solver(guided, start, grid, after=after_step, **solver_options)
     return latents, guided.final[1] if isinstance(guided, Carried) else None
 

@@ -59,14 +59,8 @@ def generate(
     """
     head = calls[0]
     steerings = [_steering(bundle, call) for call in calls]
-    edit = inpainting.prepare(
-        bundle,
-        image,
-        mask,
-        height=head["height"],
-        width=head["width"],
-        **(edits or {}),
-    )
+    size = dict(height=head["height"], width=head["width"])
+    edit = inpainting.prepare(bundle, image, mask, **size, **(edits or {}))
     if edit is not None:
         image, mask = edit.image, edit.mask
     image = arguments.starting_image(bundle, image)
