@@ -20,8 +20,9 @@ HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "quantized"
 KINDS = "", "int8", "fp8", "int8_dynamic", "fp8_dynamic"
 LARGE, MEDIUM = "sd35_large", "sd35_medium"
-# One picture on eight chips: its tokens over the chips. Eight pictures: a chip each.
-OVER_TOKENS = {"context": 8, "fsdp": 1}
+# One picture on eight chips: two halves of guidance, and its tokens over four chips each
+# (benchmarks/latency.md). Eight pictures: a chip each.
+OVER_TOKENS = {"data": 2, "context": 4, "fsdp": 1}
 PROGRAMS = [  # model, slice, images at once, keys of the mesh
     (LARGE, "v5e-1", 1, {}),
     (LARGE, "v6e-1", 1, {}),
@@ -112,12 +113,14 @@ def compiled(model, name, images, mesh_keys, kind, depth=0) -> dict:
     config.plan.update(job="sample", hlo=True)
     config.mesh.update(mesh_keys)
     config.quantize.denoiser = kind
+    config.model.context_attention = "auto"
     config.model.depth = depth or config.model.depth
     tpu_slice = slices.find(name)
     mesh = sharding.make_mesh(**config.mesh, devices=aot.devices(tpu_slice))
     with programs.on(mesh):
         share = images / tpu_slice.devices
-        args = config, tpu_slice, mesh, images, True, share
+        steering = sampling_programs.guidance(config)
+        args = config, tpu_slice, mesh, images, steering, share
         case = sampling_programs.denoise(*args)
         row = job.planned(config, tpu_slice, mesh, case, RUNS)
     if "needs" in row:
