@@ -94,7 +94,8 @@ def compiled(row: Row) -> dict:
     mesh = sharding.make_mesh(**sizes, devices=aot.devices(tpu_slice))
     with programs.on(mesh):
         share = 1 / tpu_slice.devices
-        case = sampling_programs.denoise(config, tpu_slice, mesh, 1, True, share)
+        steering = sampling_programs.guidance(config)
+        case = sampling_programs.denoise(config, tpu_slice, mesh, 1, steering, share)
         return plan.planned(config, tpu_slice, mesh, case, epath.Path(RUNS))
 
 
