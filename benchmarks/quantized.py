@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "quantized"
 KINDS = "", "int8", "fp8", "int8_dynamic", "fp8_dynamic"
 LARGE, MEDIUM = "sd35_large", "sd35_medium"
-# One picture on eight chips: two halves of guidance, and its tokens over four chips each
+# One picture on eight chips: two halves of guidance, four chips for the tokens of each
 # (benchmarks/latency.md). Eight pictures: a chip each.
 OVER_TOKENS = {"data": 2, "context": 4, "fsdp": 1}
 PROGRAMS = [  # model, slice, images at once, keys of the mesh

@@ -95,7 +95,8 @@ class Bundle(WithPrompts, WithAdapters, WithAutoencoder):
         argument_checks.whole("clip_skip", clip_skip, 0, most_clip_skip(self.configs))
         if not any(self.text_models):
             raise UserError(
-                f"{self.source} has no text encoder; pass embeddings instead of texts"
+                f"{self.source} has no text encoder; add a file or folder that has one,"
+                " after a comma, or pass embeddings instead of texts"
             )
         table = self.bank.table(adapters, len(prompts))
         tokens = self.tokenize(prompts, max_sequence_length, weighting=weighting)

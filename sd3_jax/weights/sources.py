@@ -280,7 +280,10 @@ def _diffusers(path: epath.Path, variant: str) -> dict[str, Part]:
         if not _is_of(kind, name):
             raise UserError(f"{file}: {component.folder} is {_other(kind, name)}")
         if not (folder / "config.json").exists():
-            raise UserError(f"{file} names {component.folder}, without a config.json")
+            raise UserError(
+                f"{file} names {component.folder}, without a config.json; add it, or"
+                " remove the entry if another source has this part"
+            )
         variants |= safetensors.variants(folder)
         components[name] = _from_folder(component, folder, variant)
     if "unet" in entries:  # Stable Diffusion 1, 2 or XL

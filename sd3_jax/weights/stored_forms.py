@@ -50,7 +50,8 @@ def report(
     if again:
         log.warning(
             "%s: %d quantized tensors are rounded a second time (%s), which loses"
-            " precision; without quantize they are used as the file has them",
+            " precision; fp8 keeps the file's e4m3, int8 its int8, and without quantize"
+            " they are dequantized",
             *(where, again.total(), ", ".join(again)),
         )
 
