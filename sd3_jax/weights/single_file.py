@@ -70,11 +70,7 @@ UNREAD = {
         r"|(sqrt|log)_\w*alphas_cumprod)": "the schedule of"
         " another kind of model, which A1111 and LDM add to any file",
     },
-    "vae": {
-        r"loss\..*": "the discriminator that it was trained with",
-        r"vae_(scale|shift)": "ComfyUI's factors from the large autoencoder's latents"
-        " to a TAESD's, which are the denoiser's",
-    },
+    "vae": {r"loss\..*": "the discriminator that it was trained with"},
     "clip_l": CLIP_UNREAD
     | {r"text_projection(\.weight)?": "SD3 takes CLIP-L's vector unprojected"},
     "clip_g": CLIP_UNREAD,
