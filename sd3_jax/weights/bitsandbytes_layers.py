@@ -49,7 +49,6 @@ def four_bits(
     """A weight of two values a byte: a table's entry times the largest of its block."""
     where = f"{path}: {key}"
     kind, text = _state_of(where, texts)
-    state = _parsed(where, kind, text)
     absent = [x for x in ("absmax", "quant_map") if x not in parts]
     nested = "nested_absmax" in parts or "nested_quant_map" in parts
     nested = nested or "absmax" in parts and parts["absmax"].dtype == np.uint8
@@ -61,6 +60,7 @@ def four_bits(
             f"{where}.{absent[0]} is missing: without it the {kind} weight cannot be"
             " read; the file is incomplete"
         )
+    state = _parsed(where, kind, text, nested)
     count = math.prod(state.shape)
     _require_sizes(where, kind, packed, parts, state, nested)
 
@@ -133,7 +133,7 @@ def _state_of(where: str, texts: Mapping[str, bytes]) -> tuple[str, bytes]:
     return kind, text
 
 
-def _parsed(where: str, kind: str, text: bytes) -> State:
+def _parsed(where: str, kind: str, text: bytes, nested: bool) -> State:
     whole = lambda x: type(x) is int and 0 < x < 2**40
     try:
         x = parse_json(text)
@@ -145,12 +145,16 @@ def _parsed(where: str, kind: str, text: bytes) -> State:
             raise ValueError(f"shape {shown(x['shape'])}")
         if x["dtype"] not in DTYPES:
             raise ValueError(f"dtype {shown(x['dtype'])}, not of {', '.join(DTYPES)}")
-        size, offset = x.get("nested_blocksize", 256), x.get("nested_offset", 0.0)
+        # Without the offset the scales of blocks would be wrong, and not missing.
+        size = x["nested_blocksize"] if nested else 1
+        offset = x["nested_offset"] if nested else 0.0
         if not whole(size) or type(offset) not in (int, float):
             raise ValueError("nested_blocksize or nested_offset is no number")
         dtype = np.dtype(jnp.dtype(x["dtype"]))
         return State(x["blocksize"], dtype, tuple(x["shape"]), size, float(offset))
-    except (ValueError, TypeError, KeyError) as error:
+    except KeyError as error:
+        raise UserError(f"{where}: its quant_state lacks {error}") from None
+    except (ValueError, TypeError) as error:
         raise UserError(f"{where}: its quant_state is damaged: {error}") from None
 
 

@@ -68,6 +68,8 @@ def open_file(path: epath.Path) -> Tensors:
     for name, entry in header.tensors.items():
         tensor = _tensor(path, header, name, entry)
         name = _t5_name(name) if architecture in T5 else name
+        if name in tensors:  # by llama.cpp's and by transformers' name
+            raise UserError(f"{path}: {name} appears twice, under two names")
         if re.fullmatch(POSITIONS, name) and len(tensor.shape) == 2:
             tensor = _reshaped(tensor, (1, *tensor.shape))
         tensors[name] = tensor
@@ -111,7 +113,7 @@ def _tensor(
         _require_whole(where, entry.start + tensor.size, header.length)
         return tensor
     kind, numbers, size = _type(where, entry.type)
-    if not entry.sizes or entry.sizes[-1] % numbers:
+    if math.prod(entry.sizes) == 0 or not entry.sizes or entry.sizes[-1] % numbers:
         raise UserError(
             f"{where} is {list(entry.sizes)} of {kind}, which has blocks of {numbers};"
             " the file is damaged"
@@ -133,7 +135,8 @@ def _original_shape(where: str, original, entry: Entry) -> tuple[int, ...]:
     """The shape that ComfyUI-GGUF noted of a tensor that it reshaped, or the stored."""
     if original is None:
         return entry.sizes
-    counts = isinstance(original, list) and all(type(n) is int for n in original)
+    counts = isinstance(original, list)
+    counts = counts and all(type(n) is int and n >= 0 for n in original)
     if not counts or math.prod(original) != math.prod(entry.sizes):
         raise UserError(
             f"{where} is {list(entry.sizes)}, but {ORIGINAL_SHAPE} says"

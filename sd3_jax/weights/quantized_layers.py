@@ -69,9 +69,11 @@ def joined(
     for key in split.parts | listed:
         parts = split.parts.get(key, {})
         if key not in result:
+            there = (
+                f"its {', '.join(parts)} exists" if parts else f"{METADATA} lists it"
+            )
             raise UserError(
-                f"{path}: {key} is missing, but its {', '.join(parts)} exists; the file"
-                " is incomplete"
+                f"{path}: {key} is missing, but {there}; the file is incomplete"
             )
         result[key] = _layer(path, key, tensors[key], parts, texts, listed)
     for mark in split.marks:
@@ -144,13 +146,13 @@ def _layer(
     if "comfy_quant" in here or key in listed:
         settings = _settings(path, key, here.get("comfy_quant"), listed.get(key))
         stored = _format(path, key, weight, settings)
-    scale = next((parts[end] for end in SCALES if end in parts), None)
-    if scale is None:
+    scales = [parts[end] for end in SCALES if end in parts]
+    if len(scales) != 1:
+        fault = "has both scale_weight and" if scales else "is incomplete: it lacks"
         raise UserError(
-            f"{path}: {key} is quantized ({stored}), but its weight_scale is missing;"
-            " the file is incomplete"
+            f"{path}: {key} is quantized ({stored}), but the file {fault} weight_scale"
         )
-    return scaled(path, key, weight, scale, stored)
+    return scaled(path, key, weight, scales[0], stored)
 
 
 def _settings(path: epath.Path, key: str, text: bytes | None, listed: Any) -> dict:
@@ -203,6 +205,12 @@ def scaled(
     if scale.dtype.kind not in "fV":  # V: of ml_dtypes
         raise UserError(
             f"{path}: the scale of {key} is of {scale.dtype}, expected floats"
+        )
+    # Bytes may be packed values of a format whose other parts do not tell it.
+    if stored.kind in "biu" and stored != INT8:
+        raise UserError(
+            f"{path}: {key} is of {stored} with a scale, expected fp8 or int8; set its"
+            " format in a comfy_quant"
         )
     count = 1 if sizes[scale.shape] == 1 else outputs[0]
     q = lambda: weight.read().view(stored)

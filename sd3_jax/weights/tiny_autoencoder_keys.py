@@ -18,6 +18,8 @@ HALVES = ("encoder", "decoder")
 BARE = re.compile(r"\d+\.(conv\.\d+\.)?(weight|bias)")
 # In one file, as ComfyUI names them once both are read.
 PREFIX = re.compile(r"taesd_(?=(en|de)coder\.\d)")
+# From the large autoencoder's latents, in which ComfyUI has them, to TAESD's: ours.
+FACTORS = ("vae_scale", "vae_shift")
 
 
 def table(model: TinyAutoencoder) -> list[Group]:
@@ -69,7 +71,8 @@ def with_both_halves(path: epath.Path, tensors: Tensors) -> Tensors:
     Other files' tensors are returned as they are. UserError if there is no other half.
     """
     if any(PREFIX.match(key) for key in tensors):
-        return {PREFIX.sub("", key): x for key, x in tensors.items()}
+        rest = {key: x for key, x in tensors.items() if key not in FACTORS}
+        return {PREFIX.sub("", key): x for key, x in rest.items()}
     if not tensors or not all(BARE.fullmatch(key) for key in tensors):
         return tensors
     # The decoder begins with a layer that has no weights.

@@ -114,6 +114,9 @@ def test_files(theirs, bundle, tmp_path, name):
             for half, part in halves.items()
             for key, x in part.items()
         }
+        # ComfyUI's module has two parameters more (nodes.py sets them for each family).
+        tensors |= {"vae_scale": torch.tensor(1.5305)}
+        tensors |= {"vae_shift": torch.tensor(0.0609)}
         safetensors.torch.save_file(tensors, path)
     else:
         path = tmp_path / "diffusion_pytorch_model.safetensors"

@@ -93,9 +93,10 @@ def test_shapes_of_other_tools(tmp_path):
     wanted = gguf.dequantize(tensors[key][0], TYPES.Q8_0).reshape(256, 16, 2, 2)
     np.testing.assert_array_equal(read[key].read(), wanted)
     assert read["pos_embed"].read().shape == (1, 64, 256)
-    bad = ("add_array", f"comfy.gguf.orig_shape.{key}", (256, 16, 2, 3))
-    path = write(tmp_path / "b.gguf", tensors, fields=[bad])
-    assert "says [256, 16, 2, 3]; the file is damaged" in refusal(path)
+    for bad in (256, 16, 2, 3), (-256, 16, -2, 2):
+        note = ("add_array", f"comfy.gguf.orig_shape.{key}", bad)
+        path = write(tmp_path / "b.gguf", tensors, fields=[note])
+        assert f"says {[*bad]}; the file is damaged" in refusal(path)
 
 
 def test_a_header_between_other_things(tmp_path):
@@ -139,6 +140,13 @@ def test_t5_in_llama_cpps_names():
     assert decoder.startswith("decoder.")
 
 
+def test_a_tensor_under_two_names(tmp_path):
+    x = np.ones((4, 8), np.float32)
+    tensors = {"token_embd.weight": (x, "F32"), "shared.weight": (2 * x, "F32")}
+    path = write(tmp_path / "a.gguf", tensors, "t5")
+    assert "shared.weight appears twice, under two names" in refusal(path)
+
+
 # Files that lie, or are of something else
 
 
@@ -169,6 +177,15 @@ def test_a_type_that_cannot_be_read_is_named(tmp_path):
     assert "is of GGUF type 99, which the gguf package does not" in refusal(
         epath.Path(tmp_path / "b.gguf")
     )
+
+
+def test_an_axis_of_no_numbers(tmp_path):
+    path = write(tmp_path / "a.gguf", {"w": (blocks("Q8_0", 4, 64), "Q8_0")})
+    sizes = (64).to_bytes(8, "little") + (4).to_bytes(8, "little")
+    for new in bytes(8) + sizes[8:], sizes[:8] + bytes(8):
+        (tmp_path / "b.gguf").write_bytes(path.read_bytes().replace(sizes, new))
+        told = refusal(epath.Path(tmp_path / "b.gguf"))
+        assert "of Q8_0, which has blocks of 32; the file is damaged" in told
 
 
 def test_a_file_cut_off_anywhere(tmp_path):

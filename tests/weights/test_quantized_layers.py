@@ -111,6 +111,17 @@ def test_double_quantization_without_codes(tmp_path):
     assert "absmax is of float32, expected uint8 beside nested_absmax" in told
 
 
+@pytest.mark.parametrize("field", ["nested_offset", "nested_blocksize"])
+def test_double_quantization_without_a_field(field, tmp_path):
+    """bitsandbytes raises too; an offset of 0 would give other weights in silence."""
+    parts, _ = four_bits(compress_statistics=True)
+    state = f"{NAME}.weight.quant_state.bitsandbytes__nf4"
+    fields = json.loads(bytes(parts[state].numpy()))
+    del fields[field]
+    parts[state] = torch.tensor(list(json.dumps(fields).encode()), dtype=torch.uint8)
+    assert f"its quant_state lacks '{field}'" in refusal(tmp_path, parts)
+
+
 FAULTS = {  # what is changed of a file in nf4 with double quantization, and the message
     "absmax": ("weight.absmax is missing: without it the nf4 weight cannot be read"),
     "quant_map": "weight.quant_map is missing",
@@ -227,10 +238,28 @@ def test_scales_that_are_missing_or_do_not_fit(tmp_path):
     ints = parts | {scale: torch.ones((), dtype=torch.int32)}
     assert "is of int32, expected floats" in refusal(tmp_path, ints)
     told = refusal(tmp_path, {key: parts[key]} | comfy({"format": "float8_e4m3fn"}))
-    assert "its weight_scale is missing" in told
+    assert "is incomplete: it lacks weight_scale" in told
+    twice = parts | {f"{NAME}.weight_scale": torch.ones(())}
+    assert "has both scale_weight and weight_scale" in refusal(tmp_path, twice)
     endless = opened(tmp_path, parts | {scale: torch.tensor(torch.inf)})
     with pytest.raises(UserError, match="the scale of .* is NaN or infinite"):
         endless[key].read()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_packed_bytes_are_no_values_of_a_scale(dtype, tmp_path):
+    """Four-bit formats hold two values a byte beside scales of the same name."""
+    parts = {f"{NAME}.weight": torch.ones(96, 64).to(dtype)}
+    parts[f"{NAME}.weight_scale"] = torch.ones(96)
+    assert "with a scale, expected fp8 or int8" in refusal(tmp_path, parts)
+
+
+def test_metadata_of_a_layer_that_is_not_there(tmp_path):
+    layers = {"layer": {"format": "float8_e4m3fn"}}
+    told = refusal(
+        tmp_path, scaled()[0], _quantization_metadata=json.dumps({"layers": layers})
+    )
+    assert "layer.weight is missing, but _quantization_metadata lists it" in told
 
 
 @pytest.mark.parametrize(

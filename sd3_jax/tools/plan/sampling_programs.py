@@ -1,5 +1,6 @@
 """The programs that `sample` runs with released weights, as shapes on a mesh."""
 
+import logging
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from sd3_jax.tools.plan.slices import GB, Generation, Slice
 from sd3_jax.weights import components
 from sd3_jax.weights.encoder_configs import CONFIGS
 
+log = logging.getLogger(__name__)
 WORDS = 77  # CLIP's tokens, in front of T5's
 
 
@@ -136,6 +138,12 @@ def denoise(
     Autoguidance's guide is taken to be as large as the denoiser.
     """
     s, model = config.sample, model_parts.mmdit(config.model, "plan knows no other's")
+    if s.cache:
+        log.warning(
+            'config.sample.cache = "%s": plan counts the steps without it, and no saved'
+            " blocks in memory",
+            s.cache,
+        )
     module, variables, size = denoiser(config, model, mesh)
     h, w = config.image.height // 8, config.image.width // 8
     words, tokens = WORDS + s.max_length, h * w // module.patch**2

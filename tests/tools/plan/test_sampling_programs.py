@@ -55,6 +55,11 @@ def test_forwards_of_the_solver_and_the_guidance(keys, forwards):
     assert case.flops == pytest.approx(plain.flops * forwards / 10)
 
 
+def test_a_step_cache_is_not_counted_and_said_so(caplog):
+    assert denoise(cache="first_block").forwards == denoise().forwards
+    assert 'cache = "first_block": plan counts the steps without it' in caplog.text
+
+
 @pytest.mark.parametrize("name", solvers.SOLVERS)
 def test_the_passes_of_a_solver_are_those_that_it_makes(name):
     """Counted on the host as it runs, without a compiled loop."""
