@@ -259,9 +259,7 @@ def generate(
         guided=steering.reads_uncond,
     )
     # The denoiser's mesh: devices that would have no row take tokens.
-    others = nets if guide is None else (*nets, guide.part("denoiser"))
-    doubled = rows.count * (1 + steering.reads_uncond)
-    mesh = call_arrays.mesh_for(bundle, doubled, others)
+    mesh = call_arrays.mesh_for(bundle, rows, steering, nets)
 
     # --- run: the Plan is what compiles, the Inputs are its data
     plan = call_arrays.plan(

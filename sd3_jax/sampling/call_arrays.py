@@ -44,11 +44,14 @@ class Start(NamedTuple):
     mask: Any
 
 
-def mesh_for(bundle: Bundle, rows: int, others: Sequence[nn.Module] = ()) -> Mesh:
-    """The bundle's mesh for so many rows of the denoiser (sharding.spread), and of
-    `others`, networks that run beside it."""
-    mesh = sharding.spread(bundle.mesh, rows)
-    for net in (bundle.part("denoiser"), *others):
+def mesh_for(
+    bundle: Bundle, rows: Rows, steering: Guidance, nets: Sequence[nn.Module]
+) -> Mesh:
+    """The bundle's mesh for the denoiser's rows (sharding.spread), its ControlNets and
+    its guide; UserError if the heads of one do not fit it."""
+    mesh = sharding.spread(bundle.mesh, rows.count * (1 + steering.reads_uncond))
+    guides = [x.part("denoiser") for x in (steering.guide,) if x is not None]
+    for net in (bundle.part("denoiser"), *nets, *guides):
         sharding.require_context(net.context_attention, net.num_heads, mesh)
     return mesh
 
