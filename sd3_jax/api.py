@@ -243,8 +243,6 @@ def generate(
         adapters=adapters,
     )
     rows = call_arrays.Rows(cond.pooled.shape[0], images_per_prompt)
-    # The denoiser's mesh: devices that would have no row take tokens.
-    mesh = call_arrays.mesh_for(bundle, rows.count * (1 + steering.reads_uncond))
     table = call_arrays.adapter_table(bundle, adapters, rows)
 
     # --- the start: noise, and the image and its mask as latents
@@ -260,6 +258,8 @@ def generate(
         images_per_prompt,
         guided=steering.reads_uncond,
     )
+    # The denoiser's mesh: devices that would have no row take tokens.
+    mesh = call_arrays.mesh_for(bundle, rows, steering, nets)
 
     # --- run: the Plan is what compiles, the Inputs are its data
     plan = call_arrays.plan(

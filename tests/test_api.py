@@ -59,6 +59,19 @@ def test_heads_that_devices_cannot_share_are_refused_before_weights_are_read():
         sd3_jax.load(folder, mesh, "float32", context_attention="rings")
 
 
+def test_a_guide_whose_heads_devices_cannot_share_is_one_line(bundle):
+    """One picture takes the devices of the rows, which its guide then shares too."""
+    mesh = sharding.make_mesh()
+    cut = dict(mesh=mesh, configs=bundle.configs)
+    module = bundle.part("denoiser").clone(context_attention="ulysses", num_heads=6)
+    guide = dataclasses.replace(bundle, modules={"denoiser": module}, **cut)
+    strong = dataclasses.replace(bundle, mesh=mesh)
+    cond = jax.tree.map(np.asarray, bundle.encode_prompts("a fox", 20))
+    with pytest.raises(UserError, match="cannot share the 6 heads; expected context"):
+        run = RUN | dict(guidance_method="autoguidance", guide=guide)
+        sd3_jax.generate(strong, cond, **run)
+
+
 def test_previews(bundle, plain):
     seen = []
     look = lambda i, t, rgb: seen.append((int(i), float(t), np.asarray(rgb)))

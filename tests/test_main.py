@@ -141,6 +141,19 @@ def test_training_has_no_weights_of_eight_bits(here):
     parse("--config.quantize.denoiser=")
 
 
+@pytest.mark.parametrize("job", ["train", "study"])
+def test_no_curve_is_of_weights_that_change(here, job):
+    words = f'cache = "magcache": {job} changes the weights .* first_block or taylor'
+    with pytest.raises(UserError, match=words):
+        parse("--config.sample.cache=magcache", job=job)
+    parse("--config.sample.cache=first_block", job=job)
+
+
+def test_plan_names_a_cache_that_it_does_not_count(here, caplog):
+    parse("--config.sample.cache=first_block", job="plan")
+    assert "sample.cache (plan does not read it)" in caplog.text
+
+
 @pytest.mark.parametrize(
     "job, flags",
     [

@@ -69,6 +69,11 @@ def check(job: str, flags: Iterable[str], values: Mapping[str, Any]) -> None:
             f"config.quantize.denoiser = {kind}: train keeps its weights in full"
             " precision; remove it here, and set it for sample, evaluate or study"
         )
+    if job in ("train", "study") and values["sample.cache"] == "magcache":
+        raise UserError(
+            f'config.sample.cache = "magcache": {job} changes the weights that its'
+            " calibration is of; choose first_block or taylorseer, or set it for sample"
+        )
     if job in PICTURED and not values["weights"]:
         for key in filter(OF_A_RELEASE.__contains__, flags):
             require_released(f"config.{key}")

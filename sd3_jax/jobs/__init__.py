@@ -182,6 +182,7 @@ JOBS = {  # by name, which is also that of the module in sd3_jax.jobs
         "plan a TPU run without a TPU: memory, time and bottleneck",
         groups=("seed", *MODEL, "optim", "ema", "tune", "mesh", "data", "train")
         + ("sample", "quantize", "plan"),
+        unread=CACHE,
         about="It compiles the training step for each slice, with libtpu. It prints a"
         " row for each: memory, lower bounds on the time of matrix products, HBM and"
         " links, and which of them is the bottleneck.",

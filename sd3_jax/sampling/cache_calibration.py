@@ -14,6 +14,7 @@ from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks
 
 FORMAT = "sd3_jax step cache 1"
+MOST = 1e6  # of a ratio; those of models are near 1
 REMEDY = "calibrate it with sd3-jax calibrate"
 
 
@@ -59,14 +60,17 @@ def read(path: Any) -> Calibration:
         raise UserError(
             f"{where}: cannot be read: {error.strerror or error}; {REMEDY}"
         ) from None
-    except ValueError:
+    except (ValueError, RecursionError):  # the second of lists in lists in lists
         raise UserError(f"{where}: expected JSON; {REMEDY}") from None
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f'{where}: expected "format": "{FORMAT}"; {REMEDY}')
     ratios, model = record.get("ratios"), record.get("model")
-    number = lambda x: isinstance(x, int | float) and np.isfinite(x) and x >= 0
+    # Not by numpy, which takes no whole number of JSON that exceeds 64 bits.
+    number = lambda x: isinstance(x, int | float) and 0 <= x <= MOST
     if not isinstance(ratios, list) or not ratios or not all(map(number, ratios)):
-        raise UserError(f"{where}: ratios: expected a list of numbers, one a step")
+        raise UserError(
+            f"{where}: ratios: expected a list of numbers 0 to {MOST:g}, one a step"
+        )
     if not isinstance(model, str):
         raise UserError(f"{where}: model: expected the fingerprint of its weights")
     about = {k: x for k, x in record.items() if k not in ("format", "model", "ratios")}

@@ -1,10 +1,11 @@
 """What one call of sd3_jax.generate gives its program: rows, start, Plan, Inputs."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from flax import linen as nn
 from jax import Array
 from jax.sharding import Mesh
 from jaxtyping import Float, Key
@@ -43,10 +44,15 @@ class Start(NamedTuple):
     mask: Any
 
 
-def mesh_for(bundle: Bundle, rows: int) -> Mesh:
-    """The bundle's mesh for so many rows of the denoiser (sharding.spread)."""
-    mesh, denoiser = sharding.spread(bundle.mesh, rows), bundle.part("denoiser")
-    sharding.require_context(denoiser.context_attention, denoiser.num_heads, mesh)
+def mesh_for(
+    bundle: Bundle, rows: Rows, steering: Guidance, nets: Sequence[nn.Module]
+) -> Mesh:
+    """The bundle's mesh for the denoiser's rows (sharding.spread), its ControlNets and
+    its guide; UserError if the heads of one do not fit it."""
+    mesh = sharding.spread(bundle.mesh, rows.count * (1 + steering.reads_uncond))
+    guides = [x.part("denoiser") for x in (steering.guide,) if x is not None]
+    for net in (bundle.part("denoiser"), *nets, *guides):
+        sharding.require_context(net.context_attention, net.num_heads, mesh)
     return mesh
 
 

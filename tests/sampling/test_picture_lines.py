@@ -39,6 +39,21 @@ def test_every_format_keeps_the_line(suffix, tmp_path):
     assert "image" not in task.settings
 
 
+def test_a_repeated_picture_has_its_own_cache(tmp_path, caplog):
+    path = epath.Path(tmp_path) / "a.png"
+    picture_lines.save(path, PIXELS, LINE, 100)
+    recipe = config(path)
+    recipe.sample.update(cache="first_block", cache_options="threshold=0.3")
+    (task,) = prompt_file.tasks(recipe)
+    assert "cache" not in task.settings and not caplog.records
+    settings = LINE["settings"] | {"cache": "first_block"}
+    picture_lines.save(path, PIXELS, LINE | {"settings": settings}, 100)
+    (task,) = prompt_file.tasks(recipe)
+    assert task.settings["cache"] == "first_block"
+    assert "cache_options" not in task.settings
+    assert "skipped the steps of a whole batch of 8" in caplog.text
+
+
 def test_settings_that_no_jpeg_holds_are_only_in_the_file_of_lines(tmp_path, caplog):
     path = epath.Path(tmp_path) / "a.jpg"
     picture_lines.save(path, PIXELS, LINE | {"prompt": ["ü" * 8192] * 3}, 90)

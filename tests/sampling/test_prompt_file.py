@@ -3,6 +3,7 @@
 import json
 import logging
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from configs import released
 from sd3_jax.data import prompt_text, tokenizers
 from sd3_jax.errors import UserError
-from sd3_jax.sampling import guidance_arguments
+from sd3_jax.sampling import cache_calibration, guidance_arguments
+from sd3_jax.sampling.cache_calibration import Calibration
 from sd3_jax.sampling.job import painters, picture_lines, prompt_file, prompt_lines
 
 CONFIG = released.get_config("tiny")
@@ -34,6 +36,25 @@ def config(**keys):
     made = CONFIG.copy_and_resolve_references()
     made.sample.update(keys)
     return made
+
+
+def test_a_calibration_is_an_input_of_its_line(tmp_path, caplog):
+    """Beside the file of prompts; a resumed job tells another curve by it."""
+    line = {"prompt": "a", "cache": "magcache", "cache_calibration": "curve.json"}
+    data = json.dumps(line) + "\n" + json.dumps({"prompt": "b"})
+    prints = []
+    for ratio in (1.0, 0.9):
+        curve = Calibration("0123", np.array([1, ratio], np.float32))
+        cache_calibration.write(tmp_path / "curve.json", curve)
+        first, second = tasks(tmp_path / "x.jsonl", data)
+        (path,) = first.inputs
+        assert path == str(tmp_path / "curve.json") and second.inputs == {}
+        prints.append(first.inputs[path])
+    assert prints[0] != prints[1]
+    # A damaged one ends its own line.
+    (tmp_path / "curve.json").write_text("{}")
+    (task,) = tasks(tmp_path / "x.jsonl", data)
+    assert task.prompt == "b" and "x.jsonl:1: skipped: cache_calibration" in caplog.text
 
 
 def test_a_line_is_a_prompt(tmp_path):

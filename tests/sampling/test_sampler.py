@@ -134,6 +134,14 @@ def test_a_guidance_that_cannot_be_is_one_line(painted, config, settings, words)
         TrainedSampler(own, painter.parts, painter.mesh, painter.encoder)
 
 
+def test_heads_that_devices_cannot_share_are_one_line(config):
+    parts = model_parts.build_parts(config)
+    net = parts.denoiser.clone(num_heads=6, context_attention="ulysses")
+    mesh = sharding.make_mesh(data=2, fsdp=1, context=4)
+    with pytest.raises(UserError, match="the 6 heads; expected context to be one of"):
+        TrainedSampler(config, parts._replace(denoiser=net), mesh)
+
+
 def test_a_run_keeps_its_blocks_from_step_to_step(painted, config, tmp_path):
     """Of a checkpoint, with its formulation around the network."""
     painter, params = painted

@@ -1,5 +1,7 @@
 """generate's step cache: bits, branches, data, a mesh, and one line for mistakes."""
 
+import re
+
 import jax
 import numpy as np
 import pytest
@@ -156,6 +158,26 @@ def test_a_calibration_goes_through_its_file(bundle, tmp_path, caplog):
     cache_calibration.write(path, curve._replace(model="0123"))
     with pytest.raises(UserError, match="is of the weights 0123, but these are"):
         paint(bundle, **run)
+
+
+@pytest.mark.parametrize(
+    "ratios, words",
+    [
+        ("[" * 100_000, "expected JSON; calibrate it"),
+        (f"[1, {10**400}]", "expected a list of numbers 0 to 1e+06"),
+        ("[1, 1e300]", "expected a list of numbers 0 to 1e+06"),
+        ("[1, NaN]", "expected a list of numbers"),
+        ("[]", "expected a list of numbers"),
+    ],
+    ids=["deep", "whole", "large", "nan", "none"],
+)
+def test_a_damaged_calibration_is_one_line(tmp_path, ratios, words):
+    path = tmp_path / "curve.json"
+    head = f'{{"format": "{cache_calibration.FORMAT}", "model": "0", "ratios": '
+    path.write_text(head + ratios + "}")
+    with pytest.raises(UserError, match=re.escape(words)) as error:
+        cache_calibration.read(path)
+    assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(

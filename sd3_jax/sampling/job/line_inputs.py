@@ -15,7 +15,7 @@ from sd3_jax import files
 from sd3_jax.data import images
 from sd3_jax.errors import UserError, nearest
 from sd3_jax.foreign_text import shown
-from sd3_jax.sampling import argument_checks
+from sd3_jax.sampling import argument_checks, cache_calibration
 from sd3_jax.sampling.adapters import lora_adapters
 from sd3_jax.sampling.control import PREPROCESS
 from sd3_jax.weights import adapter_files, source_names
@@ -133,6 +133,7 @@ class Looked:
         # once.
         self.picture: Callable[[str], Facts] = functools.cache(_picture_facts)
         self.lora: Callable[[str], Facts] = functools.cache(_lora_facts)
+        self.curve: Callable[[str], Facts] = functools.cache(_curve_facts)
 
 
 def _picture_facts(path: str) -> Facts:
@@ -150,6 +151,12 @@ def _lora_facts(path: str) -> Facts:
         with part.open("rb") as file:
             while data := file.read(CHUNK):
                 digest.update(data)
+    return Facts((0, 0), digest.hexdigest()[:12])
+
+
+def _curve_facts(path: str) -> Facts:
+    model, ratios, _ = cache_calibration.read(path)
+    digest = hashlib.sha256(model.encode() + ratios.tobytes())
     return Facts((0, 0), digest.hexdigest()[:12])
 
 
@@ -205,6 +212,8 @@ def place(settings: Mapping[str, Any], looked: Looked, *, sized: bool) -> Placed
     for text in settings.get("lora") or ():
         path = lora_adapters.named(text)[0]
         inputs[path] = looked.lora(path).fingerprint
+    if path := settings.get("cache_calibration"):
+        inputs[path] = looked.curve(path).fingerprint
     return Placed(generated, result, inputs)
 
 

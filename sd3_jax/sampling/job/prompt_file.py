@@ -106,7 +106,8 @@ def tasks_of(lines: Iterable[Line], looked: Looked) -> list[Task]:
     picture_tasks = []
     for line in lines:
         settings = settings_of(line.config) | line.nested
-        with_inputs = bool(settings.keys() & {*CHANGED, *NESTED})
+        named = {*CHANGED, *NESTED, "cache_calibration"}
+        with_inputs = bool(settings.keys() & named)
         placed = line_inputs.place(settings, looked, sized=line.sized)
         inputs = placed.inputs if with_inputs else {}
         for number in range(line.first, line.first + line.config.sample.per_prompt):

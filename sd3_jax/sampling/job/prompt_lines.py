@@ -130,10 +130,13 @@ def read_fields(
     line_config.sample.negative = prompt_text.checked(
         line_config.sample.negative, "negative"
     )
-    for name in ("image", "mask"):
+    for name in ("image", "mask", "cache_calibration"):
         if name in fields:
             value = line_config.sample[name]
             line_config.sample[name] = line_inputs.locate(value, folder)
+    if fields.get("cache_calibration"):
+        # Read to be checked alone: a damaged file is this line's error.
+        looked.curve(line_config.sample.cache_calibration)
     sized = bool(fields.keys() & {"height", "width"})
     line = Line(prompt, line_config, nested=nested, sized=sized)
     return with_pictures(line, looked)

@@ -1,5 +1,7 @@
 """The line of a picture to repeat, read from the picture itself."""
 
+import logging
+
 from ml_collections import ConfigDict
 
 from sd3_jax.config.validation import validate
@@ -14,6 +16,7 @@ from sd3_jax.sampling.job.prompt_lines import (
     read_fields,
 )
 
+log = logging.getLogger(__name__)
 BATCH = 2**30  # pixels of a batch of a picture to repeat: 1024 of 1024 x 1024
 
 
@@ -25,9 +28,11 @@ def read_repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
         source = "a run's checkpoint" if "step" in line else "released weights"
         change = "remove" if "step" in line else "set"
         raise UserError(f"{title}: painted by {source}; {change} config.weights")
-    # The recipe's pictures are not the picture's: a setting that it lacks is unset.
+    # The recipe's pictures and cache are not the picture's: a setting that it lacks is
+    # unset.
     config = config.copy_and_resolve_references()
     config.sample.update(image="", mask="", outpaint=(), resize="", crop_to_mask=-1)
+    config.sample.update(cache="", cache_options="", cache_calibration="")
     # A seed of released weights is that of its line plus the number.
     shift = 0 if "step" in line else line["number"]
     fields = line["settings"] | {"seed": line["seed"] - shift}
@@ -41,6 +46,10 @@ def read_repeated(config: ConfigDict, path: str, looked: Looked) -> Line:
         for name, kind in line.get("quantize", {}).items():
             argument_checks.choice("quantize", name, list(config.quantize))
             argument_checks.choice(f"quantize.{name}", kind, QUANTIZED[name])
+    if fields.get("cache") == "first_block" and line["batch"][1] > 1:
+        # The others of its batch, which are not known, had a part in the decisions.
+        message = "%s: its cache, first_block, skipped the steps of a whole batch of %d"
+        log.warning(f"{message}: the picture may differ", path, line["batch"][1])
     try:
         kinds = dict.fromkeys(read.config.quantize, "") | line.get("quantize", {})
         files = {name: tuple(facts[name]) for name in ("lora", "embeddings")}

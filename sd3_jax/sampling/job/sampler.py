@@ -91,6 +91,8 @@ class TrainedSampler:
         report: Report = cache_arguments.log_report,
     ):
         self.config, self.parts, self.mesh = config, parts, mesh
+        net = parts.denoiser
+        sharding.require_context(net.context_attention, net.num_heads, mesh)
         # Assigned over the cached property below: the encoder is shared, not loaded
         # again.
         if encoder is not None:
