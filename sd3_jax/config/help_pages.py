@@ -22,7 +22,7 @@ OPTIONS = {
     "-h, --help": "show this page; with --config, the recipe's keys and values",
 }
 SECTIONS = {  # jobs in the order in which a user meets them
-    "Train and sample": "train sample evaluate report",
+    "Train and sample": "train sample serve evaluate report",
     "Prepare data": "precompute dedup inspect",
     "Work with weights": "convert compare explore",
     "Plan and measure": "plan study benchmark calibrate vote",
