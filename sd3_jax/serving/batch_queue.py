@@ -9,9 +9,11 @@ from typing import Any
 
 from sd3_jax.serving.api_errors import ApiError
 
+# The look also drops what has timed out while no request arrives.
 IDLE = 1.0  # seconds between two looks of an idle queue
 
 
+# eq=False: tickets are compared by identity, as two requests may be equal.
 @dataclass(eq=False)
 class Ticket:
     """A picture's place in the queue; `future` gets what the painter returns for it.
@@ -35,6 +37,8 @@ class BatchQueue:
 
     def __init__(self, *, most: int, size: int, wait_s: float):
         self._most, self._size, self._wait = most, size, wait_s
+        # A list and not a deque: batches are taken from its middle. It has at most
+        # `most`.
         self._tickets: list[Ticket] = []
         self._closed = False
         self._changed = threading.Condition()
@@ -62,6 +66,7 @@ class BatchQueue:
                     429,
                     f"{waiting} pictures are waiting; the queue holds {self._most}",
                     code="queue_full",
+                    # The batches that are ahead, times the seconds of one.
                     wait=self._seconds * -(-waiting // self._size),
                 )
             self._tickets.extend(tickets)
@@ -83,6 +88,8 @@ class BatchQueue:
 
     def painted(self, seconds: float) -> None:
         """How long the last batch took, for Retry-After."""
+        # An exponential mean: the first batch after a compilation must not rule it for
+        # long.
         self._seconds = 0.7 * self._seconds + 0.3 * seconds
 
     def close(self) -> None:

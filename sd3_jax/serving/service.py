@@ -141,6 +141,7 @@ class Service:
     def release(self, tickets: Sequence[Ticket], paths: Sequence[str]) -> None:
         """Forgets what is not painted yet, and removes uploads once nothing is."""
         for ticket in tickets:
+            # False for a ticket that is being painted: a batch cannot be interrupted.
             ticket.future.cancel()
         left = [ticket.future for ticket in tickets if not ticket.future.done()]
         if not paths:
@@ -159,6 +160,7 @@ class Service:
         facts = self._painter.facts | self._guard.facts()
         facts |= picture_lines.encoding(request.suffix[1:], request.quality)
         line = task_lines.describe(row.task, facts, {}, request.suffix[1:])
+        # Row and size: the same row of a batch of this size repeats the last bits.
         line |= {"batch": list(picture.slot)}
         if row.adapters:
             line["adapters"] = row.adapters
@@ -174,6 +176,7 @@ class Service:
 
     def seed_of(self, row: Row) -> int:
         """The seed that repeats this picture as the first of a request."""
+        # generate() seeds by seed + number; a run folds the number into the seed's key.
         is_run = "step" in self._painter.facts
         return row.task.settings["seed"] + (0 if is_run else row.task.number)
 
@@ -205,9 +208,8 @@ class Service:
         """
         for i, ticket in enumerate(tickets):
             finish = lambda _, i=i: news.put_nowait((i, None, None))
-            asyncio.ensure_future(_quiet(self.painted(ticket))).add_done_callback(
-                finish
-            )
+            waiting = asyncio.ensure_future(_quiet(self.painted(ticket)))
+            waiting.add_done_callback(finish)
         counts, left = [0] * len(tickets), len(tickets)
         about = self._about(request, "created_at") | {"background": "opaque"}
         about["quality"] = "auto"
@@ -217,6 +219,7 @@ class Service:
             common = about | {"image_index": i}
             if step is not None:
                 due = _partial_steps(ticket.steps, request.partial_images)
+                # A step that is due twice gets one preview.
                 if step not in due[counts[i] :]:
                     continue
                 file = await asyncio.to_thread(self._partial, request, ticket.row, rgb)
