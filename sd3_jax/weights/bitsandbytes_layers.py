@@ -16,6 +16,7 @@ from sd3_jax.foreign_text import parse_json, shown
 from sd3_jax.weights import unsupported_formats
 from sd3_jax.weights.stored_tensor import EightBits, QuantizedTensor, Tensor
 
+# The name ends with the type: quant_state.bitsandbytes__nf4.
 STATE = "quant_state.bitsandbytes__"
 FOUR_BITS = r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__\w+)"
 FORMAT = "weight_format"
@@ -51,6 +52,8 @@ def four_bits(
     kind, text = _state_of(where, texts)
     state = _parsed(where, kind, text)
     absent = [x for x in ("absmax", "quant_map") if x not in parts]
+    # Double quantization (QLoRA, Dettmers et al. 2023, section 3): the blocks' scales
+    # are in eight bits themselves, with an offset that was subtracted before.
     nested = "nested_absmax" in parts or "nested_quant_map" in parts
     nested = nested or "absmax" in parts and parts["absmax"].dtype == np.uint8
     if nested:
@@ -74,7 +77,9 @@ def four_bits(
             largest += np.float32(state.nested_offset)
         bytes_ = packed.read().reshape(-1).view(np.uint8)
         codes = np.empty(2 * len(bytes_), np.uint8)
+        # The first value of a byte is in its high four bits.
         codes[0::2], codes[1::2] = bytes_ >> 4, bytes_ & 15
+        # [:count]: an odd number of values leaves half a byte.
         x = _floats(parts["quant_map"])[codes[:count]]
         x = _by_blocks(x, largest, state.blocksize)
         # In the dtype that the library computes, and no finer.
@@ -95,6 +100,7 @@ def _require_sizes(
     """UserError for a part of another size than the weight's shape gives it."""
     count = math.prod(state.shape)
     blocks = -(-count // state.blocksize)
+    # Rounded up, as the last block may be short.
     sizes = {"absmax": blocks, "quant_map": 16}
     if nested:
         sizes["nested_absmax"] = -(-blocks // state.nested_blocksize)
@@ -158,6 +164,7 @@ def _floats(tensor: Tensor) -> np.ndarray:
     return tensor.read().reshape(-1).astype(np.float32)
 
 
+# Not padded to whole blocks: that would copy the tensor.
 def _by_blocks(x: np.ndarray, factors: np.ndarray, size: int) -> np.ndarray:
     """x with each block of `size` values times its factor, in place."""
     whole = len(x) - len(x) % size
@@ -195,6 +202,7 @@ def int8(
             f"{path}: {module}.SCB is {list(scale.shape)} of {scale.dtype}, expected"
             f" {[weight.shape[0]]} floats, one for each row of {list(weight.shape)}"
         )
+    # 0 is "row", the plain layout.
     if any(texts.get(FORMAT, b"")):  # others are the layouts of GPU kernels
         unsupported_formats.refuse(
             path, "bitsandbytes in 8 bits in a GPU's layout", f"{module}.{FORMAT}"

@@ -35,6 +35,8 @@ def report(
         leaf, tensor = leaves[piece.path], tensors[piece.key]
         if not isinstance(leaf, Quantized):
             dtypes[leaf.dtype.name] += 1
+        # `keeps` is the decision of the loader, so that the report cannot differ from
+        # it.
         elif keeps(tensors, leaf, piece):
             kept[_kind(leaf)] += 1
         elif isinstance(tensor, QuantizedTensor):

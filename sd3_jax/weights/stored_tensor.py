@@ -69,6 +69,7 @@ def fill(file, path: epath.Path, start: int, x: Array) -> None:
     """Fill x with the bytes of an open file from `start`; UserError if it ends."""
     # Straight into the array: no second copy of a large tensor.
     file.seek(start)
+    # .view(np.uint8), since numpy refuses a buffer of bfloat16 or fp8.
     data = memoryview(x.reshape(-1).view(np.uint8))
     while len(data):
         count = file.readinto(data)  # a bucket may give less than asked
@@ -89,6 +90,7 @@ def read_small(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
     for path in dict.fromkeys(x.path for x in tensors.values()):
         here = [(k, x) for k, x in tensors.items() if x.path == path]
         with path.open("rb") as file:
+            # In order of position, so that a bucket is read forwards.
             for key, tensor in sorted(here, key=lambda pair: pair[1].start):
                 values[key] = np.empty(tensor.shape, tensor.dtype)
                 fill(file, path, tensor.start, values[key])
