@@ -81,23 +81,23 @@ def serve(config: ConfigDict, workdir: epath.Path) -> None:
     with lock.held(workdir, "vote"), contextlib.ExitStack() as stack:
         keep_contest(contest, workdir)
         box = stack.enter_context(contextlib.closing(ballot_box.BallotBox(workdir)))
-        asked = {name: QUESTIONS[name] for name in settings.questions}
+        questions = {name: QUESTIONS[name] for name in settings.questions}
         options = dict(seed=config.seed, again=settings.again)
-        polling = booth.Booth(contest.sources, contest.pairs, box, asked, **options)
-        known = voters.load(workdir, settings.voters)
+        polling = booth.Booth(contest.sources, contest.pairs, box, questions, **options)
+        registered = voters.load(workdir, settings.voters)
         # Bound before the addresses are printed, as port 0 gets its number here.
         listener = vote_server.bound_socket(settings.host, settings.port)
         app = vote_app.build_app(
-            *(polling, known),
+            *(polling, registered),
             hosts=vote_server.allowed_hosts(settings.host),
             title="Which picture is better?",
         )
-        announce(settings.host, listener.getsockname()[1], contest, known)
+        announce(settings.host, listener.getsockname()[1], contest, registered)
         try:
             vote_server.serve(app, listener)
         except KeyboardInterrupt:
-            again = "all votes are stored; run the same command to continue"
-            raise KeyboardInterrupt(again) from None
+            note = "all votes are stored; run the same command to continue"
+            raise KeyboardInterrupt(note) from None
 
 
 def announce(host: str, port: int, contest: Contest, known: voters.Voters) -> None:

@@ -1,7 +1,7 @@
 """Step caching: what blocks add to the image tokens, kept from one step to the next.
 
-A step that is not computed adds what earlier steps let expect instead of running the
-blocks. diffusers has the same methods as hooks: first_block_cache.py (ParaAttention's),
+A skipped step adds a prediction from earlier steps instead of running the blocks.
+diffusers has the same methods as hooks: first_block_cache.py (ParaAttention's),
 mag_cache.py (Ma et al. 2025) and taylorseer_cache.py (Liu et al. 2025).
 """
 

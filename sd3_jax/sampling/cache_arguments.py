@@ -130,8 +130,10 @@ def checked(
     options: Any = None,
     calibration: Any = None,
 ) -> StepCache | None:
-    """The cache of a call for a denoiser of `depth` blocks, None for none; UserError
-    for what it cannot be."""
+    """The cache of a call for a denoiser of `depth` blocks, or None without a cache.
+
+    UserError for an unknown method, and for options that are not the method's.
+    """
     if cache is None:
         unused = dict(cache_options=options, cache_calibration=calibration)
         if names := [name for name, x in unused.items() if x]:
@@ -188,14 +190,14 @@ def _numbers(cache: str, options: Any) -> dict[str, float | int]:
             f"cache_options {shown(repr(options))}: expected a dict such as"
             ' {"threshold": 0.1}'
         )
-    known, options = OPTIONS[cache], dict(options or {})
+    allowed, options = OPTIONS[cache], dict(options or {})
     for key in options:
-        if key not in known:
+        if key not in allowed:
             raise UserError(
                 f'cache_options "{shown(str(key))}" of cache "{cache}"'
-                f"{nearest(str(key), known)}"
+                f"{nearest(str(key), allowed)}"
             )
-    return {key: _number(key, x, options.get(key)) for key, x in known.items()}
+    return {key: _number(key, x, options.get(key)) for key, x in allowed.items()}
 
 
 def _number(key: str, option: Option, value: Any) -> float | int:

@@ -24,8 +24,8 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    path = sources.resolve(path_or_hub_name, wanted, label="ControlNet")
+    filenames = ["config.json", *hub.weights(CONTROLNET.stem)]
+    path = sources.resolve(path_or_hub_name, filenames, label="ControlNet")
     part = sources.control(path)
     module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
     # Checked before the weights are read: nets of other models fail inside the program.

@@ -55,11 +55,11 @@ class Stage:
         self._copies: dict[int, tuple[Array, Array]] = {}
 
     def enter(self, arguments: Any, *, room: float | None = None) -> Any:
-        """The arguments of a program, whose weights that rest are on the devices now.
+        """A program's arguments, with weights on the host replaced by device copies.
 
         Copies that the program does not use are dropped first, unless the devices have
-        `room` bytes beside them: whatever was computed with them must be complete.
-        UserError inside a caller's jit.
+        `room` bytes free. Work that reads them must be complete by then. UserError
+        inside a caller's jit.
         """
         resting = {id(x): x for x in jax.tree.leaves(arguments) if _rests(x)}
         # With enough room copies stay, which spares their transfer at the next call.

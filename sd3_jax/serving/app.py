@@ -170,20 +170,22 @@ class Routes:
         if not service.warm:
             raise ApiError(503, "programs are being compiled", code="starting", wait=10)
         # In a thread, because uploads are decoded there.
-        asked, paths = await asyncio.to_thread(service.read, fields, files)
+        image_request, paths = await asyncio.to_thread(service.read, fields, files)
         # The painter's callbacks come from a thread of JAX, and asyncio.Queue is not
         # thread-safe: they enter through the loop.
-        loop, news = asyncio.get_running_loop(), asyncio.Queue()
+        loop, feed = asyncio.get_running_loop(), asyncio.Queue()
 
         def preview(i: int, step: int, rgb: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(news.put_nowait, (i, step, rgb))
+                loop.call_soon_threadsafe(feed.put_nowait, (i, step, rgb))
 
         tickets = []
         try:
-            tickets = service.submit(asked, preview if asked.partial_images else None)
-            if asked.stream:
-                events = service.events(kind, asked, tickets, news)
+            tickets = service.submit(
+                image_request, preview if image_request.partial_images else None
+            )
+            if image_request.stream:
+                events = service.events(kind, image_request, tickets, feed)
                 release = functools.partial(service.release, tickets, paths)
                 paths = []  # the stream's own from here on
                 body = server_events(events, release)
@@ -195,7 +197,7 @@ class Routes:
                         "X-Accel-Buffering": "no",  # nginx would hold events back
                     },
                 )
-            answer = service.answer(asked, tickets, str(request.base_url))
+            answer = service.answer(image_request, tickets, str(request.base_url))
             # A stream needs no such watch: StreamingResponse ends it when the client
             # leaves.
             content = await unless_gone(request, answer)
@@ -203,7 +205,7 @@ class Routes:
         finally:
             # A stream releases its uploads itself, unless an error precedes its
             # response.
-            if not asked.stream or paths:
+            if not image_request.stream or paths:
                 service.release(tickets, paths)
             service.metrics.seconds.labels("request").observe(time.monotonic() - began)
 
@@ -211,9 +213,9 @@ class Routes:
 async def unless_gone(request: Request, answer) -> Any:
     """The answer; cancelled once the client has gone."""
     work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(disconnected(request))
+    disconnect = asyncio.ensure_future(disconnected(request))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
             # nginx's code for a client that closed its connection; nobody reads the
             # body, but the metrics count the status.
@@ -221,7 +223,7 @@ async def unless_gone(request: Request, answer) -> Any:
         return work.result()
     finally:
         work.cancel()
-        gone.cancel()
+        disconnect.cancel()
 
 
 async def disconnected(request: Request) -> None:

@@ -109,29 +109,29 @@ class BatchQueue:
             self._changed.notify_all()
 
     def _next(self, now: float) -> tuple[list[Ticket], float]:
-        """A batch that is full or has waited long enough, or else the pause until."""
+        """(batch, 0) if one is full or has waited long enough, else ([], seconds)."""
         groups: dict[Hashable, list[Ticket]] = {}
         for ticket in self._tickets:  # in order of arrival, so the oldest is first
             groups.setdefault(ticket.key, []).append(ticket)
         pause = IDLE
         for group in groups.values():
-            left = self._wait - (now - group[0].arrived)
-            if len(group) >= self._size or left <= 0 or self._closed:
+            remaining = self._wait - (now - group[0].arrived)
+            if len(group) >= self._size or remaining <= 0 or self._closed:
                 return _alike(group, self._size), 0
-            pause = min(pause, left)
+            pause = min(pause, remaining)
         return [], pause
 
     def _drop(self) -> None:
         """Drops what was cancelled, and fails what has waited too long."""
-        now, kept = time.monotonic(), []
+        now, waiting = time.monotonic(), []
         for ticket in self._tickets:
             if ticket.future.cancelled():
                 ticket.future.set_running_or_notify_cancel()  # wakes who waits for it
             elif ticket.deadline > now:
-                kept.append(ticket)
+                waiting.append(ticket)
             elif ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_exception(timed_out())
-        self._tickets = kept
+        self._tickets = waiting
 
 
 def _alike(group: Sequence[Ticket], size: int) -> list[Ticket]:

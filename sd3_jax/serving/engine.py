@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Pictures u8 (n, h, w, 3) of n rows, or None; why rows have none, by row; and the
-    filter's verdict on each."""
+    """Pictures u8 (n, h, w, 3) of n rows, or None if none was painted.
+
+    `failures` says by row why it has no picture, `flags` are the filter's verdicts.
+    """
 
     images: np.ndarray | None
     failures: dict[int, str]

@@ -95,8 +95,8 @@ def _rows(fields, config, limits, count, adapters, files) -> list[Row]:
         line |= {"height": size[0], "width": size[1]}
     try:
         looked = Looked()
-        read = prompt_lines.read_fields(line, config, ".", looked)
-        tasks = prompt_file.tasks_of([read], looked)
+        parsed = prompt_lines.read_fields(line, config, ".", looked)
+        tasks = prompt_file.tasks_of([parsed], looked)
         if files:  # decoded now, so that a bad picture is no error of a whole batch
             line_arrays.read_checked_row(tasks[0].settings, tasks[0].size)
     except UserError as error:

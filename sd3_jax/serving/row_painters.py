@@ -145,8 +145,8 @@ def _paint_released(
         return released_sampler.sample_lines(bundle, {}, guide, tasks, adapters=usual)
     settings, pixels = tasks[0].settings, {}
     if any(name in settings for name in PIXELS):
-        read = [line_arrays.read_checked_row(x.settings, x.size) for x in tasks]
-        pixels = line_arrays.arguments(settings, read, {})
+        edit_rows = [line_arrays.read_checked_row(x.settings, x.size) for x in tasks]
+        pixels = line_arrays.arguments(settings, edit_rows, {})
     calls = [
         generate_arguments([task]) | {"strength": task.settings.get("strength")}
         for task in tasks

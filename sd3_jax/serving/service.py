@@ -131,8 +131,8 @@ class Service:
         future = asyncio.wrap_future(ticket.future)
         try:
             # Queued pictures fail by themselves; this is for those that are painted.
-            left = ticket.deadline - time.monotonic()
-            return await asyncio.wait_for(future, left + 1)
+            remaining = ticket.deadline - time.monotonic()
+            return await asyncio.wait_for(future, remaining + 1)
         except TimeoutError:
             raise timed_out() from None
         except UserError as error:
@@ -143,14 +143,14 @@ class Service:
         for ticket in tickets:
             # False for a ticket that is being painted: a batch cannot be interrupted.
             ticket.future.cancel()
-        left = [ticket.future for ticket in tickets if not ticket.future.done()]
+        running = [ticket.future for ticket in tickets if not ticket.future.done()]
         if not paths:
             return
-        if not left:
+        if not running:
             self._spool.remove(paths)
             return
         # A running batch still reads them.
-        left[-1].add_done_callback(lambda _: self._spool.remove(paths))
+        running[-1].add_done_callback(lambda _: self._spool.remove(paths))
 
     # --- from pictures to answers
 
@@ -200,21 +200,21 @@ class Service:
         return {"data": data} | self._about(request, "created")
 
     async def events(
-        self, kind: str, request: Asked, tickets: Sequence[Ticket], news: asyncio.Queue
+        self, kind: str, request: Asked, tickets: Sequence[Ticket], feed: asyncio.Queue
     ) -> AsyncIterator[dict]:
         """The events of a stream: partial pictures, and each picture at its end.
 
-        `news` gets (picture, step, latents' rgb) from the painter's previews.
+        `feed` gets (picture, step, latents' rgb) from the painter's previews.
         """
         for i, ticket in enumerate(tickets):
-            finish = lambda _, i=i: news.put_nowait((i, None, None))
+            finish = lambda _, i=i: feed.put_nowait((i, None, None))
             waiting = asyncio.ensure_future(_quiet(self.painted(ticket)))
             waiting.add_done_callback(finish)
-        counts, left = [0] * len(tickets), len(tickets)
+        counts, unfinished = [0] * len(tickets), len(tickets)
         about = self._about(request, "created_at") | {"background": "opaque"}
         about["quality"] = "auto"
-        while left:
-            i, step, rgb = await news.get()
+        while unfinished:
+            i, step, rgb = await feed.get()
             ticket = tickets[i]
             common = about | {"image_index": i}
             if step is not None:
@@ -230,7 +230,7 @@ class Service:
                 }
                 counts[i] += 1
                 continue
-            left -= 1
+            unfinished -= 1
             picture = await self.painted(ticket)
             file = await asyncio.to_thread(self.file_of, request, ticket.row, picture)
             yield common | {

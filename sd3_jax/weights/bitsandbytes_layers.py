@@ -140,19 +140,19 @@ def _state_of(where: str, texts: Mapping[str, bytes]) -> tuple[str, bytes]:
 
 
 def _parsed(where: str, kind: str, text: bytes) -> State:
-    whole = lambda x: type(x) is int and 0 < x < 2**40
+    is_count = lambda x: type(x) is int and 0 < x < 2**40
     try:
         x = parse_json(text)
         if x["quant_type"] != kind:
             raise ValueError(f"quant_type {shown(x['quant_type'])}, expected {kind}")
-        if not whole(x["blocksize"]):
+        if not is_count(x["blocksize"]):
             raise ValueError(f"blocksize {shown(x['blocksize'])}")
-        if not isinstance(x["shape"], list) or not all(map(whole, x["shape"])):
+        if not isinstance(x["shape"], list) or not all(map(is_count, x["shape"])):
             raise ValueError(f"shape {shown(x['shape'])}")
         if x["dtype"] not in DTYPES:
             raise ValueError(f"dtype {shown(x['dtype'])}, not of {', '.join(DTYPES)}")
         size, offset = x.get("nested_blocksize", 256), x.get("nested_offset", 0.0)
-        if not whole(size) or type(offset) not in (int, float):
+        if not is_count(size) or type(offset) not in (int, float):
             raise ValueError("nested_blocksize or nested_offset is no number")
         dtype = np.dtype(jnp.dtype(x["dtype"]))
         return State(x["blocksize"], dtype, tuple(x["shape"]), size, float(offset))
@@ -167,10 +167,10 @@ def _floats(tensor: Tensor) -> np.ndarray:
 # Not padded to whole blocks: that would copy the tensor.
 def _by_blocks(x: np.ndarray, factors: np.ndarray, size: int) -> np.ndarray:
     """x with each block of `size` values times its factor, in place."""
-    whole = len(x) - len(x) % size
-    x[:whole].reshape(-1, size)[...] *= factors[: whole // size, None]
-    if whole < len(x):
-        x[whole:] *= factors[-1]
+    full = len(x) - len(x) % size
+    x[:full].reshape(-1, size)[...] *= factors[: full // size, None]
+    if full < len(x):
+        x[full:] *= factors[-1]
     return x
 
 

@@ -105,12 +105,12 @@ def _sorted(tensors: Mapping[str, Tensor]) -> _Sorted:
 
 def _texts(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
     """Bytes of the small tensors that hold text or a number, by weight and part."""
-    known = ("comfy_quant", bitsandbytes_layers.FORMAT)
+    text_parts = ("comfy_quant", bitsandbytes_layers.FORMAT)
     small = {
         f"{key}/{end}": x
         for key, ends in parts.items()
         for end, x in ends.items()
-        if end in known or end.startswith(bitsandbytes_layers.STATE)
+        if end in text_parts or end.startswith(bitsandbytes_layers.STATE)
     }
     return {key: x.tobytes() for key, x in read_small(small).items()}
 
@@ -139,14 +139,16 @@ def _layer(
     listed: Mapping[str, Any],
 ) -> QuantizedTensor:
     """One weight with its parts; `texts` are by weight and part."""
-    here = {end: texts[f"{key}/{end}"] for end in parts if f"{key}/{end}" in texts}
+    layer_texts = {
+        end: texts[f"{key}/{end}"] for end in parts if f"{key}/{end}" in texts
+    }
     if any(end in parts for end in bitsandbytes_layers.INT8_PARTS):
-        return bitsandbytes_layers.int8(path, key, weight, parts, here)
+        return bitsandbytes_layers.int8(path, key, weight, parts, layer_texts)
     if not any(end in parts for end in (*SCALES, "comfy_quant")) and key not in listed:
-        return bitsandbytes_layers.four_bits(path, key, weight, parts, here)
+        return bitsandbytes_layers.four_bits(path, key, weight, parts, layer_texts)
     stored = weight.dtype
-    if "comfy_quant" in here or key in listed:
-        settings = _settings(path, key, here.get("comfy_quant"), listed.get(key))
+    if "comfy_quant" in layer_texts or key in listed:
+        settings = _settings(path, key, layer_texts.get("comfy_quant"), listed.get(key))
         stored = _format(path, key, weight, settings)
     scale = next((parts[end] for end in SCALES if end in parts), None)
     if scale is None:

@@ -83,6 +83,6 @@ def with_both_halves(path: epath.Path, tensors: Tensors) -> Tensors:
             f"{path} is the {half} of a TAESD alone; expected {expected}, or a folder"
             " of diffusers' AutoencoderTiny"
         )
-    rest, _ = open_file(file)
+    other_tensors, _ = open_file(file)
     named = lambda half, tensors: {f"{half}.{key}": x for key, x in tensors.items()}
-    return named(half, tensors) | named(other, rest)
+    return named(half, tensors) | named(other, other_tensors)

@@ -37,8 +37,10 @@ class Ring(NamedTuple):
         return [jax.lax.ppermute(x, self.axes, pairs) for x in arrays]
 
     def keys(self, turn: int, share: int, text: int) -> int | Array:
-        """How many of the `text` + `share` keys at hand are real: the last devices'
-        shares end in padding."""
+        """How many of the `text` + `share` keys at hand are real.
+
+        The last devices' shares end in padding.
+        """
         if share * self.devices == self.tokens:
             return text + share
         # After `turn` passes a device holds what began that many places before it.
@@ -62,7 +64,7 @@ def ring(
     """
     (parts,), axes = mesh_context.parts("tokens"), mesh_context.mesh_axes("tokens")
     cut = mesh_context.along_tokens(ks[0].shape)
-    whole = PartitionSpec(cut[0], None, cut[2])
+    replicated = PartitionSpec(cut[0], None, cut[2])
     static = Ring(axes, parts, ks[0].shape[1], scale, limit, splash)
 
     def local(qs, k, v, text_k, text_v):
@@ -72,8 +74,8 @@ def ring(
         half = [k.shape[2] // 2]
         halves = zip(*(jnp.split(x, half, axis=2) for x in arrays))
         ways = static, static._replace(way=-1)
-        both = [attend(*x, way) for x, way in zip(halves, ways) if x[0].size]
-        out = jnp.concatenate(both, axis=2)
+        by_way = [attend(*x, way) for x, way in zip(halves, ways) if x[0].size]
+        out = jnp.concatenate(by_way, axis=2)
         ends = np.cumsum([q.shape[1] for q in qs])
         return jnp.split(out, ends[:-1], axis=1)
 
@@ -82,7 +84,7 @@ def ring(
     texts = [jnp.concatenate([*x[1:]] or none, axis=1) for x in (ks, vs)]
     outputs = jax.shard_map(
         local,
-        in_specs=([cut] * len(qs), cut, cut, whole, whole),
+        in_specs=([cut] * len(qs), cut, cut, replicated, replicated),
         out_specs=[cut] * len(qs),
         # A Pallas kernel does not say over which axes its results vary.
         check_vma=False,

@@ -39,14 +39,14 @@ def ulysses(
         y = to_heads(jnp.concatenate(streams, axis=1), axes, parts)
         # Cut to the stream's length before attention: padding would take part in the
         # softmax.
-        wholes = [
+        sequences = [
             x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]  # without the padding
             for x, n in zip(jnp.split(y, np.cumsum(sides)[:-1], axis=2), lengths)
         ]
         # One list of streams was exchanged; `of` deals it out to queries, keys and
         # values.
-        heads = iter(wholes)
-        of = lambda xs: [next(heads) for _ in xs]
+        remaining = iter(sequences)
+        of = lambda xs: [next(remaining) for _ in xs]
         outputs = attend(of(qs), of(ks), of(vs))
         # Padded again to p equal shares, which the second exchange returns.
         pieces = [

@@ -16,12 +16,12 @@ def with_placements(
 
     `weights` are GiB on a device, by row. A program's own peak is that of "sequential";
     with "all" the weights of the other programs lie beside it. `peak` and `verdict`
-    become those of `placement`. A row that "needs" more than there is stays.
+    become those of `placement`. A row that does not fit, with "needs", stays as it is.
     """
     return [
         # A program that was not compiled for lack of memory has no peak.
-        row if "needs" in row else _placed(row, sum(weights) - own, placement)
-        for row, own in zip(rows, weights)
+        row if "needs" in row else _placed(row, sum(weights) - size, placement)
+        for row, size in zip(rows, weights)
     ]
 
 

@@ -72,8 +72,10 @@ class Pair(NamedTuple):
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, epath.Path]:
-    """Folders by name, of texts such as "runs/a" or "base=runs/a"; UserError if fewer
-    than two, or if two have one name or one folder."""
+    """Folders by name, of texts such as "runs/a" or "base=runs/a".
+
+    UserError for fewer than two, and for two of one name or one folder.
+    """
     folders: dict[str, epath.Path] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -107,10 +109,10 @@ def read_source(name: str, folder: epath.Path, rows: Sequence[PromptRow]) -> Sou
     in the text file of its name, or is the one of `rows` whose place, from 0, the
     picture's name begins with.
     """
-    read = _sampled if (folder / LINES).is_file() else _plain
+    read_entries = _sampled if (folder / LINES).is_file() else _plain
     pictures: dict[PictureKey, epath.Path] = {}
     sizes, problems = {}, []
-    for key, file, problem, size in read(folder, rows):
+    for key, file, problem, size in read_entries(folder, rows):
         if not problem and key in pictures:
             problem = f"a second picture {key.number} of its prompt"
         if problem:

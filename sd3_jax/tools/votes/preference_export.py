@@ -85,9 +85,9 @@ def write_preferences(
                 shard.write(Record(tensors, f"vote {verdict.pair}", verdict.prompt))
         shards[split].append(path)
     # An earlier export may have had pictures of other sizes.
-    kept = {path.name for paths in shards.values() for path in paths}
+    current_names = {path.name for paths in shards.values() for path in paths}
     for path in files.children(folder):
-        if path.suffix == ".arecord" and path.name not in kept:
+        if path.suffix == ".arecord" and path.name not in current_names:
             path.unlink()
     return Exported(shards, written, dict(dropped))
 

@@ -47,8 +47,10 @@ HEADERS = {
 def build_app(
     booth: Booth, voters: Voters, *, hosts: tuple[str, ...] = ("*",), title: str
 ) -> Starlette:
-    """The application; it answers requests to `hosts`, so that another site's name
-    that resolves to this host does not reach it."""
+    """The application, which answers requests to `hosts` only.
+
+    Another site's name that resolves to this host is refused (DNS rebinding).
+    """
 
     def route(path: str, answer: Callable, method: str = "GET") -> Route:
         return Route(path, partial(answer, booth, voters), methods=[method])

@@ -38,17 +38,18 @@ def summary(
     Repeats count in `consistency` alone. Prompts without a row have the category "".
     """
     names = sorted({name for vote in votes for name in (vote.first, vote.second)})
-    asked = dict.fromkeys(vote.question for vote in votes)  # in the page's order
+    questions = dict.fromkeys(vote.question for vote in votes)  # in the page's order
     first_time = [vote for vote in votes if not vote.again]
     category = {row.prompt: row.category for row in rows}
     by_question = {
         question: _question(
             [x for x in first_time if x.question == question], names, category, seed
         )
-        for question in asked
+        for question in questions
     }
     return {
         "sources": names,
+        # Repeats are no votes; "voters" and "pairs" are the same with and without them.
         "votes": len(first_time),
         "voters": len({vote.voter for vote in votes}),
         "prompts": len({vote.prompt for vote in votes}),

@@ -58,8 +58,12 @@ def load(folder: epath.PathLike, names: Sequence[str]) -> Voters:
     path = epath.Path(folder) / FILE
     stored = files.read_object(path) if path.is_file() else {}
     # Too short a token was edited by hand, and could be guessed.
-    known = {k: v for k, v in stored.items() if isinstance(v, str) and len(v) >= 16}
-    tokens = {name: known.get(name) or secrets.token_urlsafe(24) for name in names}
+    stored_tokens = {
+        k: v for k, v in stored.items() if isinstance(v, str) and len(v) >= 16
+    }
+    tokens = {
+        name: stored_tokens.get(name) or secrets.token_urlsafe(24) for name in names
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file must never be readable by others, not even while it is written.
     partial = f"{path}.{secrets.token_hex(4)}.part"
@@ -67,7 +71,7 @@ def load(folder: epath.PathLike, names: Sequence[str]) -> Voters:
     with os.fdopen(os.open(partial, flags, 0o600), "w") as file:
         # Tokens of names that are not listed now stay: their links work again if they
         # return.
-        json.dump(known | tokens, file, indent=1)
+        json.dump(stored_tokens | tokens, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
