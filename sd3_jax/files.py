@@ -253,6 +253,7 @@ def write_whole(path: epath.PathLike, data: bytes) -> None:
     with part.open("wb") as file:
         file.write(data)
         file.flush()
+        # Some network disks refuse fsync; the rename still makes the file complete.
         with contextlib.suppress(OSError):
             os.fsync(file.fileno())
     part.replace(path)

@@ -189,9 +189,9 @@ def read_from(place, *sources):
     """For a key that must suit data.name, where that is one of these sources."""
 
     def relation(setting, data):
-        wanted = READS[data][place] if data in sources else setting
-        if setting != wanted:
-            return f'"{wanted}", which config.data.name = "{data}" has'
+        expected = READS[data][place] if data in sources else setting
+        if setting != expected:
+            return f'"{expected}", which config.data.name = "{data}" has'
 
     return relation
 

@@ -14,6 +14,7 @@ from sd3_jax.foreign_text import shown
 
 def validate(config: ConfigDict) -> None:
     """Raise a ConfigError that names the first value out of place; absent keys pass."""
+    # Flat, because rules and relations name their keys with dots.
     values = dict(flatten(config))
     for key, (_, rule, *_) in schema.KEYS.items():
         value = values.get(key)
@@ -24,11 +25,12 @@ def validate(config: ConfigDict) -> None:
         for key, default in (("model.width", 64), ("model.num_heads", 1)):
             if key in values and values[key] is None:
                 values[key] = default * values["model.depth"]
+    # After the rules: a relation may rely on each of its values alone being valid.
     for relation, *keys in RELATIONS:
         if all(values.get(key) is not None for key in keys):
-            wanted = relation(*(values[key] for key in keys))
-            if wanted:
-                raise complaint(keys[0], values[keys[0]], Rule(bool, wanted))
+            expectation = relation(*(values[key] for key in keys))
+            if expectation:
+                raise complaint(keys[0], values[keys[0]], Rule(bool, expectation))
 
 
 def flatten(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -32,6 +32,7 @@ def read(path: epath.PathLike, name: str) -> list[PromptRow]:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{name}: not UTF-8 at byte {error.start}") from None
+    # Not splitlines(), which also splits a prompt at U+2028 and at a form feed.
     return rows(re.split("\r\n|\n|\r", text), name)
 
 

@@ -12,6 +12,7 @@ from sd3_jax.diffusion.checks import require
 
 def retained(steps: int, retention: float) -> int:
     """How many first steps are computed: a share of all, rounded as in diffusers."""
+    # Python's round() rounds half to even, and would differ at 0.5.
     return int(retention * steps + 0.5)
 
 
@@ -40,6 +41,7 @@ def magnitudes(
         product *= float(ratios[step])
         error += abs(1 - product)
         skipped += 1
+        # Errors add up while steps are skipped, and a computed step clears them.
         if must[step] or error > threshold or skipped > most:
             must[step] = True
             product, error, skipped = 1.0, 0.0, 0
@@ -51,6 +53,7 @@ def resampled(
 ) -> Float[np.ndarray, " steps"]:
     """Ratios for another number of steps, each that of the nearest, as in diffusers."""
     if steps == 1:
+        # The scale below would divide by 0.
         return ratios[-1:]
     # float32 and half to even, as torch.round of diffusers' nearest_interp.
     scale = np.float32((len(ratios) - 1) / (steps - 1))
@@ -64,5 +67,7 @@ def every(steps: int, *, interval: int, warmup: int) -> Bool[np.ndarray, " steps
     As in diffusers, step `warmup` is the first that is predicted.
     """
     require(interval >= 1, "interval", interval, "1 or more")
+    # Negative multiples of `interval` are steps before `warmup`, which are computed
+    # anyway.
     places = np.arange(steps) - warmup - 1
     return opening(steps, warmup) | (places % interval == 0)

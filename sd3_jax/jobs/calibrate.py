@@ -45,6 +45,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     mesh = sharding.make_mesh(**config.mesh)
     with compiled.on(mesh):
         load = painters.released if config.weights else painters.trained
+        # `keep` gets the record of each batch that is painted.
         painter = load(config, workdir, mesh, tasks, keep)
         reasons = dict(painter.unfit)
         for batch, size in batches(
@@ -57,6 +58,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             raise UserError(f"a prompt cannot be painted: {min(reasons.values())}")
         about = dict(steps=config.sample.steps, pictures=len(tasks))
         about |= dict(cfg=config.sample.cfg, weights=config.weights or "checkpoint")
+        # Rows that fill up a batch repeat prompts, which weigh twice in its curve.
         calibration = cache_calibration.mean(painter.denoiser(), curves, **about)
     if jax.process_index() == 0:
         cache_calibration.write(workdir / FILE, calibration)

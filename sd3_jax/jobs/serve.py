@@ -31,6 +31,7 @@ SENDING = 10.0  # seconds for answers that are being sent when all is painted
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Serve until SIGTERM, then finish what waits."""
     require_extra()
+    # Imported after require_extra: these modules need the packages of the extra.
     from sd3_jax.serving import hosts, row_painters, uploads
 
     workdir = epath.Path(workdir)
@@ -49,11 +50,14 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
             painter = row_painters.released(config, mesh, preview)
         else:
             painter = row_painters.trained(config, workdir, mesh, preview)
+        # As many pictures as a batch takes: one program serves one request or many.
         size = batch_size(config.sample.batch_size, config.sample.batch_size, mesh)
         paint = functools.partial(paint_batch, painter, guard, mesh, size)
         spool = uploads.Spool()
         try:
             if jax.process_index() == 0:
+                # OpenAI's partial images need previews; without them the field is
+                # refused with a 400.
                 limits = limits._replace(
                     partial_images=limits.partial_images if previews else 0
                 )
@@ -79,9 +83,11 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
     """Process 0: compile, then answer HTTP until `stop`."""
     from sd3_jax.serving import app, hosts, http_server, warm_up
 
+    # Warm-up compiles through it too, as every process must compile the same programs.
     everywhere = hosts.handed_to_all(paint)
     parts = assemble(config, limits, painter, guard, mesh, everywhere, spool)
     service, queue, painting = parts
+    # The painter's programs hold the relay, so that they exist before the engine does.
     relay.listener = painting.preview
     application = app.build(
         service,
@@ -110,11 +116,13 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
     finally:
         http.stop(SENDING)
     if painting.fault is not None:
+        # main maps it to the exit code: a lost device asks for a restart.
         raise painting.fault
     if painting.alive:
         # Python would wait for XLA in the painter's thread, and peers for its batch.
         watchdog.leave("stopped after config.serve.drain_s", 0)
     if jax.process_count() > 1:
+        # The others return from `follow`, and all processes exit with 0.
         everywhere.stop()
 
 
@@ -183,6 +191,7 @@ def limits_of(config: ConfigDict):
     for text in serve.sizes:
         width, height = map(int, text.split("x"))
         sized = config.copy_and_resolve_references()
+        # Each size must suit the model: a multiple of its patch, at most its positions.
         sized.image.update(height=height, width=width)
         try:
             validate(sized)
@@ -193,6 +202,7 @@ def limits_of(config: ConfigDict):
     return Limits(
         tuple(sizes) or ((config.image.height, config.image.width),),
         n=serve.max_n,
+        # The configured steps are the default of a request, which must be allowed.
         steps=max(serve.max_steps, config.sample.steps),
         prompt_bytes=serve.prompt_bytes,
         body_bytes=serve.body_bytes,

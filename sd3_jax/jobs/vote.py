@@ -77,25 +77,27 @@ def serve(config: ConfigDict, workdir: epath.Path) -> None:
 
     settings = config.vote
     contest = read_contest(config, workdir)
+    # Two servers would count apart: each holds the counts of votes in memory.
     with lock.held(workdir, "vote"), contextlib.ExitStack() as stack:
         keep_contest(contest, workdir)
         box = stack.enter_context(contextlib.closing(ballot_box.BallotBox(workdir)))
-        asked = {name: QUESTIONS[name] for name in settings.questions}
+        questions = {name: QUESTIONS[name] for name in settings.questions}
         options = dict(seed=config.seed, again=settings.again)
-        polling = booth.Booth(contest.sources, contest.pairs, box, asked, **options)
-        known = voters.load(workdir, settings.voters)
+        polling = booth.Booth(contest.sources, contest.pairs, box, questions, **options)
+        registered = voters.load(workdir, settings.voters)
+        # Bound before the addresses are printed, as port 0 gets its number here.
         listener = vote_server.bound_socket(settings.host, settings.port)
         app = vote_app.build_app(
-            *(polling, known),
+            *(polling, registered),
             hosts=vote_server.allowed_hosts(settings.host),
             title="Which picture is better?",
         )
-        announce(settings.host, listener.getsockname()[1], contest, known)
+        announce(settings.host, listener.getsockname()[1], contest, registered)
         try:
             vote_server.serve(app, listener)
         except KeyboardInterrupt:
-            again = "all votes are stored; run the same command to continue"
-            raise KeyboardInterrupt(again) from None
+            note = "all votes are stored; run the same command to continue"
+            raise KeyboardInterrupt(note) from None
 
 
 def announce(host: str, port: int, contest: Contest, known: voters.Voters) -> None:
@@ -115,6 +117,7 @@ def read_contest(config: ConfigDict, workdir: epath.Path) -> Contest:
     """The contest of the config, or that of an earlier `serve` in workdir."""
     settings = config.vote
     stored = read_stored(workdir)
+    # `results` and `export` need no sources: those of `serve` are in contest.json.
     texts = list(settings.sources) or [f"{k}={v}" for k, v in stored[0].items()]
     if not texts:
         raise UserError(
@@ -164,6 +167,7 @@ def keep_contest(contest: Contest, workdir: epath.Path) -> None:
                 f" {now[name]}; give the new folder another name, such as"
                 f" {shown(name)}2={now[name]}, or use another workdir"
             )
+    # Sources of earlier votes stay, since results are about them too.
     value = {"sources": before | now, "prompts": contest.rows}
     write_whole(workdir / FILE, json.dumps(value, indent=1).encode())
 
@@ -197,6 +201,7 @@ def export(config: ConfigDict, workdir: epath.Path) -> None:
     votes = ballot_box.read_votes(workdir)
     contest = read_contest(config, workdir)
     verdicts = vote_results.verdicts(votes, config.vote.questions)
+    # A lock of its own: an export may run beside the server.
     with lock.held(workdir, "vote-export"):
         exported = preference_export.write_preferences(
             *(verdicts, contest.by_name(), workdir / RECORDS),

@@ -1,7 +1,7 @@
 """Step caching: what blocks add to the image tokens, kept from one step to the next.
 
-A step that is not computed adds what earlier steps let expect instead of running the
-blocks. diffusers has the same methods as hooks: first_block_cache.py (ParaAttention's),
+A skipped step adds a prediction from earlier steps instead of running the blocks.
+diffusers has the same methods as hooks: first_block_cache.py (ParaAttention's),
 mag_cache.py (Ma et al. 2025) and taylorseer_cache.py (Liu et al. 2025).
 """
 
@@ -19,6 +19,7 @@ from jaxtyping import Bool, Float, Int
 COLLECTION, NAME = "step_cache", "state"
 
 
+# Static because it decides which arrays the loop carries and what each step compiles.
 class Method(NamedTuple):
     """How a step is decided and replaced; static, so it is part of a program.
 
@@ -48,6 +49,8 @@ class Schedule(NamedTuple):
     changes by more than `threshold` has the rest computed.
     """
 
+    # Arrays and not numbers of Python: another threshold or number of steps reuses the
+    # program.
     must: Bool[Array, " n"]
     threshold: Float[Array, ""]
 
@@ -129,27 +132,35 @@ def around(
         return blocks(module, streams)
     method, schedule = cache
     state = module.get_variable(COLLECTION, NAME)
+    # Before the first computed step `terms` are zeros: nothing can be predicted from
+    # them.
     must = schedule.must[state.step] | (state.updates == 0)
     added, measure = None, jnp.float32(1)
     if method.first_block:
         before, streams = streams[0], _first_block(module, streams, c)
         added = streams[0] - before
+        # In the first step state.first is zero and the ratio infinite or NaN: `must` is
+        # true.
         measure = relative_change(added, state.first)
         must |= measure > schedule.threshold
     x = streams[0]
 
     def compute(module, streams, state):
+        # The first block has run above.
         left_out = (0,) if method.first_block else ()
         y = blocks(module, streams, skip=left_out)
         state = _updated(state, y - x)
         return y, state if added is None else state._replace(first=added)
 
+    # The residual of all blocks (or of those after the first), added to this step's
+    # tokens.
     def reuse(module, streams, state):
         return x + predicted(state).astype(x.dtype), state
 
     # A branch that does not run costs nothing. Its predicate is one number for the
     # whole batch, from sums over all devices, so that they take the same branch.
     y, changed = nn.cond(must, compute, reuse, module, streams, state)
+    # CALIBRATION computes each step, so that these are residuals of neighbouring steps.
     if method.measures:
         measure = magnitude_ratio(changed.terms[0], state.terms[0])
     # Of the first step there is nothing to compare with.
@@ -159,6 +170,7 @@ def around(
         computed=state.computed.at[state.step].set(must),
         measures=state.measures.at[state.step].set(measure),
     )
+    # Outside of nn.cond, whose branches return the state instead of writing it.
     module.put_variable(COLLECTION, NAME, changed)
     return y
 
@@ -167,6 +179,7 @@ def _first_block(module: Any, streams: Sequence[Array], c: Array) -> Sequence[Ar
     """The streams after the first of several blocks, which is a layer of a scan."""
     # Outside of the scan, with its layer of the stacked weights. flax allows no second
     # submodule of the same name: this one has no parent.
+    # SD3.5-medium's dual-attention blocks are the first ones (MMDiT-X).
     name = "dual_blocks" if module.dual_blocks else "blocks"
     params = jax.tree.map(lambda x: x[0], module.variables["params"][name])
     block = module.joint_block(name, dual=name == "dual_blocks", parent=None)
@@ -201,6 +214,7 @@ def _updated(state: State, residual: Array) -> State:
     gap = (state.step - state.last).astype(jnp.float32)
     terms = [residual.astype(state.terms[0].dtype)]
     for order, before in enumerate(state.terms[:-1]):
+        # Divided by the steps between, since skipped steps make them unequal.
         difference = (terms[order] - before) / jnp.maximum(gap, 1)
         # A difference of order k needs k computed steps before this one.
         terms.append(jnp.where(state.updates > order, difference, 0))

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float
 
 from sd3_jax.models.vae import Conv, spread
 
+# madebyollin's Clamp: tanh(x / 3) * 3.
 SATURATION = 3.0  # the decoder's inputs are bounded, smoothly, by this size
 
 
@@ -44,6 +45,7 @@ class TinyAutoencoder(nn.Module):
 
     def encode(self, image: Float[Array, "b H W 3"]) -> Float[Array, "b h w c"]:
         """Latents, float32; there is nothing to draw."""
+        # TAESD works on images in [0, 1], ours are in [-1, 1].
         return self.encoder((image + 1) / 2).astype(jnp.float32)
 
     def decode(self, z: Float[Array, "b h w c"]) -> Float[Array, "b H W 3"]:
@@ -93,6 +95,7 @@ class TinyDecoder(nn.Module):
             for j in range(self.blocks[i]):
                 h = Block(out, self.dtype, name=f"level_{i}_block_{j}")(h)
             if i < last:
+                # torch's nn.Upsample(scale_factor=2), whose default is nearest.
                 h = jnp.repeat(jnp.repeat(h, 2, axis=1), 2, axis=2)  # (b, 2h, 2w, c)
                 h = conv(out, f"up_{i}", bias=False)(h)
         return conv(3, "conv_out")(h)
@@ -109,4 +112,5 @@ class Block(nn.Module):
         conv = lambda name: Conv(self.features, dtype=self.dtype, name=name)
         h = nn.relu(conv("conv1")(x))
         h = nn.relu(conv("conv2")(h))
+        # No projection on the skip path, since all blocks here keep their width.
         return nn.relu(x.astype(self.dtype) + conv("conv3")(h))

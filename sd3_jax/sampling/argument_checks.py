@@ -131,5 +131,7 @@ def embedding(name: str, x: Any, axes: int, width: int | None) -> None:
     shape = getattr(x, "shape", None)
     if shape is None or len(shape) != axes or width not in (None, shape[-1]):
         layout = "(b, tokens" if axes == 3 else "(b"
-        given = shown(repr(x), 60) if shape is None else f"of shape {tuple(shape)}"
-        raise UserError(f"{name} {given}: expected an array {layout}, {width})")
+        description = (
+            shown(repr(x), 60) if shape is None else f"of shape {tuple(shape)}"
+        )
+        raise UserError(f"{name} {description}: expected an array {layout}, {width})")

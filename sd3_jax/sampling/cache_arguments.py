@@ -29,6 +29,7 @@ class Option(NamedTuple):
 
 THRESHOLD = dict(low=0.0, high=1e6)
 RETENTION = dict(low=0.0, high=1.0)
+# first_block_cache.py, mag_cache.py and taylorseer_cache.py of diffusers.
 OPTIONS = {
     "first_block": {
         "threshold": Option(0.05, **THRESHOLD),
@@ -46,6 +47,7 @@ OPTIONS = {
     },
 }
 # At this number no step is skipped: such a call has no cache, and the same bits.
+# Checked after the numbers, so that a wrong number is an error even then.
 IDLE = {"first_block": ("threshold", 0), "magcache": ("threshold", 0)}
 IDLE |= {"taylorseer": ("interval", 1)}
 SEVERAL = ("heun", "adaptive")  # solvers with several evaluations in a step
@@ -128,16 +130,20 @@ def checked(
     options: Any = None,
     calibration: Any = None,
 ) -> StepCache | None:
-    """The cache of a call for a denoiser of `depth` blocks, None for none; UserError
-    for what it cannot be."""
+    """The cache of a call for a denoiser of `depth` blocks, or None without a cache.
+
+    UserError for an unknown method, and for options that are not the method's.
+    """
     if cache is None:
         unused = dict(cache_options=options, cache_calibration=calibration)
         if names := [name for name, x in unused.items() if x]:
             raise UserError(f"{' and '.join(names)} without cache; set cache")
         return None
+    # Not one of METHODS, since only the job `calibrate` asks for it.
     if cache == step_cache.CALIBRATION.name:
         return StepCache(step_cache.CALIBRATION)
     argument_checks.choice("cache", cache, step_cache.METHODS)
+    # With one block nothing follows the one that decides.
     if depth < 2:
         raise UserError(f'cache "{cache}": expected two blocks or more, got {depth}')
     numbers = _numbers(cache, options)
@@ -173,6 +179,7 @@ def _curve(calibration: Any) -> Calibration:
         )
     if isinstance(calibration, Calibration):
         return calibration
+    # A path: of a config, or of a caller who has the file alone.
     return cache_calibration.read(calibration)
 
 
@@ -183,14 +190,14 @@ def _numbers(cache: str, options: Any) -> dict[str, float | int]:
             f"cache_options {shown(repr(options))}: expected a dict such as"
             ' {"threshold": 0.1}'
         )
-    known, options = OPTIONS[cache], dict(options or {})
+    allowed, options = OPTIONS[cache], dict(options or {})
     for key in options:
-        if key not in known:
+        if key not in allowed:
             raise UserError(
                 f'cache_options "{shown(str(key))}" of cache "{cache}"'
-                f"{nearest(str(key), known)}"
+                f"{nearest(str(key), allowed)}"
             )
-    return {key: _number(key, x, options.get(key)) for key, x in known.items()}
+    return {key: _number(key, x, options.get(key)) for key, x in allowed.items()}
 
 
 def _number(key: str, option: Option, value: Any) -> float | int:

@@ -13,6 +13,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 from sd3_jax.sampling import argument_checks
 
+# The number rises when the file's meaning changes; readers refuse others.
 FORMAT = "sd3_jax step cache 1"
 MOST = 1e6  # of a ratio; those of models are near 1
 REMEDY = "calibrate it with sd3-jax calibrate"
@@ -40,11 +41,13 @@ class Calibration(NamedTuple):
 
 def mean(model: str, curves: Sequence[Float[np.ndarray, " n"]], **about) -> Calibration:
     """The calibration of several runs with as many steps."""
+    # Curves differ little between prompts (Ma et al. 2025), so that a few suffice.
     return Calibration(model, np.mean(curves, axis=0, dtype=np.float32), about)
 
 
 def write(path: epath.PathLike, calibration: Calibration) -> None:
     record = {"format": FORMAT, "model": calibration.model, **calibration.about}
+    # Six digits are enough beside thresholds of about 0.1.
     record["ratios"] = [round(float(x), 6) for x in calibration.ratios]
     text = json.dumps(record, indent=1) + "\n"
     files.write_whole(path, text.encode())
@@ -65,6 +68,7 @@ def read(path: Any) -> Calibration:
     if not isinstance(record, dict) or record.get("format") != FORMAT:
         raise UserError(f'{where}: expected "format": "{FORMAT}"; {REMEDY}')
     ratios, model = record.get("ratios"), record.get("model")
+    # json.loads also reads NaN and Infinity, which JSON does not have.
     # Not by numpy, which takes no whole number of JSON that exceeds 64 bits.
     number = lambda x: isinstance(x, int | float) and 0 <= x <= MOST
     if not isinstance(ratios, list) or not ratios or not all(map(number, ratios)):

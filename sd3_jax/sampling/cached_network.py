@@ -26,6 +26,7 @@ def apply(
     denoiser: MMDiT, variables: dict, cache: Cache, state: State, *args: Array
 ) -> tuple[Float[Array, "b h w c"], State]:
     """denoiser.apply(variables, *args) with the cache: the velocity and the state."""
+    # flax's way to pass a state into `apply` and get it back: a mutable collection.
     variables = {**variables, COLLECTION: {NAME: state}}
     options = dict(cache=cache, mutable=[COLLECTION])
     v, changed = denoiser.apply(variables, *args, **options)
@@ -45,6 +46,8 @@ def with_state(wrapped: Callable, network: Callable) -> Callable:
     answer(x, t) once. network(x, t, cond, state) -> (answer, state)."""
 
     def velocity(x: Array, t: Array, cond: Any, state: PyTree) -> tuple[Array, PyTree]:
+        # The inner function runs once while `wrapped` is traced, and leaves its state
+        # here: guidance functions return velocities alone.
         states = []
 
         def answer(x: Array, t: Array) -> Array:

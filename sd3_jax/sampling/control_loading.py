@@ -24,8 +24,8 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
 
     A single-stream net takes the embedding of patches from the bundle's denoiser.
     """
-    wanted = ["config.json", *hub.weights(CONTROLNET.stem)]
-    path = sources.resolve(path_or_hub_name, wanted, label="ControlNet")
+    filenames = ["config.json", *hub.weights(CONTROLNET.stem)]
+    path = sources.resolve(path_or_hub_name, filenames, label="ControlNet")
     part = sources.control(path)
     module = CONTROLNET.build(part.config, jnp.dtype(bundle.dtype))
     # Checked before the weights are read: nets of other models fail inside the program.
@@ -34,6 +34,7 @@ def load_control(path_or_hub_name: epath.PathLike, bundle: Bundle) -> ControlBun
     if module.borrowed:  # its positions are the denoiser's too
         module = dataclasses.replace(module, pos_size=denoiser.pos_size)
     shapes = _control_shapes(part, module, bundle.mesh, bundle.dtype)
+    # A net rests where its denoiser does.
     shapes = placements.at_rest(shapes, bundle.placement)
     variables = part.read(CONTROLNET, module, shapes)
     if module.borrowed:
@@ -58,6 +59,7 @@ def load_stored_control(path: epath.Path, mesh: Mesh) -> ControlBundle:
     # The compute dtype does not matter here, for the net is written and never run.
     module = CONTROLNET.build(part.config, jnp.dtype("float32"))
     shapes = _control_shapes(part, module, mesh, "float32")
+    # In the dtypes of the file, so that a conversion rounds nothing.
     shapes = retyped(shapes, part.dtypes(CONTROLNET, module, shapes))
     return ControlBundle(module, part.read(CONTROLNET, module, shapes), part.config)
 

@@ -11,6 +11,8 @@ from sd3_jax.sampling.control import residuals as residuals_of
 from sd3_jax.sampling.text.prompts import Conditioning
 
 
+# At module level and not in a method: jit's cache is by function, and so is shared by
+# all bundles with equal modules.
 @functools.partial(jax.jit, static_argnames=("denoiser", "skip", "nets"))
 def velocity(
     denoiser,

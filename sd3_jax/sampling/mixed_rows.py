@@ -37,6 +37,7 @@ MIXED = (solvers.ONE_EVALUATION, tuple(solvers.STOCHASTIC))
 
 def can_mix(solver: str, method: str, schedule: str, *, guided: bool) -> bool:
     """Whether pictures with these settings share a batch with others of their kind."""
+    # Other methods of guidance read numbers that are one for a batch.
     plain = not guided or (method == "cfg" and schedule == "constant")
     return solvers.same_program(solver) in MIXED and plain
 
@@ -57,6 +58,7 @@ def generate(
     with an `image`; `edits` are those of EDIT. `adapters` is a set for each row.
     UserError for calls that need different programs.
     """
+    # Sizes are equal in all calls, since the batch has one shape.
     head = calls[0]
     steerings = [_steering(bundle, call) for call in calls]
     size = dict(height=head["height"], width=head["width"])
@@ -70,6 +72,7 @@ def generate(
 
     # --- texts, adapters, and where sampling starts
     sets = None if adapters is None else list(adapters)
+    # _require_one_program has made sure that all rows agree on it.
     guided = steerings[0].reads_uncond
     cond, uncond = _encoded(bundle, calls, guided=guided, adapters=sets)
     rows = call_arrays.Rows(len(calls), 1)
@@ -149,6 +152,7 @@ def _encoded(
 def _schedule(
     bundle: Bundle, shape: tuple, call: Mapping[str, Any], changes: bool
 ) -> tuple[str, Float[np.ndarray, " n"]]:
+    # A request cannot name mu or sigmas.
     names = ("steps", "solver", "grid", "shift")
     options = {name: call[name] for name in names}
     solver, times = arguments.settings(bundle, shape, **options, mu=None, sigmas=None)
@@ -161,6 +165,7 @@ def _schedule(
 def _stacked(rows: Sequence[compiled.Inputs]) -> compiled.Inputs:
     """Inputs whose numbers are (b,) and whose grid is (b, n); arrays are shared."""
     shared = ("keys", "cond", "uncond", "noise", "x0", "mask")
+    # Set to None, which is an empty subtree: np.stack sees the numbers alone.
     numbers = [row._replace(**dict.fromkeys(shared)) for row in rows]
     # Grids of more than GRID_STEPS steps are padded to the longest: another program,
     # as it is for one such call.

@@ -12,6 +12,7 @@ from sd3_jax.sampling import argument_checks
 
 # "sequential": in host memory; on the devices while a program uses them.
 PLACEMENTS = ("all", "sequential")
+# Pinned: pages that cannot be swapped out, from which a device copies at full speed.
 HOST, DEVICE = "pinned_host", "device"  # jax's memory kinds
 
 
@@ -54,17 +55,19 @@ class Stage:
         self._copies: dict[int, tuple[Array, Array]] = {}
 
     def enter(self, arguments: Any, *, room: float | None = None) -> Any:
-        """The arguments of a program, whose weights that rest are on the devices now.
+        """A program's arguments, with weights on the host replaced by device copies.
 
         Copies that the program does not use are dropped first, unless the devices have
-        `room` bytes beside them: whatever was computed with them must be complete.
-        UserError inside a caller's jit.
+        `room` bytes free. Work that reads them must be complete by then. UserError
+        inside a caller's jit.
         """
         resting = {id(x): x for x in jax.tree.leaves(arguments) if _rests(x)}
+        # With enough room copies stay, which spares their transfer at the next call.
         if room is None or free_memory() < room:
             self._copies = {k: x for k, x in self._copies.items() if k in resting}
         if absent := {k: x for k, x in resting.items() if k not in self._copies}:
             _require_no_trace()
+            # All leaves in one call of device_put, so that the transfers overlap.
             copies = _on_devices(absent.values())
             self._copies |= {k: (absent[k], copy) for k, copy in zip(absent, copies)}
         placed = lambda x: self._copies[id(x)][1] if _rests(x) else x
@@ -77,6 +80,7 @@ class Stage:
 def free_memory() -> int:
     """Bytes that are free on the fullest device; 0 where jax does not tell."""
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    # A CPU's memory_stats() is None: 0 bytes are free, and copies are always dropped.
     sizes = [x.get("bytes_limit", 0) - x.get("bytes_in_use", 0) for x in stats]
     return min(sizes)
 

@@ -12,6 +12,8 @@ def with_decoder(plan: Plan, decoder: Bundle | None) -> tuple[Plan, tuple | None
     """The plan with the decoder's module, and its weights, for compiled.sample."""
     if decoder is None:
         return plan, None
+    # The module is static, its weights are data: another TAESD of this shape compiles
+    # nothing.
     plan = plan._replace(previewer=decoder.part("vae"))
     return plan, (decoder.variables["vae"], decoder.latent_scale)
 

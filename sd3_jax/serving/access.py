@@ -12,7 +12,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sd3_jax.serving.api_errors import ApiError
 from sd3_jax.serving.service_metrics import ServiceMetrics
 
+# Pictures by URL lie outside /v1: an <img> tag sends no Authorization header. Their
+# names are random instead (picture_store.py).
 PROTECTED = "/v1/"
+# A fixed set of labels: a counter for each path that clients make up would grow without
+# bound.
 COUNTED = ("/v1/images/generations", "/v1/images/edits", "/v1/models", "/pictures/")
 
 
@@ -28,9 +32,11 @@ class Access:
         most: int = 1000,
     ):
         self._app, self._metrics, self._most, self._open = app, metrics, most, 0
+        # Digests have one length, which compare_digest needs to hide that of a key.
         self._digests = [_digest(key) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        # A "lifespan" scope has neither a path nor headers.
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
@@ -40,6 +46,7 @@ class Access:
 
         async def answer(message: Message) -> None:
             if message["type"] == "http.response.start":
+                # OpenAI's clients show this header as request_id.
                 MutableHeaders(scope=message)["X-Request-Id"] = name
                 status = str(message["status"])
                 self._metrics.requests.labels(endpoint, status).inc()
@@ -47,6 +54,7 @@ class Access:
                     self._metrics.rejected.labels(status).inc()
             await send(message)
 
+        # Judged before this request is counted as open, so that `most` are let in.
         refusal = self._refusal(scope, endpoint)
         self._open += 1
         try:
@@ -66,6 +74,7 @@ class Access:
         return None
 
     def _admits(self, scope: Scope) -> bool:
+        # A browser sends its CORS preflight without the key.
         if not self._digests or scope["method"] == "OPTIONS":
             return True
         header = Headers(scope=scope).get("authorization", "")

@@ -10,6 +10,7 @@ LENGTH = 600  # characters of a message
 PATHS = re.compile(r"(?<![\w:/])/(?:[^\s/:,;'\"]+/)+[^\s:,;'\"]*")
 
 
+# Not a UserError: main turns that into exit code 2, and this one concerns a client.
 class ApiError(Exception):
     """An answer that is not 200; `wait` is Retry-After in seconds."""
 
@@ -61,6 +62,8 @@ def of_mistake(error: UserError, names: dict[str, str]) -> ApiError:
 
     # Checks speak of the config's keys, which the client has never seen.
     text = re.sub(r"config\.(?:sample|image)\.(\w+)", renamed, text)
+    # Checks begin their messages with the setting's name; OpenAI's clients read it as
+    # `param`.
     if match := re.match(r"(\w+)\b", text):
         word = names.get(match[1], match[1])
         param = word if word in names.values() else None

@@ -52,6 +52,8 @@ def build(
     middleware = [Middleware(Access, keys=keys, metrics=service.metrics, most=most)]
     if origins:
         cors = dict(allow_origins=list(origins), allow_methods=["*"])
+        # Outermost, since a refusal of Access also needs CORS headers: without them a
+        # browser hides the status from its page.
         middleware.insert(0, Middleware(CORSMiddleware, allow_headers=["*"], **cors))
     return Starlette(
         routes=[
@@ -59,6 +61,7 @@ def build(
             Route("/v1/images/generations", routes.generations, methods=["POST"]),
             Route("/v1/images/edits", routes.edits, methods=["POST"]),
             Route("/v1/models", routes.models),
+            # ":path" because names such as "org/model" contain slashes.
             Route("/v1/models/{name:path}", routes.model),
             Route("/pictures/{name}", routes.picture),
             Route("/healthz", routes.healthz),
@@ -123,16 +126,20 @@ class Routes:
             raise ApiError(
                 404, "no such picture; only the newest are kept", code="not_found"
             )
+        # nosniff: a browser must not guess another type from the bytes of a picture.
         headers = {"Content-Type": stored[1], "X-Content-Type-Options": "nosniff"}
         return Response(stored[0], headers=headers)
 
     async def generations(self, request: Request) -> Response:
+        # A missing header is accepted: the body is parsed as JSON in any case.
         kind = request.headers.get("content-type", "application/json")
         if kind.partition(";")[0].strip().lower() != "application/json":
             raise ApiError(
                 415, "expected Content-Type: application/json", code="unsupported_media"
             )
         async with self._bodies.read(request) as body:
+            # In a thread, as megabytes of JSON would hold up the loop that answers
+            # everyone.
             fields = await asyncio.to_thread(request_fields.of_json, body)
         return await self._answer("generations", request, fields, {})
 
@@ -157,22 +164,28 @@ class Routes:
         self, kind: str, request: Request, fields: dict, files: Mapping[str, bytes]
     ) -> Response:
         service, began = self._service, time.monotonic()
+        # Before uploads are decoded, which is wasted work if nothing can be painted.
         if service.draining or service.engine.fault is not None:
             raise stopping()
         if not service.warm:
             raise ApiError(503, "programs are being compiled", code="starting", wait=10)
-        asked, paths = await asyncio.to_thread(service.read, fields, files)
-        loop, news = asyncio.get_running_loop(), asyncio.Queue()
+        # In a thread, because uploads are decoded there.
+        image_request, paths = await asyncio.to_thread(service.read, fields, files)
+        # The painter's callbacks come from a thread of JAX, and asyncio.Queue is not
+        # thread-safe: they enter through the loop.
+        loop, feed = asyncio.get_running_loop(), asyncio.Queue()
 
         def preview(i: int, step: int, rgb: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop has ended
-                loop.call_soon_threadsafe(news.put_nowait, (i, step, rgb))
+                loop.call_soon_threadsafe(feed.put_nowait, (i, step, rgb))
 
         tickets = []
         try:
-            tickets = service.submit(asked, preview if asked.partial_images else None)
-            if asked.stream:
-                events = service.events(kind, asked, tickets, news)
+            tickets = service.submit(
+                image_request, preview if image_request.partial_images else None
+            )
+            if image_request.stream:
+                events = service.events(kind, image_request, tickets, feed)
                 release = functools.partial(service.release, tickets, paths)
                 paths = []  # the stream's own from here on
                 body = server_events(events, release)
@@ -184,11 +197,15 @@ class Routes:
                         "X-Accel-Buffering": "no",  # nginx would hold events back
                     },
                 )
-            answer = service.answer(asked, tickets, str(request.base_url))
+            answer = service.answer(image_request, tickets, str(request.base_url))
+            # A stream needs no such watch: StreamingResponse ends it when the client
+            # leaves.
             content = await unless_gone(request, answer)
             return JSONResponse(content)
         finally:
-            if not asked.stream or paths:
+            # A stream releases its uploads itself, unless an error precedes its
+            # response.
+            if not image_request.stream or paths:
                 service.release(tickets, paths)
             service.metrics.seconds.labels("request").observe(time.monotonic() - began)
 
@@ -196,18 +213,21 @@ class Routes:
 async def unless_gone(request: Request, answer) -> Any:
     """The answer; cancelled once the client has gone."""
     work = asyncio.ensure_future(answer)
-    gone = asyncio.ensure_future(disconnected(request))
+    disconnect = asyncio.ensure_future(disconnected(request))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+        await asyncio.wait({work, disconnect}, return_when=asyncio.FIRST_COMPLETED)
         if not work.done():
+            # nginx's code for a client that closed its connection; nobody reads the
+            # body, but the metrics count the status.
             raise ApiError(499, "the client has gone", code="client_gone")
         return work.result()
     finally:
         work.cancel()
-        gone.cancel()
+        disconnect.cancel()
 
 
 async def disconnected(request: Request) -> None:
+    # The body has been read, so that the next message can only be the disconnect.
     while (await request.receive())["type"] != "http.disconnect":
         pass
 
@@ -216,7 +236,9 @@ async def server_events(events, release) -> AsyncIterator[str]:
     """Events as text; an error after the head is an event too."""
     try:
         async for event in events:
+            # Server-sent events: a blank line ends each one (WHATWG HTML, section 9.2).
             yield f"event: {event['type']}\ndata: {json.dumps(event)}\n\n"
+    # The status 200 has been sent by now.
     except ApiError as error:
         yield f"event: error\ndata: {json.dumps(error.body())}\n\n"
     except Exception:
@@ -224,6 +246,7 @@ async def server_events(events, release) -> AsyncIterator[str]:
         error = ApiError(500, "internal error", code="server_error")
         yield f"event: error\ndata: {json.dumps(error.body())}\n\n"
     finally:
+        # Also when Starlette closes the generator because the client has disconnected.
         release()
 
 
@@ -243,6 +266,7 @@ async def answer_http(request: Request, error: Exception) -> Response:
 
 
 async def answer_bug(request: Request, error: Exception) -> Response:
+    # Raised while a body is read; it is no fault of the server.
     if isinstance(error, ClientDisconnect):
         return Response(status_code=499)
     answer = ApiError(500, "internal error", code="server_error")

@@ -9,9 +9,11 @@ from typing import Any
 
 from sd3_jax.serving.api_errors import ApiError
 
+# The look also drops what has timed out while no request arrives.
 IDLE = 1.0  # seconds between two looks of an idle queue
 
 
+# eq=False: tickets are compared by identity, as two requests may be equal.
 @dataclass(eq=False)
 class Ticket:
     """A picture's place in the queue; `future` gets what the painter returns for it.
@@ -35,6 +37,8 @@ class BatchQueue:
 
     def __init__(self, *, most: int, size: int, wait_s: float):
         self._most, self._size, self._wait = most, size, wait_s
+        # A list and not a deque: batches are taken from its middle. It has at most
+        # `most`.
         self._tickets: list[Ticket] = []
         self._closed = False
         self._changed = threading.Condition()
@@ -62,6 +66,7 @@ class BatchQueue:
                     429,
                     f"{waiting} pictures are waiting; the queue holds {self._most}",
                     code="queue_full",
+                    # The batches that are ahead, times the seconds of one.
                     wait=self._seconds * -(-waiting // self._size),
                 )
             self._tickets.extend(tickets)
@@ -83,6 +88,8 @@ class BatchQueue:
 
     def painted(self, seconds: float) -> None:
         """How long the last batch took, for Retry-After."""
+        # An exponential mean: the first batch after a compilation must not rule it for
+        # long.
         self._seconds = 0.7 * self._seconds + 0.3 * seconds
 
     def close(self) -> None:
@@ -102,29 +109,29 @@ class BatchQueue:
             self._changed.notify_all()
 
     def _next(self, now: float) -> tuple[list[Ticket], float]:
-        """A batch that is full or has waited long enough, or else the pause until."""
+        """(batch, 0) if one is full or has waited long enough, else ([], seconds)."""
         groups: dict[Hashable, list[Ticket]] = {}
         for ticket in self._tickets:  # in order of arrival, so the oldest is first
             groups.setdefault(ticket.key, []).append(ticket)
         pause = IDLE
         for group in groups.values():
-            left = self._wait - (now - group[0].arrived)
-            if len(group) >= self._size or left <= 0 or self._closed:
+            remaining = self._wait - (now - group[0].arrived)
+            if len(group) >= self._size or remaining <= 0 or self._closed:
                 return _alike(group, self._size), 0
-            pause = min(pause, left)
+            pause = min(pause, remaining)
         return [], pause
 
     def _drop(self) -> None:
         """Drops what was cancelled, and fails what has waited too long."""
-        now, kept = time.monotonic(), []
+        now, waiting = time.monotonic(), []
         for ticket in self._tickets:
             if ticket.future.cancelled():
                 ticket.future.set_running_or_notify_cancel()  # wakes who waits for it
             elif ticket.deadline > now:
-                kept.append(ticket)
+                waiting.append(ticket)
             elif ticket.future.set_running_or_notify_cancel():
                 ticket.future.set_exception(timed_out())
-        self._tickets = kept
+        self._tickets = waiting
 
 
 def _alike(group: Sequence[Ticket], size: int) -> list[Ticket]:

@@ -18,8 +18,10 @@ log = logging.getLogger(__name__)
 
 
 class Batch(NamedTuple):
-    """Pictures u8 (n, h, w, 3) of n rows, or None; why rows have none, by row; and the
-    filter's verdict on each."""
+    """Pictures u8 (n, h, w, 3) of n rows, or None if none was painted.
+
+    `failures` says by row why it has no picture, `flags` are the filter's verdicts.
+    """
 
     images: np.ndarray | None
     failures: dict[int, str]
@@ -53,6 +55,9 @@ class Engine:
         self._paint, self._queue, self._metrics = paint, queue, metrics
         self._size, self._several = size, several
         self._running: list[Ticket] = []
+        # One thread for all programs: JAX would run two at once, and neither their
+        # memory nor the order of collectives on several hosts would be known. A daemon,
+        # so that a stuck device does not keep the process from its exit.
         self._thread = threading.Thread(target=self._run, name="painter", daemon=True)
 
     def start(self) -> None:
@@ -69,6 +74,8 @@ class Engine:
 
     def preview(self, step: Any, t: Any, rgb: Any) -> None:
         """Called by the program after each step, from a thread of jax."""
+        # zip ends with the tickets: the rows that fill up a batch have none. A row with
+        # fewer steps than the longest is finished before the loop ends.
         for ticket, row in zip(self._running, rgb):
             if ticket.preview is not None and int(step) < ticket.steps:
                 ticket.preview(int(step), row)
@@ -76,7 +83,11 @@ class Engine:
     def _run(self) -> None:
         try:
             while True:
+                # None: an idle server waits without a limit, which must not look like a
+                # hang.
                 watchdog.expect("requests", None)
+                # [] also means that every ticket of a batch was cancelled at the last
+                # moment.
                 if not (batch := self._queue.take()):
                     if not len(self._queue) and self._queue.closed:
                         return
@@ -84,6 +95,8 @@ class Engine:
                 watchdog.expect("a batch of pictures", watchdog.LONG)
                 self._answer(batch)
         except Exception as error:
+            # jobs/serve.py raises the fault in the main thread, whose exit code decides
+            # whether a supervisor starts the server again.
             log.exception("the painter's thread ends")
             self.fault = error
             self._queue.fail(
@@ -118,6 +131,8 @@ class Engine:
 
     def _deliver(self, batch: Sequence[Ticket], painted: Batch) -> None:
         for i, ticket in enumerate(batch):
+            # A UserError here means a 400: the request asked for what cannot be
+            # painted.
             if painted.images is None or i in painted.failures:
                 reason = painted.failures.get(i, "the picture cannot be painted")
                 ticket.future.set_exception(UserError(reason))

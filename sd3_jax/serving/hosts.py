@@ -27,12 +27,15 @@ def handed_to_all(paint: Callable[[Sequence[Row]], Any]) -> Callable:
     """paint for process 0, which tells the others of every batch."""
     if jax.process_count() == 1:
         return paint
+    # Announcements are keys of the coordination service, which are set only once.
     turns = iter(range(2**62))
 
     def paint_everywhere(rows: Sequence[Row]) -> Any:
+        # Before process 0 starts: programs have collectives, which wait for every host.
         _send(next(turns), _packed(rows))
         return paint(rows)
 
+    # The empty message ends `follow`.
     paint_everywhere.stop = lambda: _send(next(turns), b"")
     return paint_everywhere
 
@@ -47,6 +50,9 @@ def follow(
     turn = 0
     while True:
         watchdog.expect("requests", None)
+        # Waiting for a collective would block in XLA, deaf to signals and with a
+        # timeout: the announcement goes by the coordination service instead, and has
+        # the size that the broadcast's shape needs.
         size = processes.announced(turn, LOOK)
         stop()  # passes a SIGTERM of this process on to process 0
         if size is None:
@@ -70,11 +76,13 @@ def _send(turn: int, message: bytes) -> None:
 
 
 def _broadcast(size: int, message: bytes | None) -> bytes:
+    # broadcast_one_to_all compiles a program for each shape.
     padded = UNIT
     while padded < size:
         padded *= 2
     data = np.zeros(padded, np.uint8)
     if message:
+        # The others pass zeros of the same shape, which the broadcast replaces.
         data[:size] = np.frombuffer(message, np.uint8)
     data = np.asarray(multihost_utils.broadcast_one_to_all(data), np.uint8)
     return data[:size].tobytes()
@@ -101,6 +109,7 @@ def _packed(rows: Sequence[Row]) -> bytes:
         )
     sizes = {path: len(data) for path, data in files.items()}
     head = json.dumps({"rows": heads, "files": sizes}).encode()
+    # Hosts share no disk in general, so that the uploads travel with the batch.
     return len(head).to_bytes(8, "big") + head + b"".join(files.values())
 
 
@@ -120,9 +129,11 @@ def _unpacked(
 def _row(fields: dict, config: ConfigDict, paths: dict[str, str]) -> Row:
     settings = fields["settings"]
     for name in FILES:
+        # Paths on process 0's disk become those of this host's copies.
         if name in settings:
             settings[name] = paths[settings[name]]
     prompt = fields["prompt"]
+    # A list, since JSON has no tuples.
     prompt = prompt if isinstance(prompt, str) else tuple(prompt)
     # Samplers of a checkpoint read the size from the task's config.
     config = config.copy_and_resolve_references()

@@ -22,6 +22,9 @@ class HttpServer:
     ):
         self._socket = _bound(host, port)
         self.address = self._socket.getsockname()[:2]
+        # h11 and not httptools, because the protocol below overrides its methods.
+        # lifespan="off": the job starts and stops what the app uses. log_config=None
+        # leaves the logging of the process as main set it up.
         config = uvicorn.Config(
             app,
             http=_bounded(read_s),
@@ -50,6 +53,8 @@ class HttpServer:
 
     def stop(self, seconds: float) -> None:
         """Ends once answers that are being sent are sent, or after so many seconds."""
+        # uvicorn polls both flags: first it finishes open responses, then it drops
+        # them.
         self._server.should_exit = True
         self._thread.join(seconds)
         self._server.force_exit = True
@@ -60,6 +65,7 @@ class HttpServer:
 def _bound(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
+    # A restarted server may bind while connections of the old one are in TIME_WAIT.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
@@ -82,6 +88,8 @@ def _bounded(seconds: float) -> type[H11Protocol]:
     uvicorn bounds the pause between two requests alone; the app bounds the body.
     """
 
+    # A client that sends its head byte by byte ("slowloris") would hold a connection
+    # for as long as it likes; the bytes of a head do not restart the timer.
     class BoundedProtocol(H11Protocol):
         _head = None
         _unread = 0
@@ -94,6 +102,7 @@ def _bounded(seconds: float) -> type[H11Protocol]:
             # uvicorn closes idle connections once all is sent, which a client that
             # reads nothing would never let happen.
             unread = self.transport.get_write_buffer_size()
+            # Two looks `seconds` apart saw the same bytes: nothing was read in between.
             if unread and unread == self._unread:
                 self.transport.abort()
             elif unread:
@@ -114,6 +123,7 @@ def _bounded(seconds: float) -> type[H11Protocol]:
 
         def _expect_head(self):
             cycle = self.cycle
+            # A cycle begins when the head is complete.
             if cycle is not None and not cycle.response_complete:
                 self._forget()
             elif self._head is None:

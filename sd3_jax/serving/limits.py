@@ -14,7 +14,8 @@ class Limits(NamedTuple):
     all_bodies: int = 2**28  # of all requests that are being read
     pixels: int = 2**24  # of an uploaded picture
     queue: int = 256  # pictures that wait
-    wait_s: float = 0.02  # for company
+    # Longer waits fill batches better and delay a lone request by as much.
+    wait_s: float = 0.02  # for other pictures of its batch
     request_s: float = 300.0  # from arrival to answer
     read_s: float = 30.0  # for a request to arrive
     partial_images: int = 0

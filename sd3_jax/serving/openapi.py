@@ -11,6 +11,7 @@ def schema(limits: Limits, model: str) -> dict:
     fields = {name: _property(x) for name, x in GENERATION.items()}
     edits = {name: _property(x) for name, x in EDITS.items()}
     for table in fields, edits:
+        # The limits of this server narrow those of the table, which hold for any.
         table["size"]["enum"] = ["auto", *map(size_text, limits.sizes)]
         table["n"]["maximum"] = limits.n
         table["steps"]["maximum"] = limits.steps
@@ -67,11 +68,14 @@ def _property(field: Field) -> dict:
 
 def _operation(about: str, kind: str, fields: dict, required: list[str]) -> dict:
     body = {"type": "object", "properties": fields, "required": required}
+    # request_fields.checked refuses unknown fields as well.
     body["additionalProperties"] = False
     answer = {"application/json": {"schema": _answer()}}
+    # OpenAPI 3.1 cannot describe the events of a stream, only its media type.
     answer["text/event-stream"] = {"schema": {"type": "string"}}
     return {
         "summary": about,
+        # {} means "none": a server without keys_file asks for no key.
         "security": [{}, {"key": []}],
         "requestBody": {"required": True, "content": {kind: {"schema": body}}},
         "responses": {"200": {"description": about, "content": answer}}
@@ -124,6 +128,7 @@ def _fault() -> dict:
 
 
 def _error() -> dict:
+    # JSON Schema 2020-12, which OpenAPI 3.1 uses, has lists of types and no `nullable`.
     text = {"type": ["string", "null"]}
     names = ("message", "type", "param", "code")
     return {

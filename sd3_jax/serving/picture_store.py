@@ -14,6 +14,8 @@ class PictureStore:
 
     def add(self, data: bytes, suffix: str, kind: str) -> str:
         """The file's name."""
+        # 144 random bits: the name is all that protects a picture, since /pictures asks
+        # for no key.
         name = secrets.token_urlsafe(18) + suffix
         with self._lock:
             self._files[name] = data, kind

@@ -27,6 +27,8 @@ class Bodies:
         limits, size, chunks = self._limits, 0, []
         try:
             async with asyncio.timeout(limits.read_s):
+                # Counted as it arrives: Content-Length is missing in chunked requests,
+                # and a client may state it falsely.
                 async for chunk in request.stream():
                     size += len(chunk)
                     self._reading += len(chunk)
@@ -36,11 +38,14 @@ class Bodies:
                             f"the body has over {limits.body_bytes} bytes",
                             code="body_too_large",
                         )
+                    # Without a bound on the sum, many bodies below the limit use up the
+                    # memory.
                     if self._reading > limits.all_bodies:
                         raise ApiError(
                             429, "too many uploads at once", code="busy", wait=1
                         )
                     chunks.append(chunk)
+            # Counted until the caller has parsed it, for until then its bytes are held.
             yield b"".join(chunks)
         except TimeoutError:
             raise ApiError(
@@ -57,6 +62,7 @@ async def form(
 ) -> tuple[dict[str, str], dict[str, bytes]]:
     """The texts and files of a multipart body; ApiError for what is none."""
 
+    # The parser reads a stream; here it gets the body that was counted already.
     async def stream():
         yield body
 

@@ -29,6 +29,7 @@ class Field(NamedTuple):
     form: str = ""  # "file" for an upload; fields of edits alone are named in EDITS
 
 
+# OpenAI's API reference, "Create image".
 OPENAI = {
     "prompt": Field("string", "What the picture shows."),
     "model": Field("string", "A name of /v1/models; by default the served model."),
@@ -59,6 +60,7 @@ OURS = {
         "Seed of the noise; picture i has seed + i. By default a random one, which the"
         " answer names.",
         "seed",
+        # Seeds are uint32 in the programs.
         low=0,
         high=2**32 - 1,
     ),
@@ -131,6 +133,8 @@ def of_form(texts: Mapping[str, str]) -> dict[str, Any]:
             fields[name] = text
             continue
         try:
+            # A form has texts alone: "7" and "true" are read as JSON of the field's
+            # type.
             fields[name] = parse_json(text)
         except (ValueError, RecursionError):
             raise invalid(
@@ -149,6 +153,7 @@ def checked(fields: Mapping[str, Any], table: Mapping[str, Field]) -> dict[str, 
                 shown(name),
                 "unknown_parameter",
             )
+    # OpenAI's clients send null for options that a program leaves unset.
     values = {name: x for name, x in fields.items() if x is not None}
     for name, value in values.items():
         require(name, value, table[name])

@@ -17,6 +17,7 @@ from sd3_jax.serving.api_errors import ApiError, invalid, of_mistake
 from sd3_jax.serving.limits import Limits, size_text
 from sd3_jax.serving.request_fields import EDITS, NAMES
 
+# At most five digits, so that int() never gets a text of a million.
 SIZE = re.compile("([1-9][0-9]{0,4})x([1-9][0-9]{0,4})")
 
 
@@ -80,8 +81,11 @@ def asked(
 
 def _rows(fields, config, limits, count, adapters, files) -> list[Row]:
     size = _size(fields.get("size", "auto"), limits, sized=not files)
+    # A request becomes a line, and is checked by the code that reads a line of
+    # prompts_file: a picture can be repeated by `sample` from the line inside its file.
     line = {"prompt": fields["prompt"], "per_prompt": count}
     # Python's own generator would repeat its seeds in each process that is started.
+    # Below 2**31, as picture i of a request has seed + i and must stay in 32 bits.
     line["seed"] = fields.get("seed", secrets.randbelow(2**31))
     line |= {
         EDITS[name].line: value for name, value in fields.items() if EDITS[name].line
@@ -91,15 +95,18 @@ def _rows(fields, config, limits, count, adapters, files) -> list[Row]:
         line |= {"height": size[0], "width": size[1]}
     try:
         looked = Looked()
-        read = prompt_lines.read_fields(line, config, ".", looked)
-        tasks = prompt_file.tasks_of([read], looked)
+        parsed = prompt_lines.read_fields(line, config, ".", looked)
+        tasks = prompt_file.tasks_of([parsed], looked)
         if files:  # decoded now, so that a bad picture is no error of a whole batch
             line_arrays.read_checked_row(tasks[0].settings, tasks[0].size)
     except UserError as error:
+        # The uploads' paths in the spool mean nothing to a client.
         text = str(error)
         for name, path in files.items():
             text = text.replace(path, name)
         raise of_mistake(UserError(text), NAMES) from None
+    # All rows of a request have one size. An upload brings its own, which may not be
+    # one of those that are compiled.
     for task in tasks[:1]:
         painted = task.settings["height"], task.settings["width"]
         if painted not in limits.sizes:
@@ -149,11 +156,13 @@ def _require_texts(fields: Mapping[str, Any], limits: Limits) -> None:
 
 def _adapters(value: Any, known: Mapping[str, float]) -> dict[str, float] | None:
     if value is None:
+        # Without the field each adapter acts at the weight of its configuration.
         return dict(known) if known else None
     for name in value:
         if name not in known:
             raise invalid(f'adapters "{shown(name)}"{nearest(name, known)}', "adapters")
     try:
+        # With adapters loaded, {} means all weights are 0; None is a model without any.
         return {
             name: argument_checks.number(f'adapters "{name}"', weight, -100, 100)
             for name, weight in value.items()

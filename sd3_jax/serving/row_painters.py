@@ -79,6 +79,7 @@ def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPain
         if config.sample[name]:  # by file name: paths of the host are nobody's business
             facts[name] = [os.path.basename(x) for x in config.sample[name]]
 
+    # The checks of a job's lines before it starts, here for each request.
     def require(row: Row) -> None:
         released_sampler.check(bundle.scheduler, bundle.configs, [row.task.settings])
 
@@ -114,13 +115,18 @@ def _key(solver_of: Callable[[Task], str], row: Row) -> Key:
     )
     method, schedule = s["guidance_method"], s["guidance_schedule"]
     sides = s["height"], s["width"]
+    # Mixed rows are data of one program, so that requests with other seeds, steps and
+    # scales need not wait for each other's batch to end.
     if not mixed_rows.can_mix(solver, method, schedule, guided=guided):
         # sd3_jax.generate paints these; its numbers are one for the whole batch.
         program = (*sides, solver, *task_arguments.program(row.task))
         return Key(program, (*row.task.group, str(row.adapters)), mixed=False)
     pixels = [name for name in PIXELS if name in s]
+    # Layers left out (skip-layer guidance) are static in the program; without guidance
+    # they are not read.
     skipped = s["skip_layers"] if guided else ()
     program = (*sides, solvers.same_program(solver)[0], guided, *skipped, *pixels)
+    # A crop or a blur of the mask is computed once for all rows, before the program.
     edits = tuple(str(s.get(name)) for name in mixed_rows.EDIT)
     return Key(program, (row.task.size, *edits), mixed=True)
 
@@ -139,8 +145,8 @@ def _paint_released(
         return released_sampler.sample_lines(bundle, {}, guide, tasks, adapters=usual)
     settings, pixels = tasks[0].settings, {}
     if any(name in settings for name in PIXELS):
-        read = [line_arrays.read_checked_row(x.settings, x.size) for x in tasks]
-        pixels = line_arrays.arguments(settings, read, {})
+        edit_rows = [line_arrays.read_checked_row(x.settings, x.size) for x in tasks]
+        pixels = line_arrays.arguments(settings, edit_rows, {})
     calls = [
         generate_arguments([task]) | {"strength": task.settings.get("strength")}
         for task in tasks
@@ -154,12 +160,14 @@ def _paint_released(
         adapters=sets,
         preview=preview,
     )
+    # Every process gets all pictures; process 0 answers with them.
     images = multihost_utils.process_allgather(images, tiled=True)
     return _finished(np.array(images, np.float32))
 
 
 def _finished(images: np.ndarray) -> Painted:
     """Bytes of pictures in [0, 1]; a row with NaN is a failure."""
+    # NaN casts to any integer without an error: a black picture would be delivered.
     lost = np.isnan(images).any(axis=(1, 2, 3))
     reason = "the pixels are NaN, because numbers overflow; lower the guidance"
     failures = {int(i): reason for i in np.flatnonzero(lost)}
@@ -179,6 +187,8 @@ def trained(
 
     def paint(rows: Sequence[Row]) -> Painted:
         program = key(rows[0]).program
+        # Kept for the life of the server. Each has its own jitted function, whose cache
+        # would be lost with it.
         if program not in samplers:
             row_config = rows[0].task.config
             samplers[program] = RowSampler(
@@ -216,6 +226,8 @@ class RowSampler(TrainedSampler):
         numbers = compiled.place(self.numbers(tasks), self.mesh)
         images = self.program(params, text, negative, numbers)
         if self.encoder is not None:
+            # Latents of a released autoencoder: decode gives [0, 1], a run's own gives
+            # [-1, 1].
             images = 2 * self.encoder.bundle.decode(images) - 1
         images = multihost_utils.process_allgather(images, tiled=True)
         return _finished((np.array(images, np.float32) + 1) / 2)
@@ -227,6 +239,8 @@ class RowSampler(TrainedSampler):
             s = task.settings
             # PUBLISHED shifts by a constant: only a dynamic shift reads tokens.
             solver, grid = PUBLISHED.sampler(s["steps"], 0, **solver_options(s))
+            # As in `sample`, the published grid is scaled to the last time that the run
+            # trained at.
             grid = np.asarray(self.parts.formulation.grid(grid))
             numbers = dict(
                 seed=np.uint32(s["seed"]),
@@ -257,6 +271,7 @@ class RowSampler(TrainedSampler):
         uncond = cond
         if self.guidance.guided:
             uncond = jax.tree.map(steer, objective.encode(params, negative), cond)
+        # As TrainedSampler derives them: `sample` paints the same picture from a seed.
         key = lambda seed, number: jax.random.fold_in(jax.random.key(seed), number)
         x0 = generate(
             objective.velocity(params),

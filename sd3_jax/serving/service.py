@@ -131,8 +131,8 @@ class Service:
         future = asyncio.wrap_future(ticket.future)
         try:
             # Queued pictures fail by themselves; this is for those that are painted.
-            left = ticket.deadline - time.monotonic()
-            return await asyncio.wait_for(future, left + 1)
+            remaining = ticket.deadline - time.monotonic()
+            return await asyncio.wait_for(future, remaining + 1)
         except TimeoutError:
             raise timed_out() from None
         except UserError as error:
@@ -141,15 +141,16 @@ class Service:
     def release(self, tickets: Sequence[Ticket], paths: Sequence[str]) -> None:
         """Forgets what is not painted yet, and removes uploads once nothing is."""
         for ticket in tickets:
+            # False for a ticket that is being painted: a batch cannot be interrupted.
             ticket.future.cancel()
-        left = [ticket.future for ticket in tickets if not ticket.future.done()]
+        running = [ticket.future for ticket in tickets if not ticket.future.done()]
         if not paths:
             return
-        if not left:
+        if not running:
             self._spool.remove(paths)
             return
         # A running batch still reads them.
-        left[-1].add_done_callback(lambda _: self._spool.remove(paths))
+        running[-1].add_done_callback(lambda _: self._spool.remove(paths))
 
     # --- from pictures to answers
 
@@ -159,6 +160,7 @@ class Service:
         facts = self._painter.facts | self._guard.facts()
         facts |= picture_lines.encoding(request.suffix[1:], request.quality)
         line = task_lines.describe(row.task, facts, {}, request.suffix[1:])
+        # Row and size: the same row of a batch of this size repeats the last bits.
         line |= {"batch": list(picture.slot)}
         if row.adapters:
             line["adapters"] = row.adapters
@@ -174,6 +176,7 @@ class Service:
 
     def seed_of(self, row: Row) -> int:
         """The seed that repeats this picture as the first of a request."""
+        # generate() seeds by seed + number; a run folds the number into the seed's key.
         is_run = "step" in self._painter.facts
         return row.task.settings["seed"] + (0 if is_run else row.task.number)
 
@@ -197,26 +200,26 @@ class Service:
         return {"data": data} | self._about(request, "created")
 
     async def events(
-        self, kind: str, request: Asked, tickets: Sequence[Ticket], news: asyncio.Queue
+        self, kind: str, request: Asked, tickets: Sequence[Ticket], feed: asyncio.Queue
     ) -> AsyncIterator[dict]:
         """The events of a stream: partial pictures, and each picture at its end.
 
-        `news` gets (picture, step, latents' rgb) from the painter's previews.
+        `feed` gets (picture, step, latents' rgb) from the painter's previews.
         """
         for i, ticket in enumerate(tickets):
-            finish = lambda _, i=i: news.put_nowait((i, None, None))
-            asyncio.ensure_future(_quiet(self.painted(ticket))).add_done_callback(
-                finish
-            )
-        counts, left = [0] * len(tickets), len(tickets)
+            finish = lambda _, i=i: feed.put_nowait((i, None, None))
+            waiting = asyncio.ensure_future(_quiet(self.painted(ticket)))
+            waiting.add_done_callback(finish)
+        counts, unfinished = [0] * len(tickets), len(tickets)
         about = self._about(request, "created_at") | {"background": "opaque"}
         about["quality"] = "auto"
-        while left:
-            i, step, rgb = await news.get()
+        while unfinished:
+            i, step, rgb = await feed.get()
             ticket = tickets[i]
             common = about | {"image_index": i}
             if step is not None:
                 due = _partial_steps(ticket.steps, request.partial_images)
+                # A step that is due twice gets one preview.
                 if step not in due[counts[i] :]:
                     continue
                 file = await asyncio.to_thread(self._partial, request, ticket.row, rgb)
@@ -227,7 +230,7 @@ class Service:
                 }
                 counts[i] += 1
                 continue
-            left -= 1
+            unfinished -= 1
             picture = await self.painted(ticket)
             file = await asyncio.to_thread(self.file_of, request, ticket.row, picture)
             yield common | {

@@ -10,6 +10,7 @@ from prometheus_client import (
     generate_latest,
 )
 
+# From a queue without delay to a request at its time limit (limits.request_s).
 SECONDS = (0.005, 0.02, 0.1, 0.3, 1, 3, 10, 30, 100, 300)
 TYPE = "text/plain; version=0.0.4; charset=utf-8"
 
@@ -18,8 +19,11 @@ class ServiceMetrics:
     """The counters of one server, in a registry of its own."""
 
     def __init__(self, batch_size: int, waiting: Callable[[], int]):
+        # Not the global one: a second server in the process, as in tests, would
+        # collide.
         self._registry = CollectorRegistry()
         options = {"registry": self._registry, "namespace": "sd3_jax"}
+        # prometheus_client adds "_total" to the names of counters.
         self.requests = Counter(
             "requests",
             "Answers by endpoint and status",

@@ -17,13 +17,14 @@ class Spool:
     """A private folder of uploads, whose files a batch reads as `sample` reads its."""
 
     def __init__(self, folder: str | None = None):
-        # Processes of one run have the same paths, for a batch names its files.
+        # Each process has its own: hosts share no disk, so a batch brings its files.
         self.folder = Path(folder or tempfile.mkdtemp(prefix="sd3_jax_uploads_"))
+        # Private uploads: other users of the host may not read them.
         self.folder.mkdir(mode=0o700, exist_ok=True)
 
     def write(self, name: str, data: bytes) -> str:
         path = self.folder / name
-        # Whole or not at all: another process of this host may write the same file.
+        # Whole or not at all: processes that share a folder may write the same file.
         draft = self.folder / f"{name}.{os.getpid()}"
         draft.write_bytes(data)
         draft.replace(path)
@@ -37,6 +38,7 @@ class Spool:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+# Called before pixels are decoded: a PNG of a few kilobytes can hold gigapixels.
 def picture(data: bytes, name: str, most: int) -> Image.Image:
     """An opened upload; ApiError for other files, and for over `most` pixels."""
     try:
@@ -55,6 +57,7 @@ def picture(data: bytes, name: str, most: int) -> Image.Image:
 
 def checked_image(data: bytes, most: int) -> bytes:
     """The bytes of a picture that can be decoded; ApiError for others."""
+    # Headers may be intact above damaged pixels, which would fail a whole batch.
     _decoded(picture(data, "image", most), "image")
     return data
 
@@ -67,6 +70,8 @@ def mask_file(data: bytes, most: int) -> bytes:
     opened = picture(data, "mask", most)
     pixels = _decoded(opened, "mask")
     if "A" in opened.mode or "transparency" in opened.info:
+        # Only fully transparent pixels are repainted, as OpenAI documents its masks. An
+        # alpha channel that is opaque everywhere says nothing, and the colours decide.
         alpha = np.asarray(opened.convert("RGBA").getchannel("A"))
         if (alpha != 255).any():
             pixels = np.where(alpha == 0, np.uint8(255), np.uint8(0))

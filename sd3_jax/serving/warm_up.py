@@ -31,9 +31,12 @@ def compile_programs(
 ) -> None:
     """Compile the programs of every size, kind and solver by painting a batch."""
     began, programs = time.monotonic(), service.programs
+    # Through Service.read, as real requests come: a key that differed in anything would
+    # leave the program that clients need uncompiled.
     for fields, files in warm_requests(config, limits):
         if stop():
             return
+        # None while this request is read, since its own program is not in the set yet.
         service.programs = None
         watchdog.expect("a program for requests", watchdog.LONG)
         try:
@@ -42,11 +45,15 @@ def compile_programs(
             raise UserError(f"config.serve: cannot warm up: {error}") from None
         row = request.rows[0]
         program = painter.key(row).program
+        # paint_batch fills up the one row to the size of a batch, so the program is
+        # that of full ones too.
         if program not in programs:
             log.info("compiling for %s", json.dumps(fields))
             paint([row])
             programs.add(program)
         service.release([], paths)
+    # "compile" lets later requests compile as well; the default refuses them with a
+    # 400.
     compiles = config.serve.unwarmed == "compile"
     service.programs = None if compiles else programs
     service.warm = True
@@ -64,6 +71,7 @@ def warm_requests(
                 fields = {"prompt": "a picture", "size": size_text(size), "seed": 0}
                 fields |= {"solver": solver} if solver else {}
                 grey = np.full((*size, 3), 128, np.uint8)
+                # All is repainted: a black mask is refused.
                 white = np.full(size, 255, np.uint8)
                 files = {"image": grey, "mask": white}
                 names = {"generate": (), "image": ("image",), "mask": ("image", "mask")}

@@ -21,6 +21,7 @@ def is_tiny(config: Any, tensors: Shapes | None) -> bool:
     """Whether an autoencoder is a TAESD, by its class or else by its tensors."""
     if isinstance(config, Mapping) and "_class_name" in config:
         return config["_class_name"] == "AutoencoderTiny"
+    # A single file has no configuration.
     return tensors is not None and inferred_sizes.is_tiny(tensors)
 
 
@@ -60,5 +61,6 @@ def table(module: VAE | TinyAutoencoder) -> list[Group]:
 
 def example(module: VAE | TinyAutoencoder, config: dict) -> tuple:
     """Arguments for its init."""
+    # The smallest image: parameters' shapes do not depend on its size.
     side = 2 ** (len(module.channels) - 1)  # one latent
     return (jnp.zeros((1, side, side, 3)),)

@@ -16,6 +16,7 @@ from sd3_jax.foreign_text import parse_json, shown
 from sd3_jax.weights import unsupported_formats
 from sd3_jax.weights.stored_tensor import EightBits, QuantizedTensor, Tensor
 
+# The name ends with the type: quant_state.bitsandbytes__nf4.
 STATE = "quant_state.bitsandbytes__"
 FOUR_BITS = r"(.+)\.((?:nested_)?(?:absmax|quant_map)|quant_state\.bitsandbytes__\w+)"
 FORMAT = "weight_format"
@@ -50,6 +51,8 @@ def four_bits(
     where = f"{path}: {key}"
     kind, text = _state_of(where, texts)
     absent = [x for x in ("absmax", "quant_map") if x not in parts]
+    # Double quantization (QLoRA, Dettmers et al. 2023, section 3): the blocks' scales
+    # are in eight bits themselves, with an offset that was subtracted before.
     nested = "nested_absmax" in parts or "nested_quant_map" in parts
     nested = nested or "absmax" in parts and parts["absmax"].dtype == np.uint8
     if nested:
@@ -74,7 +77,9 @@ def four_bits(
             largest += np.float32(state.nested_offset)
         bytes_ = packed.read().reshape(-1).view(np.uint8)
         codes = np.empty(2 * len(bytes_), np.uint8)
+        # The first value of a byte is in its high four bits.
         codes[0::2], codes[1::2] = bytes_ >> 4, bytes_ & 15
+        # [:count]: an odd number of values leaves half a byte.
         x = _floats(parts["quant_map"])[codes[:count]]
         x = _by_blocks(x, largest, state.blocksize)
         # In the dtype that the library computes, and no finer.
@@ -95,6 +100,7 @@ def _require_sizes(
     """UserError for a part of another size than the weight's shape gives it."""
     count = math.prod(state.shape)
     blocks = -(-count // state.blocksize)
+    # Rounded up, as the last block may be short.
     sizes = {"absmax": blocks, "quant_map": 16}
     if nested:
         sizes["nested_absmax"] = -(-blocks // state.nested_blocksize)
@@ -134,21 +140,21 @@ def _state_of(where: str, texts: Mapping[str, bytes]) -> tuple[str, bytes]:
 
 
 def _parsed(where: str, kind: str, text: bytes, nested: bool) -> State:
-    whole = lambda x: type(x) is int and 0 < x < 2**40
+    is_count = lambda x: type(x) is int and 0 < x < 2**40
     try:
         x = parse_json(text)
         if x["quant_type"] != kind:
             raise ValueError(f"quant_type {shown(x['quant_type'])}, expected {kind}")
-        if not whole(x["blocksize"]):
+        if not is_count(x["blocksize"]):
             raise ValueError(f"blocksize {shown(x['blocksize'])}")
-        if not isinstance(x["shape"], list) or not all(map(whole, x["shape"])):
+        if not isinstance(x["shape"], list) or not all(map(is_count, x["shape"])):
             raise ValueError(f"shape {shown(x['shape'])}")
         if x["dtype"] not in DTYPES:
             raise ValueError(f"dtype {shown(x['dtype'])}, not of {', '.join(DTYPES)}")
         # Without the offset the scales of blocks would be wrong, and not missing.
         size = x["nested_blocksize"] if nested else 1
         offset = x["nested_offset"] if nested else 0.0
-        if not whole(size) or type(offset) not in (int, float):
+        if not is_count(size) or type(offset) not in (int, float):
             raise ValueError("nested_blocksize or nested_offset is no number")
         dtype = np.dtype(jnp.dtype(x["dtype"]))
         return State(x["blocksize"], dtype, tuple(x["shape"]), size, float(offset))
@@ -162,12 +168,13 @@ def _floats(tensor: Tensor) -> np.ndarray:
     return tensor.read().reshape(-1).astype(np.float32)
 
 
+# Not padded to whole blocks: that would copy the tensor.
 def _by_blocks(x: np.ndarray, factors: np.ndarray, size: int) -> np.ndarray:
     """x with each block of `size` values times its factor, in place."""
-    whole = len(x) - len(x) % size
-    x[:whole].reshape(-1, size)[...] *= factors[: whole // size, None]
-    if whole < len(x):
-        x[whole:] *= factors[-1]
+    full = len(x) - len(x) % size
+    x[:full].reshape(-1, size)[...] *= factors[: full // size, None]
+    if full < len(x):
+        x[full:] *= factors[-1]
     return x
 
 
@@ -199,6 +206,7 @@ def int8(
             f"{path}: {module}.SCB is {list(scale.shape)} of {scale.dtype}, expected"
             f" {[weight.shape[0]]} floats, one for each row of {list(weight.shape)}"
         )
+    # 0 is "row", the plain layout.
     if any(texts.get(FORMAT, b"")):  # others are the layouts of GPU kernels
         unsupported_formats.refuse(
             path, "bitsandbytes in 8 bits in a GPU's layout", f"{module}.{FORMAT}"

@@ -50,6 +50,7 @@ def flag(default: bool) -> Field:
 def counts(default: Sequence[int], most: int, *, least: int, longest: int) -> Field:
     """A field that is a list of at most `longest` integers."""
     words = f"a list of at most {longest} whole numbers from {least} to {most}"
+    # Configurations read from JSON have lists; those made in Python may have tuples.
     one = count(None, most, least=least).accepts
     accepts = lambda x: (
         isinstance(x, list | tuple) and len(x) <= longest and all(map(one, x))

@@ -24,11 +24,13 @@ T5 = ("t5", "t5encoder")
 # "pig" is any model, as the gguf nodes write it; stable-diffusion.cpp writes none.
 ARCHITECTURES = ("sd3", *T5, "pig", None)
 ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's field of a reshaped tensor
+# Numbers of ggml's enum ggml_type (ggml.h).
 PLAIN = {0: np.float32, 1: np.float16, 30: ml_dtypes.bfloat16}  # by ggml's type
 INTEGERS = {24: np.int8, 25: np.int16, 26: np.int32, 27: np.int64}
 BLOCK = 2**20  # numbers to dequantize at a time
 PART = r"-(\d{5})-of-(\d{5})\.gguf$"
 # llama.cpp's names of T5 (gguf-py's tensor_mapping), and transformers' names.
+# Applied in this order, each to the result of those before.
 T5_NAMES = {
     r"^enc\.": "encoder.",
     r"^dec\.": "decoder.",
@@ -67,6 +69,8 @@ def open_file(path: epath.Path) -> Tensors:
     tensors: Tensors = {}
     for name, entry in header.tensors.items():
         tensor = _tensor(path, header, name, entry)
+        # Files of sd3 already have the names of the checkpoint that they were made
+        # from.
         name = _t5_name(name) if architecture in T5 else name
         if name in tensors:  # by llama.cpp's and by transformers' name
             raise UserError(f"{path}: {name} appears twice, under two names")
@@ -112,6 +116,7 @@ def _tensor(
         tensor = Tensor(path, np.dtype(plain), shape, entry.start)
         _require_whole(where, entry.start + tensor.size, header.length)
         return tensor
+    # Quantized rows are whole blocks along the last axis.
     kind, numbers, size = _type(where, entry.type)
     if math.prod(entry.sizes) == 0 or not entry.sizes or entry.sizes[-1] % numbers:
         raise UserError(
@@ -123,6 +128,7 @@ def _tensor(
     _require_whole(where, entry.start + rows * bytes_in_row, header.length)
 
     def read() -> np.ndarray:
+        # Read at once: the largest, T5's table of tokens, has 140 MB in eight bits.
         raw = np.empty((rows, bytes_in_row), np.uint8)
         with path.open("rb") as file:
             fill(file, path, entry.start, raw)

@@ -15,7 +15,10 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
 MAGIC = b"GGUF"
+# Version 1 had 32-bit counts, and no file of SD3 is that old.
 VERSIONS = (2, 3)
+# Bounds that a damaged or hostile file would break: each count is followed by an
+# allocation.
 NAME, AXES = 512, 8  # characters of a name, axes of a tensor, at most
 TEXT = 2**24  # bytes of a text, at most: a chat template has 10,000
 MANY = 2**17  # tensors or fields, at most; models have 2,000
@@ -111,6 +114,7 @@ def _parse(data: _Bytes) -> Header:
     data.take(4)
     version = data.number("I")
     if version not in VERSIONS:
+        # A big-endian file has the version's bytes reversed, and all else too.
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
         order = " in big-endian order" if swapped in VERSIONS else ""
         number = swapped if order else version
@@ -136,9 +140,13 @@ def _parse(data: _Bytes) -> Header:
         axes = data.number("I")
         if axes > AXES:
             raise ValueError(f"{name}: {axes} axes, expected {AXES} at most")
+        # ggml lists the contiguous axis first, numpy last.
         sizes = tuple(data.number("Q") for _ in range(axes))[::-1]
+        # Below 2**63 even at 16 bytes a number, so that offsets are int64.
         if math.prod(max(n, 1) for n in sizes) >= 2**59:
             raise ValueError(f"{name}: shape {shown(list(sizes))}")
+        # The offset counts from the start of the data, which is known after the last
+        # tensor.
         tensors[name] = Entry(sizes, data.number("I"), data.number("Q"))
     # --- the data begin at the next multiple of the alignment
     base = -(-data.position // alignment) * alignment
@@ -161,6 +169,7 @@ def _value(data: _Bytes, kind: int) -> Any:
             data.skip(count * struct.calcsize(letter))
             return None
         return [data.number(letter) for _ in range(count)]
+    # Arrays of arrays, which the format allows; no known writer makes them.
     if inner != STRING:
         raise ValueError(f"an array of type {inner}")
     for _ in range(count):  # a tokenizer's words: their lengths alone are read

@@ -75,6 +75,7 @@ def factors(tree: dict, *, alpha: float = 0.0) -> dict[tuple[str, ...], Factors]
 
 
 def _scaled(b: np.ndarray, weight: float, where: str) -> np.ndarray:
+    # Reported below with the name of the file, which numpy's warning lacks.
     with np.errstate(over="ignore"):
         scaled = np.float32(weight) * b
     if not np.isfinite(scaled).all():

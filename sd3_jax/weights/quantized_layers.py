@@ -33,6 +33,7 @@ FORMATS = {"float8_e4m3fn": E4M3, "float8_e5m2": E5M2, "int8_tensorwise": INT8}
 METADATA = "_quantization_metadata"  # ComfyUI's, of a file
 PREFIXES = ("", "model.diffusion_model.")  # which the metadata's names may lack
 # Names beside a weight: the last part of theirs, by the weight's name.
+# "weight_scale" is the name in QUANTIZATION.md, "scale_weight" that of earlier files.
 PARTS = (
     (bitsandbytes_layers.FOUR_BITS, "{}"),
     (bitsandbytes_layers.INT8, "{}.weight"),
@@ -40,6 +41,7 @@ PARTS = (
 )
 SCALES = ("scale_weight", "weight_scale")
 UNREAD = r"(.+\.)?(scale_input|input_scale)"  # of activations, which stay in floats
+# Its presence says that all fp8 matrices below have scales.
 MARK = r"(.*\.)?scaled_fp8"
 # ComfyUI scales linear layers alone: tables may be in plain fp8 beside them.
 TABLE = r"(.*\.)?(shared|\w*embed\w*|relative_attention_bias)(\.weight)?"
@@ -66,6 +68,8 @@ def joined(
     listed = _listed_layers(path, tensors, metadata)
     texts = _texts(split.parts)
     result: Tensors = dict(split.weights)
+    # Metadata may list a layer whose parts were lost: it is an error, not a plain
+    # weight.
     for key in split.parts | listed:
         parts = split.parts.get(key, {})
         if key not in result:
@@ -103,12 +107,12 @@ def _sorted(tensors: Mapping[str, Tensor]) -> _Sorted:
 
 def _texts(parts: Mapping[str, Mapping[str, Tensor]]) -> dict[str, bytes]:
     """Bytes of the small tensors that hold text or a number, by weight and part."""
-    known = ("comfy_quant", bitsandbytes_layers.FORMAT)
+    text_parts = ("comfy_quant", bitsandbytes_layers.FORMAT)
     small = {
         f"{key}/{end}": x
         for key, ends in parts.items()
         for end, x in ends.items()
-        if end in known or end.startswith(bitsandbytes_layers.STATE)
+        if end in text_parts or end.startswith(bitsandbytes_layers.STATE)
     }
     return {key: x.tobytes() for key, x in read_small(small).items()}
 
@@ -137,14 +141,16 @@ def _layer(
     listed: Mapping[str, Any],
 ) -> QuantizedTensor:
     """One weight with its parts; `texts` are by weight and part."""
-    here = {end: texts[f"{key}/{end}"] for end in parts if f"{key}/{end}" in texts}
+    layer_texts = {
+        end: texts[f"{key}/{end}"] for end in parts if f"{key}/{end}" in texts
+    }
     if any(end in parts for end in bitsandbytes_layers.INT8_PARTS):
-        return bitsandbytes_layers.int8(path, key, weight, parts, here)
+        return bitsandbytes_layers.int8(path, key, weight, parts, layer_texts)
     if not any(end in parts for end in (*SCALES, "comfy_quant")) and key not in listed:
-        return bitsandbytes_layers.four_bits(path, key, weight, parts, here)
+        return bitsandbytes_layers.four_bits(path, key, weight, parts, layer_texts)
     stored = weight.dtype
-    if "comfy_quant" in here or key in listed:
-        settings = _settings(path, key, here.get("comfy_quant"), listed.get(key))
+    if "comfy_quant" in layer_texts or key in listed:
+        settings = _settings(path, key, layer_texts.get("comfy_quant"), listed.get(key))
         stored = _format(path, key, weight, settings)
     scales = [parts[end] for end in SCALES if end in parts]
     if len(scales) != 1:
@@ -161,6 +167,7 @@ def _settings(path: epath.Path, key: str, text: bytes | None, listed: Any) -> di
         settings = listed if text is None else parse_json(text)
     except ValueError as error:
         raise UserError(f"{path}: {key}: comfy_quant: {error}") from None
+    # A bare name stands for a format without settings.
     settings = {"format": settings} if isinstance(settings, str) else settings
     if not isinstance(settings, dict) or not isinstance(settings.get("format"), str):
         raise UserError(
@@ -174,6 +181,7 @@ def _format(
 ) -> np.dtype:
     """The dtype of the values of a layer in ComfyUI's formats."""
     name, more = settings["format"], settings.get("params")
+    # "convrot": the weights are rotated, and need inputs that are rotated alike.
     rotated = any(isinstance(x, dict) and x.get("convrot") for x in (settings, more))
     if name not in FORMATS or rotated:
         kind = f"{shown(name)} with rotations" if rotated else shown(name)
@@ -196,6 +204,8 @@ def scaled(
     """
     axes = len(weight.shape)
     outputs = weight.shape[:1]
+    # Shapes of a scale: a scalar in three spellings, or one number for each row, in
+    # two.
     sizes = {(): 1, (1,): 1, (1, 1): 1} | {outputs: -1, (*outputs, 1): -1}
     if axes < 1 or scale.shape not in sizes:
         raise UserError(
@@ -213,6 +223,7 @@ def scaled(
             " format in a comfy_quant"
         )
     count = 1 if sizes[scale.shape] == 1 else outputs[0]
+    # A view: uint8 bytes become fp8 values without a cast.
     q = lambda: weight.read().view(stored)
 
     def factors() -> np.ndarray:
@@ -223,6 +234,8 @@ def scaled(
 
     plain = stored.itemsize > 1  # ComfyUI multiplies these as well, usually by 1
     form = f"scaled {stored.name}" if plain or stored != INT8 else "int8 (ComfyUI)"
+    # Our leaves have these two kinds for matrices: such weights are loaded with the
+    # file's own scales, without a second rounding.
     ours = stored in (E4M3, INT8) and axes == 2
     eight = EightBits(stored, lambda: (q(), factors())) if ours else None
     read = lambda: multiplied(q(), factors())

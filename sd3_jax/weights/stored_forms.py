@@ -28,31 +28,33 @@ def report(
     if not any(isinstance(tensors[key], QuantizedTensor) for key in keys):
         return
     leaves = dict(_leaves(abstract))
-    kept, again, dtypes = Counter(), Counter(), Counter()
+    direct, requantized, dtypes = Counter(), Counter(), Counter()
     for piece in pieces:
         if piece.key is None:
             continue
         leaf, tensor = leaves[piece.path], tensors[piece.key]
         if not isinstance(leaf, Quantized):
             dtypes[leaf.dtype.name] += 1
+        # `keeps` is the decision of the loader, so that the report cannot differ from
+        # it.
         elif keeps(tensors, leaf, piece):
-            kept[_kind(leaf)] += 1
+            direct[_kind(leaf)] += 1
         elif isinstance(tensor, QuantizedTensor):
-            again[f"{tensor.form} to {_kind(leaf)}"] += 1
+            requantized[f"{tensor.form} to {_kind(leaf)}"] += 1
         else:
             dtypes[_kind(leaf)] += 1
     forms = Counter(tensors[key].form for key in keys)
     stored = ", ".join(f"{n} of {form}" for form, n in forms.most_common())
     fate = [f"{n} as {dtype}" for dtype, n in dtypes.most_common()]
-    fate += [f"{n} as {kind} with the file's scales" for kind, n in kept.items()]
-    fate += [f"{n} rounded again, {form}" for form, n in again.items()]
+    fate += [f"{n} as {kind} with the file's scales" for kind, n in direct.items()]
+    fate += [f"{n} rounded again, {form}" for form, n in requantized.items()]
     log.info("%s: read %s tensors; %s", where, stored, ", ".join(fate))
-    if again:
+    if requantized:
         log.warning(
             "%s: %d quantized tensors are rounded a second time (%s), which loses"
             " precision; fp8 keeps the file's e4m3, int8 its int8, and without quantize"
             " they are dequantized",
-            *(where, again.total(), ", ".join(again)),
+            *(where, requantized.total(), ", ".join(requantized)),
         )
 
 

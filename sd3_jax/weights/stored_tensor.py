@@ -51,7 +51,7 @@ class QuantizedTensor(NamedTuple):
     """A tensor whose `read()` gives the values that its own library computes.
 
     `dtype` and `shape` are those of these values, `form` is the name of the format.
-    `eight` is there if the tensor has the form of our leaves (params/quantization.py).
+    `eight` is set if the tensor has the form of our leaves (params/quantization.py).
     """
 
     path: epath.Path
@@ -69,6 +69,7 @@ def fill(file, path: epath.Path, start: int, x: Array) -> None:
     """Fill x with the bytes of an open file from `start`; UserError if it ends."""
     # Straight into the array: no second copy of a large tensor.
     file.seek(start)
+    # .view(np.uint8), since numpy refuses a buffer of bfloat16 or fp8.
     data = memoryview(x.reshape(-1).view(np.uint8))
     while len(data):
         count = file.readinto(data)  # a bucket may give less than asked
@@ -87,9 +88,10 @@ def read_small(tensors: Mapping[str, Tensor]) -> dict[str, Array]:
             )
     values = {}
     for path in dict.fromkeys(x.path for x in tensors.values()):
-        here = [(k, x) for k, x in tensors.items() if x.path == path]
+        in_file = [(k, x) for k, x in tensors.items() if x.path == path]
         with path.open("rb") as file:
-            for key, tensor in sorted(here, key=lambda pair: pair[1].start):
+            # In order of position, so that a bucket is read forwards.
+            for key, tensor in sorted(in_file, key=lambda pair: pair[1].start):
                 values[key] = np.empty(tensor.shape, tensor.dtype)
                 fill(file, path, tensor.start, values[key])
     return values

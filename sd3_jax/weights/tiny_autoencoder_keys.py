@@ -37,6 +37,7 @@ def _encoder_layers(model: TinyAutoencoder) -> list[str | None]:
     """Our names of the encoder's layers, in order; None for those without weights."""
     layers: list[str | None] = ["conv_in"]
     for i, count in enumerate(model.encoder_blocks):
+        # The first level keeps the resolution.
         layers += [f"down_{i}"] * (i > 0)
         layers += [f"level_{i}_block_{j}" for j in range(count)]
     return [*layers, "conv_out"]
@@ -58,6 +59,7 @@ def _rows(layers: list[str | None], *, first: int) -> list[Row]:
         if name is not None and "block" in name:
             # ReLUs are the layers 1 and 3 of a block.
             for i in range(3):
+                # Two names of one layer: diffusers' and the original's.
                 names = [f"{x}.conv.{2 * i}" for x in theirs]
                 rows.append(Row(f"{name}/conv{i + 1}", *names, kind=CONV))
         elif name is not None:
@@ -84,6 +86,6 @@ def with_both_halves(path: epath.Path, tensors: Tensors) -> Tensors:
             f"{path} is the {half} of a TAESD alone; expected {expected}, or a folder"
             " of diffusers' AutoencoderTiny"
         )
-    rest, _ = open_file(file)
+    other_tensors, _ = open_file(file)
     named = lambda half, tensors: {f"{half}.{key}": x for key, x in tensors.items()}
-    return named(half, tensors) | named(other, rest)
+    return named(half, tensors) | named(other, other_tensors)

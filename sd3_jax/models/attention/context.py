@@ -63,6 +63,7 @@ def passed_on(qs, ks, vs, kernel: str) -> list[Array]:
             'attention kernel "dot_product" gives no log-denominators, which'
             ' context attention "ring" merges; expected "auto", "xla" or "splash"'
         )
+    # Not joint_attention's "auto", which may take a kernel without log-denominators.
     if kernel == "auto":
         kernel = "splash" if mesh_context.platform() == "tpu" else "xla"
     return ring(
@@ -77,6 +78,7 @@ def passed_on(qs, ks, vs, kernel: str) -> list[Array]:
 
 def by_heads(qs, ks, vs, kernel: str) -> list[Array]:
     sizes = mesh_context.parts("tokens", "heads")
+    # shard_map would raise about shapes inside, without the name of the option.
     if reason := mesh_context.uneven_heads(ks[0].shape[2], *sizes):
         raise ValueError(reason)
     attend = functools.partial(kernels.joint_attention, kernel=kernel)

@@ -37,10 +37,13 @@ class Ring(NamedTuple):
         return [jax.lax.ppermute(x, self.axes, pairs) for x in arrays]
 
     def keys(self, turn: int, share: int, text: int) -> int | Array:
-        """How many of the `text` + `share` keys at hand are real: the last devices'
-        shares end in padding."""
+        """How many of the `text` + `share` keys at hand are real.
+
+        The last devices' shares end in padding.
+        """
         if share * self.devices == self.tokens:
             return text + share
+        # After `turn` passes a device holds what began that many places before it.
         home = (jax.lax.axis_index(self.axes) - self.way * turn) % self.devices
         return text + jnp.clip(self.tokens - home * share, 0, share)
 
@@ -61,17 +64,18 @@ def ring(
     """
     (parts,), axes = mesh_context.parts("tokens"), mesh_context.mesh_axes("tokens")
     cut = mesh_context.along_tokens(ks[0].shape)
-    whole = PartitionSpec(cut[0], None, cut[2])
+    replicated = PartitionSpec(cut[0], None, cut[2])
     static = Ring(axes, parts, ks[0].shape[1], scale, limit, splash)
 
     def local(qs, k, v, text_k, text_v):
         arrays = jnp.concatenate(qs, axis=1), k, v, text_k, text_v
         # Half of the heads go one way and half the other: a link carries both ways.
+        # One head alone goes one way: the other half is empty, and dropped below.
         half = [k.shape[2] // 2]
         halves = zip(*(jnp.split(x, half, axis=2) for x in arrays))
         ways = static, static._replace(way=-1)
-        both = [attend(*x, way) for x, way in zip(halves, ways) if x[0].size]
-        out = jnp.concatenate(both, axis=2)
+        by_way = [attend(*x, way) for x, way in zip(halves, ways) if x[0].size]
+        out = jnp.concatenate(by_way, axis=2)
         ends = np.cumsum([q.shape[1] for q in qs])
         return jnp.split(out, ends[:-1], axis=1)
 
@@ -80,8 +84,9 @@ def ring(
     texts = [jnp.concatenate([*x[1:]] or none, axis=1) for x in (ks, vs)]
     outputs = jax.shard_map(
         local,
-        in_specs=([cut] * len(qs), cut, cut, whole, whole),
+        in_specs=([cut] * len(qs), cut, cut, replicated, replicated),
         out_specs=[cut] * len(qs),
+        # A Pallas kernel does not say over which axes its results vary.
         check_vma=False,
     )(queries, k, v, *texts)
     return [out[:, : q.shape[1]] for out, q in zip(outputs, qs)]
@@ -93,6 +98,8 @@ def padded(arrays: Sequence[Array], parts: int) -> list[Array]:
     return [pad(x) for x in arrays]
 
 
+# custom_vjp: autodiff through the loop would keep each turn's keys and values, and so
+# all of them on every device.
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
 def attend(q, k, v, text_k, text_v, static: Ring) -> Array:
     """One device's queries (b, n, a, k), to its own, the text's and all others' keys.
@@ -115,6 +122,7 @@ def forward(q, k, v, text_k, text_v, static: Ring):
         partials.append(partial(q, *at_hand, keys, static))
         passed = following
     out, total = merged(partials, q.dtype)
+    # Named for remat's policy: without both, the backward pass would attend again.
     out, total = checkpoint_name(out, "attention"), checkpoint_name(total, "attention")
     return out, (q, k, v, text_k, text_v, out, total)
 
@@ -122,7 +130,9 @@ def forward(q, k, v, text_k, text_v, static: Ring):
 def backward(static: Ring, residuals, dout):
     q, k, v, text_k, text_v, out, total = residuals
     share, text = k.shape[1], text_k.shape[1]
+    # float32, since every turn adds to it.
     dq = jnp.zeros(q.shape, jnp.float32)
+    # The gradients of keys travel with the keys, so that each device adds its part.
     passed, text_grads = [k, v, *(jnp.zeros(x.shape, jnp.float32) for x in (k, v))], ()
     for turn in range(static.devices):
         k, v, dk, dv = passed
@@ -131,6 +141,9 @@ def backward(static: Ring, residuals, dout):
         keys = static.keys(turn, share, ahead)
         grads = gradients(q, *at_hand, out, total, dout, keys, static)
         dq = dq + grads[0]
+        # Text's keys are attended to in the first turn alone, so that they count once.
+        # Their gradients are of this device's queries; shard_map's transpose sums them
+        # over devices.
         if turn == 0:
             text_grads = [x[:, :text] for x in grads[1:]]
         dk, dv = dk + grads[1][:, ahead:], dv + grads[2][:, ahead:]
@@ -162,6 +175,8 @@ def partial(q, k, v, keys, static: Ring) -> tuple[Array, Array]:
 def gradients(q, k, v, out, total, dout, keys, static: Ring) -> list[Array]:
     """What some keys give to the gradients of q, and their own."""
     if static.splash:
+        # `out` and `total` are those of all keys: the softmax's denominators are
+        # global.
         residuals = q, k, v, out, total, dout
         return tpu.gradients(*residuals, static.scale, keys=keys)
     blocks = chunked.blocks_of(q.shape, k.shape[1], static.limit)
@@ -169,17 +184,20 @@ def gradients(q, k, v, out, total, dout, keys, static: Ring) -> list[Array]:
     residuals += blocks.queries(out), blocks.queries(total)
     args = static.scale, residuals, blocks.queries(dout), _masked(keys)
     dq, dk, dv = chunked.gradients(*args)
+    # Groups of heads (groups, group, m, k) to (b, m, a, k).
     back = lambda x: x.reshape(k.shape[0], k.shape[2], *x.shape[2:]).swapaxes(1, 2)
     return [blocks.restored(dq, q.shape), back(dk), back(dv)]
 
 
 def _masked(keys: int | Array) -> Array | None:
+    # An int means that no key is padding: nothing has to be masked.
     return None if isinstance(keys, int) else keys
 
 
 def merged(partials: Sequence[tuple[Array, Array]], dtype) -> tuple[Array, Array]:
     """The softmax over all keys, from those over parts of them; in float32."""
     # All at once: adding one after another would read and write float32 sums each time.
+    # log sum exp of the parts' logs: exp of the logits themselves could overflow.
     total = functools.reduce(jnp.logaddexp, [total for _, total in partials])
     out = sum(x.astype(jnp.float32) * jnp.exp(part - total) for x, part in partials)
     return out.astype(dtype), total

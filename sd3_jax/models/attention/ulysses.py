@@ -34,15 +34,21 @@ def ulysses(
 
     def local(streams):
         # All streams at once: one exchange before attention, and one after it.
+        # Inside shard_map shapes are a device's: n/p tokens of each stream.
         sides = [x.shape[1] for x in streams]
         y = to_heads(jnp.concatenate(streams, axis=1), axes, parts)
-        wholes = [
+        # Cut to the stream's length before attention: padding would take part in the
+        # softmax.
+        sequences = [
             x.reshape(x.shape[0], -1, *x.shape[3:])[:, :n]  # without the padding
             for x, n in zip(jnp.split(y, np.cumsum(sides)[:-1], axis=2), lengths)
         ]
-        heads = iter(wholes)
-        of = lambda xs: [next(heads) for _ in xs]
+        # One list of streams was exchanged; `of` deals it out to queries, keys and
+        # values.
+        remaining = iter(sequences)
+        of = lambda xs: [next(remaining) for _ in xs]
         outputs = attend(of(qs), of(ks), of(vs))
+        # Padded again to p equal shares, which the second exchange returns.
         pieces = [
             x.reshape(x.shape[0], parts, -1, *x.shape[2:])
             for x in padded(outputs, parts)
@@ -68,5 +74,7 @@ def to_heads(x: Array, axes: tuple[str, ...], parts: int) -> Array:
 
 def to_tokens(x: Array, axes: tuple[str, ...]) -> Array:
     """(b, p, n/p, a/p, k) to (b, n/p, a, k), the inverse of to_heads."""
+    # Device by device in order of tokens, so that split_axis=1 cuts at the devices'
+    # shares.
     x = x.reshape(x.shape[0], -1, *x.shape[3:])
     return jax.lax.all_to_all(x, axes, split_axis=1, concat_axis=2, tiled=True)

@@ -32,6 +32,7 @@ def batch_size(n: int, most: int, mesh: Mesh, *, spread: bool = False) -> int:
     shards = sharding.batch_shards(mesh)
     if spread and min(n, most) < shards:
         return min(n, most)
+    # Rounded down to whole shards from `most`, and up from n.
     return min(max(shards, most // shards * shards), -(-n // shards) * shards)
 
 
@@ -41,6 +42,7 @@ def padded_batches(n: int, size: int) -> Iterator[np.ndarray]:
     A shorter last batch would be another shape, and so another compiled program.
     """
     for start in range(0, n, size):
+        # Repeated rows and not zeros: their values are normal, and none of them is NaN.
         yield np.arange(start, start + size) % n
 
 

@@ -11,6 +11,7 @@ def describe(
     task: Task, facts: dict, nets: Mapping[str, str], suffix: str = "png"
 ) -> dict:
     """The picture's line. For released weights `seed` is the one for generate()."""
+    # Facts of released weights have a fingerprint instead of a step.
     own_checkpoint = "step" in facts
     unused = RELEASED if own_checkpoint else ()
     settings = {k: v for k, v in task.settings.items() if k not in unused}

@@ -27,6 +27,7 @@ class TextsAhead:
 
     def encode(self, batches: Sequence[Sequence[Task]]) -> None:
         """Encodes batches as they will be painted, in place of those before."""
+        # Dropped before the next are encoded: only one set is in memory.
         self._encoded = {}
         for tasks in batches:
             # LoRAs of lines are loaded with their batch, and may change the encoders.
@@ -50,6 +51,7 @@ def _embeddings(bundle: Bundle, tasks: Sequence[Task]) -> dict[str, Any]:
     call = task_arguments.generate_arguments(tasks)
     method = call["guidance_method"]
     guided = guidance.guides(call["guidance"], method)
+    # Some methods, such as PAG, compare with a perturbed network and read no negative.
     guided = guided and METHODS[method].against == "uncond"
     # In batches of the size that is painted, whose programs round alike.
     cond, uncond = arguments.encoded(

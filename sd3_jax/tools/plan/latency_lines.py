@@ -15,6 +15,7 @@ def lines(rows: Sequence[Row]) -> list[str]:
 
 
 def line(row: Row, one_chip: Row | None) -> str:
+    # row["batch"] is for each chip, and is a fraction where chips share a picture.
     pictures = round(row["batch"] * row["chips"])
     ms, scheduled = bound(row), row["scheduled"]
     text = (

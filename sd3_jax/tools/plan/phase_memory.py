@@ -16,15 +16,18 @@ def with_placements(
 
     `weights` are GiB on a device, by row. A program's own peak is that of "sequential";
     with "all" the weights of the other programs lie beside it. `peak` and `verdict`
-    become those of `placement`. A row that "needs" more than there is stays.
+    become those of `placement`. A row that does not fit, with "needs", stays as it is.
     """
     return [
-        row if "needs" in row else _placed(row, sum(weights) - own, placement)
-        for row, own in zip(rows, weights)
+        # A program that was not compiled for lack of memory has no peak.
+        row if "needs" in row else _placed(row, sum(weights) - size, placement)
+        for row, size in zip(rows, weights)
     ]
 
 
 def _placed(row: dict[str, Any], beside: float, placement: str) -> dict[str, Any]:
+    # Only arguments differ: with "sequential" each program's own weights are there
+    # alone.
     peaks = {"all": row["peak"] + beside, "sequential": row["peak"]}
     verdict = bounds.verdict(peaks[placement], row["capacity"])
     return row | {"peaks": peaks, "peak": peaks[placement], "verdict": verdict}

@@ -19,6 +19,8 @@ VERSION = 1  # of the tables
 # `again` is 1 for a pair that a voter judges a second time, to measure consistency. A
 # vote that its voter takes back keeps its row, so that a late repeat of the request
 # does not cast it again.
+# The unique index makes a second vote on a question fail in SQLite itself, however many
+# requests arrive at once. STRICT tables refuse values of another type.
 TABLES = """
 CREATE TABLE IF NOT EXISTS vote (
   id TEXT PRIMARY KEY, voter TEXT NOT NULL, pair TEXT NOT NULL,
@@ -74,6 +76,7 @@ class BallotBox:
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
             self._connection = _connected(os.fspath(path))
+            # 0 is a file that SQLite has just made.
             version = self._connection.execute("PRAGMA user_version").fetchone()[0]
             if version not in (0, VERSION):
                 self._connection.close()
@@ -106,8 +109,10 @@ class BallotBox:
                 return True
             except sqlite3.IntegrityError:
                 stored = self._by_id(vote.id)
+        # Not the id but the index of `one_vote` is violated.
         if stored is None:
             raise Conflict("this voter has judged the pair already")
+        # A repeat of a lost request has everything in common but its time of arrival.
         if stored._replace(seconds=vote.seconds) != vote:
             raise Conflict("the id belongs to another vote")
         return False
@@ -121,6 +126,8 @@ class BallotBox:
             vote = self._by_id(vote_id)
             if vote is None or vote.voter != voter:
                 return None
+            # Checked and set in one statement, so that two requests cannot both take it
+            # back.
             update = "UPDATE vote SET withdrawn = 1 WHERE id = ? AND withdrawn = 0"
             return vote, self._connection.execute(update, [vote_id]).rowcount > 0
 
@@ -128,6 +135,7 @@ class BallotBox:
         """The id of the voter's last vote that was not taken back."""
         select = "SELECT id FROM vote WHERE voter = ? AND withdrawn = 0"
         with self._lock:
+            # rowid is the order of insertion; seconds of two votes may be equal.
             query = f"{select} ORDER BY rowid DESC LIMIT 1"
             row = self._connection.execute(query, [voter]).fetchone()
         return row and row[0]
@@ -190,6 +198,7 @@ def _connected(path: str) -> sqlite3.Connection:
 def _writing() -> Iterator[None]:
     try:
         yield
+    # A constraint, which the callers explain; a full disk is an OperationalError.
     except sqlite3.IntegrityError:
         raise
     except sqlite3.Error as error:

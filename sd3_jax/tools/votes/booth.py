@@ -19,6 +19,7 @@ from sd3_jax.tools.votes.picture_sources import Pair, Source
 
 log = logging.getLogger(__name__)
 ANSWERS = ("left", "right", "tie", "bad")
+# The page draws the id, so that it can repeat a request whose answer was lost.
 ID = re.compile(r"[0-9a-f]{32}")
 CACHED = 32  # encoded pictures, about 1.5 MB each at 1024 x 1024
 HELD = 300.0  # seconds that a pair counts as being looked at
@@ -55,11 +56,13 @@ class Booth:
     ):
         self.questions, self._seed, self._box = dict(questions), seed, box
         self._sources = {source.name: source for source in sources}
+        # Reentrant, because `offers` holds it while _load takes it.
         self._lock = threading.RLock()
         self._choice = PairChoice(pairs, [*questions], seed=seed, again=again)
         self._paths: dict[str, Any] = {}  # by the token of a picture's address
         self._cache: OrderedDict[str, Shown] = OrderedDict()
         self._held: dict[str, tuple[float, list[str]]] = {}
+        # A restarted server continues with the counts of the votes on disk.
         for vote in box.votes():
             self._choice.count(vote)
 
@@ -71,6 +74,7 @@ class Booth:
         """At most `count` pairs beside those that the page has, and the progress."""
         with self._lock:
             place = self._choice.place
+            # A page that stays open over a restart may name pairs that no longer exist.
             skipped = {(pair, again) for pair, again in skipped if pair in place}
             offers = []
             while len(offers) < count:
@@ -80,6 +84,7 @@ class Booth:
                 skipped.add((chosen[0].id, chosen[1]))
                 if offer := self._offer(voter, *chosen):
                     offers.append(offer)
+            # Repeats are not counted: no other voter needs them.
             first_time = [pair for pair, again in skipped if not again]
             self._held[voter] = time.monotonic(), first_time
             return {"pairs": offers} | self._progress(voter)
@@ -114,6 +119,7 @@ class Booth:
             raise Refused("question: not one of this vote", "unknown_question")
         if not isinstance(answer, str) or answer not in ANSWERS:
             raise Refused(f"answer: expected one of {', '.join(ANSWERS)}", "bad_answer")
+        # Computed again and not read from the request: a page cannot choose its sides.
         at_left = left_side(self._seed, voter, pair, again)
         at_right = "second" if at_left == "first" else "first"
         winner = {"left": at_left, "right": at_right}.get(answer, answer)
@@ -195,6 +201,8 @@ class Booth:
             if token in self._cache:
                 self._cache.move_to_end(token)
                 return self._cache[token]
+        # Outside of the lock: decoding takes long, and twice now and then is cheaper
+        # than a queue of voters.
         pixels, _ = read_own(path)
         buffer = io.BytesIO()
         # The lowest level: a tenth larger than the default, in a fraction of the time.

@@ -9,6 +9,7 @@ import numpy as np
 from sd3_jax.tools.votes.ballot_box import Vote
 from sd3_jax.tools.votes.picture_sources import Pair
 
+# So that a repeat measures the judgement and not the memory.
 APART = 10  # pairs between a pair and its repeat
 
 
@@ -41,14 +42,17 @@ class PairChoice:
         # (voter, again) -> pair's id -> questions answered
         self._answers = defaultdict(lambda: defaultdict(set))
         self._broken = np.zeros(len(self.pairs), bool)
+        # Without an order of their own, voters would see the same pairs first.
         self._orders: dict[str, np.ndarray] = {}
 
     def count(self, vote: Vote, step: int = 1) -> None:
         """Add a vote, or with step -1 remove it."""
         if vote.pair not in self.place or vote.question not in self.questions:
             return  # of an earlier configuration of the folder; results still have it
+        # Sets and not numbers: a withdrawn answer is removed by its question.
         answered = self._answers[vote.voter, vote.again][vote.pair]
         (answered.add if step > 0 else answered.discard)(vote.question)
+        # Repeats measure consistency and are no votes on the pair.
         if not vote.again:
             self._counts[self.place[vote.pair]] += step
 
@@ -87,10 +91,13 @@ class PairChoice:
             # An answer that was taken back leaves an empty entry.
             done = self._answers[voter, 0].get(pair_id) or (pair_id, 0) in skipped
             open_pairs[self.place[pair_id]] &= not done
+        # A pair on another voter's page counts as if it were judged: otherwise all
+        # voters get the same pair at the same time.
         counts = self._counts.copy()
         for pair_id, number in Counter(held).items():
             counts[self.place[pair_id]] += number * len(self.questions)
         chosen = np.flatnonzero(open_pairs)
+        # From coarse to fine: each round keeps those whose group has the least votes.
         for group in (self._matches, self._cells, np.arange(len(counts))):
             if len(chosen):
                 totals = np.bincount(group, weights=counts)[group[chosen]]
@@ -113,6 +120,7 @@ class PairChoice:
         seen = self._judged(voter, 0)
         repeated = {x for x, a in skipped if a} | {*self._judged(voter, 1)}
         due = int(self._again * (len(seen) + sum(not a for _, a in skipped)))
+        # `seen` is in order of judgement, because dicts keep the order of insertion.
         candidates = [x for x in seen[:-APART] if x not in repeated and self._shows(x)]
         if len(repeated) >= due or not candidates:
             return None
@@ -128,6 +136,8 @@ class PairChoice:
 
 def left_side(seed: int, voter: str, pair_id: str, again: int) -> str:
     """Which of "first" and "second" a voter sees at the left: a fair coin by hash."""
+    # By hash and not drawn: a reload shows the pair as before, and `cast` knows the
+    # sides.
     return ("first", "second")[_digest(seed, voter, pair_id, again) & 1]
 
 

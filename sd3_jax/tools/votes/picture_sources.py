@@ -21,6 +21,7 @@ MOST = 10**6  # pictures of a source
 LINE = 2**20  # characters of a line of JSON, at most
 
 
+# Not by seed: different models draw different noise from one seed.
 class PictureKey(NamedTuple):
     """What pictures of different sources have in common: prompt and number."""
 
@@ -62,6 +63,7 @@ class Pair(NamedTuple):
     @property
     def id(self) -> str:
         """16 hexadecimal digits that depend on the fields alone."""
+        # Stable over runs and processes, unlike hash(): votes on disk refer to it.
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()[:16]
 
     @property
@@ -70,8 +72,10 @@ class Pair(NamedTuple):
 
 
 def named_folders(texts: Sequence[str]) -> dict[str, epath.Path]:
-    """Folders by name, of texts such as "runs/a" or "base=runs/a"; UserError if fewer
-    than two, or if two have one name or one folder."""
+    """Folders by name, of texts such as "runs/a" or "base=runs/a".
+
+    UserError for fewer than two, and for two of one name or one folder.
+    """
     folders: dict[str, epath.Path] = {}
     for text in texts:
         name, equals, rest = text.partition("=")
@@ -105,10 +109,10 @@ def read_source(name: str, folder: epath.Path, rows: Sequence[PromptRow]) -> Sou
     in the text file of its name, or is the one of `rows` whose place, from 0, the
     picture's name begins with.
     """
-    read = _sampled if (folder / LINES).is_file() else _plain
+    read_entries = _sampled if (folder / LINES).is_file() else _plain
     pictures: dict[PictureKey, epath.Path] = {}
     sizes, problems = {}, []
-    for key, file, problem, size in read(folder, rows):
+    for key, file, problem, size in read_entries(folder, rows):
         if not problem and key in pictures:
             problem = f"a second picture {key.number} of its prompt"
         if problem:
@@ -139,6 +143,7 @@ def pairs(
     }
     every_key = set().union(*by_source.values())
     sampled = {key.prompt for key in every_key}
+    # A prompt that no source painted is reported too.
     every_key |= {PictureKey(x.prompt, 0) for x in rows if x.prompt not in sampled}
     problems = [
         f'{name}: no picture {key.number} of "{shown(key.prompt, 60)}"'
@@ -153,6 +158,8 @@ def pairs(
     # Sorted names, so that a pair keeps its id when the sources are listed differently.
     joint = [
         Pair(*key, a, b)
+        # A key joins every two sources that have it, so that one missing picture costs
+        # only its own pairs.
         for a, b in combinations(sorted(by_source), 2)
         for key in sorted(by_source[a] & by_source[b])
     ]
@@ -166,6 +173,8 @@ def pairs(
 
 def _sampled(folder: epath.Path, rows: Sequence[PromptRow]) -> Iterator[Entry]:
     """The picture of each line of samples.jsonl."""
+    # Split at "\n" alone: str.splitlines also splits at U+2028, which JSON allows in a
+    # text.
     text = files.read_bytes(folder / LINES).decode(errors="replace")
     for number, line in enumerate(text.split("\n")[:MOST], 1):
         if not line.strip():
@@ -186,6 +195,7 @@ def _entry_of(fields) -> Entry:
     if not isinstance(fields, dict):
         raise ValueError("expected a JSON object")
     prompt, number, path = (fields.get(x) for x in ("prompt", "number", "file"))
+    # A list is the prompt of each text encoder; the first one is shown.
     prompt = prompt[0] if isinstance(prompt, list) and prompt else prompt
     if not isinstance(prompt, str) or type(number) is not int or number < 0:
         raise ValueError("expected the prompt and number of a picture")
@@ -214,6 +224,7 @@ def _plain(folder: epath.Path, rows: Sequence[PromptRow]) -> Iterator[Entry]:
                 prompt = prompt_text.checked(data.decode("utf-8-sig").strip())
             except (UserError, UnicodeDecodeError) as error:
                 problem = f"{stem}.txt: {error}"
+        # As benchmarks name their pictures: 00012.png shows prompt 12, counted from 0.
         elif match := re.match(r"\d{1,9}", stem):
             index = int(match[0])
             if index < len(rows):

@@ -51,6 +51,8 @@ def write_preferences(
     would be empty.
     """
     decided, dropped = _decided(verdicts)
+    # By prompt and not by pair: a held-out pair of a prompt that is trained on would
+    # measure memory.
     held_prompts = held_out_prompts([x.prompt for x in decided], held_out, seed)
     rows: dict[tuple[str, int, int], list[Verdict]] = defaultdict(list)
     written: dict[str, int] = dict.fromkeys(SPLITS, 0)
@@ -83,9 +85,9 @@ def write_preferences(
                 shard.write(Record(tensors, f"vote {verdict.pair}", verdict.prompt))
         shards[split].append(path)
     # An earlier export may have had pictures of other sizes.
-    kept = {path.name for paths in shards.values() for path in paths}
+    current_names = {path.name for paths in shards.values() for path in paths}
     for path in files.children(folder):
-        if path.suffix == ".arecord" and path.name not in kept:
+        if path.suffix == ".arecord" and path.name not in current_names:
             path.unlink()
     return Exported(shards, written, dict(dropped))
 
@@ -111,6 +113,7 @@ def painted_pixels(
     of `size` enlarged is returned as it is.
     """
     factor = image.shape[0] // size[0] if size else 1
+    # Only if pixels repeat exactly: a JPEG or a resized picture is not undone.
     small = image[::factor, ::factor]
     same = np.array_equal(small.repeat(factor, 0).repeat(factor, 1), image)
     return small if factor > 1 and same and small.shape[:2] == size else image
@@ -133,6 +136,7 @@ def read_pair(
     verdict: Verdict, sources: Mapping[str, Source]
 ) -> tuple[UInt8[ndarray, "h w 3"], UInt8[ndarray, "h w 3"]]:
     """The better and the worse picture; Unusable, with the reason, if it cannot be."""
+    # The winner first.
     names = [verdict.first, verdict.second][:: 1 if verdict.margin > 0 else -1]
     key, images = PictureKey(verdict.prompt, verdict.number), []
     for name in names:
@@ -145,6 +149,7 @@ def read_pair(
             log.warning("not exported: %s", error)
             raise Unusable("unreadable") from None
         images.append(painted_pixels(image, source.sizes.get(key)))
+    # The two pictures of a DPO pair are stacked in training.
     if images[0].shape != images[1].shape:
         raise Unusable("of two sizes")
     return images[0], images[1]

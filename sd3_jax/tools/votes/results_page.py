@@ -75,6 +75,7 @@ def _figure(verdict: Verdict, loser: str, sources: Mapping[str, Source]):
         if source is None or key not in source.pictures:
             return None
         try:
+            # The page is one file that can be mailed: pictures are data URLs.
             data, alt = read_bytes(source.pictures[key]), f"{name}: {verdict.prompt}"
             pictures.append(html_page.picture(data, alt, limit=LIMIT))
         except BadImage as error:

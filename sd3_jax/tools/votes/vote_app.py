@@ -47,8 +47,10 @@ HEADERS = {
 def build_app(
     booth: Booth, voters: Voters, *, hosts: tuple[str, ...] = ("*",), title: str
 ) -> Starlette:
-    """The application; it answers requests to `hosts`, so that another site's name
-    that resolves to this host does not reach it."""
+    """The application, which answers requests to `hosts` only.
+
+    Another site's name that resolves to this host is refused (DNS rebinding).
+    """
 
     def route(path: str, answer: Callable, method: str = "GET") -> Route:
         return Route(path, partial(answer, booth, voters), methods=[method])
@@ -79,6 +81,7 @@ def build_app(
 
 async def _page(booth: Booth, voters: Voters, title: str, request: Request) -> Response:
     nonce = secrets.token_urlsafe(16)
+    # The nonce is for the page's Content-Security-Policy: no script but its own runs.
     text = html_page.render(
         "vote.html",
         title=title,
@@ -96,13 +99,16 @@ async def _healthy(request: Request) -> Response:
 
 
 async def _no_icon(request: Request) -> Response:
+    # Without the route each page view would log a 404.
     return Response(status_code=204)  # browsers ask for one
 
 
 async def _enter(booth: Booth, voters: Voters, request: Request) -> Response:
     token = request.path_params["token"]
+    # Without tokens a link would set any name as a cookie.
     if not voters.tokens or voters.name(token) is None:
         raise Refused("this link is not one of a voter", "unknown_voter", 403)
+    # The redirect takes the token out of the address bar.
     return _with_cookie(RedirectResponse("/", 303, headers=HEADERS), token)
 
 
@@ -121,6 +127,7 @@ async def _name(booth: Booth, voters: Voters, request: Request) -> Response:
 async def _pairs(booth: Booth, voters: Voters, request: Request) -> Response:
     voter = _voter(voters, request)
     skipped = set()
+    # Bounded: a page has no more pairs than it was offered.
     for text in request.query_params.getlist("skip")[: 2 * OFFERS]:
         pair, _, again = text.partition(":")
         skipped.add((pair, int(again == "1")))
@@ -144,8 +151,10 @@ async def _undo(booth: Booth, voters: Voters, request: Request) -> Response:
 
 
 async def _picture(booth: Booth, voters: Voters, request: Request) -> Response:
+    # Only the check matters: pictures are for voters.
     _voter(voters, request)
     png = await run_in_threadpool(booth.picture, request.path_params["token"])
+    # private: a shared cache must not hand pictures to those who may not vote.
     headers = HEADERS | {"Cache-Control": "private, max-age=86400"}
     return Response(png, media_type="image/png", headers=headers)
 
@@ -167,6 +176,7 @@ def _voter(voters: Voters, request: Request) -> str:
 def _with_cookie(response: Response, value: str) -> Response:
     # Lax and not strict: a voter's link is opened from a mail, and then the page that
     # it redirects to must get the cookie. Other sites' POSTs do not.
+    # Quoted: cookies are ASCII, and names may be of any script.
     response.set_cookie(
         COOKIE, quote(value), max_age=YEAR, httponly=True, samesite="lax"
     )
@@ -179,6 +189,7 @@ async def _body(request: Request, names: set[str]) -> dict:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise Refused("expected Content-Type: application/json", "bad_type", 415)
+    # Read by hand, since request.body() has no limit.
     data = b""
     async for chunk in request.stream():
         data += chunk

@@ -38,17 +38,18 @@ def summary(
     Repeats count in `consistency` alone. Prompts without a row have the category "".
     """
     names = sorted({name for vote in votes for name in (vote.first, vote.second)})
-    asked = dict.fromkeys(vote.question for vote in votes)  # in the page's order
+    questions = dict.fromkeys(vote.question for vote in votes)  # in the page's order
     first_time = [vote for vote in votes if not vote.again]
     category = {row.prompt: row.category for row in rows}
     by_question = {
         question: _question(
             [x for x in first_time if x.question == question], names, category, seed
         )
-        for question in asked
+        for question in questions
     }
     return {
         "sources": names,
+        # Repeats are no votes; "voters" and "pairs" are the same with and without them.
         "votes": len(first_time),
         "voters": len({vote.voter for vote in votes}),
         "prompts": len({vote.prompt for vote in votes}),
@@ -83,6 +84,8 @@ def _question(votes, names, category: Mapping[str, str], seed: int) -> dict[str,
     by_match = defaultdict(list)
     for vote in votes:
         by_match[vote.first, vote.second].append(vote)
+    # Sources are sorted in each pair (picture_sources.pairs), so (second, first) never
+    # occurs.
     matches = []
     for first, second in combinations(names, 2):
         if not (match := by_match.get((first, second))):
@@ -94,10 +97,12 @@ def _question(votes, names, category: Mapping[str, str], seed: int) -> dict[str,
         groups.pop("", None)
         rates = [_outcomes(k, x) for k, x in [(ALL, match), *sorted(groups.items())]]
         matches.append(dict(first=first, second=second, rates=rates))
+    # Agreement over all four answers: "tie" and "bad" are values like the others.
     units = [(vote.pair, vote.winner) for vote in votes]
     alpha, count = vote_statistics.krippendorff_alpha(units)
     result: dict[str, Any] = dict(votes=len(votes), matches=matches)
     result["agreement"] = dict(krippendorff_alpha=alpha, pairs=count)
+    # Of two sources the strengths say no more than the rate of wins.
     if len(names) > 2:
         result["strengths"] = _strengths(votes, names, seed)
     return result
@@ -136,6 +141,8 @@ def _sides(votes: Sequence[Vote]) -> tuple[int, int]:
 def _consistency(votes: Sequence[Vote]) -> dict | None:
     """How often a voter gave a repeated pair the same answer."""
     key = lambda vote: (vote.voter, vote.pair, vote.question)
+    # An answer of the first round that was withdrawn leaves a repeat unmatched, which
+    # counts as a different one.
     before = {key(vote): vote.winner for vote in votes if not vote.again}
     same = [before.get(key(x)) == x.winner for x in votes if x.again]
     return _rate("the same answer again", sum(same), len(same) - sum(same))

@@ -30,6 +30,8 @@ def bound_socket(host: str, port: int) -> socket.socket:
 
 def allowed_hosts(host: str) -> tuple[str, ...]:
     """Names by which browsers may ask for this server."""
+    # DNS rebinding: another site's name may resolve to 127.0.0.1, and its scripts would
+    # then be of this origin. A public address has names that this host does not know.
     return LOOPBACK if host in LOOPBACK else ("*",)
 
 
@@ -50,6 +52,7 @@ def serve(app: Starlette, listener: socket.socket) -> None:
     # In its own thread uvicorn leaves signals alone: they stay main's.
     arguments = {"sockets": [listener]}
     thread = threading.Thread(target=server.run, kwargs=arguments, name="uvicorn")
+    # Python's handlers run in the main thread, between two joins.
     before = signal.signal(signal.SIGTERM, stop)
     thread.start()
     try:

@@ -32,6 +32,7 @@ def bradley_terry(wins: Float[ndarray, "n n"]) -> Float[ndarray, " n"]:
     theta_i)). The maximum of the likelihood is found by iterated Luce spectral ranking
     (Maystre and Grossglauser 2015, choix.ilsr_pairwise_dense).
     """
+    # The likelihood is the same for theta + c, so that a mean has to be chosen.
     strengths = choix.ilsr_pairwise_dense(wins, alpha=ALPHA, max_iter=1000)
     return strengths - strengths.mean()
 
@@ -65,6 +66,8 @@ def krippendorff_alpha(
     by_unit: dict[Hashable, Counter] = {}
     for unit, value in answers:
         by_unit.setdefault(unit, Counter())[value] += 1
+    # A single value has none to agree with: such units leave the reliability data
+    # (ibid.).
     units = [x for x in by_unit.values() if x.total() > 1]
     if not units:
         return None, 0
@@ -75,6 +78,7 @@ def krippendorff_alpha(
     n = totals.sum()
     # Disagreeing ordered pairs of one unit, each weighted by 1 / (m_u - 1).
     observed = ((per_unit**2 - (counts**2).sum(1)) / (per_unit - 1)).sum()
+    # Ordered pairs of all values that differ, as if voters answered by chance.
     expected = (n**2 - (totals**2).sum()) / (n - 1)
     if not expected:
         return None, len(units)

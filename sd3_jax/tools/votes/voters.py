@@ -14,6 +14,7 @@ from sd3_jax.errors import UserError
 from sd3_jax.foreign_text import shown
 
 FILE = "voters.json"
+# No control characters and no markup: a name appears in results.
 NAME = re.compile(r"[^\W_][\w .'-]{0,47}")  # letters of any script, digits
 
 
@@ -29,6 +30,7 @@ class Voters:
 
     def name(self, cookie: str) -> str | None:
         """The voter of a cookie's text, or None."""
+        # Names without tokens are on trust: anyone may take another's.
         if not self.tokens:
             return cookie if is_name(cookie) else None
         match = None
@@ -55,14 +57,21 @@ def load(folder: epath.PathLike, names: Sequence[str]) -> Voters:
         return Voters({})
     path = epath.Path(folder) / FILE
     stored = files.read_object(path) if path.is_file() else {}
-    known = {k: v for k, v in stored.items() if isinstance(v, str) and len(v) >= 16}
-    tokens = {name: known.get(name) or secrets.token_urlsafe(24) for name in names}
+    # Too short a token was edited by hand, and could be guessed.
+    stored_tokens = {
+        k: v for k, v in stored.items() if isinstance(v, str) and len(v) >= 16
+    }
+    tokens = {
+        name: stored_tokens.get(name) or secrets.token_urlsafe(24) for name in names
+    }
     path.parent.mkdir(parents=True, exist_ok=True)
     # The file must never be readable by others, not even while it is written.
     partial = f"{path}.{secrets.token_hex(4)}.part"
     flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
     with os.fdopen(os.open(partial, flags, 0o600), "w") as file:
-        json.dump(known | tokens, file, indent=1)
+        # Tokens of names that are not listed now stay: their links work again if they
+        # return.
+        json.dump(stored_tokens | tokens, file, indent=1)
         file.flush()
         os.fsync(file.fileno())
     os.replace(partial, path)
