@@ -18,16 +18,8 @@ log = logging.getLogger(__name__)
 # or evaluated, but what it computes by rounding at most. train.steps may be raised.
 FREE_KEYS = (
     *("train", "checkpoint", "profile", "sample", "eval", "mesh"),
-    *(
-        "convert",
-        "plan",
-        "compare",
-        "explore",
-        "ingest",
-        "precompute",
-        "dedup",
-        "inspect",
-    ),
+    *("convert", "plan", "compare", "explore", "ingest", "precompute", "dedup"),
+    *("inspect", "serve", "vote"),
     *("study", "quantize.denoiser", "tune.base"),  # whose fingerprint is compared
     *("data.threads", "data.prefetch", "data.bad_records"),
     *("model.remat", "model.unroll", "model.attention"),
