@@ -35,9 +35,7 @@ def schema(limits: Limits, model: str) -> dict:
                 )
             },
             "/v1/models": {"get": _getter("The served model")},
-            "/v1/models/{name}": {
-                "get": _getter("The served model", name="name") | _missing()
-            },
+            "/v1/models/{name}": {"get": _getter("The served model", name="name")},
             "/pictures/{name}": {
                 "get": _getter("A picture by its URL", "image/*", name="name")
             },
@@ -100,10 +98,6 @@ def _getter(about: str, kind: str = "application/json", name: str = "") -> dict:
             {"name": name, "in": "path", "required": True, "schema": {"type": "string"}}
         ]
     return operation
-
-
-def _missing() -> dict:
-    return {}
 
 
 def _answer() -> dict:

@@ -26,35 +26,38 @@ class Bodies:
         """The body, within the limits of bytes and of time."""
         limits, size, chunks = self._limits, 0, []
         try:
-            async with asyncio.timeout(limits.read_s):
-                # Counted as it arrives: Content-Length is missing in chunked requests,
-                # and a client may state it falsely.
-                async for chunk in request.stream():
-                    size += len(chunk)
-                    self._reading += len(chunk)
-                    if size > limits.body_bytes:
-                        raise ApiError(
-                            413,
-                            f"the body has over {limits.body_bytes} bytes",
-                            code="body_too_large",
-                        )
-                    # Without a bound on the sum, many bodies below the limit use up the
-                    # memory.
-                    if self._reading > limits.all_bodies:
-                        raise ApiError(
-                            429, "too many uploads at once", code="busy", wait=1
-                        )
-                    chunks.append(chunk)
+            try:
+                async with asyncio.timeout(limits.read_s):
+                    # Counted as it arrives: Content-Length is missing in chunked
+                    # requests, and a client may state it falsely.
+                    async for chunk in request.stream():
+                        size += len(chunk)
+                        self._reading += len(chunk)
+                        self._require_room(size)
+                        chunks.append(chunk)
+            except TimeoutError:
+                raise ApiError(
+                    408,
+                    f"the body did not arrive within {limits.read_s:g} s",
+                    code="body_timeout",
+                ) from None
             # Counted until the caller has parsed it, for until then its bytes are held.
             yield b"".join(chunks)
-        except TimeoutError:
-            raise ApiError(
-                408,
-                f"the body did not arrive within {limits.read_s:g} s",
-                code="body_timeout",
-            ) from None
         finally:
             self._reading -= size
+
+    def _require_room(self, size: int) -> None:
+        """ApiError for a body of over so many bytes, or too many bodies at once."""
+        limits = self._limits
+        if size > limits.body_bytes:
+            raise ApiError(
+                413,
+                f"the body has over {limits.body_bytes} bytes",
+                code="body_too_large",
+            )
+        # Without a bound on the sum, many bodies below the limit use up the memory.
+        if self._reading > limits.all_bodies:
+            raise ApiError(429, "too many uploads at once", code="busy", wait=1)
 
 
 async def form(

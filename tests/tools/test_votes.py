@@ -380,6 +380,27 @@ def export(tmp_path, votes, **options):
     )
 
 
+def test_pictures_that_were_not_enlarged_are_as_they_are():
+    image = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
+    enlarged = image.repeat(4, 0).repeat(4, 1)
+    for given, size, small in (
+        (enlarged, (8, 8), image),
+        (image, (16, 16), image),  # smaller than its line says
+        (image, (8, 8), image),
+        (image, None, image),
+    ):
+        painted = preference_export.painted_pixels(given, size)
+        np.testing.assert_array_equal(painted, small)
+
+
+def test_a_repeat_of_a_withdrawn_answer_is_left_out():
+    pair, other = (Pair(prompt, 0, "a", "b") for prompt in PROMPTS[:2])
+    votes = [ballot(pair, "first"), ballot(pair, "first", again=1)]
+    votes += [ballot(other, "first", again=1)]
+    rows = [PromptRow(prompt, "Arts") for prompt in PROMPTS]
+    assert vote_results.summary(votes, rows)["consistency"]["score"] == 1
+
+
 def test_export_writes_the_majority_s_picture_first(tmp_path):
     for name in "ab":
         # 8 x 8 pictures, which `sample` writes enlarged by 12.

@@ -112,7 +112,8 @@ def painted_pixels(
     `sample` writes tiny pictures enlarged by a whole factor. A picture that is not one
     of `size` enlarged is returned as it is.
     """
-    factor = image.shape[0] // size[0] if size else 1
+    # At least 1: a picture may be smaller than `size`.
+    factor = max(1, image.shape[0] // size[0]) if size else 1
     # Only if pixels repeat exactly: a JPEG or a resized picture is not undone.
     small = image[::factor, ::factor]
     same = np.array_equal(small.repeat(factor, 0).repeat(factor, 1), image)

@@ -141,10 +141,10 @@ def _sides(votes: Sequence[Vote]) -> tuple[int, int]:
 def _consistency(votes: Sequence[Vote]) -> dict | None:
     """How often a voter gave a repeated pair the same answer."""
     key = lambda vote: (vote.voter, vote.pair, vote.question)
-    # An answer of the first round that was withdrawn leaves a repeat unmatched, which
-    # counts as a different one.
     before = {key(vote): vote.winner for vote in votes if not vote.again}
-    same = [before.get(key(x)) == x.winner for x in votes if x.again]
+    # An answer of the first round that was withdrawn leaves nothing to compare with.
+    repeats = [vote for vote in votes if vote.again and key(vote) in before]
+    same = [before[key(vote)] == vote.winner for vote in repeats]
     return _rate("the same answer again", sum(same), len(same) - sum(same))
 
 
