@@ -290,10 +290,9 @@ def generate(
             sampled, record = compiled.sample_cached(
                 plan, denoiser, place(inputs), previewer
             )
-            record = record.of_steps(len(times) - 1)
         sampled = bundle.finished(sampled)
     if cache_report is not None:
-        cache_report(record)
+        cache_report(record.of_steps(len(times) - 1))
     if output == "latents":
         return sampled
     images = bundle.decode(sampled)

@@ -93,7 +93,7 @@ def generate(
         ]
     )
     # Devices that would have no row take tokens, as in sd3_jax.generate.
-    mesh = call_arrays.mesh_for(bundle, rows.count * (1 + guided))
+    mesh = call_arrays.mesh_for(bundle, rows, steerings[0], ())
     with compiled.on(mesh):
         denoiser = bundle.on_devices(bundle.adapted("denoiser", table))
         latents = compiled.sample(plan, denoiser, compiled.place(inputs, mesh))
