@@ -33,7 +33,15 @@ MAY["sampling"] |= {"pictures", *FLOOR}
 MAY["training"] |= {"checkpoints", "monitoring", *FLOOR}
 MAY["evaluation"] |= {*FLOOR}
 MAY["reports"] |= {*FLOOR}
-MAY["tools"] |= {"params", "diffusion", "data", "distributed", "monitoring", *FLOOR}
+MAY["tools"] |= {
+    "serving",
+    "params",
+    "diffusion",
+    "data",
+    "distributed",
+    "monitoring",
+    *FLOOR,
+}
 # What knows configs is called by jobs alone, wherever it lies, and may import anything.
 DOOR = {
     *("main.py", "config", "jobs", "assembly", "training/trainer.py"),

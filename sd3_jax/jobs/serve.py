@@ -22,16 +22,18 @@ from sd3_jax.sampling import compiled
 from sd3_jax.sampling.job import output_filter, prompt_file
 from sd3_jax.sampling.job.row_batches import batch_size
 from sd3_jax.sampling.job.task_batches import filled
+from sd3_jax.serving import extra
 
 log = logging.getLogger(__name__)
+PACKAGES = ("prometheus_client", "python_multipart", "starlette", "uvicorn")
 POLL = 0.2  # seconds between two looks of the main thread
 SENDING = 10.0  # seconds for answers that are being sent when all is painted
 
 
 def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Serve until SIGTERM, then finish what waits."""
-    require_extra()
-    # Imported after require_extra: these modules need the packages of the extra.
+    extra.require("serve", PACKAGES)
+    # Imported after that check: these modules need the packages of the extra.
     from sd3_jax.serving import hosts, row_painters, uploads
 
     workdir = epath.Path(workdir)
@@ -96,10 +98,10 @@ def serve(config, limits, painter, guard, mesh, paint, spool, relay, stop) -> No
         most=config.serve.open_requests,
     )
     # Bound before minutes are spent on compilation; /readyz says 503 until then.
+    address = config.serve.host, config.serve.port
     http = http_server.HttpServer(
         application,
-        host=config.serve.host,
-        port=config.serve.port,
+        http_server.bound_socket(*address, "serve"),
         read_s=limits.read_s,
         proxies=config.serve.proxies,
     )
@@ -241,17 +243,3 @@ def api_keys(path: str) -> list[str]:
             " --config.serve.keys_file= to serve without keys"
         )
     return keys
-
-
-def require_extra() -> None:
-    """UserError if the extra `serve` is not installed."""
-    try:
-        import prometheus_client  # noqa: F401
-        import python_multipart  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"serve needs the package {error.name}; install it with"
-            ' pip install "sd3-jax[serve]"'
-        ) from None

@@ -8,7 +8,6 @@ After the human evaluation of the SD3 paper (section 5.3.2).
 """
 
 import contextlib
-import importlib.util
 import json
 import logging
 from typing import NamedTuple
@@ -24,6 +23,7 @@ from sd3_jax.distributed import lock, watchdog
 from sd3_jax.errors import UserError
 from sd3_jax.files import write_whole
 from sd3_jax.foreign_text import shown
+from sd3_jax.serving import extra
 from sd3_jax.tools.votes import ballot_box, picture_sources, voters
 from sd3_jax.tools.votes.picture_sources import Pair, Source
 
@@ -31,7 +31,7 @@ log = logging.getLogger(__name__)
 FILE = "contest.json"  # what is compared, for `results` and `export`
 RECORDS = "preferences"  # folder of `export`
 LOGGED = 10  # pictures that are left out, of which the log names so many
-EXTRA = ("starlette", "uvicorn", "choix")
+PACKAGES = ("starlette", "uvicorn", "choix")
 # The questions of the paper's human evaluation.
 QUESTIONS = {
     "prompt": "Which image looks more representative to the text shown above and"
@@ -59,10 +59,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
     """Serve the page, or write results.json and votes.html, or preferences/."""
     if jax.process_count() > 1:
         raise UserError("vote runs in one process; unset SD3_NUM_PROCESSES")
-    if missing := [x for x in EXTRA if importlib.util.find_spec(x) is None]:
-        raise UserError(
-            f"vote needs {', '.join(missing)}; run pip install 'sd3-jax[serve]'"
-        )
+    extra.require("vote", PACKAGES)
     watchdog.expect("votes", None)
     actions = {"serve": serve, "results": write_results, "export": export}
     actions[config.vote.do](config, epath.Path(workdir))
@@ -73,6 +70,7 @@ def run(config: ConfigDict, workdir: epath.PathLike) -> None:
 
 def serve(config: ConfigDict, workdir: epath.Path) -> None:
     """Answer voters until Ctrl-C or SIGTERM."""
+    from sd3_jax.serving import http_server
     from sd3_jax.tools.votes import booth, vote_app, vote_server
 
     settings = config.vote
@@ -86,7 +84,7 @@ def serve(config: ConfigDict, workdir: epath.Path) -> None:
         polling = booth.Booth(contest.sources, contest.pairs, box, questions, **options)
         registered = voters.load(workdir, settings.voters)
         # Bound before the addresses are printed, as port 0 gets its number here.
-        listener = vote_server.bound_socket(settings.host, settings.port)
+        listener = http_server.bound_socket(settings.host, settings.port, "vote")
         app = vote_app.build_app(
             *(polling, registered),
             hosts=vote_server.allowed_hosts(settings.host),

@@ -15,13 +15,21 @@ HEAD = 2**16  # bytes of a request's line and headers
 
 
 class HttpServer:
-    """Serves `app` from start() to stop(), on a socket that is bound at once."""
+    """Serves `app` on a bound socket from start() to stop().
+
+    `proxies` are the addresses whose X-Forwarded headers are believed.
+    """
 
     def __init__(
-        self, app: ASGIApp, *, host: str, port: int, read_s: float, proxies: str
+        self,
+        app: ASGIApp,
+        listener: socket.socket,
+        *,
+        read_s: float,
+        proxies: str = "127.0.0.1",
     ):
-        self._socket = _bound(host, port)
-        self.address = self._socket.getsockname()[:2]
+        self._socket = listener
+        self.address = listener.getsockname()[:2]
         # h11 and not httptools, because the protocol below overrides its methods.
         # lifespan="off": the job starts and stops what the app uses. log_config=None
         # leaves the logging of the process as main set it up.
@@ -62,20 +70,23 @@ class HttpServer:
         self._socket.close()
 
 
-def _bound(host: str, port: int) -> socket.socket:
+def bound_socket(host: str, port: int, group: str) -> socket.socket:
+    """A socket at the address of config.GROUP; UserError if it cannot be had."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     # A restarted server may bind while connections of the old one are in TIME_WAIT.
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         listener.bind((host, port))
+        # From here on clients wait instead of being refused.
+        listener.listen(BACKLOG)
     except OSError as error:
         listener.close()
         advice = ""
         if error.errno == errno.EADDRINUSE:
-            advice = "; stop the program that uses it, or set another port"
+            advice = "; stop the program that uses it, or set another port, or 0"
         raise UserError(
-            f"config.serve.host = {host}, config.serve.port = {port}:"
+            f"config.{group}.host = {host}, config.{group}.port = {port}:"
             f" {error.strerror or error}{advice}"
         ) from None
     listener.set_inheritable(True)

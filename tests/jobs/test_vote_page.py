@@ -11,7 +11,8 @@ from jobs.test_page_layout import BINARY, CONTRAST, PROBE, WINDOWS
 from vote_folders import sample_folder
 
 from sd3_jax.jobs.vote import QUESTIONS
-from sd3_jax.tools.votes import picture_sources, vote_app, vote_server, voters
+from sd3_jax.serving import http_server
+from sd3_jax.tools.votes import picture_sources, vote_app, voters
 from sd3_jax.tools.votes.ballot_box import BallotBox, StorageFailed
 from sd3_jax.tools.votes.booth import Booth
 
@@ -45,7 +46,7 @@ def site(tmp_path_factory):
     box = BallotBox(folder / "votes")
     booth = Booth(sources, pairs, box, ASKED)
     app = vote_app.build_app(booth, voters.Voters({}), title="Which picture is better?")
-    listener = vote_server.bound_socket("127.0.0.1", 0)
+    listener = http_server.bound_socket("127.0.0.1", 0, "vote")
     server = uvicorn.Server(uvicorn.Config(app, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()

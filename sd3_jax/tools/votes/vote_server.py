@@ -1,31 +1,16 @@
 """Runs the voting page until Ctrl-C or SIGTERM."""
 
-import logging
 import signal
 import socket
 import threading
 
-import uvicorn
 from starlette.applications import Starlette
 
-from sd3_jax.errors import UserError
+from sd3_jax.serving.http_server import HttpServer
 
-log = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost")
 GRACE = 5  # seconds for running requests when the server stops
-
-
-def bound_socket(host: str, port: int) -> socket.socket:
-    """A listening socket; UserError if the address cannot be used."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    try:
-        return socket.create_server((host, port), family=family)
-    except (OSError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise UserError(
-            f"config.vote.host = {host}, config.vote.port = {port}: {reason}; set"
-            " another port, or 0 for any that is free"
-        ) from None
+READ = 60.0  # seconds in which a client must send or read something
 
 
 def allowed_hosts(host: str) -> tuple[str, ...]:
@@ -37,29 +22,14 @@ def allowed_hosts(host: str) -> tuple[str, ...]:
 
 def serve(app: Starlette, listener: socket.socket) -> None:
     """Answer requests until SIGTERM, which returns, or Ctrl-C, which is raised."""
-    settings = uvicorn.Config(
-        app,
-        access_log=False,
-        log_level="warning",
-        lifespan="off",
-        timeout_graceful_shutdown=GRACE,
-    )
-    server = uvicorn.Server(settings)
-
-    def stop(*_) -> None:
-        server.should_exit = True
-
-    # In its own thread uvicorn leaves signals alone: they stay main's.
-    arguments = {"sockets": [listener]}
-    thread = threading.Thread(target=server.run, kwargs=arguments, name="uvicorn")
-    # Python's handlers run in the main thread, between two joins.
-    before = signal.signal(signal.SIGTERM, stop)
-    thread.start()
+    server, stopped = HttpServer(app, listener, read_s=READ), threading.Event()
+    # Python's handlers run in the main thread, between two waits.
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    server.start()
     try:
-        while thread.is_alive():
-            thread.join(0.2)  # a join without a limit would not see Ctrl-C
+        # A wait without a limit would not see Ctrl-C.
+        while server.alive and not stopped.wait(0.2):
+            pass
     finally:
-        stop()
-        thread.join()
+        server.stop(GRACE)
         signal.signal(signal.SIGTERM, before)
-        listener.close()
