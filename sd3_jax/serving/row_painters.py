@@ -68,16 +68,11 @@ def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPain
     usual = prompt_file.task(config, "", 0)
     bundle = released_sampler.load_for_sampling(config, mesh, [usual.settings])
     guide = released_sampler.load_guide(config, mesh)
-    facts: dict = {"weights": bundle.fingerprint()}
-    if scheduler := bundle.scheduler.non_default_settings():
-        facts["scheduler"] = scheduler
-    if bundle.quantize:
-        facts["quantize"] = bundle.quantize
-    if guide is not None:
-        facts["guide"] = guide.fingerprint()
-    for name in ("lora", "embeddings"):
-        if config.sample[name]:  # by file name: paths of the host are nobody's business
-            facts[name] = [os.path.basename(x) for x in config.sample[name]]
+    # By file name: paths of the host are nobody's business.
+    files = {
+        name: [os.path.basename(x) for x in config.sample[name]]
+        for name in ("lora", "embeddings")
+    }
 
     # The checks of a job's lines before it starts, here for each request.
     def require(row: Row) -> None:
@@ -87,7 +82,7 @@ def released(config: ConfigDict, mesh: Mesh, preview: Preview | None) -> RowPain
         functools.partial(_paint_released, bundle, guide, preview),
         functools.partial(_key, functools.partial(_solver_of, bundle.scheduler)),
         require,
-        facts,
+        painters.released_facts(bundle, guide, files),
         dict(bundle.adapters),
     )
 

@@ -4,7 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from etils import epath
@@ -15,6 +15,7 @@ from sd3_jax import tree
 from sd3_jax.assembly import model_parts
 from sd3_jax.data import tokenizers
 from sd3_jax.errors import UserError
+from sd3_jax.sampling.bundle import Bundle
 from sd3_jax.sampling.cache_arguments import log_report
 from sd3_jax.sampling.job import released_sampler, task_arguments
 from sd3_jax.sampling.job.prompt_file import Task
@@ -138,18 +139,10 @@ def released(
     unfit = {index: reason for index, reason in unfit.items() if reason}
     fitting = [task for task in tasks if task.index not in unfit]
     nets, without_net = released_sampler.load_nets(bundle, fitting)
-    facts = {"weights": bundle.fingerprint()}
-    if scheduler := bundle.scheduler.non_default_settings():
-        facts["scheduler"] = scheduler
-    if bundle.quantize:
-        facts["quantize"] = bundle.quantize
-    if config.sample.lora and not options:
-        facts["lora"] = list(config.sample.lora)
-    if config.sample.embeddings:
-        facts["embeddings"] = list(config.sample.embeddings)
+    lora = () if options else config.sample.lora
+    files = {"lora": list(lora), "embeddings": list(config.sample.embeddings)}
     guide = released_sampler.load_guide(config, mesh)
-    if guide is not None:
-        facts["guide"] = guide.fingerprint()
+    facts = released_facts(bundle, guide, files)
     texts = TextsAhead(bundle) if config.sample.placement == "sequential" else None
     options = dict(texts=texts, report=report)
     paint = functools.partial(
@@ -169,6 +162,23 @@ def released(
         spread=True,
         denoiser=lambda: bundle.unadapted_fingerprint("denoiser"),
     )
+
+
+def released_facts(
+    bundle: Bundle, guide: Bundle | None, files: Mapping[str, list[str]]
+) -> dict[str, Any]:
+    """What decides the pictures of released weights, for their lines.
+
+    `files` are those that were loaded beside the weights, by key of config.sample.
+    """
+    facts = {
+        "weights": bundle.fingerprint(),
+        "scheduler": bundle.scheduler.non_default_settings(),
+        "quantize": bundle.quantize,
+        **files,
+        "guide": None if guide is None else guide.fingerprint(),
+    }
+    return {name: fact for name, fact in facts.items() if fact}
 
 
 def warn_of_cut_prompts(tasks: Sequence[Task], length: int) -> None:
