@@ -27,6 +27,7 @@ ORIGINAL_SHAPE = "comfy.gguf.orig_shape."  # ComfyUI-GGUF's field of a reshaped 
 # Numbers of ggml's enum ggml_type (ggml.h).
 PLAIN = {0: np.float32, 1: np.float16, 30: ml_dtypes.bfloat16}  # by ggml's type
 INTEGERS = {24: np.int8, 25: np.int16, 26: np.int32, 27: np.int64}
+READ = "F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, or IQ types"
 BLOCK = 2**20  # numbers to dequantize at a time
 PART = r"-(\d{5})-of-(\d{5})\.gguf$"
 # llama.cpp's names of T5 (gguf-py's tensor_mapping), and transformers' names.
@@ -168,13 +169,12 @@ def _type(where: str, number: int) -> tuple[str, int, int]:
     except ValueError:
         raise UserError(
             f"{where} is of GGUF type {number}, which the gguf package does not know:"
-            " expected F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, or IQ types"
+            f" expected {READ}"
         ) from None
     if not _readable(kind):
         raise UserError(
             f"{where} is of GGUF type {kind.name}, which the gguf package cannot"
-            " dequantize: expected F32, F16, BF16, Q4_0 to Q8_0, Q2_K to Q6_K, or IQ"
-            " types"
+            f" dequantize: expected {READ}"
         )
     return kind.name, *gguf.GGML_QUANT_SIZES[kind]
 
