@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
+import page_tables
+
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "latency"
 PAGE = HERE / "latency.md"
@@ -103,10 +105,7 @@ def write_table() -> None:
     done = [
         (row, json.loads(row.path.read_text())) for row in ROWS if row.path.exists()
     ]
-    text, mark = PAGE.read_text(), "<!-- rows -->\n"
-    before, rest = text.split(mark)
-    after = rest[rest.index("<!-- end -->") :]
-    PAGE.write_text(before + mark + "\n".join(table(done)) + "\n" + after)
+    page_tables.fill(PAGE, "rows", "\n".join(table(done)) + "\n")
 
 
 def table(done: list[tuple[Row, dict]]) -> list[str]:

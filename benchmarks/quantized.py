@@ -9,12 +9,12 @@ Each part is a process of its own.
 """
 
 import json
-import os
-import re
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import page_tables
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "quantized"
@@ -43,13 +43,10 @@ def main(words: list[str]) -> None:
     RUNS.mkdir(parents=True, exist_ok=True)
     for name in words or PARTS:
         script = [sys.executable, __file__, "--part", name]
-        subprocess.run(script, check=True, cwd=HERE.parent, env=environment())
+        subprocess.run(
+            script, check=True, cwd=HERE.parent, env=page_tables.environment()
+        )
         write(HERE / "quantized.md", name)
-
-
-def environment() -> dict:
-    paths = [str(HERE.parent), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 # --- bounds
@@ -327,11 +324,7 @@ HEADS = {
 def write(path: Path, name: str) -> None:
     """The part's table into its place."""
     rows = json.loads((RUNS / f"{name}.json").read_text())
-    head = HEADS[name].split(", ")
-    lines = [head, ["---"] * len(head), *rows]
-    table = "".join(f"| {' | '.join(row)} |\n" for row in lines)
-    place = re.compile(rf"(?s)(?<=<!-- {name} -->\n).*?(?=<!-- end -->)")
-    path.write_text(place.sub(lambda _: table, path.read_text(), count=1))
+    page_tables.fill(path, name, page_tables.table(HEADS[name].split(", "), rows))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import page_tables
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent
 CLIENTS, REQUESTS, BATCH = 32, 200, 8
@@ -36,7 +38,8 @@ def main() -> None:
     weights = str(miniature.folder("sd35_medium"))
     with tempfile.TemporaryDirectory() as folder:
         rows = measure(weights, Path(folder))
-    write(HERE / "serving.md", rows)
+    table = page_tables.table(("measure", "result"), rows)
+    page_tables.fill(HERE / "serving.md", "load", table)
     for row in rows:
         print(*row, sep=": ")
 
@@ -52,7 +55,7 @@ def measure(weights: str, folder: Path) -> list[tuple[str, str]]:
     flags += [f"--config.serve.port={port}", "--config.serve.wait_ms=50"]
     server = subprocess.Popen(
         [sys.executable, "-m", "sd3_jax.main", "serve", *flags],
-        env=environment(),
+        env=page_tables.environment(),
         stderr=(folder / "log").open("w"),
     )
     limits = httpx.Limits(max_connections=CLIENTS)
@@ -92,11 +95,6 @@ def common(weights: str, workdir: Path) -> list[str]:
     flags = ["--config=configs/released.py:tiny", f"--workdir={workdir}"]
     flags += [f"--config.weights={weights}", f"--config.sample.batch_size={BATCH}"]
     return flags
-
-
-def environment() -> dict:
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)}
 
 
 def mixed(count: int, seed: int = 0) -> list[dict]:
@@ -182,7 +180,11 @@ def compare(weights: str, folder: Path, requests, pixels) -> tuple[int, float]:
     flags = [*common(weights, folder / "job"), f"--config.sample.prompts_file={lines}"]
     command = [sys.executable, "-m", "sd3_jax.main", "sample", *flags]
     done = subprocess.run(
-        command, env=environment(), check=True, capture_output=True, text=True
+        command,
+        env=page_tables.environment(),
+        check=True,
+        capture_output=True,
+        text=True,
     )
     paces = re.findall(r"(\d+) of (\d+) pictures, ([\d.]+) s each", done.stderr)
     seconds = [float(pace) for *_, pace in paces[1:]]
@@ -195,15 +197,6 @@ def compare(weights: str, folder: Path, requests, pixels) -> tuple[int, float]:
             equal.add(i)
     # A group's last batch is padded, here by repeats: they are no pictures of the job.
     return len(equal), len(requests) / (len(order) * sum(seconds) / len(seconds))
-
-
-def write(page: Path, rows: list[tuple[str, str]]) -> None:
-    table = ["| measure | result |", "| --- | --- |"]
-    table += [f"| {name} | {value} |" for name, value in rows]
-    text = page.read_text()
-    start, end = "<!-- load -->\n", "<!-- end -->"
-    head, rest = text.split(start)
-    page.write_text(head + start + "\n".join(table) + "\n" + end + rest.split(end)[1])
 
 
 if __name__ == "__main__":

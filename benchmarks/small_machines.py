@@ -8,11 +8,12 @@ compiled before is read from runs/small_machines.
 """
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+
+import page_tables
 
 HERE = Path(__file__).parent
 RUNS = HERE.parent / "runs" / "small_machines"
@@ -107,13 +108,9 @@ def write(path: Path) -> None:
             lines.append(f"| {row.name} | {placement} | {' | '.join(cells)} |")
     head = "| weights, chip | placement | encode GiB | denoise GiB | decode GiB |"
     table = "\n".join([head, "|---" * 5 + "|", *lines])
-    page = path.read_text()
-    for title, block in ("table", table), ("output", "```text\n%s\n```"):
-        block = block if title == "table" else block % "\n".join(text)
-        pattern = rf"(?s)(?<=<!-- {title} -->\n).*?(?=<!-- end -->)"
-        # Once: an empty block would match again, up to the end of the next one.
-        page = re.sub(pattern, lambda _, block=block: block + "\n", page, count=1)
-    path.write_text(page)
+    page_tables.fill(path, "table", f"{table}\n")
+    output = "\n".join(text)
+    page_tables.fill(path, "output", f"```text\n{output}\n```\n")
 
 
 def read(row: Row, program: str) -> dict:
