@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import qwix
 from flax import linen as nn
-from params.test_quantization import MAPS, Stack, relative, shaken
+from params.test_quantization import MAPS, Stack, laid_over, relative, shaken
 
 from sd3_jax import tree
 from sd3_jax.distributed import sharding
@@ -140,12 +140,7 @@ def test_over_a_mesh_each_token_has_one_scale(sizes, kind):
     params, mesh = shaken(tree.unbox(boxed)), sharding.make_mesh(**sizes)
     rounded = quantization.quantized(params, kind)
     one_device = jax.jit(Stack().apply)({"params": rounded}, x)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        params,
-        sharding.shardings(boxed, mesh),
-    )
-    placed = jax.tree.map(lambda x: x.sharding, quantization.abstract(shapes, kind))
+    placed = laid_over(mesh, boxed, params, kind)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         args = {"params": jax.device_put(rounded, placed)}, x
         program = jax.jit(Stack().apply)

@@ -168,6 +168,16 @@ class Stack(nn.Module):
         return scanned(body, 2, remat="full")(Block(name="blocks"), x)[0]
 
 
+def laid_over(mesh, boxed, params, kind):
+    """The shardings of rounded weights over a mesh."""
+    shapes = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        params,
+        sharding.shardings(boxed, mesh),
+    )
+    return jax.tree.map(lambda x: x.sharding, quantization.abstract(shapes, kind))
+
+
 @pytest.mark.parametrize("kind", STORED)
 @pytest.mark.parametrize(
     "sizes", [dict(data=2, fsdp=4), dict(fsdp=2, context=2, tensor=2)]
@@ -178,12 +188,7 @@ def test_over_a_mesh_it_lies_as_its_weights_and_is_the_same(sizes, kind):
     params, mesh = shaken(tree.unbox(boxed)), sharding.make_mesh(**sizes)
     made = quantization.quantized(params, kind)
     wanted = jax.jit(Stack().apply)({"params": made}, x)
-    shapes = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        params,
-        sharding.shardings(boxed, mesh),
-    )
-    placed = jax.tree.map(lambda x: x.sharding, quantization.abstract(shapes, kind))
+    placed = laid_over(mesh, boxed, params, kind)
     qkv = placed["blocks"]["attn"]["to_qkv"]["kernel"]
     out = placed["blocks"]["attn"]["to_out"]["kernel"]
     assert qkv.q.spec[1] == out.q.spec[3] == out.scale.spec[3] == "fsdp"
