@@ -1,7 +1,7 @@
 """Softmax attention: one function, with a choice of kernels behind it."""
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -34,14 +34,19 @@ def attention(
     `scale` is 1/sqrt(k) by default, `kernel` a key of KERNELS. Raises ValueError for
     another kernel, and for a bias with "splash".
     """
-    if kernel not in KERNELS:
-        near = difflib.get_close_matches(kernel, KERNELS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f'attention kernel "{kernel}": expected one of {", ".join(KERNELS)};'
-            f' did you mean "{near}"?'
-        )
+    require_choice("attention kernel", kernel, KERNELS)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     return KERNELS[kernel](q, k, v, bias, scale)
+
+
+def require_choice(option: str, name: str, names: Collection[str]) -> None:
+    """ValueError for a name that is not one of `names`."""
+    if name not in names:
+        near = difflib.get_close_matches(name, names, n=1, cutoff=0)[0]
+        raise ValueError(
+            f'{option} "{name}": expected one of {", ".join(names)}; did you mean'
+            f' "{near}"?'
+        )
 
 
 def joint_attention(

@@ -4,7 +4,6 @@ By "gather" every device gets all keys and values, by "ring" they pass from devi
 device (ring.py), and by "ulysses" a device gets all tokens of some heads (ulysses.py).
 """
 
-import difflib
 import functools
 from collections.abc import Sequence
 
@@ -36,12 +35,7 @@ def context_attention(
     The first of `ks` and `vs` are the image's. Raises ValueError for another method,
     and where "ulysses" does not fit the number of heads.
     """
-    if method not in METHODS:
-        near = difflib.get_close_matches(method, METHODS, n=1, cutoff=0)[0]
-        raise ValueError(
-            f'context attention "{method}": expected one of {", ".join(METHODS)};'
-            f' did you mean "{near}"?'
-        )
+    kernels.require_choice("context attention", method, METHODS)
     if not qs:
         return []
     if mesh_context.parts("tokens") == [1]:

@@ -117,11 +117,13 @@ class PairChoice:
         """A pair of the voter's to judge again, if it is time for one."""
         if not self._again:
             return None
-        seen = self._judged(voter, 0)
+        judged = self._judged(voter, 0)
         repeated = {x for x, a in skipped if a} | {*self._judged(voter, 1)}
-        due = int(self._again * (len(seen) + sum(not a for _, a in skipped)))
-        # `seen` is in order of judgement, because dicts keep the order of insertion.
-        candidates = [x for x in seen[:-APART] if x not in repeated and self._shows(x)]
+        due = int(self._again * (len(judged) + sum(not a for _, a in skipped)))
+        # `judged` is in order of judgement, because dicts keep the order of insertion.
+        candidates = [
+            x for x in judged[:-APART] if x not in repeated and self._shows(x)
+        ]
         if len(repeated) >= due or not candidates:
             return None
         return self.pairs[self.place[candidates[0]]]
